@@ -316,8 +316,8 @@ def write_photos(storage: Storage, folders: tuple[Path, ...], url: str, samples:
 def _read_photos(folder: Path) -> list[Sample]:
     """Read the pairs of a folder's captions.jsonl, or its images with .txt files."""
     source = folder / "captions.jsonl" if (folder / "captions.jsonl").exists() else folder
-    samples = importers.read_samples(source, importers.find_kind(source), Problems())
-    pairs = [sample for sample in samples if "captions" in json.loads(sample.get("json", b"{}"))]
+    imported = importers.read_source(source, importers.find_kind(source), Problems())
+    pairs = [sample for sample in imported.samples if "captions" in json.loads(sample.get("json", b"{}"))]
     if not pairs:
         raise DataError(f"{folder}: no photo with a caption. Expected captions.jsonl, or a .txt next to each image")
     return pairs

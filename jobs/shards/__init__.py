@@ -98,27 +98,13 @@ def build(
     head predicts are written next to the shards: answers.json, classes.json.
     """
     from jobs.shards.build import build_shards
+    from pipeline.data.building.files import ImportOptions, Problems
 
-    build_shards(
-        source,
-        out,
-        str(kind),
-        images=images,
-        allow_outside=allow_outside,
-        image_column=image_column,
-        caption_column=caption_column,
-        samples_per_shard=samples_per_shard,
-        words=words,
-        answers=annotations,
-        split=split,
-        listed_only=listed_only,
-        min_count=min_count,
-        limit=limit,
-        overwrite=overwrite,
-        strict=strict,
-        max_missing=max_missing,
-        as_json=as_json,
+    options = ImportOptions(
+        images, image_column, caption_column, words, tuple(annotations or ()), split, listed_only, min_count
     )
+    problems = Problems(strict=strict, allow_outside=allow_outside)
+    build_shards(source, out, str(kind), options, problems, samples_per_shard, limit, overwrite, max_missing, as_json)
 
 
 @app.command()
@@ -136,9 +122,13 @@ def index(
     then indexed when training first needs it, a wrong count stops the run, and the data's digest identifies the tar by
     its ETag and size.
     """
-    from jobs.shards.build import index_folder
+    from jobs.shards.report import ShardProgress, report_manifest
+    from pipeline.data.shards.manifest import index_shards
+    from pipeline.data.storage import Storage
 
-    index_folder(url, trust_counts, as_json)
+    with ShardProgress("indexing") as progress:
+        manifest = index_shards(Storage(), url, progress.shard, trust_counts=trust_counts)
+    report_manifest(manifest, url, as_json, {"trusted": sum(shard.is_trusted for shard in manifest.shards)})
 
 
 @app.command()
@@ -207,5 +197,7 @@ def regions(
     quarantines it. Run the command again to continue after an interruption.
     """
     from jobs.shards.regions import detect_regions
+    from pipeline.config.schema import ClusterConfig
 
-    detect_regions(url, out, detector, max_regions, workers, gpus_per_worker, max_pixels, address, report, as_json)
+    cluster = ClusterConfig(workers=workers, gpus_per_worker=gpus_per_worker, address=address)
+    detect_regions(url, out, detector, max_regions, max_pixels, cluster, report, as_json)

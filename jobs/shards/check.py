@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -27,8 +27,10 @@ def check_folder(url: str, source_type: str, report: Path | None, max_pixels: in
     kinds: Counter[str] = Counter()  # of bad samples
     skipped: Counter[str] = Counter()  # entries that belong to no sample, by kind
     examples: dict[str, ShardFinding] = {}
-    with ShardProgress("checking") as progress, ExitStack() as stack:
-        lines = stack.enter_context(list_of_findings(report, "--report")) if report else None
+    with (
+        ShardProgress("checking") as progress,
+        list_of_findings(report, "--report") if report else nullcontext() as lines,
+    ):
         for shard in check_shards(Storage(), url, cast(SourceType, source_type), max_pixels, workers, progress.shard):
             shards += 1
             samples += shard.samples
@@ -37,9 +39,9 @@ def check_folder(url: str, source_type: str, report: Path | None, max_pixels: in
             for finding in shard.bad:
                 kinds[finding.kind] += 1
                 examples.setdefault(finding.kind, finding)
+            findings = (*shard.bad, shard.broken) if shard.broken else shard.bad
             if lines is not None:
-                for finding in (*shard.bad, *([shard.broken] if shard.broken else [])):
-                    lines.write(f"{json.dumps(asdict(finding), ensure_ascii=False)}\n".encode())
+                lines.writelines(f"{json.dumps(asdict(f), ensure_ascii=False)}\n".encode() for f in findings)
     if as_json:
         summary = {
             "url": url,

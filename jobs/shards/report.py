@@ -15,33 +15,25 @@ from pipeline.data.shards.manifest import Manifest
 T = TypeVar("T")
 
 
-class ShardProgress:
+class ShardProgress(Progress):
     """Progress bar on standard error: samples read, then shards done. Shown on a terminal only."""
 
     def __init__(self, action: str) -> None:
-        self._action = action
-
-    def __enter__(self) -> ShardProgress:
         text = TextColumn("{task.description}")
         columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("starting", total=None)
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        super().__init__(*columns, console=Console(stderr=True), transient=True)
+        self._action, self._bar = action, self.add_task("starting", total=None)
 
     def count(self, samples: Iterator[T]) -> Iterator[T]:
         """Yield the samples and show their number."""
         for number, sample in enumerate(samples, 1):
-            self._bar.update(self._task, description="reading samples", completed=number)
+            self.update(self._bar, description="reading samples", completed=number)
             yield sample
 
     def shard(self, done: int, total: int, name: str) -> None:
         """Show a finished shard; `total` is 0 while it is unknown."""
         if total:
-            self._bar.update(self._task, description=f"{self._action} {name}", completed=done, total=total)
+            self.update(self._bar, description=f"{self._action} {name}", completed=done, total=total)
 
 
 def manifest_facts(manifest: Manifest, url: str) -> dict[str, Any]:
@@ -61,21 +53,21 @@ def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str,
     if as_json:
         echo(json.dumps(facts, ensure_ascii=False))
         return
+
+    def counted(count: int, noun: str) -> str:
+        return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
     left_out = f", {facts['left_out']} left out" if facts.get("left_out") else ""
-    echo(f"{_counted(manifest.num_samples, 'sample')} in {_counted(len(manifest.shards), 'shard')} at {url}{left_out}")
+    totals = f"{counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
+    echo(f"{totals} at {url}{left_out}")
     if "images" in facts:
-        counts = [(facts["images"], "image"), (facts["captions"], "caption")]
-        parts = [_counted(count, noun) for count, noun in counts if count]
+        parts = [counted(facts[f"{noun}s"], noun) for noun in ("image", "caption") if facts[f"{noun}s"]]
         notes = [
             (facts["without_caption"], "image", "without a caption"),
             (facts["animated"], "animated image", "(first frame)"),
         ]
-        suffix = "".join(f"; {_counted(count, noun)} {note}" for count, noun, note in notes if count)
+        suffix = "".join(f"; {counted(count, noun)} {note}" for count, noun, note in notes if count)
         echo(", ".join([*parts, f"{facts['bytes'] / 1e6:,.1f} MB"]) + suffix)
     if trusted := facts.get("trusted"):
         echo(f"{trusted} of the shards were counted by another tool and are read on first use")
     echo(f"inspect them: mome shards show {url} --sheet sheet.png")
-
-
-def _counted(count: Any, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")

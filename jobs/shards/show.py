@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from pipeline.config.schema import DataConfig
 from pipeline.data.contents.images import EXTENSIONS, decode
 from pipeline.data.contents.members import record_of
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.shards.manifest import Manifest, load_index, load_manifest, shard_folder
+from pipeline.data.shards.manifest import load_index, load_manifest, shard_folder
 from pipeline.data.storage import Storage, join
 from pipeline.pages.page import signature
 
@@ -34,21 +34,45 @@ def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> N
     if sheet is not None:
         check_output(storage, str(sheet), "--sheet")
     manifest = load_manifest(storage, url)
-    shown = list(_spread_samples(storage, url, manifest, samples))
+    count = min(samples, manifest.num_samples)
+    positions = [i * manifest.num_samples // count for i in range(count)]  # at equal distances over all shards
+    shown = []
+    first = 0
+    for shard in manifest.shards:
+        numbers = [position - first for position in positions if first <= position < first + shard.samples]
+        first += shard.samples
+        if not numbers:
+            continue
+        index = load_index(storage, url, shard)
+        for number in numbers:
+            start, stop = index.byte_range(number)
+            data = storage.read_range(join(shard_folder(url), shard.name), start, stop)
+            members = {name: data[at - start : at - start + size] for name, at, size in index.members(number)}
+            shown.append(ShownSample(shard.name, index.keys[number], members))
     if sheet is not None:
         buffer, info = io.BytesIO(), PngInfo()
         info.add_text("Software", signature(f"samples of {manifest.digest}"))
         contact_sheet(shown).save(buffer, "PNG", pnginfo=info)
         write_output(storage, str(sheet), buffer.getvalue(), "--sheet")
     if as_json:
-        descriptions = [sample.describe() for sample in shown]
+        descriptions = [
+            {
+                "shard": sample.shard,
+                "key": sample.key,
+                "members": {name: len(data) for name, data in sample.members.items()},
+                "image_size": list(sample.image.size) if isinstance(sample.image, Image.Image) else None,
+                "fault": sample.image if isinstance(sample.image, str) else None,
+                "captions": sample.captions,
+            }
+            for sample in shown
+        ]
         facts = {"samples": descriptions, "sheet": str(sheet) if sheet else None, **manifest_facts(manifest, url)}
         echo(json.dumps(facts, ensure_ascii=False))
         return
     for sample in shown:
-        members = ", ".join(f"{name} {len(data)} B" for name, data in sample.members.items())
+        sizes = ", ".join(f"{name} {len(data)} B" for name, data in sample.members.items())
         size = f"  {sample.image.width} x {sample.image.height}" if isinstance(sample.image, Image.Image) else ""
-        echo(f"{sample.shard}  {sample.key}  ({members}){size}")
+        echo(f"{sample.shard}  {sample.key}  ({sizes}){size}")
         if isinstance(sample.image, str):
             echo(f"    {sample.image}")
         for caption in sample.captions:
@@ -96,16 +120,6 @@ class ShownSample:
         except BadSample as error:
             return error.reason
 
-    def describe(self) -> dict[str, object]:
-        return {
-            "shard": self.shard,
-            "key": self.key,
-            "members": {name: len(data) for name, data in self.members.items()},
-            "image_size": list(self.image.size) if isinstance(self.image, Image.Image) else None,
-            "fault": self.image if isinstance(self.image, str) else None,
-            "captions": self.captions,
-        }
-
 
 def contact_sheet(samples: list[ShownSample], columns: int = 4) -> Image.Image:
     """Draw the samples' images in rows, with their captions below."""
@@ -131,21 +145,3 @@ def contact_sheet(samples: list[ShownSample], columns: int = 4) -> Image.Image:
         for position, line in enumerate([sample.key, *lines][:num_lines]):
             draw.text((x, top + position * LINE_HEIGHT), line, "black" if position else "gray", font)
     return page
-
-
-def _spread_samples(storage: Storage, url: str, manifest: Manifest, count: int) -> Iterator[ShownSample]:
-    """Yield `count` samples at equal distances over all shards, each read by its own range."""
-    count = min(count, manifest.num_samples)
-    positions = [i * manifest.num_samples // count for i in range(count)]
-    before = 0
-    for shard in manifest.shards:
-        numbers = [number - before for number in positions if before <= number < before + shard.samples]
-        before += shard.samples
-        if not numbers:
-            continue
-        index = load_index(storage, url, shard)
-        for number in numbers:
-            start, stop = index.byte_range(number)
-            data = storage.read_range(join(shard_folder(url), shard.name), start, stop)
-            members = {name: data[at - start : at - start + size] for name, at, size in index.members(number)}
-            yield ShownSample(shard.name, index.keys[number], members)

@@ -9,6 +9,9 @@ import tarfile
 import numpy as np
 import simplejpeg
 
+from pipeline.data.shards.index import ShardIndex, index_tar
+from pipeline.data.shards.tar import Tar
+
 Members = dict[str, bytes]  # extension -> content
 
 
@@ -35,3 +38,8 @@ def tar_bytes(samples: dict[str, Members]) -> bytes:
                 header.size = len(data)
                 tar.addfile(header, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def index_bytes(data: bytes, name: str = "x.tar", etag: str | None = None) -> ShardIndex:
+    """Return the index of a tar's bytes."""
+    return index_tar(Tar(io.BytesIO(data), name, len(data), lambda start, stop: data[start:stop]), etag)

@@ -1,14 +1,17 @@
-"""Reading of untrusted input files: folders with links, texts in several encodings, images named by lists.
+"""Samples from untrusted input files: folders with links, texts in several encodings, images named by lists.
 
 Nothing is skipped silently: what cannot be used is recorded in `Problems` with its file and line.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -33,6 +36,8 @@ _BYTE_ORDER_MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     b"\xfe\xff": "utf-16",
 }
 _HEAD = 65_536  # characters at the start of a file by which its kind is detected
+KNOWN_SUFFIXES = ", ".join(f".{extension}" for extension in EXTENSIONS)
+MAX_KEY = 80  # a plain tar header has names of up to 100 bytes
 _ENTRY_ERRORS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
 
 
@@ -63,6 +68,20 @@ class Problems:
             self.first.append(f"{where}: {reason}")
 
 
+@dataclass(frozen=True)
+class ImportOptions:
+    """Inputs besides the source; each format reads those that it needs."""
+
+    images: Path | None = None  # the folder that image paths are relative to (default: the source's own)
+    image_column: str | None = None  # table, parquet: name, or number from 1 (default: detected)
+    caption_column: str | None = None
+    words: int = 64  # text: maximum number in a sample
+    annotations: tuple[Path, ...] = ()  # vqa: files of answers (default: by the name of the questions file)
+    split: str | None = None  # karpathy: the split to import (default: all)
+    listed_only: bool = False  # vqa, vg_qa: skip questions without a listed answer
+    min_count: int | None = None  # vqa, vg_qa: minimum frequency of a listed answer (default: 9, as published)
+
+
 # Texts ----------------------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +110,7 @@ def open_text(path: Path) -> TextIO:
         encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if begin.startswith(mark)), "utf-8-sig")
         return path.open(encoding=encoding, errors="surrogateescape")
     except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def beginning_of(path: Path) -> str:
@@ -114,20 +133,20 @@ def lines_of(path: Path) -> Iterator[tuple[str, str]]:
             raise DataError(f"{path}, after line {number}: cannot be read ({error}). Save it as UTF-8") from error
 
 
-def clean_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
-    """Yield the location and the text of each line; skip empty lines, and record those that are not valid Unicode."""
+def json_lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """Yield the location and the content of each line of JSON; skip empty lines, and record those that are invalid."""
     for where, line in lines_of(path):
         if not line.strip():
             continue
         if reason := fault_of(line):
             problems.add(where, reason)
-        else:
-            yield where, line
-
-
-def unreadable(path: Path, error: Exception) -> DataError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return DataError(f"{path}: cannot be read ({reason})")
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.add(where, f"not JSON ({error})")
+            continue
+        yield where, content
 
 
 def json_of(path: Path) -> Any:
@@ -135,7 +154,7 @@ def json_of(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({type(error).__name__}: {error})") from error
 
@@ -224,19 +243,16 @@ def find_file(root: Path, names: Sequence[str], where: str, problems: Problems) 
         if name.startswith(("http://", "https://", "s3://", "gs://")):
             problems.add(where, f"{name:.200} is a URL, which is not fetched; download it first (img2dataset does)")
             return None
-        path = os.path.abspath(os.path.join(base, name))
+        path = Path(os.path.abspath(os.path.join(base, name)))
         if not problems.allow_outside and os.path.commonpath([base, path]) != base:
             problems.add(where, f"{name} is outside {root}; set --images to a folder above it, or pass --allow-outside")
             return None
-        paths.append(Path(path))
-    return next((path for path in paths if _is_file(path)), paths[0])
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that is too long
-        return False
+        paths.append(path)
+    for path in paths:
+        with suppress(OSError, ValueError):  # a name that is too long
+            if path.is_file():
+                return path
+    return paths[0]
 
 
 def read_listed_image(root: Path, names: Sequence[str], where: str, problems: Problems) -> Files | None:
@@ -265,8 +281,7 @@ def read_file(path: Path, where: str, problems: Problems, what: str) -> bytes | 
         return path.read_bytes()
     except (OSError, ValueError) as error:
         problems.absent += isinstance(error, FileNotFoundError)
-        reason = error.strerror if isinstance(error, OSError) else error
-        problems.add(where, f"{what} {path} cannot be read ({reason or error})")
+        problems.add(where, f"{what} {path} cannot be read ({getattr(error, 'strerror', None) or error})")
         return None
 
 
@@ -279,33 +294,25 @@ def folders_below(folder: Path, problems: Problems) -> Iterator[tuple[Path, list
     Hidden names are skipped. A folder that several links lead to is entered once, so that cycles end.
     """
     entered: set[tuple[int, int]] = set()
-
-    def enter(path: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-        folders, files = [], []
+    pending = [folder]
+    while pending:
+        path = pending.pop()
         try:
             state = path.stat()
-            names = sorted(os.listdir(path))
+            names = [name for name in sorted(os.listdir(path)) if not name.startswith(".")]
         except OSError as error:
             problems.add(str(path), f"the folder cannot be read ({error.strerror or error})")
-            return
+            continue
         if (state.st_dev, state.st_ino) in entered:
             problems.leave_out(str(path), "it links to a folder that was already read")
-            return
+            continue
         entered.add((state.st_dev, state.st_ino))
-        for name in names:
-            if name.startswith("."):
-                continue
-            if (path / name).is_dir():
-                folders.append(name)
-            elif (path / name).is_file():
-                files.append(name)
-            else:
-                problems.add(str(path / name), "it is neither a file nor a folder (a broken link?)")
+        folders = [name for name in names if (path / name).is_dir()]
+        files = [name for name in names if (path / name).is_file()]
+        for name in sorted(set(names).difference(folders, files)):
+            problems.add(str(path / name), "it is neither a file nor a folder (a broken link?)")
         yield path, folders, files
-        for name in folders:
-            yield from enter(path / name)
-
-    return enter(folder)
+        pending += [path / name for name in reversed(folders)]
 
 
 def files_below(folder: Path, extensions: Sequence[str], problems: Problems | None = None) -> Iterator[Path]:
@@ -327,10 +334,51 @@ def pass_over(path: Path, problems: Problems) -> None:
     """Record a file that is not read: individually if it is an image of another format, else by its suffix."""
     suffix = suffix_of(path.name)
     if suffix in OTHER_IMAGES:
-        problems.leave_out(str(path), f"this image format is not supported; convert it to one of {known_suffixes()}")
+        problems.leave_out(str(path), f"this image format is not supported; convert it to one of {KNOWN_SUFFIXES}")
     else:
         problems.skipped[f".{suffix}" if suffix else "without suffix"] += 1
 
 
-def known_suffixes() -> str:
-    return ", ".join(f".{extension}" for extension in EXTENSIONS)
+# Samples --------------------------------------------------------------------------------------------------------------
+
+
+class Keys:
+    """Unique sample keys from paths, of letters, digits, '_' and '-', valid for tars and webdataset."""
+
+    def __init__(self) -> None:
+        self._used: set[str] = set()
+        self._numbers: dict[str, int] = {}  # the last number used for each path
+
+    def __call__(self, path: str) -> str:
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", path).strip("_")[-MAX_KEY:].lstrip("_") or "sample"
+        key, number = plain, self._numbers.get(plain, 1)
+        while key in self._used:
+            number += 1
+            key = f"{plain}-{number}"
+        self._used.add(key)
+        self._numbers[plain] = number
+        return key
+
+
+def pair_sample(
+    key: str, files: Files, captions: list[str] | None, image_id: int | None, where: str, problems: Problems
+) -> Iterator[Sample]:
+    """Yield an image with its captions, or alone. Without an `image_id`, equal bytes are the same image."""
+    if image_id is None:
+        image_id = int.from_bytes(hashlib.sha256(next(iter(files.values()))).digest()[:8], "big") >> 1
+    record: dict[str, Any] = {"image_id": image_id}
+    if captions is not None:
+        record["captions"] = captions
+    return sample_with_json(key, files, record, where, problems)
+
+
+def sample_with_json(
+    key: str, files: Files, record: Mapping[str, Any], where: str, problems: Problems
+) -> Iterator[Sample]:
+    """Yield a sample with its json, or record a problem if a text is not valid Unicode."""
+    try:
+        encoded = json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        problems.add(where, fault_of(error.object) or str(error))
+        return
+    yield {"__key__": key, **files, "json": encoded}

@@ -8,7 +8,7 @@ share no caption. All randomness is hashed from the source's seed and the scene'
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,17 @@ RECORD = "scenes.json"  # next to the shards: the configuration that they were d
 DRAWING = 1  # increment when the same configuration would give other images or captions
 
 RADIUS = {"large": 0.17, "small": 0.085}  # of the image's side
+OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
 SUPERSAMPLED = 4  # factor of the drawing size before averaging, for smooth edges
+OUTLINES = {  # corners around the centre, y downwards, for radius 1
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "diamond": [(0.0, -1.28), (0.95, 0.0), (0.0, 1.28), (-0.95, 0.0)],
+    "triangle": [(0.0, -1.12), (1.15, 0.9), (-1.15, 0.9)],
+    "cross": [
+        (-0.36, -1.1), (0.36, -1.1), (0.36, -0.36), (1.1, -0.36), (1.1, 0.36), (0.36, 0.36),
+        (0.36, 1.1), (-0.36, 1.1), (-0.36, 0.36), (-1.1, 0.36), (-1.1, -0.36), (-0.36, -0.36),
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,14 +107,64 @@ def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> No
     for name, source in sources.items():
         if source.synthetic is None:
             continue
-        if storage.exists(join(source.shards, MANIFEST)):
-            _check_record(storage, name, source, sources)
+        record_url = join(source.shards, RECORD)
+        is_complete = storage.exists(join(source.shards, MANIFEST))
+        if is_complete and not storage.exists(record_url):
+            continue  # shards that were not drawn here
+        excluded_configs = _exclusions(source.synthetic, sources)
+        # Everything that determines the bytes of a source.
+        drawn = [config.model_dump(exclude={"exclude"}) for config in (source.synthetic, *excluded_configs)]
+        record = {"drawing": DRAWING, "type": source.type, "scenes": drawn[0], "excluding": drawn[1:]}
+        if is_complete:
+            stored = json.loads(storage.read(record_url))
+            if stored["type"] == "pairs":  # pairs serve as every source type
+                record["type"] = "pairs"
+            if stored != record:
+                raise DataError(  # scenes of another configuration would be trained on unnoticed
+                    f"source {name!r}: {source.shards} has scenes drawn from another configuration ({stored}); "
+                    f"expected {record}. Remove the folder, or set another one"
+                )
             continue
-        _refuse_foreign(storage, source.shards)
-        storage.write(join(source.shards, RECORD), json.dumps(_record(source, sources)).encode())
-        scenes = draw_scenes(source.synthetic, _excluded(source.synthetic, sources), with_images=source.type != "text")
-        samples = (sample for scene in scenes for sample in _samples(scene, source.type))
-        write_shards(storage, samples, source.shards, SAMPLES_PER_SHARD)
+        names = storage.list(source.shards)
+        foreign = next((name for name in names if name.endswith(".tar")), None)
+        if foreign and RECORD not in names:  # the scenes of an interrupted run are drawn again
+            raise DataError(
+                f"{source.shards} has {foreign} but no manifest, so no scenes are drawn there. "
+                "Index its tars with `mome shards index`, or set an empty folder"
+            )
+        excluded: frozenset[Description] = frozenset()
+        for config in reversed(excluded_configs):  # an excluded source may itself exclude another
+            excluded = frozenset(draw_descriptions(config, excluded))
+        storage.write(record_url, json.dumps(record).encode())
+        scenes = draw_scenes(source.synthetic, excluded, with_images=source.type != "text")
+        write_shards(storage, _samples(scenes, source.type), source.shards, SAMPLES_PER_SHARD)
+
+
+def _exclusions(config: SyntheticConfig, sources: Mapping[str, SourceConfig]) -> list[SyntheticConfig]:
+    """Return the source that `config` excludes, the one that this excludes, and so on."""
+    chain: list[SyntheticConfig] = []
+    while config.exclude is not None:
+        other = sources.get(config.exclude)
+        if other is None or other.synthetic is None:
+            known = ", ".join(name for name, source in sources.items() if source.synthetic) or "none"
+            raise ConfigError(f"exclude: {config.exclude!r} is not a synthetic source; expected one of: {known}")
+        if len(chain) > len(sources):
+            raise ConfigError(f"exclude: {config.exclude!r} excludes itself through other sources")
+        config = other.synthetic
+        chain.append(config)
+    return chain
+
+
+def _samples(scenes: Iterable[Scene], source_type: str) -> Iterator[dict[str, Any]]:
+    for scene in scenes:
+        if source_type == "text":
+            for number, caption in enumerate(scene.captions):
+                yield {"__key__": f"{scene.key}-{number}", "txt": caption.encode()}
+            continue
+        sample = {"__key__": scene.key, "jpg": simplejpeg.encode_jpeg(scene.image, 95, "RGB", "444")}
+        if source_type == "pairs":
+            sample["json"] = json.dumps({"captions": scene.captions, "image_id": scene.image_id}).encode()
+        yield sample
 
 
 def draw_scenes(
@@ -135,24 +195,6 @@ def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] 
         yield description
 
 
-def write_captions(description: Description, count: int, random: CounterRandom) -> list[str]:
-    """Return `count` different wordings of the description, or all if there are fewer."""
-    wordings = _wordings(description)
-    return [wordings[i] for i in random.permutation(len(wordings))[:count]]
-
-
-def draw_image(description: Description, size: int, random: CounterRandom) -> np.ndarray:
-    """Return the scene as (size, size, 3) uint8: jittered positions on a light background with a colour gradient."""
-    large = size * SUPERSAMPLED
-    corners = np.array([[200 + 55 * random.uniform() for _ in range(3)] for _ in range(4)], np.float32)
-    canvas = cv2.resize(corners.reshape(2, 2, 3), (large, large), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
-    for thing, (x, y) in zip(description.things, _places(description, random), strict=True):
-        radius = RADIUS[thing.size] * (0.92 + 0.16 * random.uniform())
-        colour = tuple(int(np.clip(c + _spread(random, 12), 0, 255)) for c in COLOURS[thing.colour])
-        _draw_thing(canvas, thing.shape, (x * large, y * large), radius * large, colour)
-    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
-
-
 def _draw_description(random: CounterRandom) -> Description:
     things: list[Thing] = []
     count = 3 if random.uniform() < THREE_OBJECTS else 2
@@ -167,145 +209,67 @@ def _draw_description(random: CounterRandom) -> Description:
     return Description(things[0], things[1], horizontal, things[2], side)
 
 
-def _wordings(description: Description) -> list[str]:
-    """Return all captions that the grammar gives for a description."""
-    pairs = _pair_wordings(description)
+def write_captions(description: Description, count: int, random: CounterRandom) -> list[str]:
+    """Return `count` different wordings of the description, or all that the grammar has if there are fewer."""
+    first, second = description.first.words, description.second.words
+    if description.horizontal:
+        before, after = ("to the left of", "left of"), ("to the right of", "right of")
+        start, end = "on the left", "on the right"
+    else:
+        before, after = ("above", "over"), ("below", "under")
+        start, end = "at the top", "at the bottom"
+    pairs = [*(f"{first} {word} {second}" for word in before), *(f"{second} {word} {first}" for word in after)]
     if description.third is not None and description.side is not None:
-        third, at = description.third.words, _at(description.side)
-        opposite = _at({"top": "bottom", "bottom": "top", "left": "right", "right": "left"}[description.side])
-        return [
+        third, at, opposite = description.third.words, _at(description.side), _at(OPPOSITE[description.side])
+        wordings = [
             *(f"{pair}, and {third} {at}" for pair in pairs),
             *(f"{third} {at} and {pair} {opposite}" for pair in pairs),
             *(f"three shapes: {pair}, with {third} {at}" for pair in pairs),
         ]
-    first, second = description.first.words, description.second.words
-    start, end = ("on the left", "on the right") if description.horizontal else ("at the top", "at the bottom")
-    return [
-        *pairs,
-        *(f"there is {pair}" for pair in pairs),
-        *(f"a picture of {pair}" for pair in pairs),
-        f"{start} {first}, {end} {second}",
-        f"{second} {end} and {first} {start}",
-        f"two shapes: {first} {start} and {second} {end}",
-        f"two shapes: {second} {end} and {first} {start}",
-    ]
-
-
-def _pair_wordings(description: Description) -> list[str]:
-    first, second = description.first.words, description.second.words
-    if description.horizontal:
-        before, after = ("to the left of", "left of"), ("to the right of", "right of")
     else:
-        before, after = ("above", "over"), ("below", "under")
-    return [*(f"{first} {word} {second}" for word in before), *(f"{second} {word} {first}" for word in after)]
+        wordings = [
+            *pairs,
+            *(f"there is {pair}" for pair in pairs),
+            *(f"a picture of {pair}" for pair in pairs),
+            f"{start} {first}, {end} {second}",
+            f"{second} {end} and {first} {start}",
+            f"two shapes: {first} {start} and {second} {end}",
+            f"two shapes: {second} {end} and {first} {start}",
+        ]
+    return [wordings[i] for i in random.permutation(len(wordings))[:count]]
 
 
-def _at(side: str | None) -> str:
+def _at(side: str) -> str:
     return f"at the {side}" if side in ("top", "bottom") else f"on the {side}"
 
 
-def _places(description: Description, random: CounterRandom) -> list[tuple[float, float]]:
-    """Return centres in 0 … 1, computed for a horizontal pair and transposed for a vertical one."""
-    along = [(0.25, 0.5), (0.75, 0.5)]
+def draw_image(description: Description, size: int, random: CounterRandom) -> np.ndarray:
+    """Return the scene as (size, size, 3) uint8: jittered positions on a light background with a colour gradient.
+
+    All shapes have about equal area, so that only 'large' and 'small' differ in size.
+    """
+    large = size * SUPERSAMPLED
+    corners = np.array([[200 + 55 * random.uniform() for _ in range(3)] for _ in range(4)], np.float32)
+    canvas = cv2.resize(corners.reshape(2, 2, 3), (large, large), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
+    # Centres in 0 … 1 of a horizontal pair, and a third shape above or below it; transposed for a vertical pair.
+    along, across = [(0.25, 0.5), (0.75, 0.5)], 0.16
     if description.third is not None:
-        near = description.side in ("top", "left")
-        along = [(0.25, 0.7 if near else 0.3), (0.75, 0.7 if near else 0.3), (0.5, 0.26 if near else 0.74)]
-    across = 0.04 if description.third is not None else 0.16
+        y, third_y = (0.7, 0.26) if description.side in ("top", "left") else (0.3, 0.74)
+        along, across = [(0.25, y), (0.75, y), (0.5, third_y)], 0.04
     places = [(x + _spread(random, 0.03), y + _spread(random, across)) for x, y in along]
-    return places if description.horizontal else [(y, x) for x, y in places]
-
-
-def _draw_thing(
-    canvas: np.ndarray, shape: str, centre: tuple[float, float], radius: float, colour: tuple[int, ...]
-) -> None:
-    """Draw a shape; all have about equal area, so that only 'large' and 'small' differ in size."""
-    middle = (round(centre[0]), round(centre[1]))
-    if shape == "circle":
-        cv2.circle(canvas, middle, round(radius), colour, -1, cv2.LINE_AA)
-    elif shape == "ring":
-        cv2.circle(canvas, middle, round(radius * 0.82), colour, round(radius * 0.42), cv2.LINE_AA)
-    else:
-        corners = np.array(_OUTLINES[shape]) * radius + np.array(centre)
-        cv2.fillPoly(canvas, [np.rint(corners).astype(np.int32)], colour, cv2.LINE_AA)
-
-
-_OUTLINES = {  # corners around the centre, y downwards, for radius 1
-    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
-    "diamond": [(0.0, -1.28), (0.95, 0.0), (0.0, 1.28), (-0.95, 0.0)],
-    "triangle": [(0.0, -1.12), (1.15, 0.9), (-1.15, 0.9)],
-    "cross": [
-        (-0.36, -1.1), (0.36, -1.1), (0.36, -0.36), (1.1, -0.36), (1.1, 0.36), (0.36, 0.36),
-        (0.36, 1.1), (-0.36, 1.1), (-0.36, 0.36), (-1.1, 0.36), (-1.1, -0.36), (-0.36, -0.36),
-    ],
-}  # fmt: skip
-
-
-def _samples(scene: Scene, source_type: str) -> Iterator[dict[str, Any]]:
-    if source_type == "text":
-        for number, caption in enumerate(scene.captions):
-            yield {"__key__": f"{scene.key}-{number}", "txt": caption.encode()}
-        return
-    sample = {"__key__": scene.key, "jpg": simplejpeg.encode_jpeg(scene.image, 95, "RGB", "444")}
-    if source_type == "pairs":
-        sample["json"] = json.dumps({"captions": scene.captions, "image_id": scene.image_id}).encode()
-    yield sample
-
-
-def _excluded(config: SyntheticConfig, sources: Mapping[str, SourceConfig]) -> frozenset[Description]:
-    """Return the descriptions in the source that `config` excludes, which may itself exclude another."""
-    chain = _exclusions(config, sources)
-    excluded: frozenset[Description] = frozenset()
-    for other in reversed(chain):
-        excluded = frozenset(draw_descriptions(other, excluded))
-    return excluded
-
-
-def _exclusions(config: SyntheticConfig, sources: Mapping[str, SourceConfig]) -> list[SyntheticConfig]:
-    chain: list[SyntheticConfig] = []
-    while config.exclude is not None:
-        other = sources.get(config.exclude)
-        if other is None or other.synthetic is None:
-            known = ", ".join(name for name, source in sources.items() if source.synthetic) or "none"
-            raise ConfigError(f"exclude: {config.exclude!r} is not a synthetic source; expected one of: {known}")
-        if len(chain) > len(sources):
-            raise ConfigError(f"exclude: {config.exclude!r} excludes itself through other sources")
-        config = other.synthetic
-        chain.append(config)
-    return chain
-
-
-def _record(source: SourceConfig, sources: Mapping[str, SourceConfig]) -> dict[str, Any]:
-    """Return everything that determines the bytes of a source."""
-    assert source.synthetic is not None
-    configs = [source.synthetic, *_exclusions(source.synthetic, sources)]
-    drawn = [config.model_dump(exclude={"exclude"}) for config in configs]
-    return {"drawing": DRAWING, "type": source.type, "scenes": drawn[0], "excluding": drawn[1:]}
-
-
-def _check_record(storage: Storage, name: str, source: SourceConfig, sources: Mapping[str, SourceConfig]) -> None:
-    """Raise DataError for scenes drawn from another configuration, which would be trained on unnoticed."""
-    url = join(source.shards, RECORD)
-    if not storage.exists(url):
-        return  # shards that were not drawn here
-    stored, expected = json.loads(storage.read(url)), _record(source, sources)
-    if stored["type"] == "pairs":  # pairs serve as every source type
-        expected["type"] = "pairs"
-    if stored != expected:
-        raise DataError(
-            f"source {name!r}: {source.shards} has scenes drawn from another configuration ({stored}); "
-            f"expected {expected}. Remove the folder, or set another one"
-        )
-
-
-def _refuse_foreign(storage: Storage, url: str) -> None:
-    """Raise DataError for tars that are not scenes; the scenes of an interrupted run are drawn again."""
-    names = storage.list(url)
-    tars = [name for name in names if name.endswith(".tar")]
-    if tars and RECORD not in names:
-        raise DataError(
-            f"{url} has {tars[0]} but no manifest, so no scenes are drawn there. "
-            "Index its tars with `mome shards index`, or set an empty folder"
-        )
+    for thing, place in zip(description.things, places, strict=True):
+        centre = np.array(place if description.horizontal else place[::-1]) * large
+        radius = RADIUS[thing.size] * (0.92 + 0.16 * random.uniform()) * large
+        colour = tuple(int(np.clip(c + _spread(random, 12), 0, 255)) for c in COLOURS[thing.colour])
+        middle = (round(centre[0]), round(centre[1]))
+        if thing.shape == "circle":
+            cv2.circle(canvas, middle, round(radius), colour, -1, cv2.LINE_AA)
+        elif thing.shape == "ring":
+            cv2.circle(canvas, middle, round(radius * 0.82), colour, round(radius * 0.42), cv2.LINE_AA)
+        else:
+            outline = np.array(OUTLINES[thing.shape]) * radius + centre
+            cv2.fillPoly(canvas, [np.rint(outline).astype(np.int32)], colour, cv2.LINE_AA)
+    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
 
 
 def _pick(choices: tuple[str, ...], random: CounterRandom) -> str:

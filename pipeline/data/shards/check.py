@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,7 +25,7 @@ from pipeline.data.contents.members import captions_of, check_members, class_of,
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.contents.regions import regions_of
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.shards.index import SIDECAR, IndexBuilder, ShardIndex
+from pipeline.data.shards.index import SIDECAR, index_tar
 from pipeline.data.shards.manifest import (
     MANIFEST,
     ShardRecord,
@@ -67,51 +68,6 @@ class ShardReport:
     skipped: Mapping[str, int] = field(default_factory=dict)  # entries that belong to no sample, by kind
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Arguments of a checking process."""
-
-    storage: Storage
-    url: str
-    source_type: SourceType
-    max_pixels: int
-    classes: int | None  # number of classes in the list stored with the shards
-
-    def __call__(self, shard: tuple[str, ShardRecord | None]) -> ShardReport:
-        name, record = shard
-        location = join(shard_folder(self.url), name)
-        builder, bad = IndexBuilder(), []
-        try:
-            info = self.storage.info(location)
-            with open_tar(self.storage, location, info) as tar:
-                for sample in tar.samples():
-                    builder.add(sample)
-                    if defect := sample_defect(sample, self.source_type, self.max_pixels, self.classes):
-                        offset = sample.members[0][1]
-                        bad.append(ShardFinding(name, sample.key, offset, defect.stage, defect.reason))
-            index = builder.finish(tar, info.etag)
-            if record is not None:
-                self._compare(record, location, index)
-        except (DataError, NotFound) as error:
-            reason = "the shard is missing" if isinstance(error, NotFound) else str(error).removeprefix(f"{location}: ")
-            return ShardReport(name, len(builder), tuple(bad), ShardFinding(name, "", 0, SHARD, reason))
-        return ShardReport(name, len(index), tuple(bad), skipped=dict(tar.skipped))
-
-    def _compare(self, record: ShardRecord, location: str, index: ShardIndex) -> None:
-        """Raise DataError unless a complete tar is the one that the manifest and its sidecar describe."""
-        check_size(location, record, index.bytes)
-        if not record.is_trusted and index.digest != record.digest:
-            raise DataError(f"{location}: the shard was replaced: its content is not the one that was indexed")
-        if len(index) != record.samples:
-            raise DataError(f"{location}: it has {len(index)} samples, and its manifest says {record.samples}")
-        if record.is_trusted:
-            return
-        stored = load_index(self.storage, self.url, record)
-        arrays = ("first", "extension", "offset", "size", "crc", "image_id", "duplicate")
-        if stored.keys != index.keys or not all(np.array_equal(getattr(stored, a), getattr(index, a)) for a in arrays):
-            raise DataError(f"{location}: its {SIDECAR} does not describe it. Delete that and run mome shards index")
-
-
 def check_shards(
     storage: Storage, url: str, source_type: SourceType, max_pixels: int, workers: int, progress: Progress | None = None
 ) -> Iterator[ShardReport]:
@@ -128,12 +84,68 @@ def check_shards(
     classes = None  # without a list, the classes are whatever the shards have
     if source_type == "labelled" and CLASSES in objects:
         classes = len(Choices.from_bytes(storage.read(join(folder, CLASSES)), join(folder, CLASSES)))
-    task = _Task(storage, url, source_type, max_pixels, classes)
-    shards = [(name, records.get(name)) for name in names]
-    for done, report in enumerate(_in_processes(task, shards, min(workers, len(names))), 1):
-        yield report
-        if progress:
-            progress(done, len(names), report.shard)
+    check = partial(_check_shard, storage, url, source_type, max_pixels, classes)
+    with ExitStack() as stack:
+        if min(workers, len(names)) <= 1:
+            reports: Iterator[ShardReport] = map(check, names, map(records.get, names))
+        else:
+            # Spawned, because a forked process would inherit the store's connections and locks.
+            pool = ProcessPoolExecutor(min(workers, len(names)), multiprocessing.get_context("spawn"))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            reports = pool.map(check, names, map(records.get, names))
+        for done, name in enumerate(names, 1):
+            try:
+                report = next(reports)
+            except BrokenProcessPool as error:
+                raise DataError(
+                    f"{name}: a checking process died at this shard or near it. Check the shards around it one by "
+                    "one with --workers 1, or give the processes more memory"
+                ) from error
+            yield report
+            if progress:
+                progress(done, len(names), name)
+
+
+def _check_shard(
+    storage: Storage,
+    url: str,
+    source_type: SourceType,
+    max_pixels: int,
+    classes: int | None,  # number of classes in the list stored with the shards
+    name: str,
+    record: ShardRecord | None,
+) -> ShardReport:
+    """Walk one shard, judge its samples, and compare it with its record in the manifest and its sidecar."""
+    location = join(shard_folder(url), name)
+    samples, bad = 0, []
+
+    def judge(sample: TarSample) -> None:
+        nonlocal samples
+        samples += 1
+        if defect := sample_defect(sample, source_type, max_pixels, classes):
+            bad.append(ShardFinding(name, sample.key, sample.members[0][1], defect.stage, defect.reason))
+
+    try:
+        info = storage.info(location)
+        with open_tar(storage, location, info) as tar:
+            index = index_tar(tar, info.etag, judge)
+        if record is not None:
+            check_size(location, record, index.bytes)
+            if not record.is_trusted and index.digest != record.digest:
+                raise DataError("the shard was replaced: its content is not the one that was indexed")
+            if samples != record.samples:
+                raise DataError(f"it has {samples} samples, and its manifest says {record.samples}")
+        if record is not None and not record.is_trusted:
+            stored = load_index(storage, url, record)
+            arrays = ("first", "extension", "offset", "size", "crc", "image_id", "duplicate")
+            if stored.keys != index.keys or not all(
+                np.array_equal(getattr(stored, a), getattr(index, a)) for a in arrays
+            ):
+                raise DataError(f"its {SIDECAR} does not describe it. Delete that and run mome shards index")
+    except (DataError, NotFound) as error:
+        reason = "the shard is missing" if isinstance(error, NotFound) else str(error).removeprefix(f"{location}: ")
+        return ShardReport(name, samples, tuple(bad), ShardFinding(name, "", 0, SHARD, reason))
+    return ShardReport(name, samples, tuple(bad), skipped=dict(tar.skipped))
 
 
 def sample_defect(
@@ -165,27 +177,3 @@ def sample_defect(
     except BadSample as error:
         return error
     return None
-
-
-def _in_processes(
-    task: Callable[[tuple[str, ShardRecord | None]], ShardReport],
-    shards: list[tuple[str, ShardRecord | None]],
-    workers: int,
-) -> Iterator[ShardReport]:
-    if workers <= 1:
-        yield from map(task, shards)
-        return
-    # Spawned, because a forked process would inherit the store's connections and locks.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        reports = [pool.submit(task, shard) for shard in shards]
-        for (name, _), report in zip(shards, reports, strict=True):
-            try:
-                yield report.result()
-            except BrokenProcessPool as error:
-                raise DataError(
-                    f"{name}: a checking process died at this shard or near it. Check the shards around it one by "
-                    "one with --workers 1, or give the processes more memory"
-                ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

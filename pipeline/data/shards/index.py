@@ -15,7 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -49,7 +49,7 @@ _ARRAYS = {
 MAX_CHARACTERS = 16  # of a metadata value that is indexed as text: languages and flags, not sentences
 MAX_COLUMNS = 500  # indexed fields of one shard, the most frequent ones
 MAX_VALUES = 255  # distinct texts of an indexed field; with more, the field is a name and useless as a filter
-_MEASURED = ("width", "height", "caption_length")  # measured here, whatever the json says
+MEASURED = ("width", "height", "caption_length")  # of every sample, whatever its json says; 0 if unknown
 _IDENTIFIERS = ("key", "url", "caption", "captions", "image_id")  # identify the sample rather than describe it
 _PORTS = {"http": 80, "https": 443, "ftp": 21}
 _UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~")
@@ -115,7 +115,6 @@ class ShardIndex:
 
     def to_bytes(self) -> builtins.bytes:
         """Return the content of the sidecar."""
-        facts = {"samples": len(self), "bytes": self.bytes, "digest": self.digest, "etag": self.etag}
         numbers = {name: column for name, column in self.columns.items() if column.dtype == np.float64}
         texts = {
             name: np.unique(self.columns[name], return_inverse=True) for name in self.columns if name not in numbers
@@ -130,7 +129,7 @@ class ShardIndex:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
-            facts=np.frombuffer(json.dumps({"version": VERSION} | facts).encode(), dtype=np.uint8),
+            facts=np.frombuffer(json.dumps({"version": VERSION} | asdict(self.facts)).encode(), dtype=np.uint8),
             names=np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
             numbers=np.array(list(numbers.values()), dtype=np.float64).reshape(len(numbers), len(self)),
             texts=np.array([codes for _, codes in texts.values()], dtype=np.uint8).reshape(len(texts), len(self)),
@@ -140,15 +139,34 @@ class ShardIndex:
 
     @staticmethod
     def from_bytes(data: builtins.bytes) -> ShardIndex:
-        """Parse a sidecar. Raise ValueError unless it is one of this version."""
+        """Parse a sidecar. Raise ValueError unless it has this version, and its arrays fit each other and the tar.
+
+        Anyone may have written it.
+        """
         with _open_sidecar(data) as (npz, facts):
-            limit = _FACTS_BYTES + _MAX_RATIO * facts.bytes  # for an array of an untrusted file
-            names = _json_array(npz, "names", limit)
+            limit = _FACTS_BYTES + _MAX_RATIO * facts.bytes
+            names = json.loads(npz.read("names", "u", limit).tobytes())
             numbers, texts = npz.read("numbers", "f", limit), npz.read("texts", "u", limit)
             columns = dict(zip(names["numbers"], numbers, strict=True))
             for (name, values), codes in zip(names["texts"].items(), texts, strict=True):
                 columns[name] = np.array(values, dtype=str)[codes]
-            index = ShardIndex(
+            if not all(isinstance(text, str) for text in (*names["keys"], *names["extensions"])):
+                raise ValueError("its keys and extensions are not texts")
+            if len(names["keys"]) != facts.samples:
+                raise ValueError(f"{len(names['keys'])} keys for {facts.samples} samples")
+            arrays = {name: npz.read(name, np.dtype(dtype).kind, limit) for name, dtype in _ARRAYS.items()}
+            members = len(arrays["offset"])
+            lengths = {"first": facts.samples + 1} | dict.fromkeys(("extension", "size", "offset"), members)
+            for name, array in arrays.items():
+                if array.dtype != _ARRAYS[name] or array.shape != (lengths.get(name, facts.samples),):
+                    raise ValueError(f"{name} is an array of {array.dtype} of shape {array.shape}")
+            first, extension, offset, size = (arrays[name] for name in ("first", "extension", "offset", "size"))
+            is_whole = first[0] == 0 and first[-1] == members and (np.diff(first) > 0).all()
+            is_named = not members or 0 <= extension.min() <= extension.max() < len(names["extensions"])
+            is_inside = (offset >= 0) & (size >= 0) & (size <= facts.bytes - offset)
+            if not (is_whole and is_named and is_inside.all()):
+                raise ValueError("its members are outside the tar")
+            return ShardIndex(
                 # Earlier versions stored bytes that are not UTF-8 as surrogates.
                 keys=tuple(
                     key if key.isascii() else clean_name(key.encode("utf-8", "surrogateescape"))
@@ -160,86 +178,8 @@ class ShardIndex:
                 bytes=facts.bytes,
                 digest=facts.digest,
                 etag=facts.etag,
-                **{name: npz.read(name, np.dtype(dtype).kind, limit) for name, dtype in _ARRAYS.items()},
+                **arrays,
             )
-            _check_arrays(index, facts.samples)
-            return index
-
-
-def sidecar_facts(data: bytes) -> ShardFacts:
-    """Return a sidecar's description of its tar without reading the rest. Raise ValueError as `from_bytes` does."""
-    with _open_sidecar(data) as (_, facts):
-        return facts
-
-
-def index_tar(data: bytes, name: str, etag: str | None = None) -> ShardIndex:
-    """Index the bytes of a tar (see `index_walk`)."""
-    return index_walk(Tar(io.BytesIO(data), name, len(data), lambda start, stop: data[start:stop]), etag)
-
-
-def index_walk(tar: Tar, etag: str | None) -> ShardIndex:
-    """Index a tar by walking it. Raise DataError, naming the tar, unless it is complete and uncompressed."""
-    builder = IndexBuilder()
-    for sample in tar.samples():
-        builder.add(sample)
-    return builder.finish(tar, etag)
-
-
-def checksum(contents: Iterable[builtins.bytes]) -> int:
-    """Return the CRC-32 of a sample's concatenated members: zlib's value, computed ten times as fast by ISA-L."""
-    crc = 0
-    for data in contents:
-        crc = isal_zlib.crc32(data, crc)
-    return crc
-
-
-class IndexBuilder:
-    """Collects the index of a tar during its walk."""
-
-    def __init__(self) -> None:
-        self._keys: list[str] = []
-        self._first = [0]
-        self._members: list[tuple[str, int, int]] = []
-        self._crcs: list[int] = []
-        self._duplicates: list[bool] = []
-        self._properties: list[Properties] = []
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def add(self, sample: TarSample) -> None:
-        self._members.extend((extension, offset, len(data)) for extension, offset, data in sample.members)
-        self._keys.append(sample.key)
-        self._first.append(len(self._members))
-        self._crcs.append(checksum(data for _, _, data in sample.members))
-        self._duplicates.append(sample.is_duplicate)
-        self._properties.append(properties_of(sample.contents))
-
-    def finish(self, tar: Tar, etag: str | None) -> ShardIndex:
-        """Return the index after the walk of `tar`."""
-        extensions = sorted({extension for extension, _, _ in self._members})
-        code = {extension: number for number, extension in enumerate(extensions)}
-        columns, other_fields = columns_of([properties.metadata for properties in self._properties])
-        lists: dict[str, list[Any]] = {
-            "first": self._first,
-            "extension": [code[extension] for extension, _, _ in self._members],
-            "offset": [offset for _, offset, _ in self._members],
-            "size": [size for _, _, size in self._members],
-            "crc": self._crcs,
-            "duplicate": self._duplicates,
-        }
-        for name in ("image_id", "width", "height", "caption_length", "url_id"):
-            lists[name] = [getattr(properties, name) for properties in self._properties]
-        return ShardIndex(
-            keys=tuple(self._keys),
-            extensions=tuple(extensions),
-            columns=columns,
-            other_fields=other_fields,
-            bytes=tar.position,
-            digest=tar.digest.hexdigest(),
-            etag=etag,
-            **{name: np.array(values, dtype=_ARRAYS[name]) for name, values in lists.items()},
-        )
 
 
 class _WrongVersion(ValueError):
@@ -255,7 +195,7 @@ def _open_sidecar(data: bytes) -> Iterator[tuple[Npz, ShardFacts]]:
         npz = Npz(data)
         if "facts" not in npz:
             raise _WrongVersion("an index of an earlier version")
-        content = _json_array(npz, "facts", _FACTS_BYTES)
+        content = json.loads(npz.read("facts", "u", _FACTS_BYTES).tobytes())
         if content["version"] != VERSION:
             raise _WrongVersion(f"index version {content['version']}, expected {VERSION}")
         facts = ShardFacts(content["samples"], content["bytes"], content["digest"], content["etag"])
@@ -268,69 +208,91 @@ def _open_sidecar(data: bytes) -> Iterator[tuple[Npz, ShardFacts]]:
         raise ValueError(f"not an index: {error}") from error
 
 
-def _json_array(npz: Npz, name: str, limit: int) -> dict[str, Any]:
-    content = json.loads(npz.read(name, "u", limit).tobytes())
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} is not an object")
-    return content
+def sidecar_facts(data: bytes) -> ShardFacts:
+    """Return a sidecar's description of its tar without reading the rest. Raise ValueError as `from_bytes` does."""
+    with _open_sidecar(data) as (_, facts):
+        return facts
 
 
-def _check_arrays(index: ShardIndex, samples: int) -> None:
-    """Raise ValueError for arrays that contradict each other or the tar, because anyone may have written a sidecar."""
-    members = len(index.offset)
-    lengths = {"first": samples + 1, "extension": members, "size": members, "offset": members}
-    for name, dtype in _ARRAYS.items():
-        array = getattr(index, name)
-        if array.dtype != dtype or array.shape != (lengths.get(name, samples),):
-            raise ValueError(f"{name} is an array of {array.dtype} of shape {array.shape}")
-    if len(index.keys) != samples or not all(isinstance(text, str) for text in (*index.keys, *index.extensions)):
-        raise ValueError(f"{len(index.keys)} keys for {samples} samples")
-    is_whole = index.first[0] == 0 and index.first[-1] == members and (np.diff(index.first) > 0).all()
-    is_named = not members or 0 <= index.extension.min() <= index.extension.max() < len(index.extensions)
-    is_inside = (index.offset >= 0) & (index.size >= 0) & (index.size <= index.bytes - index.offset)
-    if not (is_whole and is_named and is_inside.all()):
-        raise ValueError("its members are outside the tar")
+def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] | None = None) -> ShardIndex:
+    """Index a tar by walking it, and call `visit` with each sample.
+
+    Raises DataError, naming the tar, unless it is complete and uncompressed.
+    """
+    keys: list[str] = []
+    first = [0]
+    members: list[tuple[str, int, int]] = []
+    numbers: list[dict[str, int]] = []
+    records: list[Mapping[str, Any]] = []
+    for sample in tar.samples():
+        if visit:
+            visit(sample)
+        members.extend((extension, offset, len(data)) for extension, offset, data in sample.members)
+        keys.append(sample.key)
+        first.append(len(members))
+        properties, record = sample_properties(sample.contents)
+        crc = checksum(data for _, _, data in sample.members)
+        numbers.append(properties | {"crc": crc, "duplicate": sample.is_duplicate})
+        records.append(record)
+    extensions = sorted({extension for extension, _, _ in members})
+    code = {extension: number for number, extension in enumerate(extensions)}
+    lists: dict[str, list[int]] = {
+        "first": first,
+        "extension": [code[extension] for extension, _, _ in members],
+        "offset": [offset for _, offset, _ in members],
+        "size": [size for _, _, size in members],
+    }
+    columns, other_fields = columns_of(records)
+    return ShardIndex(
+        keys=tuple(keys),
+        extensions=tuple(extensions),
+        columns=columns,
+        other_fields=other_fields,
+        bytes=tar.position,
+        digest=tar.digest.hexdigest(),
+        etag=etag,
+        **{
+            name: np.array(lists[name] if name in lists else [row[name] for row in numbers], dtype=dtype)
+            for name, dtype in _ARRAYS.items()
+        },
+    )
 
 
-@dataclass(frozen=True)
-class Properties:
-    """Properties of one sample; 0 for unknown ones."""
-
-    image_id: int = 0  # int64; 0: neither an image nor its name
-    width: int = 0  # pixels of the image in upright orientation
-    height: int = 0
-    caption_length: int = 0  # characters of the longest caption, or of the question or statement
-    url_id: int = 0  # uint64 hash of the json's normalized `url`
-    metadata: Mapping[str, Any] | None = None  # the json's fields, and `animated` for an image with several frames
+def checksum(contents: Iterable[builtins.bytes]) -> int:
+    """Return the CRC-32 of a sample's concatenated members: zlib's value, computed ten times as fast by ISA-L."""
+    crc = 0
+    for data in contents:
+        crc = isal_zlib.crc32(data, crc)
+    return crc
 
 
-def properties_of(members: Members) -> Properties:
-    """Return a sample's properties without decoding its image. Damaged parts are 0; this never fails."""
+def sample_properties(members: Members) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return a sample's numbers (fields of ShardIndex, 0 if unknown), and the fields of its json that describe it.
 
-    def read(of: Callable[[Members], T], members: Members, default: T) -> T:
+    The image is not decoded. Damaged parts are unknown; this never fails. An image with several frames has `animated`.
+    """
+
+    def read(parse: Callable[[], T], default: T) -> T:
         try:
             with judging("members"):
-                return of(members)
+                return parse()
         except BadSample:  # counted, with the reason, where the sample is read
             return default
 
-    def measured(members: Members) -> ImageSize:
-        data = next((members[extension] for extension in EXTENSIONS if extension in members), None)
-        return measure(data) if data is not None else ImageSize(0, 0)
-
-    image = read(measured, members, ImageSize(0, 0))
-    metadata: Mapping[str, Any] = read(record_of, members, {})
-    url = metadata.get("url")
+    encoded = next((members[extension] for extension in EXTENSIONS if extension in members), None)
+    image = ImageSize(0, 0) if encoded is None else read(lambda: measure(encoded), ImageSize(0, 0))
+    record: dict[str, Any] = read(lambda: record_of(members), {})
+    url = record.get("url")
     without_json = {name: data for name, data in members.items() if name != "json"}  # the json may be damaged
-    return Properties(
-        image_id=read(image_id_of, members, 0) or read(image_id_of, without_json, 0),
-        width=image.width,
-        height=image.height,
-        caption_length=read(lambda members: max(map(len, texts_of(members))), members, 0),
-        url_id=text_hash(normal_url(url)) if isinstance(url, str) else 0,
-        metadata={name: value for name, value in metadata.items() if name not in (*_MEASURED, *_IDENTIFIERS)}
-        | ({"animated": True} if image.is_animated else {}),
-    )
+    numbers = {
+        "image_id": read(lambda: image_id_of(members), 0) or read(lambda: image_id_of(without_json), 0),
+        "width": image.width,
+        "height": image.height,
+        "caption_length": read(lambda: max(map(len, texts_of(members))), 0),
+        "url_id": text_hash(normal_url(url)) if isinstance(url, str) else 0,
+    }
+    described = {name: value for name, value in record.items() if name not in (*MEASURED, *_IDENTIFIERS)}
+    return numbers, described | ({"animated": True} if image.is_animated else {})
 
 
 def text_hash(text: str) -> int:
@@ -372,33 +334,31 @@ def _percent_encoded(part: str) -> str:
     return quote(decoded, safe="%/:?#[]@!$&'()*+,;=~")
 
 
-def columns_of(rows: Sequence[Mapping[str, Any] | None]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def columns_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return each field of the samples' metadata as an array, and the names of the fields that cannot be one.
 
     Numbers and booleans become float64 with NaN for missing values; short texts with few distinct values become str
     with ''. A field that is neither in the whole shard is only named.
     """
-    counts = Counter(name for row in rows if row for name, value in row.items() if value is not None)
+    counts = Counter(name for record in records for name, value in record.items() if value is not None)
     names = sorted(counts, key=lambda name: (-counts[name], name))
     columns: dict[str, np.ndarray] = {}
     others = names[MAX_COLUMNS:]  # with a field per sample, memory would grow with the square of the samples
     for name in sorted(names[:MAX_COLUMNS]):
-        column = _column([row.get(name) if row else None for row in rows])
-        if column is None:
-            others.append(name)
-        else:
-            columns[name] = column
-    return columns, tuple(sorted(others))
-
-
-def _column(values: list[Any]) -> np.ndarray | None:
-    present = [value for value in values if value is not None]
-    if all(isinstance(value, (int, float)) for value in present):
+        values = [record.get(name) for record in records]
+        present = [value for value in values if value is not None]
         try:
-            return np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
+            if all(isinstance(value, (int, float)) for value in present):
+                columns[name] = np.array([np.nan if value is None else float(value) for value in values])
+                continue
         except OverflowError:  # an integer beyond the range of floats
-            return None
-    is_short = all(isinstance(value, str) and len(value) <= MAX_CHARACTERS and value.isprintable() for value in present)
-    if is_short and len(set(present)) <= MAX_VALUES:
-        return np.array([value or "" for value in values], dtype=str)
-    return None
+            others.append(name)
+            continue
+        is_short = all(
+            isinstance(value, str) and len(value) <= MAX_CHARACTERS and value.isprintable() for value in present
+        )
+        if is_short and len(set(present)) <= MAX_VALUES:
+            columns[name] = np.array([value or "" for value in values], dtype=str)
+        else:
+            others.append(name)
+    return columns, tuple(sorted(others))

@@ -20,18 +20,17 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any
 
 import numpy as np
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.config.urls import is_local, local_path
-from pipeline.data.shards.index import SIDECAR, ShardFacts, ShardIndex, index_walk, sidecar_facts
+from pipeline.data.shards.index import SIDECAR, ShardIndex, index_tar, sidecar_facts
 from pipeline.data.shards.tar import BLOCK, open_tar, unpack_remedy
 from pipeline.data.storage import NotFound, ObjectInfo, Progress, Storage, in_parallel, join, split
 
@@ -111,89 +110,12 @@ def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None)
     stored = _stored_manifest(storage, folder, objects)
     if stored is not None:
         manifest = _restrict(stored, pattern)
-        _check_objects(url, manifest, objects)
-        is_complete = {shard.name for shard in manifest.shards}.issuperset(
-            _tars(objects) if pattern is None else pattern
-        )
+        check_present(storage, url, manifest, objects)
+        expected = [name for name in objects if name.endswith(".tar")] if pattern is None else pattern
+        is_complete = {shard.name for shard in manifest.shards}.issuperset(expected)
         if is_complete and all(shard.is_trusted or shard.name + SIDECAR in objects for shard in manifest.shards):
             return _check_samples(url, manifest)
     return _check_samples(url, index_shards(storage, url, progress))
-
-
-def shard_folder(url: str) -> str:
-    """Return the folder of a source's shards: `url` itself, or the folder of its brace pattern or tar."""
-    return _folder_and_names(url)[0]
-
-
-def shard_names(url: str, objects: Mapping[str, ObjectInfo]) -> list[str]:
-    """Return the sorted names of a folder's or pattern's tars, given the folder's objects. Raise DataError for none."""
-    pattern = _folder_and_names(url)[1]
-    names = sorted(set(pattern)) if pattern is not None else _tars(objects)
-    other = next((name for name in sorted(objects) if _is_other_tar(name, objects)), None)
-    remedy = None
-    if other:
-        remedy = (
-            f"Rename {other}: shards' names end in .tar" if other.lower().endswith(".tar") else unpack_remedy(other)
-        )
-    if not names:
-        raise DataError(f"{url}: no .tar files there. {remedy or 'Put tars there, or correct the URL'}")
-    if pattern is None and other is not None:
-        raise DataError(
-            f"{url}: {other} would not be read along with {names[0]}. {remedy}. Or move it away, or name the shards "
-            "that are to be read by a pattern: …/{0000..0095}.tar"
-        )
-    if pattern is None and is_local(url):  # a listing leaves out broken links
-        folder = local_path(url)
-        absent = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and name not in objects)
-        if broken := next((name for name in absent if not (folder / name).exists()), None):
-            raise DataError(
-                f"{join(url, broken)}: a link to a file that does not exist. Put that file back, or remove the link"
-            )
-    return names
-
-
-def _is_other_tar(name: str, names: Collection[str]) -> bool:
-    """Return True for a compressed or oddly named tar that is not read and has no plain tar of the same name."""
-    match = _OTHER_TAR.fullmatch(name)
-    return match is not None and not name.endswith(".tar") and f"{match[1]}.tar" not in names
-
-
-def check_present(storage: Storage, url: str, manifest: Manifest) -> dict[str, ObjectInfo]:
-    """Return the store's info on each shard, from one listing. Raise DataError if a shard is missing or resized."""
-    objects = storage.list_info(shard_folder(url))
-    _check_objects(url, manifest, objects)
-    return {shard.name: objects[shard.name] for shard in manifest.shards}
-
-
-def check_size(location: str, shard: ShardRecord, size: int) -> None:
-    """Raise DataError if a tar's size is not the manifest's."""
-    if size != shard.bytes:
-        fault = "truncated" if size < shard.bytes else "changed"
-        raise DataError(
-            f"{location}: the shard was {fault}: {size} bytes, and its manifest says {shard.bytes}. "
-            "Restore it, or index the folder again (mome shards index) and start a new run"
-        )
-
-
-def load_index(storage: Storage, url: str, record: ShardRecord) -> ShardIndex:
-    """Load the index of a shard of the folder or pattern `url`; index a trusted shard on first use.
-
-    Raises DataError if it is missing or of another tar, or if a trusted shard does not have the stated samples.
-    """
-    location = join(shard_folder(url), record.name)
-    if record.is_trusted:
-        with _index_locks[hash(location) % len(_index_locks)]:
-            return _trusted_index(storage, location, record)
-    sidecar = location + SIDECAR
-    try:
-        index = ShardIndex.from_bytes(storage.read(sidecar))
-    except NotFound as error:
-        raise DataError(f"{sidecar}: the index is missing. Run mome shards index {url}") from error
-    except ValueError as error:
-        raise DataError(f"{sidecar}: {error}. Delete it and run mome shards index {url}") from error
-    if (index.digest, index.bytes, len(index)) != (record.digest, record.bytes, record.samples):
-        raise DataError(f"{sidecar}: belongs to another version of the shard. Run mome shards index {url}")
-    return index
 
 
 def index_shards(
@@ -211,23 +133,35 @@ def index_shards(
     names = shard_names(url, objects)
     if absent := [name for name in names if name not in objects]:
         raise DataError(f"{join(folder, absent[0])}: the shard is missing. Put it there, or correct the pattern {url}")
-    try:
+    stored = None
+    with suppress(DataError):  # damaged: made again
         stored = _stored_manifest(storage, folder, objects)
-    except DataError:
-        stored = None  # damaged: made again
-    selected = set(names)
-    records = {
-        shard.name: shard
-        for shard in (stored.shards if stored else ())
-        if (
-            _is_current(shard, objects) and (trust_counts or not shard.is_trusted)
-            if shard.name in selected
-            else pattern is not None  # the folder's other shards stay in the manifest
-        )
-    }
+    selected, records = set(names), {}
+    for shard in stored.shards if stored else ():
+        info = objects.get(shard.name)
+        is_unchanged = info is not None and info.etag is not None and info == ObjectInfo(shard.bytes, shard.etag)
+        is_indexed = trust_counts if shard.is_trusted else shard.name + SIDECAR in objects
+        # The folder's shards that the pattern does not name stay in the manifest.
+        if (is_unchanged and is_indexed) if shard.name in selected else pattern is not None:
+            records[shard.name] = shard
+
+    def make_record(name: str) -> ShardRecord:
+        info, location = objects[name], join(folder, name)
+        if name + SIDECAR in objects:
+            with suppress(ValueError):  # damaged, or of an older version: made again
+                facts = sidecar_facts(storage.read(location + SIDECAR))
+                if info.etag is not None and info == ObjectInfo(facts.bytes, facts.etag):
+                    return ShardRecord(name, facts.samples, facts.bytes, facts.digest, facts.etag)
+        if trust_counts and info.etag is not None:
+            samples = _trusted_count(storage, folder, name, info.size, objects)
+            if samples is not None:
+                return ShardRecord(name, samples, info.size, f"{_TRUSTED}{info.etag}:{info.size}", info.etag)
+        index = _make_index(storage, location, info)
+        _write(storage, location + SIDECAR, index.to_bytes())
+        return ShardRecord(name, len(index), index.bytes, index.digest, index.etag)
+
     new = [name for name in names if name not in records]
-    indexed = in_parallel(lambda name: _make_record(storage, folder, name, objects, trust_counts), new, folder)
-    for done, (name, record) in enumerate(indexed, len(names) - len(new) + 1):
+    for done, (name, record) in enumerate(in_parallel(make_record, new, folder), len(names) - len(new) + 1):
         records[name] = record
         if progress:
             progress(done, len(names), name)
@@ -238,37 +172,134 @@ def index_shards(
     return _restrict(manifest, pattern)
 
 
-def _is_current(shard: ShardRecord, objects: Mapping[str, ObjectInfo]) -> bool:
-    """Return True if the tar is the one that was indexed, and it has its sidecar unless it is trusted."""
-    info = objects.get(shard.name)
-    has_index = shard.is_trusted or shard.name + SIDECAR in objects
-    return info is not None and has_index and info.etag is not None and info == ObjectInfo(shard.bytes, shard.etag)
+def load_index(storage: Storage, url: str, record: ShardRecord) -> ShardIndex:
+    """Load the index of a shard of the folder or pattern `url`; index a trusted shard on first use.
+
+    Raises DataError if it is missing or of another tar, or if a trusted shard does not have the stated samples.
+    """
+    location = join(shard_folder(url), record.name)
+    sidecar = location + SIDECAR
+    if not record.is_trusted:
+        try:
+            index = ShardIndex.from_bytes(storage.read(sidecar))
+        except NotFound as error:
+            raise DataError(f"{sidecar}: the index is missing. Run mome shards index {url}") from error
+        except ValueError as error:
+            raise DataError(f"{sidecar}: {error}. Delete it and run mome shards index {url}") from error
+        if (index.digest, index.bytes, len(index)) != (record.digest, record.bytes, record.samples):
+            raise DataError(f"{sidecar}: belongs to another version of the shard. Run mome shards index {url}")
+        return index
+    with _index_locks[hash(location) % len(_index_locks)]:
+        info = storage.info(location)
+        if info != ObjectInfo(record.bytes, record.etag):
+            raise DataError(f"{location}: the shard was changed since it was counted. Run mome shards index again")
+        saved = None
+        with suppress(NotFound, ValueError):
+            saved = ShardIndex.from_bytes(storage.read(sidecar))
+        if saved is not None and (saved.bytes, saved.etag) == (info.size, info.etag):
+            index = saved
+        else:
+            index = _make_index(storage, location, info)
+            try:
+                storage.write(sidecar, index.to_bytes())
+            except StorageError as error:
+                log.warning("%s: its index could not be saved and will be made again: %s", location, error)
+        if len(index) != record.samples:
+            raise DataError(
+                f"{location}: it has {len(index)} samples, and the index of another tool said {record.samples}. "
+                "Count them: mome shards index, without --trust-counts"
+            )
+        return index
 
 
-def _make_record(
-    storage: Storage, folder: str, name: str, objects: Mapping[str, ObjectInfo], trust_counts: bool
-) -> ShardRecord:
-    info, location = objects[name], join(folder, name)
-    facts: ShardFacts | None = None
-    if name + SIDECAR in objects:
-        with suppress(ValueError):  # damaged, or of an older version: made again
-            facts = sidecar_facts(storage.read(location + SIDECAR))
-        if facts and (info.etag is None or info != ObjectInfo(facts.bytes, facts.etag)):
-            facts = None
-    if facts is None and trust_counts and info.etag is not None:
-        samples = trusted_count(storage, folder, name, info.size, objects.keys())
-        if samples is not None:
-            return ShardRecord(name, samples, info.size, f"{_TRUSTED}{info.etag}:{info.size}", info.etag)
-    if facts is None:
-        index = _make_index(storage, location, info)
-        _write(storage, location + SIDECAR, index.to_bytes())
-        facts = index.facts
-    return ShardRecord(name, facts.samples, facts.bytes, facts.digest, facts.etag)
+def check_present(
+    storage: Storage, url: str, manifest: Manifest, objects: Mapping[str, ObjectInfo] | None = None
+) -> dict[str, ObjectInfo]:
+    """Return the store's info on each shard, from one listing. Raise DataError if a shard is missing or resized."""
+    folder = shard_folder(url)
+    objects = storage.list_info(folder) if objects is None else objects
+    for shard in manifest.shards:
+        location = join(folder, shard.name)
+        if shard.name not in objects:
+            raise DataError(f"{location}: the shard is missing. Put it back, or run mome shards index {url} again")
+        check_size(location, shard, objects[shard.name].size)
+    return {shard.name: objects[shard.name] for shard in manifest.shards}
+
+
+def check_size(location: str, shard: ShardRecord, size: int) -> None:
+    """Raise DataError if a tar's size is not the manifest's."""
+    if size != shard.bytes:
+        fault = "truncated" if size < shard.bytes else "changed"
+        raise DataError(
+            f"{location}: the shard was {fault}: {size} bytes, and its manifest says {shard.bytes}. "
+            "Restore it, or index the folder again (mome shards index) and start a new run"
+        )
+
+
+def shard_folder(url: str) -> str:
+    """Return the folder of a source's shards: `url` itself, or the folder of its brace pattern or tar."""
+    return _folder_and_names(url)[0]
+
+
+def shard_names(url: str, objects: Mapping[str, ObjectInfo]) -> list[str]:
+    """Return the sorted names of a folder's or pattern's tars, given the folder's objects. Raise DataError for none."""
+    pattern = _folder_and_names(url)[1]
+    names = sorted(name for name in objects if name.endswith(".tar")) if pattern is None else sorted(set(pattern))
+    # A compressed or oddly named tar is not read: a fault unless it has a plain tar of the same name.
+    other = remedy = None
+    for name in sorted(objects):
+        match = _OTHER_TAR.fullmatch(name)
+        if match and not name.endswith(".tar") and f"{match[1]}.tar" not in objects:
+            is_tar = name.lower().endswith(".tar")
+            other, remedy = name, f"Rename {name}: shards' names end in .tar" if is_tar else unpack_remedy(name)
+            break
+    if not names:
+        raise DataError(f"{url}: no .tar files there. {remedy or 'Put tars there, or correct the URL'}")
+    if pattern is None and other is not None:
+        raise DataError(
+            f"{url}: {other} would not be read along with {names[0]}. {remedy}. Or move it away, or name the shards "
+            "that are to be read by a pattern: …/{0000..0095}.tar"
+        )
+    if pattern is None and is_local(url):  # a listing leaves out broken links
+        folder = local_path(url)
+        absent = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and name not in objects)
+        if broken := next((name for name in absent if not (folder / name).exists()), None):
+            raise DataError(
+                f"{join(url, broken)}: a link to a file that does not exist. Put that file back, or remove the link"
+            )
+    return names
+
+
+def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
+    """Return the folder, and the names of a brace pattern or a single tar; None for a folder."""
+    if url.startswith("pipe:"):
+        raise ConfigError(f"{url}: a pipe: URL runs a command, which data may not do. Name the folder of the tars")
+    if "{" not in url and not re.search(r"\.(tar|tgz|tar\.\w+)$", url):
+        return url, None
+    folder, name = split(url)
+    if "{" in folder:
+        raise DataError(f"{url}: braces are allowed in the shards' names only, not in the folder. Name one folder")
+    return folder, expand_braces(name)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return every name of a pattern such as 'a-{00..02}.{x,y}', in order. Digits keep their width."""
+    choices: list[list[str]] = []
+    for number, piece in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
+        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", piece)
+        if number % 2 == 0:  # between braces
+            choices.append([piece])
+        elif bounds:
+            low, high = bounds.groups()
+            choices.append([f"{value:0{len(low)}d}" for value in range(int(low), int(high) + 1)])
+        else:
+            choices.append(piece.split(","))
+    return ["".join(combination) for combination in product(*choices)]
 
 
 def _make_index(storage: Storage, location: str, info: ObjectInfo) -> ShardIndex:
     with open_tar(storage, location, info) as tar:
-        index = index_walk(tar, info.etag)
+        index = index_tar(tar, info.etag)
     if summary := tar.skipped_summary():
         log.warning("%s: skipped entries that belong to no sample: %s", location, summary)
     return index
@@ -284,28 +315,6 @@ def _write(storage: Storage, location: str, data: bytes) -> None:
         ) from error
 
 
-def _trusted_index(storage: Storage, location: str, record: ShardRecord) -> ShardIndex:
-    info = storage.info(location)
-    if info != ObjectInfo(record.bytes, record.etag):
-        raise DataError(f"{location}: the shard was changed since it was counted. Run mome shards index again")
-    try:
-        index = ShardIndex.from_bytes(storage.read(location + SIDECAR))
-    except (NotFound, ValueError):
-        index = None
-    if index is None or index.facts.etag != info.etag or index.bytes != info.size:
-        index = _make_index(storage, location, info)
-        try:
-            storage.write(location + SIDECAR, index.to_bytes())
-        except StorageError as error:
-            log.warning("%s: its index could not be saved and will be made again: %s", location, error)
-    if len(index) != record.samples:
-        raise DataError(
-            f"{location}: it has {len(index)} samples, and the index of another tool said {record.samples}. "
-            "Count them: mome shards index, without --trust-counts"
-        )
-    return index
-
-
 def _stored_manifest(storage: Storage, folder: str, objects: Mapping[str, ObjectInfo]) -> Manifest | None:
     """Return the folder's manifest; None without one, or with one of version 1."""
     if MANIFEST not in objects:
@@ -318,64 +327,22 @@ def _stored_manifest(storage: Storage, folder: str, objects: Mapping[str, Object
     return _parse_manifest(data, location)
 
 
-def _check_objects(url: str, manifest: Manifest, objects: Mapping[str, ObjectInfo]) -> None:
-    folder = shard_folder(url)
-    for shard in manifest.shards:
-        location = join(folder, shard.name)
-        if shard.name not in objects:
-            raise DataError(f"{location}: the shard is missing. Put it back, or run mome shards index {url} again")
-        check_size(location, shard, objects[shard.name].size)
-
-
-def _tars(names: Collection[str]) -> list[str]:
-    return [name for name in names if name.endswith(".tar")]
-
-
-def _restrict(manifest: Manifest, names: list[str] | None) -> Manifest:
-    if names is None:
-        return manifest
-    return Manifest(tuple(shard for shard in manifest.shards if shard.name in set(names)))
-
-
-def _check_samples(url: str, manifest: Manifest) -> Manifest:
-    if not manifest.num_samples:
-        raise DataError(f"{url}: its shards have no samples. Add tars that do, then mome shards index {url}")
-    return manifest
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Return every name of a pattern such as 'a-{00..02}.{x,y}', in order. Digits keep their width."""
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [[piece] if number % 2 == 0 else _choices(piece) for number, piece in enumerate(pieces)]
-    return ["".join(combination) for combination in product(*choices)]
-
-
-def _choices(inside: str) -> list[str]:
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if not bounds:
-        return inside.split(",")
-    low, high = bounds.groups()
-    return [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
-
-
-def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
-    """Return the folder, and the names of a brace pattern or a single tar; None for a folder."""
-    if url.startswith("pipe:"):
-        raise ConfigError(f"{url}: a pipe: URL runs a command, which data may not do. Name the folder of the tars")
-    if "{" not in url and not re.search(r"\.(tar|tgz|tar\.\w+)$", url):
-        return url, None
-    folder, name = split(url)
-    if "{" in folder:
-        raise DataError(f"{url}: braces are allowed in the shards' names only, not in the folder. Name one folder")
-    return folder, expand_braces(name)
-
-
 def _parse_manifest(data: bytes, location: str) -> Manifest:
+    """Parse a manifest. Raise DataError, naming it, for an invalid one: anyone may have written it."""
     try:
         content = json.loads(data)
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']}, expected {_VERSION}")
-        manifest = Manifest(tuple(_parse_record(shard) for shard in content["shards"]))
+        manifest = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"]))
+        for shard in manifest.shards:
+            name, sizes = shard.name, (shard.samples, shard.bytes)
+            if not all(isinstance(text, str) for text in (name, shard.digest, shard.etag or "")):
+                raise TypeError(f"names and digests are texts, not {name!r:.80}")
+            if "/" in name or "\0" in name or name in ("", ".", ".."):
+                raise ValueError(f"{name!r:.80} is not the name of a file in the folder")
+            name.encode()
+            if not all(type(size) is int and size < 2**63 for size in sizes):
+                raise TypeError(f"{name}: samples and bytes are not sizes: {sizes[0]!r:.40}, {sizes[1]!r:.40}")
         if manifest.digest != content["digest"]:
             raise ValueError("its digest does not fit its shards; it was edited or damaged")
         for shard in manifest.shards:
@@ -386,45 +353,43 @@ def _parse_manifest(data: bytes, location: str) -> Manifest:
     return manifest
 
 
-def _parse_record(content: dict[str, Any]) -> ShardRecord:
-    """Parse a shard's entry. Raise ValueError or TypeError for an invalid one: anyone may have written the manifest."""
-    record = ShardRecord(**content)
-    if not all(isinstance(text, str) for text in (record.name, record.digest, record.etag or "")):
-        raise TypeError(f"names and digests are texts, not {record.name!r:.80}")
-    record.name.encode()
-    if "/" in record.name or "\0" in record.name or record.name in ("", ".", ".."):
-        raise ValueError(f"{record.name!r:.80} is not the name of a file in the folder")
-    if type(record.samples) is not int or type(record.bytes) is not int or record.bytes >= 2**63:
-        raise TypeError(f"{record.name}: samples and bytes are not sizes: {record.samples!r:.40}, {record.bytes!r:.40}")
-    return record
+def _restrict(manifest: Manifest, names: list[str] | None) -> Manifest:
+    if names is None:
+        return manifest
+    selected = set(names)
+    return Manifest(tuple(shard for shard in manifest.shards if shard.name in selected))
 
 
-def trusted_count(storage: Storage, folder: str, tar: str, size: int, names: Collection[str]) -> int | None:
+def _check_samples(url: str, manifest: Manifest) -> Manifest:
+    if not manifest.num_samples:
+        raise DataError(f"{url}: its shards have no samples. Add tars that do, then mome shards index {url}")
+    return manifest
+
+
+# Counts of other tools ------------------------------------------------------------------------------------------------
+
+
+def _trusted_count(storage: Storage, folder: str, tar: str, size: int, names: Collection[str]) -> int | None:
     """Return the samples of a tar of `size` bytes from another tool's file in the folder; None without one.
 
     Raises DataError, naming the file, if it does not fit the tar.
     """
     stem = tar.removesuffix(".tar")
-    readers: dict[str, Callable[[bytes, int], int]] = {
-        f"{tar}.idx": energon_count,
-        f"{stem}.idx": dali_count,
-        f"{stem}_stats.json": img2dataset_count,
-    }
-    for name, read in readers.items():
-        if name not in names:
-            continue
-        location = join(folder, name)
-        try:
-            return read(storage.read(location), size)
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise DataError(
-                f"{location}: it does not fit {tar} ({error}). Delete it or make it again, or run mome shards index "
-                "without --trust-counts"
-            ) from error
-    return None
+    readers = {f"{tar}.idx": _energon_count, f"{stem}.idx": _dali_count, f"{stem}_stats.json": _img2dataset_count}
+    name = next((name for name in readers if name in names), None)
+    if name is None:
+        return None
+    location = join(folder, name)
+    try:
+        return readers[name](storage.read(location), size)
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise DataError(
+            f"{location}: it does not fit {tar} ({error}). Delete it or make it again, or run mome shards index "
+            "without --trust-counts"
+        ) from error
 
 
-def energon_count(data: bytes, size: int) -> int:
+def _energon_count(data: bytes, size: int) -> int:
     """Return the samples of an Energon index. Raise ValueError unless its offsets fit a tar of `size` bytes."""
     if len(data) < 8 or len(data) % 8:
         raise ValueError(f"{len(data)} bytes are not a list of 8-byte offsets")
@@ -436,7 +401,7 @@ def energon_count(data: bytes, size: int) -> int:
     return len(offsets) - 1
 
 
-def dali_count(data: bytes, size: int) -> int:
+def _dali_count(data: bytes, size: int) -> int:
     """Return the samples of a DALI index. Raise ValueError unless its lines fit a tar of `size` bytes."""
     first, *lines = data.decode("utf-8").splitlines()
     version, stated = first.split()
@@ -454,7 +419,7 @@ def dali_count(data: bytes, size: int) -> int:
     return len(lines)
 
 
-def img2dataset_count(data: bytes, size: int) -> int:
+def _img2dataset_count(data: bytes, size: int) -> int:
     """Return the samples of img2dataset's statistics. Raise ValueError unless they fit a tar of `size` bytes."""
     successes = json.loads(data)["successes"]
     if type(successes) is not int or successes < 0 or (2 * successes + 2) * BLOCK > size:

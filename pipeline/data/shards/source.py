@@ -16,7 +16,8 @@ import itertools
 import json
 import logging
 import unicodedata
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,51 +26,40 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import FilterConfig, RunConfig, SourceConfig
 from pipeline.config.urls import file_name_of
 from pipeline.data.randomness import hash64_array
-from pipeline.data.shards.index import ShardIndex, normal_url, text_hash
+from pipeline.data.shards.index import MEASURED, ShardIndex, normal_url, text_hash
 from pipeline.data.shards.manifest import Manifest, check_present, load_index, load_manifest
 from pipeline.data.storage import NotFound, ObjectInfo, Progress, Storage, in_parallel, join
 
 log = logging.getLogger(__name__)
 
 _VERSION = 2  # of the saved counts; version 1 compared opt-out lists byte by byte
-MEASURED = ("width", "height", "caption_length")  # properties of every sample; 0 in an index if unknown
-
-
-@dataclass(frozen=True, eq=False)
-class _HashTable:
-    """Hashes in ascending order and the opt-out entry of each: (n,) both."""
-
-    hashes: np.ndarray
-    entries: np.ndarray  # int64
-
-    @staticmethod
-    def build(hashes: np.ndarray, entries: np.ndarray) -> _HashTable:
-        ordered, places = np.unique(hashes, return_index=True)
-        return _HashTable(ordered, entries[places])
-
-    def lookup(self, values: np.ndarray) -> np.ndarray:
-        """Return the entry (int64) of each value, -1 for one that is not in the table."""
-        if not len(self.hashes):
-            return np.full(len(values), -1)
-        places = np.minimum(np.searchsorted(self.hashes, values), len(self.hashes) - 1)
-        return np.where(self.hashes[places] == values, self.entries[places], -1)
+HashTable = tuple[np.ndarray, np.ndarray]  # (n,) hashes in ascending order, and the opt-out entry (int64) of each
 
 
 @dataclass(frozen=True, eq=False)
 class OptOut:
     """The ids of an opt-out list, as hashes of the forms in which an index may have them."""
 
-    words: _HashTable  # uint64 hashes of keys and URLs
-    image_ids: _HashTable  # int64, as in indexes
+    words: HashTable  # uint64 hashes of keys and URLs
+    image_ids: HashTable  # int64, as in indexes
     lines: np.ndarray  # (entries,) int64: the first line of each entry
     digest: str  # SHA-256 of the list
 
     def entries_of(self, index: ShardIndex) -> np.ndarray:
         """Return the entries (3, N) int64 that list each sample by key, URL and image id; -1 for none."""
         keys = np.array([text_hash(unicodedata.normalize("NFC", key)) for key in index.keys], dtype=np.uint64)
-        urls = np.where(index.url_id != 0, self.words.lookup(index.url_id), -1)
-        images = np.where(index.image_id != 0, self.image_ids.lookup(index.image_id), -1)
-        return np.stack([self.words.lookup(keys), urls, images])
+        rows = []
+        for (hashes, entries), values, is_known in (
+            (self.words, keys, True),
+            (self.words, index.url_id, index.url_id != 0),
+            (self.image_ids, index.image_id, index.image_id != 0),
+        ):
+            if not len(hashes):
+                rows.append(np.full(len(values), -1))
+                continue
+            places = np.minimum(np.searchsorted(hashes, values), len(hashes) - 1)
+            rows.append(np.where(is_known & (hashes[places] == values), entries[places], -1))
+        return np.stack(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +70,6 @@ class Selection:
     opt_out: OptOut | None
     counts: np.ndarray  # (shards,) int64
     digest: str  # SHA-256 of filters, list and counts
-
-    def sample_numbers(self, index: ShardIndex) -> np.ndarray:
-        """Return the numbers (int64, ascending) of the selected samples of a shard."""
-        return np.flatnonzero(_select_mask(index, self.filters, self.opt_out))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +97,9 @@ class Source:
 
     def selected(self, index: ShardIndex) -> np.ndarray | None:
         """Return the numbers (int64, ascending) of the selected samples of a shard; None for all."""
-        return None if self.selection is None else self.selection.sample_numbers(index)
+        if self.selection is None:
+            return None
+        return np.flatnonzero(_select_mask(index, self.selection.filters, self.selection.opt_out))
 
 
 def open_source(
@@ -152,7 +140,10 @@ def select(
     key = _digest(manifest.digest, filters, opt_out.digest if opt_out else None)
     counts = None
     if saved is not None and not source.opt_out_must_match:
-        counts = _load_counts(storage, saved, key)
+        with suppress(NotFound, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            content = json.loads(storage.read(saved))
+            if (content["version"], content["question"]) == (_VERSION, key):
+                counts = np.array(content["counts"], dtype=np.int64)
     if counts is None:
         counts = _count(storage, source, manifest, opt_out, progress)
         if saved is not None:
@@ -169,9 +160,9 @@ def select(
 def read_opt_out(storage: Storage, url: str) -> OptOut:
     """Read the ids of a text file, one per line; empty lines are ignored. Raise DataError if it is missing."""
     digest = hashlib.sha256()
-    plain: list[int] = []  # the hash of each entry in its normal form
-    lines: list[int] = []  # its line number
-    words: list[int] = []  # the hash of each form in which an index may have an entry
+    plain: list[int] = []  # hash of each entry's normal form
+    lines: list[int] = []
+    words: list[int] = []  # hashes of the forms of an entry
     owners: list[int] = []  # the position of that entry in `plain`
     number = 0
     try:
@@ -193,9 +184,10 @@ def read_opt_out(storage: Storage, url: str) -> OptOut:
     hashes = np.array(words, dtype=np.uint64)
     # The value of hash64("image_id", id), by which `members.image_id_of` identifies images, for all entries at once.
     image_ids = hash64_array(text_hash("image_id"), hashes).astype(np.int64)
+    by_word, by_image = (np.unique(values, return_index=True) for values in (hashes, image_ids))
     return OptOut(
-        words=_HashTable.build(hashes, owner),
-        image_ids=_HashTable.build(image_ids, owner),
+        words=(by_word[0], owner[by_word[1]]),
+        image_ids=(by_image[0], owner[by_image[1]]),
         lines=np.array(lines, dtype=np.int64)[first],
         digest=digest.hexdigest(),
     )
@@ -211,10 +203,13 @@ def _parse_entry(line: bytes) -> str:
 def _count(
     storage: Storage, source: SourceConfig, manifest: Manifest, opt_out: OptOut | None, progress: Progress | None
 ) -> np.ndarray:
-    """Return the number of selected samples of each shard, and report how the opt-out list matched."""
+    """Return the number of selected samples of each shard, and log how many entries of the opt-out list have a sample.
+
+    Raises DataError for an entry without one if every entry must have one.
+    """
     records = {record.name: record for record in manifest.shards}
 
-    def count(name: str) -> tuple[int, Set[str], np.ndarray]:
+    def count(name: str) -> tuple[int, Collection[str], np.ndarray]:
         index = load_index(storage, source.shards, records[name])
         entries = np.zeros(0, dtype=np.int64) if opt_out is None else np.unique(opt_out.entries_of(index))
         mask = _select_mask(index, source.filters, opt_out, name)
@@ -225,7 +220,7 @@ def _count(
     is_matched = np.zeros(0 if opt_out is None else len(opt_out.lines), dtype=bool)
     for name, (num_selected, properties, entries) in in_parallel(count, records, source.shards):
         counts[name] = num_selected
-        known |= properties
+        known |= set(properties)
         is_matched[entries] = True
         if progress:
             progress(len(counts), len(records), name)
@@ -233,25 +228,21 @@ def _count(
         raise ConfigError(
             f"filters of {source.shards}: no sample has '{unknown[0]}'; its shards have {', '.join(sorted(known))}"
         )
-    if opt_out is not None:
-        _report_matches(storage, source, opt_out, is_matched)
+    if opt_out is not None and source.opt_out is not None:
+        message = (
+            f"{source.opt_out}: {is_matched.sum()} of its {len(is_matched)} entries list a sample of {source.shards}"
+        )
+        if is_matched.all():
+            log.info("%s", message)
+        else:
+            line = int(opt_out.lines[~is_matched].min())
+            with storage.open(source.opt_out) as stream:
+                text = _parse_entry(next(itertools.islice(stream, line - 1, None)))
+            message += f"; the first that lists none is line {line}, {text[:200]!r}"
+            if source.opt_out_must_match:
+                raise DataError(f"{message}. Correct the entry, or unset opt_out_must_match of the source")
+            log.warning("%s", message)
     return np.array([counts[name] for name in records], dtype=np.int64)
-
-
-def _report_matches(storage: Storage, source: SourceConfig, opt_out: OptOut, is_matched: np.ndarray) -> None:
-    """Log how many entries list a sample. Raise DataError for one that does not if every entry must."""
-    assert source.opt_out is not None
-    message = f"{source.opt_out}: {is_matched.sum()} of its {len(is_matched)} entries list a sample of {source.shards}"
-    if is_matched.all():
-        log.info("%s", message)
-        return
-    line = int(opt_out.lines[~is_matched].min())
-    with storage.open(source.opt_out) as stream:
-        text = _parse_entry(next(itertools.islice(stream, line - 1, None)))
-    message += f"; the first that lists none is line {line}, {text[:200]!r}"
-    if source.opt_out_must_match:
-        raise DataError(f"{message}. Correct the entry, or unset opt_out_must_match of the source")
-    log.warning("%s", message)
 
 
 def _select_mask(
@@ -260,43 +251,33 @@ def _select_mask(
     """Return (N,) bool: the samples that pass all filters and are not in the opt-out list."""
     mask = np.ones(len(index), dtype=bool)
     for name, condition in filters.items():
-        mask &= _filter_mask(index, name, condition, shard)
+        if name in index.other_fields and name not in MEASURED:
+            raise ConfigError(
+                f"filters.{name}: it is neither a number nor a short text in all of {shard}; choose another"
+            )
+        values = getattr(index, name) if name in MEASURED else index.columns.get(name)
+        if values is None:
+            mask &= condition.keep_missing
+            continue
+        is_text = values.dtype.kind == "U"
+        if is_text and (condition.min is not None or condition.max is not None):
+            raise ConfigError(f"filters.{name}: it is a text in {shard}; give any_of or none_of, not min or max")
+        if not is_text and (condition.any_of is not None or condition.none_of is not None):
+            raise ConfigError(
+                f"filters.{name}: it is a number in {shard} (true is 1); give min or max, not any_of or none_of"
+            )
+        passes = np.ones(len(index), dtype=bool)
+        if condition.min is not None:
+            passes &= values >= condition.min
+        if condition.max is not None:
+            passes &= values <= condition.max
+        if condition.any_of is not None:
+            passes &= np.isin(values, condition.any_of)
+        if condition.none_of is not None:
+            passes &= ~np.isin(values, condition.none_of)
+        is_missing = values == "" if is_text else values == 0 if name in MEASURED else np.isnan(values)
+        mask &= np.where(is_missing, condition.keep_missing, passes)
     return mask if opt_out is None else mask & (opt_out.entries_of(index) < 0).all(axis=0)
-
-
-def _filter_mask(index: ShardIndex, name: str, condition: FilterConfig, shard: str) -> np.ndarray:
-    if name in index.other_fields and name not in MEASURED:
-        raise ConfigError(f"filters.{name}: it is neither a number nor a short text in all of {shard}; choose another")
-    values = getattr(index, name) if name in MEASURED else index.columns.get(name)
-    if values is None:
-        return np.full(len(index), condition.keep_missing)
-    is_text = values.dtype.kind == "U"
-    if is_text and (condition.min is not None or condition.max is not None):
-        raise ConfigError(f"filters.{name}: it is a text in {shard}; give any_of or none_of, not min or max")
-    if not is_text and (condition.any_of is not None or condition.none_of is not None):
-        raise ConfigError(
-            f"filters.{name}: it is a number in {shard} (true is 1); give min or max, not any_of or none_of"
-        )
-    mask = np.ones(len(index), dtype=bool)
-    if condition.min is not None:
-        mask &= values >= condition.min
-    if condition.max is not None:
-        mask &= values <= condition.max
-    if condition.any_of is not None:
-        mask &= np.isin(values, condition.any_of)
-    if condition.none_of is not None:
-        mask &= ~np.isin(values, condition.none_of)
-    is_missing = values == "" if is_text else values == 0 if name in MEASURED else np.isnan(values)
-    return np.where(is_missing, condition.keep_missing, mask)
-
-
-def _load_counts(storage: Storage, url: str, key: str) -> np.ndarray | None:
-    try:
-        content = json.loads(storage.read(url))
-        is_valid = content["version"] == _VERSION and content["question"] == key
-        return np.array(content["counts"], dtype=np.int64) if is_valid else None
-    except (NotFound, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
 
 
 def _digest(*parts: object) -> str:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipeline.config.errors import DataError
 from pipeline.data.storage import ObjectInfo, Storage
@@ -25,7 +25,7 @@ BLOCK = 512
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # gzip, bzip2, xz, zstd
 _TAIL_BYTES = 1 << 20  # read at once after the zero blocks
 _EMPTY_KINDS = {b"2": "symbolic link", b"3": "character device", b"4": "block device", b"6": "pipe"}
-_RECORD = re.compile(rb"([0-9]{1,19}) ")  # the length at the beginning of an extended header's record
+_PAX_RECORD = re.compile(rb"([0-9]{1,19}) ")  # the length at the beginning of an extended header's record
 _BROKEN_LINK = "hard link to a file that does not precede it in the tar"
 _METADATA = re.compile(r"__[^/]*__(/|$)")  # paths that webdataset reserves
 
@@ -43,20 +43,18 @@ class TarSample:
         return {extension: data for extension, _, data in self.members}
 
 
+@dataclass
 class Tar:
-    """Tar read once from front to back. After the walk, `position` and `digest` are those of the whole file.
+    """Tar read once from front to back. After the walk, `position` and `digest` are those of the whole file."""
 
-    `size` is the tar's number of bytes. `fetch(start, stop)` reads a range again, for the target of a hard link.
-    `skipped` counts the entries that belong to no sample, by kind.
-    """
-
-    def __init__(self, stream: BinaryIO, name: str, size: int, fetch: Callable[[int, int], bytes]):
-        self._stream, self._name, self._size, self._fetch = stream, name, size, fetch
-        self._places: dict[bytes, tuple[int, int]] = {}  # path of each regular file -> (offset, size) of its data
-        self._first_skipped = ""
-        self.skipped: Counter[str] = Counter()
-        self.position = 0
-        self.digest = hashlib.sha256()
+    stream: BinaryIO
+    name: str  # for messages
+    size: int  # bytes
+    fetch: Callable[[int, int], bytes]  # read [start, stop) again, for the target of a hard link
+    skipped: Counter[str] = field(default_factory=Counter)  # entries that belong to no sample, by kind
+    first_skipped: str = ""
+    position: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
 
     def samples(self) -> Iterator[TarSample]:
         """Yield every sample in order. A repeated extension begins another sample with the same key.
@@ -88,24 +86,26 @@ class Tar:
 
     def files(self) -> Iterator[tuple[str, int, bytes]]:
         """Yield (path, offset of the data, data) of every regular file, then check the end of the tar."""
-        long_name: bytes | None = None
-        long_link: bytes | None = None
+        places: dict[bytes, tuple[int, int]] = {}  # path of each regular file -> (offset, size) of its data
+        long_name, long_link = b"", b""
         attributes: dict[bytes, bytes] = {}
-        while header := self._header():
+        while (header := self._read(BLOCK)) != bytes(BLOCK):
+            offset = self.position
             size = self._data_size(header, attributes)
             kind = header[156:157]
-            offset = self.position
-            if kind in b"LKxg":
-                data = self._data(size)
-                if kind == b"L":
-                    long_name = _until_zero(data)
-                elif kind == b"K":
-                    long_link = _until_zero(data)
-                elif kind == b"x":
-                    attributes = self._pax_records(data, offset)
-                continue
             if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
                 raise self._error("it has a sparse file, which cannot be read by range. Pack it without --sparse")
+            data = b""
+            if kind not in b"123456":
+                data = self._read(-(-size // BLOCK) * BLOCK, "inside a member's data")[:size]
+            if kind == b"L":
+                long_name = _until_zero(data)
+            elif kind == b"K":
+                long_link = _until_zero(data)
+            elif kind == b"x":
+                attributes = self._pax_records(data, offset)
+            if kind in b"LKxg":
+                continue
             path = _until_zero(attributes.get(b"path", b"")) or long_name
             if not path:
                 path, prefix = _until_zero(header[:100]), _until_zero(header[345:500])
@@ -113,23 +113,21 @@ class Tar:
                     path = prefix + b"/" + path
             if kind in b"\x000" and path.endswith(b"/") and not size:
                 kind = b"5"  # a folder in tars from before folders had a type
+            name, link_key = clean_name(path), path.removeprefix(b"./")
             if kind in b"\x0007":
-                self._places[path.removeprefix(b"./")] = offset, size
-                yield clean_name(path), offset, self._data(size)
+                places[link_key] = offset, size
+                yield name, offset, data
             elif kind == b"1":
                 target = attributes.get(b"linkpath") or long_link or _until_zero(header[157:257])
-                if (place := self._places.get(target.removeprefix(b"./"))) is None:
-                    self._skip(_BROKEN_LINK, clean_name(path))
+                if (place := places.get(target.removeprefix(b"./"))) is None:
+                    self._skip(_BROKEN_LINK, name)
                 else:
-                    self._places[path.removeprefix(b"./")] = place
-                    yield clean_name(path), place[0], self._fetch(place[0], sum(place))
-            elif kind in _EMPTY_KINDS:
-                self._skip(_EMPTY_KINDS[kind], clean_name(path))
+                    places[link_key] = place
+                    yield name, place[0], self.fetch(place[0], sum(place))
             elif kind != b"5":
-                self._data(size)
-                self._skip(f"entry of type {clean_name(kind)!r}", clean_name(path))
-            long_name, long_link, attributes = None, None, {}
-        if self._read(BLOCK) != bytes(BLOCK):
+                self._skip(_EMPTY_KINDS.get(kind, f"entry of type {clean_name(kind)!r}"), name)
+            long_name, long_link, attributes = b"", b"", {}
+        if self._read(BLOCK, "between the two zero blocks that end a tar") != bytes(BLOCK):
             raise self._truncated("between the two zero blocks that end a tar")
         while rest := self._read(_TAIL_BYTES):
             if rest.count(0) != len(rest):
@@ -138,41 +136,46 @@ class Tar:
     def skipped_summary(self) -> str:
         """Return the skipped entries for a message; '' for none."""
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.skipped.most_common())
-        return f"{kinds} (the first: {self._first_skipped})" if kinds else ""
+        return f"{kinds} (the first: {self.first_skipped})" if kinds else ""
 
     def _skip(self, kind: str, path: str) -> None:
         self.skipped[kind] += 1
-        self._first_skipped = self._first_skipped or path
-
-    def _header(self) -> bytes | None:
-        block = self._read(BLOCK)
-        if self.position == len(block) and block.startswith(_COMPRESSED):
-            raise self._error(f"it is compressed and cannot be read by range. {unpack_remedy(self._name)}")
-        if len(block) < BLOCK:
-            raise self._truncated("inside a header" if block else "before the two zero blocks that end a tar")
-        if block == bytes(BLOCK):
-            return None
-        if not _has_checksum(block):
-            place = self.position - BLOCK
-            raise self._error(f"no tar header at byte {place}: not a tar, or damaged. Rebuild or restore it")
-        return block
+        self.first_skipped = self.first_skipped or path
 
     def _data_size(self, header: bytes, attributes: dict[bytes, bytes]) -> int:
-        """Return the size of the data after a header. Raise DataError if it is invalid or exceeds the tar."""
-        place = self.position - BLOCK
+        """Return the size of the data after a header. Raise DataError if that or the header is invalid."""
+        place = self.position - len(header)
+        if place == 0 and header.startswith(_COMPRESSED):
+            raise self._error(f"it is compressed and cannot be read by range. {unpack_remedy(self.name)}")
+        if len(header) < BLOCK:
+            raise self._truncated("inside a header" if header else "before the two zero blocks that end a tar")
+        summed = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])  # the checksum's own bytes count as spaces
         try:
-            if (text := attributes.get(b"size")) is None:
-                size = _parse_number(header[124:136])
-            elif re.fullmatch(rb"[0-9]{1,19}", text):
-                size = int(text)
-            else:
+            checksum = _parse_number(header[148:156])
+            is_header = (
+                checksum == summed
+                or checksum
+                == summed
+                - 256
+                * sum(  # old tars sum signed bytes
+                    byte > 127 for byte in header[:148] + header[156:]
+                )
+            )
+        except ValueError:
+            is_header = False
+        if not is_header:
+            raise self._error(f"no tar header at byte {place}: not a tar, or damaged. Rebuild or restore it")
+        try:
+            text = attributes.get(b"size")
+            if text is not None and not re.fullmatch(rb"[0-9]{1,19}", text):
                 raise ValueError(f"{text[:40]!r} is not a size")
+            size = _parse_number(header[124:136]) if text is None else int(text)
         except ValueError as error:
             raise self._error(f"the header at byte {place} states no valid size ({error}). Restore it") from None
-        if header[156:157] not in b"123456" and size > self._size - self.position:
+        if header[156:157] not in b"123456" and size > self.size - self.position:
             raise self._error(
                 f"the shard is truncated or damaged: the header at byte {place} states {size} bytes of data, and "
-                f"{max(0, self._size - self.position)} follow it. Copy or build it again"
+                f"{max(0, self.size - self.position)} follow it. Copy or build it again"
             )
         return size
 
@@ -180,7 +183,7 @@ class Tar:
         """Return the records 'length key=value\\n' of the extended header at `place`; zeros may follow them."""
         records, position = {}, 0
         while position < len(data) and data[position]:
-            match = _RECORD.match(data, position)
+            match = _PAX_RECORD.match(data, position)
             stop = position + int(match[1]) if match else 0
             key, equals, value = data[match.end() : stop - 1].partition(b"=") if match else (b"", b"", b"")
             if not equals or not key or data[stop - 1 : stop] != b"\n":
@@ -189,26 +192,22 @@ class Tar:
             position = stop
         return records
 
-    def _data(self, size: int) -> bytes:
-        padded = -(-size // BLOCK) * BLOCK
-        data = self._read(padded)
-        if len(data) < padded:
-            raise self._truncated("inside a member's data")
-        return data[:size]
-
-    def _read(self, size: int) -> bytes:
-        data = self._stream.read(size)
-        while len(data) < size and (more := self._stream.read(size - len(data))):
+    def _read(self, size: int, where: str = "") -> bytes:
+        """Return the next `size` bytes, or fewer at the end of the tar; raise DataError for fewer if `where` is set."""
+        data = self.stream.read(size)
+        while len(data) < size and (more := self.stream.read(size - len(data))):
             data += more
         self.position += len(data)
         self.digest.update(data)
+        if where and len(data) < size:
+            raise self._truncated(where)
         return data
 
     def _truncated(self, where: str) -> DataError:
         return self._error(f"the shard is truncated: it ends at byte {self.position}, {where}. Copy or build it again")
 
     def _error(self, message: str) -> DataError:
-        return DataError(f"{self._name}: {message}")
+        return DataError(f"{self.name}: {message}")
 
 
 @contextmanager
@@ -243,17 +242,6 @@ def unpack_remedy(name: str) -> str:
     return f"Unpack {name.rpartition('/')[2]} to a plain .tar (gunzip, or zstd -d): images gain nothing by it"
 
 
-def _has_checksum(block: bytes) -> bool:
-    """Return True if the header's checksum is right: the sum of its bytes, unsigned or, in old tars, signed."""
-    try:
-        stated = _parse_number(block[148:156])
-    except ValueError:
-        return False
-    others = block[:148] + block[156:]
-    unsigned = sum(others) + 8 * ord(" ")  # the checksum's own bytes count as spaces
-    return stated == unsigned or stated == unsigned - 256 * sum(byte > 127 for byte in others)
-
-
 def _parse_number(field: bytes) -> int:
     """Return a header's number: octal text, or base 256 if the first bit is set (GNU, from 8 GiB).
 
@@ -263,11 +251,11 @@ def _parse_number(field: bytes) -> int:
         if field[0] & 0x40:
             raise ValueError(f"{field.hex()} is negative")
         return int.from_bytes(bytes([field[0] & 0x3F]) + field[1:], "big")
-    text = field.split(b"\0", 1)[0].strip(b" ")
+    text = _until_zero(field).strip(b" ")
     if text.strip(b"01234567"):
         raise ValueError(f"{text!r} is not octal")
     return int(text or b"0", 8)
 
 
 def _until_zero(data: bytes) -> bytes:
-    return data.split(b"\0", 1)[0]
+    return data.partition(b"\0")[0]

@@ -14,7 +14,7 @@ from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcess
 from typer.testing import CliRunner
 
 from jobs.shards import app
-from jobs.shards.regions import RegionActor, RegionShard, RegionTask
+from jobs.shards.regions import RegionActor, RegionShard
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.regions import parse_regions
 from pipeline.data.reading.samples import Sample, iter_samples
@@ -25,11 +25,10 @@ NUMBERS, CLASSES = 16, 5
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_actor(task: RegionTask, shards: Mapping[str, ObjectInfo], _: object) -> Iterator[RegionShard]:
-        actor = RegionActor(task)
+    def one_actor(actor: RegionActor, shards: Mapping[str, ObjectInfo], _: object) -> Iterator[RegionShard]:
         return (actor.detect(name, source) for name, source in shards.items())
 
-    monkeypatch.setattr(sys.modules[RegionTask.__module__], "_on_actors", one_actor)
+    monkeypatch.setattr(sys.modules[RegionActor.__module__], "_on_actors", one_actor)
 
 
 @pytest.fixture(scope="module")

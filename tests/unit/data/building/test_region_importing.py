@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable
+import re
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.config.load import validate
 from pipeline.data.building.files import Problems
@@ -21,49 +20,37 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.objectives import batch_groups, regions_of
+from tests.support.imports import record_of, save_image, write_lines
 
 LOWEST, LONGEST = 800, 1333  # sides to which torchvision's Faster R-CNN resizes images
 
 
 @pytest.fixture
-def npz() -> bytes:
-    buffer = io.BytesIO()
+def npz(tmp_path: Path) -> bytes:
+    """Write the regions a.npz, and return them."""
     boxes = np.array([[0, 0, 50, 40], [10, 10, 20, 30]], np.float32)
-    np.savez(buffer, features=np.ones((2, 4), np.float32), boxes=boxes)
-    return buffer.getvalue()
+    np.savez(tmp_path / "a.npz", features=np.ones((2, 4), np.float32), boxes=boxes)
+    return (tmp_path / "a.npz").read_bytes()
 
 
-@pytest.fixture
-def write(tmp_path: Path, npz: bytes) -> Callable[..., Path]:
-    (tmp_path / "a.npz").write_bytes(npz)
-
-    def lines(*records: dict[str, object]) -> Path:
-        (tmp_path / "lines.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        return tmp_path / "lines.jsonl"
-
-    return lines
-
-
-def test_regions_are_stored_with_or_without_image(
-    write: Callable[..., Path], npz: bytes, tmp_path: Path, make_pair
-) -> None:
-    (tmp_path / "a.jpg").write_bytes(make_pair(1)["jpg"])
-    file = write(
+def test_regions_are_stored_with_or_without_image(npz: bytes, tmp_path: Path) -> None:
+    save_image(tmp_path / "a.jpg")
+    file = write_lines(
+        tmp_path / "lines.jsonl",
         {"image": "a.jpg", "regions": "a.npz", "captions": ["one"]},
         {"regions": "a.npz", "caption": "two"},
         {"regions": "a.npz", "caption": "three"},
     )
-    with_picture, alone = jsonl_samples(file, problems := Problems())
-    assert problems.count == 0
+    with_picture, alone = jsonl_samples(file, Problems(strict=True))
     assert list(with_picture) == ["__key__", "jpg", "npz", "json"]
     assert list(alone) == ["__key__", "npz", "json"]
     assert with_picture["npz"] == alone["npz"] == npz
-    assert json.loads(alone["json"])["captions"] == ["two", "three"]
+    assert record_of(alone)["captions"] == ["two", "three"]
 
 
-def test_image_size_is_added_if_the_file_has_none(write: Callable[..., Path]) -> None:
-    file = write({"regions": "a.npz", "caption": "one", "image_size": [60, 80]})
-    (sample,) = jsonl_samples(file, Problems(strict=True))
+def test_image_size_is_added_if_the_file_has_none(npz: bytes, tmp_path: Path) -> None:
+    record = {"regions": "a.npz", "caption": "one", "image_size": [60, 80]}
+    (sample,) = jsonl_samples(write_lines(tmp_path / "lines.jsonl", record), Problems(strict=True))
     assert parse_regions(sample["npz"]).image_size == (60, 80)
 
 
@@ -79,34 +66,28 @@ def test_image_size_is_added_if_the_file_has_none(write: Callable[..., Path]) ->
     ],
 )
 def test_unusable_regions_are_skipped_and_reported(
-    write: Callable[..., Path], changes: dict[str, object], reason: str
+    npz: bytes, tmp_path: Path, changes: dict[str, object], reason: str
 ) -> None:
-    import re
-
-    problems = Problems()
-    assert list(jsonl_samples(write({"regions": "a.npz", "caption": "one"} | changes), problems)) == []
+    file = write_lines(tmp_path / "lines.jsonl", {"regions": "a.npz", "caption": "one"} | changes)
+    assert list(jsonl_samples(file, problems := Problems())) == []
     assert problems.count == 1
     assert re.search(reason, problems.first[0])
 
 
 def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
     """Features of photographs by Faster R-CNN (`../shared/data`) pass through shards and loader into a model."""
-    from PIL import Image
-
     folder = shared / "data" / "region_features"
-    if not folder.is_dir():
-        pytest.skip(f"feature files are not here: {folder}")
     lines = []
     for path in sorted((folder / "features_npz").glob("*.npz")):
         picture = next((folder / "images").rglob(path.name.removesuffix(".npz")))
         width, height = Image.open(picture).size
         scale = min(LOWEST / min(width, height), LONGEST / max(width, height))
         size = [int(height * scale), int(width * scale)]
-        told = {"regions": str(path), "image": str(picture), "image_size": size}
-        lines.append(told | {"captions": [f"a photograph called {path.name}"]})
+        captions = [f"a photograph called {path.name}"]
+        lines.append({"regions": str(path), "image": str(picture), "image_size": size, "captions": captions})
     assert len(lines) == 12
-    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    samples = jsonl_samples(tmp_path / "lines.jsonl", Problems(strict=True, allow_outside=True))
+    file = write_lines(tmp_path / "lines.jsonl", *lines)
+    samples = jsonl_samples(file, Problems(strict=True, allow_outside=True))
     write_shards(Storage(), samples, str(tmp_path / "shards"), 5)
 
     config = validate(

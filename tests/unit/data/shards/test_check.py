@@ -23,11 +23,11 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.quarantine import BadSample
 from pipeline.data.reading.samples import iter_captions, iter_samples
 from pipeline.data.shards.check import ShardReport, check_shards
-from pipeline.data.shards.index import index_tar
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.objectives import batch_groups
 from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.pairs import index_bytes
 
 Members = dict[str, bytes]
 CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8
@@ -223,7 +223,7 @@ def test_check_and_training_agree_on_damaged_samples(source_type: SourceType, tm
 
 def test_indexing_damaged_samples_never_fails(make_tar: Any) -> None:
     damaged = variants("pairs")
-    index = index_tar(make_tar(damaged), "x.tar")
+    index = index_bytes(make_tar(damaged), "x.tar")
     assert index.keys == tuple(damaged)
     assert (index.image_id != 0).all()
     for number, members in enumerate(damaged.values()):

@@ -18,9 +18,10 @@ from PIL import Image
 from pipeline.config.errors import DataError
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_id_of
-from pipeline.data.shards.index import ShardIndex, index_tar, sidecar_facts
+from pipeline.data.shards.index import ShardIndex, sidecar_facts
 from pipeline.data.shards.tar import split_key
 from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.pairs import index_bytes
 
 
 def packed(names: list[str], format: int = tarfile.GNU_FORMAT, size: int = 700) -> bytes:
@@ -44,7 +45,7 @@ def contents(index: ShardIndex, data: bytes) -> dict[str, dict[str, bytes]]:
 def test_index_equals_tarfile(format: int):
     long = "d" * 90 + "/" + "é" * 40 if format != tarfile.USTAR_FORMAT else "d" * 90 + "/" + "e" * 60
     data = packed(["a/1.jpg", "a/1.json", f"{long}.jpg", f"{long}.txt", "b.seg.PNG"], format)
-    index = index_tar(data, "shard.tar")
+    index = index_bytes(data, "shard.tar")
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         expected: dict[str, dict[str, bytes]] = {}
         for member in tar:
@@ -63,7 +64,7 @@ def test_sidecar_round_trip(make_tar, make_pair):
         b"no json",
     ]
     samples = {str(n): make_pair(n) | {"json": data} for n, data in enumerate(described)}
-    index = index_tar(make_tar(samples | {"text": {"txt": b"only words"}}), "shard.tar", etag="tag")
+    index = index_bytes(make_tar(samples | {"text": {"txt": b"only words"}}), "shard.tar", etag="tag")
     again = ShardIndex.from_bytes(index.to_bytes())
     arrays = [name for name, value in vars(index).items() if isinstance(value, np.ndarray)]
     assert len(arrays) == 11
@@ -80,7 +81,7 @@ def test_sidecar_round_trip(make_tar, make_pair):
 
 @pytest.mark.parametrize("keep", [0, 2, 40, 0.5, -1])
 def test_damaged_sidecar_is_a_value_error(keep: float):
-    data = index_tar(packed(["1.jpg", "1.txt"]), "x.tar").to_bytes()
+    data = index_bytes(packed(["1.jpg", "1.txt"]), "x.tar").to_bytes()
     cut = data[: int(keep * len(data)) if isinstance(keep, float) else keep]
     for read in (ShardIndex.from_bytes, sidecar_facts):
         with pytest.raises(ValueError, match="not an index"):
@@ -103,11 +104,11 @@ def test_folders_links_and_unnamed_files_are_not_samples():
             tar.addfile(header)
         for name in ("README", "d/.hidden.txt", "._1.txt", "__meta__", "__meta__/info.json", "./2.txt"):
             tar.addfile(tarfile.TarInfo(name))
-    assert index_tar(buffer.getvalue(), "shard.tar").keys == ("d/1", "2")
+    assert index_bytes(buffer.getvalue(), "shard.tar").keys == ("d/1", "2")
 
 
 def test_empty_tar_has_no_samples():
-    index = index_tar(packed([]), "shard.tar")
+    index = index_bytes(packed([]), "shard.tar")
     assert len(index) == 0
     assert index.first.tolist() == [0]
 
@@ -128,19 +129,19 @@ def cuts(data: bytes) -> dict[str, bytes]:
 def test_truncated_tar_is_rejected_by_name(cut: str):
     data = cuts(packed(["1.jpg", "1.txt", "2.jpg"]))[cut]
     with pytest.raises(DataError, match=r"s3://b/00007\.tar: the shard is truncated"):
-        index_tar(data, "s3://b/00007.tar")
+        index_bytes(data, "s3://b/00007.tar")
 
 
 def test_damaged_and_compressed_files_name_a_remedy():
     good = packed(["1.jpg", "1.txt", "2.jpg"])
     with pytest.raises(DataError, match=r"compressed.*Unpack x.tgz"):
-        index_tar(gzip.compress(good), "x.tgz")
+        index_bytes(gzip.compress(good), "x.tgz")
     with pytest.raises(DataError, match=r"x\.tar: no tar header at byte 0"):
-        index_tar(b"hello world " * 100, "x.tar")
+        index_bytes(b"hello world " * 100, "x.tar")
     with pytest.raises(DataError, match=r"x\.tar: no tar header at byte 1536"):
-        index_tar(good[:1536] + b"\x01" + good[1537:], "x.tar")
+        index_bytes(good[:1536] + b"\x01" + good[1537:], "x.tar")
     with pytest.raises(DataError, match=r"concatenated tars"):
-        index_tar(good + good, "x.tar")
+        index_bytes(good + good, "x.tar")
 
 
 def tar_of(members: list[tuple[str, bytes]]) -> bytes:
@@ -155,7 +156,7 @@ def tar_of(members: list[tuple[str, bytes]]) -> bytes:
 
 def test_repeated_key_begins_a_flagged_sample():
     names = ["a.jpg", "a.txt", "a.jpg", "a.txt", "b.jpg", "a.txt", "c.jpg", "b.txt"]
-    index = index_tar(tar_of([(name, name.encode()) for name in names]), "x.tar")
+    index = index_bytes(tar_of([(name, name.encode()) for name in names]), "x.tar")
     assert index.keys == ("a", "a", "b", "a", "c", "b")
     assert index.duplicate.tolist() == [False, True, False, True, False, True]
     assert [[name for name, _, _ in index.members(n)] for n in range(6)] == [
@@ -180,7 +181,7 @@ def encoded(format: str, size: tuple[int, int], orientation: int = 1) -> bytes:
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_indexed_image_size_is_the_decoded_size(format: str, orientation: int):
     data = encoded(format, (40, 30), orientation)
-    index = index_tar(tar_of([(f"a.{format.lower()}", data)]), "x.tar")
+    index = index_bytes(tar_of([(f"a.{format.lower()}", data)]), "x.tar")
     assert (int(index.height[0]), int(index.width[0])) == decode(data, 10_000).shape[:2]
     assert (int(index.width[0]) == 30) == (orientation == 6)
 
@@ -193,7 +194,7 @@ def test_unknown_properties_are_zero():
         ("c.json", b"[1]"),
         ("d.cls", b"1"),
     ]
-    index = index_tar(tar_of(members), "x.tar")
+    index = index_bytes(tar_of(members), "x.tar")
     assert index.width.tolist() == index.height.tolist() == [0, 0, 0, 0]
     assert index.caption_length.tolist() == [0, 10, 0, 0]
     assert index.url_id.tolist() == [0, 0, 0, 0]
@@ -203,7 +204,7 @@ def test_unknown_properties_are_zero():
 
 def test_image_ids_equal_those_of_the_members(make_tar, make_pair):
     samples = {"a": make_pair(1), "b": make_pair(1), "c": make_pair(2) | {"json": b'{"image_id": 7, "caption": "x"}'}}
-    index = index_tar(make_tar(samples), "x.tar")
+    index = index_bytes(make_tar(samples), "x.tar")
     assert index.image_id.tolist() == [image_id_of(members) for members in samples.values()]
     assert index.image_id[0] == index.image_id[1] != index.image_id[2]
 
@@ -214,7 +215,7 @@ def test_caption_length_is_the_maximum(make_tar):
         "b": {"txt": " süß ".encode()},
         "c": {"json": b'{"captions": ["fine", ""]}'},
     }
-    assert index_tar(make_tar(samples), "x.tar").caption_length.tolist() == [6, 3, 0]
+    assert index_bytes(make_tar(samples), "x.tar").caption_length.tolist() == [6, 3, 0]
 
 
 def test_json_fields_become_columns_or_other_fields(make_tar):
@@ -224,7 +225,7 @@ def test_json_fields_become_columns_or_other_fields(make_tar):
         {"tongue": "de", "status": "ok"},
     ]
     rows += [{"name": f"n{number}"} for number in range(300)]
-    index = index_tar(make_tar({f"{n:03d}": {"json": json.dumps(row).encode()} for n, row in enumerate(rows)}), "x.tar")
+    index = index_bytes(make_tar({f"{n:03d}": {"json": json.dumps(row).encode()} for n, row in enumerate(rows)}))
     assert sorted(index.columns) == ["safe", "score", "status", "tongue"]
     assert index.other_fields == ("huge", "list", "long", "mixed", "name")
     assert index.columns["score"][:2].tolist() == [1, 2.5]
@@ -237,7 +238,7 @@ def test_json_fields_become_columns_or_other_fields(make_tar):
 def test_size_of_a_truncated_image_is_known(make_tar):
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     whole = simplejpeg.encode_jpeg(noise, 90, "RGB")
-    index = index_tar(make_tar({"a": {"jpg": whole[: len(whole) // 2]}}), "x.tar")
+    index = index_bytes(make_tar({"a": {"jpg": whole[: len(whole) // 2]}}), "x.tar")
     assert (index.width[0], index.height[0]) == (40, 30)
 
 
@@ -254,7 +255,7 @@ def sidecar_of(parts: dict[str, np.ndarray]) -> bytes:
 
 @pytest.mark.parametrize("name", ["facts", "names", "numbers", "texts", "first", "keys", "crc"])
 def test_sidecar_memory_is_bounded_by_the_tar(name: str):
-    parts = parts_of(index_tar(packed(["1.jpg", "1.txt"]), "x.tar").to_bytes())
+    parts = parts_of(index_bytes(packed(["1.jpg", "1.txt"]), "x.tar").to_bytes())
     kind = parts[name].dtype if name in parts else np.uint8
     bomb = sidecar_of(parts | {name: np.zeros(2**25 // np.dtype(kind).itemsize, dtype=kind)})
     assert len(bomb) < 2**17
@@ -269,7 +270,7 @@ def test_sidecar_memory_is_bounded_by_the_tar(name: str):
 
 
 def test_impossible_facts_are_a_value_error():
-    parts = parts_of(index_tar(packed(["1.jpg"]), "x.tar").to_bytes())
+    parts = parts_of(index_bytes(packed(["1.jpg"]), "x.tar").to_bytes())
     facts = json.loads(parts["facts"].tobytes())
     for change in ({"samples": 10**9}, {"samples": -1}, {"bytes": "many"}, {"samples": None}, {"version": [3]}):
         content = np.frombuffer(json.dumps(facts | change).encode(), dtype=np.uint8)
@@ -280,7 +281,7 @@ def test_impossible_facts_are_a_value_error():
 def test_fuzzed_sidecars_raise_value_errors_only(make_tar, make_pair):
     rng = random.Random(7)
     data = make_tar({str(n): make_pair(n) | {"json": b'{"score": 1, "tongue": "en"}'} for n in range(4)})
-    whole = index_tar(data, "x.tar").to_bytes()
+    whole = index_bytes(data, "x.tar").to_bytes()
     outcomes = Counter[str]()
     for turn in range(fuzz_rounds(100)):
         parts = parts_of(whole)
@@ -310,7 +311,7 @@ def test_fuzzed_sidecars_raise_value_errors_only(make_tar, make_pair):
 def test_only_the_most_frequent_fields_become_columns(make_tar):
     rows = [{"common": 1} | {f"own{sample}_{n}": 1 for n in range(300)} for sample in range(3)]
     samples = {str(n): {"txt": b"x", "json": json.dumps(row).encode()} for n, row in enumerate(rows)}
-    index = index_tar(make_tar(samples), "x.tar")
+    index = index_bytes(make_tar(samples), "x.tar")
     assert len(index.columns) == 500
     assert "common" in index.columns
     assert len(index.other_fields) == 401

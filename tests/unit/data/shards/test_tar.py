@@ -12,9 +12,10 @@ from dataclasses import replace
 import pytest
 
 from pipeline.config.errors import DataError
-from pipeline.data.shards.index import ShardIndex, index_tar
+from pipeline.data.shards.index import ShardIndex
 from pipeline.data.shards.tar import Tar, clean_name, split_key
 from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.pairs import index_bytes
 
 NAMES = [
     b"caf\xe9",
@@ -74,7 +75,7 @@ END = bytes(1024)
 
 
 def index(data: bytes) -> ShardIndex:
-    return index_tar(data, "x.tar")
+    return index_bytes(data, "x.tar")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Files to import, and what importers made of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipeline.data.building.files import Sample
+
+
+def save_image(path: Path, shade: int = 0, kind: str | None = None) -> bytes:
+    """Write a small grey image and return its bytes; the format follows the suffix (default: JPEG)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (shade, shade, shade)).save(buffer, kind or {".png": "PNG"}.get(path.suffix, "JPEG"))
+    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    """Write one record per line: a text as it is, anything else as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n", encoding="utf-8")
+    return path
+
+
+def record_of(sample: Sample) -> dict[str, Any]:
+    """Return a sample's json; an empty object without one."""
+    return json.loads(sample.get("json", b"{}"))
+
+
+def captions_in(samples: Iterable[Sample]) -> list[list[str]]:
+    return [record_of(sample).get("captions", []) for sample in samples]
+
+
+def members_of(sample: Sample) -> dict[str, bytes]:
+    return {name: data for name, data in sample.items() if name != "__key__"}
