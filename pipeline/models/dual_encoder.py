@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from pipeline.config.schema import DualEncoderConfig, TransformerConfig
+from pipeline.config.schema import DualEncoderConfig
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
 from pipeline.models.heads import ContrastiveHead
 from pipeline.models.model import HeadConfig, Model
@@ -54,6 +54,10 @@ class DualEncoder(Model):
     }
     HEADS: ClassVar = {"itc": frozenset({"itc_head"})}
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
+    RESIZE_RULES: ClassVar = {  # bicubic, as open_clip resizes CLIP's positions
+        "image_embedding.positions": lambda positions, config: resize_grid(positions, config.grid, "bicubic"),
+        "text_embedding.positions": lambda positions, config: cut_text_positions(positions, config.max_text_length),
+    }
 
     config: DualEncoderConfig
 
@@ -79,12 +83,3 @@ class DualEncoder(Model):
         assert packed.text_keep is not None
         x = self.text_embedding(packed.text)
         return self.text_tower(x, key_padding(packed.text_keep, x.dtype), packed), None
-
-    def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
-        """Resize to another image size or text length: bicubic, as open_clip resizes CLIP's positions."""
-        resized = super().resize_state(state, before)
-        image, text = "image_embedding.positions", "text_embedding.positions"
-        return resized | {
-            image: resize_grid(resized[image], self.config.grid, "bicubic"),
-            text: cut_text_positions(resized[text], self.config.max_text_length),
-        }

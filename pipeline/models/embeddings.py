@@ -7,6 +7,7 @@ T longest text, D width, H heads, N layers, p side of a patch.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -105,7 +106,7 @@ class ImageEmbedding(nn.Module):
         if self.positions is not None and visible is None:
             x = x + self.positions
         elif self.positions is not None and visible is not None:
-            x = x + nn.functional.embedding(nn.functional.pad(visible + 1, (1, 0)), self.positions)
+            x = x + F.embedding(F.pad(visible + 1, (1, 0)), self.positions)
         return self.add_modality(x, is_second)
 
     def patchify(self, image: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class ImageEmbedding(nn.Module):
 
 def visible_padding(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the attention padding (B, 1 + K) of [CLS] and the patches `visible` (B, K), where -1 is padding."""
-    return key_padding(nn.functional.pad(visible >= 0, (1, 0), value=True), dtype)
+    return key_padding(F.pad(visible >= 0, (1, 0), value=True), dtype)
 
 
 def key_padding(keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,11 +171,10 @@ class RelativePositions(nn.Module):
 
         Longer padding adds rows and columns and changes none.
         """
-        parts = []
-        if text_length:
-            parts.append(_look_up(self.text, self.text_index[:text_length, :text_length]))
-        if with_image:
-            parts.append(_look_up(self.image, self.image_index))
+        tables = [(self.text, self.text_index[:text_length, :text_length])] if text_length else []
+        tables += [(self.image, self.image_index)] if with_image else []
+        # Tables (R, C) at indices (Q, K) -> (C, Q, K)
+        parts = [rearrange(F.embedding(index, table), "q k c -> c q k").contiguous() for table, index in tables]
         bias = parts[0]
         if len(parts) == 2:
             text, image = parts
@@ -183,11 +183,6 @@ class RelativePositions(nn.Module):
             image_rows = torch.cat([to_text.expand(-1, image.shape[1], text.shape[1]), image], dim=2)
             bias = torch.cat([text_rows, image_rows], dim=1)
         return rearrange(bias, "(n h) q k -> n h q k", n=self.layers)
-
-
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table (R, C), index (Q, K) -> (C, Q, K)."""
-    return rearrange(nn.functional.embedding(index, table), "q k c -> c q k").contiguous()
 
 
 def image_distances(grid: int) -> Tensor:

@@ -89,15 +89,11 @@ class ForwardInput:
     drop_path_mask: Tensor | None = None  # (B, N, 2) bool: attention and feed-forward branches kept; None: all
 
 
-def unmasked_patches(masked: Tensor, num_patches: int) -> Tensor:
-    """Return the other patches in ascending order: masked (B, K), distinct -> (B, num_patches - K)."""
-    is_masked = torch.zeros(len(masked), num_patches, dtype=torch.uint8, device=masked.device).scatter(1, masked, 1)
-    return is_masked.argsort(dim=1, stable=True)[:, : num_patches - masked.shape[1]]
-
-
 def drop_masked_patches(forward_input: ForwardInput, num_patches: int) -> ForwardInput:
-    """Return the input for a model with an image decoder, whose encoder never reads masked patches."""
-    assert forward_input.patch_positions is not None
-    visible = unmasked_patches(forward_input.patch_positions, num_patches)
+    """Return the input for a model with an image decoder, whose encoder reads the other patches in ascending order."""
+    masked = forward_input.patch_positions
+    assert masked is not None
+    is_masked = torch.zeros(len(masked), num_patches, dtype=torch.uint8, device=masked.device).scatter(1, masked, 1)
+    visible = is_masked.argsort(dim=1, stable=True)[:, : num_patches - masked.shape[1]]
     heads = tuple[Head, ...]("decoded_image" if head == "mim" else head for head in forward_input.heads)
     return replace(forward_input, heads=heads, visible_patches=visible)

@@ -6,6 +6,7 @@ Shapes: B examples, K positions, D width, E embedding width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Literal
 
 import torch
@@ -15,6 +16,33 @@ from torch import Tensor, nn
 MAX_SCALE = 100.0  # CLIP's bound
 INITIAL_SCALE = 1 / 0.07
 TEXT_EPSILON = 1e-12  # BERT's
+
+
+class FloatHead(nn.Sequential):
+    """Named layers applied in order, with float32 outputs."""
+
+    def __init__(self, **layers: nn.Module) -> None:
+        super().__init__(OrderedDict(layers))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features).float()
+
+
+def pooler(width: int) -> nn.Sequential:
+    """Build BERT's pooler: [CLS] (B, D) -> (B, D)."""
+    return nn.Sequential(OrderedDict(dense=nn.Linear(width, width), tanh=nn.Tanh()))
+
+
+def masked_language_head(width: int, vocabulary: int, epsilon: float = TEXT_EPSILON) -> FloatHead:
+    """Build BERT's transform and a decoder with weights of its own: (B, K, D) -> logits (B, K, V)."""
+    norm = nn.LayerNorm(width, eps=epsilon)
+    return FloatHead(dense=nn.Linear(width, width), gelu=nn.GELU(), norm=norm, decode=nn.Linear(width, vocabulary))
+
+
+def pooled_head(width: int, hidden: int, targets: int) -> FloatHead:
+    """Build ViLT's and VLMo's head for VQA and NLVR2: pooled features (B, D) -> logits (B, targets)."""
+    expand, classify = nn.Linear(width, hidden), nn.Linear(hidden, targets)
+    return FloatHead(expand=expand, norm=nn.LayerNorm(hidden), gelu=nn.GELU(), classify=classify)
 
 
 class ContrastiveHead(nn.Module):
@@ -44,84 +72,3 @@ class ContrastiveHead(nn.Module):
             outputs[f"itc{suffix}"] = F.normalize(projected.float(), dim=-1)
             outputs[f"scale{suffix}"] = log_scale.float().exp().clamp(max=self.max_scale).squeeze(0)
         return outputs
-
-
-class Pooler(nn.Module):
-    """BERT's pooler: (B, D) -> (B, D)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-
-    def forward(self, cls: Tensor) -> Tensor:
-        return torch.tanh(self.dense(cls))
-
-
-class MatchingHead(nn.Module):
-    """Pooled [CLS] (B, D) -> logits (B, 2) of not matched, matched."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.classify = nn.Linear(width, 2)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.classify(pooled).float()
-
-
-class MaskedLanguageHead(nn.Module):
-    """BERT's transform, then a decoder with weights of its own: (B, K, D) -> logits (B, K, V)."""
-
-    def __init__(self, width: int, vocabulary: int, epsilon: float = TEXT_EPSILON) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=epsilon)
-        self.decode = nn.Linear(width, vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.decode(self.norm(F.gelu(self.dense(tokens)))).float()
-
-
-class MaskedImageHead(nn.Module):
-    """Masked patches (B, K, D) -> logits of colour classes or visual tokens, or pixels: (B, K, targets)."""
-
-    def __init__(self, width: int, targets: int) -> None:
-        super().__init__()
-        self.predict = nn.Linear(width, targets)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return self.predict(patches).float()
-
-
-class ClassificationHead(nn.Module):
-    """ViT's head: [CLS] (B, D) -> logits (B, classes)."""
-
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        self.classify = nn.Linear(width, classes)
-
-    def forward(self, cls: Tensor) -> Tensor:
-        return self.classify(cls).float()
-
-
-class PooledHead(nn.Module):
-    """ViLT's and VLMo's head for VQA and NLVR2: pooled features (B, D) -> logits (B, targets)."""
-
-    def __init__(self, width: int, hidden: int, targets: int) -> None:
-        super().__init__()
-        self.expand = nn.Linear(width, hidden)
-        self.norm = nn.LayerNorm(hidden)
-        self.classify = nn.Linear(hidden, targets)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.classify(F.gelu(self.norm(self.expand(pooled)))).float()
-
-
-class RankingHead(nn.Module):
-    """ViLT's head for retrieval: pooled [CLS] (B, D) -> scores (B,), higher for a better match."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.score = nn.Linear(width, 1)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.score(pooled).squeeze(-1).float()

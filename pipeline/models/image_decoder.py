@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import ImageDecoderConfig, TransformerConfig
 from pipeline.models.embeddings import visible_padding
-from pipeline.models.heads import MaskedImageHead
-from pipeline.models.model import HeadConfig
+from pipeline.models.heads import FloatHead
+from pipeline.models.model import COLOUR_CLASSES, HeadConfig
 from pipeline.models.multiway import EPSILON, MultiwayBlock, run_blocks
 
 FEED_FORWARD_RATIO = 4
@@ -67,11 +67,12 @@ def sine_positions(grid: int, width: int) -> Tensor:
     return torch.cat([torch.zeros(1, width), torch.cat([across, down], dim=1)])
 
 
-def build_mim_head(config: TransformerConfig, heads: HeadConfig) -> MaskedImageHead | ImageDecoder | None:
+def build_mim_head(config: TransformerConfig, heads: HeadConfig) -> FloatHead | ImageDecoder | None:
     """Build the head that predicts masked patches; None for a stage that masks no images."""
-    targets = heads.image_targets(config.patch_size)
     if heads.image_target is None:
         return None
+    pixels, tokens = 3 * config.patch_size**2, heads.visual_tokens
+    targets = {"mean_colour": COLOUR_CLASSES, "pixels": pixels, "visual_tokens": tokens}[heads.image_target]
     if heads.image_decoder is None:
-        return MaskedImageHead(config.width, targets)
+        return FloatHead(predict=nn.Linear(config.width, targets))
     return ImageDecoder(config.width, config.grid, targets, heads.image_decoder)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer
@@ -20,7 +19,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, 
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models.embeddings import key_padding
 from pipeline.models.forward import Regions
-from pipeline.models.heads import MaskedLanguageHead
+from pipeline.models.heads import FloatHead, masked_language_head
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import gather
 from pipeline.models.packing import PackedInputs
@@ -56,20 +55,6 @@ class RegionEmbedding(nn.Module):
         return self.dropout(self.norm(x + segment + self.position))
 
 
-class BinaryMatchingHead(nn.Module):
-    """[CLS] (B, D) -> logits (B, 2) of not matched, matched: (0, z).
-
-    Their cross-entropy is the binary cross-entropy of z, the paper's loss.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.classify = nn.Linear(width, 1)
-
-    def forward(self, cls: Tensor) -> Tensor:
-        return F.pad(self.classify(cls).float(), (1, 0))
-
-
 class ImageBERT(Model):
     PARTS: ClassVar = PARTS
     # BERT's checkpoints have only the masked-language head of these; a stage that starts from BERT draws the others.
@@ -86,13 +71,26 @@ class ImageBERT(Model):
     def __init__(self, config: ImageBERTConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
         width, epsilon = config.width, config.norm_eps
-        bert = bert_config(config, vocabulary)
+        bert = BertConfig(  # type: ignore[call-arg]  # `attn_implementation` belongs to every config and to no signature
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.mlp_ratio * width,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            max_position_embeddings=config.max_text_length,
+            layer_norm_eps=epsilon,
+            pad_token_id=None,  # the attention mask excludes padding; a fixed id would freeze that row of the table
+            attn_implementation="sdpa",
+        )
         self.text_embedding = BertEmbeddings(bert)
         self.region_embedding = RegionEmbedding(config.region_features, width, config.dropout, epsilon)
         self.encoder = BertEncoder(bert)
-        self.itm_head = BinaryMatchingHead(width)
+        # Logits (0, z) of (not matched, matched): their cross-entropy is the binary one of z, the paper's loss.
+        self.itm_head = FloatHead(classify=nn.Linear(width, 1), pad=nn.ConstantPad1d((1, 0), 0.0))
         # Not tied to the word embedding: each parameter has one owner, for which ZeRO-3 gathers it.
-        self.mlm_head = MaskedLanguageHead(width, vocabulary, epsilon)
+        self.mlm_head = masked_language_head(width, vocabulary, epsilon)
         self.moc_head = nn.Linear(width, config.region_classes)
         self.mrfr_head = nn.Linear(width, config.region_features)
 
@@ -120,20 +118,3 @@ class ImageBERT(Model):
             nn.init.ones_(parameter)
         else:
             super().initialize_parameter(name, parameter, seed)
-
-
-def bert_config(config: ImageBERTConfig, vocabulary: int) -> BertConfig:
-    """Return the encoder's own config; its defaults are BERT-base's."""
-    return BertConfig(  # type: ignore[call-arg]  # `attn_implementation` belongs to every config and to no signature
-        vocab_size=vocabulary,
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        intermediate_size=config.mlp_ratio * config.width,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-        max_position_embeddings=config.max_text_length,
-        layer_norm_eps=config.norm_eps,
-        pad_token_id=None,  # the attention mask excludes padding; a fixed id would freeze that row of the table
-        attn_implementation="sdpa",
-    )

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
@@ -60,13 +61,6 @@ class HeadConfig:
         """Return whether the encoder reads a mask embedding; with an image decoder it never reads masked patches."""
         return self.image_target is not None and self.image_decoder is None
 
-    def image_targets(self, patch_size: int) -> int:
-        """Return the number of values predicted for each masked patch; 0 without a masked-image head."""
-        if self.image_target is None:
-            return 0
-        sizes = {"mean_colour": COLOUR_CLASSES, "pixels": 3 * patch_size**2, "visual_tokens": self.visual_tokens}
-        return sizes[self.image_target]
-
 
 class Model(nn.Module, ABC):
     # A name in `freeze` also selects the parts that begin with it and a dot: "vision_expert" freezes both halves.
@@ -79,6 +73,8 @@ class Model(nn.Module, ABC):
     ENCODER_PARTS: ClassVar[dict[frozenset[InputKind], frozenset[str]]]  # by the inputs of a forward
     HEADS: ClassVar[dict[Head, frozenset[str]]]  # parts of each supported head
     RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` can change
+    # Parameters that another image size or text length changes -> their published rule, given the new section.
+    RESIZE_RULES: ClassVar[dict[str, Callable[[Tensor, Any], Tensor]]] = {}
     BLOCK: ClassVar[type[nn.Module]] = MultiwayBlock
 
     def __init__(self, config: TransformerConfig, heads: HeadConfig) -> None:
@@ -108,6 +104,8 @@ class Model(nn.Module, ABC):
         """Return a head's outputs by name, from the features (B, K, D) at the positions it reads."""
         if head == "tokens":
             return {head: features}
+        if head == "alignment" and head in self.HEADS:
+            return alignment_outputs(inputs, features, self.config.patch_size)
         module = getattr(self, _HEAD_MODULES.get(head, ""), None)
         is_decoded = self.heads.image_decoder is not None
         if module is None or (head in ("mim", "decoded_image") and is_decoded != (head == "decoded_image")):
@@ -155,9 +153,10 @@ class Model(nn.Module, ABC):
         return frozenset(selected)
 
     def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
-        """Fit weights of a model with section `before` to this one, by the published rule of its kind.
+        """Fit weights of a model with section `before` to this one, by the published rules of its kind (see `resize`).
 
-        Raises ConfigError naming the keys that differ and are not in `RESIZABLE`, with both values.
+        The second image's modality vector (NLVR2) starts as a copy of the first's. Raises ConfigError naming the keys
+        that differ and are not in `RESIZABLE`, with both values.
         """
         own, other = self.config.architecture(), before.architecture()
         different = [key for key in own | other if own.get(key) != other.get(key) and key not in self.RESIZABLE]
@@ -166,7 +165,13 @@ class Model(nn.Module, ABC):
             raise ConfigError(
                 f"the weights are of another architecture ({values}); give the same `model` section, or other weights"
             )
-        return dict(state)
+        resized = {
+            name: self.RESIZE_RULES[name](tensor, self.config) if name in self.RESIZE_RULES else tensor
+            for name, tensor in state.items()
+        }
+        if self.heads.nlvr2 and "image_embedding.modality" in resized:
+            resized.setdefault("image_embedding.second", resized["image_embedding.modality"].clone())
+        return resized
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -191,14 +196,20 @@ class Model(nn.Module, ABC):
             parameter.copy_(values)
 
 
-def alignment_outputs(inputs: ForwardInput, features: Tensor, patches_keep: Tensor | None = None) -> dict[str, Tensor]:
+def alignment_outputs(inputs: ForwardInput, features: Tensor, patch_size: int) -> dict[str, Tensor]:
     """Return the outputs of the `alignment` head from the final features (B, L + I, D) of a fused input."""
     assert inputs.text is not None
-    length = inputs.text.shape[1]
+    length, device = inputs.text.shape[1], features.device
     words, patches = features[:, :length], features[:, length + 1 :]
     keep = torch.ones_like(inputs.text, dtype=torch.bool) if inputs.text_keep is None else inputs.text_keep
-    position = torch.arange(length, device=keep.device)
+    position = torch.arange(length, device=device)
     is_word = (position > 0) & (position < keep.sum(dim=1, keepdim=True) - 1)
-    if patches_keep is None:
-        patches_keep = torch.ones(patches.shape[:2], dtype=torch.bool, device=keep.device)
-    return {"words": words, "patches": patches, "words_keep": is_word, "patches_keep": patches_keep}
+    if inputs.visible_patches is not None:
+        is_patch = inputs.visible_patches >= 0
+        is_patch = F.pad(is_patch, (0, patches.shape[1] - is_patch.shape[1]))
+    else:  # real patches come first
+        assert inputs.image is not None
+        height, width = inputs.image.shape[1:3]
+        pixels = height * width if inputs.image_size is None else inputs.image_size.prod(dim=1, keepdim=True)
+        is_patch = torch.arange(patches.shape[1], device=device).expand(len(patches), -1) < pixels // patch_size**2
+    return {"words": words, "patches": patches, "words_keep": is_word, "patches_keep": is_patch}

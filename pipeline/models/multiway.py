@@ -62,7 +62,16 @@ class Attention(nn.Module):
 
         `bias` (H, L, L or B, H, L, L) and `padding` (B, L) are added to the scaled products of queries and keys.
         """
-        query, key, value = self._project(x, output_positions)
+        key_bias = torch.zeros_like(self.query_bias) if self.key_bias is None else self.key_bias
+        if output_positions is None:
+            joint = F.linear(x, self.weight, torch.cat([self.query_bias, key_bias, self.value_bias]))
+            query, key, value = rearrange(joint, "b l (three h d) -> three b h l d", three=3, h=self.heads).unbind(0)
+        else:
+            width = x.shape[-1]
+            query = F.linear(gather(x, output_positions), self.weight[:width], self.query_bias)
+            query = rearrange(query, "b l (h d) -> b h l d", h=self.heads)
+            joint = F.linear(x, self.weight[width:], torch.cat([key_bias, self.value_bias]))
+            key, value = rearrange(joint, "b l (two h d) -> two b h l d", two=2, h=self.heads).unbind(0)
         if bias is not None:
             bias = bias if bias.dim() == 4 else bias.unsqueeze(0)
             bias = bias if output_positions is None else gather_bias(bias, output_positions)
@@ -74,17 +83,6 @@ class Attention(nn.Module):
             # The kernel drops the bias of an empty batch, but every rank must run the same graph (contract C3).
             mixed = mixed + 0 * bias.sum()
         return self.projection(rearrange(mixed, "b h l d -> b l (h d)"))
-
-    def _project(self, x: Tensor, output_positions: Tensor | None) -> tuple[Tensor, ...]:
-        key_bias = torch.zeros_like(self.query_bias) if self.key_bias is None else self.key_bias
-        if output_positions is None:
-            joint = F.linear(x, self.weight, torch.cat([self.query_bias, key_bias, self.value_bias]))
-            return rearrange(joint, "b l (three h d) -> three b h l d", three=3, h=self.heads).unbind(0)
-        width = x.shape[-1]
-        query = F.linear(gather(x, output_positions), self.weight[:width], self.query_bias)
-        joint = F.linear(x, self.weight[width:], torch.cat([key_bias, self.value_bias]))
-        key, value = rearrange(joint, "b l (two h d) -> two b h l d", two=2, h=self.heads).unbind(0)
-        return rearrange(query, "b l (h d) -> b h l d", h=self.heads), key, value
 
 
 class FeedForward(nn.Module):

@@ -5,6 +5,7 @@ Shapes: B examples (of all inputs), L longest text, P patches, K output position
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -26,14 +27,8 @@ def group_inputs(inputs: dict[str, ForwardInput]) -> dict[tuple, dict[str, Forwa
         if forward.image is not None:
             shape = None if forward.image_size is not None else forward.image.shape[1:]  # images with a size are padded
             image = (shape, forward.image.dtype, forward.visible_patches is None)
-        key = (
-            image,
-            forward.regions is None,
-            forward.text is None,
-            "itc" in forward.heads,
-            forward.drop_path_mask is None,
-        )
-        groups.setdefault(key, {})[name] = forward
+        absent = (forward.regions is None, forward.text is None, forward.drop_path_mask is None)
+        groups.setdefault((image, *absent, "itc" in forward.heads), {})[name] = forward
     return groups
 
 
@@ -46,95 +41,99 @@ class PackedInputs:
         is_second: list[bool] = []  # by piece
         for forward in inputs:
             _check(forward)
-            self._pieces_of.append(range(len(self._pieces), len(self._pieces) + 1 + (forward.second_image is not None)))
             first = replace(forward, second_image=None, second_image_size=None)
-            self._pieces.append(first)
-            is_second.append(False)
+            own = [first]
             if forward.second_image is not None:
-                self._pieces.append(replace(first, image=forward.second_image, image_size=forward.second_image_size))
-                is_second.append(True)
+                own.append(replace(first, image=forward.second_image, image_size=forward.second_image_size))
+            self._pieces_of.append(range(len(self._pieces), len(self._pieces) + len(own)))
+            self._pieces += own
+            is_second += [False, True][: len(own)]
         pieces = self._pieces
-        self._sizes = [len(_anchor(piece)) for piece in pieces]
+        members = [piece.image if piece.text is None else piece.text for piece in pieces]  # every piece has one of them
+        self._sizes = [len(member) for member in members if member is not None]
+        self._device = next(member.device for member in members if member is not None)
+
         self.branches = "itc" in inputs[0].heads
-        self.image = _join_images([piece.image for piece in pieces])
-        self.image_size = None if self.image is None else self._image_sizes()
-        self.visible_patches = _join([piece.visible_patches for piece in pieces], value=-1)
-        flags = [
-            torch.full((size,), flag, device=_anchor(piece).device)
-            for piece, size, flag in zip(pieces, self._sizes, is_second, strict=True)
-        ]
-        self.is_second = torch.cat(flags) if any(is_second) else None  # (B,) bool: the second image of a statement
-        self.text = _join([piece.text for piece in pieces], value=0)
-        keeps = [
+        self.image = _join(piece.image for piece in pieces)
+        self.image_size: Tensor | None = None
+        if any(piece.image_size is not None for piece in pieces):
+            self.image_size = torch.cat([_image_size(piece) for piece in pieces])
+        self.visible_patches = _join((piece.visible_patches for piece in pieces), padding=-1)
+        self.is_second: Tensor | None = None  # (B,) bool: the second image of a statement
+        if any(is_second):
+            flags = zip(self._sizes, is_second, strict=True)
+            self.is_second = torch.cat([torch.full((size,), flag, device=self._device) for size, flag in flags])
+        self.text = _join(piece.text for piece in pieces)
+        self.text_keep = _join(
             torch.ones_like(piece.text, dtype=torch.bool) if piece.text_keep is None else piece.text_keep
             for piece in pieces
             if piece.text is not None
-        ]
-        self.text_keep = _join(keeps, value=False)
-        self.regions = _join_regions([piece.regions for piece in pieces if piece.regions is not None])
-        self.drop_path_mask = _join([piece.drop_path_mask for piece in pieces])
+        )
+        regions = [piece.regions for piece in pieces if piece.regions is not None]
+        joined = [_join(getattr(own, name) for own in regions) for name in ("features", "location", "keep")]
+        self.regions = Regions(*(member for member in joined if member is not None)) if regions else None
+        self.drop_path_mask = _join(piece.drop_path_mask for piece in pieces)
         self._positions = [self._head_positions(piece) for piece in pieces]
-        self._reads_all = any(head in piece.heads for piece in pieces for head in ALL_POSITIONS)
-        joined = [torch.cat(list(positions.values()), dim=1) for positions in self._positions if positions]
         # (B, K): positions of the sequence that the heads read; None where a head reads all of them.
-        self.output_positions = None if self._reads_all else _join(joined, value=0)
+        self.output_positions: Tensor | None = None
+        if not any(head in ALL_POSITIONS for piece in pieces for head in piece.heads):
+            self.output_positions = _join(torch.cat(list(own.values()), dim=1) for own in self._positions if own)
 
     def __len__(self) -> int:
         return sum(self._sizes)
 
-    def masked(self, num_patches: int) -> Tensor | None:
-        """Return (B, P) bool, True where the mask embedding replaces a patch; None if no input masks patches."""
-        if not any(_masks_patches(piece) for piece in self._pieces):
-            return None
-        masks = []
-        for piece in self._pieces:
-            assert piece.image is not None
-            mask = torch.zeros(len(piece.image), num_patches + 1, dtype=torch.bool, device=piece.image.device)
-            if piece.patch_positions is not None and _masks_patches(piece):
-                value = True if piece.patch_replacements is None else piece.patch_replacements < 0
-                mask = mask.scatter(1, _padding_last(piece.patch_positions, num_patches), value)
-            masks.append(mask[:, :-1])
-        return torch.cat(masks)
+    def masking(self, num_patches: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return where the mask embedding replaces a patch, (B, P) bool, and the patch shown at each place, (B, P).
 
-    def replacements(self, num_patches: int) -> Tensor | None:
-        """Return (B, P) int64, the patch shown at each place; None where each place shows its own."""
-        if all(piece.patch_replacements is None for piece in self._pieces):
-            return None
-        shown = []
-        for piece in self._pieces:
-            assert piece.image is not None
-            own = torch.arange(num_patches + 1, device=piece.image.device).expand(len(piece.image), -1)
-            if piece.patch_positions is not None and piece.patch_replacements is not None:
-                replaced = torch.where(piece.patch_replacements < 0, piece.patch_positions, piece.patch_replacements)
-                own = own.scatter(1, _padding_last(piece.patch_positions, num_patches), replaced)
+        Each is None where no input has any.
+        """
+        # With an image decoder, masked patches are left out instead.
+        covers = [piece.patch_positions is not None and "decoded_image" not in piece.heads for piece in self._pieces]
+        masks, shown = [], []
+        for piece, size, is_covered in zip(self._pieces, self._sizes, covers, strict=True):
+            mask = torch.zeros(size, num_patches + 1, dtype=torch.bool, device=self._device)
+            own = torch.arange(num_patches + 1, device=self._device).expand(size, -1)
+            positions, replacements = piece.patch_positions, piece.patch_replacements
+            if positions is not None:
+                place = positions.where(positions >= 0, num_patches)  # padding falls behind all patches
+                if is_covered:
+                    mask = mask.scatter(1, place, True if replacements is None else replacements < 0)
+                if replacements is not None:
+                    own = own.scatter(1, place, torch.where(replacements < 0, positions, replacements))
+            masks.append(mask[:, :-1])
             shown.append(own[:, :-1])
-        return torch.cat(shown)
+        is_replaced = any(piece.patch_replacements is not None for piece in self._pieces)
+        return torch.cat(masks) if any(covers) else None, torch.cat(shown) if is_replaced else None
 
     def select(self, features: Tensor, index: int, head: Head) -> Tensor:
         """Return the features (B, K, D) that a head of the index-th input reads, out of those of all examples."""
-        return torch.cat([self._select_piece(features, piece, head) for piece in self._pieces_of[index]], dim=1)
+        selected = []
+        for number in self._pieces_of[index]:
+            piece, positions, start = self._pieces[number], self._positions[number], sum(self._sizes[:number])
+            own = features[start : start + self._sizes[number]]
+            if head in ALL_POSITIONS:  # without those that packing added to its text or regions
+                if self.text is not None and piece.regions is not None:
+                    own = own[:, : self.text.shape[1] + piece.regions.keep.shape[1]]
+                if self.text is not None and piece.text is not None and piece.text.shape[1] < self.text.shape[1]:
+                    own = torch.cat([own[:, : piece.text.shape[1]], own[:, self.text.shape[1] :]], dim=1)
+            elif self.output_positions is None:
+                own = gather(own, positions[head])
+            else:
+                before = list(positions)[: list(positions).index(head)]
+                column = sum(positions[name].shape[1] for name in before)
+                own = own[:, column : column + positions[head].shape[1]]
+            selected.append(own)
+        return torch.cat(selected, dim=1)
 
-    def _select_piece(self, features: Tensor, index: int, head: Head) -> Tensor:
-        start = sum(self._sizes[:index])
-        own = features[start : start + self._sizes[index]]
-        if head in ALL_POSITIONS:
-            return self._without_padding(own, self._pieces[index])
-        if self._reads_all:
-            return gather(own, self._positions[index][head])
-        column = 0
-        for name, positions in self._positions[index].items():
-            if name == head:
-                return own[:, column : column + positions.shape[1]]
-            column += positions.shape[1]
-        raise AssertionError(f"head {head} was not requested")
-
-    def _head_positions(self, piece: ForwardInput) -> dict[str, Tensor]:
+    def _head_positions(self, piece: ForwardInput) -> dict[Head, Tensor]:
         """Return the positions (B, K) in the packed sequence that each head of a piece reads."""
-        positions: dict[str, Tensor] = {}
+        positions: dict[Head, Tensor] = {}
+        text = 0 if self.text is None else self.text.shape[1]
         for head in piece.heads:
             if head in FIRST_POSITION:
-                anchor = _anchor(piece)
-                positions[head] = torch.zeros(len(anchor), 1, dtype=torch.int64, device=anchor.device)
+                member = piece.image if piece.text is None else piece.text
+                assert member is not None
+                positions[head] = torch.zeros(len(member), 1, dtype=torch.int64, device=member.device)
             elif head == "mlm":
                 assert piece.mask_positions is not None
                 positions[head] = piece.mask_positions
@@ -143,30 +142,11 @@ class PackedInputs:
                 places = piece.patch_positions
                 if piece.visible_patches is not None:
                     places = (piece.visible_patches[:, None, :] == places[:, :, None]).int().argmax(dim=2)
-                positions[head] = places.clamp(min=0) + (1 if self.text is None else 1 + self.text.shape[1])
+                positions[head] = places.clamp(min=0) + 1 + text
             elif head in ("moc", "mrfr"):
                 assert piece.region_positions is not None
-                assert self.text is not None
-                positions[head] = piece.region_positions.clamp(min=0) + self.text.shape[1]
+                positions[head] = piece.region_positions.clamp(min=0) + text
         return positions
-
-    def _image_sizes(self) -> Tensor | None:
-        if all(piece.image_size is None for piece in self._pieces):
-            return None
-        sizes = []
-        for piece in self._pieces:
-            assert piece.image is not None
-            canvas = torch.tensor(piece.image.shape[1:3], device=piece.image.device)
-            sizes.append(canvas.expand(len(piece.image), 2) if piece.image_size is None else piece.image_size)
-        return torch.cat(sizes)
-
-    def _without_padding(self, x: Tensor, piece: ForwardInput) -> Tensor:
-        """Remove the positions that packing added to the text or regions of a piece."""
-        if self.text is not None and piece.regions is not None:
-            x = x[:, : self.text.shape[1] + piece.regions.keep.shape[1]]
-        if self.text is None or piece.text is None or piece.text.shape[1] == self.text.shape[1]:
-            return x
-        return torch.cat([x[:, : piece.text.shape[1]], x[:, self.text.shape[1] :]], dim=1)
 
 
 def _check(inputs: ForwardInput) -> None:
@@ -196,55 +176,22 @@ def _check(inputs: ForwardInput) -> None:
             raise ValueError(f"head '{head}' cannot read {kind} input with these members; see ForwardInput")
 
 
-def _masks_patches(piece: ForwardInput) -> bool:
-    """Return whether the encoder reads the mask embedding; with an image decoder, masked patches are left out."""
-    return piece.patch_positions is not None and "decoded_image" not in piece.heads
+def _image_size(piece: ForwardInput) -> Tensor:
+    """Return the extent of a piece's images on their canvas, (B, 2): all of it where none is given."""
+    if piece.image_size is not None:
+        return piece.image_size
+    assert piece.image is not None
+    return torch.tensor(piece.image.shape[1:3], device=piece.image.device).expand(len(piece.image), 2)
 
 
-def _padding_last(positions: Tensor, num_patches: int) -> Tensor:
-    """Replace -1, the padding, by the position after all patches."""
-    return positions.where(positions >= 0, num_patches)
-
-
-def _anchor(inputs: ForwardInput) -> Tensor:
-    """Return a member that every input has: its length and device are the input's."""
-    member = inputs.image if inputs.text is None else inputs.text
-    assert member is not None
-    return member
-
-
-def _join_images(images: list[Tensor | None]) -> Tensor | None:
-    """Concatenate images, padded with zeros at the bottom and right to the tallest and widest."""
-    present = [image for image in images if image is not None]
-    if not present:
-        return None
-    height, width = max(i.shape[1] for i in present), max(i.shape[2] for i in present)
-    padded = [
-        i if i.shape[1:3] == (height, width) else F.pad(i, (0, 0, 0, width - i.shape[2], 0, height - i.shape[1]))
-        for i in present
-    ]
-    return padded[0] if len(padded) == 1 else torch.cat(padded)
-
-
-def _join_regions(regions: list[Regions]) -> Regions | None:
-    """Concatenate regions, padded to the example with most."""
-    if len(regions) < 2:
-        return regions[0] if regions else None
-    longest = max(part.keep.shape[1] for part in regions)
-    missing = [longest - part.keep.shape[1] for part in regions]
-    return Regions(
-        features=torch.cat([F.pad(part.features, (0, 0, 0, n)) for part, n in zip(regions, missing, strict=True)]),
-        location=torch.cat([F.pad(part.location, (0, 0, 0, n)) for part, n in zip(regions, missing, strict=True)]),
-        keep=torch.cat([F.pad(part.keep, (0, n)) for part, n in zip(regions, missing, strict=True)]),
-    )
-
-
-def _join(members: list[Tensor | None] | list[Tensor], value: float | None = None) -> Tensor | None:
-    """Concatenate tensors, with `value` padding dimension 1 to the longest; None if there are none."""
+def _join(members: Iterable[Tensor | None], padding: float = 0) -> Tensor | None:
+    """Concatenate tensors, each padded at the end of its other dimensions to the largest; None if there are none."""
     tensors = [member for member in members if member is not None]
     if not tensors:
         return None
-    if value is not None:
-        longest = max(t.shape[1] for t in tensors)
-        tensors = [t if t.shape[1] == longest else F.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        amounts = [n for most, size in zip(largest, tensor.shape[1:], strict=True) for n in (most - size, 0)][::-1]
+        padded.append(F.pad(tensor, amounts, value=padding) if any(amounts) else tensor)
+    return padded[0] if len(padded) == 1 else torch.cat(padded)

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from pipeline.config.schema import TransformerConfig, ViLTConfig
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
-from pipeline.models.forward import ForwardInput, Head
-from pipeline.models.heads import MaskedImageHead, MaskedLanguageHead, MatchingHead, PooledHead, Pooler, RankingHead
-from pipeline.models.model import HeadConfig, Model, alignment_outputs
+from pipeline.models.heads import FloatHead, masked_language_head, pooled_head, pooler
+from pipeline.models.image_decoder import build_mim_head
+from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import Expert, MultiwayBlock, gather, run_blocks
 from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import cut_text_positions, resize_grid
@@ -49,8 +49,8 @@ class ShapedImageEmbedding(ImageEmbedding):
         self,
         image: Tensor,
         size: Tensor | None,
-        masked: Tensor | None = None,
         is_second: Tensor | None = None,
+        masked: Tensor | None = None,
         replacements: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -129,72 +129,60 @@ class ViLT(Model):
         "ranking": frozenset({"pooler", "ranking_head"}),
     }
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
+    RESIZE_RULES: ClassVar = {
+        "image_embedding.positions": lambda positions, config: resize_grid(positions, config.grid, "bilinear"),
+        "text_embedding.positions": lambda positions, config: cut_text_positions(positions, config.max_text_length),
+    }
 
     config: ViLTConfig
 
     def __init__(self, config: ViLTConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
-        width, targets = config.width, heads.image_targets(config.patch_size)
-        epsilon, text_epsilon = config.norm_eps, config.text_norm_eps
+        width, epsilon, text_epsilon = config.width, config.norm_eps, config.text_norm_eps
         self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length, True, text_epsilon)
         self.image_embedding = ShapedImageEmbedding(
-            config.image_size, config.patch_size, width, absolute=True, maskable=targets > 0, second=heads.nlvr2
+            config.image_size,
+            config.patch_size,
+            width,
+            absolute=True,
+            maskable=heads.covers_patches,
+            second=heads.nlvr2,
         )
         self.blocks = nn.ModuleList(
             MultiwayBlock(width, config.heads, config.mlp_ratio, (EXPERT,), None, rate, True, epsilon)
             for rate in config.drop_path_rates
         )
         self.norm = nn.LayerNorm(width, eps=epsilon)
-        self.pooler = Pooler(width)
-        self.itm_head = MatchingHead(width)
-        self.mlm_head = MaskedLanguageHead(width, vocabulary, text_epsilon)
-        self.mim_head = MaskedImageHead(width, targets) if targets else None
-        self.vqa_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
-        self.nlvr2_head = PooledHead(2 * width, 2 * width, 2) if heads.nlvr2 else None
-        self.ranking_head = RankingHead(width) if heads.ranking else None
+        self.pooler = pooler(width)
+        self.itm_head = FloatHead(classify=nn.Linear(width, 2))  # (not matched, matched)
+        self.mlm_head = masked_language_head(width, vocabulary, text_epsilon)
+        self.mim_head = build_mim_head(config, heads)
+        self.vqa_head = pooled_head(width, 2 * width, heads.answers) if heads.answers else None
+        self.nlvr2_head = pooled_head(2 * width, 2 * width, 2) if heads.nlvr2 else None
+        self.ranking_head = FloatHead(score=nn.Linear(width, 1), flatten=nn.Flatten(0)) if heads.ranking else None
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, None]:
         """Encode the text followed by the image, or the one that is given."""
-        parts: list[tuple[Tensor, Tensor]] = []
+        tokens, keeps = [], []
         if packed.text is not None and packed.text_keep is not None:
-            parts.append((self.text_embedding(packed.text), packed.text_keep))
+            tokens.append(self.text_embedding(packed.text))
+            keeps.append(packed.text_keep)
         if (image := packed.image) is not None:
-            count = image.shape[1] * image.shape[2] // self.config.patch_size**2
-            masked, replacements = packed.masked(count), packed.replacements(count)
-            parts.append(
-                self.image_embedding(
-                    image, packed.image_size, masked, packed.is_second, replacements, packed.visible_patches
-                )
+            masking = packed.masking(image.shape[1] * image.shape[2] // self.config.patch_size**2)
+            patches, keep = self.image_embedding(
+                image, packed.image_size, packed.is_second, *masking, packed.visible_patches
             )
-        x = torch.cat([tokens for tokens, _ in parts], dim=1)
-        padding = key_padding(torch.cat([keep for _, keep in parts], dim=1), x.dtype)
+            tokens.append(patches)
+            keeps.append(keep)
+        x = torch.cat(tokens, dim=1)
+        padding = key_padding(torch.cat(keeps, dim=1), x.dtype)
         x = run_blocks(self.blocks, x, EXPERT, padding, packed.drop_path_mask, packed.output_positions)
         return self.norm(x), None
-
-    def head_outputs(
-        self, head: Head, inputs: ForwardInput, features: Tensor, branch: Tensor | None
-    ) -> dict[str, Tensor]:
-        if head == "alignment":
-            return alignment_outputs(inputs, features, self._patches_keep(inputs, features))
-        return super().head_outputs(head, inputs, features, branch)
-
-    def _patches_keep(self, inputs: ForwardInput, features: Tensor) -> Tensor:
-        """Return (B, P) bool, True for the real patches among a fused input's features (B, L + 1 + P, D)."""
-        assert inputs.image is not None
-        assert inputs.text is not None
-        count = features.shape[1] - inputs.text.shape[1] - 1
-        if inputs.visible_patches is not None:
-            return F.pad(inputs.visible_patches >= 0, (0, count - inputs.visible_patches.shape[1]))
-        index = torch.arange(count, device=features.device).expand(len(features), -1)
-        height, width = inputs.image.shape[1:3]
-        pixels = height * width if inputs.image_size is None else inputs.image_size.prod(dim=1, keepdim=True)
-        return index < pixels // self.config.patch_size**2
 
     def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
         """Resize to another image size or text length, or start from a ViT as the paper does, with new words.
 
-        Fine-tuning's additions start from what they derive from: the second image's modality vector from the first's,
-        the ranking head from the matching head's row of "matched".
+        The ranking head starts from the matching head's row of "matched".
         """
         if before.kind == "vit":
             keys = ("width", "layers", "heads", "mlp_ratio", "image_size", "patch_size")
@@ -206,12 +194,6 @@ class ViLT(Model):
             }
             before = self.config.model_copy(update={key: getattr(before, key) for key in keys})
         resized = super().resize_state(state, before)
-        if (name := "image_embedding.positions") in resized:
-            resized[name] = resize_grid(resized[name], self.config.grid, "bilinear")
-        if (name := "text_embedding.positions") in resized:
-            resized[name] = cut_text_positions(resized[name], self.config.max_text_length)
-        if self.heads.nlvr2 and "image_embedding.modality" in resized:
-            resized.setdefault("image_embedding.second", resized["image_embedding.modality"].clone())
         if self.heads.ranking and "itm_head.classify.weight" in resized:
             for name in ("weight", "bias"):
                 resized.setdefault(f"ranking_head.score.{name}", resized[f"itm_head.classify.{name}"][1:].clone())

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from pipeline.config.schema import TransformerConfig, ViTConfig
+from pipeline.config.schema import ViTConfig
 from pipeline.models.embeddings import ImageEmbedding, visible_padding
-from pipeline.models.heads import ClassificationHead
+from pipeline.models.heads import FloatHead
 from pipeline.models.image_decoder import build_mim_head
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import MultiwayBlock, run_blocks
@@ -36,6 +36,9 @@ class ViT(Model):
     ENCODER_PARTS: ClassVar = {frozenset({"image"}): _ENCODER}
     HEADS: ClassVar = {"mim": frozenset({"mim_head"}), "classes": frozenset({"classification_head"})}
     RESIZABLE: ClassVar = frozenset({"image_size"})
+    RESIZE_RULES: ClassVar = {  # of the JAX release: `ndimage.zoom` of order 1
+        "image_embedding.positions": lambda positions, config: resize_grid(positions, config.grid, "bilinear")
+    }
 
     config: ViTConfig
 
@@ -52,22 +55,14 @@ class ViT(Model):
         )
         self.norm = nn.LayerNorm(config.width, eps=epsilon)
         self.mim_head = build_mim_head(config, heads)
-        self.classification_head = ClassificationHead(config.width, heads.classes) if heads.classes else None
+        self.classification_head = FloatHead(classify=nn.Linear(config.width, heads.classes)) if heads.classes else None
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, None]:
         image, visible = packed.image, packed.visible_patches
         if image is None or packed.text is not None or packed.image_size is not None or packed.is_second is not None:
             raise ValueError("a ViT reads one whole square image per example, and no text; request an image input")
-        count = self.config.num_patches
-        x = self.image_embedding(image, packed.masked(count), None, packed.replacements(count), visible)
+        masked, replacements = packed.masking(self.config.num_patches)
+        x = self.image_embedding(image, masked, None, replacements, visible)
         padding = None if visible is None else visible_padding(visible, x.dtype)
         x = run_blocks(self.blocks, x, "vision", padding, packed.drop_path_mask, packed.output_positions)
         return self.norm(x), None
-
-    def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
-        """Resize the positions to another image size as the JAX release does: `ndimage.zoom` of order 1."""
-        resized = super().resize_state(state, before)
-        name = "image_embedding.positions"
-        if name in resized:
-            resized[name] = resize_grid(resized[name], self.config.grid, "bilinear")
-        return resized

@@ -9,27 +9,18 @@ Shapes: B examples, L tokens (text first, then image with its [CLS] in front), K
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.schema import TransformerConfig, VLMoConfig
-from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding, key_padding, visible_padding
-from pipeline.models.forward import ForwardInput, Head, InputKind
-from pipeline.models.heads import (
-    MAX_SCALE,
-    ClassificationHead,
-    ContrastiveHead,
-    MaskedLanguageHead,
-    MatchingHead,
-    PooledHead,
-    Pooler,
-)
+from pipeline.config.schema import VLMoConfig
+from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding, key_padding
+from pipeline.models.forward import Head, InputKind
+from pipeline.models.heads import MAX_SCALE, ContrastiveHead, FloatHead, masked_language_head, pooled_head, pooler
 from pipeline.models.image_decoder import build_mim_head
-from pipeline.models.model import HeadConfig, Model, alignment_outputs
+from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import Expert, MultiwayBlock, Route, gather_pairs
 from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import cut_text_positions, resize_grid, resize_relative_grid, resize_text_distances
@@ -87,6 +78,12 @@ class VLMo(Model):
         "nlvr2": frozenset({"pooler", "nlvr2_head"}),
     }
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
+    RESIZE_RULES: ClassVar = {
+        "positions.image": lambda table, config: resize_relative_grid(table, config.grid),
+        "positions.text": lambda table, config: resize_text_distances(table, config.max_text_length),
+        "image_embedding.positions": lambda positions, config: resize_grid(positions, config.grid, "bicubic"),
+        "text_embedding.positions": lambda positions, config: cut_text_positions(positions, config.max_text_length),
+    }
 
     config: VLMoConfig
 
@@ -115,70 +112,65 @@ class VLMo(Model):
             for layer, rate in enumerate(config.drop_path_rates)
         )
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.pooler = Pooler(width)
+        self.pooler = pooler(width)
         self.itc_head = ContrastiveHead(width, MAX_SCALE if heads.bounds_scales else math.inf, config.contrasts)
-        self.itm_head = MatchingHead(width)
-        self.mlm_head = MaskedLanguageHead(width, vocabulary)
+        self.itm_head = FloatHead(classify=nn.Linear(width, 2))  # (not matched, matched)
+        self.mlm_head = masked_language_head(width, vocabulary)
         self.mim_head = build_mim_head(config, heads)
-        self.classification_head = ClassificationHead(width, heads.classes) if heads.classes else None
-        self.vqa_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
-        self.nlvr2_head = PooledHead(2 * width, 2 * width, 2) if heads.nlvr2 else None
+        self.classification_head = FloatHead(classify=nn.Linear(width, heads.classes)) if heads.classes else None
+        self.vqa_head = pooled_head(width, 2 * width, heads.answers) if heads.answers else None
+        self.nlvr2_head = pooled_head(2 * width, 2 * width, 2) if heads.nlvr2 else None
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Return normalised features, and those of the vision-language branch where the contrast needs them.
 
         The branch leaves below the first vision-language layer and goes through that expert instead of its own.
         """
-        x, padding = self._embed(packed)
         text = 0 if packed.text is None else packed.text.shape[1]
+        tokens, keeps = [], []
+        if packed.text is not None and packed.text_keep is not None:
+            tokens.append(self.text_embedding(packed.text))
+            keeps.append(packed.text_keep)
+        if packed.image is not None:
+            if packed.image_size is not None:
+                raise ValueError("VLMo reads whole square images; use ViLT for images of their own shape")
+            masked, replacements = packed.masking(self.config.num_patches)
+            image = self.image_embedding(packed.image, masked, packed.is_second, replacements, packed.visible_patches)
+            tokens.append(image)
+            keeps.append(torch.ones(image.shape[:2], dtype=torch.bool, device=image.device))
+        x = torch.cat(tokens, dim=1)
         bias = None if self.positions is None else self.positions(text, packed.image is not None)
         biases = [None] * len(self.blocks) if bias is None else bias.unbind(0)
-        visible = None if packed.visible_patches is None else _sequence_positions(text, packed.visible_patches)
-        lower, upper = _routes(text, packed.image is not None)
+        places = None  # (B, text + 1 + K): positions in the whole sequence of the tokens that are read
+        if (visible := packed.visible_patches) is not None:
+            keeps[-1] = F.pad(visible >= 0, (1, 0), value=True)
+            before = torch.arange(text + 1, device=x.device).expand(len(x), -1)
+            places = torch.cat([before, visible.clamp(min=0) + text + 1], dim=1)
+        # Whole images have no padding.
+        padding = None if packed.text is None and visible is None else key_padding(torch.cat(keeps, dim=1), x.dtype)
 
         def run(x: Tensor, layers: range, route: Route) -> Tensor:
             for layer in layers:
                 keep = None if packed.drop_path_mask is None else packed.drop_path_mask[:, layer]
                 positions = packed.output_positions if layer == len(self.blocks) - 1 else None
                 bias = biases[layer]
-                if bias is not None and visible is not None:
-                    bias = gather_pairs(bias, visible)
+                if bias is not None and places is not None:
+                    bias = gather_pairs(bias, places)
                 x = self.blocks[layer](x, route, bias, padding, keep, positions)
             return x
 
-        below = run(x, range(self.first_fused), lower)
+        fused: Route = {"vision_language": slice(None)}
+        if packed.text is not None and packed.image is not None:
+            lower: Route = {"language": slice(0, text), "vision": slice(text, None)}
+            upper = fused
+        else:
+            lower = upper = {"vision" if packed.text is None else "language": slice(None)}
         fused_layers = range(self.first_fused, len(self.blocks))
+        below = run(x, range(self.first_fused), lower)
         features = self.norm(run(below, fused_layers, upper))
         if not packed.branches or self.config.contrasts == 1:
             return features, None
-        return features, self.norm(run(below, fused_layers, {"vision_language": slice(None)}))
-
-    def _embed(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens (B, L, D) and the attention padding (B, L), which is None for whole images."""
-        visible, image = packed.visible_patches, None
-        if packed.image is not None:
-            if packed.image_size is not None:
-                raise ValueError("VLMo reads whole square images; use ViLT for images of their own shape")
-            count = self.config.num_patches
-            masked, replacements = packed.masked(count), packed.replacements(count)
-            image = self.image_embedding(packed.image, masked, packed.is_second, replacements, visible)
-        if packed.text is None or packed.text_keep is None:
-            assert image is not None
-            return image, None if visible is None else visible_padding(visible, image.dtype)
-        x = self.text_embedding(packed.text)
-        padding = key_padding(packed.text_keep, x.dtype)
-        if image is None:
-            return x, padding
-        if visible is None:
-            return torch.cat([x, image], dim=1), F.pad(padding, (0, image.shape[1]))
-        return torch.cat([x, image], dim=1), torch.cat([padding, visible_padding(visible, x.dtype)], dim=1)
-
-    def head_outputs(
-        self, head: Head, inputs: ForwardInput, features: Tensor, branch: Tensor | None
-    ) -> dict[str, Tensor]:
-        if head == "alignment":
-            return alignment_outputs(inputs, features)
-        return super().head_outputs(head, inputs, features, branch)
+        return features, self.norm(run(below, fused_layers, fused))
 
     def part_of(self, parameter: str) -> str:
         names = parameter.split(".")
@@ -200,24 +192,6 @@ class VLMo(Model):
             parts -= {"vision_language_expert"}
         return parts if parts is None or self.config.positions == "relative" else parts - {"positions.cross"}
 
-    def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
-        """Resize to another image size or text length by the release's rules (see `resize`).
-
-        The second image's modality vector starts as a copy of the first's.
-        """
-        resized = super().resize_state(state, before)
-        grid, max_text_length = self.config.grid, self.config.max_text_length
-        rules: dict[str, Callable[[Tensor], Tensor]] = {
-            "positions.image": lambda table: resize_relative_grid(table, grid),
-            "positions.text": lambda table: resize_text_distances(table, max_text_length),
-            "image_embedding.positions": lambda positions: resize_grid(positions, grid, "bicubic"),
-            "text_embedding.positions": lambda positions: cut_text_positions(positions, max_text_length),
-        }
-        resized |= {name: rule(resized[name]) for name, rule in rules.items() if name in resized}
-        if self.heads.nlvr2 and "image_embedding.modality" in resized:
-            resized.setdefault("image_embedding.second", resized["image_embedding.modality"].clone())
-        return resized
-
     def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
         if name.endswith("gamma"):
             assert self.config.layer_scale is not None
@@ -226,20 +200,6 @@ class VLMo(Model):
             nn.init.zeros_(parameter)
         else:
             super().initialize_parameter(name, parameter, seed)
-
-
-def _routes(text: int, image: bool) -> tuple[Route, Route]:
-    """Return the experts' token spans below and in the vision-language layers."""
-    if text and image:
-        return {"language": slice(0, text), "vision": slice(text, None)}, {"vision_language": slice(None)}
-    single: Route = {"language": slice(None)} if text else {"vision": slice(None)}
-    return single, single
-
-
-def _sequence_positions(text: int, visible: Tensor) -> Tensor:
-    """Return the positions in the whole sequence of the tokens that are read: (B, text + 1 + K) int64."""
-    before = torch.arange(text + 1, device=visible.device).expand(len(visible), -1)
-    return torch.cat([before, visible.clamp(min=0) + text + 1], dim=1)
 
 
 def copy_expert(

@@ -12,15 +12,7 @@ from torch import Tensor
 
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import alignment_outputs
-from pipeline.objectives.wpa import (
-    BETA,
-    INNER,
-    OUTER,
-    wpa_cost,
-    wpa_distance,
-    wpa_loss,
-    wpa_plan,
-)
+from pipeline.objectives.wpa import BETA, INNER, OUTER, wpa_cost, wpa_distance, wpa_loss, wpa_plan
 
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden" / "word_patch_alignment.safetensors"
 
@@ -38,9 +30,11 @@ def golden() -> dict[str, Tensor]:
 def aligned_features(golden: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a model's alignment outputs: words and patches with their masks."""
     text, keep = golden["input.text_features"], golden["input.text_mask"]
-    one = ForwardInput(("alignment",), text=torch.zeros_like(keep, dtype=torch.int64), text_keep=keep)
+    visible = golden["input.image_mask"][:, 1:].long() - 1  # -1 at padding
+    words = torch.zeros_like(keep, dtype=torch.int64)
+    one = ForwardInput(("alignment",), text=words, text_keep=keep, visible_patches=visible)
     features = torch.cat([text, golden["input.image_features"]], dim=1)
-    return alignment_outputs(one, features, golden["input.image_mask"][:, 1:])
+    return alignment_outputs(one, features, patch_size=32)
 
 
 def test_plan_and_distance_equal_the_release(golden: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.config.schema import ImageDecoderConfig, VLMoConfig
 from pipeline.models import build_model
-from pipeline.models.forward import ForwardInput, drop_masked_patches, unmasked_patches
+from pipeline.models.forward import ForwardInput, drop_masked_patches
 from pipeline.models.image_decoder import ImageDecoder, sine_positions
 from pipeline.models.model import HeadConfig, Model
 
@@ -66,10 +66,12 @@ def test_heads_at_selected_positions_equal_the_full_forward(model: Model) -> Non
     torch.testing.assert_close(alone, run(model, replace(one, heads=("itc", "tokens")), "itc"), rtol=1e-5, atol=1e-5)
 
 
-def test_unmasked_patches_are_the_ascending_complement() -> None:
-    masked = torch.tensor([[7, 2, 0], [8, 3, 4]])
-    assert unmasked_patches(masked, 9).tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7]]
-    assert unmasked_patches(masked[:0], 9).shape == (0, 6)
+def test_visible_patches_are_the_ascending_complement_of_the_masked() -> None:
+    one = ForwardInput(("mim",), image=pictures(), patch_positions=torch.tensor([[7, 2, 0], [8, 3, 4], [0, 1, 2]]))
+    visible = drop_masked_patches(one, 9).visible_patches
+    assert visible.tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7], [3, 4, 5, 6, 7, 8]]  # type: ignore[union-attr]
+    none = replace(one, patch_positions=one.patch_positions[:0])  # type: ignore[index]
+    assert drop_masked_patches(none, 9).visible_patches.shape == (0, 6)  # type: ignore[union-attr]
 
 
 def test_decoder_reads_no_masked_patch(model: Model) -> None:

@@ -80,7 +80,7 @@ def test_encoder_reads_no_patch_that_the_decoder_predicts(collectives: Collectiv
 
 
 def test_heads_of_a_stage_follow_its_image_target() -> None:
-    assert head_config(run_config("vit", "named by tokens"), 0).image_targets(PATCH) == VISUAL_TOKENS
+    assert head_config(run_config("vit", "named by tokens"), 0).visual_tokens == VISUAL_TOKENS
     assert head_config(run_config("vit", "decoded"), 0).image_decoder is not None
     for kind in ("vlmo", "vit"):
         check_stages(run_config(kind, "decoded"))
