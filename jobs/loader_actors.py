@@ -33,7 +33,7 @@ class ExampleActor:
         """Return the part's examples of a step, as the memory of a batch buffer, and what was replaced."""
         if self._threads is None:  # an error in the constructor would reach the caller as an ActorDiedError only
             self._threads = ExampleThreads(self._spec, self._storage)
-        buffer = BatchBuffer.allocate(self._spec.batch_spec)
+        buffer = BatchBuffer(self._spec.batch_spec)
         bad = self._threads.result(step, self._threads.submit(step, buffer, self._spec.places.start))
         return buffer.memory, bad
 
@@ -63,7 +63,7 @@ class RayBackend:
             results = ray.get(self._pending.pop(step))
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, MomeError) else error from None
-        buffer, bad = BatchBuffer.allocate(self._spec.batch_spec), []
+        buffer, bad = BatchBuffer(self._spec.batch_spec), []
         for part, (memory, replaced) in zip(self._parts, results, strict=True):
             first = part.places.start - self._spec.places.start
             buffer.copy_rows(range(first, first + len(part.places)), BatchBuffer(part.batch_spec, memory))

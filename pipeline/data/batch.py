@@ -68,9 +68,8 @@ def batch_field(*arguments: Any, **options: Any) -> Any:
     return dataclasses.field(default=None, metadata={"spec": FieldSpec(*arguments, **options)})
 
 
-def _identity() -> Any:
-    """Declare a number of every example. Fingerprints hash what is needed of them apart from the other fields."""
-    return dataclasses.field(metadata={"spec": FieldSpec(None, np.int64, in_fingerprint=False)})
+# The numbers of every example; fingerprints hash what is needed of them apart from the other fields.
+_IDENTITY = {"spec": FieldSpec(None, np.int64, in_fingerprint=False)}
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,12 @@ class Batch:
 
     step: int
     place: Tensor  # (B,) int64: the example's position in the global batch
-    uid: Tensor = _identity()  # (B,): hash of (source, shard, sample), the same for every reader
-    image_id: Tensor = _identity()  # (B,): examples with equal ids show one image and are never each other's negatives
-    source: Tensor = _identity()  # (B,): the index of the example's source among the stage's, sorted by name
+    # (B,): hash of (source, shard, sample), the same for every reader
+    uid: Tensor = dataclasses.field(metadata=_IDENTITY)
+    # (B,): examples with equal ids show one image and are never each other's negatives
+    image_id: Tensor = dataclasses.field(metadata=_IDENTITY)
+    # (B,): the index of the example's source among the stage's, sorted by name
+    source: Tensor = dataclasses.field(metadata=_IDENTITY)
 
     # (B, H, W, 3) images, and (B, 2) their rows and columns where images of a batch differ in size.
     image: Tensor | None = batch_field(
@@ -155,26 +157,22 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, except `place`: the host reads it, and fetching it back would synchronise."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, place=self.place)
+        return replace(self._map(lambda tensor: tensor.to(device, non_blocking=True)), place=self.place)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        members = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in members.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
         return replace(self, **changed)
 
     def hash_into(self, digest: hashlib._Hash) -> None:
         """Feed every example to a hash, without its padding, so that the result does not depend on the world size."""
         specs = field_specs(type(self))
-        present = {name: getattr(self, name) for name, spec in specs.items() if spec.in_fingerprint}
-        present = {name: tensor for name, tensor in present.items() if tensor is not None}
+        hashed = [name for name, spec in specs.items() if spec.in_fingerprint and getattr(self, name) is not None]
         for row in range(len(self)):
             digest.update(np.array([self.step, self.place[row], self.uid[row], self.image_id[row]]).tobytes())
-            for name, tensor in present.items():
-                counter = specs[name].counted_by
-                lengths = None if counter is None else getattr(self, counter)
-                values = tensor[row]
-                if counter is not None and lengths is not None:
+            for name in hashed:
+                values, counter = getattr(self, name)[row], specs[name].counted_by
+                if counter is not None and (lengths := getattr(self, counter)) is not None:
                     real = _real_lengths(lengths[row : row + 1], specs[counter].padding)[0]
                     values = values[tuple(slice(int(length)) for length in real)]
                 digest.update(f"{name}{tuple(values.shape)}".encode())
@@ -221,53 +219,37 @@ class BatchSpec:
         return sum(_aligned(shape, dtype) for _, shape, dtype in self.fields)
 
 
-class BatchBuffer:
-    """The arrays of a spec over `memory` (anything with the buffer protocol), by field name.
+class BatchBuffer(dict[str, np.ndarray]):
+    """The arrays of a spec by field name, over `memory` (anything with the buffer protocol; default: new memory).
 
     Examples are written in place: into memory of the trainer's process, or into memory that a loader process shares
     with it, in which case nothing is copied or pickled between the worker and the trainer.
     """
 
-    def __init__(self, spec: BatchSpec, memory: Any):
-        self.spec, self.memory = spec, memory
+    def __init__(self, spec: BatchSpec, memory: Any = None):
+        super().__init__()
+        self.spec, self.memory = spec, np.empty(spec.bytes, dtype=np.uint8) if memory is None else memory
         self._specs = field_specs(spec.batch_type)
-        self._arrays: dict[str, np.ndarray] = {}
         offset = 0
         for name, shape, dtype in spec.fields:
-            self._arrays[name] = np.ndarray(shape, dtype, memory, offset)
+            self[name] = np.ndarray(shape, dtype, self.memory, offset)
             offset += _aligned(shape, dtype)
-
-    @staticmethod
-    def allocate(spec: BatchSpec) -> BatchBuffer:
-        return BatchBuffer(spec, np.empty(spec.bytes, dtype=np.uint8))
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays
 
     def write(self, name: str, row: int, values: np.ndarray, padding: float | None = None) -> None:
         """Set one example of a field, padded to its size with `padding` (default: the field's own)."""
-        array = self._arrays[name]
+        array = self[name]
         array[row, : len(values)] = values
         array[row, len(values) :] = self._specs[name].padding if padding is None else padding
 
-    def copy(self) -> BatchBuffer:
-        """Return the same examples in memory of their own."""
-        other = BatchBuffer.allocate(self.spec)
-        other.copy_rows(range(self.spec.num_examples), self)
-        return other
-
     def copy_rows(self, rows: range, source: BatchBuffer) -> None:
         """Copy all examples of a smaller buffer into `rows` of this one."""
-        for name, array in self._arrays.items():
+        for name, array in self.items():
             array[rows.start : rows.stop] = source[name]
 
     def to_batch(self, step: int, places: range) -> Batch:
         """Return the examples as tensors over the same memory, every axis cut to the longest example."""
         tensors = {}
-        for name, array in self._arrays.items():
+        for name, array in self.items():
             counter = self._specs[name].counted_by
             if counter is not None and counter in self:
                 longest = _real_lengths(self[counter], self._specs[counter].padding).max(axis=0)

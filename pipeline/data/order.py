@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -33,7 +33,6 @@ from pipeline.data.randomness import hash64, hash64_array, permutation, permuted
 
 WEIGHT_PARTS = 4096  # weights are rounded to multiples of 1/4096
 _VERSION = 2
-_RUN = 64  # places that `sample` computes together: numpy's calls cost as much for one
 
 
 class SampleRef(NamedTuple):
@@ -84,12 +83,29 @@ class DataOrder:
         extra: Sequence[str] = (),
         buckets: LengthBuckets | None = None,
     ):
-        _check_divisible(sources, num_streams, batch_size)
+        if batch_size % num_streams:
+            raise ConfigError(
+                f"data.streams {num_streams} does not divide the global batch size {batch_size}; every stream "
+                "contributes the same number of samples. Choose a divisor of the batch size, e.g. "
+                f"{math.gcd(num_streams, batch_size)}"
+            )
+        for name, source in sources.items():
+            samples = int(source.counts.sum())
+            if not samples:
+                raise DataError(
+                    f"source '{name}' has no samples to read: its shards are empty, or its filters and opt-out list "
+                    "exclude every sample. Inspect the shards with `mome shards show`, or relax the filters"
+                )
+            if samples < num_streams:
+                raise DataError(
+                    f"source '{name}' has {samples} samples, fewer than data.streams {num_streams}: some streams would "
+                    f"be empty. Lower data.streams to at most {samples}, or add samples"
+                )
         self.names = tuple(sorted(sources))
         self.num_streams, self.batch_size = num_streams, batch_size
         self.parts = weight_parts([sources[name].weight for name in self.names])
         counts = {name: sources[name].counts for name in self.names}
-        self.streams = StreamOrder(counts, num_streams, shuffle_window, seed)
+        self._streams = StreamOrder(counts, num_streams, shuffle_window, seed)
         source_facts = [
             [name, sources[name].digest, hashlib.sha256(counts[name].astype("<i8").tobytes()).hexdigest(), part]
             for name, part in zip(self.names, self.parts, strict=True)
@@ -104,13 +120,6 @@ class DataOrder:
         self._seed, self._buckets = seed, buckets
         self._lock = threading.RLock()  # threads that need the same block look up its lengths once
         self._groups = lru_cache(max(64, 3 * num_streams))(self._sort_block)
-        self._run = lru_cache(64)(self.samples)
-
-    def sample(self, step: int, place: int) -> SampleRef:
-        """Return the sample planned at one place of a global batch."""
-        length = self._per_stream if self._buckets else _RUN  # lengths of other streams are not looked up
-        first = place - place % length
-        return self._run(step, range(first, min(first + length, self.batch_size)))[place - first]
 
     def samples(self, step: int, places: range) -> list[SampleRef]:
         """Return the samples planned at several places of a global batch, at little more than the cost of one."""
@@ -122,14 +131,12 @@ class DataOrder:
 
     def replacement(self, step: int, place: int, attempt: int) -> SampleRef:
         """Return a candidate to replace a bad sample: from the same window, drawn by a hash of the attempt."""
-        stream, position = self._positions(step, range(place, place + 1))
-        source, ordinal = self._mix(stream, position)
-        return self._refs(source, *self.streams.replacements(source, stream, ordinal, attempt))[0]
+        return self._read(*self._positions(step, range(place, place + 1)), attempt)[0]
 
     def epochs(self, step: int) -> dict[str, float]:
         """Return the epochs of each source read before `step`, averaged over the streams."""
         cycles = step * self.batch_size / sum(self.parts)
-        totals = self.streams.totals.tolist()
+        totals = self._streams.totals.tolist()
         return {n: cycles * part / total for n, part, total in zip(self.names, self.parts, totals, strict=True)}
 
     def _positions(self, step: int, places: range) -> tuple[np.ndarray, np.ndarray]:
@@ -156,19 +163,14 @@ class DataOrder:
         groups = np.argsort(lengths, kind="stable").reshape(self._buckets.batches, self._per_stream)
         return np.sort(groups, axis=1).astype(np.int32)  # inside a group the stream's own order is kept
 
-    def _mix(self, stream: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source at each position of a stream, and its ordinal among the stream's samples of that source."""
+    def _read(self, stream: np.ndarray, position: np.ndarray, attempt: int | None = None) -> list[SampleRef]:
+        """Return the samples at the positions of mixed streams, or with an `attempt` their replacements."""
         start = self._starts[stream]
         cycles, offset = np.divmod(start + position, len(self._cycle))
         source = self._cycle[offset]
+        # The ordinal of each sample among its stream's samples of the source.
         ordinal = cycles * self._before[source, -1] + self._before[source, offset] - self._before[source, start]
-        return source, ordinal
-
-    def _read(self, stream: np.ndarray, position: np.ndarray) -> list[SampleRef]:
-        source, ordinal = self._mix(stream, position)
-        return self._refs(source, *self.streams.samples(source, stream, ordinal))
-
-    def _refs(self, source: np.ndarray, *numbers: np.ndarray) -> list[SampleRef]:
+        numbers = self._streams.samples(source, stream, ordinal, attempt)
         names = [self.names[number] for number in source.tolist()]
         return list(map(SampleRef, names, *(values.tolist() for values in numbers)))
 
@@ -212,19 +214,7 @@ def mixing_cycle(parts: Sequence[int]) -> list[int]:
     return cycle
 
 
-@dataclass(frozen=True)
-class Windows:
-    """The shuffle window of each sample, and its position before shuffling. All (L,) int64, `key` uint64."""
-
-    epoch: np.ndarray
-    low: np.ndarray  # the window is low … high-1 among the epoch's permuted samples
-    high: np.ndarray
-    position: np.ndarray
-    key: np.ndarray  # of the window's permutation
-
-
-@dataclass(frozen=True)
-class _Epoch:
+class _Epoch(NamedTuple):
     """A source's shards in one epoch: the i-th is shard[i] and holds the samples bounds[i] … bounds[i+1]-1."""
 
     bounds: np.ndarray  # (S'+1,) int64, without empty shards
@@ -252,29 +242,34 @@ class StreamOrder:
         self._epoch = lru_cache(4 * len(counts))(self._permute_shards)
 
     def samples(
-        self, source: np.ndarray, stream: np.ndarray, ordinal: np.ndarray
+        self, source: np.ndarray, stream: np.ndarray, ordinal: np.ndarray, attempt: int | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return epoch, shard and sample, (L,) int64 each, of each stream's `ordinal`-th sample of a source."""
-        window = self.windows(source, stream, ordinal)
-        chosen = permuted(window.key, window.high - window.low, window.position - window.low)
-        return window.epoch, *self.locate(source, window.epoch, window.low + chosen)
+        """Return epoch, shard and sample, (L,) int64 each, of each stream's `ordinal`-th sample of a source.
 
-    def replacements(
-        self, source: np.ndarray, stream: np.ndarray, ordinal: np.ndarray, attempt: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return as `samples` a sample of the same window, drawn by a hash of the position and the attempt."""
-        window = self.windows(source, stream, ordinal)
-        drawn = hash64_array(hash64("replacement", attempt), window.key ^ window.position.astype(np.uint64))
-        chosen = (drawn % (window.high - window.low).astype(np.uint64)).astype(np.int64)
-        return window.epoch, *self.locate(source, window.epoch, window.low + chosen)
+        With an `attempt`, return another sample of the same shuffle window, drawn by a hash of position and attempt.
+        """
+        # Positions count an epoch's permuted samples; a stream has the positions start … stop-1.
+        total = self.totals[source]
+        epoch = (ordinal * self._num_streams + stream) // total
+        before = epoch * total
+        start, stop = (
+            self._before_stream(before + total, end) - self._before_stream(before, end) for end in (stream, stream + 1)
+        )
+        read_earlier = (before + self._num_streams - 1 - stream) // self._num_streams  # by the stream, in other epochs
+        position = start + ordinal - read_earlier
 
-    def windows(self, source: np.ndarray, stream: np.ndarray, ordinal: np.ndarray) -> Windows:
-        """Return the shuffle window of each stream's `ordinal`-th sample of a source."""
-        epoch = (ordinal * self._num_streams + stream) // self.totals[source]
-        start, stop = self.stream_start(source, epoch, stream), self.stream_start(source, epoch, stream + 1)
-        position = start + ordinal - self.samples_before(source, epoch, stream)
+        pairs = epoch * len(self._counts) + source
+        distinct = dict.fromkeys(pairs.tolist())
+        epochs = [
+            (
+                self._epoch(pair % len(self._counts), pair // len(self._counts)),
+                np.flatnonzero(pairs == pair) if len(distinct) > 1 else slice(None),
+            )
+            for pair in distinct
+        ]
+        # The shuffle window of each sample is low … high-1, permuted under `key`.
         low, high, key = np.empty_like(start), np.empty_like(start), np.empty(len(start), dtype=np.uint64)
-        for shards, at in self._by_epoch(source, epoch):
+        for shards, at in epochs:
             first = shards.piece(start[at])  # the shard in which the stream begins
             piece = shards.piece(position[at]) - first
             opening = first + piece // self._shuffle_window * self._shuffle_window
@@ -282,61 +277,24 @@ class StreamOrder:
             low[at] = np.maximum(start[at], shards.bounds[opening])
             high[at] = np.minimum(stop[at], shards.bounds[closing])
             key[at] = hash64_array(shards.key, low[at])
-        return Windows(epoch, low, high, position, key)
-
-    def locate(self, source: np.ndarray, epoch: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return shard and sample at a position among an epoch's permuted samples, (L,) int64 each."""
-        shard, sample = np.empty_like(position), np.empty_like(position)
-        for shards, at in self._by_epoch(source, epoch):
-            piece = shards.piece(position[at])
-            shard[at] = shards.shard[piece]
-            sample[at] = position[at] - shards.bounds[piece]
-        return shard, sample
-
-    def samples_before(self, source: np.ndarray, epoch: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """Return the number of samples of a source that a stream has read before an epoch."""
-        return (epoch * self.totals[source] + self._num_streams - 1 - stream) // self._num_streams
-
-    def stream_start(self, source: np.ndarray, epoch: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """Return where a stream starts among an epoch's permuted samples; stream C starts at their end."""
-        begin = epoch * self.totals[source]
-        return self._before_stream(begin + self.totals[source], stream) - self._before_stream(begin, stream)
+        if attempt is None:
+            chosen = low + permuted(key, high - low, position - low)
+        else:
+            drawn = hash64_array(hash64("replacement", attempt), key ^ position.astype(np.uint64))
+            chosen = low + (drawn % (high - low).astype(np.uint64)).astype(np.int64)
+        shard, sample = np.empty_like(chosen), np.empty_like(chosen)
+        for shards, at in epochs:
+            piece = shards.piece(chosen[at])
+            shard[at], sample[at] = shards.shard[piece], chosen[at] - shards.bounds[piece]
+        return epoch, shard, sample
 
     def _before_stream(self, bound: np.ndarray, stream: np.ndarray) -> np.ndarray:
         """Return how many integers below `bound` are less than `stream` modulo C."""
         rounds, rest = np.divmod(bound, self._num_streams)
         return rounds * stream + np.minimum(rest, stream)
 
-    def _by_epoch(self, source: np.ndarray, epoch: np.ndarray) -> Iterator[tuple[_Epoch, np.ndarray | slice]]:
-        """Yield the epoch of each (source, epoch) pair that occurs, with its indices in the arrays."""
-        pairs = epoch * len(self._counts) + source
-        distinct = dict.fromkeys(pairs.tolist())
-        for pair in distinct:
-            at = np.flatnonzero(pairs == pair) if len(distinct) > 1 else slice(None)
-            yield self._epoch(pair % len(self._counts), pair // len(self._counts)), at
-
     def _permute_shards(self, source: int, epoch: int) -> _Epoch:
         sizes, seed = self._counts[source], self._seeds[source]
         order = permutation(hash64(seed, "shards", epoch), len(sizes))
         order = order[sizes[order] > 0]
         return _Epoch(np.concatenate([[0], np.cumsum(sizes[order])]), order, hash64(seed, "window", epoch))
-
-
-def _check_divisible(sources: Mapping[str, OrderSource], num_streams: int, batch_size: int) -> None:
-    if batch_size % num_streams:
-        raise ConfigError(
-            f"data.streams {num_streams} does not divide the global batch size {batch_size}; every stream contributes "
-            f"the same number of samples. Choose a divisor of the batch size, e.g. {math.gcd(num_streams, batch_size)}"
-        )
-    for name, source in sources.items():
-        samples = int(source.counts.sum())
-        if not samples:
-            raise DataError(
-                f"source '{name}' has no samples to read: its shards are empty, or its filters and opt-out list "
-                "exclude every sample. Inspect the shards with `mome shards show`, or relax the filters"
-            )
-        if samples < num_streams:
-            raise DataError(
-                f"source '{name}' has {samples} samples, fewer than data.streams {num_streams}: some streams would be "
-                f"empty. Lower data.streams to at most {samples}, or add samples"
-            )

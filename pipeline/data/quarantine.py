@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from pipeline.config.errors import DataError, MomeError
 
@@ -67,10 +67,7 @@ class BadRecord:
     place: int  # in the global batch
     stage: str
     reason: str
-    replaced_by: str = ""
-
-    def replaced_with(self, key: str) -> BadRecord:
-        return replace(self, replaced_by=key)
+    replaced_by: str
 
     def as_json(self) -> dict[str, str | int]:
         return asdict(self)

@@ -29,7 +29,7 @@ def full_batch(
     config = config.for_stage(stage)
     spec = batch_spec(config, stage, batch_groups(config, stage), rows)
     sizes, model = spec.sizes, config.model
-    buffer, random = BatchBuffer.allocate(spec), np.random.default_rng(step)
+    buffer, random = BatchBuffer(spec), np.random.default_rng(step)
 
     def positions(count: int, total: int) -> np.ndarray:
         return np.stack([random.permutation(total)[:count] for _ in range(rows)])

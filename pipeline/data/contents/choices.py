@@ -77,56 +77,35 @@ def answers_with(choices: Mapping[str, Choices], num_outputs: int | None, where:
     )
 
 
-def load_answers(config: RunConfig, stage: StageConfig, storage: Storage) -> Choices | None:
-    """Return the answers that a stage chooses among; None for a stage without the objective vqa.
+def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: str) -> Choices | None:
+    """Return what a stage's head chooses among: its answers (`file` ANSWERS) or the names of its classes (CLASSES).
 
-    Raises ConfigError when the list is missing or its length is not `num_answers`.
+    None without the objective vqa or classification, and for classes whose shards have no list of their names. Raises
+    ConfigError when a list of answers is missing, and when the length of a list is not `num_answers` or `num_classes`.
     """
-    if "vqa" not in stage.objectives:
+    is_answers = file == ANSWERS
+    objective, key = ("vqa", "num_answers") if is_answers else ("classification", "num_classes")
+    if objective not in stage.objectives:
         return None
-    url = stage.answer_list or _next_to_shards(config, stage, ANSWERS)
+    next_to_shards = join(shard_folder(config.sources[next(iter(stage.sources))].shards), file)
+    url = (stage.answer_list if is_answers else None) or next_to_shards
     try:
         choices = Choices.from_bytes(storage.read(url), url)
     except NotFound as error:
+        if not is_answers:
+            return None
         raise ConfigError(
             f"stages.{stage.name}.answer_list: {url} does not exist; set it to a JSON list of answers, which "
             "`mome shards build` writes next to the shards of VQA questions"
         ) from error
-    if len(choices) != stage.num_answers:
+    if len(choices) != getattr(stage, key):
         raise ConfigError(
-            f"stages.{stage.name}.num_answers: {stage.num_answers}, but {url} lists {len(choices)}; set it to that"
-        )
-    return choices
-
-
-def load_classes(config: RunConfig, stage: StageConfig, storage: Storage) -> Choices | None:
-    """Return the names of a stage's classes; None where its shards have no list of them.
-
-    Raises ConfigError when the length of the list is not `num_classes`.
-    """
-    if "classification" not in stage.objectives:
-        return None
-    url = _next_to_shards(config, stage, CLASSES)
-    try:
-        choices = Choices.from_bytes(storage.read(url), url)
-    except NotFound:
-        return None
-    if len(choices) != stage.num_classes:
-        raise ConfigError(
-            f"stages.{stage.name}.num_classes: {stage.num_classes}, but {url} lists {len(choices)}; set it to that"
+            f"stages.{stage.name}.{key}: {getattr(stage, key)}, but {url} lists {len(choices)}; set it to that"
         )
     return choices
 
 
 def choices_of(config: RunConfig, stages: Sequence[StageConfig], storage: Storage) -> dict[str, Choices]:
     """Return by file name the choices of the heads that some stages trained, from the last stage that trained each."""
-    by_file: dict[str, Choices] = {}
-    for stage in stages:
-        for name, load in ((ANSWERS, load_answers), (CLASSES, load_classes)):
-            if (choices := load(config, stage, storage)) is not None:
-                by_file[name] = choices
-    return by_file
-
-
-def _next_to_shards(config: RunConfig, stage: StageConfig, name: str) -> str:
-    return join(shard_folder(config.sources[next(iter(stage.sources))].shards), name)
+    loaded = ((file, load_choices(config, stage, storage, file)) for stage in stages for file in (ANSWERS, CLASSES))
+    return {file: choices for file, choices in loaded if choices is not None}

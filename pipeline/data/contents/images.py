@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -52,23 +54,24 @@ CROP_ATTEMPTS = 10
 ORIENTATION = 0x0112  # the EXIF tag
 _TRANSPOSED = (5, 6, 7, 8)  # orientations that exchange height and width
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = {
+    name: re.compile(signature, re.DOTALL)
+    for name, signature in (
+        ("JPEG", re.escape(jpeg.SOI)), ("PNG", re.escape(_PNG_SIGNATURE)), ("WEBP", rb"RIFF....WEBP"),
+        ("GIF", rb"GIF8[79]a"), ("BMP", rb"BM"), ("TIFF", rb"II[*+]\0|MM\0[*+]"),
+    )
+}  # fmt: skip
 _WEBP_METADATA = 0x2C  # VP8X's flags for ICC profile, EXIF and XMP
+_WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")  # chunks of the pixels, and of the animation
+
+Result = TypeVar("Result")
 
 
 def format_of(data: bytes) -> str | None:
     """Return the name in FORMATS of an encoded image, by its first bytes; None for anything else."""
-    if data[:2] == jpeg.SOI:
-        return "JPEG"
-    if data[:8] == _PNG_SIGNATURE:
-        return "PNG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    if data[:2] == b"BM":
-        return "BMP"
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "TIFF"
+    for name, signature in _SIGNATURES.items():
+        if signature.match(data):
+            return name
     if data[4:8] == b"ftyp" and (brands := data[8 : min(64, int.from_bytes(data[:4], "big"))]):
         return "AVIF" if b"avif" in brands or b"avis" in brands else None
     return None
@@ -85,11 +88,15 @@ class ImageSize:
 
 def measure(data: bytes) -> ImageSize:
     """Return an image's size from its header, without decoding. Raises BadSample for anything that is not an image."""
-    with _judging(data):
-        if _known_format(data) == "JPEG":
+    with _judging(data) as kind:
+        if kind == "JPEG":
             header = jpeg.read_header(data)
-            return _upright_size(header.height, header.width, _orientation(data))
-        return _with_repair(data, _measure_with_pillow)
+            height, width, is_animated, orientation = header.height, header.width, False, _orientation(data)
+        else:
+            height, width, is_animated, orientation = _with_repair(data, kind, partial(_measure_with_pillow, kind))
+    if orientation in _TRANSPOSED:
+        height, width = width, height
+    return ImageSize(height, width, is_animated)
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
@@ -99,10 +106,21 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
     `max_pixels`, a side or an aspect ratio out of bounds, hundreds of scans. The header's size is checked before
     decoding.
     """
-    with _judging(data):
-        if _known_format(data) == "JPEG":
-            return _decode_jpeg(data, max_pixels)
-        return _with_repair(data, lambda encoded: _decode_with_pillow(encoded, max_pixels))
+    with _judging(data) as kind:
+        if kind == "JPEG":
+            image, height, width, orientation = _decode_jpeg(data, max_pixels)
+        else:
+            read = partial(_decode_with_pillow, kind, max_pixels)
+            image, height, width, orientation = _with_repair(data, kind, read)
+        if image.shape != (height, width, 3):
+            raise BadSample("image", f"decoded to {image.shape}, but its header says {height} x {width}")
+        if orientation in _TRANSPOSED:  # values 2 to 8 are the seven rotations and mirrorings
+            image = image.transpose(1, 0, 2)
+        if orientation in (3, 4, 7, 8):
+            image = image[::-1]
+        if orientation in (2, 3, 6, 7):
+            image = image[:, ::-1]
+        return np.ascontiguousarray(image)
 
 
 @dataclass(frozen=True)
@@ -148,21 +166,17 @@ def shape_of(model: TransformerConfig) -> Shape:
 def resize(image: np.ndarray, shape: Shape, interpolation: Interpolation = "bicubic") -> np.ndarray:
     """Return the whole image in a shape, stretched if that is a square, as the published models evaluate."""
     sides = shape.sides(*image.shape[:2]) if isinstance(shape, KeepAspectRatio) else (shape, shape)
-    return _resized(image, *sides, interpolation)
+    if image.shape[:2] == sides:
+        return image
+    # The batch dimension must be added before permuting, or torch misses the channels-last layout of its fast kernel.
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    resized = F.interpolate(pixels, sides, mode=interpolation, align_corners=False, antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def resize_for(image: np.ndarray, model: TransformerConfig) -> np.ndarray:
     """Return the whole image in the shape and with the interpolation that a model reads."""
     return resize(image, shape_of(model), model.interpolation)
-
-
-def _resized(image: np.ndarray, height: int, width: int, interpolation: Interpolation) -> np.ndarray:
-    if image.shape[:2] == (height, width):
-        return image
-    # The batch dimension must be added before permuting, or torch misses the channels-last layout of its fast kernel.
-    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-    resized = F.interpolate(pixels, (height, width), mode=interpolation, align_corners=False, antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def put_on_canvas(image: np.ndarray, canvas: np.ndarray) -> None:
@@ -173,12 +187,12 @@ def put_on_canvas(image: np.ndarray, canvas: np.ndarray) -> None:
     canvas[:height, width:] = 0
 
 
-def on_one_canvas(pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def on_one_canvas(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return images padded to the tallest and widest, (B, H, W, 3) uint8, and their sizes, (B, 2) int64."""
-    sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
-    canvases = np.empty((len(pictures), *sizes.max(axis=0).tolist(), 3), dtype=np.uint8)
-    for picture, canvas in zip(pictures, canvases, strict=True):
-        put_on_canvas(picture, canvas)
+    sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
+    canvases = np.empty((len(images), *sizes.max(axis=0).tolist(), 3), dtype=np.uint8)
+    for image, canvas in zip(images, canvases, strict=True):
+        put_on_canvas(image, canvas)
     return canvases, sizes
 
 
@@ -194,19 +208,14 @@ def random_resized_crop(
     For a square the crop's aspect ratio is in 3/4 … 4/3; with the aspect ratio kept it is that of the image, and a
     scale of (1, 1) crops nothing.
     """
-    draw = _draw_same_ratio if isinstance(shape, KeepAspectRatio) else draw_crop
-    top, left, height, width = draw(image.shape[0], image.shape[1], scale, random)
+    image_height, image_width = image.shape[:2]
+    if isinstance(shape, KeepAspectRatio):
+        side = math.sqrt(scale[0] + (scale[1] - scale[0]) * random.uniform())
+        height, width = max(1, round(side * image_height)), max(1, round(side * image_width))
+        top, left = random.integer(image_height - height + 1), random.integer(image_width - width + 1)
+    else:
+        top, left, height, width = draw_crop(image_height, image_width, scale, random)
     return resize(image[top : top + height, left : left + width], shape, interpolation)
-
-
-def _draw_same_ratio(
-    height: int, width: int, scale: tuple[float, float], random: CounterRandom
-) -> tuple[int, int, int, int]:
-    """Draw (top, left, height, width) with the image's own ratio: area uniform in `scale`, position uniform."""
-    side = math.sqrt(scale[0] + (scale[1] - scale[0]) * random.uniform())
-    crop_height, crop_width = max(1, round(side * height)), max(1, round(side * width))
-    top, left = random.integer(height - crop_height + 1), random.integer(width - crop_width + 1)
-    return top, left, crop_height, crop_width
 
 
 def draw_crop(height: int, width: int, scale: tuple[float, float], random: CounterRandom) -> tuple[int, int, int, int]:
@@ -228,22 +237,21 @@ def draw_crop(height: int, width: int, scale: tuple[float, float], random: Count
 
 
 @contextmanager
-def _judging(data: bytes) -> Iterator[None]:
-    """Turn every exception of a decoder into BadSample: damaged files make parsers fail in many ways."""
+def _judging(data: bytes) -> Iterator[str]:
+    """Give an image's format, and turn every exception into BadSample: damaged files make decoders fail in many ways.
+
+    Raises BadSample for bytes of no known format.
+    """
+    kind = format_of(data)
+    if kind is None:
+        raise BadSample("image", f"not a {', '.join(FORMATS)} (begins with {data[:8]!r})")
     try:
-        yield
+        yield kind
     except (BadSample, MemoryError):
         raise
     except Exception as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise BadSample("image", f"corrupt {format_of(data) or 'image'}: {reason}") from error
-
-
-def _known_format(data: bytes) -> str:
-    name = format_of(data)
-    if name is None:
-        raise BadSample("image", f"not a {', '.join(FORMATS)} (begins with {data[:8]!r})")
-    return name
+        raise BadSample("image", f"corrupt {kind}: {reason}") from error
 
 
 def _refuse_costly(height: int, width: int, max_pixels: int) -> None:
@@ -256,71 +264,13 @@ def _refuse_costly(height: int, width: int, max_pixels: int) -> None:
         )
 
 
-def _upright_size(height: int, width: int, orientation: object, is_animated: bool = False) -> ImageSize:
-    if orientation in _TRANSPOSED:
-        height, width = width, height
-    return ImageSize(height, width, is_animated)
-
-
-# JPEG -----------------------------------------------------------------------------------------------------------------
-
-
-def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray:
-    header = jpeg.read_header(data)
-    _refuse_costly(header.height, header.width, max_pixels)
-    is_cmyk = len(header.components) == 4  # or YCCK: libjpeg-turbo converts neither
-    image = None if is_cmyk else _decode_plain_jpeg(data, header)
-    if image is None:
-        _refuse_many_scans(data)
-        image = _decode_odd_jpeg(data, "CMYK" if is_cmyk else "RGB")
-    if image.shape != (header.height, header.width, 3):
-        raise BadSample("image", f"decoded to {image.shape}, but its header says {header.height} x {header.width}")
-    return _upright(image, _orientation(data))
-
-
-def _decode_plain_jpeg(data: bytes, header: jpeg.Header) -> np.ndarray | None:
-    """Return the pixels by the fast, strict decoder; None where it fails."""
-    if not jpeg.has_one_scan(data, header):  # counting scans reads the whole file, 7 % of the decoding time
-        _refuse_many_scans(data)
+def _orientation(image: bytes | Image.Image) -> object:
+    """Return the EXIF orientation of a JPEG or an open image, 1 without one. Damaged metadata makes no image bad."""
     try:
-        image: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
-    except Exception:
-        return None
-    return image
-
-
-def _refuse_many_scans(data: bytes) -> None:
-    if jpeg.has_too_many_scans(data):
-        raise BadSample("image", f"more than {jpeg.MAX_SCANS} scans, each of which costs a pass over all pixels")
-
-
-def _decode_odd_jpeg(data: bytes, colours: str) -> np.ndarray:
-    """Decode what simplejpeg refuses or cannot convert, if its entropy-coded data is intact."""
-    plain = jpeg.without_metadata(data)
-    try:
-        simplejpeg.decode_jpeg_header(plain)
-    except KeyError:  # a chroma sampling that the header call has no name for, which is decoded all the same
-        is_known = True
-    except ValueError:
-        is_known = False
-    else:
-        is_known = True
-    if is_known:
-        image: np.ndarray = simplejpeg.decode_jpeg(plain, colours)
-        if colours == "RGB":
-            return image
-    else:
-        jpeg.check_entropy(plain)
-    with Image.open(io.BytesIO(plain), formats=("JPEG",)) as picture:
-        return _rgb(picture)
-
-
-def _orientation(data: bytes) -> object:
-    """Return a JPEG's EXIF orientation, 1 where there is none. Damaged metadata does not make the image bad."""
-    payload = jpeg.exif_of(data)
-    if payload is None:
-        return 1
-    try:
+        if isinstance(image, Image.Image):
+            return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)  # Pillow rotates TIFFs itself
+        if (payload := jpeg.exif_of(image)) is None:
+            return 1
         exif = Image.Exif()
         exif.load(payload)
         return exif.get(ORIENTATION, 1)
@@ -328,58 +278,116 @@ def _orientation(data: bytes) -> object:
         return 1
 
 
-# Other formats --------------------------------------------------------------------------------------------------------
+def _decode_jpeg(data: bytes, max_pixels: int) -> tuple[np.ndarray, int, int, object]:
+    """Return the pixels as they are stored, the header's height and width, and the orientation."""
+    header = jpeg.read_header(data)
+    _refuse_costly(header.height, header.width, max_pixels)
+    is_cmyk = len(header.components) == 4  # or YCCK: libjpeg-turbo converts neither
+    image: np.ndarray | None = None
+    if not is_cmyk:
+        if not jpeg.has_one_scan(data, header):  # counting scans reads the whole file, 7 % of the decoding time
+            _refuse_many_scans(data)
+        with suppress(Exception):
+            image = simplejpeg.decode_jpeg(data, "RGB")
+    if image is None:  # simplejpeg refuses it or cannot convert it: it is decoded if its entropy-coded data is intact
+        _refuse_many_scans(data)
+        plain = jpeg.without_metadata(data)
+        try:
+            with suppress(KeyError):  # a chroma sampling that has no name here, which is decoded all the same
+                simplejpeg.decode_jpeg_header(plain)
+        except ValueError:
+            jpeg.check_entropy(plain)
+        else:
+            image = simplejpeg.decode_jpeg(plain, "CMYK" if is_cmyk else "RGB")
+        if image is None or is_cmyk:
+            with Image.open(io.BytesIO(plain), formats=("JPEG",)) as picture:
+                image = _rgb(picture)
+    return image, header.height, header.width, _orientation(data)
 
-Result = TypeVar("Result")
+
+def _refuse_many_scans(data: bytes) -> None:
+    if jpeg.has_too_many_scans(data):
+        raise BadSample("image", f"more than {jpeg.MAX_SCANS} scans, each of which costs a pass over all pixels")
 
 
-def _with_repair(data: bytes, read: Callable[[bytes], Result]) -> Result:
-    """Return the result of `read` on the image or, if it fails, on the image without its metadata."""
-    try:
-        return read(data)
-    except BadSample:
-        raise
-    except Exception:
-        repaired = _without_metadata(data)
-        if repaired == data:
-            raise
-        return read(repaired)
-
-
-def _measure_with_pillow(data: bytes) -> ImageSize:
-    with _opened(data) as picture:
+def _measure_with_pillow(kind: str, data: bytes) -> tuple[int, int, bool, object]:
+    """Return height, width, whether there are further frames, and the orientation."""
+    with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
         width, height = picture.size
         try:
             is_animated = bool(getattr(picture, "is_animated", False))
         except Exception:  # a damaged second frame
             is_animated = True
-        return _upright_size(height, width, _pillow_orientation(picture), is_animated)
+        return height, width, is_animated, _orientation(picture)
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
-    with _opened(data) as picture:
+def _decode_with_pillow(kind: str, max_pixels: int, data: bytes) -> tuple[np.ndarray, int, int, object]:
+    """Return the pixels as they are stored, the header's height and width, and the orientation."""
+    with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
         width, height = picture.size
         _refuse_costly(height, width, max_pixels)
-        if picture.format == "PNG":
-            _check_png(data)
-        orientation = _pillow_orientation(picture)
-        image = _rgb(picture)
-    if image.shape != (height, width, 3):
-        raise BadSample("image", f"decoded to {image.shape}, but its header says {height} x {width}")
-    return _upright(image, orientation)
+        # Pillow ignores the checksums of a PNG's damaged pixels and returns noise.
+        for name, chunk in _png_chunks(data) if kind == "PNG" else ():
+            if name[:1].isupper() and not _is_intact(chunk):
+                fault = f"the checksum of its {name.decode('latin-1')} is wrong, or it is cut"
+                raise BadSample("image", f"corrupt PNG: {fault}")
+        orientation = _orientation(picture)
+        return _rgb(picture), height, width, orientation
 
 
-def _opened(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=(_known_format(data),))
-
-
-def _pillow_orientation(picture: Image.Image) -> object:
-    if picture.format == "TIFF":  # Pillow rotates these itself
-        return 1
+def _with_repair(data: bytes, kind: str, read: Callable[[bytes], Result]) -> Result:
+    """Return the result of `read` on the image or, if it fails, on a PNG or WebP without its metadata."""
     try:
-        return picture.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged metadata does not make the image bad
-        return 1
+        return read(data)
+    except BadSample:
+        raise
+    except Exception:
+        if kind == "PNG":
+            plain = _PNG_SIGNATURE + b"".join(
+                chunk
+                for name, chunk in _png_chunks(data)
+                if name[:1].isupper() or (name in (b"tRNS", b"eXIf") and _is_intact(chunk))
+            )
+        elif kind == "WEBP":
+            plain = _webp_without_metadata(data)
+        else:
+            raise
+        if plain == data:
+            raise
+        return read(plain)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield each chunk's name and bytes: length, name, content, checksum. A name in capitals is a critical chunk's.
+
+    What follows the end chunk is no part of the image.
+    """
+    at, name = len(_PNG_SIGNATURE), b""
+    while at + 8 <= len(data) and name != b"IEND":
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        name = data[at + 4 : at + 8]
+        yield name, data[at:end]
+        at = end
+
+
+def _is_intact(chunk: bytes) -> bool:
+    length = 12 + int.from_bytes(chunk[:4], "big")
+    return len(chunk) == length and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+
+
+def _webp_without_metadata(data: bytes) -> bytes:
+    """Return the chunks of the pixels and of the animation; VP8X, which announces the others, no longer does."""
+    body, at = bytearray(b"WEBP"), 12
+    while at + 8 <= len(data):
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+        end += end % 2
+        name, chunk = data[at : at + 4], data[at:end]
+        if name == b"VP8X" and len(chunk) > 8:
+            body += chunk[:8] + bytes([chunk[8] & ~_WEBP_METADATA]) + chunk[9:]
+        elif name in _WEBP_PIXELS:
+            body += chunk
+        at = end
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
 
 
 def _rgb(picture: Image.Image) -> np.ndarray:
@@ -390,89 +398,18 @@ def _rgb(picture: Image.Image) -> np.ndarray:
     rows = max(1, STRIP // width)
     for top in range(0, height, rows):
         strip = picture.crop((0, top, width, min(height, top + rows)))
-        image[top : top + rows] = _rgb_strip(strip)
+        if strip.mode.startswith("I;16"):
+            pixels = np.asarray(strip).astype(np.uint16)
+            grey = (pixels >> 8).astype(np.uint8)
+            if "transparency" in strip.info:
+                grey[pixels == strip.info["transparency"]] = 255
+            image[top : top + rows] = grey[:, :, None]
+            continue
+        if strip.mode in ("I", "F"):
+            reason = "its pixels are 32-bit numbers of unknown range; expected 8 or 16 bits per channel"
+            raise BadSample("image", reason)
+        if strip.has_transparency_data:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip)
+        image[top : top + rows] = np.asarray(strip.convert("RGB"))
     return image
-
-
-def _rgb_strip(strip: Image.Image) -> np.ndarray:
-    if strip.mode.startswith("I;16"):
-        pixels = np.asarray(strip).astype(np.uint16)
-        grey = (pixels >> 8).astype(np.uint8)
-        if "transparency" in strip.info:
-            grey[pixels == strip.info["transparency"]] = 255
-        return grey[:, :, None]
-    if strip.mode in ("I", "F"):
-        raise BadSample("image", "its pixels are 32-bit numbers of unknown range; expected 8 or 16 bits per channel")
-    if strip.has_transparency_data:
-        strip = strip.convert("RGBA")
-        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
-        strip = Image.alpha_composite(white, strip)
-    return np.asarray(strip.convert("RGB"))
-
-
-def _without_metadata(data: bytes) -> bytes:
-    """Return a PNG or WebP without the chunks that say nothing of its pixels; other formats as they are."""
-    if data[:8] == _PNG_SIGNATURE:
-        return _PNG_SIGNATURE + b"".join(
-            chunk
-            for name, chunk in _png_chunks(data)
-            if name[:1].isupper() or (name in (b"tRNS", b"eXIf") and _is_intact(chunk))
-        )
-    if data[:4] == b"RIFF":
-        body = b"WEBP" + b"".join(_webp_chunks(data))
-        return b"RIFF" + len(body).to_bytes(4, "little") + body
-    return data
-
-
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield each chunk's name and bytes: length, name, content, checksum. A name in capitals is a critical chunk's.
-
-    What follows the end chunk is no part of the image.
-    """
-    at = len(_PNG_SIGNATURE)
-    while at + 8 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        name = data[at + 4 : at + 8]
-        yield name, data[at:end]
-        if name == b"IEND":
-            return
-        at = end
-
-
-def _is_intact(chunk: bytes) -> bool:
-    length = 12 + int.from_bytes(chunk[:4], "big")
-    return len(chunk) == length and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-
-
-def _check_png(data: bytes) -> None:
-    """Raise BadSample for damaged pixels: Pillow ignores their checksums and returns noise."""
-    for name, chunk in _png_chunks(data):
-        if name[:1].isupper() and not _is_intact(chunk):
-            raise BadSample(
-                "image", f"corrupt PNG: the checksum of its {name.decode('latin-1')} is wrong, or it is cut"
-            )
-
-
-def _webp_chunks(data: bytes) -> Iterator[bytes]:
-    """Yield the chunks of the pixels, and of the animation; VP8X, which announces the others, no longer does."""
-    at = 12
-    while at + 8 <= len(data):
-        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
-        name = data[at : at + 4]
-        chunk = data[at : end + end % 2]
-        if name == b"VP8X" and len(chunk) > 8:
-            yield chunk[:8] + bytes([chunk[8] & ~_WEBP_METADATA]) + chunk[9:]
-        elif name in (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"):
-            yield chunk
-        at = end + end % 2
-
-
-def _upright(image: np.ndarray, orientation: object) -> np.ndarray:
-    """Apply the EXIF orientation: values 2 to 8 are the seven rotations and mirrorings."""
-    if orientation in _TRANSPOSED:
-        image = image.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)

@@ -121,9 +121,7 @@ def has_one_scan(data: bytes, header: Header) -> bool:
 
 def has_too_many_scans(data: bytes) -> bool:
     """Return whether there are more than MAX_SCANS scans, each of which costs a decoder a pass over all pixels."""
-    if (
-        data.count(bytes([0xFF, SOS])) <= MAX_SCANS
-    ):  # fast, and never an undercount: thumbnails in the metadata count too
+    if data.count(bytes([0xFF, SOS])) <= MAX_SCANS:  # fast, and never below the number: thumbnails count too
         return False
     return sum(segment.marker == SOS for segment in segments(data)) > MAX_SCANS
 
@@ -145,7 +143,7 @@ def without_metadata(data: bytes) -> bytes:
     What decides the colour space (JFIF, Adobe) is kept, as libjpeg reads it. A missing end marker stays missing.
     """
     parts = [SOI]
-    num_components, frame = 0, 0
+    num_components = frame = 0
     for marker, start, end, stop in segments(data):
         payload = data[start:end]
         if marker == EOI[1]:
@@ -162,16 +160,12 @@ def without_metadata(data: bytes) -> bytes:
         elif marker == SOS and frame in SEQUENTIAL:
             payload = payload[:-3] + b"\x00\x3f\x00"  # a sequential scan has all coefficients, whatever it says
         parts.append(bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload + data[end:stop])
-    return _with_known_transform(b"".join(parts), num_components)
-
-
-def _with_known_transform(data: bytes, num_components: int) -> bytes:
-    """Replace an unknown Adobe colour transform by the one that libjpeg assumes."""
-    at = data.find(b"\xff\xee\x00\x0eAdobe")
-    known, assumed = ((0, 1), 1) if num_components == 3 else ((0, 2), 2)
-    if at < 0 or data[at + 15] in known:
-        return data
-    return data[: at + 15] + bytes([assumed]) + data[at + 16 :]
+    plain = b"".join(parts)
+    at = plain.find(b"\xff\xee\x00\x0eAdobe")
+    known, assumed = ((0, 1), 1) if num_components == 3 else ((0, 2), 2)  # colour transforms, as libjpeg assumes them
+    if at < 0 or plain[at + 15] in known:
+        return plain
+    return plain[: at + 15] + bytes([assumed]) + plain[at + 16 :]
 
 
 # Entropy-coded data ---------------------------------------------------------------------------------------------------
@@ -242,28 +236,30 @@ class _Bits:
         self.length = 8 * len(plain)
         self.position = 0
 
-    def peek16(self) -> int:
-        return self.windows[self.position >> 3] >> 8 - (self.position & 7) & 0xFFFF
-
-    def code(self, table: _Table) -> int:
-        """Return the next symbol."""
-        entry = table[self.peek16()]
-        if not entry:
-            raise ValueError("an invalid Huffman code")
-        self.skip(entry >> 8)
-        return entry & 0xFF
-
     def number(self, size: int) -> int:
-        value = self.peek16() >> 16 - size
-        self.skip(size)
+        """Return the next `size` bits, at most 16, as a number."""
+        value = (self.windows[self.position >> 3] >> 8 - (self.position & 7) & 0xFFFF) >> 16 - size
+        self.position += size
         return value
 
-    def skip(self, size: int) -> None:
-        self.position += size
+    def symbol(self, table: _Table) -> int:
+        """Return the symbol of the next Huffman code."""
+        entry = table[self.windows[self.position >> 3] >> 8 - (self.position & 7) & 0xFFFF]
+        if not entry:
+            raise ValueError("an invalid Huffman code")
+        self.position += entry >> 8
+        return entry & 0xFF
+
+
+_BlockReader = Callable[[_Bits, int, _Table, _Table], None]  # (bits, unit, DC table, AC table)
 
 
 class _Scan:
-    """A scan: its blocks, their order, and how each is coded."""
+    """A scan: its blocks, their order, and how each is coded.
+
+    A unit holds the blocks that are coded together: one block of each component, as often as its sampling factors say.
+    `history` keeps for each component a bit mask per block of the coefficients that earlier progressive scans set.
+    """
 
     def __init__(self, header: Header, payload: bytes, tables: dict[int, _Table], history: dict[int, list[int]]):
         if not payload or len(payload) != 4 + 2 * payload[0]:
@@ -272,11 +268,10 @@ class _Scan:
         scanned = [(payload[at], payload[at + 1]) for at in range(1, len(payload) - 3, 2)]
         if not scanned or any(identifier not in by_identifier for identifier, _ in scanned):
             raise ValueError("a scan of a component that the frame lacks")
-        self._first, self._last, low = payload[-3], payload[-2], payload[-1]
-        self._is_refinement = low >> 4 > 0
-        self._is_progressive = header.frame in PROGRESSIVE
-        is_dc = self._is_progressive and self._first == 0
-        if self._is_progressive and (self._first > self._last or self._last > 63 or (is_dc and self._last > 0)):
+        self._first, self._last, self._is_refinement = payload[-3], payload[-2], payload[-1] >> 4 > 0
+        is_progressive = header.frame in PROGRESSIVE
+        is_dc = is_progressive and self._first == 0
+        if is_progressive and (self._first > self._last or self._last > 63 or (is_dc and self._last > 0)):
             raise ValueError("a progressive scan of impossible coefficients")
         across = max(component.horizontal for component in header.components)
         down = max(component.vertical for component in header.components)
@@ -290,30 +285,25 @@ class _Scan:
             per_unit = [by_identifier[name].horizontal * by_identifier[name].vertical for name, _ in scanned]
         self._units = columns * rows
         self.num_blocks = self._units * sum(per_unit)
-        self._eob_run = 0
-        if is_dc or not self._is_progressive:
-            pick = self._dc_block if is_dc else self._sequential_block
-            self._unit: list[Callable[[_Bits, int], None]] = [
-                pick(*self._tables(tables, chosen, is_dc and self._is_refinement, is_dc))
-                for (_, chosen), count in zip(scanned, per_unit, strict=True)
-                for _ in range(count)
-            ]
-        else:
-            if len(scanned) > 1:
-                raise ValueError("a progressive scan of AC coefficients with several components")
-            masks = history.setdefault(scanned[0][0], [0] * self._units)
-            table = tables.get(0x10 | scanned[0][1] & 15)
-            if table is None:
-                raise ValueError("a scan with an undefined Huffman table")
-            block = self._refined_block if self._is_refinement else self._ac_block
-            self._unit = [block(table, masks)]
+        self._eob_run = 0  # blocks that an end-of-band code has ended ahead of time
 
-    @staticmethod
-    def _tables(tables: dict[int, _Table], chosen: int, needs_none: bool, is_dc: bool) -> tuple[_Table, _Table]:
-        dc, ac = tables.get(chosen >> 4), tables.get(0x10 | chosen & 15)
-        if not needs_none and (dc is None or (ac is None and not is_dc)):
-            raise ValueError("a scan with an undefined Huffman table")
-        return dc or [], ac or []
+        read: _BlockReader
+        if is_dc:
+            read = self._read_dc
+        elif not is_progressive:
+            read = self._read_sequential
+        elif len(scanned) > 1:
+            raise ValueError("a progressive scan of AC coefficients with several components")
+        else:
+            self._masks = history.setdefault(scanned[0][0], [0] * self._units)
+            read = self._refine_ac if self._is_refinement else self._read_ac
+        needs_dc, needs_ac = not is_progressive or (is_dc and not self._is_refinement), not is_dc
+        self._unit: list[tuple[_BlockReader, _Table, _Table]] = []
+        for (_, chosen), count in zip(scanned, per_unit, strict=True):
+            dc, ac = tables.get(chosen >> 4), tables.get(0x10 | chosen & 15)
+            if (needs_dc and dc is None) or (needs_ac and ac is None):
+                raise ValueError("a scan with an undefined Huffman table")
+            self._unit += [(read, dc or [], ac or [])] * count
 
     def check(self, entropy: bytes, restart: int) -> int:
         """Return the number of bits after the scan's blocks. Raises ValueError unless it has exactly these blocks."""
@@ -332,84 +322,72 @@ class _Scan:
             self._eob_run = 0
             stop = min(self._units, at + restart) if restart else self._units
             for unit in range(at, stop):
-                for block in self._unit:
-                    block(bits, unit)
+                for read, dc, ac in self._unit:
+                    read(bits, unit, dc, ac)
                     if bits.position > bits.length:
                         raise ValueError("entropy-coded data ends too early")
             surplus = bits.length - bits.position
             at = stop
         return surplus
 
-    def _sequential_block(self, dc: _Table, ac: _Table) -> Callable[[_Bits, int], None]:
-        def read(bits: _Bits, _: int) -> None:
-            bits.skip(bits.code(dc) & 15)
-            windows, position, at = bits.windows, bits.position, 1
-            while at < 64:
-                entry = ac[windows[position >> 3] >> 8 - (position & 7) & 0xFFFF]
-                if not entry:
-                    raise ValueError("an invalid Huffman code")
-                position += (entry >> 8) + (entry & 15)
-                if entry & 15 or entry & 0xFF == 0xF0:
-                    at += (entry >> 4 & 15) + 1
+    def _read_sequential(self, bits: _Bits, _: int, dc: _Table, ac: _Table) -> None:
+        size = bits.symbol(dc) & 15
+        bits.position += size
+        windows, position, at = bits.windows, bits.position, 1
+        while at < 64:  # `bits.symbol` in place, for speed
+            entry = ac[windows[position >> 3] >> 8 - (position & 7) & 0xFFFF]
+            if not entry:
+                raise ValueError("an invalid Huffman code")
+            position += (entry >> 8) + (entry & 15)
+            if entry & 15 or entry & 0xFF == 0xF0:
+                at += (entry >> 4 & 15) + 1
+            else:
+                break
+        bits.position = position
+
+    def _read_dc(self, bits: _Bits, _: int, dc: _Table, __: _Table) -> None:
+        size = 1 if self._is_refinement else bits.symbol(dc) & 15
+        bits.position += size
+
+    def _read_ac(self, bits: _Bits, unit: int, _: _Table, ac: _Table) -> None:
+        """Read a block of a first AC scan, and record its non-zero coefficients (ITU T.81, G.1.2.2)."""
+        if self._eob_run:
+            self._eob_run -= 1
+            return
+        at = self._first
+        while at <= self._last:
+            run, size = divmod(bits.symbol(ac), 16)
+            if size:
+                self._masks[unit] |= 1 << min(at + run, 63)
+                bits.position += size
+            elif run < 15:
+                self._eob_run = (1 << run) - 1 + bits.number(run)
+                return
+            at += run + 1
+
+    def _refine_ac(self, bits: _Bits, unit: int, _: _Table, ac: _Table) -> None:
+        """Read a block of a refining scan: one bit for each coefficient known to be non-zero (G.1.2.3)."""
+        at, mask = self._first, self._masks[unit]
+        while at <= self._last and not self._eob_run:
+            run, size = divmod(bits.symbol(ac), 16)
+            if size > 1:
+                raise ValueError("an invalid Huffman code")
+            if not size and run < 15:
+                self._eob_run = (1 << run) + bits.number(run)
+                break
+            bits.position += size
+            while at <= self._last:
+                if mask >> at & 1:
+                    bits.position += 1
+                elif run:
+                    run -= 1
                 else:
                     break
-            bits.position = position
-
-        return read
-
-    def _dc_block(self, dc: _Table, _: _Table) -> Callable[[_Bits, int], None]:
-        def read(bits: _Bits, _: int) -> None:
-            bits.skip(1 if self._is_refinement else bits.code(dc) & 15)
-
-        return read
-
-    def _ac_block(self, table: _Table, masks: list[int]) -> Callable[[_Bits, int], None]:
-        """Return the reader of a first AC scan; `masks` records the non-zero coefficients (ITU T.81, G.1.2.2)."""
-
-        def read(bits: _Bits, unit: int) -> None:
-            if self._eob_run:
-                self._eob_run -= 1
-                return
-            at = self._first
-            while at <= self._last:
-                run, size = divmod(bits.code(table), 16)
-                if size:
-                    masks[unit] |= 1 << min(at + run, 63)
-                    bits.skip(size)
-                elif run < 15:
-                    self._eob_run = (1 << run) - 1 + bits.number(run)
-                    return
-                at += run + 1
-
-        return read
-
-    def _refined_block(self, table: _Table, masks: list[int]) -> Callable[[_Bits, int], None]:
-        """Return the reader of a refining scan: one bit for each coefficient known to be non-zero (G.1.2.3)."""
-
-        def read(bits: _Bits, unit: int) -> None:
-            at, mask = self._first, masks[unit]
-            while at <= self._last and not self._eob_run:
-                run, size = divmod(bits.code(table), 16)
-                if size > 1:
-                    raise ValueError("an invalid Huffman code")
-                if not size and run < 15:
-                    self._eob_run = (1 << run) + bits.number(run)
-                    break
-                bits.skip(size)
-                while at <= self._last:
-                    if mask >> at & 1:
-                        bits.skip(1)
-                    elif run:
-                        run -= 1
-                    else:
-                        break
-                    at += 1
-                if size:
-                    masks[unit] |= 1 << min(at, 63)
                 at += 1
-            if self._eob_run:
-                remaining = (1 << max(0, self._last + 1 - at)) - 1
-                bits.skip((mask >> at & remaining).bit_count())
-                self._eob_run -= 1
-
-        return read
+            if size:
+                self._masks[unit] |= 1 << min(at, 63)
+            at += 1
+        if self._eob_run:
+            remaining = (1 << max(0, self._last + 1 - at)) - 1
+            bits.position += (mask >> at & remaining).bit_count()
+            self._eob_run -= 1

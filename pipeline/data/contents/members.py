@@ -116,8 +116,8 @@ def image_id_of(members: Members) -> int:
         raise BadSample("members", f"its image_id {named} is not a finite number")
     if named is not None:
         return signed(hash64("image_id", unicodedata.normalize("NFC", str(named))))
-    has_picture = not members.keys().isdisjoint(EXTENSIONS)
-    shown = members[REGIONS] if REGIONS in members and not has_picture else image_bytes(members)
+    has_image = not members.keys().isdisjoint(EXTENSIONS)
+    shown = members[REGIONS] if REGIONS in members and not has_image else image_bytes(members)
     digest = hashlib.blake2b(shown, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -138,18 +138,14 @@ def record_of(members: Members) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BadSample("members", f"its json is not an object but a {type(record).__name__}")
     if b"\\ud" in data or b"\\uD" in data:  # surrogates occur only as escapes: UTF-8 has none
-        _check_encodable(record)
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise BadSample("caption", f"its json contains {half!r}, a lone surrogate (a truncated text?)") from error
+        except RecursionError as error:
+            raise BadSample("members", f"its json cannot be read: {error}") from error
     return record
-
-
-def _check_encodable(record: dict[str, Any]) -> None:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise BadSample("caption", f"its json contains {half!r}, a lone surrogate (a truncated text?)") from error
-    except RecursionError as error:
-        raise BadSample("members", f"its json cannot be read: {error}") from error
 
 
 def _text(name: str, data: bytes) -> str:

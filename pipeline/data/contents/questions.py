@@ -43,8 +43,8 @@ def question_of(members: Members) -> Question:
         raise BadSample("answers", f"{len(answers)} answers; expected at most {MAX_ANSWERS}")
     for score in answers.values():
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-            raise BadSample("answers", f"the score {_short(score)} is not a number in 0 … 1")
-    return Question(_sentence(record, "question"), answers, _id(record, "question_id"))
+            raise BadSample("answers", f"the score {score!r:.40} is not a number in 0 … 1")
+    return Question(_sentence(record, "question"), answers, str(record.get("question_id", "")))
 
 
 def statement_of(members: Members) -> Statement:
@@ -52,23 +52,8 @@ def statement_of(members: Members) -> Statement:
     record = record_of(members)
     label = record.get("label")
     if label not in (True, False):  # 1 and 0 equal them
-        raise BadSample("label", f"the label {_short(label)} is neither true nor false")
-    return Statement(_sentence(record, "sentence"), bool(label), _id(record, "id"))
-
-
-def both_images(members: Members) -> tuple[bytes, bytes]:
-    """Return the encoded first and second image. Raises BadSample when one is missing."""
-    first, second = (_image_named(members, names) for names in SIDES)
-    return first, second
-
-
-def _image_named(members: Members, names: tuple[str, ...]) -> bytes:
-    for name in names:
-        for extension in EXTENSIONS:
-            if (data := members.get(f"{name}.{extension}")) is not None:
-                return data
-    expected = " or ".join(f"{name}.jpg" for name in names)
-    raise BadSample("members", f"no image {expected} (or png, webp, …); it has {names_of(members)}")
+        raise BadSample("label", f"the label {label!r:.40} is neither true nor false")
+    return Statement(_sentence(record, "sentence"), bool(label), str(record.get("id", "")))
 
 
 def _sentence(record: Mapping[str, Any], key: str) -> str:
@@ -78,10 +63,14 @@ def _sentence(record: Mapping[str, Any], key: str) -> str:
     return text
 
 
-def _short(value: object) -> str:
-    """Format a value of any length for a message."""
-    return repr(value)[:40]
-
-
-def _id(record: Mapping[str, Any], key: str) -> str:
-    return str(record.get(key, ""))
+def both_images(members: Members) -> tuple[bytes, bytes]:
+    """Return the encoded first and second image. Raises BadSample when one is missing."""
+    images = []
+    for names in SIDES:
+        candidates = (members.get(f"{name}.{extension}") for name in names for extension in EXTENSIONS)
+        image = next((data for data in candidates if data is not None), None)
+        if image is None:
+            expected = " or ".join(f"{name}.jpg" for name in names)
+            raise BadSample("members", f"no image {expected} (or png, webp, …); it has {names_of(members)}")
+        images.append(image)
+    return images[0], images[1]

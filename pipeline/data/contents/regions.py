@@ -85,16 +85,25 @@ def regions_of(members: Members) -> RegionRecord:
 
 
 def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> RegionRecord:
-    """Return the regions of a member's content. Raises BadSample for every fault.
+    """Return the regions of a member's content, with boxes clipped to the image. Raises BadSample for every fault.
 
     `image_size` (height, width) is used for a member without its own.
     """
-    arrays = _read_arrays(data)
+    try:
+        npz = Npz(data)
+        arrays = {name: npz.read(name, kinds, MAX_BYTES) for name, kinds in _KINDS.items() if name in npz}
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes reach zipfile's and numpy's parsers in every shape
+        raise _fault(f"it cannot be read as an npz: {error}") from error
+    if "features" in arrays and arrays["features"].itemsize > 4:
+        raise _fault(f"features have dtype {arrays['features'].dtype}; expected float32 or float16")
     if image_size is not None:
         arrays.setdefault("image_size", np.array(image_size, np.int64))
     for name in ("features", "boxes"):
         if name not in arrays:
             raise _fault(f"no array '{name}'; it has {', '.join(sorted(arrays)) or 'no known array'}")
+
     features, boxes = arrays["features"], arrays["boxes"]
     if features.ndim != 2 or not features.shape[1]:
         raise _fault(f"features have shape {features.shape}; expected (regions, features)")
@@ -108,14 +117,31 @@ def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> Reg
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise _fault(f"{name} contain a number that is not finite")
-    size = _image_size(boxes, arrays.get("image_size"))
+
+    if "image_size" in arrays:
+        height, width = map(int, arrays["image_size"])
+    else:
+        width, height = math.ceil(boxes[:, 2].max()), math.ceil(boxes[:, 3].max())
+    if height <= 0 or width <= 0:
+        raise _fault(f"an image of height {height} and width {width}")
     classes, confidences = arrays.get("classes"), arrays.get("confidences")
     if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < MOST_CLASSES:
         raise _fault(f"classes from {int(classes.min())} to {int(classes.max())}; expected 0 to 2^31 - 1")
+
+    boxes = boxes.astype(np.float32, copy=False)
+    ends = np.array([width, height, width, height], dtype=np.float32)
+    for reason, is_bad in (
+        ("ends before it begins in", (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])),
+        ("is outside", ((boxes < -OUTSIDE) | (boxes > ends + OUTSIDE)).any(axis=1)),
+    ):
+        if is_bad.any():
+            which = int(is_bad.argmax())
+            corners = ", ".join(f"{side:.1f}" for side in boxes[which])
+            raise _fault(f"box {which} ({corners}) {reason} an image of {width} x {height}")
     return RegionRecord(
         features=features.astype(np.float32, copy=False),
-        boxes=_within(boxes.astype(np.float32, copy=False), size),
-        image_size=size,
+        boxes=np.clip(boxes, 0, ends),
+        image_size=(height, width),
         classes=None if classes is None else classes.astype(np.int64, copy=False),
         confidences=None if confidences is None else confidences.astype(np.float32, copy=False),
     )
@@ -141,7 +167,7 @@ def mask_regions(count: int, probability: float, random: CounterRandom) -> tuple
 
     Returns ascending positions (K,) int64, and (K,) bool: True for the 90 % whose features are zeroed.
     """
-    chosen = max(1, masked_at_most(count, probability))
+    chosen = masked_at_most(count, probability)
     positions = np.sort(random.permutation(count)[:chosen]).astype(np.int64)
     return positions, np.array([random.uniform() < ZEROED for _ in positions], dtype=np.bool_)
 
@@ -149,44 +175,6 @@ def mask_regions(count: int, probability: float, random: CounterRandom) -> tuple
 def masked_at_most(count: int, probability: float) -> int:
     """Return the maximum number of masked regions among at most `count`: at least 1."""
     return max(1, round(probability * count))
-
-
-def _read_arrays(data: bytes) -> dict[str, np.ndarray]:
-    try:
-        npz = Npz(data)
-        arrays = {name: npz.read(name, kinds, MAX_BYTES) for name, kinds in _KINDS.items() if name in npz}
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged bytes reach zipfile's and numpy's parsers in every shape
-        raise _fault(f"it cannot be read as an npz: {error}") from error
-    if "features" in arrays and arrays["features"].itemsize > 4:
-        raise _fault(f"features have dtype {arrays['features'].dtype}; expected float32 or float16")
-    return arrays
-
-
-def _image_size(boxes: np.ndarray, declared: np.ndarray | None) -> tuple[int, int]:
-    if declared is not None:
-        height, width = int(declared[0]), int(declared[1])
-    else:
-        width, height = math.ceil(boxes[:, 2].max()), math.ceil(boxes[:, 3].max())
-    if height <= 0 or width <= 0:
-        raise _fault(f"an image of height {height} and width {width}")
-    return height, width
-
-
-def _within(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Return the boxes clipped to the image. Raises BadSample for one outside, or with its corners exchanged."""
-    height, width = image_size
-    ends = np.array([width, height, width, height], dtype=np.float32)
-    for reason, is_bad in (
-        ("ends before it begins in", (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])),
-        ("is outside", ((boxes < -OUTSIDE) | (boxes > ends + OUTSIDE)).any(axis=1)),
-    ):
-        if is_bad.any():
-            which = int(is_bad.argmax())
-            corners = ", ".join(f"{side:.1f}" for side in boxes[which])
-            raise _fault(f"box {which} ({corners}) {reason} an image of {width} x {height}")
-    return np.clip(boxes, 0, ends)
 
 
 def _fault(reason: str) -> BadSample:

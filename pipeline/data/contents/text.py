@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -46,17 +45,29 @@ class Tokens:
 class Tokenizer:
     """A WordPiece tokenizer. Equal vocabularies give equal tokenizers; `digest` identifies the vocabulary.
 
-    `lowercase`: lower-case text and strip its accents (default: unless the vocabulary is cased).
+    `lowercase`: lower-case text and strip its accents (default: unless the vocabulary is cased). Raises DataError when
+    the tokens are not a vocabulary.
     """
 
     def __init__(self, tokens: Sequence[str], lowercase: bool | None = None):
         self.tokens = tuple(tokens)
         self.lowercase = not is_cased(self.tokens) if lowercase is None else lowercase
-        ids = _checked_ids(self.tokens)
+        ids = {token: i for i, token in enumerate(self.tokens)}
+        if missing := [name for name in SPECIALS if name not in ids]:
+            raise DataError(f"the vocabulary of {len(self.tokens)} tokens does not contain {', '.join(missing)}")
+        if len(ids) < len(self.tokens):
+            repeated = next(token for token, count in Counter(self.tokens).items() if count > 1)
+            raise DataError(f"the vocabulary contains the token {repeated!r} more than once")
+        if invalid := next((token for token in self.tokens if re.search("[\n\ud800-\udfff]", token)), None):
+            raise DataError(f"the vocabulary contains {invalid!r:.60}, which cannot be a line of a vocab.txt")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[name] for name in SPECIALS)
         model = models.WordPiece(vocab=ids, unk_token=UNK, max_input_chars_per_word=MAX_WORD)
         self._pieces = _bert_pieces(model, self.lowercase)
         self._pieces.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=True)
+        self._text = "\n".join(self.tokens) + "\n"
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[tuple[str, ...], bool]]:
+        return Tokenizer, (self.tokens, self.lowercase)
 
     @classmethod
     def from_vocabulary(cls, tokens: Sequence[str], lowercase: bool | None = None) -> Tokenizer:
@@ -76,13 +87,45 @@ class Tokenizer:
         except (UnicodeDecodeError, DataError) as error:
             raise DataError(f"{url} is not a WordPiece vocabulary: {error}. Expected one token per line") from error
 
-    def save(self, storage: Storage, url: str) -> None:
-        storage.write(url, self._text.encode("utf-8"))
-
     @classmethod
     def train(cls, captions: Iterable[str], size: int, lowercase: bool = True) -> Tokenizer:
-        """Train a vocabulary of at most `size` tokens, a function of the captions alone."""
-        return cls(_train_vocabulary(captions, size, lowercase), lowercase)
+        """Train a vocabulary of at most `size` tokens, a function of the captions alone.
+
+        WordPiece merges the most frequent pair, over an alphabet of the most frequent characters. The alphabet takes as
+        much of the size as it needs: a character outside it makes its whole word [UNK]. Only beyond the first 1,000
+        characters are the rarest left out (stray characters of a large collection).
+
+        The library numbers characters in hash-table order and breaks ties between merges by number, so that the same
+        captions would give a different vocabulary each time. Passing the characters as special tokens in sorted order
+        makes the result a function of the captions.
+        """
+        normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+        lines = [normalizer.normalize_str(caption) for caption in captions]
+        for number, line in enumerate(lines):
+            if _LONG_RUN.search(line):  # longer words become [UNK] anyway: one of 200,000 takes a minute to merge
+                words = splitter.pre_tokenize_str(line)
+                lines[number] = " ".join(word for word, _ in words if len(word) <= MAX_WORD)
+        counts = Counter(character for line in lines for character in line if not character.isspace())
+        if not counts:
+            raise DataError("cannot train a vocabulary: no caption has a visible character")
+        alphabet = choose_alphabet(counts, size - len(SPECIALS), normalizer)
+        if not alphabet:
+            raise DataError(f"a vocabulary of {size} tokens has no room for characters; set at least 64")
+        known = {piece.removeprefix(CONTINUES) or piece for piece in alphabet}
+        spelled = str.maketrans(dict.fromkeys(counts.keys() - known, " "))
+        pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK), lowercase)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            special_tokens=[*SPECIALS, *alphabet],
+            limit_alphabet=len(known),
+            show_progress=False,
+        )
+        pieces.train_from_iterator((line.translate(spelled) for line in lines), trainer)
+        vocabulary = pieces.get_vocab()
+        return cls(sorted(vocabulary, key=lambda token: vocabulary[token]), lowercase)
+
+    def save(self, storage: Storage, url: str) -> None:
+        storage.write(url, self._text.encode("utf-8"))
 
     @property
     def size(self) -> int:
@@ -104,14 +147,24 @@ class Tokenizer:
 
         Raises DataError for a text that is not valid Unicode, such as an argument not encoded as UTF-8.
         """
-        _check_unicode([text])
-        return self._framed(self._pieces.encode(text, add_special_tokens=False), max_length)
+        return self.encode_batch([text], max_length)[0]
 
     def encode_batch(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
         """Encode several texts as `encode` does, in one call of the library."""
-        _check_unicode(texts)
-        pieces = self._pieces.encode_batch(list(texts), add_special_tokens=False)
-        return [self._framed(encoding, max_length) for encoding in pieces]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                where = f"{error.object[error.start]!r} at character {error.start}"
+                raise DataError(f"the text {text[:40]!r} is not valid Unicode ({where}); give it as UTF-8") from error
+        # Not by enable_truncation, which changes the state of a tokenizer that threads share.
+        room = max_length - 2
+        assert room >= 0, f"max_length {max_length} leaves no room for [CLS] and [SEP]"
+        encoded = []
+        for pieces in self._pieces.encode_batch(list(texts), add_special_tokens=False):
+            words = [-1 if word is None else word for word in pieces.word_ids[:room]]
+            encoded.append(Tokens([self.cls_id, *pieces.ids[:room], self.sep_id], [-1, *words, -1]))
+        return encoded
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return the fraction of [UNK] among the tokens of some texts; 0 without any token."""
@@ -123,23 +176,6 @@ class Tokenizer:
         """Return the text of token ids without [PAD], [CLS] and [SEP]; [MASK] and [UNK] are kept."""
         frame = {self.pad_id, self.cls_id, self.sep_id}
         return self._pieces.decode([int(i) for i in ids if int(i) not in frame], skip_special_tokens=False)
-
-    def _framed(self, pieces: tokenizers.Encoding, max_length: int) -> Tokens:
-        # Not by enable_truncation, which changes the state of a tokenizer that threads share.
-        room = max_length - 2
-        assert room >= 0, f"max_length {max_length} leaves no room for [CLS] and [SEP]"
-        words = [-1 if word is None else word for word in pieces.word_ids[:room]]
-        return Tokens([self.cls_id, *pieces.ids[:room], self.sep_id], [-1, *words, -1])
-
-    @property
-    def _text(self) -> str:
-        return "\n".join(self.tokens) + "\n"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "lowercase": self.lowercase}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["tokens"], state["lowercase"])  # type: ignore[misc]
 
 
 def is_cased(tokens: Iterable[str]) -> bool:
@@ -159,15 +195,6 @@ def stated_lowercase(storage: Storage, folder: str) -> bool | None:
     return lowercase if isinstance(lowercase, bool) else None
 
 
-def _check_unicode(texts: Sequence[str]) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            where = f"{error.object[error.start]!r} at character {error.start}"
-            raise DataError(f"the text {text[:40]!r} is not valid Unicode ({where}); give it as UTF-8") from error
-
-
 def tokens_of(data: bytes) -> list[str]:
     """Return the tokens of a `vocab.txt`, one per line; a byte order mark and blank lines at the end are ignored.
 
@@ -177,26 +204,6 @@ def tokens_of(data: bytes) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
-
-
-def _checked_ids(tokens: tuple[str, ...]) -> dict[str, int]:
-    ids = {token: i for i, token in enumerate(tokens)}
-    if missing := [name for name in SPECIALS if name not in ids]:
-        raise DataError(f"the vocabulary of {len(tokens)} tokens does not contain {', '.join(missing)}")
-    if len(ids) < len(tokens):
-        repeated = next(token for token, count in Counter(tokens).items() if count > 1)
-        raise DataError(f"the vocabulary contains the token {repeated!r} more than once")
-    if invalid := next((token for token in tokens if "\n" in token or not _is_encodable(token)), None):
-        raise DataError(f"the vocabulary contains {invalid!r:.60}, which cannot be a line of a vocab.txt")
-    return ids
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _bert_pieces(model: models.Model, lowercase: bool) -> tokenizers.Tokenizer:
@@ -210,47 +217,7 @@ def _bert_pieces(model: models.Model, lowercase: bool) -> tokenizers.Tokenizer:
     return pieces
 
 
-def _train_vocabulary(captions: Iterable[str], size: int, lowercase: bool) -> list[str]:
-    """Train WordPiece by merging the most frequent pair, over an alphabet of the most frequent characters.
-
-    The alphabet takes as much of the size as it needs: a character outside it makes its whole word [UNK]. Only beyond
-    the first 1,000 characters are the rarest left out (stray characters of a large collection).
-
-    The library numbers characters in hash-table order and breaks ties between merges by number, so that the same
-    captions would give a different vocabulary each time. Passing the characters as special tokens in sorted order
-    makes the result a function of the captions.
-    """
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    lines = [_without_long_words(normalizer.normalize_str(caption)) for caption in captions]
-    counts = Counter(character for line in lines for character in line if not character.isspace())
-    if not counts:
-        raise DataError("cannot train a vocabulary: no caption has a visible character")
-    alphabet = _alphabet(counts, size - len(SPECIALS), normalizer)
-    if not alphabet:
-        raise DataError(f"a vocabulary of {size} tokens has no room for characters; set at least 64")
-    known = {piece.removeprefix(CONTINUES) or piece for piece in alphabet}
-    spelled = str.maketrans(dict.fromkeys(counts.keys() - known, " "))
-    pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK), lowercase)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size,
-        special_tokens=[*SPECIALS, *alphabet],
-        limit_alphabet=len(known),
-        show_progress=False,
-    )
-    pieces.train_from_iterator((line.translate(spelled) for line in lines), trainer)
-    vocabulary = pieces.get_vocab()
-    return sorted(vocabulary, key=lambda token: vocabulary[token])
-
-
-def _without_long_words(line: str) -> str:
-    """Drop words longer than MAX_WORD, which become [UNK] anyway: one of 200,000 characters takes a minute to merge."""
-    if _LONG_RUN.search(line) is None:
-        return line
-    words = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(line)
-    return " ".join(word for word, _ in words if len(word) <= MAX_WORD)
-
-
-def _alphabet(counts: Counter[str], room: int, normalizer: normalizers.Normalizer) -> list[str]:
+def choose_alphabet(counts: Counter[str], room: int, normalizer: normalizers.Normalizer) -> list[str]:
     """Return at most `room` single-character tokens: first those that begin a word, then those that continue one.
 
     Punctuation and Chinese characters are words of their own and never continue a word.

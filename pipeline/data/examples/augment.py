@@ -71,17 +71,14 @@ def enhance_factor(strength: float) -> float:
 
 def auto_contrast(image: np.ndarray) -> np.ndarray:
     """Stretch each channel to the whole range; constant channels are unchanged."""
-    return cv2.merge([_stretch(channel) for channel in cv2.split(image)])
-
-
-def equalize(image: np.ndarray) -> np.ndarray:
-    """Flatten each channel's histogram."""
-    return cv2.merge([cv2.equalizeHist(channel) for channel in cv2.split(image)])
-
-
-def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Scale the brightness: 0 gives black, 1 the image unchanged."""
-    return cv2.convertScaleAbs(image, alpha=factor)
+    channels = []
+    for channel in cv2.split(image):
+        low, high, _, _ = cv2.minMaxLoc(channel)
+        if low < high and high - low < 255:
+            table = np.rint((_VALUES - low) * (255.0 / (high - low))).clip(0, 255)
+            channel = cv2.LUT(channel, table.astype(np.uint8))
+        channels.append(channel)
+    return cv2.merge(channels)
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
@@ -94,11 +91,6 @@ def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     return mixed
 
 
-def shear(image: np.ndarray, amount: float, horizontal: bool) -> np.ndarray:
-    of_y, of_x = (amount, 0.0) if horizontal else (0.0, amount)
-    return _warp(image, [[1, of_y, 0], [of_x, 1, 0]])
-
-
 def translate(image: np.ndarray, fraction: float, horizontal: bool) -> np.ndarray:
     """Translate by a fraction of the side, the same at every resolution."""
     height, width = image.shape[:2]
@@ -108,41 +100,17 @@ def translate(image: np.ndarray, fraction: float, horizontal: bool) -> np.ndarra
         before, after = max(0, round(right)), max(0, -round(right))
         kept = image[bottom : height - top, after : width - before]
         return cv2.copyMakeBorder(kept, top, bottom, before, after, cv2.BORDER_CONSTANT, value=FILL)
-    return _warp(image, [[1, 0, right], [0, 1, down]])
+    return warp(image, [[1, 0, right], [0, 1, down]])
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
     """Rotate counter-clockwise about the centre."""
     height, width = image.shape[:2]
-    return _warp(image, cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0))
+    return warp(image, cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0))
 
 
-# Name → operation(image, strength 0 … 1, sign ±1).
-OPERATIONS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
-    "Identity": lambda image, strength, sign: image,
-    "AutoContrast": lambda image, strength, sign: auto_contrast(image),
-    "Equalize": lambda image, strength, sign: equalize(image),
-    "Brightness": lambda image, strength, sign: brightness(image, enhance_factor(strength)),
-    "Sharpness": lambda image, strength, sign: sharpness(image, enhance_factor(strength)),
-    "ShearX": lambda image, strength, sign: shear(image, sign * strength * SHEAR, horizontal=True),
-    "ShearY": lambda image, strength, sign: shear(image, sign * strength * SHEAR, horizontal=False),
-    "TranslateX": lambda image, strength, sign: translate(image, sign * strength * TRANSLATE, horizontal=True),
-    "TranslateY": lambda image, strength, sign: translate(image, sign * strength * TRANSLATE, horizontal=False),
-    "Rotate": lambda image, strength, sign: rotate(image, sign * strength * ROTATE),
-}
-NAMES = tuple(OPERATIONS)
-
-
-def _stretch(channel: np.ndarray) -> np.ndarray:
-    """Return a channel (H, W) uint8 with its values stretched to 0 … 255; a constant one is returned unchanged."""
-    low, high, _, _ = cv2.minMaxLoc(channel)
-    if high == low or high - low == 255:
-        return channel
-    table = np.rint((_VALUES - low) * (255.0 / (high - low))).clip(0, 255)
-    return cv2.LUT(channel, table.astype(np.uint8))
-
-
-def _warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
+def warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
+    """Move the pixels by an affine matrix (2, 3), interpolating bilinearly."""
     height, width = image.shape[:2]
     four = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # OpenCV warps four channels in half the time of three
     warped = cv2.warpAffine(
@@ -150,3 +118,19 @@ def _warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> 
         flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(*FILL, 0),
     )  # fmt: skip
     return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
+
+
+# Name → operation(image, strength 0 … 1, sign ±1).
+OPERATIONS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
+    "Identity": lambda image, strength, sign: image,
+    "AutoContrast": lambda image, strength, sign: auto_contrast(image),
+    "Equalize": lambda image, strength, sign: cv2.merge([cv2.equalizeHist(channel) for channel in cv2.split(image)]),
+    "Brightness": lambda image, strength, sign: cv2.convertScaleAbs(image, alpha=enhance_factor(strength)),
+    "Sharpness": lambda image, strength, sign: sharpness(image, enhance_factor(strength)),
+    "ShearX": lambda image, strength, sign: warp(image, [[1, sign * strength * SHEAR, 0], [0, 1, 0]]),
+    "ShearY": lambda image, strength, sign: warp(image, [[1, 0, 0], [sign * strength * SHEAR, 1, 0]]),
+    "TranslateX": lambda image, strength, sign: translate(image, sign * strength * TRANSLATE, horizontal=True),
+    "TranslateY": lambda image, strength, sign: translate(image, sign * strength * TRANSLATE, horizontal=False),
+    "Rotate": lambda image, strength, sign: rotate(image, sign * strength * ROTATE),
+}
+NAMES = tuple(OPERATIONS)

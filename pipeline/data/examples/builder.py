@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 
 from pipeline.config.errors import DataError
-from pipeline.config.schema import ImageBERTConfig, RunConfig, SourceType, StageConfig, ViLTConfig
+from pipeline.config.schema import ImageBERTConfig, RunConfig, StageConfig, ViLTConfig
 from pipeline.data import in_progress
 from pipeline.data.batch import BatchBuffer, BatchSizes, BatchSpec
 from pipeline.data.contents.choices import Choices
-from pipeline.data.contents.images import KeepAspectRatio, Shape, decode, put_on_canvas, shape_of
+from pipeline.data.contents.images import KeepAspectRatio, decode, put_on_canvas, shape_of
 from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.contents.regions import check_fit, mask_regions, masked_at_most, regions_of
@@ -75,17 +75,9 @@ class LoaderSpec:
     answers: Choices | None = None  # the answers that the stage chooses among
 
     @property
-    def source_type(self) -> SourceType:
-        return self.config.source_type_of(self.stage)
-
-    @property
     def seed(self) -> int:
         """The seed of the stage's order: stages that read one source see it in different orders."""
         return hash64(self.config.seed, self.stage.name)
-
-    @property
-    def shape(self) -> Shape:
-        return shape_of(self.config.model)
 
     @property
     def batch_spec(self) -> BatchSpec:
@@ -100,36 +92,37 @@ class LoaderSpec:
     def order(self, reader: SampleReader | None = None) -> DataOrder:
         """Return the stage's data order. Without a reader only the digest of a bucketed order can be used."""
         config, stage = self.config, self.stage
-        sources = {
-            name: OrderSource(source.counts, stage.sources[name], f"{config.sources[name].type} {source.digest}")
-            for name, source in self.sources.items()
-        }
-        buckets = None
-        if stage.buckets is not None:
-            buckets = LengthBuckets(stage.buckets.batches, _length_function(reader, stage.buckets.by))
+
+        def length(ref: SampleRef) -> int:
+            """Return what buckets sort by: the longest caption's characters, or the aspect ratio in thousandths."""
+            assert reader is not None, "the lengths of a bucketed order are read from the shards' indexes"
+            assert stage.buckets is not None
+            index, sample = reader.index(ref)
+            if stage.buckets.by == "caption":
+                return int(index.caption_length[sample])
+            return int(1000 * index.width[sample] / max(1, index.height[sample]))
+
         return DataOrder(
-            sources,
+            {
+                name: OrderSource(source.counts, stage.sources[name], f"{config.sources[name].type} {source.digest}")
+                for name, source in self.sources.items()
+            },
             num_streams=config.data.streams,
             shuffle_window=config.data.shuffle_window,
             seed=self.seed,
             batch_size=stage.global_batch_size,
-            extra=self._content_settings(),
-            buckets=buckets,
+            extra=[  # everything besides the order that determines an example's content
+                f"fields {sorted(self.groups)} {asdict(self.batch_spec.sizes)}",
+                config.data.augment.model_dump_json(),
+                stage.masking.model_dump_json(),
+                f"pixels {config.data.max_pixels} side {config.model.image_size} shape {shape_of(config.model)}",
+                f"vocabulary {self.tokenizer.digest}" if "text" in self.groups else "no text",
+                f"buckets by {stage.buckets.by}" if stage.buckets else "no buckets",
+                f"answers {self.answers.digest}" if self.answers else "no answers",
+                f"interpolation {config.model.interpolation}",
+            ],
+            buckets=LengthBuckets(stage.buckets.batches, length) if stage.buckets else None,
         )
-
-    def _content_settings(self) -> list[str]:
-        """Return everything besides the order that determines an example's content."""
-        config, stage = self.config, self.stage
-        return [
-            f"fields {sorted(self.groups)} {asdict(self.batch_spec.sizes)}",
-            config.data.augment.model_dump_json(),
-            stage.masking.model_dump_json(),
-            f"pixels {config.data.max_pixels} side {config.model.image_size} shape {self.shape}",
-            f"vocabulary {self.tokenizer.digest}" if "text" in self.groups else "no text",
-            f"buckets by {stage.buckets.by}" if stage.buckets else "no buckets",
-            f"answers {self.answers.digest}" if self.answers else "no answers",
-            f"interpolation {config.model.interpolation}",
-        ]
 
 
 @dataclass(frozen=True)
@@ -144,30 +137,20 @@ class PendingExample:
 
 
 class ExampleBuilder:
-    """Builds the examples of a loader spec. Threads may share one; `close` stops its prefetching."""
+    """Builds the examples of a loader spec. Threads may share one; close its `reader`."""
 
     def __init__(self, spec: LoaderSpec, storage: Storage):
         cv2.setNumThreads(0)  # examples are the unit of parallel work; OpenCV's own threads would only contend
         settings = spec.config.data.cache
         cache = NodeCache(settings.folder, settings.max_bytes) if settings.folder else None
-        self._spec, self._groups, self._shape, self._seed = spec, spec.groups, spec.shape, spec.seed
-        self._source_type = spec.source_type
+        self._spec, self._groups, self._seed = spec, spec.groups, spec.seed
+        self._config, self._stage, self._model = spec.config, spec.stage, spec.config.model
+        self._source_type, self._shape = spec.config.source_type_of(spec.stage), shape_of(spec.config.model)
         self._source_numbers = {name: number for number, name in enumerate(sorted(spec.sources))}
-        self._reader = SampleReader(storage, spec.sources, spec.config.data.loader, cache)
-        self.order = spec.order(self._reader)
+        self.reader = SampleReader(storage, spec.sources, spec.config.data.loader, cache)
+        self.order = spec.order(self.reader)
         # The order of all places of a step costs little more than that of the few places of one thread's task.
         self._planned = lru_cache(_CACHED_STEPS)(partial(self.order.samples, places=spec.places))
-
-    def start_prefetch(self, step: int) -> None:
-        """Start to fetch remote samples ahead, from `step` on."""
-        self._reader.start_prefetch(lambda later: self.order.samples(later, self._spec.places), step)
-
-    def finish_step(self, step: int) -> None:
-        """Drop what only the examples of `step` needed: all of them are built."""
-        self._reader.finish_step(step)
-
-    def close(self) -> None:
-        self._reader.close()
 
     def build(self, step: int, places: range, buffer: BatchBuffer, first: int) -> list[BadRecord]:
         """Write the examples of `places` into the buffer, whose row 0 is place `first`; return what was replaced.
@@ -180,32 +163,45 @@ class ExampleBuilder:
         planned = self._planned(step)
         for place in places:
             ref = planned[place - self._spec.places.start]
-            sample = self._reader.read(ref)
+            sample = self.reader.read(ref)
             try:
                 pending[place - first] = self._parse(ref, sample)
             except BadSample as fault:
-                record = _bad_record(fault, ref, sample, step, place)
-                bad.append(self._replace(step, place, buffer, place - first, record))
+                bad.append(self._replace(fault, ref, sample, step, place, buffer, place - first))
         faults = self._write(pending, buffer)
         for row in sorted(faults):
-            record = _bad_record(faults[row], pending[row].ref, pending[row].sample, step, first + row)
-            bad.append(self._replace(step, first + row, buffer, row, record))
+            example = pending[row]
+            bad.append(self._replace(faults[row], example.ref, example.sample, step, first + row, buffer, row))
         return bad
 
-    def _replace(self, step: int, place: int, buffer: BatchBuffer, row: int, bad: BadRecord) -> BadRecord:
+    def _replace(
+        self, fault: BadSample, ref: SampleRef, sample: Sample, step: int, place: int, buffer: BatchBuffer, row: int
+    ) -> BadRecord:
+        """Write another example in the place of a bad sample, and return the record of both."""
         for attempt in range(MAX_TRIES):
-            ref = self.order.replacement(step, place, attempt)
-            sample = self._reader.read(ref)
+            other_ref = self.order.replacement(step, place, attempt)
+            other = self.reader.read(other_ref)
             try:
-                example = self._parse(ref, sample)
+                example = self._parse(other_ref, other)
             except BadSample:
                 continue  # it is counted at the place that planned it
             if not self._write({row: example}, buffer):
-                return bad.replaced_with(sample.key)
+                return BadRecord(
+                    source=ref.source,
+                    shard=sample.shard,
+                    key=sample.key,
+                    offset=sample.offset,
+                    epoch=ref.epoch,
+                    step=step,
+                    place=place,
+                    stage=fault.stage,
+                    reason=fault.reason,
+                    replaced_by=other.key,
+                )
         raise DataError(
-            f"source '{bad.source}': {bad.key} in {bad.shard} is bad ({bad.stage}: {bad.reason}), and so were "
-            f"{MAX_TRIES} candidates around it. The shards do not hold what the source's `type` says, or were built "
-            "wrongly: check them with `mome shards check`"
+            f"source '{ref.source}': {sample.key} in {sample.shard} is bad ({fault.stage}: {fault.reason}), and so "
+            f"were {MAX_TRIES} candidates around it. The shards do not hold what the source's `type` says, or were "
+            "built wrongly: check them with `mome shards check`"
         )
 
     def _parse(self, ref: SampleRef, sample: Sample) -> PendingExample:
@@ -219,12 +215,15 @@ class ExampleBuilder:
                 statement = statement_of(sample.members)
                 return PendingExample(ref, sample, statement.text, label=int(statement.is_true))
             if self._source_type == "labelled":
-                return PendingExample(ref, sample, label=class_of(sample.members, self._spec.stage.num_classes))
+                return PendingExample(ref, sample, label=class_of(sample.members, self._stage.num_classes))
             if "text" not in self._groups:
                 return PendingExample(ref, sample)
             captions = captions_of(sample.members)
             drawn = sample_random(self._seed, ref.epoch, sample.uid, "caption").integer(len(captions))
             return PendingExample(ref, sample, captions[drawn])
+
+    def _random(self, example: PendingExample, purpose: str) -> CounterRandom:
+        return sample_random(self._seed, example.ref.epoch, example.sample.uid, purpose)
 
     def _write(self, pending: Mapping[int, PendingExample], buffer: BatchBuffer) -> dict[int, BadSample]:
         """Write examples by row; return the fault of each row that could not be written.
@@ -234,8 +233,9 @@ class ExampleBuilder:
         little, and a missing one saves the decoding.
         """
         faults: dict[int, BadSample] = {}
+        decoded: dict[int, list[np.ndarray]] = {}
 
-        def apply(stage: str, write: Callable[[int, PendingExample], None], rows: Iterable[int] = pending) -> None:
+        def apply(stage: str, write: Callable[[int, PendingExample], None], rows: Iterable[int]) -> None:
             for row in rows:
                 if row not in faults:
                     try:
@@ -243,35 +243,34 @@ class ExampleBuilder:
                     except Exception as error:
                         faults[row] = judged(stage, error)
 
+        def decode_images(row: int, example: PendingExample) -> None:
+            members = example.sample.members
+            encoded = both_images(members) if "second_image" in self._groups else (image_bytes(members),)
+            with in_progress.decoding(f"{example.ref.source}: {example.sample.shard} {example.sample.key}"):
+                decoded[row] = [decode(image, self._config.data.max_pixels) for image in encoded]
+
         if "text" in self._groups:
             texts = [example.text for example in pending.values()]
-            encoded = self._spec.tokenizer.encode_batch(texts, self._spec.stage.max_text_length)
+            encoded = self._spec.tokenizer.encode_batch(texts, self._stage.max_text_length)
             tokens = dict(zip(pending, encoded, strict=True))
-            apply("caption", lambda row, example: self._write_text(example, tokens[row], buffer, row))
+            apply("caption", lambda row, example: self._write_text(example, tokens[row], buffer, row), pending)
         if "image" in self._groups:
-            decoded: dict[int, list[np.ndarray]] = {}
-
-            def decode_one(row: int, example: PendingExample) -> None:
-                decoded[row] = self._decode(example)
-                if sum(image.nbytes for images in decoded.values() for image in images) > _DECODED_BYTES:
-                    augment_all()
-
-            def augment_all() -> None:
-                apply(
-                    "image",
-                    lambda row, example: self._write_images(example, decoded.pop(row), buffer, row),
-                    list(decoded),
-                )
-
-            apply("image", decode_one)
-            augment_all()
-        apply("members", lambda row, example: self._write_rest(example, buffer, row))
+            for number, row in enumerate(pending, 1):
+                apply("image", decode_images, [row])
+                waiting = sum(image.nbytes for images in decoded.values() for image in images)
+                if waiting > _DECODED_BYTES or number == len(pending):
+                    apply(
+                        "image",
+                        lambda row, example: self._write_images(example, decoded.pop(row), buffer, row),
+                        list(decoded),
+                    )
+        apply("members", lambda row, example: self._write_others(example, buffer, row), pending)
         return faults
 
     def _write_text(self, example: PendingExample, tokens: Tokens, buffer: BatchBuffer, row: int) -> None:
         if len(tokens) <= 2:
             raise BadSample("caption", f"no token is left of {example.text[:40]!r}")
-        tokenizer, masking = self._spec.tokenizer, self._spec.stage.masking
+        tokenizer, masking = self._spec.tokenizer, self._stage.masking
         buffer.write("text", row, np.array(tokens.ids, dtype=np.int64), tokenizer.pad_id)
         buffer.write("text_keep", row, np.ones(len(tokens), dtype=np.bool_))
         if "masked_text" in self._groups:
@@ -281,23 +280,14 @@ class ExampleBuilder:
             buffer.write("mask_positions", row, masked.positions)
             buffer.write("mask_labels", row, masked.labels)
 
-    def _decode(self, example: PendingExample) -> list[np.ndarray]:
-        members = example.sample.members
-        encoded = both_images(members) if "second_image" in self._groups else (image_bytes(members),)
-        with in_progress.decoding(f"{example.ref.source}: {example.sample.shard} {example.sample.key}"):
-            return [decode(image, self._spec.config.data.max_pixels) for image in encoded]
-
-    def _write_images(self, example: PendingExample, decoded: list[np.ndarray], buffer: BatchBuffer, row: int) -> None:
-        settings, model, shape = self._spec.config.data.augment, self._spec.config.model, self._shape
-        allow_flip = not (
-            settings.skip_flip_for_left_right and any(map(mentions_side, (example.text, *example.answers)))
-        )
-        for name, purpose, image in zip(
-            ("image", "second_image"), ("augment", "augment second"), decoded, strict=False
-        ):
+    def _write_images(self, example: PendingExample, images: list[np.ndarray], buffer: BatchBuffer, row: int) -> None:
+        settings, model = self._config.data.augment, self._model
+        says_side = settings.skip_flip_for_left_right and any(map(mentions_side, (example.text, *example.answers)))
+        purposes = {"image": "augment", "second_image": "augment second"}
+        for image, (name, purpose) in zip(images, purposes.items(), strict=False):
             random = self._random(example, purpose)
-            augmented = augment(image, settings, shape, random, allow_flip, model.interpolation)
-            if isinstance(shape, KeepAspectRatio):
+            augmented = augment(image, settings, self._shape, random, not says_side, model.interpolation)
+            if isinstance(self._shape, KeepAspectRatio):
                 buffer[f"{name}_size"][row] = augmented.shape[:2]
             put_on_canvas(augmented, buffer[name][row])
         if "visible_patches" in buffer:
@@ -307,93 +297,55 @@ class ExampleBuilder:
                 visible = np.sort(self._random(example, "patches read").permutation(count)[:limit])
             buffer.write("visible_patches", row, visible)
 
-    def _write_rest(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
-        """Write everything but the text and the images."""
-        sample, groups = example.sample, self._groups
-        if "regions" in groups:
-            self._write_regions(example, buffer, row)
-        if "answers" in groups:  # a question without a listed answer has only wrong ones
-            assert self._spec.answers is not None
-            listed = self._spec.answers.numbered(example.answers)
-            buffer.write("answers", row, np.array(list(listed), dtype=np.int64))
-            buffer.write("answer_scores", row, np.array(list(listed.values()), dtype=np.float32))
-        if "label" in groups:
-            buffer["label"][row] = example.label
-        if "masked_patches" in groups:
-            self._write_masked_patches(example, buffer, row)
+    def _num_patches(self, buffer: BatchBuffer, row: int) -> int:
+        if "image_size" not in buffer:
+            return self._model.num_patches
+        return int(buffer["image_size"][row].prod()) // self._model.patch_size**2
+
+    def _write_others(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
+        """Write everything but the text and the images. Raises BadSample without regions that fit the model."""
+        sample, groups, masking = example.sample, self._groups, self._stage.masking
         buffer["uid"][row] = sample.uid
         shows_image = "image" in groups or "regions" in groups
         # The two images of a statement have no common id.
         buffer["image_id"][row] = (sample.image_id or sample.uid) if shows_image else sample.uid
         buffer["source"][row] = self._source_numbers[example.ref.source]
+        if "label" in groups:
+            buffer["label"][row] = example.label
+        if "answers" in groups:  # a question without a listed answer has only wrong ones
+            assert self._spec.answers is not None
+            listed = self._spec.answers.numbered(example.answers)
+            buffer.write("answers", row, np.array(list(listed), dtype=np.int64))
+            buffer.write("answer_scores", row, np.array(list(listed.values()), dtype=np.float32))
 
-    def _write_masked_patches(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
-        """Mask the same fraction of every image's patches; of an image that keeps its aspect ratio, visible ones."""
-        masking, count = self._spec.stage.masking, self._num_patches(buffer, row)
-        random = self._random(example, "patches")
-        if "visible_patches" in buffer:
-            visible = buffer["visible_patches"][row]
-            visible = visible[visible >= 0]
-            positions = visible[mask_patches(len(visible), masking.image_mask_ratio, random)]
-        else:
-            positions = mask_patches(count, masking.image_mask_ratio, random, masking.patch_shape == "blocks")
-        buffer.write("patch_positions", row, positions)
-        if "patch_replacements" in self._groups:
-            random = self._random(example, "stand-ins")
-            shown = patch_replacements(positions, count, masking.mask_token_prob, masking.random_patch_prob, random)
-            buffer.write("patch_replacements", row, shown)
+        if "masked_patches" in groups:  # the same fraction of every image's patches, or of its visible ones
+            random, count = self._random(example, "patches"), self._num_patches(buffer, row)
+            if "visible_patches" in buffer:
+                visible = buffer["visible_patches"][row]
+                visible = visible[visible >= 0]
+                positions = visible[mask_patches(len(visible), masking.image_mask_ratio, random)]
+            else:
+                positions = mask_patches(count, masking.image_mask_ratio, random, masking.patch_shape == "blocks")
+            buffer.write("patch_positions", row, positions)
+            if "patch_replacements" in groups:
+                random = self._random(example, "stand-ins")
+                shown = patch_replacements(positions, count, masking.mask_token_prob, masking.random_patch_prob, random)
+                buffer.write("patch_replacements", row, shown)
 
-    def _num_patches(self, buffer: BatchBuffer, row: int) -> int:
-        model = self._spec.config.model
-        if "image_size" not in buffer:
-            return model.num_patches
-        return int(buffer["image_size"][row].prod()) // model.patch_size**2
-
-    def _write_regions(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
-        """Write the most confident regions. Raises BadSample without regions that fit the model."""
-        model, masking = self._spec.config.model, self._spec.stage.masking
-        assert isinstance(model, ImageBERTConfig)
-        regions = regions_of(example.sample.members)
-        check_fit(regions, model.region_features, model.region_classes if "region_class" in self._groups else None)
-        regions = regions.most_confident(model.max_regions)
-        buffer.write("region_keep", row, np.ones(len(regions), dtype=np.bool_))
-        buffer.write("region_features", row, regions.features)
-        buffer.write("region_location", row, regions.locations())
-        if "region_class" in self._groups and regions.classes is not None:
-            buffer.write("region_class", row, regions.classes)
-        if "masked_regions" in self._groups:
-            random = self._random(example, "regions")
-            positions, is_zeroed = mask_regions(len(regions), masking.region_mask_ratio, random)
-            buffer.write("region_positions", row, positions)
-            buffer["region_hidden"][row] = False
-            buffer["region_hidden"][row, positions[is_zeroed]] = True
-
-    def _random(self, example: PendingExample, purpose: str) -> CounterRandom:
-        return sample_random(self._seed, example.ref.epoch, example.sample.uid, purpose)
-
-
-def _bad_record(fault: BadSample, ref: SampleRef, sample: Sample, step: int, place: int) -> BadRecord:
-    return BadRecord(
-        source=ref.source,
-        shard=sample.shard,
-        key=sample.key,
-        offset=sample.offset,
-        epoch=ref.epoch,
-        step=step,
-        place=place,
-        stage=fault.stage,
-        reason=fault.reason,
-    )
-
-
-def _length_function(reader: SampleReader | None, by: str) -> Callable[[SampleRef], int]:
-    """Return what buckets sort by: the longest caption's characters, or the aspect ratio in thousandths."""
-
-    def length(ref: SampleRef) -> int:
-        assert reader is not None, "the lengths of a bucketed order are read from the shards' indexes"
-        index, sample = reader.index(ref)
-        if by == "caption":
-            return int(index.caption_length[sample])
-        return int(1000 * index.width[sample] / max(1, index.height[sample]))
-
-    return length
+        if "regions" in groups:
+            model = self._model
+            assert isinstance(model, ImageBERTConfig)
+            regions = regions_of(sample.members)
+            check_fit(regions, model.region_features, model.region_classes if "region_class" in groups else None)
+            regions = regions.most_confident(model.max_regions)
+            buffer.write("region_keep", row, np.ones(len(regions), dtype=np.bool_))
+            buffer.write("region_features", row, regions.features)
+            buffer.write("region_location", row, regions.locations())
+            if "region_class" in groups and regions.classes is not None:
+                buffer.write("region_class", row, regions.classes)
+            if "masked_regions" in groups:
+                random = self._random(example, "regions")
+                positions, is_zeroed = mask_regions(len(regions), masking.region_mask_ratio, random)
+                buffer.write("region_positions", row, positions)
+                buffer["region_hidden"][row] = False
+                buffer["region_hidden"][row, positions[is_zeroed]] = True

@@ -38,16 +38,28 @@ def mask_whole_words(
     BERT's and VLMo's collators, masks words of several pieces less often, because they exceed the remaining budget.
     All tokens of a chosen word become [MASK], or all become random ordinary tokens, or all stay.
     """
-    ids = np.array(tokens.ids, dtype=np.int64)
-    groups = _groups(tokens.word_of, whole_word)
-    order = random.permutation(len(groups))
-    count = max(1, math.floor(probability * len(groups) + random.uniform()))
-    chosen: list[int] = []
-    for which in order[:count]:
-        _replace(ids, groups[which], random, tokenizer)
-        chosen.extend(groups[which])
+    words: list[list[int]] = []  # the token positions of each word (of each token, unless `whole_word`)
+    before = -1
+    for position, word in enumerate(tokens.word_of):
+        if word >= 0 and whole_word and word == before:
+            words[-1].append(position)
+        elif word >= 0:
+            words.append([position])
+        before = word
+    order = random.permutation(len(words))
+    count = max(1, math.floor(probability * len(words) + random.uniform()))
+    original = np.array(tokens.ids, dtype=np.int64)
+    ids, chosen = original.copy(), list[int]()
+    for word in order[:count]:
+        chosen += words[word]
+        draw = random.uniform()
+        if draw < REPLACED:
+            ids[words[word]] = tokenizer.mask_id
+        elif draw >= KEPT:
+            ordinary = tokenizer.ordinary_ids
+            ids[words[word]] = [ordinary[random.integer(len(ordinary))] for _ in words[word]]
     positions = np.array(sorted(chosen), dtype=np.int64)
-    return Masked(ids, positions, np.array(tokens.ids, dtype=np.int64)[positions])
+    return Masked(ids, positions, original[positions])
 
 
 def mask_patches(num_patches: int, fraction: float, random: CounterRandom, blocks: bool = False) -> np.ndarray:
@@ -99,27 +111,3 @@ def patch_replacements(
         elif draw < mask_prob + random_prob and num_patches > 1:
             shown[place] = (position + 1 + random.integer(num_patches - 1)) % num_patches
     return shown
-
-
-def _groups(word_of: list[int], whole_word: bool) -> list[list[int]]:
-    """Return the token positions of each word (of each token, unless `whole_word`), without special tokens."""
-    groups: list[list[int]] = []
-    before = -1
-    for position, word in enumerate(word_of):
-        if word < 0:
-            continue
-        if whole_word and word == before:
-            groups[-1].append(position)
-        else:
-            groups.append([position])
-        before = word
-    return groups
-
-
-def _replace(ids: np.ndarray, group: list[int], random: CounterRandom, tokenizer: Tokenizer) -> None:
-    draw = random.uniform()
-    if draw < REPLACED:
-        ids[group] = tokenizer.mask_id
-    elif draw >= KEPT:
-        ordinary = tokenizer.ordinary_ids
-        ids[group] = [ordinary[random.integer(len(ordinary))] for _ in group]

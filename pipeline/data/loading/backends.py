@@ -72,7 +72,7 @@ class ThreadBackend:
         self._pending: dict[int, tuple[BatchBuffer, list[Future[list[BadRecord]]]]] = {}
 
     def submit(self, step: int) -> None:
-        buffer = BatchBuffer.allocate(self._batch_spec)
+        buffer = BatchBuffer(self._batch_spec)
         self._pending[step] = buffer, self._threads.submit(step, buffer, self._first)
 
     def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
@@ -84,17 +84,25 @@ class ThreadBackend:
 
 
 class ProcessBackend:
-    """`loader.num_workers` processes of `loader.threads_per_worker` threads, which write into the trainer's memory."""
+    """`loader.num_workers` processes of `loader.threads_per_worker` threads, which write into the trainer's memory.
+
+    They share equal buffers of anonymous memory. A buffer that was returned is free again when nothing refers to it
+    any more.
+    """
 
     def __init__(self, spec: LoaderSpec, storage: Storage):
         loader = spec.config.data.loader
         self._spec = spec.batch_spec
-        self._memory = _SharedBuffers(self._spec.bytes, loader.prefetch_batches + 1 + HELD)
+        count = loader.prefetch_batches + 1 + HELD
+        descriptor = _anonymous_file(self._spec.bytes * count)
+        weakref.finalize(self, os.close, descriptor)
+        self._memory = mmap.mmap(descriptor, self._spec.bytes * count)
+        self._free: deque[int] = deque(range(count))
         self._workers: list[_Worker] = []
         try:
             for part in spec.split(loader.num_workers):
                 assignment = Assignment(part, storage, self._spec, spec.places.start)
-                self._workers.append(_Worker(assignment, self._memory.descriptor))
+                self._workers.append(_Worker(assignment, descriptor))
         except BaseException:
             self.close()
             raise
@@ -102,21 +110,26 @@ class ProcessBackend:
         self._done: dict[int, list[Done]] = {}
 
     def submit(self, step: int) -> None:
-        self._buffers[step] = self._memory.take()
-        self._done[step] = []
+        self._buffers[step], self._done[step] = self._free.popleft(), []
         for worker in self._workers:
             worker.send(Job(step, self._buffers[step] * self._spec.bytes))
 
     def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
         while len(self._done[step]) < len(self._workers):
-            self._receive()
+            ready = wait([worker.connection for worker in self._workers])
+            for worker in self._workers:
+                if worker.connection in ready and (done := worker.receive()) is not None:
+                    self._done[done.step].append(done)
         index, parts = self._buffers.pop(step), self._done.pop(step)
-        buffer = BatchBuffer(self._spec, self._memory.lend(index))
+        memory = (ctypes.c_char * self._spec.bytes).from_buffer(self._memory, index * self._spec.bytes)
+        weakref.finalize(memory, self._free.append, index).atexit = False
+        buffer = BatchBuffer(self._spec, memory)
         for part in parts:
             if part.error is not None:
                 raise part.error
-        if not self._memory.has_free:  # the consumer holds more batches than HELD: it gets this one as a copy
-            buffer = buffer.copy()
+        if not self._free:  # the consumer holds more batches than HELD: it gets this one as a copy
+            shared, buffer = buffer, BatchBuffer(self._spec)
+            buffer.copy_rows(range(self._spec.num_examples), shared)
         bad = [record for part in parts for record in part.bad]
         return buffer, sorted(bad, key=lambda record: record.place)
 
@@ -126,76 +139,22 @@ class ProcessBackend:
         for worker in self._workers:
             worker.close()
 
-    def _receive(self) -> None:
-        ready = wait([worker.connection for worker in self._workers])
-        for worker in self._workers:
-            if worker.connection in ready:
-                try:
-                    done: Done = worker.connection.recv()
-                except (EOFError, ConnectionError):
-                    worker.restart()
-                    continue
-                worker.mark_finished(done.step)
-                self._done[done.step].append(done)
-
 
 class _Worker:
     """One loader process, its socket, and the jobs it has not finished."""
 
     def __init__(self, assignment: Assignment, memory: int):
         self._assignment, self._memory = assignment, memory
-        self._progress = _anonymous_file()  # holds the names of the samples that the process is decoding
+        self._progress = _anonymous_file(in_progress.BYTES)  # the names of the samples that the process is decoding
         weakref.finalize(self, os.close, self._progress)
-        os.ftruncate(self._progress, in_progress.BYTES)
         self._samples = mmap.mmap(self._progress, in_progress.BYTES)
         in_progress.watch(self._samples)
         self._restarts = self._steps_since_restart = 0
-        self.jobs: dict[int, Job] = {}  # by step, in order
+        self._jobs: dict[int, Job] = {}  # by step, in order
         self._start()
-
-    def send(self, job: Job) -> None:
-        self.jobs[job.step] = job
-        try:
-            self.connection.send(job)
-        except ConnectionError:
-            self.restart()
-
-    def mark_finished(self, step: int) -> None:
-        del self.jobs[step]
-        self._steps_since_restart += 1
-        if self._steps_since_restart >= RESTART_STEPS:
-            self._restarts = 0
-
-    def restart(self) -> None:
-        """Start the process again with its unfinished jobs. Raises RunFailed after MAX_RESTARTS in a short while."""
-        self.connection.close()
-        self._wait()
-        status = self._process.returncode
-        cause = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        if self._restarts == MAX_RESTARTS:
-            raise RunFailed(
-                f"a loader process died {MAX_RESTARTS + 1} times in a short while, the last time {cause}. If the "
-                "machine is short of memory, lower data.loader.num_workers, memory_bytes or read_ahead_bytes"
-            )
-        self._restarts, self._steps_since_restart = self._restarts + 1, 0
-        log.warning("a loader process died (%s): restarting it (%d of %d)", cause, self._restarts, MAX_RESTARTS)
-        self._start()
-        for job in self.jobs.values():
-            self.connection.send(job)
-
-    def close(self) -> None:
-        """End the process, whose socket is closed."""
-        self._wait()
-        in_progress.forget(self._samples)
-
-    def _wait(self) -> None:
-        try:
-            self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
     def _start(self) -> None:
+        """Start the process with its unfinished jobs."""
         own_socket, worker_socket = socket.socketpair()
         with worker_socket:
             descriptors = (worker_socket.fileno(), self._memory, self._progress)
@@ -206,36 +165,63 @@ class _Worker:
                 env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self.connection = Connection(own_socket.detach())
-        self.connection.send(self._assignment)
+        for message in (self._assignment, *self._jobs.values()):
+            self.connection.send(message)
+
+    def send(self, job: Job) -> None:
+        self._jobs[job.step] = job
+        try:
+            self.connection.send(job)
+        except ConnectionError:
+            self._restart()
+
+    def receive(self) -> Done | None:
+        """Return the next answer; None if the process died and was started again."""
+        try:
+            done: Done = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self._restart()
+            return None
+        del self._jobs[done.step]
+        self._steps_since_restart += 1
+        if self._steps_since_restart >= RESTART_STEPS:
+            self._restarts = 0
+        return done
+
+    def _restart(self) -> None:
+        """Start the process again. Raises RunFailed after MAX_RESTARTS in a short while."""
+        self.connection.close()
+        status = self._wait()
+        cause = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+        if self._restarts == MAX_RESTARTS:
+            raise RunFailed(
+                f"a loader process died {MAX_RESTARTS + 1} times in a short while, the last time {cause}. If the "
+                "machine is short of memory, lower data.loader.num_workers, memory_bytes or read_ahead_bytes"
+            )
+        self._restarts, self._steps_since_restart = self._restarts + 1, 0
+        log.warning("a loader process died (%s): restarting it (%d of %d)", cause, self._restarts, MAX_RESTARTS)
+        self._start()
+
+    def _wait(self) -> int:
+        """Return the exit status of the process, whose socket is closed; kill it after END_SECONDS."""
+        try:
+            return self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def close(self) -> None:
+        """End the process, whose socket is closed."""
+        self._wait()
+        in_progress.forget(self._samples)
 
 
-class _SharedBuffers:
-    """Equal buffers of anonymous shared memory. A lent buffer is free again when nothing refers to it any more."""
-
-    def __init__(self, buffer_bytes: int, count: int):
-        self._buffer_bytes = buffer_bytes
-        self.descriptor = _anonymous_file()
-        weakref.finalize(self, os.close, self.descriptor)
-        os.ftruncate(self.descriptor, buffer_bytes * count)
-        self._memory = mmap.mmap(self.descriptor, buffer_bytes * count)
-        self._free: deque[int] = deque(range(count))
-
-    @property
-    def has_free(self) -> bool:
-        return bool(self._free)
-
-    def take(self) -> int:
-        return self._free.popleft()
-
-    def lend(self, index: int) -> object:
-        """Return the buffer's memory as an object whose deletion frees the buffer."""
-        memory = (ctypes.c_char * self._buffer_bytes).from_buffer(self._memory, index * self._buffer_bytes)
-        weakref.finalize(memory, self._free.append, index).atexit = False
-        return memory
-
-
-def _anonymous_file() -> int:
+def _anonymous_file(size: int) -> int:
+    """Return the descriptor of a file of `size` bytes that has no name."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("mome-batches")
-    with tempfile.TemporaryFile() as file:  # unlinked already; for systems without Linux's call
-        return os.dup(file.fileno())
+        descriptor = os.memfd_create("mome-batches")
+    else:  # systems without Linux's call
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor

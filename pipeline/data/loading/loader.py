@@ -12,12 +12,13 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.config.urls import is_local
 from pipeline.data.batch import Batch
-from pipeline.data.contents.choices import load_answers
+from pipeline.data.contents.choices import ANSWERS, load_choices
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.builder import LoaderSpec
 from pipeline.data.loading.backends import BackendFactory, LoaderBackend, local_backend
@@ -54,19 +55,23 @@ class Loader:
             name: open_source(storage, config.sources[name], selection_url(config, name)) for name in stage.sources
         }
         self._names, self._sizes = sorted(sources), {name: int(sources[name].counts.sum()) for name in sources}
-        _check_cache_size(config, sources, world_size)
-        self._spec = LoaderSpec(
-            config,
-            stage,
-            tokenizer,
-            sources,
-            rank_slice(stage.global_batch_size, rank, world_size),
-            groups,
-            load_answers(config, stage, storage),
-        )
+        data = config.data
+        if data.cache.folder is not None:  # it must hold the open shuffle windows of this node's ranks
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and by Ray Train
+            streams = min(data.streams, -(-data.streams * local_ranks // world_size) + 1)  # slices end inside streams
+            needed = sum(
+                open_window_bytes((shard.bytes for shard in source.manifest.shards), streams, data.shuffle_window)
+                for source in sources.values()
+                if not is_local(source.url)
+            )
+            cache = NodeCache(data.cache.folder, data.cache.max_bytes)
+            cache.check_budget(needed, f"the open windows of {streams} streams")
+        places = rank_slice(stage.global_batch_size, rank, world_size)
+        answers = load_choices(config, stage, storage, ANSWERS)
+        self._spec = LoaderSpec(config, stage, tokenizer, sources, places, groups, answers)
         self.order = self._spec.order()
         self._backend = backend
-        self._quarantine = Quarantine(config.data.max_bad_rate)
+        self._quarantine = Quarantine(data.max_bad_rate)
         self._epochs_before: dict[str, float] = dict.fromkeys(self._sizes, 0.0)
         self._open: list[LoaderBackend] = []
         self.wait_seconds = 0.0  # time that the consumer of `batches` has waited for data
@@ -88,15 +93,22 @@ class Loader:
         self._epochs_before = {n: epochs[n] / self._world_size - counted[n] / self._sizes[n] for n in epochs}
         backend = self._backend(self._spec, self._storage)
         self._open.append(backend)
-        submitted: deque[int] = deque()
-        step = start_step
+        submitted, next_step = deque[int](), start_step
         try:
             while backend in self._open:
                 while len(submitted) <= self._config.data.loader.prefetch_batches:
-                    backend.submit(step)
-                    submitted.append(step)
-                    step += 1
-                yield self._receive(backend, submitted.popleft())
+                    backend.submit(next_step)
+                    submitted.append(next_step)
+                    next_step += 1
+                step, started = submitted.popleft(), time.perf_counter()
+                try:
+                    buffer, bad = backend.result(step)
+                finally:
+                    self.wait_seconds += time.perf_counter() - started
+                self._quarantine.deliver((self._names[number] for number in buffer["source"]), bad)
+                if step == self._stage.steps - 1:
+                    self._quarantine.finish()
+                yield buffer.to_batch(step, self._spec.places)
         finally:
             self._end(backend)
 
@@ -130,17 +142,6 @@ class Loader:
             self._open.remove(backend)
             backend.close()
 
-    def _receive(self, backend: LoaderBackend, step: int) -> Batch:
-        started = time.perf_counter()
-        try:
-            buffer, bad = backend.result(step)
-        finally:
-            self.wait_seconds += time.perf_counter() - started
-        self._quarantine.deliver((self._names[number] for number in buffer["source"]), bad)
-        if step == self._stage.steps - 1:
-            self._quarantine.finish()
-        return buffer.to_batch(step, self._spec.places)
-
 
 def fingerprint(
     config: RunConfig,
@@ -156,29 +157,11 @@ def fingerprint(
     Examples are hashed without padding. The result is the same for every `world_size`, backend and store, or contract
     C1 is broken.
     """
-    loaders = [Loader(config, stage, groups, storage, tokenizer, rank, world_size) for rank in range(world_size)]
     digest = hashlib.sha256()
-    try:
-        streams = [loader.batches(steps.start) for loader in loaders]
+    with ExitStack() as stack:
+        loaders = [Loader(config, stage, groups, storage, tokenizer, rank, world_size) for rank in range(world_size)]
+        streams = [stack.enter_context(loader).batches(steps.start) for loader in loaders]
         for _ in steps:
             for stream in streams:
                 next(stream).hash_into(digest)
-    finally:
-        for loader in loaders:
-            loader.close()
     return digest.hexdigest()
-
-
-def _check_cache_size(config: RunConfig, sources: dict[str, Source], world_size: int) -> None:
-    """Raise ConfigError when this node's cache is smaller than the open shuffle windows of its ranks."""
-    data = config.data
-    if data.cache.folder is None:
-        return
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and by Ray Train
-    streams = min(data.streams, -(-data.streams * local_ranks // world_size) + 1)  # slices end inside streams
-    needed = sum(
-        open_window_bytes((shard.bytes for shard in source.manifest.shards), streams, data.shuffle_window)
-        for source in sources.values()
-        if not is_local(source.url)
-    )
-    NodeCache(data.cache.folder, data.cache.max_bytes).check_budget(needed, f"the open windows of {streams} streams")

@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -42,7 +43,8 @@ class ExampleThreads:
     def submit(self, step: int, buffer: BatchBuffer, first: int) -> list[Future[list[BadRecord]]]:
         """Start to build the spec's examples of a step; row 0 of the buffer is place `first`."""
         if not self._is_prefetching:
-            self._builder.start_prefetch(step)
+            order, places = self._builder.order, self._places
+            self._builder.reader.start_prefetch(lambda later: order.samples(later, places), step)
             self._is_prefetching = True
         # Several examples per task: one by one, the hand-over would cost a twentieth of building them.
         length = min(MAX_RUN, max(1, len(self._places) // (4 * self._num_threads)))
@@ -52,12 +54,12 @@ class ExampleThreads:
     def result(self, step: int, futures: list[Future[list[BadRecord]]]) -> list[BadRecord]:
         """Wait for a step's examples and return what was replaced. Raises the first error in order of place."""
         bad = [record for future in futures for record in future.result()]
-        self._builder.finish_step(step)
+        self._builder.reader.finish_step(step)
         return bad
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._builder.close()
+        self._builder.reader.close()
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,10 @@ class Done:
 def serve(connection: Connection, memory: mmap.mmap) -> None:
     """Build examples until the rank closes the socket."""
     assignment: Assignment = connection.recv()
-    lock = threading.Lock()
-    threads = None
+    spec, lock, threads = assignment.batch_spec, threading.Lock(), None
 
     def send(message: Done) -> None:
-        with lock:
+        with lock, suppress(ConnectionError):  # the rank has closed the socket, and `recv` ends this process
             connection.send(message)
 
     while True:
@@ -102,7 +103,6 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
         try:
             if threads is None:
                 threads = ExampleThreads(assignment.loader_spec, assignment.storage)
-            spec = assignment.batch_spec
             buffer = BatchBuffer(spec, memoryview(memory)[job.offset : job.offset + spec.bytes])
             _send_when_done(threads, threads.submit(job.step, buffer, assignment.first), job.step, send)
         except Exception as error:

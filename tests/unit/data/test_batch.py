@@ -21,14 +21,14 @@ def spec(num_examples: int, groups: frozenset[str] = GROUPS) -> BatchSpec:
 
 
 def filled(num_examples: int) -> BatchBuffer:
-    buffer, random = BatchBuffer.allocate(spec(num_examples)), np.random.default_rng(0)
+    buffer, random = BatchBuffer(spec(num_examples)), np.random.default_rng(0)
     for name, shape, _ in buffer.spec.fields:
         buffer[name][...] = random.integers(0, 200, shape)
     return buffer
 
 
 def test_arrays_do_not_overlap_and_fit_the_memory():
-    buffer = BatchBuffer.allocate(spec(3))
+    buffer = BatchBuffer(spec(3))
     for number, (name, _, _) in enumerate(spec(3).fields):
         buffer[name][...] = number
     for number, (name, shape, dtype) in enumerate(spec(3).fields):
@@ -41,14 +41,14 @@ def test_arrays_do_not_overlap_and_fit_the_memory():
 
 @pytest.mark.parametrize("missing", ["image", "masked_text", "masked_patches"])
 def test_only_requested_groups_have_memory(missing: str):
-    buffer = BatchBuffer.allocate(spec(2, GROUPS - {missing}))
+    buffer = BatchBuffer(spec(2, GROUPS - {missing}))
     assert not any(name in buffer for name, field in field_specs().items() if field.group == missing)
     assert buffer.spec.bytes < spec(2).bytes
     assert getattr(buffer.to_batch(0, range(2)), "patch_positions" if missing == "masked_patches" else missing) is None
 
 
 def test_written_examples_are_padded():
-    buffer = BatchBuffer.allocate(spec(2))
+    buffer = BatchBuffer(spec(2))
     buffer["text"][...] = 99
     buffer.write("text", 1, np.array([7, 8]), padding=1)
     buffer.write("patch_positions", 1, np.array([2]))
@@ -57,17 +57,15 @@ def test_written_examples_are_padded():
 
 
 def test_copied_parts_equal_the_whole():
-    whole, joined = filled(5), BatchBuffer.allocate(spec(5))
+    whole, joined = filled(5), BatchBuffer(spec(5))
     for rows in (range(0, 2), range(2, 5)):
-        part = BatchBuffer.allocate(spec(len(rows)))
+        part = BatchBuffer(spec(len(rows)))
         for name, _, _ in spec(5).fields:
             part[name][...] = whole[name][rows.start : rows.stop]
         joined.copy_rows(rows, part)
-    copied = whole.copy()
     for name, _, _ in spec(5).fields:
         assert np.array_equal(joined[name], whole[name])
-        assert np.array_equal(copied[name], whole[name])
-        assert not np.shares_memory(copied[name], whole[name])
+        assert not np.shares_memory(joined[name], whole[name])
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class DepthBatch(Batch):
 
 
 def test_new_field_needs_only_its_declaration():
-    buffer = BatchBuffer.allocate(replace(spec(2), batch_type=DepthBatch))
+    buffer = BatchBuffer(replace(spec(2), batch_type=DepthBatch))
     for row, length in enumerate((2, 4)):
         for name, shape, dtype in buffer.spec.fields:
             if len(shape) > 1 and name != "image":

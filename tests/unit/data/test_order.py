@@ -226,13 +226,13 @@ def test_epochs_and_streams_are_shuffled():
 
 def test_window_bounds_the_number_of_open_shards():
     order = DataOrder({"a": shards(*[20] * 12)}, 1, 3, 0, 1)
-    read = [order.sample(step, 0).shard for step in range(240)]
+    read = [order.batch(step)[0].shard for step in range(240)]
     assert [len(set(read[first : first + 60])) for first in range(0, 240, 60)] == [3, 3, 3, 3]
 
 
 def test_replacement_is_drawn_from_the_same_window():
     order = DataOrder({"a": shards(*[20] * 12)}, 1, 3, 0, 1)
-    window = {order.sample(step, 0).shard for step in range(60)}
+    window = {order.batch(step)[0].shard for step in range(60)}
     candidates = [order.replacement(17, 0, attempt) for attempt in range(16)]
     assert {sample.shard for sample in candidates} <= window
     assert len(set(candidates)) > 8
@@ -276,7 +276,6 @@ def test_samples_of_places_equal_those_of_the_whole_batch():
     assert order.samples(7, range(5, 29)) == batch[5:29]
     assert order.samples(7, range(3, 32, 4)) == batch[3::4]
     assert order.samples(7, range(4, 4)) == []
-    assert [data_order().sample(7, place) for place in range(32)] == batch
 
 
 def test_memory_does_not_grow_with_the_number_of_samples():
@@ -356,8 +355,6 @@ def test_bucketed_batch_does_not_depend_on_ranks_or_first_step(world: int):
     for step in (1003, 2):
         apart = [bucketed().samples(step, rank_slice(64, rank, world)) for rank in range(world)]
         assert [sample for rows in apart for sample in rows] == together.batch(step)
-    fresh = bucketed()
-    assert [fresh.sample(2, place) for place in range(64)] == together.batch(2)
 
 
 def test_lengths_are_read_only_of_streams_in_use():
@@ -368,7 +365,7 @@ def test_lengths_are_read_only_of_streams_in_use():
         return caption_length(sample)
 
     order = data_order(batch=64, buckets=LengthBuckets(8, length))
-    order.sample(3, 17)
+    order.samples(3, range(17, 18))
     assert asked == set(by_stream(data_order(batch=64), 8)[2])
 
 
@@ -394,5 +391,5 @@ def test_replacement_of_a_bucketed_sample_is_from_its_window():
     windows = [{sample.shard for step in range(30 * w, 30 * w + 30) for sample in plain.batch(step)} for w in range(4)]
     assert [len(window) for window in windows] == [3] * 4
     for step in range(0, 60):
-        planned, instead = order.sample(step, 2), order.replacement(step, 2, attempt=1)
+        planned, instead = order.batch(step)[2], order.replacement(step, 2, attempt=1)
         assert [planned.shard in window for window in windows] == [instead.shard in window for window in windows]

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.load import validate
 from pipeline.config.schema import ObjectiveConfig
-from pipeline.data.contents.choices import ANSWERS, Choices, load_answers
+from pipeline.data.contents.choices import ANSWERS, Choices, load_choices
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
@@ -113,7 +113,7 @@ def tokenizer_of(config):
 @pytest.mark.parametrize("limit", [None, 7])
 def test_vqa_accuracy_is_the_mean_score_of_the_answers_given(limit, run_of, source_of):
     config, source = run_of("questions"), source_of("questions", limit)
-    listed = load_answers(config, config.stages[0], Storage())
+    listed = load_choices(config, config.stages[0], Storage(), ANSWERS)
     right = evaluate_vqa(model := Colourist(), source, listed)
     assert (right.accuracy, right.questions, model.rows) == (1.0, limit or 60, limit or 60)
     wrong = evaluate_vqa(Colourist(wrong=True), source, listed)

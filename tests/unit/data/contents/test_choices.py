@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import ConfigError
-from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices, choices_of, load_answers, load_classes
+from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices, choices_of, load_choices
 from pipeline.data.storage import Storage
 from tests.support.fine_tuning_data import COLOURS, run_config, write_set
 
@@ -33,20 +33,20 @@ def test_malformed_choices_are_rejected_with_their_location(content: bytes, told
 
 def test_answers_are_loaded_from_shards_or_from_the_stages_url(tmp_path: Path) -> None:
     config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=6), Storage()
-    assert load_answers(config, config.stages[0], storage) == Choices((*COLOURS, "yes", "no"))
+    assert load_choices(config, config.stages[0], storage, ANSWERS) == Choices((*COLOURS, "yes", "no"))
     (tmp_path / "other.json").write_text(json.dumps(["a", "b"]))
     named = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "other.json"), "num_answers": 2})
-    assert load_answers(config, named, storage) == Choices(("a", "b"))
+    assert load_choices(config, named, storage, ANSWERS) == Choices(("a", "b"))
     assert choices_of(config, [named], storage).keys() == {ANSWERS}
 
 
 def test_missing_or_mismatched_answers_name_the_key_to_set(tmp_path: Path) -> None:
     config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=7), Storage()
     with pytest.raises(ConfigError, match=r"num_answers: 7, but .* lists 6"):
-        load_answers(config, config.stages[0], storage)
+        load_choices(config, config.stages[0], storage, ANSWERS)
     gone = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "nowhere.json")})
     with pytest.raises(ConfigError, match=r"nowhere.json does not exist; set it"):
-        load_answers(config, gone, storage)
+        load_choices(config, gone, storage, ANSWERS)
 
 
 def test_class_names_are_optional_but_must_match(tmp_path: Path) -> None:
@@ -54,6 +54,6 @@ def test_class_names_are_optional_but_must_match(tmp_path: Path) -> None:
     stage = config.stages[0]
     assert choices_of(config, [stage], storage) == {CLASSES: Choices(COLOURS)}
     with pytest.raises(ConfigError, match="num_classes: 5, but"):
-        load_classes(config, stage.model_copy(update={"num_classes": 5}), storage)
+        load_choices(config, stage.model_copy(update={"num_classes": 5}), storage, CLASSES)
     Path(write_set(tmp_path, "labelled", 8), CLASSES).unlink()
-    assert load_classes(config, stage, storage) is None
+    assert load_choices(config, stage, storage, CLASSES) is None

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.data.batch import Batch
 from pipeline.data.building.importers import write_shards
-from pipeline.data.contents.choices import load_answers
+from pipeline.data.contents.choices import ANSWERS, load_choices
 from pipeline.data.contents.members import class_of, texts_of
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.contents.text import Tokenizer
@@ -174,7 +174,7 @@ def test_images_are_not_mirrored_if_an_answer_names_a_side(tmp_path: Path, answe
         update={"sources": {"train": config.sources["train"].model_copy(update={"shards": url})}}
     )
     stage = config.stages[0].model_copy(update={"answer_list": f"{tmp_path}/questions-0/answers.json"})
-    assert load_answers(config, stage, storage) is not None
+    assert load_choices(config, stage, storage, ANSWERS) is not None
     with Loader(
         config, stage, batch_groups(config, stage), storage, Tokenizer.train(["where is it"], 64), 0, 1
     ) as loader:

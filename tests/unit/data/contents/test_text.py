@@ -207,7 +207,7 @@ def chinese(count: int) -> list[str]:
     return ["".join(characters[first : first + 20]) for first in range(0, count, 20)] + ["".join(characters[:100])] * 9
 
 
-def test_alphabet_grows_with_the_size_of_the_vocabulary() -> None:
+def testchoose_alphabet_grows_with_the_size_of_the_vocabulary() -> None:
     captions = chinese(3500)
     whole, small = Tokenizer.train(captions, 30522), Tokenizer.train(captions, 2000)
     assert whole.unknown_share(captions) == 0
@@ -222,12 +222,12 @@ def test_rare_characters_beyond_a_thousand_are_dropped() -> None:
 
     from tokenizers.normalizers import BertNormalizer
 
-    from pipeline.data.contents.text import _alphabet
+    from pipeline.data.contents.text import choose_alphabet
 
     counts = Counter({chr(0x4E00 + n): 10_000_000 if n < 1100 else 2 for n in range(1200)})
-    assert len(_alphabet(counts, 30_000, BertNormalizer())) == 1100
+    assert len(choose_alphabet(counts, 30_000, BertNormalizer())) == 1100
     counts = Counter(dict.fromkeys(counts, 2))
-    assert len(_alphabet(counts, 30_000, BertNormalizer())) == 1200
+    assert len(choose_alphabet(counts, 30_000, BertNormalizer())) == 1200
 
 
 @pytest.mark.parametrize("character", ["w", "😀"])

@@ -120,7 +120,7 @@ def test_batch_memory_is_reused_after_its_last_reference(config, tokenizer):
     with open_loader(config, tokenizer) as loader:
         stream = loader.batches(0)
         first = next(stream)
-        memory = loader._open[0]._memory  # type: ignore[attr-defined]
+        memory = loader._open[0]  # type: ignore[attr-defined]
         pixels = first.image.clone()
         slots = len(memory._free)
         for _ in range(2 * STEPS):

@@ -416,7 +416,7 @@ def test_reader_owns_its_threads(s3, epoch: Epoch, tmp_path: Path):
     with epoch.reader(Storage(s3.config), ROOM, NodeCache(tmp_path, 2**30)) as remote:
         assert reader_threads() == []
         remote.start_prefetch(epoch.refs, 0)
-        remote.read(epoch.order.sample(0, 0))
+        remote.read(epoch.order.batch(0)[0])
         assert "read-ahead" in reader_threads()
     assert reader_threads() == []
     assert held_bytes(NodeCache(tmp_path, 1)) % 512 == 0
