@@ -33,11 +33,6 @@ from xml.sax.saxutils import escape
 Expectation = Literal["works", "lasts", "passes"]
 
 
-def _error(status: int, code: str, message: str = "Said by the store.", **headers: str) -> Answer:
-    text = f"<Error><Code>{code}</Code><Message>{escape(message)}</Message></Error>"
-    return Answer(status, text.encode(), {"Content-Type": "application/xml"} | headers)
-
-
 @dataclass
 class Answer:
     status: int
@@ -66,92 +61,83 @@ class Request:
         return self.method == "POST" and "delete" in self.query
 
 
-Refusal = Callable[[Request], Answer | None]
+def _error(status: int, code: str, message: str = "Said by the store.", **headers: str) -> Answer:
+    text = f"<Error><Code>{code}</Code><Message>{escape(message)}</Message></Error>"
+    return Answer(status, text.encode(), {"Content-Type": "application/xml"} | headers)
 
 
-def _always(answer: Callable[[], Answer]) -> Refusal:
-    return lambda request: answer()
+def _listing(xml: str) -> Answer:
+    return Answer(200, f"<ListBucketResult>{xml}</ListBucketResult>".encode())
 
 
-def _batch_deletion(answer: Callable[[], Answer]) -> Refusal:
-    return lambda request: answer() if request.is_batch_deletion else None
-
-
-def _redirect(status: int) -> Refusal:
-    return lambda request: Answer(status, b"", {"Location": f"https://store.example{request.target}"})
-
-
-def _echo(request: Request) -> Answer:
-    return _error(403, "SignatureDoesNotMatch", f"You sent: {request.headers}")
-
-
-def _errors_of_each(request: Request) -> Answer | None:
-    if not request.is_batch_deletion:
-        return None
+def _failed_deletions(request: Request) -> Answer:
     keys = re.findall(r"<Key>(.*?)</Key>", request.body.decode())
     xml = "".join(f"<Error><Key>{key}</Key><Code>NotImplemented</Code></Error>" for key in keys)
     return Answer(200, f"<DeleteResult>{xml}</DeleteResult>".encode())
 
 
-def _condition(answer: Callable[[], Answer]) -> Refusal:
-    return lambda request: answer() if "if-none-match" in request.headers else None
-
-
-def _writes(answer: Callable[[], Answer]) -> Refusal:
-    return lambda request: answer() if request.method == "PUT" else None
-
-
-def _listing(answer: Callable[[Request], Answer]) -> Refusal:
-    return lambda request: answer(request) if request.method == "GET" and "list-type" in request.query else None
-
-
-def _endless_listing(xml: str) -> Refusal:
+def _another_page(xml: str) -> Callable[[Request], Answer]:
     """Return listings that never end: each page contains `xml` and names another page."""
     token = "<IsTruncated>true</IsTruncated><NextContinuationToken>{}</NextContinuationToken>"
     numbers = itertools.count()
-    return _listing(
-        lambda _: Answer(200, f"<ListBucketResult>{xml}{token.format(next(numbers))}</ListBucketResult>".encode())
+    return lambda _: _listing(xml + token.format(next(numbers)))
+
+
+CONCERNED: dict[str, Callable[[Request], bool]] = {
+    "any": lambda request: True,
+    "batch deletion": lambda request: request.is_batch_deletion,
+    "condition": lambda request: "if-none-match" in request.headers,
+    "write": lambda request: request.method == "PUT",
+    "listing": lambda request: request.method == "GET" and "list-type" in request.query,
+}
+# Response to the concerned requests instead of executing them.
+REFUSALS: dict[str, tuple[Expectation, str, Answer | Callable[[Request], Answer]]] = {
+    "no_batch_delete_400": ("works", "batch deletion", _error(400, "InvalidRequest")),
+    "no_batch_delete_403": ("works", "batch deletion", _error(403, "AccessDenied")),
+    "no_batch_delete_404": ("works", "batch deletion", _error(404, "NoSuchKey")),
+    "no_batch_delete_405": ("works", "batch deletion", _error(405, "MethodNotAllowed")),
+    "no_batch_delete_501": ("works", "batch deletion", _error(501, "NotImplemented")),
+    "no_batch_delete_of_any": ("works", "batch deletion", _failed_deletions),
+    "no_conditions_400": ("works", "condition", _error(400, "InvalidArgument")),
+    "no_conditions_501": ("works", "condition", _error(501, "NotImplemented")),
+    "redirect_nowhere": ("lasts", "any", Answer(301)),
+    "bad_request": ("lasts", "any", _error(400, "InvalidRequest", "\x1b[2J\n" * 1000)),
+    "denied": ("lasts", "any", _error(403, "AccessDenied")),
+    "denied_in_html": ("lasts", "any", Answer(403, b"<html>No", {"Content-Type": "text/html"})),
+    "echo": ("lasts", "any", lambda request: _error(403, "SignatureDoesNotMatch", f"You sent: {request.headers}")),
+    "clock_skew": ("lasts", "any", _error(403, "RequestTimeTooSkewed")),
+    "expired": ("lasts", "any", _error(400, "ExpiredToken")),
+    "not_implemented": ("lasts", "any", _error(501, "NotImplemented")),
+    "old_http": ("lasts", "any", _error(505, "HTTPVersionNotSupported")),
+    "proxy_login": ("lasts", "any", Answer(407)),
+    "quota_403": ("lasts", "write", _error(403, "QuotaExceeded")),
+    "quota_413": ("lasts", "write", _error(413, "EntityTooLarge", "Upload exceeds quota.")),
+    "quota_507": ("lasts", "write", _error(507, "InsufficientStorage")),
+    "full": ("lasts", "write", _error(507, "XMinioStorageFull")),
+    "endless_listing": (
+        "lasts",
+        "listing",
+        _another_page("<Contents><Key>folder/a.tar</Key><Size>9</Size></Contents>"),
+    ),
+    "endless_empty_listing": ("lasts", "listing", _another_page("")),
+    "endless_folders": (
+        "lasts",
+        "listing",
+        _another_page("<CommonPrefixes><Prefix>folder/in/</Prefix></CommonPrefixes>"),
+    ),
+    "listing_in_html": ("passes", "listing", Answer(200, b"<html>Log in</html>")),
+    "listing_of_nothing": ("passes", "listing", Answer(200)),
+    "broken": ("passes", "any", _error(500, "InternalError")),
+    "gateway": ("passes", "any", Answer(502, b"<html>Bad gateway")),
+    "unavailable": ("passes", "any", _error(503, "SlowDown")),
+    "throttled": ("passes", "any", _error(429, "TooManyRequests")),
+} | {
+    f"redirect_{status}": (
+        "lasts",
+        "any",
+        lambda request, status=status: Answer(status, b"", {"Location": f"https://store.example{request.target}"}),
     )
-
-
-# Response instead of executing the request; None: execute it.
-REFUSALS: dict[str, tuple[Expectation, Refusal]] = {
-    "no_batch_delete_400": ("works", _batch_deletion(lambda: _error(400, "InvalidRequest"))),
-    "no_batch_delete_403": ("works", _batch_deletion(lambda: _error(403, "AccessDenied"))),
-    "no_batch_delete_404": ("works", _batch_deletion(lambda: _error(404, "NoSuchKey"))),
-    "no_batch_delete_405": ("works", _batch_deletion(lambda: _error(405, "MethodNotAllowed"))),
-    "no_batch_delete_501": ("works", _batch_deletion(lambda: _error(501, "NotImplemented"))),
-    "no_batch_delete_of_any": ("works", _errors_of_each),
-    "no_conditions_400": ("works", _condition(lambda: _error(400, "InvalidArgument"))),
-    "no_conditions_501": ("works", _condition(lambda: _error(501, "NotImplemented"))),
-    "redirect_301": ("lasts", _redirect(301)),
-    "redirect_302": ("lasts", _redirect(302)),
-    "redirect_303": ("lasts", _redirect(303)),
-    "redirect_307": ("lasts", _redirect(307)),
-    "redirect_308": ("lasts", _redirect(308)),
-    "redirect_nowhere": ("lasts", _always(lambda: Answer(301))),
-    "bad_request": ("lasts", _always(lambda: _error(400, "InvalidRequest", "\x1b[2J\n" * 1000))),
-    "denied": ("lasts", _always(lambda: _error(403, "AccessDenied"))),
-    "denied_in_html": ("lasts", _always(lambda: Answer(403, b"<html>No", {"Content-Type": "text/html"}))),
-    "echo": ("lasts", _echo),
-    "clock_skew": ("lasts", _always(lambda: _error(403, "RequestTimeTooSkewed"))),
-    "expired": ("lasts", _always(lambda: _error(400, "ExpiredToken"))),
-    "not_implemented": ("lasts", _always(lambda: _error(501, "NotImplemented"))),
-    "old_http": ("lasts", _always(lambda: _error(505, "HTTPVersionNotSupported"))),
-    "proxy_login": ("lasts", _always(lambda: Answer(407))),
-    "quota_403": ("lasts", _writes(lambda: _error(403, "QuotaExceeded"))),
-    "quota_413": ("lasts", _writes(lambda: _error(413, "EntityTooLarge", "Upload exceeds quota."))),
-    "quota_507": ("lasts", _writes(lambda: _error(507, "InsufficientStorage"))),
-    "full": ("lasts", _writes(lambda: _error(507, "XMinioStorageFull"))),
-    "endless_listing": ("lasts", _endless_listing("<Contents><Key>folder/a.tar</Key><Size>100000</Size></Contents>")),
-    "endless_empty_listing": ("lasts", _endless_listing("")),
-    "endless_folders": ("lasts", _endless_listing("<CommonPrefixes><Prefix>folder/in/</Prefix></CommonPrefixes>")),
-    "listing_in_html": ("passes", _listing(lambda _: Answer(200, b"<html>Log in</html>"))),
-    "listing_of_nothing": ("passes", _listing(lambda _: Answer(200))),
-    "broken": ("passes", _always(lambda: _error(500, "InternalError"))),
-    "gateway": ("passes", _always(lambda: Answer(502, b"<html>Bad gateway"))),
-    "unavailable": ("passes", _always(lambda: _error(503, "SlowDown"))),
-    "throttled": ("passes", _always(lambda: _error(429, "TooManyRequests"))),
+    for status in (301, 302, 303, 307, 308)
 }
 # Modification of the response to an executed request.
 MANNERS: dict[str, Expectation] = {
@@ -167,7 +153,7 @@ MANNERS: dict[str, Expectation] = {
     "plain_etag": "works",  # the ETag of a multipart object is its MD5, not that of its parts' digests
     "unsigned_only": "works",
 }
-QUIRKS: dict[str, Expectation] = {name: expected for name, (expected, _) in REFUSALS.items()} | MANNERS
+QUIRKS: dict[str, Expectation] = {name: expected for name, (expected, _, _) in REFUSALS.items()} | MANNERS
 
 
 class QuirkyStore:
@@ -207,8 +193,10 @@ class QuirkyStore:
     def answer(self, request: Request) -> Answer:
         with self.lock:
             self.requests.append(request)
-            if self.quirk in REFUSALS and (refused := REFUSALS[self.quirk][1](request)) is not None:
-                return refused
+            if self.quirk in REFUSALS:
+                _, concerned, refusal = REFUSALS[self.quirk]
+                if CONCERNED[concerned](request):
+                    return refusal if isinstance(refusal, Answer) else refusal(request)
             if self.quirk == "unsigned_only" and "authorization" in request.headers:
                 return _error(403, "InvalidAccessKeyId")
             return self._of_bucket(request) if not request.path[1] else self._of_object(request)
@@ -249,7 +237,7 @@ class QuirkyStore:
         more = bool(shown) and any(name > shown[-1] for name in names)
         xml += f"<IsTruncated>{str(more).lower()}</IsTruncated><EncodingType>url</EncodingType>"
         xml += f"<NextContinuationToken>{escape(shown[-1])}</NextContinuationToken>" if more else ""
-        return Answer(200, f"<ListBucketResult>{xml}</ListBucketResult>".encode())
+        return _listing(xml)
 
     def _of_object(self, request: Request) -> Answer:
         where, query = request.path, request.query

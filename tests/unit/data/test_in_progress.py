@@ -38,14 +38,14 @@ def test_every_thread_reports_the_sample_it_decodes() -> None:
 @pytest.mark.parametrize("key", ["k" * 1000, "\ud83d", "é" * 300, ""])
 def test_names_of_any_length_and_script_are_reported(key: str) -> None:
     with in_progress.decoding(f"pairs: {key}"), in_progress.decoding(f"pairs: {key}"):
-        (found,) = in_progress.samples()
-        assert found.startswith("pairs: ")
+        (name,) = in_progress.samples()
+        assert name.startswith("pairs: ")
     with pytest.raises(ValueError, match="of the decoder"), in_progress.decoding("pairs: key"):
         raise ValueError("of the decoder")
     assert in_progress.samples() == []
 
 
-def test_watchdog_reports_samples_of_other_processes(tmp_path, capfd) -> None:
+def test_watchdog_reports_samples_of_other_processes(tmp_path) -> None:
     descriptor = os.memfd_create("samples") if hasattr(os, "memfd_create") else pytest.skip("no anonymous memory")
     os.ftruncate(descriptor, in_progress.BYTES)
     memory = mmap.mmap(descriptor, in_progress.BYTES)
@@ -61,11 +61,11 @@ def test_watchdog_reports_samples_of_other_processes(tmp_path, capfd) -> None:
         rank, world_size, calls, inside = 0, 1, 0, ""
 
         def key_value_store(self) -> None:
-            raise RuntimeError("nobody keeps it")
+            raise RuntimeError("no store")
 
     ended: list[int] = []
-    allowed = {"startup": 1.0}
-    watchdog = Watchdog(Rank(), Storage(StorageConfig()), str(tmp_path), allowed, ended.append)  # type: ignore[arg-type]
+    storage = Storage(StorageConfig())
+    watchdog = Watchdog(Rank(), storage, str(tmp_path), {"startup": 1.0}, ended.append)  # type: ignore[arg-type]
     try:
         watchdog._finish("rank 0 hangs")
     finally:

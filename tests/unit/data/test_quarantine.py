@@ -26,10 +26,9 @@ def test_counts_and_records_are_per_source():
 
 def test_rate_above_the_bound_is_fatal_with_source_and_example():
     quarantine = Quarantine(max_bad_rate=0.01)
-    quarantine.deliver(["pairs"] * MIN_SEEN, [record(1)])
-    with pytest.raises(
-        DataError, match=r"source 'pairs': 3 of 200 samples are bad \(1\.5%\).*key2 in 00000\.tar.*max_bad"
-    ):
+    quarantine.deliver(["pairs"] * MIN_SEEN + ["more"] * 1000, [record(1)])
+    message = r"source 'pairs': 3 of 200 samples are bad \(1\.5%\).*key2 in 00000\.tar.*max_bad"
+    with pytest.raises(DataError, match=message):
         quarantine.deliver(["pairs"] * 100, [record(1), record(2)])
 
 
@@ -42,58 +41,39 @@ def test_rate_needs_a_minimum_of_samples_before_the_end():
         quarantine.finish()
 
 
-def test_rates_are_per_source():
-    quarantine = Quarantine(max_bad_rate=0.1)
-    with pytest.raises(DataError, match=r"source 'more': 20 of 100"):
-        quarantine.deliver(["pairs"] * 1000 + ["more"] * 100, [record(n, "more") for n in range(20)])
-
-
-def test_record_is_plain_json():
-    assert record(7).as_json() == {
-        "source": "pairs",
-        "shard": "00000.tar",
-        "key": "key7",
-        "offset": 512,
-        "epoch": 0,
-        "step": 3,
-        "place": 7,
-        "stage": "image",
-        "reason": "corrupt JPEG",
-        "replaced_by": "another",
-    }
-
-
 def test_bad_sample_crosses_processes():
     error = pickle.loads(pickle.dumps(BadSample("image", "corrupt")))  # noqa: S301
     assert (error.stage, error.reason) == ("image", "corrupt")
 
 
-def test_only_faults_of_the_sample_become_bad_samples() -> None:
-    faults = [
+@pytest.mark.parametrize(
+    "fault",
+    [
         ValueError("no"),
         RecursionError(),
         KeyError(6),
         AssertionError(),
         UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "x"),
-    ]
-    for fault in faults:
-        with pytest.raises(BadSample, match=type(fault).__name__) as raised, judging("image"):
-            raise fault
-        assert raised.value.stage == "image"
-        raised.value.reason.encode()
-    for other in (
-        StorageError("away"),
-        DataError("cut"),
-        MemoryError(),
-        KeyboardInterrupt(),
-        BadSample("caption", "x"),
-    ):
-        with pytest.raises(type(other)) as passed, judging("image"):
-            raise other
-        assert passed.value is other
+    ],
+)
+def test_faults_of_the_sample_become_bad_samples(fault: Exception):
+    with pytest.raises(BadSample, match=type(fault).__name__) as raised, judging("image"):
+        raise fault
+    assert raised.value.stage == "image"
+    raised.value.reason.encode()
 
 
-def test_reasons_are_reproducible_and_encodable() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [StorageError("away"), DataError("cut"), MemoryError(), KeyboardInterrupt(), BadSample("caption", "x")],
+)
+def test_other_faults_pass_unchanged(other: BaseException):
+    with pytest.raises(type(other)) as raised, judging("image"):
+        raise other
+    assert raised.value is other
+
+
+def test_reasons_are_reproducible_and_encodable():
     assert BadSample("image", f"cannot identify {io.BytesIO()}").reason == "cannot identify <_io.BytesIO object>"
     assert BadSample("caption", "half a \ud83d").reason == "half a \\ud83d"
     with pytest.raises(BadSample) as raised, judging("members"):
