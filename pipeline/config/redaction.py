@@ -77,7 +77,7 @@ def remember(secret: str) -> None:
     """Register a secret, or the password in a URL, that `redact` removes wherever it appears in this process."""
     if "://" in secret:
         secret = password_of(secret) or ""
-    urls = (quote(secret, safe=""), unquote(secret), quote_plus(secret))
+    urls = (quote(secret, safe=""), quote(secret), unquote(secret), quote_plus(secret))
     texts = (json.dumps(secret)[1:-1], repr(secret)[1:-1], repr(secret.encode(errors="replace"))[2:-1], escape(secret))
     for form in (secret, *urls, *texts):  # the forms in which a message may quote it
         if len(form) >= _SHORTEST_KNOWN:
