@@ -503,19 +503,23 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine and the services a run needs, with a remedy for each failure. Exit status 1 on a failure."""
-    from jobs import doctor as checks
+    from jobs.doctor import as_text, run_checks
     from pipeline.config.load import load_config
 
     if overrides and config is None:
         raise ConfigError("KEY=VALUE changes a config; give one with --config")
     settings = load_config(config, overrides or []) if config else None
+    results = []
     with status("checking") as update:
-        results = checks.run_checks(settings, lambda name: update(f"checked: {name}"))
+        for result in run_checks(settings):
+            results.append(result)
+            update(f"checked: {result.name}")
+    is_healthy = not any(result.status == "failed" for result in results)
     if as_json:
-        print_result(checks.as_json(results), as_json)
+        print_result({"passed": is_healthy, "checks": [vars(result) for result in results]}, as_json)
     else:
-        echo(checks.as_text(results))
-    if not checks.healthy(results):
+        echo(as_text(results))
+    if not is_healthy:
         raise typer.Exit(1)
 
 

@@ -51,43 +51,37 @@ def status(message: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: spinner.update(Text(printable(text)))
 
 
-class ProgressDisplay:
-    """Progress of a run on standard error: one bar per stage on a terminal, a line every ten seconds otherwise."""
+@contextmanager
+def progress_display() -> Iterator[Callable[[Progress], None]]:
+    """Yield a function that shows a run's progress: a bar per stage on a terminal, else a line every ten seconds."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as ProgressBar
 
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as ProgressBar
+    name, state_column = TextColumn("[bold]{task.description}"), TextColumn("{task.fields[state]}")
+    bar = ProgressBar(name, BarColumn(bar_width=30), MofNCompleteColumn(), state_column, console=console)
+    tasks: dict[str, TaskID] = {}
+    last = 0.0
 
-        self._bar = ProgressBar(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._last = 0.0
-
-    def __enter__(self) -> ProgressDisplay:
-        if console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, progress: Progress) -> None:
+    def show(progress: Progress) -> None:
+        nonlocal last
         state = (
             f"loss {progress.loss:.4f}  {progress.samples_per_second:.0f} samples/s  "
             f"stage ends in {duration(progress.seconds_left)}"
         )
         if console.is_terminal:
-            if progress.stage not in self._tasks:
-                self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.stage_steps, state="")
-            self._bar.update(self._tasks[progress.stage], completed=progress.stage_step, state=state)
-        elif progress.stage_step == progress.stage_steps or time.monotonic() - self._last >= PLAIN_SECONDS:
-            self._last = time.monotonic()
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bar.add_task(progress.stage, total=progress.stage_steps, state="")
+            bar.update(tasks[progress.stage], completed=progress.stage_step, state=state)
+        elif progress.stage_step == progress.stage_steps or time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
             notify(f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  {state}")
+
+    if console.is_terminal:
+        bar.start()
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 @contextmanager

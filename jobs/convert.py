@@ -1,5 +1,13 @@
 """`mome import` and `mome export`: convert weights from and to published formats.
 
+A published checkpoint is a single file of tensors, or a Hugging Face folder:
+
+model.safetensors | pytorch_model.bin            all tensors
+model.safetensors.index.json | pytorch_model.bin.index.json    the file of each tensor
+config.json                                      the model's sizes and the labels of its head
+preprocessor_config.json | processor_config.json image preprocessing
+vocab.txt | tokenizer.json                       vocabulary
+
 Imported weights become a folder like a finished stage's, which `start_from`, `mome evaluate` and `mome export` read.
 Its config names the objectives whose heads the file contains, with a source that does not exist: `mome evaluate` needs
 `--source`.
@@ -8,9 +16,11 @@ Its config names the objectives whose heads the file contains, with a source tha
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +28,25 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from jobs.published import choices_of_published, read_published, vocabulary_of
-from pipeline.config.errors import CheckpointError, ConfigError, MomeError
+from pipeline.config.errors import CheckpointError, ConfigError, MomeError, StorageError
 from pipeline.config.load import apply_override, load_config, validate
 from pipeline.config.schema import DataConfig, RunConfig, SourceType, StageConfig, TransformerConfig, objective_names
-from pipeline.data.contents.text import Tokenizer, is_cased
-from pipeline.data.storage import Storage
+from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
+from pipeline.data.contents.text import Tokenizer, is_cased, stated_lowercase
+from pipeline.data.storage import NotFound, Storage, join, split
 from pipeline.models import skeleton
 from pipeline.models.checkpoints import Format, format_named
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
 from pipeline.objectives import head_config, modules_for
-from pipeline.training.checkpoint import Weights, is_committed, is_file_of_weights, load_weights, save_weights
+from pipeline.training.checkpoint import is_committed, is_file_of_weights, load_weights, save_weights
 from pipeline.training.stages import check_fit
 
+log = logging.getLogger(__name__)
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "processor_config.json"
+VOCABULARY, TOKENIZER = "vocab.txt", "tokenizer.json"
 NO_SOURCE = "none"
 # Metadata keys of the files we write (JSON values): the model section and the target of the masked-image head. Further
 # keys hold the answers and classes of other heads.
@@ -39,6 +54,11 @@ MODEL_KEY, IMAGE_TARGET_KEY = "model", "image_target"
 # One stage per source type that the heads support; the weights belong to the last one.
 USES: tuple[SourceType, ...] = ("images", "text", "labelled", "regions", "pairs", "questions", "statements")
 MAX_TEXT = StageConfig.model_fields["max_text_length"].default
+TRUE = ("true", "yes", "entailment", "1")
+UNNAMED = {
+    ANSWERS: "the %d answers have no names: give --answers FILE (a JSON list) for mome predict and mome evaluate",
+    CLASSES: "the %d classes have no names: mome predict gives their numbers",
+}
 
 
 def import_weights(
@@ -66,26 +86,43 @@ def import_weights(
             f"--out {out}: holds {existing[0]}, which would be lost; name another folder, or delete it first"
         )
     published, folder = read_published(storage, path, hugging_face=chosen.config is not None)
-    with _damage_named(path, format_name):
+    try:
         section = _section(published, chosen, model, overrides)
         # Copies, because a file may hold one memory under two names (tied embeddings), and ours may not.
         state = {name: t.clone() for name, t in chosen.read(published.tensors, section, may_differ).items()}
         image_target = chosen.image_target
         if (stated := json.loads(published.metadata.get(IMAGE_TARGET_KEY, "null"))) is not None:
             image_target = TypeAdapter(ImageTarget).validate_python(stated)
-        words, heads = _num_words(section, state), _heads(state, section.patch_size, image_target)
-        full = skeleton(section, max(words, 1), heads)
+        # The vocabulary's size is the number of rows of whatever grows with it; 0 for a model that reads no text.
+        small, large = (dict(skeleton(section, size).named_parameters()) for size in (1, 2))
+        grows = [name for name in small if small[name].shape != large[name].shape and name in state]
+        num_words = len(state[grows[0]]) if grows else 0
+        heads = _heads(state, section.patch_size, image_target)
+        full = skeleton(section, max(num_words, 1), heads)
         absent = {full.part_of(name) for name in full.state_dict() if name not in state} - set(full.HEAD_PARTS)
         check_fit(full, state, f"{path}: the model", frozenset(absent))
-        _check_types(state, path)
-    tokenizer = _tokenizer(storage, vocabulary, folder if chosen.config is not None else None, words)
+        # Integers of a quantised model are no weights without their scales.
+        others = {name: tensor.dtype for name, tensor in state.items() if not tensor.is_floating_point()}
+        if others:
+            name, dtype = next(iter(others.items()))
+            raise CheckpointError(
+                f"{path}: {len(others)} of {len(state)} tensors hold {str(dtype).removeprefix('torch.')} ({name}); "
+                "expected floating-point weights. Give the checkpoint that was not quantised"
+            )
+    except MomeError:
+        raise
+    except Exception as error:  # a converter may trip over anything in tensors of any shapes under a format's names
+        raise CheckpointError(
+            f"{path}: its tensors are not those of a model in the format {format_name} "
+            f"({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+    tokenizer = _tokenizer(storage, vocabulary, folder if chosen.config is not None else None, num_words)
     tokens = list(tokenizer.tokens) if tokenizer is not None else []
-    choices = choices_of_published(storage, published, heads.answers, heads.classes, heads.nlvr2, answers)
+    choices = _choices(storage, published, heads, answers)
     config = _config(out, section.model_dump(mode="json"), _stages(section, heads, full, state), tokenizer)
-    stage = config.stages[-1].name
     metadata = {
         "config": config.model_dump(mode="json"),
-        "stage": stage,
+        "stage": config.stages[-1].name,
         "step": 0,
         "absent": sorted(absent),
         "imported": {"from": path, "format": format_name},
@@ -104,17 +141,24 @@ def import_weights(
 def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any]:
     """Write a stage's weights in a published format, and read them back to see that they are the same.
 
-    Raises CheckpointError for a checkpoint that is none, ConfigError for a format that cannot hold its model.
+    The file's header lets it be imported without sizes and with equal predictions. Raises CheckpointError for a
+    checkpoint that is none, ConfigError for a format that cannot hold its model.
     """
     storage, chosen = Storage(), format_named(format_name)
     weights = load_weights(storage, checkpoint.rstrip("/"))
-    section = weights.config.model
+    config, section = weights.config, weights.config.model
     if chosen.kinds is not None and section.kind not in chosen.kinds:
         raise ConfigError(f"--format {format_name} holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
+    target = head_config(config, config.stages.index(config.stage_named(weights.stage))).image_target
+    header = {
+        "format": "pt",
+        MODEL_KEY: section.model_dump_json(),
+        **({} if target is None else {IMAGE_TARGET_KEY: json.dumps(target)}),
+        **{name: choices.to_bytes().decode() for name, choices in weights.choices.items()},
+    }
     published = chosen.write(weights.tensors, section)
-    data = write_tensors(published, out, {"format": "pt", **_header(weights)})
+    data = write_tensors(published, out, header)
     reread = chosen.read(read_tensors(data, out).tensors, section, ())
-    left_out = weights.tensors.keys() - reread.keys()
     changed = [n for n in reread if chosen.exact and not torch.equal(reread[n], weights.tensors[n])]
     assert not changed, f"format {format_name} changes {', '.join(changed)}"
     if storage.exists(out) and storage.read(out) != data:
@@ -125,54 +169,83 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
         "format": format_name,
         "tensors": len(published),
         "bytes": len(data),
-        "left_out": sorted(left_out),  # what the format has no names for
+        "left_out": sorted(weights.tensors.keys() - reread.keys()),  # what the format has no names for
     }
 
 
-@contextmanager
-def _damage_named(path: str, format_name: str) -> Iterator[None]:
-    """Tensors of any shapes under a format's names end in CheckpointError, whatever a converter trips over."""
-    try:
-        yield
-    except MomeError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: its tensors are not those of a model in the format {format_name} "
-            f"({type(error).__name__}: {str(error)[:200]})"
-        ) from error
+# ---- a published file or folder
 
 
-def _check_types(state: dict[str, Tensor], path: str) -> None:
-    """Integers of a quantised model are no weights without their scales."""
-    others = {name: str(tensor.dtype) for name, tensor in state.items() if not tensor.is_floating_point()}
-    if others:
-        name, kind = next(iter(others.items()))
-        raise CheckpointError(
-            f"{path}: {len(others)} of {len(state)} tensors hold {kind.removeprefix('torch.')} ({name}); expected "
-            "floating-point weights. Give the checkpoint that was not quantised"
-        )
+def read_published(storage: Storage, path: str, hugging_face: bool) -> tuple[Published, str]:
+    """Return the tensors at a path and their folder.
+
+    For `hugging_face` formats, config.json and the image processor's config in the folder are read too. Raises
+    CheckpointError for missing or damaged files.
+    """
+    file, folder = path, path.rstrip("/")
+    inside = next((join(path, name) for name in WEIGHTS if storage.exists(join(path, name))), None)
+    if inside is not None:
+        file = inside
+    else:
+        folder = split(path)[0]
+        try:
+            storage.info(path)
+        except StorageError as error:
+            if not isinstance(error, NotFound) and not isinstance(error.__cause__, IsADirectoryError):
+                raise
+            raise CheckpointError(
+                f"{path}: no such file, and no folder with {' or '.join(WEIGHTS)}; give a published checkpoint"
+            ) from error
+    published = (
+        _read_sharded(storage, folder, file) if file.endswith(".index.json") else read_tensors(storage.read(file), file)
+    )
+    if not hugging_face:
+        return published, folder
+    processor = _json(storage, folder, PROCESSOR)
+    if processor is None:  # newer transformers store all processors in one file
+        image_processor = (_json(storage, folder, PROCESSORS) or {}).get("image_processor")
+        processor = image_processor if isinstance(image_processor, dict) else None
+    return replace(published, config=_json(storage, folder, CONFIG), processor=processor), folder
 
 
-def _header(weights: Weights) -> dict[str, str]:
-    """Return the header of an exported file, from which it can be imported without sizes and with equal predictions."""
-    stages = weights.config.stages
-    index = stages.index(weights.config.stage_named(weights.stage))
-    target = head_config(weights.config, index).image_target
-    return {
-        MODEL_KEY: weights.config.model.model_dump_json(),
-        **({} if target is None else {IMAGE_TARGET_KEY: json.dumps(target)}),
-        **{name: choices.to_bytes().decode() for name, choices in weights.choices.items()},
-    }
+def _read_sharded(storage: Storage, folder: str, index: str) -> Published:
+    """Read tensors of several files of the same folder, which an index of Hugging Face names."""
+    files = read_json(storage.read(index), index).get("weight_map")
+    names = set(files.values()) if isinstance(files, dict) and all(map(_is_plain_name, files.values())) else set()
+    if not names or not isinstance(files, dict):
+        raise CheckpointError(f"{index}: expected a weight_map of tensors' names to files of the same folder")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(names):
+        url = join(folder, name)
+        if not storage.exists(url):
+            raise CheckpointError(f"{url}: is missing; {split(index)[1]} names it, so download the folder again")
+        tensors |= read_tensors(storage.read(url), url).tensors
+    if missing := sorted(files.keys() - tensors.keys()):
+        raise CheckpointError(f"{index}: names {', '.join(missing[:4])}, which its files do not hold")
+    return Published(tensors)
+
+
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[^/\\\0]{1,255}", name) is not None and name not in (".", "..")
+
+
+def _json(storage: Storage, folder: str, name: str) -> dict[str, Any] | None:
+    url = join(folder, name)
+    return read_json(storage.read(url), url) if storage.exists(url) else None
+
+
+# ---- the config stored with imported weights
 
 
 def _section(published: Published, chosen: Format, model: Path | None, overrides: Iterable[str]) -> TransformerConfig:
+    """Return the model section of a checkpoint, with the sizes that `import_weights` describes."""
     defined: dict[str, Any] = {}
+    with suppress(CheckpointError):  # others' files may have a header key of that name, too
+        own = read_json(published.metadata.get(MODEL_KEY, "").encode(), "the file's header")
+        defined = own if "kind" in own else {}
     if model is not None:
         defined = load_config(model).model.model_dump(mode="json")
-    elif (own := _own_section(published)) is not None:
-        defined = own
-    elif chosen.config is not None:
+    elif not defined and chosen.config is not None:
         if published.config is not None:
             defined = chosen.config.section(published.config)
         defined |= chosen.config.reading(published.processor or {})
@@ -188,15 +261,6 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
     if layers > len(published.tensors):
         raise CheckpointError(f"{layers} layers are claimed, and the file holds {len(published.tensors)} tensors")
     return section
-
-
-def _own_section(published: Published) -> dict[str, Any] | None:
-    """The section in the header of a file that we wrote; None for others' files, which may have a key of that name."""
-    try:
-        section = read_json(published.metadata.get(MODEL_KEY, "").encode(), "the file's header")
-    except CheckpointError:
-        return None
-    return section if "kind" in section else None
 
 
 def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tokenizer: Tokenizer | None) -> RunConfig:
@@ -217,7 +281,6 @@ def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tok
 def _stage(
     source_type: SourceType, objectives: list[str], heads: HeadConfig = HeadConfig(), max_text_length: int = 1
 ) -> dict[str, Any]:
-    negatives = "hard" if "itc" in objectives else "random"
     target: dict[str, Any] = {} if heads.image_target is None else {"image_target": heads.image_target}
     if heads.image_target == "visual_tokens":
         target["image_tokenizer"] = {"weights": NO_SOURCE, "tokens": heads.visual_tokens}
@@ -228,7 +291,7 @@ def _stage(
         "steps": 1,
         "global_batch_size": DataConfig().streams,
         "max_text_length": max_text_length,
-        "negatives": negatives,
+        "negatives": "hard" if "itc" in objectives else "random",
         "num_classes": heads.classes,
         "num_answers": heads.answers,
         **target,
@@ -238,19 +301,19 @@ def _stage(
 def _stages(
     section: TransformerConfig, heads: HeadConfig, model: Model, state: dict[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """A stage for every use of data that a head of the weights serves."""
+    """Return a stage for every use of data that a head of the weights serves."""
     absent = {model.part_of(name) for name in model.state_dict() if name not in state}
     present = {model.part_of(name) for name in state} - absent  # a head that would be drawn in part serves nothing
     max_text_length = min(section.max_text_length, MAX_TEXT)
-
-    def serves(objective: str, source_type: SourceType) -> bool:
-        needed = (modules_for(model, objective, source_type) or frozenset()) & set(model.HEAD_PARTS)
-        return bool(needed) and needed <= present
-
-    objectives = {
-        source_type: [name for name in objective_names() if serves(name, source_type)] for source_type in USES
-    }
-    stages = [_stage(source_type, names, heads, max_text_length) for source_type, names in objectives.items() if names]
+    stages = []
+    for source_type in USES:
+        needed = {
+            objective: (modules_for(model, objective, source_type) or frozenset()) & set(model.HEAD_PARTS)
+            for objective in objective_names()
+        }
+        served = [objective for objective, parts in needed.items() if parts and parts <= present]
+        if served:
+            stages.append(_stage(source_type, served, heads, max_text_length))
     return stages or [_stage("images", ["mim"], heads, max_text_length)]
 
 
@@ -259,42 +322,145 @@ def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None
 
     `target` is the masked-image head's target; if None, it is inferred from the number of the head's outputs.
     """
-    outputs = _rows(state, "mim_head.predict.bias")
+    outputs, classes, answers = (
+        len(state[name]) if name in state else 0
+        for name in ("mim_head.predict.bias", "classification_head.classify.bias", "vqa_head.classify.bias")
+    )
     known: dict[int, ImageTarget] = {COLOUR_CLASSES: "mean_colour", 3 * patch_size**2: "pixels"}
     image_target = None if not outputs else target or known.get(outputs, "visual_tokens")
     return HeadConfig(
         image_target=image_target,
         visual_tokens=outputs if image_target == "visual_tokens" else 0,
-        classes=_rows(state, "classification_head.classify.bias") or None,
-        answers=_rows(state, "vqa_head.classify.bias") or None,
+        classes=classes or None,
+        answers=answers or None,
         nlvr2=any(name.startswith("nlvr2_head.") for name in state),
         ranking=any(name.startswith("ranking_head.") for name in state),
     )
 
 
-def _rows(state: dict[str, Tensor], name: str) -> int:
-    return len(state[name]) if name in state else 0
+# ---- vocabulary, and what the heads choose among
 
 
-def _num_words(section: TransformerConfig, state: dict[str, Tensor]) -> int:
-    """The vocabulary of the weights: the rows of whatever grows with it. 0 for a model that reads no text."""
-    small, large = (dict(skeleton(section, vocabulary).named_parameters()) for vocabulary in (1, 2))
-    return next((len(state[name]) for name in small if small[name].shape != large[name].shape and name in state), 0)
+def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, num_words: int) -> Tokenizer | None:
+    """Return the tokenizer of a vocabulary file, else of the weights' folder: one token per row of the word embedding.
 
-
-def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, words: int) -> Tokenizer | None:
-    """A vocabulary file, or the weights' folder's: one token for each row of the word embedding. None without rows."""
-    if not words:
+    None for weights without word embeddings.
+    """
+    if not num_words:
         return None
-    bundled = vocabulary_of(storage, folder) if vocabulary is None and folder is not None else None
-    if vocabulary is None and bundled is None:
-        raise ConfigError(
-            f"the weights know {words} tokens, but not which; name the vocabulary file they were trained with, one "
-            "token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt)"
-        )
-    tokenizer = Tokenizer.load(storage, vocabulary) if vocabulary is not None else bundled
-    assert tokenizer is not None
-    if tokenizer.size != words:
-        where = f"--vocabulary {vocabulary}" if vocabulary is not None else f"the vocabulary in {folder}"
-        raise ConfigError(f"{where}: has {tokenizer.size} tokens, the weights have {words}")
+    if vocabulary is not None:
+        tokenizer, where = Tokenizer.load(storage, vocabulary), f"--vocabulary {vocabulary}"
+    else:
+        bundled, where = folder and _bundled_tokenizer(storage, folder), f"the vocabulary in {folder}"
+        if not bundled:
+            raise ConfigError(
+                f"the weights know {num_words} tokens, but not which; name the vocabulary file they were trained with, "
+                "one token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt)"
+            )
+        tokenizer = bundled
+    if tokenizer.size != num_words:
+        raise ConfigError(f"{where}: has {tokenizer.size} tokens, the weights have {num_words}")
     return tokenizer
+
+
+def _bundled_tokenizer(storage: Storage, folder: str) -> Tokenizer | None:
+    """Return a Hugging Face folder's tokenizer, of its case; None where there is none. CheckpointError if damaged."""
+    url = join(folder, VOCABULARY)
+    if storage.exists(url):
+        return Tokenizer.load(storage, url)
+    tokenizer = _json(storage, folder, TOKENIZER)
+    if tokenizer is None:
+        return None
+    model = tokenizer.get("model")
+    numbers = model.get("vocab") if isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece" else None
+    is_numbered = isinstance(numbers, dict) and all(type(number) is int for number in numbers.values())
+    tokens = {number: token for token, number in numbers.items()} if is_numbered and numbers else {}
+    if not tokens or set(tokens) != set(range(len(tokens))):
+        raise CheckpointError(
+            f"{join(folder, TOKENIZER)}: holds no WordPiece vocabulary; name a vocab.txt with --vocabulary"
+        )
+    lowercase = stated_lowercase(storage, folder)
+    normalizer = tokenizer.get("normalizer")
+    if lowercase is None and isinstance(normalizer, dict) and isinstance(normalizer.get("lowercase"), bool):
+        lowercase = normalizer["lowercase"]
+    return Tokenizer([tokens[number] for number in range(len(tokens))], lowercase)
+
+
+def _choices(storage: Storage, published: Published, heads: HeadConfig, answers_file: str | None) -> dict[str, Choices]:
+    """Return what the heads choose among, by file name: `answers_file`, else the file's own header, else id2label.
+
+    Raises ConfigError for a list that is not as long as its head, and for labels of statements the wrong way round.
+    """
+    if answers_file is not None and heads.answers is None:
+        raise ConfigError(f"--answers {answers_file}: these weights answer no questions; leave --answers out")
+    labels = _numbered((published.config or {}).get("id2label")) or []
+    if heads.nlvr2 and [label.lower() in TRUE for label in labels] == [True, False]:
+        raise ConfigError(
+            f"config.json: id2label says that 0 is {labels[0]!r}; in mome, statements are true at 1. Swap the labels "
+            "and the two rows of classifier.3"
+        )
+    choices: dict[str, Choices] = {}
+    for name, size in ((ANSWERS, heads.answers), (CLASSES, heads.classes)):
+        if size is None:
+            continue
+        listed: Choices | None
+        if name == ANSWERS and answers_file is not None:
+            listed, where = _answers_in(storage, answers_file), f"--answers {answers_file}"
+        elif name in published.metadata:
+            listed, where = Choices.from_bytes(published.metadata[name].encode(), name), "the file's header"
+        else:
+            listed, where = _choices_of_labels(labels, size), "config.json: id2label"
+        if listed is None:
+            log.warning("%s", UNNAMED[name] % size)
+        elif len(listed) != size:
+            raise ConfigError(
+                f"{where}: names {len(listed)}, the head has {size} outputs; give the list that it was trained with"
+            )
+        else:
+            choices[name] = listed
+    return choices
+
+
+def _answers_in(storage: Storage, url: str) -> Choices:
+    """Read a JSON list, a JSON object of answers and their numbers (either way round), or one answer a line."""
+    try:
+        data = storage.read(url)
+    except NotFound as error:
+        raise ConfigError(
+            f"--answers {url}: no such file; give a JSON list of answers, or one answer a line"
+        ) from error
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        if data.lstrip()[:1] in (b"[", b"{"):
+            raise ConfigError(
+                f"--answers {url}: is no JSON ({error}); give a JSON list, or one answer a line"
+            ) from error
+        try:
+            value = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--answers {url}: is no UTF-8 text ({error}); give a JSON list of answers") from error
+    if isinstance(value, dict):
+        by_number = {number: answer for answer, number in value.items() if isinstance(number, int | str)}
+        value = _numbered(value) or _numbered(by_number)
+    return Choices.from_bytes(json.dumps(value).encode(), f"--answers {url}")
+
+
+def _choices_of_labels(labels: list[str], size: int) -> Choices | None:
+    """Return the names in a config.json's id2label; None where it has none for this head, or only made-up ones."""
+    if len(labels) != size or labels == [f"LABEL_{number}" for number in range(size)]:
+        return None
+    distinct: dict[str, None] = {}
+    for number, name in enumerate(labels):  # ImageNet has two classes called "crane"
+        distinct[name if name not in distinct else f"{name} ({number})"] = None
+    where = "config.json: id2label"
+    return Choices.from_bytes(json.dumps(list(distinct)).encode(), where) if len(distinct) == size else None
+
+
+def _numbered(value: Any) -> list[str] | None:
+    """Return the texts of an object that numbers them from 0, in order; None for anything else."""
+    if not isinstance(value, dict) or not value or not all(isinstance(text, str) for text in value.values()):
+        return None
+    numbers = {str(number): text for number, text in value.items()}
+    in_order = [numbers.get(str(number)) for number in range(len(value))]
+    return None if None in in_order else [text for text in in_order if text is not None]

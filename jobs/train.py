@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.cluster import connect, for_ranks, root_cause, run_on_ranks
 from jobs.configs import configs_folder
-from jobs.console import ProgressDisplay, notify, poll
+from jobs.console import notify, poll, progress_display
 from jobs.distributed import FAILURE_FILE, PREEMPTED, PROGRESS_FILE, PROGRESS_SECONDS, error_from_json, run_rank
 from jobs.evaluate import evaluate_run
 from jobs.interrupts import Interrupts
@@ -45,8 +45,8 @@ def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start an
     `remedy` is the advice printed if all stages are finished already.
     """
     with reported(config), Interrupts(config) as interrupts:
-        with ProgressDisplay() as display:
-            trained = pretrain(config, display, interrupts)
+        with progress_display() as show:
+            trained = pretrain(config, show, interrupts)
         if not trained:
             notify(f"{config.folder}: every stage is finished already; {remedy}")
         return evaluate_run(config) if config.evaluation.source else {"checkpoint": config.folder}

@@ -10,8 +10,8 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 
 from pipeline.config.errors import CheckpointError
 from pipeline.config.load import load_config
-from pipeline.config.schema import CheckpointConfig, StorageConfig, TransformerConfig, VLMoConfig
+from pipeline.config.schema import CheckpointConfig, StorageConfig, VLMoConfig
 from pipeline.data.storage import PartReader, Storage, join
 from pipeline.models import skeleton
 from pipeline.training.checkpoint import CheckpointStore
@@ -69,33 +69,46 @@ def bench_checkpoint(
     """
     section = VLMoConfig() if config is None else load_config(config).model
     progress("creating the state")
-    fragments = random_state(section)
-    with _folder(url) as folder:
+    sizes = {name: parameter.numel() for name, parameter in skeleton(section, VOCABULARY).named_parameters()}
+    fragments = [Fragment(name, 0, {kind: torch.rand(size) for kind in KINDS}) for name, size in sizes.items()]
+    with ExitStack() as stack:
+        if url is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mome-bench-"))
+        else:
+            folder = join(url, "mome-bench-checkpoint")
         settings = StorageConfig()
         storage = ThrottledStorage(settings, mb_per_second * 1e6) if mb_per_second else Storage(settings)
         store = CheckpointStore(storage, folder, Collectives(), CheckpointConfig(keep=1))
+        stack.callback(storage.delete, store.url)
+        stack.callback(store.close)
         started = time.perf_counter()
         store.reserve(fragments)
         reserved = time.perf_counter() - started
-        try:
-            alone = _train(lambda step: step < _STEPS_ALONE)
-            synchronous, stalls, overlapping = [], [], []
-            for number in range(rounds):
-                progress(f"round {number + 1} of {rounds}: a synchronous save")
-                synchronous.append(_save(store, fragments, 2 * number, wait=True))
-                progress(f"round {number + 1} of {rounds}: an asynchronous save")
-                stalls.append(_save(store, fragments, 2 * number + 1, wait=False))
-                overlapping.append(_train(lambda _: not store.is_written()))
-                store.wait()
-            progress("restoring")
-            restored = _restore(store, fragments)
-        finally:
-            store.close()
-            store.storage.delete(store.url)
-    size = sum(value.nbytes for fragment in fragments for value in fragment.values.values())
+        alone = _train(lambda step: step < _STEPS_ALONE)
+        synchronous, stalls, overlapping = [], [], []
+        for number in range(rounds):
+            progress(f"round {number + 1} of {rounds}: a synchronous save")
+            synchronous.append(_save(store, fragments, 2 * number, wait=True))
+            progress(f"round {number + 1} of {rounds}: an asynchronous save")
+            stalls.append(_save(store, fragments, 2 * number + 1, wait=False))
+            overlapping.append(_train(lambda _: not store.is_written()))
+            store.wait()
+        progress("restoring")
+        started = time.perf_counter()
+        latest = store.latest()
+        if latest is None:
+            raise CheckpointError(f"{store.url}: no checkpoint found, although one was saved")
+        same = [
+            torch.equal(latest[1].read(fragment.name, kind, 0, len(value)), value)
+            for fragment in fragments
+            for kind, value in fragment.values.items()
+        ]
+        if not all(same):
+            raise CheckpointError(f"{store.url}: {same.count(False)} restored tensors differ from the saved ones")
+        restored = time.perf_counter() - started
     return {
         "parameters": sum(len(fragment.values["weight"]) for fragment in fragments),
-        "bytes": size,
+        "bytes": sum(value.nbytes for fragment in fragments for value in fragment.values.values()),
         "store_mb_per_second": mb_per_second or None,
         "rounds": rounds,
         "reserve_seconds": reserved,
@@ -105,12 +118,6 @@ def bench_checkpoint(
         "step_seconds": {"alone": alone, "beside_a_save": median(overlapping)},
         "restore_seconds": restored,
     }
-
-
-def random_state(section: TransformerConfig) -> list[Fragment]:
-    """Return the state of one rank that holds everything: random weights and moments of the parameters' sizes."""
-    sizes = {name: parameter.numel() for name, parameter in skeleton(section, VOCABULARY).named_parameters()}
-    return [Fragment(name, 0, {kind: torch.rand(size) for kind in KINDS}) for name, size in sizes.items()]
 
 
 def _save(store: CheckpointStore, fragments: list[Fragment], step: int, wait: bool) -> float:
@@ -134,28 +141,3 @@ def _train(go_on: Callable[[int], bool]) -> float:
         seconds.append(time.perf_counter() - started)
         step += 1
     return median(seconds)
-
-
-def _restore(store: CheckpointStore, fragments: list[Fragment]) -> float:
-    """Restore the last checkpoint, compare it with what was saved, and return the seconds."""
-    started = time.perf_counter()
-    latest = store.latest()
-    if latest is None:
-        raise CheckpointError(f"{store.url}: no checkpoint found, although one was saved")
-    same = [
-        torch.equal(latest[1].read(fragment.name, kind, 0, len(value)), value)
-        for fragment in fragments
-        for kind, value in fragment.values.items()
-    ]
-    if not all(same):
-        raise CheckpointError(f"{store.url}: {same.count(False)} restored tensors differ from the saved ones")
-    return time.perf_counter() - started
-
-
-@contextmanager
-def _folder(url: str | None) -> Iterator[str]:
-    if url is not None:
-        yield join(url, "mome-bench-checkpoint")
-        return
-    with tempfile.TemporaryDirectory(prefix="mome-bench-") as folder:
-        yield folder

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -89,10 +90,6 @@ class BenchJob:
     num_ops: int  # of RandAugment; 0 disables it
     seed: int = 0
 
-    @property
-    def num_peer_processes(self) -> int:
-        return max(1, self.workers) * self.threads
-
     def config(self) -> RunConfig:
         """Return the work as a run: one vision-language stage over the shards."""
         stage = StageConfig(
@@ -121,7 +118,7 @@ class BenchJob:
             shards=tuple(join(self.shards, shard.name) for shard in shards),
             num_samples=sum(shard.samples for shard in shards),
             batch_size=self.batch_size,
-            workers=self.num_peer_processes,
+            workers=max(1, self.workers) * self.threads,
             seed=self.seed,
             vocabulary=self.vocabulary,
             image_size=config.model.image_size,
@@ -187,6 +184,7 @@ def bench_loader(
     result["decode_limit"] = median(run["samples"] / run["cpu_seconds"] for run in measured[DECODE])
     if rand_augment:
         result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
+    processors = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     result["settings"] = {
         "data": jobs["mome"].shards if not photos else ", ".join(map(str, photos)),
         "samples": samples,
@@ -198,7 +196,7 @@ def bench_loader(
         "rand_augment": rand_augment,
         "outputs": {name: measured[name][0]["output"] for name in ("mome", *peers)},
         "cores": os.cpu_count(),
-        "processor": _processor(),
+        "processor": processors[0].strip() if processors else platform.machine(),
         "load": os.getloadavg()[0],
         "packages": {name: version(name) for name in PACKAGES},
     }
@@ -233,7 +231,12 @@ def run_job(job: BenchJob, folder: Path) -> Measurement:
 def measure(job: BenchJob) -> Measurement:
     """Return samples, wall-clock seconds and CPU seconds of one contender, after its warm-up."""
     if job.contender == DECODE:
-        return _measure_decoding(job)
+        samples = itertools.islice(iter_samples(Storage(), job.shards), job.samples)
+        data = [jpeg for sample in samples if (jpeg := image_bytes(sample.members))[:2] == b"\xff\xd8"]
+        started = time.thread_time()
+        for jpeg in data:
+            simplejpeg.decode_jpeg(jpeg, "RGB")
+        return {"samples": len(data), "cpu_seconds": max(time.thread_time() - started, 1e-9)}
     if job.contender in PEERS:
         return _count(PEERS[job.contender](job.peer_recipe()), job.samples)
     config, storage = job.config(), Storage()
@@ -252,15 +255,6 @@ def _count(batches: Iterator[tuple[Any, Any]], samples: int) -> Measurement:
     seconds, cpu_seconds = time.perf_counter() - started, tree_cpu_seconds(os.getpid()) - before
     output = f"{str(image.dtype).removeprefix('torch.')} {'x'.join(str(side) for side in image.shape[1:])}"
     return {"samples": counted, "seconds": seconds, "cpu_seconds": cpu_seconds, "output": output}
-
-
-def _measure_decoding(job: BenchJob) -> Measurement:
-    samples = itertools.islice(iter_samples(Storage(), job.shards), job.samples)
-    data = [jpeg for sample in samples if (jpeg := image_bytes(sample.members))[:2] == b"\xff\xd8"]
-    started = time.thread_time()
-    for jpeg in data:
-        simplejpeg.decode_jpeg(jpeg, "RGB")
-    return {"samples": len(data), "cpu_seconds": max(time.thread_time() - started, 1e-9)}
 
 
 def tree_cpu_seconds(pid: int) -> float:
@@ -295,32 +289,23 @@ def _table(measured: dict[str, list[Measurement]]) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 # ---- data to measure on
 
 
 def write_photos(storage: Storage, folders: tuple[Path, ...], url: str, samples: int, min_shards: int) -> None:
     """Write `samples` samples of the folders' photos, repeated under new keys, or of synthetic images, to `url`."""
-    photos = [sample for folder in folders for sample in _read_photos(folder)] or list(synthetic_photos())
-    repeated = ({**photo, "__key__": f"{n:07d}"} for n, photo in zip(range(samples), itertools.cycle(photos)))
+    photos: list[Sample] = []
+    for folder in folders:  # pairs of a captions.jsonl, or images with .txt files
+        source = folder / "captions.jsonl" if (folder / "captions.jsonl").exists() else folder
+        imported = importers.read_source(source, importers.find_kind(source), Problems())
+        pairs = [sample for sample in imported.samples if "captions" in json.loads(sample.get("json", b"{}"))]
+        if not pairs:
+            raise DataError(f"{folder}: no photo with a caption. Expected captions.jsonl, or a .txt next to each image")
+        photos += pairs
+    originals = itertools.cycle(photos or synthetic_photos())
+    repeated = ({**photo, "__key__": f"{n:07d}"} for n, photo in zip(range(samples), originals, strict=False))
     per_shard = max(1, min(MAX_SAMPLES_PER_SHARD, samples // max(MIN_SHARDS, min_shards)))
     importers.write_shards(storage, repeated, url, per_shard)
-
-
-def _read_photos(folder: Path) -> list[Sample]:
-    """Read the pairs of a folder's captions.jsonl, or its images with .txt files."""
-    source = folder / "captions.jsonl" if (folder / "captions.jsonl").exists() else folder
-    imported = importers.read_source(source, importers.find_kind(source), Problems())
-    pairs = [sample for sample in imported.samples if "captions" in json.loads(sample.get("json", b"{}"))]
-    if not pairs:
-        raise DataError(f"{folder}: no photo with a caption. Expected captions.jsonl, or a .txt next to each image")
-    return pairs
 
 
 def synthetic_photos(count: int = SYNTHETIC_IMAGES, seed: int = 0) -> Iterator[Sample]:

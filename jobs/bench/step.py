@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +50,6 @@ class StepBench:
     measured: Numbers
     predicted: Numbers
 
-    def as_json(self) -> dict[str, Any]:
-        ratio = {name: round(self.predicted[name] / self.measured[name], 4) for name in self.measured}
-        return {**vars(self), "predicted_to_measured": ratio}
-
 
 def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks: int, steps: int) -> dict[str, Any]:
     """Measure on `ranks` ranks of this machine, started by torchrun, and return rank 0's result.
@@ -82,82 +77,77 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> StepBe
     """
     torch.set_num_threads(stage.run.engine.threads)
     device, vocabulary = collectives.device, stage.run.tokenizer.size
+    on_cuda = device.type == "cuda"
     stages = [config.model_copy(update={"start_from": "random"}) for config in stage.run.stages]
     stage = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
     stage = with_micro_batch(stage, collectives, vocabulary)
     batch_size = stage.config.global_batch_size
     before = living(device)
-    model = build_stage_model(stage, Storage(), vocabulary)
-    engine = DeepSpeedEngine(model, stage, collectives)
+    engine = DeepSpeedEngine(build_stage_model(stage, Storage(), vocabulary), stage, collectives)
     measured_engine = MeasuredEngine(engine)
     step = TrainingStep(measured_engine, stage, collectives)
     rows = slice(*share(batch_size, collectives.rank, collectives.world_size))
+    num_rows = rows.stop - rows.start
     batch = full_batch(stage.run, stage.config, batch_size, vocabulary).rows(rows)
 
     def run() -> None:
         step(batch)
         engine.step(stage.config.optimizer.lr)
 
-    measured: Numbers = {}
-    seconds = _seconds_a_step(run, WARM_STEPS, steps, collectives) if steps else 0.0
+    seconds = 0.0
+    if steps:
+        for _ in range(WARM_STEPS):
+            run()
+        collectives.barrier()
+        started = time.perf_counter()
+        for _ in range(steps):
+            run()
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        collectives.barrier()
+        seconds = (time.perf_counter() - started) / steps
+
     members = [member for member in vars(batch).values() if isinstance(member, torch.Tensor)]
     batch_bytes = sum(member.untyped_storage().nbytes() for member in members)
-    held = sum(_without(living(device), before).values()) - batch_bytes
+    held = sum(size for address, size in living(device).items() if address not in before) - batch_bytes
+    gradients: Storages = {}
+    measured_engine.after_backward = lambda: gradients.update(gradients_of(engine))
+
+    def run_saving() -> None:
+        with measured_engine.saving():
+            run()
+
     started = time.perf_counter()
-    peak = held + peak_of(lambda: measured.update(_categories(engine, measured_engine, run)), device)
+    peak = held + peak_of(run_saving, device)
     seconds = seconds or time.perf_counter() - started
-    work = work_of(stage, vocabulary, "cuda" if device.type == "cuda" else "cpu")
-    own = rows.stop - rows.start
-    examples = -(-own // step.accumulation)
+    categories = {
+        "states": sum(states_of(engine).values()),
+        "gradients": sum(gradients.values()),
+        "activations": measured_engine.saved_bytes,
+    }
+    engine.close()
+
+    # The estimate for this rank's examples, in its micro-batches.
+    work = work_of(stage, vocabulary, "cuda" if on_cuda else "cpu")
+    rows_at_once = -(-num_rows // step.accumulation)
     memory = memory_of(
         work.parameters,
-        sharding_of(stage, collectives.world_size, device.type == "cuda"),
-        work.activations.at(examples),
-        work.workspace.at(examples),
-        work.batch_bytes_per_example * own,
-    )
-    flops = work.step_flops(own, step.accumulation)
-    engine.close()
-    peaks = collectives.largest([peak, *measured.values()])
-    names = list(measured)
-    tflops = flops / seconds / TERA
+        sharding_of(stage, collectives.world_size, on_cuda),
+        work.activations.at(rows_at_once),
+        work.workspace.at(rows_at_once),
+        work.batch_bytes_per_example * num_rows,
+    ).as_json()
+    total, *parts = collectives.largest([peak, *categories.values()])
+    flops = work.step_flops(num_rows, step.accumulation)
     return StepBench(
         pairs_per_second=batch_size / seconds,
         step_seconds=seconds,
-        tflops=tflops,
-        mfu=tflops * TERA / _reachable(device),
-        peak_memory_bytes=peaks[0],
-        measured=dict(zip(names, peaks[1:], strict=True)) | {"total": peaks[0]},
-        predicted={name: memory.as_json()[name] for name in [*names, "total"]},
+        tflops=flops / seconds / TERA,
+        mfu=flops / seconds / _reachable(device),
+        peak_memory_bytes=total,
+        measured=dict(zip(categories, parts, strict=True)) | {"total": total},
+        predicted={name: memory[name] for name in (*categories, "total")},
     )
-
-
-def _seconds_a_step(run: Callable[[], None], warm: int, steps: int, collectives: Collectives) -> float:
-    for _ in range(warm):
-        run()
-    collectives.barrier()
-    started = time.perf_counter()
-    for _ in range(steps):
-        run()
-    if collectives.device.type == "cuda":
-        torch.cuda.synchronize(collectives.device)
-    collectives.barrier()
-    return (time.perf_counter() - started) / steps
-
-
-def _categories(engine: DeepSpeedEngine, measured: MeasuredEngine, run: Callable[[], None]) -> Numbers:
-    """Run one more step and return the bytes of each category."""
-    gradients: Storages = {}
-    measured.after_backward = lambda: gradients.update(gradients_of(engine))
-    with measured.saving():
-        run()
-    measured.after_backward = None
-    allocations = {"states": states_of(engine), "gradients": gradients}
-    return {name: sum(held.values()) for name, held in allocations.items()} | {"activations": measured.saved_bytes}
-
-
-def _without(storages: Storages, others: Storages) -> Storages:
-    return {address: size for address, size in storages.items() if address not in others}
 
 
 def _reachable(device: torch.device) -> float:
@@ -192,8 +182,9 @@ def main(arguments: list[str]) -> int:
         collectives = Collectives()
         result = bench_step(Stage(config, config.stages.index(stage)), collectives, options.steps)
         if collectives.rank == 0:
-            measured = {"stage": stage.name, "world_size": collectives.world_size, **result.as_json()}
-            print(json.dumps(measured), flush=True)
+            ratio = {name: round(result.predicted[name] / size, 4) for name, size in result.measured.items()}
+            place = {"stage": stage.name, "world_size": collectives.world_size}
+            print(json.dumps({**place, **vars(result), "predicted_to_measured": ratio}), flush=True)
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return error.exit_status

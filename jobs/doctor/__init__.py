@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jobs.doctor import machine, services
 from jobs.doctor.machine import Diagnosis, skipped
@@ -19,46 +18,25 @@ from pipeline.config.urls import is_local, local_path
 from pipeline.tracking.locations import journal_folder
 
 
-def run_checks(config: RunConfig | None, report: Callable[[str], None] = lambda _: None) -> list[Diagnosis]:
-    """Run all checks in the order of their dependencies; `report` receives the name of each finished check."""
-    results = []
-    for result in _run_checks(config):
-        results.append(result)
-        report(result.name)
-    return results
-
-
-def as_json(results: list[Diagnosis]) -> dict[str, Any]:
-    return {"passed": healthy(results), "checks": [vars(result) for result in results]}
-
-
-def as_text(results: list[Diagnosis]) -> str:
-    """Format one line per check, followed by the remedy of a failed one."""
-    width = max(len(result.name) for result in results)
-    lines = []
-    for result in results:
-        lines.append(f"{result.status:<9}  {result.name:<{width}}  {result.detail}")
-        if result.remedy:
-            lines.append(f"{'':<9}  {'':<{width}}  → {result.remedy}")
-    return "\n".join(lines)
-
-
-def healthy(results: list[Diagnosis]) -> bool:
-    return not any(result.status == "failed" for result in results)
-
-
-def _run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
+def run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
+    """Run all checks in the order of their dependencies."""
     import torch
 
     yield machine.packages(machine.requirements())
     gpus = machine.driver()
     yield machine.accelerator(config, gpus)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    yield machine.nccl(count)
-    yield machine.gloo()
+    yield machine.collective("NCCL", count)
+    yield machine.collective("gloo")
     yield machine.operators()
     yield machine.shared_memory(machine.shared_memory_of(config, count))
-    yield from _disks(config)
+    yield machine.disk("temporary disk", Path(tempfile.gettempdir()))  # mostly Ray's
+    if config is not None:
+        name = "output disk" if is_local(config.output) else "journal disk"
+        folder = local_path(config.output) if is_local(config.output) else journal_folder(config.folder)
+        yield machine.disk(name, folder)
+        if config.data.cache.folder is not None:
+            yield machine.disk("cache disk", local_path(config.data.cache.folder))
     yield machine.open_files()
     yield machine.locked_memory()
     yield machine.rendezvous()
@@ -75,12 +53,12 @@ def _run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
     yield services.clock(services.servers(config) if config else [store] if store else [])
 
 
-def _disks(config: RunConfig | None) -> Iterator[Diagnosis]:
-    """Check the local disks that a run writes to: temporary files (mostly Ray's), output or journal, cache."""
-    yield machine.disk("temporary disk", Path(tempfile.gettempdir()))
-    if config is None:
-        return
-    name = "output disk" if is_local(config.output) else "journal disk"
-    yield machine.disk(name, local_path(config.output) if is_local(config.output) else journal_folder(config.folder))
-    if config.data.cache.folder is not None:
-        yield machine.disk("cache disk", local_path(config.data.cache.folder))
+def as_text(results: list[Diagnosis]) -> str:
+    """Format one line per check, followed by the remedy of a failed one."""
+    width = max(len(result.name) for result in results)
+    lines = []
+    for result in results:
+        lines.append(f"{result.status:<9}  {result.name:<{width}}  {result.detail}")
+        if result.remedy:
+            lines.append(f"{'':<9}  {'':<{width}}  → {result.remedy}")
+    return "\n".join(lines)

@@ -5,7 +5,6 @@ Checks that may hang, crash or occupy the accelerator run in their own process (
 
 from __future__ import annotations
 
-import importlib.metadata
 import ipaddress
 import os
 import re
@@ -17,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
@@ -71,15 +70,17 @@ def packages(requirements: Iterable[str], tested: Path = CONSTRAINTS) -> Diagnos
     installed, problems = {}, []
     for name, minimum in [match.groups() for match in map(REQUIREMENT.match, requirements) if match]:
         try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            installed[name] = version(name)
+        except PackageNotFoundError:
             problems.append(f"{name} is missing")
             continue
         if _numbers(installed[name]) < _numbers(minimum):
             problems.append(f"{name} {installed[name]} is older than {minimum}")
     if problems:
         return failed("packages", "; ".join(problems), "pip install --constraint constraints.txt '.[ray]'")
-    pinned = _pins(tested)
+    lines = tested.read_text(encoding="utf-8").splitlines() if tested.is_file() else []
+    pairs = [line.split("==", 1) for line in lines if "==" in line and not line.startswith("#")]
+    pinned = {name.lower(): number for name, number in pairs}
     differing = [name for name, has in installed.items() if _numbers(has) != _numbers(pinned.get(name, has))]
     others = [f"{name} {installed[name]} (tested: {pinned[name]})" for name in differing]
     versions = f"; not as tested: {', '.join(others)}" if others else ", all as tested" if pinned else ""
@@ -90,17 +91,9 @@ def packages(requirements: Iterable[str], tested: Path = CONSTRAINTS) -> Diagnos
 def requirements() -> list[str]:
     """Return the requirements in mome's metadata without extras; [] if it is not installed as a package."""
     try:
-        return [line for line in importlib.metadata.requires("mome") or [] if ";" not in line]
-    except importlib.metadata.PackageNotFoundError:
+        return [line for line in requires("mome") or [] if ";" not in line]
+    except PackageNotFoundError:
         return []
-
-
-def _pins(constraints: Path) -> dict[str, str]:
-    if not constraints.is_file():
-        return {}
-    lines = constraints.read_text(encoding="utf-8").splitlines()
-    pairs = (line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
-    return {name.lower(): version for name, version in pairs}
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -218,67 +211,45 @@ def accelerator(config: RunConfig | None, gpus: list[str]) -> Diagnosis:
     if gpus and not torch.cuda.is_available():
         remedy = "update the driver, or install torch for an older CUDA; give a container access to the GPUs"
         return failed(name, f"the driver sees {len(gpus)} ({gpus[0]}); torch for CUDA {built} cannot use it", remedy)
-    if torch.cuda.is_available():
-        return _usable(name, config, gpus)
     needs_gpus = config is not None and config.cluster.gpus_per_worker > 0
-    if needs_gpus and _is_here(config):
-        remedy = "run on a machine with GPUs, give cluster.address, or set cluster.gpus_per_worker=0"
-        return failed(name, "none, but cluster.gpus_per_worker is not 0", remedy)
-    return skipped(name, "none here" + ("; the run uses those of its cluster" if needs_gpus else "; ranks run on CPU"))
-
-
-def _usable(name: str, config: RunConfig | None, gpus: list[str]) -> Diagnosis:
-    import torch
-
+    is_here = config is not None and address_of(config.cluster) is None  # where the run's ranks are placed
+    if not torch.cuda.is_available():
+        if needs_gpus and is_here:
+            remedy = "run on a machine with GPUs, give cluster.address, or set cluster.gpus_per_worker=0"
+            return failed(name, "none, but cluster.gpus_per_worker is not 0", remedy)
+        used = "the run uses those of its cluster" if needs_gpus else "ranks run on CPU"
+        return skipped(name, f"none here; {used}")
     count, (major, minor) = torch.cuda.device_count(), torch.cuda.get_device_capability()
-    detail = f"{count} x {torch.cuda.get_device_name()}, compute {major}.{minor}, CUDA {torch.version.cuda}"
+    detail = f"{count} x {torch.cuda.get_device_name()}, compute {major}.{minor}, CUDA {built}"
     detail += f", driver {gpus[0].split(',')[-1].strip()}" if gpus else ""
     if config is not None and config.engine.precision == "bfloat16" and not torch.cuda.is_bf16_supported(False):
         return failed(name, f"{detail}: no bfloat16", "set engine.precision=float32")
-    is_used = config is not None and config.cluster.gpus_per_worker > 0 and _is_here(config)
-    if is_used and config is not None and (needed := config.cluster.workers * config.cluster.gpus_per_worker) > count:
-        remedy = f"set cluster.workers={int(count / config.cluster.gpus_per_worker)}, or give cluster.address"
-        return failed(name, f"{detail}: the run needs {needed:g}", remedy)
+    if config is not None and needs_gpus and is_here:
+        needed = config.cluster.workers * config.cluster.gpus_per_worker
+        if needed > count:
+            remedy = f"set cluster.workers={int(count / config.cluster.gpus_per_worker)}, or give cluster.address"
+            return failed(name, f"{detail}: the run needs {needed:g}", remedy)
     return passed(name, detail)
 
 
-def _is_here(config: RunConfig | None) -> bool:
-    """Return True if the run's ranks are placed on this machine."""
-    return config is not None and address_of(config.cluster) is None
-
-
-def gloo() -> Diagnosis:
-    """Sum a tensor over two CPU ranks."""
-    return _collective("gloo", 2, {"CUDA_VISIBLE_DEVICES": ""})
-
-
-def nccl(count: int) -> Diagnosis:
-    """Sum a tensor over up to two ranks, each on its own GPU."""
-    if not count:
+def collective(name: Literal["gloo", "NCCL"], gpus: int = 0) -> Diagnosis:
+    """Sum a tensor: with gloo over two CPU ranks, with NCCL over up to two ranks, each on its own GPU."""
+    if name == "NCCL" and not gpus:
         return skipped("NCCL", "no usable accelerator")
-    return _collective("NCCL", min(count, 2), {})
-
-
-def _collective(name: str, ranks: int, extra: dict[str, str]) -> Diagnosis:
+    ranks, hidden = (2, {"CUDA_VISIBLE_DEVICES": ""}) if name == "gloo" else (min(gpus, 2), {})
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     processes, began = [], time.monotonic()
     for rank in range(ranks):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **hidden}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(start_probe("collective", **environment, **extra))
-    detail, status = "", 0
-    for process in processes:
-        output, code = finish_probe(process, began + COLLECTIVE_SECONDS - time.monotonic())
-        if code and not status:
-            detail, status = output, code
-        detail = detail or output
-    if status:
-        remedy = (
-            "NCCL_DEBUG=INFO shows more; " if name == "NCCL" else ""
-        ) + f"{name.upper()}_SOCKET_IFNAME must name an existing interface, if it is set (see ip link)"
-        return failed(name, f"{ranks} rank(s) on this machine could not sum a tensor: {detail}", remedy)
-    return passed(name, f"{ranks} rank(s) on this machine, {detail}")
+        processes.append(start_probe("collective", **environment))
+    results = [finish_probe(process, began + COLLECTIVE_SECONDS - time.monotonic()) for process in processes]
+    if faults := [output for output, status in results if status]:
+        remedy = "NCCL_DEBUG=INFO shows more; " if name == "NCCL" else ""
+        remedy += f"{name.upper()}_SOCKET_IFNAME must name an existing interface, if it is set (see ip link)"
+        return failed(name, f"{ranks} rank(s) on this machine could not sum a tensor: {faults[0]}", remedy)
+    return passed(name, f"{ranks} rank(s) on this machine, {results[0][0]}")
 
 
 def operators() -> Diagnosis:
@@ -289,28 +260,20 @@ def operators() -> Diagnosis:
     except PackageNotFoundError:
         return failed(name, "DeepSpeed is not installed", "pip install --constraint constraints.txt deepspeed")
     folder = Path(use_own_folder())
-    if fault := _folder_fault(folder):
-        return failed(name, fault, "set TORCH_EXTENSIONS_DIR to a folder that allows writing and execution")
-    began = time.monotonic()
-    output, status = finish_probe(start_probe("operators"), BUILD_SECONDS)
-    if status:
-        fault, remedy = _compiler_fault() or (
-            output,
-            f"delete {folder} and try again; see the compiler's output",
-        )
-        return failed(name, f"{installed} in {folder}: {fault}", remedy)
-    return passed(name, f"{installed}, loaded from {folder} in {time.monotonic() - began:.0f} s")
-
-
-def _folder_fault(folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / f"trial-{os.getpid()}"
         trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
-        return f"{folder} cannot be written ({error.strerror})"
-    return ""
+        remedy = "set TORCH_EXTENSIONS_DIR to a folder that allows writing and execution"
+        return failed(name, f"{folder} cannot be written ({error.strerror})", remedy)
+    began = time.monotonic()
+    output, status = finish_probe(start_probe("operators"), BUILD_SECONDS)
+    if status:
+        fault, remedy = _compiler_fault() or (output, f"delete {folder} and try again; see the compiler's output")
+        return failed(name, f"{installed} in {folder}: {fault}", remedy)
+    return passed(name, f"{installed}, loaded from {folder} in {time.monotonic() - began:.0f} s")
 
 
 def _compiler_fault() -> tuple[str, str] | None:

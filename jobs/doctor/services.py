@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -13,8 +12,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from jobs.cluster import address_of, requested_resources
@@ -54,96 +55,80 @@ def output(config: RunConfig, storage: Storage) -> Diagnosis:
     return passed("output", f"{config.output}: written, listed, read and deleted in {seconds:.2f} s")
 
 
-def sources(config: RunConfig, storage: Storage) -> list[Diagnosis]:
+def sources(config: RunConfig, storage: Storage) -> Iterator[Diagnosis]:
     """Check, for each folder of shards, its manifest and the first bytes of its first shard."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, source in config.sources.items():
         names[source.shards].append(name)
     generated = {source.shards for source in config.sources.values() if source.synthetic is not None}
-    return [_source(f"source {', '.join(users)}", url, storage, url in generated) for url, users in names.items()]
-
-
-def _source(name: str, url: str, storage: Storage, is_generated: bool) -> Diagnosis:
-    try:
-        description, shards = _shards(url, storage)
-        if not shards and is_generated:
-            return passed(name, f"{url}: generated when the run starts")
-        if shards and not storage.read_range(join(shard_folder(url), shards[0]), 0, 512):
-            return failed(name, f"{url}: {shards[0]} is empty", "run `mome shards check`")
-    except (StorageError, ConfigError, DataError) as error:
-        if is_generated:
-            return passed(name, f"{url}: generated when the run starts")
-        return failed(name, str(error), "correct sources.….shards, or use `mome shards build` and `mome shards check`")
-    return passed(name, f"{url}: {description}")
-
-
-def _shards(url: str, storage: Storage) -> tuple[str, list[str]]:
-    """Return a source's description and the names of its shards. Raises DataError if it has none."""
-    try:
-        manifest = load_manifest(storage, url)
-    except DataError:
-        names = shard_names(url, storage.list_info(shard_folder(url)))
-        if not names:
-            raise
-        return f"{len(names)} tars, not indexed yet: the run will index them", names
-    return f"{manifest.num_samples} samples in {len(manifest.shards)} shards", [s.name for s in manifest.shards]
+    for url, users in names.items():
+        name, folder = f"source {', '.join(users)}", shard_folder(url)
+        try:
+            try:
+                manifest = load_manifest(storage, url)
+                shards = [shard.name for shard in manifest.shards]
+                detail = f"{url}: {manifest.num_samples} samples in {len(shards)} shards"
+            except DataError:
+                shards = shard_names(url, storage.list_info(folder))
+                if not shards:
+                    raise
+                detail = f"{url}: {len(shards)} tars, not indexed yet: the run will index them"
+            if not shards and url in generated:
+                yield passed(name, f"{url}: generated when the run starts")
+            elif shards and not storage.read_range(join(folder, shards[0]), 0, 512):
+                yield failed(name, f"{url}: {shards[0]} is empty", "run `mome shards check`")
+            else:
+                yield passed(name, detail)
+        except (StorageError, ConfigError, DataError) as error:
+            if url in generated:
+                yield passed(name, f"{url}: generated when the run starts")
+            else:
+                remedy = "correct sources.….shards, or use `mome shards build` and `mome shards check`"
+                yield failed(name, str(error), remedy)
 
 
 def mlflow(config: RunConfig | None) -> Diagnosis:
     """Check that the tracking server responds and that its version matches the installed client."""
     if config is None:
-        return skipped(
-            "MLflow", f"{importlib.metadata.version('mlflow')} is installed; give --config to check a run's server"
-        )
+        return skipped("MLflow", f"{version('mlflow')} is installed; give --config to check a run's server")
     try:
         uri = tracking_uri(config)
         check_server(config, required=True)
     except (TrackingError, ConfigError) as error:
         return failed("MLflow", str(error), "start the server, or correct tracking.uri")
-    client = importlib.metadata.version("mlflow")
+    client = version("mlflow")
     if not uri.startswith(("http://", "https://")):
         return passed("MLflow", f"{redact(uri)} is writable, client {client}")
-    server = _version_of(uri)
+    server = ""
+    with suppress(*HTTP_ERRORS):
+        status, body = http_get(redact(uri).rstrip("/") + "/version", limit=100)
+        stated = body.decode(errors="replace").strip()  # empty behind a login or some proxies
+        server = stated if status == 200 and re.fullmatch(r"[0-9]+[0-9a-z.+]*", stated) else ""
     if server and server.split(".")[0] != client.split(".")[0]:
         remedy = f"run a server of version {client.split('.')[0]}, or install client {server}"
         return failed("MLflow", f"{redact(uri)} has version {server}, the client has {client}", remedy)
     return passed("MLflow", f"{redact(uri)} answers, version {server or 'unknown'}, client {client}")
 
 
-def _version_of(uri: str) -> str:
-    try:
-        status, body = http_get(redact(uri).rstrip("/") + "/version", limit=100)
-    except HTTP_ERRORS:
-        return ""
-    version = body.decode(errors="replace").strip()  # empty behind a login or some proxies
-    return version if status == 200 and re.fullmatch(r"[0-9]+[0-9a-z.+]*", version) else ""
-
-
 def clock(urls: Iterable[str]) -> Diagnosis:
     """Compare this machine's clock with the first of `urls` whose response has a date."""
     for url in urls:
-        server_time = _time_at(url)
-        if server_time is not None:
-            skew = time.time() - server_time
-            detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {redact(url)}"
-            if abs(skew) > SKEW_SECONDS:
-                return failed("clock", detail, "run NTP (chrony, systemd-timesyncd): S3 tolerates 15 minutes")
-            return passed("clock", detail)
+        try:
+            with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
+                date = answer.headers["Date"]
+        except urllib.error.HTTPError as error:  # an error response has a date, too
+            date = error.headers["Date"]
+        except HTTP_ERRORS:
+            continue
+        try:
+            skew = time.time() - parsedate_to_datetime(date).timestamp()
+        except (TypeError, ValueError):  # missing or malformed
+            continue
+        detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {redact(url)}"
+        if abs(skew) > SKEW_SECONDS:
+            return failed("clock", detail, "run NTP (chrony, systemd-timesyncd): S3 tolerates 15 minutes")
+        return passed("clock", detail)
     return skipped("clock", "no server to compare with")
-
-
-def _time_at(url: str) -> float | None:
-    try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
-            date = answer.headers["Date"]
-    except urllib.error.HTTPError as error:  # an error response has a date, too
-        date = error.headers["Date"]
-    except HTTP_ERRORS:
-        return None
-    try:
-        return parsedate_to_datetime(date).timestamp()
-    except (TypeError, ValueError):  # missing or malformed
-        return None
 
 
 def servers(config: RunConfig) -> list[str]:
@@ -155,39 +140,28 @@ def servers(config: RunConfig) -> list[str]:
 
 def ray_cluster(config: RunConfig | None) -> Diagnosis:
     """Check that the configured cluster responds, and compare its resources with the run's request."""
-    name = "Ray"
-    address = _address(config)
+    name, cluster = "Ray", config.cluster if config else ClusterConfig()
+    address, _ = address_of(cluster) or (None, "")
     try:
-        installed = importlib.metadata.version("ray")
-    except importlib.metadata.PackageNotFoundError:
+        installed = version("ray")
+    except PackageNotFoundError:
         if address:
             return failed(name, f"{address} is configured, but Ray is not installed", "pip install 'mome[ray]'")
         return skipped(name, "not installed; torchrun does not need it")
     if not address:
         return skipped(name, f"{installed}; no cluster is configured, so a run starts its own")
-    cluster = config.cluster if config else ClusterConfig()
     output, status = finish_probe(start_probe("cluster", cluster.model_dump_json()), CLUSTER_SECONDS)
     if status:
         return failed(name, f"{address}: {output}", "run ray start --head there, with this Ray version and token")
-    offered = json.loads(output)
-    has = ", ".join(f"{offered['resources'].get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
-    detail = f"{address}: {offered['nodes']} node(s) with {has}, version {offered['ray']}"
-    missing = missing_resources(cluster, offered["resources"]) if config else []
+    cluster_state = json.loads(output)
+    offered = cluster_state["resources"]
+    has = ", ".join(f"{offered.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+    detail = f"{address}: {cluster_state['nodes']} node(s) with {has}, version {cluster_state['ray']}"
+    needed = requested_resources(cluster, cluster.workers) if config else {}
+    missing = [f"{number:g} {kind}" for kind, number in needed.items() if number > offered.get(kind, 0)]
     if missing:
         detail += f"; the run needs {', '.join(missing)} and waits until nodes (of an autoscaler) join"
     return passed(name, detail)
-
-
-def _address(config: RunConfig | None) -> str | None:
-    """Return the address of the configured cluster; None if none is configured."""
-    address = address_of(config.cluster if config else ClusterConfig())
-    return address[0] if address else None
-
-
-def missing_resources(cluster: ClusterConfig, offered: dict[str, float]) -> list[str]:
-    """Return the request of all ranks and loader actors for each resource of which the cluster has less."""
-    needed = requested_resources(cluster, cluster.workers)
-    return [f"{number:g} {kind}" for kind, number in needed.items() if number > offered.get(kind, 0)]
 
 
 def ray_token(config: RunConfig | None) -> Diagnosis:
@@ -197,7 +171,7 @@ def ray_token(config: RunConfig | None) -> Diagnosis:
         return passed(name, "in RAY_AUTH_TOKEN; a file is visible to fewer processes")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else token_file()
-    address = _address(config)
+    address, _ = address_of(config.cluster if config else ClusterConfig()) or (None, "")
     if path is None or not path.is_file():
         if named:
             return failed(name, f"RAY_AUTH_TOKEN_PATH names {path}, which is not a file", "correct or unset it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,9 @@ LOCAL = {"mome", "mome.open", "fsspec.cat_ranges", "fsspec.open"}
 SIZE = 3 * MIB + 5  # the last range is shorter
 
 
-def check_contenders(url: str, config: StorageConfig) -> None:
+@pytest.mark.parametrize("place", ["bucket", "folder"])
+def test_every_client_reads_an_object_and_lists_a_folder(place: str, tmp_path: Path, s3: Any) -> None:
+    url, config = (s3.url("measured"), s3.config) if place == "bucket" else (str(tmp_path), StorageConfig())
     storage, data = Storage(config), os.urandom(SIZE)
     storage.write(join(url, "object"), data)
     target = ReadTarget(storage, join(url, "object"), SIZE, MIB, in_flight=2)
@@ -29,34 +32,24 @@ def check_contenders(url: str, config: StorageConfig) -> None:
     assert all(sorted(names()) == ["object", "other"] for names in listers(storage, url).values())
 
 
-def test_every_reader_reads_an_object_and_lists_a_bucket(s3) -> None:
-    check_contenders(s3.url("measured"), s3.config)
-
-
-def test_every_reader_reads_a_file_and_lists_a_folder(tmp_path: Path) -> None:
-    check_contenders(str(tmp_path), StorageConfig())
-
-
-def test_bucket_results_count_requests_and_leave_it_empty(s3) -> None:
-    found = bench_storage(s3.url("measured"), s3.config, object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=2)
-    assert found["url"] == s3.url("measured")
-    assert found["object_bytes"] == SIZE
-    assert set(found["read"]) == LOCAL | {"botocore.ranges", "botocore.open"}
-    assert all(set(figures) == READ for figures in found["read"].values())
-    assert found["read"]["botocore.ranges"]["requests"] == found["read"]["fsspec.cat_ranges"]["requests"] == 4
-    assert found["read"]["mome"]["requests"] >= 4
-    assert found["read"]["botocore.open"]["requests"] == 1
-    contenders = {name: figures for name, figures in found["list"].items() if name != "objects"}
-    assert found["list"]["objects"] == 3
-    assert set(contenders) == {"mome", "fsspec.ls", "botocore.list_objects_v2"}
-    assert all(set(figures) == LIST and figures["requests"] >= 1 for figures in contenders.values())
+def test_bucket_results_count_requests_and_leave_it_empty(s3: Any) -> None:
+    result = bench_storage(s3.url("measured"), s3.config, object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=2)
+    read, listing = result["read"], result["list"]
+    assert (result["url"], result["object_bytes"], listing.pop("objects")) == (s3.url("measured"), SIZE, 3)
+    assert set(read) == LOCAL | {"botocore.ranges", "botocore.open"}
+    assert all(set(figures) == READ for figures in read.values())
+    assert read["botocore.ranges"]["requests"] == read["fsspec.cat_ranges"]["requests"] == 4
+    assert read["mome"]["requests"] >= 4
+    assert read["botocore.open"]["requests"] == 1
+    assert set(listing) == {"mome", "fsspec.ls", "botocore.list_objects_v2"}
+    assert all(set(figures) == LIST and figures["requests"] >= 1 for figures in listing.values())
     assert Storage(s3.config).list(s3.url()) == []
 
 
 def test_folder_is_measured_without_requests(tmp_path: Path) -> None:
-    found = bench_storage(str(tmp_path), object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=1)
-    assert set(found["read"]) == LOCAL
-    assert {figures["requests"] for figures in found["read"].values()} == {0}
+    result = bench_storage(str(tmp_path), object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=1)
+    assert set(result["read"]) == LOCAL
+    assert {figures["requests"] for figures in result["read"].values()} == {0}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,20 +58,18 @@ def test_without_a_url_a_store_is_started_and_stopped(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name)
     started, popen = [], module.subprocess.Popen
     monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-    found = bench_storage(object_bytes=MIB, objects=2, rounds=1)
-    assert found["store"] == "moto"
+    assert bench_storage(object_bytes=MIB, objects=2, rounds=1)["store"] == "moto"
     assert [server.poll() is not None for server in started] == [True]
 
 
-def test_incomplete_read_is_an_error_and_leaves_no_files(tmp_path: Path, monkeypatch) -> None:
+def test_incomplete_read_is_an_error_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "readers", lambda target: {"short": lambda: iter([b"1"])})
     with pytest.raises(StorageError, match=rf"object: 1 of {SIZE} bytes were read"):
         bench_storage(str(tmp_path), object_bytes=SIZE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_that_measure_nothing_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="range_bytes is 0"):
-        bench_storage(str(tmp_path), range_bytes=0)
-    with pytest.raises(ConfigError, match="rounds is 0"):
-        bench_storage(str(tmp_path), rounds=0)
+@pytest.mark.parametrize("setting", ["range_bytes", "rounds"])
+def test_settings_that_measure_nothing_are_rejected(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{setting} is 0"):
+        bench_storage(str(tmp_path), **{setting: 0})
