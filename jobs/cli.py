@@ -198,8 +198,7 @@ def evaluate(
         name=name,
         caller=_caller(config),
     )
-    if result is not None:  # under torchrun, rank 0 prints
-        print_result(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -249,8 +248,7 @@ def embed(
     from jobs.embed import embed as run_embed
 
     result = run_embed(shards, checkpoint, out, workers, _caller(config))
-    if result is not None:  # under torchrun, rank 0 prints
-        print_result(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command("import", rich_help_panel=EVALUATE)
@@ -375,10 +373,7 @@ def compare(
     from jobs.report import as_table, compare_runs
 
     comparison = compare_runs(runs, html, _caller(config))
-    if as_json:
-        print_result(comparison.as_json(), as_json)
-    else:
-        echo(as_table(comparison))
+    print_result(comparison.as_json(), as_json, as_table(comparison))
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -474,23 +469,16 @@ def plan(
     result, text = plan_command(
         config, overrides or [], accelerator, network, gpus, price, assumptions, text_tokens, scaling
     )
-    if as_json:
-        print_result(result, as_json)
-    else:
-        echo(text)
+    print_result(result, as_json, text)
 
 
 @app.command(rich_help_panel=CONFIGS)
 def objectives(as_json: JsonOption = False) -> None:
     """List the objectives that each kind of model learns, and the source types it learns them from."""
-    from jobs.configs import objectives as table_of_objectives
-    from jobs.configs import objectives_text
+    from jobs.configs import objectives_by_kind, objectives_text
 
-    table = table_of_objectives()
-    if as_json:
-        print_result(table, as_json)
-    else:
-        echo(objectives_text(table))
+    table = objectives_by_kind()
+    print_result({"objectives": table}, as_json, objectives_text(table))
 
 
 @app.command(rich_help_panel=CLUSTER)
@@ -515,10 +503,8 @@ def doctor(
             results.append(result)
             update(f"checked: {result.name}")
     is_healthy = not any(result.status == "failed" for result in results)
-    if as_json:
-        print_result({"passed": is_healthy, "checks": [vars(result) for result in results]}, as_json)
-    else:
-        echo(as_text(results))
+    checks = {"passed": is_healthy, "checks": [vars(result) for result in results]}
+    print_result(checks, as_json, as_text(results))
     if not is_healthy:
         raise typer.Exit(1)
 

@@ -57,24 +57,23 @@ def source_types(objective: str, kind: str) -> list[str]:
     return [name for name in get_args(SourceType) if modules_for(_skeleton(kind), objective, name) is not None]
 
 
-def objectives() -> dict[str, Any]:
-    """Return the source types by objective and kind of model, as `mome objectives --json` prints them."""
+def objectives_by_kind() -> dict[str, dict[str, list[str]]]:
+    """Return the source types by objective and kind of model."""
     from pipeline.config.schema import MODEL_SECTIONS, objective_names
 
-    table = {
+    return {
         objective: {kind: types for kind in MODEL_SECTIONS if (types := source_types(objective, kind))}
         for objective in objective_names()
     }
-    return {"objectives": table}
 
 
-def objectives_text(result: dict[str, Any]) -> str:
+def objectives_text(table: dict[str, dict[str, list[str]]]) -> str:
     """Return the table, one objective per line and one kind of model per column."""
     from pipeline.config.schema import MODEL_SECTIONS
 
     rows = [
         [objective, *(", ".join(by_kind.get(kind, ["·"])) for kind in MODEL_SECTIONS)]
-        for objective, by_kind in result["objectives"].items()
+        for objective, by_kind in table.items()
     ]
     return aligned([["objective", *MODEL_SECTIONS], *rows])
 

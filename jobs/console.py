@@ -102,15 +102,18 @@ def poll(update: Callable[[], None], seconds: float) -> Iterator[None]:
         guarded_update()
 
 
-def print_result(result: dict[str, Any], as_json: bool) -> None:
-    """Print a command's result on standard output: one line per value that is not None, or one JSON object."""
-    if as_json:
-        echo(json.dumps(result))
+def print_result(result: dict[str, Any] | None, as_json: bool, text: str | None = None) -> None:
+    """Print a command's result on standard output, as one JSON object or as `text`; None prints nothing.
+
+    Without `text`, print one line per value that is not None.
+    """
+    if result is None:  # under torchrun, rank 0 prints
         return
-    lines = dict(_flatten(result))
-    width = max(map(len, lines), default=0)
-    for key, value in lines.items():
-        echo(f"{key:<{width}}  {value}")
+    if text is None:
+        lines = dict(_flatten(result))
+        width = max(map(len, lines), default=0)
+        text = "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+    echo(json.dumps(result) if as_json else text)
 
 
 def _flatten(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

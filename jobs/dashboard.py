@@ -65,7 +65,7 @@ def open_dashboard(address: str, token: str | None = None) -> Any:
         raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}")
     overriding = {name: os.environ.pop(name) for name in OVERRIDING if name in os.environ}
     try:
-        client = _client_class()(address, headers=_headers(secret) if guarded else None)
+        client = _client_class()(address, headers={"Authorization": f"Bearer {secret}"} if guarded else None)
     except (ConnectionError, RuntimeError) as error:
         raise RunFailed(f"--address {address}: the dashboard takes no jobs ({first_line(error)})") from error
     finally:
@@ -105,13 +105,10 @@ def find_token(reference: str | None) -> str | None:
         return _checked(resolve_secret(reference), f"--token {reference}")
     if "RAY_AUTH_TOKEN" in os.environ:
         return _checked(os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN")
-    if "RAY_AUTH_TOKEN_PATH" in os.environ:
-        path = os.environ["RAY_AUTH_TOKEN_PATH"]
+    if (path := os.environ.get("RAY_AUTH_TOKEN_PATH")) is not None:
         return _checked(resolve_secret(f"file:{path}"), f"RAY_AUTH_TOKEN_PATH {path}")
     file = token_file()
-    if file is None or not os.path.lexists(file):
-        return None
-    return _checked(resolve_secret(f"file:{file}"), TOKEN_FILE)
+    return _checked(resolve_secret(f"file:{file}"), TOKEN_FILE) if file and os.path.lexists(file) else None
 
 
 def token_file() -> Path | None:
@@ -157,7 +154,12 @@ def _is_guarded(address: str, secret: str | None) -> bool:
 
     Raises RunFailed if the address is not that of a Ray dashboard.
     """
-    request = urllib.request.Request(f"{address}/api/jobs/", headers=_headers(secret))
+    port = urlsplit(address).port or 0
+    hint = "Start a head with `ray start --head`, or open a tunnel to the cluster's port 8265."
+    if port in OTHER_PORTS:
+        hint = f"Port {port} is {OTHER_PORTS[port]}; the dashboard's port is 8265. {hint}"
+    headers = {"Authorization": f"Bearer {secret}"} if secret is not None else {}
+    request = urllib.request.Request(f"{address}/api/jobs/", headers=headers)
     handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
     if is_loopback(address):  # a proxy would connect to its own loopback
         handlers.append(urllib.request.ProxyHandler({}))
@@ -174,24 +176,14 @@ def _is_guarded(address: str, secret: str | None) -> bool:
             return True
         where = error.headers.get("Location", "")
         answer = f"it redirects to {where}" if 300 <= error.code < 400 and where else f"it answers with {error.code}"
-        raise RunFailed(f"--address {address}: no Ray dashboard ({answer}). {_right_port(address)}") from error
+        raise RunFailed(f"--address {address}: no Ray dashboard ({answer}). {hint}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise RunFailed(
-            f"--address {address}: no Ray dashboard answers there ({first_line(error)}). {_right_port(address)}"
-        ) from error
+        raise RunFailed(f"--address {address}: no Ray dashboard answers there ({first_line(error)}). {hint}") from error
     except (ValueError, RecursionError) as error:
-        raise RunFailed(
-            f"--address {address}: a web server answers there that is no Ray dashboard. {_right_port(address)}"
-        ) from error
+        raise RunFailed(f"--address {address}: a web server answers there that is no Ray dashboard. {hint}") from error
     if not (isinstance(jobs, list) and all(isinstance(job, dict) and "status" in job for job in jobs)):
-        raise RunFailed(f"--address {address}: what answers there is no Ray dashboard. {_right_port(address)}")
+        raise RunFailed(f"--address {address}: what answers there is no Ray dashboard. {hint}")
     return False
-
-
-def _right_port(address: str) -> str:
-    other = OTHER_PORTS.get(urlsplit(address).port or 0)
-    hint = f"Port {urlsplit(address).port} is {other}; the dashboard's port is 8265. " if other else ""
-    return f"{hint}Start a head with `ray start --head`, or open a tunnel to the cluster's port 8265."
 
 
 def _client_class() -> Any:
@@ -226,10 +218,6 @@ def _client_class() -> Any:
             raise DashboardError(f"--address {self.get_address()}: the dashboard answers with {r.status_code}{detail}")
 
     return Client
-
-
-def _headers(secret: str | None) -> dict[str, str]:
-    return {} if secret is None else {"Authorization": f"Bearer {secret}"}
 
 
 def first_line(error: Exception) -> str:

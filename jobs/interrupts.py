@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from jobs.console import notify
 from jobs.mailbox import Mailbox
@@ -65,10 +66,11 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Stopped):  # a second signal still ends at once
-            saved, resume = self._saved(), "re-run the same command to resume"
-            if saved is None:  # the report could not be written either
-                _end_now(error.exit_status, f"stopped ({error.number.name}): the store does not answer; {resume}\n")
-            notify(f"stopped ({error.number.name}): {saved}; {resume}")
+            stopped, resume = f"stopped ({error.number.name})", "re-run the same command to resume"
+            try:
+                notify(f"{stopped}: {self._saved()}; {resume}")
+            except StorageError:  # the report could not be written either
+                _end_now(error.exit_status, f"{stopped}: the store does not answer; {resume}\n")
             return
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
@@ -133,37 +135,32 @@ class Interrupts:
         _end_later(number)
         raise Stopped(number)
 
-    def _saved(self) -> str | None:
-        """Return where the run would resume; None if the store does not answer."""
+    def _saved(self) -> str:
+        """Return where the run would resume. Raises StorageError if the store does not answer."""
         config, storage = self._config, self._storage
-        try:
-            stages = [is_committed(storage, stage_url(config, index)) for index in range(len(config.stages))]
-            if all(stages):
-                return "every stage is finished"
-            steps = [config.stage_start(index + 1) for index, finished in enumerate(stages) if finished]
-            folder = join(config.folder, "checkpoints")
-            for url in newest_first(storage, folder) if storage.exists(folder) else []:
-                step = step_of(url.rpartition("/")[2])
-                if step is not None and is_committed(storage, url):
-                    steps.append(step)
-                    break
-        except StorageError:
-            return None
+        stages = [is_committed(storage, stage_url(config, index)) for index in range(len(config.stages))]
+        if all(stages):
+            return "every stage is finished"
+        steps = [config.stage_start(index + 1) for index, finished in enumerate(stages) if finished]
+        folder = join(config.folder, "checkpoints")
+        for url in newest_first(storage, folder) if storage.exists(folder) else []:
+            step = step_of(url.rpartition("/")[2])
+            if step is not None and is_committed(storage, url):
+                steps.append(step)
+                break
         return f"checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
 
 
 def _end_later(number: signal.Signals, unless: Callable[[], bool] = lambda: False) -> None:
     """End this process after END_SECONDS unless `unless()` is true then."""
 
-    def end() -> None:
-        time.sleep(END_SECONDS)
-        if not unless():
-            _end_now(EXIT_STATUS[number], f"not ended after {END_SECONDS:.0f} s: ended now; re-run to resume\n")
-
-    threading.Thread(target=end, name="end", daemon=True).start()
+    message = f"not ended after {END_SECONDS:.0f} s: ended now; re-run to resume\n"
+    timer = threading.Timer(END_SECONDS, lambda: unless() or _end_now(EXIT_STATUS[number], message))
+    timer.daemon = True
+    timer.start()
 
 
-def _end_now(status: int, message: str) -> None:
+def _end_now(status: int, message: str) -> NoReturn:
     """Write the message and end this process, and with it a local Ray, immediately."""
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}".encode())
     os._exit(status)

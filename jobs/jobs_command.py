@@ -29,11 +29,9 @@ def list_(address: Address = "", token: Token = None, as_json: JsonOption = Fals
     jobs = open_dashboard(address, token).list_jobs()
     jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
     rows = [_describe(job) for job in jobs if job.submission_id]
-    if as_json:
-        print_result({"jobs": rows}, as_json)
-        return
-    for row in rows:
-        echo(f"{row['job']:<40}  {row['status']:<9}  {row['started'] or '-':<20}  {row['run'] or '-'}")
+    lines = [f"{row['job']:<40}  {row['status']:<9}  {row['started'] or '-':<20}  {row['run'] or '-'}" for row in rows]
+    if as_json or lines:
+        print_result({"jobs": rows}, as_json, "\n".join(lines))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.background import PeriodicThread, in_background
@@ -28,68 +29,60 @@ MAX_QUEUED = 1000  # log records kept while the cluster does not answer
 Message = dict[str, Any]
 
 
+@dataclass(frozen=True)
 class Mailbox:
     """Messages of the driver and the ranks of one start of a run, which `start` identifies."""
 
-    def __init__(self, start: str):
-        self._prefix = f"{start}/"
+    start: str
 
     def request_stop(self) -> bool:
         """Ask the ranks to save and stop; return whether the cluster accepted the request."""
-        return self._put("stop", b"1")
+        return self._call("put", "stop", b"1", True) is not None
 
     def stop_requested(self) -> bool:
-        return self._get("stop") is not None
+        return self._call("get", "stop") is not None
 
     def set_num_placed(self, ranks: int) -> None:
-        self._put("placed", str(ranks).encode())
+        self._call("put", "placed", str(ranks).encode(), True)
 
     def num_placed(self) -> int | None:
         """Return the number of running ranks; None if it is unknown."""
-        value = self._get("placed")
+        value = self._call("get", "placed")
         return None if value is None else int(value)
 
     def send(self, message: Message) -> bool:
         """Send a message to the driver; return whether the cluster accepted it."""
-        return self._put(f"messages/{time.time_ns():020d}", json.dumps(message).encode())
+        name = f"messages/{time.time_ns():020d}"
+        return self._call("put", name, json.dumps(message).encode(), True) is not None
 
     def receive(self) -> list[Message]:
         """Return the messages since the last call, oldest first."""
         messages = []
-        try:
-            client = _client()
-            names = client.internal_kv_keys(f"{self._prefix}messages/".encode(), NAMESPACE, ANSWER_SECONDS)
-            for name in sorted(names):
-                value = client.internal_kv_get(name, NAMESPACE, ANSWER_SECONDS)
-                client.internal_kv_del(name, False, NAMESPACE, ANSWER_SECONDS)
-                if value is not None:
-                    messages.append(json.loads(value))
-        except Exception as error:  # the head is unreachable; the next call tries again
-            log.debug("messages of the ranks not read: %s", error)
+        for key in sorted(self._call("keys", "messages/") or ()):
+            name = key.decode().removeprefix(f"{self.start}/")
+            value = self._call("get", name)
+            if value is None or self._call("del", name, False) is None:
+                break  # the next call tries again
+            messages.append(json.loads(value))
         return messages
 
     def clear(self) -> None:
         """Delete all messages."""
-        try:
-            _client().internal_kv_del(self._prefix.encode(), True, NAMESPACE, ANSWER_SECONDS)
-        except Exception as error:
-            log.debug("messages not cleared: %s", error)
+        self._call("del", "", True)
 
-    def _put(self, name: str, value: bytes) -> bool:
-        try:
-            _client().internal_kv_put((self._prefix + name).encode(), value, True, NAMESPACE, ANSWER_SECONDS)
-        except Exception as error:
-            log.debug("'%s' not written: %s", name, error)
-            return False
-        return True
+    def _call(self, operation: str, name: str, *arguments: Any) -> Any:
+        """Call the key-value store; return None if it has no value or does not answer.
 
-    def _get(self, name: str) -> bytes | None:
+        Ray's public functions for it have no timeout.
+        """
+        from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
         try:
-            value: bytes | None = _client().internal_kv_get((self._prefix + name).encode(), NAMESPACE, ANSWER_SECONDS)
+            call = getattr(internal_kv_get_gcs_client(), f"internal_kv_{operation}")
+            return call(f"{self.start}/{name}".encode(), *arguments, NAMESPACE, ANSWER_SECONDS)
         except Exception as error:
-            log.debug("'%s' not read: %s", name, error)
+            log.debug("'%s' of '%s' failed: %s", operation, name, error)
             return None
-        return value
 
 
 @contextmanager
@@ -122,10 +115,3 @@ def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
         thread.stop(timeout=0.0)
         wait([in_background(send_queued, "last warnings for the driver")], 2 * ANSWER_SECONDS)
-
-
-def _client() -> Any:
-    """Return this process's client of the cluster's state; Ray's public functions for it have no timeout."""
-    from ray.experimental.internal_kv import internal_kv_get_gcs_client
-
-    return internal_kv_get_gcs_client()

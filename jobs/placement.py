@@ -92,7 +92,7 @@ class Placement:
             self._waiting_since = now
         nodes, waited = list(usable_nodes().values()), now - self._waiting_since
         missing = missing_resources(cluster, nodes)
-        if missing and waited > cluster.start_seconds and not self._were_placed and not self._may_grow():
+        if missing and waited > cluster.start_seconds and not self._were_placed and not _may_grow(cluster):
             raise RunFailed(
                 f"{missing}; none came in {waited:.0f} s. {REMEDY} Set cluster.start_seconds higher where nodes "
                 "take longer to join."
@@ -115,15 +115,16 @@ class Placement:
         ]
         notify(f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(parts)}")
 
-    def _may_grow(self) -> bool:
-        """Return whether an autoscaler can add enough nodes."""
-        try:
-            limits = ray_state.get_max_resources_from_cluster_config()
-        except Exception as error:
-            log.debug("the autoscaler's limits are not known: %s", error)
-            return False
-        requested = requested_resources(self._cluster, self._cluster.min_workers or self._cluster.workers)
-        return limits is not None and all(limits.get(kind, 0) >= number for kind, number in requested.items())
+
+def _may_grow(cluster: ClusterConfig) -> bool:
+    """Return whether an autoscaler can add enough nodes."""
+    try:
+        limits = ray_state.get_max_resources_from_cluster_config()
+    except Exception as error:
+        log.debug("the autoscaler's limits are not known: %s", error)
+        return False
+    requested = requested_resources(cluster, cluster.min_workers or cluster.workers)
+    return limits is not None and all(limits.get(kind, 0) >= number for kind, number in requested.items())
 
 
 class Restarts(UserCallback):
@@ -133,7 +134,7 @@ class Restarts(UserCallback):
     """
 
     def __init__(self, config: RunConfig):
-        self._config = config.model_dump_json()
+        self._config = config.storage
         self._url = join(config.folder, RESTARTS_FOLDER)
         self._session = f"{int(time.time()):010d}-{secrets.token_hex(2)}"
 
@@ -150,13 +151,10 @@ class Restarts(UserCallback):
         """Record a restart (time in seconds since 1970) whose `cause` is failed, preempted or grown."""
         restart = {"time": time.time(), "cause": cause, "message": message[:MAX_MESSAGE]}
         url = join(self._url, f"{self._session}-{time.time_ns():020d}.json")
-        self._storage().write(url, json.dumps(restart).encode())
+        Storage(self._config).write(url, json.dumps(restart).encode())
 
     def count(self, cause: str) -> int:
         """Return the number of restarts with this cause since the driver started."""
-        storage = self._storage()
+        storage = Storage(self._config)
         names = [name for name in storage.list(self._url) if name.startswith(self._session)]
         return sum(json.loads(storage.read(join(self._url, name)))["cause"] == cause for name in names)
-
-    def _storage(self) -> Storage:
-        return Storage(RunConfig.model_validate_json(self._config).storage)

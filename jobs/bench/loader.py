@@ -252,7 +252,9 @@ def _count(batches: Iterator[tuple[Any, Any]], samples: int) -> Measurement:
     while counted < samples:
         image, _ = next(batches)
         counted += len(image)
-    seconds, cpu_seconds = time.perf_counter() - started, tree_cpu_seconds(os.getpid()) - before
+    seconds = time.perf_counter() - started
+    resolution = 1 / os.sysconf("SC_CLK_TCK")  # of CPU times; so few samples may have been loaded during the warm-up
+    cpu_seconds = max(tree_cpu_seconds(os.getpid()) - before, resolution)
     output = f"{str(image.dtype).removeprefix('torch.')} {'x'.join(str(side) for side in image.shape[1:])}"
     return {"samples": counted, "seconds": seconds, "cpu_seconds": cpu_seconds, "output": output}
 

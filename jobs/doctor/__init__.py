@@ -22,7 +22,7 @@ def run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
     """Run all checks in the order of their dependencies."""
     import torch
 
-    yield machine.packages(machine.requirements())
+    yield machine.packages()
     gpus = machine.driver()
     yield machine.accelerator(config, gpus)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

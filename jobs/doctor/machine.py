@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -28,8 +29,9 @@ CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 SHARED_MEMORY = Path("/dev/shm")
 INFINIBAND = Path("/sys/class/infiniband")
 REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[\w,]+\])?>=([\d.]+)$")  # as pyproject.toml writes them
-FREE_BYTES, FREE_SHARE = 2**30, 0.05  # Ray stops putting objects on a disk that is 95 % full
-NCCL_BYTES = 2**30  # of shared memory, for eight ranks of a node
+GIB = 2**30
+FREE_BYTES, FREE_SHARE = GIB, 0.05  # Ray stops putting objects on a disk that is 95 % full
+NCCL_BYTES = GIB  # of shared memory, for eight ranks of a node
 OPEN_FILES = 4096
 COLLECTIVE_SECONDS = 90.0
 BUILD_SECONDS = 300.0
@@ -61,14 +63,16 @@ def skipped(name: str, detail: str) -> Diagnosis:
     return Diagnosis(name, "skipped", detail)
 
 
-def _gigabytes(number: float) -> str:
-    return f"{number / 2**30:.1f} GiB"
+def packages(requirements: Iterable[str] | None = None, tested: Path = CONSTRAINTS) -> Diagnosis:
+    """Check that the required packages are installed and recent enough; list those that differ from the tested ones.
 
-
-def packages(requirements: Iterable[str], tested: Path = CONSTRAINTS) -> Diagnosis:
-    """Check that the required packages are installed and recent enough; list those that differ from the tested ones."""
+    `requirements`: by default those of mome's metadata without extras; none if it is not installed as a package.
+    """
     installed, problems = {}, []
-    for name, minimum in [match.groups() for match in map(REQUIREMENT.match, requirements) if match]:
+    if requirements is None:
+        with suppress(PackageNotFoundError):
+            requirements = [line for line in requires("mome") or [] if ";" not in line]
+    for name, minimum in [match.groups() for match in map(REQUIREMENT.match, requirements or ()) if match]:
         try:
             installed[name] = version(name)
         except PackageNotFoundError:
@@ -88,14 +92,6 @@ def packages(requirements: Iterable[str], tested: Path = CONSTRAINTS) -> Diagnos
     return passed("packages", f"Python {python}, {len(installed)} packages{versions}")
 
 
-def requirements() -> list[str]:
-    """Return the requirements in mome's metadata without extras; [] if it is not installed as a package."""
-    try:
-        return [line for line in requires("mome") or [] if ";" not in line]
-    except PackageNotFoundError:
-        return []
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     """Return (2, 13) for `2.13.0+cpu`: builds of a version are equal, and so are 3.1 and 3.1.0."""
     release = [int(number) for number in re.findall(r"\d+", version.split("+")[0])]
@@ -110,11 +106,10 @@ def disk(name: str, folder: Path, needed: int = FREE_BYTES) -> Diagnosis:
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         return failed(name, f"{existing} is not a writable folder", "use another folder, or change its permissions")
     usage = shutil.disk_usage(existing)
-    detail = f"{folder}: {_gigabytes(usage.free)} of {_gigabytes(usage.total)} free"
-    if usage.free < max(needed, FREE_SHARE * usage.total):
-        return failed(
-            name, detail, f"free {_gigabytes(max(needed, FREE_SHARE * usage.total))} there, or use another folder"
-        )
+    detail = f"{folder}: {usage.free / GIB:.1f} GiB of {usage.total / GIB:.1f} GiB free"
+    enough = max(needed, FREE_SHARE * usage.total)
+    if usage.free < enough:
+        return failed(name, detail, f"free {enough / GIB:.1f} GiB there, or use another folder")
     return passed(name, detail)
 
 
@@ -124,7 +119,7 @@ def shared_memory(needed: int, place: Path = SHARED_MEMORY) -> Diagnosis:
     if not place.is_dir():
         return failed(name, f"{place} is missing", "mount a tmpfs there")
     free = shutil.disk_usage(place).free
-    detail = f"{place}: {_gigabytes(free)} free, {_gigabytes(needed)} needed"
+    detail = f"{place}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB needed"
     if free < needed:
         remedy = (
             "containers have 64 MiB by default: docker run --shm-size=…, in Kubernetes an emptyDir of medium Memory at "

@@ -21,16 +21,15 @@ class Network:
         self._tag = f"m{os.getpid() % 100000}"
         self._subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
         self._count = count
-        self.hosts = [self._host(number) for number in range(count)]
-
-    def _host(self, number: int) -> Host:
-        """Return a machine. Gloo would choose the interface by host name, which is the same in every namespace."""
-        interface = f"{self._tag}b" if number == 0 else f"{self._tag}e{number}"
-        prefix = ("ip", "netns", "exec", self._namespace(number)) if number else ()
-        return Host(f"{self._subnet}.{number + 1}", prefix, (("GLOO_SOCKET_IFNAME", interface),))
-
-    def _namespace(self, number: int) -> str:
-        return f"{self._tag}n{number}"
+        # Gloo would choose the interface by host name, which is the same in every namespace.
+        self.hosts = [
+            Host(
+                f"{self._subnet}.{number + 1}",
+                ("ip", "netns", "exec", f"{self._tag}n{number}") if number else (),
+                (("GLOO_SOCKET_IFNAME", f"{self._tag}e{number}" if number else f"{self._tag}b"),),
+            )
+            for number in range(count)
+        ]
 
     def build(self) -> None:
         bridge = f"{self._tag}b"
@@ -38,7 +37,7 @@ class Network:
         _ip(f"addr add {self.hosts[0].address}/24 dev {bridge}")
         _ip(f"link set {bridge} up")
         for number in range(1, self._count):
-            space, inside, outside = self._namespace(number), f"{self._tag}e{number}", f"{self._tag}v{number}"
+            space, inside, outside = (f"{self._tag}{kind}{number}" for kind in "nev")
             _ip(f"netns add {space}")
             _ip(f"link add {outside} type veth peer name {inside}")
             _ip(f"link set {inside} netns {space}")
@@ -51,12 +50,9 @@ class Network:
         """Drop all packets of a machine without closing its connections."""
         _ip(f"link set {self._tag}v{number} down")
 
-    def mend(self, number: int) -> None:
-        _ip(f"link set {self._tag}v{number} up")
-
     def remove(self) -> None:
         for number in range(1, self._count):
-            _ip(f"netns del {self._namespace(number)}", check=False)
+            _ip(f"netns del {self._tag}n{number}", check=False)
             _ip(f"link del {self._tag}v{number}", check=False)
         _ip(f"link del {self._tag}b", check=False)
 

@@ -17,14 +17,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.train_process import ROOT, is_rank, send_signal
+
 SECONDS = 600  # timeout of every wait on a loaded machine
 ATTEMPTS = 5
 MEMORY = 80 * 2**20  # bytes of each node's object store: the least that Ray takes
@@ -108,10 +109,8 @@ class Node:
     def lose(self) -> None:
         """Send SIGKILL to all the node's processes."""
         doomed = self.processes()
-        for process in doomed:  # stopped first, so that none starts another process
-            _signal(process, signal.SIGSTOP)
-        for process in [*doomed, *self.processes()]:
-            _signal(process, signal.SIGKILL)
+        send_signal(doomed, signal.SIGSTOP)  # so that none starts another process
+        send_signal([*doomed, *self.processes()], signal.SIGKILL)
         psutil.wait_procs(doomed, timeout=20)
         if self.process is not None:
             self.process.wait(timeout=20)
@@ -119,7 +118,7 @@ class Node:
 
     def ranks(self) -> list[psutil.Process]:
         """Return the training workers on this node."""
-        return [process for process in self.processes() if "RayTrainWorker" in _title(process)]
+        return [process for process in self.processes() if is_rank(process)]
 
 
 class Cluster:
@@ -135,9 +134,10 @@ class Cluster:
     ):
         """Start the head and nodes on `hosts` (the head's first; default: loopback addresses)."""
         self.folder = folder
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         self.environment = {**os.environ, **HEALTH, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
         self.environment |= {"RAY_memory_monitor_refresh_ms": "0"}  # a full machine must not look like a fault of ours
-        self.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "", "PYTHONPATH": _python_path()}
+        self.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "", "PYTHONPATH": path}
         self.environment |= environment or {}
         # Not 127.0.0.1, which Ray replaces by the machine's own. Each test process of pytest-xdist has its own network.
         subnet = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -197,22 +197,21 @@ class Cluster:
     def alive(self) -> dict[str, str]:
         """Return address -> id of every node that the head considers alive."""
         if self.environment["RAY_AUTH_MODE"] == "token":
-            return self._alive_with_token()
+            # In another process, because Ray reads its authentication once, on import.
+            script = (
+                "import json; from ray._raylet import GcsClient; "
+                f"nodes = GcsClient(address={self.address!r}).get_all_node_info(timeout=20).values(); "
+                "print(json.dumps({n.node_manager_address: n.node_id.hex() for n in nodes if n.state == 0}))"
+            )
+            command = [sys.executable, "-c", script]
+            environment: Any = {"cwd": ROOT, "env": self.environment, "timeout": SECONDS}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, **environment)
+            return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
         try:
             nodes = self._state().get_all_node_info(timeout=5).values()
         except Exception:  # the head is lost, or has not started yet
             return {}
         return {node.node_manager_address: node.node_id.hex() for node in nodes if node.state == 0}
-
-    def _alive_with_token(self) -> dict[str, str]:
-        """Ask in another process, because Ray reads its authentication once, on import."""
-        script = (
-            "import json; from ray._raylet import GcsClient; "
-            f"nodes = GcsClient(address={self.address!r}).get_all_node_info(timeout=20).values(); "
-            "print(json.dumps({n.node_manager_address: n.node_id.hex() for n in nodes if n.state == 0}))"
-        )
-        done = self.python(script)
-        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
     def _state(self) -> Any:
         from ray._raylet import GcsClient
@@ -226,12 +225,6 @@ class Cluster:
             for node in self.nodes:
                 node.restart_if_ended()
             time.sleep(0.2)
-
-    def python(self, script: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", script]
-        return subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
 
     def announce_preemption(self, node: Node, seconds: int) -> None:
         """Announce, as a cloud's autoscaler does, that a node will be preempted in `seconds`."""
@@ -272,25 +265,9 @@ def raylets(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-
-
 def _end_with_parent() -> None:
     """Send SIGTERM to `ray start --block` when the test process ends (prctl's PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def wait_until(condition: Any, what: str, seconds: float = SECONDS) -> None:

@@ -105,16 +105,6 @@ class TrainProcess:
         assert self.process is not None
         return [child for child in psutil.Process(self.process.pid).children(recursive=True) if is_rank(child)]
 
-    def metric_records(self) -> list[dict[str, object]]:
-        """Return the journal's records with a training loss, in the order of its files."""
-        records = []
-        for file in sorted(self.journal.glob("*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                if record["kind"] == "metrics" and "train/loss" in record["values"]:
-                    records.append(record)
-        return records
-
     def sessions(self) -> int:
         """Return the number of processes that have recorded this run."""
         return len(list(self.journal.glob("*.jsonl")))
@@ -122,10 +112,12 @@ class TrainProcess:
     def losses(self) -> Losses:
         """Return (stage, step) -> loss, exactly as the journal has it."""
         losses: Losses = {}
-        for record in self.metric_records():
-            place = (record["stage"], record["step"])
-            assert place not in losses, f"step {place} was journaled twice"
-            losses[place] = record["values"]["train/loss"]  # type: ignore[index,assignment]
+        for file in sorted(self.journal.glob("*.jsonl")):
+            for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+                if record["kind"] == "metrics" and "train/loss" in record["values"]:
+                    place = (record["stage"], record["step"])
+                    assert place not in losses, f"step {place} was journaled twice"
+                    losses[place] = record["values"]["train/loss"]
         return losses
 
     def last_step(self) -> tuple[int, int]:
@@ -164,13 +156,13 @@ def paced(run: TrainProcess, ranks: Callable[[], list[psutil.Process]], seconds_
         reached, resting = run.step(), 0.0
         while not over.wait(0.05):
             if run.step() > reached:
-                _signal(ranks(), signal.SIGSTOP)
+                send_signal(ranks(), signal.SIGSTOP)
                 resting = time.monotonic() + seconds_a_step
                 reached = run.step()
             elif resting and time.monotonic() > resting:
-                _signal(ranks(), signal.SIGCONT)
+                send_signal(ranks(), signal.SIGCONT)
                 resting = 0.0
-        _signal(ranks(), signal.SIGCONT)
+        send_signal(ranks(), signal.SIGCONT)
 
     thread = threading.Thread(target=pace, daemon=True)
     thread.start()
@@ -181,7 +173,7 @@ def paced(run: TrainProcess, ranks: Callable[[], list[psutil.Process]], seconds_
         thread.join()
 
 
-def _signal(processes: list[psutil.Process], number: int) -> None:
+def send_signal(processes: list[psutil.Process], number: int) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)

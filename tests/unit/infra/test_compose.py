@@ -21,14 +21,11 @@ SECRETS = {"POSTGRES_PASSWORD", "STORE_ACCESS_KEY", "STORE_SECRET_KEY", "RAY_AUT
 INTERPOLATED = re.compile(r"\$\{(\w+):\?[^}]*\}")
 
 
-def filled_in() -> dict[str, Any]:
-    """Return the parsed compose file with the env file's values."""
-    values = {name: value or f"the-{name}" for name, value in render.read_settings(ENV.read_text(), str(ENV)).items()}
-    return yaml.safe_load(INTERPOLATED.sub(lambda found: values[found[1]], COMPOSE.read_text()))
-
-
-def services() -> dict[str, dict[str, Any]]:
-    return filled_in()["services"]
+VALUES = render.read_settings(ENV.read_text(), str(ENV))
+CONFIG: dict[str, Any] = yaml.safe_load(
+    INTERPOLATED.sub(lambda match: VALUES[match[1]] or f"the-{match[1]}", COMPOSE.read_text())
+)
+SERVICES: dict[str, dict[str, Any]] = CONFIG["services"]
 
 
 def texts(node: object) -> Iterator[str]:
@@ -42,15 +39,11 @@ def texts(node: object) -> Iterator[str]:
         yield str(node)
 
 
-def test_every_value_is_required_and_in_the_example() -> None:
+def test_every_value_is_required_and_the_example_holds_no_secret() -> None:
     text = COMPOSE.read_text()
     assert len(re.findall(r"\$\{", text)) == len(INTERPOLATED.findall(text)), "a ${…} without :? may be empty"
-    assert set(INTERPOLATED.findall(text)) == set(render.read_settings(ENV.read_text(), str(ENV)))
-
-
-def test_the_example_holds_no_secret() -> None:
-    values = render.read_settings(ENV.read_text(), str(ENV))
-    assert {name for name, value in values.items() if not value} == SECRETS
+    assert set(INTERPOLATED.findall(text)) == set(VALUES)
+    assert {name for name, value in VALUES.items() if not value} == SECRETS
 
 
 def test_the_env_file_is_ignored_by_git() -> None:
@@ -63,21 +56,18 @@ def test_the_env_file_is_ignored_by_git() -> None:
     assert not ignored("infra/compose.example.env")
 
 
-def test_secrets_are_not_passed_as_arguments() -> None:
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_have_no_unneeded_privileges_and_no_secret_arguments(name: str) -> None:
     """Arguments are visible to all users of the machine."""
-    for name, service in services().items():
-        for argument in texts([service.get("command", []), service.get("healthcheck", {})]):
-            assert not any(secret in argument for secret in SECRETS), f"{name}: {argument}"
-
-
-def test_services_have_no_unneeded_privileges() -> None:
-    for name, service in services().items():
-        assert service["security_opt"] == ["no-new-privileges:true"], name
-        assert service["cap_drop"] == ["ALL"], name
+    service = SERVICES[name]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["cap_drop"] == ["ALL"]
+    for argument in texts([service.get("command", []), service.get("healthcheck", {})]):
+        assert not any(secret in argument for secret in SECRETS), argument
 
 
 def test_ports_are_bound_to_this_machine_only() -> None:
-    ports = {name: service["ports"] for name, service in services().items() if "ports" in service}
+    ports = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert ports == {
         "store": ["127.0.0.1:7070:7070"],
         "mlflow": ["127.0.0.1:5000:5000"],
@@ -86,53 +76,41 @@ def test_ports_are_bound_to_this_machine_only() -> None:
 
 
 def test_services_are_addressed_at_ports_they_listen_on() -> None:
-    found = services()
-    told = " ".join(texts(found)) + COMPOSE.read_text()
-    spoken_to = dict(re.findall(r"\b(database|store|mlflow):(\d{4})\b", told))
-    assert spoken_to == {"database": "5432", "store": "7070", "mlflow": "5000"}
-    assert found["store"]["environment"]["VGW_PORT"] == ":7070"
-    assert found["mlflow"]["command"][found["mlflow"]["command"].index("--port") + 1] == "5000"
-    assert "--dashboard-port=8265" in found["head"]["command"]
+    text = " ".join(texts(SERVICES)) + COMPOSE.read_text()
+    addressed = dict(re.findall(r"\b(database|store|mlflow):(\d{4})\b", text))
+    assert addressed == {"database": "5432", "store": "7070", "mlflow": "5000"}
+    assert SERVICES["store"]["environment"]["VGW_PORT"] == ":7070"
+    assert SERVICES["mlflow"]["command"][SERVICES["mlflow"]["command"].index("--port") + 1] == "5000"
+    assert "--dashboard-port=8265" in SERVICES["head"]["command"]
 
 
 def test_dependencies_exist_and_have_a_health_check() -> None:
-    found = services()
-    for name, service in found.items():
+    for name, service in SERVICES.items():
         for other, how in service.get("depends_on", {}).items():
-            assert other in found, f"{name} waits for {other}"
+            assert other in SERVICES, f"{name} waits for {other}"
             if how["condition"] == "service_healthy":
-                assert "healthcheck" in found[other]
+                assert "healthcheck" in SERVICES[other]
             if how["condition"] == "service_completed_successfully":
-                assert found[other]["restart"] == "on-failure", f"{other} would be restarted forever"
+                assert SERVICES[other]["restart"] == "on-failure", f"{other} would be restarted forever"
 
 
 def test_volumes_are_declared_and_mounted_files_exist() -> None:
-    config = filled_in()
-    for service in config["services"].values():
-        for volume in service.get("volumes", []):
-            source = volume.split(":")[0]
-            if source.startswith("."):
-                assert (INFRA / source).is_file()
-            else:
-                assert source in config["volumes"]
+    for service in SERVICES.values():
+        for source in (volume.split(":")[0] for volume in service.get("volumes", [])):
+            assert (INFRA / source).is_file() if source.startswith(".") else source in CONFIG["volumes"]
 
 
-def test_own_services_run_the_built_image_without_privileges() -> None:
+def test_images_are_our_own_or_have_full_versions() -> None:
     for name in ("bucket", "mlflow", "head"):
-        service = services()[name]
-        assert (INFRA / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == INFRA / "Dockerfile"
-        assert service["cap_drop"] == ["ALL"]
-        assert service["security_opt"] == ["no-new-privileges:true"]
-
-
-def test_third_party_images_have_full_versions() -> None:
+        build = SERVICES[name]["build"]
+        assert (INFRA / build["context"] / build["dockerfile"]).resolve() == INFRA / "Dockerfile"
     for name in ("database", "store"):
-        assert re.search(r":v?\d+\.\d+[\w.-]*$", services()[name]["image"]), services()[name]["image"]
+        assert re.search(r":v?\d+\.\d+[\w.-]*$", SERVICES[name]["image"]), SERVICES[name]["image"]
 
 
 def test_ray_requires_a_token() -> None:
-    assert services()["head"]["environment"]["RAY_AUTH_MODE"] == "token"
-    assert services()["head"]["environment"]["RAY_AUTH_TOKEN"] == "the-RAY_AUTH_TOKEN"
+    environment = SERVICES["head"]["environment"]
+    assert (environment["RAY_AUTH_MODE"], environment["RAY_AUTH_TOKEN"]) == ("token", "the-RAY_AUTH_TOKEN")
 
 
 def test_mlflow_accepts_its_command_line() -> None:
@@ -140,22 +118,19 @@ def test_mlflow_accepts_its_command_line() -> None:
     from mlflow.cli import server
     from mlflow.utils.uri import extract_db_type_from_uri
 
-    service = services()["mlflow"]
+    service = SERVICES["mlflow"]
     assert extract_db_type_from_uri(service["environment"]["MLFLOW_BACKEND_STORE_URI"]) == "postgresql"
-    variables = {name for option in server.params for name in _listed(option.envvar)}
+    named = [option.envvar for option in server.params if option.envvar]
+    variables = {name for names in named for name in ([names] if isinstance(names, str) else names)}
     assert {"MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION"} <= variables
     options = {name for option in server.params for name in option.opts}
     assert {argument for argument in service["command"][2:] if argument.startswith("--")} <= options
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
 def test_the_gpu_file_extends_an_existing_service() -> None:
     added = yaml.safe_load((INFRA / "compose.gpu.yaml").read_text())["services"]
     assert set(added) == {"head"}
-    assert "deploy" not in services()["head"]
+    assert "deploy" not in SERVICES["head"]
 
 
 def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:

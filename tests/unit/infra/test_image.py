@@ -6,9 +6,6 @@ import fnmatch
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from tests.support.rendered_infra import INFRA, ROOT, pins
 
@@ -22,36 +19,30 @@ def instructions() -> list[tuple[str, str]]:
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
 
 
-def project() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
 def stages() -> dict[str, list[tuple[str, str]]]:
-    found: dict[str, list[tuple[str, str]]] = {}
+    by_name: dict[str, list[tuple[str, str]]] = {}
     for word, rest in instructions():
         if word == "FROM":
-            found[rest.split(" AS ")[1]] = []
-        if found:
-            found[list(found)[-1]].append((word, rest))
-    return found
+            by_name[rest.split(" AS ")[1]] = []
+        if by_name:
+            by_name[list(by_name)[-1]].append((word, rest))
+    return by_name
 
 
-def test_the_final_image_contains_no_build_stage() -> None:
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_instructions_are_valid_and_the_final_image_contains_no_build_stage() -> None:
+    assert {word for word, _ in instructions()} <= {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
     assert list(stages()) == ["build", "run"]
     assert ("COPY", "--from=build /opt/mome /opt/mome") in stages()["run"]
-
-
-def test_every_instruction_is_valid() -> None:
-    known = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
-    assert {word for word, _ in instructions()} <= known
 
 
 def test_the_base_image_is_pinned_and_has_the_required_python() -> None:
     ((_, base),) = [each for each in instructions() if each[0] == "ARG"]
     version = re.fullmatch(r"PYTHON_IMAGE=python:(\d+\.\d+)\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert version
-    assert pyproject["tool"]["mypy"]["python_version"] == version[1]
+    assert PYPROJECT["tool"]["mypy"]["python_version"] == version[1]
     assert [rest.split()[0] for word, rest in instructions() if word == "FROM"] == ["${PYTHON_IMAGE}"] * 2
 
 
@@ -64,39 +55,29 @@ def test_the_user_matches_the_manifests() -> None:
     assert "--uid 1000 --gid mome --create-home" in " ".join(rest for word, rest in run if word == "RUN")
 
 
-def copied() -> list[str]:
-    return [
-        source
-        for word, rest in instructions()
-        if word == "COPY" and not rest.startswith("--from")
-        for source in rest.split()[:-1]
-    ]
+COPIED = [
+    source
+    for word, rest in instructions()
+    if word == "COPY" and not rest.startswith("--from")
+    for source in rest.split()[:-1]
+]
 
 
-@pytest.mark.parametrize("source", copied())
-def test_copied_files_exist_and_pass_dockerignore(source: str) -> None:
-    assert (ROOT / source).exists()
-    assert not ignored(Path(source))
+def test_only_copied_files_are_sent_to_the_builder() -> None:
+    def is_ignored(path: Path) -> bool:
+        """Apply Docker's rule: the last pattern that matches the path or a parent folder decides."""
+        result = False
+        for line in (ROOT / ".dockerignore").read_text().splitlines():
+            if line and not line.startswith("#"):
+                pattern = line.removeprefix("!")
+                if any(fnmatch.fnmatch(str(part), pattern) for part in (path, *path.parents[:-1])):
+                    result = not line.startswith("!")
+        return result
 
-
-@pytest.mark.parametrize("path", [".git", ".venv", "runs/demo", "infra/compose.env", "settings.env", "tests"])
-def test_only_copied_files_are_sent_to_the_builder(path: str) -> None:
-    assert ignored(Path(path))
-
-
-def ignored(path: Path) -> bool:
-    """Apply Docker's rule: the last pattern that matches the path or a parent folder decides."""
-    result = False
-    for line in (ROOT / ".dockerignore").read_text().splitlines():
-        if line and not line.startswith("#"):
-            pattern = line.removeprefix("!")
-            if any(fnmatch.fnmatch(str(each), pattern) for each in (path, *path.parents[:-1])):
-                result = not line.startswith("!")
-    return result
-
-
-def test_every_dependency_is_in_the_lock_file() -> None:
-    assert {"pipeline", "jobs", "configs", "setup.py"} <= set(copied())
+    assert {"pipeline", "jobs", "configs", "setup.py"} <= set(COPIED)
+    assert [source for source in COPIED if not (ROOT / source).exists() or is_ignored(Path(source))] == []
+    others = [".git", ".venv", "runs/demo", "infra/compose.env", "settings.env", "tests"]
+    assert [path for path in others if not is_ignored(Path(path))] == []
 
 
 def test_locked_packages_have_hashes_and_tested_versions() -> None:
@@ -111,7 +92,7 @@ def test_locked_packages_have_hashes_and_tested_versions() -> None:
             locked[name] += 1
     assert all(locked.values())
     assert ("RUN", "pip install --require-hashes --no-deps --requirement infra/requirements.lock") in stages()["build"]
-    ours = {re.split(r"[\[>=]", each)[0].lower() for each in project()["dependencies"]} | {"ray"}
+    ours = {re.split(r"[\[>=]", each)[0].lower() for each in PYPROJECT["project"]["dependencies"]} | {"ray"}
     assert {f"{name}=={version}".lower() for name, version in pins().items() if name.lower() in ours} <= set(locked)
     lines = (INFRA / "requirements.txt").read_text().splitlines()
     assert {line for line in lines if line and line[0] != "#"} <= set(locked)

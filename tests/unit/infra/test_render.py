@@ -17,15 +17,10 @@ def test_the_example_sets_every_variable(path: Path) -> None:
     assert "${" not in render.render(path, example_settings())
 
 
-def test_every_setting_of_the_example_is_used() -> None:
-    used = set().union(*(render.variables(path) for path in FILES))
-    assert set(example_settings()) == used
-
-
-def test_every_setting_of_the_example_is_explained() -> None:
+def test_every_setting_of_the_example_is_used_and_explained() -> None:
     """A comment, or another setting explained by the same comment, is directly above."""
-    lines = EXAMPLE.read_text().splitlines()
-    for above, line in itertools.pairwise(lines):
+    assert set(example_settings()) == set().union(*(render.variables(path) for path in FILES))
+    for above, line in itertools.pairwise(EXAMPLE.read_text().splitlines()):
         assert "=" not in line or line.startswith("#") or above.startswith("#") or "=" in above, line
 
 
@@ -35,23 +30,30 @@ def test_values_replace_their_variables(tmp_path: Path) -> None:
     assert render.render(file, {"ONE": "1", "TWO": "2", "THREE": "3"}) == "a: 1\nb: 2-1\nc: $RAY_HEAD_IP $(date)\n"
 
 
-@pytest.mark.parametrize("settings", ["ONE=1", "ONE=1\nTWO="])
-def test_a_missing_value_is_rejected_by_name(settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "arguments", "status", "out", "error"),
+    [
+        ("ONE=1", [], 2, "", "no value for TWO"),
+        ("ONE=1\nTWO=", [], 2, "", "no value for TWO"),
+        ("# mine\n\nONE=1\nTWO=2", ["ONE=3"], 0, "a: 3\nb: 2\n", ""),
+    ],
+)
+def test_arguments_override_settings_and_missing_values_are_named(
+    settings: str,
+    arguments: list[str],
+    status: int,
+    out: str,
+    error: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     file, env = tmp_path / "file.yaml", tmp_path / "my.env"
     file.write_text("a: ${ONE}\nb: ${TWO}\n")
     env.write_text(settings)
-    assert render.main([str(file), str(env)]) == 2
+    assert render.main([str(file), str(env), *arguments]) == status
     output = capsys.readouterr()
-    assert "no value for TWO" in output.err
-    assert output.out == ""
-
-
-def test_arguments_override_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, env = tmp_path / "file.yaml", tmp_path / "my.env"
-    file.write_text("a: ${ONE}\n")
-    env.write_text("# mine\n\nONE=1\n")
-    assert render.main([str(file), str(env), "ONE=2"]) == 0
-    assert capsys.readouterr().out == "a: 2\n"
+    assert output.out == out
+    assert error in output.err
 
 
 @pytest.mark.parametrize("line", ["export ONE=1", "ONE", "one=1"])

@@ -63,23 +63,16 @@ def asked(folder: Path) -> list[str]:
 
 
 def test_torchrun_starts_on_every_node_with_the_arguments(start: Start, tmp_path: Path) -> None:
+    from torch.distributed.run import get_args_parser
+
     job = start('printf "%s\\n" "${@: -3}" > ' + str(tmp_path / "last"), SLURM_GPUS_ON_NODE="8")
     assert job.wait(30) == 0
     (step,) = asked(tmp_path)
     for expected in ("--nnodes 2", "--nproc-per-node 8", "--rdzv-endpoint node7:29400", "-m pipeline.training"):
         assert expected in step
-    assert (tmp_path / "last").read_text().splitlines() == [
-        "configs/demo.yaml",
-        "name=a run",
-        "output=s3://bucket/runs",
-    ]
-
-
-def test_torchrun_has_the_used_options(start: Start, tmp_path: Path) -> None:
-    from torch.distributed.run import get_args_parser
-
-    assert start("true").wait(30) == 0
-    words = asked(tmp_path)[0].split()
+    last = (tmp_path / "last").read_text().splitlines()
+    assert last == ["configs/demo.yaml", "name=a run", "output=s3://bucket/runs"]
+    words = step.split()
     given = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     assert "SIGUSR1" in given.signals_to_handle  # passed on to the ranks
     assert given.shutdown_timeout < 120  # of --signal=B:USR1@120
@@ -136,12 +129,16 @@ def test_a_local_store_refuses_a_used_port(moto_store: Store) -> None:
     assert "not-made" not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
 
 
-def test_local_store_without_the_environment_is_reported(tmp_path: Path) -> None:
+def test_scripts_explain_a_missing_environment_or_argument(tmp_path: Path) -> None:
     (tmp_path / "infra").mkdir()
     script = shutil.copy(INFRA / "local_s3.sh", tmp_path / "infra" / "local_s3.sh")
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "Run 'make .venv/installed' in the checkout first" in done.stderr
+    for path, message in {
+        script: "Run 'make .venv/installed' in the checkout first",
+        INFRA / "slurm.sbatch": "usage: sbatch",
+    }.items():
+        done = subprocess.run(["bash", str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 @pytest.mark.parametrize("restart", ["0", "3"])
@@ -157,9 +154,3 @@ def test_superseded_job_is_not_retried(start: Start, tmp_path: Path, restart: st
     assert (
         (tmp_path / "owner").read_text().startswith(f"{claim} -m pipeline.training.ownership configs/demo.yaml name=a")
     )
-
-
-def test_a_job_without_a_config_prints_its_usage() -> None:
-    done = subprocess.run(["bash", str(INFRA / "slurm.sbatch")], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "usage: sbatch" in done.stderr

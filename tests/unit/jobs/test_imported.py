@@ -42,6 +42,7 @@ TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 TEXT, MASKED = "a b c d", "a [MASK] c"
 ANSWERS = ["yes", "no", "2", "a cat", "blue"]
 LABELS = ["crane", "dog", "crane", "cat", "bird", "tree"]
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 EPSILON = 1e-3  # large enough that a missing parameter changes the result
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96}
 PICTURES = {**SIZES, "image_size": 24, "patch_size": 8, "layer_norm_eps": EPSILON}
@@ -66,14 +67,14 @@ class Case:
 
     format: str
     make: Callable[[], Any]  # a Hugging Face model, or our config section and heads
-    expected: Callable[[Any, Asked], Any]
+    expected: Callable[[Any, Inputs], Any]
     given: tuple[int, str | None] = (1, TEXT)  # number of images, and the text
     overrides: tuple[str, ...] = ()
     answers: bool = False  # whether --answers is needed
 
 
 @dataclass(frozen=True)
-class Asked:
+class Inputs:
     """Inputs of a prediction, as tensors for the original code."""
 
     pixels: tuple[Tensor, ...]  # (1, 3, H, W) in [-1, 1]
@@ -97,39 +98,37 @@ def ranked(logits: Tensor, names: list[str]) -> dict[str, float]:
     return {names[n]: pytest.approx(p, abs=2e-5) for n, p in enumerate(logits.tolist())}  # type: ignore[misc]
 
 
-def masked(logits: Tensor, asked: Asked) -> dict[str, Any]:
-    (place,) = (asked.ids[0] == TOKENS.index("[MASK]")).nonzero().flatten()
+def masked(logits: Tensor, inputs: Inputs) -> dict[str, Any]:
+    (place,) = (inputs.ids[0] == TOKENS.index("[MASK]")).nonzero().flatten()
     return {"words": [ranked(logits[0, place].softmax(0), TOKENS)]}
 
 
-def same_tokens(model: Any, asked: Asked, heads: str) -> None:
+def outputs(inputs: Inputs, head: str, **given: Any) -> Tensor:
+    """Return what the imported model computes."""
+    return build_trained_model(inputs.weights).eval()({"x": ForwardInput(heads=(head,), **given)})["x"][head]
+
+
+def same_tokens(model: Any, inputs: Inputs, heads: str) -> None:
     """Compare encoder outputs, for checkpoints without a head that predicts."""
-    image = asked.pixels[0]
-    found = build_trained_model(asked.weights).eval()(
-        {"x": ForwardInput(heads=("tokens",), image=image.permute(0, 2, 3, 1))}
-    )["x"]["tokens"]
+    image = inputs.pixels[0]
     hidden = model(image).last_hidden_state if heads == "bare" else model.beit(image).last_hidden_state
     if heads == "pooler":
         hidden = model.beit.pooler.layernorm(hidden)
-    torch.testing.assert_close(found, hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs(inputs, "tokens", image=image.permute(0, 2, 3, 1)), hidden, **CLOSE)
 
 
-def same_visual_tokens(model: Any, asked: Asked) -> None:
-    image, places = asked.pixels[0], torch.tensor([[0, 3, 5]])
+def same_visual_tokens(model: Any, inputs: Inputs) -> None:
+    image, places = inputs.pixels[0], torch.tensor([[0, 3, 5]])
     covered = torch.zeros(1, 9, dtype=torch.bool).scatter(1, places, True)
-    one = ForwardInput(heads=("mim",), image=image.permute(0, 2, 3, 1), patch_positions=places)
-    found = build_trained_model(asked.weights).eval()({"x": one})["x"]["mim"]
-    expected = model(image, bool_masked_pos=covered).logits[:, places[0]]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    stage = asked.weights.config.stage_named(asked.weights.stage)
+    logits = outputs(inputs, "mim", image=image.permute(0, 2, 3, 1), patch_positions=places)
+    torch.testing.assert_close(logits, model(image, bool_masked_pos=covered).logits[:, places[0]], **CLOSE)
+    stage = inputs.weights.config.stage_named(inputs.weights.stage)
     assert (stage.image_target, stage.image_tokenizer.tokens) == ("visual_tokens", 192)  # type: ignore[union-attr]
 
 
-def same_words(model: Any, asked: Asked) -> None:
-    found = build_trained_model(asked.weights).eval()({"x": ForwardInput(heads=("tokens",), text=asked.ids)})["x"][
-        "tokens"
-    ]
-    torch.testing.assert_close(found, model(**asked.words).last_hidden_state, rtol=1e-5, atol=1e-5)
+def same_words(model: Any, inputs: Inputs) -> None:
+    hidden = outputs(inputs, "tokens", text=inputs.ids)
+    torch.testing.assert_close(hidden, model(**inputs.words).last_hidden_state, **CLOSE)
 
 
 def our_release(
@@ -143,30 +142,31 @@ def our_release(
     return make
 
 
-def our_own(model: Any, asked: Asked, *heads: str) -> dict[str, Any]:
+def our_own(model: Any, inputs: Inputs, *heads: str) -> dict[str, Any]:
     """Return the predictions of our model, before its conversion to a release's format, for the same input."""
-    images = [pixels.permute(0, 2, 3, 1) for pixels in asked.pixels]
+    images = [pixels.permute(0, 2, 3, 1) for pixels in inputs.pixels]
     second = {"second_image": images[1]} if len(images) > 1 else {}
-    text: dict[str, Any] = {} if not asked.ids.numel() else {"text": asked.ids}
+    text: dict[str, Any] = {} if not inputs.ids.numel() else {"text": inputs.ids}
     fused = {**second, **text, "image": images[0]}
-    found: dict[str, Any] = {}
+    predictions: dict[str, Any] = {}
     for head in heads:
         if head == "itc":
             image, said = (
-                model({"x": ForwardInput(heads=("itc",), **each)})["x"] for each in ({"image": images[0]}, dict(text))
+                model({"x": ForwardInput(heads=("itc",), **given)})["x"] for given in ({"image": images[0]}, text)
             )
             names = [name for name in ("itc", "itc_vl") if name in image]
             cosines = [(image[name] @ said[name].T).item() for name in names]
-            found["similarity"] = pytest.approx(sum(cosines) / len(names), abs=2e-5)
+            predictions["similarity"] = pytest.approx(sum(cosines) / len(names), abs=2e-5)
             continue
         out = model({"x": ForwardInput(heads=(head,), **fused)})["x"][head][0]  # type: ignore[arg-type]
-        found |= {
-            "itm": lambda out=out: {"matched": pytest.approx(out.softmax(0)[1].item(), abs=2e-5)},
-            "answers": lambda out=out: {"answers": ranked(out.sigmoid(), ANSWERS)},
-            "nlvr2": lambda out=out: {"true": pytest.approx(out.softmax(0)[1].item(), abs=2e-5)},
-            "ranking": lambda out=out: {"ranking": pytest.approx(out.item(), abs=2e-4)},
-        }[head]()
-    return found
+        if head == "answers":
+            predictions["answers"] = ranked(out.sigmoid(), ANSWERS)
+        elif head == "ranking":
+            predictions["ranking"] = pytest.approx(out.item(), abs=2e-4)
+        else:
+            name = {"itm": "matched", "nlvr2": "true"}[head]
+            predictions[name] = pytest.approx(out.softmax(0)[1].item(), abs=2e-5)
+    return predictions
 
 
 OURS = {"width": 24, "layers": 3, "heads": 3, "image_size": 24, "patch_size": 8}
@@ -181,13 +181,13 @@ CASES = {
         "bert",
         hugging_face("BertForPreTraining", "BertConfig", **SIZES, vocab_size=len(TOKENS), layer_norm_eps=EPSILON,
                      max_position_embeddings=20),
-        lambda model, asked: masked(model(**asked.words).prediction_logits, asked),
+        lambda model, inputs: masked(model(**inputs.words).prediction_logits, inputs),
         given=(0, MASKED),
     ),
     "BERT, masked words": Case(
         "bert",
         hugging_face("BertForMaskedLM", "BertConfig", **SIZES, vocab_size=len(TOKENS)),
-        lambda model, asked: masked(model(**asked.words).logits, asked),
+        lambda model, inputs: masked(model(**inputs.words).logits, inputs),
         given=(0, MASKED),
     ),
     "BERT, bare": Case(
@@ -196,13 +196,13 @@ CASES = {
     ),
     "ViT, bare": Case(
         "vit", hugging_face("ViTModel", "ViTConfig", **PICTURES, qkv_bias=False),
-        lambda model, asked: same_tokens(model, asked, "bare"), given=(1, None),
+        lambda model, inputs: same_tokens(model, inputs, "bare"), given=(1, None),
     ),
     "ViT, classes": Case(
         "vit",
         hugging_face("ViTForImageClassification", "ViTConfig", **PICTURES, **numbered(LABELS)),
-        lambda model, asked: {
-            "classes": ranked(model(asked.pixels[0]).logits[0].softmax(0), [*LABELS[:2], "crane (2)", *LABELS[3:]])
+        lambda model, inputs: {
+            "classes": ranked(model(inputs.pixels[0]).logits[0].softmax(0), [*LABELS[:2], "crane (2)", *LABELS[3:]])
         },
         given=(1, None),
     ),
@@ -216,74 +216,76 @@ CASES = {
         "beit",
         hugging_face("BeitForImageClassification", "BeitConfig", **PICTURES, use_relative_position_bias=True,
                      **numbered(LABELS)),
-        lambda model, asked: same_tokens(model, asked, "pooler"), given=(1, None),
+        lambda model, inputs: same_tokens(model, inputs, "pooler"), given=(1, None),
     ),
     "BEiT, bare": Case(
         "beit",
         hugging_face("BeitModel", "BeitConfig", **PICTURES, use_relative_position_bias=True, use_mean_pooling=False),
-        lambda model, asked: same_tokens(model, asked, "bare"), given=(1, None),
+        lambda model, inputs: same_tokens(model, inputs, "bare"), given=(1, None),
     ),
     "BEiT, absolute positions": Case(
         "beit",
         hugging_face("BeitModel", "BeitConfig", **PICTURES, use_absolute_position_embeddings=True,
                      use_mean_pooling=False),
-        lambda model, asked: same_tokens(model, asked, "bare"), given=(1, None),
+        lambda model, inputs: same_tokens(model, inputs, "bare"), given=(1, None),
     ),
     "ViLT of Hugging Face, masked words": Case(
         "vilt-hf", hugging_face("ViltForMaskedLM", "ViltConfig", **VILT),
-        lambda model, asked: masked(model(**asked.both).logits, asked), given=(1, MASKED),
+        lambda model, inputs: masked(model(**inputs.both).logits, inputs), given=(1, MASKED),
     ),
     "ViLT of Hugging Face, VQA": Case(
         "vilt-hf", hugging_face("ViltForQuestionAnswering", "ViltConfig", **VILT, **numbered(ANSWERS)),
-        lambda model, asked: {"answers": ranked(model(**asked.both).logits[0].sigmoid(), ANSWERS)},
+        lambda model, inputs: {"answers": ranked(model(**inputs.both).logits[0].sigmoid(), ANSWERS)},
     ),
     "ViLT of Hugging Face, NLVR2": Case(
         "vilt-hf",
         hugging_face("ViltForImagesAndTextClassification", "ViltConfig", **VILT, num_images=2,
                      modality_type_vocab_size=3, id2label={0: "False", 1: "True"}),
-        lambda model, asked: {
+        lambda model, inputs: {
             "true": pytest.approx(
-                model(**asked.words, pixel_values=torch.stack(asked.pixels, 1)).logits[0].softmax(0)[1].item(), abs=2e-5
+                model(**inputs.words, pixel_values=torch.stack(inputs.pixels, 1)).logits[0].softmax(0)[1].item(),
+                abs=2e-5,
             )
         },
         given=(2, TEXT),
     ),
     "ViLT of Hugging Face, retrieval": Case(
         "vilt-hf", hugging_face("ViltForImageAndTextRetrieval", "ViltConfig", **VILT, qkv_bias=False),
-        lambda model, asked: {"ranking": pytest.approx(model(**asked.both).logits.item(), abs=2e-4)},
+        lambda model, inputs: {"ranking": pytest.approx(model(**inputs.both).logits.item(), abs=2e-4)},
     ),
     "ViLT, pretrained": Case(
-        "vilt", our_release(RELEASED_VILT), lambda model, asked: our_own(model, asked, "itm"), overrides=("heads=3",)
+        "vilt", our_release(RELEASED_VILT), lambda model, inputs: our_own(model, inputs, "itm"), overrides=("heads=3",)
     ),
     "ViLT, VQA": Case(
         "vilt", our_release(RELEASED_VILT, HeadConfig(answers=5), ("itm", "mlm")),
-        lambda model, asked: our_own(model, asked, "answers"), overrides=("heads=3",), answers=True,
+        lambda model, inputs: our_own(model, inputs, "answers"), overrides=("heads=3",), answers=True,
     ),
     "ViLT, NLVR2": Case(
         "vilt", our_release(RELEASED_VILT, HeadConfig(nlvr2=True), ("itm", "mlm")),
-        lambda model, asked: our_own(model, asked, "nlvr2"), given=(2, TEXT), overrides=("heads=3",),
+        lambda model, inputs: our_own(model, inputs, "nlvr2"), given=(2, TEXT), overrides=("heads=3",),
     ),
     "ViLT, retrieval": Case(
         "vilt", our_release(RELEASED_VILT, HeadConfig(ranking=True), ("mlm",)),
-        lambda model, asked: our_own(model, asked, "itm", "ranking"), overrides=("heads=3",),
+        lambda model, inputs: our_own(model, inputs, "itm", "ranking"), overrides=("heads=3",),
     ),
     "VLMo, pretrained": Case(
-        "vlmo", our_release(RELATIVE), lambda model, asked: our_own(model, asked, "itc", "itm"), overrides=SHORT
+        "vlmo", our_release(RELATIVE), lambda model, inputs: our_own(model, inputs, "itc", "itm"), overrides=SHORT
     ),
     "VLMo of absolute positions, pretrained": Case(
-        "vlmo", our_release(ABSOLUTE), lambda model, asked: our_own(model, asked, "itc", "itm"), overrides=("heads=3",)
+        "vlmo", our_release(ABSOLUTE), lambda model, inputs: our_own(model, inputs, "itc", "itm"),
+        overrides=("heads=3",),
     ),
     "VLMo, retrieval": Case(
         "vlmo", our_release(RETRIEVAL, drop=("itm", "mlm", "pooler")),
-        lambda model, asked: our_own(model, asked, "itc"), overrides=SHORT,
+        lambda model, inputs: our_own(model, inputs, "itc"), overrides=SHORT,
     ),
     "VLMo, VQA": Case(
         "vlmo", our_release(RELATIVE, HeadConfig(answers=5), ("itm", "mlm", "itc", "logit")),
-        lambda model, asked: our_own(model, asked, "answers"), overrides=SHORT, answers=True,
+        lambda model, inputs: our_own(model, inputs, "answers"), overrides=SHORT, answers=True,
     ),
     "VLMo, NLVR2": Case(
         "vlmo", our_release(RELATIVE, HeadConfig(nlvr2=True), ("itm", "mlm", "itc", "logit")),
-        lambda model, asked: our_own(model, asked, "nlvr2"), given=(2, TEXT), overrides=SHORT,
+        lambda model, inputs: our_own(model, inputs, "nlvr2"), given=(2, TEXT), overrides=SHORT,
     ),
 }  # fmt: skip
 
@@ -319,14 +321,14 @@ def photos(folder: Path) -> list[str]:
     return [str(folder / "one.png"), str(folder / "two.png")]
 
 
-def asked_of(weights: Weights, images: list[str], text: str | None) -> Asked:
+def inputs_of(weights: Weights, images: list[str], text: str | None) -> Inputs:
     pixels = []
     for path in images:
         image = resize_for(decode(Path(path).read_bytes(), 10**6), weights.config.model)
         pixels.append(torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1)
     tokens = [] if text is None else [4 if word == "[MASK]" else TOKENS.index(word) for word in text.split()]
     ids = torch.tensor([[2, *tokens, 3]]) if tokens else torch.zeros(1, 0, dtype=torch.int64)
-    return Asked(tuple(pixels), ids, weights)
+    return Inputs(tuple(pixels), ids, weights)
 
 
 @pytest.fixture
@@ -365,20 +367,20 @@ def test_imported_checkpoint_predicts_like_the_original(
     weights = load_weights(Storage(), out)
     count, text = case.given
     images = photos(tmp_path)[:1] * count  # of equal shape, because the original code stacks them
-    expected = case.expected(model, asked_of(weights, images, text))
+    expected = case.expected(model, inputs_of(weights, images, text))
     one, two = (*images, None, None)[:2]
     if expected is None:
         with pytest.raises(ConfigError, match="nothing can be predicted"):
             predict(out, one, two, text)
     else:
-        found = predict(out, one, two, text, top=100)
-        assert {key: found[key] for key in expected} == expected
+        first = predict(out, one, two, text, top=100)
+        assert {key: first[key] for key in expected} == expected
         # Export and re-import give the same predictions (B6), in both file formats.
         for ending in ("pt", "safetensors") if layout == "file" else ():
             export_weights(out, case.format, f"{tmp_path}/again.{ending}")
             import_weights(f"{tmp_path}/again.{ending}", case.format, f"{out}-{ending}", vocabulary=vocabulary)
             again = predict(f"{out}-{ending}", one, two, text, top=100)
-            assert {key: again[key] for key in expected} == {key: found[key] for key in expected}
+            assert {key: again[key] for key in expected} == {key: first[key] for key in expected}
 
 
 def imported(state: dict[str, Tensor], format_name: str, folder: Path, *overrides: str, **more: Any) -> str:
@@ -428,128 +430,131 @@ def test_model_with_one_itc_head_starts_from_one_with_two(tmp_path: Path) -> Non
     assert {one.part_of(n) for n, p in one.named_parameters() if p.grad is not None} == used
 
 
-ASSUMED = ((), "heads=1 assumed (width/64); give heads=N"), (("heads=3",), "")
-
-
-@pytest.mark.parametrize(("overrides", "told"), ASSUMED)
-@pytest.mark.parametrize("name", ["BERT, bare", "ViT, bare", "ViLT of Hugging Face, retrieval", "ViLT, VQA"])
-def test_assumed_number_of_heads_is_logged(
-    name: str, overrides: tuple[str, ...], told: str, tmp_path: Path, vocabulary: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def published_folder(name: str, folder: Path, layout: str = "folder") -> tuple[Case, str, Path]:
+    """Publish a case below `folder`; return it, the path to import, and the folder of its files."""
     case = CASES[name]
-    path = publish(case.make(), case, tmp_path / "published", "file")
-    (tmp_path / "published" / "config.json").unlink(missing_ok=True)
-    import_weights(path, case.format, f"{tmp_path}/out", overrides, vocabulary=vocabulary)
-    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("heads=")]
-    assert [line[: len(told)] for line in lines] == ([told] if told else [])
-    assert load_weights(Storage(), f"{tmp_path}/out").config.model.heads == (3 if overrides else 1)
+    return case, publish(case.make(), case, folder / "published", layout), folder / "published"
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another kind": ({"model_type": "roberta"}, "model_type is 'roberta', this format reads 'vit'"),
-    "another activation": ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-    "another depth": ({"num_hidden_layers": 12}, "num_hidden_layers is 12, the tensors have 3"),
-    "heads that do not divide": ({"num_attention_heads": 7}, "width 24 must be a multiple of heads 7"),
-    "heads of no number": ({"num_attention_heads": "many"}, "heads"),
-    "a damaged epsilon": ({"layer_norm_eps": -1}, "norm_eps"),
-}
-
-
-@pytest.mark.parametrize("wrong", REFUSED)
-@pytest.mark.parametrize("layout", ["file", "folder"])
-def test_unsupported_hugging_face_config_is_rejected(wrong: str, layout: str, tmp_path: Path) -> None:
-    case = CASES["ViT, classes"]
-    path = publish(case.make(), case, tmp_path / "published", layout)
-    changes, told = REFUSED[wrong]
-    config = tmp_path / "published" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    with pytest.raises(ConfigError) as error:
-        import_weights(path, "vit", f"{tmp_path}/out")
-    assert told in str(error.value)
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"), [({"resample": 2}, "bilinear"), ({"resample": 3}, "bicubic"), ({}, "bilinear")]
+    ("overrides", "message"), [((), "heads=1 assumed (width/64); give heads=N"), (("heads=3",), "")]
+)
+@pytest.mark.parametrize("name", ["BERT, bare", "ViT, bare", "ViLT of Hugging Face, retrieval", "ViLT, VQA"])
+def test_assumed_number_of_heads_is_logged(
+    name: str,
+    overrides: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    vocabulary: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    case, path, folder = published_folder(name, tmp_path, "file")
+    (folder / "config.json").unlink(missing_ok=True)
+    import_weights(path, case.format, f"{tmp_path}/out", overrides, vocabulary=vocabulary)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("heads=")]
+    assert [line[: len(message)] for line in lines] == ([message] if message else [])
+    assert load_weights(Storage(), f"{tmp_path}/out").config.model.heads == (3 if overrides else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("ViT, classes", {"model_type": "roberta"}, "model_type is 'roberta', this format reads 'vit'"),
+        ("ViT, classes", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("ViT, classes", {"num_hidden_layers": 12}, "num_hidden_layers is 12, the tensors have 3"),
+        ("ViT, classes", {"num_attention_heads": 7}, "width 24 must be a multiple of heads 7"),
+        ("ViT, classes", {"num_attention_heads": "many"}, "heads"),
+        ("ViT, classes", {"layer_norm_eps": -1}, "norm_eps"),
+        ("ViLT of Hugging Face, NLVR2", {"id2label": {"0": "True", "1": "False"}}, "0 is 'True'"),
+        *(
+            ("ViLT of Hugging Face, VQA", {key: 10**9}, "")
+            for key in ("num_hidden_layers", "num_attention_heads", "image_size", "max_position_embeddings")
+        ),
+    ],
+)
+def test_unsupported_hugging_face_config_is_rejected(
+    name: str, wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    case, path, folder = published_folder(name, tmp_path)
+    change(folder / "config.json", **wrong)
+    with pytest.raises((ConfigError, CheckpointError)) as error:
+        import_weights(path, case.format, f"{tmp_path}/out")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"), [({"resample": 2}, "bilinear"), ({"resample": 3}, "bicubic"), ({}, "bilinear")]
 )
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
 def test_interpolation_is_read_from_the_processor_config(
-    told: dict[str, int], expected: str, file: str, tmp_path: Path
+    processor: dict[str, int], expected: str, file: str, tmp_path: Path
 ) -> None:
-    case = CASES["ViT, classes"]
-    path = publish(case.make(), case, tmp_path / "published", "folder")
-    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **told}
-    (tmp_path / "published" / file).write_text(
-        json.dumps(processor if file.startswith("preprocessor") else {"image_processor": processor})
-    )
+    _, path, folder = published_folder("ViT, classes", tmp_path)
+    values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **processor}
+    (folder / file).write_text(json.dumps(values if file.startswith("pre") else {"image_processor": values}))
     import_weights(path, "vit", f"{tmp_path}/out")
     assert load_weights(Storage(), f"{tmp_path}/out").config.model.interpolation == expected
 
 
-@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64])
 @pytest.mark.parametrize("number", [1, 1000])
 def test_tensors_of_unsupported_dtype_are_rejected(kind: torch.dtype, number: int, tmp_path: Path) -> None:
-    case = CASES["ViT, classes"]
-    path = Path(publish(case.make(), case, tmp_path / "published", "file"))
+    _, path, _ = published_folder("ViT, classes", tmp_path, "file")
     state = safetensors.torch.load_file(path)
     quantised = {name: (10 * tensor).to(kind) for name, tensor in list(state.items())[:number]}
     safetensors.torch.save_file({**state, **quantised}, path)
     with pytest.raises(CheckpointError, match="floating-point"):
-        import_weights(str(path), "vit", f"{tmp_path}/out")
+        import_weights(path, "vit", f"{tmp_path}/out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "id2label"])
-@pytest.mark.parametrize("wrong", [[7], {}, 1.5, True, "7", "\ud83d", "c\nd", None])
-def test_names_and_numbers_of_no_use_leave_nothing(name: str, wrong: Any, tmp_path: Path) -> None:
-    case = CASES["BERT, bare" if name == "tokenizer.json" else "ViT, classes"]
-    path = publish(case.make(), case, tmp_path / "published", "folder")
-    folder, out = tmp_path / "published", tmp_path / "out"
-    if name == "id2label":
-        config = json.loads((folder / "config.json").read_text())
-        labels = {**config["id2label"], "0": wrong}
-        (folder / "config.json").write_text(json.dumps(config | {name: labels}))
-        is_refused = wrong == "\ud83d"
-    else:
-        (folder / "vocab.txt").unlink(missing_ok=True)
-        ids: dict[str, Any] = {token: number for number, token in enumerate(TOKENS)}
-        last = ids.pop(TOKENS[-1])
-        ids |= {wrong: last} if wrong in ("\ud83d", "c\nd") else {TOKENS[-1]: wrong}
-        (folder / name).write_text(json.dumps({"model": {"type": "WordPiece", "vocab": ids}}))
-        is_refused = True
+WRONG_NAMES = [[7], {}, 1.5, True, "7", "\ud83d", "c\nd", None]
+
+
+@pytest.mark.parametrize("wrong", WRONG_NAMES)
+def test_unusable_token_leaves_nothing(wrong: Any, tmp_path: Path) -> None:
+    case, path, folder = published_folder("BERT, bare", tmp_path)
+    (folder / "vocab.txt").unlink()
+    ids: dict[str, Any] = {token: number for number, token in enumerate(TOKENS)}
+    last = ids.pop(TOKENS[-1])
+    ids |= {wrong: last} if wrong in ("\ud83d", "c\nd") else {TOKENS[-1]: wrong}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": ids}}))
+    with pytest.raises(MomeError):
+        import_weights(path, case.format, f"{tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", WRONG_NAMES)
+def test_unusable_label_is_dropped_or_leaves_nothing(wrong: Any, tmp_path: Path) -> None:
+    case, path, folder = published_folder("ViT, classes", tmp_path)
+    labels = json.loads((folder / "config.json").read_text())["id2label"]
+    change(folder / "config.json", id2label={**labels, "0": wrong})
+    is_refused = wrong == "\ud83d"  # no UTF-8 text
     with pytest.raises(MomeError) if is_refused else nullcontext():
-        import_weights(path, case.format, str(out))
-    assert out.exists() != is_refused
+        import_weights(path, case.format, f"{tmp_path}/out")
+    assert (tmp_path / "out").exists() != is_refused
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "vocab.txt", "MANIFEST.json", "answers.json"])
 def test_import_replaces_no_file(name: str, tmp_path: Path) -> None:
-    case = CASES["BERT, bare"]
-    path = publish(case.make(), case, tmp_path / "published", "folder")
+    case, path, folder = published_folder("BERT, bare", tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(ConfigError, match="--out"):
-        import_weights(path, case.format, f"{tmp_path}/out")
-    assert [each.name for each in (tmp_path / "out").iterdir()] == [name]
-    with pytest.raises(ConfigError, match="--out"):
-        import_weights(
-            path, case.format, f"{tmp_path}/published"
-        )  # the folder of the checkpoint itself, which contains vocab.txt
-    assert (tmp_path / "published" / "vocab.txt").exists()
+    for out in (tmp_path / "out", folder):  # the folder of the checkpoint itself contains vocab.txt
+        with pytest.raises(ConfigError, match="--out"):
+            import_weights(path, case.format, str(out))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [name]
+    assert (folder / "vocab.txt").exists()
 
 
-def test_swapped_statement_labels_are_rejected(tmp_path: Path) -> None:
-    case = CASES["ViLT of Hugging Face, NLVR2"]
-    path = publish(case.make(), case, tmp_path / "published", "folder")
-    config = tmp_path / "published" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": {"0": "True", "1": "False"}}))
-    with pytest.raises(ConfigError, match="0 is 'True'"):
-        import_weights(path, "vilt-hf", f"{tmp_path}/out")
-
-
-@pytest.mark.parametrize("told", ["vit-base", "[1]", "{}", '{"name": "x"}'])
-def test_foreign_header_is_not_read_as_a_model_section(told: str, tmp_path: Path, vocabulary: str) -> None:
+@pytest.mark.parametrize("header", ["vit-base", "[1]", "{}", '{"name": "x"}'])
+def test_foreign_header_is_not_read_as_a_model_section(header: str, tmp_path: Path, vocabulary: str) -> None:
     state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS)).state_dict(), RELEASED_VILT)
-    safetensors.torch.save_file(state, tmp_path / "w.safetensors", {"model": told})
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors", {"model": header})
     import_weights(f"{tmp_path}/w.safetensors", "vilt", f"{tmp_path}/out", ["heads=3"], vocabulary=vocabulary)
 
 
@@ -559,14 +564,10 @@ def test_imported_vilt_reads_the_releases_longest_side(format_name: str, short: 
     """int(1333 / 800 * short) in the release and in Hugging Face's processor; the paper's 640 is our default."""
     with torch.device("meta"):
         section = ViLTConfig(**{**OURS, "image_size": short // 8 * 8, "longest_side": 1000, "max_text_length": 10})
-        state = build_state(section)
+        state = skeleton(section, len(TOKENS)).state_dict()
     inferred = FORMATS[format_name].infer(FORMATS[format_name].write(state, section), {"heads": 3})
     assert inferred["longest_side"] == longest
     assert ViLTConfig().longest_side == 640
-
-
-def build_state(section: TransformerConfig) -> dict[str, Tensor]:
-    return skeleton(section, len(TOKENS)).state_dict()
 
 
 ANSWER_FILES = {
@@ -577,75 +578,67 @@ ANSWER_FILES = {
 }
 
 
+def import_vilt(folder: Path, answers: int | None, content: str | bytes | None) -> Weights:
+    """Import a ViLT with this number of answers, and this file of answers."""
+    if content is not None:
+        (folder / "answers").write_bytes(content.encode() if isinstance(content, str) else content)
+    model = build_model(RELEASED_VILT, len(TOKENS), HeadConfig(answers=answers))
+    state = FORMATS["vilt"].write(model.state_dict(), RELEASED_VILT)
+    return load_weights(Storage(), imported(state, "vilt", folder, "heads=3", answers=f"{folder}/answers"))
+
+
 @pytest.mark.parametrize("kind", ANSWER_FILES)
 def test_answers_are_read_in_every_common_format(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "answers").write_bytes(ANSWER_FILES[kind].encode())
-    state = FORMATS["vilt"].write(
-        build_model(RELEASED_VILT, len(TOKENS), HeadConfig(answers=5)).state_dict(), RELEASED_VILT
-    )
-    out = imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
-    assert list(load_weights(Storage(), out).choices["answers.json"].names) == ANSWERS
+    assert list(import_vilt(tmp_path, 5, ANSWER_FILES[kind]).choices["answers.json"].names) == ANSWERS
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "outputs", "message"),
     [
-        (json.dumps(ANSWERS[:4]), "names 4, the head has 5 outputs"),
-        (json.dumps([*ANSWERS[:4], "yes"]), "'yes' is listed more than once"),
-        (json.dumps({"yes": 0, "no": 7}), "expected a JSON list"),
-        ("[1, 2", "is no JSON"),
-        (b"\xff\xfe", "is no UTF-8"),
-        (None, "no such file"),
+        (json.dumps(ANSWERS[:4]), 5, "names 4, the head has 5 outputs"),
+        (json.dumps([*ANSWERS[:4], "yes"]), 5, "'yes' is listed more than once"),
+        (json.dumps({"yes": 0, "no": 7}), 5, "expected a JSON list"),
+        ("[1, 2", 5, "is no JSON"),
+        (b"\xff\xfe", 5, "is no UTF-8"),
+        (None, 5, "no such file"),
+        (json.dumps(ANSWERS), None, "answer no questions"),
     ],
 )
-def test_invalid_answers_are_rejected(content: str | bytes | None, told: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "answers").write_bytes(content.encode() if isinstance(content, str) else content)
-    state = FORMATS["vilt"].write(
-        build_model(RELEASED_VILT, len(TOKENS), HeadConfig(answers=5)).state_dict(), RELEASED_VILT
-    )
-    with pytest.raises(ConfigError, match=told):
-        imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
+def test_invalid_answers_are_rejected(
+    content: str | bytes | None, outputs: int | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        import_vilt(tmp_path, outputs, content)
 
 
-def test_answers_for_weights_without_a_vqa_head_are_rejected(tmp_path: Path) -> None:
-    state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS)).state_dict(), RELEASED_VILT)
-    with pytest.raises(ConfigError, match="answer no questions"):
-        imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
-
-
-@pytest.mark.parametrize("scheme", ["memory://hub", "{folder}/"])
-def test_a_folder_is_read_from_any_storage(scheme: str, tmp_path: Path) -> None:
-    case = CASES["BERT, masked words"]
-    publish(case.make(), case, tmp_path / "published", "shards")
-    storage, url = Storage(), f"{scheme.format(folder=tmp_path)}/copy-{tmp_path.name}"
-    for file in (tmp_path / "published").iterdir():
+def test_a_folder_is_read_from_any_storage(tmp_path: Path) -> None:
+    _, _, folder = published_folder("BERT, masked words", tmp_path, "shards")
+    storage, url = Storage(), f"memory://hub/copy-{tmp_path.name}"
+    for file in folder.iterdir():
         storage.write(f"{url}/{file.name}", file.read_bytes())
     import_weights(f"{url}/", "bert", f"{tmp_path}/out")
     assert load_weights(storage, f"{tmp_path}/out").config.model.heads == 3
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("file", "message"),
     [
-        ({"missing.safetensors": None}, "missing"),
-        ({"../../weights.pt": None}, "files of the same folder"),
-        ({"/etc/passwd": None}, "files of the same folder"),
-        ({7: None}, "files of the same folder"),
+        ("missing.safetensors", "missing"),
+        ("../../weights.pt", "files of the same folder"),
+        ("/etc/passwd", "files of the same folder"),
+        (7, "files of the same folder"),
     ],
 )
-def test_index_that_names_other_files_is_rejected(change: dict[Any, None], told: str, tmp_path: Path) -> None:
-    case = CASES["BERT, masked words"]
-    path = publish(case.make(), case, tmp_path / "published", "shards")
-    index = tmp_path / "published" / "model.safetensors.index.json"
-    value = json.loads(index.read_text())
-    value["weight_map"]["bert.embeddings.LayerNorm.bias"] = next(iter(change))
-    index.write_text(json.dumps(value))
-    with pytest.raises(CheckpointError, match=told):
+def test_index_that_names_other_files_is_rejected(file: Any, message: str, tmp_path: Path) -> None:
+    _, path, folder = published_folder("BERT, masked words", tmp_path, "shards")
+    index = folder / "model.safetensors.index.json"
+    files = json.loads(index.read_text())["weight_map"]
+    change(index, weight_map={**files, "bert.embeddings.LayerNorm.bias": file})
+    with pytest.raises(CheckpointError, match=message):
         import_weights(path, "bert", f"{tmp_path}/out")
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"weight_map": []}', b'{"weight_map": {}}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"weight_map": []}', b'{"weight_map": {}}'])
 def test_damaged_index_is_reported(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"index\.json"):
@@ -655,9 +648,7 @@ def test_damaged_index_is_reported(content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["BERT, masked words", "ViLT of Hugging Face, VQA", "BEiT, pretrained"])
 def test_mutated_folders_raise_only_mome_errors(name: str, tmp_path: Path) -> None:
     """Mutate every file that the import reads. A mutation that only changes a number may be imported."""
-    case = CASES[name]
-    folder = tmp_path / "published"
-    publish(case.make(), case, folder, "shards")
+    case, _, folder = published_folder(name, tmp_path, "shards")
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     rng, escaped = random.Random(f"folders {name}"), []
     for number in range(fuzz_rounds(25)):
@@ -671,16 +662,6 @@ def test_mutated_folders_raise_only_mome_errors(name: str, tmp_path: Path) -> No
             escaped.append(f"{target}: {type(error).__name__}: {error}")
         (folder / target).write_bytes(whole[target])
     assert escaped == []
-
-
-@pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads", "image_size", "max_position_embeddings"])
-def test_sizes_that_contradict_the_tensors_are_rejected(key: str, tmp_path: Path) -> None:
-    case = CASES["ViLT of Hugging Face, VQA"]
-    path = publish(case.make(), case, tmp_path / "published", "folder")
-    config = tmp_path / "published" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {key: 10**9}))
-    with pytest.raises((CheckpointError, ConfigError)):
-        import_weights(path, "vilt-hf", f"{tmp_path}/out")
 
 
 def test_header_that_claims_a_billion_layers_is_rejected(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Mail:
-    """Mailbox to the ranks that counts the requests to save."""
+    """Mailbox to the ranks that counts the requests to save, and accepts those after the first `lost`."""
 
-    def __init__(self, takes: bool = True) -> None:
-        self.takes, self.asked = takes, 0
+    def __init__(self, lost: int = 0) -> None:
+        self.lost, self.requests = lost, 0
 
     def request_stop(self) -> bool:
-        self.asked += 1
-        return self.takes
+        self.requests += 1
+        return self.requests > self.lost
 
 
 @pytest.fixture
@@ -37,85 +38,54 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    found: list[str] = []
-    monkeypatch.setattr(interrupts, "notify", found.append)
+def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    messages: list[str] = []
+    monkeypatch.setattr(interrupts, "notify", messages.append)
     monkeypatch.setattr(interrupts, "END_SECONDS", 1e8)  # the timeout would end the test process
-    return found
+    return messages
 
 
-def test_ranks_are_requested_once_to_save_and_awaited(config: RunConfig, said: list[str]) -> None:
-    mail: Any = Mail()
-    hears = Interrupts(config)
-
-    def drive() -> None:
-        with hears.deferred():
-            hears.check(mail, ranks=2)
-            hears._on_signal(signal.SIGTERM, None)
+def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> None:
+    """Send SIGTERM to a driver, and check five times, or for some seconds."""
+    handlers, end = Interrupts(config), time.monotonic() + seconds
+    with suppress(Stopped):
+        with handlers.deferred():
+            handlers.check(mail, ranks)
+            handlers._on_signal(signal.SIGTERM, None)
             for _ in range(5):
-                hears.check(mail, ranks=2)
-
-    with pytest.raises(Stopped):
-        drive()
-    assert mail.asked == 1
-    assert said[0].startswith("SIGTERM: the ranks save")
-
-
-def test_undelivered_stop_request_is_sent_again(config: RunConfig, said: list[str]) -> None:
-    mail: Any = Mail(takes=False)
-    hears = Interrupts(config)
-
-    def drive() -> None:
-        with hears.deferred():
-            hears._on_signal(signal.SIGTERM, None)
-            hears.check(mail, ranks=2)
-            mail.takes = True
-            hears.check(mail, ranks=2)
-            hears.check(mail, ranks=2)
-
-    with pytest.raises(Stopped):
-        drive()
-    assert mail.asked == 2
+                handlers.check(mail, ranks)
+            while time.monotonic() < end:
+                handlers.check(mail, ranks)
+                time.sleep(0.05)
+        pytest.fail("the driver went on after a signal")
 
 
-def test_driver_stops_at_once_before_ranks_are_placed(config: RunConfig, said: list[str]) -> None:
-    mail: Any = Mail()
-    hears = Interrupts(config)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_ranks_are_requested_to_save_until_they_receive_it(config: RunConfig, printed: list[str], lost: int) -> None:
+    mail = Mail(lost)
+    drive(config, mail, ranks=2)
+    assert mail.requests == lost + 1
+    assert [message.partition(" after")[0] for message in printed] == ["SIGTERM: the ranks save"]
 
-    def drive() -> None:
-        with hears.deferred():
-            hears._on_signal(signal.SIGINT, None)
-            hears.check(mail, ranks=0)
-            pytest.fail("it went on")
 
-    with pytest.raises(Stopped):
-        drive()
-    assert mail.asked == 0
+def test_driver_stops_at_once_before_ranks_are_placed(config: RunConfig, printed: list[str]) -> None:
+    mail, started = Mail(), time.monotonic()
+    drive(config, mail, ranks=0, seconds=60)
+    assert mail.requests == 0
+    assert time.monotonic() - started < 30
 
 
 def test_wait_for_an_unavailable_store_is_bounded(
-    config: RunConfig, said: list[str], monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, printed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interrupts, "UNREACHABLE_SECONDS", 0.2)
-    away = config.model_copy(update={"output": "s3://bucket/runs"})
-    away = away.model_copy(update={"storage": away.storage.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})})
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    hears, mail = Interrupts(away), Mail()
-
-    def drive() -> None:
-        with hears.deferred():
-            hears._on_signal(signal.SIGINT, None)
-            end = time.monotonic() + 20
-            while time.monotonic() < end:
-                hears.check(mail, ranks=2)  # type: ignore[arg-type]
-                time.sleep(0.05)
-
-    with pytest.raises(Stopped):
-        drive()
-    assert "has not answered" in said[-1]
+    for name, value in AWAY.items():
+        monkeypatch.setenv(name, value)
+    drive(config.model_copy(update={"output": "s3://bucket/runs"}), Mail(), ranks=2, seconds=20)
+    assert "has not answered" in printed[-1]
 
 
+AWAY = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
@@ -137,7 +107,7 @@ except interrupts.Stopped as stopped:
 
 
 @pytest.mark.parametrize(
-    ("signals", "end", "hold", "status", "told"),
+    ("signals", "end", "hold", "status", "message"),
     [
         ([signal.SIGTERM], 600, 0, 75, "stopped (SIGTERM): no checkpoint yet; re-run the same command to resume"),
         ([signal.SIGINT], 600, 0, 130, "stopped (SIGINT): no checkpoint yet; re-run the same command to resume"),
@@ -147,7 +117,7 @@ except interrupts.Stopped as stopped:
     ],
 )
 def test_driver_ends_although_its_cleanup_hangs(
-    signals: list[signal.Signals], end: float, hold: float, status: int, told: str, tmp_path: Path
+    signals: list[signal.Signals], end: float, hold: float, status: int, message: str, tmp_path: Path
 ) -> None:
     with _start(SCRIPT, tmp_path, end, hold) as process:
         assert process.stderr is not None
@@ -155,7 +125,7 @@ def test_driver_ends_although_its_cleanup_hangs(
             process.send_signal(number)
             time.sleep(0.3)
         assert process.wait(timeout=50) == status
-        assert told in process.stderr.read()
+        assert message in process.stderr.read()
 
 
 def test_main_thread_blocked_in_a_library_is_ended(tmp_path: Path) -> None:
@@ -169,8 +139,7 @@ def test_main_thread_blocked_in_a_library_is_ended(tmp_path: Path) -> None:
 
 
 def test_unavailable_store_does_not_delay_the_end() -> None:
-    keys = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    with _start(SCRIPT, "s3://bucket/runs", 600, 0, **keys) as process:
+    with _start(SCRIPT, "s3://bucket/runs", 600, 0, **AWAY) as process:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=50) == 130
         assert process.stderr is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from ray.experimental import internal_kv
 
 from jobs import mailbox
 from jobs.mailbox import Mailbox, forwarded_warnings
@@ -43,7 +44,7 @@ class KeyValues:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> KeyValues:
     values = KeyValues()
-    monkeypatch.setattr(mailbox, "_client", lambda: values)
+    monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda: values)
     monkeypatch.setattr(mailbox, "RETRY_SECONDS", 0.01)
     return values
 

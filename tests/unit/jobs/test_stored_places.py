@@ -180,9 +180,8 @@ def test_only_stored_config_parses_configs_of_runs() -> None:
     root = Path(__file__).resolve().parents[3]
     files = [*root.glob("pipeline/**/*.py"), *root.glob("jobs/**/*.py")]
     parsing = {str(f.relative_to(root)) for f in files if "RunConfig.model_validate" in f.read_text(encoding="utf-8")}
-    # The modules of jobs/ receive a config from the driver, which read it from a file.
-    of_driver = {"jobs/distributed.py", "jobs/placement.py"}
-    assert parsing == {"pipeline/config/load.py", "pipeline/config/stored.py", *of_driver}
+    # jobs/distributed.py receives a config from the driver, which read it from a file.
+    assert parsing == {"pipeline/config/load.py", "pipeline/config/stored.py", "jobs/distributed.py"}
 
 
 def test_caller_settings_come_from_the_config_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
