@@ -1,4 +1,4 @@
-"""The training step: losses per source, and merged forwards."""
+"""The training step: losses per source, diagnostics, and merged forwards."""
 
 from __future__ import annotations
 
@@ -7,25 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.data.storage import Storage
 from pipeline.models.forward import ForwardInput
-from pipeline.training.collectives import Collectives
-from pipeline.training.stages import Stage, build_stage_model
-from pipeline.training.step import TrainingStep, merge_forwards
-from tests.support.gradients import PlainEngine
-from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
+from pipeline.training.metrics import StepMetrics
+from pipeline.training.step import merge_forwards
+from tests.support.engines import build_engine, tiny_model
+from tests.support.tiny_model import tiny_batch, tiny_config
+
+WAYS = pytest.mark.parametrize(("index", "micro_batch_size"), [(2, None), (2, 5), (3, None), (3, 5)])
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 5])
-@pytest.mark.parametrize("index", [2, 3])
+@WAYS
 def test_losses_by_source_add_up_to_the_loss(index: int, micro_batch_size: int | None) -> None:
     config = tiny_config(micro_batch_size=micro_batch_size)
-    stage = config.stages[index].model_copy(
-        update={"start_from": "random", "sources": {"pairs": 0.5, "more_pairs": 0.5}}
-    )
+    stage = config.stages[index].model_copy(update={"sources": {"pairs": 0.5, "more_pairs": 0.5}})
     config = config.model_copy(update={"stages": (*config.stages[:index], stage)})
-    model = build_stage_model(Stage(config, index), Storage(), VOCABULARY)
-    step = TrainingStep(PlainEngine(model, stage.optimizer), Stage(config, index), Collectives())
+    step = build_engine(config, index, plain=True).step
     batch = tiny_batch(config, 4, 0, 1, 12)
     batch = replace(batch, source=batch.place // 3 % 2)
 
@@ -41,11 +37,29 @@ def test_losses_by_source_add_up_to_the_loss(index: int, micro_batch_size: int |
         assert losses[objective] == alone[objective]
 
 
+@WAYS
+def test_diagnostics_count_every_pair(index: int, micro_batch_size: int | None) -> None:
+    """The head classifies every pair as matched."""
+    config = tiny_config(micro_batch_size=micro_batch_size)
+    stage, model = config.stages[index], tiny_model(config, index)
+    with torch.no_grad():
+        model.itm_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))
+    step = build_engine(config, index, model=model, plain=True).step
+    step(tiny_batch(config, 0, 0, 1, stage.global_batch_size), with_metrics=True)
+    read = stage.global_batch_size // stage.objectives["itm"].every
+    matched, mismatched = (read, 2 * read) if stage.negatives == "hard" else (read // 2, read - read // 2)
+    diagnostics = {name: float(value) for name, value in step.diagnostics.items()}
+    assert diagnostics["itm_matched"] == diagnostics["itm_matched_correct"] == matched
+    assert (diagnostics["itm_mismatched"], diagnostics["itm_mismatched_correct"]) == (mismatched, 0)
+    if "itc" in stage.objectives:
+        metrics = StepMetrics(0, True, diagnostics, [0.0], [0.0]).metrics()
+        assert metrics["train/itc_temperature"] == pytest.approx(0.07, rel=1e-6)
+
+
 def test_forwards_over_the_same_examples_are_merged() -> None:
     batch = tiny_batch(tiny_config(), 3, 0, 1, 12)
     words = ForwardInput(heads=("mlm",), text=batch.text, mask_positions=batch.mask_positions)
     regions = ForwardInput(heads=("moc",), text=batch.text, region_positions=batch.mask_positions)
     merged = merge_forwards(words, regions)
     assert merged.heads == ("mlm", "moc")
-    assert merged.mask_positions is batch.mask_positions
-    assert merged.region_positions is batch.mask_positions
+    assert merged.mask_positions is merged.region_positions is batch.mask_positions

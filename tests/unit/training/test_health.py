@@ -1,0 +1,98 @@
+"""Loss spikes and the batches skipped for them; errors that count as out of memory, and their remedies."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.errors import RunFailed
+from pipeline.config.schema import SpikeConfig
+from pipeline.training.collectives import Collectives
+from pipeline.training.health import Spike, SpikeGuard, is_out_of_memory, out_of_memory
+from pipeline.training.stages import Stage
+from tests.support.tiny_model import tiny_config
+
+CONFIG = SpikeConfig(factor=2.0, window=3, skip=2, max_rollbacks=2)
+
+
+def guard_after(*losses: float, config: SpikeConfig | None = CONFIG) -> SpikeGuard:
+    """Return a guard that has seen these losses, none of them a spike."""
+    guard = SpikeGuard(config)
+    for step, loss in enumerate(losses):
+        assert guard.observe(step, loss) is None
+    return guard
+
+
+def test_loss_above_factor_times_median_is_a_spike() -> None:
+    spike = guard_after(9.0, 1.0, 1.0, 1.2).observe(4, 2.01)
+    assert spike == Spike(number=1, step=4, batch=4, loss=2.01, median=1.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "config"),
+    [
+        ((1.0, 1.0, 9.0), CONFIG),
+        ((1.0, 1.0, 1.0, 2.0), CONFIG),
+        ((8.0, 4.0, 2.0, 1.0, 0.5), CONFIG),
+        ((1.0, 1.0, 1.0, 1e9), None),
+    ],
+    ids=["window not full", "at the factor", "falling", "without a config"],
+)
+def test_other_losses_are_no_spike(losses: tuple[float, ...], config: SpikeConfig | None) -> None:
+    guard_after(*losses, config=config)
+
+
+def test_batches_since_the_checkpoint_and_some_more_are_skipped() -> None:
+    guard = guard_after(1.0, 1.0, 1.0)
+    assert guard.skip_range(Spike(1, 7, 7, 9.0, 1.0), resumed_at=5, stage="pairs") == (5, 10)
+    assert guard.batch_of(5) == 10
+    # A second spike after a checkpoint at step 8, which read batch 13 next.
+    assert guard.skip_range(Spike(2, 9, 14, 9.0, 1.0), resumed_at=8, stage="pairs") == (13, 17)
+    assert guard.batch_of(8) == 17
+    with pytest.raises(RunFailed, match=r"stage pairs, step 9: .* guards\.spike\.max_rollbacks"):
+        guard.skip_range(Spike(3, 9, 14, 9.0, 1.0), resumed_at=8, stage="pairs")
+
+
+def test_restored_guard_equals_the_saved_one() -> None:
+    guard = guard_after(1.0, 1.1, 0.3, 1.7 / 3)
+    guard.skip_range(Spike(1, 7, 7, 9.0, 1.0), resumed_at=5, stage="pairs")
+    restored = SpikeGuard(CONFIG)
+    restored.restore(json.loads(json.dumps(guard.state())))
+    assert restored.state() == guard.state()
+    assert restored.batch_of(20) == guard.batch_of(20)
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_errors_of_allocators_are_out_of_memory(allocate: Callable[[int], object]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate(10**15)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (RuntimeError("shapes do not match"), False),
+        (OSError(errno.ENOSPC, "No space left"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_of_devices_and_the_system_are_classified(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+@pytest.mark.parametrize(("zero_stage", "offload"), [(0, False), (2, True)])
+def test_only_supported_remedies_are_suggested(zero_stage: int, offload: bool) -> None:
+    """The config rejects offloading without ZeRO."""
+    stage = Stage(tiny_config(zero_stage=zero_stage), 0)
+    message = str(out_of_memory(MemoryError("no room"), stage, Collectives(), None))
+    assert ("engine.offload_optimizer=true" in message) == offload
+    assert f"engine.zero_stage={zero_stage + 1}" in message
