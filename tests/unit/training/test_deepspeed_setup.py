@@ -32,9 +32,8 @@ def test_process_killed_while_building_leaves_no_lock(tmp_path: Path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "inside\n"
-    waiter = subprocess.Popen(
-        [sys.executable, "-c", HOLDER.replace(".mkdir()", ".mkdir(exist_ok=True)").replace("600", "0"), str(tmp_path)]
-    )
+    waiting = HOLDER.replace(".mkdir()", ".mkdir(exist_ok=True)").replace("600", "0")
+    waiter = subprocess.Popen([sys.executable, "-c", waiting, str(tmp_path)])
     time.sleep(3)
     assert waiter.poll() is None, "two processes build at once"
     holder.kill()

@@ -12,15 +12,13 @@ import pytest
 from pipeline.data.storage import Storage
 from pipeline.training.goodput import PHASES, GoodputTracker, add_time, goodput_metrics, read_record
 
-SAVED = {"startup": 10.0, "training": 50.0, "data_wait": 5.0, "checkpoint": 1.0}
-
 
 @pytest.fixture
 def restarted(tmp_path: Path) -> Any:
     """Return a function that builds the tracker of a process started at `now` (s), after a last heartbeat at `at`."""
 
-    def build(at: float, now: float, ended: bool = False, restarts: int = 0, **seconds: float) -> GoodputTracker:
-        record = {"at": at, "seconds": dict.fromkeys(PHASES, 0.0) | seconds, "restarts": restarts, "ended": ended}
+    def build(at: float, now: float, ended: bool = False, **seconds: float) -> GoodputTracker:
+        record = {"at": at, "seconds": dict.fromkeys(PHASES, 0.0) | seconds, "restarts": 0, "ended": ended}
         (tmp_path / "time.json").write_text(json.dumps(record), encoding="utf-8")
         return GoodputTracker(Storage(), str(tmp_path), is_writer=True, now=now)
 
@@ -43,32 +41,49 @@ def test_time_belongs_to_the_phase_entered_last(tmp_path: Path) -> None:
     assert seconds["data_wait"] < 0.1
 
 
-def test_time_after_the_checkpoint_is_lost_work_then_restart(restarted: Any) -> None:
-    # The run started at 1000; the checkpoint covers 66 s, the last heartbeat was at 1100, the restart at 1130.
-    tracker = restarted(1100, now=1130, startup=10.0, training=82.0, data_wait=6.0, checkpoint=2.0)
-    tracker.resume_from(SAVED)
-    expected = {"startup": 10, "training": 50, "data_wait": 5, "checkpoint": 2, "lost_work": 33, "restart": 30}
+# The run started at 1000; in the first case the checkpoint covers 66 s, the last heartbeat was at 1100, and the process
+# restarted at 1130.
+@pytest.mark.parametrize(
+    ("at", "now", "recorded", "saved", "expected"),
+    [
+        (
+            1100,
+            1130,
+            {"startup": 10, "training": 82, "data_wait": 6, "checkpoint": 2},
+            {"startup": 10, "training": 50, "data_wait": 5, "checkpoint": 1},
+            {"startup": 10, "training": 50, "data_wait": 5, "checkpoint": 2, "lost_work": 33, "restart": 30},
+        ),
+        (
+            1200,
+            1210,
+            {"startup": 10, "training": 50, "lost_work": 33, "restart": 107},
+            {"startup": 10, "training": 50},
+            {"startup": 10, "training": 50, "lost_work": 33, "restart": 117},
+        ),
+        (
+            1020,
+            1060,
+            {"startup": 10, "training": 10},
+            {"startup": 10, "training": 30, "checkpoint": 1},
+            {"startup": 10, "training": 30, "checkpoint": 1, "restart": 19},
+        ),
+        (1050, 1050, {"startup": 10, "training": 40}, {}, {"startup": 10, "lost_work": 40}),
+    ],
+    ids=[
+        "work after the checkpoint is lost",
+        "killed before its first step",
+        "checkpoint newer than the heartbeat",
+        "without a checkpoint",
+    ],
+)
+def test_time_after_the_checkpoint_is_lost_work_then_restart(
+    restarted: Any, at: float, now: float, recorded: dict[str, float], saved: dict[str, float], expected: dict[str, int]
+) -> None:
+    tracker = restarted(at, now, **recorded)
+    tracker.resume_from(saved)
     assert rounded(tracker) == expected
-    assert sum(tracker.seconds().values()) == pytest.approx(130, abs=0.5)
+    assert sum(tracker.seconds().values()) == pytest.approx(sum(expected.values()), abs=0.5)
     assert tracker.restarts == 1
-
-
-def test_process_killed_before_its_first_step_loses_no_work(restarted: Any) -> None:
-    tracker = restarted(1200, 1210, restarts=1, startup=10.0, training=50.0, lost_work=33.0, restart=107.0)
-    tracker.resume_from({"startup": 10.0, "training": 50.0})
-    assert rounded(tracker) == {"startup": 10, "training": 50, "lost_work": 33, "restart": 117}
-
-
-def test_checkpoint_newer_than_the_last_heartbeat_wins(restarted: Any) -> None:
-    tracker = restarted(1020, now=1060, startup=10.0, training=10.0)
-    tracker.resume_from({"startup": 10.0, "training": 30.0, "checkpoint": 1.0})
-    assert rounded(tracker) == {"startup": 10, "training": 30, "checkpoint": 1, "restart": 19}
-
-
-def test_without_a_checkpoint_all_training_is_lost_work(restarted: Any) -> None:
-    tracker = restarted(1050, now=1050, startup=10.0, training=40.0)
-    tracker.resume_from({})
-    assert rounded(tracker) == {"startup": 10, "lost_work": 40}
 
 
 def test_extending_a_finished_run_is_not_a_restart(restarted: Any) -> None:

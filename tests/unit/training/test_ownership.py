@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,38 +83,30 @@ def test_ranks_restarted_by_torchrun_share_a_claim(tmp_path: Path) -> None:
     agent = (
         "import subprocess, sys\nfor _ in range(2): subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)"
     )
+    command = [sys.executable, "-c", agent, script, str(tmp_path)]
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}
-    claims = [
-        subprocess.run(
-            [sys.executable, "-c", agent, script, str(tmp_path)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
         for _ in range(2)
-    ]
-    assert [len(each) for each in claims] == [2, 2]
-    assert [len(set(each)) for each in claims] == [1, 1]
-    assert claims[0][0] != claims[1][0]
+    )
+    assert [(len(claims), len(set(claims))) for claims in (first, second)] == [(2, 1), (2, 1)]
+    assert first[0] != second[0]
 
 
 def test_one_of_two_simultaneous_starts_owns_the_run(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither start sees the other when it chooses its number."""
-    starts, other = Ownership._starts, []
+    starts, others = Ownership._starts, []
 
-    def meanwhile(ownership: Ownership) -> list[tuple[object, str]]:
-        found = starts(ownership)
-        if not other:
-            other.append(None)
-            other.append(take(folder, "another"))
-        return found  # type: ignore[return-value]
+    def interleaved(ownership: Ownership) -> list[Any]:
+        before = starts(ownership)
+        if not others:
+            others.append(None)
+            others.append(take(folder, "another"))
+        return before
 
-    monkeypatch.setattr(Ownership, "_starts", meanwhile)
-    holders = []
+    monkeypatch.setattr(Ownership, "_starts", interleaved)
     try:
-        holders.append(take(folder, "one").holds())
+        is_owner = take(folder, "one").holds()
     except Superseded:
-        holders.append(False)
-    holders.append(other[1].holds())
-    assert sorted(holders) == [False, True]
+        is_owner = False
+    assert others[1].holds() != is_owner

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,54 +13,31 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import validate
-from pipeline.config.schema import OptimizerConfig, RunConfig, VLMoConfig
-from pipeline.models import build_model, skeleton
+from pipeline.config.schema import OptimizerConfig, RunConfig
+from pipeline.models import skeleton
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
-from pipeline.objectives import head_config
 from pipeline.objectives.itc import Contrast, global_contrast
 from pipeline.training import release
 from pipeline.training.optimizer import parameter_groups
-from pipeline.training.stages import Stage, freeze_untrained
-from pipeline.training.step import TrainingStep
-from tests.support.gradients import PlainEngine
-from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
+from tests.support.engines import gradients_and_losses, tiny_model
+from tests.support.tiny_model import tiny_batch, tiny_config
 
 RANKS, ROWS, WIDTH = 4, 12, 8
 
 
-class OneRank:
-    """Collectives of a single process without a process group."""
-
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def gather_rows(self, rows: Tensor, size: int) -> Tensor:
-        return rows.detach().clone()
-
-    def sum(self, values: Tensor) -> Tensor:
-        return values
-
-
-def switched(
-    reproduce_vlmo_release: bool, objectives: dict[str, dict[str, float]] | None = None, stage: int = 2
-) -> RunConfig:
+def switched(reproduces: bool, objectives: dict[str, dict[str, float]] | None = None, index: int = 2) -> RunConfig:
     """Return the tiny config without drop path, reduced to one stage."""
-    config = tiny_config()
-    values = config.model_dump(mode="json")
+    values = tiny_config().model_dump(mode="json")
     values["model"]["drop_path"] = 0.0
-    values["stages"] = [values["stages"][stage]]
+    values["stages"] = [values["stages"][index]]
     if objectives is not None:
         values["stages"][0]["objectives"] = objectives
-    return validate(values | {"reproduce_vlmo_release": reproduce_vlmo_release}, "tiny")
+    return validate(values | {"reproduce_vlmo_release": reproduces}, "tiny")
 
 
-def gradients(config: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    stage = config.stages[0]
-    model = build_model(config.model, VOCABULARY, head_config(config, 0), seed=5)
-    freeze_untrained(model, Stage(config, 0))
-    engine = PlainEngine(model, stage.optimizer)
-    losses = TrainingStep(engine, Stage(config, 0), OneRank())(tiny_batch(config, 1, 0, 1, stage.global_batch_size))  # type: ignore[arg-type]
-    return engine.gradients(), losses
+def gradients(reproduces: bool, *changes: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    return gradients_and_losses(switched(reproduces, *changes), plain=True)
 
 
 # ---- contrast
@@ -104,14 +83,14 @@ def test_trap_01_faithful_itc_has_the_gradient_of_the_release() -> None:
 
 
 def test_trap_01_only_faithful_runs_scale_the_itc_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _ = gradients(switched(False, {"itc": {}}))
-    same, _ = gradients(switched(True, {"itc": {}}))  # equal on one rank
+    ours, _ = gradients(False, {"itc": {}})
+    same, _ = gradients(True, {"itc": {}})  # equal on one rank
     assert all(torch.equal(ours[name], same[name]) for name in ours)
-    told: list[int] = []
+    world_sizes: list[int] = []
     real = release.scale_gradients
-    monkeypatch.setattr(release, "scale_gradients", lambda c, size: (told.append(size), real(c, RANKS))[1])
-    cut, _ = gradients(switched(True, {"itc": {}}))
-    assert told == [1]
+    monkeypatch.setattr(release, "scale_gradients", lambda c, size: (world_sizes.append(size), real(c, RANKS))[1])
+    cut, _ = gradients(True, {"itc": {}})
+    assert world_sizes == [1]
     for name in ours:
         share = 1 if "log_scale" in name else RANKS
         torch.testing.assert_close(share * cut[name], ours[name], rtol=1e-5, atol=1e-7)
@@ -120,28 +99,25 @@ def test_trap_01_only_faithful_runs_scale_the_itc_gradient(monkeypatch: pytest.M
 # ---- masked words
 
 
-@pytest.mark.parametrize(("stage", "share"), [(2, 0.25), (1, 1.0)], ids=["pairs", "text"])
-def test_mlm_on_pairs_has_weight_025_and_is_reported_unweighted(stage: int, share: float) -> None:
-    ours, ours_told = gradients(switched(False, {"mlm": {}}, stage))
-    theirs, theirs_told = gradients(switched(True, {"mlm": {}}, stage))
-    for name in ours:
-        torch.testing.assert_close(theirs[name], share * ours[name])
-    assert theirs_told["mlm"] == ours_told["mlm"]
-    torch.testing.assert_close(theirs_told["loss"], share * ours_told["loss"])
+@pytest.mark.parametrize(("index", "share"), [(2, 0.25), (1, 1.0)], ids=["pairs", "text"])
+def test_mlm_on_pairs_has_weight_025_and_is_reported_unweighted(index: int, share: float) -> None:
+    ours, our_losses = gradients(False, {"mlm": {}}, index)
+    theirs, their_losses = gradients(True, {"mlm": {}}, index)
+    torch.testing.assert_close(theirs, {name: share * gradient for name, gradient in ours.items()})
+    assert their_losses["mlm"] == our_losses["mlm"]
+    assert their_losses["loss"] == pytest.approx(share * our_losses["loss"])
 
 
 # ---- logit scales
 
 
-def test_trap_10_logit_scales_are_bounded_unless_faithful() -> None:
-    for reproduce_vlmo_release in (False, True):
-        config = switched(reproduce_vlmo_release)
-        model = build_model(config.model, VOCABULARY, head_config(config, 0))
-        with torch.no_grad():
-            model.itc_head.log_scale.fill_(5.0)
-        one = ForwardInput(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
-        scale = model({"image": one})["image"]["scale"].detach()
-        assert float(scale) == pytest.approx(torch.tensor(5.0).exp().item() if reproduce_vlmo_release else 100.0)
+@pytest.mark.parametrize(("reproduces", "expected"), [(False, 100.0), (True, math.exp(5.0))])
+def test_trap_10_logit_scales_are_bounded_unless_faithful(reproduces: bool, expected: float) -> None:
+    model = tiny_model(switched(reproduces))
+    with torch.no_grad():
+        model.itc_head.log_scale.fill_(5.0)
+    forward = ForwardInput(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+    assert model({"image": forward})["image"]["scale"].item() == pytest.approx(expected)
 
 
 # ---- weight decay
@@ -184,10 +160,7 @@ def test_trap_08_release_decays_by_name_fragments(name: str, decayed: bool) -> N
 
 
 def test_trap_08_we_decay_matrices_only() -> None:
-    config = VLMoConfig(
-        width=16, layers=2, heads=2, vision_language_layers=1, image_size=16, patch_size=8, max_text_length=6
-    )
-    model = skeleton(config, 11, HeadConfig(answers=3))
+    model = skeleton(tiny_config().model, 11, HeadConfig(answers=3))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def decayed(reproduce_vlmo_release: bool) -> set[str]:

@@ -47,25 +47,21 @@ def model_of_stage(config: RunConfig, index: int) -> Model:
     return build_stage_model(Stage(config, index), Storage(), VOCABULARY)
 
 
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_vocabulary(TOKENS)
+def check(config: RunConfig, tokens: list[str] = TOKENS) -> None:
+    """Check the weights that the first stage starts from."""
+    _check_start(Stage(config, 0), Storage(), Tokenizer.from_vocabulary(tokens))
 
 
 # ---- image sizes of stages
 
 
-def test_stage_without_an_image_size_uses_the_run_config() -> None:
-    config = tiny_config()
-    assert all(config.for_stage(stage) is config for stage in config.stages)
-
-
 def test_image_size_of_a_stage_becomes_the_models(tmp_path: Path) -> None:
     config = staged(tmp_path, {}, {"image_size": 32})
-    first, second, third = (config.for_stage(stage).model.image_size for stage in config.stages[:3])
-    assert (first, second, third) == (16, 32, 16)
-    as_second = config.for_stage(config.stages[1])
-    assert as_second.for_stage(as_second.stages[1]) is as_second
-    assert as_second.for_stage(as_second.stages[2]).model == config.model
+    assert [Stage(config, index).run.model.image_size for index in range(3)] == [16, 32, 16]
+    assert Stage(config, 0).run is config
+    as_second = Stage(config, 1).run
+    assert Stage(as_second, 1).run is as_second
+    assert Stage(as_second, 2).run.model == config.model
 
 
 def test_image_size_must_be_a_multiple_of_the_patch(tmp_path: Path) -> None:
@@ -95,7 +91,7 @@ def test_start_from_another_image_size_and_text_length(tmp_path: Path) -> None:
     before = model_of_stage(short, 0)
     url = finish(short, 0, before)
     config = staged(tmp_path, {"start_from": url})
-    _check_start(Stage(config, 0), Storage(), tokenizer())
+    check(config)
     after = model_of_stage(config, 0)
     expected = resize_text_distances(before.state_dict()["positions.text"], 12)
     assert torch.equal(after.state_dict()["positions.text"], expected)
@@ -120,7 +116,7 @@ def test_another_architecture_is_rejected_with_both_values(
     other = staged(tmp_path, **theirs)
     url = finish(other, 0, build_model(other.model, VOCABULARY))
     with pytest.raises(ConfigError) as error:
-        _check_start(Stage(staged(tmp_path, {"start_from": url}, **ours), 0), Storage(), tokenizer())
+        check(staged(tmp_path, {"start_from": url}, **ours))
     assert told in str(error.value)
     assert "stages.vision.start_from" in str(error.value)
 
@@ -129,15 +125,14 @@ def test_another_architecture_is_rejected_with_both_values(
 def test_training_only_keys_may_differ(tmp_path: Path, change: dict[str, Any]) -> None:
     other = staged(tmp_path, **change)
     url = finish(other, 0, build_model(other.model, VOCABULARY))
-    _check_start(Stage(staged(tmp_path, {"start_from": url}), 0), Storage(), tokenizer())
+    check(staged(tmp_path, {"start_from": url}))
 
 
 def test_weights_of_another_vocabulary_are_rejected_with_its_url(tmp_path: Path) -> None:
     config = staged(tmp_path)
     url = finish(config, 0, build_model(config.model, VOCABULARY))
-    other = Tokenizer.from_vocabulary([*TOKENS[:-1], "another"])
     with pytest.raises(ConfigError, match=rf"set tokenizer.vocabulary to {url}/vocab.txt"):
-        _check_start(Stage(staged(tmp_path, {"start_from": url}), 0), Storage(), other)
+        check(staged(tmp_path, {"start_from": url}), [*TOKENS[:-1], "another"])
 
 
 # ---- modules absent from the weights
