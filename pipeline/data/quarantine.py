@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from pipeline.config.errors import DataError, MomeError
 
@@ -41,17 +41,10 @@ def judging(stage: str) -> Iterator[None]:
     """
     try:
         yield
+    except (BadSample, MomeError, MemoryError):
+        raise
     except Exception as error:
-        raise judged(stage, error) from error.__cause__ if isinstance(error, BadSample) else error
-
-
-def judged(stage: str, error: Exception) -> BadSample:
-    """Return the BadSample that `judging` raises for an error. Raises the error if it is not the sample's fault."""
-    if isinstance(error, BadSample):
-        return error
-    if isinstance(error, (MomeError, MemoryError)):
-        raise error
-    return BadSample(stage, f"{type(error).__name__}: {error}"[:_MAX_REASON])
+        raise BadSample(stage, f"{type(error).__name__}: {error}"[:_MAX_REASON]) from error
 
 
 @dataclass(frozen=True)
@@ -68,9 +61,6 @@ class BadRecord:
     stage: str
     reason: str
     replaced_by: str
-
-    def as_json(self) -> dict[str, str | int]:
-        return asdict(self)
 
 
 class Quarantine:

@@ -94,8 +94,7 @@ def test_objects_are_written_read_listed_and_deleted(s3, storage, tmp_path: Path
     assert storage.exists(s3.url("run"))
     assert storage.exists(s3.url("run", "a.bin"))
     assert not storage.exists(s3.url("ru"))
-    storage.download(s3.url("run", "a.bin"), tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == data
+    assert storage.read(s3.url("run", "a.bin")) == data
     storage.delete(s3.url("run"))
     storage.delete(s3.url("run"))
     assert storage.list(s3.url()) == ["run2"]
@@ -144,8 +143,8 @@ def test_large_files_are_uploaded_in_parts(s3, storage, tmp_path: Path):
     data = os.urandom(2**20) * 40
     (tmp_path / "large").write_bytes(data)
     storage.upload(tmp_path / "large", s3.url("large"))
-    storage.download(s3.url("large"), tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == data
+    with storage.open(s3.url("large")) as stream:
+        assert stream.read() == data
     tag = storage.info(s3.url("large")).etag
     assert storage.list_info(s3.url()) == {"large": ObjectInfo(len(data), tag)}
     edge = module.PART_BYTES  # of the first part

@@ -46,7 +46,7 @@ Kind = Literal["read", "look", "list", "write", "upload", "delete", "abandon"]
 When = Literal["before", "halfway", "after"]
 
 KINDS: dict[str, Kind] = {  # the action of Storage's message -> kind
-    "reading": "read",  # read, read_range, download
+    "reading": "read",  # read, read_range
     "opening": "read",
     "checking": "look",  # info
     "checking for": "look",  # exists

@@ -91,7 +91,7 @@ def record_run(folder: Path, planted: Planted, name: str = "recorded", *override
     cause = {"time": START / 1000 + 99.0, "cause": "failed", "message": "rank 1: killed"}
     (place / "restarts" / "0.json").write_text(json.dumps(cause), encoding="utf-8")
     (place / "quarantine").mkdir()
-    lines = [json.dumps(record.as_json()) for record in bad_records(planted)]
+    lines = [json.dumps(asdict(record)) for record in bad_records(planted)]
     (place / "quarantine" / "1-pairs-00000020.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return config
 

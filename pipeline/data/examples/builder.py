@@ -26,7 +26,7 @@ from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.examples.augment import augment, mentions_side
 from pipeline.data.examples.masking import mask_patches, mask_whole_words, patch_replacements
 from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, rank_slice
-from pipeline.data.quarantine import BadRecord, BadSample, judged, judging
+from pipeline.data.quarantine import BadRecord, BadSample, judging
 from pipeline.data.randomness import CounterRandom, hash64, sample_random
 from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import Sample, SampleReader
@@ -239,9 +239,10 @@ class ExampleBuilder:
             for row in rows:
                 if row not in faults:
                     try:
-                        write(row, pending[row])
-                    except Exception as error:
-                        faults[row] = judged(stage, error)
+                        with judging(stage):
+                            write(row, pending[row])
+                    except BadSample as bad:
+                        faults[row] = bad
 
         def decode_images(row: int, example: PendingExample) -> None:
             members = example.sample.members

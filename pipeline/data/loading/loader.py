@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
@@ -24,7 +25,7 @@ from pipeline.data.examples.builder import LoaderSpec
 from pipeline.data.loading.backends import BackendFactory, LoaderBackend, local_backend
 from pipeline.data.order import rank_slice
 from pipeline.data.quarantine import Quarantine
-from pipeline.data.reading.cache import NodeCache, open_window_bytes
+from pipeline.data.reading.cache import check_budget
 from pipeline.data.shards.source import Source, open_source, selection_url
 from pipeline.data.storage import Storage
 
@@ -59,13 +60,9 @@ class Loader:
         if data.cache.folder is not None:  # it must hold the open shuffle windows of this node's ranks
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and by Ray Train
             streams = min(data.streams, -(-data.streams * local_ranks // world_size) + 1)  # slices end inside streams
-            needed = sum(
-                open_window_bytes((shard.bytes for shard in source.manifest.shards), streams, data.shuffle_window)
-                for source in sources.values()
-                if not is_local(source.url)
-            )
-            cache = NodeCache(data.cache.folder, data.cache.max_bytes)
-            cache.check_budget(needed, f"the open windows of {streams} streams")
+            remote = [source.manifest.shards for source in sources.values() if not is_local(source.url)]
+            shard_bytes = [[shard.bytes for shard in shards] for shards in remote]
+            check_budget(data.cache.max_bytes, shard_bytes, streams, data.shuffle_window)
         places = rank_slice(stage.global_batch_size, rank, world_size)
         answers = load_choices(config, stage, storage, ANSWERS)
         self._spec = LoaderSpec(config, stage, tokenizer, sources, places, groups, answers)
@@ -124,7 +121,7 @@ class Loader:
 
     def quarantined(self) -> list[dict[str, str | int]]:
         """Return the records of bad samples replaced since the last call, for a JSONL log."""
-        return [record.as_json() for record in self._quarantine.drain()]
+        return [asdict(record) for record in self._quarantine.drain()]
 
     def close(self) -> None:
         """Stop every thread and process. Iterators in use end at their next batch."""

@@ -82,15 +82,6 @@ class NodeCache:
         self.max_bytes = max_bytes
         self._is_swept = False
 
-    def check_budget(self, needed: int, subject: str) -> None:
-        """Raise ConfigError if the budget is below the `needed` bytes of `subject`, such as 'the open windows'."""
-        if needed > self.max_bytes:
-            raise ConfigError(
-                f"data.cache.max_bytes {self.max_bytes} is below the {needed} bytes of {subject}: shards would be "
-                f"deleted while they are read. Raise it to at least {needed}, lower data.shuffle_window or "
-                "data.streams, or unset data.cache.folder"
-            )
-
     def open(self, url: str, size: int, etag: str, fetch: Fetch) -> OpenShard:
         """Return the object as a pinned file. Download it if absent; wait if another process downloads it.
 
@@ -228,9 +219,18 @@ class NodeCache:
             yield
 
 
-def open_window_bytes(shard_bytes: Iterable[int], streams: int, window: int) -> int:
-    """Return the maximum bytes of a source's shards in the open windows of `streams` streams (windows in shards)."""
-    return sum(sorted(shard_bytes, reverse=True)[: streams * window])
+def check_budget(max_bytes: int, shard_bytes: Iterable[Iterable[int]], streams: int, window: int) -> None:
+    """Raise ConfigError if a cache of `max_bytes` is too small for the open windows of `streams` streams.
+
+    `shard_bytes` are the sizes of the shards of each source, `window` the shards in a window.
+    """
+    needed = sum(sum(sorted(sizes, reverse=True)[: streams * window]) for sizes in shard_bytes)
+    if needed > max_bytes:
+        raise ConfigError(
+            f"data.cache.max_bytes {max_bytes} is below the {needed} bytes of the open windows of {streams} streams: "
+            f"shards would be deleted while they are read. Raise it to at least {needed}, lower data.shuffle_window "
+            "or data.streams, or unset data.cache.folder"
+        )
 
 
 def _open(path: Path, flags: int) -> int:

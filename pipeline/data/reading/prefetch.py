@@ -51,12 +51,12 @@ class _Entry(Generic[T]):
 class PrefetchCache(Generic[T]):
     """Bounded table by key, shared by threads. One thread fetches an entry while the others wait for it.
 
-    Only entries that readers wait for may exceed the bound. `on_shortage` is called when an entry is evicted that a
-    known step still needs.
+    Only entries that readers wait for may exceed the bound. The warning `shortage` is logged once when an entry is
+    evicted that a known step still needs.
     """
 
-    def __init__(self, max_size: int, on_shortage: Callable[[], None] = lambda: None):
-        self._max_size, self._on_shortage = max_size, on_shortage
+    def __init__(self, max_size: int, shortage: str | None = None):
+        self._max_size, self._shortage = max_size, shortage
         self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()
         self.size = 0  # of all entries held or being fetched
         self._finished_step = -1
@@ -172,8 +172,9 @@ class PrefetchCache(Generic[T]):
                     return False
                 break
             is_needed, _, key = min(candidates, key=lambda candidate: candidate[:2])
-            if is_needed:
-                self._on_shortage()
+            if is_needed and self._shortage:
+                log.warning(self._shortage)
+                self._shortage = None
             self._drop(key)
         entry.future, entry.is_started = Future(), False
         entry.task = partial(self._fetch, entry, entry.future, fetch)

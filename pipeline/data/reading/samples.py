@@ -64,8 +64,12 @@ class SampleReader:
         cache: NodeCache | None = None,
     ):
         self._loader = loader
+        shortage = (
+            f"data.loader.memory_bytes {loader.memory_bytes} is below what the open windows of this process need: "
+            "chunks of shards are fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder"
+        )
         self._shared = SharedResources(
-            memory=PrefetchCache(loader.memory_bytes, self._warn_shortage),
+            memory=PrefetchCache(loader.memory_bytes, shortage),
             files=PrefetchCache(max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)),
             requests=ThreadPoolExecutor(loader.max_concurrent_requests, thread_name_prefix="requests"),
             downloads=ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads"),
@@ -75,7 +79,6 @@ class SampleReader:
         self._shards = {name: ShardReader(name, storage, source, self._shared) for name, source in sources.items()}
         self._prefetcher: Prefetcher | None = None
         self._finished, self._early = -1, set[int]()  # all steps up to `_finished` are finished, and `_early`
-        self._has_warned = False
         self._lock = threading.Lock()
 
     def read(self, ref: SampleRef) -> Sample:
@@ -166,15 +169,6 @@ class SampleReader:
         for ref in remote:
             if (view := views.get((ref.source, ref.shard))) is not None:
                 yield self._shards[ref.source].prefetch(ref.shard, view, view.number(ref.sample))
-
-    def _warn_shortage(self) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            log.warning(
-                "data.loader.memory_bytes %d is below what the open windows of this process need: chunks of shards "
-                "are fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder",
-                self._loader.memory_bytes,
-            )
 
 
 def sample_refs(source: Source) -> Callable[[int, int], list[SampleRef]]:

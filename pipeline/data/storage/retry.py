@@ -56,7 +56,7 @@ class RetryBudget:
         self._received += num_bytes
         if self._received >= PROGRESS_BYTES:
             self._start, self._attempts, self._received = time.monotonic(), 0, 0
-        elif self._remaining() <= 0:
+        elif time.monotonic() - self._start >= self._policy.timeout:
             raise TransientError("the response arrived too slowly")
 
     def wait(self, error: Exception) -> None:
@@ -64,11 +64,10 @@ class RetryBudget:
         if not is_transient(error):
             raise error
         self._attempts += 1
-        remaining = self._remaining()
-        elapsed = self._policy.timeout - remaining
+        now = time.monotonic()
+        elapsed, remaining = now - self._start, self._start + self._policy.timeout - now
         if remaining <= 0:
             raise RetryTimeout(f"{self._attempts} attempts in {elapsed:.0f} s") from error
-        now = time.monotonic()
         if elapsed > _WARN_AFTER and now - self._policy.last_warning >= _WARN_AFTER:
             self._policy.last_warning = now
             log.warning("%s: %s: %s; retrying for %.0f s more", self._url, type(error).__name__, error, remaining)
@@ -77,9 +76,6 @@ class RetryBudget:
         pause = retry_after + _jitter.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(self._failures, 16)))
         time.sleep(min(remaining, pause))  # the last attempt is made at the timeout
         self._failures += 1
-
-    def _remaining(self) -> float:
-        return self._start + self._policy.timeout - time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
-from pipeline.config.durable import atomic_write
 from pipeline.config.schema import StorageConfig
 from pipeline.config.urls import is_local, parse
 from pipeline.data.storage.backends import FsspecBackend, LocalBackend, ObjectInfo, PartReader, open_file
@@ -118,11 +116,6 @@ class Storage:
     def upload(self, local_path: str | os.PathLike[str], url: str) -> None:
         """Copy a local file to `url` atomically."""
         self._do(url, "uploading to", lambda backend, path: backend.upload(os.fspath(local_path), path))
-
-    def download(self, url: str, local_path: str | os.PathLike[str]) -> None:
-        """Copy an object to a local file atomically."""
-        with self.open(url) as source, atomic_write(os.fspath(local_path)) as target:
-            shutil.copyfileobj(source, target, _BUFFER_BYTES)
 
     def delete(self, url: str) -> None:
         """Delete an object, or a folder with its contents, if it exists."""

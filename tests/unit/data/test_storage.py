@@ -47,12 +47,11 @@ def test_written_bytes_are_read_back(folder: str):
     assert storage.read(url) == b"new"
 
 
-def test_upload_and_download_copy_files(folder: str, tmp_path: Path):
+def test_upload_copies_a_file(folder: str, tmp_path: Path):
     data = os.urandom(100_000)
     (tmp_path / "source").write_bytes(data)
     storage.upload(tmp_path / "source", join(folder, "copy"))
-    storage.download(join(folder, "copy"), tmp_path / "down" / "copy")
-    assert (tmp_path / "down" / "copy").read_bytes() == data
+    assert storage.read(join(folder, "copy")) == data
 
 
 def test_create_succeeds_once(folder: str):

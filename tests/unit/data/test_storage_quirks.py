@@ -76,11 +76,6 @@ def _upload(storage: Storage, tmp_path: Path) -> None:
     storage.upload(tmp_path / "file", NEW)
 
 
-def _download(storage: Storage, tmp_path: Path) -> bytes:
-    storage.download(OBJECT, tmp_path / "down")
-    return (tmp_path / "down").read_bytes()
-
-
 def _part(start: int, stop: int) -> bytes:
     return DATA[start:stop]
 
@@ -91,7 +86,6 @@ OPERATIONS: dict[str, tuple[Callable[[Storage, Path], object], object]] = {
     "read_range": (lambda s, _: s.read_range(OBJECT, 10, 99_990), DATA[10:99_990]),
     "read_known": (lambda s, _: s.read_range(OBJECT, 1, 9, s.info(OBJECT).etag), DATA[1:9]),
     "open": (_stream, DATA),
-    "download": (_download, DATA),
     "info": (lambda s, _: s.info(OBJECT).size, len(DATA)),
     "exists": (lambda s, _: s.exists(OBJECT), True),
     "exists_folder": (lambda s, _: s.exists(FOLDER), True),

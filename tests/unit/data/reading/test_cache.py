@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import ConfigError, StorageError
-from pipeline.data.reading.cache import FOLDER, CacheFull, NodeCache, OpenShard, open_window_bytes
+from pipeline.data.reading.cache import FOLDER, CacheFull, NodeCache, OpenShard, check_budget
 from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked
 
 USER = Path(__file__).resolve().parents[3] / "support" / "cache_reader.py"
@@ -170,12 +170,12 @@ def test_concurrent_opens_download_once(tmp_path: Path):
     assert requested == [(0, 1000)]
 
 
-def test_budget_below_the_open_windows_is_rejected(tmp_path: Path):
-    needed = open_window_bytes([50, 10, 30, 40], streams=1, window=3)
-    assert (needed, open_window_bytes([50, 10], streams=9, window=3)) == (120, 60)
-    NodeCache(tmp_path, 120).check_budget(needed, "the open windows")
-    with pytest.raises(ConfigError, match=r"max_bytes 119 is below the 120 bytes of the open windows.*at least 120"):
-        NodeCache(tmp_path, 119).check_budget(needed, "the open windows")
+def test_budget_below_the_open_windows_is_rejected():
+    sizes = [[50, 10, 30, 40], [50, 10]]
+    check_budget(180, sizes, streams=1, window=3)
+    message = r"max_bytes 179 is below the 180 bytes of the open windows of 1 streams.*at least 180"
+    with pytest.raises(ConfigError, match=message):
+        check_budget(179, sizes, streams=1, window=3)
 
 
 def test_deleted_folder_is_created_again(tmp_path: Path):

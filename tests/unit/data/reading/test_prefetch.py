@@ -14,9 +14,9 @@ from pipeline.config.errors import DataError, StorageError
 from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, Prefetcher, PrefetchRequest
 
 
-def filled(max_size: int, keys: str = "", on_shortage: Callable[[], None] = lambda: None) -> PrefetchCache[str]:
+def filled(max_size: int, keys: str = "") -> PrefetchCache[str]:
     """Return a cache with an entry of size 1 for each key, whose steps begin at 0."""
-    cache: PrefetchCache[str] = PrefetchCache(max_size, on_shortage)
+    cache: PrefetchCache[str] = PrefetchCache(max_size, "a shortage")
     for key in keys:
         put(cache, key)
     cache.restart(0)
@@ -100,15 +100,15 @@ def test_exhausted_entries_are_evicted_first():
     assert held(cache) == "ac"
 
 
-def test_prefetch_never_evicts_needed_entries():
-    shortages: list[str] = []
-    cache = filled(2, "ab", lambda: shortages.append("shortage"))
+def test_prefetch_never_evicts_needed_entries(caplog: pytest.LogCaptureFixture):
+    cache = filled(2, "ab")
     cache.plan("a", 1, 3)
     cache.plan("b", 1, 4)
     assert not prefetch(cache, "c")
-    assert (held(cache), shortages) == ("ab", [])
-    put(cache, "c")  # a reader's entry does
-    assert (len(held(cache)), shortages) == (2, ["shortage"])
+    assert (held(cache), caplog.messages) == ("ab", [])
+    for key in "cd":
+        put(cache, key)  # a reader's entry does
+    assert (len(held(cache)), caplog.messages) == (2, ["a shortage"])
 
 
 def test_prefetched_unused_entries_are_evicted_last():
