@@ -3,10 +3,16 @@
 It runs the stages' own training step on models without memory (`pipeline.training.workload`), and puts the result on
 the hardware's data sheets (`pipeline.planning`). Neither data nor a cluster is needed; a manifest on this machine
 replaces the assumed bytes of a sample.
+
+The scaling curve is one self-contained SVG: GPUs on x, samples per second on y, both logarithmic; the dashed line is
+ideal scaling from one GPU, and a hollow point does not fit.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,12 +23,14 @@ from jobs.distributed import with_workers
 from jobs.output import check_output, write_output
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
+from pipeline.pages.charts import Axis
 from pipeline.pages.formatting import duration
+from pipeline.pages.page import render_page
 from pipeline.planning.estimate import (
     CONTEXT_BYTES,
     Assumptions,
@@ -47,10 +55,13 @@ from pipeline.training.prepare import VOCABULARY
 from pipeline.training.stages import Stage, check_stages
 from pipeline.training.workload import work_of
 
-Say = Callable[[str], None]
 ZERO_STAGES = (0, 1, 2, 3)
 GB = 1e9
 CATEGORIES = ("states", "gradients", "buffers", "loader", "activations", "backward", "update", "total")
+
+CHART = {"width": 900, "left": 90, "top": 50, "right": 200, "bottom": 390}  # of the plot, in pixels
+LINE_CHARACTERS, LINE_HEIGHT = 120, 14  # of the assumptions below the plot, at 10 px
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,6 @@ def plan_command(
     scaling: Path | None,
 ) -> tuple[dict[str, Any], str]:
     """Plan the config at `path`; return the plan as JSON and as text, and write the scaling curve to `scaling`."""
-    from jobs.plan_chart import scaling_svg
-
     config = load_config(path, overrides)
     if scaling is not None:
         check_output(Storage(), str(scaling), "--scaling")
@@ -104,109 +113,121 @@ def plan_command(
     return as_json_object(plans, target), as_text(plans, target)
 
 
-def plan_run(config: RunConfig, target: Target, scaling: bool, say: Say = lambda _: None) -> list[StagePlan]:
-    """Every stage's plan. Raises ConfigError for a config that no model serves, or too many GPUs for its batches."""
+def plan_run(
+    config: RunConfig, target: Target, scaling: bool, progress: Callable[[str], None] = lambda _: None
+) -> list[StagePlan]:
+    """Plan every stage. Raises ConfigError for a config that no model serves, or too many GPUs for its batches."""
     check_stages(config)
+    vocabulary = config.tokenizer.size  # the run's own, if this machine has it, else the maximum of the config
+    for url in (join(config.folder, VOCABULARY), config.tokenizer.vocabulary):
+        if url is not None and is_local(url):
+            try:
+                vocabulary = Tokenizer.load(Storage(config.storage), url).size
+                break
+            except (MomeError, OSError):
+                continue
     plans = []
     for index, stage in enumerate(config.stages):
         if target.gpus > stage.global_batch_size:
             raise ConfigError(
                 f"--gpus {target.gpus}: stage {stage.name} has a batch of {stage.global_batch_size} rows only"
             )
-        say(f"stage {stage.name}")
-        plans.append(_plan_stage(config, index, target, scaling))
+        progress(f"stage {stage.name}")
+        plans.append(_plan_stage(Stage(config, index), vocabulary, target, scaling))
     return plans
 
 
-def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) -> StagePlan:
-    stage, vocabulary = Stage(config, index), _vocabulary(config)
+def _plan_stage(stage: Stage, vocabulary: int, target: Target, scaling: bool) -> StagePlan:
+    engine, assumptions = stage.run.engine, target.assumptions
+    if (sample_bytes := _mean_sample_bytes(stage)) is not None:
+        assumptions = replace(assumptions, sample_bytes=sample_bytes)
     works = {
         recomputed: work_of(
             stage.with_engine(activation_checkpointing=recomputed), vocabulary, "cuda", target.text_tokens
         )
         for recomputed in (False, True)
     }
-    assumptions = _with_known_bytes(config, stage.config, target.assumptions)
-    micro = config.engine.micro_batch_size
-    described = StageSettings(
+    settings = StageSettings(
         name=stage.name,
         steps=stage.steps,
         global_batch_size=stage.config.global_batch_size,
         images={"text": 0, "regions": 0, "statements": 2}.get(stage.source_type, 1),
-        micro_batch_size=None if micro == "auto" else micro,
-        work=works[config.engine.activation_checkpointing],
+        micro_batch_size=None if engine.micro_batch_size == "auto" else engine.micro_batch_size,
+        work=works[engine.activation_checkpointing],
     )
 
-    def at(gpus: int, largest: bool = False, recomputed: bool | None = None, **engine: Any) -> StageEstimate:
-        settings = {"micro_batch_size": described.micro_batch_size, **engine}
-        sharding = sharding_of(stage.with_engine(**settings), gpus, on_cuda=True)
-        stage_settings = described if recomputed is None else replace(described, work=works[recomputed])
-        result = estimate(stage_settings, sharding, target.accelerator, target.network, assumptions)
+    def estimate_at(
+        gpus: int, largest: bool = False, recomputed: bool = engine.activation_checkpointing, **keys: Any
+    ) -> StageEstimate:
+        """Estimate with other keys of the engine, and with the `largest` micro-batch that fits."""
+        keys = {"micro_batch_size": settings.micro_batch_size, **keys}
+        sharding = sharding_of(stage.with_engine(**keys), gpus, on_cuda=True)
+        described = replace(settings, work=works[recomputed])
+        result = estimate(described, sharding, target.accelerator, target.network, assumptions)
         if not largest:
             return result
         most = min(max(1, result.largest_micro_batch), result.share)
-        return estimate(stage_settings, sharding, target.accelerator, target.network, assumptions, most)
+        return estimate(described, sharding, target.accelerator, target.network, assumptions, most)
 
-    others = {name: at(target.gpus, **engine) for name, engine in _alternatives(config)}
-    # 'auto', and the scaling curve, take the largest micro-batch that fits.
-    chosen = at(target.gpus, largest=micro == "auto")
-    takes_largest = described.micro_batch_size is None
-    points = curve(lambda gpus: at(gpus, largest=takes_largest), described.global_batch_size) if scaling else []
-    return StagePlan(chosen, assumptions, others, points)
-
-
-def _alternatives(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Other settings of the engine, by what the table calls them: plain, offloaded, recomputed, and both."""
+    alternatives = {}  # the table of ZeRO stages: plain, offloaded, recomputed, and both
     for zero in ZERO_STAGES:
-        if zero == 0 and config.engine.precision == "bfloat16":
+        if zero == 0 and engine.precision == "bfloat16":
             continue  # DeepSpeed would keep no float32 weights there
         for offloaded in (False, True) if zero else (False,):
             for recomputed in (False, True):
                 words = [f"ZeRO {zero}", *["offload"] * offloaded, *["recomputed"] * recomputed]
                 keys = {"offload_optimizer": offloaded, "offload_parameters": offloaded and zero == 3}
-                yield ", ".join(words), {"zero_stage": zero, "recomputed": recomputed, **keys}
+                alternatives[", ".join(words)] = estimate_at(target.gpus, False, recomputed, zero_stage=zero, **keys)
+    # 'auto', and the scaling curve, take the largest micro-batch that fits.
+    chosen = estimate_at(target.gpus, largest=engine.micro_batch_size == "auto")
+    takes_largest = settings.micro_batch_size is None
+    points = curve(lambda gpus: estimate_at(gpus, takes_largest), settings.global_batch_size) if scaling else []
+    return StagePlan(chosen, assumptions, alternatives, points)
 
 
-def _vocabulary(config: RunConfig) -> int:
-    """Return the size of the run's own vocabulary if this machine has it, else the maximum of the config."""
-    for url in (join(config.folder, VOCABULARY), config.tokenizer.vocabulary):
-        if url is not None and is_local(url):
-            try:
-                return Tokenizer.load(Storage(config.storage), url).size
-            except (MomeError, OSError):
-                continue
-    return config.tokenizer.size
-
-
-def _with_known_bytes(config: RunConfig, stage: StageConfig, assumptions: Assumptions) -> Assumptions:
-    """The mean bytes of the sources' samples, by their weights, where all of their manifests lie on this machine."""
-    read = weights = 0.0
-    for name, weight in stage.sources.items():
-        url = config.sources[name].shards
+def _mean_sample_bytes(stage: Stage) -> float | None:
+    """Return the mean bytes of the sources' samples, by weight; None unless all manifests are on this machine."""
+    read = 0.0
+    for name, weight in stage.config.sources.items():
+        url = stage.run.sources[name].shards
         if not is_local(url):
-            return assumptions
+            return None
         try:
-            shards = load_manifest(Storage(config.storage), url).shards
+            shards = load_manifest(Storage(stage.run.storage), url).shards
         except (MomeError, OSError):
-            return assumptions
+            return None
         read += weight * sum(shard.bytes for shard in shards) / max(1, sum(shard.samples for shard in shards))
-        weights += weight
-    return replace(assumptions, sample_bytes=read / weights)
+    return read / sum(stage.config.sources.values())
 
 
 def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
-    """The numbers of the run, and of each stage.
+    """Return the numbers of the run, and of each stage.
 
     Of the run: memory is that of the stage which needs most, and a step's time and arithmetic are means over its steps.
     """
     chosen = [plan.chosen for plan in plans]
     steps = [stage.hours / stage.step_seconds for stage in chosen]
     total = sum(steps)
-    most = max(chosen, key=lambda stage: stage.memory.total)
+    stages = []
+    for plan in plans:
+        alternatives = {
+            name: {
+                "memory_bytes": alternative.memory.as_json(),
+                "fits": alternative.fits,
+                "largest_micro_batch": alternative.largest_micro_batch,
+                "step_seconds": alternative.step_seconds,
+            }
+            for name, alternative in plan.by_zero_stage.items()
+        }
+        stages.append(
+            asdict(plan.chosen)
+            | {"memory": plan.chosen.memory.as_json(), "sample_bytes": plan.assumptions.sample_bytes}
+            | {"by_zero_stage": alternatives, "scaling": [asdict(point) for point in plan.scaling]}
+        )
     return {
         "parameters": max(stage.parameters.total for stage in chosen),
         "flops_per_step": sum(stage.flops_per_step * n for stage, n in zip(chosen, steps, strict=True)) / total,
-        "memory_bytes_per_gpu": most.memory.as_json(),
+        "memory_bytes_per_gpu": max(chosen, key=lambda stage: stage.memory.total).memory.as_json(),
         "step_seconds": sum(stage.step_seconds * n for stage, n in zip(chosen, steps, strict=True)) / total,
         "hours": sum(stage.hours for stage in chosen),
         "cost": sum(stage.cost for stage in chosen),
@@ -215,33 +236,17 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
         "network": target.network.name,
         "gpus": target.gpus,
         "assumptions": asdict(target.assumptions),
-        "stages": [_stage_json(plan) for plan in plans],
+        "stages": stages,
     }
-
-
-def _stage_json(plan: StagePlan) -> dict[str, Any]:
-    summary = asdict(plan.chosen) | {
-        "memory": plan.chosen.memory.as_json(),
-        "sample_bytes": plan.assumptions.sample_bytes,
-    }
-    others = {
-        name: {
-            "memory_bytes": alternative.memory.as_json(),
-            "fits": alternative.fits,
-            "largest_micro_batch": alternative.largest_micro_batch,
-        }
-        | {"step_seconds": alternative.step_seconds}
-        for name, alternative in plan.by_zero_stage.items()
-    }
-    return summary | {"by_zero_stage": others, "scaling": [asdict(point) for point in plan.scaling]}
 
 
 def as_text(plans: list[StagePlan], target: Target) -> str:
+    """Return the plan as text: every stage with its table of ZeRO stages, the run's time and cost, the assumptions."""
     lines = [line for plan in plans for line in _stage_lines(plan, target)]
     hours, cost = (sum(getattr(plan.chosen, name) for plan in plans) for name in ("hours", "cost"))
     priced = f", cost {cost:,.0f}" if target.assumptions.price else " (give --price for a cost)"
     lines.append(f"all stages: {hours:,.1f} h on {target.gpus} x {target.accelerator.name}{priced}")
-    return "\n".join([*lines, "", *assumptions_of(plans, target)])
+    return "\n".join([*lines, "", *_assumption_lines(plans, target)])
 
 
 def _stage_lines(plan: StagePlan, target: Target) -> Iterator[str]:
@@ -261,39 +266,28 @@ def _stage_lines(plan: StagePlan, target: Target) -> Iterator[str]:
         "time": f"{stage.hours:,.1f} h" + (f", cost {stage.cost:,.0f}" if target.assumptions.price else ""),
     }
     yield from (f"  {name:<10}  {value}" for name, value in rows.items())
-    yield from _memory_lines(plan, target)
-    if plan.scaling:
-        yield from _scaling_lines(plan.scaling)
-    yield ""
-
-
-def _memory_lines(plan: StagePlan, target: Target) -> Iterator[str]:
     room = usable_bytes(target.accelerator, target.assumptions) / GB
-    yield (
-        f"  GB of each GPU, {room:,.1f} usable"
-        + " " * 8
-        + "".join(f"{name:>12}" for name in CATEGORIES)
-        + "  largest micro-batch"
-    )
-    for name, alternative in {"as configured": plan.chosen, **plan.by_zero_stage}.items():
-        values = "".join(f"{alternative.memory.as_json()[category] / GB:>12,.2f}" for category in CATEGORIES)
+    names = "".join(f"{name:>12}" for name in CATEGORIES)
+    yield f"  GB of each GPU, {room:,.1f} usable{' ' * 8}{names}  largest micro-batch"
+    for name, alternative in {"as configured": stage, **plan.by_zero_stage}.items():
+        memory = alternative.memory.as_json()
+        values = "".join(f"{memory[category] / GB:>12,.2f}" for category in CATEGORIES)
         largest = f"{alternative.largest_micro_batch or 'none fits'}"
         if alternative.largest_micro_batch and not alternative.fits:
             largest += f"; {alternative.micro_batch_size} do not fit"
         yield f"  {name:<36}{values}  {largest}"
-
-
-def _scaling_lines(points: list[Point]) -> Iterator[str]:
-    yield "  GPUs   samples/s   efficiency   step ms   micro-batch       hours        cost"
-    for point in points:
+    if plan.scaling:
+        yield "  GPUs   samples/s   efficiency   step ms   micro-batch       hours        cost"
+    for point in plan.scaling:
         yield (
             f"  {point.gpus:>4}{point.samples_per_second:>12,.0f}{point.efficiency:>12.0%}"
             f"{point.step_seconds * 1000:>11,.0f}{point.micro_batch_size:>14}{point.hours:>12,.1f}{point.cost:>12,.0f}"
             + ("" if point.fits else "  does not fit")
         )
+    yield ""
 
 
-def assumptions_of(plans: list[StagePlan], target: Target) -> Iterator[str]:
+def _assumption_lines(plans: list[StagePlan], target: Target) -> Iterator[str]:
     accelerator, network = target.accelerator, target.network
     yield "assumed:"
     yield (
@@ -309,3 +303,30 @@ def assumptions_of(plans: list[StagePlan], target: Target) -> Iterator[str]:
         yield f"  {name} {shown}"
     yield "  texts as long as the stage allows, unless --text-tokens says otherwise"
     yield f"  {CONTEXT_BYTES / GB} GB for CUDA and NCCL"
+
+
+def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
+    """Draw every stage's scaling curve, with the assumptions below it."""
+    width, left, top, right, bottom = CHART.values()
+    points = [point for plan in plans for point in plan.scaling]
+    speeds = [point.samples_per_second for point in points]
+    ideals = [plan.scaling[0].samples_per_second * plan.scaling[-1].gpus for plan in plans]
+    low, high = min(speeds) / 1.5, max(*speeds, *ideals) * 1.2
+    x_of = Axis(1, max(2, *(point.gpus for point in points)), left, width - right, is_logarithmic=True)
+    y_of = Axis(low, max(high, low * 2), bottom, top, is_logarithmic=True)
+    lines = [part for line in _assumption_lines(plans, target) for part in textwrap.wrap(line.strip(), LINE_CHARACTERS)]
+    powers = range(math.ceil(math.log10(y_of.low)), math.floor(math.log10(y_of.high)) + 1)
+    return render_page(
+        "scaling.svg.j2",
+        [Path(__file__).parent],
+        subject=title,
+        title=title,
+        plans=list(zip(plans, itertools.cycle(COLOURS), strict=False)),
+        lines=[(bottom + 55 + LINE_HEIGHT * row, line) for row, line in enumerate(lines)],
+        height=bottom + 65 + LINE_HEIGHT * len(lines),
+        x_of=x_of,
+        y_of=y_of,
+        x_ticks=[2**n for n in range(int(math.log2(x_of.high)) + 1)],
+        y_ticks=[10.0**power for power in powers],
+        **CHART,
+    )

@@ -6,28 +6,22 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL.PngImagePlugin import PngInfo
 
 from jobs.caller import Caller
 from jobs.configs import source_types
 from jobs.output import write_output
-from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.schema import MODEL_SECTIONS, RunConfig
-from pipeline.data.contents.images import decode
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import MODEL_SECTIONS
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.quarantine import BadSample
-from pipeline.data.storage import NotFound, Storage
 from pipeline.evaluation.explain import (
-    Condition,
-    ExplainedWord,
     explain,
     explanation_html,
     explanation_png,
     explanation_subject,
     untrained_notes,
 )
-from pipeline.inference import build_trained_model, load_model, load_usable_weights
+from pipeline.inference import build_trained_model, load_model, load_usable_weights, read_image
 from pipeline.objectives import modules_for
 from pipeline.pages.page import signature
 
@@ -75,7 +69,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     explanation = explain(
         model,
         Tokenizer.from_vocabulary(weights.vocabulary, config.tokenizer.lowercase),
-        _read_image(storage, config, image),
+        read_image(image, storage, config.data.max_pixels),
         text,
         config.stage_named(weights.stage).max_text_length,
     )
@@ -89,29 +83,16 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
         explanation_png(explanation, text, heading, notes).save(buffer, "PNG", optimize=True, pnginfo=info)
         drawing = buffer.getvalue()
     write_output(storage, out, drawing, "--out")
-    words = [_word_json(word) for word in explanation.words]
+    words = []
+    for word in explanation.words:
+        row, column = divmod(int(word.heat.argmax()), word.heat.shape[1])
+        conditions = {
+            name: {
+                "guesses": [{"word": guess.word, "probability": guess.probability} for guess in condition.guesses],
+                "truth_probability": condition.truth_probability,
+            }
+            for name, condition in (("with_image", word.with_image), ("without_image", word.without_image))
+        }
+        hottest = {"row": row, "column": column, "share": word.heat.max().item()}
+        words.append({"word": word.word, "hottest_patch": hottest, **conditions})
     return {"out": out, "distance": explanation.distance, "notes": notes, "words": words}
-
-
-def _read_image(storage: Storage, config: RunConfig, url: str) -> np.ndarray:
-    try:
-        return decode(storage.read(url), config.data.max_pixels)
-    except NotFound as error:
-        raise ConfigError(f"--image {url}: no such file; give the path or URL of a JPEG, PNG or WebP") from error
-    except BadSample as bad:
-        raise DataError(f"--image {url}: {bad}; give a JPEG, PNG or WebP") from bad
-
-
-def _word_json(word: ExplainedWord) -> dict[str, Any]:
-    row, column = divmod(int(word.heat.argmax()), word.heat.shape[1])
-    return {
-        "word": word.word,
-        "hottest_patch": {"row": row, "column": column, "share": word.heat.max().item()},
-        "with_image": _condition_json(word.with_image),
-        "without_image": _condition_json(word.without_image),
-    }
-
-
-def _condition_json(condition: Condition) -> dict[str, Any]:
-    guesses = [{"word": guess.word, "probability": guess.probability} for guess in condition.guesses]
-    return {"guesses": guesses, "truth_probability": condition.truth_probability}

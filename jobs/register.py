@@ -17,7 +17,7 @@ from pipeline.data.storage import Storage, split
 from pipeline.inference import drop_untrained_objectives, pyfunc_outputs
 from pipeline.tracking.locations import absolute_uri, experiment_name, read_run_id, tracking_uri
 from pipeline.tracking.mlflow_models import Export, register
-from pipeline.training.checkpoint import Weights, load_weights, save_weights
+from pipeline.training.checkpoint import load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (ROOT / "pipeline",)
@@ -42,17 +42,26 @@ def register_checkpoint(
     weights = load_weights(storage, checkpoint.rstrip("/"))
     config = caller.applied(weights.config)
     stage = config.stage_named(weights.stage)
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 32), (128, 128, 128)).save(picture, "PNG")
+    image = io.BytesIO()
+    Image.new("RGB", (32, 32), (128, 128, 128)).save(image, "PNG")
     with tempfile.TemporaryDirectory() as folder:
-        _write(weights, folder)
+        # The folder of a stage as `load_weights` reads it, without a location of this machine; the name is that which
+        # the run was given, whatever its folder is called.
+        portable = weights.config.model_copy(update={"output": ".", "name": split(weights.recorded.folder)[1]})
+        metadata = {
+            "config": redact_values(portable.model_dump(mode="json")),
+            "stage": weights.stage,
+            "step": weights.step,
+            "absent": sorted(weights.absent),
+        }
+        save_weights(Storage(), folder, weights.tensors, weights.vocabulary, metadata, weights.choices)
         export = Export(
             folder=Path(folder),
             loader="pipeline.inference",
             code=CODE,
             requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
             outputs=pyfunc_outputs(drop_untrained_objectives(weights)),
-            example={"image": picture.getvalue(), "text": "a grey square"},
+            example={"image": image.getvalue(), "text": "a grey square"},
             step=weights.step,
             params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},
             tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": str(weights.step)},
@@ -62,16 +71,3 @@ def register_checkpoint(
         server = absolute_uri(tracking_uri(config))
         done = register(server, experiment_name(config), name, alias, export)
     return asdict(done) | {"tracking_uri": redact(server), "checkpoint": weights.url}
-
-
-def _write(weights: Weights, folder: str) -> None:
-    """The folder of a stage, as `load_weights` reads it; from the checkpoint of a step, what it would hand over."""
-    # Without a place of this machine; the name is the one that the run was given, whatever its folder is called.
-    config = weights.config.model_copy(update={"output": ".", "name": split(weights.recorded.folder)[1]})
-    metadata = {
-        "config": redact_values(config.model_dump(mode="json")),
-        "stage": weights.stage,
-        "step": weights.step,
-        "absent": sorted(weights.absent),
-    }
-    save_weights(Storage(), folder, weights.tensors, weights.vocabulary, metadata, weights.choices)

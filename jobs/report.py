@@ -1,5 +1,4 @@
-"""`mome report`, a page about one run in the run's folder and in MLflow, and `mome compare`, a table of several
-runs."""
+"""`mome report`: a page about one run in its folder and in MLflow. `mome compare`: a table of several runs."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import join
 from pipeline.pages.formatting import significant
-from pipeline.reports.comparison import Comparison, Result, compare, render_comparison
+from pipeline.reports.comparison import Comparison, compare, render_comparison
 from pipeline.reports.run_folder import open_run
 from pipeline.reports.run_report import collect_report, render_run_report
 from pipeline.tracking.locations import configured_uri, tracking_uri
@@ -78,24 +77,19 @@ def report(
 @contextmanager
 def reported(config: RunConfig) -> Iterator[None]:
     """Write the run's page when the block ends, unless a ConfigError ended it before anything was started."""
+    is_started = True
     try:
         yield
     except ConfigError:
+        is_started = False
         raise
-    except BaseException:
-        _write_report(config)
-        raise
-    else:
-        _write_report(config)
-
-
-def _write_report(config: RunConfig) -> None:
-    caller = Caller.of(config)
-    try:
-        if caller.store().exists(join(config.folder, RUN_FILE)):  # absent if the run failed before it was created
-            notify(f"Report      {report(config.folder, track=True, caller=caller)['report']}")
-    except Exception as error:  # an error of the report must not hide how the run ended
-        log.warning("no run report: %s: %s", type(error).__name__, error)
+    finally:
+        caller = Caller.of(config)
+        try:  # the run's file is absent if the run failed before it was created
+            if is_started and caller.store().exists(join(config.folder, RUN_FILE)):
+                notify(f"Report      {report(config.folder, track=True, caller=caller)['report']}")
+        except Exception as error:  # an error of the report must not hide how the run ended
+            log.warning("no run report: %s: %s", type(error).__name__, error)
 
 
 def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Caller()) -> Comparison:
@@ -114,33 +108,22 @@ def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Cal
 
 def as_table(comparison: Comparison) -> str:
     """Return two tables: the config keys that differ, and all results; `*` marks results that differ."""
+
+    def shorten(text: str) -> str:
+        """Keep the end of a long text, in which paths differ."""
+        return text if len(text) <= MAX_CHARACTERS else f"…{text[1 - MAX_CHARACTERS :]}"
+
     runs = comparison.runs
-    config = [["", "config", *map(_shorten, runs)]]
+    config = [["", "config", *map(shorten, runs)]]
     for path, values in comparison.config.items():
-        config.append(["", path, *(_config_value(values, run) for run in runs)])
+        texts = {run: value if isinstance(value, str) else json.dumps(value) for run, value in values.items()}
+        config.append(["", path, *(shorten(texts[run]) if run in texts else "(no such key)" for run in runs)])
     if not comparison.config:
         config.append(["", "no key differs", *("" for _ in runs)])
-    results = [["", "results", *map(_shorten, runs)]]
+    results = [["", "results", *map(shorten, runs)]]
     for group, rows in comparison.results.items():
         results.append(["", f"{group}:", *("" for _ in runs)])
         for row in rows:
-            results.append(["*" if row.differs else "", f"  {row.name}", *map(_result, row.values)])
+            cells = ["-" if v is None else shorten(v if isinstance(v, str) else significant(v)) for v in row.values]
+            results.append(["*" if row.differs else "", f"  {row.name}", *cells])
     return f"{aligned(config)}\n\n{aligned(results)}"
-
-
-def _config_value(values: dict[str, Any], run: str) -> str:
-    if run not in values:
-        return "(no such key)"
-    value = values[run]
-    return _shorten(value if isinstance(value, str) else json.dumps(value))
-
-
-def _result(value: Result) -> str:
-    if value is None:
-        return "-"
-    return _shorten(value if isinstance(value, str) else significant(value))
-
-
-def _shorten(text: str) -> str:
-    """Keep the end of a long text, in which paths differ."""
-    return text if len(text) <= MAX_CHARACTERS else f"…{text[1 - MAX_CHARACTERS :]}"

@@ -323,15 +323,7 @@ class TrainedModel:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ConfigError(f"an image of shape {image.shape}, {image.dtype}; expected (height, width, 3) uint8")
             return image
-        name = "the image" if isinstance(image, bytes) else f"image {image}"
-        try:
-            return decode(
-                image if isinstance(image, bytes) else self.storage.read(str(image)), self.config.data.max_pixels
-            )
-        except NotFound as error:
-            raise ConfigError(f"{name}: no such file; give the path or URL of a JPEG, PNG or WebP file") from error
-        except BadSample as bad:
-            raise DataError(f"{name}: {bad}; give a JPEG, PNG or WebP file") from bad
+        return read_image(image, self.storage, self.config.data.max_pixels)
 
     def _pixels(self, image: ImageInput) -> np.ndarray:
         return resize_for(self._decode(image), self.config.model)
@@ -346,6 +338,17 @@ class TrainedModel:
 def _top(probabilities: Tensor, names: Sequence[str], k: int) -> dict[str, float]:
     best = probabilities.topk(min(k, len(probabilities)))
     return {names[n]: round(p, 6) for n, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
+
+
+def read_image(image: str | Path | bytes, storage: Storage, max_pixels: int) -> np.ndarray:
+    """Return the pixels (H, W, 3) uint8 of an encoded file. Raises ConfigError or DataError that names it."""
+    name = "the image" if isinstance(image, bytes) else f"image {image}"
+    try:
+        return decode(image if isinstance(image, bytes) else storage.read(str(image)), max_pixels)
+    except NotFound as error:
+        raise ConfigError(f"{name}: no such file; give the path or URL of a JPEG, PNG or WebP file") from error
+    except BadSample as bad:
+        raise DataError(f"{name}: {bad}; give a JPEG, PNG or WebP file") from bad
 
 
 def _require_images(images: Sequence[ImageInput]) -> None:

@@ -7,12 +7,13 @@ events are marks across all panels. Coordinates are in units of the drawing; y g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 34, 22  # margins: stage names and marks above, the axis below
 GAP = 26  # between panels, for a panel's name
 LOG_RATIO = 30  # positive values that span a larger ratio are drawn on a logarithmic axis
+MAX_POINTS = 400  # of a line; more are averaged
 TIME_UNITS = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (72 * 3600.0, 3600.0, "h"), (math.inf, 86400.0, "d"))
 
 
@@ -79,6 +80,24 @@ class Chart:
     ticks: list[tuple[float, str]]  # (x, label)
 
 
+@dataclass(frozen=True)
+class Axis:
+    """Maps values between `low` and `high` to coordinates between `start` and `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_logarithmic: bool = False
+
+    def __call__(self, value: float) -> float:
+        if self.is_logarithmic:
+            fraction = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            fraction = (value - self.low) / (self.high - self.low)
+        return self.start + fraction * (self.end - self.start)
+
+
 def line_chart(
     measures: Sequence[Measure],
     width: int,
@@ -90,7 +109,8 @@ def line_chart(
     values = [x for measure in measures for series in measure.series for x, _ in series.points]
     values += [x for _, *edges in stages for x in edges] + [mark.x for mark in marks]
     low, high = min(values, default=0.0), max(values, default=0.0)
-    x_of = Axis(low, high if high > low else low + 1, LEFT, width - RIGHT)
+    high = high if high > low else low + 1
+    x_of = Axis(low, high, LEFT, width - RIGHT)
     panels, top = [], float(TOP)
     for measure in measures:
         panels.append(_panel(measure, x_of, top + GAP))
@@ -101,35 +121,39 @@ def line_chart(
         room = length / 6.5  # in letters
         label = name if len(name) <= room else f"{name[: int(room) - 1]}…" if room >= 4 else ""
         bands.append(Band(number, round(start, 1), round(length, 1), label))
-    placed_marks = [(round(x_of(mark.x), 1), mark.kind, mark.text) for mark in marks]
+    unit, suffix = 1.0, ""
+    if in_seconds:
+        unit, suffix = next((unit, f" {name}") for limit, unit, name in TIME_UNITS if high - low <= limit)
+    ticks = [tick for tick in linear_ticks([low / unit, high / unit])[2] if low / unit <= tick <= high / unit]
     return Chart(
-        width, top + BOTTOM, LEFT, RIGHT, panels, bands, placed_marks, _x_ticks(x_of, in_seconds)
-    )  # fmt: skip
+        width=width,
+        height=top + BOTTOM,
+        left=LEFT,
+        right=RIGHT,
+        panels=panels,
+        bands=bands,
+        marks=[(round(x_of(mark.x), 1), mark.kind, mark.text) for mark in marks],
+        ticks=[(round(x_of(tick * unit), 1), f"{tick:,g}{suffix}") for tick in ticks],
+    )
 
 
-class Axis:
-    """Maps values between `low` and `high` to coordinates between `start` and `end`."""
-
-    def __init__(self, low: float, high: float, start: float, end: float, is_logarithmic: bool = False):
-        self.low, self.high, self.start, self.end, self.is_logarithmic = low, high, start, end, is_logarithmic
-
-    def __call__(self, value: float) -> float:
-        if self.is_logarithmic:
-            fraction = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            fraction = (value - self.low) / (self.high - self.low)
-        return self.start + fraction * (self.end - self.start)
-
-
-def _panel(measure: Measure, x_of: Callable[[float], float], top: float) -> Panel:
+def _panel(measure: Measure, x_of: Axis, top: float) -> Panel:
     finite = [(s.stage, [(x, value) for x, value in s.points if math.isfinite(value)]) for s in measure.series]
     values = [value for _, points in finite for _, value in points] or [0.0, 1.0]
     is_logarithmic = min(values) > 0 and max(values) / min(values) > LOG_RATIO
-    low, high, ticks = decades(values) if is_logarithmic else linear_ticks(values)
+    if is_logarithmic:  # powers of ten, with at most five ticks
+        first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+        low, high = 10.0**first, 10.0**last
+        ticks = [10.0**power for power in range(first, last + 1, -(-(last - first) // 4))]
+    else:
+        low, high, ticks = linear_ticks(values)
     y_of = Axis(low, high, top + measure.height, top, is_logarithmic)
     lines, dots = [], []
     for stage, points in finite:
-        placed = [(round(x_of(x), 1), round(y_of(value), 1)) for x, value in downsample(points)]
+        size = max(-(-len(points) // MAX_POINTS), 1)  # means of equally long sections; the last may be shorter
+        sections = [points[start : start + size] for start in range(0, len(points), size)]
+        means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in sections]
+        placed = [(round(x_of(x), 1), round(y_of(value), 1)) for x, value in means]
         if len(placed) == 1:
             dots.append((stage, *placed[0]))
         elif placed:
@@ -138,16 +162,8 @@ def _panel(measure: Measure, x_of: Callable[[float], float], top: float) -> Pane
     return Panel(measure.name, top, top + measure.height, lines, dots, labels, is_logarithmic)
 
 
-def downsample(points: Sequence[tuple[float, float]], max_points: int = 400) -> list[tuple[float, float]]:
-    """Return at most `max_points` points: the means of equally long sections (the last may be shorter)."""
-    size = max(-(-len(points) // max_points), 1)
-    sections = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in sections]
-
-
-def linear_ticks(values: Iterable[float]) -> tuple[float, float, list[float]]:
+def linear_ticks(values: Sequence[float]) -> tuple[float, float, list[float]]:
     """Return (low, high, ticks): round bounds around the values, and three to six round ticks."""
-    values = list(values)
     low, high = min(values), max(values)
     span = (high - low) or max(abs(high), 1.0)
     unit = 10 ** math.floor(math.log10(span / 3))
@@ -155,20 +171,3 @@ def linear_ticks(values: Iterable[float]) -> tuple[float, float, list[float]]:
     bottom, top = math.floor(low / step), math.ceil(high / step)
     top = max(top, bottom + 1)
     return bottom * step, top * step, [round(n * step, 10) for n in range(bottom, top + 1)]
-
-
-def decades(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Return (low, high, ticks) of a logarithmic axis: powers of ten, with at most five ticks."""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    stride = -(-(high - low) // 4)
-    return 10.0**low, 10.0**high, [10.0**power for power in range(low, high + 1, stride)]
-
-
-def _x_ticks(x_of: Axis, in_seconds: bool) -> list[tuple[float, str]]:
-    unit, name = 1.0, ""
-    if in_seconds:
-        span = x_of.high - x_of.low
-        unit, name = next((unit, f" {name}") for limit, unit, name in TIME_UNITS if span <= limit)
-    low, high = x_of.low / unit, x_of.high / unit
-    ticks = [tick for tick in linear_ticks([low, high])[2] if low <= tick <= high]
-    return [(round(x_of(tick * unit), 1), f"{tick:,g}{name}") for tick in ticks]

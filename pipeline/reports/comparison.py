@@ -12,14 +12,13 @@ from typing import Any
 from pipeline.config.load import flatten
 from pipeline.config.redaction import redact
 from pipeline.evaluation.report_data import load_report_data
-from pipeline.pages.charts import Chart, Measure, Series, line_chart
+from pipeline.pages.charts import Measure, Series, line_chart
 from pipeline.pages.page import render_page
 from pipeline.reports.run_folder import RunFolder
 from pipeline.tracking.journal import EVALUATION
 
 Result = float | str | None
 Losses = list[tuple[int, float]]  # (step since the stage's start, loss)
-HERE = Path(__file__).parent
 IGNORED_KEYS = ("name",)  # differ between any two runs
 WIDTH, HEIGHT = 350, 130  # of a loss chart
 
@@ -61,19 +60,20 @@ def compare(runs: Sequence[RunFolder]) -> Comparison:
     if len(set(names)) < len(names):
         names = [run.folder for run in runs]
     losses: dict[str, list[tuple[int, Losses]]] = {}
+    rows: dict[tuple[str, str], list[Result]] = {}
     for number, run in enumerate(runs):
         for index, record in enumerate(run.stages):
             first = run.config.stage_start(index)
             if series := record.series("train/loss"):
-                losses.setdefault(record.name, []).append(
-                    (number, [(step - first, value) for _, step, value in series])
-                )
+                curve = [(step - first, value) for _, step, value in series]
+                losses.setdefault(record.name, []).append((number, curve))
+        for group, name, value in _results_of(run):
+            rows.setdefault((group, name), [None] * len(runs))[number] = value
+    results: dict[str, list[Row]] = {}
+    for (group, name), values in rows.items():
+        results.setdefault(group, []).append(Row(name, values))
     config = differences(dict(zip(names, runs, strict=True)))
-    results = [{(group, name): value for group, name, value in _results_of(run)} for run in runs]
-    rows: dict[str, list[Row]] = {}
-    for group, name in dict.fromkeys(key for result in results for key in result):
-        rows.setdefault(group, []).append(Row(name, [result.get((group, name)) for result in results]))
-    return Comparison(names, config, rows, losses, [run.folder for run in runs])
+    return Comparison(names, config, results, losses, [run.folder for run in runs])
 
 
 def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
@@ -109,7 +109,7 @@ def _by_name(values: Any) -> Any:
 
 
 def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
-    """Yield (group, name, result)."""
+    """Yield (group, name, result); evaluations are grouped by data, so that figures of different data do not meet."""
     yield "Run", "status", run.status or "unfinished"
     yield "Run", "steps", float(run.reached)
     yield "Run", "restarts", float(run.num_restarts)
@@ -118,7 +118,24 @@ def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
         yield "Last loss", record.name, record.last("train/loss")
     for record in run.stages:
         yield "Samples per second (median)", record.name, record.samples_per_second
-    yield from _evaluation_results(run)
+    evaluations = load_report_data(run.storage, run.folder)
+    last = run.config.stages[-1].name
+    for data in reversed(evaluations):
+        weights = "" if (data.stage, data.step) == (last, None) else f" of {data.stage}"
+        weights += "" if data.step is None else f" at step {data.step}"
+        for name, value in data.metrics.items():
+            yield f"Evaluation {data.source}{weights} ({data.key.data})", f"{EVALUATION}{data.source}/{name}", value
+    if not evaluations:  # only the metrics recorded during training are known: show each source's last ones
+        latest: dict[str, dict[str, float]] = {}
+        for point in run.evaluations:
+            by_source: dict[str, dict[str, float]] = {}
+            for name, value in point.values.items():
+                if name.startswith(EVALUATION):
+                    by_source.setdefault(name.rpartition("/")[0], {})[name] = value
+            latest |= by_source
+        for values in latest.values():
+            for name, value in values.items():
+                yield "Evaluation, as recorded", name, value
     if run.seconds:
         yield "Time", "hours", sum(run.seconds.values()) / 3600
         yield "Time", "goodput", run.goodput
@@ -130,38 +147,13 @@ def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
                 yield "Data digest", f"{record.name}: {dataset['name']}", dataset["digest"][:16]
 
 
-def _evaluation_results(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
-    """Yield the results of every evaluation, grouped by data so that results of different data are not compared."""
-    reports = load_report_data(run.storage, run.folder)
-    last = run.config.stages[-1].name
-    for data in reversed(reports):
-        weights = "" if (data.stage, data.step) == (last, None) else f" of {data.stage}"
-        weights += "" if data.step is None else f" at step {data.step}"
-        for name, value in data.metrics.items():
-            yield f"Evaluation {data.source}{weights} ({data.key.data})", f"{EVALUATION}{data.source}/{name}", value
-    if not reports:  # only the metrics recorded during training are known: show each source's last ones
-        latest: dict[str, dict[str, float]] = {}
-        for point in run.evaluations:
-            values = {name: value for name, value in point.values.items() if name.startswith(EVALUATION)}
-            by_source: dict[str, dict[str, float]] = {}
-            for name, value in values.items():
-                by_source.setdefault(name.rpartition("/")[0], {})[name] = value
-            latest |= by_source
-        for values in latest.values():
-            for name, value in values.items():
-                yield "Evaluation, as recorded", name, value
-
-
 def render_comparison(comparison: Comparison) -> str:
-    """Return the comparison as an HTML page."""
-    charts = loss_charts(comparison)
-    subject = f"comparison {' '.join(comparison.folders)}"
-    return render_page("comparison.html.j2", [HERE], subject, comparison=comparison, loss_charts=charts)
-
-
-def loss_charts(comparison: Comparison) -> dict[str, Chart]:
-    """Return a chart for each stage, with one line per run."""
-    return {
+    """Return the comparison as an HTML page, with a chart of losses for each stage and one line per run."""
+    charts = {
         stage: line_chart([Measure("loss", [Series(number, points) for number, points in curves], HEIGHT)], WIDTH)
         for stage, curves in comparison.losses.items()
     }
+    subject = f"comparison {' '.join(comparison.folders)}"
+    return render_page(
+        "comparison.html.j2", [Path(__file__).parent], subject, comparison=comparison, loss_charts=charts
+    )

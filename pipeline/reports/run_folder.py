@@ -87,8 +87,20 @@ class Tag:
     value: str
 
 
-@dataclass(frozen=True)
-class RunFolder:
+@dataclass
+class JournalContents:
+    """The records of a run's journal, by stage."""
+
+    stages: list[StageRecord]
+    sessions: list[Session] = field(default_factory=list)
+    tags: list[Tag] = field(default_factory=list)
+    evaluations: list[MetricPoint] = field(default_factory=list)  # of any checkpoint, in the order they were made
+    run: str = ""  # value of the MLflow tag `mome.run`; empty before the first start
+    status: str = ""  # FINISHED, FAILED or KILLED; empty while the last process has not ended
+
+
+@dataclass(kw_only=True)
+class RunFolder(JournalContents):
     """A run. `values` is the config as stored; `config` is what this machine may act on (`stored_config`)."""
 
     folder: str
@@ -96,12 +108,6 @@ class RunFolder:
     config: RunConfig
     recorded: RecordedLocation
     values: Values
-    run: str  # value of the MLflow tag `mome.run`; empty before the first start
-    stages: list[StageRecord]
-    sessions: list[Session]
-    tags: list[Tag]
-    evaluations: list[MetricPoint]  # of any checkpoint, in the order in which they were made
-    status: str  # FINISHED, FAILED or KILLED; empty while the last process has not ended
     is_live: bool  # a process on this machine is writing the journal
     seconds: dict[str, float]  # by phase (`pipeline.training.goodput`); empty if unknown
 
@@ -173,97 +179,70 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
     if not isinstance(values, dict):
         raise ConfigError(f"{url}: expected a config, got {type(values).__name__}; the run's folder is damaged")
     config, recorded = stored_config(values, url, folder)
-    journal, reader = _read_journal(storage, config, folder)
+    account = goodput.read_record(storage, folder)
+    seconds = account.get("seconds") if isinstance(account, dict) else None
+    is_valid = (
+        isinstance(seconds, dict)
+        and "training" in seconds
+        and all(isinstance(v, int | float) and 0 <= v < MAX_SECONDS for v in seconds.values())
+    )
+    journal = read_journal(folder, storage)
     return RunFolder(
+        **vars(_read_records(journal, config)),
         folder=folder,
         storage=storage,
         config=config,
         recorded=recorded,
         values=values,
-        run=reader.run,
-        stages=reader.stages,
-        sessions=reader.sessions,
-        tags=reader.tags,
-        evaluations=reader.evaluations,
-        status=reader.status,
         is_live=any(is_held(journal.path(session)) for session in journal.sessions()),
-        seconds=_seconds(storage, folder),
+        seconds=seconds if seconds is not None and is_valid else {},
     )
-
-
-def _seconds(storage: Storage, folder: str) -> dict[str, float]:
-    """Return the seconds of each phase; {} if there is no valid time account."""
-    record = goodput.read_record(storage, folder)
-    seconds = record.get("seconds") if isinstance(record, dict) else None
-    if not isinstance(seconds, dict) or "training" not in seconds:
-        return {}
-    return seconds if all(isinstance(v, int | float) and 0 <= v < MAX_SECONDS for v in seconds.values()) else {}
 
 
 def stages_of(config: RunConfig, storage: Storage) -> list[StageRecord]:
     """Return the records of each stage of a run, which are empty if there is no journal."""
-    return _read_journal(storage, config, config.folder)[1].stages
+    return _read_records(read_journal(config.folder, storage), config).stages
 
 
-def _read_journal(storage: Storage, config: RunConfig, folder: str) -> tuple[Journal, _JournalReader]:
-    journal, reader = read_journal(folder, storage), _JournalReader(config)
+def _read_records(journal: Journal, config: RunConfig) -> JournalContents:
+    """Collect a journal's records by stage, without damaged ones."""
+    contents = JournalContents([StageRecord(stage.name) for stage in config.stages])
     known = (None, *range(len(config.stages)))  # the journal may be another run's, with more stages
     for session in journal.sessions():
-        records = (record for _, record in journal.records(session))
-        reader.read_session([r for r in records if r["kind"] != "damaged" and r["stage"] in known])
-    return journal, reader
-
-
-class _JournalReader:
-    """Collects a journal's records by stage."""
-
-    def __init__(self, config: RunConfig):
-        self.stages = [StageRecord(stage.name) for stage in config.stages]
-        self.sessions: list[Session] = []
-        self.tags: list[Tag] = []
-        self.evaluations: list[MetricPoint] = []
-        self.run = ""
-        self.status = ""
-        self._step: int | None = None  # the last one recorded in this session
-
-    def read_session(self, records: list[Record]) -> None:
-        self._step = None
+        records = [record for _, record in journal.records(session)]
+        records = [record for record in records if record["kind"] != "damaged" and record["stage"] in known]
         if any(record["kind"] == "stage" for record in records):
-            self.sessions.append(Session(records[0]["at"], records[-1]["at"], records[0].get("tags", {})))
-            self.status = ""
+            contents.sessions.append(Session(records[0]["at"], records[-1]["at"], records[0].get("tags", {})))
+            contents.status = ""
+        step: int | None = None  # the last one recorded in this session
         for record in records:
-            stage = None if record["stage"] is None else self.stages[record["stage"]]
-            kind = record["kind"]
-            if kind == "run":
-                self.run = record["run"]
-            elif kind == "run_end":
-                self.status = record["status"]
-            elif kind == "metrics":
-                self._add_point(record, stage)
-            elif kind == "tag":
-                name = None if stage is None else stage.name
-                self.tags.append(Tag(record["at"], self._step, name, record["key"], record["value"]))
-            if stage is not None:
-                self._add_to_stage(kind, record, stage)
-
-    def _add_to_stage(self, kind: str, record: Record, stage: StageRecord) -> None:
-        if kind == "stage":
-            stage.starts.append(record)
-            stage.tags.update(record["tags"])
-        elif kind == "tag":
-            stage.tags[record["key"]] = record["value"]
-        elif kind == "stage_end":
-            stage.status = record["status"]
-        elif kind == "rewind":  # points beyond its step are void
-            void = {id(point) for point in stage.points if point.step > record["step"]}
-            stage.points = [point for point in stage.points if id(point) not in void]
-            self.evaluations = [point for point in self.evaluations if id(point) not in void]
-
-    def _add_point(self, record: Record, stage: StageRecord | None) -> None:
-        # float() also decodes "nan" and "inf", which the journal stores as strings.
-        point = MetricPoint(record["at"], record["step"], {name: float(v) for name, v in record["values"].items()})
-        if stage is not None:
-            stage.points.append(point)
-            self._step = point.step
-        if any(name.startswith(EVALUATION) for name in point.values):
-            self.evaluations.append(point)
+            stage = None if record["stage"] is None else contents.stages[record["stage"]]
+            match record["kind"]:
+                case "run":
+                    contents.run = record["run"]
+                case "run_end":
+                    contents.status = record["status"]
+                case "stage" if stage is not None:
+                    stage.starts.append(record)
+                    stage.tags.update(record["tags"])
+                case "stage_end" if stage is not None:
+                    stage.status = record["status"]
+                case "tag":
+                    name = None if stage is None else stage.name
+                    contents.tags.append(Tag(record["at"], step, name, record["key"], record["value"]))
+                    if stage is not None:
+                        stage.tags[record["key"]] = record["value"]
+                case "metrics":
+                    # float() also decodes "nan" and "inf", which the journal stores as strings.
+                    values = {metric: float(value) for metric, value in record["values"].items()}
+                    point = MetricPoint(record["at"], record["step"], values)
+                    if stage is not None:
+                        stage.points.append(point)
+                        step = point.step
+                    if any(metric.startswith(EVALUATION) for metric in values):
+                        contents.evaluations.append(point)
+                case "rewind" if stage is not None:  # points beyond its step are void
+                    void = {id(point) for point in stage.points if point.step > record["step"]}
+                    stage.points = [point for point in stage.points if id(point) not in void]
+                    contents.evaluations = [point for point in contents.evaluations if id(point) not in void]
+    return contents

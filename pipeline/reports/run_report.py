@@ -6,23 +6,29 @@ and a few quarantined samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.config.errors import MomeError
+from pipeline.config.errors import DataError, MomeError
 from pipeline.config.redaction import redact
+from pipeline.config.schema import RunConfig
 from pipeline.config.stored import check_stored_url
+from pipeline.data.contents.images import decode
+from pipeline.data.contents.members import image_bytes
+from pipeline.data.quarantine import BadSample
+from pipeline.data.shards.manifest import load_index, load_manifest, shard_folder
 from pipeline.data.shards.source import open_source, selection_url
+from pipeline.data.storage import Storage, join
 from pipeline.evaluation.report import HERE as EVALUATION_TEMPLATES
 from pipeline.evaluation.report_data import ReportData, headline, load_report_data
 from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart
 from pipeline.pages.formatting import significant
-from pipeline.pages.page import render_page
-from pipeline.reports.bad_samples import QuarantineReport, inspect_quarantine
+from pipeline.pages.page import render_page, thumbnail
 from pipeline.reports.comparison import Comparison
-from pipeline.reports.run_folder import MetricPoint, RunFolder, StageRecord
+from pipeline.reports.run_folder import RunFolder, StageRecord
 from pipeline.tracking.describe import config_yaml
 from pipeline.tracking.journal import EVALUATION
 from pipeline.tracking.locations import absolute_uri, default_uri, experiment_name, journal_folder
@@ -35,6 +41,9 @@ OVER = "over at step"  # prefix of the text of an alert that is over (`pipeline.
 SHOWN_VERSIONS = ("mome", "torch", "deepspeed", "ray", "mlflow")
 WIDE, NARROW = 1040, 350  # widths of the charts in pixels, for desktops and phones
 MAX_EVENTS = 60
+MAX_SAMPLES = 24  # of the quarantine; each is a read from the store
+MAX_PER_REASON = 3
+THUMBNAIL = 96  # maximum side in pixels
 # Metric, name of its panel, height.
 MEASURES = (
     ("train/loss", "loss", 170),
@@ -123,9 +132,37 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class QuarantinedSample:
+    """A bad sample and the reason that training recorded."""
+
+    source: str
+    shard: str
+    key: str
+    offset: int  # of its first byte in the shard
+    stage: str  # of reading: members, caption, image, …
+    reason: str
+
+
+@dataclass(frozen=True)
+class InspectedSample:
+    """A bad sample read again: its image as a data URI, or None and the `error` that prevents showing it."""
+
+    sample: QuarantinedSample
+    times: int  # how often it was replaced, over all epochs and stages
+    image: str | None
+    error: str
+
+
+@dataclass(frozen=True)
+class QuarantineReport:
+    total: int  # replaced samples, repetitions included
+    by_reason: list[tuple[str, str, str, int, int]]  # source, stage, reason, distinct samples, times
+    samples: list[InspectedSample]  # a few of each reason
+
+
+@dataclass(frozen=True)
 class RunReport:
     run: RunFolder = field(repr=False)
-    experiment: str
     status: str
     started: int | None  # milliseconds since 1970
     ended: int | None  # time of the last point
@@ -152,21 +189,30 @@ def collect_report(run: RunFolder, price: float | None = None, server: str | Non
     """
     started = min((session.start for session in run.sessions), default=None)
     cost = _cost(run, run.config.cluster.price if price is None else price)
-    mlflow, mlflow_page = _find_in_mlflow(run, server)
+    total = sum(run.seconds.values())
+    per_second = cost.total / total if cost and total else 0.0
+    time = [
+        PhaseTime(phase, seconds, seconds / total, seconds * per_second)
+        for phase in PHASES
+        if (seconds := run.seconds.get(phase))
+    ]
+    latest = {(tag.stage, tag.key): tag for tag in run.tags if tag.key.startswith(ALERT)}  # the last state of each
+    tags = sorted(latest.values(), key=lambda tag: tag.at)
+    alerts = [Alert(tag.key.removeprefix(ALERT), tag.at, tag.step, tag.stage, tag.value) for tag in tags]
+    lineage, mlflow_page = _lineage(run, server)
     return RunReport(
         run=run,
-        experiment=experiment_name(run.config),
         status=run.status or ("NOT STARTED" if started is None else "UNFINISHED"),
         started=started,
         ended=max((point.at for record in run.stages for point in record.points), default=None),
         stages=[_stage(run, index) for index in range(len(run.config.stages))],
         events=_events(run),
-        alerts=_alerts(run),
-        time=_time(run.seconds, cost),
+        alerts=sorted(alerts, key=lambda alert: alert.is_over),  # active ones first
+        time=time,
         cost=cost,
         evaluations=load_report_data(run.storage, run.folder),
         quarantine=inspect_quarantine(run.config, run.storage, run.quarantined()),
-        lineage=_lineage(run) | mlflow,
+        lineage=lineage,
         mlflow_page=mlflow_page,
     )
 
@@ -222,56 +268,35 @@ def _source(run: RunFolder, record: StageRecord, name: str, weight: float, diges
 
 
 def _events(run: RunFolder) -> list[Event]:
-    prefixes: tuple[tuple[str, EventKind], ...] = ((SPIKE, "spike"), (ALERT, "alert"))
+    """Return starts, restarts with their recorded causes, spikes, alerts and evaluations, in order of time."""
+    kinds: tuple[tuple[str, EventKind], ...] = ((SPIKE, "spike"), (ALERT, "alert"))
     events = [
         Event(tag.at, tag.step, kind, tag.value)
-        for prefix, kind in prefixes
+        for prefix, kind in kinds
         for tag in run.tags
         if tag.key.startswith(prefix)
     ]
-    events += [Event(point.at, point.step, "evaluation", _summarize_evaluation(point)) for point in run.evaluations]
-    return sorted([*events, *_starts(run)], key=lambda event: event.at)
-
-
-def _starts(run: RunFolder) -> Iterator[Event]:
-    """Yield the first start and every restart, with its recorded cause."""
+    for point in run.evaluations:  # its recalls, or else its first metrics
+        values = {name.removeprefix(EVALUATION): v for name, v in point.values.items() if name.startswith(EVALUATION)}
+        recalls = {name: value for name, value in values.items() if name.endswith(("/i2t_r1", "/t2i_r1"))}
+        shown = recalls or {name: value for name, value in values.items() if not name.endswith("/pairs")}
+        text = ", ".join(f"{name} {significant(value)}" for name, value in list(shown.items())[:4])
+        events.append(Event(point.at, point.step, "evaluation", text))
     causes = [(1000 * entry["time"], f"{entry['cause']}: {entry['message']}") for entry in run.restarts()]
     starts = [start for record in run.stages for start in record.starts]
     previous = 0
     for number, session in enumerate(run.sessions):
         text = f"{session.tags.get('world_size', '?')} ranks, rank 0 on {session.tags.get('mome.host', '?')}"
         if number == 0:
-            yield Event(session.start, None, "begun", text)
+            events.append(Event(session.start, None, "begun", text))
         else:
             cause = [message for at, message in causes if previous <= at <= session.start]
             tags = [start["tags"] for start in starts if session.start <= start["at"] <= session.end]
             step = int(tags[0]["resumed_at"]) if tags and "resumed_at" in tags[0] else None
             resumed = "restarted from the beginning" if step is None else f"resumed after step {step}"
-            yield Event(session.start, step, "restart", "; ".join([resumed, text, *cause[-1:]]))
+            events.append(Event(session.start, step, "restart", "; ".join([resumed, text, *cause[-1:]])))
         previous = session.start
-
-
-def _summarize_evaluation(point: MetricPoint) -> str:
-    """Return an evaluation's recalls, or else its first metrics, in one line."""
-    values = {name.removeprefix(EVALUATION): v for name, v in point.values.items() if name.startswith(EVALUATION)}
-    recalls = {name: value for name, value in values.items() if name.endswith(("/i2t_r1", "/t2i_r1"))}
-    shown = recalls or {name: value for name, value in values.items() if not name.endswith("/pairs")}
-    return ", ".join(f"{name} {significant(value)}" for name, value in list(shown.items())[:4])
-
-
-def _alerts(run: RunFolder) -> list[Alert]:
-    """Return the last state of every alert of every stage, active ones first."""
-    latest = {(tag.stage, tag.key): tag for tag in run.tags if tag.key.startswith(ALERT)}
-    tags = sorted(latest.values(), key=lambda tag: tag.at)
-    alerts = [Alert(tag.key.removeprefix(ALERT), tag.at, tag.step, tag.stage, tag.value) for tag in tags]
-    return sorted(alerts, key=lambda alert: alert.is_over)
-
-
-def _time(seconds: dict[str, float], cost: Cost | None) -> list[PhaseTime]:
-    total = sum(seconds.values())
-    price = cost.total / total if cost and total else 0.0
-    phases = [phase for phase in PHASES if seconds.get(phase)]
-    return [PhaseTime(phase, seconds[phase], seconds[phase] / total, seconds[phase] * price) for phase in phases]
+    return sorted(events, key=lambda event: event.at)
 
 
 def _cost(run: RunFolder, price: float) -> Cost | None:
@@ -285,23 +310,12 @@ def _cost(run: RunFolder, price: float) -> Cost | None:
     return Cost(ranks, hours, price, hours * price)
 
 
-def _find_in_mlflow(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
-    """Return how to find the run in MLflow (its id if this machine uploaded it, otherwise its tag), and its page's URL.
+def _lineage(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
+    """Return code, versions and user of the last start, how to find the run in MLflow, and the URL of its page there.
 
-    The URL is on the reader's own server, never on one that the run's folder names.
+    MLflow's run is named by its id if this machine uploaded it, otherwise by its tag. The URL is on the reader's own
+    server, never on one that the run's folder names.
     """
-    own = absolute_uri(server or default_uri(run.config.output))
-    others = [] if run.recorded.tracking_uri is None else [absolute_uri(run.recorded.tracking_uri)]
-    for uri in dict.fromkeys([own, *others]):
-        if (ids := uploaded_run(journal_folder(run.folder), uri)) is not None:
-            has_page = uri == own and uri.startswith(("http://", "https://"))
-            page = f"{redact(uri).rstrip('/')}/#/experiments/{ids[1]}/runs/{ids[0]}" if has_page else ""
-            return {"MLflow run": ids[0]}, page
-    return ({"In MLflow": f"the run tagged mome.run = '{run.run}'"} if run.run else {}), ""
-
-
-def _lineage(run: RunFolder) -> dict[str, str]:
-    """Return code, versions and user of the last start."""
     tags = run.sessions[-1].tags if run.sessions else {}
     commit = tags.get("mlflow.source.git.commit", "")
     if commit and tags.get("mome.git.dirty") == "true":
@@ -314,7 +328,53 @@ def _lineage(run: RunFolder) -> dict[str, str]:
         "Started by": tags.get("mlflow.user", ""),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None),
     }
-    return {name: value for name, value in lineage.items() if value}
+    lineage = {name: value for name, value in lineage.items() if value}
+    own = absolute_uri(server or default_uri(run.config.output))
+    others = [] if run.recorded.tracking_uri is None else [absolute_uri(run.recorded.tracking_uri)]
+    for uri in dict.fromkeys([own, *others]):
+        if (ids := uploaded_run(journal_folder(run.folder), uri)) is not None:
+            has_page = uri == own and uri.startswith(("http://", "https://"))
+            page = f"{redact(uri).rstrip('/')}/#/experiments/{ids[1]}/runs/{ids[0]}" if has_page else ""
+            return lineage | {"MLflow run": ids[0]}, page
+    return lineage | ({"In MLflow": f"the run tagged mome.run = '{run.run}'"} if run.run else {}), ""
+
+
+def inspect_quarantine(config: RunConfig, storage: Storage, records: Sequence[dict[str, Any]]) -> QuarantineReport:
+    """Summarize a run's quarantine and read a few samples of each reason again."""
+    names = [entry.name for entry in fields(QuarantinedSample)]
+    times = Counter(QuarantinedSample(**{name: record[name] for name in names}) for record in records)
+    kinds: dict[tuple[str, str, str], list[QuarantinedSample]] = {}
+    for sample in times:
+        kinds.setdefault((sample.source, sample.stage, sample.reason), []).append(sample)
+    counts = [(*kind, len(samples), sum(times[sample] for sample in samples)) for kind, samples in kinds.items()]
+    # One of each kind before a second one of any, so that rare reasons are included.
+    rounds = [samples[turn] for turn in range(MAX_PER_REASON) for samples in kinds.values() if turn < len(samples)]
+    inspected = []
+    for sample in rounds[:MAX_SAMPLES]:
+        image, error = None, ""
+        try:
+            data = image_bytes(_read_members(storage, config.sources[sample.source].shards, sample))
+            image = thumbnail(decode(data, config.data.max_pixels), THUMBNAIL)
+        except BadSample as bad:
+            error = bad.reason
+        except (MomeError, KeyError) as failure:
+            error = f"not read again: {failure}"
+        inspected.append(InspectedSample(sample, times[sample], image, error))
+    return QuarantineReport(len(records), sorted(counts, key=lambda row: -row[-1]), inspected)
+
+
+def _read_members(storage: Storage, url: str, sample: QuarantinedSample) -> dict[str, bytes]:
+    """Read the sample's members at its recorded offset. Raises DataError if the shards have changed."""
+    check_stored_url(url, f"sources.{sample.source}.shards")
+    record = next((record for record in load_manifest(storage, url).shards if record.name == sample.shard), None)
+    if record is None:
+        raise DataError(f"{sample.shard} is no longer in the manifest of {url}")
+    index = load_index(storage, url, record)
+    number = next((n for n in range(len(index)) if index.first_offset(n) == sample.offset), None)
+    if number is None or index.keys[number] != sample.key:
+        raise DataError(f"{sample.shard} now has another sample at byte {sample.offset}")
+    location = join(shard_folder(url), sample.shard)
+    return {name: storage.read_range(location, at, at + size) for name, at, size in index.members(number)}
 
 
 def render_run_report(report: RunReport, comparison: Comparison | None = None) -> str:

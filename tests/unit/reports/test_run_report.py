@@ -13,9 +13,16 @@ from pipeline.data.contents.images import decode
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.pages.page import thumbnail
-from pipeline.reports.bad_samples import MAX_SAMPLES, THUMBNAIL
 from pipeline.reports.run_folder import RunFolder, open_run
-from pipeline.reports.run_report import WIDE, RunReport, _chart, collect_report, render_run_report
+from pipeline.reports.run_report import (
+    MAX_SAMPLES,
+    THUMBNAIL,
+    WIDE,
+    RunReport,
+    _chart,
+    collect_report,
+    render_run_report,
+)
 from tests.support.bad_shards import Planted
 from tests.support.recorded_run import ALERT, RESUMED_AT, SECONDS, SPIKE, STEPS, bad_records, record_run
 
