@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -126,30 +126,36 @@ class TurnStorage(DiskStorage):
 
 
 class _Turns:
-    """One execution of the attempts: each stops before every call and is resumed individually."""
+    """One execution of the attempts: each stops before every call and is resumed individually.
+
+    Tokens and times are numbers of the attempt that is running.
+    """
 
     def __init__(self, attempts: Mapping[str, Callable[[Storage], None]], disk: Disk):
         self.disk = disk
-        self.names = list(attempts)
-        self.history = dict.fromkeys(attempts, b"")
+        self.running = "begin"
+        self.history = dict.fromkeys(attempts, b"")  # digest of the results that each attempt has received
         self.errors: list[BaseException] = []
+        self.finished: set[str] = set()
+        self._attempts = attempts
         self._go = {name: threading.Semaphore(0) for name in attempts}
         self._stopped = threading.Semaphore(0)
-        self._counters = {name: itertools.count(1) for name in (*attempts, "begin")}
+        self._counters = {name: itertools.count(1000 * i + 1) for i, name in enumerate(("begin", *attempts))}
         self._is_killed = False
-        self.running = self.names[0]
-        self.finished: set[str] = set()
-        self._threads = []
-        for name, attempt in attempts.items():
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Let every attempt run up to its first call."""
+        for name in self._attempts:
             self.running = name
-            thread = threading.Thread(target=self._run, args=(name, attempt), daemon=True)
+            thread = threading.Thread(target=self._run, args=(name,), daemon=True)
             self._threads.append(thread)
             thread.start()
             self._wait()
 
-    def _run(self, name: str, attempt: Callable[[Storage], None]) -> None:
+    def _run(self, name: str) -> None:
         try:
-            attempt(TurnStorage(self, name))
+            self._attempts[name](TurnStorage(self, name))
         except Killed:
             pass
         except BaseException as error:
@@ -183,12 +189,9 @@ class _Turns:
         self._wait()
 
     def enabled(self) -> list[str]:
-        return [name for name in self.names if name not in self.finished]
+        return [name for name in self._attempts if name not in self.finished]
 
-    def key(self) -> bytes:
-        return hashlib.sha256(b"".join([self.disk.digest(), *(self.history[name] for name in self.names)])).digest()
-
-    def count(self) -> int:
+    def number(self) -> int:
         return next(self._counters[self.running])
 
     def kill(self) -> None:
@@ -223,97 +226,69 @@ def explore(
     while frontier:
         schedule = list(frontier.pop())
         runs += 1
-        disk, numbers = Disk(), _Numbers()
-        with numbers:
-            begin(DiskStorage(disk))
-            turns = numbers.turns = _Turns(attempts, disk)
-            for name in schedule[:-1]:
-                turns.step(name)
-            pending = schedule.pop() if schedule else None
+        turns = _Turns(attempts, Disk())
+
+        def num_switches(schedule: list[str] = schedule) -> int:
+            return sum(before != after for before, after in itertools.pairwise(schedule))
+
+        def key(turns: _Turns = turns, schedule: list[str] = schedule) -> bytes:
+            """Return the identity of the state; equal states have equal continuations."""
+            digest = hashlib.sha256(b"".join([turns.disk.digest(), *turns.history.values()])).digest()
+            return digest if max_switches is None else digest + f"{schedule[-1:]}{num_switches(schedule)}".encode()
+
+        with (
+            mock.patch("secrets.token_hex", lambda size, turns=turns: f"{turns.number():0{2 * size}x}"),
+            mock.patch("time.time_ns", lambda turns=turns: turns.number() * 1_000_000),
+            mock.patch("pipeline.training.ownership.datetime", _Moment),
+        ):
+            begin(DiskStorage(turns.disk))
+            turns.start()
             try:
+                for name in schedule[:-1]:
+                    turns.step(name)
+                pending = schedule.pop() if schedule else None
                 while True:
-                    key = _key(turns, schedule, max_switches)
+                    state = key()
                     if pending is None:
-                        if key in successors:
+                        if state in successors:
                             break
-                        _check(turns, disk, check, check_end)
-                        successors[key] = {}
-                        pending, *others = _allowed(turns, schedule, max_switches) or [None]
+                        _check(turns, check, check_end)
+                        successors[state] = {}
+                        # The attempt that made the last call continues first.
+                        names = sorted(turns.enabled(), key=lambda name, last=schedule[-1:]: name not in last)
+                        if max_switches is not None and num_switches() >= max_switches:
+                            names = names[:1]
+                        if not names:
+                            break
+                        pending, *others = names
                         frontier += [(*schedule, other) for other in others]
-                        if pending is None:
-                            break
                     schedule.append(pending)
                     turns.step(pending)
-                    successors[key][pending] = _key(turns, schedule, max_switches)
+                    successors[state][pending] = key()
                     pending = None
             except AssertionError as error:
-                error.add_note(f"after the calls of {_told(schedule)}")
+                calls = ", ".join(f"{name} x {len(list(group))}" for name, group in itertools.groupby(schedule))
+                error.add_note(f"after the calls of {calls}")
                 raise
             finally:
                 turns.kill()
-    return Explored(_paths(successors), len(successors), runs)
+
+    @cache
+    def num_paths(state: bytes) -> int:
+        return sum(num_paths(after) for after in successors[state].values()) or 1
+
+    for state in reversed(successors):  # later states first: no deep recursion
+        num_paths(state)
+    return Explored(num_paths(next(iter(successors))), len(successors), runs)
 
 
-def _switches(schedule: list[str]) -> int:
-    return sum(1 for before, after in itertools.pairwise(schedule) if before != after)
-
-
-def _key(turns: _Turns, schedule: list[str], max_switches: int | None) -> bytes:
-    """Return the identity of a state; equal states have equal continuations."""
-    if max_switches is None:
-        return turns.key()
-    return turns.key() + f"{schedule[-1:]}{_switches(schedule)}".encode()
-
-
-def _allowed(turns: _Turns, schedule: list[str], max_switches: int | None) -> list[str]:
-    """Return the attempts that may make the next call, the one that made the last call first."""
-    names = sorted(turns.enabled(), key=lambda name: name not in schedule[-1:])
-    if max_switches is not None and len(names) == 2 and _switches(schedule) >= max_switches:
-        return names[:1]
-    return names
-
-
-def _check(turns: _Turns, disk: Disk, check: Callable[[Disk], None], check_end: Callable[[Disk], None]) -> None:
+def _check(turns: _Turns, check: Callable[[Disk], None], check_end: Callable[[Disk], None]) -> None:
     if turns.errors:
         raise AssertionError(f"an attempt ended with {turns.errors[0]!r}") from turns.errors[0]
-    assert not disk.faults, f"the superseded attempt changed what its successor wrote: {disk.faults}"
-    check(disk)
+    assert not turns.disk.faults, f"the superseded attempt changed what its successor wrote: {turns.disk.faults}"
+    check(turns.disk)
     if not turns.enabled():
-        check_end(disk)
-
-
-def _paths(successors: dict[bytes, dict[str, bytes]]) -> int:
-    @cache
-    def ways(key: bytes) -> int:
-        return sum(ways(after) for after in successors[key].values()) or 1
-
-    for key in reversed(successors):  # later states first: no deep recursion
-        ways(key)
-    return ways(next(iter(successors)))
-
-
-def _told(schedule: list[str]) -> str:
-    return ", ".join(f"{name} x {len(list(calls))}" for name, calls in itertools.groupby(schedule))
-
-
-class _Numbers(ExitStack):
-    """Context in which tokens and times are numbers of the calling attempt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.turns: _Turns | None = None
-        self._beginning = itertools.count(1)
-        self.enter_context(mock.patch("secrets.token_hex", lambda size: f"{self._next():0{2 * size}x}"))
-        self.enter_context(mock.patch("time.time_ns", self._time_ns))
-        self.enter_context(mock.patch("pipeline.training.ownership.datetime", _Moment))
-
-    def _time_ns(self) -> int:
-        return self._next() * 1_000_000
-
-    def _next(self) -> int:
-        if self.turns is None:
-            return next(self._beginning)
-        return 1000 * (self.turns.names.index(self.turns.running) + 1) + self.turns.count()
+        check_end(turns.disk)
 
 
 class _Moment(datetime):
