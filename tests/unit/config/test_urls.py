@@ -14,60 +14,47 @@ from pipeline.data.storage import Storage
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
-WRONG = {  # URL -> expected part of the message
-    "s3:/bucket/x": "'s3://bucket/x'",
-    "s3:bucket/x": "'s3://bucket/x'",
-    "S3://bucket/x": "'s3://bucket/x'",
-    "S3:/bucket/x": "'s3://bucket/x'",
-    "s3//bucket/x": "'s3://bucket/x'",
-    "s3:\\\\bucket\\x": "'s3://bucket/x'",
-    "s3:///bucket/x": "'s3://bucket/x'",
-    "s3://": "names no bucket",
-    "s3:": "s3://",
-    "://bucket/x": "'s3://bucket/x'",
-    "./s3://bucket/x": "'s3://bucket/x'",
-    "/home/me/s3:/bucket/x": "'s3://bucket/x'",
-    "./s3:/bucket/x": "'s3://bucket/x'",
-    "s3 ://bucket/x": "'s3://bucket/x'",
-    " s3://bucket/x": "'s3://bucket/x'",
-    "s3://bucket/x\r": "'s3://bucket/x'",
-    "s3://bucket/x\n": "'s3://bucket/x'",
-    "s3://key:word-of-pass@bucket/x": "'env:NAME'",
-    "gs:/bucket/x": "'gs://bucket/x'",
-    "GS://bucket/x": "'gs://bucket/x'",
-    "gs:///bucket": "'gs://bucket'",
-    "hf:org/name": "'hf://org/name'",
-    "https:/host/x": "'https://host/x'",
-    "unknown:/host/x": "'unknown://host/x'",
-    "file:/abs/x": "'file:///abs/x'",
-    "file:abs/x": "'file:///abs/x'",
-    "File:///abs/x": "'file:///abs/x'",
-    "FILE://abs/x": "'file://abs/x'",
-    "file://abs/x": "'file:///abs/x'",
-    "file://localhost/abs/x": "'file:///abs/x'",
-    "file://": "file:///",
-    "${SCRATCH}/runs": r"${SCRATCH}",
-    "${oc.env:SCRATCH}/runs": r"${oc.env:SCRATCH}",
-    "$SCRATCH/runs": "$SCRATCH",
-    "s3://$BUCKET/runs": "$BUCKET",
-    "s3://bucket/${USER}": r"${USER}",
-    "runs/$USER": "$USER",
-    "$(pwd)/runs": "$(",
-    "%SCRATCH%/runs": "%SCRATCH%",
-    "s3://{{ bucket }}/runs": "{{ bucket }}",
-    "s3://<bucket>/runs": "<bucket>",
-    "~nobody-of-this-name/runs": "home folder of",
-    "file://~nobody-of-this-name/runs": "home folder of",
-    "/data/~/runs": "'~/runs'",
-    "./~/runs": "'~/runs'",
-    "C:\\runs": "Windows",
-    "C:/runs": "Windows",
-    "": "empty",
-    "  ": "empty",
-    "a\x00b": "control character",
-    "a\x1b[2Jb": "control character",
-    "pipe:cat x": "runs a program",
-}
+REJECTED: dict[str, list[str]] = {  # expected part of the message -> URLs
+    "'s3://bucket/x'": [
+        "s3:/bucket/x", "s3:bucket/x", "S3://bucket/x", "S3:/bucket/x", "s3//bucket/x", "s3:\\\\bucket\\x", "s3:///bucket/x",
+        "://bucket/x", "./s3://bucket/x", "/home/me/s3:/bucket/x", "./s3:/bucket/x", "s3 ://bucket/x", " s3://bucket/x",
+        "s3://bucket/x\r", "s3://bucket/x\n",
+    ],
+    "names no bucket": ["s3://"],
+    "s3://": ["s3:"],
+    "'env:NAME'": ["s3://key:word-of-pass@bucket/x"],
+    "'gs://bucket/x'": ["gs:/bucket/x", "GS://bucket/x"],
+    "'gs://bucket'": ["gs:///bucket"],
+    "'hf://org/name'": ["hf:org/name"],
+    "'https://host/x'": ["https:/host/x"],
+    "'unknown://host/x'": ["unknown:/host/x"],
+    "'file:///abs/x'": [
+        "file:/abs/x", "file:abs/x", "File:///abs/x", "file://abs/x", "file://localhost/abs/x",
+    ],
+    "'file://abs/x'": ["FILE://abs/x"],
+    "file:///": ["file://"],
+    "${SCRATCH}": ["${SCRATCH}/runs"],
+    "${oc.env:SCRATCH}": ["${oc.env:SCRATCH}/runs"],
+    "$SCRATCH": ["$SCRATCH/runs"],
+    "$BUCKET": ["s3://$BUCKET/runs"],
+    "${USER}": ["s3://bucket/${USER}"],
+    "$USER": ["runs/$USER"],
+    "$(": ["$(pwd)/runs"],
+    "%SCRATCH%": ["%SCRATCH%/runs"],
+    "{{ bucket }}": ["s3://{{ bucket }}/runs"],
+    "<bucket>": ["s3://<bucket>/runs"],
+    "home folder of": ["~nobody-of-this-name/runs", "file://~nobody-of-this-name/runs"],
+    "'~/runs'": ["/data/~/runs", "./~/runs"],
+    "Windows": ["C:\\runs", "C:/runs"],
+    "empty": ["", "  "],
+    "control character": ["a\x00b", "a\x1b[2Jb"],
+    "runs a program": ["pipe:cat x"],
+}  # fmt: skip
+WRONG = {url: expected for expected, urls in REJECTED.items() for url in urls}
+LOCAL = [
+    "/abs/x", "/", ".", "runs", "a:b", "/data/12:30:00/x", "a$b/c$", "{000..012}.tar", "100%/50%", "x~/~x", "./~x",
+    "日本/é", "s3x", "s3/x", "https",
+]  # fmt: skip
 RIGHT = {
     "s3://bucket/x": ("s3", "bucket/x"),
     "s3://bucket": ("s3", "bucket"),
@@ -78,24 +65,10 @@ RIGHT = {
     "memory:///x": ("memory", "memory:///x"),
     "https://host/caf%C3%A9.tar?token=1": ("https", "https://host/caf%C3%A9.tar?token=1"),
     "file:///abs/x": ("file", "/abs/x"),
-    "/abs/x": ("file", "/abs/x"),
-    "/": ("file", "/"),
-    ".": ("file", "."),
-    "runs": ("file", "runs"),
-    "a:b": ("file", "a:b"),
-    "/data/12:30:00/x": ("file", "/data/12:30:00/x"),
-    "a$b/c$": ("file", "a$b/c$"),
-    "{000..012}.tar": ("file", "{000..012}.tar"),
-    "100%/50%": ("file", "100%/50%"),
-    "x~/~x": ("file", "x~/~x"),
-    "./~x": ("file", "./~x"),
     "~/x": ("file", os.path.expanduser("~/x")),
     "~": ("file", os.path.expanduser("~")),
     "file://~/x": ("file", os.path.expanduser("~/x")),
-    "日本/é": ("file", "日本/é"),
-    "s3x": ("file", "s3x"),
-    "s3/x": ("file", "s3/x"),
-    "https": ("file", "https"),
+    **{path: ("file", path) for path in LOCAL},
 }
 
 
@@ -119,22 +92,17 @@ def test_valid_urls_are_accepted(url: str):
 
 
 KEYS = [
-    "output",
-    "tokenizer.vocabulary",
-    "sources.scenes.shards",
-    "sources.scenes.opt_out",
-    "stages.vision.start_from",
-    "stages.vision.answer_list",
-    "data.cache.folder",
-]
+    "output", "tokenizer.vocabulary", "sources.scenes.shards", "sources.scenes.opt_out", "stages.vision.start_from",
+    "stages.vision.answer_list", "data.cache.folder",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("url", ["s3:/bucket/x", "${SCRATCH}/runs", "S3://bucket/x", "file:/x"])
+@pytest.mark.parametrize("url", ["s3:/bucket/x", "${SCRATCH}/runs"])
 def test_every_config_key_rejects_a_malformed_url_by_name(key: str, url: str):
     with pytest.raises(ConfigError, match=rf"{key}: ") as raised:
         load_config(DEMO, [f"{key}={url}"])
-    assert WRONG.get(url, "file:///x") in str(raised.value)
+    assert WRONG[url] in str(raised.value)
 
 
 def test_cache_in_an_object_store_is_rejected():

@@ -206,18 +206,17 @@ def _commits(storage: Storage, folder: Path, url: str) -> None:
 def test_transient_storage_faults_of_a_commit_lose_nothing(tmp_path: Path) -> None:
     clean = FailingStorage()
     _commits(clean, tmp_path / "clean", f"{tmp_path}/clean-store/journal")
-    tried = 0
-    for tried, fault in enumerate(every_fault(clean.calls), 1):
-        storage, url = FailingStorage(fault), f"{tmp_path}/store-{tried}/journal"
-        _commits(storage, tmp_path / f"here-{tried}", url)
+    faults = list(every_fault(clean.calls))
+    assert len(faults) >= 12
+    for number, fault in enumerate(faults):
+        url = f"{tmp_path}/store-{number}/journal"
+        _commits(FailingStorage(fault), tmp_path / f"here-{number}", url)
 
-        elsewhere = Journal(tmp_path / f"elsewhere-{tried}")
-        CommittedJournal(Storage(), url).restore(elsewhere)
+        elsewhere = restored(Storage(), tmp_path / f"elsewhere-{number}", url)
 
         assert steps(elsewhere) == [1, 2, 3, 4, 5, 6], fault
         files = {path.name: path.read_bytes()[-6:] for path in (elsewhere.folder / "files").glob("*/*")}
         assert files == {"a.html": b"a.html", "b.html": b"b.html"}, fault
-    assert tried >= 12
 
 
 def test_permanent_storage_faults_of_a_commit_keep_a_prefix(tmp_path: Path) -> None:
