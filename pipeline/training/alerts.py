@@ -48,17 +48,12 @@ class Alerts(Callback):
         if self._coverage is not None and self._coverage.alert is not None:
             self.raise_alert("unknown_tokens", self._stage.global_step(start), self._coverage.alert)
 
-    def on_health(self, step: int, health: StepHealth) -> None:
-        self.observe_loss(self._stage.global_step(step), health.losses["loss"])
-
     def on_fault(self, step: int, name: str, message: str) -> None:
         self.raise_alert(name, self._stage.global_step(step), message)
 
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
-        self.evaluate(snapshot.step_metrics)
-
-    def evaluate(self, metrics: StepMetrics) -> None:
         """Evaluate the conditions of all alerts except the loss spike."""
+        metrics = snapshot.step_metrics
         for name, message in conditions(metrics).items():
             self._met[name] = self._met[name] + 1 if message else 0
             self._unmet[name] = 0 if message else self._unmet[name] + 1
@@ -70,12 +65,13 @@ class Alerts(Callback):
                 log.warning("stage %s: alert %s is over at step %d", self._stage.name, name, metrics.step, extra=extra)
                 self._tracker.tag(f"mome.alert.{name}", text)
 
-    def observe_loss(self, step: int, loss: float) -> None:
-        """Check the global batch's loss at one step for a spike."""
+    def on_health(self, step: int, health: StepHealth) -> None:
+        """Check the global batch's loss for a spike."""
+        loss = health.losses["loss"]
         if len(self._losses) == LOSSES and loss > JUMP * (median := statistics.median(self._losses)):
             self.raise_alert(
                 "loss_spike",
-                step,
+                self._stage.global_step(step),
                 f"the loss jumped to {loss:.4g} (median of the last {LOSSES}: {median:.4g}). If it does not recover, "
                 "resume from an earlier checkpoint with a lower optimizer.lr or with optimizer.max_grad_norm; "
                 "guards.spike rolls back and skips the data automatically",

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.data.batch import Batch
 
@@ -25,17 +25,12 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class StepEvent:
-    """A completed update: the stage's step (from 0), this rank's parts of the losses, and the learning rate."""
+    """A completed update: the stage's step (from 0) and its learning rate."""
 
     step: int
-    losses: dict[str, Tensor]
-    health: StepHealth | None  # None at steps without a health check
     lr: float
-
-    @property
-    def preempted(self) -> bool:
-        """The ranks have agreed to save and stop after this step."""
-        return self.health is not None and self.health.preempted
+    health: StepHealth | None  # None at steps without a health check
+    preempted: bool  # the ranks have agreed to save and stop after this step
 
 
 class Callback:

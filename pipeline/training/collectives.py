@@ -176,14 +176,11 @@ class Collectives(Ranks):
         store: Any = dist.distributed_c10d._get_default_store()
         return KeyValueStore(store.clone(), self.rank, self.world_size)
 
-    def close(self) -> None:
-        close_group()
-
-
-def close_group() -> None:
-    """Destroy the process group, if any; a process that exits without this can abort."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    @staticmethod
+    def close() -> None:
+        """Destroy the process group, if any; a process that exits without this can abort."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class KeyValueStore:

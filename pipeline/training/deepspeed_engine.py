@@ -205,7 +205,8 @@ class DeepSpeedEngine:
             is_trained = parameter.requires_grad
             if (self._decay is not None and is_trained) or name in self._exact:
                 # The ranks' ranges, assembled by a sum in which each rank is zero outside its own.
-                full = torch.zeros(self._numel(parameter), device=self._collectives.device)
+                numel = getattr(parameter, "ds_numel", parameter.numel())
+                full = torch.zeros(numel, device=self._collectives.device)
                 own = self._averages.get(name) if is_trained else self._exact[name]
                 if own is not None:
                     full[slice(*self._range(name))] = own
@@ -217,8 +218,8 @@ class DeepSpeedEngine:
                 master = safe_get_full_fp32_param(parameter) if is_trained else None
                 full = parameter.data if master is None else master
             if self._collectives.rank == 0:
-                shape = parameter.ds_shape if self._zero_stage == 3 else parameter.shape  # type: ignore[attr-defined]
-                gathered[name] = full.detach().float().cpu().clone().view(shape)
+                whole = full.detach().float().cpu().clone()
+                gathered[name] = whole.view(getattr(parameter, "ds_shape", parameter.shape))
         return gathered if self._collectives.rank == 0 else None
 
     # ---- where DeepSpeed keeps it
@@ -229,9 +230,6 @@ class DeepSpeedEngine:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [tensor for group in self._adam.param_groups for tensor in group["params"]]
 
-    def _numel(self, parameter: nn.Parameter) -> int:
-        return parameter.ds_numel if self._zero_stage == 3 else parameter.numel()  # type: ignore[attr-defined]
-
     def _partition(self, parameter: nn.Parameter) -> Tensor:
         """Return this rank's partition of a parameter at ZeRO 3, as the forward uses it."""
         return parameter.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
@@ -239,7 +237,8 @@ class DeepSpeedEngine:
     def _range(self, name: str) -> tuple[int, int]:
         """Return the range of a flattened parameter that this rank saves and restores."""
         parameter = self._names[name]
-        numel, rank, world_size = self._numel(parameter), self._collectives.rank, self._collectives.world_size
+        numel: int = getattr(parameter, "ds_numel", parameter.numel())  # at ZeRO 3 the parameter itself is empty
+        rank, world_size = self._collectives.rank, self._collectives.world_size
         if self._zero_stage == 3:
             size = self._partition(parameter).numel()
             return min(rank * size, numel), min((rank + 1) * size, numel)

@@ -169,11 +169,10 @@ class ExecutionOrderCheck(Callback):
     def on_model_built(self, model: nn.Module) -> None:
         self._model = model
 
-        def enter_model(module: nn.Module, arguments: object) -> None:
-            self._in_forward = True
-
-        def enter_module(name: str, module: nn.Module, arguments: object) -> None:
-            if not torch.compiler.is_compiling() and self._is_active and self._in_forward:
+        def enter(name: str, module: nn.Module, arguments: object) -> None:
+            if module is model:
+                self._in_forward = True
+            elif not torch.compiler.is_compiling() and self._is_active and self._in_forward:
                 self._record(name)
                 if self._compares_each_module:
                     self._compare()
@@ -185,7 +184,7 @@ class ExecutionOrderCheck(Callback):
                 self._compare()
 
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(enter_model if module is model else partial(enter_module, name))
+            module.register_forward_pre_hook(partial(enter, name))
         model.register_forward_hook(leave_model)
 
     def on_stage_start(self, state: StageState, start: int) -> None:

@@ -45,7 +45,7 @@ from pipeline.training.health import (
     locate_non_finite,
     permanent_failures_explained,
 )
-from pipeline.training.metrics import MetricsCollector, ProgressReporter, StageTracking
+from pipeline.training.metrics import MetricsCollector, StageReporter
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.ownership import Ownership, Start
 from pipeline.training.prepare import load_coverage, prepare
@@ -53,7 +53,7 @@ from pipeline.training.profile import Profiler
 from pipeline.training.progress import Report
 from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
-from pipeline.training.supervisor import RankSupervisor, SupervisorCallback
+from pipeline.training.supervisor import RankSupervisor
 from pipeline.training.workload import with_micro_batch
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def train_stage(
                     break
             lr = learning_rate(step, stage.steps, config.optimizer)
             state.engine.step(lr)
-            event = StepEvent(step, losses, health, lr)
+            event = StepEvent(step, lr, health, preempted=health is not None and health.preempted)
             callbacks.after_step(event)
             if event.preempted:
                 result = StageResult(step + 1, preempted=True)
@@ -190,18 +190,13 @@ def standard_callbacks(stage: Stage, context: RunContext) -> list[Callback]:
     if window is not None and collectives.rank == 0:
         callbacks.append(Profiler(stage, context, window))
     callbacks += [
-        SupervisorCallback(context.supervisor, stage.first_step),
+        context.supervisor,
         ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step),
-        StageTracking(stage, context),
     ]
     if collectives.rank == 0:
-        callbacks += [Alerts(stage, context.tracker, context.coverage), ProgressReporter(stage, context.report)]
-    return [
-        *callbacks,
-        MetricsCollector(stage, context),
-        EvaluationCallback(stage, context),
-        Checkpointer(stage, context),
-    ]
+        callbacks += [StageReporter(stage, context), Alerts(stage, context.tracker, context.coverage)]
+    collector, evaluation = MetricsCollector(stage, context), EvaluationCallback(stage, context)
+    return [*callbacks, collector, evaluation, Checkpointer(stage, context)]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pipeline.training.callbacks import Callback, StepEvent
 from pipeline.training.checkpoint import finished_stage
 from pipeline.training.collectives import Collectives
 from pipeline.training.goodput import goodput_metrics
-from pipeline.training.progress import Progress, Report
+from pipeline.training.progress import Progress
 from pipeline.training.workload import peak_step_seconds
 
 if TYPE_CHECKING:
@@ -159,33 +159,8 @@ def total_data_counts(loader: Loader, previous: dict[str, float], collectives: C
     }
 
 
-# ---- where metrics go
-
-
-class ProgressReporter(Callback):
-    """Reports the progress at each metrics step."""
-
-    def __init__(self, stage: Stage, report: Report):
-        self._stage, self._report = stage, report
-
-    def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
-        stage = self._stage
-        self._report(
-            Progress(
-                stage=stage.name,
-                stage_step=step + 1,
-                stage_steps=stage.steps,
-                step=stage.global_step(step + 1),
-                total_steps=stage.run.total_steps,
-                loss=snapshot.losses["loss"],
-                samples_per_second=snapshot.samples_per_second,
-                seconds_left=(stage.steps - step - 1) / max(snapshot.steps_per_second, 1e-9),
-            )
-        )
-
-
-class StageTracking(Callback):
-    """Records the stage and its metrics with the tracker."""
+class StageReporter(Callback):
+    """Reports the stage, its metrics and its progress to the tracker and the launcher; used on rank 0 only."""
 
     def __init__(self, stage: Stage, context: RunContext):
         self._stage, self._context, self._tracker = stage, context, context.tracker
@@ -208,8 +183,21 @@ class StageTracking(Callback):
             self._tracker.tag(*state.rollback)
 
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
+        stage, completed = self._stage, step + 1
         nodes = self._context.supervisor.nodes.take()
-        self._tracker.metrics(self._stage.global_step(step + 1), snapshot.values | nodes)
+        self._tracker.metrics(stage.global_step(completed), snapshot.values | nodes)
+        self._context.report(
+            Progress(
+                stage=stage.name,
+                stage_step=completed,
+                stage_steps=stage.steps,
+                step=stage.global_step(completed),
+                total_steps=stage.run.total_steps,
+                loss=snapshot.losses["loss"],
+                samples_per_second=snapshot.samples_per_second,
+                seconds_left=(stage.steps - completed) / max(snapshot.steps_per_second, 1e-9),
+            )
+        )
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._tracker.metrics(self._stage.global_step(step + 1), metrics)

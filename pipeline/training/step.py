@@ -13,7 +13,8 @@ Shapes: B global batch, n examples of this rank, S sources, N layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -303,20 +304,15 @@ def loss_by_source(
     return torch.stack(sums)
 
 
-class _IndexedOutputs(Mapping[str, Tensor]):
+class _IndexedOutputs(UserDict[str, Tensor]):
     """A forward's outputs for some of its examples, indexed on access; outputs that are not per example stay whole."""
 
     def __init__(self, heads: Mapping[str, Tensor], indices: Tensor, num_examples: int):
-        self._heads, self._indices, self._num_examples = heads, indices, num_examples
+        super().__init__(heads)
+        self._indices, self._num_examples = indices, num_examples
 
     def __getitem__(self, name: str) -> Tensor:
-        value = self._heads[name]
+        value = self.data[name]
         if value.dim() == 0 or len(value) != self._num_examples:
             return value
         return value[self._indices.to(value.device, non_blocking=True)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._heads)
-
-    def __len__(self) -> int:
-        return len(self._heads)

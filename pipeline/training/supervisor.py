@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class RankSupervisor:
-    """Tracks the phase this rank is in, for goodput and the watchdog; one per process, over all stages."""
+class RankSupervisor(Callback):
+    """Tracks the phase this rank is in, for goodput and the watchdog; one per process, attached to every stage."""
 
     def __init__(
         self,
@@ -59,7 +59,8 @@ class RankSupervisor:
         }
         self._watchdog = Watchdog(collectives, storage, config.folder, limits)
         self._is_first_stage = True
-        self._has_stepped = False  # in this stage and process
+        self._first_step = 0  # global step of the stage's first
+        self._has_begun = self._has_stepped = False  # a step of this stage, in this process
         self._is_resumed = False  # the goodput account has been set to the state the run resumed from
 
     @contextmanager
@@ -99,11 +100,12 @@ class RankSupervisor:
         return self._is_preempted
 
     def begin_stage(self, step: int, is_rollback: bool) -> None:
-        """Enter the startup of a stage at global step `step`, or of its repetition after a rollback."""
+        """Enter the startup of the stage that begins at global step `step`, or its repetition after a rollback."""
+        self._first_step = step
         if not self._is_first_stage:  # the first stage's startup continues that of the process
             self.goodput.enter("restart" if is_rollback else "startup")
             self._is_resumed = not is_rollback
-        self._is_first_stage, self._has_stepped = False, False
+        self._is_first_stage = self._has_begun = self._has_stepped = False
         self._watchdog.enter("startup", step)
 
     def resume_from(self, seconds: Seconds | None) -> None:
@@ -118,10 +120,6 @@ class RankSupervisor:
         if self._has_stepped or phase == "training":
             self.goodput.enter(phase)
 
-    def step_done(self) -> None:
-        """Apply the usual limits from now on."""
-        self._has_stepped = True
-
     @contextmanager
     def during(self, phase: Phase, step: int) -> Iterator[None]:
         """Enter a phase for the duration of the block."""
@@ -131,22 +129,13 @@ class RankSupervisor:
         finally:
             self.enter("training", step)
 
-
-class SupervisorCallback(Callback):
-    """Reports the phases of a stage's steps to the supervisor. `first_step` is the stage's first global step."""
-
-    def __init__(self, supervisor: RankSupervisor, first_step: int):
-        self._supervisor, self._first_step = supervisor, first_step
-        self._has_begun = False
-
     def before_batch(self, step: int) -> None:
-        if self._has_begun:
-            self._supervisor.step_done()
+        self._has_stepped = self._has_begun
         self._has_begun = True
-        self._supervisor.enter("data_wait", self._first_step + step)
+        self.enter("data_wait", self._first_step + step)
 
     def before_step(self, step: int, batch: Batch) -> None:
-        self._supervisor.enter("training", self._first_step + step)
+        self.enter("training", self._first_step + step)
 
     def on_stage_end(self, result: StageResult) -> None:
-        self._supervisor.step_done()
+        self._has_stepped = True

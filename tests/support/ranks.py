@@ -94,7 +94,7 @@ def _rank(
 
 
 def _send_result(results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    from pipeline.training.collectives import close_group
+    from pipeline.training.collectives import Collectives
 
     rank = int(os.environ["RANK"])
     try:
@@ -102,7 +102,7 @@ def _send_result(results: Any, function: Callable[..., Any], arguments: tuple[An
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
     finally:
-        close_group()
+        Collectives.close()
 
 
 def _receive(results: Any, processes: list[Any], deadline: float) -> tuple[int, Any]:

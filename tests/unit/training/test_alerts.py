@@ -10,6 +10,7 @@ import pytest
 from pipeline.models.heads import MAX_SCALE
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.alerts import CONSECUTIVE, JUMP, LOSSES, Alerts
+from pipeline.training.health import StepHealth
 from pipeline.training.metrics import StepMetrics
 
 LEARNT = {"itm_matched": 10, "itm_matched_correct": 8, "itm_mismatched": 20, "itm_mismatched_correct": 15}
@@ -27,7 +28,7 @@ class AlertRig(Tracker):
 
     def __init__(self) -> None:
         self.tags: list[tuple[str, str]] = []
-        stage: Any = SimpleNamespace(name="pairs")
+        stage: Any = SimpleNamespace(name="pairs", global_step=lambda step: step)
         self.alerts = Alerts(stage, self)
 
     def tag(self, key: str, value: str) -> None:
@@ -36,7 +37,11 @@ class AlertRig(Tracker):
     def evaluate(self, start: int, count: int, **changed: Any) -> None:
         healthy = {"is_warm": True, "diagnostics": LEARNT, "data_wait": [0.0, 0.01], "forward_seconds": [1.0, 1.1]}
         for step in range(start, start + count):
-            self.alerts.evaluate(StepMetrics(step, **healthy | changed))
+            snapshot: Any = SimpleNamespace(step_metrics=StepMetrics(step, **healthy | changed))
+            self.alerts.on_metrics(step, snapshot)
+
+    def observe_loss(self, step: int, loss: float) -> None:
+        self.alerts.on_health(step, StepHealth({"loss": loss}, is_finite=True, preempted=False))
 
 
 @pytest.mark.parametrize("name", CAUSES)
@@ -62,10 +67,10 @@ def test_itm_collapse_is_not_evaluated_during_warmup() -> None:
 def test_loss_jump_raises_one_alert() -> None:
     rig = AlertRig()
     for step in range(2 * LOSSES):
-        rig.alerts.observe_loss(step, 10.0 - step / LOSSES)
+        rig.observe_loss(step, 10.0 - step / LOSSES)
     assert rig.tags == []
     for step in range(3):
-        rig.alerts.observe_loss(200 + step, 10 * JUMP)
+        rig.observe_loss(200 + step, 10 * JUMP)
     ((key, text),) = rig.tags
     assert key == "mome.alert.loss_spike"
     assert text.startswith("since step 200: the loss jumped to 30")

@@ -13,7 +13,7 @@ from pipeline.config.errors import Preempted
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.training.callbacks import Callback, StepEvent
-from pipeline.training.collectives import close_group
+from pipeline.training.collectives import Collectives
 from pipeline.training.evaluation import EvaluationCallback
 from pipeline.training.loop import train
 from tests.support.short_run import STEPS, BeforeStep, NoUploader, losses, short_config
@@ -77,7 +77,7 @@ def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, mon
         train(config, progress, callbacks=[guard])
     finally:
         progress.close()
-        close_group()
+        Collectives.close()
     assert guard.calls > 0, "no other thread wrote checkpoints or progress between steps"
     assert len(losses(tmp_path)) == config.total_steps
     folder = Path(config.folder)
