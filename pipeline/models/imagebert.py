@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer
@@ -110,7 +111,9 @@ class ImageBERT(Model):
             x = torch.cat([x, self.region_embedding(packed.regions, segment)], dim=1)
             keep = torch.cat([keep, packed.regions.keep], dim=1)
         padding = key_padding(keep, x.dtype)
-        x = self.encoder(x, attention_mask=padding[:, None, None, :]).last_hidden_state
+        if not len(packed):  # BERT cannot view an empty batch, and every rank must run the same graph (contract C3)
+            x, padding = F.pad(x, (0, 0, 0, 0, 0, 1)), F.pad(padding, (0, 0, 0, 1))
+        x = self.encoder(x, attention_mask=padding[:, None, None, :]).last_hidden_state[: len(packed)]
         return (x if packed.output_positions is None else gather(x, packed.output_positions)), None
 
     def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
