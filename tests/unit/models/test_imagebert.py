@@ -15,7 +15,6 @@ from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints.bert import from_hugging_face
 from pipeline.models.forward import ForwardInput, Regions
 from pipeline.models.imagebert import ImageBERT
-from pipeline.objectives import modules_for
 
 CONFIG = ImageBERTConfig(
     width=32, layers=2, heads=4, max_text_length=12, max_regions=6, region_features=8, region_classes=7, dropout=0.0
@@ -110,24 +109,6 @@ def test_order_of_regions_does_not_matter(model: ImageBERT, text: Tensor, keep: 
     agree(out["one"]["itm"], out["other"]["itm"])
 
 
-def test_padding_of_words_and_regions_changes_no_output(model: ImageBERT, text: Tensor, keep: Tensor) -> None:
-    """Forwards of different lengths are batched, so that the longer one pads the other."""
-    heads = ("itm", "mlm", "moc", "mrfr", "tokens")
-    one = ForwardInput(
-        heads=heads, text=text[:, :6], text_keep=keep[:, :6], mask_positions=torch.tensor([[1], [2], [3]]),
-        regions=regions_of(3, 3), region_positions=torch.tensor([[0, 1], [1, -1], [0, -1]]),
-    )  # fmt: skip
-    other = ForwardInput(
-        heads=("moc",), text=text, text_keep=keep, regions=regions_of(3, 5),
-        region_positions=torch.tensor([[4], [0], [1]]),
-    )  # fmt: skip
-    alone = model({"one": one})["one"]
-    together = model({"other": other, "one": one})["one"]
-    assert alone["tokens"].shape == (3, 6 + 3, 32)
-    for head in heads:
-        agree(together[head], alone[head])
-
-
 def test_features_of_padding_regions_reach_no_output(
     model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions
 ) -> None:
@@ -159,49 +140,6 @@ def test_region_heads_predict_classes_and_features(
     assert out["mrfr"].shape == (3, 2, 8)
     agree(out["moc"][0, 1], model.moc_head(out["tokens"][0, 9 + 3]))
     agree(out["mrfr"][1, 0], model.mrfr_head(out["tokens"][1, 9 + 2]))
-
-
-def test_every_objective_gives_its_modules_a_gradient(text: Tensor, keep: Tensor, regions: Regions) -> None:
-    heads = {
-        ("itm", "regions"): "itm",
-        ("mlm", "regions"): "mlm",
-        ("mlm", "text"): "mlm",
-        ("moc", "regions"): "moc",
-        ("mrfr", "regions"): "mrfr",
-    }
-    for (objective, source_type), head in heads.items():
-        model = build_model(CONFIG, VOCABULARY, seed=1)
-        asked = ForwardInput(
-            heads=(head,), text=text, text_keep=keep, mask_positions=torch.ones(3, 1, dtype=torch.int64),
-            regions=regions if source_type == "regions" else None,
-            region_positions=torch.zeros(3, 1, dtype=torch.int64),
-        )  # fmt: skip
-        model({"one": asked})["one"][head].square().sum().backward()
-        moved = {model.part_of(name) for name, p in model.named_parameters() if p.grad is not None}
-        assert moved == modules_for(model, objective, source_type)
-        still = [n for n, p in model.named_parameters() if model.part_of(n) in moved and p.grad is None]
-        assert not still
-
-
-def test_pixels_are_rejected(model: ImageBERT, text: Tensor) -> None:
-    with pytest.raises(ValueError, match="no pixels"):
-        model({"one": ForwardInput(heads=("itm",), text=text, image=torch.zeros(3, 32, 32, 3))})
-
-
-def test_text_longer_than_the_positions_is_rejected(model: ImageBERT) -> None:
-    with pytest.raises(ValueError, match=r"model\.max_text_length"):
-        model({"one": ForwardInput(heads=("tokens",), text=torch.ones(1, 13, dtype=torch.int64))})
-
-
-def test_missing_head_is_rejected_by_name(model: ImageBERT, text: Tensor, regions: Regions) -> None:
-    with pytest.raises(ValueError, match="alignment"):
-        model({"one": ForwardInput(heads=("alignment",), text=text, regions=regions)})
-
-
-def test_initial_weights_depend_on_the_seed_alone() -> None:
-    one, other = build_model(CONFIG, VOCABULARY, seed=1), build_model(CONFIG, VOCABULARY, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    assert not any(p.isnan().any() for p in one.parameters())
 
 
 def test_base_model_has_the_size_of_bert_base() -> None:

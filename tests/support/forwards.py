@@ -1,0 +1,160 @@
+"""A tiny model of every kind and forward inputs for all of its heads.
+
+Shapes: ROWS examples, LENGTH tokens, 2 x 2 patches of 8 pixels (ViLT: 4 x 6, 6 x 4, 4 x 4 and 1 x 6), 4 regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import (
+    DualEncoderConfig,
+    ImageBERTConfig,
+    ImageDecoderConfig,
+    TransformerConfig,
+    ViLTConfig,
+    ViTConfig,
+    VLMoConfig,
+)
+from pipeline.models import build_model
+from pipeline.models.forward import ForwardInput, ForwardOutput, Head, Regions, drop_masked_patches
+from pipeline.models.model import HeadConfig, Model
+
+ROWS, LENGTH, VOCABULARY, PATCH, LAYERS = 4, 7, 23, 8, 4
+SIZES = torch.tensor([[32, 48], [48, 32], [32, 32], [8, 48]])  # pixels of ViLT's images, on canvases of 48 x 48
+_SIZES: dict[str, Any] = {"width": 24, "layers": LAYERS, "heads": 3, "mlp_ratio": 2}
+_IMAGE: dict[str, Any] = _SIZES | {"image_size": 16, "patch_size": PATCH, "drop_path": 0.3}
+_VLMO = VLMoConfig(**_IMAGE, max_text_length=12, vision_language_layers=2, layer_scale=0.5)
+_FINE_TUNED: dict[str, Any] = {"image_target": "mean_colour", "answers": 4, "nlvr2": True}
+_DECODED = HeadConfig("pixels", image_decoder=ImageDecoderConfig(width=16, layers=2, heads=2), classes=3)
+MODELS: dict[str, tuple[TransformerConfig, HeadConfig]] = {
+    "vlmo": (_VLMO, HeadConfig(**_FINE_TUNED, classes=3)),
+    "vlmo_absolute": (
+        _VLMO.model_copy(update={"positions": "absolute", "layer_scale": None}),
+        HeadConfig(**_FINE_TUNED, classes=3),
+    ),
+    "vilt": (
+        ViLTConfig(**_IMAGE | {"image_size": 32}, longest_side=48, max_text_length=12),
+        HeadConfig(**_FINE_TUNED, ranking=True),
+    ),
+    "vit": (ViTConfig(**_IMAGE), HeadConfig("mean_colour", classes=3)),
+    "vit_decoded": (ViTConfig(**_IMAGE), _DECODED),
+    "dual_encoder": (DualEncoderConfig(**_IMAGE, max_text_length=12, text_layers=2, embedding=10), HeadConfig()),
+    "imagebert": (
+        ImageBERTConfig(**_SIZES, max_text_length=12, region_features=6, region_classes=5, dropout=0.0),
+        HeadConfig(),
+    ),
+}
+
+
+def lively_model(name: str) -> Any:
+    """Build a model without parameters at special values, so that no effects cancel by chance."""
+    config, heads = MODELS[name]
+    model = build_model(config, VOCABULARY, heads)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def forwards(name: str) -> dict[str, ForwardInput]:
+    """Return the same forwards at each call, for every head of the model; most of them with drop path."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    is_vilt = name == "vilt"
+    text, keep = integers(VOCABULARY, ROWS, LENGTH), torch.arange(LENGTH) < torch.tensor([7, 5, 6, 3])[:, None]
+    words = {"text": text, "text_keep": keep}
+    few_words = {"text": text[:, :5], "text_keep": keep[:, :5]}
+    masked_words = {"mask_positions": integers(3, ROWS, 2)}
+    if name == "imagebert":
+        features, location = (torch.rand(ROWS, 4, n, generator=generator) for n in (6, 5))
+        regions = Regions(features, location, torch.arange(4) < torch.tensor([4, 3, 2, 1])[:, None])
+        fewer = Regions(features[:, :2], location[:, :2], regions.keep[:, :2])
+        masked_regions = {"region_positions": torch.tensor([[0, 3], [2, -1], [1, -1], [0, 0]])}
+        return {
+            "pair": ForwardInput(("itm",), **words, regions=regions),
+            "masked": ForwardInput(("mlm", "moc", "mrfr"), **words, **masked_words, regions=regions, **masked_regions),
+            "fewer": ForwardInput(("itm",), **few_words, regions=fewer),
+            "text": ForwardInput(("mlm",), **words, **masked_words),
+        }
+    side = 48 if is_vilt else 16
+    pixels = integers(256, ROWS, side, side, 3).to(torch.uint8)
+    image: dict[str, Any] = {"image": pixels, "image_size": SIZES if is_vilt else None}
+    counts = (SIZES // PATCH).prod(dim=1) if is_vilt else torch.tensor([4] * ROWS)
+    patches = {"patch_positions": torch.stack([counts - 1, torch.tensor([0, 1, 2, 0])], dim=1)}
+    mim = ForwardInput(("mim",), **image, **patches)
+    chosen: dict[str, ForwardInput]
+    if name == "dual_encoder":
+        chosen = {"image": ForwardInput(("itc",), **image), "text": ForwardInput(("itc",), **words)}
+    elif name.startswith("vit"):
+        hidden = drop_masked_patches(mim, 4) if name == "vit_decoded" else mim
+        chosen = {"labelled": ForwardInput(("classes",), **image), "mim": hidden}
+    elif is_vilt:
+        chosen = {
+            "pair": ForwardInput(("itm", "ranking", "answers"), **image, **words),
+            "small": ForwardInput(("itm",), image=pixels[:, :24, :16], **few_words),
+            "mim": mim,
+            "masked": ForwardInput(("mlm", "mim"), **image, **patches, **words, **masked_words),
+            "text": ForwardInput(("mlm",), **words, **masked_words),
+        }
+    else:
+        chosen = {
+            "image": ForwardInput(("itc",), **image),
+            "text": ForwardInput(("itc",), **words),
+            "mim": mim,
+            "masked_text": ForwardInput(("mlm",), **words, **masked_words),
+            "pair": ForwardInput(("itm", "mlm"), **image, **words, **masked_words),
+            "masked": ForwardInput(("mlm",), **image, **few_words, **masked_words),
+        }
+    drop_path_mask = torch.rand(ROWS, LAYERS, 2, generator=generator) > 0.3
+    chosen = {forward: replace(one, drop_path_mask=drop_path_mask) for forward, one in chosen.items()}
+    if name.startswith("vlmo"):
+        chosen["classes"] = ForwardInput(("classes",), **image)
+        chosen["answers"] = ForwardInput(("answers",), **image, **words)
+    if name.startswith("vlmo") or is_vilt:
+        second = {"second_image": pixels.flip(0), "second_image_size": SIZES.flip(0) if is_vilt else None}
+        chosen["nlvr2"] = ForwardInput(("nlvr2",), **image, **second, **words)
+    return chosen
+
+
+def each_row(one: ForwardInput, change: Callable[[Tensor], Tensor]) -> ForwardInput:
+    """Return the input with every tensor changed, for example cut to some examples."""
+    changed: dict[str, Any] = {}
+    for name, value in vars(one).items():
+        if isinstance(value, Regions):
+            changed[name] = Regions(*(change(tensor) for tensor in vars(value).values()))
+        else:
+            changed[name] = change(value) if isinstance(value, Tensor) else value
+    return ForwardInput(**changed)
+
+
+def values(outputs: ForwardOutput) -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for name, result in outputs.items() for key, value in result.items()}
+
+
+def assert_same(left: ForwardOutput, right: ForwardOutput) -> None:
+    torch.testing.assert_close(values(left), values(right), rtol=1e-5, atol=1e-5)
+
+
+def gradients(model: Model, outputs: ForwardOutput) -> dict[str, Tensor]:
+    """Return the gradients of a weighted sum of all outputs, by parameter; those that get none are left out."""
+    model.zero_grad()
+    found = [value for value in values(outputs).values() if value.requires_grad]
+    weighted = [(value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum() for value in found]
+    torch.stack(weighted).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def run(model: Model, one: ForwardInput, *heads: Head) -> Any:
+    """Return the outputs of one forward by name; of a single head of `heads`, the output itself."""
+    outputs = model({"one": replace(one, heads=heads) if heads else one})["one"]
+    return outputs[heads[0]] if len(heads) == 1 else outputs
