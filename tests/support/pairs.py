@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterable
 
 import numpy as np
 import simplejpeg
@@ -28,16 +29,20 @@ def pair(number: int) -> Members:
     return {"jpg": picture(number), "json": json.dumps({"captions": captions}).encode()}
 
 
+def tar_of(files: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    """Return a tar of regular files, in the given order, repeated names included."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, data in files:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()
+
+
 def tar_bytes(samples: dict[str, Members]) -> bytes:
     """Return one tar of `samples` (key -> members)."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in samples.items():
-            for extension, data in members.items():
-                header = tarfile.TarInfo(f"{key}.{extension}")
-                header.size = len(data)
-                tar.addfile(header, io.BytesIO(data))
-    return buffer.getvalue()
+    return tar_of((f"{key}.{name}", data) for key, members in samples.items() for name, data in members.items())
 
 
 def index_bytes(data: bytes, name: str = "x.tar", etag: str | None = None) -> ShardIndex:

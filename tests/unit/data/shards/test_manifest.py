@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
-from pipeline.data.shards.index import ShardIndex
 from pipeline.data.shards.manifest import (
     Manifest,
     ShardRecord,
@@ -32,6 +31,7 @@ from pipeline.data.shards.manifest import (
 )
 from pipeline.data.storage import Storage
 from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.pairs import pair, tar_bytes, tar_of
 
 
 class Watched(Storage):
@@ -40,6 +40,10 @@ class Watched(Storage):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+
+    @property
+    def tars(self) -> list[str]:
+        return sorted(name for name in self.seen if name.endswith(".tar"))
 
     def open(self, url: str):
         self.seen.append(Path(url).name)
@@ -50,120 +54,144 @@ class Watched(Storage):
         return super().read(url)
 
 
-def empty_tar() -> bytes:
-    buffer = io.BytesIO()
-    tarfile.open(fileobj=buffer, mode="w").close()
-    return buffer.getvalue()
+def sizes(manifest: Manifest) -> list[int]:
+    return [shard.samples for shard in manifest.shards]
 
 
-def test_indexing_leaves_the_tars_unchanged(make_pairs, tmp_path: Path):
-    storage, folder = Storage(), make_pairs("pairs", [5, 3])
-    before = {name: (Path(folder) / name).read_bytes() for name in os.listdir(folder)}
-    manifest = index_shards(storage, folder)
-    assert [(shard.name, shard.samples) for shard in manifest.shards] == [("00000.tar", 5), ("00001.tar", 3)]
-    assert manifest.num_samples == 8
-    assert {name: (Path(folder) / name).read_bytes() for name in before} == before
-    assert load_manifest(storage, folder) == manifest
-    assert [len(load_index(storage, folder, record)) for record in manifest.shards] == [5, 3]
+def pairs_tar(count: int) -> bytes:
+    return tar_bytes({str(n): pair(n) for n in range(count)})
 
 
-def test_interrupted_indexing_continues(make_pairs):
-    storage, folder = Storage(), make_pairs("pairs", [5, 3, 4])
-    manifest = index_shards(storage, folder)
+@pytest.fixture
+def folder(make_pairs) -> Path:
+    """Return three shards of 5, 3 and 4 pairs, not indexed."""
+    return Path(make_pairs("pairs", [5, 3, 4]))
+
+
+def test_indexing_leaves_the_tars_unchanged(folder: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    manifest = index_shards(Storage(), str(folder))
+    assert [shard.name for shard in manifest.shards] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert sizes(manifest) == [5, 3, 4]
+    assert manifest.num_samples == 12
+    assert {path: path.read_bytes() for path in before} == before
+    assert load_manifest(Storage(), str(folder)) == manifest
+    assert [len(load_index(Storage(), str(folder), record)) for record in manifest.shards] == [5, 3, 4]
+
+
+def test_interrupted_indexing_continues(folder: Path) -> None:
+    manifest = index_shards(Storage(), str(folder))
     for name in ("manifest.json", "00002.tar.index.npz"):
-        os.unlink(f"{folder}/{name}")
-    (Path(folder) / "00001.tar.index.npz").write_bytes(b"half an index")
+        (folder / name).unlink()
+    (folder / "00001.tar.index.npz").write_bytes(b"half an index")
     watched = Watched()
-    assert index_shards(watched, folder) == manifest
-    assert sorted(name for name in watched.seen if name.endswith(".tar")) == ["00001.tar", "00002.tar"]
+    assert index_shards(watched, str(folder)) == manifest
+    assert watched.tars == ["00001.tar", "00002.tar"]
 
 
-def test_digest_depends_on_contents_only(make_pairs, make_tar, make_pair):
-    storage = Storage()
-    first = index_shards(storage, make_pairs("pairs", [5, 3]))
-    shutil.copytree(Path(make_pairs("copied", [])).parent / "pairs", Path(make_pairs("copies", [])) / "in")
-    folder = str(Path(make_pairs("more", [])).parent / "copies" / "in")
-    assert index_shards(storage, folder).digest == first.digest
-    (Path(folder) / "00001.tar").write_bytes(make_tar({str(n): make_pair(n) for n in range(3)}))
-    assert index_shards(storage, folder).digest != first.digest
+def test_digest_depends_on_contents_only(folder: Path, tmp_path: Path) -> None:
+    first = index_shards(Storage(), str(folder))
+    shutil.copytree(folder, tmp_path / "copy")
+    assert index_shards(Storage(), str(tmp_path / "copy")).digest == first.digest
+    (tmp_path / "copy" / "00001.tar").write_bytes(pairs_tar(3))
+    assert index_shards(Storage(), str(tmp_path / "copy")).digest != first.digest
 
 
-def test_brace_patterns_select_shards(make_pairs):
-    storage, folder = Storage(), make_pairs("pairs", [2, 3, 4])
-    index_shards(storage, folder)
-    manifest = load_manifest(storage, f"{folder}/0000{{1..2}}.tar")
-    assert [shard.samples for shard in manifest.shards] == [3, 4]
-    assert load_manifest(storage, f"{folder}/00000.tar").num_samples == 2
+def test_replaced_shard_is_indexed_again(folder: Path) -> None:
+    before = index_shards(Storage(), str(folder))
+    (folder / "00001.tar").write_bytes(pairs_tar(2))
+    after = index_shards(Storage(), str(folder))
+    assert sizes(after) == [5, 2, 4]
+    assert after.shards[0] == before.shards[0]
+    assert len(load_index(Storage(), str(folder), after.shards[1])) == 2
+
+
+def test_truncated_shard_stops_indexing_by_name(folder: Path) -> None:
+    os.truncate(folder / "00001.tar", 4096)
+    with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
+        index_shards(Storage(), str(folder))
+    assert not (folder / "manifest.json").exists()
+    assert (folder / "00000.tar.index.npz").exists()
+
+
+def test_brace_patterns_select_shards(folder: Path) -> None:
+    assert sizes(index_shards(Storage(), f"{folder}/0000{{0..1}}.tar")) == [5, 3]
+    assert sizes(index_shards(Storage(), f"{folder}/00002.tar")) == [4]  # the other shards stay in the manifest
+    assert sizes(load_manifest(Storage(), str(folder))) == [5, 3, 4]
+    assert sizes(load_manifest(Storage(), f"{folder}/0000{{1..2}}.tar")) == [3, 4]
     with pytest.raises(DataError, match=r"00003\.tar is not in"):
-        load_manifest(storage, f"{folder}/{{00000..00003}}.tar")
+        load_manifest(Storage(), f"{folder}/{{00000..00003}}.tar")
 
 
-def test_braces_expand():
+def test_braces_expand() -> None:
     assert expand_braces("a-{08..11}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
     assert expand_braces("plain.tar") == ["plain.tar"]
 
 
-def test_missing_parts_name_the_command_to_run(tmp_path: Path):
-    storage = Storage()
+def test_missing_parts_name_the_command_to_run(tmp_path: Path) -> None:
+    empty = tar_of([])
     with pytest.raises(DataError, match=r"no such folder of shards.*mome shards build"):
-        load_manifest(storage, str(tmp_path / "absent"))
-    (tmp_path / "empty").mkdir()
+        load_manifest(Storage(), str(tmp_path / "absent"))
     with pytest.raises(DataError, match=r"no manifest\.json in it.*mome shards index"):
-        load_manifest(storage, str(tmp_path / "empty"))
+        load_manifest(Storage(), str(tmp_path))
     with pytest.raises(DataError, match=r"no \.tar files there"):
-        index_shards(storage, str(tmp_path / "empty"))
-    (tmp_path / "empty" / "x.tgz").write_bytes(gzip.compress(empty_tar()))
+        index_shards(Storage(), str(tmp_path))
+    (tmp_path / "x.tgz").write_bytes(gzip.compress(empty))
     with pytest.raises(DataError, match=r"no \.tar files there\. Unpack x\.tgz"):
-        index_shards(storage, str(tmp_path / "empty"))
-    (tmp_path / "empty" / "y.tar").write_bytes(empty_tar())
+        index_shards(Storage(), str(tmp_path))
+    (tmp_path / "y.tar").write_bytes(empty)
     with pytest.raises(DataError, match=r"x\.tgz would not be read along with y\.tar\. Unpack x\.tgz"):
-        index_shards(storage, str(tmp_path / "empty"))
-    index_shards(storage, str(tmp_path / "empty" / "{y}.tar"))
-    (tmp_path / "empty" / "x.tar").write_bytes(empty_tar())
-    (tmp_path / "empty" / "z.TAR").write_bytes(empty_tar())
+        index_shards(Storage(), str(tmp_path))
+    index_shards(Storage(), str(tmp_path / "{y}.tar"))
+    for name in ("x.tar", "z.TAR"):
+        (tmp_path / name).write_bytes(empty)
     with pytest.raises(DataError, match=r"z\.TAR would not be read along with x\.tar\. Rename z\.TAR"):
-        index_shards(storage, str(tmp_path / "empty"))
-    (tmp_path / "empty" / "z.TAR").unlink()
-    (tmp_path / "empty" / "lost.tar").symlink_to("absent.tar")
+        index_shards(Storage(), str(tmp_path))
+    (tmp_path / "z.TAR").unlink()
+    (tmp_path / "lost.tar").symlink_to("absent.tar")
     with pytest.raises(DataError, match=r"lost\.tar: a link to a file that does not exist"):
-        index_shards(storage, str(tmp_path / "empty"))
-    (tmp_path / "empty" / "lost.tar").unlink()
-    index_shards(storage, str(tmp_path / "empty"))
+        index_shards(Storage(), str(tmp_path))
+    (tmp_path / "lost.tar").unlink()
+    index_shards(Storage(), str(tmp_path))
     with pytest.raises(DataError, match=r"have no samples"):
-        load_manifest(storage, str(tmp_path / "empty"))
+        load_manifest(Storage(), str(tmp_path))
 
 
-def test_edited_manifest_and_foreign_index_are_rejected(make_pairs):
-    storage, folder = Storage(), make_pairs("pairs", [5, 3])
-    manifest = index_shards(storage, folder)
-    shutil.copy(f"{folder}/00000.tar.index.npz", f"{folder}/00001.tar.index.npz")
+def test_edited_manifest_and_foreign_index_are_rejected(folder: Path) -> None:
+    manifest = index_shards(Storage(), str(folder))
+    shutil.copy(folder / "00000.tar.index.npz", folder / "00001.tar.index.npz")
     with pytest.raises(DataError, match=r"00001\.tar\.index\.npz: belongs to another version"):
-        load_index(storage, folder, manifest.shards[1])
-    content = json.loads(Path(folder, "manifest.json").read_text())
+        load_index(Storage(), str(folder), manifest.shards[1])
+    content = json.loads((folder / "manifest.json").read_text())
     content["shards"][0]["samples"] = 50
-    Path(folder, "manifest.json").write_text(json.dumps(content))
+    (folder / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"edited or damaged"):
-        load_manifest(storage, folder)
+        load_manifest(Storage(), str(folder))
 
 
-def test_one_listing_finds_missing_and_truncated_shards(make_pairs):
-    storage, folder = Storage(), make_pairs("pairs", [5, 3])
-    manifest = index_shards(storage, folder)
-    check_present(storage, folder, manifest)
-    os.truncate(f"{folder}/00001.tar", 4096)
-    with pytest.raises(DataError, match=r"00001\.tar: the shard was truncated: 4096 bytes"):
-        check_present(storage, folder, manifest)
-    os.unlink(f"{folder}/00000.tar")
-    with pytest.raises(DataError, match=r"00000\.tar: the shard is missing"):
-        check_present(storage, folder, manifest)
+def test_missing_and_truncated_shards_are_named(folder: Path) -> None:
+    manifest = index_shards(Storage(), str(folder))
+    before = (folder / "manifest.json").read_bytes()
+    check_present(Storage(), str(folder), manifest)
+
+    def refused(reason: str) -> None:
+        with pytest.raises(DataError, match=reason):
+            check_present(Storage(), str(folder), manifest)
+        with pytest.raises(DataError, match=reason):
+            ensure_indexed(Storage(), str(folder))
+
+    os.truncate(folder / "00001.tar", 4096)
+    refused(r"00001\.tar: the shard was truncated: 4096 bytes")
+    (folder / "00001.tar").unlink()
+    refused(r"00001\.tar: the shard is missing")
+    assert (folder / "manifest.json").read_bytes() == before
 
 
-def test_known_shards_are_not_read_again(make_pairs):
-    folder = make_pairs("many", [1] * 300)
-    calls = []
+def test_known_shards_are_not_read_again(make_pairs) -> None:
+    folder = make_pairs("many", [1] * 100)
+    calls: list[tuple[int, int, str]] = []
     manifest = index_shards(Storage(), folder, lambda *progress: calls.append(progress))
-    assert [done for done, total, _ in calls] == list(range(1, 301))
-    assert {total for _, total, _ in calls} == {300}
+    assert [(done, total) for done, total, _ in calls] == [(n, 100) for n in range(1, 101)]
     assert {name for _, _, name in calls} == {shard.name for shard in manifest.shards}
     for call in (index_shards, ensure_indexed, load_manifest):
         watched = Watched()
@@ -171,77 +199,32 @@ def test_known_shards_are_not_read_again(make_pairs):
         assert watched.seen == ["manifest.json"]
 
 
-def test_replaced_shard_is_indexed_again(make_pairs, make_tar, make_pair):
-    folder = make_pairs("pairs", [5, 3])
-    before = index_shards(Storage(), folder)
-    Path(folder, "00001.tar").write_bytes(make_tar({str(n): make_pair(n) for n in range(2)}))
-    after = index_shards(Storage(), folder)
-    assert [shard.samples for shard in after.shards] == [5, 2]
-    assert after.shards[0] == before.shards[0]
-    assert len(load_index(Storage(), folder, after.shards[1])) == 2
-
-
-def test_truncated_shard_stops_indexing_by_name(make_pairs):
-    folder = make_pairs("pairs", [5, 3, 4])
-    os.truncate(f"{folder}/00001.tar", 4096)
-    with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
-        index_shards(Storage(), folder)
-    assert not Path(folder, "manifest.json").exists()
-    assert Path(folder, "00000.tar.index.npz").exists()
-
-
-def test_indexing_a_pattern_keeps_other_shards(make_pairs):
-    folder = make_pairs("pairs", [2, 3, 4])
-    assert [shard.samples for shard in index_shards(Storage(), f"{folder}/0000{{0..1}}.tar").shards] == [2, 3]
-    assert [shard.samples for shard in index_shards(Storage(), f"{folder}/00002.tar").shards] == [4]
-    assert [shard.samples for shard in load_manifest(Storage(), folder).shards] == [2, 3, 4]
-
-
-def test_ensure_indexed_adds_new_shards(make_pairs, make_tar, make_pair):
-    folder = make_pairs("pairs", [5, 3])
-    calls = []
-    manifest = ensure_indexed(Storage(), folder, lambda *progress: calls.append(progress))
-    assert manifest == load_manifest(Storage(), folder)
-    assert [done for done, _, _ in calls] == [1, 2]
-    Path(folder, "00002.tar").write_bytes(make_tar({"new": make_pair(9)}))
+def test_ensure_indexed_adds_new_shards(folder: Path) -> None:
+    manifest = ensure_indexed(Storage(), str(folder))
+    assert manifest == load_manifest(Storage(), str(folder))
+    (folder / "00003.tar").write_bytes(pairs_tar(1))
     watched = Watched()
-    assert [shard.samples for shard in ensure_indexed(watched, folder).shards] == [5, 3, 1]
-    assert [name for name in watched.seen if name.endswith(".tar")] == ["00002.tar"]
-    assert [shard.samples for shard in ensure_indexed(Storage(), f"{folder}/00001.tar").shards] == [3]
+    assert sizes(ensure_indexed(watched, str(folder))) == [5, 3, 4, 1]
+    assert watched.tars == ["00003.tar"]
+    assert sizes(ensure_indexed(Storage(), f"{folder}/00001.tar")) == [3]
 
 
-def test_ensure_indexed_restores_a_lost_index(make_pairs):
-    folder = make_pairs("pairs", [5, 3])
-    manifest = index_shards(Storage(), folder)
-    os.unlink(f"{folder}/00001.tar.index.npz")
+def test_ensure_indexed_restores_a_lost_index(folder: Path) -> None:
+    manifest = index_shards(Storage(), str(folder))
+    (folder / "00001.tar.index.npz").unlink()
     watched = Watched()
-    assert ensure_indexed(watched, folder) == manifest
-    assert [name for name in watched.seen if name.endswith(".tar")] == ["00001.tar"]
-    assert len(load_index(Storage(), folder, manifest.shards[1])) == 3
+    assert ensure_indexed(watched, str(folder)) == manifest
+    assert watched.tars == ["00001.tar"]
+    assert len(load_index(Storage(), str(folder), manifest.shards[1])) == 3
 
 
-def test_ensure_indexed_rejects_lost_and_truncated_shards(make_pairs):
-    folder = make_pairs("pairs", [5, 3])
-    index_shards(Storage(), folder)
-    before = Path(folder, "manifest.json").read_bytes()
-    os.truncate(f"{folder}/00001.tar", 4096)
-    with pytest.raises(DataError, match=r"00001\.tar: the shard was truncated"):
-        ensure_indexed(Storage(), folder)
-    os.unlink(f"{folder}/00001.tar")
-    with pytest.raises(DataError, match=r"00001\.tar: the shard is missing"):
-        ensure_indexed(Storage(), folder)
-    assert Path(folder, "manifest.json").read_bytes() == before
-
-
-def test_manifest_of_version_1_is_indexed_again(make_pairs):
-    folder = make_pairs("pairs", [5, 3])
-    manifest = index_shards(Storage(), folder)
-    path = Path(folder, "manifest.json")
+def test_manifest_of_version_1_is_indexed_again(folder: Path) -> None:
+    manifest = index_shards(Storage(), str(folder))
+    path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
     with pytest.raises(DataError, match=r"version 1, expected 2"):
-        load_manifest(Storage(), folder)
-    assert ensure_indexed(Storage(), folder) == manifest
-    assert load_manifest(Storage(), folder) == manifest
+        load_manifest(Storage(), str(folder))
+    assert ensure_indexed(Storage(), str(folder)) == manifest == load_manifest(Storage(), str(folder))
 
 
 @contextmanager
@@ -257,9 +240,9 @@ def as_nobody() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_read_only_folder_is_named(make_tar, make_pair):
+def test_read_only_folder_is_named() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "0.tar").write_bytes(make_tar({"a": make_pair(0)}))
+        Path(folder, "0.tar").write_bytes(pairs_tar(1))
         os.chmod(folder, 0o555)
         try:
             with as_nobody(), pytest.raises(StorageError, match=r"denied.*give write access to the folder"):
@@ -273,78 +256,61 @@ def test_read_only_folder_is_named(make_tar, make_pair):
             os.chmod(folder, 0o755)
 
 
-def test_pipe_urls_are_rejected(tmp_path: Path):
+def test_pipe_urls_are_rejected(tmp_path: Path) -> None:
     for call in (index_shards, ensure_indexed, load_manifest):
         with pytest.raises(ConfigError, match=r"runs a command"):
             call(Storage(), f"pipe:touch {tmp_path}/done; cat x.tar")
     assert os.listdir(tmp_path) == []
 
 
-def energon_index(path: Path) -> bytes:
-    """Return an index as Megatron-Energon's `prepare` writes it: the samples' offsets, then the end."""
-    with tarfile.open(path) as tar:
-        offsets = [member.offset for member in tar if member.name.endswith(".jpg")]
-        return struct.pack(f"<{len(offsets) + 1}Q", *offsets, tar.offset)
-
-
-def dali_index(path: Path) -> bytes:
-    """Return an index as DALI's wds2idx v1.2 writes it."""
-    with tarfile.open(path) as tar:
-        members = [f"{m.name.split('.')[1]} {m.offset_data} {m.size} {m.name}" for m in tar]
-    return "\n".join(
-        [f"v1.2 {len(members) // 2}", *(" ".join(members[i : i + 2]) for i in range(0, len(members), 2)), ""]
-    ).encode()
-
-
 @pytest.fixture
-def counted(make_pairs) -> str:
+def counted(make_pairs) -> Path:
     """Return four shards: three counted by different tools, one not counted."""
     folder = Path(make_pairs("counted", [5, 3, 4, 2]))
-    (folder / "00000.tar.idx").write_bytes(energon_index(folder / "00000.tar"))
-    (folder / "00001.idx").write_bytes(dali_index(folder / "00001.tar"))
+    with tarfile.open(folder / "00000.tar") as tar:  # Megatron-Energon's `prepare`: the samples' offsets, then the end
+        offsets = [member.offset for member in tar if member.name.endswith(".jpg")]
+        (folder / "00000.tar.idx").write_bytes(struct.pack(f"<{len(offsets) + 1}Q", *offsets, tar.offset))
+    with tarfile.open(folder / "00001.tar") as tar:  # DALI's wds2idx
+        members = [f"{m.name.split('.')[1]} {m.offset_data} {m.size} {m.name}" for m in tar]
+    lines = [f"v1.2 {len(members) // 2}", *(" ".join(members[i : i + 2]) for i in range(0, len(members), 2)), ""]
+    (folder / "00001.idx").write_text("\n".join(lines))
     (folder / "00002_stats.json").write_text(json.dumps({"count": 6, "successes": 4, "failed_to_download": 2}))
-    return str(folder)
+    return folder
 
 
-def test_trusted_counts_avoid_reading(counted: str):
-    watched = Watched()
-    manifest = index_shards(watched, counted, trust_counts=True)
-    assert [name for name in watched.seen if name.endswith(".tar")] == ["00003.tar"]
-    assert [shard.samples for shard in manifest.shards] == [5, 3, 4, 2]
+def test_trusted_counts_avoid_reading(counted: Path) -> None:
+    watched, again = Watched(), Watched()
+    manifest = index_shards(watched, str(counted), trust_counts=True)
+    assert watched.tars == ["00003.tar"]
+    assert sizes(manifest) == [5, 3, 4, 2]
     assert [shard.is_trusted for shard in manifest.shards] == [True, True, True, False]
-    assert load_manifest(Storage(), counted) == ensure_indexed(Storage(), counted) == manifest
-    again = Watched()
-    assert index_shards(again, counted, trust_counts=True) == manifest
+    assert load_manifest(Storage(), str(counted)) == ensure_indexed(Storage(), str(counted)) == manifest
+    assert index_shards(again, str(counted), trust_counts=True) == manifest
     assert again.seen == ["manifest.json"]
 
 
-def test_trusted_shard_is_indexed_on_first_use(counted: str):
-    manifest = index_shards(Storage(), counted, trust_counts=True)
+def test_trusted_shard_is_indexed_on_first_use(counted: Path) -> None:
+    manifest = index_shards(Storage(), str(counted), trust_counts=True)
     watched = Watched()
-    index = load_index(watched, counted, manifest.shards[1])
+    index, again = (load_index(watched, str(counted), manifest.shards[1]) for _ in range(2))
     assert index.keys == ("counted00005", "counted00006", "counted00007")
-    again = load_index(watched, counted, manifest.shards[1])
     assert (again.keys, again.digest) == (index.keys, index.digest)
-    assert watched.seen.count("00001.tar") == 1
-    whole = index_shards(Storage(), counted)
+    assert watched.tars == ["00001.tar"]
+    whole = index_shards(Storage(), str(counted))
     assert not any(shard.is_trusted for shard in whole.shards)
     assert whole.shards[1].digest == index.digest
     assert whole.digest != manifest.digest
 
 
-def test_wrong_trusted_count_is_fatal_by_name(counted: str):
-    Path(counted, "00002_stats.json").write_text(json.dumps({"successes": 3}))
-    manifest = index_shards(Storage(), counted, trust_counts=True)
-    assert [shard.samples for shard in manifest.shards] == [5, 3, 3, 2]
+def test_wrong_count_and_replaced_shard_are_fatal_by_name(counted: Path) -> None:
+    (counted / "00002_stats.json").write_text(json.dumps({"successes": 3}))
+    manifest = index_shards(Storage(), str(counted), trust_counts=True)
+    assert sizes(manifest) == [5, 3, 3, 2]
     with pytest.raises(DataError, match=r"00002\.tar: it has 4 samples, and the index of another tool said 3"):
-        load_index(Storage(), counted, manifest.shards[2])
-
-
-def test_replaced_trusted_shard_is_fatal_by_name(counted: str, make_tar, make_pair):
-    manifest = index_shards(Storage(), counted, trust_counts=True)
-    Path(counted, "00001.tar").write_bytes(make_tar({str(n): make_pair(n) for n in range(3)}))
+        load_index(Storage(), str(counted), manifest.shards[2])
+    (counted / "00001.tar").write_bytes(pairs_tar(3))
     with pytest.raises(DataError, match=r"00001\.tar: the shard was changed"):
-        load_index(Storage(), counted, manifest.shards[1])
+        load_index(Storage(), str(counted), manifest.shards[1])
 
 
 @pytest.mark.parametrize(
@@ -361,18 +327,20 @@ def test_replaced_trusted_shard_is_fatal_by_name(counted: str, make_tar, make_pa
         ("00002_stats.json", b'{"count": 4}', "successes"),
     ],
 )
-def test_impossible_counts_are_rejected_by_name(counted: str, name: str, content: bytes, reason: str):
-    Path(counted, name).write_bytes(content)
+def test_impossible_counts_are_rejected_by_name(counted: Path, name: str, content: bytes, reason: str) -> None:
+    (counted / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name}: it does not fit .*{reason}"):
-        index_shards(Storage(), counted, trust_counts=True)
-    assert index_shards(Storage(), counted).num_samples == 14
+        index_shards(Storage(), str(counted), trust_counts=True)
+    assert index_shards(Storage(), str(counted)).num_samples == 14
 
 
-def contents(index: ShardIndex, data: bytes) -> dict[str, dict[str, bytes]]:
-    return {
-        key: {name: data[at : at + size] for name, at, size in index.members(number)}
-        for number, key in enumerate(index.keys)
-    }
+@pytest.mark.parametrize("name", ["0.tar.idx", "0.idx", "0_stats.json"])
+def test_damaged_counts_of_other_tools_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "0.tar").write_bytes(tar_bytes({"a": {"txt": b"x"}}))
+    for content in (b"", b"\xff", b"[" * 50_000, b'{"successes": true}', b'{"successes": 1e400}', b"9" * 5000):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=re.escape(name)):
+            index_shards(Storage(), str(tmp_path), trust_counts=True)
 
 
 def test_tars_of_other_tools_are_indexed(shared: Path, tmp_path: Path):
@@ -396,16 +364,20 @@ def test_tars_of_other_tools_are_indexed(shared: Path, tmp_path: Path):
     }
     for record in manifest.shards:
         data = (folder / record.name).read_bytes()
-        found = contents(load_index(Storage(), str(folder), record), data)
+        index = load_index(Storage(), str(folder), record)
+        members = {
+            f"{key}.{name}": data[at : at + size]
+            for number, key in enumerate(index.keys)
+            for name, at, size in index.members(number)
+        }
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
-        assert {f"{key}.{name}": data for key, ms in found.items() for name, data in ms.items()} == files
+        assert members == files
 
 
-def test_fuzzed_manifests_raise_data_errors_only(make_pairs):
-    folder = make_pairs("some", [3, 2])
-    index_shards(Storage(), folder)
-    path = Path(folder, "manifest.json")
+def test_fuzzed_manifests_raise_data_errors_only(folder: Path) -> None:
+    index_shards(Storage(), str(folder))
+    path = folder / "manifest.json"
     whole = json.loads(path.read_text())
     rng = random.Random(3)
     values = [None, -1, 0, 1e400, 10**30, "", "x", "../x", "\ud83d", [], {}, True, "etag:x:1"]
@@ -422,22 +394,11 @@ def test_fuzzed_manifests_raise_data_errors_only(make_pairs):
                 content["digest"] = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"])).digest
             path.write_text(json.dumps(content))
         try:
-            for shard in load_manifest(Storage(), folder).shards:
-                load_index(Storage(), folder, shard)
+            for shard in load_manifest(Storage(), str(folder)).shards:
+                load_index(Storage(), str(folder), shard)
         except DataError as error:
-            refused += folder in str(error)
+            refused += str(folder) in str(error)
     assert refused
     path.write_bytes(b"[" * 50_000)
     with pytest.raises(DataError, match=r"manifest\.json: not a manifest of shards"):
-        load_manifest(Storage(), folder)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff", b"[" * 50_000, b'{"successes": true}', b'{"successes": 1e400}', b"9" * 5000]
-)
-@pytest.mark.parametrize("name", ["0.tar.idx", "0.idx", "0_stats.json"])
-def test_damaged_counts_of_other_tools_are_named(tmp_path: Path, make_tar, name: str, content: bytes):
-    (tmp_path / "0.tar").write_bytes(make_tar({"a": {"txt": b"x"}}))
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=re.escape(name)):
-        index_shards(Storage(), str(tmp_path), trust_counts=True)
+        load_manifest(Storage(), str(folder))
