@@ -1,9 +1,4 @@
-"""A folder of pairs with every kind of bad sample, the expected report of each, and ways to break a shard.
-
-    python tests/support/bad_shards.py
-
-prints how webdataset's own reader treats the same shards.
-"""
+"""A folder of pairs with every kind of bad sample, the expected report of each, and ways to break a shard."""
 
 from __future__ import annotations
 
@@ -12,37 +7,21 @@ import json
 import os
 import pickle
 import tarfile
-import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import simplejpeg
 from PIL import Image
 
-Members = dict[str, bytes]
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Object whose unpickling creates a folder, which proves that a reader executed code from the shard."""
-
-    folder: str
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (self.folder,)
-
-
-def good(number: int) -> Members:
-    random = np.random.default_rng(number)
-    pixels = np.repeat(np.repeat(random.integers(0, 256, (8, 8, 3), dtype=np.uint8), 4, 0), 4, 1)
-    captions = [f"picture {number} shows a thing in way {way}" for way in "abc"]
-    return {
-        "jpg": simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "444"),
-        "json": json.dumps({"captions": captions}).encode(),
-    }
+from pipeline.config.load import validate
+from pipeline.config.schema import SourceType
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.loader import Loader
+from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
+from tests.support.pairs import Members, pair, tar_of
 
 
 def _corrupt(data: bytes) -> bytes:
@@ -57,8 +36,8 @@ def _bomb() -> bytes:
     return buffer.getvalue()
 
 
-def _described(described: object) -> bytes:
-    return json.dumps(described).encode()
+def _json(content: object) -> Members:
+    return {"json": json.dumps(content).encode()}
 
 
 # kind -> (stage that must report it, function that damages a good pair)
@@ -70,14 +49,14 @@ BAD: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "PNG bomb": ("image", lambda pair: {"png": _bomb(), "json": pair["json"]}),
     "missing picture": ("members", lambda pair: {"json": pair["json"]}),
     "missing caption": ("members", lambda pair: {"jpg": pair["jpg"]}),
-    "json without caption": ("members", lambda pair: pair | {"json": _described({"score": 1})}),
-    "empty caption": ("caption", lambda pair: pair | {"json": _described({"captions": ["fine", " "]})}),
-    "no captions in the list": ("caption", lambda pair: pair | {"json": _described({"captions": []})}),
-    "captions of a wrong type": ("caption", lambda pair: pair | {"json": _described({"captions": [3, 4]})}),
+    "json without caption": ("members", lambda pair: pair | _json({"score": 1})),
+    "empty caption": ("caption", lambda pair: pair | _json({"captions": ["fine", " "]})),
+    "no captions in the list": ("caption", lambda pair: pair | _json({"captions": []})),
+    "captions of a wrong type": ("caption", lambda pair: pair | _json({"captions": [3, 4]})),
     "non-UTF-8 text": ("caption", lambda pair: {"jpg": pair["jpg"], "txt": "eine Tür".encode("latin-1")}),
     "non-UTF-8 json": ("caption", lambda pair: pair | {"json": '{"caption": "eine Tür"}'.encode("latin-1")}),
     "broken json": ("members", lambda pair: pair | {"json": pair["json"][:-5]}),
-    "json that is no object": ("members", lambda pair: pair | {"json": _described(["a thing"])}),
+    "json that is no object": ("members", lambda pair: pair | _json(["a thing"])),
     "pickled member": ("members", lambda pair: pair | {"pkl": pickle.dumps({"a": 1})}),
     "PyTorch member": ("members", lambda pair: pair | {"pth": b"PK"}),
 }
@@ -110,16 +89,11 @@ class Planted:
 
 def write_tar(path: Path, samples: list[tuple[str, Members]]) -> list[int]:
     """Write keys and members in the given order, repeated keys included; return the offset of each sample's data."""
-    offsets = []
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in samples:
-            for number, (extension, data) in enumerate(members.items()):
-                header = tarfile.TarInfo(f"{key}.{extension}")
-                header.size = len(data)
-                if number == 0:
-                    offsets.append(tar.offset + 512)
-                tar.addfile(header, io.BytesIO(data))
-    return offsets
+    path.write_bytes(tar_of((f"{key}.{name}", data) for key, members in samples for name, data in members.items()))
+    firsts = [0, *accumulate(len(members) for _, members in samples)]
+    with tarfile.open(path) as tar:
+        files = tar.getmembers()
+    return [files[first].offset_data for first in firsts[:-1]]
 
 
 def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted:
@@ -135,11 +109,9 @@ def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted
             number = shard * samples_per_shard + place
             # Every second sample from the third on is bad, until all are placed, so good samples separate them.
             kind = mine.pop(0) if place >= 2 and place % 2 == 0 and mine else None
-            key, members = f"s{number:05d}", good(number)
-            if kind == BESIDE:
-                key = samples[-1][0]
-            elif kind == APART:
-                key = samples[-2][0]
+            key, members = f"s{number:05d}", pair(number)
+            if kind in (BESIDE, APART):
+                key = samples[-1 if kind == BESIDE else -2][0]
             elif kind is not None:
                 members = BAD[kind][1](members)
             samples.append((key, members))
@@ -148,91 +120,78 @@ def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted
         offsets = write_tar(folder / name, samples)
         for (key, _), kind, offset in zip(samples, kinds, offsets, strict=True):
             if kind is not None:
-                bad[kind].append(Expected(name, key, offset, BAD[kind][0] if kind in BAD else "members"))
+                stage = BAD[kind][0] if kind in BAD else "members"
+                bad[kind].append(Expected(name, key, offset, stage))
     return Planted(str(folder), shards * samples_per_shard, bad)
 
 
-def _places(path: Path) -> tuple[int, int, int]:
-    """Return the offsets of the last sample's second header, of its data, and of the zero blocks."""
-    with tarfile.open(path) as tar:
-        last = tar.getmembers()[-1]
-        return last.offset, last.offset_data, tar.offset
+def _truncate(place: str, extra: int = 0) -> Callable[[Path], None]:
+    """Return a function that cuts a tar after its last member's `offset` or `offset_data`, or after all members."""
+
+    def truncate(path: Path) -> None:
+        with tarfile.open(path) as tar:
+            last = tar.getmembers()[-1]
+            end = tar.offset
+        os.truncate(path, getattr(last, place, end) + extra)
+
+    return truncate
 
 
 def _replace(path: Path) -> None:
     """Replace the tar by one of equal size that differs in one letter of a caption."""
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b"shows a thing in way a", b"shows a thing in way z", 1))
+    path.write_bytes(path.read_bytes().replace(b"shows a thing in way a", b"shows a thing in way z", 1))
 
 
 # Functions of a shard's path that break the whole shard after it was indexed.
-BREAKS: dict[str, Callable[[Path], None]] = {
-    "cut inside a header": lambda path: os.truncate(path, _places(path)[0] + 200),
-    "cut before a member": lambda path: os.truncate(path, _places(path)[0]),
-    "cut inside a member's data": lambda path: os.truncate(path, _places(path)[1] + 20),
-    "cut before the zero blocks": lambda path: os.truncate(path, _places(path)[2]),
-    "cut between the zero blocks": lambda path: os.truncate(path, _places(path)[2] + 512),
+BREAKS: dict[str, Callable[[Path], object]] = {
+    "cut inside a header": _truncate("offset", 200),
+    "cut before a member": _truncate("offset"),
+    "cut inside a member's data": _truncate("offset_data", 20),
+    "cut before the zero blocks": _truncate("end"),
+    "cut between the zero blocks": _truncate("end", 512),
     "zero bytes": lambda path: os.truncate(path, 0),
     "replaced by one of its size": _replace,
-    "replaced by a larger one": lambda path: write_tar(path, [(f"t{n}", good(n + 500)) for n in range(40)]) and None,
+    "replaced by a larger one": lambda path: write_tar(path, [(f"t{n}", pair(n + 500)) for n in range(40)]),
     "missing": lambda path: path.unlink(),
 }
 
 
-def webdataset_outcome(path: Path, expected: list[tuple[str, Members]], handler: Callable) -> str:
-    """Return how a usual webdataset pipeline reads one tar whose samples should be `expected`."""
-    import webdataset as wds
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dataset = wds.WebDataset([str(path)], shardshuffle=False, handler=handler).decode("pil", handler=handler)
-        try:
-            samples = list(dataset)
-        except Exception as error:
-            return f"raises {type(error).__name__}"
-    parts = [f"{len(samples)} of {len(expected)} samples come"]
-    for sample in samples:
-        members = {name for name in sample if not name.startswith("__")}
-        truths = [set(truth) for key, truth in expected if key == sample["__key__"]]
-        if truths and members not in truths:
-            parts.append(f"{sample['__key__']} without its {', '.join(sorted(truths[0] - members))}")
-    return "silent: " + "; ".join(parts)
+# What a model of each source type needs to read every member: its objectives, model section and stage section.
+_READS_ALL: dict[SourceType, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "pairs": ({"itc": {}, "mlm": {}, "mim": {}}, {}, {}),
+    "text": ({"mlm": {}}, {}, {}),
+    "labelled": ({"classification": {}}, {"kind": "vit"}, {"num_classes": 4}),
+    "regions": (
+        {"mlm": {}, "moc": {}},
+        {"kind": "imagebert", "region_features": 3, "region_classes": 2, "max_regions": 4},
+        {},
+    ),
+    "questions": ({"vqa": {}}, {}, {"num_answers": 2}),
+    "statements": ({"nlvr2": {}}, {}, {}),
+}
 
 
-def webdataset_table(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return kind -> webdataset's behaviour with errors raised, and with a handler that skips them.
-
-    Each kind is tested alone: a bad sample between two good ones, or a break in a tar of three good pairs.
-    """
-    import webdataset as wds
-
-    table: dict[str, tuple[str, str]] = {}
-    handlers = (wds.reraise_exception, wds.ignore_and_continue)
-    for number, kind in enumerate([*KINDS, "pickle that runs code", *BREAKS]):
-        path = folder / f"{number:02d}.tar"
-        samples = [(f"k{n}", good(n)) for n in range(3)]
-        ran = folder / f"ran{number}"
-        if kind in BAD:
-            samples[1] = ("k1", BAD[kind][1](good(1)))
-        elif kind in (BESIDE, APART):
-            samples.insert(1 if kind == BESIDE else 3, ("k0", good(7)))
-        elif kind not in BREAKS:
-            samples[1] = ("k1", good(1) | {"pickle": pickle.dumps(Runs(str(ran)))})
-        write_tar(path, samples)
-        if kind in BREAKS:
-            BREAKS[kind](path)
-        outcomes = []
-        for handler in handlers:
-            outcome = webdataset_outcome(path, samples, handler)
-            if ran.exists():
-                ran.rmdir()
-                outcome += ", and the code ran"
-            outcomes.append(outcome)
-        table[kind] = (outcomes[0], outcomes[1])
-    return table
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        for kind, (raising, passing) in webdataset_table(Path(temporary)).items():
-            print(f"{kind:<28} | {raising:<60} | {passing}")
+def read_epoch(folder: object, samples: int, source_type: SourceType = "pairs", streams: int = 1) -> list[dict]:
+    """Read all `samples` of an indexed folder through the loader, and return those that it quarantined."""
+    batch = next(size for size in (10, 8, 1) if samples % size == 0)
+    objectives, model, stage = _READS_ALL[source_type]
+    layers = {} if "kind" in model else {"kind": "vlmo", "vision_language_layers": 1}
+    stage = stage | {"name": "stage", "sources": {"one": 1.0}, "objectives": objectives, "steps": samples // batch}
+    config = validate(
+        {
+            "name": "test",
+            "model": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4} | layers | model,
+            "sources": {"one": {"shards": str(folder), "type": source_type}},
+            "data": {"streams": streams, "shuffle_window": 2, "max_bad_rate": 1.0},
+            "stages": [stage | {"global_batch_size": batch, "max_text_length": 12}],
+        },
+        "test",
+    )
+    tokenizer = Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
+    groups = batch_groups(config, config.stages[0])
+    with Loader(config, config.stages[0], groups, Storage(), tokenizer, rank=0, world_size=1) as loader:
+        assert sum(len(rows) for rows in islice(loader.batches(0), samples // batch)) == samples
+        records = loader.quarantined()
+        counts = loader.counts()
+        assert (counts["samples/one"], counts.get("bad/one", 0)) == (samples, len(records))
+    return records

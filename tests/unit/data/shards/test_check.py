@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.load import validate
-from pipeline.config.schema import DataConfig, RunConfig, SourceType
+from pipeline.config.schema import DataConfig, SourceType
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.members import captions_of, image_id_of
 from pipeline.data.contents.regions import RegionRecord
-from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.loader import Loader
 from pipeline.data.quarantine import BadSample
 from pipeline.data.reading.samples import iter_captions, iter_samples
-from pipeline.data.shards.check import ShardReport, check_shards
+from pipeline.data.shards.check import check_shards
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.objectives import batch_groups
+from tests.support.bad_shards import read_epoch
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.pairs import index_bytes
+from tests.support.pairs import Members, index_bytes
 
-Members = dict[str, bytes]
-CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8
+CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8  # as in `read_epoch`
 USES: tuple[SourceType, ...] = ("pairs", "text", "labelled", "regions", "questions", "statements")
 DEEP = b'{"caption": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
 
@@ -90,7 +85,7 @@ OTHERS: dict[SourceType, list[Members]] = {
 }
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, ("JPEG", "PNG", "WEBP")[number % 3])
@@ -99,7 +94,7 @@ def picture(number: int) -> bytes:
 
 def sample(source_type: SourceType, number: int) -> Members:
     """Return a good sample of a source type."""
-    shown = picture(number)
+    shown = image(number)
     if source_type == "labelled":
         return {"jpg": shown, "cls": b"%d" % (number % CLASSES)}
     if source_type == "questions":
@@ -107,62 +102,13 @@ def sample(source_type: SourceType, number: int) -> Members:
         return {"jpg": shown, "json": json.dumps(record).encode()}
     if source_type == "statements":
         record = {"sentence": f"it is {number}", "label": number % 2 == 0, "id": str(number)}
-        return {"0.jpg": shown, "1.jpg": picture(number + 1), "json": json.dumps(record).encode()}
+        return {"0.jpg": shown, "1.jpg": image(number + 1), "json": json.dumps(record).encode()}
     text = {"json": json.dumps({"captions": [f"a thing {number}", "another way"], "url": f"u/{number}"}).encode()}
     if source_type == "regions":
         features = np.full((2, NUMBERS), number, dtype=np.float32)
         boxes = np.array([[0, 0, 5, 5], [1, 1, 9, 9]], dtype=np.float32)
         return text | {"npz": RegionRecord(features, boxes, (10, 10), np.array([0, 1])).to_bytes()}
     return text | ({"jpg": shown} if source_type == "pairs" else {})
-
-
-def run_config(folder: str, source_type: SourceType, count: int) -> RunConfig:
-    objectives: dict[SourceType, dict[str, Any]] = {
-        "pairs": {"itc": {}, "mlm": {}},
-        "text": {"mlm": {}},
-        "labelled": {"classification": {}},
-        "regions": {"mlm": {}, "moc": {}},
-        "questions": {"vqa": {}},
-        "statements": {"nlvr2": {}},
-    }
-    kind: dict[str, Any] = {"kind": "vlmo", "vision_language_layers": 1}
-    if source_type == "labelled":
-        kind = {"kind": "vit"}
-    if source_type == "regions":
-        kind = {"kind": "imagebert", "region_features": NUMBERS, "region_classes": 2, "max_regions": 4}
-    stage = {
-        "name": "stage",
-        "sources": {"one": 1.0},
-        "objectives": objectives[source_type],
-        "steps": -(-count // BATCH),
-    }
-    more = {"labelled": {"num_classes": CLASSES}, "questions": {"num_answers": len(ANSWERS)}}.get(source_type, {})
-    return validate(
-        {
-            "name": "test",
-            "model": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 8} | kind,
-            "sources": {"one": {"shards": folder, "type": source_type}},
-            "data": {"streams": 1, "shuffle_window": 2, "max_bad_rate": 1.0},
-            "stages": [stage | {"global_batch_size": BATCH, "max_text_length": 8} | more],
-        },
-        "test",
-    )
-
-
-def checked(folder: str, source_type: SourceType) -> ShardReport:
-    (report,) = check_shards(Storage(), folder, source_type, DataConfig().max_pixels, workers=1)
-    return report
-
-
-def trained(folder: str, source_type: SourceType, count: int) -> set[tuple[str, str, str]]:
-    """Return (key, stage, reason) of each sample that one epoch of training quarantines."""
-    config = run_config(folder, source_type, count)
-    tokenizer = Tokenizer.train(["a thing in another way is what it is"], 100)
-    with Loader(
-        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, rank=0, world_size=1
-    ) as loader:
-        assert len(list(islice(loader.batches(0), -(-count // BATCH)))) == -(-count // BATCH)
-        return {(bad["key"], bad["stage"], bad["reason"]) for bad in loader.quarantined()}
 
 
 def judge(
@@ -178,10 +124,11 @@ def judge(
     (folder / "answers.json").write_bytes(Choices(ANSWERS).to_bytes())
     (folder / "classes.json").write_bytes(Choices(tuple("abcd")).to_bytes())
     index_shards(Storage(), str(folder))
-    report = checked(str(folder), source_type)
+    (report,) = check_shards(Storage(), str(folder), source_type, DataConfig().max_pixels, workers=1)
     assert report.broken is None
     findings = {(bad.key, bad.stage, bad.reason) for bad in report.bad}
-    assert findings == trained(str(folder), source_type, len(samples))
+    quarantined = read_epoch(folder, len(samples), source_type)
+    assert findings == {(bad["key"], bad["stage"], bad["reason"]) for bad in quarantined}
     assert {key for key, *_ in findings} <= damaged.keys()
     for text in iter_captions(Storage(), str(folder)):
         text.encode()
@@ -223,7 +170,7 @@ def test_check_and_training_agree_on_damaged_samples(source_type: SourceType, tm
 
 def test_indexing_damaged_samples_never_fails(make_tar: Any) -> None:
     damaged = variants("pairs")
-    index = index_bytes(make_tar(damaged), "x.tar")
+    index = index_bytes(make_tar(damaged))
     assert index.keys == tuple(damaged)
     assert (index.image_id != 0).all()
     for number, members in enumerate(damaged.values()):
