@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from jobs.shards import app
+from pipeline.config.errors import ConfigError, MomeError
 from pipeline.data.shards.tar import clean_name
+from tests.support.shards_command import facts_of, run_shards
 
 NAME = b"caf\xe9"
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result.exit_code, result.stdout
 
 
 @pytest.fixture
@@ -43,34 +38,30 @@ def folder(tmp_path: Path, make_pair: Any) -> Path:
 
 
 def test_index_check_and_show_print_clean_text(folder: Path, tmp_path: Path, caplog: Any) -> None:
-    status, out = run("index", folder, "--json")
-    assert status == 0
-    assert json.loads(out.splitlines()[-1])["num_samples"] == 2
+    assert facts_of("index", folder)["num_samples"] == 2
     assert "2 x symbolic link (the first: link.jpg)" in caplog.text
-    status, out = run("check", folder, "--json", "--workers", 1, "--report", tmp_path / "bad.jsonl")
-    facts = json.loads(out.splitlines()[-1])
-    assert (status, facts["bad_samples"], facts["skipped"]) == (3, 1, {"symbolic link": 2})
+    facts = facts_of("check", folder, "--workers", 1, "--report", tmp_path / "bad.jsonl", status=3)
+    assert (facts["bad_samples"], facts["skipped"]) == (1, {"symbolic link": 2})
     (bad,) = map(json.loads, (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines())
     assert bad["key"] == "cut"
     assert "lone surrogate" in bad["reason"]
-    assert "skipped, not part of a sample: symbolic link" in run("check", folder, "--workers", 1)[1]
-    status, out = run("show", folder, "--json", "--sheet", tmp_path / "sheet.png")
-    shown = json.loads(out.splitlines()[-1])["samples"]
+    printed = run_shards("check", folder, "--workers", 1, status=3).stdout
+    assert "skipped, not part of a sample: symbolic link" in printed
+    shown = facts_of("show", folder, "--sheet", tmp_path / "sheet.png")["samples"]
     assert [sample["key"] for sample in shown] == [clean_name(NAME), "cut"]
-    assert run("show", folder)[0] == 0
-    out.encode()
+    run_shards("show", folder).stdout.encode()
 
 
 @pytest.mark.parametrize(("command", "option"), [("check", "--report"), ("show", "--sheet")])
 def test_output_replaces_only_an_older_output(folder: Path, tmp_path: Path, command: str, option: str) -> None:
-    run("index", folder)
+    run_shards("index", folder)
     place, workers = tmp_path / "out", ["--workers", 1] if command == "check" else []
     for _ in range(2):
-        assert run(command, folder, option, place, *workers)[0] in (0, 3)
+        run_shards(command, folder, option, place, *workers, status=3 if command == "check" else 0)
     for foreign in (b"mine", b'{"image": "a.jpg"}\n', (folder / "0.tar").read_bytes()):
         place.write_bytes(foreign)
-        with pytest.raises(AssertionError, match=rf"ConfigError.*{option}.*did not write"):
-            run(command, folder, option, place, *workers)
+        refused = run_shards(command, folder, option, place, *workers, fails=ConfigError)
+        assert re.search(rf"{option}.*did not write", str(refused.exception))
         assert place.read_bytes() == foreign
-    with pytest.raises(AssertionError, match=r"(ConfigError|StorageError).*([Ff]older|[Dd]irectory)"):
-        run(command, folder, option, folder, *workers)
+    refused = run_shards(command, folder, option, folder, *workers, fails=MomeError)
+    assert re.search("[Ff]older|[Dd]irectory", str(refused.exception))

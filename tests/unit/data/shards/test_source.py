@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from pipeline.data.shards.index import ShardIndex, normal_url
 from pipeline.data.shards.manifest import index_shards, load_index
 from pipeline.data.shards.source import Source, open_source
 from pipeline.data.storage import Storage
+from tests.support.pairs import pair, tar_bytes
 
 ROWS = [  # two shards of five and four samples
     {"score": 0.1, "tongue": "en", "url": "http://x/0", "caption": "a"},
@@ -35,30 +35,34 @@ ROWS = [  # two shards of five and four samples
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_tar: Callable, make_pair: Callable) -> str:
+def folder(tmp_path: Path) -> str:
     """Return nine pairs with metadata and images 24 pixels wide."""
     for shard, rows in enumerate((range(5), range(5, 9))):
-        samples = {f"k{n}": make_pair(n) | {"json": json.dumps(ROWS[n]).encode()} for n in rows}
-        (tmp_path / f"{shard}.tar").write_bytes(make_tar(samples))
+        samples = {f"k{n}": pair(n) | {"json": json.dumps(ROWS[n]).encode()} for n in rows}
+        (tmp_path / f"{shard}.tar").write_bytes(tar_bytes(samples))
     index_shards(Storage(), str(tmp_path))
     return str(tmp_path)
+
+
+def config(folder: str, opt_out: Path | str | None = None, **filters: dict) -> SourceConfig:
+    conditions = {name: FilterConfig(**condition) for name, condition in filters.items()}
+    return SourceConfig(shards=folder, filters=conditions, opt_out=None if opt_out is None else str(opt_out))
+
+
+def opened(folder: str, opt_out: Path | None = None, saved: str | None = None, **filters: dict) -> Source:
+    return open_source(Storage(), config(folder, opt_out, **filters), saved)
 
 
 def indexes(source: Source) -> list[ShardIndex]:
     return [load_index(Storage(), source.url, record) for record in source.manifest.shards]
 
 
-def read(folder: str, opt_out: str | None = None, **filters: dict) -> list[int]:
+def read(folder: str, opt_out: Path | None = None, **filters: dict) -> list[int]:
     """Return the numbers in the keys of the selected samples, and verify the counts."""
     source = opened(folder, opt_out, **filters)
-    found = [[int(index.keys[n][1:]) for n in source.selected(index)] for index in indexes(source)]
-    assert source.counts.tolist() == [len(keys) for keys in found]
-    return [key for keys in found for key in keys]
-
-
-def opened(folder: str, opt_out: str | None = None, saved: str | None = None, **filters: dict) -> Source:
-    conditions = {name: FilterConfig(**condition) for name, condition in filters.items()}
-    return open_source(Storage(), SourceConfig(shards=folder, filters=conditions, opt_out=opt_out), saved)
+    keys = [[int(index.keys[n][1:]) for n in source.selected(index)] for index in indexes(source)]
+    assert source.counts.tolist() == list(map(len, keys))
+    return [key for shard in keys for key in shard]
 
 
 def test_source_without_filters_has_every_sample(folder: str):
@@ -70,26 +74,23 @@ def test_source_without_filters_has_every_sample(folder: str):
     assert source.digest == source.manifest.digest
 
 
-def test_min_and_max_filter_numbers(folder: str):
-    assert read(folder, score={"min": 0.5}) == [1, 2, 5, 7, 8]
-    assert read(folder, score={"max": 0.3}) == [0, 4, 6]
-    assert read(folder, score={"min": 0.3, "max": 0.7}) == [1, 4, 5, 8]
-    assert read(folder, score={"min": 0.8, "keep_missing": True}) == [2, 3, 7]
-
-
-def test_any_of_and_none_of_filter_texts(folder: str):
-    assert read(folder, tongue={"any_of": ("en", "fr")}) == [0, 2, 3]
-    assert read(folder, tongue={"none_of": ("en",)}) == [1, 3]
-    assert read(folder, tongue={"none_of": ("en",), "keep_missing": True}) == [1, 3, 4, 5, 6, 7, 8]
-
-
-def test_measured_properties_can_be_filtered(folder: str):
-    assert read(folder, caption_length={"min": 4}) == [1, 3, 4]
-    assert read(folder, width={"min": 24}, height={"max": 24}) == list(range(9))
-
-
-def test_all_filters_must_pass(folder: str):
-    assert read(folder, score={"min": 0.5}, tongue={"any_of": ("en",)}) == [2]
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"score": {"min": 0.5}}, [1, 2, 5, 7, 8]),
+        ({"score": {"max": 0.3}}, [0, 4, 6]),
+        ({"score": {"min": 0.3, "max": 0.7}}, [1, 4, 5, 8]),
+        ({"score": {"min": 0.8, "keep_missing": True}}, [2, 3, 7]),
+        ({"tongue": {"any_of": ("en", "fr")}}, [0, 2, 3]),
+        ({"tongue": {"none_of": ("en",)}}, [1, 3]),
+        ({"tongue": {"none_of": ("en",), "keep_missing": True}}, [1, 3, 4, 5, 6, 7, 8]),
+        ({"caption_length": {"min": 4}}, [1, 3, 4]),
+        ({"width": {"min": 24}, "height": {"max": 24}}, list(range(9))),
+        ({"score": {"min": 0.5}, "tongue": {"any_of": ("en",)}}, [2]),
+    ],
+)
+def test_samples_that_pass_all_filters_are_selected(folder: str, filters: dict, expected: list[int]):
+    assert read(folder, **filters) == expected
 
 
 def test_empty_shard_is_allowed_and_empty_source_is_not(folder: str):
@@ -103,40 +104,40 @@ def test_empty_shard_is_allowed_and_empty_source_is_not(folder: str):
 def test_opted_out_ids_are_not_selected(folder: str, tmp_path: Path):
     listed = tmp_path / "opt_out.txt"
     listed.write_text("\ufeffk0\n\nhttp://x/2\r\n  77 \nseven\nk00\nhttp://x\nnobody\n", encoding="utf-8")
-    assert read(folder, str(listed)) == [1, 3, 6, 7, 8]
-    assert read(folder, str(listed), score={"min": 0.7}) == [7]
+    assert read(folder, listed) == [1, 3, 6, 7, 8]
+    assert read(folder, listed, score={"min": 0.7}) == [7]
+    listed.write_text("\n \n")
+    assert read(folder, listed) == list(range(9))
 
 
 def test_opt_out_list_is_read_from_a_store(folder: str, s3):
     storage = Storage(s3.config)
     storage.write(s3.url("out.txt"), "\n".join(f"k{n}" for n in range(1, 8)).encode())
-    source = open_source(storage, SourceConfig(shards=folder, opt_out=s3.url("out.txt")))
-    assert source.counts.tolist() == [1, 1]
+    assert open_source(storage, config(folder, s3.url("out.txt"))).counts.tolist() == [1, 1]
 
 
 def test_missing_and_invalid_opt_out_lists_are_named(folder: str, tmp_path: Path):
     with pytest.raises(DataError, match=r"absent\.txt: the opt-out list is missing"):
-        opened(folder, str(tmp_path / "absent.txt"))
-    (tmp_path / "latin.txt").write_bytes("k0\nkäse\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.txt: line 2 of the opt-out list is not UTF-8"):
-        opened(folder, str(tmp_path / "latin.txt"))
-    for encoding in ("utf-16", "utf-16-le", "utf-32-be"):
-        (tmp_path / "windows.txt").write_bytes("k0\nk1\n".encode(encoding))
-        with pytest.raises(DataError, match=r"windows\.txt: line 1 of the opt-out list is not UTF-8"):
-            opened(folder, str(tmp_path / "windows.txt"))
+        opened(folder, tmp_path / "absent.txt")
+    listed = tmp_path / "list.txt"
+    for encoding, line in {"latin-1": 2, "utf-16": 1, "utf-16-le": 1, "utf-32-be": 1}.items():
+        listed.write_bytes("k0\nkäse\n".encode(encoding))
+        with pytest.raises(DataError, match=rf"list\.txt: line {line} of the opt-out list is not UTF-8"):
+            opened(folder, listed)
 
 
-def test_invalid_comparisons_name_the_property(folder: str):
-    with pytest.raises(
-        ConfigError, match=r"no sample has 'scor'; its shards have caption_length, height, score, tongue, width"
-    ):
-        opened(folder, scor={"min": 1})
-    with pytest.raises(ConfigError, match=r"tongue: it is a text in 0\.tar"):
-        opened(folder, tongue={"min": 1})
-    with pytest.raises(ConfigError, match=r"score: it is a number in .\.tar"):
-        opened(folder, score={"any_of": ("1",)})
-    with pytest.raises(ConfigError, match=r"note: it is neither a number nor a short text in all of 1\.tar"):
-        opened(folder, note={"min": 1})
+@pytest.mark.parametrize(
+    ("filters", "reason"),
+    [
+        ({"scor": {"min": 1}}, r"no sample has 'scor'; its shards have caption_length, height, score, tongue, width"),
+        ({"tongue": {"min": 1}}, r"tongue: it is a text in 0\.tar"),
+        ({"score": {"any_of": ("1",)}}, r"score: it is a number in .\.tar"),
+        ({"note": {"min": 1}}, r"note: it is neither a number nor a short text in all of 1\.tar"),
+    ],
+)
+def test_invalid_comparisons_name_the_property(folder: str, filters: dict, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        opened(folder, **filters)
 
 
 def test_digest_depends_on_the_selection(folder: str, tmp_path: Path):
@@ -147,8 +148,8 @@ def test_digest_depends_on_the_selection(folder: str, tmp_path: Path):
         opened(folder, score={"min": 0.5}),
         opened(folder, score={"min": 0.51}),
         opened(folder, score={"min": 0.5, "keep_missing": True}),
-        opened(folder, str(tmp_path / "a.txt")),
-        opened(folder, str(tmp_path / "b.txt")),
+        opened(folder, tmp_path / "a.txt"),
+        opened(folder, tmp_path / "b.txt"),
     ]
     assert len({source.digest for source in sources}) == 6
     assert opened(folder, score={"min": 0.5}).digest == sources[1].digest
@@ -166,30 +167,28 @@ class Counting(Storage):
 
 def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Path):
     saved = str(tmp_path / "counts" / "pairs.json")
-    config = SourceConfig(shards=folder, filters={"score": FilterConfig(min=0.5)})
+    half, more = config(folder, score={"min": 0.5}), config(folder, score={"min": 0.6})
     storage = Counting()
-    first = open_source(storage, config, saved)
+    first = open_source(storage, half, saved)
     assert storage.read_indexes == 2
-    again = open_source(storage, config, saved)
+    again = open_source(storage, half, saved)
     assert storage.read_indexes == 2
     assert (again.digest, again.counts.tolist()) == (first.digest, first.counts.tolist())
-    other = open_source(storage, SourceConfig(shards=folder, filters={"score": FilterConfig(min=0.6)}), saved)
+    assert open_source(storage, more, saved).counts.tolist() == [1, 3]
     assert storage.read_indexes == 4
-    assert other.counts.tolist() == [1, 3]
     Path(saved).write_text("{")
-    assert open_source(storage, config, saved).counts.tolist() == first.counts.tolist()
+    assert open_source(storage, half, saved).counts.tolist() == first.counts.tolist()
 
 
 def test_counting_reports_progress(folder: str):
-    told = []
-    config = SourceConfig(shards=folder, filters={"score": FilterConfig(min=0.5)})
-    open_source(Storage(), config, progress=lambda *progress: told.append(progress))
-    assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
+    calls: list[tuple] = []
+    open_source(Storage(), config(folder, score={"min": 0.5}), progress=lambda *progress: calls.append(progress))
+    assert [(done, total) for done, total, _ in calls] == [(1, 2), (2, 2)]
 
 
 def test_source_is_picklable(folder: str, tmp_path: Path):
     (tmp_path / "out.txt").write_text("k1\n")
-    source = opened(folder, str(tmp_path / "out.txt"), score={"min": 0.5})
+    source = opened(folder, tmp_path / "out.txt", score={"min": 0.5})
     again = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert (again.digest, again.counts.tolist()) == (source.digest, source.counts.tolist())
     assert [again.selected(index).tolist() for index in indexes(again)] == [[2], [0, 2, 3]]
@@ -226,7 +225,7 @@ def test_normal_form_is_idempotent(text: str):
 
 
 @pytest.fixture
-def decomposed(tmp_path: Path, make_tar: Callable, make_pair: Callable) -> str:
+def decomposed(tmp_path: Path) -> str:
     """Return four pairs whose key, image id and URL are spelled differently from the opt-out list."""
     rows = {
         unicodedata.normalize("NFD", "clé"): {"caption": "a"},
@@ -234,15 +233,15 @@ def decomposed(tmp_path: Path, make_tar: Callable, make_pair: Callable) -> str:
         "c": {"caption": "c", "url": "HTTP://Host/%c3%a9"},
         "d": {"caption": "d", "url": "http://host/d"},
     }
-    samples = {key: make_pair(n) | {"json": json.dumps(row).encode()} for n, (key, row) in enumerate(rows.items())}
-    (tmp_path / "0.tar").write_bytes(make_tar(samples))
+    samples = {key: pair(n) | {"json": json.dumps(row).encode()} for n, (key, row) in enumerate(rows.items())}
+    (tmp_path / "0.tar").write_bytes(tar_bytes(samples))
     index_shards(Storage(), str(tmp_path))
     return str(tmp_path)
 
 
 def test_opt_out_entries_match_in_every_normal_form(decomposed: str, tmp_path: Path, caplog: Any):
     (tmp_path / "out.txt").write_text("\nclé\nübung\nhttp://host/é\nd0\nclé\nclé\nno\n", encoding="utf-8")
-    source = opened(decomposed, str(tmp_path / "out.txt"))
+    source = opened(decomposed, tmp_path / "out.txt")
     assert source.counts.tolist() == [1]
     assert [source.selected(index).tolist() for index in indexes(source)] == [[3]]
     assert "3 of its 5 entries list a sample" in caplog.text
@@ -252,8 +251,7 @@ def test_opt_out_entries_match_in_every_normal_form(decomposed: str, tmp_path: P
 def test_opt_out_must_match_rejects_unmatched_entries(decomposed: str, tmp_path: Path):
     listed, saved = tmp_path / "out.txt", str(tmp_path / "saved.json")
     listed.write_text("clé\nhttp://host/D\n", encoding="utf-8")
-    config = SourceConfig(shards=decomposed, opt_out=str(listed))
-    open_source(Storage(), config, saved)
+    opened(decomposed, listed, saved)
     strict = SourceConfig(shards=decomposed, opt_out=str(listed), opt_out_must_match=True)
     with pytest.raises(DataError, match=r"1 of its 2 entries.*line 2, 'http://host/D'.*opt_out_must_match"):
         open_source(Storage(), strict, saved)
@@ -261,19 +259,14 @@ def test_opt_out_must_match_rejects_unmatched_entries(decomposed: str, tmp_path:
     assert open_source(Storage(), strict, saved).counts.tolist() == [2]
 
 
-def test_empty_opt_out_list_matches_nothing(folder: str, tmp_path: Path):
-    (tmp_path / "out.txt").write_text("\n \n")
-    assert read(folder, str(tmp_path / "out.txt")) == list(range(9))
-
-
 def test_saved_counts_of_version_1_are_ignored(decomposed: str, tmp_path: Path):
     (tmp_path / "out.txt").write_text("clé\n", encoding="utf-8")
     saved = tmp_path / "saved.json"
-    opened(decomposed, str(tmp_path / "out.txt"), str(saved))
+    opened(decomposed, tmp_path / "out.txt", str(saved))
     stale = json.loads(saved.read_text()) | {"counts": [4]}
     del stale["version"]
     saved.write_text(json.dumps(stale))
-    assert opened(decomposed, str(tmp_path / "out.txt"), str(saved)).counts.tolist() == [3]
+    assert opened(decomposed, tmp_path / "out.txt", str(saved)).counts.tolist() == [3]
 
 
 def keys_read(source: Source) -> list[list[str]]:
@@ -288,17 +281,9 @@ def keys_read(source: Source) -> list[list[str]]:
         reader.close()
 
 
-def test_sample_refs_count_selected_samples_only(make_pairs, make_pair, tmp_path: Path):
-    scored = {
-        (shard, n): make_pair(n) | {"json": json.dumps({"caption": "a thing", "score": n}).encode()}
-        for shard in range(2)
-        for n in range(4)
-    }
-    folder = make_pairs("pairs", [4, 4], scored)
-    index_shards(Storage(), folder)
-    (tmp_path / "out.txt").write_text("pairs00003\n")
-    config = SourceConfig(shards=folder, filters={"score": FilterConfig(min=2)}, opt_out=str(tmp_path / "out.txt"))
-    assert keys_read(open_source(Storage(), config)) == [["pairs00002"], ["pairs00006", "pairs00007"]]
+def test_sample_refs_count_selected_samples_only(folder: str, tmp_path: Path):
+    (tmp_path / "out.txt").write_text("k2\n")
+    assert keys_read(opened(folder, tmp_path / "out.txt", score={"min": 0.6})) == [[], ["k5", "k7", "k8"]]
 
 
 def counted(folder: str, counts: list[int]) -> Source:
