@@ -111,28 +111,21 @@ class Injector:
         self._counts: Counter[Kind | None] = Counter()
         self._lock = threading.Lock()
 
-    def __call__(self, call: Call) -> When | None:
-        """Count a call; return how far it gets if it fails, None if it succeeds."""
-        with self._lock:
-            self.calls.append(call)
-            number = {None: self._counts[None], call.kind: self._counts[call.kind]}
-            self._counts.update((None, call.kind))
-            fault = self.fault
-            if fault is None or fault.kind not in number:
-                return None
-            if number[fault.kind] == fault.number:
-                self.num_failed += 1
-                return fault.when
-            if fault.lasting and number[fault.kind] > fault.number:
-                self.num_failed += 1
-                return "before"
-            return None
-
     def do(
         self, original: Callable[..., Any], storage: Storage, url: str, action: str, call: Callable[[Backend, str], T]
     ) -> T:
         """Run `original`, which is `Storage._do`, with the injected fault."""
-        when = self(Call(KINDS[action], url, threading.get_ident()))
+        kind, when = KINDS[action], None
+        with self._lock:
+            self.calls.append(Call(kind, url, threading.get_ident()))
+            number = {None: self._counts[None], kind: self._counts[kind]}
+            self._counts.update((None, kind))
+            if self.fault is not None and self.fault.kind in number:
+                if number[self.fault.kind] == self.fault.number:
+                    when = self.fault.when
+                elif self.fault.lasting and number[self.fault.kind] > self.fault.number:
+                    when = "before"
+            self.num_failed += when is not None
         if when is None:
             return original(storage, url, action, call)
         if when == "after":
@@ -148,10 +141,7 @@ class FailingStorage(Storage):
     def __init__(self, fault: Fault | None = None, config: StorageConfig = StorageConfig()):
         super().__init__(config)
         self._injector = Injector(fault)
-
-    @property
-    def calls(self) -> list[Call]:
-        return self._injector.calls
+        self.calls = self._injector.calls
 
     @property
     def num_failed(self) -> int:
@@ -194,12 +184,10 @@ class _Halfway:
             part(start, min(start + 2**20, size))
 
     def delete(self, path: str) -> None:
-        files = list(_files(self._backend, path))
-        for file in files[: len(files) // 2]:
+        folders, files = [path], []
+        while folders:
+            folder = folders.pop()
+            for name, info in self._backend.entries(folder).items() if self._backend.is_folder(folder) else ():
+                (folders if info is None else files).append(f"{folder.rstrip('/')}/{name}")
+        for file in sorted(files)[: len(files) // 2]:
             self._backend.delete(file)
-
-
-def _files(backend: Backend, folder: str) -> Iterator[str]:
-    for name, info in sorted(backend.entries(folder).items()) if backend.is_folder(folder) else ():
-        inner = f"{folder.rstrip('/')}/{name}"
-        yield from [inner] if info is not None else _files(backend, inner)

@@ -354,8 +354,6 @@ def _make_client(config: StorageConfig) -> Any:
     key, secret = resolve_secret(config.key), resolve_secret(config.secret)
     session = botocore.session.get_session()
     try:
-        if config.endpoint_url is not None:
-            _check_endpoint(config.endpoint_url)
         client = session.create_client(
             "s3",
             endpoint_url=config.endpoint_url,
@@ -363,7 +361,12 @@ def _make_client(config: StorageConfig) -> Any:
             aws_access_key_id=key,
             aws_secret_access_key=secret,
         )
-        _check_endpoint(client.meta.endpoint_url)
+        endpoint = client.meta.endpoint_url if config.endpoint_url is None else config.endpoint_url
+        address = urlsplit(endpoint)
+        if address.username is not None:
+            raise ValueError("the endpoint has a user name, which S3 does not use; remove what precedes the host")
+        if address.scheme not in ("http", "https") or not address.hostname or address.port == 0:
+            raise ValueError(f"expected http://host:port, got {endpoint!r}")
     except (botocore_errors.BotoCoreError, ValueError) as error:
         raise ConfigError(
             f"storage: the S3 client cannot be created: {error}. "
@@ -378,15 +381,6 @@ def _make_client(config: StorageConfig) -> Any:
         for value in filter(None, (credentials.access_key, credentials.secret_key, credentials.token)):
             remember(value)
     return client
-
-
-def _check_endpoint(url: str) -> None:
-    """Raise ValueError for a URL that cannot be a store's endpoint."""
-    address = urlsplit(url)
-    if address.username is not None:
-        raise ValueError("the endpoint has a user name, which S3 does not use; remove what precedes the host")
-    if address.scheme not in ("http", "https") or not address.hostname or address.port == 0:
-        raise ValueError(f"expected http://host:port, got {url!r}")
 
 
 def _stop_at_redirect(parsed_response: dict[str, Any] | None, **_: Any) -> None:
