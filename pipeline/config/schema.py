@@ -773,7 +773,20 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_consistent(self) -> RunConfig:
-        if faults := list(_faults(self)):
+        """Report all violated rules between keys at once: each is one line that begins with the key's path."""
+        faults, kind, cluster = [], self.model.kind, self.cluster
+        if self.reproduce_vlmo_release and kind != "vlmo":
+            faults.append(f"reproduce_vlmo_release: applies to model.kind vlmo only, and model.kind is {kind}")
+        faults += _engine_faults(self.engine)
+        for index, stage in enumerate(self.stages):
+            faults += _stage_faults(self, index, stage)
+        faults += _source_faults(self)
+        if cluster.min_workers is not None and cluster.min_workers > cluster.workers:
+            faults.append(f"cluster.min_workers: {cluster.min_workers} is above cluster.workers {cluster.workers}")
+        if (gpus := cluster.gpus_per_worker) > 1 and gpus != int(gpus):
+            expected = "expected a whole number, or a fraction below 1 to share a GPU"
+            faults.append(f"cluster.gpus_per_worker: {expected}; got {gpus}")
+        if faults:
             raise ValueError("\n".join(faults))
         return self
 
@@ -817,21 +830,7 @@ class RunConfig(Section):
         return f"{self.output.rstrip('/')}/{self.name}"
 
 
-# ---- rules between keys: each fault is one line that begins with the key's path
-
-
-def _faults(config: RunConfig) -> Iterator[str]:
-    if config.reproduce_vlmo_release and config.model.kind != "vlmo":
-        yield f"reproduce_vlmo_release: applies to model.kind vlmo only, and model.kind is {config.model.kind}"
-    yield from _engine_faults(config.engine)
-    for index, stage in enumerate(config.stages):
-        yield from _stage_faults(config, index, stage)
-    yield from _source_faults(config)
-    cluster = config.cluster
-    if cluster.min_workers is not None and cluster.min_workers > cluster.workers:
-        yield f"cluster.min_workers: {cluster.min_workers} is above cluster.workers {cluster.workers}"
-    if (gpus := cluster.gpus_per_worker) > 1 and gpus != int(gpus):
-        yield f"cluster.gpus_per_worker: expected a whole number, or a fraction below 1 to share a GPU; got {gpus}"
+# ---- rules between keys
 
 
 def _engine_faults(engine: EngineConfig) -> Iterator[str]:

@@ -134,17 +134,6 @@ def encode(record: Record) -> bytes:
     return line.encode(errors="replace") + b"\n"
 
 
-def decode(line: bytes) -> Record:
-    """Return the validated record of a line. Raises ValueError with a one-line message for anything else."""
-    try:
-        record: Record = _VALIDATOR.validate_json(line)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
-    return record
-
-
 def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Iterator[tuple[int, Record]]:
     """Yield (end offset, record) of a session's lines; an invalid line is logged and yielded with kind "damaged"."""
     for line in lines:
@@ -152,9 +141,11 @@ def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Itera
             return
         offset += len(line)
         try:
-            record = decode(line)
-        except ValueError as error:
-            logger.warning("%s: skipped the damaged record that ends at byte %d (%s)", origin, offset, error)
+            record: Record = _VALIDATOR.validate_json(line)
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_input=False)[0]
+            reason = ": ".join(filter(None, [".".join(map(str, fault["loc"])), fault["msg"]]))
+            logger.warning("%s: skipped the damaged record that ends at byte %d (%s)", origin, offset, reason)
             record = {"kind": "damaged", "stage": None}
         yield offset, record
 

@@ -16,14 +16,13 @@ and `weights` is what stages hand over.
 
 from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, is_committed, read_committed, read_manifest
 from pipeline.training.checkpoint.serialization import SavedState
-from pipeline.training.checkpoint.store import Checkpoint, CheckpointStore
+from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.checkpoint.weights import (
     VOCABULARY,
     WEIGHTS,
     Weights,
     WeightsInfo,
     finished_stage,
-    folder_of_weights,
     is_file_of_weights,
     load_weights,
     save_weights,
@@ -36,13 +35,11 @@ __all__ = [
     "MANIFEST",
     "VOCABULARY",
     "WEIGHTS",
-    "Checkpoint",
     "CheckpointStore",
     "SavedState",
     "Weights",
     "WeightsInfo",
     "finished_stage",
-    "folder_of_weights",
     "is_committed",
     "is_file_of_weights",
     "load_weights",

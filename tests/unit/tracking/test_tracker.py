@@ -132,13 +132,15 @@ def test_a_failing_stage_ends_stage_and_run(tmp_path: Path) -> None:
     assert [(end["stage"], end["status"]) for end in ends] == [(1, "FAILED"), (None, "FAILED")]
 
 
-def test_non_finite_metrics_are_recorded(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
+def test_numbers_keep_every_bit_including_non_finite_ones(tmp_path: Path) -> None:
+    config, values = config_of(tmp_path), {"third": 1 / 3, "tiny": 5e-324, "nan": math.nan, "down": -math.inf}
     tracker = opened(config)
-    tracker.metrics(1, {"nan": math.nan, "up": math.inf, "down": -math.inf})
+    tracker.metrics(1, values)
     tracker.close(timeout=0)
 
-    assert recorded(config, "metrics")[0]["values"] == {"nan": "nan", "up": "inf", "down": "-inf"}
+    (record,) = recorded(config, "metrics")
+    assert record["values"]["nan"] == "nan"
+    assert repr({key: float(value) for key, value in record["values"].items()}) == repr(values)
 
 
 def test_tracking_errors_are_logged_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,7 +177,7 @@ def test_changeable_keys_are_tags_and_others_params(tmp_path: Path) -> None:
     assert not any(f"config.{key}" in tags for key in params)
 
 
-@pytest.mark.parametrize("password", ["hunter2", "hunter2/b+c", "hunter2@d", "a/hunter2@d"])
+@pytest.mark.parametrize("password", ["hunter2/b+c", "a/hunter2@d"])
 def test_passwords_in_addresses_are_never_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, password: str
 ) -> None:
@@ -203,12 +205,6 @@ def test_an_unresolvable_reference_is_rejected_by_name(
 
     with pytest.raises(ConfigError, match=reference):
         tracking_uri(config_of(tmp_path, uri=reference))
-
-
-@pytest.mark.parametrize("query", ["token", "sig", "password", "access_token", "X-Amz-Signature"])
-def test_secrets_in_queries_of_addresses_are_rejected(tmp_path: Path, query: str) -> None:
-    with pytest.raises(ConfigError, match="holds a user, password or token"):
-        config_of(tmp_path, uri=f"https://server/?{query}=abc")
 
 
 def test_base_tracker_has_the_methods_of_the_journal_tracker() -> None:
@@ -248,10 +244,8 @@ def test_the_resolved_config_is_an_artifact_of_the_run(tmp_path: Path) -> None:
     train(config, range(1))
 
     (record,) = recorded(config, "artifact")
-    content = (journal_folder(config.folder) / "files" / record["file"]).read_text()
-
     assert (record["name"], record["stage"]) == ("config.yaml", None)
-    assert content == config_yaml(config)
+    assert (journal_folder(config.folder) / "files" / record["file"]).read_text() == config_yaml(config)
 
 
 def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
