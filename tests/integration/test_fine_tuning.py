@@ -15,7 +15,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.data.contents.choices import ANSWERS, Choices
 from pipeline.data.storage import Storage
 from pipeline.training.checkpoint import load_weights
-from tests.support.fine_tuning_data import COLOURS, picture_of_sides, run_config, write_picture
+from tests.support.fine_tuning_data import COLOURS, image_of_sides, run_config, write_image
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def test_predict_answers_questions_about_an_image(answering: dict[str, Any], tmp
 
     right = 0
     for colour in COLOURS:
-        image = write_picture(tmp_path / f"{colour}.jpg", colour)
+        image = write_image(tmp_path / f"{colour}.jpg", colour)
         prediction = predict(answering["checkpoint"], str(image), None, "what colour are the shapes?", top=2)
         right += next(iter(prediction["answers"])) == colour
         assert len(prediction["answers"]) == 2
@@ -85,7 +85,7 @@ def test_predict_answers_questions_about_an_image(answering: dict[str, Any], tmp
 
 
 def test_predict_without_a_question_ends_with_status_2(answering: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture_of_sides())
+    (tmp_path / "a.jpg").write_bytes(image_of_sides())
     command = [sys.executable, "-m", "jobs.cli", "predict", answering["checkpoint"], "--image", str(tmp_path / "a.jpg")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2

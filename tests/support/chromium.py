@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -27,12 +26,11 @@ def installed() -> str | None:
 
 @dataclass
 class Opened:
-    """An opened page: its width, faults, requests and screenshot."""
+    """An opened page: its width, faults and requests."""
 
     faults: list[str] = field(default_factory=list)  # console errors, warnings and exceptions
     requests: list[str] = field(default_factory=list)  # requested addresses except the page's own and data: URLs
     width: int = 0  # width of the document in pixels
-    screenshot: bytes = b""  # PNG, of the whole page
 
 
 class Browser:
@@ -79,13 +77,6 @@ class Browser:
             assert time.monotonic() < end, f"no {method} in {seconds} s"
             self.events.append(self._next())
 
-    def listen(self, seconds: float) -> None:
-        """Read the browser's messages continuously: a browser whose output is not read stops working."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            if b"\0" in self._buffer or select.select([self._from], [], [], left)[0]:
-                self.events.append(self._next())
-
     def _next(self) -> dict[str, Any]:
         end = time.monotonic() + SECONDS
         while b"\0" not in self._buffer:
@@ -97,9 +88,7 @@ class Browser:
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
 
-    def open(
-        self, address: str, width: int, dark: bool = False, first: str = "", picture: bool = False, settle: float = 0.0
-    ) -> Opened:
+    def open(self, address: str, width: int, dark: bool = False, first: str = "") -> Opened:
         """Open an address in a window `width` pixels wide, and run the script `first` once it is loaded."""
         self.events.clear()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -113,18 +102,22 @@ class Browser:
         self.call("Page.bringToFront", tab)  # background tabs are rendered late or not at all
         self.call("Page.navigate", tab, url=address)
         self.wait_for("Page.loadEventFired")
-        self.listen(settle)
         if first:
             self.evaluate(tab, first)
         page = Opened(width=self.evaluate(tab, "document.documentElement.scrollWidth"))
-        if picture:
-            height = min(self.evaluate(tab, "document.documentElement.scrollHeight"), 12_000)
-            clip = {"x": 0, "y": 0, "width": max(width, page.width), "height": height, "scale": 1}
-            data = self.call("Page.captureScreenshot", tab, captureBeyondViewport=True, clip=clip)["data"]
-            page.screenshot = base64.b64decode(data)
         self.call("Target.closeTarget", targetId=target)
         for event in self.events:
-            _sort(event, address, page)
+            method, params = event.get("method"), event.get("params", {})
+            if method == "Runtime.exceptionThrown":
+                page.faults.append(str(params["exceptionDetails"].get("exception", params["exceptionDetails"])))
+            elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+                page.faults.append(str(params["args"]))
+            elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+                page.faults.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
+            elif method == "Network.requestWillBeSent":
+                url = params["request"]["url"]
+                if url != address and not url.startswith("data:"):
+                    page.requests.append(url)
         return page
 
     def evaluate(self, tab: str, script: str) -> Any:
@@ -138,20 +131,6 @@ class Browser:
             self.process.kill()
             self.process.wait()
         os.close(self._from)
-
-
-def _sort(event: dict[str, Any], address: str, page: Opened) -> None:
-    params = event.get("params", {})
-    if event.get("method") == "Runtime.exceptionThrown":
-        page.faults.append(str(params["exceptionDetails"].get("exception", params["exceptionDetails"])))
-    elif event.get("method") == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-        page.faults.append(str(params["args"]))
-    elif event.get("method") == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-        page.faults.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
-    elif event.get("method") == "Network.requestWillBeSent":
-        url = params["request"]["url"]
-        if url != address and not url.startswith("data:"):
-            page.requests.append(url)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Each is a folder of tars with the files that `mome shards build` writes next to 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,17 @@ SHAPES = ("circle", "square")
 
 def write_set(folder: Path, source_type: str, count: int, seed: int = 0) -> str:
     """Write `count` samples of a source type in shards of 20, and return their folder."""
-    samples: dict[str, Callable[[CounterRandom], dict[str, Any]]] = {
-        "questions": _question,
-        "statements": _statement,
-        "labelled": _labelled,
-    }
-    drawn = (
-        _keyed(number, samples[source_type](CounterRandom(hash64("drawn", source_type, seed, number))))
-        for number in range(count)
-    )
-    url = str(folder / f"{source_type}-{seed}")
-    storage = Storage()
-    write_shards(storage, _bytes(drawn), url, samples_per_shard=20)
+    draw = {"questions": _question, "statements": _statement, "labelled": _labelled}[source_type]
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for number in range(count):
+            sample = draw(CounterRandom(hash64("drawn", source_type, seed, number)))
+            if "json" in sample:
+                sample["json"] = json.dumps(sample["json"]).encode()
+            yield {"__key__": f"drawn{number:05d}"} | sample
+
+    url, storage = str(folder / f"{source_type}-{seed}"), Storage()
+    write_shards(storage, samples(), url, samples_per_shard=20)
     if source_type == "questions":
         storage.write(f"{url}/answers.json", json.dumps([*COLOURS, "yes", "no"]).encode())
     if source_type == "labelled":
@@ -94,21 +93,12 @@ def run_config(
     return validate(values, "tiny")
 
 
-def _keyed(number: int, sample: dict[str, Any]) -> dict[str, Any]:
-    return {"__key__": f"drawn{number:05d}"} | sample
-
-
-def _bytes(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for sample in samples:
-        yield {name: json.dumps(value).encode() if name == "json" else value for name, value in sample.items()}
-
-
 def _thing(random: CounterRandom, colour: str | None = None) -> Thing:
     colour = colour or COLOURS[random.integer(len(COLOURS))]
     return Thing("large", colour, SHAPES[random.integer(len(SHAPES))])
 
 
-def _picture(left: Thing, right: Thing, random: CounterRandom) -> bytes:
+def _image(left: Thing, right: Thing, random: CounterRandom) -> bytes:
     return simplejpeg.encode_jpeg(draw_image(Description(left, right, True), SIDE, random), 95, "RGB", "444")
 
 
@@ -121,7 +111,7 @@ def _question(random: CounterRandom) -> dict[str, Any]:
         "answers": {thing.colour: 1.0, f"dark {thing.colour}": 0.3},
         "question_id": random.integer(10**6),
     }
-    return {"jpg": _picture(thing, other, random), "json": record}
+    return {"jpg": _image(thing, other, random), "json": record}
 
 
 def _statement(random: CounterRandom) -> dict[str, Any]:
@@ -129,26 +119,26 @@ def _statement(random: CounterRandom) -> dict[str, Any]:
     first, second = ("red", "blue") if random.uniform() < 0.5 else ("blue", "red")
     is_true = random.uniform() < 0.5
     said = first if is_true else second
-    pictures = [_picture(_thing(random, colour), _thing(random, colour), random) for colour in (first, second)]
+    images = [_image(_thing(random, colour), _thing(random, colour), random) for colour in (first, second)]
     record = {"sentence": f"the first picture is {said}", "label": is_true, "id": f"drawn-{random.integer(1000)}-0-0"}
-    return {"0.jpg": pictures[0], "1.jpg": pictures[1], "json": record}
+    return {"0.jpg": images[0], "1.jpg": images[1], "json": record}
 
 
 def _labelled(random: CounterRandom) -> dict[str, Any]:
     thing = _thing(random)
-    picture = _picture(thing, _thing(random, thing.colour), random)
-    return {"jpg": picture, "cls": str(COLOURS.index(thing.colour)).encode()}
+    image = _image(thing, _thing(random, thing.colour), random)
+    return {"jpg": image, "cls": str(COLOURS.index(thing.colour)).encode()}
 
 
-def picture_of_sides() -> bytes:
+def image_of_sides() -> bytes:
     """Return an image that is black on the left and white on the right."""
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[:, SIDE // 2 :] = 255
     return simplejpeg.encode_jpeg(pixels, 95, "RGB", "444")
 
 
-def write_picture(path: Path, colour: str) -> Path:
+def write_image(path: Path, colour: str) -> Path:
     """Write an image of two shapes of a colour, which is in none of the data sets."""
     things = (Thing("large", colour, "circle"), Thing("large", colour, "square"))
-    path.write_bytes(_picture(*things, CounterRandom(hash64("another picture", colour))))
+    path.write_bytes(_image(*things, CounterRandom(hash64("another picture", colour))))
     return path

@@ -26,7 +26,7 @@ def chart(values: list[float], in_seconds: bool = False, unit: float = 1.0) -> C
         [-1.0, 1e9], [1e9, 3.0], [math.nan, 1.0, 3.0], [math.nan, math.inf], list(map(float, range(5000))),
     ],
 )  # fmt: skip
-def test_every_element_is_inside_the_frame(values: list[float]) -> None:
+def test_every_element_is_inside_the_frame(values):
     drawn = chart(values)
     panel = drawn.panels[0]
     points = [tuple(map(float, point.split(","))) for line in panel.lines for point in line.points.split()]
@@ -42,7 +42,7 @@ def test_every_element_is_inside_the_frame(values: list[float]) -> None:
     assert panel.bottom < drawn.height
 
 
-def test_values_over_decades_use_a_logarithmic_axis() -> None:
+def test_values_over_decades_use_a_logarithmic_axis():
     panel = chart([1000.0, 100.0, 10.0, 1.0]).panels[0]
     heights = [float(point.split(",")[1]) for point in panel.lines[0].points.split()]
     assert panel.is_logarithmic
@@ -52,7 +52,7 @@ def test_values_over_decades_use_a_logarithmic_axis() -> None:
 
 
 @pytest.mark.parametrize(("unit", "name"), [(10.0, "s"), (600.0, "min"), (20_000.0, "h"), (100_000.0, "d")])
-def test_time_axis_uses_a_fitting_unit(unit: float, name: str) -> None:
+def test_time_axis_uses_a_fitting_unit(unit, name):
     labels = [label for _, label in chart([1.0] * 8, in_seconds=True, unit=unit).ticks]
     assert 2 <= len(labels) <= 7
     assert all(label.endswith(f" {name}") for label in labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,11 +10,10 @@ from typer.testing import CliRunner
 from jobs.cli import app, main
 from pipeline.reports.comparison import compare
 from pipeline.reports.run_folder import open_run
-from tests.support.bad_shards import Planted
 from tests.support.recorded_run import SECONDS, STEPS, record_run
 
 
-def test_exactly_the_changed_keys_differ(runs: Path) -> None:
+def test_exactly_the_changed_keys_differ(runs):
     comparison = compare([open_run(str(runs / "recorded")), open_run(str(runs / "other"))])
     assert comparison.config == {
         "seed": {"recorded": 0, "other": 5},
@@ -26,7 +24,7 @@ def test_exactly_the_changed_keys_differ(runs: Path) -> None:
     assert differing == set()
 
 
-def test_a_missing_stage_shows_only_its_explicit_keys(runs: Path, planted: Planted, tmp_path: Path) -> None:
+def test_a_missing_stage_shows_only_its_explicit_keys(runs, planted, tmp_path):
     record_run(tmp_path, planted, "shorter")
     path = tmp_path / "shorter" / "run.json"
     config = json.loads(path.read_text())
@@ -43,7 +41,7 @@ def test_a_missing_stage_shows_only_its_explicit_keys(runs: Path, planted: Plant
     )
 
 
-def test_compare_prints_json_and_writes_a_page(runs: Path, tmp_path: Path) -> None:
+def test_compare_prints_json_and_writes_a_page(runs, tmp_path):
     page = tmp_path / "comparison.html"
     arguments = ["compare", str(runs / "recorded"), str(runs / "other"), "--html", str(page), "--json"]
     printed = json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1])
@@ -59,9 +57,7 @@ def test_compare_prints_json_and_writes_a_page(runs: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("command", ["compare", "report"])
-def test_a_folder_without_a_run_exits_with_status_2(
-    command: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_a_run_exits_with_status_2(command, runs, tmp_path, monkeypatch, capsys):
     others = [str(runs / "recorded")] if command == "compare" else []
     monkeypatch.setattr("sys.argv", ["mome", command, *others, str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
@@ -70,7 +66,7 @@ def test_a_folder_without_a_run_exits_with_status_2(
     assert f"{tmp_path}: no run there" in capsys.readouterr().err
 
 
-def test_runs_of_equal_name_are_identified_by_folder(runs: Path, planted: Planted, tmp_path: Path) -> None:
+def test_runs_of_equal_name_are_identified_by_folder(runs, planted, tmp_path):
     record_run(tmp_path, planted)
     comparison = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "recorded"))])
     assert comparison.runs == [str(runs / "recorded"), str(tmp_path / "recorded")]

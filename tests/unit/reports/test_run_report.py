@@ -13,21 +13,19 @@ from pipeline.data.contents.images import decode
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.pages.page import thumbnail
-from pipeline.reports.run_folder import RunFolder, open_run
+from pipeline.reports.run_folder import open_run
 from pipeline.reports.run_report import (
     MAX_SAMPLES,
     THUMBNAIL,
     WIDE,
-    RunReport,
     _chart,
     collect_report,
     render_run_report,
 )
-from tests.support.bad_shards import Planted
 from tests.support.recorded_run import ALERT, RESUMED_AT, SECONDS, SPIKE, STEPS, bad_records, record_run
 
 
-def test_events_are_in_order_with_their_steps(report: RunReport) -> None:
+def test_events_are_in_order_with_their_steps(report):
     assert [(event.kind, event.step) for event in report.events] == [
         ("begun", None),
         ("spike", STEPS),
@@ -42,7 +40,7 @@ def test_events_are_in_order_with_their_steps(report: RunReport) -> None:
     assert "pairs/i2t_r1 0.25" in report.events[6].text
 
 
-def test_alerts_precede_everything_else_with_their_remedy(report: RunReport) -> None:
+def test_alerts_precede_everything_else_with_their_remedy(report):
     page = render_run_report(report)
     alerts = [(alert.name, alert.stage, alert.is_over) for alert in report.alerts]
     assert alerts == [("matching_collapsed", "pairs", False), ("starved", "pairs", True)]
@@ -51,7 +49,7 @@ def test_alerts_precede_everything_else_with_their_remedy(report: RunReport) -> 
 
 
 @pytest.mark.parametrize("in_seconds", [False, True])
-def test_every_point_is_drawn_and_no_line_crosses_a_restart(report: RunReport, in_seconds: bool) -> None:
+def test_every_point_is_drawn_and_no_line_crosses_a_restart(report, in_seconds):
     chart = _chart(report, WIDE, in_seconds)
     assert len(chart.bands) == 2
     assert {kind for _, kind, _ in chart.marks} == {"spike", "restart", "alert", "evaluation"}
@@ -62,7 +60,7 @@ def test_every_point_is_drawn_and_no_line_crosses_a_restart(report: RunReport, i
     assert all(chart.left <= x <= WIDE - chart.right and loss.top <= y <= loss.bottom for x, y in points)
 
 
-def test_time_and_cost_add_up(report: RunReport) -> None:
+def test_time_and_cost_add_up(report):
     total = sum(SECONDS.values())
     assert {time.phase: time.seconds for time in report.time} == SECONDS
     assert sum(time.fraction for time in report.time) == pytest.approx(1)
@@ -72,14 +70,14 @@ def test_time_and_cost_add_up(report: RunReport) -> None:
     assert sum(time.cost for time in report.time) == pytest.approx(report.cost.total)
 
 
-def test_the_configured_price_is_the_default(planted: Planted, tmp_path: Path) -> None:
+def test_the_configured_price_is_the_default(planted, tmp_path):
     record_run(tmp_path, planted, "priced", "cluster.price=3")
     cost = collect_report(open_run(str(tmp_path / "priced"))).cost
     assert cost is not None
     assert cost.price == 3
 
 
-def test_bad_samples_show_their_image_or_an_error(report: RunReport, planted: Planted) -> None:
+def test_bad_samples_show_their_image_or_an_error(report, planted):
     quarantine = report.quarantine
     assert quarantine.total == len(bad_records(planted))
     assert sum(samples for _, _, _, samples, _ in quarantine.by_reason) == len(planted.expected)
@@ -97,7 +95,7 @@ def test_bad_samples_show_their_image_or_an_error(report: RunReport, planted: Pl
     assert shown.image == thumbnail(decode(data[:end], 10_000), THUMBNAIL)
 
 
-def test_missing_and_changed_shards_are_reported(planted: Planted, tmp_path: Path) -> None:
+def test_missing_and_changed_shards_are_reported(planted, tmp_path):
     moved = tmp_path / "pairs"
     shutil.copytree(planted.folder, moved)
     record_run(tmp_path, replace(planted, folder=str(moved)), "changed")
@@ -113,7 +111,7 @@ def test_missing_and_changed_shards_are_reported(planted: Planted, tmp_path: Pat
     assert "cannot be read now" in render_run_report(gone)
 
 
-def test_a_run_that_never_started_has_a_report(planted: Planted, tmp_path: Path) -> None:
+def test_a_run_that_never_started_has_a_report(planted, tmp_path):
     record_run(tmp_path, planted, "waiting")
     for part in ("journal", "time.json", "restarts", "quarantine"):
         place = tmp_path / "waiting" / part
@@ -123,12 +121,12 @@ def test_a_run_that_never_started_has_a_report(planted: Planted, tmp_path: Path)
     assert "Nothing was recorded yet" in render_run_report(waiting)
 
 
-def test_a_folder_without_a_run_is_rejected_by_name(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_rejected_by_name(tmp_path):
     with pytest.raises(ConfigError, match=f"{tmp_path}: no run there"):
         open_run(str(tmp_path))
 
 
-def test_stages_show_their_data_and_initial_weights(report: RunReport) -> None:
+def test_stages_show_their_data_and_initial_weights(report):
     vision, pairs = report.stages
     assert (vision.start_from, pairs.start_from) == ("random", "stage vision")
     assert (vision.reached, pairs.reached) == (STEPS, STEPS)
@@ -138,13 +136,8 @@ def test_stages_show_their_data_and_initial_weights(report: RunReport) -> None:
     assert source.read == 8.0 * 2 * STEPS
 
 
-def test_a_remote_run_is_read_from_its_committed_journal(run: RunFolder, s3_run: str) -> None:
+def test_a_remote_run_is_read_from_its_committed_journal(run, s3_run):
     remote = open_run(s3_run)
-    assert (remote.stages, remote.sessions, remote.tags, remote.evaluations, remote.status) == (
-        run.stages,
-        run.sessions,
-        run.tags,
-        run.evaluations,
-        run.status,
-    )
+    for name in ("stages", "sessions", "tags", "evaluations", "status"):
+        assert getattr(remote, name) == getattr(run, name)
     assert remote.quarantined() == run.quarantined()
