@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling, BeitModel, PreTrainedModel
 
-from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.errors import CheckpointError
 from pipeline.config.schema import VLMoConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints.beit import (
@@ -232,24 +232,10 @@ def test_names_of_the_release_give_equal_weights(tmp_path: Path, theirs: PreTrai
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_every_fault_is_listed_by_name(tmp_path: Path) -> None:
-    published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
-    del published["layernorm.bias"]
-    published[SHARED_TABLE] = torch.zeros(5, 2)
-    published["beit.encoder.layer.7.lambda_1"] = torch.zeros(24)
-    with pytest.raises(CheckpointError) as error:
-        from_published(published, CONFIG)
-    assert "missing: layernorm.bias" in str(error.value)
-    assert "unexpected: beit.encoder.layer.7.lambda_1" in str(error.value)
-    assert f"{SHARED_TABLE} (is (5, 2), must be (28, 2))" in str(error.value)
-
-
 def test_section_is_inferred_from_the_shapes(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
     section = infer_section(published, {"max_text_length": 8, "vision_language_layers": 1})
     assert VLMoConfig.model_validate(section) == CONFIG
-    with pytest.raises(ConfigError, match="no BEiT checkpoint"):
-        infer_section({"vit.embeddings.cls_token": torch.zeros(1)}, {})
 
 
 def test_only_modules_of_the_image_forward_are_imported(tmp_path: Path) -> None:

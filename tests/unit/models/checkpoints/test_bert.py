@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertMo
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models import build_model
-from pipeline.models.checkpoints.bert import from_hugging_face, infer_section, to_hugging_face
+from pipeline.models.checkpoints.bert import from_hugging_face, to_hugging_face
 
 CONFIG = ImageBERTConfig(width=128, layers=2, heads=2, max_text_length=12, region_features=8, region_classes=7)
 VOCABULARY = 40
@@ -30,13 +30,6 @@ def test_round_trip_of_published_weights_is_exact() -> None:
     back = to_hugging_face(from_hugging_face(state, CONFIG), CONFIG)
     assert set(back) == set(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
-
-
-def test_round_trip_of_our_weights_is_exact() -> None:
-    ours = build_model(CONFIG, VOCABULARY, seed=3).state_dict()
-    again = from_hugging_face(to_hugging_face(ours, CONFIG), CONFIG)
-    assert all(torch.equal(again[name], ours[name]) for name in again)
-    assert {name.split(".")[0] for name in again} == {"text_embedding", "encoder", "mlm_head"}
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForPreTraining])
@@ -87,15 +80,3 @@ def test_checkpoint_of_another_model_is_rejected_by_its_names() -> None:
     del state["embeddings.LayerNorm.weight"]
     with pytest.raises(CheckpointError, match=r"missing: bert\.embeddings\.LayerNorm\.weight(.|\n)*embeddings\.other"):
         from_hugging_face(state, CONFIG)
-
-
-def test_section_is_inferred_from_the_shapes() -> None:
-    section = infer_section(published(BertModel), {"max_text_length": 12, "region_features": 8})
-    assert ImageBERTConfig(**section) == ImageBERTConfig(
-        width=128, layers=2, heads=2, mlp_ratio=4, max_text_length=12, region_features=8
-    )
-
-
-def test_file_without_bert_tensors_is_rejected() -> None:
-    with pytest.raises(ConfigError, match="no BERT"):
-        infer_section({"a": torch.zeros(1)}, {})

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 from transformers import ViTConfig as Theirs
 
-from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ViTConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vit import from_hugging_face, infer_section, to_hugging_face
@@ -106,31 +105,11 @@ def test_hugging_face_loads_our_export(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs.eval()(image.permute(0, 3, 1, 2)).logits, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_round_trips_are_exact(tmp_path: Path) -> None:
+def test_hugging_face_weights_round_trip(tmp_path: Path) -> None:
     published = saved(randomised(ViTForImageClassification(their_config())), tmp_path)
     again = to_hugging_face(from_hugging_face(published, CONFIG), CONFIG)
     assert again.keys() == published.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in published.items())
-    state = build_model(CONFIG, 0, HeadConfig("mean_colour", classes=CLASSES), seed=2).state_dict()
-    back = from_hugging_face(to_hugging_face(state, CONFIG), CONFIG)
-    assert state.keys() - back.keys() == {"mim_head.predict.weight", "mim_head.predict.bias"}
-    assert all(torch.equal(state[name], tensor) for name, tensor in back.items())
-
-
-def test_every_fault_is_listed_by_name(tmp_path: Path) -> None:
-    published = saved(ViTForImageClassification(their_config()), tmp_path)
-    del published["vit.layernorm.bias"]
-    published["vit.encoder.layer.0.attention.attention.key.bias"] = torch.zeros(7)
-    published["vit.encoder.layer.3.layernorm_after.bias"] = torch.zeros(24)
-    with pytest.raises(CheckpointError) as error:
-        from_hugging_face(published, CONFIG)
-    message = str(error.value)
-    assert "missing: vit.layernorm.bias" in message
-    assert "unexpected: vit.encoder.layer.3.layernorm_after.bias" in message
-    assert "vit.encoder.layer.0.attention.attention.key.bias (is (7,), must be (24,))" in message
-    some = from_hugging_face(published, CONFIG, allowed=["vit.layernorm.bias", "*.layer.3.*", "*.key.bias"])
-    assert "norm.weight" in some
-    assert "norm.bias" not in some
 
 
 def test_section_is_inferred_from_the_shapes(tmp_path: Path) -> None:
@@ -139,5 +118,3 @@ def test_section_is_inferred_from_the_shapes(tmp_path: Path) -> None:
         saved(ViTModel(their_config()), tmp_path),
     ):
         assert ViTConfig.model_validate(infer_section(published, {"heads": 2})) == CONFIG
-    with pytest.raises(ConfigError, match="no ViT checkpoint"):
-        infer_section({"transformer.cls_token": torch.zeros(1)}, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.errors import ConfigError
 from pipeline.config.schema import VLMoConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import from_published, infer_section, to_published
@@ -21,15 +21,6 @@ CONFIG = VLMoConfig(
     max_text_length=6,
     layer_scale=0.1,
 )
-ABSOLUTE = CONFIG.model_copy(update={"positions": "absolute", "layer_scale": None})
-
-
-@pytest.mark.parametrize("config", [CONFIG, ABSOLUTE])
-def test_round_trip_is_exact(config: VLMoConfig) -> None:
-    state = build_model(config, vocabulary=11).state_dict()
-    back = from_published(to_published(state, config), config)
-    assert list(back) == list(state)
-    assert all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_published_names_and_shapes_are_those_of_the_release() -> None:
@@ -41,31 +32,11 @@ def test_published_names_and_shapes_are_those_of_the_release() -> None:
     assert "transformer.blocks.1.mlp_vl.fc1.weight" not in published
 
 
-def test_masked_image_head_is_left_out() -> None:
-    model = build_model(CONFIG, vocabulary=11, heads=HeadConfig("pixels"))
-    assert set(to_published(model.state_dict(), CONFIG)) == set(
-        to_published(build_model(CONFIG, vocabulary=11).state_dict(), CONFIG)
-    )
-
-
 def test_language_stage_checkpoint_lacks_only_whole_modules() -> None:
     published = to_published(build_model(CONFIG, vocabulary=11).state_dict(), CONFIG)
     stage = {n: t for n, t in published.items() if "_vl" not in n and not n.startswith(("itc", "itm", "logit"))}
     ours = from_published(stage, CONFIG)
     assert not any("vision_language" in name or "itc" in name for name in ours)
-
-
-def test_every_fault_is_listed_by_name() -> None:
-    published = to_published(build_model(CONFIG, vocabulary=11).state_dict(), CONFIG)
-    del published["transformer.norm.bias"]
-    published["rank_output.weight"] = torch.zeros(3)
-    published["transformer.blocks.0.attn.q_bias"] = torch.zeros(3)
-    with pytest.raises(CheckpointError) as error:
-        from_published(published, CONFIG)
-    message = str(error.value)
-    assert "missing: transformer.norm.bias" in message
-    assert "unexpected: rank_output.weight" in message
-    assert "transformer.blocks.0.attn.q_bias (is (3,), must be (16,))" in message
 
 
 def test_index_tensors_and_a_leading_module_are_ignored() -> None:
@@ -76,19 +47,22 @@ def test_index_tensors_and_a_leading_module_are_ignored() -> None:
     assert set(from_published(published, CONFIG)) == set(state)
 
 
-@pytest.mark.parametrize("config", [CONFIG, ABSOLUTE])
-def test_fine_tuned_heads_and_second_modality_round_trip(config: VLMoConfig) -> None:
-    state = build_model(config, 11, HeadConfig(answers=7, nlvr2=True)).state_dict()
-    published = to_published(state, config)
+def test_fine_tuned_heads_have_the_names_of_the_release() -> None:
+    state = build_model(CONFIG, 11, HeadConfig(answers=7, nlvr2=True)).state_dict()
+    published = to_published(state, CONFIG)
     assert published["token_type_embeddings.weight"].shape == (3, 16)
     assert torch.equal(published["token_type_embeddings.weight"][2], state["image_embedding.second"])
-    assert published["vqa_classifier.0.weight"].shape == (32, 16)
     assert published["vqa_classifier.3.weight"].shape == (7, 32)
     assert published["nlvr2_classifier.0.weight"].shape == (32, 32)
     assert {f"nlvr2_classifier.{n}.bias" for n in (0, 1, 3)} <= set(published)
-    back = from_published(published, config)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_joined_table_may_differ_as_a_whole() -> None:
+    state = build_model(CONFIG, 11).state_dict()
+    published = to_published(state, CONFIG)
+    del published["relative_position_bias_table"]
+    back = from_published(published, CONFIG, ["relative_position_bias_table"])
+    assert state.keys() - back.keys() == {"positions.image", "positions.cross", "positions.text"}
 
 
 def test_third_modality_without_its_classifier_round_trips() -> None:
@@ -99,24 +73,10 @@ def test_third_modality_without_its_classifier_round_trips() -> None:
     assert all(torch.equal(back[name], kept[name]) for name in kept)
 
 
-def test_allowed_differences_are_skipped() -> None:
-    state = build_model(CONFIG, 11).state_dict()
-    published = to_published(state, CONFIG)
-    del published["relative_position_bias_table"]
-    published["rank_output.weight"] = torch.zeros(1, 16)
-    back = from_published(published, CONFIG, ["relative_position_bias_table", "rank_output.*"])
-    assert state.keys() - back.keys() == {"positions.image", "positions.cross", "positions.text"}
-
-
-@pytest.mark.parametrize("indexed", [True, False], ids=["downloaded", "self_trained"])
-@pytest.mark.parametrize("config", [CONFIG, ABSOLUTE], ids=["relative", "absolute"])
-def test_sizes_are_inferred_from_the_tensors(config: VLMoConfig, indexed: bool) -> None:
-    published = to_published(build_model(config, 11).state_dict(), config)
-    if indexed and config.positions == "relative":
-        published["text_relative_position_index"] = torch.zeros(6, 6)
-    given = {"heads": 2} if config.positions == "absolute" else {} if indexed else {"max_text_length": 6}
-    section = VLMoConfig(**infer_section(published, given))
-    assert section.architecture() == config.architecture()
+def test_text_length_is_inferred_from_the_index_of_downloaded_checkpoints() -> None:
+    published = to_published(build_model(CONFIG, 11).state_dict(), CONFIG)
+    published["text_relative_position_index"] = torch.zeros(6, 6)
+    assert VLMoConfig(**infer_section(published, {})).architecture() == CONFIG.architecture()
 
 
 @pytest.mark.parametrize(("image_size", "rows"), [(224, 1126), (384, 2606), (480, 3878)])
@@ -131,5 +91,3 @@ def test_sizes_that_cannot_be_inferred_are_required() -> None:
     published = to_published(build_model(CONFIG, 11).state_dict(), CONFIG)
     with pytest.raises(ConfigError, match="give image_size=… and max_text_length=…"):
         infer_section(published, {})
-    with pytest.raises(ConfigError, match="no VLMo checkpoint"):
-        infer_section({"conv1.weight": torch.zeros(1)}, {})
