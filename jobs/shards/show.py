@@ -121,9 +121,9 @@ class ShownSample:
             return error.reason
 
 
-def contact_sheet(samples: list[ShownSample], columns: int = 4) -> Image.Image:
-    """Draw the samples' images in rows, with their captions below."""
-    columns = max(1, min(columns, len(samples)))
+def contact_sheet(samples: list[ShownSample]) -> Image.Image:
+    """Draw the samples' images in rows of four, with their captions below."""
+    columns = max(1, min(4, len(samples)))
     height = TILE + CAPTION_LINES * LINE_HEIGHT + 16
     rows = -(-len(samples) // columns)
     page = Image.new("RGB", (columns * (TILE + 16) + 16, rows * height + 16), "white")

@@ -180,7 +180,7 @@ def nlvr2_samples(file: Path, problems: Problems, options: ImportOptions) -> Ite
         try:
             name, sentence = text_in(entry, "identifier"), text_in(entry, "sentence").strip()
             label = {"true": True, "false": False}[str(entry["label"]).lower()]
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             expected = "an object with 'identifier', 'sentence' and 'label' True or False"
             problems.add(where, f"expected {expected} ({type(error).__name__}: {error})")
             continue

@@ -205,13 +205,15 @@ def entries_of(
     return results
 
 
-def text_in(entry: Mapping[str, Any], *names: str) -> str:
-    """Return an entry's text under the first of `names` that it has. Raises TypeError or ValueError if invalid."""
-    value = next((entry[name] for name in names if name in entry), None)
+def text_in(entry: Mapping[str, Any], name: str) -> str:
+    """Return an entry's text. Raises TypeError or ValueError if it is missing or invalid."""
+    value = entry.get(name)
     if not isinstance(value, str):
-        raise TypeError(f"its {' or '.join(names)} is not a text but {value!r:.50}")
-    if not value.strip() or (reason := fault_of(value)):
-        raise ValueError(f"its {names[0]} is empty" if not value.strip() else f"its {names[0]}: {reason}")
+        raise TypeError(f"its {name} is not a text but {value!r:.50}")
+    if not value.strip():
+        raise ValueError(f"its {name} is empty")
+    if reason := fault_of(value):
+        raise ValueError(f"its {name}: {reason}")
     return value
 
 

@@ -185,7 +185,16 @@ def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] 
     for number in range(config.scenes):
         random = CounterRandom(hash64("scene", str(config.seed), number))
         for _ in range(MAX_REDRAWS):
-            description = _draw_description(random)
+            things: list[Thing] = []
+            count = 3 if random.uniform() < THREE_OBJECTS else 2
+            while len(things) < count:
+                thing = Thing(_pick(SIZES, random), _pick(tuple(COLOURS), random), _pick(SHAPES, random))
+                if thing not in things:  # words could not distinguish two equal shapes
+                    things.append(thing)
+            horizontal = random.uniform() < 0.5
+            side = _pick(("top", "bottom") if horizontal else ("left", "right"), random)
+            third = (things[2], side) if count == 3 else (None, None)
+            description = Description(things[0], things[1], horizontal, *third)
             if description not in excluded and description not in drawn:
                 break
         else:
@@ -193,20 +202,6 @@ def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] 
         if config.distinct:
             drawn.add(description)
         yield description
-
-
-def _draw_description(random: CounterRandom) -> Description:
-    things: list[Thing] = []
-    count = 3 if random.uniform() < THREE_OBJECTS else 2
-    while len(things) < count:
-        thing = Thing(_pick(SIZES, random), _pick(tuple(COLOURS), random), _pick(SHAPES, random))
-        if thing not in things:  # words could not distinguish two equal shapes
-            things.append(thing)
-    horizontal = random.uniform() < 0.5
-    side = _pick(("top", "bottom") if horizontal else ("left", "right"), random)
-    if count == 2:
-        return Description(things[0], things[1], horizontal)
-    return Description(things[0], things[1], horizontal, things[2], side)
 
 
 def write_captions(description: Description, count: int, random: CounterRandom) -> list[str]:

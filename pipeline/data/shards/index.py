@@ -109,12 +109,9 @@ class ShardIndex:
         ends = self.offset[members] + self.size[members]
         return int(self.offset[members].min()), int(ends.max())
 
-    @property
-    def facts(self) -> ShardFacts:
-        return ShardFacts(len(self), self.bytes, self.digest, self.etag)
-
     def to_bytes(self) -> builtins.bytes:
         """Return the content of the sidecar."""
+        facts = ShardFacts(len(self), self.bytes, self.digest, self.etag)
         numbers = {name: column for name, column in self.columns.items() if column.dtype == np.float64}
         texts = {
             name: np.unique(self.columns[name], return_inverse=True) for name in self.columns if name not in numbers
@@ -129,7 +126,7 @@ class ShardIndex:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
-            facts=np.frombuffer(json.dumps({"version": VERSION} | asdict(self.facts)).encode(), dtype=np.uint8),
+            facts=np.frombuffer(json.dumps({"version": VERSION} | asdict(facts)).encode(), dtype=np.uint8),
             names=np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
             numbers=np.array(list(numbers.values()), dtype=np.float64).reshape(len(numbers), len(self)),
             texts=np.array([codes for _, codes in texts.values()], dtype=np.uint8).reshape(len(texts), len(self)),
@@ -320,18 +317,15 @@ def normal_url(text: str) -> str:
     if port is not None and port != _PORTS.get(scheme):
         host = f"{host}:{port}"
     user = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
-    path, query = (_percent_encoded(part) for part in (parts.path or "/", parts.query))
-    return urlunsplit((scheme, user + host, path, query, ""))
-
-
-def _percent_encoded(part: str) -> str:
-    """Return the part with unreserved characters decoded and others encoded: 'a%7eb%c3%a9' becomes 'a~b%C3%A9'."""
-    decoded = re.sub(
-        r"%([0-9A-Fa-f]{2})",
-        lambda match: character if (character := chr(int(match[1], 16))) in _UNRESERVED else match[0].upper(),
-        part,
-    )
-    return quote(decoded, safe="%/:?#[]@!$&'()*+,;=~")
+    encoded = []
+    for part in (parts.path or "/", parts.query):  # 'a%7eb%c3%a9' becomes 'a~b%C3%A9'
+        decoded = re.sub(
+            r"%([0-9A-Fa-f]{2})",
+            lambda match: character if (character := chr(int(match[1], 16))) in _UNRESERVED else match[0].upper(),
+            part,
+        )
+        encoded.append(quote(decoded, safe="%/:?#[]@!$&'()*+,;=~"))
+    return urlunsplit((scheme, user + host, *encoded, ""))
 
 
 def columns_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:

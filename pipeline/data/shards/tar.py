@@ -127,8 +127,8 @@ class Tar:
             elif kind != b"5":
                 self._skip(_EMPTY_KINDS.get(kind, f"entry of type {clean_name(kind)!r}"), name)
             long_name, long_link, attributes = b"", b"", {}
-        if self._read(BLOCK, "between the two zero blocks that end a tar") != bytes(BLOCK):
-            raise self._truncated("between the two zero blocks that end a tar")
+        if self._read(BLOCK) != bytes(BLOCK):
+            raise self._error(ends="between the two zero blocks that end a tar")
         while rest := self._read(_TAIL_BYTES):
             if rest.count(0) != len(rest):
                 raise self._error("data follows its end (concatenated tars?). Pack it again as one tar")
@@ -148,7 +148,7 @@ class Tar:
         if place == 0 and header.startswith(_COMPRESSED):
             raise self._error(f"it is compressed and cannot be read by range. {unpack_remedy(self.name)}")
         if len(header) < BLOCK:
-            raise self._truncated("inside a header" if header else "before the two zero blocks that end a tar")
+            raise self._error(ends="inside a header" if header else "before the two zero blocks that end a tar")
         summed = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])  # the checksum's own bytes count as spaces
         try:
             checksum = _parse_number(header[148:156])
@@ -200,14 +200,13 @@ class Tar:
         self.position += len(data)
         self.digest.update(data)
         if where and len(data) < size:
-            raise self._truncated(where)
+            raise self._error(ends=where)
         return data
 
-    def _truncated(self, where: str) -> DataError:
-        return self._error(f"the shard is truncated: it ends at byte {self.position}, {where}. Copy or build it again")
-
-    def _error(self, message: str) -> DataError:
-        return DataError(f"{self.name}: {message}")
+    def _error(self, message: str = "", ends: str = "") -> DataError:
+        """Return the error of a tar that ends too early, at `ends`, or of another fault."""
+        truncated = f"the shard is truncated: it ends at byte {self.position}, {ends}. Copy or build it again"
+        return DataError(f"{self.name}: {message or truncated}")
 
 
 @contextmanager
