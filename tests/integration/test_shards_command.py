@@ -13,7 +13,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 from tests.support.imports import save_image, write_lines
-from tests.support.pairs import picture, tar_bytes
+from tests.support.pairs import picture
 from tests.support.shards_command import facts_of, run_shards
 
 
@@ -89,12 +89,6 @@ def test_bad_source_leaves_nothing_behind(pairs: Path, tmp_path: Path) -> None:
     assert not out.exists() or os.listdir(out) == []
 
 
-def test_show_names_what_does_not_exist(tmp_path: Path) -> None:
-    assert "absent" in str(run_shards("show", tmp_path / "absent", fails=DataError).exception)
-    (tmp_path / "000.tar").write_bytes(b"")
-    assert "mome shards index" in str(run_shards("show", tmp_path, fails=DataError).exception)
-
-
 def test_damaged_image_is_marked_in_show(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(1, 64)[:900])
     run_shards("build", tmp_path, tmp_path / "out")
@@ -108,16 +102,6 @@ def test_texts_are_built_and_shown(tmp_path: Path) -> None:
     built = facts_of("build", tmp_path / "book.txt", tmp_path / "out", "--words", 12)
     assert (built["kind"], built["num_samples"]) == ("text", 20)
     run_shards("show", tmp_path / "out", "--sheet", tmp_path / "sheet.png")
-
-
-def test_img2dataset_tars_are_indexed_in_place(tmp_path: Path) -> None:
-    members = {"jpg": picture(1), "txt": b"a square", "json": b'{"caption": "a square"}'}
-    data = tar_bytes({"000000001": members, "000000002": members})
-    (tmp_path / "00000.tar").write_bytes(data)
-    assert facts_of("index", tmp_path)["num_samples"] == 2
-    assert (tmp_path / "00000.tar").read_bytes() == data
-    shown = facts_of("show", tmp_path)["samples"]
-    assert (shown[0]["captions"], shown[0]["image_size"]) == (["a square"], [24, 24])
 
 
 def test_counts_of_another_tool_need_trust_counts(pairs: Path, tmp_path: Path) -> None:
@@ -136,12 +120,6 @@ def test_counts_of_another_tool_need_trust_counts(pairs: Path, tmp_path: Path) -
     assert [path.name for path in out.glob("*.npz")] == ["000000.tar.index.npz"]
     whole = facts_of("index", out)
     assert (whole["num_samples"], whole["trusted"]) == (12, 0)
-
-
-def test_pipe_urls_are_never_run(tmp_path: Path) -> None:
-    for command in ("index", "check", "show"):
-        run_shards(command, f"pipe:touch {tmp_path}/ran; cat {tmp_path}/x.tar", fails=ConfigError)
-    assert os.listdir(tmp_path) == []
 
 
 def test_real_photos_are_built(tmp_path: Path, shared: Path) -> None:

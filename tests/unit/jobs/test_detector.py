@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    ConditionalDetrConfig,
-    ConditionalDetrForObjectDetection,
-    ConditionalDetrImageProcessorPil,
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessorPil,
@@ -40,18 +37,23 @@ _TRANSFORMER = {
 }  # fmt: skip
 
 
-def _detr(config: type, model: type) -> PreTrainedModel:
+def _detr() -> PreTrainedModel:
+    """A decoder with a class for "nothing"."""
     backbone = ResNetConfig(**_STAGES, out_features=["stage4"])
-    return model(config(backbone_config=backbone, use_timm_backbone=False, backbone=None, **_TRANSFORMER))
+    return DetrForObjectDetection(
+        DetrConfig(backbone_config=backbone, use_timm_backbone=False, backbone=None, **_TRANSFORMER)
+    )
 
 
 def _rt_detr() -> PreTrainedModel:
+    """A decoder with a sigmoid for each class."""
     backbone = RTDetrResNetConfig(**_STAGES, out_features=["stage2", "stage3", "stage4"])
     sizes = {"encoder_in_channels": [8, 8, 16], "encoder_hidden_dim": 16, "decoder_in_channels": [16, 16, 16]}
     return RTDetrForObjectDetection(RTDetrConfig(backbone_config=backbone, **sizes, **_TRANSFORMER))
 
 
 def _yolos() -> PreTrainedModel:
+    """An encoder with detection tokens after those of the patches."""
     return YolosForObjectDetection(
         YolosConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=[32, 48],
@@ -61,11 +63,7 @@ def _yolos() -> PreTrainedModel:
 
 
 FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], object]] = {
-    "detr": (lambda: _detr(DetrConfig, DetrForObjectDetection), DetrImageProcessorPil(size=SIDES)),
-    "conditional_detr": (
-        lambda: _detr(ConditionalDetrConfig, ConditionalDetrForObjectDetection),
-        ConditionalDetrImageProcessorPil(size=SIDES),
-    ),
+    "detr": (_detr, DetrImageProcessorPil(size=SIDES)),
     "rt_detr": (_rt_detr, RTDetrImageProcessorPil(size={"height": 64, "width": 64})),
     "yolos": (_yolos, YolosImageProcessorPil(size=SIDES)),
 }
@@ -122,18 +120,12 @@ def test_region_has_its_query_vector_box_and_class(folder: Path, picture: np.nda
     assert record.classes.tolist() == likely[query].tolist()
 
 
-def test_most_confident_regions_are_kept(folder: Path, picture: np.ndarray) -> None:
+def test_most_confident_regions_are_kept_and_parsed(folder: Path, picture: np.ndarray) -> None:
     detector = Detector(folder, torch.device("cpu"))
-    few, all_of_them = detector(picture, 4), detector(picture, 9)
+    few, whole = (parse_regions(detector(picture, count).to_bytes()) for count in (4, 9))
     for name in ("features", "boxes", "classes", "confidences"):
-        assert np.array_equal(getattr(few, name), getattr(all_of_them, name)[:4])
-
-
-def test_record_is_parsed_as_regions(folder: Path, picture: np.ndarray) -> None:
-    record = Detector(folder, torch.device("cpu"))(picture, 100)
-    again = parse_regions(record.to_bytes())
-    assert np.array_equal(again.features, record.features)
-    assert int(again.classes.max()) < 5  # type: ignore[union-attr]
+        assert np.array_equal(getattr(few, name), getattr(whole, name)[:4])
+    assert int(whole.classes.max()) < 5  # type: ignore[union-attr]
 
 
 def test_digest_depends_on_the_detector_files(tmp_path: Path) -> None:
@@ -143,12 +135,9 @@ def test_digest_depends_on_the_detector_files(tmp_path: Path) -> None:
     assert detector_digest(one) != detector_digest(other)
 
 
-def test_missing_detector_is_named_and_not_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such folder"):
-        Detector(tmp_path / "facebook/detr-resnet-50", torch.device("cpu"))
-
-
 def test_folder_without_a_detector_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such folder.*nothing is downloaded"):
+        Detector(tmp_path / "facebook/detr-resnet-50", torch.device("cpu"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no detector that transformers can load"):
         Detector(tmp_path, torch.device("cpu"))

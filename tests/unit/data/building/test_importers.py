@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +23,9 @@ from pipeline.data.building.importers import (
     text_samples,
     write_shards,
 )
-from pipeline.data.contents.members import captions_of, image_bytes, image_id_of
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from tests.support.imports import captions_in, members_of, record_of, save_image, write_lines
+from tests.support.imports import captions_in, record_of, save_image, write_lines
 
 
 def test_folders_give_images_with_their_captions(tmp_path: Path) -> None:
@@ -202,15 +200,6 @@ def test_full_temporary_disk_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(importers, "write_tar", full)
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
         write_shards(Storage(), text_stream(5), str(tmp_path / "out"))
-
-
-def test_imported_samples_are_read_by_training(shared: Path) -> None:
-    file = shared / "data" / "flickr8k_3k" / "val.jsonl"
-    record = json.loads(file.read_text().splitlines()[0])
-    members = members_of(next(jsonl_samples(file, Problems(strict=True))))
-    assert captions_of(members) == record["captions"]
-    assert image_bytes(members) == (file.parent / record["image"]).read_bytes()
-    assert isinstance(image_id_of(members), int)
 
 
 def test_official_coco_file_is_read(shared: Path) -> None:

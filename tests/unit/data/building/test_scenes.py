@@ -61,17 +61,10 @@ def read_back(caption: str) -> tuple[frozenset, frozenset]:
     return frozenset(things), frozenset(relations)
 
 
-def test_scenes_depend_on_the_configuration_alone():
-    config = SyntheticConfig(scenes=20, seed=5)
-    one, again = list(draw_scenes(config)), list(draw_scenes(config))
-    other = list(draw_scenes(SyntheticConfig(scenes=20, seed=6)))
-    assert [s.captions for s in one] == [s.captions for s in again] != [s.captions for s in other]
-    assert all((a.image == b.image).all() for a, b in zip(one, again, strict=True))
-
-
 def test_more_scenes_extend_the_same_sequence():
     few, many = (list(draw_descriptions(SyntheticConfig(scenes=n, seed=1, distinct=True))) for n in (50, 80))
-    assert many[:50] == few
+    other = list(draw_descriptions(SyntheticConfig(scenes=50, seed=2, distinct=True)))
+    assert many[:50] == few != other
 
 
 def test_captions_are_complete_and_true():
@@ -132,7 +125,7 @@ def test_image_shows_the_description():
 def test_excluded_scenes_are_never_drawn():
     config = SyntheticConfig(scenes=400, seed=3)
     excluded = frozenset(draw_descriptions(SyntheticConfig(scenes=200, seed=3)))
-    assert set(draw_descriptions(SyntheticConfig(scenes=200, seed=3))) & set(draw_descriptions(config))
+    assert excluded & set(draw_descriptions(config))
     assert not excluded & set(draw_descriptions(config, excluded))
 
 

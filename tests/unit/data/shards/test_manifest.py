@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
+from pipeline.data.shards.check import check_shards
 from pipeline.data.shards.manifest import (
     Manifest,
     ShardRecord,
@@ -257,7 +258,10 @@ def test_read_only_folder_is_named() -> None:
 
 
 def test_pipe_urls_are_rejected(tmp_path: Path) -> None:
-    for call in (index_shards, ensure_indexed, load_manifest):
+    def check(storage: Storage, url: str) -> None:
+        list(check_shards(storage, url, "pairs", 10**6, workers=1))
+
+    for call in (index_shards, ensure_indexed, load_manifest, check):
         with pytest.raises(ConfigError, match=r"runs a command"):
             call(Storage(), f"pipe:touch {tmp_path}/done; cat x.tar")
     assert os.listdir(tmp_path) == []
