@@ -50,23 +50,21 @@ def list_of_findings(path: Path, option: str) -> Iterator[BinaryIO]:
         with path.open("wb") as device:
             yield device
         return
-    if path.exists() and not _begins_with_finding(path):
-        raise _overwrite_error(option, str(path), "a file that mome did not write")
+    if path.exists():
+        with path.open("rb") as earlier:
+            line = earlier.readline(2**20)
+        try:
+            is_own = not line or json.loads(line).keys() >= _FINDING
+        except (ValueError, AttributeError, RecursionError):
+            is_own = False
+        if not is_own:
+            raise _overwrite_error(option, str(path), "a file that mome did not write")
     with ExitStack() as stack:
         try:
             file = stack.enter_context(atomic_write(path))
         except OSError as error:
             raise ConfigError(f"{option} {path}: cannot be written ({error}); give another name") from error
         yield file
-
-
-def _begins_with_finding(path: Path) -> bool:
-    with path.open("rb") as file:
-        line = file.readline(2**20)
-    try:
-        return not line or json.loads(line).keys() >= _FINDING
-    except (ValueError, AttributeError, RecursionError):
-        return False
 
 
 def _overwrite_error(option: str, url: str, kind: str) -> ConfigError:

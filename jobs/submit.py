@@ -48,8 +48,27 @@ def submit(
     client = open_dashboard(address, token)
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
     job = submission_id or next_attempt(states, job_id(config))
-    if job not in states:
-        _send(client, config, job)
+    with tempfile.TemporaryDirectory() as folder:
+        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
+            shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
+        values = config.model_dump(mode="json", exclude_unset=True)
+        (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        deadline = time.monotonic() + START_SECONDS
+        while job not in states:
+            try:
+                client.submit_job(
+                    entrypoint=f"{interpreter()} -m jobs.cli train run.yaml --json",
+                    runtime_env={"working_dir": folder, "env_vars": job_environment(job)},
+                    submission_id=job,
+                    metadata={"run": config.name, "checkpoint": config.folder},
+                )
+                break
+            except RuntimeError as error:
+                if "already exists" in str(error):  # someone submitted the same run in this moment
+                    break
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
+                time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
     token_option = f" --token {token}" if token else ""
     notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{token_option}` shows its output")
     status = "SUBMITTED"
@@ -107,28 +126,3 @@ def interpreter() -> str:
     A loopback address does not imply this machine: it may be the end of a tunnel.
     """
     return f'"$(command -v {shlex.quote(sys.executable)} || echo python)"'
-
-
-def _send(client: Any, config: RunConfig, job: str) -> None:
-    """Submit the code and the config."""
-    with tempfile.TemporaryDirectory() as folder:
-        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
-            shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
-        values = config.model_dump(mode="json", exclude_unset=True)
-        (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                client.submit_job(
-                    entrypoint=f"{interpreter()} -m jobs.cli train run.yaml --json",
-                    runtime_env={"working_dir": folder, "env_vars": job_environment(job)},
-                    submission_id=job,
-                    metadata={"run": config.name, "checkpoint": config.folder},
-                )
-                return
-            except RuntimeError as error:
-                if "already exists" in str(error):  # someone submitted the same run in this moment
-                    return
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
-                time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet

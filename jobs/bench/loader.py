@@ -112,22 +112,10 @@ class BenchJob:
 
     def peer_recipe(self) -> PeerRecipe:
         """Return the same work for a peer."""
-        config, shards = self.config(), load_manifest(Storage(), self.shards).shards
-        stage = config.stages[0]
-        return PeerRecipe(
-            shards=tuple(join(self.shards, shard.name) for shard in shards),
-            num_samples=sum(shard.samples for shard in shards),
-            batch_size=self.batch_size,
-            workers=max(1, self.workers) * self.threads,
-            seed=self.seed,
-            vocabulary=self.vocabulary,
-            image_size=config.model.image_size,
-            crop_scale=config.data.augment.crop_scale,
-            num_ops=self.num_ops,
-            magnitude=config.data.augment.magnitude,
-            max_text_length=stage.max_text_length,
-            mlm_probability=stage.masking.mlm_probability,
-        )
+        shards, workers = load_manifest(Storage(), self.shards).shards, max(1, self.workers) * self.threads
+        paths = tuple(join(self.shards, shard.name) for shard in shards)
+        samples_per_worker = max(1, sum(shard.samples for shard in shards) // workers)
+        return PeerRecipe(self.config(), paths, self.vocabulary, workers, samples_per_worker)
 
 
 def bench_loader(

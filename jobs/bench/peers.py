@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
+from pipeline.config.schema import RunConfig
 from pipeline.data.contents.images import draw_crop
 from pipeline.data.examples.augment import APPLIED, FILL, MAX_MAGNITUDE, ROTATE, SHEAR, TRANSLATE, enhance_factor
 from pipeline.data.randomness import CounterRandom
@@ -36,39 +37,28 @@ EPOCHS = 20  # of the shard list before the pipeline restarts, which drops an in
 
 @dataclass(frozen=True)
 class PeerRecipe:
-    """The data and the work of a peer; every worker process receives a copy."""
+    """The data and the work of a peer, as a run of ours with one stage; every worker process receives a copy."""
 
+    config: RunConfig
     shards: tuple[str, ...]  # paths of the tars
-    num_samples: int  # of all shards
-    batch_size: int
-    workers: int
-    seed: int
     vocabulary: str  # path of the file
-    image_size: int
-    crop_scale: tuple[float, float]
-    num_ops: int  # of RandAugment; 0 disables it
-    magnitude: int
-    max_text_length: int
-    mlm_probability: float
-
-    @property
-    def samples_per_worker(self) -> int:
-        """Number of samples that a worker reads per epoch; a larger shuffle buffer would never fill."""
-        return max(1, self.num_samples // self.workers)
+    workers: int
+    samples_per_worker: int  # and epoch; a larger shuffle buffer would never fill
 
     def image(self, picture: Image.Image) -> Tensor:
         """Crop, flip, augment and normalise in torchvision's order of operations."""
+        augment, size = self.config.data.augment, self.config.model.image_size
         counter = CounterRandom(random.getrandbits(64))
-        top, left, height, width = draw_crop(picture.height, picture.width, self.crop_scale, counter)
+        top, left, height, width = draw_crop(picture.height, picture.width, augment.crop_scale, counter)
         picture = picture.crop((left, top, left + width, top + height))
-        picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
         if random.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        for _ in range(self.num_ops):
+        for _ in range(augment.num_ops):
             operation = OPERATIONS[random.choice(NAMES)]
             sign = random.choice((-1.0, 1.0))
             if random.random() < APPLIED:
-                picture = operation(picture, self.magnitude / MAX_MAGNITUDE, sign)
+                picture = operation(picture, augment.magnitude / MAX_MAGNITUDE, sign)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
         return pixels.clone().sub_(0.5).div_(0.5)
 
@@ -78,7 +68,7 @@ class PeerRecipe:
             random.choice(record["captions"]),
             padding="max_length",
             truncation=True,
-            max_length=self.max_text_length,
+            max_length=self.config.stages[0].max_text_length,
             return_special_tokens_mask=True,
             return_offsets_mapping=True,
         )
@@ -88,7 +78,7 @@ class PeerRecipe:
         images, texts = zip(*examples, strict=True)
         collator = DataCollatorForLanguageModeling(
             load_tokenizer(self.vocabulary),
-            mlm_probability=self.mlm_probability,
+            mlm_probability=self.config.stages[0].masking.mlm_probability,
             whole_word_mask=True,
             mask_replace_prob=1.0,  # the only choice that the collator supports for whole words
             random_replace_prob=0.0,
@@ -110,9 +100,13 @@ def webdataset_pil(recipe: PeerRecipe) -> Batches:
             picture.load()
             return recipe.image(picture.convert("RGB")), recipe.text(json.loads(sample["json"]))
 
-    dataset = webdataset.WebDataset(list(recipe.shards), shardshuffle=100, seed=recipe.seed)
+    dataset = webdataset.WebDataset(list(recipe.shards), shardshuffle=100, seed=recipe.config.seed)
     dataset = dataset.shuffle(min(1000, recipe.samples_per_worker)).map(example).repeat()
-    return iter(DataLoader(dataset, recipe.batch_size, num_workers=recipe.workers, collate_fn=recipe.collate))
+    return iter(
+        DataLoader(
+            dataset, recipe.config.stages[0].global_batch_size, num_workers=recipe.workers, collate_fn=recipe.collate
+        )
+    )
 
 
 def open_clip_composition(recipe: PeerRecipe) -> Batches:
@@ -120,7 +114,7 @@ def open_clip_composition(recipe: PeerRecipe) -> Batches:
     available = recipe.samples_per_worker
     stages = [
         webdataset.SimpleShardList(list(recipe.shards) * EPOCHS),
-        webdataset.detshuffle(bufsize=SHARD_BUFFER, initial=SHARD_INITIAL, seed=recipe.seed),
+        webdataset.detshuffle(bufsize=SHARD_BUFFER, initial=SHARD_INITIAL, seed=recipe.config.seed),
         webdataset.split_by_node,
         webdataset.split_by_worker,
         webdataset.tarfile_to_samples(),
@@ -130,7 +124,7 @@ def open_clip_composition(recipe: PeerRecipe) -> Batches:
         webdataset.rename(image=IMAGES, text="json"),
         webdataset.map_dict(image=recipe.image, text=recipe.text),
         webdataset.to_tuple("image", "text"),
-        webdataset.batched(recipe.batch_size, collation_fn=recipe.collate, partial=False),
+        webdataset.batched(recipe.config.stages[0].global_batch_size, collation_fn=recipe.collate, partial=False),
     ]
     dataset = webdataset.DataPipeline(*stages).repeat()
     return iter(

@@ -8,7 +8,6 @@ Engine, step and model are those of a run; the weights are random and the batch 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,9 +15,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.load import load_config
@@ -166,33 +166,30 @@ def _reachable(device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="torchrun -m jobs.bench.step", description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--stage", help="name of the stage (default: the last one)")
-    parser.add_argument(
-        "--steps", type=int, default=5, help="number of timed steps; 0 runs only the step that measures memory"
-    )
-    options = parser.parse_intermixed_args(arguments)
+def main(
+    config: Path,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    stage: Annotated[str | None, typer.Option(help="Name of the stage (default: the last one).")] = None,
+    steps: Annotated[int, typer.Option(help="Number of timed steps; 0 runs only the step that measures memory.")] = 5,
+) -> None:
+    """Measure the steps of a stage on the ranks that torchrun started."""
     collectives = None
     try:
-        config = load_config(options.config, options.overrides)
-        stage = config.stage_named(options.stage)
+        run = load_config(config, overrides or [])
+        chosen = run.stage_named(stage)
         collectives = Collectives()
-        result = bench_step(Stage(config, config.stages.index(stage)), collectives, options.steps)
+        result = bench_step(Stage(run, run.stages.index(chosen)), collectives, steps)
         if collectives.rank == 0:
             ratio = {name: round(result.predicted[name] / size, 4) for name, size in result.measured.items()}
-            place = {"stage": stage.name, "world_size": collectives.world_size}
+            place = {"stage": chosen.name, "world_size": collectives.world_size}
             print(json.dumps({**place, **vars(result), "predicted_to_measured": ratio}), flush=True)
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
-        return error.exit_status
+        raise typer.Exit(error.exit_status) from error
     finally:
         if collectives is not None:
             collectives.close()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    typer.run(main)

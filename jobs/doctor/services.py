@@ -181,16 +181,10 @@ def ray_token(config: RunConfig | None) -> Diagnosis:
         return skipped(name, "none; a cluster on this machine does not need one")
     if not path.read_text(encoding="utf-8").strip():
         return failed(name, f"{path} is empty", "ray get-auth-token --generate, or copy the cluster's")
-    if _others_may_read(path):
-        mode = stat.S_IMODE(path.stat().st_mode)
+    # Can the group or all users read the file and enter its parent folders?
+    mode, entered = stat.S_IMODE(path.stat().st_mode), [folder.stat().st_mode for folder in path.resolve().parents]
+    everybody = mode & stat.S_IROTH and all(folder & stat.S_IXOTH for folder in entered)
+    group = mode & stat.S_IRGRP and all(folder & (stat.S_IXGRP | stat.S_IXOTH) for folder in entered)
+    if everybody or group:
         return failed(name, f"{path} is readable by other users ({mode:o})", f"chmod 600 {path}")
     return passed(name, f"{path}, readable only by its owner")
-
-
-def _others_may_read(path: Path) -> bool:
-    """Return True if the group or all users can read the file and enter its parent folders."""
-    mode = path.stat().st_mode
-    entered = [parent.stat().st_mode for parent in path.resolve().parents]
-    everybody = mode & stat.S_IROTH and all(parent & stat.S_IXOTH for parent in entered)
-    group = mode & stat.S_IRGRP and all(parent & (stat.S_IXGRP | stat.S_IXOTH) for parent in entered)
-    return bool(everybody or group)

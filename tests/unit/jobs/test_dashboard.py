@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -18,54 +17,9 @@ from ray.job_submission import JobStatus
 from jobs import dashboard
 from jobs.dashboard import dashboard_address, find_token, open_dashboard
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
+from tests.support.http_server import Answer, give, serving
 
 TOKEN = "a-token"
-Answer = Callable[[BaseHTTPRequestHandler], None]
-
-
-class Server(ThreadingHTTPServer):
-    """HTTP server on the loopback interface that records each request's method, path and token."""
-
-    def __init__(self, answer: Answer):
-        self.seen: list[tuple[str, str, str | None]] = []
-        seen = self.seen
-
-        class Handler(BaseHTTPRequestHandler):
-            def handle_any(self) -> None:
-                seen.append((self.command, self.path, self.headers.get("Authorization")))
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                answer(self)
-
-            do_GET = do_POST = do_PUT = handle_any
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-@contextmanager
-def serving(answer: Answer) -> Iterator[Server]:
-    with Server(answer) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def give(body: object, status: int = 200, **headers: str) -> Answer:
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        handler.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(data)
-
-    return answer
 
 
 def ray_dashboard(handler: BaseHTTPRequestHandler) -> None:

@@ -131,15 +131,25 @@ def same_words(model: Any, inputs: Inputs) -> None:
     torch.testing.assert_close(hidden, model(**inputs.words).last_hidden_state, **CLOSE)
 
 
-def our_release(
-    section: TransformerConfig, heads: HeadConfig = HeadConfig(), drop: tuple[str, ...] = ()
-) -> Callable[[], Any]:
+def released(
+    section: TransformerConfig, *heads: str, has: HeadConfig = HeadConfig(), drop: tuple[str, ...] = (), images: int = 1
+) -> Case:
+    """Return a release of `section` without the tensors that begin with `drop`, and the heads that predict."""
+
     def make() -> Any:
-        model = randomised(build_model(section, len(TOKENS), heads))
+        model = randomised(build_model(section, len(TOKENS), has))
         model.dropped = drop  # type: ignore[assignment]
         return model
 
-    return make
+    is_relative = getattr(section, "positions", None) == "relative"
+    return Case(
+        section.kind,
+        make,
+        lambda model, inputs: our_own(model, inputs, *heads),
+        given=(images, TEXT),
+        overrides=("max_text_length=10",) if is_relative else ("heads=3",),
+        answers="answers" in heads,
+    )
 
 
 def our_own(model: Any, inputs: Inputs, *heads: str) -> dict[str, Any]:
@@ -253,39 +263,16 @@ CASES = {
         "vilt-hf", hugging_face("ViltForImageAndTextRetrieval", "ViltConfig", **VILT, qkv_bias=False),
         lambda model, inputs: {"ranking": pytest.approx(model(**inputs.both).logits.item(), abs=2e-4)},
     ),
-    "ViLT, pretrained": Case(
-        "vilt", our_release(RELEASED_VILT), lambda model, inputs: our_own(model, inputs, "itm"), overrides=("heads=3",)
-    ),
-    "ViLT, VQA": Case(
-        "vilt", our_release(RELEASED_VILT, HeadConfig(answers=5), ("itm", "mlm")),
-        lambda model, inputs: our_own(model, inputs, "answers"), overrides=("heads=3",), answers=True,
-    ),
-    "ViLT, NLVR2": Case(
-        "vilt", our_release(RELEASED_VILT, HeadConfig(nlvr2=True), ("itm", "mlm")),
-        lambda model, inputs: our_own(model, inputs, "nlvr2"), given=(2, TEXT), overrides=("heads=3",),
-    ),
-    "ViLT, retrieval": Case(
-        "vilt", our_release(RELEASED_VILT, HeadConfig(ranking=True), ("mlm",)),
-        lambda model, inputs: our_own(model, inputs, "itm", "ranking"), overrides=("heads=3",),
-    ),
-    "VLMo, pretrained": Case(
-        "vlmo", our_release(RELATIVE), lambda model, inputs: our_own(model, inputs, "itc", "itm"), overrides=SHORT
-    ),
-    "VLMo of absolute positions, pretrained": Case(
-        "vlmo", our_release(ABSOLUTE), lambda model, inputs: our_own(model, inputs, "itc", "itm"),
-        overrides=("heads=3",),
-    ),
-    "VLMo, retrieval": Case(
-        "vlmo", our_release(RETRIEVAL, drop=("itm", "mlm", "pooler")),
-        lambda model, inputs: our_own(model, inputs, "itc"), overrides=SHORT,
-    ),
-    "VLMo, VQA": Case(
-        "vlmo", our_release(RELATIVE, HeadConfig(answers=5), ("itm", "mlm", "itc", "logit")),
-        lambda model, inputs: our_own(model, inputs, "answers"), overrides=SHORT, answers=True,
-    ),
-    "VLMo, NLVR2": Case(
-        "vlmo", our_release(RELATIVE, HeadConfig(nlvr2=True), ("itm", "mlm", "itc", "logit")),
-        lambda model, inputs: our_own(model, inputs, "nlvr2"), given=(2, TEXT), overrides=SHORT,
+    "ViLT, pretrained": released(RELEASED_VILT, "itm"),
+    "ViLT, VQA": released(RELEASED_VILT, "answers", has=HeadConfig(answers=5), drop=("itm", "mlm")),
+    "ViLT, NLVR2": released(RELEASED_VILT, "nlvr2", has=HeadConfig(nlvr2=True), drop=("itm", "mlm"), images=2),
+    "ViLT, retrieval": released(RELEASED_VILT, "itm", "ranking", has=HeadConfig(ranking=True), drop=("mlm",)),
+    "VLMo, pretrained": released(RELATIVE, "itc", "itm"),
+    "VLMo of absolute positions, pretrained": released(ABSOLUTE, "itc", "itm"),
+    "VLMo, retrieval": released(RETRIEVAL, "itc", drop=("itm", "mlm", "pooler")),
+    "VLMo, VQA": released(RELATIVE, "answers", has=HeadConfig(answers=5), drop=("itm", "mlm", "itc", "logit")),
+    "VLMo, NLVR2": released(
+        RELATIVE, "nlvr2", has=HeadConfig(nlvr2=True), drop=("itm", "mlm", "itc", "logit"), images=2
     ),
 }  # fmt: skip
 
