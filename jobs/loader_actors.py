@@ -15,7 +15,7 @@ import ray
 from pipeline.config.errors import MomeError
 from pipeline.data.batch import BatchBuffer
 from pipeline.data.examples.builder import LoaderSpec
-from pipeline.data.loading.worker import ExampleThreads
+from pipeline.data.loading.worker import ThreadBackend
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.storage import Storage
 
@@ -27,14 +27,14 @@ class ExampleActor:
 
     def __init__(self, spec: LoaderSpec, storage: Storage):
         self._spec, self._storage = spec, storage
-        self._threads: ExampleThreads | None = None
+        self._threads: ThreadBackend | None = None
 
     def build(self, step: int) -> tuple[np.ndarray, list[BadRecord]]:
         """Return the part's examples of a step, as the memory of a batch buffer, and what was replaced."""
         if self._threads is None:  # an error in the constructor would reach the caller as an ActorDiedError only
-            self._threads = ExampleThreads(self._spec, self._storage)
-        buffer = BatchBuffer(self._spec.batch_spec)
-        bad = self._threads.result(step, self._threads.submit(step, buffer, self._spec.places.start))
+            self._threads = ThreadBackend(self._spec, self._storage)
+        self._threads.submit(step)
+        buffer, bad = self._threads.result(step)
         return buffer.memory, bad
 
 

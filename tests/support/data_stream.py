@@ -1,4 +1,6 @@
-"""The data of a run without its model, as a process that can be killed: it reads and records global batches.
+"""The data of runs without their models: configs, loaders and batches.
+
+As a program it is a process that can be killed, which reads and records global batches:
 
     python tests/support/data_stream.py CONFIG.json VOCABULARY WORLD_SIZE FIRST LAST RECORD
 
@@ -7,64 +9,113 @@ Each line of RECORD is one delivered global batch: its step, the hash of its exa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
+from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.storage import Storage
 from pipeline.objectives import batch_groups
+
+Values = dict[str, Any]
+VLMO = {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4}
+
+
+def data_config(
+    sources: dict[str, str],
+    objectives: Iterable[str] | Values = ("itc", "mlm", "mim"),
+    source_type: str = "pairs",
+    model: Values | None = None,
+    data: Values | None = None,
+    stage: Values | None = None,
+    **changes: Any,
+) -> RunConfig:
+    """Return a run of one stage of batches of 10, which reads `sources` (name -> folder) with weights 1.0 and 1.7."""
+    values = {
+        "name": "test",
+        "seed": 3,
+        "model": model or VLMO,
+        "sources": {name: {"shards": folder, "type": source_type} for name, folder in sources.items()},
+        "data": {"streams": 5, "shuffle_window": 2, "max_bad_rate": 1.0} | (data or {}),
+        "stages": [
+            {
+                "name": "stage",
+                "sources": dict(zip(sources, (1.0, 1.7), strict=False)),
+                "objectives": objectives if isinstance(objectives, dict) else {name: {} for name in objectives},
+                "steps": 100,
+                "global_batch_size": 10,
+                "max_text_length": 12,
+            }
+            | (stage or {})
+        ],
+    }
+    return validate(values | changes, "test")
+
+
+def with_loader(config: RunConfig, **changes: int) -> RunConfig:
+    """Return the config with other values of `data.loader`."""
+    loader = config.data.loader.model_copy(update=changes)
+    return config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
+
+
+@functools.cache
+def caption_tokenizer() -> Tokenizer:
+    """Return a tokenizer that knows the captions of `pairs.pair`."""
+    return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
+
+
+def open_loader(config: RunConfig, tokenizer: Tokenizer | None = None, rank: int = 0, world_size: int = 1) -> Loader:
+    """Return a loader of the first stage. Close it, or use it in `with`."""
+    stage, tokenizer = config.stages[0], tokenizer or caption_tokenizer()
+    return Loader(config, stage, batch_groups(config, stage), Storage(config.storage), tokenizer, rank, world_size)
+
+
+def take(config: RunConfig, count: int = 1, start: int = 0, **loader: Any) -> list[Batch]:
+    """Return a rank's batches of some steps; `loader` holds further arguments of `open_loader`."""
+    with open_loader(config, **loader) as opened:
+        return list(islice(opened.batches(start), count))
+
+
+def hash_of(config: RunConfig, steps: range, world_size: int = 1, **settings: int) -> str:
+    """Return the fingerprint of the first stage's batches, read with some values of `data.loader`."""
+    config, stage = with_loader(config, **settings), config.stages[0]
+    groups = batch_groups(config, stage)
+    return fingerprint(config, stage, groups, Storage(config.storage), caption_tokenizer(), steps, world_size)
 
 
 def stream_config(shards: str, storage: StorageConfig | None = None, **loading: dict[str, object]) -> RunConfig:
     """Return a config of pairs in 10 streams and batches of 20, which 3, 6 and 8 ranks divide unevenly."""
-    stage = {
-        "name": "pairs",
-        "sources": {"pairs": 1.0},
-        "steps": 100_000,
-        "global_batch_size": 20,
-        "max_text_length": 12,
-    }
-    values = {
-        "name": "stream",
-        "seed": 5,
-        "storage": (storage or StorageConfig()).model_dump(),
-        "model": {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4},
-        "sources": {"pairs": {"shards": shards}},
-        "data": {"streams": 10, "shuffle_window": 2, **loading},
-        "stages": [stage | {"objectives": {"itc": {}, "mlm": {}, "mim": {}}}],
-    }
-    return validate(values, "stream")
+    stage = {"name": "pairs", "steps": 100_000, "global_batch_size": 20}
+    data, store = {"streams": 10, "max_bad_rate": 0.01, **loading}, (storage or StorageConfig()).model_dump()
+    return data_config({"pairs": shards}, data=data, stage=stage, name="stream", seed=5, storage=store)
 
 
 def record(config: RunConfig, tokenizer: Tokenizer, world_size: int, steps: range, path: Path) -> None:
     """Append one line for each delivered step."""
-    storage, stage = Storage(config.storage), config.stages[0]
-    loaders = [
-        Loader(config, stage, batch_groups(config, stage), storage, tokenizer, rank, world_size)
-        for rank in range(world_size)
-    ]
-    streams = [loader.batches(steps.start) for loader in loaders]
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            for step in steps:
-                digest, uids = hashlib.sha256(), []
-                for stream in streams:
-                    batch = next(stream)
-                    batch.hash_into(digest)
-                    uids += batch.uid.tolist()
-                epochs = [slot.epoch for slot in loaders[0].order.batch(step)]
-                read = " ".join(f"{epoch}:{uid}" for epoch, uid in zip(epochs, uids, strict=True))
-                file.write(f"{step} {digest.hexdigest()} {read}\n")
-                file.flush()
-                os.fsync(file.fileno())
-    finally:
-        for loader in loaders:
-            loader.close()
+    with ExitStack() as stack, path.open("a", encoding="utf-8") as file:
+        loaders = [stack.enter_context(open_loader(config, tokenizer, rank, world_size)) for rank in range(world_size)]
+        streams = [loader.batches(steps.start) for loader in loaders]
+        for step in steps:
+            digest, uids = hashlib.sha256(), []
+            for stream in streams:
+                batch = next(stream)
+                batch.hash_into(digest)
+                uids += batch.uid.tolist()
+            epochs = [sample.epoch for sample in loaders[0].order.batch(step)]
+            read = " ".join(f"{epoch}:{uid}" for epoch, uid in zip(epochs, uids, strict=True))
+            file.write(f"{step} {digest.hexdigest()} {read}\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def whole_lines(path: Path) -> list[str]:

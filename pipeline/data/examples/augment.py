@@ -46,22 +46,17 @@ def augment(
     image = random_resized_crop(image, shape, config.crop_scale, random, interpolation)
     if random.uniform() < 0.5 and config.flip and allow_flip:
         image = cv2.flip(image, 1)
-    return rand_augment(image, config.num_ops, config.magnitude, random)
+    for _ in range(config.num_ops):
+        name = NAMES[random.integer(len(NAMES))]
+        is_applied, sign = random.uniform() < APPLIED, 1.0 if random.uniform() < 0.5 else -1.0
+        if is_applied:
+            image = OPERATIONS[name](image, config.magnitude / MAX_MAGNITUDE, sign)
+    return image
 
 
 def mentions_side(caption: str) -> bool:
     """Return whether mirroring the image may make the caption false: it says 'left' or 'right'."""
     return _SIDES.search(caption) is not None
-
-
-def rand_augment(image: np.ndarray, operations: int, magnitude: int, random: CounterRandom) -> np.ndarray:
-    """Draw `operations` operations and apply each with probability 1/2, at `magnitude` of 10."""
-    for _ in range(operations):
-        name = NAMES[random.integer(len(NAMES))]
-        applied, sign = random.uniform() < APPLIED, 1.0 if random.uniform() < 0.5 else -1.0
-        if applied:
-            image = OPERATIONS[name](image, magnitude / MAX_MAGNITUDE, sign)
-    return image
 
 
 def enhance_factor(strength: float) -> float:

@@ -20,7 +20,6 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
@@ -28,7 +27,7 @@ from pipeline.config.errors import RunFailed
 from pipeline.data import in_progress
 from pipeline.data.batch import BatchBuffer
 from pipeline.data.examples.builder import LoaderSpec
-from pipeline.data.loading.worker import Assignment, Done, ExampleThreads, Job
+from pipeline.data.loading.worker import Assignment, Done, Job, ThreadBackend
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.storage import Storage
 
@@ -61,26 +60,6 @@ BackendFactory = Callable[[LoaderSpec, Storage], LoaderBackend]
 def local_backend(spec: LoaderSpec, storage: Storage) -> LoaderBackend:
     """Return processes, or threads of the trainer's process if `data.loader.num_workers` is 0."""
     return ProcessBackend(spec, storage) if spec.config.data.loader.num_workers else ThreadBackend(spec, storage)
-
-
-class ThreadBackend:
-    """Threads of the trainer's own process; they share its interpreter lock, so that a busy trainer slows them."""
-
-    def __init__(self, spec: LoaderSpec, storage: Storage):
-        self._batch_spec, self._first = spec.batch_spec, spec.places.start
-        self._threads = ExampleThreads(spec, storage)
-        self._pending: dict[int, tuple[BatchBuffer, list[Future[list[BadRecord]]]]] = {}
-
-    def submit(self, step: int) -> None:
-        buffer = BatchBuffer(self._batch_spec)
-        self._pending[step] = buffer, self._threads.submit(step, buffer, self._first)
-
-    def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
-        buffer, futures = self._pending.pop(step)
-        return buffer, self._threads.result(step, futures)
-
-    def close(self) -> None:
-        self._threads.close()
 
 
 class ProcessBackend:

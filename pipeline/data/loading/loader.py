@@ -67,21 +67,13 @@ class Loader:
         answers = load_choices(config, stage, storage, ANSWERS)
         self._spec = LoaderSpec(config, stage, tokenizer, sources, places, groups, answers)
         self.order = self._spec.order()
+        self.digest = self.order.digest  # of the order and content of every batch; a run resumes only with the same
+        self.sources = {name: source.digest for name, source in sources.items()}  # digests of what the stage reads
         self._backend = backend
         self._quarantine = Quarantine(data.max_bad_rate)
         self._epochs_before: dict[str, float] = dict.fromkeys(self._sizes, 0.0)
         self._open: list[LoaderBackend] = []
         self.wait_seconds = 0.0  # time that the consumer of `batches` has waited for data
-
-    @property
-    def digest(self) -> str:
-        """The digest of the order and content of every batch; a run resumes only with the digest it started with."""
-        return self.order.digest
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """The digest of what the stage reads of each source."""
-        return {name: source.digest for name, source in self._spec.sources.items()}
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield the batches of start_step, start_step + 1, … without end. A batch's error is raised in its turn."""

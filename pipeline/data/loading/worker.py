@@ -6,6 +6,7 @@ outlives it: the memory has no name, there is no semaphore, and when its rank di
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import signal
@@ -31,31 +32,53 @@ from pipeline.data.storage import Storage
 MAX_RUN = 16  # examples of one thread's task at most: an error or a close takes effect after the running tasks
 
 
-class ExampleThreads:
-    """A thread pool that builds the examples of a loader spec, a few examples per task."""
+class ThreadBackend:
+    """Threads that build the examples of a loader spec, a few examples per task.
+
+    In the trainer's own process they share its interpreter lock, so that a busy trainer slows them.
+    """
 
     def __init__(self, spec: LoaderSpec, storage: Storage):
-        self._builder, self._places = ExampleBuilder(spec, storage), spec.places
+        self._spec, self._builder = spec, ExampleBuilder(spec, storage)
         self._num_threads = spec.config.data.loader.threads_per_worker
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="loader")
+        self._pending: dict[int, tuple[BatchBuffer, list[Future[list[BadRecord]]]]] = {}
         self._is_prefetching = False
 
-    def submit(self, step: int, buffer: BatchBuffer, first: int) -> list[Future[list[BadRecord]]]:
-        """Start to build the spec's examples of a step; row 0 of the buffer is place `first`."""
+    def submit(
+        self,
+        step: int,
+        buffer: BatchBuffer | None = None,
+        first: int | None = None,
+        when_done: Callable[[int], None] | None = None,
+    ) -> None:
+        """Start to build the spec's examples of a step, in memory of their own or in a buffer whose row 0 is `first`.
+
+        `when_done(step)` is called by a thread when all are built, or have failed.
+        """
+        places = self._spec.places
+        if buffer is None or first is None:
+            buffer, first = BatchBuffer(self._spec.batch_spec), places.start
         if not self._is_prefetching:
-            order, places = self._builder.order, self._places
+            order = self._builder.order
             self._builder.reader.start_prefetch(lambda later: order.samples(later, places), step)
             self._is_prefetching = True
         # Several examples per task: one by one, the hand-over would cost a twentieth of building them.
-        length = min(MAX_RUN, max(1, len(self._places) // (4 * self._num_threads)))
-        runs = [self._places[start : start + length] for start in range(0, len(self._places), length)]
-        return [self._pool.submit(self._builder.build, step, run, buffer, first) for run in runs]
+        length = min(MAX_RUN, max(1, len(places) // (4 * self._num_threads)))
+        runs = [places[start : start + length] for start in range(0, len(places), length)]
+        futures = [self._pool.submit(self._builder.build, step, run, buffer, first) for run in runs]
+        self._pending[step] = buffer, futures
+        if when_done is not None:
+            remaining = itertools.count(len(futures) - 1, -1)  # `next` is atomic: one thread draws 0
+            for future in futures:
+                future.add_done_callback(lambda _: when_done(step) if next(remaining) == 0 else None)
 
-    def result(self, step: int, futures: list[Future[list[BadRecord]]]) -> list[BadRecord]:
-        """Wait for a step's examples and return what was replaced. Raises the first error in order of place."""
+    def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
+        """Wait for a step's examples; return them and what was replaced. Raises the first error in order of place."""
+        buffer, futures = self._pending.pop(step)
         bad = [record for future in futures for record in future.result()]
         self._builder.reader.finish_step(step)
-        return bad
+        return buffer, bad
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -89,44 +112,45 @@ class Done:
     error: Exception | None = None
 
 
-def serve(connection: Connection, memory: mmap.mmap) -> None:
-    """Build examples until the rank closes the socket."""
-    assignment: Assignment = connection.recv()
-    spec, lock, threads = assignment.batch_spec, threading.Lock(), None
+def main() -> None:
+    """Build examples in memory that the rank shares, until it closes the socket.
+
+    Arguments: the descriptors of the socket, of the batches' memory, and of the names of samples being decoded.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the rank decides what ends
+    configure_logging()
+    torch.set_num_threads(1)
+    socket, descriptor, progress = map(int, sys.argv[1:4])
+    in_progress.write_to(mmap.mmap(progress, in_progress.BYTES))
+    connection, memory = Connection(socket), mmap.mmap(descriptor, 0)
+    lock = threading.Lock()
+    threads: ThreadBackend | None = None
 
     def send(message: Done) -> None:
-        with lock, suppress(ConnectionError):  # the rank has closed the socket, and `recv` ends this process
+        with lock, suppress(ConnectionError):  # when the rank has closed the socket, `recv` ends this process
             connection.send(message)
 
-    while True:
-        job: Job = connection.recv()
+    def answer(step: int) -> None:
+        assert threads is not None
         try:
-            if threads is None:
-                threads = ExampleThreads(assignment.loader_spec, assignment.storage)
-            buffer = BatchBuffer(spec, memoryview(memory)[job.offset : job.offset + spec.bytes])
-            _send_when_done(threads, threads.submit(job.step, buffer, assignment.first), job.step, send)
-        except Exception as error:
-            send(Done(job.step, [], _portable(error)))
-
-
-def _send_when_done(
-    threads: ExampleThreads, futures: list[Future[list[BadRecord]]], step: int, send: Callable[[Done], None]
-) -> None:
-    remaining, lock = len(futures), threading.Lock()
-
-    def count_down(_: Future[list[BadRecord]]) -> None:
-        nonlocal remaining
-        with lock:
-            remaining -= 1
-            if remaining:
-                return
-        try:
-            send(Done(step, threads.result(step, futures)))
+            send(Done(step, threads.result(step)[1]))
         except Exception as error:
             send(Done(step, [], _portable(error)))
 
-    for future in futures:
-        future.add_done_callback(count_down)
+    try:
+        assignment: Assignment = connection.recv()
+        spec = assignment.batch_spec
+        while True:
+            job: Job = connection.recv()
+            try:
+                if threads is None:
+                    threads = ThreadBackend(assignment.loader_spec, assignment.storage)
+                buffer = BatchBuffer(spec, memoryview(memory)[job.offset : job.offset + spec.bytes])
+                threads.submit(job.step, buffer, assignment.first, answer)
+            except Exception as error:
+                send(Done(job.step, [], _portable(error)))
+    except (EOFError, ConnectionError):
+        os._exit(0)  # the rank has gone or closed the socket: no thread may keep the process alive
 
 
 def _portable(error: Exception) -> Exception:
@@ -134,15 +158,3 @@ def _portable(error: Exception) -> Exception:
     if isinstance(error, MomeError):
         return error
     return RunFailed(f"a loader process failed: {''.join(traceback.format_exception(error))}")
-
-
-def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the rank decides what ends
-    configure_logging()
-    torch.set_num_threads(1)
-    socket, memory, progress = map(int, sys.argv[1:4])
-    in_progress.write_to(mmap.mmap(progress, in_progress.BYTES))
-    try:
-        serve(Connection(socket), mmap.mmap(memory, 0))
-    except (EOFError, ConnectionError):
-        os._exit(0)  # the rank has gone or closed the socket: no thread may keep the process alive

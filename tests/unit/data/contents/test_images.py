@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zlib
 from contextlib import suppress
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -34,7 +33,6 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom, hash64
 from tests.support.fuzz import fuzz_rounds, mutate
 
-SHARED = Path(__file__).resolve().parents[4] / ".." / "shared"
 LIMIT = 1_000_000
 
 
@@ -55,31 +53,27 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return 10 * np.log10(255**2 / max(1e-9, np.mean((one.astype(float) - other) ** 2)))
 
 
-LOSSLESS = [
-    ("PNG", {}),
-    ("WEBP", {"lossless": True}),
-    ("BMP", {}),
-    ("TIFF", {}),
-    ("TIFF", {"compression": "tiff_lzw"}),
-    ("TIFF", {"compression": "tiff_adobe_deflate"}),
-    ("TIFF", {"compression": "packbits", "big_tiff": True}),
-    ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
-]
-
-
-@pytest.mark.parametrize(("kind", "options"), LOSSLESS)
-def test_lossless_images_round_trip_exactly(kind, options):
-    image = picture()
-    found = decode(encoded(image, kind, **options), LIMIT)
-    assert psnr(found, image) > (40 if kind == "AVIF" else 90)
-
-
 @pytest.mark.parametrize(
-    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True, "restart_marker_rows": 1}]
+    ("kind", "options", "least"),
+    [
+        ("PNG", {}, 90),
+        ("WEBP", {"lossless": True}, 90),
+        ("BMP", {}, 90),
+        ("TIFF", {}, 90),
+        ("TIFF", {"compression": "tiff_lzw"}, 90),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}, 90),
+        ("TIFF", {"compression": "packbits", "big_tiff": True}, 90),
+        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}, 40),
+        ("JPEG", {"quality": 95}, 40),
+        ("JPEG", {"quality": 95, "progressive": True}, 40),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 40),
+        ("JPEG", {"quality": 95, "optimize": True, "restart_marker_rows": 1}, 40),
+    ],
 )
-def test_jpegs_decode_to_what_was_encoded(options):
-    data = encoded(picture(), "JPEG", quality=95, **options)
-    assert psnr(decode(data, LIMIT), np.array(Image.open(io.BytesIO(data)))) > 40
+def test_images_decode_to_what_was_encoded(kind, options, least):
+    data = encoded(picture(), kind, **options)
+    expected = np.array(Image.open(io.BytesIO(data))) if kind == "JPEG" else picture()
+    assert psnr(decode(data, LIMIT), expected) > least
 
 
 @pytest.mark.parametrize(
@@ -112,10 +106,10 @@ def test_every_colour_mode_becomes_rgb(kind, mode):
     assert psnr(found, expected) > (20 if kind == "GIF" and mode == "RGB" else 30)
 
 
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_of_unknown_range_are_bad(mode):
-    with pytest.raises(BadSample, match="32-bit"):
-        decode(encoded(Image.fromarray(picture()).convert(mode), "TIFF"), LIMIT)
+def test_pixels_of_unknown_range_are_bad():
+    for mode in ("I", "F"):
+        with pytest.raises(BadSample, match="32-bit"):
+            decode(encoded(Image.fromarray(picture()).convert(mode), "TIFF"), LIMIT)
 
 
 def test_transparent_colour_of_a_16_bit_png_is_white():
@@ -142,20 +136,20 @@ def test_transparent_palette_colour_is_white():
     assert (decode(encoded(image, "PNG", transparency=0), LIMIT) == 255).all()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), *LOSSLESS])
-def test_exif_orientation_is_applied(kind, options, orientation):
-    if kind == "BMP":
-        pytest.skip("BMP has no EXIF")
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(picture(), kind, exif=exif, **options)
-    upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
-    found = decode(data, LIMIT)
-    assert (measure(data).height, measure(data).width) == upright.shape[:2]
-    assert found.shape == upright.shape
-    assert psnr(found, upright) > 40
-    assert found.flags.c_contiguous
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("AVIF", {"quality": 100})],
+)
+def test_exif_orientation_is_applied(kind, options):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(picture(), kind, exif=exif, **options)
+        upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+        image, size = decode(data, LIMIT), measure(data)
+        assert (size.height, size.width, 3) == image.shape == upright.shape
+        assert psnr(image, upright) > 40
+        assert image.flags.c_contiguous
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -210,12 +204,11 @@ def test_bombs_are_rejected_from_the_header():
         decode(png, LIMIT)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 70_000), (70_000, 400), (1, 201), (402, 2)])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
-def test_images_of_extreme_shape_are_bad(kind, height, width):
-    data = encoded(Image.new("L", (width, height)), kind)
-    with pytest.raises(BadSample, match="ratio"):
-        decode(data, 10**9)
+def test_images_of_extreme_shape_are_bad(kind):
+    for height, width in ((1, 70_000), (70_000, 400), (1, 201), (402, 2)):
+        with pytest.raises(BadSample, match="ratio"):
+            decode(encoded(Image.new("L", (width, height)), kind), 10**9)
     assert decode(encoded(Image.new("L", (200, 1)), kind), 10**9).shape == (1, 200, 3)
 
 
@@ -307,18 +300,16 @@ def test_repaired_png_keeps_transparency_and_orientation():
 
 
 @pytest.mark.parametrize("exif", DAMAGED_EXIF)
-@pytest.mark.parametrize("lossless", [False, True])
-def test_webps_with_damaged_metadata_are_decoded(exif, lossless):
+def test_webps_with_damaged_metadata_are_decoded(exif):
     alpha = np.dstack([picture(), np.full((60, 90), 200, np.uint8)])
-    for image in (picture(), alpha):
+    for image, lossless in ((picture(), False), (picture(), True), (alpha, False), (alpha, True)):
         plain = encoded(image, "WEBP", lossless=lossless, exact=True)
         whole = encoded(image, "WEBP", lossless=lossless, exact=True, exif=b"Exif\0\0II*\0", icc_profile=b"none")
         odd = whole.replace(b"EXIF\x0a\0\0\0Exif\0\0II*\0", webp_chunk(b"EXIF", exif))
         odd = odd[:4] + struct.pack("<I", len(odd) - 8) + odd[8:]
-        assert (decode(odd, LIMIT) == decode(plain, LIMIT)).all()
         assert measure(odd) == ImageSize(60, 90)
-        cut = odd[:-3]  # inside of the last chunk, which is metadata
-        assert (decode(cut, LIMIT) == decode(plain, LIMIT)).all()
+        for data in (odd, odd[:-3]):  # whole, and cut inside of the last chunk, which is metadata
+            assert (decode(data, LIMIT) == decode(plain, LIMIT)).all()
 
 
 def webp_chunk(name: bytes, data: bytes) -> bytes:
@@ -335,26 +326,19 @@ def test_animations_give_their_first_frame_and_are_marked(kind):
 
 
 def test_every_exception_of_a_decoder_is_a_bad_sample(monkeypatch):
-    data = {kind: encoded(picture(), kind) for kind in FORMATS}
-    for error in (
-        KeyError(6),
-        SyntaxError("x"),
-        struct.error("x"),
-        RuntimeError("x"),
-        OverflowError("x"),
-        RecursionError(),
-    ):
+    data = {kind: encoded(picture(), kind) for kind in FORMATS if kind not in ("WEBP", "AVIF")}
+    raised = (KeyError(6), SyntaxError("x"), struct.error("x"), RuntimeError("x"), OverflowError("x"), RecursionError())
+    for error in raised:  # the plugins of WebP and AVIF load the pixels themselves
 
         def fails(*_, error=error, **__):
             raise error
 
         monkeypatch.setattr("simplejpeg.decode_jpeg", fails)
         monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fails)
-        for kind in FORMATS:
-            if kind not in ("WEBP", "AVIF"):  # formats whose plugins load the pixels themselves
-                with pytest.raises(BadSample) as found:
-                    decode(data[kind], LIMIT)
-                assert found.value.stage == "image"
+        for image in data.values():
+            with pytest.raises(BadSample) as found:
+                decode(image, LIMIT)
+            assert found.value.stage == "image"
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -397,38 +381,10 @@ def with_right_checksums(png: bytes) -> bytes:
     return whole + png[at:]
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(480, 640, 224), (50, 40, 224), (333, 500, 96), (224, 224, 64)])
-def test_resizing_equals_pillows_bicubic(height, width, size):
-    image = picture(height, width)
-    expected = np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-    found = resize(image, size)
-    assert found.shape == (size, size, 3)
-    assert found.dtype == np.uint8
-    assert found.flags.c_contiguous
-    assert psnr(found, expected) > 45
-
-
-def test_resizing_a_photo_equals_pillows_bicubic():
-    photos = sorted((SHARED / "data" / "photos_300" / "images").glob("*.jpg"))[:5]
-    if not photos:
-        pytest.skip("../shared/data/photos_300 is absent")
-    for photo in photos:
-        image = decode(photo.read_bytes(), LIMIT)
-        expected = np.array(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC))
-        assert psnr(resize(image, 224), expected) > 45
-
-
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(
     ("height", "width", "shape"),
-    [
-        (640, 480, 384),
-        (1200, 300, 224),
-        (500, 384, 300),
-        (300, 2000, 224),
-        (480, 640, KeepAspectRatio(384, 639, 32)),
-        (40, 30, 64),
-    ],
+    [(640, 480, 384), (1200, 300, 224), (300, 2000, 224), (480, 640, KeepAspectRatio(384, 639, 32)), (40, 30, 64)],
 )
 def test_resizing_equals_pillows_rows_before_columns(height, width, shape, interpolation):
     """Results agree within 2 grey levels for any shape and sharp edges, in the order of Pillow up to version 12."""
@@ -439,6 +395,8 @@ def test_resizing_equals_pillows_rows_before_columns(height, width, shape, inter
         rows = Image.fromarray(image).resize((found.shape[1], height), kernel)
         expected = np.array(rows.resize((found.shape[1], found.shape[0]), kernel))
         assert np.abs(found.astype(int) - expected).max() <= 2
+        assert found.dtype == np.uint8
+        assert found.flags.c_contiguous
 
 
 def test_model_reads_images_by_its_own_interpolation():
@@ -464,11 +422,11 @@ def test_crops_respect_scale_and_ratio(height, width):
         assert 0.49 <= crop_height * crop_width / (height * width) <= 1.0
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (7, 3), (20, 2000)])
-def test_images_of_any_shape_are_cropped(height, width):
-    for key in range(20):
-        crop = random_resized_crop(picture(height, width), 32, (0.5, 1.0), CounterRandom(key))
-        assert crop.shape == (32, 32, 3)
+def test_images_of_any_shape_are_cropped():
+    for height, width in ((1, 1), (1, 500), (500, 1), (7, 3), (20, 2000)):
+        for key in range(20):
+            crop = random_resized_crop(picture(height, width), 32, (0.5, 1.0), CounterRandom(key))
+            assert crop.shape == (32, 32, 3)
 
 
 def test_crops_depend_on_the_key_alone():

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.building.importers import write_shards
-from pipeline.data.contents.choices import ANSWERS, load_choices
 from pipeline.data.contents.members import class_of, texts_of
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.loader import Loader
 from pipeline.data.quarantine import BadSample
 from pipeline.data.reading.samples import iter_captions, iter_samples
 from pipeline.data.shards.check import sample_defect
 from pipeline.data.shards.tar import TarSample
 from pipeline.data.storage import Storage
-from pipeline.objectives import batch_groups
-from tests.support.fine_tuning_data import COLOURS, run_config
+from tests.support.data_stream import open_loader, take
+from tests.support.fine_tuning_data import COLOURS, picture_of_sides, run_config
 
 
 def members(**record: Any) -> dict[str, bytes]:
@@ -90,31 +89,30 @@ def test_texts_of_every_source_type_are_found() -> None:
     assert texts_of(members(captions=["one"], question="why?")) == ["one"]
 
 
-def test_shard_check_agrees_with_training_for_every_type(tmp_path: Path) -> None:
-    for source_type, other in (("questions", "statements"), ("statements", "questions"), ("labelled", "questions")):
-        config = run_config(tmp_path, source_type, _OBJECTIVES[source_type], 1, **_KEYS[source_type])
-        for sample in list(iter_samples(Storage(), config.sources["test"].shards))[:3]:
-            walked = TarSample(sample.key, False, [(name, 0, data) for name, data in sample.members.items()])
-            assert sample_defect(walked, source_type, 10**6) is None  # type: ignore[arg-type]
-            assert sample_defect(walked, other, 10**6) is not None  # type: ignore[arg-type]
+OBJECTIVES = {"questions": "vqa", "statements": "nlvr2", "labelled": "classification"}
+KEYS: dict[str, dict[str, int]] = {"questions": {"num_answers": 6}, "labelled": {"num_classes": 4}}
 
 
-_OBJECTIVES = {"questions": "vqa", "statements": "nlvr2", "labelled": "classification"}
-_KEYS: dict[str, dict[str, int]] = {"questions": {"num_answers": 6}, "statements": {}, "labelled": {"num_classes": 4}}
+def drawn_config(folder: Path, source_type: str) -> RunConfig:
+    return run_config(folder, source_type, OBJECTIVES[source_type], 1, **KEYS.get(source_type, {}))
 
 
-def first_batch(folder: Path, source_type: str, rank: int = 0, world_size: int = 1) -> Batch:
-    config, storage = run_config(folder, source_type, _OBJECTIVES[source_type], 1, **_KEYS[source_type]), Storage()
-    tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
-    with Loader(
-        config, config.stages[0], batch_groups(config, config.stages[0]), storage, tokenizer, rank, world_size
-    ) as loader:
-        return next(loader.batches(0))
+def first_batch(config: RunConfig, rank: int = 0, world_size: int = 1) -> Batch:
+    tokenizer = Tokenizer.train([*iter_captions(Storage(), config.sources["train"].shards), "x"], 200)
+    return take(config, tokenizer=tokenizer, rank=rank, world_size=world_size)[0]
+
+
+@pytest.mark.parametrize(("source_type", "other"), [*pairwise(OBJECTIVES), ("labelled", "questions")])
+def test_shard_check_agrees_with_training(tmp_path: Path, source_type: str, other: str) -> None:
+    config = drawn_config(tmp_path, source_type)
+    for sample in list(iter_samples(Storage(), config.sources["test"].shards))[:3]:
+        walked = TarSample(sample.key, False, [(name, 0, data) for name, data in sample.members.items()])
+        assert sample_defect(walked, source_type, 10**6) is None  # type: ignore[arg-type]
+        assert sample_defect(walked, other, 10**6) is not None  # type: ignore[arg-type]
 
 
 def test_examples_of_questions_have_listed_answers_with_scores(tmp_path: Path) -> None:
-    batch = first_batch(tmp_path, "questions")
-    assert batch.text is not None
+    batch = first_batch(drawn_config(tmp_path, "questions"))
     assert batch.answers is not None
     assert batch.answer_scores is not None
     assert batch.label is batch.second_image is None
@@ -126,36 +124,34 @@ def test_examples_of_questions_have_listed_answers_with_scores(tmp_path: Path) -
 
 
 def test_examples_of_statements_have_both_images_and_the_label(tmp_path: Path) -> None:
-    batch = first_batch(tmp_path, "statements")
+    batch = first_batch(drawn_config(tmp_path, "statements"))
     assert batch.image is not None
     assert batch.second_image is not None
     assert batch.label is not None
     assert batch.image.shape == batch.second_image.shape == (32, 32, 32, 3)
     assert set(batch.label.tolist()) == {0, 1}
-    # One image has red shapes, the other blue ones: if the first is redder, the second is bluer.
+    # One image has red shapes, the other blue ones.
     redness = [
-        (each.float().mean(dim=(1, 2)) @ torch.tensor([1.0, 0, -1])).numpy()
-        for each in (batch.image, batch.second_image)
+        image.float().mean(dim=(1, 2)) @ torch.tensor([1.0, 0, -1]) for image in (batch.image, batch.second_image)
     ]
-    assert (np.sign(redness[0] - redness[1]) != 0).all()
+    assert (redness[0] != redness[1]).all()
 
 
-def test_ranks_together_read_the_whole_batch(tmp_path: Path) -> None:
-    for source_type in _OBJECTIVES:
-        whole = first_batch(tmp_path, source_type)
-        parts = [first_batch(tmp_path, source_type, rank, 3) for rank in range(3)]
-        for name in ("image", "second_image", "label", "answers", "answer_scores"):
-            if (expected := getattr(whole, name)) is not None:
-                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), expected), (source_type, name)
+@pytest.mark.parametrize("source_type", OBJECTIVES)
+def test_ranks_together_read_the_whole_batch(tmp_path: Path, source_type: str) -> None:
+    config = drawn_config(tmp_path, source_type)
+    whole, parts = first_batch(config), [first_batch(config, rank, 3) for rank in range(3)]
+    for name in ("image", "second_image", "label", "answers", "answer_scores"):
+        if (expected := getattr(whole, name)) is not None:
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), expected), name
 
 
 def test_another_list_of_answers_changes_the_digest(tmp_path: Path) -> None:
-    config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=6), Storage()
+    config, digests = drawn_config(tmp_path, "questions"), set()
     (tmp_path / "other.json").write_text(json.dumps(["no", *COLOURS, "yes"]))
     other = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "other.json")})
-    digests = set()
     for stage in (config.stages[0], other):
-        with Loader(config, stage, batch_groups(config, stage), storage, Tokenizer.train(["x y"], 64), 0, 1) as loader:
+        with open_loader(config.model_copy(update={"stages": (stage,)})) as loader:
             digests.add(loader.digest)
     assert len(digests) == 2
 
@@ -163,22 +159,13 @@ def test_another_list_of_answers_changes_the_digest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answer", "flipped"), [("up", True), ("left", False)])
 def test_images_are_not_mirrored_if_an_answer_names_a_side(tmp_path: Path, answer: str, flipped: bool) -> None:
     """The question does not name a side: 'which side is it on?' alone would allow mirroring."""
-    from tests.support.fine_tuning_data import picture_of_sides
-
     record = {"question": "where is it?", "answers": {answer: 1.0}}
     samples = [{"__key__": f"s{n}", "jpg": picture_of_sides(), "json": json.dumps(record).encode()} for n in range(32)]
-    config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=6), Storage()
-    url = str(tmp_path / "sides")
-    write_shards(storage, samples, url)
-    config = config.model_copy(
-        update={"sources": {"train": config.sources["train"].model_copy(update={"shards": url})}}
-    )
+    config, url = drawn_config(tmp_path, "questions"), str(tmp_path / "sides")
+    write_shards(Storage(), samples, url)
+    train = config.sources["train"].model_copy(update={"shards": url})
     stage = config.stages[0].model_copy(update={"answer_list": f"{tmp_path}/questions-0/answers.json"})
-    assert load_choices(config, stage, storage, ANSWERS) is not None
-    with Loader(
-        config, stage, batch_groups(config, stage), storage, Tokenizer.train(["where is it"], 64), 0, 1
-    ) as loader:
-        image = next(loader.batches(0)).image
+    image = take(config.model_copy(update={"sources": {"train": train}, "stages": (stage,)}))[0].image
     assert image is not None
     left_is_darker = image[:, :, :8].float().mean(dim=(1, 2, 3)) < image[:, :, -8:].float().mean(dim=(1, 2, 3))
     assert bool(left_is_darker.all()) is not flipped

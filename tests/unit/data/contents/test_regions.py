@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import random
 import zipfile
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,16 +23,17 @@ from pipeline.data.contents.regions import (
 )
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom
+from tests.support.fuzz import fuzz_rounds, mutate
 
 HEIGHT, WIDTH = 60, 80
 
 
 def arrays(count: int = 5, numbers: int = 8) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(0)
-    corners = random.uniform(0, 30, (count, 2))
+    generator = np.random.default_rng(0)
+    corners = generator.uniform(0, 30, (count, 2))
     return {
-        "features": random.normal(size=(count, numbers)).astype(np.float32),
-        "boxes": np.concatenate([corners, corners + random.uniform(1, 30, (count, 2))], axis=1).astype(np.float32),
+        "features": generator.normal(size=(count, numbers)).astype(np.float32),
+        "boxes": np.concatenate([corners, corners + generator.uniform(1, 30, (count, 2))], axis=1).astype(np.float32),
         "image_size": np.array([HEIGHT, WIDTH]),
         "classes": np.arange(count),
         "confidences": np.linspace(0.2, 0.9, count).astype(np.float32),
@@ -47,21 +50,12 @@ def packed(compressed: bool = False, **changed: Any) -> bytes:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_regions_round_trip(compressed: bool) -> None:
-    found, given = parse_regions(packed(compressed)), arrays()
-    assert np.array_equal(found.features, given["features"])
-    assert np.array_equal(found.boxes, given["boxes"])
-    assert found.image_size == (HEIGHT, WIDTH)
-    assert np.array_equal(found.classes, given["classes"])
-    assert np.array_equal(found.confidences, given["confidences"])
-
-
-def test_written_regions_read_back_with_the_same_bytes() -> None:
-    found = parse_regions(packed())
-    assert found.to_bytes() == found.to_bytes()
-    again = parse_regions(found.to_bytes())
-    for name in ("features", "boxes", "classes", "confidences"):
-        assert np.array_equal(getattr(again, name), getattr(found, name))
-    assert again.image_size == found.image_size
+    record, given = parse_regions(packed(compressed)), arrays()
+    assert record.to_bytes() == record.to_bytes()
+    for read in (record, parse_regions(record.to_bytes())):
+        assert read.image_size == (HEIGHT, WIDTH)
+        for name in ("features", "boxes", "classes", "confidences"):
+            assert np.array_equal(getattr(read, name), given[name])
 
 
 def test_features_and_boxes_suffice() -> None:
@@ -160,21 +154,21 @@ def test_npz_bombs_are_rejected_before_unpacking(monkeypatch: pytest.MonkeyPatch
         parse_regions(bomb)
 
 
-def npy(header: bytes, data: bytes) -> bytes:
-    """Return an npy file whose header may be wrong."""
-    header = header.ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+def rewritten(compression: int = zipfile.ZIP_STORED, **contents: bytes) -> bytes:
+    """Return the npz with another compression, and with other bytes for some arrays."""
+    buffer, out = io.BytesIO(packed()), io.BytesIO()
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out, "w", compression) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, contents.get(entry.filename.removesuffix(".npy"), old.read(entry)))
+    return out.getvalue()
 
 
 @pytest.mark.parametrize("shape", [b"(99999999999, 1024)", b"(-5, 8)", b"(-5, -8)", b"(2, 2)", b"()"])
 def test_npz_headers_are_checked_before_allocation(shape: bytes) -> None:
-    buffer = io.BytesIO(packed())
-    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out := io.BytesIO(), "w") as new:
-        for entry in old.infolist():
-            lie = npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + b"}", bytes(5 * 8 * 4))
-            new.writestr(entry.filename, lie if entry.filename == "features.npy" else old.read(entry))
+    header = (b"{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + b"}").ljust(117) + b"\n"
+    wrong = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(5 * 8 * 4)
     with pytest.raises(BadSample, match=r"features declares shape|cannot be read as an npz"):
-        parse_regions(out.getvalue())
+        parse_regions(rewritten(features=wrong))
 
 
 def test_wrong_sizes_in_the_zip_are_detected() -> None:
@@ -188,40 +182,33 @@ def test_wrong_sizes_in_the_zip_are_detected() -> None:
 
 
 def test_unusual_zip_compression_is_rejected() -> None:
-    buffer = io.BytesIO(packed())
-    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_LZMA) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
     with pytest.raises(BadSample, match="method that numpy does not use"):
-        parse_regions(out.getvalue())
+        parse_regions(rewritten(zipfile.ZIP_LZMA))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_regions_raise_only_bad_samples(compressed: bool) -> None:
-    whole, random = packed(compressed), np.random.default_rng(1)
-    for _ in range(400):
-        data = bytearray(whole)
-        for at in random.integers(0, len(data), random.integers(1, 12)):
-            data[at] = random.integers(256)
-        cut = bytes(data[: random.integers(1, len(data) + 1)]) if random.random() < 0.3 else bytes(data)
-        try:
-            parse_regions(cut)
-        except BadSample:
-            continue
+    whole, rng = packed(compressed), random.Random(1)
+    for _ in range(fuzz_rounds(400)):
+        with suppress(BadSample):
+            parse_regions(mutate(whole, rng))
 
 
-def test_regions_that_do_not_fit_the_model_name_the_key() -> None:
-    record = parse_regions(packed())
+@pytest.mark.parametrize(
+    ("features", "classes", "reason"),
+    [
+        (2048, None, r"8 features per region, but model\.region_features is 2048"),
+        (8, 4, r"class 4, but model\.region_classes is 4"),
+        (8, 5, "no array 'classes', which the objective moc needs"),
+    ],
+)
+def test_regions_that_do_not_fit_the_model_name_the_key(features: int, classes: int | None, reason: str) -> None:
+    record, unnamed = parse_regions(packed()), parse_regions(packed(classes=None))
     check_fit(record, 8, 5)
-    with pytest.raises(BadSample, match=r"8 features per region, but model\.region_features is 2048"):
-        check_fit(record, 2048, None)
-    with pytest.raises(BadSample, match=r"class 4, but model\.region_classes is 4"):
-        check_fit(record, 8, 4)
-    unnamed = parse_regions(packed(classes=None))
     check_fit(unnamed, 8, None)
-    with pytest.raises(BadSample, match="no array 'classes', which the objective moc needs"):
-        check_fit(unnamed, 8, 5)
+    with pytest.raises(BadSample, match=reason):
+        check_fit(unnamed if classes == 5 else record, features, classes)
 
 
 def test_region_masking_has_the_configured_fractions() -> None:

@@ -6,12 +6,14 @@ import json
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from tokenizers.normalizers import BertNormalizer
 
 from pipeline.config.errors import DataError
-from pipeline.data.contents.text import SPECIALS, Tokenizer
+from pipeline.data.contents.text import SPECIALS, Tokenizer, choose_alphabet
 from pipeline.data.storage import Storage
 
 SHARED = Path(__file__).resolve().parents[4] / ".." / "shared"
@@ -47,12 +49,10 @@ def test_long_texts_are_truncated_with_their_frame(tokenizer):
     assert cut.word_of[:-1] == whole.word_of[:6]
 
 
-def test_empty_texts_are_their_frame(tokenizer):
-    assert tokenizer.encode("  ", 40).ids == [tokenizer.cls_id, tokenizer.sep_id]
-
-
 def test_batched_and_single_encoding_agree(tokenizer):
-    assert tokenizer.encode_batch(CAPTIONS, 12) == [tokenizer.encode(text, 12) for text in CAPTIONS]
+    texts = [*CAPTIONS, "  "]
+    assert tokenizer.encode_batch(texts, 12) == [tokenizer.encode(text, 12) for text in texts]
+    assert tokenizer.encode("  ", 12).ids == [tokenizer.cls_id, tokenizer.sep_id]
 
 
 def test_captions_cannot_spell_special_tokens(tokenizer):
@@ -91,18 +91,12 @@ def test_vocabulary_training_is_deterministic():
     assert run() == run() == Tokenizer.train(CAPTIONS * 20, 160).digest
 
 
-def test_saved_vocabulary_loads_as_the_same_tokenizer(tokenizer, tmp_path):
+def test_saved_and_pickled_tokenizers_are_the_same(tokenizer, tmp_path):
     url = str(tmp_path / "vocab.txt")
     tokenizer.save(Storage(), url)
-    loaded = Tokenizer.load(Storage(), url)
-    assert loaded.digest == tokenizer.digest
-    assert loaded.tokens == tokenizer.tokens
-
-
-def test_pickled_tokenizer_is_the_same(tokenizer):
-    copy = pickle.loads(pickle.dumps(tokenizer))  # noqa: S301
-    assert copy.digest == tokenizer.digest
-    assert copy.encode(CAPTIONS[1], 40) == tokenizer.encode(CAPTIONS[1], 40)
+    for copy in (Tokenizer.load(Storage(), url), pickle.loads(pickle.dumps(tokenizer))):  # noqa: S301
+        assert (copy.digest, copy.tokens) == (tokenizer.digest, tokenizer.tokens)
+        assert copy.encode(CAPTIONS[1], 40) == tokenizer.encode(CAPTIONS[1], 40)
 
 
 @pytest.mark.parametrize(
@@ -218,16 +212,9 @@ def testchoose_alphabet_grows_with_the_size_of_the_vocabulary() -> None:
 
 
 def test_rare_characters_beyond_a_thousand_are_dropped() -> None:
-    from collections import Counter
-
-    from tokenizers.normalizers import BertNormalizer
-
-    from pipeline.data.contents.text import choose_alphabet
-
-    counts = Counter({chr(0x4E00 + n): 10_000_000 if n < 1100 else 2 for n in range(1200)})
-    assert len(choose_alphabet(counts, 30_000, BertNormalizer())) == 1100
-    counts = Counter(dict.fromkeys(counts, 2))
-    assert len(choose_alphabet(counts, 30_000, BertNormalizer())) == 1200
+    for frequent, kept in ((10_000_000, 1100), (2, 1200)):
+        counts = Counter({chr(0x4E00 + n): frequent if n < 1100 else 2 for n in range(1200)})
+        assert len(choose_alphabet(counts, 30_000, BertNormalizer())) == kept
 
 
 @pytest.mark.parametrize("character", ["w", "😀"])

@@ -21,7 +21,6 @@ from pipeline.data.examples.augment import (
     augment,
     enhance_factor,
     mentions_side,
-    rand_augment,
     rotate,
     sharpness,
     translate,
@@ -127,13 +126,12 @@ def test_geometric_operations_fill_with_grey():
 
 
 def test_randaugment_applies_operations_half_of_the_time():
-    image = picture()
-    unchanged = sum((rand_augment(image, 1, 7, CounterRandom(hash64(k))) == image).all() for k in range(2000))
+    one_operation = PLAIN.model_copy(update={"num_ops": 1, "magnitude": 7})
+    image, unchanged = picture(), 0
+    assert (augment(image, PLAIN, 64, CounterRandom(1), True) == image).all()
+    for key in range(2000):
+        unchanged += (augment(image, one_operation, 64, CounterRandom(hash64(key)), True) == image).all()
     assert abs(unchanged / 2000 - (0.5 + 0.5 / len(NAMES))) < 0.05  # not applied, or Identity
-
-
-def test_zero_operations_change_nothing():
-    assert (rand_augment(picture(), 0, 7, CounterRandom(1)) == picture()).all()
 
 
 def test_augmentation_depends_on_the_key_alone():

@@ -12,16 +12,13 @@ import pytest
 import torch
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.data.batch import Batch
 from pipeline.data.contents.regions import RegionRecord
-from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.check import check_shards
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.objectives import batch_groups, check_objectives
+from pipeline.objectives import check_objectives
+from tests.support.data_stream import data_config, hash_of, open_loader, take
 
 NUMBERS, CLASSES, MOST = 6, 5, 8
 OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
@@ -50,55 +47,29 @@ def members(number: int, found: RegionRecord | None = None) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
-
-
 @pytest.fixture
 def shards(tmp_path: Path, make_tar) -> str:
-    number = 0
-    for shard, size in enumerate([9, 4, 10]):
-        samples = {f"s{n:05d}": members(n) for n in range(number, number + size)}
-        (tmp_path / f"{shard:05d}.tar").write_bytes(make_tar(samples))
-        number += size
+    for shard, numbers in enumerate([range(9), range(9, 13), range(13, 23)]):
+        (tmp_path / f"{shard:05d}.tar").write_bytes(make_tar({f"s{n:05d}": members(n) for n in numbers}))
     index_shards(Storage(), str(tmp_path))
     return str(tmp_path)
 
 
-def run_config(shards: str, objectives: tuple[str, ...] = OBJECTIVES, **changes: Any) -> RunConfig:
-    model = {
-        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12,
-        "max_regions": MOST, "region_features": NUMBERS, "region_classes": CLASSES,
-    }  # fmt: skip
-    stage: dict[str, Any] = {
-        "name": "regions", "sources": {"some": 1.0}, "objectives": {name: {} for name in objectives}, "steps": 100,
-        "global_batch_size": 10, "max_text_length": 12, "negatives": "random",
-    }  # fmt: skip
-    values = {
-        "name": "test",
-        "seed": 3,
-        "model": model | changes.pop("model", {}),
-        "sources": {"some": {"shards": shards, "type": "regions"}},
-        "data": {"streams": 5, "shuffle_window": 2, "max_bad_rate": changes.pop("max_bad_rate", 1.0)},
-        "stages": [stage | changes],
-    }
-    return validate(values, "test")
+def run_config(
+    shards: str, objectives: Any = OBJECTIVES, model: dict | None = None, bad_rate: float = 1.0
+) -> RunConfig:
+    sizes = {"width": 32, "layers": 2, "heads": 2, "max_text_length": 12, "max_regions": MOST}
+    imagebert = {"kind": "imagebert", **sizes, "region_features": NUMBERS, "region_classes": CLASSES} | (model or {})
+    data, stage = {"max_bad_rate": bad_rate}, {"negatives": "random"}
+    return data_config({"some": shards}, objectives, "regions", imagebert, data, stage)
 
 
-def take(config: RunConfig, tokenizer: Tokenizer, count: int, rank: int = 0, world: int = 1) -> list[Batch]:
-    with Loader(
-        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, rank, world
-    ) as loader:
-        return list(islice(loader.batches(0), count))
-
-
-def test_examples_contain_their_samples_regions(shards: str, tokenizer: Tokenizer) -> None:
+def test_examples_contain_their_samples_regions(shards: str) -> None:
     given = {}
     for number in range(23):
         best = record(number).most_confident(MOST)
         given[best.features.tobytes()] = best
-    (batch,) = take(run_config(shards), tokenizer, 1)
+    (batch,) = take(run_config(shards))
     assert batch.image is None
     for row in range(len(batch)):
         keep = batch.region_keep[row]
@@ -116,29 +87,15 @@ def test_examples_contain_their_samples_regions(shards: str, tokenizer: Tokenize
 
 
 @pytest.mark.parametrize("objectives", [OBJECTIVES, ("mlm",), ("mrfr",)])
-def test_batches_do_not_depend_on_world_size(shards: str, tokenizer: Tokenizer, objectives: tuple[str, ...]) -> None:
+def test_batches_do_not_depend_on_the_reader(shards: str, objectives: tuple[str, ...]) -> None:
     config = run_config(shards, objectives)
-    prints = {
-        fingerprint(
-            config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, range(2, 5), world
-        )
-        for world in (1, 2, 3)
-    }
-    assert len(prints) == 1
+    readers = ((1, 0), (2, 0), (3, 0), (1, 1))
+    assert len({hash_of(config, range(2, 5), world, num_workers=workers) for world, workers in readers}) == 1
 
 
-def test_loader_processes_build_the_same_examples(shards: str, tokenizer: Tokenizer) -> None:
-    config = run_config(shards)
-    loader = config.data.loader.model_copy(update={"num_workers": 1})
-    other = config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
-    (one,), (same,) = take(config, tokenizer, 1), take(other, tokenizer, 1)
-    for name in ("region_features", "region_keep", "region_positions", "region_hidden", "masked_text", "image_id"):
-        assert torch.equal(getattr(one, name), getattr(same, name)), name
-
-
-def test_masks_change_from_epoch_to_epoch(shards: str, tokenizer: Tokenizer) -> None:
+def test_masks_change_from_epoch_to_epoch(shards: str) -> None:
     seen: dict[int, set[bytes]] = {}
-    for batch in take(run_config(shards), tokenizer, 12):
+    for batch in take(run_config(shards), 12):
         for row, uid in enumerate(batch.uid.tolist()):
             if batch.region_keep[row].sum() > 4:
                 masked = batch.region_positions[row][batch.region_positions[row] >= 0]
@@ -146,26 +103,26 @@ def test_masks_change_from_epoch_to_epoch(shards: str, tokenizer: Tokenizer) -> 
     assert max(len(masks) for masks in seen.values()) > 1
 
 
-def test_batches_contain_only_what_objectives_read(shards: str, tokenizer: Tokenizer) -> None:
-    (batch,) = take(run_config(shards, ("mrfr",)), tokenizer, 1)
+def test_batches_contain_only_what_objectives_read(shards: str) -> None:
+    (batch,) = take(run_config(shards, ("mrfr",)))
     assert batch.text is not None
     assert batch.region_positions is not None
     assert batch.region_class is batch.masked_text is None
-    (batch,) = take(run_config(shards, ("itm",)), tokenizer, 1)
+    (batch,) = take(run_config(shards, ("itm",)))
     assert batch.region_features is not None
     assert batch.region_positions is batch.region_hidden is None
 
 
-def test_equal_images_have_equal_ids(shards: str, tokenizer: Tokenizer) -> None:
+def test_equal_images_have_equal_ids(shards: str) -> None:
     ids = {}
-    for batch in take(run_config(shards), tokenizer, 4):
+    for batch in take(run_config(shards), 4):
         for row in range(len(batch)):
             key = batch.region_features[row][batch.region_keep[row]].numpy().tobytes()
             assert ids.setdefault(key, int(batch.image_id[row])) == int(batch.image_id[row])
     assert len(set(ids.values())) == len(ids) > 10
 
 
-def test_bad_regions_are_replaced_and_reported(tmp_path: Path, make_tar, tokenizer: Tokenizer) -> None:
+def test_bad_regions_are_replaced_and_reported(tmp_path: Path, make_tar) -> None:
     """The shard check finds the samples that training replaces, with the same reasons."""
     bad = {
         "no_npz": {"json": members(0)["json"]},
@@ -180,8 +137,7 @@ def test_bad_regions_are_replaced_and_reported(tmp_path: Path, make_tar, tokeniz
     index_shards(Storage(), str(tmp_path))
     (report,) = check_shards(Storage(), str(tmp_path), "regions", 10**6, workers=1)
     assert {found.key for found in report.bad} == set(bad)
-    config = run_config(str(tmp_path))
-    with Loader(config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1) as loader:
+    with open_loader(run_config(str(tmp_path))) as loader:
         list(islice(loader.batches(0), 4))
         found = {(entry["key"], entry["reason"]) for entry in loader.quarantined()}
     assert found == {(finding.key, finding.reason) for finding in report.bad}
@@ -194,36 +150,17 @@ def test_bad_regions_are_replaced_and_reported(tmp_path: Path, make_tar, tokeniz
         ({"region_classes": 2}, r"class \d, but model\.region_classes is 2"),
     ],
 )
-def test_mismatched_regions_name_the_key_to_change(
-    shards: str, tokenizer: Tokenizer, model: dict[str, int], reason: str
-) -> None:
+def test_mismatched_regions_name_the_key_to_change(shards: str, model: dict[str, int], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        take(run_config(shards, model=model, max_bad_rate=0.01), tokenizer, 20)
+        take(run_config(shards, model=model, bad_rate=0.01), 20)
 
 
 def test_only_imagebert_reads_regions() -> None:
     with pytest.raises(ConfigError, match=r"regions are for a model of kind imagebert, and model\.kind is vlmo"):
-        validate(
-            {
-                "name": "test",
-                "sources": {"some": {"shards": "x", "type": "regions"}},
-                "stages": [
-                    {
-                        "name": "a",
-                        "sources": {"some": 1.0},
-                        "objectives": {"moc": {}},
-                        "steps": 1,
-                        "global_batch_size": 16,
-                    }
-                ],
-            },
-            "test",
-        )
+        data_config({"some": "x"}, ("moc",), "regions")
 
 
 def test_objectives_that_share_a_forward_need_equal_every(shards: str) -> None:
-    config = run_config(shards)
-    values = config.model_dump(mode="json")
-    values["stages"][0]["objectives"]["moc"]["every"] = 2
+    objectives = {name: {"every": 2 if name == "moc" else 1} for name in OBJECTIVES}
     with pytest.raises(ConfigError, match="mlm, moc, mrfr share one forward"):
-        check_objectives(validate(values, "test"))
+        check_objectives(run_config(shards, objectives))

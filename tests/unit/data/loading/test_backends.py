@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,61 +13,25 @@ import pytest
 import torch
 
 from pipeline.config.errors import DataError, RunFailed
-from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading import backends
-from pipeline.data.loading.loader import Loader, fingerprint
+from pipeline.data.loading.loader import Loader
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.objectives import batch_groups
+from tests.support.data_stream import data_config, hash_of, open_loader, take, with_loader
 
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(40) for way in "abc"], 200)
+def run_config(folder: str) -> RunConfig:
+    index_shards(Storage(), folder)
+    data = {"streams": 4, "loader": {"num_workers": 2, "threads_per_worker": 2}}
+    return data_config({"pairs": folder}, data=data, stage={"steps": STEPS, "global_batch_size": 8})
 
 
 @pytest.fixture
 def config(make_pairs) -> RunConfig:
-    folder = make_pairs("pairs", [11, 13])
-    index_shards(Storage(), folder)
-    values = {
-        "name": "test",
-        "model": {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4},
-        "sources": {"pairs": {"shards": folder}},
-        "data": {"streams": 4, "max_bad_rate": 1.0, "loader": {"num_workers": 2, "threads_per_worker": 2}},
-        "stages": [
-            {
-                "name": "together",
-                "sources": {"pairs": 1.0},
-                "objectives": {"itc": {}, "mlm": {}, "mim": {}},
-                "steps": STEPS,
-                "global_batch_size": 8,
-                "max_text_length": 12,
-            }
-        ],
-    }
-    return validate(values, "test")
-
-
-def open_loader(config: RunConfig, tokenizer: Tokenizer) -> Loader:
-    return Loader(
-        config,
-        config.stages[0],
-        batch_groups(config, config.stages[0]),
-        Storage(config.storage),
-        tokenizer,
-        rank=0,
-        world_size=1,
-    )
-
-
-def with_workers(config: RunConfig, count: int) -> RunConfig:
-    loader = config.data.loader.model_copy(update={"num_workers": count})
-    return config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
+    return run_config(make_pairs("pairs", [11, 13]))
 
 
 def children() -> list[int]:
@@ -94,30 +57,13 @@ def wait_until(condition, seconds: float = 20.0) -> bool:
     return False
 
 
-@pytest.fixture
-def batches(config, tokenizer) -> Iterator:
-    with open_loader(config, tokenizer) as loader:
-        yield loader.batches(0)
+def test_processes_build_the_same_examples_as_threads(config):
+    readers = ((0, 1), (1, 1), (3, 1), (2, 3))
+    assert len({hash_of(config, range(1, 6), world, num_workers=workers) for workers, world in readers}) == 1
 
 
-def test_processes_build_the_same_examples_as_threads(config, tokenizer):
-    prints = {
-        fingerprint(
-            with_workers(config, count),
-            config.stages[0],
-            batch_groups(with_workers(config, count), config.stages[0]),
-            Storage(),
-            tokenizer,
-            range(1, 6),
-            world,
-        )
-        for count, world in ((0, 1), (1, 1), (3, 1), (2, 3))
-    }
-    assert len(prints) == 1
-
-
-def test_batch_memory_is_reused_after_its_last_reference(config, tokenizer):
-    with open_loader(config, tokenizer) as loader:
+def test_batch_memory_is_reused_after_its_last_reference(config):
+    with open_loader(config) as loader:
         stream = loader.batches(0)
         first = next(stream)
         memory = loader._open[0]  # type: ignore[attr-defined]
@@ -135,32 +81,25 @@ def test_batch_memory_is_reused_after_its_last_reference(config, tokenizer):
         assert len(memory._free) == slots + 1
 
 
-def test_consumer_may_keep_every_batch(config, tokenizer):
-    with open_loader(config, tokenizer) as loader:
-        kept = list(islice(loader.batches(0), STEPS))
-    with open_loader(with_workers(config, 0), tokenizer) as loader:
-        for batch, expected in zip(kept, loader.batches(0), strict=False):
-            assert torch.equal(batch.image, expected.image)
-            assert torch.equal(batch.masked_text, expected.masked_text)
+def test_consumer_may_keep_every_batch_beyond_its_loader(config):
+    kept, expected = take(config, STEPS), take(with_loader(config, num_workers=0), STEPS)
+    for batch, other in zip(kept, expected, strict=True):
+        assert torch.equal(batch.image, other.image)
+        assert torch.equal(batch.masked_text, other.masked_text)
 
 
-def test_batches_outlive_their_loader(config, tokenizer):
-    with open_loader(config, tokenizer) as loader:
-        batch = next(loader.batches(0))
-    expected = next(open_loader(with_workers(config, 0), tokenizer).batches(0))
-    assert torch.equal(batch.image, expected.image)
+def test_killed_process_is_restarted_without_effect_on_data(config):
+    uninterrupted = take(with_loader(config, num_workers=0), STEPS)
+    with open_loader(config) as loader:
+        batches = loader.batches(0)
+        for step, expected in enumerate(uninterrupted):
+            assert torch.equal(next(batches).image, expected.image)
+            if step in (2, 6):
+                os.kill(children()[step % 3 // 2], signal.SIGKILL)
+        assert len(children()) == 2
 
 
-def test_killed_process_is_restarted_without_effect_on_data(config, tokenizer, batches):
-    uninterrupted = [batch.image for batch in islice(open_loader(with_workers(config, 0), tokenizer).batches(0), STEPS)]
-    for step, expected in enumerate(uninterrupted):
-        if step in (3, 7):
-            os.kill(children()[step % 2], signal.SIGKILL)
-        assert torch.equal(next(batches).image, expected)
-    assert len(children()) == 2
-
-
-def test_repeated_process_deaths_end_the_run(config, tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_repeated_process_deaths_end_the_run(config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends, "MAX_RESTARTS", 1)
 
     def kill_and_go_on(loader: Loader) -> None:
@@ -169,16 +108,16 @@ def test_repeated_process_deaths_end_the_run(config, tokenizer, monkeypatch: pyt
                 os.kill(child, signal.SIGKILL)
 
     with (
-        open_loader(config, tokenizer) as loader,
+        open_loader(config) as loader,
         pytest.raises(RunFailed, match=r"died 2 times in a short while, the last time by SIGKILL.*memory"),
     ):
         kill_and_go_on(loader)
     assert children() == []
 
 
-def test_close_leaves_no_process_or_descriptor(config, tokenizer):
+def test_close_leaves_no_process_or_descriptor(config):
     before = len(os.listdir("/proc/self/fd"))
-    with open_loader(config, tokenizer) as loader:
+    with open_loader(config) as loader:
         stream = loader.batches(0)
         next(stream)
         assert len(children()) == 2
@@ -188,7 +127,7 @@ def test_close_leaves_no_process_or_descriptor(config, tokenizer):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_process_errors_are_raised_with_their_type(config, tokenizer):
+def test_process_errors_are_raised_with_their_type(config):
     for shard in Path(config.sources["pairs"].shards).glob("*.tar"):
         spoiled = bytearray(shard.read_bytes())
         for offset in range(512, len(spoiled) - 1024, 64):
@@ -196,21 +135,15 @@ def test_process_errors_are_raised_with_their_type(config, tokenizer):
         times = shard.stat()
         shard.write_bytes(spoiled)
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with open_loader(config, tokenizer) as loader, pytest.raises(DataError, match=r"the shard was changed"):
+    with open_loader(config) as loader, pytest.raises(DataError, match=r"the shard was changed"):
         next(loader.batches(0))
     assert wait_until(lambda: children() == [])
 
 
-def test_bad_samples_are_reported_across_processes(make_pairs, make_pair, config, tokenizer):
-    folder = make_pairs("spoiled", [24], {(0, n): make_pair(n) | {"jpg": b"\xff\xd8 no picture"} for n in (2, 9, 17)})
-    index_shards(Storage(), folder)
-    sources = {"pairs": config.sources["pairs"].model_copy(update={"shards": folder})}
-    config = config.model_copy(update={"sources": sources})
-    with open_loader(config, tokenizer) as loader:
+def test_bad_samples_are_reported_across_processes(make_pairs, make_pair):
+    planted = {(0, n): make_pair(n) | {"jpg": b"\xff\xd8 no image"} for n in (2, 9, 17)}
+    with open_loader(run_config(make_pairs("spoiled", [24], planted))) as loader:
         list(islice(loader.batches(0), 3))
         assert loader.counts()["bad/pairs"] == 3
-        assert sorted(record["key"] for record in loader.quarantined()) == [
-            "spoiled00002",
-            "spoiled00009",
-            "spoiled00017",
-        ]
+        keys = sorted(record["key"] for record in loader.quarantined())
+    assert keys == ["spoiled00002", "spoiled00009", "spoiled00017"]
