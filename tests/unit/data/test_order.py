@@ -77,17 +77,6 @@ def test_streams_are_equal_to_within_one_sample():
             assert max(taken.values()) - min(taken.values()) <= 1, "odd samples must rotate"
 
 
-def test_mixing_stays_within_two_samples_of_the_weights():
-    order = data_order(c=shards(40, weight=0.7))
-    total = 1.0 + 2.3 + 0.7
-    for samples in by_stream(order, 400).values():
-        taken = Counter()
-        for count, sample in enumerate(samples, start=1):
-            taken[sample.source] += 1
-            for source, weight in {"a": 1.0, "b": 2.3, "c": 0.7}.items():
-                assert abs(taken[source] - count * weight / total) < 2
-
-
 TWENTY = {f"s{number:02}": shards(1000 + number, weight=number + 0.3) for number in range(20)}
 
 
