@@ -39,8 +39,15 @@ from pipeline.data.building.files import (
     suffix_of,
     text_in,
 )
-from pipeline.data.contents.answers import MIN_COUNT, answer_scores, frequent_answers, plain_answer
-from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
+from pipeline.data.contents.choices import (
+    ANSWERS,
+    CLASSES,
+    MIN_COUNT,
+    Choices,
+    answer_scores,
+    frequent_answers,
+    plain_answer,
+)
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.shards.tar import clean_name
 

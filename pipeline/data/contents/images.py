@@ -286,11 +286,11 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> tuple[np.ndarray, int, int, ob
     image: np.ndarray | None = None
     if not is_cmyk:
         if not jpeg.has_one_scan(data, header):  # counting scans reads the whole file, 7 % of the decoding time
-            _refuse_many_scans(data)
+            jpeg.refuse_many_scans(data)
         with suppress(Exception):
             image = simplejpeg.decode_jpeg(data, "RGB")
     if image is None:  # simplejpeg refuses it or cannot convert it: it is decoded if its entropy-coded data is intact
-        _refuse_many_scans(data)
+        jpeg.refuse_many_scans(data)
         plain = jpeg.without_metadata(data)
         try:
             with suppress(KeyError):  # a chroma sampling that has no name here, which is decoded all the same
@@ -303,11 +303,6 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> tuple[np.ndarray, int, int, ob
             with Image.open(io.BytesIO(plain), formats=("JPEG",)) as picture:
                 image = _rgb(picture)
     return image, header.height, header.width, _orientation(data)
-
-
-def _refuse_many_scans(data: bytes) -> None:
-    if jpeg.has_too_many_scans(data):
-        raise BadSample("image", f"more than {jpeg.MAX_SCANS} scans, each of which costs a pass over all pixels")
 
 
 def _measure_with_pillow(kind: str, data: bytes) -> tuple[int, int, bool, object]:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.data.quarantine import BadSample
+
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 SOS, DHT, DRI, APP0, APP1, APP14, COM = 0xDA, 0xC4, 0xDD, 0xE0, 0xE1, 0xEE, 0xFE
 APPLICATION = range(0xE0, 0xF0)
@@ -119,11 +121,11 @@ def has_one_scan(data: bytes, header: Header) -> bool:
         return False
 
 
-def has_too_many_scans(data: bytes) -> bool:
-    """Return whether there are more than MAX_SCANS scans, each of which costs a decoder a pass over all pixels."""
-    if data.count(bytes([0xFF, SOS])) <= MAX_SCANS:  # fast, and never below the number: thumbnails count too
-        return False
-    return sum(segment.marker == SOS for segment in segments(data)) > MAX_SCANS
+def refuse_many_scans(data: bytes) -> None:
+    """Raise BadSample for more than MAX_SCANS scans."""
+    # Counting markers is fast, and never below the number of scans: thumbnails in the metadata count too.
+    if data.count(bytes([0xFF, SOS])) > MAX_SCANS and sum(part.marker == SOS for part in segments(data)) > MAX_SCANS:
+        raise BadSample("image", f"more than {MAX_SCANS} scans, each of which costs a pass over all pixels")
 
 
 def exif_of(data: bytes) -> bytes | None:
@@ -161,8 +163,8 @@ def without_metadata(data: bytes) -> bytes:
             payload = payload[:-3] + b"\x00\x3f\x00"  # a sequential scan has all coefficients, whatever it says
         parts.append(bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload + data[end:stop])
     plain = b"".join(parts)
-    at = plain.find(b"\xff\xee\x00\x0eAdobe")
-    known, assumed = ((0, 1), 1) if num_components == 3 else ((0, 2), 2)  # colour transforms, as libjpeg assumes them
+    at = plain.find(b"\xff\xee\x00\x0eAdobe")  # an unknown colour transform becomes the one that libjpeg assumes
+    known, assumed = ((0, 1), 1) if num_components == 3 else ((0, 2), 2)
     if at < 0 or plain[at + 15] in known:
         return plain
     return plain[: at + 15] + bytes([assumed]) + plain[at + 16 :]

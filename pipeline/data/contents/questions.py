@@ -1,7 +1,7 @@
 """Samples for fine-tuning: questions about an image with scored answers, and statements about two images.
 
 A sample of `questions` is an image with json {"question": "…", "answers": {"text": score}, "question_id": …}; scores
-are 0 … 1 (see `answers`). A sample of `statements` is two images, members `0.jpg` and `1.jpg` or `left.jpg` and
+are 0 … 1 (see `choices`). A sample of `statements` is two images, members `0.jpg` and `1.jpg` or `left.jpg` and
 `right.jpg` (or another format), with json {"sentence": "…", "label": true, "id": "…"}.
 """
 
