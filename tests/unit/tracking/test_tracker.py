@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import random
@@ -20,7 +19,7 @@ from pipeline.tracking.describe import config_yaml, split_changeable
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder, read_journal, tracking_uri
 from pipeline.tracking.mlflow_server import check_server
-from pipeline.tracking.tracker import DatasetInput, JournalTracker, SavedWeights, Tracker
+from pipeline.tracking.tracker import DatasetInput, JournalTracker, SavedWeights
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds
 from tests.support.journals import config_of
@@ -205,14 +204,6 @@ def test_an_unresolvable_reference_is_rejected_by_name(
 
     with pytest.raises(ConfigError, match=reference):
         tracking_uri(config_of(tmp_path, uri=reference))
-
-
-def test_base_tracker_has_the_methods_of_the_journal_tracker() -> None:
-    methods = [name for name in vars(Tracker) if not name.startswith("_")]
-
-    for name in methods:
-        ours, silent = (inspect.signature(getattr(kind, name)).parameters for kind in (JournalTracker, Tracker))
-        assert list(ours) == list(silent), name
 
 
 def test_the_default_database_is_next_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
