@@ -44,16 +44,18 @@ def test_no_micro_batch_fits_if_the_states_are_too_large():
     assert largest_micro_batch(WORK, sharding(1), 16, 1e9) == 0
 
 
-def test_single_accelerator_has_no_communication():
+def test_single_accelerator_has_no_communication() -> None:
     alone = estimate(STAGE, sharding(1), H100, IB, Assumptions(mfu=0.5, goodput=1.0), micro_batch_size=1024)
     assert alone.communication_seconds == 0
     assert alone.step_seconds == pytest.approx((1024 * 6e11 + 1e10) / (0.5 * 989e12))
     assert alone.hours == pytest.approx(1000 * alone.step_seconds / 3600)
 
 
-def test_time_and_cost_follow_the_assumptions():
-    base = estimate(STAGE, sharding(8), H100, IB, Assumptions(price=2.0, goodput=1.0))
-    late = estimate(STAGE, sharding(8), H100, IB, Assumptions(price=4.0, goodput=0.5))
+def test_time_and_cost_follow_the_assumptions() -> None:
+    base, late = (
+        estimate(STAGE, sharding(8), H100, IB, Assumptions(price=price, goodput=goodput))
+        for price, goodput in ((2.0, 1.0), (4.0, 0.5))
+    )
     assert base.cost == pytest.approx(base.hours * 8 * 2.0)
     assert late.cost == pytest.approx(4 * base.cost)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from pipeline.planning.memory import Parameters, Sharding, memory_of
@@ -15,9 +13,12 @@ def sharding(zero_stage: int, world_size: int = 4, precision: str = "bfloat16", 
     return Sharding(zero_stage, world_size, precision, 50_000_000, 1_000_000_000, **more)  # type: ignore[arg-type]
 
 
-def test_bfloat16_states_take_2_bytes_and_12_sharded_bytes():
-    assert memory_of(SIZE, sharding(2)).states == 2 * 10_000_000 + 12 * 2_000_000
-    assert memory_of(SIZE, sharding(3)).states == 2 * 2_500_000 + 12 * 2_000_000
+@pytest.mark.parametrize(("zero_stage", "weights"), [(2, 10_000_000), (3, 2_500_000)])
+def test_bfloat16_states_take_2_bytes_and_12_sharded_bytes(zero_stage: int, weights: int) -> None:
+    states = memory_of(SIZE, sharding(zero_stage)).states
+    assert states == 2 * weights + 12 * 2_000_000
+    averaged = memory_of(SIZE, sharding(zero_stage, averages=True)).states
+    assert averaged == states + 4 * 2_000_000, "a moving average adds one sharded float32 copy"
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -34,11 +35,6 @@ def test_offloaded_state_moves_from_device_to_host(zero_stage):
     assert kept.host == 0
     assert offloaded.host >= 12 * 2_000_000
     assert offloaded.states == kept.states - 12 * 2_000_000
-
-
-def test_moving_average_adds_one_sharded_float32_copy():
-    plain = memory_of(SIZE, sharding(2))
-    assert memory_of(SIZE, replace(sharding(2), averages=True)).states == plain.states + 4 * 2_000_000
 
 
 def test_total_is_the_larger_of_backward_and_update():

@@ -12,7 +12,6 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.objectives import head_config
-from pipeline.objectives.mim import mean_colour_targets, mim_loss
 from pipeline.training.collectives import Collectives
 from pipeline.training.stages import check_stages
 from tests.support.trial import ROWS, VISUAL_TOKENS, begin, tiny_run
@@ -63,14 +62,6 @@ def test_micro_batches_have_the_whole_gradient_of_the_trained_parameters(
     assert whole.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_trap_section_3_labels_differ_from_patch_to_patch() -> None:
-    """lucidrains/vit-pytorch#97 trained masked patches against labels that were equal everywhere."""
-    black_and_white = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
-    black_and_white[:, :, PATCH:] = 255
-    expected = torch.tensor([[0, 511, 511] * 3])
-    assert torch.equal(mean_colour_targets(black_and_white, torch.arange(9)[None], PATCH), expected)
-
-
 def test_encoder_reads_no_patch_that_the_decoder_predicts(collectives: Collectives) -> None:
     begun = begin(run_config("vlmo", "decoded"), collectives)
     begun.step(begun.batch)
@@ -100,12 +91,3 @@ def test_heads_of_a_stage_follow_its_image_target() -> None:
 def test_unsupported_stage_is_rejected(kind: str, variant: str, keys: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         check_stages(run_config(kind, variant, **keys))
-
-
-@pytest.mark.parametrize("target", [torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.randn(2, 3, 7)], ids=["ids", "pixels"])
-def test_padding_of_shorter_masks_does_not_change_the_loss(target: Tensor) -> None:
-    """Images that keep their aspect ratio have masks of different lengths, padded with -1."""
-    prediction = torch.randn(2, 3, 7)
-    is_masked = torch.tensor([[True, True, True], [True, False, False]])
-    parts = mim_loss(prediction[:1], target[:1]) + mim_loss(prediction[1:, :1], target[1:, :1])
-    torch.testing.assert_close(mim_loss(prediction, target, is_masked), parts)

@@ -1,4 +1,4 @@
-"""ImageBERT's four objectives: shared forwards, negatives, and a tiny model that learns all four."""
+"""ImageBERT's four objectives in one step: shared forwards, negatives and dropout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.objectives.mlm import MLM
 from pipeline.objectives.moc import MOC
 from pipeline.objectives.mrfr import MRFR
 from pipeline.training.collectives import Collectives
-from tests.support.trial import COLLAPSED_1_TO_1, ROWS, TrialState, begin, tiny_run
+from tests.support.trial import ROWS, TrialState, begin, tiny_run
 
 OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
 
@@ -20,16 +20,6 @@ OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
 def trial(collectives: Collectives, dropout: float = 0.0) -> TrialState:
     objectives = {name: {} for name in OBJECTIVES}
     return begin(tiny_run("imagebert", "regions", objectives, {"dropout": dropout}, negatives="random"), collectives)
-
-
-def test_all_four_losses_fall_in_thirty_steps(collectives: Collectives) -> None:
-    begun, losses = trial(collectives), []
-    for _ in range(31):
-        losses.append({name: float(loss) for name, loss in begun.step(begun.batch).items()})
-        begun.engine.step(1e-2)
-    first, last = losses[0], losses[-1]
-    assert {name for name in OBJECTIVES if last[name] >= 0.5 * first[name]} == set(), (first, last)
-    assert last["itm"] < 0.8 * COLLAPSED_1_TO_1
 
 
 def test_masked_objectives_share_one_forward_with_zeroed_regions(collectives: Collectives) -> None:
@@ -67,14 +57,6 @@ def test_negative_has_the_caption_or_regions_of_another_row(collectives: Collect
 def test_trap_06_only_itm_reads_negatives(objective: type[Objective]) -> None:
     """The paper's conditional mask: MLM, MOC and MRFR read matched pairs only, so they swap no rows."""
     assert objective.swaps is Objective.swaps
-
-
-def test_padded_masked_positions_change_no_loss(collectives: Collectives) -> None:
-    begun = trial(collectives)
-    once = begun.step(begun.batch)
-    positions = torch.nn.functional.pad(begun.batch.region_positions, (0, 2), value=-1)
-    again = begun.step(replace(begun.batch, region_positions=positions))
-    torch.testing.assert_close(again, once)
 
 
 def test_dropout_depends_on_the_step_alone(collectives: Collectives) -> None:

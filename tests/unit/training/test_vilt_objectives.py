@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 from pipeline.objectives.itm import matched_examples
@@ -53,14 +52,6 @@ def test_masked_patches_are_read_with_their_text(collectives: Collectives) -> No
                 colours[row, place] = 64 * red + 8 * green + blue
     confident = 50.0 * torch.nn.functional.one_hot(colours, 512)
     assert mim.loss({"hidden": {"mim": confident}}, batch) < 1e-3
-
-
-@pytest.mark.parametrize("target", ["mean_colour", "pixels"])
-def test_padding_of_masked_patches_changes_no_loss(target: str, collectives: Collectives) -> None:
-    begun = trial(collectives, {"mim": {}}, image_target=target)
-    positions = torch.nn.functional.pad(begun.batch.patch_positions, (0, 2), value=-1)
-    longer = replace(begun.batch, patch_positions=positions)
-    torch.testing.assert_close(begun.step(longer)["mim"], begun.step(begun.batch)["mim"])
 
 
 def test_wpa_without_examples_has_a_gradient(collectives: Collectives) -> None:
