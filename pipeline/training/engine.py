@@ -1,4 +1,4 @@
-"""What a training step needs of an engine, the timing of forwards, and the fragments that checkpoints store.
+"""The engine protocol of the training step, the timing of forwards, and the fragments that checkpoints store.
 
 A fragment is a range of one parameter: its float32 master weight, its Adam moments and, if the stage keeps one, its
 moving average. Checkpoints store fragments, which are readable at any world size and ZeRO stage (contract C5).

@@ -180,8 +180,10 @@ def run_step(
     members = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
     probe = Probe([*model.parameters(), *model.buffers(), *members], kernels)
     engine = _ProbedEngine(model, probe)
-    # The image tokenizer's arithmetic is not counted.
-    no_tokens = lambda images, grid: torch.zeros(len(images), grid * grid, dtype=torch.int64)  # noqa: E731
+
+    def no_tokens(images: Tensor, grid: int) -> Tensor:  # the image tokenizer's arithmetic is not counted
+        return torch.zeros(len(images), grid * grid, dtype=torch.int64)
+
     step = TrainingStep(engine, stage, _ImaginedRank(), no_tokens)
     with probe:
         step(batch)
