@@ -121,19 +121,16 @@ def build_trained_model(weights: Weights) -> Model:
 
 
 NO_TEXT, TEXT, MASKED_TEXT = "no text", "a text", f"a text with {MASK}"
-# What each objective predicts from: in words, the number of images, and the kind of text.
-_NEEDS: dict[str, tuple[str, tuple[int, ...], str]] = {
-    "vqa": ("an image and a question", (1,), TEXT),
-    "nlvr2": ("two images and a statement", (2,), TEXT),
-    "classification": ("an image and no text", (1,), NO_TEXT),
-    "itc": ("an image and a text", (1,), TEXT),
-    "itm": ("an image and a text", (1,), TEXT),
-    "ranking": ("an image and a text", (1,), TEXT),
-    "mlm": (f"{MASKED_TEXT} and at most one image", (0, 1), MASKED_TEXT),
+# The head of each objective's prediction, and its inputs: in words, the number of images, and the kind of text.
+_PREDICTIONS: dict[str, tuple[Head, str, tuple[int, ...], str]] = {
+    "vqa": ("answers", "an image and a question", (1,), TEXT),
+    "nlvr2": ("nlvr2", "two images and a statement", (2,), TEXT),
+    "classification": ("classes", "an image and no text", (1,), NO_TEXT),
+    "itc": ("itc", "an image and a text", (1,), TEXT),
+    "itm": ("itm", "an image and a text", (1,), TEXT),
+    "ranking": ("ranking", "an image and a text", (1,), TEXT),
+    "mlm": ("mlm", f"{MASKED_TEXT} and at most one image", (0, 1), MASKED_TEXT),
 }
-_HEADS: dict[str, Head] = {
-    "vqa": "answers", "nlvr2": "nlvr2", "classification": "classes", "itc": "itc", "itm": "itm", "ranking": "ranking",
-}  # fmt: skip
 
 
 class TrainedModel:
@@ -220,35 +217,36 @@ class TrainedModel:
         """
         decoded = tuple(self._decode(image) for image in images)
         kind = NO_TEXT if text is None else MASKED_TEXT if MASK in text else TEXT
-        trained = [objective for objective in self.stage.objectives if objective in _NEEDS]
+        trained = [objective for objective in self.stage.objectives if objective in _PREDICTIONS]
         predictions: Prediction = {}
         for objective in trained:
-            _, counts, text_kind = _NEEDS[objective]
+            _, _, counts, text_kind = _PREDICTIONS[objective]
             if len(decoded) in counts and kind == text_kind:
                 predictions |= self._predict(objective, decoded, text, top_k)
         if predictions:
             return predictions
         count = ("no image", "one image", "two images")[len(decoded)]
-        needs = "; ".join(f"{objective} needs {_NEEDS[objective][0]}" for objective in trained)
+        needs = "; ".join(f"{objective} needs {_PREDICTIONS[objective][1]}" for objective in trained)
         raise ConfigError(
             f"nothing can be predicted from {count} and {kind}: stage {self.stage.name} was trained for "
             f"{needs or 'objectives without predictions: ' + ', '.join(self.stage.objectives)}"
         )
 
     def _predict(self, objective: str, images: Sequence[np.ndarray], text: str | None, top_k: int) -> Prediction:
-        """Return the prediction of one objective by name, from inputs as `_NEEDS` lists them."""
+        """Return the prediction of one objective by name, from inputs as `_PREDICTIONS` lists them."""
         if objective == "mlm":
             assert text is not None
             return {"words": self._fill_masks(text, images, top_k)}
         answers = None
         if objective == "vqa":
             answers = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}").names
-        pair = self._collate(images, [] if text is None else self._tokenize(text), _HEADS[objective])
+        head = _PREDICTIONS[objective][0]
+        pair = self._collate(images, [] if text is None else self._tokenize(text), head)
         if objective == "itc":  # the mean cosine of the contrastive heads, from -1 to 1
             of_image = contrastive_features(self.model, replace(pair, text=None, text_keep=None))
             of_text = contrastive_features(self.model, replace(pair, image=None, image_size=None))
             return {"similarity": (of_image @ of_text.T).item()}
-        output = run_forward(self.model, pair)[_HEADS[objective]][0].float().cpu()
+        output = run_forward(self.model, pair)[head][0].float().cpu()
         if objective == "ranking":
             return {"ranking": output.item()}
         if answers is not None:

@@ -17,8 +17,8 @@ from pipeline.data.building.importers import write_shards
 from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
 from pipeline.evaluation.embedding import DONE
+from tests.support.finished_run import untrained_weights
 from tests.support.train_process import ROOT, SECONDS
-from tests.support.untrained_run import untrained_weights
 
 SHARDS = 60
 AFTER = (5, 20)  # number of records after which each process is killed

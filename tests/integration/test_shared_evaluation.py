@@ -9,7 +9,7 @@ import pytest
 
 from jobs.embed import embed
 from jobs.evaluate import evaluate_checkpoint
-from tests.support.untrained_run import untrained_weights
+from tests.support.finished_run import untrained_weights
 
 
 @pytest.mark.slow

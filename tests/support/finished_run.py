@@ -1,4 +1,4 @@
-"""The folder of a finished run of one tiny stage on drawn scenes, for tests of commands that read runs."""
+"""Untrained weights on drawn scenes, alone or in the folder of a finished run, for tests of what reads them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline.models import build_model
 from pipeline.objectives import head_config
 from pipeline.tracking.journal import Journal
 from pipeline.training.checkpoint import save_weights, stage_url
+from tests.support.short_run import short_config
 
 SCENES = 12
 SECTION = {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 32, "patch_size": 8}
@@ -50,15 +51,27 @@ def config_of(output: Path, sources: dict[str, Any], source: str, **more: Any) -
     return RunConfig.model_validate_json(json.dumps(values | more))
 
 
+def save_untrained(config: RunConfig, index: int, shards: str, url: str, step: int) -> None:
+    """Save random weights as those of stage `index`, with a vocabulary of the captions in `shards`."""
+    tokenizer = Tokenizer.train(iter_captions(Storage(), shards), 200)
+    model = build_model(config.model, tokenizer.size, head_config(config, index), seed=1)
+    metadata = {"config": config.model_dump(mode="json"), "stage": config.stages[index].name, "step": step}
+    save_weights(Storage(), url, dict(model.state_dict()), list(tokenizer.tokens), metadata)
+
+
+def untrained_weights(folder: Path) -> tuple[RunConfig, str]:
+    """Write untrained weights of a run's second stage and its drawn scenes; return the config and the weights' URL."""
+    section = {"source": "scenes", "max_images": 22, "batch_size": 5}
+    config = short_config(str(folder), evaluation=section)
+    build_synthetic(Storage(), config.sources)
+    url = stage_url(config, 1)
+    save_untrained(config, 1, config.sources["scenes"].shards, url, step=16)
+    return config, url
+
+
 def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = "c0ffee") -> str:
     """Write the folder of a finished run with the config `recorded` and the MLflow run id `run` (None: untracked)."""
-    storage = Storage()
-    tokenizer = Tokenizer.train(iter_captions(storage, shards), 200)
-    model = build_model(recorded.model, tokenizer.size, head_config(recorded, 0), seed=1)
-    url = f"{folder}/stages/0-pairs"
-    assert stage_url(recorded, 0).endswith("/stages/0-pairs")
-    metadata = {"config": recorded.model_dump(mode="json"), "stage": "pairs", "step": 4}
-    save_weights(storage, url, dict(model.state_dict()), list(tokenizer.tokens), metadata)
+    save_untrained(recorded, 0, shards, f"{folder}/stages/0-pairs", step=4)
     (folder / "run.json").write_text(recorded.model_dump_json(), encoding="utf-8")
     if run is not None:
         (folder / "tracking.json").write_text(json.dumps({"run": run, "name": recorded.name}), encoding="utf-8")

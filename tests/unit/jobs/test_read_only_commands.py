@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import prepare
-from tests.support.untrained_run import untrained_weights
+from tests.support.finished_run import untrained_weights
 
 
 @dataclass(frozen=True)
