@@ -56,8 +56,11 @@ class PackedInputs:
         self.branches = "itc" in inputs[0].heads
         self.image = _join(piece.image for piece in pieces)
         self.image_size: Tensor | None = None
-        if any(piece.image_size is not None for piece in pieces):
-            self.image_size = torch.cat([_image_size(piece) for piece in pieces])
+        if any(piece.image_size is not None for piece in pieces):  # images without a size fill their canvas
+            sides = [piece.image.shape[1:3] for piece in pieces if piece.image is not None]
+            whole = [torch.tensor(s, device=self._device).expand(n, 2) for s, n in zip(sides, self._sizes, strict=True)]
+            sizes = [piece.image_size for piece in pieces]
+            self.image_size = torch.cat([w if own is None else own for own, w in zip(sizes, whole, strict=True)])
         self.visible_patches = _join((piece.visible_patches for piece in pieces), padding=-1)
         self.is_second: Tensor | None = None  # (B,) bool: the second image of a statement
         if any(is_second):
@@ -174,14 +177,6 @@ def _check(inputs: ForwardInput) -> None:
     for head in inputs.heads:
         if not serves.get(head, fused):
             raise ValueError(f"head '{head}' cannot read {kind} input with these members; see ForwardInput")
-
-
-def _image_size(piece: ForwardInput) -> Tensor:
-    """Return the extent of a piece's images on their canvas, (B, 2): all of it where none is given."""
-    if piece.image_size is not None:
-        return piece.image_size
-    assert piece.image is not None
-    return torch.tensor(piece.image.shape[1:3], device=piece.image.device).expand(len(piece.image), 2)
 
 
 def _join(members: Iterable[Tensor | None], padding: float = 0) -> Tensor | None:

@@ -42,11 +42,7 @@ class VisualTokenizer(nn.Module):
     def __init__(self, encoder: FlavaImageCodebook) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False).float().eval()
-
-    @property
-    def tokens(self) -> int:
-        """Return the size of the vocabulary."""
-        return int(self.encoder.config.vocab_size)
+        self.tokens = int(encoder.config.vocab_size)
 
     @torch.no_grad()
     def forward(self, image: Tensor, grid: int) -> Tensor:
@@ -68,7 +64,22 @@ def read_tokenizer(config: bytes, weights: bytes, origin: str) -> VisualTokenize
         for pattern, replacement in _NAMES:
             name = re.sub(pattern, replacement, name)
         state[name] = tensor
-    section = _read_section(config, origin, limit=len(state))
+    try:
+        stated = read_json(config, "config.json")
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: its config.json cannot be read: {error}") from error
+    if stated.get("model_type", "flava_image_codebook") != "flava_image_codebook":
+        raise CheckpointError(f"{origin}: its config.json is of another model; expected a flava_image_codebook")
+    keys = ("num_groups", "input_channels", "num_blocks_per_group", "hidden_size", "vocab_size")
+    sizes = {key: stated[key] for key in keys if key in stated}
+    wrong = [key for key, value in sizes.items() if not isinstance(value, int) or value < 1]
+    # There are at most as many groups and blocks as tensors.
+    wrong += [key for key in ("num_groups", "num_blocks_per_group") if key in sizes and sizes[key] > len(state)]
+    if wrong:
+        raise CheckpointError(
+            f"{origin}: its config.json has {wrong[0]}={sizes[wrong[0]]!r}, which does not fit its tensors"
+        )
+    section = FlavaImageCodebookConfig(**sizes)
     try:
         with torch.device("meta"):  # before allocating memory for sizes that no tensor has
             shapes = {name: tuple(tensor.shape) for name, tensor in FlavaImageCodebook(section).state_dict().items()}
@@ -79,22 +90,3 @@ def read_tokenizer(config: bytes, weights: bytes, origin: str) -> VisualTokenize
         encoder = FlavaImageCodebook(section)
     encoder.load_state_dict(state)
     return VisualTokenizer(encoder)
-
-
-def _read_section(config: bytes, origin: str, limit: int) -> FlavaImageCodebookConfig:
-    """Return the sizes of a config.json, with at most `limit` groups and blocks (there are no more tensors)."""
-    try:
-        section = read_json(config, "config.json")
-    except CheckpointError as error:
-        raise CheckpointError(f"{origin}: its config.json cannot be read: {error}") from error
-    if section.get("model_type", "flava_image_codebook") != "flava_image_codebook":
-        raise CheckpointError(f"{origin}: its config.json is of another model; expected a flava_image_codebook")
-    keys = ("num_groups", "input_channels", "num_blocks_per_group", "hidden_size", "vocab_size")
-    sizes = {key: section[key] for key in keys if key in section}
-    wrong = [key for key, value in sizes.items() if not isinstance(value, int) or value < 1]
-    wrong += [key for key in ("num_groups", "num_blocks_per_group") if key in sizes and sizes[key] > limit]
-    if wrong:
-        raise CheckpointError(
-            f"{origin}: its config.json has {wrong[0]}={sizes[wrong[0]]!r}, which does not fit its tensors"
-        )
-    return FlavaImageCodebookConfig(**sizes)

@@ -56,13 +56,12 @@ class ITC(Objective):
         return frozenset({"image"}), frozenset({"text"})
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        masks = {name: self.context.drop_path_mask(examples, name) for name in ("image", "text")}
-        image = ForwardInput(("itc",), image=examples.image, image_size=examples.image_size)
-        text = ForwardInput(("itc",), text=examples.text, text_keep=examples.text_keep)
-        return {
-            "image": replace(image, drop_path_mask=masks["image"]),
-            "text": replace(text, drop_path_mask=masks["text"]),
+        forwards = {
+            "image": ForwardInput(("itc",), image=examples.image, image_size=examples.image_size),
+            "text": ForwardInput(("itc",), text=examples.text, text_keep=examples.text_keep),
         }
+        mask = self.context.drop_path_mask
+        return {name: replace(forward, drop_path_mask=mask(examples, name)) for name, forward in forwards.items()}
 
 
 @dataclass(frozen=True)

@@ -146,20 +146,15 @@ class MIM(Objective):
         return positions.numel() if examples.image_size is None else (positions >= 0).sum()
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        image = require(examples.image)
-        masked = ForwardInput(
-            heads=("mim",),
-            image=image,
-            image_size=examples.image_size,
-            visible_patches=examples.visible_patches,
+        masked = replace(
+            self.fusion_forward(examples, "hidden", "mim"),
             patch_positions=require(examples.patch_positions),
             patch_replacements=examples.patch_replacements,
-            drop_path_mask=self.context.drop_path_mask(examples, "hidden"),
         )
-        if examples.image_size is not None:
-            masked = replace(masked, text=examples.text, text_keep=examples.text_keep)
+        if examples.image_size is None:  # only ViLT reads the text
+            masked = replace(masked, text=None, text_keep=None)
         if self.stage.image_decoder is not None:
-            masked = drop_masked_patches(masked, (image.shape[1] // self.context.patch_size) ** 2)
+            masked = drop_masked_patches(masked, (require(examples.image).shape[1] // self.context.patch_size) ** 2)
         return {"hidden": masked}
 
     def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:

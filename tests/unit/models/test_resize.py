@@ -19,7 +19,6 @@ from pipeline.models.resize import (
     resize_grid,
     resize_relative_grid,
     resize_text_distances,
-    spline_weights,
 )
 
 GRIDS = [(14, 24), (14, 30), (24, 14), (7, 12), (3, 4)]
@@ -100,33 +99,6 @@ def geometric_by_roots(old: int, new: int) -> np.ndarray:
     return np.array([-each for each in reversed(away)] + [0.0] + away)
 
 
-def b_splines(knots: np.ndarray, degree: int, x: float) -> np.ndarray:
-    """Return all B-splines at x, by the recursion of Cox and de Boor."""
-    last = np.flatnonzero(np.diff(knots))[-1]
-    basis = np.array([knots[i] <= x < knots[i + 1] or (i == last and x == knots[i + 1]) for i in range(len(knots) - 1)])
-    basis = basis.astype(float)
-    for k in range(1, degree + 1):
-        left = [_share(x - knots[i], knots[i + k] - knots[i]) for i in range(len(knots) - 1 - k)]
-        right = [_share(knots[i + k + 1] - x, knots[i + k + 1] - knots[i + 1]) for i in range(len(knots) - 1 - k)]
-        basis = left * basis[:-1] + right * basis[1:]
-    return basis
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def not_a_knot_weights(places: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Return FITPACK's cubic interpolation weights by solving for B-spline coefficients.
-
-    Knots are all places except the second and the second to last.
-    """
-    knots = np.concatenate([[places[0]] * 4, places[2:-2], [places[-1]] * 4])
-    collocation = np.stack([b_splines(knots, 3, x) for x in places])
-    inside = np.clip(asked, places[0], places[-1])
-    return np.stack([b_splines(knots, 3, x) for x in inside]) @ np.linalg.inv(collocation)
-
-
 @pytest.mark.parametrize(("old", "new"), GRIDS)
 def test_relative_table_equals_fitpacks_bivariate_spline(old: int, new: int) -> None:
     """`interp2d(kind='cubic')` on a grid called the FITPACK routine that RectBivariateSpline calls (regrid_smth)."""
@@ -139,12 +111,6 @@ def test_relative_table_equals_fitpacks_bivariate_spline(old: int, new: int) -> 
         spline = RectBivariateSpline(places, places, square(before[:-3])[..., column], kx=3, ky=3, s=0)
         np.testing.assert_allclose(after[:-3, column].numpy(), spline(asked, asked).ravel(), rtol=1e-5, atol=1e-5)
     assert torch.equal(after[-3:], before[-3:])
-
-
-@pytest.mark.parametrize(("old", "new"), [(27, 47), (13, 23), (27, 13)])
-def test_spline_equals_b_splines_solved_by_hand(old: int, new: int) -> None:
-    places, asked = geometric_distances(old, new), np.arange(new) - new // 2
-    np.testing.assert_allclose(spline_weights(places, asked), not_a_knot_weights(places, asked), atol=1e-8)
 
 
 def test_largest_distance_stays_the_largest() -> None:
