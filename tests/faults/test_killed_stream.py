@@ -25,7 +25,7 @@ from pipeline.data.storage import Storage, join
 from tests.support import data_stream
 from tests.support.data_stream import record, stream_config, whole_lines
 
-KILLS = int(os.environ.get("MOME_KILLS", "5"))
+KILLS = int(os.environ.get("MOME_KILLS", "3"))
 WORLDS = (1, 2, 3, 4)
 SECONDS = 120.0
 

@@ -17,6 +17,7 @@ from tests.support.train_process import SECONDS, STAGES, TrainProcess
 STEPS = 12
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_rank_killed_in_every_stage_changes_no_loss(tmp_path: Path) -> None:
     whole = TrainProcess(tmp_path, "whole", STEPS)

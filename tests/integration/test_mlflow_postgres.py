@@ -128,6 +128,7 @@ def test_outage_of_the_server_loses_and_repeats_no_metric(postgres: Postgres, s3
         server.kill()
 
 
+@pytest.mark.slow
 def test_server_with_login_needs_the_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("flask_wtf", reason="mlflow's login needs the package Flask-WTF")
     server = Server(tmp_path, login=True)
