@@ -22,7 +22,7 @@ from pipeline.data.shards.check import sample_defect
 from pipeline.data.shards.tar import TarSample
 from pipeline.data.storage import Storage
 from tests.support.data_stream import open_loader, take
-from tests.support.fine_tuning_data import COLOURS, picture_of_sides, run_config
+from tests.support.fine_tuning_data import COLOURS, image_of_sides, run_config
 
 
 def members(**record: Any) -> dict[str, bytes]:
@@ -160,7 +160,7 @@ def test_another_list_of_answers_changes_the_digest(tmp_path: Path) -> None:
 def test_images_are_not_mirrored_if_an_answer_names_a_side(tmp_path: Path, answer: str, flipped: bool) -> None:
     """The question does not name a side: 'which side is it on?' alone would allow mirroring."""
     record = {"question": "where is it?", "answers": {answer: 1.0}}
-    samples = [{"__key__": f"s{n}", "jpg": picture_of_sides(), "json": json.dumps(record).encode()} for n in range(32)]
+    samples = [{"__key__": f"s{n}", "jpg": image_of_sides(), "json": json.dumps(record).encode()} for n in range(32)]
     config, url = drawn_config(tmp_path, "questions"), str(tmp_path / "sides")
     write_shards(Storage(), samples, url)
     train = config.sources["train"].model_copy(update={"shards": url})
