@@ -225,7 +225,7 @@ class TrainedModel:
                 predictions |= self._predict(objective, decoded, text, top_k)
         if predictions:
             return predictions
-        count = ("no image", "one image", "two images")[len(decoded)]
+        count = {0: "no image", 1: "one image", 2: "two images"}.get(len(decoded), f"{len(decoded)} images")
         needs = "; ".join(f"{objective} needs {_PREDICTIONS[objective][1]}" for objective in trained)
         raise ConfigError(
             f"nothing can be predicted from {count} and {kind}: stage {self.stage.name} was trained for "

@@ -15,8 +15,8 @@ Every test is named after its trap (`test_trap_NN_…`); this module has those t
     10  half precision, masked rows and unbounded scales        objectives/test_wpa; training/test_release; models/
     11  parameters that no objective reads                      training/test_stages; models/test_vilt
     12  accumulation shrinks ITC's batch                        here
-    13  the text stage changes what images share                training/test_stages, test_recipes_of_pictures
-    14  masked images and ITC in one stage                      training/test_recipes_of_pictures
+    13  the text stage changes what images share                training/test_stages, test_image_recipes
+    14  masked images and ITC in one stage                      training/test_image_recipes
     15  ranks with unequal examples wait for each other         integration/test_uneven_ranks
 """
 

@@ -36,9 +36,7 @@ def encoded(image):
     return buffer.getvalue()
 
 
-def test_loaded_run_encodes_images_and_texts_as_evaluation_does(
-    model, config, held_out, tokenizer, tmp_path
-):  # fmt: skip
+def test_loaded_run_encodes_images_and_texts_as_evaluation_does(model, config, held_out, tokenizer, tmp_path):
     config = config.model_copy(update={"output": str(tmp_path)})
     metadata = {"config": config.model_dump(mode="json"), "stage": "vision_language", "step": 4, "absent": []}
     url = f"{tmp_path}/tiny/stages/2-vision_language"
@@ -107,7 +105,8 @@ NEEDS = r"itc needs an image and a text; itm needs .*mlm needs"
     ("call", "error", "message"),
     [
         (lambda m, image: m.predict([], "a circle"), ConfigError, NEEDS),
-        (lambda m, image: m.predict([image] * 2, "a circle"), ConfigError, NEEDS),
+        (lambda m, image: m.predict([image] * 2, "a circle"), ConfigError, f"from two images and .*{NEEDS}"),
+        (lambda m, image: m.predict([image] * 3, "a circle"), ConfigError, f"from 3 images and .*{NEEDS}"),
         (lambda m, image: m.predict([image], "  "), ConfigError, "no token is left"),
         (lambda m, image: m.fill_masks("[MASK] " * 50), ConfigError, "at most 40"),
         (lambda m, image: m.fill_masks("a circle"), ConfigError, r"no \[MASK\]"),
