@@ -101,10 +101,27 @@ def build(
     from pipeline.data.building.files import ImportOptions, Problems
 
     options = ImportOptions(
-        images, image_column, caption_column, words, tuple(annotations or ()), split, listed_only, min_count
+        images=images,
+        image_column=image_column,
+        caption_column=caption_column,
+        words=words,
+        annotations=tuple(annotations or ()),
+        split=split,
+        listed_only=listed_only,
+        min_count=min_count,
     )
-    problems = Problems(strict=strict, allow_outside=allow_outside)
-    build_shards(source, out, str(kind), options, problems, samples_per_shard, limit, overwrite, max_missing, as_json)
+    build_shards(
+        source,
+        out,
+        str(kind),
+        options,
+        Problems(strict=strict, allow_outside=allow_outside),
+        samples_per_shard=samples_per_shard,
+        limit=limit,
+        overwrite=overwrite,
+        max_missing=max_missing,
+        as_json=as_json,
+    )
 
 
 @app.command()

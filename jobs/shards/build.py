@@ -35,6 +35,7 @@ def build_shards(
     kind: str,
     options: ImportOptions,
     problems: Problems,
+    *,
     samples_per_shard: int,
     limit: int | None,
     overwrite: bool,

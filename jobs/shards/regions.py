@@ -76,17 +76,17 @@ def detect_regions(
         list_of_findings(report, "--report") if report else nullcontext() as findings,
         ShardProgress("detecting") as progress,
     ):
-        folder, out = _absolute(shard_folder(url)), _absolute(out)
-        if folder == out:
-            raise ConfigError(f"{out}: the shards are copied, not changed; choose another folder than {url}")
+        folder, target = _absolute(shard_folder(url)), _absolute(out)
+        if folder == target:
+            raise ConfigError(f"{target}: the shards are copied, not changed; choose another folder than {url}")
         setting = RegionSettings(detector_digest(detector), max_regions, max_pixels)
         sources = storage.list_info(folder)
         names = shard_names(url, sources)
-        done = _finished_shards(storage, out, names, sources, setting)
+        done = _finished_shards(storage, target, names, sources, setting)
         for name in done:
             progress.shard(len(done), len(names), name)
         if missing := {name: sources[name] for name in names if name not in done}:
-            actor = RegionActor(storage, folder, out, detector.resolve(), setting)
+            actor = RegionActor(storage, folder, target, detector.resolve(), setting)
             for shard in _on_actors(actor, missing, cluster):
                 done[shard.shard] = shard
                 progress.shard(len(done), len(names), shard.shard)

@@ -239,11 +239,11 @@ def karpathy_samples(file: Path, problems: Problems, options: ImportOptions) -> 
             yield from pair_sample(key_of(Path(name).stem), image, captions, image_id, where, problems)
 
 
-def class_samples(folder: Path, problems: Problems, _: ImportOptions) -> SamplesWithChoices:
+def class_samples(folder: Path, problems: Problems, _options: ImportOptions) -> SamplesWithChoices:
     """Return the images of a folder of class folders, numbered in the order of their names; images may be nested."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with a folder of images for each class")
-    _path, classes, others = next(folders_below(folder, problems), (folder, [], []))
+    _, classes, others = next(folders_below(folder, problems), (folder, [], []))
     if not classes:
         raise DataError(f"{folder}: it has no folder; expected a folder of images for each class")
     for name in others:

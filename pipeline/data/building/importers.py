@@ -427,7 +427,7 @@ def write_shards(
 
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
         tars = _write_tars(Path(folder), itertools.chain([first], stream), samples_per_shard)
-        if _files_of_shards(storage, url):
+        if not all(name.endswith(SIDECAR) for name in _files_of_shards(storage, url)):  # shards to be replaced
             tars = iter(list(tars))
         clear()
         try:

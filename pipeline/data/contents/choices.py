@@ -92,8 +92,9 @@ def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: 
     objective, key = ("vqa", "num_answers") if is_answers else ("classification", "num_classes")
     if objective not in stage.objectives:
         return None
-    next_to_shards = join(shard_folder(config.sources[next(iter(stage.sources))].shards), file)
-    url = (stage.answer_list if is_answers else None) or next_to_shards
+    url = stage.answer_list if is_answers else None
+    if not url:
+        url = join(shard_folder(config.sources[next(iter(stage.sources))].shards), file)
     try:
         choices = Choices.from_bytes(storage.read(url), url)
     except NotFound as error:

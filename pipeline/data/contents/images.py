@@ -265,7 +265,7 @@ def _refuse_costly(height: int, width: int, max_pixels: int) -> None:
 
 
 def _orientation(image: bytes | Image.Image) -> object:
-    """Return the EXIF orientation of a JPEG or an open image, 1 without one. Damaged metadata makes no image bad."""
+    """Return the EXIF orientation of a JPEG or an open image; 1 without one and for damaged metadata."""
     try:
         if isinstance(image, Image.Image):
             return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)  # Pillow rotates TIFFs itself

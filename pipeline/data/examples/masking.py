@@ -49,15 +49,17 @@ def mask_whole_words(
     order = random.permutation(len(words))
     count = max(1, math.floor(probability * len(words) + random.uniform()))
     original = np.array(tokens.ids, dtype=np.int64)
-    ids, chosen = original.copy(), list[int]()
-    for word in order[:count]:
-        chosen += words[word]
+    ids = original.copy()
+    chosen: list[int] = []
+    for number in order[:count]:
+        places = words[number]
+        chosen += places
         draw = random.uniform()
         if draw < REPLACED:
-            ids[words[word]] = tokenizer.mask_id
+            ids[places] = tokenizer.mask_id
         elif draw >= KEPT:
             ordinary = tokenizer.ordinary_ids
-            ids[words[word]] = [ordinary[random.integer(len(ordinary))] for _ in words[word]]
+            ids[places] = [ordinary[random.integer(len(ordinary))] for _ in places]
     positions = np.array(sorted(chosen), dtype=np.int64)
     return Masked(ids, positions, original[positions])
 

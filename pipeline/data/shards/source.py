@@ -33,15 +33,15 @@ from pipeline.data.storage import NotFound, ObjectInfo, Progress, Storage, in_pa
 log = logging.getLogger(__name__)
 
 _VERSION = 2  # of the saved counts; version 1 compared opt-out lists byte by byte
-HashTable = tuple[np.ndarray, np.ndarray]  # (n,) hashes in ascending order, and the opt-out entry (int64) of each
+_HashTable = tuple[np.ndarray, np.ndarray]  # (n,) hashes in ascending order, and the opt-out entry (int64) of each
 
 
 @dataclass(frozen=True, eq=False)
 class OptOut:
     """The ids of an opt-out list, as hashes of the forms in which an index may have them."""
 
-    words: HashTable  # uint64 hashes of keys and URLs
-    image_ids: HashTable  # int64, as in indexes
+    words: _HashTable  # uint64 hashes of keys and URLs
+    image_ids: _HashTable  # int64, as in indexes
     lines: np.ndarray  # (entries,) int64: the first line of each entry
     digest: str  # SHA-256 of the list
 

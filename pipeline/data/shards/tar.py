@@ -54,7 +54,7 @@ class Tar:
     skipped: Counter[str] = field(default_factory=Counter)  # entries that belong to no sample, by kind
     first_skipped: str = ""
     position: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def samples(self) -> Iterator[TarSample]:
         """Yield every sample in order. A repeated extension begins another sample with the same key.
@@ -149,18 +149,11 @@ class Tar:
             raise self._error(f"it is compressed and cannot be read by range. {unpack_remedy(self.name)}")
         if len(header) < BLOCK:
             raise self._error(ends="inside a header" if header else "before the two zero blocks that end a tar")
-        summed = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])  # the checksum's own bytes count as spaces
+        others = header[:148] + header[156:]
+        unsigned = sum(others) + 8 * ord(" ")  # the checksum's own bytes count as spaces
+        signed = unsigned - 256 * sum(byte > 127 for byte in others)  # as old tars sum them
         try:
-            checksum = _parse_number(header[148:156])
-            is_header = (
-                checksum == summed
-                or checksum
-                == summed
-                - 256
-                * sum(  # old tars sum signed bytes
-                    byte > 127 for byte in header[:148] + header[156:]
-                )
-            )
+            is_header = _parse_number(header[148:156]) in (unsigned, signed)
         except ValueError:
             is_header = False
         if not is_header:

@@ -52,6 +52,7 @@ def test_every_sample_keeps_its_members_and_gets_regions(pairs: str, detector: P
         "regions", pairs, tmp_path / "out", "--detector", detector, "--regions", 7, "--report", report, "--json"
     )
     facts = json.loads(result.stdout.splitlines()[-1])
+    assert facts["url"] == str(tmp_path / "out")
     assert (facts["num_samples"], facts["shards"], facts["bad_samples"]) == (12, 3, 1)
     run_shards("index", pairs)
     before, after = samples(pairs), samples(tmp_path / "out")
@@ -113,3 +114,19 @@ def test_truncated_shard_stops_the_command_by_name(pairs: str, detector: Path, t
     os.truncate(Path(pairs) / "00001.tar", 2000)
     result = run_shards("regions", pairs, tmp_path / "out", "--detector", detector, fails=DataError)
     assert "00001.tar: the shard is truncated" in str(result.exception)
+    assert not (tmp_path / "out" / "00001.tar").exists()
+
+
+def test_old_regions_are_replaced_or_removed(make_pairs, make_pair, detector: Path, tmp_path: Path) -> None:
+    bad = {"jpg": b"\xff\xd8\xff no picture", "json": make_pair(0)["json"], "npz": b"old"}
+    old = make_pairs("old", [2], planted={(0, 0): make_pair(1) | {"npz": b"old"}, (0, 1): bad})
+    regions(old, tmp_path / "out", "--detector", detector)
+    intact, damaged = samples(tmp_path / "out").values()
+    assert parse_regions(intact.members["npz"]).features.shape[1] == FEATURES
+    assert "npz" not in damaged.members
+
+
+def test_shards_without_images_are_rejected(make_pairs, detector: Path, tmp_path: Path) -> None:
+    texts = make_pairs("texts", [1], planted={(0, 0): {"txt": b"one"}})
+    result = run_shards("regions", texts, tmp_path / "out", "--detector", detector, fails=DataError)
+    assert "no sample has an image that the detector could read" in str(result.exception)

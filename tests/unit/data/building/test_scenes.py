@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import SourceConfig, SyntheticConfig
+from pipeline.data.building import scenes
 from pipeline.data.building.scenes import (
     COLOURS,
     SHAPES,
@@ -65,6 +66,15 @@ def test_more_scenes_extend_the_same_sequence():
     few, many = (list(draw_descriptions(SyntheticConfig(scenes=n, seed=1, distinct=True))) for n in (50, 80))
     other = list(draw_descriptions(SyntheticConfig(scenes=50, seed=2, distinct=True)))
     assert many[:50] == few != other
+
+
+def test_image_and_captions_of_a_description_depend_on_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (description,) = draw_descriptions(SyntheticConfig(scenes=1))
+    monkeypatch.setattr(scenes, "draw_descriptions", lambda config, excluded: iter([description]))
+    one, same, other = (next(draw_scenes(SyntheticConfig(scenes=1, seed=seed))) for seed in (5, 5, 6))
+    assert one.captions == same.captions != other.captions
+    assert np.array_equal(one.image, same.image)
+    assert not np.array_equal(one.image, other.image)
 
 
 def test_captions_are_complete_and_true():

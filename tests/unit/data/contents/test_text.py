@@ -201,7 +201,7 @@ def chinese(count: int) -> list[str]:
     return ["".join(characters[first : first + 20]) for first in range(0, count, 20)] + ["".join(characters[:100])] * 9
 
 
-def testchoose_alphabet_grows_with_the_size_of_the_vocabulary() -> None:
+def test_alphabet_grows_with_the_size_of_the_vocabulary() -> None:
     captions = chinese(3500)
     whole, small = Tokenizer.train(captions, 30522), Tokenizer.train(captions, 2000)
     assert whole.unknown_share(captions) == 0

@@ -201,7 +201,9 @@ def test_known_shards_are_not_read_again(make_pairs) -> None:
 
 
 def test_ensure_indexed_adds_new_shards(folder: Path) -> None:
-    manifest = ensure_indexed(Storage(), str(folder))
+    calls: list[tuple[int, int, str]] = []
+    manifest = ensure_indexed(Storage(), str(folder), lambda *progress: calls.append(progress))
+    assert [done for done, _, _ in calls] == [1, 2, 3]
     assert manifest == load_manifest(Storage(), str(folder))
     (folder / "00003.tar").write_bytes(pairs_tar(1))
     watched = Watched()
