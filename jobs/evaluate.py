@@ -49,7 +49,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """An evaluation, resolved before any weights are loaded; every rank makes it from these values."""
+    """An evaluation, resolved before any weights are loaded; every rank evaluates from these values."""
 
     checkpoint: str
     source: str  # of the run, or a URL of shards

@@ -37,12 +37,12 @@ def list_(address: Address = "", token: Token = None, as_json: JsonOption = Fals
 @app.command()
 def status(job: Job, address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
     """Show the status of a job, and the progress of its run if the run's folder is readable from here."""
-    from jobs.distributed import PROGRESS_FILE
-    from pipeline.config.schema import StorageConfig
-    from pipeline.data.storage import Storage, join
-
     info = _describe(_open(job, address, token)[1])
     if folder := info["checkpoint"]:
+        from jobs.distributed import PROGRESS_FILE
+        from pipeline.config.schema import StorageConfig
+        from pipeline.data.storage import Storage, join
+
         storage, url = Storage(StorageConfig(retry_timeout_seconds=5.0)), join(folder, PROGRESS_FILE)
         with suppress(MomeError, ValueError):
             if storage.exists(url):

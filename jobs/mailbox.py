@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,8 @@ class Mailbox:
             value = self._call("get", name)
             if value is None or self._call("del", name, False) is None:
                 break  # the next call tries again
-            messages.append(json.loads(value))
+            with suppress(ValueError):  # another program may write to this namespace
+                messages.append(json.loads(value))
         return messages
 
     def clear(self) -> None:
@@ -100,6 +101,10 @@ def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
                 queued.append({"level": record.levelname, "text": record.getMessage(), **alert})
             except (TypeError, ValueError):
                 pass
+
+        def flush(self) -> None:  # called by `logging.shutdown`, before a hung rank ends its process
+            if queued:
+                wait([in_background(send_queued, "warnings for the driver")], ANSWER_SECONDS)
 
     def send_queued() -> None:
         with sending:

@@ -48,27 +48,8 @@ def submit(
     client = open_dashboard(address, token)
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
     job = submission_id or next_attempt(states, job_id(config))
-    with tempfile.TemporaryDirectory() as folder:
-        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
-            shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
-        values = config.model_dump(mode="json", exclude_unset=True)
-        (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        deadline = time.monotonic() + START_SECONDS
-        while job not in states:
-            try:
-                client.submit_job(
-                    entrypoint=f"{interpreter()} -m jobs.cli train run.yaml --json",
-                    runtime_env={"working_dir": folder, "env_vars": job_environment(job)},
-                    submission_id=job,
-                    metadata={"run": config.name, "checkpoint": config.folder},
-                )
-                break
-            except RuntimeError as error:
-                if "already exists" in str(error):  # someone submitted the same run in this moment
-                    break
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
-                time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
+    if job not in states:
+        _send(client, job, config)
     token_option = f" --token {token}" if token else ""
     notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{token_option}` shows its output")
     status = "SUBMITTED"
@@ -81,6 +62,31 @@ def submit(
         info = client.get_job_info(job)
         raise RunFailed(f"job {job} ended as {status}: {info.message or 'see its output above'}")
     return {"job": job, "status": status, "checkpoint": config.folder}
+
+
+def _send(client: Any, job: str, config: RunConfig) -> None:
+    """Send the job with this installation's code. Raises RunFailed when the cluster does not take it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
+            shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
+        values = config.model_dump(mode="json", exclude_unset=True)
+        (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                client.submit_job(
+                    entrypoint=f"{interpreter()} -m jobs.cli train run.yaml --json",
+                    runtime_env={"working_dir": folder, "env_vars": job_environment(job)},
+                    submission_id=job,
+                    metadata={"run": config.name, "checkpoint": config.folder},
+                )
+                return
+            except RuntimeError as error:
+                if "already exists" in str(error):  # someone submitted the same run in this moment
+                    return
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
+                time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
 
 
 def job_id(config: RunConfig) -> str:

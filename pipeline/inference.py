@@ -257,7 +257,7 @@ class TrainedModel:
             is_named = classes is not None and len(classes) == len(probabilities)
             names = classes.names if is_named and classes else [str(number) for number in range(len(probabilities))]
             return {"classes": _top(probabilities, names, top_k)}
-        return {{"nlvr2": "true", "itm": "matched"}[objective]: probabilities[1].item()}
+        return {"true" if objective == "nlvr2" else "matched": probabilities[1].item()}
 
     def _fill_masks(self, text: str, images: Sequence[np.ndarray], top_k: int) -> list[dict[str, float]]:
         ids, positions = self.tokenize_masked(text)

@@ -192,4 +192,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # `run_step_bench` reads plain tracebacks
+    app.command()(main)
+    app()

@@ -62,8 +62,9 @@ def sources(config: RunConfig, storage: Storage) -> Iterator[Diagnosis]:
         names[source.shards].append(name)
     generated = {source.shards for source in config.sources.values() if source.synthetic is not None}
     for url, users in names.items():
-        name, folder = f"source {', '.join(users)}", shard_folder(url)
+        name = f"source {', '.join(users)}"
         try:
+            folder = shard_folder(url)
             try:
                 manifest = load_manifest(storage, url)
                 shards = [shard.name for shard in manifest.shards]

@@ -114,8 +114,10 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
         lines = []
         for fault in (faults := error.errors()):
             at = fault["loc"]
-            inside = [other for other in faults if other["loc"][: len(at)] == at and other["loc"] != at]
-            if fault["type"] != "too_short" or not inside:  # a tuple is also reported as too short if its items failed
+            # A tuple is also reported as too short if its items failed.
+            if fault["type"] != "too_short" or not any(
+                len(other["loc"]) > len(at) and other["loc"][: len(at)] == at for other in faults
+            ):
                 lines += _describe(fault, values).splitlines()
         count = "one fault" if len(lines) == 1 else f"{len(lines)} faults"
         raise ConfigError(f"{origin}: {count}\n" + "\n".join(lines)) from None

@@ -226,10 +226,11 @@ def _evaluate_pairs(result: Evaluation, model: nn.Module, stage: StageConfig, co
             num_captions = int(captions_up_to[num_images - 1])
             pairs = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_captions))
             scores = score(pairs, head).unflatten(0, (num_images, num_captions))
-            captions, ids = captions[:num_captions], ids[:num_images]
-            ranked = rankings(scores.__getitem__, scores.T.__getitem__, captions, ids, ranks=ranks)
+            first_captions, first_ids = captions[:num_captions], ids[:num_images]
+            ranked = rankings(scores.__getitem__, scores.T.__getitem__, first_captions, first_ids, ranks=ranks)
             result.rankings = ranked if num_images == len(held_out) else None
-            result.retrieval = recall_at_k(ranked.image_to_text.rank, ranked.text_to_image.rank, captions, ids)
+            best_ranks = ranked.image_to_text.rank, ranked.text_to_image.rank
+            result.retrieval = recall_at_k(*best_ranks, first_captions, first_ids)
             result.retrieval_by, result.retrieval_images = head, num_images
 
     if "mlm" in tasks:

@@ -93,9 +93,10 @@ def evaluate_zero_shot(model: nn.Module, source: LabelledEvalSet, classes: Tenso
 
     def similarities() -> Iterable[tuple[Tensor, list[int]]]:
         for batch, labels in source.batches("itc"):
+            scores = contrastive_features(model, batch) @ classes.T  # first: at ZeRO 3 every rank takes part in it
             if max(labels, default=0) >= len(classes):
                 raise DataError(f"an image has label {max(labels)}, and there are {len(classes)} class names, from 0")
-            yield contrastive_features(model, batch) @ classes.T, labels
+            yield scores, labels
 
     return classification_result(source.map_ranks(lambda: class_ranks(similarities())))
 

@@ -90,7 +90,7 @@ class ForwardInput:
 
 
 def drop_masked_patches(forward_input: ForwardInput, num_patches: int) -> ForwardInput:
-    """Return the input for a model with an image decoder, whose encoder reads the other patches in ascending order."""
+    """Return the input of a model with an image decoder: its encoder reads the unmasked patches in ascending order."""
     masked = forward_input.patch_positions
     assert masked is not None
     is_masked = torch.zeros(len(masked), num_patches, dtype=torch.uint8, device=masked.device).scatter(1, masked, 1)

@@ -92,6 +92,9 @@ class PackedInputs:
         """
         # With an image decoder, masked patches are left out instead.
         covers = [piece.patch_positions is not None and "decoded_image" not in piece.heads for piece in self._pieces]
+        is_replaced = any(piece.patch_replacements is not None for piece in self._pieces)
+        if not any(covers) and not is_replaced:
+            return None, None
         masks, shown = [], []
         for piece, size, is_covered in zip(self._pieces, self._sizes, covers, strict=True):
             mask = torch.zeros(size, num_patches + 1, dtype=torch.bool, device=self._device)
@@ -105,7 +108,6 @@ class PackedInputs:
                     own = own.scatter(1, place, torch.where(replacements < 0, positions, replacements))
             masks.append(mask[:, :-1])
             shown.append(own[:, :-1])
-        is_replaced = any(piece.patch_replacements is not None for piece in self._pieces)
         return torch.cat(masks) if any(covers) else None, torch.cat(shown) if is_replaced else None
 
     def select(self, features: Tensor, index: int, head: Head) -> Tensor:

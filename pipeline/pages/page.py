@@ -50,7 +50,7 @@ def _environment(folders: tuple[Path, ...]) -> Environment:
 
 
 def thumbnail(pixels: Any, side: int = THUMBNAIL) -> str:
-    """Return an image (H, W, 3) uint8, as an array, tensor or PIL image, as a data URI at most `side` pixels wide."""
+    """Return an image (H, W, 3) uint8 (array, tensor or PIL) as a data URI, at most `side` pixels wide and high."""
     image = Image.fromarray(np.asarray(pixels))
     image.thumbnail((side, side))
     kind, options = ("PNG", {"optimize": True}) if max(image.size) <= LOSSLESS else ("JPEG", {"quality": 80})

@@ -117,7 +117,8 @@ class MlflowUploader:
     @cached_property
     def _client(self) -> MlflowClient:
         client = request(connect, self._uri)
-        self._experiment = request(experiment_id, client, self._uri, self._run_record.get("experiment", "Default"))
+        name = request(lambda: self._run_record.get("experiment", "Default"))  # a damaged journal is tried again
+        self._experiment = request(experiment_id, client, self._uri, name)
         return client
 
     @cached_property
@@ -176,11 +177,13 @@ class MlflowUploader:
         if run != self._points_run:
             self._send_points()
             self._points_run = run
-        marks = self._cursor.marks.get(str(record["stage"]), {})
+        marks, step = self._cursor.marks.get(str(record["stage"]), {}), record["step"]
+        evaluations = {key for key in record["values"] if key.startswith(EVALUATION)}
+        evaluated = self._models.at_step(step) if evaluations else None
         for key, value in record["values"].items():
-            if record["step"] > marks.get(key, -1):
-                model_id = self._models.at_step(record["step"]) if key.startswith(EVALUATION) else None
-                self._points.append(Metric(key, float(value), record["at"], record["step"], model_id=model_id))
+            if step > marks.get(key, -1):
+                model_id = evaluated if key in evaluations else None
+                self._points.append(Metric(key, float(value), record["at"], step, model_id=model_id))
 
     def _send_points(self) -> None:
         points, self._points = self._points, []

@@ -63,6 +63,9 @@ class Callback:
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
         """Called when metrics have been collected after a step."""
 
+    def on_checkpoint(self, num_steps: int, url: str) -> None:
+        """Called when the state after `num_steps` steps has been copied and is being written to `url`."""
+
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Called when the model has been evaluated after a step."""
 
@@ -96,6 +99,7 @@ class Callbacks(Callback):
     on_fault = _forwarded(Callback.on_fault)
     after_step = _forwarded(Callback.after_step)
     on_metrics = _forwarded(Callback.on_metrics)
+    on_checkpoint = _forwarded(Callback.on_checkpoint)
     on_evaluation = _forwarded(Callback.on_evaluation)
     on_stage_end = _forwarded(Callback.on_stage_end)
 

@@ -156,9 +156,15 @@ class Collectives(Ranks):
         ends = [0, *itertools.accumulate(counts)]
         return [json.loads(data[start:stop]) for start, stop in itertools.pairwise(ends)]
 
+    @_counted
     def broadcast_json(self, value: Any) -> Any:
         """Return rank 0's JSON-serialisable value on every rank. Tuples arrive as lists."""
-        return self.gather_json(value if self.rank == 0 else None)[0]
+        data = torch.frombuffer(bytearray(json.dumps(value if self.rank == 0 else None).encode()), dtype=torch.uint8)
+        length = torch.tensor([len(data)], device=self.device)
+        dist.broadcast(length, src=0)
+        data = data.to(self.device) if self.rank == 0 else data.new_empty(int(length), device=self.device)
+        dist.broadcast(data, src=0)
+        return json.loads(data.cpu().numpy().tobytes())
 
     @_counted
     def gather_objects(self, value: Any) -> list[Any]:

@@ -170,9 +170,11 @@ class ExecutionOrderCheck(Callback):
         self._model = model
 
         def enter(name: str, module: nn.Module, arguments: object) -> None:
+            if torch.compiler.is_compiling():  # first, so that Dynamo traces nothing else of this hook
+                return
             if module is model:
                 self._in_forward = True
-            elif not torch.compiler.is_compiling() and self._is_active and self._in_forward:
+            elif self._is_active and self._in_forward:
                 self._record(name)
                 if self._compares_each_module:
                     self._compare()

@@ -227,7 +227,7 @@ def build_step(
     loader_backend: BackendFactory,
     callbacks: Callback,
 ) -> Iterator[tuple[Loader, DeepSpeedEngine, TrainingStep, dict[str, list[int]]]]:
-    """Build a stage's loader, engine and step, and return its parameters' shapes by name; release them at the end.
+    """Yield a stage's loader, engine, step, and the shapes of its parameters by name; release them at the end.
 
     A collective call. Raises RunFailed, with the memory plan, if the engine does not fit.
     """

@@ -57,8 +57,8 @@ def preflight(
     torch.set_num_threads(config.engine.threads)
     collectives, storage = Collectives(), Storage(config.storage)
     rank = collectives.rank
-    name = f"{config.name}.preflight-{collectives.broadcast_json(secrets.token_hex(4))}"
-    scratch = apart(config, storage, config.output, name)
+    scratch_name = f"{config.name}.preflight-{collectives.broadcast_json(secrets.token_hex(4))}"
+    scratch = apart(config, storage, config.output, scratch_name)
     stages = [  # no earlier stage has trained the weights to start from
         stage.model_copy(update={"start_from": "random"}) if stage.start_from == "previous" else stage
         for stage in scratch.stages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_annotation_format_is_detected_from_content(tmp_path: Path) -> None:
     write_lines(file, {"data_subtype": "val2014", "questions": [question]})
     result = facts_of("build", file, tmp_path / "out", "--min-count", 1)
     assert (result["kind"], result["num_samples"], result["answers.json"]) == ("vqa", 1, 1)
-    assert (tmp_path / "out" / "answers.json").read_text().split() == ["[", '"grey"', "]"]
+    assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["grey"]
     assert "What colour is it?" in run_shards("show", tmp_path / "out").stdout
     run_shards("check", tmp_path / "out", "--type", "questions", "--workers", 1)
 
@@ -149,4 +150,4 @@ def test_folder_per_class_is_built_with_kind_classes(tmp_path: Path) -> None:
         save_image(tmp_path / "train" / name / "a.png")
     result = facts_of("build", tmp_path / "train", tmp_path / "out", "--kind", "classes")
     assert (result["num_samples"], result["classes.json"]) == (2, 2)
-    assert (tmp_path / "out" / "classes.json").read_text().split() == ["[", '"cat",', '"dog"', "]"]
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]

@@ -131,8 +131,8 @@ def _truncate(place: str, extra: int = 0) -> Callable[[Path], None]:
     def truncate(path: Path) -> None:
         with tarfile.open(path) as tar:
             last = tar.getmembers()[-1]
-            end = tar.offset
-        os.truncate(path, getattr(last, place, end) + extra)
+            ends = {"offset": last.offset, "offset_data": last.offset_data, "end": tar.offset}
+        os.truncate(path, ends[place] + extra)
 
     return truncate
 

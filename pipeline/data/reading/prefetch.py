@@ -287,6 +287,6 @@ class Prefetcher(threading.Thread):
             except Exception as error:
                 if self._is_closed:  # and so is the cache
                     return
-                if has_room:
+                if has_room:  # submitting failed, which is a bug; a failed plan is left to the reader
                     raise
                 log.debug("prefetching for step %d failed: %s", step, error)

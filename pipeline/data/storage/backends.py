@@ -51,7 +51,10 @@ class LocalBackend:
     retries = False
 
     def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
-        """Return all of the bytes [start, stop), or with `stop` None the whole object, of the version `etag`."""
+        """Return the bytes [start, stop) of the version `etag` (None: any), or an error instead of fewer.
+
+        With `stop` None, return the whole object.
+        """
         if stop is None:
             with open_file(path) as file:
                 return file.read()

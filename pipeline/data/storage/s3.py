@@ -353,7 +353,18 @@ def _make_client(config: StorageConfig) -> Any:
         options["signature_version"] = UNSIGNED
     key, secret = resolve_secret(config.key), resolve_secret(config.secret)
     session = botocore.session.get_session()
+
+    def check(endpoint: str) -> None:
+        address = urlsplit(endpoint)
+        if address.username is not None:
+            raise ValueError("the endpoint has a user name, which S3 does not use; remove what precedes the host")
+        is_http = address.scheme in ("http", "https") and address.hostname and address.port != 0
+        if not is_http or any(map(str.isspace, endpoint)):
+            raise ValueError(f"expected http://host:port, got {endpoint!r}")
+
     try:
+        if config.endpoint_url is not None:
+            check(config.endpoint_url)  # first: botocore's message does not say what is expected
         client = session.create_client(
             "s3",
             endpoint_url=config.endpoint_url,
@@ -361,12 +372,7 @@ def _make_client(config: StorageConfig) -> Any:
             aws_access_key_id=key,
             aws_secret_access_key=secret,
         )
-        endpoint = client.meta.endpoint_url if config.endpoint_url is None else config.endpoint_url
-        address = urlsplit(endpoint)
-        if address.username is not None:
-            raise ValueError("the endpoint has a user name, which S3 does not use; remove what precedes the host")
-        if address.scheme not in ("http", "https") or not address.hostname or address.port == 0:
-            raise ValueError(f"expected http://host:port, got {endpoint!r}")
+        check(client.meta.endpoint_url)  # which environment variables and files of AWS can set
     except (botocore_errors.BotoCoreError, ValueError) as error:
         raise ConfigError(
             f"storage: the S3 client cannot be created: {error}. "
@@ -508,7 +514,7 @@ def _translate_response(error: botocore_errors.ClientError, message: str) -> Exc
     if is_full:
         return OSError(errno.EDQUOT, message)
     if status == 403 and code in ("", "403", "AccessDenied", "SignatureDoesNotMatch") and "date" in headers:
-        seconds = _seconds_until(headers["date"])
+        seconds = None if headers["date"].isdigit() else _seconds_until(headers["date"])
         if seconds is not None and abs(seconds) > _MAX_CLOCK_SKEW:
             code = "RequestTimeTooSkewed"  # the response to a HEAD request has no body that says so
     if code in _HINTS:

@@ -165,14 +165,17 @@ class _RemoteStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        start, self._position = self._position, min(self._position + len(buffer), self._info.size)
-        data = self._storage.read_range(self._url, start, self._position, self._info.etag)
+        data = self._read_to(min(self._position + len(buffer), self._info.size))
         buffer[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:  # the base class would read 8 KiB at a time
-        start, self._position = self._position, self._info.size
-        return self._storage.read_range(self._url, start, self._position, self._info.etag)
+        return self._read_to(self._info.size)
+
+    def _read_to(self, stop: int) -> bytes:
+        data = self._storage.read_range(self._url, self._position, stop, self._info.etag)
+        self._position = stop  # after the read: a read that follows an error must skip no bytes
+        return data
 
 
 def join(url: str, *parts: str) -> str:
@@ -193,7 +196,7 @@ def in_parallel(call: Callable[[str], T], names: Iterable[str], url: str) -> Ite
     """
     # Local calls do not wait: more threads than cores would only contend.
     threads = os.cpu_count() or 1 if is_local(url) else _REMOTE_CALLS
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="shards")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="parallel")
     try:
         calls: dict[Future[T], str] = {pool.submit(call, name): name for name in names}
         for done in as_completed(calls):

@@ -151,11 +151,9 @@ def published_layout(
     part_of = {name: model.part_of(name) for name, _ in model.named_parameters() if name != SECOND}
     names = {name: naming(name) for name, part in part_of.items() if part not in nameless}
     present = {part_of[name] for name in names if not state.keys().isdisjoint((name, *names[name]))}
-    shapes = {
-        name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if (has_second if name == SECOND else name in names and part_of[name] not in set(optional) - present)
-    }
+    absent = set(optional) - present
+    kept = {name for name in names if part_of[name] not in absent} | ({SECOND} if has_second else set())
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in kept}
     return {name: naming(name) for name in shapes}, shapes
 
 
@@ -192,7 +190,8 @@ def from_named(
     CheckpointError as `require`. Results may share memory with the given state.
     """
     rows = published_rows(names, shapes)
-    biases = [part for part in rows if part.endswith(("query.bias", "key.bias", "value.bias"))]
+    ends = tuple(f"attention.attention.{name}.bias" for name in ("query", "key", "value"))  # not BERT's, which has them
+    biases = [part for part in rows if part.endswith(ends)]
     if not any(part in state for part in biases):
         state = {**state, **{part: torch.zeros(rows[part][0][1]) for part in biases}}
     published = {

@@ -41,9 +41,10 @@ class Checkpointer(Callback):
         num_steps = event.step + 1
         if self._stage.is_checkpoint_step(event.step) or (event.preempted and num_steps < self._stage.steps):
             with self._context.supervisor.during("checkpoint", self._stage.global_step(event.step)):
-                self._save(num_steps)
+                url = self._save(num_steps)
                 if event.preempted:
                     self._state.checkpoints.wait()
+            self._state.callbacks.on_checkpoint(num_steps, url)
         self._state.checkpoints.check()
 
     def on_stage_end(self, result: StageResult) -> None:
@@ -57,7 +58,7 @@ class Checkpointer(Callback):
                 self._context.ownership.check()
             self._write_quarantine(step, self._gather_quarantine())
 
-    def _save(self, num_steps: int) -> None:
+    def _save(self, num_steps: int) -> str:
         """Copy the state after `num_steps` steps; it is written and committed, with the journal, in the background."""
         started = time.perf_counter()
         state, step = self._state, self._stage.global_step(num_steps)
@@ -72,10 +73,11 @@ class Checkpointer(Callback):
             "metrics": self._metrics,
             "shapes": state.shapes,
         }
-        state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
+        url = state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
         stall = time.perf_counter() - started
         self._context.tracker.metrics(step, {"ckpt/stall_s": stall, "ckpt/wait_s": state.checkpoints.waited})
         self._record_finished_saves()
+        return url
 
     def _record_finished_saves(self) -> None:
         """Record how long finished saves took and which checkpoints the run now keeps."""

@@ -176,26 +176,28 @@ def load_weights(storage: Storage, url: str) -> Weights:
     with _weights_folder(storage, url) as url:
         if step_of(split(url)[1]) is None:
             manifest, files = read_committed(storage, url)
-            tensors, places = safetensors.torch.load(files[WEIGHTS]), url
+            metadata, folder = _metadata(url, manifest), url  # refused before the tensors are read
+            tensors = safetensors.torch.load(files[WEIGHTS])
         else:  # a checkpoint's fragments, or their moving average if there is one
             manifest = read_manifest(storage, url)
             versions = {name: verify(storage, url, name, record) for name, record in manifest["files"].items()}
+            metadata = _metadata(url, manifest)
             saved = SavedState(storage, url, versions, manifest["stage_step"])
             tensors = {
                 name: saved.read(name, "ema" if saved.holds(name, "ema") else "weight", 0, math.prod(shape)).view(shape)
                 for name, shape in manifest["shapes"].items()
             }
             # Only what `prepare` copied to the run's folder: no other file that a stored config names is read.
-            places = split(split(url)[0])[0]
-            names = [VOCABULARY, *(name for name in (ANSWERS, CLASSES) if storage.exists(join(places, name)))]
-            files = {name: storage.read(join(places, name)) for name in names}
+            folder = split(split(url)[0])[0]
+            names = [VOCABULARY, *(name for name in (ANSWERS, CLASSES) if storage.exists(join(folder, name)))]
+            files = {name: storage.read(join(folder, name)) for name in names}
         return Weights(
-            **_metadata(url, manifest),
+            **metadata,
             tensors=tensors,
             vocabulary=tokens_of(files[VOCABULARY]),
             absent=frozenset(manifest.get("absent", ())),
             choices={
-                name: Choices.from_bytes(files[name], join(places, name))
+                name: Choices.from_bytes(files[name], join(folder, name))
                 for name in (ANSWERS, CLASSES)
                 if name in files
             },

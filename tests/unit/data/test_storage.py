@@ -47,6 +47,36 @@ def test_written_bytes_are_read_back(folder: str):
     assert storage.read(url) == b"new"
 
 
+def test_read_after_a_failed_read_skips_no_bytes(tmp_path: Path) -> None:
+    class Failing(Storage):
+        calls = 0
+
+        def read_range(self, url: str, start: int, stop: int, etag: str | None = None) -> bytes:
+            self.calls += 1
+            if self.calls in (2, 4):
+                raise StorageError("away")
+            return super().read_range(url, start, stop, etag)
+
+    url = f"memory://{tmp_path.name}/object"
+    storage.write(url, b"0123456789")
+    stream = Failing().open(url)
+    raw = stream.raw if hasattr(stream, "raw") else stream
+    assert raw.read(4) == b"0123"
+    with pytest.raises(StorageError):
+        raw.read(4)
+    assert raw.read(2) == b"45"
+    with pytest.raises(StorageError):
+        raw.read()
+    assert raw.read() == b"6789"
+    storage.delete(url)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "minio", "http://", "http://a b"])
+def test_endpoint_without_scheme_or_host_is_explained(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected http://host:port, got .*storage\.endpoint_url"):
+        Storage(StorageConfig(endpoint_url=endpoint)).exists("s3://bucket/key")
+
+
 def test_upload_copies_a_file(folder: str, tmp_path: Path):
     data = os.urandom(100_000)
     (tmp_path / "source").write_bytes(data)

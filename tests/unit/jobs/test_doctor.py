@@ -232,6 +232,7 @@ def test_sources_need_a_manifest_or_tars_and_all_their_shards(tmp_path: Path, ma
     (tmp_path / "bare").mkdir()
     assert failing(source(tmp_path, str(tmp_path / "bare")))
     assert failing(source(tmp_path, str(tmp_path / "absent")), str(tmp_path / "absent"))
+    assert failing(source(tmp_path, f"{tmp_path}/{{0..1}}/a.tar"), "braces")
     assert "2 tars, not indexed yet" in source(tmp_path, folder).detail
     ensure_indexed(Storage(), folder)
     assert source(tmp_path, folder) == passed("source pictures", f"{folder}: 5 samples in 2 shards")

@@ -187,7 +187,7 @@ def test_embeddings_do_not_replace_those_of_another_source(run, data, tmp_path):
 def test_export_replaces_only_its_own_file(run, tmp_path):
     out = tmp_path / "weights.safetensors"
     export = ["export", run, "--format", "safetensors", "--out", out]
-    for _ in range(2):  # replacing an identical export is allowed
+    for _ in range(6):  # equal exports have equal bytes, and replacing one is allowed
         mome(*export)
     out.write_bytes(b"somebody's weights")
     with pytest.raises(ConfigError):

@@ -64,6 +64,16 @@ def test_our_warnings_reach_the_driver_once_and_in_order(store: KeyValues) -> No
     assert Mailbox("another").receive() == []
 
 
+def test_warnings_of_a_rank_that_ends_itself_reach_the_driver(store: KeyValues) -> None:
+    """`logging.shutdown` precedes `os._exit` in a hung rank, which leaves no block."""
+    mail = Mailbox("claim")
+    with forwarded_warnings(mail):
+        ours.warning("hung")
+        (handler,) = (handler for handler in logging.getLogger().handlers if type(handler).__name__ == "Forward")
+        handler.flush()
+        assert [message["text"] for message in mail.receive()] == ["hung"]
+
+
 def test_unavailable_head_blocks_neither_side(store: KeyValues) -> None:
     mail = Mailbox("claim")
     store.is_away = True

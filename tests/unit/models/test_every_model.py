@@ -288,3 +288,8 @@ def test_weights_of_another_architecture_are_rejected(name: str, key: str, value
     other = skeleton(config.model_copy(update={key: value}), VOCABULARY)
     with pytest.raises(ConfigError, match=f"{key} {getattr(config, key)} there, {value} here"):
         other.resize_state(build_model(config, VOCABULARY).state_dict(), config)
+
+
+def test_batch_without_masked_words_has_no_logits() -> None:
+    one = replace(forwards("vlmo")["masked_text"], mask_positions=torch.zeros(ROWS, 0, dtype=torch.int64))
+    assert run(lively_model("vlmo"), one, "mlm").shape == (ROWS, 0, VOCABULARY)

@@ -64,6 +64,20 @@ def test_positions_of_any_grid_equal_bilinear_interpolation(grid: tuple[int, int
     torch.testing.assert_close(resized_positions(square[1:], chosen, torch.tensor([grid]))[0], found[chosen[0]])
 
 
+def test_positions_are_resized_bilinearly_and_other_keys_may_differ() -> None:
+    larger = CONFIG.model_copy(update={"image_size": 48, "max_visible_patches": None, "norm_eps": 1e-12})
+    state, name = build_model(CONFIG, VOCABULARY).state_dict(), "image_embedding.positions"
+    resized = skeleton(larger, VOCABULARY).resize_state(state, CONFIG)
+    assert torch.equal(resized[name], resize_grid(state[name], 6, "bilinear"))
+
+
+def test_trap_10_examples_without_words_or_patches_are_finite(model: ViLT) -> None:
+    keep, visible = torch.zeros(ROWS, LENGTH, dtype=torch.bool), torch.full((ROWS, 3), -1)
+    outputs = model({"one": fused("itm", "alignment", text_keep=keep, visible_patches=visible)})
+    assert all(value.isfinite().all() for value in outputs["one"].values())
+    assert all(gradient.isfinite().all() for gradient in gradients(model, outputs).values())
+
+
 def test_patch_numbers_of_images_map_to_the_canvas() -> None:
     grid = SIZES // PATCH
     canvas = torch.arange(6 * 6).view(6, 6)

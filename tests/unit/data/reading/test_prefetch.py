@@ -108,6 +108,7 @@ def test_prefetch_never_evicts_needed_entries(caplog: pytest.LogCaptureFixture):
     assert (held(cache), caplog.messages) == ("ab", [])
     for key in "cd":
         put(cache, key)  # a reader's entry does
+        cache.plan(key, 1, 5)  # needed from now on, so that the next eviction is a shortage again
     assert (len(held(cache)), caplog.messages) == (2, ["a shortage"])
 
 

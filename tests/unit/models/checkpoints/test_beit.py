@@ -243,3 +243,10 @@ def test_only_modules_of_the_image_forward_are_imported(tmp_path: Path) -> None:
     model = skeleton(CONFIG, VOCABULARY, HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS))
     brought = {model.part_of(name) for name in from_published(published, CONFIG)}
     assert brought == modules_for(model, "mim", "images")
+
+
+def test_table_of_another_size_is_rejected(tmp_path: Path) -> None:
+    published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
+    published[SHARED_TABLE] = torch.zeros(5, 2)
+    with pytest.raises(CheckpointError, match=r"\(is \(5, 2\), must be \(28, 2\)\)"):
+        from_published(published, CONFIG)
