@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
+import pytest
 
 from pipeline.data.building.importers import write_shards
 from pipeline.data.reading.samples import iter_samples
@@ -58,6 +59,7 @@ class Embedding:
         return json.loads(out)
 
 
+@pytest.mark.slow
 def test_killed_embedding_resumes_to_equal_files(tmp_path: Path) -> None:
     config, checkpoint = untrained_weights(tmp_path)
     samples = (

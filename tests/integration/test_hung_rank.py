@@ -84,6 +84,7 @@ def test_stopped_rank_is_named_in_the_stacks_of_the_others(tmp_path: Path, victi
         assert "no heartbeat from rank(s) 1" in told
 
 
+@pytest.mark.slow
 def test_rank_that_holds_the_gil_writes_its_stacks(tmp_path: Path) -> None:
     with _started(_stuck, 2, str(tmp_path), "holds the interpreter", 1) as ranks:
         for rank in ranks:

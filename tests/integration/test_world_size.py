@@ -266,6 +266,7 @@ def _losses(steps: int, zero_stages: list[int]) -> list[list[float]]:
     return results
 
 
+@pytest.mark.slow
 def test_twenty_steps_have_equal_losses_for_every_layout():
     zero_2, *others = run_ranks(_losses, 2, 20, [2, 0, 1, 3])[0]
     for losses in [*others, run_ranks(_losses, 3, 20, [2])[0][0]]:
