@@ -232,7 +232,7 @@ def _label(key: EvalKey, config: RunConfig) -> str:
 
 
 def _evaluate_on_ray(target: EvalTarget, workers: int) -> EvalResult:
-    """Raises MomeError with the first failure, on whichever rank."""
+    """Evaluate on `workers` ranks. Raises MomeError with the first failure, on whichever rank."""
     request = target.request
     source, probe = (url if url is None or "/" not in url else absolute(url) for url in (request.source, request.probe))
     assert source is not None

@@ -103,13 +103,16 @@ def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
                 pass
 
         def flush(self) -> None:  # called by `logging.shutdown`, before a hung rank ends its process
-            if queued:
-                wait([in_background(send_queued, "warnings for the driver")], ANSWER_SECONDS)
+            send_rest(ANSWER_SECONDS)
 
     def send_queued() -> None:
         with sending:
             while queued and mail.send(queued[0]):
                 queued.popleft()
+
+    def send_rest(seconds: float) -> None:
+        if queued:
+            wait([in_background(send_queued, "warnings for the driver")], seconds)
 
     handler = Forward(logging.WARNING)
     thread = PeriodicThread(send_queued, RETRY_SECONDS, "warnings for the driver").start()
@@ -119,4 +122,4 @@ def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         thread.stop(timeout=0.0)
-        wait([in_background(send_queued, "last warnings for the driver")], 2 * ANSWER_SECONDS)
+        send_rest(2 * ANSWER_SECONDS)

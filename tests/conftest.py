@@ -50,6 +50,14 @@ def collectives() -> Iterator[Any]:
     alone.close()
 
 
+@pytest.fixture(scope="module")
+def local_ray(_no_ray_left_behind: None) -> None:
+    """Start a Ray of two CPUs on this machine, which ends with the module."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
 @pytest.fixture
 def shared() -> Path:
     """Return the folder `shared` next to the repository, with real data and reference tensors."""

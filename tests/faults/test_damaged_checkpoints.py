@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -15,13 +15,6 @@ from pipeline.training.collectives import Collectives
 from tests.support.small_checkpoint import newest_weight, save
 
 PART = "rank-00000.safetensors"
-
-
-@pytest.fixture(scope="module")
-def collectives() -> Iterator[Collectives]:
-    alone = Collectives()
-    yield alone
-    alone.close()
 
 
 @pytest.fixture(params=["local", "moto"])

@@ -14,10 +14,11 @@ import pytest
 from tests.support.tracked_run import assert_tracked_once
 from tests.support.train_process import SECONDS, STAGES, TrainProcess
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_rank_killed_in_every_stage_changes_no_loss(tmp_path: Path) -> None:
     whole = TrainProcess(tmp_path, "whole", STEPS)
@@ -39,7 +40,6 @@ def test_rank_killed_in_every_stage_changes_no_loss(tmp_path: Path) -> None:
     assert_tracked_once(killed, tmp_path, attempts=kills + 1)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_process_killed_twice_is_one_mlflow_run(tmp_path: Path) -> None:
     """Without Ray, a user restarts the same command."""

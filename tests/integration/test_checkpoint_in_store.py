@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from pipeline.config.schema import CheckpointConfig
@@ -11,13 +9,6 @@ from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import COMMIT, CheckpointStore
 from pipeline.training.collectives import Collectives
 from tests.support.small_checkpoint import newest_weight, save
-
-
-@pytest.fixture(scope="module")
-def collectives() -> Iterator[Collectives]:
-    alone = Collectives()
-    yield alone
-    alone.close()
 
 
 @pytest.fixture

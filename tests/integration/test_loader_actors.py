@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from jobs.loader_actors import RayBackend
 from pipeline.config.errors import DataError
@@ -24,14 +22,9 @@ from pipeline.data.storage import Storage
 from pipeline.objectives import batch_groups
 from tests.support.data_stream import stream_config
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +49,14 @@ def read(config: RunConfig, tokenizer: Tokenizer, backend: BackendFactory, rank:
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3)])
-def test_batches_of_actors_equal_those_of_the_rank(cluster, config, tokenizer, rank: int, world: int):
+def test_batches_of_actors_equal_those_of_the_rank(config, tokenizer, rank: int, world: int):
     remote = read(config, tokenizer, RayBackend, rank, world)
     for batch, expected in zip(remote, read(config, tokenizer, local_backend, rank, world), strict=True):
         for name in ("uid", "image_id", "image", "masked_text", "mask_labels", "patch_positions"):
             assert getattr(batch, name).equal(getattr(expected, name)), name
 
 
-def test_killed_actor_restarts_and_changes_no_batch(cluster, config, tokenizer):
+def test_killed_actor_restarts_and_changes_no_batch(config, tokenizer):
     expected = read(config, tokenizer, local_backend, 0, 1)
     with Loader(
         config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1, RayBackend
@@ -82,7 +75,7 @@ def actor_processes() -> list[int]:
     ]
 
 
-def test_error_of_an_actor_is_raised_unchanged(cluster, config, tokenizer):
+def test_error_of_an_actor_is_raised_unchanged(config, tokenizer):
     with Loader(
         config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1, RayBackend
     ) as loader:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from pipeline.config.errors import ConfigError
 from tests.support.detectors import save_yolos
 from tests.support.shards_command import facts_of, run_shards
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def test_one_worker_and_two_write_the_same_bytes(make_pairs, make_pair, tmp_path: Path) -> None:

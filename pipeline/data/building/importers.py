@@ -395,7 +395,7 @@ def _paragraphs(path: Path, problems: Problems) -> Iterator[str]:
 
 def check_writable(storage: Storage, url: str, overwrite: bool) -> None:
     """Raise DataError when `url` already has shards, unless they are to be overwritten."""
-    existing = [name for name in _files_of_shards(storage, url) if not name.endswith(SIDECAR)]
+    existing = _shards_at(storage, url)
     if existing and not overwrite:
         state = "shards" if MANIFEST in existing else "tars without a manifest (another import, not finished?)"
         raise DataError(f"{url} already has {state}. Choose another folder, or pass --overwrite to replace them")
@@ -422,12 +422,13 @@ def write_shards(
 
     def clear() -> None:
         """Remove the shards, the manifest first: a manifest must never list missing tars."""
-        for name in sorted(_files_of_shards(storage, url), key=lambda name: name != MANIFEST):
+        names = [name for name in storage.list(url) if name == MANIFEST or name.endswith((".tar", ".tar" + SIDECAR))]
+        for name in sorted(names, key=lambda name: name != MANIFEST):
             storage.delete(join(url, name))
 
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
         tars = _write_tars(Path(folder), itertools.chain([first], stream), samples_per_shard)
-        if not all(name.endswith(SIDECAR) for name in _files_of_shards(storage, url)):  # shards to be replaced
+        if _shards_at(storage, url):
             tars = iter(list(tars))
         clear()
         try:
@@ -442,9 +443,9 @@ def write_shards(
     return index_shards(storage, url, progress)
 
 
-def _files_of_shards(storage: Storage, url: str) -> list[str]:
-    names = storage.list(url)
-    return [name for name in names if name == MANIFEST or name.endswith((".tar", ".tar" + SIDECAR))]
+def _shards_at(storage: Storage, url: str) -> list[str]:
+    """Return the names of a folder's shards and of their manifest; sidecars alone are no shards."""
+    return [name for name in storage.list(url) if name == MANIFEST or name.endswith(".tar")]
 
 
 def _write_tars(folder: Path, samples: Iterator[Sample], samples_per_shard: int) -> Iterator[Path]:

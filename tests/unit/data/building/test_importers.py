@@ -175,6 +175,19 @@ def test_overwriting_removes_old_shards(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "000003.tar").exists()
 
 
+def test_stale_sidecars_do_not_delay_the_first_upload(tmp_path: Path) -> None:
+    """Only shards that are replaced wait in temporary files until all tars are written."""
+    (tmp_path / "000007.tar.index.npz").write_bytes(b"stale")
+
+    def stream() -> Iterator[Sample]:
+        for number, sample in enumerate(text_stream(6)):
+            assert (tmp_path / "000000.tar").exists() == (number >= 2)
+            yield sample
+
+    write_shards(Storage(), stream(), str(tmp_path), 2)
+    assert not (tmp_path / "000007.tar.index.npz").exists()
+
+
 def failing_stream() -> Iterator[Sample]:
     yield from text_stream(15)
     raise DataError("line 16 is bad")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling, BeitModel, PreTrainedModel
 
@@ -27,6 +27,7 @@ from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig, Model
 from pipeline.objectives import modules_for
 from pipeline.training.stages import load_matching
+from tests.support.hugging_face import randomised, saved
 
 CONFIG = VLMoConfig(
     width=24, layers=3, heads=2, vision_language_layers=1, image_size=24, patch_size=8, max_text_length=8
@@ -44,19 +45,6 @@ THEIRS = {
     "layer_norm_eps": 1e-6,  # value of BEiT's release; Hugging Face's 1e-12 differs only for vectors near zero
 }
 SHARED, EACH = {"use_shared_relative_position_bias": True}, {"use_relative_position_bias": True}
-
-
-def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model.eval()
-
-
-def saved(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """Save the model and return the tensors of its file under their published names."""
-    model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
 
 
 def started(state: dict[str, Tensor], heads: HeadConfig = HeadConfig()) -> Model:

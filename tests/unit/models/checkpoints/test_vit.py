@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 from transformers import ViTConfig as Theirs
@@ -17,6 +17,7 @@ from pipeline.models.checkpoints.vit import from_hugging_face, infer_section, to
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
 from pipeline.models.vit import ViT
+from tests.support.hugging_face import randomised, saved
 
 CONFIG = ViTConfig(width=24, layers=3, heads=2, image_size=24, patch_size=8)
 CLASSES = 5
@@ -33,20 +34,6 @@ def their_config(**more: object) -> Theirs:
         num_labels=CLASSES,
         **more,
     )
-
-
-def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """Draw all parameters at random, biases and norms too, so that each one affects the output."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model.eval()
-
-
-def saved(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """Save the model and return the tensors of its file under their published names."""
-    model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
 
 
 def ours(state: dict[str, Tensor], heads: HeadConfig = HeadConfig(classes=CLASSES)) -> ViT:
