@@ -1,4 +1,4 @@
-"""HTTP server on the loopback interface whose answers a test chooses, and what it was asked."""
+"""HTTP server on the loopback interface whose answers a test chooses, and the requests it received."""
 
 from __future__ import annotations
 
