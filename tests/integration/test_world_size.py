@@ -4,65 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.config.load import validate
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, SourceType
 from pipeline.data.batch import Batch
 from pipeline.training.collectives import share
 from tests.support.fine_tuning_data import run_config
 from tests.support.gradients import TOLERANCE, relative_errors
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import tiny_config
-from tests.support.trial import invented_batch, tiny_section
+from tests.support.trial import invented_batch, tiny_run
 
-Result = tuple[dict[str, torch.Tensor], dict[str, float]]  # gradients, losses
-SHAPED_IMAGES = 12
-REGIONS = 10  # neither 3 ranks nor micro-batches of 2 divide it
-PAIRS = 48
-
-
-@dataclass(frozen=True)
-class Case:
-    """A stage of a tiny run, and this rank's examples of its global batch (default: `tiny_batch`)."""
-
-    config: Callable[..., RunConfig]
-    index: int = 0
-    batch: Callable[[RunConfig, int, int], Batch] | None = None
-
-
-def one_stage(section: dict[str, Any], stage: dict[str, Any], source_type: str = "pairs") -> Callable[..., RunConfig]:
-    def config(**engine: Any) -> RunConfig:
-        values = {
-            "name": "test",
-            "seed": 3,
-            "model": section,
-            "sources": {"some": {"shards": "invented", "type": source_type}},
-            "data": {"streams": 2},
-            "stages": [{"name": "stage", "sources": {"some": 1.0}, "steps": 4, "max_text_length": 12, **stage}],
-            "engine": {"precision": "float32", **engine},
-        }
-        return validate(values, "test")
-
-    return config
+Result = tuple[dict[str, Tensor], dict[str, float]]  # gradients, losses
 
 
 def pairs_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
     """Return 48 pairs; every second one repeats the image before it, which must not become a negative."""
-    batch = replace(invented_batch(config.model, "pairs", 1, PAIRS), image_id=torch.arange(PAIRS) // 2 * 2)
-    return batch.rows(slice(*share(PAIRS, rank, world_size)))
+    batch = replace(invented_batch(config.model, "pairs", 1, 48), image_id=torch.arange(48) // 2 * 2)
+    return batch.rows(slice(*share(48, rank, world_size)))
 
 
 def regions_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
     """Return examples with regions, padded to this rank's maximum as the loader does: the first ranks have fewer."""
-    batch = invented_batch(config.model, "regions", 1, REGIONS)
+    batch = invented_batch(config.model, "regions", 1, 10)
     batch.region_keep[:4, -1] = False
-    rows = batch.rows(slice(*share(REGIONS, rank, world_size)))
+    rows = batch.rows(slice(*share(10, rank, world_size)))
     length = int(rows.region_keep.sum(dim=1).max())
     names = ("region_features", "region_location", "region_keep", "region_class", "region_hidden")
     return replace(rows, **{name: getattr(rows, name)[:, :length] for name in names})
@@ -70,89 +43,51 @@ def regions_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
 
 def shaped_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
     """Return images that keep their aspect ratio, padded to this rank's largest image and longest text."""
-    rows = invented_batch(config.model, "pairs", 1, SHAPED_IMAGES).rows(slice(*share(SHAPED_IMAGES, rank, world_size)))
+    rows = invented_batch(config.model, "pairs", 1, 12).rows(slice(*share(12, rank, world_size)))
     height, width = rows.image_size.max(dim=0).values.tolist()
     patches, length = int((rows.visible_patches >= 0).sum(dim=1).max()), int(rows.text_keep.sum(dim=1).max())
     text = {name: getattr(rows, name)[:, :length] for name in ("text", "text_keep", "masked_text")}
-    return replace(
-        rows, image=rows.image[:, :height, :width], visible_patches=rows.visible_patches[:, :patches], **text
-    )
+    image = {"image": rows.image[:, :height, :width], "visible_patches": rows.visible_patches[:, :patches]}
+    return replace(rows, **image, **text)
 
 
-REGION_SECTION = {
-    "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12, "max_regions": 6,
-    "region_features": 8, "region_classes": 7, "init_std": 0.2, "dropout": 0.0,
-}  # fmt: skip
-VILT = tiny_section("vilt").model_dump() | {"drop_path": 0.1}
-RANDOM = {"negatives": "random"}
+@dataclass(frozen=True)
+class Case:
+    """A stage of a tiny run with noise, and this rank's examples of its global batch of `size` examples."""
+
+    kind: str
+    source_type: SourceType
+    objectives: dict[str, Any]
+    size: int
+    batch: Callable[[RunConfig, int, int], Batch]
+    stage: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, engine: dict[str, Any]) -> RunConfig:
+        noise = {} if self.kind == "imagebert" else {"drop_path": 0.1}
+        keys = {"negatives": "hard" if self.kind == "vlmo" else "random", "global_batch_size": self.size, **self.stage}
+        return tiny_run(self.kind, self.source_type, self.objectives, noise, engine, **keys)
+
+
 CASES = {
-    **{stage.name: Case(tiny_config, index) for index, stage in enumerate(tiny_config().stages)},
     # With `every: 4`, many micro-batches of three examples hold none that MIM reads.
     "48 pairs": Case(
-        one_stage(
-            tiny_section("vlmo").model_dump() | {"drop_path": 0.1},
-            {
-                "objectives": {
-                    "itc": {},
-                    "itm": {"every": 2},
-                    "mlm": {},
-                    "mim": {"every": 4},
-                },
-                "global_batch_size": PAIRS,
-            },
-        ),
-        batch=pairs_batch,
+        "vlmo", "pairs", {"itc": {}, "itm": {"every": 2}, "mlm": {}, "mim": {"every": 4}}, 48, pairs_batch
     ),
+    # 10 examples: neither 3 ranks nor micro-batches of 2 divide it.
     "regions": Case(
-        one_stage(
-            REGION_SECTION,
-            {
-                "objectives": {
-                    "itm": {"every": 2},
-                    "mlm": {},
-                    "moc": {},
-                    "mrfr": {"weight": 0.1},
-                },
-                "global_batch_size": REGIONS,
-                **RANDOM,
-            },
-            "regions",
-        ),
-        batch=regions_batch,
+        "imagebert", "regions", {"itm": {"every": 2}, "mlm": {}, "moc": {}, "mrfr": {"weight": 0.1}}, 10, regions_batch
     ),
     "shaped images": Case(
-        one_stage(
-            VILT,
-            {
-                "objectives": {
-                    "itm": {},
-                    "wpa": {"weight": 0.1},
-                    "mlm": {},
-                    "mim": {"every": 2},
-                },
-                "image_target": "mean_colour",
-                "global_batch_size": SHAPED_IMAGES,
-                **RANDOM,
-            },
-        ),
-        batch=shaped_batch,
+        "vilt", "pairs", {"itm": {}, "wpa": {"weight": 0.1}, "mlm": {}, "mim": {"every": 2}}, 12, shaped_batch,
+        {"image_target": "mean_colour"},
     ),
-    "ranking": Case(
-        one_stage(
-            VILT, {"objectives": {"ranking": {}}, "num_negative_texts": 3, "global_batch_size": SHAPED_IMAGES, **RANDOM}
-        ),
-        batch=shaped_batch,
-    ),
-}
+    "ranking": Case("vilt", "pairs", {"ranking": {}}, 12, shaped_batch),
+}  # fmt: skip
+TINY_STAGES = {stage.name: number for number, stage in enumerate(tiny_config().stages)}
 # Ranks and micro-batch size -> engines. All cases run on the first engine of a layout, the 48 pairs on every one.
 LAYOUTS: dict[tuple[int, int | None], list[dict[str, Any]]] = {
     (1, 5): [{"zero_stage": 2}, {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}],
-    (2, 3): [
-        {"zero_stage": 3},
-        {"zero_stage": 1},
-        {"zero_stage": 2, "offload_optimizer": True},
-        {"zero_stage": 3, "offload_optimizer": True},
-    ],
+    (2, 3): [{"zero_stage": 3}, {"zero_stage": 1}, *({"zero_stage": n, "offload_optimizer": True} for n in (2, 3))],
     (3, None): [{"zero_stage": 1}, {"zero_stage": 0}, {"zero_stage": 1, "offload_optimizer": True}],
     (3, 2): [{"zero_stage": 2}],
     (5, 2): [{"zero_stage": 3}, {"zero_stage": 2}],
@@ -162,25 +97,28 @@ LAYOUTS: dict[tuple[int, int | None], list[dict[str, Any]]] = {
 def _results(names: list[str], plain: bool, engines: list[dict[str, Any]]) -> list[dict[str, Result]]:
     from tests.support.engines import gradients_and_losses
 
-    def result(name: str, engine: dict[str, Any]) -> Result:
-        case = CASES[name]
-        return gradients_and_losses(case.config(**engine), case.index, plain, case.batch)
-
-    return [
-        {name: result(name, engine) for name in (names if number == 0 else ["48 pairs"])}
-        for number, engine in enumerate(engines)
-    ]
+    results = []
+    for number, engine in enumerate(engines):
+        results.append(
+            {
+                name: gradients_and_losses(tiny_config(**engine), TINY_STAGES[name], plain)
+                if name in TINY_STAGES
+                else gradients_and_losses(CASES[name].config(engine), 0, plain, CASES[name].batch)
+                for name in (names if number == 0 else ["48 pairs"])
+            }
+        )
+    return results
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Result]:
     """Return each case's gradient by autograd in one process."""
-    return run_ranks(_results, 1, [*CASES], True, [{}])[0][0]
+    return run_ranks(_results, 1, [*TINY_STAGES, *CASES], True, [{}])[0][0]
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), LAYOUTS)
 def test_gradient_equals_one_process(expected, world_size, micro_batch_size):
-    names = ["48 pairs"] if world_size == 5 else [*CASES]
+    names = ["48 pairs"] if world_size == 5 else [*TINY_STAGES, *CASES]
     engines = [{"micro_batch_size": micro_batch_size, **engine} for engine in LAYOUTS[world_size, micro_batch_size]]
     for engine, results in zip(engines, run_ranks(_results, world_size, names, False, engines)[0], strict=True):
         for name, (gradients, losses) in results.items():
@@ -210,24 +148,16 @@ def _fine_tuning_gradients(folder: str, zero_stage: int, micro_batch_size: int |
     from tests.support.engines import build_engine
 
     collectives, storage, results = Collectives(), Storage(), {}
+    ranks = (collectives.rank, collectives.world_size)
     for source_type, (objective, keys) in FINE_TUNING.items():
         config = run_config(Path(folder, source_type), source_type, objective, 1, is_drawn=True, **keys)
         engine = config.engine.model_copy(update={"zero_stage": zero_stage, "micro_batch_size": micro_batch_size})
         model = config.model.model_copy(update={"drop_path": 0.1})
         config = config.model_copy(update={"engine": engine, "model": model})
         tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
-        built = build_engine(
-            config, collectives=collectives, model=build_stage_model(Stage(config, 0), storage, tokenizer.size)
-        )
-        with Loader(
-            config,
-            built.stage,
-            batch_groups(config, built.stage),
-            storage,
-            tokenizer,
-            collectives.rank,
-            collectives.world_size,
-        ) as loader:
+        stage_model = build_stage_model(Stage(config, 0), storage, tokenizer.size)
+        built = build_engine(config, collectives=collectives, model=stage_model)
+        with Loader(config, built.stage, batch_groups(config, built.stage), storage, tokenizer, *ranks) as loader:
             losses = built.losses(next(loader.batches(0)))
         results[source_type] = built.engine.gradients(), losses
         built.engine.close()
@@ -239,14 +169,12 @@ def test_fine_tuning_gradient_equals_one_process(tmp_path: Path) -> None:
         (tmp_path / source_type).mkdir()
         run_config(tmp_path / source_type, source_type, objective, 1, **keys)  # draws the shards
     expected = run_ranks(_fine_tuning_gradients, 1, str(tmp_path), 0, None)[0]
-    for world_size, zero_stage, micro_batch_size in ((2, 2, 5), (3, 3, None)):
-        results = run_ranks(_fine_tuning_gradients, world_size, str(tmp_path), zero_stage, micro_batch_size)[0]
+    for layout in ((2, 2, 5), (3, 3, None)):
+        results = run_ranks(_fine_tuning_gradients, layout[0], str(tmp_path), *layout[1:])[0]
         for source_type, (gradients, losses) in results.items():
             assert losses == pytest.approx(expected[source_type][1], rel=1e-5)
-            assert max(relative_errors(expected[source_type][0], gradients).values()) <= TOLERANCE, (
-                source_type,
-                world_size,
-            )
+            errors = relative_errors(expected[source_type][0], gradients)
+            assert max(errors.values()) <= TOLERANCE, (source_type, layout)
 
 
 def _losses(steps: int, zero_stages: list[int]) -> list[list[float]]:
@@ -282,3 +210,48 @@ def test_losses_equal_on_one_to_four_ranks_at_every_zero_stage():
     for ranks, by_zero_stage in results.items():
         for zero_stage, losses in zip(zero_stages, by_zero_stage, strict=True):
             assert losses[:-1] == pytest.approx(expected, rel=1e-5), f"{ranks} ranks, ZeRO {zero_stage}"
+
+
+def _updates(zero_stage: int, factor: float) -> dict[str, Tensor]:
+    """Return the change of each trained parameter in one step of the vision stage."""
+    from tests.support.engines import build_engine, tiny_model
+
+    config = tiny_config(zero_stage=zero_stage)
+    optimizer = config.stages[0].optimizer.model_copy(update={"head_lr_multiplier": factor})
+    stage = config.stages[0].model_copy(update={"optimizer": optimizer})
+    config = config.model_copy(update={"stages": (stage, *config.stages[1:])})
+    model = tiny_model(config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    built = build_engine(config, model=model)
+    built.train([0])
+    after = built.engine.weights() or {}
+    return {name: after[name] - before[name] for name in before.keys() & after.keys()}
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+def test_head_lr_multiplier_scales_the_heads_alone(world_size: int, zero_stage: int) -> None:
+    plain, scaled = (run_ranks(_updates, world_size, zero_stage, factor)[0] for factor in (1.0, 20.0))
+    heads = {name for name in plain if name.startswith("mim_head") or name == "image_embedding.mask"}
+    assert len(heads) >= 2
+    for name, update in plain.items():
+        expected = update * (20.0 if name in heads else 1.0)
+        torch.testing.assert_close(scaled[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def _itc_gradients() -> list[dict[str, Tensor]]:
+    """Return the gradients of ITC with this project's gathers and with those of VLMo's release."""
+    from tests.support.engines import gradients_and_losses
+
+    values = tiny_config().model_dump(mode="json")
+    values["stages"] = [values["stages"][2] | {"objectives": {"itc": {}}}]
+    configs = [validate(values | {"reproduce_vlmo_release": released}, "tiny") for released in (False, True)]
+    return [gradients_and_losses(config)[0] for config in configs]
+
+
+def test_trap_01_released_itc_gradient_is_half_on_two_ranks() -> None:
+    """The release does not differentiate gathered features: on W ranks they get 1 / W of the gradient."""
+    ours, released = run_ranks(_itc_gradients, 2)[0]
+    assert ours.keys() == released.keys()
+    for name, gradient in ours.items():
+        ranks = 1 if "log_scale" in name else 2
+        torch.testing.assert_close(ranks * released[name], gradient, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,207 @@
+"""Processes of a run that hang, are killed, or were replaced by a later start of the run."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.errors import Superseded
+from pipeline.data.storage import Storage
+from pipeline.training.ownership import OWNER_FILE, Ownership
+from tests.support.ranks import SECONDS, redirect_stderr, run_ranks, start_ranks
+from tests.support.ray_nodes import wait_until
+from tests.support.short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
+from tests.support.train_process import TrainProcess
+
+ALLOWED = 3.0  # seconds that a step may take in the tests of hung ranks
+
+
+def exit_codes(function: Callable[..., None], world_size: int, *arguments: Any, of: int | None = None) -> list[Any]:
+    """Return the exit codes of ranks that run `function`; None for those still alive when rank `of` (or all) ended."""
+    processes = start_ranks(function, world_size, *arguments)
+    try:
+        for process in processes if of is None else [processes[of]]:
+            process.join(SECONDS)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join(20)
+
+
+def _stacks(folder: Path) -> dict[int, str]:
+    return {int(file.stem[-5:]): file.read_text(encoding="utf-8") for file in folder.glob("stacks/*.rank-*.txt")}
+
+
+def _stuck(folder: str, how: str, victim: int) -> None:
+    """Enter a barrier that one rank does not reach, for the reason `how`."""
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.watchdog import Watchdog
+
+    redirect_stderr(f"{folder}/log-{os.environ['RANK']}")
+    logging.basicConfig(force=True)
+    collectives = Collectives()
+    allowed: dict[Any, float] = {"startup": 60.0, "training": ALLOWED, "data_wait": 30.0}
+    watchdog = Watchdog(collectives, Storage(), folder, allowed)
+    watchdog.start()
+    collectives.barrier()
+    is_victim = collectives.rank == victim
+    watchdog.enter("data_wait" if is_victim and how == "waits for data" else "training", 7)
+    if is_victim:
+        _misbehave(how)
+    collectives.barrier()
+    watchdog.close()
+
+
+def _misbehave(how: str) -> None:
+    match how:
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "holds the interpreter":
+            time.sleep(ALLOWED / 2)  # its watchdog has seen the step begin
+            ctypes.PyDLL(None).sleep(600)
+        case "waits for data":
+            time.sleep(3 * ALLOWED)
+
+
+@pytest.mark.parametrize("victim", [1, 0], ids=["", "and-it-holds-the-board"])
+def test_stopped_rank_is_named_in_the_stacks_of_the_others(tmp_path: Path, victim: int) -> None:
+    other = 1 - victim
+    assert exit_codes(_stuck, 2, str(tmp_path), "stopped", victim, of=other)[other] == 75
+    stacks = _stacks(tmp_path)[other]
+    assert "in 'training' of step 7" in stacks
+    assert "barrier" in stacks
+    assert victim == 0 or "no heartbeat from rank(s) 1" in stacks
+    assert "Thread 0x" in (tmp_path / f"log-{other}").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_rank_that_holds_the_gil_writes_its_stacks(tmp_path: Path) -> None:
+    assert exit_codes(_stuck, 2, str(tmp_path), "holds the interpreter", 1) == [75, 1]
+    assert "rank(s) 1" in _stacks(tmp_path)[0]  # not reached by it, or already without a sign of life
+    assert "_misbehave" in (tmp_path / "log-1").read_text(encoding="utf-8")
+
+
+def test_ranks_wait_for_one_within_its_own_limit(tmp_path: Path) -> None:
+    assert exit_codes(_stuck, 2, str(tmp_path), "waits for data", 1) == [0, 0]
+    assert not _stacks(tmp_path)
+
+
+def _sleeping(folder: str) -> None:
+    without_mlflow()
+    redirect_stderr(f"{folder}/log-{os.environ['RANK']}")
+    hang = BeforeStep(3, lambda _: time.sleep(600) if os.environ["RANK"] == "1" else None)
+    train_short(folder, guards__hang_seconds=5 * ALLOWED, callbacks=[hang])
+
+
+def test_run_with_a_hung_rank_ends_with_all_stacks(tmp_path: Path) -> None:
+    assert exit_codes(_sleeping, 2, str(tmp_path)) == [75, 75]
+    stacks = _stacks(tmp_path / "run")
+    assert sorted(stacks) == [0, 1]
+    for text in stacks.values():
+        assert "not reached by rank(s) 1" in text
+        assert "of step 3 for" in text
+    assert "_sleeping" in stacks[1] or "act" in stacks[1] or "lambda" in stacks[1]
+    assert "step.py" in stacks[0]
+
+
+STEP_SECONDS = 0.3  # in addition to the step itself
+BEAT_SECONDS = 0.1  # time of a killed process after its last heartbeat counts as down time
+
+
+def _slow(folder: str, killed_at: int) -> None:
+    """Train one rank with steps of some length; kill it before the step `killed_at`."""
+    from pipeline.training import goodput, loop  # noqa: F401 - importing is not part of the measured run
+
+    without_mlflow()
+    goodput.HEARTBEAT_SECONDS = BEAT_SECONDS
+    slow = [BeforeStep(step, lambda _: time.sleep(STEP_SECONDS)) for step in range(STEPS)]
+    kill = BeforeStep(killed_at, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    Path(folder, "begun").write_text(f"{time.time()}", encoding="utf-8")
+    train_short(folder, cluster__workers=1, callbacks=[kill, *slow])
+    Path(folder, "ended").write_text(f"{time.time()}", encoding="utf-8")
+
+
+def test_every_second_of_a_resumed_run_is_accounted_for(tmp_path: Path) -> None:
+    assert exit_codes(_slow, 1, str(tmp_path), STEPS - 1) == [-signal.SIGKILL]
+    begun = float((tmp_path / "begun").read_text(encoding="utf-8"))
+    time.sleep(3.0)
+    assert exit_codes(_slow, 1, str(tmp_path), -1) == [0]
+    wall = float((tmp_path / "ended").read_text(encoding="utf-8")) - begun
+    account = json.loads((tmp_path / "run" / "time.json").read_text(encoding="utf-8"))
+    seconds = account["seconds"]
+    assert sum(seconds.values()) == pytest.approx(wall, abs=1.0)
+    assert (account["restarts"], account["ended"]) == (1, True)
+    # Killed before step 7 with a checkpoint of 6 steps: one step is lost work, the other sixteen count as training.
+    assert seconds["lost_work"] >= STEP_SECONDS - 2 * BEAT_SECONDS
+    assert seconds["training"] >= 2 * STEPS * STEP_SECONDS
+    assert seconds["restart"] >= 3.0
+    assert seconds["startup"] > 0
+    assert seconds["checkpoint"] > 0
+    points: dict[str, float] = {}
+    for record in journal(tmp_path):
+        points |= record["values"] if record["kind"] == "metrics" else {}
+    assert points["time/lost_work_s"] == pytest.approx(seconds["lost_work"])
+    assert 0 < points["perf/goodput"] < 1
+
+
+def test_only_the_latest_claim_holds(tmp_path: Path) -> None:
+    storage, folder = Storage(), str(tmp_path)
+    assert Ownership(storage, folder, "of a run that nobody claimed").holds()
+    first = Ownership.take(storage, folder)
+    first.check()
+    second = Ownership.take(storage, folder)
+    assert second.holds()
+    assert Ownership(storage, folder, second.claim).holds(), "restarted ranks share their launcher's claim"
+    with pytest.raises(Superseded, match=f"owned by a later start.*{OWNER_FILE}"):
+        first.check()
+
+
+def _superseded(folder: str) -> None:
+    """Take the run away in the middle of a stage and in its last steps, then resume it."""
+    from pipeline.training.loop import train
+
+    without_mlflow()
+    train_short(folder, "whole", cluster__workers=1)
+    config = short_config(folder, "run", cluster__workers=1)
+
+    def take(state: Any) -> None:
+        state.checkpoints.wait()  # the checkpoint before this step is committed
+        Ownership.take(Storage(), config.folder)
+
+    # Step 6 is reached and not saved the first time; no stage is handed over the second time.
+    for step, expected in {4: ["step-00000003"], STEPS - 1: ["step-00000003", "step-00000006"]}.items():
+        with pytest.raises(Superseded, match="owned by a later start"):
+            train(config, lambda progress: None, callbacks=[BeforeStep(step, take)])
+        saved = sorted(file.parent.name.partition(".")[0] for file in Path(config.folder).glob("*/*/COMMIT.json"))
+        assert saved == expected
+    ended = [record for record in journal(folder) if record["kind"] in ("stage_end", "run_end")]
+    assert not ended, "how the run ends is for its owner to say"
+    train(config, lambda progress: None)
+
+
+def test_superseded_run_commits_nothing(tmp_path: Path) -> None:
+    run_ranks(_superseded, 1, str(tmp_path))
+    assert losses(tmp_path) == losses(tmp_path, "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ranks_of_a_superseded_run_are_not_restarted(tmp_path: Path) -> None:
+    run = TrainProcess(tmp_path, "run", 12).start()
+    wait_until(lambda: run.step() >= 6 or not run.running(), "the first steps")
+    Ownership.take(Storage(), run.url)
+    assert run.process is not None
+    assert run.process.wait(timeout=SECONDS) == Superseded.exit_status
+    assert "owned by a later start" in run.log_text()
+    assert not (tmp_path / "run" / "failure.json").exists(), "what its successor's ranks would give up for"

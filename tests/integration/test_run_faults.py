@@ -1,0 +1,309 @@
+"""Faults inside a run on ranks: spikes, non-finite values, preemption, exhausted memory and disk, and alerts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.training.alerts import CONSECUTIVE
+from pipeline.training.callbacks import Callback
+from tests.support.ranks import run_ranks
+from tests.support.short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
+
+
+def committed(run: str | Path) -> list[str]:
+    """Return the names of a run's committed checkpoints and stages, without their suffixes."""
+    return sorted(file.parent.name.partition(".")[0] for file in Path(run).glob("*/*/COMMIT.json"))
+
+
+class Killed(Exception):
+    """Simulated end of the process, which the package must not catch."""
+
+
+def _batches(folder: str, name: str, killed_at: int | None = None, planted: tuple[int, ...] = (4,)) -> list[int]:
+    """Return the batches that stage 0 read, in order, until its end or `killed_at`; losses of `planted` ones spike."""
+    from pipeline.training.loop import train
+    from pipeline.training.step import TrainingStep
+
+    read: list[int] = []
+    original = TrainingStep.__call__
+
+    def call(self: Any, batch: Any, **options: Any) -> Any:
+        if self.stage.name != "vision":
+            return original(self, batch, **options)
+        if batch.step == killed_at:
+            raise Killed
+        read.append(batch.step)
+        result = original(self, batch, **options)
+        return result | {"loss": result["loss"] * 100} if batch.step in planted else result
+
+    spike = {"factor": 3.0, "window": 2, "skip": 1, "max_rollbacks": 2}
+    TrainingStep.__call__ = call  # type: ignore[method-assign]
+    try:
+        train(short_config(folder, name, guards__spike=spike), lambda progress: None)
+    except Killed:
+        pass
+    finally:
+        TrainingStep.__call__ = original  # type: ignore[method-assign]
+    return read
+
+
+def _spiked(folder: str) -> dict[str, Any]:
+    from pipeline.config.errors import RunFailed
+
+    without_mlflow()
+    batches: dict[str, Any] = {"whole": _batches(folder, "whole")}
+    # Killed before the next checkpoint (6 steps: batches 0 1 2 6 7 8) and after it.
+    for name, killed_at in {"before": 8, "after": 10}.items():
+        batches[name] = [_batches(folder, name, killed_at), _batches(folder, name)]
+    with pytest.raises(RunFailed, match=r"after 2 rollbacks; guards\.spike\.max_rollbacks allows no more"):
+        _batches(folder, "spiky", planted=tuple(range(4, 60)))
+    return batches
+
+
+def test_spike_skips_its_data_also_in_a_resumed_run(tmp_path: Path) -> None:
+    past = [6, 7, 8, 9, 10]  # from the checkpoint of 3 steps on: without batches 3 to 5 (the spike's 4, and one more)
+    assert len(past) == STEPS - 3
+    for batches in run_ranks(_spiked, 2, str(tmp_path)):
+        assert batches["whole"] == [0, 1, 2, 3, 4, *past]
+        assert batches["before"] == [[0, 1, 2, 3, 4, 6, 7], [3, 4, *past]]
+        assert batches["after"] == [[0, 1, 2, 3, 4, 6, 7, 8, 9], [9, 10]]
+    weights = [tmp_path / name / "stages/0-vision/weights.safetensors" for name in ("whole", "before", "after")]
+    assert len({file.read_bytes() for file in weights}) == 1
+    tags = {r["key"]: r["value"] for r in journal(tmp_path, "whole") if r["kind"] == "tag"}
+    assert "back to step 3 without batches 3 to 5" in tags["mome.spike.1"]
+
+
+class _NaNGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+class Spoiler(Callback):
+    """Callback that makes rank 1 produce non-finite values in step 2 and compares the weights before and after."""
+
+    def __init__(self, kind: str):
+        self._kind, self.is_unchanged = kind, False
+
+    def on_stage_start(self, state: Any, start: int) -> None:
+        self._engine = state.engine
+
+    def before_step(self, step: int, batch: Any) -> None:
+        if step == 2:
+            if os.environ["RANK"] == "1":  # with "gradient", the forward stays finite
+                change = _NaNGradient.apply if self._kind == "gradient" else lambda output: output * float("inf")
+                attention = self._engine.module.get_submodule("blocks.1.attention")
+                attention.register_forward_hook(lambda module, arguments, output: change(output))
+            self._before = [fragment.values["weight"].clone() for fragment in self._engine.fragments()]
+
+    def on_fault(self, step: int, name: str, message: str) -> None:
+        after = [fragment.values["weight"] for fragment in self._engine.fragments()]
+        self.is_unchanged = all(torch.equal(a, b) for a, b in zip(self._before, after, strict=True))
+
+
+SPOILT = [("output", 2, "float32"), ("gradient", 2, "float32"), ("output", 3, "bfloat16"), ("gradient", 3, "bfloat16"),
+          ("gradient", 0, "float32"), ("gradient", 1, "bfloat16")]  # fmt: skip
+
+
+def _spoil(folder: str) -> dict[tuple[str, int, str], tuple[str, bool]]:
+    """Return each run's error and whether its weights are those before the step."""
+    from pipeline.config.errors import RunFailed
+
+    without_mlflow()
+    results = {}
+    for case in SPOILT:
+        spoiler, engine = Spoiler(case[0]), {"engine__zero_stage": case[1], "engine__precision": case[2]}
+        with pytest.raises(RunFailed) as caught:
+            train_short(folder, "-".join(map(str, case)), callbacks=[spoiler], **engine)
+        results[case] = str(caught.value), spoiler.is_unchanged
+    return results
+
+
+def test_non_finite_value_stops_the_run_before_the_update(tmp_path: Path) -> None:
+    for results in run_ranks(_spoil, 2, str(tmp_path)):
+        for case, (message, is_unchanged) in results.items():
+            assert "step 2: " in message, case
+            assert f"on rank 1, in the {'forward' if case[0] == 'output' else 'backward'}" in message, case
+            assert "module 'blocks.1.attention" in message, case
+            assert ("is nan on rank 1" in message) == (case[0] == "output"), case
+            assert "weights were not updated" in message, case
+            assert is_unchanged, case
+
+
+PREEMPTED = {  # name -> kind of signal, receiving rank, and step in which it arrives
+    "in-the-middle": ("SIGTERM", 1, 4),
+    "in-the-first-step": ("SIGUSR1", 0, 0),
+    "in-the-last-step-of-a-stage": ("callable", 1, STEPS - 1),
+}
+
+
+def _preempt(folder: str) -> None:
+    """Train until one rank receives a preemption signal in the middle of a step, then resume, for every case."""
+    from pipeline.config.errors import Preempted
+    from pipeline.training.loop import train
+
+    without_mlflow()
+    train_short(folder, "whole")
+    for name, (kind, rank, step) in PREEMPTED.items():
+        announced: list[bool] = []
+
+        def act(_: object, kind: str = kind, rank: int = rank, announced: list[bool] = announced) -> None:
+            if os.environ["RANK"] == str(rank) and kind == "callable":
+                announced.append(True)
+            elif os.environ["RANK"] == str(rank):
+                os.kill(os.getpid(), signal.Signals[kind])
+
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+        with pytest.raises(Preempted, match="Re-run the same command") as caught:
+            train(
+                short_config(folder, name),
+                lambda progress: None,
+                preempted=lambda announced=announced: bool(announced),
+                callbacks=[BeforeStep(step, act)],
+            )
+        assert caught.value.exit_status == 75
+        assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+        assert max(losses(folder, name)) == step + 1, "the step was finished and no other was started"
+        assert ("0-vision" if step + 1 == STEPS else f"step-{step + 1:08d}") in committed(Path(folder, name))
+        train_short(folder, name)
+
+
+def test_preempted_run_saves_at_once_and_loses_no_step(tmp_path: Path) -> None:
+    run_ranks(_preempt, 2, str(tmp_path))
+    assert len(losses(tmp_path, "whole")) == 2 * STEPS
+    for name in PREEMPTED:
+        assert losses(tmp_path, name) == losses(tmp_path, "whole"), name
+
+
+def _allocate_too_much(folder: str) -> dict[str, str]:
+    """Return the messages of runs that exceed memory in a step and while the model is built."""
+    from pipeline.config.errors import RunFailed
+
+    class AllocateWhileBuilding(Callback):
+        def on_model_built(self, model: Any) -> None:
+            torch.empty(10**15)
+
+    without_mlflow()
+    messages = {}
+    callbacks = {"step": BeforeStep(2, lambda _: torch.empty(10**15)), "build": AllocateWhileBuilding()}
+    for name, callback in callbacks.items():
+        with pytest.raises(RunFailed) as caught:
+            train_short(folder, name, engine__zero_stage=2, callbacks=[callback])
+        messages[name] = str(caught.value)
+    return messages
+
+
+def test_out_of_memory_reports_use_and_remedies(tmp_path: Path) -> None:
+    (messages,) = run_ranks(_allocate_too_much, 1, str(tmp_path))
+    for part in (
+        "stage vision, rank 0 of 1: out of memory: ", "engine.zero_stage 2: parameters ", "gradients ", "optimizer ",
+        "8 of the rank's 8 rows (engine.micro_batch_size: not set)", "engine.micro_batch_size=4", "engine.zero_stage=3",
+    ):  # fmt: skip
+        assert part in messages["step"]
+    assert "before the first step" in messages["build"]
+
+
+def _fill_the_disk(folder: str, disk: str) -> str:
+    """Train on a disk that is full from the fifth step on, then again with room; return the first run's message."""
+    from pipeline.config.errors import RunFailed
+
+    without_mlflow()
+    ballast = Path(disk, "ballast")
+    scenes = {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}}
+    sources = {"scenes": scenes, "pictures": {"shards": f"{folder}/scenes", "type": "images"}}
+
+    def fill(_: object) -> None:
+        with ballast.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+
+    train_short(folder, "whole")
+    with pytest.raises(RunFailed) as caught:
+        train_short(disk, callbacks=[BeforeStep(4, fill)], sources=sources)
+    assert committed(Path(disk, "run")) == ["step-00000003"]
+    ballast.unlink()
+    train_short(disk, sources=sources)
+    return str(caught.value)
+
+
+def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
+    try:
+        (message,) = run_ranks(_fill_the_disk, 1, str(tmp_path), str(disk))
+        assert len(losses(disk)) == 2 * STEPS
+        assert losses(disk) == losses(tmp_path, "whole")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    for part in (f"{disk}/run/checkpoints/step-00000006", "no space left", "Committed checkpoints are kept"):
+        assert part in message
+
+
+class Trouble(Callback):
+    """Callback that makes ITM predict "matched" always, the temperature reach its clamp, and rank 1's forward slow."""
+
+    def on_model_built(self, model: Any) -> None:
+        with torch.no_grad():
+            model.itm_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))
+            for name, parameter in model.named_parameters():
+                if "log_scale" in name:
+                    parameter.fill_(10.0)
+        if os.environ["RANK"] == "1":
+            model.register_forward_pre_hook(lambda module, arguments: time.sleep(0.2))
+
+
+def _troubled(folder: str) -> list[str]:
+    """Train with `Trouble` and slow data; return the logged alerts."""
+    from pipeline.data.loading.worker import ThreadBackend
+    from pipeline.training.loop import train
+
+    class SlowBackend(ThreadBackend):
+        def result(self, step: int) -> Any:
+            time.sleep(0.1)
+            return super().result(step)
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    lines: list[str] = []
+    without_mlflow()
+    logging.getLogger("pipeline.training.alerts").addHandler(Lines())
+    stages = {"stages.pairs.objectives": {"itc": {}, "itm": {}}, "stages.pairs.global_batch_size": 8}
+    config = short_config(folder, data__streams=8, **stages)
+    train(config, lambda progress: None, loader_backend=SlowBackend, callbacks=[Trouble()])
+    return lines
+
+
+def test_alerts_are_tagged_and_logged_and_the_run_continues(tmp_path: Path) -> None:
+    first, second = run_ranks(_troubled, 2, str(tmp_path))
+    records = journal(tmp_path)
+    tags = {r["key"]: r["value"] for r in records if r["kind"] == "tag" and r["stage"] == 1}
+    names = ["itm_collapse", "itc_clamp", "data_starvation", "straggler"]
+    assert [name for name in names if f"mome.alert.{name}" not in tags] == []
+    assert "rank 1 needs" in tags["mome.alert.straggler"]
+    since = f"since step {STEPS + 1 + CONSECUTIVE}: image-text matching is right for 100%"
+    assert tags["mome.alert.itm_collapse"].startswith(since)
+    assert sum("stage pairs: ALERT" in line for line in first) == len(names)
+    assert second == [], "rank 0 alone raises alerts"
+    assert (records[-1]["kind"], records[-1]["status"]) == ("run_end", "FINISHED")
