@@ -3,9 +3,9 @@
 Images are (H, W, 3) RGB.
 
 JPEGs are decoded by simplejpeg (libjpeg-turbo, strict: a corrupt file raises instead of decoding to noise). Where it
-fails, the file is decoded again without its metadata, and by Pillow where simplejpeg does not know the chroma
-sampling: damaged metadata does not make an image bad, damaged pixels do. Other formats are decoded by Pillow; of
-several frames the first is used. `measure` reads the size of what `decode` returns from the header alone.
+fails, the file is decoded again without its metadata: damaged metadata does not make an image bad, damaged pixels do.
+The rare chroma samplings that simplejpeg refuses, and other formats, are decoded by Pillow; of several frames the first
+is used. `measure` reads the size of what `decode` returns from the header alone.
 
 Resizing is torch's antialiased bicubic or bilinear on uint8, five times as fast as Pillow's. Rows are resized before
 columns, as Pillow does up to version 12, whose pixels ours equal within 2 grey levels. Pillow 13 resizes columns first
@@ -19,11 +19,9 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 import simplejpeg
@@ -64,8 +62,6 @@ _SIGNATURES = {
 _WEBP_METADATA = 0x2C  # VP8X's flags for ICC profile, EXIF and XMP
 _WEBP_PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")  # chunks of the pixels, and of the animation
 
-Result = TypeVar("Result")
-
 
 def format_of(data: bytes) -> str | None:
     """Return the name in FORMATS of an encoded image, by its first bytes; None for anything else."""
@@ -88,15 +84,8 @@ class ImageSize:
 
 def measure(data: bytes) -> ImageSize:
     """Return an image's size from its header, without decoding. Raises BadSample for anything that is not an image."""
-    with _judging(data) as kind:
-        if kind == "JPEG":
-            header = jpeg.read_header(data)
-            height, width, is_animated, orientation = header.height, header.width, False, _orientation(data)
-        else:
-            height, width, is_animated, orientation = _with_repair(data, kind, partial(_measure_with_pillow, kind))
-    if orientation in _TRANSPOSED:
-        height, width = width, height
-    return ImageSize(height, width, is_animated)
+    size, orientation, _ = _read(data, None)
+    return replace(size, height=size.width, width=size.height) if orientation in _TRANSPOSED else size
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
@@ -106,21 +95,17 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
     `max_pixels`, a side or an aspect ratio out of bounds, hundreds of scans. The header's size is checked before
     decoding.
     """
-    with _judging(data) as kind:
-        if kind == "JPEG":
-            image, height, width, orientation = _decode_jpeg(data, max_pixels)
-        else:
-            read = partial(_decode_with_pillow, kind, max_pixels)
-            image, height, width, orientation = _with_repair(data, kind, read)
-        if image.shape != (height, width, 3):
-            raise BadSample("image", f"decoded to {image.shape}, but its header says {height} x {width}")
-        if orientation in _TRANSPOSED:  # values 2 to 8 are the seven rotations and mirrorings
-            image = image.transpose(1, 0, 2)
-        if orientation in (3, 4, 7, 8):
-            image = image[::-1]
-        if orientation in (2, 3, 6, 7):
-            image = image[:, ::-1]
-        return np.ascontiguousarray(image)
+    size, orientation, image = _read(data, max_pixels)
+    assert image is not None
+    if image.shape != (size.height, size.width, 3):
+        raise BadSample("image", f"decoded to {image.shape}, but its header says {size.height} x {size.width}")
+    if orientation in _TRANSPOSED:  # values 2 to 8 are the seven rotations and mirrorings
+        image = image.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
 
 
 @dataclass(frozen=True)
@@ -179,20 +164,12 @@ def resize_for(image: np.ndarray, model: TransformerConfig) -> np.ndarray:
     return resize(image, shape_of(model), model.interpolation)
 
 
-def put_on_canvas(image: np.ndarray, canvas: np.ndarray) -> None:
-    """Write an image to the top left of a canvas (S, S, 3) at least as large; the rest becomes black."""
-    height, width = image.shape[:2]
-    canvas[:height, :width] = image
-    canvas[height:] = 0
-    canvas[:height, width:] = 0
-
-
 def on_one_canvas(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return images padded to the tallest and widest, (B, H, W, 3) uint8, and their sizes, (B, 2) int64."""
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
-    canvases = np.empty((len(images), *sizes.max(axis=0).tolist(), 3), dtype=np.uint8)
+    canvases = np.zeros((len(images), *sizes.max(axis=0).tolist(), 3), dtype=np.uint8)
     for image, canvas in zip(images, canvases, strict=True):
-        put_on_canvas(image, canvas)
+        canvas[: len(image), : image.shape[1]] = image
     return canvases, sizes
 
 
@@ -236,17 +213,29 @@ def draw_crop(height: int, width: int, scale: tuple[float, float], random: Count
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-@contextmanager
-def _judging(data: bytes) -> Iterator[str]:
-    """Give an image's format, and turn every exception into BadSample: damaged files make decoders fail in many ways.
+_Stored = tuple[ImageSize, object, np.ndarray | None]  # size and pixels as stored, and the EXIF orientation
 
-    Raises BadSample for bytes of no known format.
+
+def _read(data: bytes, max_pixels: int | None) -> _Stored:
+    """Read an encoded image, without its pixels if `max_pixels` is None.
+
+    Every exception becomes a BadSample: damaged files make decoders fail in many ways.
     """
     kind = format_of(data)
     if kind is None:
         raise BadSample("image", f"not a {', '.join(FORMATS)} (begins with {data[:8]!r})")
     try:
-        yield kind
+        if kind == "JPEG":
+            return _read_jpeg(data, max_pixels)
+        try:
+            return _read_with_pillow(data, kind, max_pixels)
+        except BadSample:
+            raise
+        except Exception:  # read again without metadata, which may be all that is damaged
+            plain = _without_metadata(data, kind)
+            if plain == data:
+                raise
+            return _read_with_pillow(plain, kind, max_pixels)
     except (BadSample, MemoryError):
         raise
     except Exception as error:
@@ -254,135 +243,106 @@ def _judging(data: bytes) -> Iterator[str]:
         raise BadSample("image", f"corrupt {kind}: {reason}") from error
 
 
-def _refuse_costly(height: int, width: int, max_pixels: int) -> None:
+def _refuse_costly(size: ImageSize, max_pixels: int) -> None:
+    height, width = size.height, size.width
     if width * height > max_pixels:
         raise BadSample("image", f"decompression bomb: {width} x {height} is more than {max_pixels} pixels")
     if max(height, width) > min(MAX_SIDE, MAX_ASPECT * min(height, width)):
-        raise BadSample(
-            "image",
-            f"{width} x {height} pixels; expected sides up to {MAX_SIDE} and an aspect ratio up to {MAX_ASPECT}",
-        )
+        expected = f"sides up to {MAX_SIDE} and an aspect ratio up to {MAX_ASPECT}"
+        raise BadSample("image", f"{width} x {height} pixels; expected {expected}")
 
 
-def _orientation(image: bytes | Image.Image) -> object:
-    """Return the EXIF orientation of a JPEG or an open image; 1 without one and for damaged metadata."""
-    try:
-        if isinstance(image, Image.Image):
-            return 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)  # Pillow rotates TIFFs itself
-        if (payload := jpeg.exif_of(image)) is None:
-            return 1
-        exif = Image.Exif()
-        exif.load(payload)
-        return exif.get(ORIENTATION, 1)
-    except Exception:
-        return 1
-
-
-def _decode_jpeg(data: bytes, max_pixels: int) -> tuple[np.ndarray, int, int, object]:
-    """Return the pixels as they are stored, the header's height and width, and the orientation."""
+def _read_jpeg(data: bytes, max_pixels: int | None) -> _Stored:
     header = jpeg.read_header(data)
-    _refuse_costly(header.height, header.width, max_pixels)
-    is_cmyk = len(header.components) == 4  # or YCCK: libjpeg-turbo converts neither
-    image: np.ndarray | None = None
+    size, orientation = ImageSize(header.height, header.width), 1
+    if header.exif is not None:
+        with suppress(Exception):  # damaged metadata
+            exif = Image.Exif()
+            exif.load(header.exif)
+            orientation = exif.get(ORIENTATION, 1)
+    if max_pixels is None:
+        return size, orientation, None
+
+    _refuse_costly(size, max_pixels)
+    is_cmyk = header.num_components == 4  # or YCCK: libjpeg-turbo converts neither
     if not is_cmyk:
-        if not jpeg.has_one_scan(data, header):  # counting scans reads the whole file, 7 % of the decoding time
+        if not header.has_one_scan:  # counting scans reads the whole file, 7 % of the decoding time
             jpeg.refuse_many_scans(data)
         with suppress(Exception):
-            image = simplejpeg.decode_jpeg(data, "RGB")
-    if image is None:  # simplejpeg refuses it or cannot convert it: it is decoded if its entropy-coded data is intact
-        jpeg.refuse_many_scans(data)
-        plain = jpeg.without_metadata(data)
-        try:
-            with suppress(KeyError):  # a chroma sampling that has no name here, which is decoded all the same
-                simplejpeg.decode_jpeg_header(plain)
-        except ValueError:
-            jpeg.check_entropy(plain)
-        else:
-            image = simplejpeg.decode_jpeg(plain, "CMYK" if is_cmyk else "RGB")
-        if image is None or is_cmyk:
-            with Image.open(io.BytesIO(plain), formats=("JPEG",)) as picture:
-                image = _rgb(picture)
-    return image, header.height, header.width, _orientation(data)
+            return size, orientation, simplejpeg.decode_jpeg(data, "RGB")
 
-
-def _measure_with_pillow(kind: str, data: bytes) -> tuple[int, int, bool, object]:
-    """Return height, width, whether there are further frames, and the orientation."""
-    with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
-        width, height = picture.size
-        try:
-            is_animated = bool(getattr(picture, "is_animated", False))
-        except Exception:  # a damaged second frame
-            is_animated = True
-        return height, width, is_animated, _orientation(picture)
-
-
-def _decode_with_pillow(kind: str, max_pixels: int, data: bytes) -> tuple[np.ndarray, int, int, object]:
-    """Return the pixels as they are stored, the header's height and width, and the orientation."""
-    with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
-        width, height = picture.size
-        _refuse_costly(height, width, max_pixels)
-        # Pillow ignores the checksums of a PNG's damaged pixels and returns noise.
-        for name, chunk in _png_chunks(data) if kind == "PNG" else ():
-            if name[:1].isupper() and not _is_intact(chunk):
-                fault = f"the checksum of its {name.decode('latin-1')} is wrong, or it is cut"
-                raise BadSample("image", f"corrupt PNG: {fault}")
-        orientation = _orientation(picture)
-        return _rgb(picture), height, width, orientation
-
-
-def _with_repair(data: bytes, kind: str, read: Callable[[bytes], Result]) -> Result:
-    """Return the result of `read` on the image or, if it fails, on a PNG or WebP without its metadata."""
+    # The strict decoder refuses the file as it is or cannot convert it: decode it without metadata.
+    jpeg.refuse_many_scans(data)
+    plain = jpeg.without_metadata(data)
+    image: np.ndarray | None = None
     try:
-        return read(data)
-    except BadSample:
-        raise
-    except Exception:
-        if kind == "PNG":
-            plain = _PNG_SIGNATURE + b"".join(
-                chunk
-                for name, chunk in _png_chunks(data)
-                if name[:1].isupper() or (name in (b"tRNS", b"eXIf") and _is_intact(chunk))
-            )
-        elif kind == "WEBP":
-            plain = _webp_without_metadata(data)
+        image = simplejpeg.decode_jpeg(plain, "CMYK" if is_cmyk else "RGB")
+    except ValueError as error:
+        if "subsampling" not in str(error):
+            raise
+    if image is None or is_cmyk:  # Pillow knows all samplings; without the strict decoder it reports cut files alone
+        with Image.open(io.BytesIO(plain), formats=("JPEG",)) as picture:
+            image = _rgb(picture)
+    return size, orientation, image
+
+
+def _read_with_pillow(data: bytes, kind: str, max_pixels: int | None) -> _Stored:
+    with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
+        width, height = picture.size
+        if max_pixels is None:
+            try:
+                is_animated = bool(getattr(picture, "is_animated", False))
+            except Exception:  # a damaged second frame
+                is_animated = True
+            size = ImageSize(height, width, is_animated)
         else:
-            raise
-        if plain == data:
-            raise
-        return read(plain)
+            size = ImageSize(height, width)
+            _refuse_costly(size, max_pixels)
+            for name, _, is_intact in _png_chunks(data) if kind == "PNG" else ():
+                if name[:1].isupper() and not is_intact:  # Pillow ignores the checksums of pixels and returns noise
+                    fault = f"the checksum of its {name.decode('latin-1')} is wrong, or it is cut"
+                    raise BadSample("image", f"corrupt PNG: {fault}")
+        orientation = 1
+        if kind != "TIFF":  # Pillow rotates TIFFs itself
+            with suppress(Exception):  # damaged metadata
+                orientation = picture.getexif().get(ORIENTATION, 1)
+        return size, orientation, None if max_pixels is None else _rgb(picture)
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield each chunk's name and bytes: length, name, content, checksum. A name in capitals is a critical chunk's.
-
-    What follows the end chunk is no part of the image.
-    """
-    at, name = len(_PNG_SIGNATURE), b""
-    while at + 8 <= len(data) and name != b"IEND":
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        name = data[at + 4 : at + 8]
-        yield name, data[at:end]
-        at = end
-
-
-def _is_intact(chunk: bytes) -> bool:
-    length = 12 + int.from_bytes(chunk[:4], "big")
-    return len(chunk) == length and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-
-
-def _webp_without_metadata(data: bytes) -> bytes:
-    """Return the chunks of the pixels and of the animation; VP8X, which announces the others, no longer does."""
+def _without_metadata(data: bytes, kind: str) -> bytes:
+    """Return a PNG or WebP with the chunks of its pixels alone; other formats unchanged."""
+    if kind == "PNG":
+        return _PNG_SIGNATURE + b"".join(
+            chunk
+            for name, chunk, is_intact in _png_chunks(data)
+            if name[:1].isupper() or (name in (b"tRNS", b"eXIf") and is_intact)
+        )
+    if kind != "WEBP":
+        return data
     body, at = bytearray(b"WEBP"), 12
     while at + 8 <= len(data):
         end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
         end += end % 2
         name, chunk = data[at : at + 4], data[at:end]
-        if name == b"VP8X" and len(chunk) > 8:
+        if name == b"VP8X" and len(chunk) > 8:  # announces the other chunks
             body += chunk[:8] + bytes([chunk[8] & ~_WEBP_METADATA]) + chunk[9:]
         elif name in _WEBP_PIXELS:
             body += chunk
         at = end
     return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
+    """Yield each chunk's name, its bytes (length, name, content, checksum), and whether it is whole and undamaged.
+
+    A name in capitals is a critical chunk's. What follows the end chunk is no part of the image.
+    """
+    at, name = len(_PNG_SIGNATURE), b""
+    while at + 8 <= len(data) and name != b"IEND":
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        name, chunk = data[at + 4 : at + 8], data[at:end]
+        yield name, chunk, end <= len(data) and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        at = end
 
 
 def _rgb(picture: Image.Image) -> np.ndarray:

@@ -18,7 +18,7 @@ from pipeline.config.schema import ImageBERTConfig, RunConfig, StageConfig, ViLT
 from pipeline.data import in_progress
 from pipeline.data.batch import BatchBuffer, BatchSizes, BatchSpec
 from pipeline.data.contents.choices import Choices
-from pipeline.data.contents.images import KeepAspectRatio, decode, put_on_canvas, shape_of
+from pipeline.data.contents.images import KeepAspectRatio, decode, shape_of
 from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.contents.regions import check_fit, mask_regions, masked_at_most, regions_of
@@ -290,7 +290,9 @@ class ExampleBuilder:
             augmented = augment(image, settings, self._shape, random, not says_side, model.interpolation)
             if isinstance(self._shape, KeepAspectRatio):
                 buffer[f"{name}_size"][row] = augmented.shape[:2]
-            put_on_canvas(augmented, buffer[name][row])
+            canvas, (height, width) = buffer[name][row], augmented.shape[:2]
+            canvas[:height, :width] = augmented
+            canvas[height:] = canvas[:height, width:] = 0
         if "visible_patches" in buffer:
             limit, count = buffer["visible_patches"].shape[1], self._num_patches(buffer, row)
             visible = np.arange(count)

