@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.contents.questions import MAX_ANSWERS
+from pipeline.data.contents.members import MAX_ANSWERS
 from pipeline.data.contents.regions import LOCATION
 
 IGNORED = -100  # the label of a padded masked position

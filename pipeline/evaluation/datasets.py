@@ -23,8 +23,17 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig
 from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
-from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
-from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of
+from pipeline.data.contents.members import (
+    Question,
+    Statement,
+    both_images,
+    captions_of,
+    check_members,
+    class_of,
+    image_bytes,
+    question_of,
+    statement_of,
+)
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.prefetch import PrefetchCache

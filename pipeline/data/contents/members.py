@@ -1,14 +1,15 @@
-"""Parsing of a sample's members: its image, captions, class and image id.
+"""Parsing of a sample's members: its images, captions, question, statement, class and image id.
 
-A pair is an image (`images.FORMATS`: jpg, png, webp, …) with `json` ({"captions": […]} or {"caption": "…"}, and
-an optional "image_id") or `txt`; the output of img2dataset is read unchanged. Other members are ignored and never
-unpickled.
+A pair is an image (`images.FORMATS`: jpg, png, webp, …) with `json` ({"captions": […]} or {"caption": "…"}, and an
+optional "image_id") or `txt`; the output of img2dataset is read unchanged. A `txt` is one caption, however many lines
+it has: most tools wrap long captions. Other members are ignored and never unpickled.
 
-A `txt` is one caption, however many lines it has: most tools wrap long captions. Several captions of an image are
-stored in the "captions" of a json.
+A sample of `questions` is an image with json {"question": "…", "answers": {"text": score}, "question_id": …}; scores
+are 0 … 1 (see `choices`). A sample of `statements` is two images, members `0.jpg` and `1.jpg` or `left.jpg` and
+`right.jpg` (or another format), with json {"sentence": "…", "label": true, "id": "…"}.
 
 Text leaves this module as clean Unicode: UTF-8 with or without a byte order mark, no lone surrogates, and at least one
-visible character. Anything else is a BadSample.
+visible character. Anything else is a BadSample, and so is a missing member.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers.normalizers import BertNormalizer
@@ -32,8 +34,23 @@ REGIONS = "npz"  # the extension of a detector's regions (see `contents.regions`
 # shards would: a sample that contains one is refused rather than skipped over.
 EXECUTABLE = frozenset({"pickle", "pkl", "pth", "pt", "pyd", "pyc", "joblib", "dill"})
 MAX_DIGITS = 18  # of a class number: any such number fits an int64
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_ANSWERS = 10  # different answers to a question: VQA asks ten people
+SIDES = (("0", "left"), ("1", "right"))  # member names of a statement's first and second image
 _normalizer = BertNormalizer(lowercase=True)
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answers: Mapping[str, float]  # plain answer -> 0 … 1; at least one
+    id: str  # '' if the sample has none
+
+
+@dataclass(frozen=True)
+class Statement:
+    text: str
+    is_true: bool
+    id: str  # '' if the sample has none
 
 
 def check_members(members: Members, is_duplicate: bool) -> None:
@@ -44,22 +61,43 @@ def check_members(members: Members, is_duplicate: bool) -> None:
         raise BadSample("members", f"member .{unsafe[0]} executes code when it is loaded; pack such shards without it")
 
 
+def names_of(members: Members) -> str:
+    """Return the names of a sample's members, for a message."""
+    return ", ".join(sorted(members)) or "none"
+
+
 def image_bytes(members: Members) -> bytes:
-    """Return the encoded image. Raises BadSample when there is none."""
+    """Return the encoded image."""
     for extension in EXTENSIONS:
         if extension in members:
             return members[extension]
     raise BadSample("members", f"no image ({', '.join(EXTENSIONS)}); it has {names_of(members)}")
 
 
+def both_images(members: Members) -> tuple[bytes, bytes]:
+    """Return the encoded first and second image of a statement."""
+    images = []
+    for names in SIDES:
+        candidates = [f"{name}.{extension}" for name in names for extension in EXTENSIONS]
+        image = next((members[name] for name in candidates if name in members), None)
+        if image is None:
+            expected = " or ".join(f"{name}.jpg" for name in names)
+            raise BadSample("members", f"no image {expected} (or png, webp, …); it has {names_of(members)}")
+        images.append(image)
+    return images[0], images[1]
+
+
 def captions_of(members: Members) -> list[str]:
-    """Return all captions of a pair, or the text of a text sample. Raises BadSample when one is missing or empty."""
+    """Return all captions of a pair, or the text of a text sample."""
     record = record_of(members)
     captions = record.get("captions")
     if captions is None and (caption := record.get("caption")) is not None:
         captions = [caption]
     if captions is None and "txt" in members:
-        captions = [_text("txt", members["txt"])]
+        try:
+            captions = [members["txt"].decode("utf-8-sig")]
+        except UnicodeDecodeError as error:
+            raise BadSample("caption", f"its txt is not UTF-8: {error.reason} at byte {error.start}") from error
     if captions is None:
         expected = "json with 'captions' or 'caption', or txt"
         raise BadSample("members", f"no caption ({expected}); it has {names_of(members)}")
@@ -80,11 +118,49 @@ def is_visible(text: str) -> bool:
     return text[:1].isalnum() or bool(_normalizer.normalize_str(text).strip())
 
 
-def class_of(members: Members, classes: int | None = None) -> int:
-    """Return the number of an image's class, from webdataset's `cls` member.
+def question_of(members: Members) -> Question:
+    """Return a sample's question with its answers."""
+    record = record_of(members)
+    answers = record.get("answers")
+    if not isinstance(answers, dict) or not answers:
+        raise BadSample("answers", 'no answers (json with "answers": {"text": score})')
+    if len(answers) > MAX_ANSWERS:
+        raise BadSample("answers", f"{len(answers)} answers; expected at most {MAX_ANSWERS}")
+    for score in answers.values():
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+            raise BadSample("answers", f"the score {score!r:.40} is not a number in 0 … 1")
+    return Question(_text(record, "question"), answers, str(record.get("question_id", "")))
 
-    Raises BadSample when there is none, or it is not below `classes`.
-    """
+
+def statement_of(members: Members) -> Statement:
+    """Return a sample's statement with its label."""
+    record = record_of(members)
+    label = record.get("label")
+    if label not in (True, False):  # 1 and 0 equal them
+        raise BadSample("label", f"the label {label!r:.40} is neither true nor false")
+    return Statement(_text(record, "sentence"), bool(label), str(record.get("id", "")))
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    text = record.get(key)
+    if not isinstance(text, str) or not is_visible(text := text.strip()):
+        raise BadSample("caption", f"no {key} (json with {key!r}: a text)")
+    return text
+
+
+def texts_of(members: Members) -> list[str]:
+    """Return the text of a sample of any type: its captions, question or statement."""
+    try:
+        return captions_of(members)
+    except BadSample:
+        record = record_of(members)
+        if texts := [record[key] for key in ("question", "sentence") if isinstance(record.get(key), str)]:
+            return texts
+        raise
+
+
+def class_of(members: Members, classes: int | None = None) -> int:
+    """Return the number of an image's class, below `classes` if given, from webdataset's `cls` member."""
     if "cls" not in members:
         raise BadSample("label", f"no class (member cls, a number); it has {names_of(members)}")
     text = members["cls"].strip()
@@ -95,21 +171,10 @@ def class_of(members: Members, classes: int | None = None) -> int:
     return int(text)
 
 
-def texts_of(members: Members) -> list[str]:
-    """Return the text of a sample of any type: its captions, question or statement. Raises BadSample without any."""
-    try:
-        return captions_of(members)
-    except BadSample:
-        record = record_of(members)
-        if texts := [record[key] for key in ("question", "sentence") if isinstance(record.get(key), str)]:
-            return texts
-        raise
-
-
 def image_id_of(members: Members) -> int:
     """Return a hash (int64) that is equal for samples of one image: of `image_id`, else of the image's bytes.
 
-    Samples without an image are identified by their regions. Raises BadSample when there is none of the three.
+    Samples without an image are identified by their regions.
     """
     named = record_of(members).get("image_id")
     if isinstance(named, float) and not math.isfinite(named):
@@ -123,38 +188,19 @@ def image_id_of(members: Members) -> int:
 
 
 def record_of(members: Members) -> dict[str, Any]:
-    """Return the sample's json; an empty object without one.
-
-    Raises BadSample when it is not an object, is nested too deeply, or contains a lone surrogate: a text cut inside an
-    emoji cannot be encoded, and so neither tokenized nor logged.
-    """
-    if "json" not in members:
-        return {}
-    data = members["json"]
+    """Return the sample's json, which must be an object; an empty one without the member."""
+    data = members.get("json", b"{}")
     try:
-        record = json.loads(_text("json", data))
+        record = json.loads(data.decode("utf-8-sig"))
+        if b"\\ud" in data or b"\\uD" in data:  # surrogates occur only as escapes: UTF-8 has none
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # such a text can be neither tokenized nor logged
+        half = error.object[error.start]
+        raise BadSample("caption", f"its json contains {half!r}, a lone surrogate (a truncated text?)") from error
+    except UnicodeDecodeError as error:
+        raise BadSample("caption", f"its json is not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise BadSample("members", f"its json cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise BadSample("members", f"its json is not an object but a {type(record).__name__}")
-    if b"\\ud" in data or b"\\uD" in data:  # surrogates occur only as escapes: UTF-8 has none
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise BadSample("caption", f"its json contains {half!r}, a lone surrogate (a truncated text?)") from error
-        except RecursionError as error:
-            raise BadSample("members", f"its json cannot be read: {error}") from error
     return record
-
-
-def _text(name: str, data: bytes) -> str:
-    try:
-        return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadSample("caption", f"its {name} is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def names_of(members: Members) -> str:
-    """Return the names of a sample's members, for a message."""
-    return ", ".join(sorted(members)) or "none"

@@ -19,8 +19,15 @@ from pipeline.data import in_progress
 from pipeline.data.batch import BatchBuffer, BatchSizes, BatchSpec
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import KeepAspectRatio, decode, shape_of
-from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
-from pipeline.data.contents.questions import both_images, question_of, statement_of
+from pipeline.data.contents.members import (
+    both_images,
+    captions_of,
+    check_members,
+    class_of,
+    image_bytes,
+    question_of,
+    statement_of,
+)
 from pipeline.data.contents.regions import check_fit, mask_regions, masked_at_most, regions_of
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.examples.augment import augment, mentions_side

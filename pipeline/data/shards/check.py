@@ -21,8 +21,15 @@ from pipeline.config.errors import DataError
 from pipeline.config.schema import SourceType
 from pipeline.data.contents.choices import CLASSES, Choices
 from pipeline.data.contents.images import decode
-from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
-from pipeline.data.contents.questions import both_images, question_of, statement_of
+from pipeline.data.contents.members import (
+    both_images,
+    captions_of,
+    check_members,
+    class_of,
+    image_bytes,
+    question_of,
+    statement_of,
+)
 from pipeline.data.contents.regions import regions_of
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.index import SIDECAR, index_tar

@@ -13,8 +13,7 @@ from pipeline.config.errors import DataError
 from pipeline.data.building.files import ImportOptions, Problems
 from pipeline.data.building.importers import Import, find_kind, read_source, write_shards
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
-from pipeline.data.contents.members import captions_of, class_of, image_id_of
-from pipeline.data.contents.questions import both_images, question_of, statement_of
+from pipeline.data.contents.members import both_images, captions_of, class_of, image_id_of, question_of, statement_of
 from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
 from tests.support.imports import members_of, record_of, save_image, write_lines

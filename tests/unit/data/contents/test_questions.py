@@ -13,8 +13,7 @@ import torch
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.building.importers import write_shards
-from pipeline.data.contents.members import class_of, texts_of
-from pipeline.data.contents.questions import both_images, question_of, statement_of
+from pipeline.data.contents.members import both_images, class_of, question_of, statement_of, texts_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.reading.samples import iter_captions, iter_samples
