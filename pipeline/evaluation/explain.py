@@ -32,7 +32,7 @@ from pipeline.evaluation.retrieval import run_forward
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
 from pipeline.objectives import modules_for
-from pipeline.objectives.wpa import wpa_cost, wpa_distance, wpa_plan
+from pipeline.objectives.wpa import wpa_cost, wpa_plan
 from pipeline.pages.page import data_uri, render_page, thumbnail
 
 PANEL = 224  # pixels of a panel's longer side
@@ -116,7 +116,7 @@ def explain(model: Model, tokenizer: Tokenizer, image: np.ndarray, text: str, ma
         moved = plan[0].cpu()[word].sum(dim=0)
         heat = (moved / moved.sum()).view(-1, resized.shape[1] // model.config.patch_size)
         explained.append(ExplainedWord(tokenizer.decode(tokens.ids[p] for p in word), heat, *conditions))
-    return Explanation(resized, tuple(explained), float(wpa_distance(cost, plan)))
+    return Explanation(resized, tuple(explained), float((cost * plan).sum()))
 
 
 def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:

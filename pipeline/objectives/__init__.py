@@ -76,29 +76,26 @@ class Objective:
 
     source_types: ClassVar[frozenset[SourceType]]
     head: ClassVar[Head]
+    shared_heads: ClassVar[dict[str, Head]] = {}  # objective -> the head that it adds to this one's forwards
     evaluations: ClassVar[dict[SourceType, str]] = {}  # source type -> evaluation task that measures the objective
     fields: ClassVar[frozenset[str]] = frozenset()  # groups of batch fields beyond the inputs of the forwards
     required: ClassVar[dict[str, str]] = {}  # keys that the stage must set -> what they are
     forward_name: ClassVar[str] = ""  # of the one forward over all inputs; empty: see `forwards`
+    reads_masked: ClassVar[bool] = False  # that forward reads masked text and regions
     loss_function: ClassVar[Callable[..., Tensor]]  # of the head's output and the batch fields `targets`
     targets: ClassVar[tuple[str, ...]] = ()
+    counted: ClassVar[str] = ""  # batch field whose numbers from 0 are the loss's summands; empty: the examples
     compares_similarity: ClassVar[bool] = False  # hard negatives are drawn by ITC similarity
 
     def __init__(self, context: ObjectiveContext):
         self.context, self.stage = context, context.stage
+        self.heads = (self.head, *(head for name, head in self.shared_heads.items() if name in self.stage.objectives))
         self.needs_similarity = self.compares_similarity and self.stage.negatives == "hard"  # towers must run first
-
-    # ---- declarations
 
     @classmethod
     def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
         """Return the inputs of each kind of forward; by default one forward fuses all that the source has."""
         return (SOURCE_INPUTS[source_type],)
-
-    @classmethod
-    def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
-        """Return the groups of batch fields that the objective reads."""
-        return cls.fields.union(*cls.inputs(source_type, model))
 
     @staticmethod
     def head_options(stage: StageConfig) -> dict[str, Any]:
@@ -112,24 +109,17 @@ class Objective:
             if getattr(stage, key) is None:
                 yield f"{key}: required by the {cls.__module__.rpartition('.')[2]} objective; set {meaning}"
 
-    # ---- one step
-
     def count(self, examples: Batch) -> Tensor | int:
         """Return the number of summands of the loss."""
-        return len(examples)
+        return (require(getattr(examples, self.counted)) >= 0).sum() if self.counted else len(examples)
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
         """Return the forwards over the examples by name. A forward's name seeds its drop-path mask."""
-        name = self.forward_name
-        return {name: self.fusion_forward(examples, name, self.head)} if name else {}
+        return {self.forward_name: self.fusion_forward(examples, self.forward_name)} if self.forward_name else {}
 
     def swaps(self, examples: Batch, pool: NegativePool) -> dict[str, list[RowSwap]]:
-        """Return the swaps that make negatives, by the name of the forward that reads them."""
+        """Return the swaps that make negatives, by the name of the fusion forward that reads them."""
         return {}
-
-    def swapped_forward(self, examples: Batch, name: str) -> ForwardInput:
-        """Return the forward over swapped examples."""
-        return self.fusion_forward(examples, name, self.head)
 
     def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
         """Return the loss summed over the examples (0-d)."""
@@ -140,18 +130,21 @@ class Objective:
         """Return detached 0-d sums over the examples that show whether the objective is learned."""
         return {}
 
-    def fusion_forward(self, examples: Batch, name: str, *heads: Head) -> ForwardInput:
+    def fusion_forward(self, examples: Batch, name: str) -> ForwardInput:
         """Return a forward over everything that the examples have: text and images or regions."""
+        masked = self.reads_masked
         return ForwardInput(
-            heads=heads,
+            heads=self.heads,
             image=examples.image,
             image_size=examples.image_size,
             visible_patches=examples.visible_patches,
             second_image=examples.second_image,
             second_image_size=examples.second_image_size,
-            regions=regions_of(examples),
-            text=examples.text,
+            regions=regions_of(examples, masked),
+            text=examples.masked_text if masked and examples.masked_text is not None else examples.text,
             text_keep=examples.text_keep,
+            mask_positions=examples.mask_positions if masked else None,
+            region_positions=examples.region_positions if masked else None,
             drop_path_mask=self.context.drop_path_mask(examples, name),
         )
 
@@ -165,7 +158,7 @@ class MaskedRegionObjective(Objective):
 
     source_types = frozenset({"regions"})
     fields = frozenset({"masked_regions"})
-    forward_name = "masked"
+    forward_name, reads_masked, counted = "masked", True, "region_positions"
 
     @classmethod
     def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
@@ -173,24 +166,12 @@ class MaskedRegionObjective(Objective):
         if len({stage.objectives[name].every for name in sharing}) > 1:
             yield f"objectives: {', '.join(sharing)} share one forward over masked examples; set the same `every`"
 
-    def count(self, examples: Batch) -> Tensor:
-        return (require(examples.region_positions) >= 0).sum()
-
-    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        masked = replace(
-            self.fusion_forward(examples, "masked", self.head),
-            text=examples.text if examples.masked_text is None else examples.masked_text,
-            regions=regions_of(examples, masked=True),
-            region_positions=require(examples.region_positions),
-        )
-        return {"masked": masked}
-
 
 def regions_of(examples: Batch, masked: bool = False) -> Regions | None:
     """Return the regions of the examples, masked ones zeroed if `masked`; None if the source has none."""
-    if examples.region_features is None:
-        return None
     features = examples.region_features
+    if features is None:
+        return None
     if masked and examples.region_hidden is not None:
         features = features.masked_fill(examples.region_hidden.unsqueeze(-1), 0.0)
     return Regions(features, require(examples.region_location), require(examples.region_keep))
@@ -221,7 +202,9 @@ def batch_groups(config: RunConfig, stage: StageConfig) -> frozenset[str]:
     """Return the groups of batch fields that the stage's objectives read."""
     source_type = config.source_type_of(stage)
     kinds = objective_types(stage).values()
-    return frozenset().union(*(kind.batch_groups(source_type, stage, config.model) for kind in kinds))
+    groups = frozenset[str]().union(*(kind.fields.union(*kind.inputs(source_type, config.model)) for kind in kinds))
+    replaces = "masked_patches" in groups and stage.masking.mask_token_prob < 1
+    return groups | {"patch_replacements"} if replaces else groups
 
 
 def head_config(config: RunConfig, index: int) -> HeadConfig:

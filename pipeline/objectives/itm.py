@@ -55,6 +55,7 @@ class ITM(Objective):
 
     source_types = frozenset({"pairs", "regions"})
     head = "itm"
+    shared_heads: ClassVar = {"wpa": "alignment"}
     evaluations: ClassVar = {"pairs": "matching"}
     forward_name = "pair"
     compares_similarity = True
@@ -87,16 +88,11 @@ class ITM(Objective):
         # Another example of the same source, with another image; if there is none, any with another image.
         is_same_source = pool.source[own, None] == pool.source[None, :]
         other = draw(torch.where(is_same_source, 0.0, float("-inf")), "random negative").cpu()
-        mismatched = ~matched_examples(examples, self.stage)
-        other = other.where(mismatched, -1)
+        other = other.masked_fill(matched_examples(examples, self.stage), -1)
         if self.context.source_type != "regions":
             return {"pair": [RowSwap(VISUAL, other)]}
         swap_text = self._uniform(examples, "which is wrong") < 0.5
-        return {"pair": [RowSwap(VISUAL, other.where(~swap_text, -1)), RowSwap(TEXT, other.where(swap_text, -1))]}
-
-    def swapped_forward(self, examples: Batch, name: str) -> ForwardInput:
-        # Word-patch alignment reads the same forward.
-        return self.fusion_forward(examples, name, "itm", *(("alignment",) if "wpa" in self.stage.objectives else ()))
+        return {"pair": [RowSwap(VISUAL, other.masked_fill(swap_text, -1)), RowSwap(TEXT, other.where(swap_text, -1))]}
 
     def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
         return itm_loss(*self._logits(outputs, examples))

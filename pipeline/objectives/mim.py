@@ -40,24 +40,21 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=patch_size, q=patch_size)
 
 
-def mean_colour_targets(image: Tensor, positions: Tensor, patch_size: int) -> Tensor:
-    """Return the class of each selected patch's mean colour (ViT, section B.1.2), three bits per channel: (n, K) int64.
+def patch_targets(image: Tensor, positions: Tensor, patch_size: int, target: str) -> Tensor:
+    """Return what is predicted of the patches at `positions` (n, K) of an image (n, H, W, 3) uint8.
 
-    image (n, H, W, 3) uint8, positions (n, K).
+    "mean_colour": the class of a patch's mean colour, three bits per channel (ViT, section B.1.2), (n, K) int64.
+    "pixels": its pixels, normalized per patch, (n, K, p * p * 3) float32 (MAE, section 4); a patch of a single colour
+    becomes all zeros.
     """
-    colour = _select(image, positions, patch_size).unflatten(-1, (-1, 3)).mean(dim=-2)
-    red, green, blue = (colour.long() >> (8 - COLOUR_BITS)).unbind(-1)
+    patches = patchify(image, patch_size)
+    pixels = patches.gather(1, positions.unsqueeze(-1).expand(-1, -1, patches.shape[-1])).float()
+    if target == "pixels":
+        pixels = pixels / 127.5 - 1.0
+        variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+        return (pixels - mean) / (variance + PIXEL_EPSILON).sqrt()
+    red, green, blue = (pixels.unflatten(-1, (-1, 3)).mean(dim=-2).long() >> (8 - COLOUR_BITS)).unbind(-1)
     return (red << 2 * COLOUR_BITS) | (green << COLOUR_BITS) | blue
-
-
-def pixel_targets(image: Tensor, positions: Tensor, patch_size: int) -> Tensor:
-    """Return the selected patches' pixels, normalized per patch: (n, K, p * p * 3) float32 (MAE, section 4).
-
-    image (n, H, W, 3) uint8, positions (n, K). A patch of a single colour becomes all zeros.
-    """
-    pixels = _select(image, positions, patch_size) / 127.5 - 1.0
-    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
-    return (pixels - mean) / (variance + PIXEL_EPSILON).sqrt()
 
 
 def mim_loss(prediction: Tensor, target: Tensor, is_masked: Tensor | None = None) -> Tensor:
@@ -81,23 +78,16 @@ def reconstruct(image: Tensor, positions: Tensor, prediction: Tensor, patch_size
     deviation.
     """
     patches = patchify(image, patch_size)
+    index = positions.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
     if prediction.shape[-1] == patches.shape[-1]:
-        pixels = _select(image, positions, patch_size)
-        variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+        variance, mean = torch.var_mean(patches.gather(1, index).float(), dim=-1, keepdim=True)
         predicted = prediction.float() * variance.sqrt() + mean
     else:
         classes, width = prediction.argmax(dim=-1), 1 << (8 - COLOUR_BITS)
         channels = [classes >> 2 * COLOUR_BITS, classes >> COLOUR_BITS, classes]
         colours = [(channel & (1 << COLOUR_BITS) - 1) * width + width // 2 for channel in channels]
         predicted = torch.stack(colours, dim=-1).float().repeat(1, 1, patch_size**2)
-    predicted = predicted.round().clamp(0, 255).to(torch.uint8)
-    return unpatchify(patches.scatter(1, positions.unsqueeze(-1).expand_as(predicted), predicted), patch_size)
-
-
-def _select(image: Tensor, positions: Tensor, patch_size: int) -> Tensor:
-    """Return the pixels of the selected patches: (n, K, p * p * 3) float32."""
-    patches = patchify(image, patch_size)
-    return patches.gather(1, positions.unsqueeze(-1).expand(-1, -1, patches.shape[-1])).float()
+    return unpatchify(patches.scatter(1, index, predicted.round().clamp(0, 255).to(torch.uint8)), patch_size)
 
 
 class MIM(Objective):
@@ -110,16 +100,12 @@ class MIM(Objective):
     head = "mim"
     evaluations: ClassVar = {"pairs": "mim"}
     fields = frozenset({"masked_patches"})
+    counted = "patch_positions"
 
     @classmethod
     def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
         with_text = source_type == "pairs" and model.kind == "vilt"
         return (frozenset({"image", "text"}) if with_text else frozenset({"image"}),)
-
-    @classmethod
-    def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
-        groups = super().batch_groups(source_type, stage, model)
-        return groups | {"patch_replacements"} if stage.masking.mask_token_prob < 1 else groups
 
     @staticmethod
     def head_options(stage: StageConfig) -> dict[str, Any]:
@@ -141,13 +127,9 @@ class MIM(Objective):
             if stage.masking.mask_token_prob < 1:
                 yield "masking.mask_token_prob: must be 1 with image_decoder, whose encoder reads no masked patch"
 
-    def count(self, examples: Batch) -> Tensor | int:
-        positions = require(examples.patch_positions)
-        return positions.numel() if examples.image_size is None else (positions >= 0).sum()
-
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
         masked = replace(
-            self.fusion_forward(examples, "hidden", "mim"),
+            self.fusion_forward(examples, "hidden"),
             patch_positions=require(examples.patch_positions),
             patch_replacements=examples.patch_replacements,
         )
@@ -168,10 +150,8 @@ class MIM(Objective):
             tokenizer = self.context.image_tokenizer
             assert tokenizer is not None, "the stage's image tokenizer must be loaded before its first step"
             target = tokenizer(image, image.shape[1] // size).gather(1, positions)
-        elif self.stage.image_target == "mean_colour":
-            target = mean_colour_targets(image, positions, size)
         else:
-            target = pixel_targets(image, positions, size)
+            target = patch_targets(image, positions, size, self.stage.image_target)
         return mim_loss(outputs["hidden"]["mim"], target, is_masked)
 
 

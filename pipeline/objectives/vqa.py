@@ -18,14 +18,9 @@ def vqa_loss(logits: Tensor, answers: Tensor, scores: Tensor) -> Tensor:
 
     logits (n, A); answers (n, K) int64 indices into the list, -1 at padding; scores (n, K) in [0, 1].
     """
-    targets = soft_targets(answers, scores, logits.shape[1])
+    targets = scores.new_zeros(logits.shape)
+    targets = targets.scatter_add(1, answers.clamp(min=0), scores.where(answers >= 0, scores.new_zeros(())))
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
-
-
-def soft_targets(answers: Tensor, scores: Tensor, num_answers: int) -> Tensor:
-    """Return the target of each listed answer, (n, A) float32; 0 for answers that no annotator gave."""
-    targets = scores.new_zeros(len(answers), num_answers)
-    return targets.scatter_add(1, answers.clamp(min=0), scores.where(answers >= 0, scores.new_zeros(())))
 
 
 class VQA(Objective):

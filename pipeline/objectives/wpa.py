@@ -62,11 +62,6 @@ def wpa_plan(
         return plan
 
 
-def wpa_distance(cost: Tensor, plan: Tensor) -> Tensor:
-    """Return the cost of each plan: (n,) float32; its gradient in the costs is the plan."""
-    return (cost.float() * plan).sum(dim=(1, 2))
-
-
 def wpa_loss(words: Tensor, patches: Tensor, words_keep: Tensor, patches_keep: Tensor, matched: Tensor) -> Tensor:
     """Return the distances of matched pairs minus those of mismatched ones, summed over pairs (ViLT, section 3.2).
 
@@ -74,7 +69,7 @@ def wpa_loss(words: Tensor, patches: Tensor, words_keep: Tensor, patches_keep: T
     apart. The published loss divides by the batch size and has weight 0.1.
     """
     cost = wpa_cost(words, patches)
-    distance = wpa_distance(cost, wpa_plan(cost.detach(), words_keep, patches_keep))
+    distance = (cost * wpa_plan(cost.detach(), words_keep, patches_keep)).sum(dim=(1, 2))
     return torch.where(matched, distance, -distance).sum()
 
 

@@ -221,7 +221,7 @@ class TrainingStep:
         return swapped
 
     def _swapped_forwards(self, swapped: Swapped) -> dict[str, ForwardInput]:
-        return {name: self.objectives[o].swapped_forward(examples, name) for name, (o, examples) in swapped.items()}
+        return {name: self.objectives[o].fusion_forward(examples, name) for name, (o, examples) in swapped.items()}
 
     def _add_metrics(self, outputs: ForwardOutput, batch: Batch) -> None:
         for name, objective in self.objectives.items():

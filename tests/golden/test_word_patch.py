@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import alignment_outputs
-from pipeline.objectives.wpa import BETA, INNER, OUTER, wpa_cost, wpa_distance, wpa_loss, wpa_plan
+from pipeline.objectives.wpa import BETA, INNER, OUTER, wpa_cost, wpa_loss, wpa_plan
 
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden" / "word_patch_alignment.safetensors"
 
@@ -27,31 +27,23 @@ def golden() -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-def aligned_features(golden: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a model's alignment outputs: words and patches with their masks."""
-    text, keep = golden["input.text_features"], golden["input.text_mask"]
+def test_plan_distance_loss_and_gradients_equal_the_release(golden: dict[str, Tensor]) -> None:
+    features = [golden[f"input.{name}_features"].requires_grad_() for name in ("text", "image")]
+    keep = golden["input.text_mask"]
     visible = golden["input.image_mask"][:, 1:].long() - 1  # -1 at padding
     words = torch.zeros_like(keep, dtype=torch.int64)
-    one = ForwardInput(("alignment",), text=words, text_keep=keep, visible_patches=visible)
-    features = torch.cat([text, golden["input.image_features"]], dim=1)
-    return alignment_outputs(one, features, patch_size=32)
+    forward = ForwardInput(("alignment",), text=words, text_keep=keep, visible_patches=visible)
+    aligned = alignment_outputs(forward, torch.cat(features, dim=1), patch_size=32)
 
-
-def test_plan_and_distance_equal_the_release(golden: dict[str, Tensor]) -> None:
-    found = aligned_features(golden)
-    cost = wpa_cost(found["words"], found["patches"])
-    plan = wpa_plan(cost, found["words_keep"], found["patches_keep"])
-    torch.testing.assert_close(plan, golden["output.transport_plan"][:, :, 1:], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(wpa_distance(cost, plan), golden["output.distance"], rtol=1e-5, atol=1e-5)
-
-
-def test_loss_and_gradients_equal_the_release(golden: dict[str, Tensor]) -> None:
-    for name in ("text", "image"):
-        golden[f"input.{name}_features"].requires_grad_().grad = None
-    found, labels = aligned_features(golden), golden["input.itm_labels"]
-    loss = wpa_loss(*found.values(), matched=labels == 1) / len(labels)
-    loss.backward()
-    torch.testing.assert_close(loss, golden["output.wpa_loss"], rtol=1e-5, atol=1e-5)
-    for name in ("text", "image"):
-        gradient = golden[f"input.{name}_features"].grad
-        torch.testing.assert_close(gradient, golden[f"output.grad_{name}_features"], rtol=1e-5, atol=1e-5)
+    cost = wpa_cost(aligned["words"], aligned["patches"])
+    plan = wpa_plan(cost, aligned["words_keep"], aligned["patches_keep"])
+    labels = golden["input.itm_labels"]
+    loss = wpa_loss(**aligned, matched=labels == 1) / len(labels)
+    for name, value in {
+        "transport_plan": torch.nn.functional.pad(plan, (1, 0)),  # without the image's [CLS]
+        "distance": (cost * plan).sum(dim=(1, 2)),
+        "wpa_loss": loss,
+        **dict(zip(("grad_text_features", "grad_image_features"), torch.autograd.grad(loss, features), strict=True)),
+    }.items():
+        expected = golden[f"output.{name}"]
+        torch.testing.assert_close(value.detach(), expected, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from pipeline.evaluation.masked import (
     words_of,
 )
 from pipeline.models.forward import ForwardInput
-from pipeline.objectives.mim import mean_colour_targets, patchify, pixel_targets
+from pipeline.objectives.mim import patch_targets, patchify
 
 
 def test_whole_words_are_replaced_by_mask_tokens_with_original_labels(held_out, tokenizer):
@@ -98,10 +98,8 @@ class Knowing(nn.Module):
         if self.decoded:
             both = torch.cat([one.visible_patches, one.patch_positions], dim=1).sort(dim=1).values
             assert torch.equal(both, torch.arange(16).expand(len(both), -1))
-        if self.target == "pixels":
-            return {"only": {"mim": pixel_targets(one.image, one.patch_positions, 8)}}
-        colours = mean_colour_targets(one.image, one.patch_positions, 8)
-        return {"only": {"mim": nn.functional.one_hot(colours, 512).float()}}
+        target = patch_targets(one.image, one.patch_positions, 8, self.target)
+        return {"only": {"mim": target if self.target == "pixels" else nn.functional.one_hot(target, 512).float()}}
 
 
 @pytest.mark.parametrize(

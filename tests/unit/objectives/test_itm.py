@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,28 +13,22 @@ from pipeline.objectives import NegativePool, ObjectiveContext
 from pipeline.objectives.itm import ITM, draw_negatives, matched_examples
 from tests.support.tiny_model import tiny_batch, tiny_config
 
+STAGE = tiny_config().stages[3]
+
 
 def logits(rows: int, columns: int, scale: float = 3.0) -> Tensor:
     return scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def frequencies(similarity: Tensor, image_id: Tensor, draws: int) -> Tensor:
-    """Return how often a row that shows image 1 draws each candidate, over evenly spaced random numbers."""
-    evenly = (torch.arange(draws) + 0.5) / draws
-    drawn = draw_negatives(similarity.expand(draws, -1), torch.ones(draws, dtype=torch.int64), image_id, evenly)
-    return torch.bincount(drawn, minlength=len(image_id)) / draws
-
-
-def test_negatives_follow_the_softmax_over_other_images() -> None:
-    image_id, similarity = torch.tensor([0, 1, 2, 1, 4, 5]), logits(1, 6)
-    expected = similarity[0].masked_fill(image_id == 1, float("-inf")).softmax(0)
-    torch.testing.assert_close(frequencies(similarity, image_id, 20_000), expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_rows_draw_uniformly_among_other_images(poison: float) -> None:
-    actual = frequencies(torch.full((1, 5), poison), torch.tensor([0, 1, 1, 2, 3]), 4000)
-    torch.testing.assert_close(actual, torch.tensor([1, 0, 0, 1, 1]) / 3, rtol=0, atol=1e-3)
+@pytest.mark.parametrize("poison", [None, float("nan"), float("inf"), float("-inf")])
+def test_negatives_follow_the_softmax_over_other_images_if_it_is_finite(poison: float | None) -> None:
+    image_id, draws = torch.tensor([0, 1, 2, 1, 4, 5]), 20_000
+    similarity = logits(1, 6) if poison is None else torch.full((1, 6), poison)
+    evenly, row_id = (torch.arange(draws) + 0.5) / draws, torch.ones(draws, dtype=torch.int64)
+    drawn = draw_negatives(similarity.expand(draws, -1), row_id, image_id, evenly)
+    scores = similarity[0] if poison is None else torch.zeros(6)
+    expected = scores.masked_fill(image_id == 1, float("-inf")).softmax(0)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=6) / draws, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0, 1e30])
@@ -43,12 +39,9 @@ def test_trap_03_equal_image_is_never_drawn(scale: float, uniform: float) -> Non
     assert (image_id[drawn] != row_id).all()
 
 
-def test_trap_02_confident_row_still_draws_a_negative() -> None:
+def test_trap_02_confident_row_and_batch_of_one_image_still_draw() -> None:
     similarity = torch.tensor([[-1e4, -1e4, 1e4, -1e4]])
     assert draw_negatives(similarity, torch.tensor([2]), torch.arange(4), torch.tensor([0.9])).item() == 3
-
-
-def test_batch_of_equal_images_still_draws() -> None:
     drawn = draw_negatives(logits(3, 3), torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 0.5, 0.999]))
     assert ((drawn >= 0) & (drawn < 3)).all()
 
@@ -61,48 +54,33 @@ def test_sharded_batch_draws_the_same_negatives() -> None:
     assert torch.equal(drawn, draw_negatives(similarity, ids, ids, uniform))
 
 
-# ---- random negatives
-
-
 @pytest.fixture
 def batch() -> Batch:
     return tiny_batch(tiny_config(), 3, 0, 1, 12)
 
 
-def random_negatives(seed: int, examples: Batch, pool: NegativePool) -> Tensor:
+def random_negatives(seed: int, examples: Batch, source: Tensor, image_id: Tensor) -> Tensor:
     """Return the examples whose image replaces each example's; -1 where a pair stays matched."""
-    context = ObjectiveContext(tiny_config().stages[3], "pairs", seed, 8, None, lambda *_: None)
-    (swap,) = ITM(context).swaps(examples, pool)["pair"]
+    objective = ITM(ObjectiveContext(STAGE, "pairs", seed, 8, None, lambda *_: None))
+    (swap,) = objective.swaps(examples, NegativePool(image_id, source))["pair"]
     return swap.places
 
 
-def test_half_of_the_examples_stay_matched(batch: Batch) -> None:
-    stage = tiny_config().stages[3]
-    for step in range(6):
-        indices = torch.nonzero((batch.place + step) % 2 == 0).flatten()
-        examples = Batch(**{**vars(batch.rows(indices)), "step": step})
-        assert matched_examples(examples, stage).sum() == len(examples) / 2
-
-
 def test_random_negative_has_the_same_source_and_another_image(batch: Batch) -> None:
-    drawn = torch.stack(
-        [random_negatives(seed, batch, NegativePool(batch.image_id, batch.source)) for seed in range(200)]
-    )
-    is_matched = matched_examples(batch, tiny_config().stages[3])
+    drawn = torch.stack([random_negatives(seed, batch, batch.source, batch.image_id) for seed in range(200)])
+    is_matched = matched_examples(batch, STAGE)
     assert (drawn[:, is_matched] == -1).all()
     for row in torch.nonzero(~is_matched).flatten():
         allowed = (batch.source == batch.source[row]) & (batch.image_id != batch.image_id[row])
         assert set(drawn[:, row].tolist()) == set(torch.nonzero(allowed).flatten().tolist())
+        alone = torch.ones(12, dtype=torch.int64).index_fill(0, row, 7)
+        assert random_negatives(1, batch, alone, batch.image_id)[row] not in (-1, row)
 
 
-def test_example_alone_in_its_source_draws_from_the_others(batch: Batch) -> None:
-    row = int(torch.nonzero(~matched_examples(batch, tiny_config().stages[3]))[0])
-    source = torch.ones(12, dtype=torch.int64)
-    source[row] = 7
-    assert random_negatives(1, batch, NegativePool(batch.image_id, source))[row] not in (-1, row)
-
-
-def test_negatives_do_not_depend_on_the_other_examples_of_a_rank(batch: Batch) -> None:
-    pool = NegativePool(batch.image_id, batch.source)
-    part = random_negatives(1, batch.rows(slice(5, 9)), pool)
-    assert torch.equal(random_negatives(1, batch, pool)[5:9], part)
+def test_half_stay_matched_and_no_draw_depends_on_other_examples_of_the_rank(batch: Batch) -> None:
+    for step in range(6):
+        indices = torch.nonzero((batch.place + step) % 2 == 0).flatten()
+        examples = replace(batch.rows(indices), step=step)
+        assert matched_examples(examples, STAGE).sum() == len(examples) / 2
+    part = random_negatives(1, batch.rows(slice(5, 9)), batch.source, batch.image_id)
+    assert torch.equal(random_negatives(1, batch, batch.source, batch.image_id)[5:9], part)

@@ -1,6 +1,6 @@
 """Losses that compare a head's output with labels: sums over examples that equal their definitions.
 
-Shapes: 6 examples, 7 classes, 4 answers or 2 masked positions of each example, 5 regions, 3 texts of an image.
+Shapes: 6 examples, 7 classes, 4 answers or 2 masked positions of each example, 5 regions.
 """
 
 from __future__ import annotations
@@ -19,30 +19,22 @@ from pipeline.objectives.mlm import mlm_loss
 from pipeline.objectives.moc import moc_loss
 from pipeline.objectives.mrfr import mrfr_loss
 from pipeline.objectives.nlvr2 import nlvr2_loss
-from pipeline.objectives.ranking import ranking_loss
-from pipeline.objectives.vqa import soft_targets, vqa_loss
+from pipeline.objectives.vqa import vqa_loss
 
 LABEL = torch.tensor([0, 3, 1, 2, 2, 0])
 WORDS = torch.tensor([[3, -100], [5, 0], [-100, -100], [6, 6], [2, -100], [1, 4]])
 POSITIONS = torch.tensor([[0, 3], [2, -1], [1, -1], [4, 0], [-1, -1], [3, 2]])  # of regions; -1 is padding
-MASKED = [
-    (row, k, region)
-    for row, regions in enumerate(POSITIONS.tolist())
-    for k, region in enumerate(regions)
-    if region >= 0
-]
+MASKED = [(*at, int(POSITIONS[at])) for at in map(tuple, torch.nonzero(POSITIONS >= 0).tolist())]
 CLASSES = torch.tensor([[0, 1, 2, 3, 4]]) + torch.tensor([[0], [1], [2], [1], [0], [2]])
 ANSWERS = torch.tensor([[2, 0, -1, -1], [-1, -1, -1, -1], [3, 1, 2, 6], [5, 4, -1, -1], [0, 1, 2, 3], [6, -1, -1, -1]])
 SCORES = torch.linspace(0, 1, 24).view(6, 4)
+SOFT_TARGETS = torch.zeros(6, 7)  # the scores of the answers by number; 0 for those that nobody gave
+for example, place in torch.nonzero(ANSWERS >= 0).tolist():
+    SOFT_TARGETS[example, ANSWERS[example, place]] = SCORES[example, place]
 
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(6, *shape, generator=torch.Generator().manual_seed(0))
-
-
-def published_vqa_loss(logits: Tensor, answers: Tensor, scores: Tensor) -> Tensor:
-    targets = soft_targets(answers, scores, logits.shape[1])
-    return F.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1] * len(logits)
 
 
 # The loss, the head's output, its other arguments, and the definition of the sum.
@@ -51,8 +43,12 @@ CASES: dict[str, Case] = {
     "classification": (classification_loss, normal(7), (LABEL,), lambda x, y: 6 * F.cross_entropy(x, y)),
     "nlvr2": (nlvr2_loss, normal(2), (LABEL % 2,), lambda x, y: -x.log_softmax(1).gather(1, y[:, None]).sum()),
     "itm": (itm_loss, normal(2), (LABEL > 1,), lambda x, y: -torch.where(y, *x.log_softmax(1).T.flip(0)).sum()),
-    "ranking": (ranking_loss, normal(3), (), lambda x: -x.log_softmax(1)[:, 0].sum()),
-    "vqa": (vqa_loss, normal(7), (ANSWERS, SCORES), published_vqa_loss),
+    "vqa": (
+        vqa_loss,
+        normal(7),
+        (ANSWERS, SCORES),
+        lambda x, *_: F.binary_cross_entropy_with_logits(x, SOFT_TARGETS) * 7 * len(x),
+    ),
     "mlm": (mlm_loss, normal(2, 7), (WORDS,), lambda x, y: F.cross_entropy(x[y >= 0], y[y >= 0]) * (y >= 0).sum()),
     "mim": (mim_loss, normal(2, 7), (CLASSES[:, :2],), lambda x, y: 12 * F.cross_entropy(x.flatten(0, 1), y.flatten())),
     "moc": (
@@ -71,14 +67,9 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_loss_equals_its_definition(case: Case) -> None:
+def test_loss_equals_its_definition_and_is_the_sum_over_parts(case: Case) -> None:
     loss, output, labels, definition = case
     torch.testing.assert_close(loss(output, *labels), definition(output, *labels))
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_parts_of_a_batch_add_up_and_an_empty_one_is_zero(case: Case) -> None:
-    loss, output, labels, _ = case
     parts = [loss(*(t[rows] for t in (output, *labels))) for rows in (slice(0, 1), slice(1, 4), slice(4, 6))]
     torch.testing.assert_close(torch.stack(parts).sum(), loss(output, *labels))
     empty = output[:0].clone().requires_grad_()
@@ -98,9 +89,3 @@ def test_padding_adds_neither_loss_nor_gradient(name: str, padding: tuple[float 
     torch.testing.assert_close(total, loss(output, *labels))
     total.backward()
     assert name == "vqa" or not wider.grad[:, 2:].any()  # type: ignore[index]
-
-
-def test_soft_targets_are_the_scores_of_the_answers() -> None:
-    answers, scores = torch.tensor([[2, 0, -1], [-1, -1, -1]]), torch.tensor([[0.3, 1.0, 0.9], [0.6, 0.6, 0.6]])
-    expected = torch.tensor([[1.0, 0.0, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    torch.testing.assert_close(soft_targets(answers, scores, 4), expected)

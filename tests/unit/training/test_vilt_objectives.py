@@ -58,6 +58,6 @@ def test_wpa_without_examples_has_a_gradient(collectives: Collectives) -> None:
     begun = trial(collectives, {"itm": {}, "wpa": {}})
     wpa, none = begun.step.objectives["wpa"], begun.batch.rows(slice(0, 0))
     assert isinstance(wpa, WPA)
-    loss = wpa.loss(begun.engine({"pair": wpa.fusion_forward(none, "pair", "itm", "alignment")}), none)
+    loss = wpa.loss(begun.engine({"pair": begun.step.objectives["itm"].fusion_forward(none, "pair")}), none)
     loss.backward()
     assert loss == 0
