@@ -5,9 +5,11 @@ Commands import what they need when they run: `mome --help` loads neither torch,
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from dataclasses import asdict
+import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,24 +18,9 @@ import typer
 from rich.text import Text
 
 from jobs.bench import app as bench_app
-from jobs.console import console, echo, print_result, status
-from jobs.jobs_command import app as jobs_app
-from jobs.options import (
-    Address,
-    Checkpoint,
-    Config,
-    JsonOption,
-    Overrides,
-    OwnConfig,
-    Run,
-    Token,
-    Track,
-    TrackingUri,
-    Workers,
-    local_file,
-)
+from jobs.console import Config, JsonOption, Overrides, console, echo, local_file, print_result, status
 from jobs.shards import app as shards_app
-from pipeline.config.errors import ConfigError, MomeError
+from pipeline.config.errors import ConfigError, MomeError, RunFailed
 from pipeline.config.redaction import configure_logging, printable, show_exception
 
 if TYPE_CHECKING:
@@ -41,6 +28,44 @@ if TYPE_CHECKING:
 
 TRAIN, EVALUATE, DATA = "Train", "Evaluate and use a model", "Data"
 RESULTS, CONFIGS, CLUSTER = "Results", "Configs and planning", "Machine and cluster"
+Checkpoint = Annotated[str, typer.Argument(help="Folder of a run, of a stage or of a checkpoint (path or URL).")]
+Run = Annotated[str, typer.Argument(help="Folder of a run (path or URL).")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Number of ranks on the run's Ray cluster that share the work (default: this process alone)."
+    ),
+]
+OwnConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        parser=local_file,
+        help="Your own config, whose storage, MLflow and Ray addresses are used; those in the run's folder never are "
+        "(default: the environment, AWS_*, MLFLOW_TRACKING_URI and RAY_ADDRESS).",
+    ),
+]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option("--uri", help="URL of the MLflow server (default: MLFLOW_TRACKING_URI, or SQLite next to the run)."),
+]
+Track = Annotated[
+    bool | None,
+    typer.Option(
+        "--track/--no-track",
+        help="Record the result in MLflow (default: only if the folder is not a copy and its run was tracked there).",
+    ),
+]
+Address = Annotated[
+    str,
+    typer.Option(help="URL of the cluster's dashboard, such as http://head:8265.", envvar="RAY_API_SERVER_ADDRESS"),
+]
+Token = Annotated[
+    str | None, typer.Option(help="Reference to the cluster's token: env:NAME or file:PATH (default: Ray's own).")
+]
+Job = Annotated[str, typer.Argument(help="Id of the job, as printed by `mome submit` and `mome jobs list`.")]
+
+STOP_SECONDS = 60.0  # for a job to stop
 FORMAT_HELP = "Naming scheme of the tensors: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (mome's own)."
 
 app = typer.Typer(
@@ -48,25 +73,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Staged vision-language pretraining on a Ray cluster, from image-text tars in object storage.",
 )
+jobs_app = typer.Typer(
+    no_args_is_help=True, help="List jobs submitted to a cluster, show their status and logs, stop them."
+)
 config_app = typer.Typer(no_args_is_help=True, help="List and show the recipes of this package; print the schema.")
 
 
-def _print_version(value: bool) -> None:
-    if value:
+@app.callback(invoke_without_command=True)
+def _options(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show_version:
         try:
             echo(f"mome {version('mome')}")
         except PackageNotFoundError:
             echo("mome (from source, not installed)")
         raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    pass
 
 
 def _caller(config: Path | None) -> Caller:
@@ -311,7 +333,7 @@ def register(
     as_json: JsonOption = False,
 ) -> None:
     """Register a checkpoint in MLflow, so that `mlflow.pyfunc.load_model` gives embeddings and matching scores."""
-    from jobs.register import register_checkpoint
+    from jobs.tracking import register_checkpoint
 
     print_result(register_checkpoint(checkpoint, name, alias, uri, _caller(config)), as_json)
 
@@ -379,9 +401,9 @@ def compare(
 @app.command(rich_help_panel=RESULTS)
 def sync(run: Run, uri: TrackingUri = None, config: OwnConfig = None, as_json: JsonOption = False) -> None:
     """Upload to MLflow what an unreachable server missed. Uploading twice changes nothing."""
-    from jobs.tracking_sync import sync as upload
+    from jobs.tracking import sync as upload
 
-    print_result(asdict(upload(run, uri, _caller(config))), as_json)
+    print_result(upload(run, uri, _caller(config)), as_json)
 
 
 @config_app.command("list")
@@ -405,8 +427,6 @@ def show_config(
 @config_app.command("schema")
 def show_schema() -> None:
     """Print the JSON schema of a config, for validation and completion in editors."""
-    import json
-
     from pipeline.config.reference import json_schema
 
     echo(json.dumps(json_schema(), indent=2))
@@ -507,6 +527,72 @@ def doctor(
     print_result(checks, as_json, as_text(results))
     if not is_healthy:
         raise typer.Exit(1)
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
+    """List all jobs of the cluster, newest first."""
+    from jobs.dashboard import describe_job, open_dashboard
+
+    jobs = open_dashboard(address, token).list_jobs()
+    jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
+    rows = [describe_job(job) for job in jobs if job.submission_id]
+    lines = [f"{row['job']:<40}  {row['status']:<9}  {row['started'] or '-':<20}  {row['run'] or '-'}" for row in rows]
+    if as_json or lines:
+        print_result({"jobs": rows}, as_json, "\n".join(lines))
+
+
+@jobs_app.command("status")
+def job_status(job: Job, address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
+    """Show the status of a job, and the progress of its run if the run's folder is readable from here."""
+    from jobs.dashboard import open_job
+
+    _, info = open_job(job, address, token)
+    if folder := info["checkpoint"]:
+        from jobs.distributed import PROGRESS_FILE
+        from pipeline.config.schema import StorageConfig
+        from pipeline.data.storage import Storage, join
+
+        storage, url = Storage(StorageConfig(retry_timeout_seconds=5.0)), join(folder, PROGRESS_FILE)
+        with suppress(MomeError, ValueError):
+            if storage.exists(url):
+                info["progress"] = json.loads(storage.read(url))
+    print_result(info, as_json)
+
+
+@jobs_app.command()
+def logs(
+    job: Job,
+    address: Address = "",
+    token: Token = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Stream the output until the job ends.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the output of a job."""
+    from jobs.dashboard import open_job, stream_logs
+
+    client, _ = open_job(job, address, token)
+    if follow:
+        print_result({"job": job, "status": stream_logs(client, job)}, as_json)
+    elif as_json:
+        print_result({"job": job, "logs": client.get_job_logs(job)}, as_json)
+    else:
+        echo(client.get_job_logs(job), newline=False)
+
+
+@jobs_app.command()
+def stop(job: Job, address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
+    """Stop a job. Its run keeps its last checkpoint and resumes from it when submitted again."""
+    from jobs.dashboard import open_job
+
+    client, _ = open_job(job, address, token)
+    client.stop_job(job)
+    end = time.monotonic() + STOP_SECONDS
+    while not (state := client.get_job_status(job)).is_terminal():
+        if time.monotonic() > end:
+            raise RunFailed(f"job {job}: still {state.value} {STOP_SECONDS:.0f} s after the request to stop")
+        time.sleep(0.5)
+    print_result({"job": job, "status": state.value}, as_json)
 
 
 app.add_typer(bench_app, name="bench", rich_help_panel=CLUSTER)

@@ -11,8 +11,7 @@ import socket
 import stat
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
 HEAD_SECONDS = 15.0  # limit for a head to answer a health check
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+)):(\d{1,5})")
 OTHER_PORTS = {8265: "the dashboard, for mome submit", 10001: "ray:// clients"}
 CHECK_SECONDS = 1.0
 ADVICE = ("Refer to the documentation", "Consider provisioning")
@@ -49,16 +49,16 @@ Resources = Mapping[str, float]
 
 
 def connect(cluster: ClusterConfig) -> None:
-    """Join the configured cluster, or start a local one.
+    """Join the configured cluster, or start a local one with enough CPUs for the ranks.
 
     Raises ConfigError if Ray is not installed, RunFailed within seconds if no cluster answers.
     """
+    without_ray = "torchrun --nproc-per-node N -m pipeline.training CONFIG"
     try:
         import ray
     except ImportError as error:
         raise ConfigError(
-            "Ray is not installed here: pip install 'mome[ray]', or train without it: "
-            "torchrun --nproc-per-node N -m pipeline.training CONFIG"
+            f"Ray is not installed here: pip install 'mome[ray]', or train without it: {without_ray}"
         ) from error
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -68,20 +68,36 @@ def connect(cluster: ClusterConfig) -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    with _own_signal_handlers():
-        if (known := address_of(cluster)) is None:
-            _start(cluster, quiet)
-            return
+    if (known := address_of(cluster)) is not None:
         address, origin = known
         try:
-            if address != "auto":
-                _find_head(address)
-            ray.init(address=address, **quiet)
+            with _own_signal_handlers():
+                if address != "auto":
+                    _find_head(address)
+                ray.init(address=address, **quiet)
         except Exception as error:  # Ray raises exceptions of many types
             raise RunFailed(
                 f"{origin} {address}: no Ray cluster answers ({root_cause(error)}). Start one (ray start --head), "
                 "correct the address (host:6379), or leave it out to run on this machine."
             ) from error
+        return
+    num_cpus = int(cluster.workers * (cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus)) + 1
+    keep_token_private()
+    try:
+        with _own_signal_handlers():
+            ray.init("local", num_cpus=max(os.cpu_count() or 1, num_cpus), include_dashboard=False, **quiet)
+    except Exception as error:  # a bare Exception among them
+        ray.shutdown()
+        remedy = (
+            "If the machine is busy, try again; `mome doctor` checks its disk, memory and limits; "
+            f"`{without_ray}` needs no Ray"
+        )
+        if "AF_UNIX" in str(error):
+            remedy = (
+                f"The folder of temporary files, {tempfile.gettempdir()}, has a path too long for sockets: set TMPDIR "
+                "or RAY_TMPDIR to a short one, such as /tmp"
+            )
+        raise RunFailed(f"Ray did not start on this machine ({root_cause(error)}). {remedy}.") from error
 
 
 def address_of(cluster: ClusterConfig) -> tuple[str, str] | None:
@@ -120,12 +136,14 @@ def _find_head(address: str) -> None:
 
     if "://" in address:
         raise ValueError("ray:// clients cannot place ranks" if address.startswith("ray://") else "expected host:port")
-    host, port = host_and_port(address)
+    match = HOST_AND_PORT.fullmatch(address)
+    if match is None or int(match[3]) > 65535:
+        raise ValueError("expected host:port, with an IPv6 host as in [::1]:6379")
+    host, port = match[1] or match[2], int(match[3])
     socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return
-    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with grpc.insecure_channel(target, options=(("grpc.enable_http_proxy", 0),)) as channel:
+    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
             channel.unary_unary(ALIVE)(b"", timeout=HEAD_SECONDS)
         except grpc.RpcError as error:
@@ -134,38 +152,6 @@ def _find_head(address: str) -> None:
                 raise OSError(f"the process at port {port} is no Ray head{hint}") from error
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                 raise OSError(f"port {port} belongs to another service{hint}") from error
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    """Split `host:port`; an IPv6 host loses its brackets. Raises ValueError."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+)):(\d{1,5})", address)
-    if match is None or int(match[3]) > 65535:
-        raise ValueError("expected host:port, with an IPv6 host as in [::1]:6379")
-    return match[1] or match[2], int(match[3])
-
-
-def _start(cluster: ClusterConfig, options: dict[str, Any]) -> None:
-    """Start a local Ray with enough CPUs for the ranks. Raises RunFailed."""
-    import ray
-
-    cpus_per_rank = cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus
-    num_cpus = int(cluster.workers * cpus_per_rank) + 1
-    keep_token_private()
-    try:
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, num_cpus), include_dashboard=False, **options)
-    except Exception as error:  # Ray raises exceptions of many types, a bare Exception among them
-        ray.shutdown()
-        if "AF_UNIX" in str(error):
-            remedy = (
-                f"The folder of temporary files, {tempfile.gettempdir()}, has a path too long for sockets: set TMPDIR "
-                "or RAY_TMPDIR to a short one, such as /tmp"
-            )
-        else:
-            remedy = (
-                "If the machine is busy, try again; `mome doctor` checks its disk, memory and limits; "
-                "`torchrun --nproc-per-node N -m pipeline.training CONFIG` needs no Ray"
-            )
-        raise RunFailed(f"Ray did not start on this machine ({root_cause(error)}). {remedy}.") from error
 
 
 def keep_token_private() -> None:
@@ -219,6 +205,7 @@ def run_on_ranks(
     import ray
     import ray.train
     import ray.train.torch
+    from ray._private.state import state
 
     from jobs.placement import Placement
 
@@ -229,7 +216,7 @@ def run_on_ranks(
     # Ray also counts nodes that are being drained, where it can place nothing, so they are subtracted here.
     refresh_node_counts()
     minimum, maximum = cluster.min_workers or cluster.workers, cluster.workers
-    if minimum < maximum and draining_nodes():
+    if minimum < maximum and state.get_draining_nodes():
         maximum = min(maximum, max(minimum, available_ranks(cluster, occupied=False)))
     trainer = train.torch.TorchTrainer(
         function,
@@ -286,18 +273,12 @@ def root_cause(error: BaseException) -> str:
 # ---- resources: what nodes have, and what ranks request
 
 
-def draining_nodes() -> set[str]:
-    """Return the ids of the nodes that are being drained, which only Ray's private state holds."""
-    from ray._private.state import state
-
-    return set(state.get_draining_nodes())
-
-
 def usable_nodes() -> dict[str, Resources]:
     """Return the resources of each node that is alive and not being drained, by node id."""
     import ray
+    from ray._private.state import state
 
-    draining = draining_nodes()
+    draining = state.get_draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     return {node["NodeID"]: node["Resources"] for node in nodes}
 
@@ -341,12 +322,9 @@ def requested_resources(cluster: ClusterConfig, ranks: int) -> dict[str, float]:
     return total
 
 
-def total_resources(nodes: Iterable[Resources]) -> dict[str, float]:
+def total_resources(nodes: Sequence[Resources]) -> dict[str, float]:
     """Return what all nodes have in total."""
-    total: Counter[str] = Counter()
-    for node in nodes:
-        total.update(node)
-    return dict(total)
+    return {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in {kind for node in nodes for kind in node}}
 
 
 def missing_resources(cluster: ClusterConfig, nodes: Sequence[Resources]) -> str | None:

@@ -1,4 +1,4 @@
-"""Terminal output: results on standard output; messages and progress on standard error.
+"""Options that commands share, and terminal output: results on standard output, the rest on standard error.
 
 Imports neither torch nor the training package, so that `mome --help` starts quickly.
 """
@@ -10,15 +10,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from pipeline.config.background import PeriodicThread
-from pipeline.config.errors import StorageError
+from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.redaction import printable
+from pipeline.config.urls import parse
 from pipeline.pages.formatting import duration
 
 if TYPE_CHECKING:
@@ -32,6 +34,31 @@ PLAIN_SECONDS = 10.0  # between progress lines where standard error is not a ter
 
 # Text from data is never interpreted as markup, and files receive whole lines.
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+# ---- arguments and options that several commands share
+
+
+def local_file(value: str) -> Path:
+    """Return a local path; a URL is an error, because pathlib would create a local folder named `s3:`."""
+    try:
+        protocol, path = parse(value)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    if protocol != "file":
+        raise typer.BadParameter(f"{value!r}: expected a file or folder of this machine, not a URL of a store")
+    return Path(path)
+
+
+Config = Annotated[Path, typer.Argument(parser=local_file, help="YAML config of a run, such as configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Keys to change: stages.vision.steps=100 cluster.workers=4", metavar="KEY=VALUE"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+
+
+# ---- output
 
 
 def notify(message: str, style: str = "") -> None:
@@ -105,24 +132,22 @@ def poll(update: Callable[[], None], seconds: float) -> Iterator[None]:
 def print_result(result: dict[str, Any] | None, as_json: bool, text: str | None = None) -> None:
     """Print a command's result on standard output, as one JSON object or as `text`; None prints nothing.
 
-    Without `text`, print one line per value that is not None.
+    Without `text`, print one line per value that is not None, under dotted names.
     """
     if result is None:  # under torchrun, rank 0 prints
         return
     if text is None:
-        lines = dict(_flatten(result))
+        lines, pending = {}, list(result.items())
+        while pending:
+            key, value = pending.pop(0)
+            if isinstance(value, dict):
+                pending = [(f"{key}.{name}", inner) for name, inner in value.items()] + pending
+            elif value is not None:
+                items = value if isinstance(value, list) else [value]
+                lines[key] = ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in items)
         width = max(map(len, lines), default=0)
         text = "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
     echo(json.dumps(result) if as_json else text)
-
-
-def _flatten(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in result.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            values = value if isinstance(value, list) else [value]
-            yield prefix + key, ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in values)
 
 
 def aligned(lines: list[list[str]]) -> str:

@@ -17,9 +17,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from email.message import Message
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from pipeline.config.background import within
@@ -30,7 +30,6 @@ from pipeline.config.redaction import printable
 TOKEN_FILE = "~/.ray/auth_token"
 ANSWER_SECONDS = 20.0  # that the dashboard may be silent in an answer
 LIST_SECONDS = 60.0  # that the list of jobs may take
-REFUSED = (401, 403)
 LONGEST_LIST = 2**28  # bytes of the list of jobs
 UNREACHABLE_SECONDS = 120.0  # how long the dashboard may be unreachable while logs are followed
 SILENT_SECONDS = 60.0  # without output, after which the status is requested: a dead connection is silent too
@@ -75,6 +74,33 @@ def open_dashboard(address: str, token: str | None = None) -> Any:
     return client
 
 
+def open_job(job: str, address: str, token: str | None) -> tuple[Any, dict[str, Any]]:
+    """Return the dashboard's client and the description of a job. Raises ConfigError for an unknown job."""
+    client = open_dashboard(address, token)
+    try:
+        return client, describe_job(client.get_job_info(job))
+    except RuntimeError as error:
+        raise ConfigError(f"job {job}: {first_line(error)} `mome jobs list` lists the cluster's jobs") from error
+
+
+def describe_job(job: Any) -> dict[str, Any]:
+    """Return Ray's details of a job as `mome jobs` prints them."""
+    metadata = job.metadata or {}
+    started, ended = (
+        datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else None
+        for milliseconds in (job.start_time, job.end_time)
+    )
+    return {
+        "job": job.submission_id,
+        "run": metadata.get("run"),
+        "status": getattr(job.status, "value", job.status),
+        "started": started,
+        "ended": ended,
+        "message": job.message,
+        "checkpoint": metadata.get("checkpoint"),
+    }
+
+
 def dashboard_address(address: str) -> str:
     """Return `scheme://host:port` of what a user gives as a dashboard's address, its page in a browser included.
 
@@ -98,17 +124,26 @@ def dashboard_address(address: str) -> str:
 
 
 def find_token(reference: str | None) -> str | None:
-    """Return the token behind `env:NAME` or `file:PATH`, else where Ray looks for it; None if there is none."""
+    """Return the token behind `env:NAME` or `file:PATH`, else where Ray looks for it; None if there is none.
+
+    Raises ConfigError, which does not show it, for a token that no HTTP header can carry.
+    """
     if reference is not None:
         if not reference.startswith(("env:", "file:")):
             raise ConfigError("--token: is a secret and must be a reference: env:NAME or file:PATH")
-        return _checked(resolve_secret(reference), f"--token {reference}")
-    if "RAY_AUTH_TOKEN" in os.environ:
-        return _checked(os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN")
-    if (path := os.environ.get("RAY_AUTH_TOKEN_PATH")) is not None:
-        return _checked(resolve_secret(f"file:{path}"), f"RAY_AUTH_TOKEN_PATH {path}")
-    file = token_file()
-    return _checked(resolve_secret(f"file:{file}"), TOKEN_FILE) if file and os.path.lexists(file) else None
+        origin, token = f"--token {reference}", resolve_secret(reference)
+    elif (token := os.environ.get("RAY_AUTH_TOKEN")) is not None:
+        origin = "RAY_AUTH_TOKEN"
+    elif (path := os.environ.get("RAY_AUTH_TOKEN_PATH")) is not None:
+        origin, token = f"RAY_AUTH_TOKEN_PATH {path}", resolve_secret(f"file:{path}")
+    elif (file := token_file()) is not None and os.path.lexists(file):
+        origin, token = TOKEN_FILE, resolve_secret(f"file:{file}")
+    else:
+        return None
+    token = (token or "").strip()
+    if not re.fullmatch(r"[\x20-\x7e]+", token):
+        raise ConfigError(f"{origin}: expected a token, one line of printable ASCII characters")
+    return token
 
 
 def token_file() -> Path | None:
@@ -117,15 +152,6 @@ def token_file() -> Path | None:
         return Path(TOKEN_FILE).expanduser()
     except RuntimeError:
         return None
-
-
-def _checked(token: str | None, origin: str) -> str | None:
-    """Return the token without the space around it. Raises ConfigError, which does not show it, for one that no HTTP
-    header can carry."""
-    token = (token or "").strip()
-    if not re.fullmatch(r"[\x20-\x7e]+", token):
-        raise ConfigError(f"{origin}: expected a token, one line of printable ASCII characters")
-    return token
 
 
 def is_loopback(address: str) -> bool:
@@ -143,9 +169,7 @@ class DashboardError(RunFailed, RuntimeError):
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """An answer that names another place is an error: the token must not go there."""
 
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
+    def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 
@@ -172,17 +196,17 @@ def _is_guarded(address: str, secret: str | None) -> bool:
     try:
         jobs = json.loads(within(LIST_SECONDS, read, "dashboard"))
     except urllib.error.HTTPError as error:
-        if error.code in REFUSED:
+        if error.code in (401, 403):
             return True
         where = error.headers.get("Location", "")
         answer = f"it redirects to {where}" if 300 <= error.code < 400 and where else f"it answers with {error.code}"
         raise RunFailed(f"--address {address}: no Ray dashboard ({answer}). {hint}") from error
     except (OSError, http.client.HTTPException) as error:
         raise RunFailed(f"--address {address}: no Ray dashboard answers there ({first_line(error)}). {hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise RunFailed(f"--address {address}: a web server answers there that is no Ray dashboard. {hint}") from error
+    except (ValueError, RecursionError):
+        jobs = None  # a web page
     if not (isinstance(jobs, list) and all(isinstance(job, dict) and "status" in job for job in jobs)):
-        raise RunFailed(f"--address {address}: what answers there is no Ray dashboard. {hint}")
+        raise RunFailed(f"--address {address}: a web server answers there that is no Ray dashboard. {hint}")
     return False
 
 

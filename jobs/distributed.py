@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from jobs.cluster import available_ranks, connect, for_ranks, root_cause, run_on_ranks
-from jobs.mailbox import Mailbox, forwarded_warnings
+from jobs.mailbox import STOP, Mailbox, forwarded_warnings
 from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.load import validate
@@ -81,7 +81,7 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
                 remedy = "Set engine.micro_batch_size lower, or engine.zero_stage higher."
                 failure = {"message": f"out of memory: {redact(str(error))}. {remedy}", "exit_status": 1}
             elif isinstance(error, MomeError) and not isinstance(error, StorageError | Superseded):
-                failure = _error_as_json(error)
+                failure = {"message": str(error), "exit_status": error.exit_status}
             if failure is not None and ownership.holds():
                 storage.write(join(config.folder, FAILURE_FILE), json.dumps(failure).encode())
             raise
@@ -98,10 +98,6 @@ def _loader_backend(config: RunConfig) -> BackendFactory:
     from jobs.loader_actors import RayBackend
 
     return RayBackend
-
-
-def _error_as_json(error: MomeError) -> Result:
-    return {"message": str(error), "exit_status": error.exit_status}
 
 
 def error_from_json(values: Result) -> RunFailed:
@@ -138,7 +134,7 @@ class RankPreemptionSignal:
     """
 
     def __init__(self, cluster: ClusterConfig, rank: int, world_size: int, mail: Mailbox):
-        self.reason: str | None = STOPPED if rank == 0 and mail.stop_requested() else None
+        self.reason: str | None = STOPPED if rank == 0 and mail.get(STOP) else None
         self._cluster, self._mail = cluster, mail
         self._num_missing = cluster.workers - world_size
         self._room_since: float | None = None
@@ -158,7 +154,7 @@ class RankPreemptionSignal:
 
     def _check(self) -> bool:
         """Look for a request of the driver and for room; return False once there is a reason to stop."""
-        if self._mail.stop_requested():
+        if self._mail.get(STOP):
             self.reason = STOPPED
             return False
         available, now = 0, time.monotonic()
@@ -208,13 +204,17 @@ def on_workers(
     import ray.train
 
     train_api: Any = ray.train  # Ray's annotations are those of Train v1
-
     job_name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.name).strip("-._") or "weights"  # folders may have any name
     config = with_workers(config.model_copy(update={"name": job_name}), workers)
     cluster = config.cluster.model_copy(update={"loader_actors": 0})  # only training uses them
     config = config.model_copy(update={"cluster": cluster})
     budget = train_api.FailureConfig(max_failures=config.cluster.max_failures)
     return _run_on_cluster(work, config, name, {"request": json.dumps(request)}, failure_config=budget)
+
+
+def preflight_on_ray(config: RunConfig) -> Result:
+    """Check the run on every rank; return details and seconds by check. Raises MomeError with the first failure."""
+    return _run_on_cluster(_check_rank, config, "preflight")
 
 
 def _run_on_cluster(
@@ -224,7 +224,6 @@ def _run_on_cluster(
     arguments: Mapping[str, str] | None = None,
     **run: Any,
 ) -> Result:
-    """Run `work` on the run's ranks, as `run_on_ranks`. Raises MomeError with the first failure of any rank."""
     config = for_ranks(config)
     connect(config.cluster)
     try:
@@ -243,13 +242,7 @@ def run_request(loop_config: dict[str, str], work: Callable[[Any, Ranks], Result
     try:
         return work(json.loads(loop_config["request"]), Collectives())
     except MomeError as error:
-        return {"failure": _error_as_json(error)}
-
-
-def preflight_on_ray(config: RunConfig) -> Result:
-    """Check the run on every rank; return details and seconds by check. Raises MomeError with the first failure."""
-    checks: Result = _run_on_cluster(_check_rank, config, "preflight")["checked"]
-    return checks
+        return {"failure": {"message": str(error), "exit_status": error.exit_status}}
 
 
 def _check_rank(loop_config: dict[str, str]) -> Result:
@@ -258,5 +251,5 @@ def _check_rank(loop_config: dict[str, str]) -> Result:
     try:
         checks = preflight(config, lambda _: None, _loader_backend(config))
     except MomeError as error:
-        return {"failure": _error_as_json(error)}
-    return {"checked": {check.name: {"told": check.message, "seconds": check.seconds} for check in checks}}
+        return {"failure": {"message": str(error), "exit_status": error.exit_status}}
+    return {check.name: {"told": check.message, "seconds": check.seconds} for check in checks}

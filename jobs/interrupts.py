@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import NoReturn
 
 from jobs.console import notify
-from jobs.mailbox import Mailbox
+from jobs.mailbox import STOP, Mailbox
 from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import Preempted, StorageError
 from pipeline.config.schema import RunConfig
@@ -35,8 +35,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: signal.Signals):
         super().__init__(number.name)
-        self.number = number
-        self.exit_status = EXIT_STATUS[number]
+        self.number, self.exit_status = number, EXIT_STATUS[number]
 
 
 class Interrupts:
@@ -89,32 +88,33 @@ class Interrupts:
                 self._watch.stop(timeout=0.0)
                 self._watch = None
         if self._number is not None:
-            self._stop(self._number)
+            self._stop()
 
     def check(self, mail: Mailbox, ranks: int) -> None:
         """Ask the ranks to save after a signal; call it every second. Raises Stopped if none runs, or none can save."""
         if self._number is None:
             return
         if not ranks:
-            self._stop(self._number)
-        if self._watch is None and mail.request_stop():
+            self._stop()
+
+        def ask_store() -> None:
+            with suppress(StorageError):
+                self._storage.exists(join(self._config.folder, "run.json"))
+                self._last_answer = time.monotonic()
+
+        if self._watch is None and mail.put(STOP, 1):
             self._last_answer = time.monotonic()
             notify(f"{self._number.name}: the ranks save after this step and stop; another signal ends the run at once")
-            self._watch = PeriodicThread(self._ask_store, 1.0, "store", immediately=True).start()
+            self._watch = PeriodicThread(ask_store, 1.0, "store", immediately=True).start()
         if self._watch is not None and time.monotonic() - self._last_answer > UNREACHABLE_SECONDS:
             notify(f"the store has not answered for {UNREACHABLE_SECONDS:.0f} s: the ranks cannot save")
-            self._stop(self._number)
+            self._stop()
 
-    def _ask_store(self) -> None:
-        with suppress(StorageError):
-            self._storage.exists(join(self._config.folder, "run.json"))
-            self._last_answer = time.monotonic()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         if self._number is None:  # `_end_on_second` handles the second signal
             self._number = signal.Signals(number)
             if not self._deferred:
-                self._stop(self._number)
+                self._stop()
 
     def _end_on_second(self, read_end: int) -> None:
         """End the process at the second signal.
@@ -123,17 +123,18 @@ class Interrupts:
         """
         first = None
         while numbers := os.read(read_end, 64):
-            for number in (n for n in numbers if n in EXIT_STATUS):
+            for number in (signal.Signals(number) for number in numbers if number in EXIT_STATUS):
                 if first is not None:
-                    _end_now(EXIT_STATUS[signal.Signals(number)], "ended at once; re-run the same command to resume\n")
-                first = signal.Signals(number)
+                    _end_now(EXIT_STATUS[number], "ended at once; re-run the same command to resume\n")
+                first = number
                 _end_later(first, unless=lambda: self._number is not None)  # if the main thread never returns
         os.close(read_end)
 
-    def _stop(self, number: signal.Signals) -> None:
+    def _stop(self) -> NoReturn:
         """Raise Stopped, and end the process after a time limit whatever blocks the way out."""
-        _end_later(number)
-        raise Stopped(number)
+        assert self._number is not None
+        _end_later(self._number)
+        raise Stopped(self._number)
 
     def _saved(self) -> str:
         """Return where the run would resume. Raises StorageError if the store does not answer."""
@@ -153,7 +154,6 @@ class Interrupts:
 
 def _end_later(number: signal.Signals, unless: Callable[[], bool] = lambda: False) -> None:
     """End this process after END_SECONDS unless `unless()` is true then."""
-
     message = f"not ended after {END_SECONDS:.0f} s: ended now; re-run to resume\n"
     timer = threading.Timer(END_SECONDS, lambda: unless() or _end_now(EXIT_STATUS[number], message))
     timer.daemon = True

@@ -21,6 +21,7 @@ from pipeline.config.background import PeriodicThread, in_background
 log = logging.getLogger(__name__)
 
 NAMESPACE = b"mome"
+STOP, NUM_PLACED = "stop", "placed"  # values: the driver asks the ranks to save and stop; number of running ranks
 ANSWER_SECONDS = 2.0
 RETRY_SECONDS = 1.0
 FORWARDED = ("jobs", "mome", "pipeline")  # first components of our loggers' names
@@ -31,36 +32,25 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mailbox:
-    """Messages of the driver and the ranks of one start of a run, which `start` identifies."""
+    """Values and messages of the driver and the ranks of one start of a run, which `start` identifies."""
 
     start: str
 
-    def request_stop(self) -> bool:
-        """Ask the ranks to save and stop; return whether the cluster accepted the request."""
-        return self._call("put", "stop", b"1", True) is not None
+    def put(self, name: str, value: object) -> bool:
+        """Set a value, as text; return whether the cluster accepted it."""
+        return self._call("put", name, str(value).encode(), True) is not None
 
-    def stop_requested(self) -> bool:
-        return self._call("get", "stop") is not None
-
-    def set_num_placed(self, ranks: int) -> None:
-        self._call("put", "placed", str(ranks).encode(), True)
-
-    def num_placed(self) -> int | None:
-        """Return the number of running ranks; None if it is unknown."""
-        value = self._call("get", "placed")
-        return None if value is None else int(value)
-
-    def send(self, message: Message) -> bool:
-        """Send a message to the driver; return whether the cluster accepted it."""
-        name = f"messages/{time.time_ns():020d}"
-        return self._call("put", name, json.dumps(message).encode(), True) is not None
+    def get(self, name: str) -> str | None:
+        """Return a value; None if there is none or the cluster does not answer."""
+        value = self._call("get", name)
+        return None if value is None else value.decode()
 
     def receive(self) -> list[Message]:
         """Return the messages since the last call, oldest first."""
         messages = []
         for key in sorted(self._call("keys", "messages/") or ()):
             name = key.decode().removeprefix(f"{self.start}/")
-            value = self._call("get", name)
+            value = self.get(name)
             if value is None or self._call("del", name, False) is None:
                 break  # the next call tries again
             with suppress(ValueError):  # another program may write to this namespace
@@ -68,7 +58,7 @@ class Mailbox:
         return messages
 
     def clear(self) -> None:
-        """Delete all messages."""
+        """Delete all values and messages."""
         self._call("del", "", True)
 
     def _call(self, operation: str, name: str, *arguments: Any) -> Any:
@@ -92,27 +82,22 @@ def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
     queued: deque[Message] = deque()
     sending = threading.Lock()
 
+    def send_queued() -> None:
+        with sending:
+            while queued and mail.put(f"messages/{time.time_ns():020d}", json.dumps(queued[0])):
+                queued.popleft()
+
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.name.partition(".")[0] not in FORWARDED or len(queued) >= MAX_QUEUED:
                 return
-            try:
+            with suppress(TypeError, ValueError):  # a malformed record
                 alert = {name: getattr(record, name) for name in ("alert", "over") if hasattr(record, name)}
                 queued.append({"level": record.levelname, "text": record.getMessage(), **alert})
-            except (TypeError, ValueError):
-                pass
 
-        def flush(self) -> None:  # called by `logging.shutdown`, before a hung rank ends its process
-            send_rest(ANSWER_SECONDS)
-
-    def send_queued() -> None:
-        with sending:
-            while queued and mail.send(queued[0]):
-                queued.popleft()
-
-    def send_rest(seconds: float) -> None:
-        if queued:
-            wait([in_background(send_queued, "warnings for the driver")], seconds)
+        def flush(self) -> None:  # called by `logging.shutdown` too, before a hung rank ends its process
+            if queued:
+                wait([in_background(send_queued, "warnings for the driver")], 2 * ANSWER_SECONDS)
 
     handler = Forward(logging.WARNING)
     thread = PeriodicThread(send_queued, RETRY_SECONDS, "warnings for the driver").start()
@@ -122,4 +107,4 @@ def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         thread.stop(timeout=0.0)
-        send_rest(2 * ANSWER_SECONDS)
+        handler.flush()

@@ -17,18 +17,9 @@ from ray._private.state import state as ray_state
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-from jobs.cluster import (
-    address_of,
-    missing_resources,
-    plural,
-    refresh_node_counts,
-    requested_resources,
-    root_cause,
-    total_resources,
-    usable_nodes,
-)
+from jobs import cluster as resources
 from jobs.console import notify
-from jobs.mailbox import Mailbox
+from jobs.mailbox import NUM_PLACED, Mailbox
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.storage import Storage, join
@@ -48,14 +39,14 @@ class PlacementCallback(WorkerGroupCallback):
     def __init__(self, start: str):
         self._start = start
 
-    def before_worker_group_start(self, worker_group_context: Any) -> None:
-        Mailbox(self._start).set_num_placed(0)
-
     def after_worker_group_start(self, worker_group: Any) -> None:
-        Mailbox(self._start).set_num_placed(len(worker_group.get_workers()))
+        Mailbox(self._start).put(NUM_PLACED, len(worker_group.get_workers()))
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        Mailbox(self._start).put(NUM_PLACED, 0)
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        Mailbox(self._start).set_num_placed(0)
+        Mailbox(self._start).put(NUM_PLACED, 0)
 
 
 class Placement:
@@ -71,18 +62,19 @@ class Placement:
 
     def start(self) -> None:
         """Prepare for ranks to be placed. Raises RunFailed if a local Ray can never place them."""
-        self._mail.set_num_placed(0)
+        self._mail.put(NUM_PLACED, 0)
         self.ranks, self._waiting_since, self._last_message = 0, self._clock(), None
-        is_local = address_of(self._cluster) is None
-        if is_local and (missing := missing_resources(self._cluster, list(usable_nodes().values()))):
+        is_local = resources.address_of(self._cluster) is None
+        nodes = list(resources.usable_nodes().values()) if is_local else []
+        if is_local and (missing := resources.missing_resources(self._cluster, nodes)):
             raise RunFailed(f"{missing}. {REMEDY}")
 
     def check(self) -> None:
         """Update `ranks` and report waiting ranks; call it every second. Raises RunFailed if they waited too long."""
-        cluster, ranks = self._cluster, self._mail.num_placed()
-        if ranks is None:
+        cluster, placed = self._cluster, self._mail.get(NUM_PLACED)
+        if placed is None:
             return
-        if ranks:
+        if ranks := int(placed):
             if self._last_message is not None and not self.ranks:
                 notify(f"{ranks} of {cluster.workers} workers placed")
             self.ranks, self._were_placed, self._waiting_since, self._last_message = ranks, True, None, None
@@ -90,13 +82,20 @@ class Placement:
         self.ranks, now = 0, self._clock()
         if self._waiting_since is None:
             self._waiting_since = now
-        nodes, waited = list(usable_nodes().values()), now - self._waiting_since
-        missing = missing_resources(cluster, nodes)
-        if missing and waited > cluster.start_seconds and not self._were_placed and not _may_grow(cluster):
-            raise RunFailed(
-                f"{missing}; none came in {waited:.0f} s. {REMEDY} Set cluster.start_seconds higher where nodes "
-                "take longer to join."
-            )
+        nodes, waited = list(resources.usable_nodes().values()), now - self._waiting_since
+        missing = resources.missing_resources(cluster, nodes)
+        if missing and waited > cluster.start_seconds and not self._were_placed:
+            try:  # an autoscaler may add enough nodes
+                limits = ray_state.get_max_resources_from_cluster_config()
+            except Exception as error:
+                log.debug("the autoscaler's limits are not known: %s", error)
+                limits = None
+            fewest = resources.requested_resources(cluster, cluster.min_workers or cluster.workers)
+            if limits is None or any(limits.get(kind, 0) < number for kind, number in fewest.items()):
+                raise RunFailed(
+                    f"{missing}; none came in {waited:.0f} s. {REMEDY} Set cluster.start_seconds higher where nodes "
+                    "take longer to join."
+                )
         last = self._waiting_since if self._last_message is None else self._last_message
         if not (missing and self._last_message is None) and now - last < QUIET_SECONDS:
             return
@@ -106,25 +105,15 @@ class Placement:
         except Exception as error:
             log.debug("free resources not known: %s", error)
             free = {}
-        requested, existing = requested_resources(cluster, cluster.workers), total_resources(nodes)
+        requested = resources.requested_resources(cluster, cluster.workers)
+        existing = resources.total_resources(nodes)
         lacking = {kind: number for kind, number in requested.items() if number > existing.get(kind, 0.0)}
         parts = [
-            f"{number:g} {plural(kind, number)} requested, {existing.get(kind, 0.0):g} in the cluster"
+            f"{number:g} {resources.plural(kind, number)} requested, {existing.get(kind, 0.0):g} in the cluster"
             + (f", {free.get(kind, 0.0):g} free" if existing.get(kind, 0.0) >= number else "")
             for kind, number in (lacking or requested).items()
         ]
         notify(f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(parts)}")
-
-
-def _may_grow(cluster: ClusterConfig) -> bool:
-    """Return whether an autoscaler can add enough nodes."""
-    try:
-        limits = ray_state.get_max_resources_from_cluster_config()
-    except Exception as error:
-        log.debug("the autoscaler's limits are not known: %s", error)
-        return False
-    requested = requested_resources(cluster, cluster.min_workers or cluster.workers)
-    return limits is not None and all(limits.get(kind, 0) >= number for kind, number in requested.items())
 
 
 class Restarts(UserCallback):
@@ -142,10 +131,10 @@ class Restarts(UserCallback):
         """Record a failure of the worker group; called by Ray Train's controller."""
         try:
             errors = sorted(worker_exceptions.items())
-            self.record(FAILED, "; ".join(f"rank {rank}: {root_cause(error)}" for rank, error in errors))
+            self.record(FAILED, "; ".join(f"rank {rank}: {resources.root_cause(error)}" for rank, error in errors))
         except Exception as error:  # a missing record must not prevent the restart
             log.warning("restart not recorded: %s", error)
-        refresh_node_counts()  # the ranks must not be placed on a node that was lost
+        resources.refresh_node_counts()  # the ranks must not be placed on a node that was lost
 
     def record(self, cause: str, message: str) -> None:
         """Record a restart (time in seconds since 1970) whose `cause` is failed, preempted or grown."""

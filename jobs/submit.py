@@ -32,7 +32,6 @@ from pipeline.tracking.locations import configured_uri
 ROOT = Path(__file__).parent.parent
 POLL_SECONDS = 2.0
 START_SECONDS = 60.0
-OVER = ("FAILED", "STOPPED")  # a job with this status is submitted again, as the next attempt
 
 
 def submit(
@@ -47,7 +46,7 @@ def submit(
     config = for_cluster(config, is_loopback(address))
     client = open_dashboard(address, token)
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
-    job = submission_id or next_attempt(states, job_id(config))
+    job = submission_id or job_id(config, states)
     if job not in states:
         _send(client, job, config)
     token_option = f" --token {token}" if token else ""
@@ -89,18 +88,14 @@ def _send(client: Any, job: str, config: RunConfig) -> None:
                 time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
 
 
-def job_id(config: RunConfig) -> str:
-    """Return an id that is equal for the same run with the same config."""
-    return f"mome-{config.name}-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:10]}"
+def job_id(config: RunConfig, states: Mapping[str, str]) -> str:
+    """Return the job of this run and config that is active or succeeded, else the id of its next attempt.
 
-
-def next_attempt(states: Mapping[str, str], base: str) -> str:
-    """Return the job of the run that is active or succeeded, else the id of the next attempt: base, base-2, base-3, …
-
-    `states` holds the status of every job of the cluster by id.
+    `states` holds the status of every job of the cluster by id. Attempts are numbered: base, base-2, base-3, …
     """
+    base = f"mome-{config.name}-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:10]}"
     name, attempt = base, 1
-    while states.get(name) in OVER:
+    while states.get(name) in ("FAILED", "STOPPED"):
         attempt += 1
         name = f"{base}-{attempt}"
     return name

@@ -84,27 +84,27 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
     prepare(config, storage)
     if _unfinished(config, storage) is None:
         return False
+    progress_url = join(config.folder, PROGRESS_FILE)
     storage.delete(join(config.folder, FAILURE_FILE))
-    storage.delete(join(config.folder, PROGRESS_FILE))
+    storage.delete(progress_url)
     connect(config.cluster)
     taken = Ownership.take(storage, config.folder)
     ownership = Ownership(storage, config.folder, taken.claim)  # without the rank start, which restarts change
     messages = RankMessages(Mailbox(str(taken.start)))
-
-    url, last = join(config.folder, PROGRESS_FILE), b""
     deadline = min(PROGRESS_RETRY_SECONDS, config.storage.retry_timeout_seconds)
     impatient = Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
+    last = b""
 
     def show_progress() -> None:
         """Show the progress file if it has changed; rank 0 writes it, wherever it is."""
         nonlocal last
-        if impatient.exists(url) and (data := impatient.read(url)) != last:
+        if impatient.exists(progress_url) and (data := impatient.read(progress_url)) != last:
             last = data
             show(Progress(**json.loads(data)))
 
     with poll(show_progress, PROGRESS_SECONDS):
         try:
-            _train(config, storage, ownership, str(taken.start), messages, interrupts)
+            _train(config, storage, ownership, messages, interrupts)
         finally:
             messages.close()
     _raise_failure(config, storage, ownership)
@@ -124,16 +124,11 @@ def _unfinished(config: RunConfig, storage: Storage) -> str | None:
 
 
 def _train(
-    config: RunConfig,
-    storage: Storage,
-    ownership: Ownership,
-    start: str,
-    messages: RankMessages,
-    interrupts: Interrupts | None,
+    config: RunConfig, storage: Storage, ownership: Ownership, messages: RankMessages, interrupts: Interrupts | None
 ) -> None:
     """Run Ray Train until the stages are finished: again after preemption, growth or a failure of its controller.
 
-    `start` identifies the messages of this driver and its ranks. Raises RunFailed when a failure budget is exhausted.
+    Raises RunFailed when a failure budget is exhausted.
     """
     import ray
     import ray.train
@@ -141,7 +136,7 @@ def _train(
     from jobs.placement import FAILED, Placement, Restarts
 
     train: Any = ray.train  # Ray's annotations are those of Train v1
-    cluster = config.cluster
+    cluster, start = config.cluster, messages.mail.start
     limit = cluster.max_preemptions
     restarts, placement = Restarts(config), Placement(cluster, start)
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.console import print_result, status
-from jobs.options import Config, JsonOption, Overrides, local_file
+from jobs.console import Config, JsonOption, Overrides, local_file, print_result, status
 
 app = typer.Typer(no_args_is_help=True, help="Measure loader, store, training step and checkpoints on this machine.")
 

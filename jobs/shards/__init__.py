@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import JsonOption, local_file
+from jobs.console import JsonOption, local_file
 
 SourceFormat = StrEnum(  # "auto", then the formats of pipeline.data.building
     "SourceFormat",

@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.caller import Caller
-from jobs.tracking_sync import sync
+from jobs.tracking import sync
 from pipeline.config.errors import TrackingError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
@@ -131,8 +131,8 @@ def test_repeated_upload_without_cursor_changes_nothing(tmp_path: Path, database
     again = sync(config.folder, caller=Caller.of(config))
 
     assert content(database) == before
-    assert shipped.points == again.points == 3003
-    assert sync(config.folder, caller=Caller.of(config)).points == 0
+    assert shipped["points"] == again["points"] == 3003
+    assert sync(config.folder, caller=Caller.of(config))["points"] == 0
     (run_id, _) = runs_of(database, config)["vision"]
     assert points_of(database, run_id, "train/loss") == [(step, 1 / (step + 1)) for step in range(1500)]
     assert len(rows(database, "select * from metrics where run_uuid = ? and key in ('nan', 'up', 'down')", run_id)) == 3
@@ -250,7 +250,7 @@ def test_run_without_server_is_uploaded_later(tmp_path: Path, server: Server) ->
 
     with pytest.raises(TrackingError, match="is unavailable"):
         sync(config.folder, caller=Caller.of(config))
-    assert sync(config.folder, caller=Caller(tracking_uri=server.uri)).points == 100
+    assert sync(config.folder, caller=Caller(tracking_uri=server.uri))["points"] == 100
 
     (run_id, status) = runs_of(server.database, config)["vision"]
     assert status == "FINISHED"

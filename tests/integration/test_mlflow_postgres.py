@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.caller import Caller
-from jobs.tracking_sync import sync
+from jobs.tracking import sync
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder
@@ -144,7 +144,7 @@ def test_server_with_login_needs_the_environment_variables(tmp_path: Path, monke
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
         client = MlflowClient(server.uri)
         assert client.get_experiment_by_name("vlmo") is None
-        assert sync(config.folder, caller=Caller.of(config)).points == 100
+        assert sync(config.folder, caller=Caller.of(config))["points"] == 100
         experiment = client.get_experiment_by_name("vlmo")
         assert experiment is not None
         assert len(client.search_runs([experiment.experiment_id])) == 2

@@ -16,7 +16,7 @@ import torch
 from mlflow import MlflowClient
 
 from jobs.convert import import_weights
-from jobs.register import register_checkpoint
+from jobs.tracking import register_checkpoint
 from pipeline.config.errors import ConfigError, TrackingError
 from pipeline.config.schema import VLMoConfig
 from pipeline.data.contents.images import decode, resize

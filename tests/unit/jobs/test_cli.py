@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 
 from jobs import cli
 from jobs.cli import app
-from jobs.console import echo, notify, print_result
-from jobs.options import local_file
+from jobs.console import echo, local_file, notify, print_result
 from pipeline.config.errors import RunFailed
 
 

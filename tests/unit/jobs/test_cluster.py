@@ -20,7 +20,6 @@ from jobs import cluster
 from jobs.cluster import (
     address_of,
     connect,
-    host_and_port,
     keep_token_private,
     missing_resources,
     private_folder,
@@ -38,7 +37,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_USE_TLS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked to connect"))
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was asked to connect"))
 
 
 def joined(address: str) -> str:
@@ -70,16 +69,18 @@ def test_address_is_returned_with_its_origin(
 
 
 @pytest.mark.parametrize(
-    ("address", "expected"),
+    ("address", "groups"),
     [
-        ("head:6379", ("head", 6379)),
-        ("10.0.0.1:6379", ("10.0.0.1", 6379)),
-        ("[::1]:6379", ("::1", 6379)),
-        ("[fe80::1%eth0]:6379", ("fe80::1%eth0", 6379)),
+        ("head:6379", (None, "head", "6379")),
+        ("10.0.0.1:6379", (None, "10.0.0.1", "6379")),
+        ("[::1]:6379", ("::1", None, "6379")),
+        ("[fe80::1%eth0]:6379", ("fe80::1%eth0", None, "6379")),
     ],
 )
-def test_hosts_may_be_ipv6_addresses(address: str, expected: tuple[str, int]) -> None:
-    assert host_and_port(address) == expected
+def test_hosts_may_be_ipv6_addresses(address: str, groups: tuple[str | None, ...]) -> None:
+    match = cluster.HOST_AND_PORT.fullmatch(address)
+    assert match is not None
+    assert match.groups() == groups
 
 
 @pytest.mark.parametrize("address", ["head", "head:", ":6379", "::1:6379", "[::1]", "head:port", "head:99999", "a b:1"])
@@ -136,7 +137,7 @@ def test_local_ray_that_does_not_start_is_one_message(
 ) -> None:
     import ray
 
-    def fail(**_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -27,7 +27,7 @@ class Mail:
     def __init__(self, lost: int = 0) -> None:
         self.lost, self.requests = lost, 0
 
-    def request_stop(self) -> bool:
+    def put(self, name: str, value: object) -> bool:
         self.requests += 1
         return self.requests > self.lost
 

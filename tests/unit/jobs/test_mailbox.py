@@ -8,7 +8,7 @@ import pytest
 from ray.experimental import internal_kv
 
 from jobs import mailbox
-from jobs.mailbox import Mailbox, forwarded_warnings
+from jobs.mailbox import NUM_PLACED, STOP, Mailbox, forwarded_warnings
 
 ours = logging.getLogger("pipeline.training.alerts")
 
@@ -77,7 +77,7 @@ def test_warnings_of_a_rank_that_ends_itself_reach_the_driver(store: KeyValues) 
 def test_unavailable_head_blocks_neither_side(store: KeyValues) -> None:
     mail = Mailbox("claim")
     store.is_away = True
-    assert (mail.num_placed(), mail.stop_requested(), mail.request_stop(), mail.receive()) == (None, False, False, [])
+    assert (mail.get(NUM_PLACED), mail.get(STOP), mail.put(STOP, 1), mail.receive()) == (None, None, False, [])
     with forwarded_warnings(mail):
         for number in range(3 * mailbox.MAX_QUEUED):
             ours.warning("line %d", number)
@@ -87,11 +87,10 @@ def test_unavailable_head_blocks_neither_side(store: KeyValues) -> None:
 
 def test_driver_and_ranks_of_one_start_exchange_state(store: KeyValues) -> None:
     driver, rank, another = Mailbox("claim"), Mailbox("claim"), Mailbox("later")
-    assert not rank.stop_requested()
-    assert driver.request_stop()
-    assert rank.stop_requested()
-    assert not another.stop_requested()
-    rank.set_num_placed(3)
-    assert driver.num_placed() == 3
+    assert rank.get(STOP) is None
+    assert driver.put(STOP, 1)
+    assert (rank.get(STOP), another.get(STOP)) == ("1", None)
+    assert rank.put(NUM_PLACED, 3)
+    assert driver.get(NUM_PLACED) == "3"
     driver.clear()
     assert store.values == {}

@@ -38,12 +38,12 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     simulated = World()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(placement, "usable_nodes", lambda: {"node": simulated.node})
+    monkeypatch.setattr("jobs.cluster.usable_nodes", lambda: {"node": simulated.node})
     monkeypatch.setattr(placement, "notify", simulated.printed.append)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: simulated.autoscaler_limits)
-    monkeypatch.setattr("jobs.mailbox.Mailbox.num_placed", lambda _: simulated.ranks)
-    monkeypatch.setattr("jobs.mailbox.Mailbox.set_num_placed", lambda *_: None)
+    monkeypatch.setattr("jobs.mailbox.Mailbox.get", lambda *_: simulated.ranks)
+    monkeypatch.setattr("jobs.mailbox.Mailbox.put", lambda *_: True)
     return simulated
 
 

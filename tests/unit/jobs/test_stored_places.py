@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-import jobs.register
+import jobs.tracking
 from jobs.caller import URI_VARIABLE, Caller
 from jobs.cli import app
 from pipeline.config.errors import ConfigError, MomeError
@@ -129,7 +129,7 @@ def test_commands_use_no_server_or_file_named_by_a_folder(
         registered.append(uri)
         return Registered(name, 1, alias, "m", None, f"models:/{name}/1")
 
-    monkeypatch.setattr(jobs.register, "register", register)
+    monkeypatch.setattr(jobs.tracking, "register", register)
     observer.opened.clear()
     for name, arguments in commands(hostile, shards, picture, tmp_path).items():
         result = CliRunner().invoke(app, arguments)

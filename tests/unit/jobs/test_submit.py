@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.submit import interpreter, job_id, next_attempt
+from jobs.submit import interpreter, job_id
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 
@@ -17,25 +17,22 @@ ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "configs" / "demo.yaml"
 
 
-def test_job_id_depends_only_on_the_config() -> None:
-    assert job_id(load_config(DEMO)) == job_id(load_config(DEMO))
-    assert job_id(load_config(DEMO)) != job_id(load_config(DEMO, ["stages.vision.steps=81"]))
-
-
 @pytest.mark.parametrize(
     ("states", "expected"),
     [
-        ({}, "run"),
-        ({"run": "RUNNING"}, "run"),
-        ({"run": "SUCCEEDED"}, "run"),
-        ({"run": "FAILED"}, "run-2"),
-        ({"run": "FAILED", "run-2": "STOPPED"}, "run-3"),
-        ({"run": "FAILED", "run-2": "PENDING"}, "run-2"),
-        ({"another": "FAILED"}, "run"),
+        ({}, ""),
+        ({"": "RUNNING"}, ""),
+        ({"": "SUCCEEDED"}, ""),
+        ({"": "FAILED"}, "-2"),
+        ({"": "FAILED", "-2": "STOPPED"}, "-3"),
+        ({"": "FAILED", "-2": "PENDING"}, "-2"),
     ],
 )
-def test_only_a_failed_or_stopped_job_gets_a_new_id(states: dict[str, str], expected: str) -> None:
-    assert next_attempt(states, "run") == expected
+def test_job_id_follows_from_the_config_and_its_failed_attempts(states: dict[str, str], expected: str) -> None:
+    base = job_id(load_config(DEMO), {"another": "FAILED"})
+    assert base.startswith("mome-demo-")
+    assert base != job_id(load_config(DEMO, ["stages.vision.steps=81"]), {})
+    assert job_id(load_config(DEMO), {base + suffix: status for suffix, status in states.items()}) == base + expected
 
 
 def test_min_workers_above_workers_is_rejected() -> None:
@@ -46,7 +43,7 @@ def test_min_workers_above_workers_is_rejected() -> None:
 def test_submitting_needs_neither_cuda_nor_training_libraries() -> None:
     """A laptop has no GPU, and importing DeepSpeed searches for one and for its compiler."""
     script = (
-        "import sys, jobs.cli, jobs.submit, jobs.jobs_command, jobs.dashboard\n"
+        "import sys, jobs.cli, jobs.submit, jobs.dashboard\n"
         "loaded = {name for name in ('deepspeed', 'mlflow', 'transformers') if name in sys.modules}\n"
         "import torch\n"
         "assert not loaded, loaded\n"

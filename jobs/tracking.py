@@ -1,9 +1,12 @@
-"""`mome register CHECKPOINT --name NAME`: a checkpoint in MLflow's registry, from where anything can load it."""
+"""`mome register CHECKPOINT --name NAME`: a checkpoint in MLflow's registry, from where anything can load it.
+`mome sync RUN`: ships what an unreachable MLflow server missed, also days later and from another machine.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import io
+import logging
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -11,16 +14,20 @@ from typing import Any
 
 from PIL import Image
 
-from jobs.caller import Caller
+from jobs.caller import URI_VARIABLE, Caller
+from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import redact, redact_values
 from pipeline.data.storage import Storage, split
 from pipeline.inference import drop_untrained_objectives, pyfunc_outputs
-from pipeline.tracking.locations import absolute_uri, experiment_name, read_run_id, tracking_uri
+from pipeline.tracking import locations
 from pipeline.tracking.mlflow_models import Export, register
+from pipeline.tracking.mlflow_replay import MlflowUploader, exclusive_upload, pending_bytes
+from pipeline.tracking.mlflow_server import ServerUnavailable
 from pipeline.training.checkpoint import load_weights, save_weights
 
-ROOT = Path(__file__).resolve().parents[1]
-CODE = (ROOT / "pipeline",)
+logger = logging.getLogger("mome.tracking")
+
+CODE = (Path(__file__).resolve().parents[1] / "pipeline",)
 # What `pipeline.inference` imports, and nothing that only training needs.
 SERVING = (
     "botocore", "einops", "fsspec", "numpy", "opencv-python-headless", "pandas", "pillow", "pydantic",
@@ -65,9 +72,44 @@ def register_checkpoint(
             step=weights.step,
             params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},
             tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": str(weights.step)},
-            run=read_run_id(config, storage),
+            run=locations.read_run_id(config, storage),
             stage_index=config.stages.index(stage),
         )
-        server = absolute_uri(tracking_uri(config))
-        done = register(server, experiment_name(config), name, alias, export)
+        server = locations.absolute_uri(locations.tracking_uri(config))
+        done = register(server, locations.experiment_name(config), name, alias, export)
     return asdict(done) | {"tracking_uri": redact(server), "checkpoint": weights.url}
+
+
+def sync(run: str, uri: str | None = None, caller: Caller = Caller()) -> dict[str, Any]:
+    """Upload the journal of the run in folder `run` (path or URL) to `uri`, else to the caller's server.
+
+    Without a server, that is the SQLite file next to the run's folder. The server named in the journal is not used: the
+    journal may come from another person. Uploading again changes nothing. Returns the server, the bytes of journal that
+    were pending, and the number of metric points uploaded. Raises TrackingError if there is no journal, if another
+    process is uploading it, or if the server does not accept it.
+    """
+    caller = caller.with_server(uri)
+    journal = locations.read_journal(run, caller.store())
+    run_records = journal.run_records()
+    if not run_records:
+        raise TrackingError(
+            f"{run}: no tracking journal in {journal.folder}; give the folder of a run, <output>/<name>"
+        )
+    target, known = locations.resolve_uri(caller.server_of(run)), str(run_records[-1].get("uri"))
+    if caller.server is None and redact(locations.absolute_uri(known)) != redact(target):
+        raise TrackingError(
+            f"{run}: its journal says that it was tracked at {redact(known)}; to ship it there, give --uri, name the "
+            f"config that it was trained with (--config), or set {URI_VARIABLE}"
+        )
+    with locations.journal_write_errors(journal), exclusive_upload(journal.folder) as is_alone:
+        if not is_alone:
+            raise TrackingError(f"{run}: another process is uploading this journal; the run seems to be active")
+        pending = pending_bytes(journal.folder, target)
+        uploader = MlflowUploader(journal.folder, target, logger.warning)
+        try:
+            uploader.upload()
+        except ServerUnavailable as error:
+            raise TrackingError(
+                f"{redact(target)}: the server is unavailable ({error}); start it, or name another with --uri"
+            ) from error
+    return {"uri": redact(target), "pending_bytes": pending, "points": uploader.num_points}
