@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import SpikeConfig
 from pipeline.data.batch import Batch
-from pipeline.data.storage.errors import NoSpace
+from pipeline.data.storage import NoSpace
 from pipeline.training.callbacks import Callback
 from pipeline.training.collectives import Collectives
 from pipeline.training.stages import Stage

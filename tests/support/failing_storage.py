@@ -31,7 +31,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 from unittest import mock
@@ -187,7 +187,8 @@ class _Halfway:
         folders, files = [path], []
         while folders:
             folder = folders.pop()
-            for name, info in self._backend.entries(folder).items() if self._backend.is_folder(folder) else ():
-                (folders if info is None else files).append(f"{folder.rstrip('/')}/{name}")
+            with suppress(NotADirectoryError):
+                for name, info in self._backend.entries(folder).items():
+                    (folders if info is None else files).append(f"{folder.rstrip('/')}/{name}")
         for file in sorted(files)[: len(files) // 2]:
             self._backend.delete(file)

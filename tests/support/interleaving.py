@@ -62,8 +62,8 @@ class Disk:
         data = self.read(path)
         return ObjectInfo(len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
 
-    def is_folder(self, path: str) -> bool:
-        return any(name.startswith(f"{path}/") for name in self.objects)
+    def exists(self, path: str) -> bool:
+        return bool(self.below(path))
 
     def entries(self, path: str) -> dict[str, ObjectInfo | None]:
         names = [name.removeprefix(f"{path}/") for name in self.objects if name.startswith(f"{path}/")]

@@ -20,7 +20,6 @@ import itertools
 import re
 import socket
 import threading
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -56,10 +55,6 @@ class Request:
         bucket, _, key = unquote(urlsplit(self.target).path).lstrip("/").partition("/")
         return bucket, key
 
-    @property
-    def is_batch_deletion(self) -> bool:
-        return self.method == "POST" and "delete" in self.query
-
 
 def _error(status: int, code: str, message: str = "Said by the store.", **headers: str) -> Answer:
     text = f"<Error><Code>{code}</Code><Message>{escape(message)}</Message></Error>"
@@ -68,12 +63,6 @@ def _error(status: int, code: str, message: str = "Said by the store.", **header
 
 def _listing(xml: str) -> Answer:
     return Answer(200, f"<ListBucketResult>{xml}</ListBucketResult>".encode())
-
-
-def _failed_deletions(request: Request) -> Answer:
-    keys = re.findall(r"<Key>(.*?)</Key>", request.body.decode())
-    xml = "".join(f"<Error><Key>{key}</Key><Code>NotImplemented</Code></Error>" for key in keys)
-    return Answer(200, f"<DeleteResult>{xml}</DeleteResult>".encode())
 
 
 def _another_page(xml: str) -> Callable[[Request], Answer]:
@@ -85,19 +74,12 @@ def _another_page(xml: str) -> Callable[[Request], Answer]:
 
 CONCERNED: dict[str, Callable[[Request], bool]] = {
     "any": lambda request: True,
-    "batch deletion": lambda request: request.is_batch_deletion,
     "condition": lambda request: "if-none-match" in request.headers,
     "write": lambda request: request.method == "PUT",
     "listing": lambda request: request.method == "GET" and "list-type" in request.query,
 }
 # Response to the concerned requests instead of executing them.
 REFUSALS: dict[str, tuple[Expectation, str, Answer | Callable[[Request], Answer]]] = {
-    "no_batch_delete_400": ("works", "batch deletion", _error(400, "InvalidRequest")),
-    "no_batch_delete_403": ("works", "batch deletion", _error(403, "AccessDenied")),
-    "no_batch_delete_404": ("works", "batch deletion", _error(404, "NoSuchKey")),
-    "no_batch_delete_405": ("works", "batch deletion", _error(405, "MethodNotAllowed")),
-    "no_batch_delete_501": ("works", "batch deletion", _error(501, "NotImplemented")),
-    "no_batch_delete_of_any": ("works", "batch deletion", _failed_deletions),
     "no_conditions_400": ("works", "condition", _error(400, "InvalidArgument")),
     "no_conditions_501": ("works", "condition", _error(501, "NotImplemented")),
     "redirect_nowhere": ("lasts", "any", Answer(301)),
@@ -203,10 +185,6 @@ class QuirkyStore:
 
     def _of_bucket(self, request: Request) -> Answer:
         bucket, query = request.path[0], request.query
-        if request.is_batch_deletion:
-            for item in ElementTree.fromstring(request.body).iter("{http://s3.amazonaws.com/doc/2006-03-01/}Key"):
-                self.objects.pop((bucket, item.text or ""), None)
-            return Answer(200, b"<DeleteResult/>")
         if "uploads" in query:
             parts = [(name, key) for name, ((where, key), _) in self.uploads.items() if where == bucket]
             xml = "".join(

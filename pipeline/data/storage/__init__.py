@@ -6,10 +6,11 @@ URL and the remedy.
 """
 
 from pipeline.data.storage.backends import ObjectInfo, PartReader
-from pipeline.data.storage.errors import NotFound, ObjectChanged
+from pipeline.data.storage.retry import NoSpace, NotFound, ObjectChanged
 from pipeline.data.storage.storage import Progress, Storage, in_parallel, join, split
 
 __all__ = [
+    "NoSpace",
     "NotFound",
     "ObjectChanged",
     "ObjectInfo",

@@ -1,7 +1,7 @@
 """Storage backends for the local file system, and for any other store through fsspec.
 
 A backend offers the operations of `LocalBackend` with the store's own paths, and raises the failures of
-`storage.errors`. If `retries` is set, it retries each of its requests, so that `Storage` need not repeat the operation.
+`storage.retry`. If `retries` is set, it retries each of its requests, so that `Storage` need not repeat the operation.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from pipeline.config.durable import atomic_write, is_temporary
 from pipeline.config.errors import StorageError
-from pipeline.data.storage.errors import ObjectTooShort, PermanentError, PreconditionFailed, TransientError
+from pipeline.data.storage.retry import ObjectTooShort, PermanentError, PreconditionFailed, TransientError
 
-T = TypeVar("T")
 _COPY_BYTES = 16 * 2**20
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_PIPE = ("it is a pipe, not a file", "Pass the path of a file.")
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ PartReader = Callable[[int, int], bytes]
 def open_file(path: str) -> BinaryIO:
     """Open a file for reading. A pipe is refused unless the shell made it (`<(…)`), because opening it would block."""
     if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith(("/dev/", "/proc/")):
-        raise PermanentError(*_PIPE)
+        raise PermanentError("it is a pipe, not a file", "Pass the path of a file.")
     return open(path, "rb")
 
 
@@ -55,27 +53,19 @@ class LocalBackend:
 
         With `stop` None, return the whole object.
         """
-        if stop is None:
-            with open_file(path) as file:
-                return file.read()
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
-        try:
-            status = os.fstat(descriptor)
-            if stat.S_ISFIFO(status.st_mode):
-                raise PermanentError(*_PIPE)
-            info = _stat_info(status)
+        with open_file(path) as file:
+            info = _stat_info(os.fstat(file.fileno()))
             if etag is not None and info.etag != etag:
                 raise PreconditionFailed()
-            pieces, position = [], start
-            while position < stop:
-                piece = os.pread(descriptor, stop - position, position)
-                if not piece:
-                    raise ObjectTooShort(info.size, start, stop)
-                pieces.append(piece)
-                position += len(piece)
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        finally:
-            os.close(descriptor)
+            if stop is None:
+                return file.read()
+            if not file.seekable():
+                raise PermanentError("it is a pipe, which has no ranges", "Pass the path of a file.")
+            file.seek(start)
+            data = file.read(stop - start)
+            if len(data) < stop - start:
+                raise ObjectTooShort(info.size, start, stop)
+            return data
 
     def info(self, path: str) -> ObjectInfo:
         """Return size and tag of an object; raise FileNotFoundError or IsADirectoryError for anything else."""
@@ -83,8 +73,12 @@ class LocalBackend:
             raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
         return _stat_info(os.stat(path))
 
-    def is_folder(self, path: str) -> bool:
-        return os.path.isdir(path)
+    def exists(self, path: str) -> bool:
+        """Return True for an object and for a folder."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
+            return True
+        return False
 
     def entries(self, path: str) -> dict[str, ObjectInfo | None]:
         """Return the objects directly in a folder, and its folders (None), by name; {} if it does not exist."""
@@ -124,12 +118,7 @@ class LocalBackend:
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         """Abort the unfinished uploads of objects in a folder whose name there satisfies `match`; return the number."""
-        return 0  # partial files are stored in the folder itself
-
-    def upload(self, local: str, path: str) -> None:
-        """Copy a file of this machine to an object."""
-        with open(local, "rb") as source, atomic_write(path) as target:
-            shutil.copyfileobj(source, target, _COPY_BYTES)
+        return 0  # partial files are in the folder itself
 
     def delete(self, path: str) -> None:
         """Delete an object, or a folder with all that it contains, if it exists."""
@@ -182,14 +171,16 @@ class FsspecBackend:
             raise PermanentError("the store does not report the object's size", "Copy it to a local folder or s3://.")
         return ObjectInfo(info["size"], info.get("etag") or info.get("ETag"))
 
-    def is_folder(self, path: str) -> bool:
+    def exists(self, path: str) -> bool:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            self._call(self._fs.info, path)
+            return True
         return self._call(self._fs.isdir, path)
 
     def entries(self, path: str) -> dict[str, ObjectInfo | None]:
-        try:
+        items: list[dict[str, Any]] = []
+        with suppress(FileNotFoundError):
             items = self._call(self._fs.ls, path, detail=True)
-        except FileNotFoundError:
-            return {}
         entries: dict[str, ObjectInfo | None] = {}
         for item in items:
             name = item["name"].rstrip("/").rpartition("/")[2]
@@ -211,15 +202,12 @@ class FsspecBackend:
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         return 0  # fsspec does not list them
 
-    def upload(self, local: str, path: str) -> None:
-        self._call(self._fs.put_file, local, path)
-
     def delete(self, path: str) -> None:
         if self._call(self._fs.exists, path):
             self._call(self._fs.rm, path, recursive=True)
 
     def _call(self, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call an operation of the file system; turn its exceptions into those of `storage.errors`."""
+        """Call an operation of the file system; turn its exceptions into those of `storage.retry`."""
         try:
             return operation(*arguments, **options)
         except (OSError, TypeError, AssertionError):
@@ -228,8 +216,8 @@ class FsspecBackend:
             raise PermanentError("stores of this kind do not offer that", "Use a local path or s3://.") from error
         except Exception as error:
             message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if isinstance(error, (ValueError, LookupError, AttributeError)):
-                raise PermanentError(message) from error
             status = getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(error, "code", 0)
-            permanent = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
-            raise (PermanentError if permanent else TransientError)(message) from error
+            is_permanent = isinstance(error, (ValueError, LookupError, AttributeError)) or (
+                isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
+            )
+            raise (PermanentError if is_permanent else TransientError)(message) from error

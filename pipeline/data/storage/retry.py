@@ -1,21 +1,24 @@
-"""Retries with exponential backoff, full jitter, the store's Retry-After and one timeout; ranged reads that resume.
+"""Storage errors: which are transient, how these are retried, and the message that the user gets for each.
 
-`storage.retry_timeout_seconds` bounds the time for which a store may be unavailable or slow before the run fails; the
-number of attempts is not limited. The timeout applies to one request, and restarts every 16 MiB of a response body.
+Retries use exponential backoff with full jitter, and respect the store's Retry-After. The number of attempts is not
+limited: `storage.retry_timeout_seconds` bounds the time for which a store may be unavailable or slow before the run
+fails. That timeout applies to one request, and restarts every 16 MiB of a response body.
 """
 
 from __future__ import annotations
 
-import io
+import errno
 import logging
 import random
+import re
+import ssl
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pipeline.data.storage.errors import RetryTimeout, TransientError, is_transient
+from pipeline.config.errors import MomeError, StorageError
+from pipeline.config.urls import parse
 
 T = TypeVar("T")
 PROGRESS_BYTES = 16 * 2**20  # received bytes that restart the timeout
@@ -23,6 +26,127 @@ FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds, before jitter
 _WARN_AFTER = 5.0  # seconds of failures before the first warning, and between two warnings
 _jitter = random.SystemRandom()  # independent of the global generator, and different in forked processes
 log = logging.getLogger(__name__)
+
+
+class NotFound(StorageError):
+    """The object, folder or bucket does not exist."""
+
+
+class ObjectChanged(StorageError):
+    """The object's ETag is no longer the expected one."""
+
+
+class NoSpace(StorageError):
+    """The file system or the user's quota is full."""
+
+
+class TransientError(Exception):
+    """Failure that a retry may resolve; `retry_after` is the wait in seconds that the store requested."""
+
+    def __init__(self, message: str, retry_after: float = 0.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ConnectionFailed(TransientError):
+    """No connection to the store could be made."""
+
+
+class PermanentError(Exception):
+    """Failure that a retry would repeat; `hint` says what the user can do."""
+
+    def __init__(self, message: str, hint: str = "Check the URL, and that the store is healthy."):
+        super().__init__(message)
+        self.hint = hint
+
+
+class PreconditionFailed(Exception):
+    """The object's ETag differs from the expected one."""
+
+
+class ObjectTooShort(EOFError):
+    """The object ends before the requested bytes."""
+
+    def __init__(self, size: int, start: int, stop: int):
+        super().__init__(f"it holds {size} bytes, and bytes {start} to {stop} were requested")
+
+
+class BucketNotFound(FileNotFoundError):
+    """The object's bucket does not exist."""
+
+
+class NoCredentials(PermissionError):
+    """Credentials are missing or incomplete."""
+
+
+class RetryTimeout(Exception):
+    """Transient failures outlasted the retry timeout; the cause is the last of them."""
+
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_PERMANENT_ERRNO = {errno.EINVAL, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.ELOOP, errno.EFBIG}
+_NEVER_TRANSIENT = (
+    MomeError,
+    FileNotFoundError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+    FileExistsError,
+)
+# TLS failures of a broken connection. All others are permanent: a plain HTTP port, a certificate, a TLS version.
+_BROKEN_TLS = re.compile(r"EOF|BAD_RECORD_MAC|timed? ?out|reset|shutdown", re.IGNORECASE)
+TLS_HINT = (
+    "Check that the address (storage.endpoint_url, AWS_ENDPOINT_URL or the URL) has the store's scheme and port: "
+    "http:// if the store does not speak TLS. For a custom certificate, set AWS_CA_BUNDLE or SSL_CERT_FILE."
+)
+# Error -> the class to raise for the user, and the reason; the first match counts.
+_REASONS: list[tuple[type[Exception] | tuple[type[Exception], ...], type[StorageError], str]] = [
+    (PreconditionFailed, ObjectChanged, "the object was replaced while it was in use. Do not change what a run reads."),
+    (EOFError, StorageError, "the object is too short: {error}. It was truncated or replaced; write it again."),
+    (BucketNotFound, NotFound, "bucket '{bucket}' does not exist{where}. Create it, or correct the URL."),
+    ((FileNotFoundError, NotADirectoryError), NotFound, "it does not exist{where}. Check the URL."),
+    (
+        NoCredentials,
+        StorageError,
+        "no credentials{where} ({error}). Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY; for a public bucket, storage.anonymous: true or AWS_NO_SIGN_REQUEST=YES.",
+    ),
+    (PermissionError, StorageError, "access was denied{where} ({error}). Check the credentials and permissions."),
+    (
+        ConnectionFailed,
+        StorageError,
+        "the store did not answer{where} ({error}). Check storage.endpoint_url, and that the store is running.",
+    ),
+    (IsADirectoryError, StorageError, "it is a folder, not a file. Pass the URL of a file in it."),
+    (UnicodeError, StorageError, "its name has characters that no file or object name can have. Rename it."),
+    (PermanentError, StorageError, "{error}{where}. {error.hint}"),
+    (TransientError, StorageError, "{error}{where}. Check the URL, and that the store is healthy."),
+    (OSError, StorageError, "{name}: {error}. Check the URL, and that it can be reached."),
+]
+
+
+def is_broken_tls(error: Exception) -> bool:
+    """Return True for a TLS error of a broken connection, which a new connection may avoid."""
+    return _BROKEN_TLS.search(str(error)) is not None
+
+
+def explain(url: str, action: str, error: BaseException, endpoint: str | None) -> StorageError | None:
+    """Return the exception to raise for the user; None if neither the user nor the store caused the error."""
+    retries = ""
+    if isinstance(error, RetryTimeout) and error.__cause__ is not None:
+        retries = f" Gave up after {error}."
+        error = error.__cause__
+    name, where = type(error).__name__, f" at {endpoint}" if endpoint and url.startswith("s3") else ""
+    if isinstance(error, ssl.SSLError) and not is_broken_tls(error):
+        error = PermanentError(f"{name}: {error}", TLS_HINT)
+    kinds = [(kind, reason) for errors, kind, reason in _REASONS if isinstance(error, errors)]
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        kinds = [(NoSpace, "no space left ({error.strerror}). Free some space, or choose another output.")]
+    if isinstance(error, MomeError) or not kinds:  # already a message for the user, or a bug
+        return None
+    kind, reason = kinds[0]
+    text = reason.format(error=error, name=name, where=where, bucket=parse(url)[1].partition("/")[0])
+    return kind(f"{url}: {action} failed: {text}{retries}")
 
 
 @dataclass
@@ -61,7 +185,11 @@ class RetryBudget:
 
     def wait(self, error: Exception) -> None:
         """Sleep before the next attempt. Raise `error` if it is permanent, RetryTimeout after the timeout."""
-        if not is_transient(error):
+        is_transient = isinstance(error, (TransientError, OSError)) and not isinstance(error, _NEVER_TRANSIENT)
+        if isinstance(error, OSError):
+            is_transient = is_transient and error.errno not in _PERMANENT_ERRNO | _NO_SPACE
+            is_transient = is_transient and (not isinstance(error, ssl.SSLError) or is_broken_tls(error))
+        if not is_transient:
             raise error
         self._attempts += 1
         now = time.monotonic()
@@ -76,46 +204,3 @@ class RetryBudget:
         pause = retry_after + _jitter.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(self._failures, 16)))
         time.sleep(min(remaining, pause))  # the last attempt is made at the timeout
         self._failures += 1
-
-
-@dataclass(frozen=True)
-class RangeResponse:
-    """Response to a ranged read: its exclusive end, the object's ETag, and the body in pieces.
-
-    `pieces` may raise a TransientError between two pieces; closing it closes the connection.
-    """
-
-    stop: int
-    etag: str | None
-    pieces: Generator[bytes, None, None]
-
-
-Request = Callable[[int, int | None, str | None], RangeResponse]
-
-
-def ranged_get(
-    request: Request, url: str, start: int, stop: int | None, etag: str | None, policy: RetryPolicy
-) -> bytes:
-    """Return the bytes [start, stop) of one object version; `stop` None reads to the end.
-
-    Received bytes are kept after a failure, and only the rest is requested again. `request(start, stop, etag)` must
-    raise PreconditionFailed for any version other than `etag`.
-    """
-    body, position = io.BytesIO(), start
-    budget = RetryBudget(policy, url)
-    while stop is None or position < stop:
-        try:
-            response = request(position, stop, etag)
-            stop, etag = response.stop, response.etag
-            with closing(response.pieces) as pieces:
-                for piece in pieces:
-                    if position + len(piece) > stop:
-                        raise TransientError(f"the response has more bytes than up to {stop}")
-                    body.write(piece)
-                    position += len(piece)
-                    budget.add_progress(len(piece))
-            if position != stop:
-                raise TransientError(f"the body ended at byte {position} instead of {stop}")
-        except Exception as error:
-            budget.wait(error)
-    return body.getvalue()

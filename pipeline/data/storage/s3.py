@@ -9,12 +9,11 @@ event loop.
 
 from __future__ import annotations
 
-import base64
 import errno
-import hashlib
+import io
 import os
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -35,21 +34,11 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_secret
 from pipeline.config.redaction import printable, redact, remember
 from pipeline.config.schema import StorageConfig
+from pipeline.data.storage import retry
 from pipeline.data.storage.backends import ObjectInfo, PartReader
-from pipeline.data.storage.errors import (
-    TLS_HINT,
-    BucketNotFound,
-    ConnectionFailed,
-    NoCredentials,
-    ObjectTooShort,
-    PermanentError,
-    PreconditionFailed,
-    TransientError,
-    is_broken_tls,
-)
-from pipeline.data.storage.retry import RangeResponse, RetryPolicy, ranged_get
+from pipeline.data.storage.retry import BucketNotFound, PermanentError, PreconditionFailed, TransientError
 
-PAGE_SIZE = 1000  # objects in one listing or deletion
+PAGE_SIZE = 1000  # objects in one page of a listing
 PART_BYTES = 16 * 2**20  # one part of a multipart upload; a failure repeats this much
 _PARALLEL_REQUESTS = 8
 _MAX_PARTS = 10_000
@@ -94,19 +83,39 @@ class S3Backend:
 
     retries = True
 
-    def __init__(self, config: StorageConfig, policy: RetryPolicy):
+    def __init__(self, config: StorageConfig, policy: retry.RetryPolicy):
         self._client = _make_client(config)
         self._policy = policy
-        self._no_batch_delete = False  # set when the store refuses to delete many objects in one request
         self._is_http = False  # set when the endpoint has answered in HTTP
 
     def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
-        return ranged_get(lambda *what: self._get(path, *what), f"s3://{path}", start, stop, etag, self._policy)
+        """Return the bytes [start, stop) of one version. After a failure only the bytes that lack are requested."""
+        data, budget = io.BytesIO(), retry.RetryBudget(self._policy, f"s3://{path}")
+        while stop is None or start < stop:
+            try:
+                body, skip, stop, etag = self._get(path, start, stop, etag)
+                with body as raw:
+                    while start < stop:
+                        piece = raw.read1(min(skip + stop - start, _READ_BYTES))
+                        if not piece:
+                            raise TransientError(f"the body ended at byte {start} instead of {stop}")
+                        piece, skip = piece[skip:], max(0, skip - len(piece))
+                        data.write(piece)
+                        start += len(piece)
+                        budget.add_progress(len(piece))
+            except urllib3.exceptions.HTTPError as error:
+                budget.wait(TransientError(f"{type(error).__name__}: {error}"))
+            except Exception as error:
+                budget.wait(error)
+        return data.getvalue()
 
     def info(self, path: str) -> ObjectInfo:
         return self._policy(f"s3://{path}", lambda: self._head(_bucket_key(path)))
 
-    def is_folder(self, path: str) -> bool:
+    def exists(self, path: str) -> bool:
+        with suppress(FileNotFoundError):
+            self.info(path)
+            return True
         return any(page["Contents"] for page in self._pages("list_objects_v2", path, MaxKeys=1))
 
     def entries(self, path: str) -> dict[str, ObjectInfo | None]:
@@ -122,24 +131,20 @@ class S3Backend:
         return entries
 
     def write(self, path: str, size: int, part: PartReader, create: bool = False) -> bool:
-        if not create:
-            self._put(path, size, part, {})
-            return True
         try:
-            self._put(path, size, part, {"IfNoneMatch": "*"})
+            self._put(path, size, part, {"IfNoneMatch": "*"} if create else {})
         except PreconditionFailed:
+            if not create:
+                raise
             return False
-        except _Unsupported:  # a store without conditional writes: check, then write
-            with suppress(FileNotFoundError):
+        except _Unsupported:
+            if not create:
+                raise
+            with suppress(FileNotFoundError):  # a store without conditional writes: check, then write
                 self.info(path)
                 return False
             self._put(path, size, part, {})
         return True
-
-    def upload(self, local: str, path: str) -> None:
-        with open(local, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            self.write(path, size, lambda start, stop: os.pread(file.fileno(), stop - start, start))
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         bucket, prefix = _bucket_prefix(path)
@@ -154,6 +159,7 @@ class S3Backend:
         return count
 
     def delete(self, path: str) -> None:
+        """Delete one by one: several stores lack batch deletion, or require headers that botocore no longer sends."""
         bucket, prefix = _bucket_prefix(path)
         keys = [prefix.rstrip("/")] if prefix else []
         for page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE):
@@ -163,19 +169,8 @@ class S3Backend:
             with suppress(FileNotFoundError):  # some stores report a missing object
                 self._request("delete_object", Bucket=bucket, Key=key)
 
-        for first in range(0, len(keys), PAGE_SIZE):
-            remaining = set(keys[first : first + PAGE_SIZE])
-            if len(remaining) > 1 and not self._no_batch_delete:
-                objects = {"Objects": [{"Key": key} for key in sorted(remaining)], "Quiet": True}
-                try:
-                    response = self._request("delete_objects", Bucket=bucket, Delete=objects)
-                    remaining &= {error.get("Key", "") for error in response.get("Errors", [])}
-                except (PermanentError, PermissionError, FileNotFoundError) as error:
-                    if isinstance(error, (BucketNotFound, NoCredentials)):
-                        raise
-                    self._no_batch_delete = True
-            with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-                list(pool.map(delete_one, sorted(remaining)))
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            list(pool.map(delete_one, keys))
 
     def _request(self, operation: str, **query: Any) -> dict[str, Any]:
         """Return the response to one request, with retries."""
@@ -212,7 +207,7 @@ class S3Backend:
             place += [f"item {item['Key']} {item.get('UploadId')}" for item in listed[:1]]
             empty_pages = 0 if listed else empty_pages + 1
             if not visited.isdisjoint(place) or empty_pages > _MAX_EMPTY_PAGES:
-                raise _missing("a next page")
+                _require({}, "a next page")
             visited.update(place)
 
     def _head(self, query: dict[str, Any]) -> ObjectInfo:
@@ -221,15 +216,17 @@ class S3Backend:
         if "ContentLength" in head:
             return ObjectInfo(head["ContentLength"], _etag(head))
         page = self._request_once("list_objects_v2", Bucket=query["Bucket"], Prefix=query["Key"], MaxKeys=1)
-        for item in page.get("Contents", []):
-            if item.get("Key") == query["Key"]:
-                return ObjectInfo(_require(item, "Size"), _etag(head) or _etag(item))
-        raise _missing("Content-Length")
+        items: list[dict[str, Any]] = page.get("Contents", [])
+        item = next((item for item in items if item.get("Key") == query["Key"]), {})
+        _require(item, "Key", "Content-Length")
+        return ObjectInfo(_require(item, "Size"), _etag(head) or _etag(item))
 
-    def _get(self, path: str, start: int, stop: int | None, etag: str | None) -> RangeResponse:
-        """Request the bytes [start, stop) of an object. Raise for a response with other bytes or another version."""
+    def _get(self, path: str, start: int, stop: int | None, etag: str | None) -> tuple[Any, int, int, str | None]:
+        """Request the bytes [start, stop) of an object: its body, the bytes to skip there, the exclusive end, the ETag.
+
+        Raises for a response with other bytes or another version.
+        """
         query = _bucket_key(path)
-        is_whole = stop is None
         condition = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         if etag is not None:
             condition["IfMatch"] = f'"{etag}"'
@@ -240,38 +237,32 @@ class S3Backend:
             if etag is not None and info.etag not in (etag, None):
                 raise PreconditionFailed() from error
             if stop is not None and info.size < stop:
-                raise ObjectTooShort(info.size, start, stop) from error
+                raise retry.ObjectTooShort(info.size, start, stop) from error
             raise TransientError(str(error)) from error
-        received, length = _etag(response), response.get("ContentLength")
-        has_range, skip = "ContentRange" in response, 0
+        body, received, length, skip = response["Body"], _etag(response), response.get("ContentLength"), 0
         content_range = _CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))
         try:
             if etag is not None and received not in (etag, None):
                 raise PreconditionFailed()  # a store that ignores If-Match
-            if etag is not None and received is None and stop is not None and not has_range:
+            if etag is not None and received is None and stop is not None and "ContentRange" not in response:
                 raise TransientError(f"the response has neither an ETag nor the range {start} to {stop}")
             if content_range is not None:
                 first, last, size = map(int, content_range.groups())
                 if stop is None:
                     raise TransientError(f"bytes {first} to {last + 1} arrived for the whole object")
-                if size < stop:
-                    raise ObjectTooShort(size, start, stop)
-                if (first, last + 1) != (start, stop) or length not in (stop - start, None):
+                if size >= stop and ((first, last + 1) != (start, stop) or length not in (stop - start, None)):
                     labelled = f"{length} bytes labelled {first} to {last + 1}"
                     raise TransientError(f"{labelled} arrived for bytes {start} to {stop}")
             elif response["ResponseMetadata"]["HTTPStatusCode"] == 206:
                 raise TransientError(f"{length} bytes of no stated range arrived for bytes {start} to {stop}")
             else:  # the whole object: as requested, or from a store that does not serve ranges
                 size, skip = self._head(query).size if length is None else length, start
-                if stop is not None and size < stop:
-                    raise ObjectTooShort(size, start, stop)
-                stop = size if stop is None else stop
+            if stop is not None and size < stop:
+                raise retry.ObjectTooShort(size, start, stop)
         except BaseException:
-            response["Body"].close()
+            body.close()
             raise
-        # Without a stated length, a body that should end with the requested bytes may be longer.
-        ends = length is None and (has_range or is_whole)
-        return RangeResponse(stop, received, _pieces(response["Body"], skip, stop - start, ends))
+        return body, skip, size if stop is None else stop, received
 
     def _put(self, path: str, size: int, part: PartReader, condition: dict[str, str]) -> None:
         if size <= PART_BYTES:
@@ -279,10 +270,10 @@ class S3Backend:
             return
         upload, length = _bucket_key(path), max(PART_BYTES, -(-size // _MAX_PARTS))
         upload["UploadId"] = _require(self._request("create_multipart_upload", **upload), "UploadId")
+        spans = [(start, min(start + length, size)) for start in range(0, size, length)]
 
         def send(number: int) -> dict[str, Any]:
-            body = part((number - 1) * length, min(number * length, size))
-            response = self._request("upload_part", PartNumber=number, Body=body, **upload)
+            response = self._request("upload_part", PartNumber=number, Body=part(*spans[number - 1]), **upload)
             return {"PartNumber": number, "ETag": _require(response, "ETag")}
 
         def complete() -> None:
@@ -292,33 +283,23 @@ class S3Backend:
             except BucketNotFound:
                 raise
             except FileNotFoundError as error:  # an earlier attempt may have completed it, and the response been lost
-                if not self._matches(path, size, parts, part, length):
-                    raise PermanentError(
-                        "the upload was removed before it was complete",
-                        "Another process resumed this run, or the store removes incomplete uploads too early.",
-                    ) from error
+                with suppress(FileNotFoundError):
+                    info = self.info(path)
+                    if info.size == size and all(self.read(path, *s, info.etag) == part(*s) for s in spans):
+                        return
+                raise PermanentError(
+                    "the upload was removed before it was complete",
+                    "Another process resumed this run, or the store removes incomplete uploads too early.",
+                ) from error
 
         try:
             with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-                parts = list(pool.map(send, range(1, -(-size // length) + 1)))
+                parts = list(pool.map(send, range(1, len(spans) + 1)))
             self._policy(f"s3://{path}", complete)
         except BaseException:
             with suppress(Exception):
                 self._request_once("abort_multipart_upload", **upload)
             raise
-
-    def _matches(self, path: str, size: int, parts: list[dict[str, Any]], part: PartReader, length: int) -> bool:
-        """Return True if the object has the content of an upload's parts, by its ETag or else by reading it."""
-        try:
-            info = self.info(path)
-        except FileNotFoundError:
-            return False
-        with suppress(ValueError):  # not every store's ETag of a part is its MD5 digest
-            digests = b"".join(bytes.fromhex(item["ETag"].strip('"')) for item in parts)
-            if info.etag == f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}":
-                return info.size == size
-        ranges = [(start, min(start + length, size)) for start in range(0, size, length)]
-        return info.size == size and all(self.read(path, *r, info.etag) == part(*r) for r in ranges)
 
 
 class _OutOfRange(Exception):
@@ -378,7 +359,6 @@ def _make_client(config: StorageConfig) -> Any:
             f"storage: the S3 client cannot be created: {error}. "
             "Check storage.endpoint_url (http://host:port), storage.key and storage.secret, and the AWS_ variables"
         ) from error
-    client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
     client.meta.events.register("before-parse.s3.ListObjectsV2", _check_listing)
     if "amazonaws" not in client.meta.endpoint_url:
         client.meta.events.register("response-received.s3", _stop_at_redirect)
@@ -413,40 +393,11 @@ def _check_listing(response_dict: dict[str, Any], **_: Any) -> None:
         response_dict["status_code"] = 500
 
 
-def _add_md5(params: dict[str, Any], **_: Any) -> None:
-    """Add the header that stores other than AWS require and botocore no longer sends."""
-    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
-    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
-
-
-def _pieces(body: Any, skip: int, length: int, ends: bool) -> Generator[bytes, None, None]:
-    """Yield `length` bytes of a response body after the first `skip`, as the socket delivers them.
-
-    With `ends`, raise TransientError if the body is longer.
-    """
-    with body as raw:
-        try:
-            while skip + length:
-                piece = raw.read1(min(skip + length, _READ_BYTES))
-                if not piece:
-                    return
-                piece, skip = piece[skip:], max(0, skip - len(piece))
-                length -= len(piece)
-                yield piece
-            if ends and raw.read1(1):
-                raise TransientError("the response has more bytes than the object")
-        except urllib3.exceptions.HTTPError as error:
-            raise TransientError(f"{type(error).__name__}: {error}") from error
-
-
-def _require(response: dict[str, Any], name: str) -> Any:
+def _require(response: dict[str, Any], name: str, what: str | None = None) -> Any:
+    """Return a value of a response. Raise PermanentError, which says that `what` lacks (default: `name`)."""
     if response.get(name) is None:
-        raise _missing(name)
+        raise PermanentError(f"the store's response lacks {what or name}", "Check that no proxy in between removes it.")
     return response[name]
-
-
-def _missing(name: str) -> PermanentError:
-    return PermanentError(f"the store's response lacks {name}", "Check that no proxy in between removes it.")
 
 
 def _etag(response: dict[str, Any]) -> str | None:
@@ -454,7 +405,7 @@ def _etag(response: dict[str, Any]) -> str | None:
 
 
 def _translate(error: Exception, message: str, is_http: bool) -> Exception:
-    """Return the `storage.errors` equivalent of a botocore error; `is_http`: the endpoint has answered in HTTP."""
+    """Return the `storage.retry` equivalent of a botocore error; `is_http`: the endpoint has answered in HTTP."""
     inner = getattr(error, "kwargs", {}).get("error")
     first_line = inner.args[-1] if isinstance(inner, urllib3.exceptions.ProtocolError) and inner.args else None
     # The first bytes from the port were not HTTP but TLS, SSH or a database's protocol.
@@ -464,11 +415,11 @@ def _translate(error: Exception, message: str, is_http: bool) -> Exception:
         case botocore_errors.ClientError():
             return _translate_response(error, message)
         case botocore_errors.NoCredentialsError() | botocore_errors.PartialCredentialsError():
-            return NoCredentials(message)
+            return retry.NoCredentials(message)
         case botocore_errors.EndpointConnectionError() | botocore_errors.ConnectTimeoutError():
-            return ConnectionFailed(message)
+            return retry.ConnectionFailed(message)
         case botocore_errors.SSLError():
-            return TransientError(named) if is_broken_tls(error) else PermanentError(named, TLS_HINT)
+            return TransientError(named) if retry.is_broken_tls(error) else PermanentError(named, retry.TLS_HINT)
         case RecursionError():
             return PermanentError("the store's redirects form a loop", _ENDPOINT_HINT)
         case botocore_errors.ConnectionClosedError() if is_other_protocol and not is_http:

@@ -6,14 +6,13 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 from pipeline.config.schema import StorageConfig
 from pipeline.config.urls import is_local, parse
 from pipeline.data.storage.backends import FsspecBackend, LocalBackend, ObjectInfo, PartReader, open_file
-from pipeline.data.storage.errors import explain
-from pipeline.data.storage.retry import RetryPolicy
+from pipeline.data.storage.retry import RetryPolicy, explain
 
 if TYPE_CHECKING:
     from pipeline.data.storage.s3 import S3Backend
@@ -35,7 +34,10 @@ class Storage:
 
     def __init__(self, config: StorageConfig = StorageConfig()):
         self.config = config
-        self._reset()
+        self._lock = threading.Lock()
+        self._backends: dict[str, Backend] = {}
+        self._policy = RetryPolicy(config.retry_timeout_seconds)
+        self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.config,)
@@ -54,7 +56,7 @@ class Storage:
         """Open the object as a stream that is read forward in large pieces and fails if the object changes."""
         if is_local(url):
             return self._do(url, "opening", lambda _, local: open_file(local))
-        return io.BufferedReader(_RemoteStream(self, url, self.info(url)), _BUFFER_BYTES)
+        return io.BufferedReader(_RemoteStream(self, url), _BUFFER_BYTES)
 
     def info(self, url: str) -> ObjectInfo:
         """Return size and tag of an object. Raise NotFound if it does not exist."""
@@ -62,15 +64,7 @@ class Storage:
 
     def exists(self, url: str) -> bool:
         """Return True for an object and for a non-empty folder."""
-
-        def exists(backend: Backend, path: str) -> bool:
-            try:
-                backend.info(path)
-                return True
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                return backend.is_folder(path)
-
-        return self._do(url, "checking for", exists)
+        return self._do(url, "checking for", lambda backend, path: backend.exists(path))
 
     def list(self, url: str) -> list[str]:
         """Return the sorted names of the objects and folders directly in a folder; [] if it does not exist."""
@@ -106,16 +100,22 @@ class Storage:
         """Do as `create` with `size` bytes read as ranges from `part(start, stop)` (see `write_parts`)."""
         return self._do(url, "writing", lambda backend, path: backend.write(path, size, part, create=True))
 
+    def upload(self, local_path: str | os.PathLike[str], url: str) -> None:
+        """Copy a local file to `url` atomically."""
+
+        def copy(backend: Backend, path: str) -> None:
+            with open(local_path, "rb") as file:
+                number, size = file.fileno(), os.fstat(file.fileno()).st_size
+                backend.write(path, size, lambda start, stop: os.pread(number, stop - start, start))
+
+        self._do(url, "uploading to", copy)
+
     def abort_uploads(self, url: str, match: Callable[[str], bool] = lambda name: True) -> int:
         """Abort incomplete multipart uploads in a folder, and return their number. Only S3 keeps such uploads.
 
         Only objects whose name relative to the folder satisfies `match` are affected. An upload in progress fails.
         """
         return self._do(url, "aborting uploads", lambda backend, path: backend.abort_uploads(path, match))
-
-    def upload(self, local_path: str | os.PathLike[str], url: str) -> None:
-        """Copy a local file to `url` atomically."""
-        self._do(url, "uploading to", lambda backend, path: backend.upload(os.fspath(local_path), path))
 
     def delete(self, url: str) -> None:
         """Delete an object, or a folder with its contents, if it exists."""
@@ -134,8 +134,8 @@ class Storage:
     def _backend(self, url: str) -> tuple[Backend, str]:
         """Return the backend of a URL, made on first use in this process, and the path there."""
         protocol, path = parse(url)
-        if self._process != os.getpid():
-            self._reset()
+        if self._process != os.getpid():  # forked: a thread that does not exist here may hold the lock
+            Storage.__init__(self, self.config)
         with self._lock:
             if protocol not in self._backends:
                 if protocol == "s3":
@@ -146,36 +146,28 @@ class Storage:
                     self._backends[protocol] = LocalBackend() if protocol == "file" else FsspecBackend(protocol)
             return self._backends[protocol], path
 
-    def _reset(self) -> None:
-        """Drop connections and the lock, which after a fork may be held by a thread that does not exist here."""
-        self._lock = threading.Lock()
-        self._backends: dict[str, Backend] = {}
-        self._policy = RetryPolicy(self.config.retry_timeout_seconds)
-        self._process = os.getpid()
-
 
 class _RemoteStream(io.RawIOBase):
     """Forward stream over ranged reads of one version of an object."""
 
-    def __init__(self, storage: Storage, url: str, info: ObjectInfo):
-        self._storage, self._url, self._info = storage, url, info
+    def __init__(self, storage: Storage, url: str):
+        self._storage, self._url, self._info = storage, url, storage.info(url)
         self._position = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._read_to(min(self._position + len(buffer), self._info.size))
+        stop = min(self._position + len(buffer), self._info.size)
+        data = self._storage.read_range(self._url, self._position, stop, self._info.etag)
+        self._position = stop  # after the read: a read that follows an error must skip no bytes
         buffer[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:  # the base class would read 8 KiB at a time
-        return self._read_to(self._info.size)
-
-    def _read_to(self, stop: int) -> bytes:
-        data = self._storage.read_range(self._url, self._position, stop, self._info.etag)
-        self._position = stop  # after the read: a read that follows an error must skip no bytes
-        return data
+        buffer = bytearray(self._info.size - self._position)
+        self.readinto(buffer)
+        return bytes(buffer)
 
 
 def join(url: str, *parts: str) -> str:
@@ -198,7 +190,7 @@ def in_parallel(call: Callable[[str], T], names: Iterable[str], url: str) -> Ite
     threads = os.cpu_count() or 1 if is_local(url) else _REMOTE_CALLS
     pool = ThreadPoolExecutor(threads, thread_name_prefix="parallel")
     try:
-        calls: dict[Future[T], str] = {pool.submit(call, name): name for name in names}
+        calls = {pool.submit(call, name): name for name in names}
         for done in as_completed(calls):
             yield calls.pop(done), done.result()
     finally:

@@ -7,21 +7,22 @@ import logging
 import os
 import pickle
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from urllib3.exceptions import HTTPError
 
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.config.urls import is_local
 from pipeline.data.storage import NotFound, ObjectChanged, Storage, join, retry, split
-from pipeline.data.storage.errors import RetryTimeout, TransientError, explain
-from pipeline.data.storage.retry import RangeResponse, RetryPolicy, ranged_get
-from pipeline.data.storage.s3 import _seconds_until
+from pipeline.data.storage.retry import RetryPolicy, RetryTimeout, TransientError, explain
+from pipeline.data.storage.s3 import S3Backend, _seconds_until
 
 storage = Storage()
 READS = [storage.read, storage.open, lambda url: storage.read_range(url, 0, 3)]
@@ -323,33 +324,54 @@ def test_retry_after_is_parsed_as_seconds_and_date():
     assert _seconds_until("soon") is _seconds_until("") is None
 
 
+class Body:
+    """Response body that yields each piece in a call of `read1`, and raises those that are errors."""
+
+    def __init__(self, *pieces: bytes | Exception, on_read: Callable[[], None] = lambda: None):
+        self._pieces, self._on_read = list(pieces), on_read
+
+    def __enter__(self) -> Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pieces = []
+
+    def read1(self, size: int) -> bytes:
+        self._on_read()
+        piece = self._pieces.pop(0) if self._pieces else b""
+        if isinstance(piece, Exception):
+            raise piece
+        assert len(piece) <= size
+        return piece
+
+
+class Responses(S3Backend):
+    """S3 backend whose requests for ranges are answered by `respond`."""
+
+    def __init__(self, respond: Callable[..., tuple[Any, int, int, str | None]]):
+        self._policy, self._get = RetryPolicy(300.0), respond  # type: ignore[method-assign]
+
+
 def test_interrupted_body_resumes_at_the_next_byte(clock):
-    def body(*pieces: bytes | Exception) -> Iterator[bytes]:
-        for piece in pieces:
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
+    cut, requests = TransientError("cut"), []
+    bodies = [Body(b"ab", cut), Body(cut), Body(b"c"), Body(b"de", HTTPError("broken")), Body(b"f")]
 
-    broken = TransientError("cut")
-    requests, bodies = [], [[b"ab", broken], [broken], [b"c"], [b"defg"], [b"de", b"f"]]
+    def respond(path: str, *what: Any) -> tuple[Any, int, int, str | None]:
+        requests.append(what)
+        return bodies.pop(0), 0, 6, "tag"
 
-    def request(start: int, stop: int | None, etag: str | None) -> RangeResponse:
-        requests.append((start, stop, etag))
-        return RangeResponse(6, "tag", body(*bodies.pop(0)))
-
-    assert ranged_get(request, "s3://b/k", 0, None, None, RetryPolicy(300.0)) == b"abcdef"
-    assert requests == [(0, None, None), (2, 6, "tag"), (2, 6, "tag"), (3, 6, "tag"), (3, 6, "tag")]
+    assert Responses(respond).read("b/k", 0, None, None) == b"abcdef"
+    assert requests == [(0, None, None), (2, 6, "tag"), (2, 6, "tag"), (3, 6, "tag"), (5, 6, "tag")]
 
 
 def slow_get(clock, piece: bytes, size: int) -> bytes:
     """Read an object of `size` bytes of which a piece arrives each second."""
 
-    def pieces() -> Iterator[bytes]:
-        for _ in range(size // len(piece)):
-            clock.now += 1.0
-            yield piece
+    def tick() -> None:
+        clock.now += 1.0
 
-    return ranged_get(lambda *_: RangeResponse(size, None, pieces()), "s3://b/k", 0, size, None, RetryPolicy(300.0))
+    body = Body(*[piece] * min(1024, size // len(piece)), on_read=tick)
+    return Responses(lambda *_: (body, 0, size, None)).read("b/k", 0, size, None)
 
 
 def test_slow_body_fails_at_the_timeout(clock):

@@ -14,8 +14,7 @@ import pytest
 
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage import NotFound, Storage, s3
-from pipeline.data.storage.errors import NoSpace
+from pipeline.data.storage import NoSpace, NotFound, Storage, s3
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.quirky_store import MANNERS, QUIRKS, REFUSALS, Babbler, QuirkyStore
 
@@ -185,15 +184,6 @@ def test_message_names_the_remedy(quirky, tmp_path: Path, quirk: str, message: s
         with pytest.raises(NoSpace if quirk in NO_SPACE else StorageError, match=message) as raised:
             OPERATIONS[operation][0](storage, tmp_path)
         assert quirk not in NO_SPACE or "credentials" not in str(raised.value)
-
-
-def test_batch_deletion_is_attempted_once(quirky):
-    store, storage = quirky("no_batch_delete_501")
-    storage.delete(FOLDER)
-    store.objects["bucket", "folder/a"] = store.objects["bucket", "folder/b"] = b""
-    storage.delete(FOLDER)
-    assert [request.is_batch_deletion for request in store.requests].count(True) == 1
-    assert set(store.objects) == {("bucket", "folder2/d.tar")}
 
 
 def test_clock_skew_is_detected_from_the_date_header(quirky):
