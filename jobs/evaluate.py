@@ -36,7 +36,7 @@ from pipeline.inference import build_trained_model, load_usable_weights
 from pipeline.objectives import evaluated_source_types
 from pipeline.reports.run_folder import open_run, stages_of
 from pipeline.tracking.locations import configured_uri
-from pipeline.tracking.tracker import JournalTracker
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import WeightsInfo, is_committed, stage_url, weights_info
 from pipeline.training.goodput import add_time
 from pipeline.training.prepare import RUN_FILE
@@ -355,7 +355,7 @@ def _deliver(
             notify(f"not recorded in MLflow: {reason}. Give --track to record it in {redact(configured_uri(config))}")
         track = reason is None
     if track:
-        tracker = JournalTracker.open(config, storage)
+        tracker = Tracker.open(config, storage)
         tracker.metrics(info.step, result.metrics)
         tracker.artifact(f"evaluation/{key.name}/{REPORT}", page)
         if not storage.exists(join(config.folder, RUN_FILE)):  # weights without a run: nothing else would ever end it

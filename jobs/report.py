@@ -21,7 +21,7 @@ from pipeline.reports.comparison import Comparison, compare, render_comparison
 from pipeline.reports.run_folder import open_run
 from pipeline.reports.run_report import collect_report, render_run_report
 from pipeline.tracking.locations import configured_uri, tracking_uri
-from pipeline.tracking.tracker import JournalTracker
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.prepare import RUN_FILE
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def report(
         if reason is not None:
             notify(f"the page is not logged in MLflow: {reason}. --track logs it in {redact(configured_uri(config))}")
         elif track is not False:
-            tracker = JournalTracker.open(config, opened.storage)
+            tracker = Tracker.open(config, opened.storage)
             tracker.artifact(RUN_REPORT, page)
             tracker.close()
     return {

@@ -12,19 +12,21 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.config.durable import write_durably
+from pipeline.config.urls import is_local
 from pipeline.tracking.journal import SESSION_NAME, Journal, complete_length, parse_records
-from pipeline.tracking.lease import is_held, is_held_elsewhere
+from pipeline.tracking.lease import is_held
 
 logger = logging.getLogger("mome.tracking")
 
-_SEGMENT = re.compile(SESSION_NAME + r"\.(?P<start>[0-9]{12})-(?P<end>[0-9]{12})\.jsonl")
-_WHOLE = re.compile(SESSION_NAME + r"\.jsonl")  # a local run's journal that was copied to the store as it is
+# The second form: a local run's journal that was copied to the store as it is.
+_SEGMENT = re.compile(SESSION_NAME + r"(?:\.(?P<start>[0-9]{12})-(?P<end>[0-9]{12}))?\.jsonl")
 # Records of a stage, which evaluations do not have. It cannot match inside a string, where quotes are escaped.
 _TRAINING = re.compile(rb'"stage":[0-9]')
+
+Segment = tuple[int, int, str]  # the bytes [start, end) of a session, and the name of the object that holds them
 
 
 class Store(Protocol):
@@ -36,71 +38,68 @@ class Store(Protocol):
     def exists(self, url: str) -> bool: ...
 
 
-@dataclass(frozen=True, order=True)
-class JournalSegment:
-    """The bytes [start, end) of a session, committed as one object called `name`."""
-
-    start: int
-    end: int
-    name: str
-
-
-def committed_segments(store: Store, url: str) -> dict[str, list[JournalSegment]]:
+def committed_segments(store: Store, url: str) -> dict[str, list[Segment]]:
     """Return, for each session, the segments that cover its longest available prefix; neighbours may overlap.
 
     A session can also be one whole file, if a local run's folder was copied to the store.
     """
-    segments: list[tuple[str, JournalSegment]] = []
+    segments: list[tuple[str, Segment]] = []
     for name, info in store.list_info(url).items():
         if match := _SEGMENT.fullmatch(name):
-            segment = JournalSegment(int(match["start"]), int(match["end"]), name)
-            if segment.end - segment.start != info.size:
+            start, end = int(match["start"] or 0), int(match["end"] or info.size)
+            if end - start == info.size:
+                segments.append((match["session"], (start, end, name)))
+            else:
                 logger.warning("%s/%s: skipped, its size of %d bytes contradicts its name", url, name, info.size)
-                continue
-        elif match := _WHOLE.fullmatch(name):
-            segment = JournalSegment(0, info.size, name)
-        else:
-            continue
-        segments.append((match["session"], segment))
-    chains: dict[str, list[JournalSegment]] = {}
-    for session, segment in sorted(segments):
-        end = chains[session][-1].end if session in chains else 0
-        if segment.start > end:
-            logger.warning("%s/%s: skipped, the segment before it is missing", url, segment.name)
-        elif segment.end > end:
-            chains.setdefault(session, []).append(segment)
+    chains: dict[str, list[Segment]] = {}
+    for session, (start, end, name) in sorted(segments):
+        reached = chains[session][-1][1] if session in chains else 0
+        if start > reached:
+            logger.warning("%s/%s: skipped, the segment before it is missing", url, name)
+        elif end > reached:
+            chains.setdefault(session, []).append((start, end, name))
     return chains
 
 
 class CommittedJournal:
-    """Commits a journal to the run's storage and restores it from there."""
+    """Commits a journal to the run's `folder` and restores it from there; a local run's journal is there already."""
 
-    def __init__(self, store: Store, url: str):
+    def __init__(self, store: Store, folder: str):
         self._store = store
-        self._url = url
+        self._url = None if is_local(folder) else f"{folder.rstrip('/')}/journal"
         self._ends: dict[str, int] = {}  # session -> number of committed bytes
         self._files: set[str] = set()  # committed artifacts
         self._uncertain = False  # a write failed but may have taken effect
 
-    def restore(self, journal: Journal) -> bool:
-        """Download what `journal` lacks of the committed copy; return True if anything was missing.
+    def restore(self, journal: Journal) -> None:
+        """Download what `journal` lacks of the committed copy.
 
         If another node has trained in the meantime, this node's uncommitted training records are removed: the other
         node resumed from an earlier step and recorded those steps itself.
         """
-        segments = committed_segments(self._store, self._url)
-        self._ends = {session: chain[-1].end for session, chain in segments.items()}
+        if (url := self._url) is None:
+            return
+        segments = committed_segments(self._store, url)
+        self._ends = {session: chain[-1][1] for session, chain in segments.items()}
         behind = []
         for session, end in self._ends.items():
             path = journal.path(session)
             if not path.exists() or (path.stat().st_size < end and not is_held(path)):  # held: it is being written
                 behind.append(session)
         if not behind:
-            return False
+            return
         journal.folder.mkdir(parents=True, exist_ok=True)
         journal.restored.touch()
-        downloaded = {session: self._read(segments[session]) for session in behind}
-        self._ends |= {session: len(data) for session, data in downloaded.items()}
+        downloaded: dict[str, bytes] = {}
+        for session in behind:
+            prefix = bytearray()
+            for start, end, name in segments[session]:
+                segment = self._store.read(f"{url}/{name}")
+                if len(segment) != end - start:
+                    logger.warning("%s/%s changed while it was read; skipping the rest", url, name)
+                    break
+                prefix += segment[len(prefix) - start :]
+            downloaded[session], self._ends[session] = bytes(prefix), len(prefix)
         if any(_TRAINING.search(data) for data in downloaded.values()):
             for session in journal.sessions():  # evaluations are kept, because they are never recorded again
                 path, end = journal.path(session), self._ends.get(session, 0)
@@ -111,66 +110,45 @@ class CommittedJournal:
                         path.unlink()
         for session, data in downloaded.items():
             for _, record in parse_records(io.BytesIO(data), session):
-                if record["kind"] == "artifact":
-                    self._download_file(journal, record["file"])
+                if record["kind"] == "artifact" and (artifact := journal.file(record["file"])) is not None:
+                    source = f"{url}/files/{record['file']}"
+                    if not artifact.exists() and not self._store.exists(source):
+                        logger.warning("%s: skipped, this artifact of the journal is missing", source)
+                        continue
+                    if not artifact.exists():
+                        write_durably(artifact, self._store.read(source))
+                    self._files.add(record["file"])
             write_durably(journal.path(session), data)  # last, so that an interrupted restore is repeated
-        return True
-
-    def _read(self, chain: list[JournalSegment]) -> bytes:
-        """Return a session's bytes, up to the first segment whose size differs from the listing."""
-        parts: list[bytes] = []
-        end = 0
-        for segment in chain:
-            data = self._store.read(f"{self._url}/{segment.name}")
-            if len(data) != segment.end - segment.start:
-                logger.warning("%s/%s changed while it was read; skipping the rest", self._url, segment.name)
-                break
-            parts.append(data[end - segment.start :])
-            end = segment.end
-        return b"".join(parts)
-
-    def _download_file(self, journal: Journal, name: str) -> None:
-        path, url = journal.file(name), f"{self._url}/files/{name}"
-        if path is None:
-            return
-        if not path.exists():
-            if not self._store.exists(url):
-                logger.warning("%s: skipped, this artifact of the journal is missing", url)
-                return
-            write_durably(path, self._store.read(url))
-        self._files.add(name)
 
     def commit(self, journal: Journal) -> None:
         """Upload all complete records that are not committed yet, each after the artifact that it names.
 
         Sessions that another living process is writing are skipped; that process commits them.
         """
+        if (url := self._url) is None:
+            return
         if self._uncertain:
-            segments = committed_segments(self._store, self._url)
-            self._ends = {session: chain[-1].end for session, chain in segments.items()}
+            self._ends = {session: chain[-1][1] for session, chain in committed_segments(self._store, url).items()}
         self._uncertain = True
         for session in journal.sessions():
             path, start = journal.path(session), self._ends.get(session, 0)
-            if path.stat().st_size <= start or is_held_elsewhere(path) or (end := complete_length(path)) <= start:
+            if path.stat().st_size <= start or is_held(path, elsewhere=True) or (end := complete_length(path)) <= start:
                 continue
             for _, record in journal.records(session, start):
-                if record["kind"] == "artifact":
-                    self._upload_file(journal, record["file"])
+                if record["kind"] != "artifact" or (name := record["file"]) in self._files:
+                    continue
+                if (artifact := journal.file(name)) is not None:
+                    try:
+                        data = artifact.read_bytes()
+                    except OSError as error:  # must not prevent the commit of the records
+                        message = "the artifact %s cannot be read (%s); committing the journal without it"
+                        logger.warning(message, artifact, error)
+                        continue
+                    self._store.write(f"{url}/files/{name}", data)
+                    self._files.add(name)
             with path.open("rb") as file:
                 file.seek(start)
                 data = file.read(end - start)
-            self._store.write(f"{self._url}/{session}.{start:012d}-{end:012d}.jsonl", data)
+            self._store.write(f"{url}/{session}.{start:012d}-{end:012d}.jsonl", data)
             self._ends[session] = end
         self._uncertain = False
-
-    def _upload_file(self, journal: Journal, name: str) -> None:
-        path = journal.file(name)
-        if path is None or name in self._files:
-            return
-        try:
-            data = path.read_bytes()
-        except OSError as error:  # must not prevent the commit of the records
-            logger.warning("the artifact %s cannot be read (%s); committing the journal without it", path, error)
-            return
-        self._store.write(f"{self._url}/files/{name}", data)
-        self._files.add(name)

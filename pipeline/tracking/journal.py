@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import posixpath
 import re
@@ -121,11 +120,6 @@ _RECORD: Any = reduce(
     ),
 )
 _VALIDATOR: TypeAdapter[Any] = TypeAdapter(Annotated[_RECORD, Field(discriminator="kind")])
-
-
-def encode_number(value: float) -> float | str:
-    value = float(value)
-    return value if math.isfinite(value) else str(value)
 
 
 def encode(record: Record) -> bytes:
@@ -252,40 +246,3 @@ class Journal:
         numbers = [int(session.split("-")[0]) for session in self.sessions()]
         number = min(max(numbers, default=0) + 1, 999_999)
         return JournalWriter(self.path(f"{number:06d}-{secrets.token_hex(4)}"))
-
-
-class ReplayFilter:
-    """Drops metrics that the journal already holds, so that replayed steps are not recorded twice.
-
-    The points of a stage arrive in the order of their steps. A point at or below the highest step of its key is a
-    replay, and since a resumed run equals the uninterrupted run (C4), the first point counts; a rewind lowers the
-    highest step. Points outside stages (evaluations of any checkpoint, in any order) are replays only if step and value
-    are equal.
-    """
-
-    def __init__(self) -> None:
-        self._last_steps: dict[tuple[int, str], int] = {}
-        self._outside_stages: set[tuple[str, int, float | str]] = set()
-
-    def observe(self, record: Record) -> None:
-        """Update the state from a journal record."""
-        stage = record["stage"]
-        if record["kind"] == "metrics":
-            self.keep_new(stage, record["step"], record["values"])
-        elif record["kind"] == "rewind":
-            steps = self._last_steps.items()
-            self._last_steps = {key: min(last, record["step"]) if key[0] == stage else last for key, last in steps}
-
-    def keep_new(self, stage: int | None, step: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the values that are not replays, and count them as recorded."""
-        if stage is None:
-            points = {(key, step, value) for key, value in values.items()} - self._outside_stages
-            self._outside_stages |= points
-            return {key: value for key, value in values.items() if (key, step, value) in points}
-        new = {key: value for key, value in values.items() if step > self._last_steps.get((stage, key), -1)}
-        self._last_steps.update(dict.fromkeys(((stage, key) for key in new), step))
-        return new
-
-    def last_step(self, stage: int) -> int:
-        """Return the highest recorded step of a stage, or -1."""
-        return max((step for (index, _), step in self._last_steps.items() if index == stage), default=-1)

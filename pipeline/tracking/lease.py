@@ -33,22 +33,17 @@ class Lease:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path, self._file = path, path.with_name(f"{path.name}.heartbeat")
         self._heartbeat: PeriodicThread | None = None
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise InUse(str(path)) from None
         except OSError as error:
-            if _has_heartbeat(path):
+            if isinstance(error, BlockingIOError) or _has_heartbeat(path):
                 os.close(self._fd)
                 raise InUse(str(path)) from None
-            logger.warning(
-                "%s: the file system has no file locks (%s); using heartbeat files instead",
-                path.parent, error.strerror or error,
-            )  # fmt: skip
+            message = "%s: the file system has no file locks (%s); using heartbeat files instead"
+            logger.warning(message, path.parent, error.strerror or error)
             self._beat()
             self._heartbeat = PeriodicThread(self._beat, BEAT_SECONDS, "mome-heartbeat").start()
         _held.add(path)
@@ -58,23 +53,19 @@ class Lease:
         os.close(self._fd)
         if self._heartbeat is not None:
             self._heartbeat.stop()
-            _heartbeat_file(self._path).unlink(missing_ok=True)
+            self._file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        file = _heartbeat_file(self._path)
         with contextlib.suppress(OSError):  # a full disk may still accept the next heartbeat's timestamp
-            file.touch()
-            os.utime(file, (time.time(), time.time()))  # this machine's clock, not the file server's
+            self._file.touch()
+            os.utime(self._file, (time.time(), time.time()))  # this machine's clock, not the file server's
 
 
-def is_held_elsewhere(path: Path) -> bool:
-    """Return True while another process uses the file."""
-    return path not in _held and is_held(path)
-
-
-def is_held(path: Path) -> bool:
-    """Return True while any process uses the file."""
-    if path in _held or _has_heartbeat(path):
+def is_held(path: Path, elsewhere: bool = False) -> bool:
+    """Return True while any process, or any other process if `elsewhere`, uses the file."""
+    if path in _held:
+        return not elsewhere
+    if _has_heartbeat(path):
         return True
     with path.open("rb") as file:
         try:
@@ -86,12 +77,8 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def _heartbeat_file(path: Path) -> Path:
-    return path.with_name(path.name + ".heartbeat")
-
-
 def _has_heartbeat(path: Path) -> bool:
     try:
-        return abs(time.time() - _heartbeat_file(path).stat().st_mtime) < DEAD_SECONDS
+        return abs(time.time() - path.with_name(f"{path.name}.heartbeat").stat().st_mtime) < DEAD_SECONDS
     except OSError:
         return False

@@ -21,7 +21,6 @@ from pipeline.tracking.journal import RUN_ID, Journal
 RUN_FILE = "tracking.json"
 _SQLITE = "sqlite:///"
 _SET_CACHE = "set MOME_CACHE to a folder that can be written"
-_RESTORE_RUN = "Restore it, or delete it to record the run as a new one"
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -76,11 +75,12 @@ def read_run_id(config: RunConfig, storage: Store) -> str | None:
     data = storage.read(url)
     try:
         run = json.loads(data)["run"]
+        if re.fullmatch(RUN_ID, run):
+            return str(run)
+        reason = f"{run!r:.80} is not a run id"
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise TrackingError(f"{url} is damaged ({error}): {_RESTORE_RUN}") from error
-    if not isinstance(run, str) or not re.fullmatch(RUN_ID, run):
-        raise TrackingError(f"{url} is damaged: it contains no run id. {_RESTORE_RUN}")
-    return run
+        reason = str(error)
+    raise TrackingError(f"{url} is damaged ({reason}): restore it, or delete it to record the run as a new one")
 
 
 def journal_folder(folder: str) -> Path:
@@ -94,17 +94,11 @@ def journal_folder(folder: str) -> Path:
     return root / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16] / "journal"
 
 
-def committed_journal(folder: str, storage: Store) -> CommittedJournal | None:
-    """Return the journal's copy in a remote run's folder; None for a local run, whose journal is already there."""
-    return None if is_local(folder) else CommittedJournal(storage, f"{folder.rstrip('/')}/journal")
-
-
 def read_journal(folder: str, storage: Store) -> Journal:
     """Return the journal of the run in `folder`, after downloading what was committed by other machines."""
     journal = Journal(journal_folder(folder))
-    if (committed := committed_journal(folder, storage)) is not None:
-        with journal_write_errors(journal):
-            committed.restore(journal)
+    with journal_write_errors(journal):
+        CommittedJournal(storage, folder).restore(journal)
     return journal
 
 

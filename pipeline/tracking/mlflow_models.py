@@ -37,7 +37,9 @@ class LoggedModels:
 
     def __init__(self, client: MlflowClient, experiment: str, run_record: Record, journal: Journal):
         self._client, self._experiment = client, experiment
-        self._run, self._name, self._journal = run_record["run"], run_record.get("name", "run"), journal
+        self._run, self._name = run_record["run"], run_record.get("name", "run")
+        # URLs of weights that have been deleted since: logging a model only to delete it later is avoided.
+        self._deleted = {record["url"] for record in journal.all_records() if record["kind"] == "model_gone"}
 
     @cached_property
     def _by_url(self) -> dict[str, LoggedModel]:
@@ -50,11 +52,6 @@ class LoggedModels:
             token = page.token
             if not token:
                 return {model.tags["mome.url"]: model for model in models if "mome.url" in model.tags}
-
-    @cached_property
-    def _deleted(self) -> set[str]:
-        """URLs of weights that have been deleted since: logging a model only to delete it later is avoided."""
-        return {entry["url"] for entry in self._journal.all_records() if entry["kind"] == "model_gone"}
 
     def log(self, record: Record, run_id: str, stage: str) -> str | None:
         """Log weights once; return the model's id, or None for weights that have been deleted since."""

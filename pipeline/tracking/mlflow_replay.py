@@ -14,7 +14,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -23,18 +22,11 @@ from pydantic import BaseModel, Field, PrivateAttr
 
 from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
+from pipeline.tracking import mlflow_server
 from pipeline.tracking.journal import EVALUATION, Journal, Record, complete_length
 from pipeline.tracking.lease import InUse, Lease
 from pipeline.tracking.mlflow_models import LoggedModels
-from pipeline.tracking.mlflow_server import (
-    RequestRejected,
-    RunNotFound,
-    ServerUnavailable,
-    connect,
-    experiment_id,
-    prepare_client,
-    request,
-)
+from pipeline.tracking.mlflow_server import RequestRejected, RunNotFound, ServerUnavailable, request
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,31 +96,19 @@ def exclusive_upload(folder: Path) -> Iterator[bool]:
 class MlflowUploader:
     """Uploads one journal to one MLflow server. `report` receives messages for the user."""
 
+    _client: MlflowClient
+    _models: LoggedModels
+    _run_record: Record  # the journal's first; a run stays in the experiment in which it started
+
     def __init__(self, folder: Path, uri: str, report: Callable[[str], None]):
-        prepare_client()
+        os.environ.update(mlflow_server.CLIENT_ENVIRONMENT)
         self._journal, self._uri, self._report = Journal(folder), uri, report
         self._cursor = Cursor.load(folder, uri)
-        self._experiment = ""
+        self._experiment = ""  # MLflow's id, once connected
         self._runs: dict[int | None, str] = {}  # stage index (None: the parent) -> MLflow run id
         self._points: list[Metric] = []
         self._points_run = ""
         self.num_points = 0
-
-    @cached_property
-    def _client(self) -> MlflowClient:
-        client = request(connect, self._uri)
-        name = request(lambda: self._run_record.get("experiment", "Default"))  # a damaged journal is tried again
-        self._experiment = request(experiment_id, client, self._uri, name)
-        return client
-
-    @cached_property
-    def _models(self) -> LoggedModels:
-        return LoggedModels(self._client, self._experiment, self._run_record, self._journal)
-
-    @property
-    def _run_record(self) -> Record:
-        """The journal's first run record; a run stays in the experiment in which it started."""
-        return self._journal.run_records()[0]
 
     def upload(self) -> None:
         """Upload everything beyond the cursor, in order. Raises ServerUnavailable; the cursor keeps the progress."""
@@ -136,9 +116,7 @@ class MlflowUploader:
             try:
                 self._upload_records()
             except RunNotFound:  # permanently deleted, or another database: upload the whole journal again
-                for name in ("_client", "_models"):
-                    vars(self).pop(name, None)
-                self._runs = {}
+                self._experiment, self._runs = "", {}
                 self._cursor.offsets, self._cursor.marks, self._cursor.run, self._cursor.experiment = {}, {}, "", ""
                 self._cursor.save()
                 self._upload_records()
@@ -147,11 +125,21 @@ class MlflowUploader:
         except OSError as error:
             raise ServerUnavailable(describe_error(error)) from error
 
+    def _connect(self) -> None:
+        client = request(mlflow_server.connect, self._uri)
+        self._run_record = request(lambda: self._journal.run_records()[0])  # a damaged journal is tried again
+        name = self._run_record.get("experiment", "Default")
+        experiment = request(mlflow_server.experiment_id, client, self._uri, name)
+        self._client, self._experiment = client, experiment
+        self._models = LoggedModels(client, experiment, self._run_record, self._journal)
+
     def _upload_records(self) -> None:
         self._points = []
         for session in self._journal.sessions():
             start = self._cursor.offset(self._journal, session)
             for offset, record in self._journal.records(session, start):
+                if not self._experiment:
+                    self._connect()
                 if record["kind"] == "metrics":
                     self._collect_points(record)
                     if len(self._points) < MAX_BATCH_POINTS:
@@ -201,8 +189,7 @@ class MlflowUploader:
         """Upload one record other than metrics."""
         kind, stage, client = record["kind"], record["stage"], self._client
         if kind == "run":
-            parent = self._find_run(None) or self._create_run(record, {"mome.role": "run"})
-            self._log_params_and_tags(parent, record)
+            self._log_params_and_tags(self._run_id(None, record), record)
             if record.get("server_has_more", False):
                 # Points up to each metric's last step on the server may have been uploaded before.
                 for run in self._search_runs("tags.`mome.role` = 'stage'"):
@@ -218,27 +205,23 @@ class MlflowUploader:
             marks.update({key: min(step, record["step"]) for key, step in marks.items()})
         elif kind == "artifact":
             path = self._journal.file(record["file"])
-            if path is None:
-                self._report(f"tracking: skipped the artifact {record['name']}, whose file is not in the journal")
-            elif path.exists():
+            if path is not None and path.exists():
                 folder = os.path.dirname(record["name"]) or None
                 self._send(client.log_artifact, self._run_id(stage), str(path), folder)
             else:
-                self._report(f"tracking: skipped the artifact {record['name']}, because {path} is missing")
+                reason = "whose file is not in the journal" if path is None else f"because {path} is missing"
+                self._report(f"tracking: skipped the artifact {record['name']}, {reason}")
         elif kind == "model":
-            with self._rejections_reported():
-                self._log_model(record)
+            self._send(self._log_model, record)
         elif kind == "model_gone":
-            with self._rejections_reported():
-                self._models.remove(record["url"])
+            self._send(self._models.remove, record["url"])
         elif kind in ("stage_end", "run_end"):
             self._send(client.set_terminated, self._run_id(stage), record["status"], record["at"])
 
     def _begin_stage(self, record: Record) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        client, stage, parent = self._client, record["stage"], self._run_id(None)
-        child = self._find_run(stage) or self._create_run(record, {"mome.role": "stage", "mlflow.parentRunId": parent})
+        parent, child = self._run_id(None), self._run_id(record["stage"], record)
         datasets = []
         for item in record["datasets"]:
             kind = urlsplit(item["source"]).scheme or "local"
@@ -246,16 +229,13 @@ class MlflowUploader:
             dataset = Dataset(item["name"], item["digest"][:MAX_DIGEST], kind, source, profile=profile)
             datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", item["context"])]))
         for run in (parent, child):
-            request(client.update_run, run, status="RUNNING")
+            request(self._client.update_run, run, status="RUNNING")
             if datasets:
-                self._send(client.log_inputs, run, datasets)
+                self._send(self._client.log_inputs, run, datasets)
         self._log_params_and_tags(child, record)
-        origin = record["tags"].get("start_from")
-        if origin not in (None, "random"):
-            with self._rejections_reported():
-                origin_run = self._models.start_from(origin, child)
-                if origin_run is not None:
-                    request(client.set_tag, child, "start_from.run_id", origin_run)
+        origin = record["tags"].get("start_from", "random")
+        if origin != "random" and (origin_run := self._send(self._models.start_from, origin, child)) is not None:
+            self._send(self._client.set_tag, child, "start_from.run_id", origin_run)
 
     def _log_model(self, record: Record) -> None:
         """Log saved weights together with the points of their step, which the run already has with the same times."""
@@ -282,8 +262,8 @@ class MlflowUploader:
 
         existing = request(self._client.get_run, run).data.params
         params = {key: value[:MAX_PARAM] for key, value in record["params"].items()}
-        tags = dict(record["tags"])
-        tags |= {f"mome.changed.{key}": value for key, value in params.items() if existing.get(key, value) != value}
+        changed = {f"mome.changed.{key}": value for key, value in params.items() if existing.get(key, value) != value}
+        tags = record["tags"] | changed
         new = [Param(key, value) for key, value in params.items() if key not in existing]
         pairs = [RunTag(key, str(value)[:MAX_TAG]) for key, value in tags.items()]
         for start in range(0, len(new), MAX_BATCH_PAIRS):
@@ -291,21 +271,28 @@ class MlflowUploader:
         for start in range(0, len(pairs), MAX_BATCH_PAIRS):
             self._send(self._client.log_batch, run, tags=pairs[start : start + MAX_BATCH_PAIRS])
 
-    def _run_id(self, stage: int | None) -> str:
-        """Return the MLflow run id of a stage, or of the parent run for None. Raises RunNotFound."""
-        run = self._runs.get(stage) or self._find_run(stage)
-        if run is None:
-            raise RunNotFound(f"the {'parent run' if stage is None else f'run of stage {stage}'} no longer exists")
-        return run
+    def _run_id(self, stage: int | None, start: Record | None = None) -> str:
+        """Return the MLflow run id of a stage, or of the parent run for None.
 
-    def _find_run(self, stage: int | None) -> str | None:
+        With its `start` record, the run is looked up and created if necessary, in one request with the tags by which it
+        is found, so that a lost response does not create a second one. Raises RunNotFound without a record, and
+        ServerUnavailable if the run is deleted.
+        """
+        if start is None and stage in self._runs:
+            return self._runs[stage]
         condition = "tags.`mome.role` = 'run'"
         if stage is not None:
             condition = f"tags.`mome.role` = 'stage' and tags.stage_index = '{stage}'"
         runs = self._search_runs(condition)
         if not runs:
             self._raise_if_deleted(*self._search_runs(condition, deleted=True))
-            return None
+            if start is None:
+                raise RunNotFound(f"the {'parent run' if stage is None else f'run of stage {stage}'} no longer exists")
+            tags = {"mome.role": "run", "mome.run": self._run_record["run"]}
+            if stage is not None:
+                tags |= {"mome.role": "stage", "stage_index": str(stage), "mlflow.parentRunId": self._run_id(None)}
+            create, name = self._client.create_run, start.get("name")
+            runs = [request(create, self._experiment, start_time=start["at"], tags=tags, run_name=name)]
         self._runs[stage] = runs[0].info.run_id
         return self._runs[stage]
 
@@ -315,16 +302,6 @@ class MlflowUploader:
         client, view = self._client, ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
         text = f"tags.`mome.run` = '{self._run_record['run']}' and {condition}"
         return request(client.search_runs, [self._experiment], text, view, order_by=["start_time ASC"])
-
-    def _create_run(self, record: Record, tags: dict[str, str]) -> str:
-        """Create a run with the tags by which it is found, so that a lost response does not create a second one."""
-        tags = tags | {"mome.run": self._run_record["run"]}
-        if record["stage"] is not None:
-            tags["stage_index"] = str(record["stage"])
-        create = self._client.create_run
-        run = request(create, self._experiment, start_time=record["at"], tags=tags, run_name=record.get("name"))
-        self._runs[record["stage"]] = run.info.run_id
-        return run.info.run_id
 
     def _raise_if_deleted(self, *runs: Any) -> None:
         """Raise ServerUnavailable if a run or its experiment is deleted: once restored, it accepts the records."""
@@ -336,15 +313,10 @@ class MlflowUploader:
         if deleted:
             raise ServerUnavailable(f"{deleted[0]} is deleted: restore it, or remove it for good with `mlflow gc`")
 
-    def _send(self, action: Callable[..., object], *args: Any, **values: Any) -> None:
-        """Make a request; a rejection is reported instead of raised."""
-        with self._rejections_reported():
-            request(action, *args, **values)
-
-    @contextlib.contextmanager
-    def _rejections_reported(self) -> Iterator[None]:
+    def _send(self, action: Callable[..., Any], *args: Any, **values: Any) -> Any:
+        """Return the result of a request; a rejection is reported instead of raised."""
         try:
-            yield
+            return request(action, *args, **values)
         except RequestRejected as error:
             self._raise_if_deleted()
             self._report(f"tracking: {redact(self._uri)} rejected a record, which only the journal has: {error}")

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 ANSWER_SECONDS = 5.0
 HTTP_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: a malformed URL
-CLIENT_ENVIRONMENT = {
+CLIENT_ENVIRONMENT = {  # to be set before mlflow is imported, which reads it once
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a request that the client repeats could create a run twice
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
@@ -213,11 +213,16 @@ class RunNotFound(Exception):
 
 
 def request(action: Callable[..., T], *args: Any, **values: Any) -> T:
-    """Return `action(*args, **values)`; its errors become ServerUnavailable, RequestRejected or RunNotFound."""
+    """Return `action(*args, **values)`; its errors become ServerUnavailable, RequestRejected or RunNotFound.
+
+    An action that makes several requests raises theirs.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         return action(*args, **values)
+    except (ServerUnavailable, RequestRejected, RunNotFound):
+        raise
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise RunNotFound(redact(str(error))) from error
@@ -225,11 +230,6 @@ def request(action: Callable[..., T], *args: Any, **values: Any) -> T:
         raise kind(redact(str(error))) from error
     except Exception as error:  # connection, database and file errors of any underlying library
         raise ServerUnavailable(describe_error(error)) from error
-
-
-def prepare_client() -> None:
-    """Set the client's environment variables. Call it before the first import of mlflow, which reads them once."""
-    os.environ.update(CLIENT_ENVIRONMENT)
 
 
 def connect(uri: str) -> MlflowClient:

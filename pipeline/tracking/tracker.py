@@ -4,7 +4,7 @@ No call waits for a server (contract C6): `metrics` appends one line to a file. 
 (`pipeline.tracking.uploader`) because importing mlflow and its Python work hold the interpreter lock. As a thread they
 made steps up to four times as long during the import, and delayed single steps by 0.3 s.
 
-Tracking errors are logged as warnings and never raised, except by `JournalTracker.open`, which runs before training.
+Tracking errors are logged as warnings and never raised, except by `Tracker.open`, which runs before training.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import posixpath
 import secrets
 import time
@@ -21,22 +22,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any, Concatenate, Literal, ParamSpec
 
 from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
 from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.tracking import describe, locations
 from pipeline.tracking.committed import CommittedJournal, Store
-from pipeline.tracking.describe import (
-    CONFIG_TAG,
-    clean_key,
-    config_yaml,
-    environment_tags,
-    note_of_run,
-    note_of_stage,
-    recipe_hash,
-    split_changeable,
-)
 from pipeline.tracking.journal import (
     CHECKPOINT,
     EVALUATION,
@@ -44,18 +36,7 @@ from pipeline.tracking.journal import (
     Journal,
     JournalWriter,
     Record,
-    ReplayFilter,
     check_artifact_name,
-    encode_number,
-)
-from pipeline.tracking.locations import (
-    RUN_FILE,
-    committed_journal,
-    experiment_name,
-    journal_folder,
-    journal_write_errors,
-    read_run_id,
-    tracking_uri,
 )
 from pipeline.tracking.uploader import Uploader
 
@@ -85,45 +66,20 @@ class SavedWeights:
     stage: int
 
 
-class Tracker:
-    """The tracking interface of training and evaluation; this base class records nothing (ranks other than 0)."""
-
-    def begin_stage(
-        self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[DatasetInput]
-    ) -> None: ...
-    def metrics(self, step: int, values: dict[str, float]) -> None: ...
-    def rewind(self, step: int) -> None: ...
-    def tag(self, key: str, value: str) -> None: ...
-    def artifact(self, name: str, content: str | Path | bytes) -> None: ...
-    def log_checkpoints(self, checkpoints: Sequence[SavedWeights]) -> None: ...
-    def log_final_weights(self, weights: SavedWeights) -> None: ...
-    def end_stage(self, status: Status = "FINISHED") -> None: ...
-    def finish(self, status: Status = "FINISHED") -> None: ...
-    def commit(self, step: int) -> None: ...
-    def close(self, timeout: float = 20.0) -> None: ...
-    def abandon(self) -> None: ...
-
-
-def log_exceptions(method: Callable[P, None]) -> Callable[P, None]:
-    """Turn every exception of a tracking method into a warning, because tracking must never stop training."""
-
-    @functools.wraps(method)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            method(*args, **kwargs)
-        except Exception as error:
-            logger.warning("tracking: %s failed and was skipped: %s", method.__name__, describe_error(error))
-
-    return guarded
-
-
 class History:
-    """State that follows from a journal's records: those of earlier sessions, and those that this one appends."""
+    """State that follows from a journal's records: those of earlier sessions, and those that this one appends.
+
+    It tells replayed points from new ones. The points of a stage arrive in the order of their steps. A point at or
+    below the highest step of its key is a replay, and since a resumed run equals the uninterrupted run (C4), the first
+    point counts; a rewind lowers the highest step. Points outside stages (evaluations of any checkpoint, in any order)
+    are replays only if step and value are equal.
+    """
 
     _STEPS = 256  # recent steps whose metrics are kept, with those of every evaluation, to annotate saved weights
 
     def __init__(self, journal: Journal):
-        self.replay_filter = ReplayFilter()
+        self._last_steps: dict[tuple[int, str], int] = {}  # highest step by stage and key
+        self._outside_stages: set[tuple[str, int, float | str]] = set()
         self._recent: OrderedDict[int, list[Record]] = OrderedDict()  # metrics records by step
         self._evaluations: dict[int, list[Record]] = {}
         self.checkpoints: dict[str, int] = {}  # retained checkpoints: URL -> stage index
@@ -139,104 +95,143 @@ class History:
                     stage, tags, has_trained = record["stage"], record["tags"], True
                     self.origins[stage] = tags.get("start_from", "random")
                     self.stage_starts[stage] = self.stage_starts.get(stage, 0) + 1
-                    self.stage_keys[stage] = {key: tags[key] for key in tags if key.startswith(CONFIG_TAG)}
+                    self.stage_keys[stage] = {key: tags[key] for key in tags if key.startswith(describe.CONFIG_TAG)}
             self.training_sessions += has_trained
 
     def observe(self, record: Record) -> None:
-        """Update the metrics and checkpoints from a record."""
-        self.replay_filter.observe(record)
-        if record["kind"] == "metrics":
-            self._recent.setdefault(record["step"], []).append(record)
+        """Update points and checkpoints from a record."""
+        kind, stage, step = record["kind"], record["stage"], record.get("step", 0)
+        if kind == "metrics":
+            self.keep_new(stage, step, record["values"])
+            self._recent.setdefault(step, []).append(record)
             if any(key.startswith(EVALUATION) for key in record["values"]):
-                self._evaluations.setdefault(record["step"], []).append(record)
+                self._evaluations.setdefault(step, []).append(record)
             if len(self._recent) > self._STEPS:
                 self._recent.popitem(last=False)
-        elif record["kind"] == "rewind":
+        elif kind == "rewind":
+            steps = self._last_steps.items()
+            self._last_steps = {key: min(last, step) if key[0] == stage else last for key, last in steps}
             for by_step in (self._recent, self._evaluations):
-                for later in [step for step in by_step if step > record["step"]]:
-                    by_step[later] = [point for point in by_step[later] if point["stage"] != record["stage"]]
-        elif record["kind"] == "model" and record["role"] == CHECKPOINT:
-            self.checkpoints[record["url"]] = record["stage"]
-        elif record["kind"] == "model_gone":
+                for later in [other for other in by_step if other > step]:
+                    by_step[later] = [point for point in by_step[later] if point["stage"] != stage]
+        elif kind == "model" and record["role"] == CHECKPOINT:
+            self.checkpoints[record["url"]] = stage
+        elif kind == "model_gone":
             self.checkpoints.pop(record["url"], None)
+
+    def keep_new(self, stage: int | None, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values that are not replays, and count them as recorded."""
+        if stage is None:
+            points = {(key, step, value) for key, value in values.items()} - self._outside_stages
+            self._outside_stages |= points
+            return {key: value for key, value in values.items() if (key, step, value) in points}
+        new = {key: value for key, value in values.items() if step > self._last_steps.get((stage, key), -1)}
+        self._last_steps.update(dict.fromkeys(((stage, key) for key in new), step))
+        return new
+
+    def last_step(self, stage: int) -> int:
+        """Return the highest recorded step of a stage, or -1."""
+        return max((step for (index, _), step in self._last_steps.items() if index == stage), default=-1)
 
     def quality(self, step: int, stage: int) -> list[dict[str, Any]]:
         """Return the quality metrics of a global step as {"stage" (index or None), "key", "value", "at"}."""
-        records = self._recent.get(step) or self._evaluations.get(step) or []
         return [
             {"stage": record["stage"], "key": key, "value": value, "at": record["at"]}
-            for record in records
+            for record in self._recent.get(step) or self._evaluations.get(step) or []
             if record["stage"] in (stage, None)
             for key, value in record["values"].items()
             if key.startswith(QUALITY_PREFIXES)
         ]
 
 
-class JournalTracker(Tracker):
-    """Tracker of the process that records a run (rank 0 of training, or an evaluation). Create it with `open`."""
+def log_exceptions(method: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
+    """Turn every exception of a tracking method into a warning, because tracking must never stop training.
 
-    def __init__(
-        self, config: RunConfig, journal: Journal, writer: JournalWriter, history: History,
-        committed: CommittedJournal | None,
-    ):  # fmt: skip
-        self._config, self._journal, self._writer = config, journal, writer
-        self._history, self._committed = history, committed
-        self._uploader = Uploader(journal, writer, config)
-        self._stage: int | None = None
-        self._trained = False  # True once this session has started a stage
-        self._last_time = 0  # of the last record, in milliseconds
-        self._replaying = False
+    A tracker that was not opened records nothing: its method is not called.
+    """
+
+    @functools.wraps(method)
+    def guarded(self: Tracker, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            if self.is_recording:
+                method(self, *args, **kwargs)
+        except Exception as error:
+            logger.warning("tracking: %s failed and was skipped: %s", method.__name__, describe_error(error))
+
+    return guarded
+
+
+class Tracker:
+    """Records a run, in rank 0 of training or in an evaluation, once created with `open`.
+
+    `Tracker()` is that of the other ranks: it has the same methods and records nothing.
+    """
+
+    is_recording = False
+    _config: RunConfig
+    _journal: Journal
+    _committed: CommittedJournal
+    _history: History
+    _writer: JournalWriter
+    _uploader: Uploader
+    _stage: int | None = None
+    _has_trained = False  # True once this session has started a stage
+    _last_time = 0  # of the last record, in milliseconds
+    _replaying = False
 
     @classmethod
-    def open(cls, config: RunConfig, storage: Store, attempt_tags: dict[str, str] | None = None) -> JournalTracker:
+    def open(cls, config: RunConfig, storage: Store, attempt_tags: dict[str, str] | None = None) -> Tracker:
         """Open the run's journal, creating it on the first start, and start its upload.
 
         `attempt_tags` describe this start (world size, attempt, submission id, …) and are set on the parent run.
         Raises StorageError or TrackingError when the run's folder or the journal cannot be read or written.
         """
-        journal = Journal(journal_folder(config.folder))
-        committed = committed_journal(config.folder, storage)
-        run = read_run_id(config, storage)
+        tracker = cls()
+        tracker._config, tracker.is_recording = config, True
+        tracker._journal = journal = Journal(locations.journal_folder(config.folder))
+        tracker._committed = CommittedJournal(storage, config.folder)
+        run = locations.read_run_id(config, storage)
         is_new = run is None
         if run is None:
             run = uuid.uuid4().hex
-            storage.write(f"{config.folder}/{RUN_FILE}", json.dumps({"run": run, "name": config.name}).encode())
-        with journal_write_errors(journal):
+            content = json.dumps({"run": run, "name": config.name}).encode()
+            storage.write(f"{config.folder}/{locations.RUN_FILE}", content)
+        with locations.journal_write_errors(journal):
             if any(record["run"] != run for record in journal.run_records()):
                 aside = journal.folder.with_name(f"{journal.folder.name}.{secrets.token_hex(4)}.old")
                 journal.folder.rename(aside)
                 message = "the journal in %s belongs to an earlier run of this name and was moved to %s"
                 logger.warning(message, journal.folder, aside)
-            if committed is not None:
-                committed.restore(journal)
+            tracker._committed.restore(journal)
             was_lost = not is_new and not journal.sessions()
-            history = History(journal)
-            writer = journal.start_session()
-        params, changeable = split_changeable(config.model_dump(mode="json"))
-        tags = environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
-        tags |= {"recipe_hash": recipe_hash(config), "mlflow.note.content": redact(note_of_run(config))}
-        writer.append({
+            tracker._history = History(journal)
+            tracker._writer = journal.start_session()
+        params, changeable = describe.split_changeable(config.model_dump(mode="json"))
+        tags = describe.environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
+        tags["recipe_hash"] = describe.recipe_hash(config)
+        tags["mlflow.note.content"] = redact(describe.note_of_run(config))
+        tracker._writer.append({
             "kind": "run", "at": time.time_ns() // 1_000_000, "stage": None, "run": run, "name": config.name,
-            "uri": redact(tracking_uri(config)), "experiment": experiment_name(config), "params": params,
-            "tags": tags | changeable, "datasets": [],
+            "uri": redact(locations.tracking_uri(config)), "experiment": locations.experiment_name(config),
+            "params": params, "tags": tags | changeable, "datasets": [],
             "server_has_more": journal.restored.exists() or was_lost,  # it may hold later points than this journal
         })  # fmt: skip
         journal.restored.unlink(missing_ok=True)
-        tracker = cls(config, journal, writer, history, committed)
-        tracker.artifact("config.yaml", config_yaml(config).encode())
+        tracker._uploader = Uploader(journal, tracker._writer, config)
+        tracker.artifact("config.yaml", describe.config_yaml(config).encode())
         return tracker
 
     @log_exceptions
     def begin_stage(self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[DatasetInput]) -> None:
         """Assign the following records to stage `index`, until `end_stage`. A stage that began before is resumed."""
         history, attempt = self._history, str(self._history.training_sessions + 1)
-        params, changeable = split_changeable(stage.model_dump(mode="json"), f"stages.{index}")
+        params, changeable = describe.split_changeable(stage.model_dump(mode="json"), f"stages.{index}")
         previous = history.stage_keys.get(index, changeable)
         tags = {key: redact(str(value)) for key, value in tags.items()}
         tags = {"stage": stage.name, "stage_index": str(index)} | tags | changeable
         if "resumed_at" in tags:  # keep the original weights: the run named by `start_from` may have advanced since
             tags["start_from"] = history.origins.get(index, tags.get("start_from", "random"))
-        tags["mlflow.note.content"] = note_of_stage(stage, tags.get("start_from", "random"))
+        tags["mlflow.note.content"] = describe.note_of_stage(stage, tags.get("start_from", "random"))
         tags["attempt"] = attempt
         if starts := history.stage_starts.get(index, 0):
             tags["mome.restarts"] = str(starts)
@@ -244,7 +239,7 @@ class JournalTracker(Tracker):
         self.tag("attempt", attempt)
         if history.training_sessions:
             self.tag("mome.restarts", str(history.training_sessions))
-        self._stage, self._trained, self._replaying = index, True, False
+        self._stage, self._has_trained, self._replaying = index, True, False
         inputs = [asdict(dataset) for dataset in datasets]
         self._append("stage", name=stage.name, params=params, tags=tags, datasets=inputs)
         if any(previous.get(key, value) != value for key, value in changeable.items()):
@@ -256,21 +251,21 @@ class JournalTracker(Tracker):
     def rewind(self, step: int) -> None:
         """Void the stage's metrics beyond the global `step`, so that different ones can be recorded."""
         assert self._stage is not None
-        highest = self._history.replay_filter.last_step(self._stage)
-        if highest <= step:
-            return
-        self._append("rewind", step=int(step))
-        self._last_time += 1  # MLflow shows the later of two points of one step
-        self.tag("mome.recorded_anew_from_step", str(step))
-        self.tag("mome.recorded_anew_below_step", str(highest))
+        highest = self._history.last_step(self._stage)
+        if highest > step:
+            self._append("rewind", step=int(step))
+            self._last_time += 1  # MLflow shows the later of two points of one step
+            self.tag("mome.recorded_anew_from_step", str(step))
+            self.tag("mome.recorded_anew_below_step", str(highest))
 
     @log_exceptions
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record one point per key at a global step. Points of replayed steps are dropped: the first ones count."""
-        encoded = {clean_key(key): encode_number(value) for key, value in values.items()}
-        replay_filter, stage = self._history.replay_filter, self._stage
-        highest = replay_filter.last_step(stage) if stage is not None and not self._replaying else -1
-        new_values = replay_filter.keep_new(stage, step, encoded)
+        numbers = {describe.clean_key(key): float(value) for key, value in values.items()}
+        encoded = {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
+        stage = self._stage
+        highest = self._history.last_step(stage) if stage is not None and not self._replaying else -1
+        new_values = self._history.keep_new(stage, step, encoded)
         if len(new_values) < len(encoded) and step <= highest:
             self._replaying = True
             self.tag("mome.resumed_at_step", str(step))
@@ -280,7 +275,7 @@ class JournalTracker(Tracker):
 
     @log_exceptions
     def tag(self, key: str, value: str) -> None:
-        self._append("tag", key=clean_key(key), value=str(value))
+        self._append("tag", key=describe.clean_key(key), value=str(value))
 
     @log_exceptions
     def artifact(self, name: str, content: str | Path | bytes) -> None:
@@ -303,14 +298,11 @@ class JournalTracker(Tracker):
             self._append("model_gone", stage=self._history.checkpoints[url], url=url)
         for url, weights in current.items():
             if url not in known:
-                self._append_weights(weights, CHECKPOINT)
+                self.log_weights(weights, CHECKPOINT)
 
     @log_exceptions
-    def log_final_weights(self, weights: SavedWeights) -> None:
-        """Record the stage's final weights, from which the next stage, an evaluation or an export starts."""
-        self._append_weights(weights, FINAL_WEIGHTS)
-
-    def _append_weights(self, weights: SavedWeights, role: str) -> None:
+    def log_weights(self, weights: SavedWeights, role: str = FINAL_WEIGHTS) -> None:
+        """Record weights: by default a stage's final ones, from which a stage, an evaluation or an export starts."""
         points = self._history.quality(weights.step, weights.stage)
         url = redact(weights.url)
         self._append("model", stage=weights.stage, step=weights.step, url=url, role=role, points=points)
@@ -319,7 +311,7 @@ class JournalTracker(Tracker):
     def end_stage(self, status: Status = "FINISHED") -> None:
         self._append("stage_end", status=status)
         self._stage = None
-        self._uploader.wake()
+        self._uploader.send("upload")
 
     @log_exceptions
     def finish(self, status: Status = "FINISHED") -> None:
@@ -333,8 +325,7 @@ class JournalTracker(Tracker):
         """Make the journal as durable as the run's storage. Call it before the checkpoint of `step` is committed, so
         that a restart from that checkpoint, on any node, has every point up to it."""
         self._writer.sync()
-        if self._committed is not None:
-            self._committed.commit(self._journal)
+        self._committed.commit(self._journal)
 
     @log_exceptions
     def close(self, timeout: float = 20.0) -> None:
@@ -342,7 +333,7 @@ class JournalTracker(Tracker):
 
         A run that never trained (such as an evaluation of imported weights) is marked as finished here.
         """
-        if not self._trained and not self._history.training_sessions:
+        if not self._has_trained and not self._history.training_sessions:
             self.finish()
         self.commit(-1)
         try:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.config.background import PeriodicThread
@@ -46,8 +47,12 @@ class Uploader:
         self._last_start, self._restart_seconds, self._reported = float("-inf"), 0.0, False
         self._thread = PeriodicThread(self._supervise, self._every, "mome-tracking", immediately=True).start()
 
-    def wake(self) -> None:
-        self._send("upload")
+    def send(self, command: str) -> None:
+        """Send a command to the process, if it runs."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # the process has ended and will be restarted
+                self._process.stdin.write(command.encode() + b"\n")
+                self._process.stdin.flush()
 
     def close(self, timeout: float) -> None:
         """Wait at most `timeout` seconds until everything is uploaded, and end the process."""
@@ -55,7 +60,7 @@ class Uploader:
         self._thread.stop(timeout)
         is_complete = False
         if (process := self._process) is not None:
-            self._send(f"close {0.9 * max(deadline - time.monotonic(), 0.0):.3f}")
+            self.send(f"close {0.9 * max(deadline - time.monotonic(), 0.0):.3f}")
             try:
                 is_complete = process.wait(max(deadline - time.monotonic(), 0.0)) == 0
             except subprocess.TimeoutExpired:
@@ -102,42 +107,33 @@ class Uploader:
                 status, redact(last), self._log,
             )  # fmt: skip
             self._reported = True
-        if now - self._last_start >= self._restart_seconds:
-            self._last_start = now
-            self._restart_seconds = min(max(2 * self._restart_seconds, self._every), MAX_RESTART_SECONDS)
-            self._start()
-
-    def _start(self) -> None:
-        """Start the upload process, which ends soon after its input is closed and so cannot outlive this process."""
+        if now - self._last_start < self._restart_seconds:
+            return
+        self._last_start = now
+        self._restart_seconds = min(max(2 * self._restart_seconds, self._every), MAX_RESTART_SECONDS)
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
         command = [sys.executable, "-m", "pipeline.tracking.uploader", str(self._journal.folder)]
         try:
             # No symbolic link is followed, because another user may have created the journal's folder.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(self._log, flags, 0o644), "ab") as log:
-                process = subprocess.Popen(
+                # Ctrl-C ends training, which then closes this process in order: it gets a session of its own. It ends
+                # soon after its input is closed, and so cannot outlive this process.
+                self._process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
-                    start_new_session=True,  # Ctrl-C ends training, which then closes this process in order
+                    start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
             logger.warning("tracking: the upload process did not start (%s); the journal is kept", error)
             return
-
-        def forward_messages() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                logger.warning("%s", line.decode(errors="replace").rstrip())
-
-        self._process = process
         # Sent through the input, because the URI may hold a password and arguments are visible to other users.
-        self._send(json.dumps({"uri": self._uri, "every": self._every}))
-        threading.Thread(target=forward_messages, daemon=True).start()
+        self.send(json.dumps({"uri": self._uri, "every": self._every}))
+        threading.Thread(target=_forward_messages, args=(self._process.stdout,), daemon=True).start()
 
-    def _send(self, line: str) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):  # the process has ended and will be restarted
-                self._process.stdin.write(line.encode() + b"\n")
-                self._process.stdin.flush()
+
+def _forward_messages(lines: Iterable[bytes]) -> None:
+    for line in lines:
+        logger.warning("%s", line.decode(errors="replace").rstrip())
 
 
 class Commands:
@@ -151,11 +147,11 @@ class Commands:
         self._descriptor = descriptor
         self._parent = os.getppid()
         self._buffer = b""
-        self.deadline: float | None = None
+        self.deadline = math.inf  # until a command to close
 
     def wait(self, seconds: float) -> None:
         """Wait for a command, at most `seconds`."""
-        if self.deadline is not None:
+        if self.deadline < math.inf:
             time.sleep(max(0.0, min(seconds, 0.5, self.deadline - time.monotonic())))
         elif select.select([self._descriptor], [], [], seconds)[0]:
             data = os.read(self._descriptor, 65536)
@@ -167,10 +163,6 @@ class Commands:
         elif os.getppid() != self._parent:
             self.deadline = time.monotonic() + ORPHAN_SECONDS
 
-    @property
-    def is_late(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
-
 
 def upload_until_closed(
     folder: Path, uri: str, every: float, commands: Commands, report: Callable[[str], None]
@@ -180,12 +172,13 @@ def upload_until_closed(
         while not lock.enter_context(exclusive_upload(folder)):
             # The uploader of an earlier start, or of an evaluation, is running; it uploads these records too.
             lock.close()
-            if commands.deadline is not None and (commands.is_late or not pending_bytes(folder, uri)):
+            is_closing, is_late = commands.deadline < math.inf, time.monotonic() >= commands.deadline
+            if is_closing and (is_late or not pending_bytes(folder, uri)):
                 return not pending_bytes(folder, uri)
             commands.wait(1.0)
         uploader, retry_seconds, down_since = MlflowUploader(folder, uri, report), RETRY_SECONDS, None
         while True:
-            is_closing = commands.deadline is not None
+            is_closing = commands.deadline < math.inf
             try:
                 uploader.upload()
             except ServerUnavailable as error:
@@ -202,7 +195,7 @@ def upload_until_closed(
                 if is_closing:
                     return True
                 commands.wait(every)
-            if commands.is_late:
+            if time.monotonic() >= commands.deadline:
                 return not pending_bytes(folder, uri)
 
 

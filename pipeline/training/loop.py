@@ -21,7 +21,7 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
 from pipeline.objectives import batch_groups
 from pipeline.objectives.mim import load_image_tokenizer
-from pipeline.tracking.tracker import JournalTracker, SavedWeights, Status, Tracker
+from pipeline.tracking.tracker import SavedWeights, Status, Tracker
 from pipeline.training.alerts import Alerts
 from pipeline.training.callbacks import Callback, Callbacks, StepEvent
 from pipeline.training.checkpoint import (
@@ -93,10 +93,10 @@ def train(
     claim, start = collectives.broadcast_json((claim, start))
     ownership = Ownership(storage, config.folder, claim, Start.parse(start))
     tokenizer = Tokenizer.load(storage, join(config.folder, VOCABULARY), config.tokenizer.lowercase)
-    tracker: Tracker = Tracker()
+    tracker = Tracker()
     if is_first:
         tags = {"world_size": str(collectives.world_size), "zero_stage": str(config.engine.zero_stage)}
-        tracker = JournalTracker.open(config, storage, tags)
+        tracker = Tracker.open(config, storage, tags)
     coverage = load_coverage(storage, config.folder) if is_first else None
     context = RunContext(
         config, storage, tokenizer, collectives, tracker, report, loader_backend, supervisor, ownership, coverage
@@ -287,7 +287,7 @@ def export_weights(state: StageState, stage: Stage, context: RunContext) -> None
     weights = state.engine.weights()  # on rank 0 only
     if weights is not None:
         context.ownership.check()
-    context.tracker.log_final_weights(SavedWeights(stage.url, end, stage.index))
+    context.tracker.log_weights(SavedWeights(stage.url, end, stage.index))
     context.tracker.end_stage("FINISHED")
     context.tracker.commit(end)
     if weights is not None:

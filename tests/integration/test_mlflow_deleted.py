@@ -14,7 +14,7 @@ from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable
-from pipeline.tracking.tracker import JournalTracker
+from pipeline.tracking.tracker import Tracker
 from tests.support.short_run import NoUploader
 from tests.support.tracked_run import checkpoint, config_of, record
 
@@ -53,7 +53,7 @@ def losses(client: MlflowClient, run: str) -> list[tuple[int, float]]:
 def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path: Path, uri: str, what: str, fresh: bool) -> None:
     config = config_of(tmp_path, uri, f"run-{what}-{fresh}")
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": config.name})})
-    tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
+    tracker, client = Tracker.open(config, Storage()), MlflowClient(uri)
     record(tracker, config, 0, range(10))
     uploader = ship(config, uri)
     parent, stage = run_ids(config, client)
@@ -88,7 +88,7 @@ def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path: Path, uri: 
 
 def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path: Path, uri: str) -> None:
     config = config_of(tmp_path, uri, "rollback")
-    tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
+    tracker, client = Tracker.open(config, Storage()), MlflowClient(uri)
     record(tracker, config, 0, range(1, 11))
     for step in range(11, 31):
         tracker.metrics(step, {"train/loss": 50.0})
@@ -111,13 +111,13 @@ def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path: Path, uri: str)
 def test_rollback_below_uploaded_steps_after_a_lost_node(tmp_path: Path, uri: str) -> None:
     """The server has metrics that are no longer valid; the remaining journal resumes below its last step."""
     config = config_of(tmp_path, uri, "marks")
-    tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
+    tracker, client = Tracker.open(config, Storage()), MlflowClient(uri)
     record(tracker, config, 0, range(1, 31))
     ship(config, uri)
     journal = Journal(journal_folder(config.folder))
     journal.restored.touch()  # as after a node was lost: the server may have more than this journal
     tracker.close()
-    again = JournalTracker.open(config, Storage())
+    again = Tracker.open(config, Storage())
     again.begin_stage(0, config.stages[0], {"resumed_at": "10"}, [])
     again.rewind(10)
     for step in range(11, 31):
@@ -133,7 +133,7 @@ def test_run_opened_by_an_evaluation_is_ended(tmp_path: Path, uri: str) -> None:
     """Imported weights have no training run that would end it."""
     config, client = config_of(tmp_path, uri, "imported"), MlflowClient(uri)
     for _ in range(2):
-        tracker = JournalTracker.open(config, Storage())
+        tracker = Tracker.open(config, Storage())
         tracker.metrics(0, {"eval/r1": 0.5})
         tracker.close()
         ship(config, uri)

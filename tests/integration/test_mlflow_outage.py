@@ -22,7 +22,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder
-from pipeline.tracking.tracker import JournalTracker
+from pipeline.tracking.tracker import Tracker
 from tests.support.mlflow_server import Server
 from tests.support.tracked_run import PHOTOS, checkpoint, config_of, record, weights
 
@@ -78,15 +78,15 @@ def content(database: Path) -> list[list[tuple[Any, ...]]]:
 
 def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, database: Path) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}")
-    first = JournalTracker.open(config, Storage(), {"attempt": "1"})
+    first = Tracker.open(config, Storage(), {"attempt": "1"})
     record(first, config, 0, range(0, 60))
     first.abandon()
-    second = JournalTracker.open(config, Storage(), {"attempt": "2"})
+    second = Tracker.open(config, Storage(), {"attempt": "2"})
     record(second, config, 0, range(40, 100))
     second.end_stage()
     record(second, config, 1, range(100, 130))
     second.abandon()
-    third = JournalTracker.open(config, Storage(), {"attempt": "3"})
+    third = Tracker.open(config, Storage(), {"attempt": "3"})
     record(third, config, 1, range(120, 200))
     third.artifact("report/index.html", b"<p>good</p>")
     third.end_stage()
@@ -117,7 +117,7 @@ def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, data
 
 def test_repeated_upload_without_cursor_changes_nothing(tmp_path: Path, database: Path) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}")
-    tracker = JournalTracker.open(config, Storage())
+    tracker = Tracker.open(config, Storage())
     record(tracker, config, 0, range(1500))  # more than one batch
     tracker.metrics(1500, {"nan": math.nan, "up": math.inf, "down": -math.inf})
     tracker.end_stage()
@@ -143,7 +143,7 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(
 ) -> None:
     config = config_of("memory://bucket/lost-node", f"sqlite:///{database}")
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "first-node"))
-    first = JournalTracker.open(config, Storage())
+    first = Tracker.open(config, Storage())
     record(first, config, 0, range(0, 60))
     first.commit(60)
     for step in range(60, 80):
@@ -154,7 +154,7 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(
     )  # as its shipper would have, a moment before the loss
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
-    second = JournalTracker.open(config, Storage())
+    second = Tracker.open(config, Storage())
     record(second, config, 0, range(60, 100))
     second.end_stage()
     second.finish()
@@ -172,9 +172,9 @@ def test_journal_of_a_killed_trainer_is_uploaded(tmp_path: Path, database: Path)
         "import os, signal, sys, time\n"
         "from pipeline.config.schema import RunConfig\n"
         "from pipeline.data.storage import Storage\n"
-        "from pipeline.tracking.tracker import JournalTracker\n"
+        "from pipeline.tracking.tracker import Tracker\n"
         "config = RunConfig.model_validate_json(sys.stdin.read())\n"
-        "tracker = JournalTracker.open(config, Storage())\n"
+        "tracker = Tracker.open(config, Storage())\n"
         "tracker.begin_stage(0, config.stages[0], {}, [])\n"
         "for step in range(2000): tracker.metrics(step, {'train/loss': 1 / (step + 1)})\n"
         "while tracker._uploader._process is None: time.sleep(0.01)\n"
@@ -206,7 +206,7 @@ def is_running(process: int) -> bool:
 
 def test_outage_delays_no_step_and_loses_no_metric(tmp_path: Path, server: Server) -> None:
     config = config_of(tmp_path, server.uri)
-    tracker = JournalTracker.open(config, Storage(), {"world_size": "2"})
+    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
     tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
     slowest = 0.0
 
@@ -242,7 +242,7 @@ def test_outage_delays_no_step_and_loses_no_metric(tmp_path: Path, server: Serve
 
 def test_run_without_server_is_uploaded_later(tmp_path: Path, server: Server) -> None:
     config = config_of(tmp_path, "http://127.0.0.1:1", name="offline")
-    tracker = JournalTracker.open(config, Storage())
+    tracker = Tracker.open(config, Storage())
     record(tracker, config, 0, range(50))
     tracker.end_stage()
     tracker.finish()
@@ -271,19 +271,19 @@ def rows_if_there(database: Path, query: str) -> list[tuple[Any, ...]]:
 
 def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, database: Path) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}", name="kept.models")
-    first = JournalTracker.open(config, Storage())
+    first = Tracker.open(config, Storage())
     record(first, config, 0, range(1, 91))
     first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
     first.metrics(60, {"eval/unseen/r1": 0.2})  # of an existing checkpoint
     first.abandon()
-    second = JournalTracker.open(config, Storage())
+    second = Tracker.open(config, Storage())
     record(second, config, 0, range(61, 101))
     second.metrics(90, {"eval/unseen/r1": 0.5})  # of a checkpoint that is being written
     second.log_checkpoints([checkpoint(config, 60), checkpoint(config, 90)])
-    second.log_final_weights(weights(config, 0))
+    second.log_weights(weights(config, 0))
     second.end_stage()
     record(second, config, 1, range(101, 201))
-    second.log_final_weights(weights(config, 1))
+    second.log_weights(weights(config, 1))
     second.end_stage()
     second.metrics(200, {"eval/unseen/r1": 0.75})  # of the last stage, after the run
     second.finish()

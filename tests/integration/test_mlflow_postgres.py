@@ -19,7 +19,7 @@ from jobs.tracking import sync
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder
-from pipeline.tracking.tracker import JournalTracker
+from pipeline.tracking.tracker import Tracker
 from tests.support.mlflow_server import ADMIN, PASSWORD, Server
 from tests.support.postgres import USER, Postgres
 from tests.support.stores import S3
@@ -80,7 +80,7 @@ def test_outage_of_the_server_loses_and_repeats_no_metric(postgres: Postgres, s3
     server = Server(tmp_path, postgres.uri, s3.url("artifacts"), environment)
     server.start()
     config = config_of(tmp_path / "runs", server.uri)
-    tracker = JournalTracker.open(config, Storage(), {"world_size": "1"})
+    tracker = Tracker.open(config, Storage(), {"world_size": "1"})
     tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
     steps, slowest = 0, 0.0
 
@@ -103,7 +103,7 @@ def test_outage_of_the_server_loses_and_repeats_no_metric(postgres: Postgres, s3
     train(OUTAGE_SECONDS / 2)
     server.start()
     train(2)
-    tracker.log_final_weights(weights(config, 0))
+    tracker.log_weights(weights(config, 0))
     tracker.end_stage()
     tracker.finish()
     tracker.close(timeout=120 + OUTAGE_SECONDS)
@@ -135,7 +135,7 @@ def test_server_with_login_needs_the_environment_variables(tmp_path: Path, monke
     server.start()
     config = config_of(tmp_path / "runs", server.uri)
     try:
-        tracker = JournalTracker.open(config, Storage())
+        tracker = Tracker.open(config, Storage())
         record(tracker, config, 0, range(50))
         tracker.finish()
         tracker.close(timeout=5)

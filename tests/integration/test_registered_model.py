@@ -26,7 +26,7 @@ from pipeline.evaluation.retrieval import embed_images, embed_texts, fusion_scor
 from pipeline.inference import build_trained_model, load_model, pyfunc_outputs
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import to_published
-from pipeline.tracking.tracker import JournalTracker
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import Weights, load_weights
 from tests.support.pairs import picture
 
@@ -74,7 +74,7 @@ def track(weights: Weights) -> None:
     """Record a run as the one that trained the weights."""
     config = weights.config
     index = [stage.name for stage in config.stages].index(weights.stage)
-    tracker = JournalTracker.open(config, Storage())
+    tracker = Tracker.open(config, Storage())
     tracker.begin_stage(index, config.stages[index], {}, [])
     tracker.finish()
     tracker.close(timeout=120)

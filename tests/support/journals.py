@@ -11,7 +11,8 @@ from pipeline.data.storage import ObjectInfo
 from pipeline.tracking.committed import CommittedJournal
 from pipeline.tracking.journal import Journal, JournalWriter
 
-URL = "run/journal"
+RUN = "memory://run"
+URL = f"{RUN}/journal"
 STAGE_START = {"kind": "stage", "at": 1, "stage": 0, "name": "one", "params": {}, "tags": {}, "datasets": []}
 REPORT = "0123456789abcdef/report.html"  # file of an artifact in a journal
 
@@ -69,10 +70,10 @@ class Objects(dict[str, bytes]):
 
 
 def commit(store: Any, journal: Journal) -> None:
-    CommittedJournal(store, URL).commit(journal)
+    CommittedJournal(store, RUN).commit(journal)
 
 
-def restored(store: Any, folder: Path, url: str = URL) -> Journal:
+def restored(store: Any, folder: Path, run: str = RUN) -> Journal:
     journal = Journal(folder)
-    CommittedJournal(store, url).restore(journal)
+    CommittedJournal(store, run).restore(journal)
     return journal

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from pipeline.config.schema import RunConfig
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from pipeline.tracking.tracker import DatasetInput, JournalTracker, SavedWeights
+from pipeline.tracking.tracker import DatasetInput, Tracker, SavedWeights
 from tests.support import journals
 from tests.support.train_process import STAGES, TrainProcess
 
@@ -20,7 +20,7 @@ def config_of(output: Path | str, uri: str, name: str = "run") -> RunConfig:
     return journals.config_of(output, name, uri=uri, flush_seconds=0.2)
 
 
-def record(tracker: JournalTracker, config: RunConfig, stage: int, steps: range) -> None:
+def record(tracker: Tracker, config: RunConfig, stage: int, steps: range) -> None:
     """Record what the loop records in these steps of a stage."""
     tags = {"zero_stage": "1"} | ({"start_from": weights(config, stage - 1).url} if stage else {})
     tracker.begin_stage(stage, config.stages[stage], tags, [PHOTOS])

@@ -18,7 +18,19 @@ from pipeline.tracking.committed import CommittedJournal, committed_segments
 from pipeline.tracking.journal import Journal, encode
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.journals import REPORT, STAGE_START, URL, Objects, artifact, commit, point, restored, steps, training
+from tests.support.journals import (
+    REPORT,
+    RUN,
+    STAGE_START,
+    URL,
+    Objects,
+    artifact,
+    commit,
+    point,
+    restored,
+    steps,
+    training,
+)
 
 # ---- R1: several writers, cuts, overlaps, repeats
 
@@ -60,7 +72,7 @@ def test_sessions_of_other_living_processes_are_not_committed(tmp_path: Path) ->
         assert other.stdin is not None
         other.stdout.readline()
         dead, alive = journal.sessions()
-        committed = CommittedJournal(store, URL)
+        committed = CommittedJournal(store, RUN)
         committed.commit(journal)
         while_it_lived = [*committed_segments(store, URL)]
         other.stdin.close()
@@ -72,7 +84,7 @@ def test_sessions_of_other_living_processes_are_not_committed(tmp_path: Path) ->
 
 def test_segments_of_several_commits_restore_the_journal(tmp_path: Path) -> None:
     store = Objects()
-    journal, committed = Journal(tmp_path / "here"), CommittedJournal(store, URL)
+    journal, committed = Journal(tmp_path / "here"), CommittedJournal(store, RUN)
     writer = training(journal, 1, 5)
     committed.commit(journal)
     committed.commit(journal)  # nothing new: nothing uploaded
@@ -82,11 +94,10 @@ def test_segments_of_several_commits_restore_the_journal(tmp_path: Path) -> None
     writer.close()
 
     elsewhere = Journal(tmp_path / "elsewhere")
-    assert CommittedJournal(store, URL).restore(elsewhere)
+    CommittedJournal(store, RUN).restore(elsewhere)
 
     assert steps(elsewhere) == list(range(1, 9))
     assert len(store) == 2
-    assert not CommittedJournal(store, URL).restore(elsewhere), "nothing is missing any more"
     assert elsewhere.restored.exists(), "no run has gone on from it here"
 
 
@@ -110,7 +121,7 @@ def test_a_session_being_written_is_never_truncated(tmp_path: Path) -> None:
     commit(store, second)
     alive = training(first, 3, 4)
 
-    CommittedJournal(store, URL).restore(first)
+    CommittedJournal(store, RUN).restore(first)
 
     assert sorted(steps(first)) == [1, 2, 3, 4]
     alive.close()
@@ -121,8 +132,8 @@ def test_a_run_copied_to_a_store_can_be_resumed_there(tmp_path: Path) -> None:
     training(local, 1, 5).close()
     store = Objects({f"{URL}/{path.name}": path.read_bytes() for path in local.folder.glob("*.jsonl")})
 
-    copied = CommittedJournal(store, URL)
-    assert copied.restore(elsewhere)
+    copied = CommittedJournal(store, RUN)
+    copied.restore(elsewhere)
     assert steps(elsewhere) == [1, 2, 3, 4, 5]
     training(elsewhere, 6, 8).close()
     copied.commit(elsewhere)
@@ -140,7 +151,7 @@ def test_an_uncommitted_evaluation_survives_a_restore(tmp_path: Path) -> None:
     training(node, 1, 9).close()
     commit(store, node)
 
-    CommittedJournal(store, URL).restore(here)
+    CommittedJournal(store, RUN).restore(here)
 
     assert sorted(steps(here)) == sorted([*range(1, 10), 50])
 
@@ -152,7 +163,7 @@ def test_random_node_histories_restore_each_point_once(tmp_path: Path) -> None:
         checkpoint, evaluations = 0, 0
         for _ in range(rng.randint(2, 5)):  # attempts of training, on either node
             node = Journal(tmp_path / str(seed) / rng.choice("ab"))
-            committed = CommittedJournal(store, URL)
+            committed = CommittedJournal(store, RUN)
             committed.restore(node)
             recorded = max((step for step in steps(node) if step < 10_000), default=0)
             writer = node.start_session()
@@ -165,7 +176,7 @@ def test_random_node_histories_restore_each_point_once(tmp_path: Path) -> None:
                     checkpoint = step
                 if rng.random() < 0.05:
                     place = rng.choice((node, Journal(tmp_path / str(seed) / "laptop")))
-                    evaluates = CommittedJournal(store, URL)
+                    evaluates = CommittedJournal(store, RUN)
                     evaluates.restore(place)
                     evaluations += 1
                     evaluation = place.start_session()
@@ -186,7 +197,7 @@ def test_random_node_histories_restore_each_point_once(tmp_path: Path) -> None:
 
 def _commits(storage: Storage, folder: Path, url: str) -> None:
     journal, committed = Journal(folder), CommittedJournal(storage, url)
-    with suppress(StorageError):  # as `JournalTracker.open`, which training then begins again
+    with suppress(StorageError):  # as `Tracker.open`, which training then begins again
         committed.restore(journal)
     writer = training(journal, 1, 3)
     for file in ("0123456789abcdef/a.html", "0123456789abcdee/b.html"):
@@ -194,7 +205,7 @@ def _commits(storage: Storage, folder: Path, url: str) -> None:
         (journal.folder / "files" / file).write_bytes(file.encode())
         writer.append(artifact(file))
         writer.append(point(4 if "a.html" in file else 5))
-        with suppress(StorageError):  # `JournalTracker.commit` warns
+        with suppress(StorageError):  # `Tracker.commit` warns
             committed.commit(journal)
     if isinstance(storage, FailingStorage):
         storage.heal()
@@ -205,11 +216,11 @@ def _commits(storage: Storage, folder: Path, url: str) -> None:
 
 def test_transient_storage_faults_of_a_commit_lose_nothing(tmp_path: Path) -> None:
     clean = FailingStorage()
-    _commits(clean, tmp_path / "clean", f"{tmp_path}/clean-store/journal")
+    _commits(clean, tmp_path / "clean", f"memory://committed/{tmp_path.name}/clean-store")
     faults = list(every_fault(clean.calls))
     assert len(faults) >= 12
     for number, fault in enumerate(faults):
-        url = f"{tmp_path}/store-{number}/journal"
+        url = f"memory://committed/{tmp_path.name}/store-{number}"
         _commits(FailingStorage(fault), tmp_path / f"here-{number}", url)
 
         elsewhere = restored(Storage(), tmp_path / f"elsewhere-{number}", url)
@@ -222,9 +233,9 @@ def test_transient_storage_faults_of_a_commit_lose_nothing(tmp_path: Path) -> No
 def test_permanent_storage_faults_of_a_commit_keep_a_prefix(tmp_path: Path) -> None:
     """A node is lost while its store is unavailable: the earlier commits are complete and can be restored."""
     clean = FailingStorage()
-    _commits(clean, tmp_path / "clean", f"{tmp_path}/clean-store/journal")
+    _commits(clean, tmp_path / "clean", f"memory://committed/{tmp_path.name}/clean-store")
     for number, fault in enumerate(every_fault(clean.calls, lasting=True)):
-        storage, url = FailingStorage(fault), f"{tmp_path}/store-{number}/journal"
+        storage, url = FailingStorage(fault), f"memory://committed/{tmp_path.name}/store-{number}"
         storage.heal = lambda: None  # type: ignore[method-assign]
         with suppress(StorageError):
             _commits(storage, tmp_path / f"here-{number}", url)
@@ -235,7 +246,7 @@ def test_permanent_storage_faults_of_a_commit_keep_a_prefix(tmp_path: Path) -> N
 
 
 def test_a_failed_restore_can_be_repeated(tmp_path: Path) -> None:
-    url = f"{tmp_path}/store/journal"
+    url = f"memory://committed/{tmp_path.name}/store"
     _commits(Storage(), tmp_path / "here", url)
     stale = b"".join(encode(record) for record in (STAGE_START, point(1), point(2), point(3)))
     clean = FailingStorage()
@@ -283,7 +294,7 @@ def test_hostile_file_names_are_skipped_and_reported(
 
     journal = restored(store, folder)
     outward = Objects()
-    CommittedJournal(outward, "other/journal").commit(journal)
+    CommittedJournal(outward, "memory://other").commit(journal)
 
     after = {path for path in tmp_path.rglob("*") if folder not in path.parents}
     assert after - before <= {home, home / "cache", folder}
@@ -351,8 +362,8 @@ def test_mutated_segments_restore_a_prefix_and_raise_nothing(tmp_path: Path) -> 
         journal = restored(store, tmp_path / str(number))
 
         for name, chain in segments.items():
-            assert chain[0].start == 0
-            assert all(b.start <= a.end < b.end for a, b in pairwise(chain))
-            assert journal.path(name).stat().st_size == chain[-1].end
+            assert chain[0][0] == 0
+            assert all(b[0] <= a[1] < b[1] for a, b in pairwise(chain))
+            assert journal.path(name).stat().st_size == chain[-1][1]
         list(journal.all_records())
         assert not [path for path in tmp_path.iterdir() if not path.name.isdigit()]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.tracking import lease
-from pipeline.tracking.journal import Journal, ReplayFilter, encode, parse_records
+from pipeline.tracking.journal import Journal, encode, parse_records
+from pipeline.tracking.tracker import History
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.journals import STAGE_START, artifact, point, steps, training
 
@@ -111,17 +112,17 @@ def test_heartbeats_replace_missing_file_locks(
     assert "no file locks" in caplog.text
     assert lease.is_held(path)
     monkeypatch.setattr(lease, "_held", set())  # as another process sees it
-    assert lease.is_held_elsewhere(path)
+    assert lease.is_held(path, elsewhere=True)
     os.utime(f"{path}.heartbeat", (1, 1))
-    assert not lease.is_held_elsewhere(path), "its process has died"
+    assert not lease.is_held(path, elsewhere=True), "its process has died"
     writer.close()
     assert not lease.is_held(path)
     assert steps(journal) == [1, 2, 3]
     assert not list(tmp_path.glob("*.heartbeat"))
 
 
-def test_replayed_steps_are_filtered_at_any_logging_interval() -> None:
-    replay_filter = ReplayFilter()
+def test_replayed_steps_are_filtered_at_any_logging_interval(tmp_path: Path) -> None:
+    replay_filter = History(Journal(tmp_path))
     for step in (10, 20, 30):
         replay_filter.keep_new(0, step, {"loss": 1.0})
 
@@ -132,7 +133,7 @@ def test_replayed_steps_are_filtered_at_any_logging_interval() -> None:
     assert replay_filter.keep_new(0, 30, {"lr": 0.1, "loss": 1.0}) == {"lr": 0.1}, "keys recorded later are kept"
 
 
-def test_only_repeated_evaluations_are_filtered() -> None:
-    replay_filter = ReplayFilter()
+def test_only_repeated_evaluations_are_filtered(tmp_path: Path) -> None:
+    replay_filter = History(Journal(tmp_path))
     for step, value, is_new in ((500, 0.5, True), (100, 0.1, True), (500, 0.5, False), (500, 0.6, True)):
         assert bool(replay_filter.keep_new(None, step, {"eval/r1": value})) == is_new

@@ -17,7 +17,7 @@ from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder, read_journal, read_run_id
 from pipeline.tracking.mlflow_replay import Cursor, exclusive_upload, pending_bytes
-from pipeline.tracking.tracker import JournalTracker
+from pipeline.tracking.tracker import Tracker
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.journals import config_of, training
 
@@ -45,7 +45,7 @@ def test_an_unwritable_cache_is_reported_with_a_remedy(
     with pytest.raises(TrackingError, match="MOME_CACHE"):
         read_journal(folder, storage)
     with pytest.raises(TrackingError, match="MOME_CACHE"):
-        JournalTracker.open(config_of("memory://places/runs"), storage)
+        Tracker.open(config_of("memory://places/runs"), storage)
     storage.delete("memory://places")
 
 
@@ -60,7 +60,7 @@ def test_a_damaged_run_id_is_rejected_by_name(tmp_path: Path) -> None:
             continue
         assert data != whole
     storage.write(f"{config.folder}/tracking.json", b"{}")
-    with pytest.raises(TrackingError, match=r"tracking.json is damaged.*Restore it"):
+    with pytest.raises(TrackingError, match=r"tracking.json is damaged.*restore it"):
         read_run_id(config, storage)
 
 

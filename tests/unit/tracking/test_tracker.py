@@ -19,7 +19,7 @@ from pipeline.tracking.describe import config_yaml, split_changeable
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder, read_journal, tracking_uri
 from pipeline.tracking.mlflow_server import check_server
-from pipeline.tracking.tracker import DatasetInput, JournalTracker, SavedWeights
+from pipeline.tracking.tracker import DatasetInput, Tracker, SavedWeights
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds
 from tests.support.journals import config_of
@@ -30,14 +30,14 @@ def recorded(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     return [record for record in Journal(journal_folder(config.folder)).all_records() if record["kind"] == kind]
 
 
-def opened(config: RunConfig, stage: StageConfig | None = None, **tags: str) -> JournalTracker:
+def opened(config: RunConfig, stage: StageConfig | None = None, **tags: str) -> Tracker:
     """Return a tracker that has begun the first stage."""
-    tracker = JournalTracker.open(config, Storage(), {"world_size": "2"})
+    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
     tracker.begin_stage(0, stage or config.stages[0], tags, [DatasetInput("photos", "here", "ab" * 32)])
     return tracker
 
 
-def record(tracker: JournalTracker, steps: range, loss: float = 2.0) -> None:
+def record(tracker: Tracker, steps: range, loss: float = 2.0) -> None:
     for step in steps:
         tracker.metrics(step, {"train/loss": loss})
 
@@ -122,7 +122,7 @@ def test_a_new_run_of_an_old_name_gets_a_new_journal(tmp_path: Path, monkeypatch
 
 def test_a_failing_stage_ends_stage_and_run(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    tracker = JournalTracker.open(config, Storage())
+    tracker = Tracker.open(config, Storage())
     tracker.begin_stage(1, config.stages[1], {}, [])
     tracker.finish("FAILED")
     tracker.close(timeout=0)
@@ -144,7 +144,7 @@ def test_numbers_keep_every_bit_including_non_finite_ones(tmp_path: Path) -> Non
 
 def test_tracking_errors_are_logged_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = config_of(tmp_path)
-    tracker = JournalTracker.open(config, Storage())
+    tracker = Tracker.open(config, Storage())
 
     tracker.metrics(1, {"loss": "not a number"})  # type: ignore[dict-item]
     tracker.artifact("report.html", tmp_path / "absent.html")
@@ -244,11 +244,11 @@ def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: py
     monkeypatch.setenv("MOME_CACHE", str(cache))
     config = config_of(output, uri="http://127.0.0.1:1")
 
-    def opened() -> JournalTracker:
+    def opened() -> Tracker:
         try:
-            return JournalTracker.open(config, storage)
+            return Tracker.open(config, storage)
         except StorageError:  # the run does not start; its next start meets another store
-            return JournalTracker.open(config, Storage())
+            return Tracker.open(config, Storage())
 
     for first, last in ((1, 20), (11, 30)):
         tracker = opened()
@@ -263,13 +263,13 @@ def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: py
         evaluation.close()
         tracker._writer.close()  # as when it is killed
     storage.heal()
-    tracker = JournalTracker.open(config, storage)
+    tracker = Tracker.open(config, storage)
     tracker.close()
 
 
 def test_storage_faults_neither_lose_nor_double_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
-    monkeypatch.setattr("pipeline.tracking.tracker.environment_tags", dict)  # calling git is slow
+    monkeypatch.setattr("pipeline.tracking.describe.environment_tags", dict)  # calling git is slow
     output = "memory://attempts"
     clean = FailingStorage()
     _attempts(clean, f"{output}/clean", tmp_path / "clean", monkeypatch)
