@@ -22,7 +22,7 @@ from pipeline.config.errors import Preempted, StorageError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import is_committed, stage_url
-from pipeline.training.checkpoint.retention import newest_first, step_of
+from pipeline.training.checkpoint.retention import newest_first, parse_name
 
 EXIT_STATUS = {signal.SIGTERM: Preempted.exit_status, signal.SIGINT: 130}
 END_SECONDS = 20.0  # limit for the command to end once no rank is saving
@@ -145,9 +145,8 @@ class Interrupts:
         steps = [config.stage_start(index + 1) for index, finished in enumerate(stages) if finished]
         folder = join(config.folder, "checkpoints")
         for url in newest_first(storage, folder) if storage.exists(folder) else []:
-            step = step_of(url.rpartition("/")[2])
-            if step is not None and is_committed(storage, url):
-                steps.append(step)
+            if (key := parse_name(url.rpartition("/")[2])) is not None and is_committed(storage, url):
+                steps.append(key[0])
                 break
         return f"checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
 

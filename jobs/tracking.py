@@ -8,7 +8,6 @@ import importlib.metadata
 import io
 import logging
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def register_checkpoint(
         )
         server = locations.absolute_uri(locations.tracking_uri(config))
         done = register(server, locations.experiment_name(config), name, alias, export)
-    return asdict(done) | {"tracking_uri": redact(server), "checkpoint": weights.url}
+    return done | {"tracking_uri": redact(server), "checkpoint": weights.url}
 
 
 def sync(run: str, uri: str | None = None, caller: Caller = Caller()) -> dict[str, Any]:

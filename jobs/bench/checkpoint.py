@@ -82,7 +82,7 @@ def bench_checkpoint(
         stack.callback(storage.delete, store.url)
         stack.callback(store.close)
         started = time.perf_counter()
-        store.reserve(fragments)
+        store.host_copy.reserve(fragments)
         reserved = time.perf_counter() - started
         alone = _train(lambda step: step < _STEPS_ALONE)
         synchronous, stalls, overlapping = [], [], []

@@ -33,7 +33,15 @@ def atomic_write(path: str | os.PathLike[str], place: Callable[[str, str], None]
     """
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
-    _make_folder(folder)
+    missing, parent = [], folder
+    while not os.path.isdir(parent):
+        if os.path.lexists(parent) and not os.path.isdir(parent):  # it may have been created since the check above
+            raise NotADirectoryError(errno.ENOTDIR, "is not a folder", parent)
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    os.makedirs(folder, exist_ok=True)
+    for created in reversed(missing):
+        sync_folder(os.path.dirname(created))
     temporary = os.path.join(folder, f".{name[:100]}.{_names.getrandbits(64):016x}.partial")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -64,16 +72,3 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise
-
-
-def _make_folder(folder: str) -> None:
-    missing = []
-    parent = folder
-    while not os.path.isdir(parent):
-        if os.path.lexists(parent) and not os.path.isdir(parent):  # it may have been created since the check above
-            raise NotADirectoryError(errno.ENOTDIR, "is not a folder", parent)
-        missing.append(parent)
-        parent = os.path.dirname(parent)
-    os.makedirs(folder, exist_ok=True)
-    for created in reversed(missing):
-        sync_folder(os.path.dirname(created))

@@ -27,9 +27,22 @@ def json_schema() -> dict[str, Any]:
 def markdown() -> str:
     """Return the reference: one table per section with every key, its type, default and meaning."""
     schema = RunConfig.model_json_schema()
-    sections = {"": schema} | dict(_sections(schema, schema["$defs"], ""))
-    tables = [_table(path, section, schema["$defs"]) for path, section in sections.items()]
-    return "\n".join([HEADER, *tables])
+    definitions, lines = schema["$defs"], [HEADER]
+    for path, section in {"": schema, **dict(_sections(schema, definitions, ""))}.items():
+        lines += [f"## {path or 'The run'}", "", section["description"], "", "| key | type | default | meaning |"]
+        lines.append("|---|---|---|---|")
+        for name, key in section["properties"].items():
+            value = key.get("default", key.get("const"))
+            default = "" if value is None else f"`{json.dumps(value, ensure_ascii=False)}`"
+            if name in section.get("required", ()):
+                default = "required"
+            elif _references(key)[0]:  # a section: its own table states the defaults
+                default = ""
+            mark = " ↻" if key.get("changeable") else ""
+            cells = (f"`{name}`{mark}", _type(key, definitions), default, key.get("description", ""))
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _sections(section: dict[str, Any], definitions: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -52,22 +65,6 @@ def _references(key: dict[str, Any]) -> tuple[list[str], str]:
         return _references(key["additionalProperties"])[0], ".NAME"
     choices = key.get("anyOf", key.get("oneOf", [key]))
     return [choice["$ref"].rpartition("/")[2] for choice in choices if "$ref" in choice], ""
-
-
-def _table(path: str, section: dict[str, Any], definitions: dict[str, Any]) -> str:
-    lines = [f"## {path or 'The run'}", "", section["description"], "", "| key | type | default | meaning |"]
-    lines.append("|---|---|---|---|")
-    for name, key in section["properties"].items():
-        mark = " ↻" if key.get("changeable") else ""
-        value = key.get("default", key.get("const"))
-        default = "" if value is None else f"`{json.dumps(value, ensure_ascii=False)}`"
-        if name in section.get("required", ()):
-            default = "required"
-        elif _references(key)[0]:  # a section: its own table states the defaults
-            default = ""
-        cells = (f"`{name}`{mark}", _type(key, definitions), default, key.get("description", ""))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, ""])
 
 
 def _type(key: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -14,7 +14,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.redaction import holds_secret
@@ -33,10 +44,22 @@ OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0, le=2**53)]  # larger integers are not exact in floats and tensors
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST)]
+Rules = tuple[tuple[Callable[[Any], object], str], ...]
 
 
 class Section(BaseModel):
+    """Base of all sections. `RULES` relate the keys of a section: a condition, and what a violation raises."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    RULES: ClassVar[Rules] = ()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        """Raise ValueError with all violated rules of the section and its bases; {key} is the key's value."""
+        rules = [rule for base in reversed(type(self).__mro__) for rule in vars(base).get("RULES", ())]
+        if faults := [message.format(**dict(self)) for holds, message in rules if not holds(self)]:
+            raise ValueError("; ".join(faults))
+        return self
 
 
 def fixed(default: Any, description: str, **bounds: Any) -> Any:
@@ -82,52 +105,33 @@ def _require(accepts: Callable[[str], object], message: str = "") -> AfterValida
     return AfterValidator(check)
 
 
-def _check_objective(value: str) -> str:
-    if value not in (names := objective_names()):
-        close = get_close_matches(value, names, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
-        raise ValueError(f"unknown objective '{value}'; {hint}")
-    return value
+def _check_objective(value: str) -> bool:
+    if value in (names := objective_names()):
+        return True
+    close = get_close_matches(value, names, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    raise ValueError(f"unknown objective '{value}'; {hint}")
 
 
+_NOT_LOCAL = "must be a folder on each node's own disk, not a URL of an object store"
+_NOT_SECRET = "is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself"
 _HOLDS_SECRET = "holds a user, password or token, which would be recorded; give "
+_ENDPOINT = "the URL without them, and storage.key and storage.secret as 'env:NAME' or 'file:PATH'"
+_URI = (
+    "'env:NAME' or 'file:PATH' of the whole URI, or a URI without them and MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD, or _TOKEN"
+)
+_PROMPT = "must contain {} exactly once, where the class name goes, such as 'a photo of a {}.'"
 Url = Annotated[str, _require(parse)]
-LocalFolder = Annotated[
-    str, _require(is_local, "must be a folder on each node's own disk, not a URL of an object store")
-]
-SecretReference = Annotated[
-    str,
-    _require(
-        re.compile(r"(env|file):.+").match,
-        "is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself",
-    ),
-]
-Endpoint = Annotated[
-    str,
-    _require(
-        lambda value: not holds_secret(value),
-        f"{_HOLDS_SECRET}the URL without them, and storage.key and storage.secret as 'env:NAME' or 'file:PATH'",
-    ),
-]
+LocalFolder = Annotated[str, _require(is_local, _NOT_LOCAL)]
+SecretReference = Annotated[str, _require(re.compile(r"(env|file):.+").match, _NOT_SECRET)]
+Endpoint = Annotated[str, _require(lambda value: not holds_secret(value), _HOLDS_SECRET + _ENDPOINT)]
 TrackingUri = Annotated[
-    str,
-    _require(
-        lambda value: is_reference(value) or not holds_secret(value),
-        f"{_HOLDS_SECRET}'env:NAME' or 'file:PATH' of the whole URI, or a URI without them and "
-        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN",
-    ),
+    str, _require(lambda value: is_reference(value) or not holds_secret(value), _HOLDS_SECRET + _URI)
 ]
 Steps = Annotated[str, _require(parse_steps)]
-Prompt = Annotated[
-    str,
-    _require(
-        lambda value: value.count("{}") == 1,
-        "must contain {} exactly once, where the class name goes, such as 'a photo of a {}.'",
-    ),
-]
-ObjectiveName = Annotated[
-    str, AfterValidator(_check_objective), Field(json_schema_extra={"enum": list(objective_names())})
-]
+Prompt = Annotated[str, _require(lambda value: value.count("{}") == 1, _PROMPT)]
+ObjectiveName = Annotated[str, _require(_check_objective), Field(json_schema_extra={"enum": list(objective_names())})]
 
 
 # ---- models: the defaults are the papers' base sizes; what a head predicts is a property of the stage
@@ -139,6 +143,13 @@ class TransformerConfig(Section):
     READS_TEXT: ClassVar[bool] = True
     # Keys that do not change which weights fit.
     TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"init_std", "drop_path", "interpolation"})
+    RULES: ClassVar[Rules] = (
+        (lambda model: model.width % model.heads == 0, "width {width} must be a multiple of heads {heads}"),
+        (
+            lambda model: model.image_size % model.patch_size == 0,
+            "image_size {image_size} must be a multiple of patch_size {patch_size}",
+        ),
+    )
 
     kind: str = Field(description="Model architecture")
     width: Positive = fixed(768, "Hidden size of the transformer")
@@ -148,23 +159,11 @@ class TransformerConfig(Section):
     image_size: Positive = fixed(224, "Side of the square input images in pixels; a multiple of `patch_size`")
     patch_size: Positive = fixed(16, "Side of an image patch in pixels")
     max_text_length: Positive = fixed(40, "Number of text positions, including [CLS] and [SEP]")
-    init_std: float = fixed(
-        0.02, "Standard deviation of the initial weights; small widths learn sooner with about 1 / sqrt(width)", gt=0
-    )
+    init_std: float = fixed(0.02, "Standard deviation of initial weights; about 1 / sqrt(width) suits small ones", gt=0)
     drop_path: Fraction = fixed(0.0, "Drop-path rate of the last layer, rising linearly from 0 in the first")
     interpolation: Interpolation = fixed(
-        "bicubic",
-        "Kernel for resizing images: VLMo, ViLT and BEiT use bicubic, Hugging Face's ViT processor bilinear (an "
-        "imported ViT takes it from its preprocessor_config.json)",
+        "bicubic", "Kernel for resizing images: bicubic in VLMo, ViLT and BEiT, bilinear in Hugging Face's ViT"
     )
-
-    @model_validator(mode="after")
-    def _check_divisible(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
-        return self
 
     def architecture(self) -> dict[str, Any]:
         """Return the keys that determine which weights fit: sections that agree in these can share weights."""
@@ -182,43 +181,34 @@ class TransformerConfig(Section):
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:
-        """Drop-path rate of each layer."""
-        return _linear_rates(self.drop_path, self.layers)
-
-
-def _linear_rates(last: float, layers: int) -> tuple[float, ...]:
-    return tuple(last * layer / max(layers - 1, 1) for layer in range(layers))
+        """Drop-path rate of each layer, of the deeper of two towers; the other tower uses the last of them."""
+        layers = max(self.layers, getattr(self, "text_layers", 0))
+        return tuple(self.drop_path * layer / max(layers - 1, 1) for layer in range(layers))
 
 
 class VLMoConfig(TransformerConfig):
     """VLMo (arXiv 2111.02358); the defaults are VLMo-base at 224 px."""
 
     TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"norm_eps", "contrasts"}
+    RULES: ClassVar[Rules] = (
+        (
+            lambda model: model.vision_language_layers < model.layers,
+            "vision_language_layers must be below layers {layers}",
+        ),
+    )
 
     kind: Literal["vlmo"] = "vlmo"
-    vision_language_layers: Positive = fixed(
-        2, "Number of top layers in which fused sequences use the vision-language expert"
-    )
+    vision_language_layers: Positive = fixed(2, "Number of top layers with the vision-language expert for fused input")
     positions: Literal["relative", "absolute"] = fixed("relative", "Kind of position embeddings")
     max_text_length: Positive = fixed(196, "Number of text positions, including [CLS] and [SEP]")
     layer_scale: float | None = fixed(0.1, "Initial value of LayerScale; null disables LayerScale")
     drop_path: Fraction = fixed(0.1, "Drop-path rate of the last layer, rising linearly from 0 in the first")
     norm_eps: float = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's BEiT configs state 1e-12", gt=0)
-    contrasts: Literal[1, 2] = fixed(
-        2,
-        "Number of contrastive projections: 2 in pretraining (own experts and vision-language expert), 1 in the "
-        "release's retrieval fine-tuning",
-    )
+    contrasts: Literal[1, 2] = fixed(2, "Number of contrastive projections; the release fine-tunes retrieval with 1")
 
     def architecture(self) -> dict[str, Any]:
         # The gammas' initial value does not matter for loading; their presence does.
         return super().architecture() | {"layer_scale": self.layer_scale is not None}
-
-    @model_validator(mode="after")
-    def _check_has_lower_layers(self) -> Self:
-        if self.vision_language_layers >= self.layers:
-            raise ValueError(f"vision_language_layers must be below layers {self.layers}")
-        return self
 
 
 class ViLTConfig(TransformerConfig):
@@ -237,6 +227,13 @@ class ViLTConfig(TransformerConfig):
         "text_norm_eps",
     }
 
+    RULES: ClassVar[Rules] = (
+        (
+            lambda model: model.longest_side >= model.image_size,
+            "longest_side {longest_side} is below image_size {image_size}, the shorter side",
+        ),
+    )
+
     kind: Literal["vilt"] = "vilt"
     image_size: Positive = fixed(384, "Shorter side of the input images in pixels; a multiple of `patch_size`")
     patch_size: Positive = fixed(32, "Side of an image patch in pixels")
@@ -244,16 +241,8 @@ class ViLTConfig(TransformerConfig):
     norm_eps: float = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's configs state 1e-12", gt=0)
     text_norm_eps: float = fixed(1e-12, "Epsilon of the layer norms of the text embedding and of the MLM head", gt=0)
     max_visible_patches: Positive | None = fixed(
-        200, "Maximum number of patches drawn at random from each image in pretraining; null reads all patches"
+        200, "Number of random patches per image in pretraining; null reads all"
     )
-
-    @model_validator(mode="after")
-    def _check_sides(self) -> Self:
-        if self.longest_side < self.image_size:
-            raise ValueError(
-                f"longest_side {self.longest_side} is below image_size {self.image_size}, the shorter side"
-            )
-        return self
 
 
 class ViTConfig(TransformerConfig):
@@ -277,6 +266,10 @@ class ImageBERTConfig(TransformerConfig):
         "norm_eps",
     }
 
+    RULES: ClassVar[Rules] = (
+        (lambda model: not model.drop_path, "drop_path does not exist in BERT; leave it 0 and set dropout"),
+    )
+
     kind: Literal["imagebert"] = "imagebert"
     max_text_length: Positive = fixed(44, "Number of text positions, including [CLS] and [SEP]")
     max_regions: Positive = fixed(100, "Maximum number of regions per image")
@@ -287,12 +280,6 @@ class ImageBERTConfig(TransformerConfig):
     # step forwards an example twice (this model has no ITC), so masks need not be replayed.
     dropout: Fraction = fixed(0.1, "Dropout of BERT's embeddings, attention and hidden vectors")
 
-    @model_validator(mode="after")
-    def _check_no_drop_path(self) -> Self:
-        if self.drop_path:
-            raise ValueError("drop_path does not exist in BERT; leave it 0 and set dropout")
-        return self
-
 
 class DualEncoderConfig(TransformerConfig):
     """Two towers trained with ITC (CLIP, arXiv 2103.00020): the baseline. `layers` and `width` size the image tower."""
@@ -301,11 +288,6 @@ class DualEncoderConfig(TransformerConfig):
     max_text_length: Positive = fixed(77, "Number of text positions, including [CLS] and [SEP]")
     text_layers: Positive = fixed(12, "Number of layers of the text tower")
     embedding: Positive = fixed(512, "Dimension of the shared embedding space")
-
-    @property
-    def drop_path_rates(self) -> tuple[float, ...]:
-        """Drop-path rate of each layer of the deeper tower; the other tower uses the last of them."""
-        return _linear_rates(self.drop_path, max(self.layers, self.text_layers))
 
 
 MODEL_SECTIONS: dict[str, type[TransformerConfig]] = {
@@ -317,18 +299,14 @@ MODEL_SECTIONS: dict[str, type[TransformerConfig]] = {
 }
 
 
-def kind_of(value: Any) -> Any:
-    """Return the kind that a model section names ('vlmo' if it names none), or None for a value without keys."""
-    return value.get("kind", "vlmo") if isinstance(value, dict) else getattr(value, "kind", None)
-
-
 ModelConfig = Annotated[
     Annotated[VLMoConfig, Tag("vlmo")]
     | Annotated[ViLTConfig, Tag("vilt")]
     | Annotated[ViTConfig, Tag("vit")]
     | Annotated[ImageBERTConfig, Tag("imagebert")]
     | Annotated[DualEncoderConfig, Tag("dual_encoder")],
-    Discriminator(kind_of),
+    # The kind that a section names ('vlmo' if it names none); None for a value without keys.
+    Discriminator(lambda value: value.get("kind", "vlmo") if isinstance(value, dict) else getattr(value, "kind", None)),
 ]
 
 
@@ -338,19 +316,18 @@ ModelConfig = Annotated[
 class StorageConfig(Section):
     """Access to object stores. Keys that are not set come from the store's usual environment variables."""
 
+    RULES: ClassVar[Rules] = (
+        (
+            lambda storage: not (storage.anonymous and (storage.key or storage.secret)),
+            "anonymous: true sends no key; remove storage.key and storage.secret, or set it to false",
+        ),
+    )
+
     endpoint_url: Endpoint | None = changeable(None, "URL of the S3 endpoint (default: AWS_ENDPOINT_URL, else AWS)")
     key: SecretReference | None = changeable(None, "Access key, as 'env:NAME' or 'file:PATH'")
     secret: SecretReference | None = changeable(None, "Secret key, as 'env:NAME' or 'file:PATH'")
     anonymous: bool = changeable(False, "Send unsigned requests, as public buckets accept them")
-    retry_timeout_seconds: Seconds = changeable(
-        300.0, "Time in seconds after which a run fails when the store does not respond"
-    )
-
-    @model_validator(mode="after")
-    def _check_signing(self) -> StorageConfig:
-        if self.anonymous and (self.key or self.secret):
-            raise ValueError("anonymous: true sends no key; remove storage.key and storage.secret, or set it to false")
-        return self
+    retry_timeout_seconds: Seconds = changeable(300.0, "Seconds until a run fails when the store does not respond")
 
 
 class TokenizerConfig(Section):
@@ -359,7 +336,7 @@ class TokenizerConfig(Section):
     vocabulary: Url | None = fixed(None, "URL of a vocabulary file with one token per line")
     size: Positive = fixed(30522, "Maximum number of tokens of a trained vocabulary")
     lowercase: bool | None = fixed(
-        None, "Lower-case texts and strip accents (default: true unless the vocabulary contains capital letters)"
+        None, "Lower-case and strip accents (default: true unless the vocabulary has capitals)"
     )
 
 
@@ -377,17 +354,18 @@ class SyntheticConfig(Section):
 class FilterConfig(Section):
     """Conditions on one indexed property; a sample is read if all conditions hold."""
 
+    RULES: ClassVar[Rules] = (
+        (
+            lambda filters: not (filters.min is filters.max is filters.any_of is filters.none_of is None),
+            "needs a condition: min, max, any_of or none_of",
+        ),
+    )
+
     min: float | None = fixed(None, "Smallest allowed value")
     max: float | None = fixed(None, "Largest allowed value")
     any_of: tuple[str, ...] | None = fixed(None, "Allowed values")
     none_of: tuple[str, ...] | None = fixed(None, "Excluded values")
     keep_missing: bool = fixed(False, "Read samples that do not have the property")
-
-    @model_validator(mode="after")
-    def _check_has_condition(self) -> FilterConfig:
-        if self.min is self.max is self.any_of is self.none_of is None:
-            raise ValueError("needs a condition: min, max, any_of or none_of")
-        return self
 
 
 class SourceConfig(Section):
@@ -397,28 +375,20 @@ class SourceConfig(Section):
     shards: Url = changeable(..., "URL of the folder of shards")
     type: SourceType = fixed("pairs", "Content of a sample; decides which objectives can read the source")
     synthetic: SyntheticConfig | None = fixed(None, "Generate the shards on first use")
-    filters: dict[str, FilterConfig] = fixed(
-        {}, "Conditions by property: width, height, caption_length, or a field of the samples' JSON"
-    )
-    opt_out: Url | None = fixed(
-        None, "URL of a text file of identifiers that are never read: sample keys, image ids or URLs, one per line"
-    )
+    filters: dict[str, FilterConfig] = fixed({}, "Conditions by width, height, caption_length, or a field of the JSON")
+    opt_out: Url | None = fixed(None, "URL of a text file: sample keys, image ids or URLs that are never read, by line")
     opt_out_must_match: bool = changeable(False, "Fail if an entry of the opt-out list matches no sample of the shards")
 
 
 class AugmentConfig(Section):
     """Random resized crop, flip and RandAugment; the defaults are VLMo's (RandAugment(2, 7) without inversion)."""
 
-    crop_scale: tuple[float, float] = fixed(
-        (0.5, 1.0), "Smallest and largest fraction of the image area that is cropped"
-    )
+    crop_scale: tuple[float, float] = fixed((0.5, 1.0), "Smallest and largest cropped fraction of the image area")
     flip: bool = fixed(True, "Flip half of the images horizontally")
     skip_flip_for_left_right: bool = fixed(True, "Do not flip an image whose caption contains 'left' or 'right'")
     num_ops: NonNegative = fixed(2, "Number of RandAugment operations per image")
     magnitude: Annotated[int, Field(ge=0, le=10)] = fixed(
-        7,
-        "Magnitude of the RandAugment operations on VLMo's scale of 10 (ViLT's 9 of 30 is 3 here). At 10: rotation "
-        "30 degrees, shear 0.3, brightness and sharpness 1.9, translation 10 of 224 pixels",
+        7, "RandAugment's magnitude on a scale of 10 (ViLT's 9 of 30 is 3)"
     )
 
 
@@ -432,9 +402,7 @@ class CacheConfig(Section):
 class LoaderConfig(Section):
     """Resources with which a rank prepares batches; they do not influence the content of the batches."""
 
-    num_workers: NonNegative = changeable(
-        0, "Number of loader processes per rank; 0 uses threads of the trainer's process"
-    )
+    num_workers: NonNegative = changeable(0, "Number of loader processes per rank; 0 uses threads of the trainer")
     threads_per_worker: Positive = changeable(2, "Number of threads per loader process")
     prefetch_batches: Positive = changeable(2, "Number of batches prepared in advance")
     max_concurrent_requests: Positive = changeable(8, "Concurrent ranged reads per process")
@@ -448,9 +416,7 @@ class DataConfig(Section):
     streams: Positive = fixed(16, "Number of streams each source is divided into; must divide the global batch sizes")
     shuffle_window: Positive = fixed(4, "Number of shards that a stream shuffles together")
     max_bad_rate: Fraction = changeable(0.01, "Fraction of bad samples above which the run fails")
-    max_pixels: Positive = fixed(
-        25_000_000, "Largest image in pixels; larger ones count as bad samples (decoding takes up to 8 bytes per pixel)"
-    )
+    max_pixels: Positive = fixed(25_000_000, "Pixels of the largest image; others are bad samples (8 bytes per pixel)")
     augment: AugmentConfig = fixed(AugmentConfig(), "Image augmentation")
     loader: LoaderConfig = changeable(LoaderConfig(), "Loader resources")
     cache: CacheConfig = changeable(CacheConfig(), "Node-local disk cache")
@@ -462,43 +428,33 @@ class DataConfig(Section):
 class MaskingConfig(Section):
     """Selection of masked words, patches and regions, and what replaces masked patches."""
 
+    RULES: ClassVar[Rules] = (
+        (
+            lambda masking: masking.mask_token_prob + masking.random_patch_prob <= 1 + 1e-9,
+            "mask_token_prob {mask_token_prob} + random_patch_prob {random_patch_prob} exceeds 1",
+        ),
+    )
+
     mlm_probability: OpenFraction = fixed(0.15, "Fraction of words that are masked")
     whole_word: bool = fixed(True, "Mask all tokens of a word together")
     region_mask_ratio: OpenFraction = fixed(0.15, "Fraction of regions that are masked")
     image_mask_ratio: OpenFraction = fixed(0.4, "Fraction of image patches that are masked")
-    patch_shape: Literal["scattered", "blocks"] = fixed(
-        "scattered", "Arrangement of masked patches: independent, or rectangles of at least 16 patches (BEiT)"
-    )
-    mask_token_prob: Fraction = fixed(
-        1.0,
-        "Fraction of masked patches replaced by the mask embedding (ViT: 0.8); the rest after random_patch_prob stay",
-    )
-    random_patch_prob: Fraction = fixed(
-        0.0, "Fraction of masked patches replaced by another patch of the same image (ViT: 0.1)"
-    )
-
-    @model_validator(mode="after")
-    def _check_fractions(self) -> MaskingConfig:
-        if self.mask_token_prob + self.random_patch_prob > 1 + 1e-9:
-            raise ValueError(
-                f"mask_token_prob {self.mask_token_prob} + random_patch_prob {self.random_patch_prob} exceeds 1"
-            )
-        return self
+    patch_shape: Literal["scattered", "blocks"] = fixed("scattered", "Independent, or rectangles of 16 patches or more")
+    mask_token_prob: Fraction = fixed(1.0, "Fraction of masked patches replaced by the mask embedding (ViT: 0.8)")
+    random_patch_prob: Fraction = fixed(0.0, "Fraction of them replaced by another patch (ViT: 0.1); the rest stay")
 
 
 class BucketsConfig(Section):
     """Length bucketing: examples of similar length share a batch."""
 
-    by: Literal["caption", "image"] = fixed(
-        "caption", "Length to sort by: number of characters of the caption, or aspect ratio of the image"
-    )
+    by: Literal["caption", "image"] = fixed("caption", "Sort by the caption's characters, or the image's aspect ratio")
     batches: Annotated[int, Field(ge=2)] = fixed(16, "Number of batches that a stream sorts together")
 
 
 class ObjectiveConfig(Section):
     """Weight of an objective and the fraction of each global batch that it reads."""
 
-    weight: Annotated[float, Field(gt=0.0)] = fixed(1.0, "Weight in the summed loss")
+    weight: PositiveFloat = fixed(1.0, "Weight in the summed loss")
     every: Positive = fixed(1, "Read one example in `every` of each global batch, in rotation")
 
 
@@ -508,38 +464,30 @@ class OptimizerConfig(Section):
     lr: float = changeable(2e-4, "Peak learning rate", gt=0)
     min_lr: float = changeable(0.0, "Learning rate at the end of the stage", ge=0)
     warmup_steps: int = changeable(2500, "Number of linear warm-up steps", ge=0)
-    lr_schedule: Literal["linear", "cosine", "constant"] = changeable(
-        "linear", "Decay of the learning rate after warm-up"
-    )
+    lr_schedule: Literal["linear", "cosine", "constant"] = changeable("linear", "Decay of the rate after warm-up")
     betas: tuple[float, float] = fixed((0.9, 0.98), "AdamW's decay rates of the first and second moment")
-    eps: Annotated[float, Field(gt=0)] = fixed(1e-8, "AdamW's epsilon")
-    weight_decay: Annotated[float, Field(ge=0)] = fixed(0.01, "Decoupled weight decay, applied to matrices only")
-    max_grad_norm: Annotated[float, Field(ge=0)] = fixed(
-        0.0, "Maximum gradient norm; larger gradients are clipped (0: no clipping, as published)"
-    )
-    head_lr_multiplier: Annotated[float, Field(gt=0)] = fixed(
-        1.0, "Multiplier of the learning rate of task heads (VQA: 20 in VLMo, 10 in ViLT)"
-    )
+    eps: PositiveFloat = fixed(1e-8, "AdamW's epsilon")
+    weight_decay: NonNegativeFloat = fixed(0.01, "Decoupled weight decay, applied to matrices only")
+    max_grad_norm: NonNegativeFloat = fixed(0.0, "Norm to which gradients are clipped (0: no clipping, as published)")
+    head_lr_multiplier: PositiveFloat = fixed(1.0, "Multiplier of `lr` for task heads (VQA: 20 in VLMo, 10 in ViLT)")
     ema_decay: OpenFraction | None = fixed(
-        None,
-        "Decay of an exponential moving average of the weights, which the stage then exports; step t uses "
-        "min(ema_decay, (1 + t) / (10 + t)) (default: no average)",
+        None, "Decay of an average of the weights to export, at step t at most (1 + t) / (10 + t) (default: none)"
     )
 
 
 class ImageDecoderConfig(Section):
     """Decoder that predicts masked patches the encoder does not read (MAE, arXiv 2111.06377, section 3)."""
 
+    RULES: ClassVar[Rules] = (
+        (  # the fixed position embeddings have a sine and a cosine for each of two axes
+            lambda decoder: decoder.width % decoder.heads == 0 and decoder.width % 4 == 0,
+            "width {width} must be a multiple of heads {heads} and of 4",
+        ),
+    )
+
     width: Positive = fixed(512, "Hidden size of the decoder; a multiple of `heads` and of 4")
     layers: Positive = fixed(8, "Number of layers")
     heads: Positive = fixed(16, "Number of attention heads")
-
-    @model_validator(mode="after")
-    def _check_divisible(self) -> ImageDecoderConfig:
-        # The fixed position embeddings have a sine and a cosine for each of two axes.
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
-        return self
 
 
 class ImageTokenizerConfig(Section):
@@ -557,20 +505,18 @@ class ExpertsConfig(Section):
     """Initialization of VLMo's experts that no earlier stage has trained."""
 
     language: Literal["random", "vision", "inherit"] = fixed(
-        "inherit", "Initialization of the language expert: random, a copy of the vision expert, or the starting weights"
+        "inherit", "Language expert: random, a copy of the vision expert, or the starting weights"
     )
     vision_language: Literal["random", "vision", "language", "inherit"] = fixed(
-        "inherit", "Initialization of the vision-language expert: random, a copy of an expert, or the starting weights"
+        "inherit", "Vision-language expert: random, a copy of an expert, or the starting weights"
     )
 
 
 class StageConfig(Section):
     """One training stage: sources, objectives, length, optimizer and starting weights."""
 
-    name: str = fixed(
-        ..., "Name of the stage: lower-case letters, digits and underscores", pattern=r"^[a-z][a-z0-9_]*$"
-    )
-    sources: dict[str, Annotated[float, Field(gt=0.0)]] = fixed(..., "Sampling weight of each source, by its name")
+    name: str = fixed(..., "Name of the stage: small letters, digits and underscores", pattern=r"^[a-z][a-z0-9_]*$")
+    sources: dict[str, PositiveFloat] = fixed(..., "Sampling weight of each source, by its name")
     objectives: dict[ObjectiveName, ObjectiveConfig] = fixed(..., "Objectives that the stage trains, by name")
     steps: Positive = changeable(..., "Number of optimizer steps")
     global_batch_size: Positive = fixed(..., "Number of examples per optimizer step, over all ranks")
@@ -579,25 +525,21 @@ class StageConfig(Section):
     masking: MaskingConfig = fixed(MaskingConfig(), "Masking of words, patches and regions")
     buckets: BucketsConfig | None = fixed(None, "Length bucketing (default: none)")
     image_target: ImageTarget = fixed("pixels", "Target of the mim objective")
-    image_tokenizer: ImageTokenizerConfig | None = fixed(
-        None, "Image tokenizer; required by `image_target: visual_tokens`"
-    )
+    image_tokenizer: ImageTokenizerConfig | None = fixed(None, "Required by `image_target: visual_tokens`")
     image_decoder: ImageDecoderConfig | None = fixed(
-        None, "Decoder for mim; if set, the encoder reads only visible patches (MAE)"
+        None, "Decoder for mim; the encoder then reads visible patches only"
     )
     num_negative_texts: Positive = fixed(15, "Number of negative texts per image in the ranking objective")
     negatives: Literal["hard", "random"] = fixed(
-        "hard", "Negatives of the itm objective: drawn by itc similarity, or uniformly from the same source"
+        "hard", "Negatives of itm: by itc similarity, or uniform in the source"
     )
     num_classes: Positive | None = fixed(None, "Number of classes; required by the classification objective")
     num_answers: Positive | None = fixed(None, "Number of answers; required by the vqa objective")
     answer_list: Url | None = fixed(
-        None, "URL of a JSON list of the answers (default: answers.json next to the first source's shards)"
+        None, "URL of a JSON list of answers (default: answers.json next to the first source)"
     )
     freeze: tuple[str, ...] = fixed((), "Names of the model parts that are not trained")
-    start_from: Url = fixed(
-        "previous", "Starting weights: 'previous', 'random', or the URL of a run, stage or checkpoint"
-    )
+    start_from: Url = fixed("previous", "Starting weights: 'previous', 'random', or URL of a run, stage or checkpoint")
     experts: ExpertsConfig = fixed(ExpertsConfig(), "Initialization of experts")
     optimizer: OptimizerConfig = changeable(OptimizerConfig(), "Optimizer and learning rate")
 
@@ -613,20 +555,15 @@ class EngineConfig(Section):
     offload_parameters: bool = changeable(False, "Keep unused weights in host memory (ZeRO 3)")
     precision: Literal["float32", "bfloat16"] = fixed("bfloat16", "Precision of the weights in forward and backward")
     micro_batch_size: Positive | Literal["auto"] | None = changeable(
-        None,
-        "Maximum number of examples per forward; auto uses as many as fit the memory of the smallest rank (default: "
-        "a rank's whole share of the global batch)",
+        None, "Number of examples per forward; auto fits the memory of the smallest rank (default: no limit)"
     )
     memory_gb: float | None = changeable(
-        None, "Memory per rank in GB that `micro_batch_size: auto` may use (default: the free memory of the GPU)", gt=0
+        None, "GB per rank for `micro_batch_size: auto` (default: all that is free)", gt=0
     )
     activation_checkpointing: bool = changeable(
-        False,
-        "Recompute each transformer block in backward: a third more compute for the activation memory of one block",
+        False, "Recompute blocks in backward: a third more compute, less memory"
     )
-    compile: bool = changeable(
-        False, "Compile the transformer blocks with torch.compile (minutes at startup; not at ZeRO 3)"
-    )
+    compile: bool = changeable(False, "Compile the blocks with torch.compile (minutes at startup; not at ZeRO 3)")
     threads: Positive = fixed(1, "Number of CPU threads per rank for tensor operations")
     check_graph_every: Positive = changeable(100, "Number of steps between comparisons of the ranks' execution order")
 
@@ -635,35 +572,18 @@ class ClusterConfig(Section):
     """Placement of the ranks on a Ray cluster. If `address` is not set, a local Ray is started."""
 
     workers: Positive = changeable(1, "Number of ranks")
-    min_workers: Positive | None = changeable(
-        None, "Minimum number of ranks to continue with while nodes are missing (default: `workers`)"
-    )
-    placement: Literal["pack", "spread"] = changeable(
-        "pack", "Placement of ranks: on as few nodes as possible, or on as many as possible"
-    )
-    gpus_per_worker: Annotated[float, Field(ge=0)] = changeable(0, "Number of GPUs per rank; below 1 to share")
-    cpus_per_worker: Annotated[float, Field(gt=0)] = changeable(1, "Number of CPUs reserved per rank")
+    min_workers: Positive | None = changeable(None, "Number of ranks to continue with if nodes are lost (default: all)")
+    placement: Literal["pack", "spread"] = changeable("pack", "Place ranks on as few, or on as many nodes as possible")
+    gpus_per_worker: NonNegativeFloat = changeable(0, "Number of GPUs per rank; below 1 to share")
+    cpus_per_worker: PositiveFloat = changeable(1, "Number of CPUs reserved per rank")
     address: str | None = changeable(None, "Address of the Ray cluster (default: start a local Ray)")
     max_failures: NonNegative = changeable(3, "Maximum number of restarts after errors, killed ranks and lost nodes")
-    max_preemptions: NonNegative | None = changeable(
-        None, "Maximum number of restarts after announced preemptions (default: unlimited)"
-    )
-    start_seconds: Seconds = changeable(
-        60.0,
-        "Time to place the ranks in seconds, including runtime environments; then fewer ranks are tried, down to "
-        "min_workers",
-    )
-    grow_seconds: Seconds = changeable(
-        60.0,
-        "Time in seconds for which room for more ranks must exist before a smaller run saves and restarts with them",
-    )
-    loader_actors: NonNegative = changeable(
-        0, "Number of remote loader actors per rank; 0 prepares batches next to the trainer"
-    )
-    loader_cpus: Annotated[float, Field(ge=0)] = changeable(1, "Number of CPUs per loader actor")
-    loader_resource: str | None = changeable(
-        None, "Custom Ray resource that a node must offer to host loader actors (default: any node)"
-    )
+    max_preemptions: NonNegative | None = changeable(None, "Number of restarts after preemptions (default: unlimited)")
+    start_seconds: Seconds = changeable(60.0, "Seconds to place the ranks; then fewer are tried, down to min_workers")
+    grow_seconds: Seconds = changeable(60.0, "Seconds that room for more ranks must last before a smaller run restarts")
+    loader_actors: NonNegative = changeable(0, "Number of remote loader actors per rank; 0 loads in the rank itself")
+    loader_cpus: NonNegativeFloat = changeable(1, "Number of CPUs per loader actor")
+    loader_resource: str | None = changeable(None, "Ray resource of nodes that host loader actors (default: any)")
     price: float = changeable(0.0, "Price per rank and hour in any currency, for `mome plan` and reports", ge=0)
 
 
@@ -691,9 +611,7 @@ class GuardsConfig(Section):
     """Run-time checks and timeouts. A step that exceeds its timeout ends the run with a stack trace of every rank."""
 
     health_check_every: Positive = changeable(
-        1,
-        "Number of steps between health checks before the update (non-finite loss or gradient, spikes, preemption); "
-        "each check waits for one small all-reduce",
+        1, "Number of steps between checks for non-finite values, spikes and preemption: one all-reduce each"
     )
     hang_seconds: Seconds = changeable(120.0, "Timeout of a training step in seconds")
     start_seconds: Seconds = changeable(1800.0, "Timeout of a stage's start up to its first step in seconds")
@@ -707,31 +625,21 @@ class CheckpointConfig(Section):
 
     every: Positive = changeable(500, "Number of steps between checkpoints")
     keep: Positive = changeable(2, "Number of most recent checkpoints to keep")
-    keep_every: Positive | None = changeable(
-        None, "Keep checkpoints at multiples of this step permanently (default: none)"
-    )
-    keep_best: KeepBestConfig | None = changeable(
-        None, "Keep the best checkpoint of each stage by a metric (default: none)"
-    )
+    keep_every: Positive | None = changeable(None, "Keep checkpoints at multiples of this for good (default: none)")
+    keep_best: KeepBestConfig | None = changeable(None, "Keep each stage's best checkpoint by a metric (default: none)")
 
 
 class TrackingConfig(Section):
     """MLflow tracking."""
 
     uri: TrackingUri | None = changeable(
-        None,
-        "MLflow tracking URI, or 'env:NAME' or 'file:PATH' of one (default: SQLite in the run's folder, or in the "
-        "working folder if that is remote)",
+        None, "MLflow URI, or its 'env:NAME' or 'file:PATH' (default: SQLite in `output` or, if remote, here)"
     )
     experiment: str | None = fixed(None, "MLflow experiment (default: the kind of the model, such as vlmo)")
-    metrics_every: Positive = changeable(
-        10, "Number of steps between recorded metrics; reading them is the only host synchronization"
-    )
+    metrics_every: Positive = changeable(10, "Number of steps between metrics; only reading them synchronizes the host")
     flush_seconds: Seconds = changeable(5.0, "Interval of uploads in seconds")
     required: bool = changeable(True, "Refuse to start a run if the tracking server does not respond")
-    profile: Steps | None = changeable(
-        None, "Steps A:B, counted over all stages, of which rank 0 records a profiler trace (default: none)"
-    )
+    profile: Steps | None = changeable(None, "Steps A:B of the run that rank 0 profiles (default: none)")
 
 
 class EvaluationConfig(Section):
@@ -740,12 +648,8 @@ class EvaluationConfig(Section):
     source: str | None = changeable(None, "Name of the held-out source (default: no evaluation)")
     max_images: Positive | None = changeable(None, "Maximum number of images (default: all)")
     batch_size: Positive = changeable(64, "Number of examples per forward")
-    prompts: tuple[Prompt, ...] = changeable(
-        ("a photo of a {}.",), "Prompts of zero-shot classification, with {} in place of the class name", min_length=1
-    )
-    every: Positive | None = changeable(
-        None, "Number of steps between evaluations of a stage (default: only at the end of the run)"
-    )
+    prompts: tuple[Prompt, ...] = changeable(("a photo of a {}.",), "Zero-shot prompts; {} is the class", min_length=1)
+    every: Positive | None = changeable(None, "Number of steps between evaluations (default: only at the run's end)")
     max_images_during_training: Positive = changeable(1000, "Maximum number of images of an evaluation during training")
 
 
@@ -755,9 +659,7 @@ class RunConfig(Section):
     name: str = fixed(..., "Name of the run and of its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     output: Url = changeable("runs", "Folder or URL that contains the run's folder `<output>/<name>`")
     seed: int = fixed(0, "Seed of the weights, the data order, masking and augmentation")
-    reproduce_vlmo_release: bool = fixed(
-        False, "Reproduce the quirks of VLMo's released code, listed in `pipeline/training/release.py`"
-    )
+    reproduce_vlmo_release: bool = fixed(False, "Reproduce the quirks of VLMo's code (`pipeline/training/release.py`)")
     storage: StorageConfig = changeable(StorageConfig(), "Access to object stores")
     model: ModelConfig = fixed(VLMoConfig(), "Model architecture and sizes")
     tokenizer: TokenizerConfig = fixed(TokenizerConfig(), "Text tokenizer")
@@ -772,21 +674,9 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = changeable(EvaluationConfig(), "Evaluation")
 
     @model_validator(mode="after")
-    def _check_consistent(self) -> RunConfig:
+    def _check_consistent(self) -> Self:
         """Report all violated rules between keys at once: each is one line that begins with the key's path."""
-        faults, kind, cluster = [], self.model.kind, self.cluster
-        if self.reproduce_vlmo_release and kind != "vlmo":
-            faults.append(f"reproduce_vlmo_release: applies to model.kind vlmo only, and model.kind is {kind}")
-        faults += _engine_faults(self.engine)
-        for index, stage in enumerate(self.stages):
-            faults += _stage_faults(self, index, stage)
-        faults += _source_faults(self)
-        if cluster.min_workers is not None and cluster.min_workers > cluster.workers:
-            faults.append(f"cluster.min_workers: {cluster.min_workers} is above cluster.workers {cluster.workers}")
-        if (gpus := cluster.gpus_per_worker) > 1 and gpus != int(gpus):
-            expected = "expected a whole number, or a fraction below 1 to share a GPU"
-            faults.append(f"cluster.gpus_per_worker: {expected}; got {gpus}")
-        if faults:
+        if faults := [*_run_faults(self), *_stage_faults(self)]:
             raise ValueError("\n".join(faults))
         return self
 
@@ -833,8 +723,11 @@ class RunConfig(Section):
 # ---- rules between keys
 
 
-def _engine_faults(engine: EngineConfig) -> Iterator[str]:
-    """Yield combinations that DeepSpeed silently ignores, or fails on without saying what to change."""
+def _run_faults(run: RunConfig) -> Iterator[str]:
+    engine, cluster, gpus, held_out = run.engine, run.cluster, run.cluster.gpus_per_worker, run.evaluation.source
+    if run.reproduce_vlmo_release and run.model.kind != "vlmo":
+        yield f"reproduce_vlmo_release: applies to model.kind vlmo only, and model.kind is {run.model.kind}"
+    # Combinations that DeepSpeed silently ignores, or fails on without saying what to change.
     if engine.precision == "bfloat16" and engine.zero_stage == 0:
         yield (
             "engine.precision: bfloat16 at ZeRO 0 would have no float32 master weights and sums; "
@@ -852,58 +745,55 @@ def _engine_faults(engine: EngineConfig) -> Iterator[str]:
             "engine.compile: ZeRO 3 gathers each module's weights in hooks, at which torch.compile breaks "
             "its graphs or fails; leave it false, or set engine.zero_stage to 0, 1 or 2"
         )
-
-
-def _source_faults(config: RunConfig) -> Iterator[str]:
-    for name, source in config.sources.items():
+    if cluster.min_workers is not None and cluster.min_workers > cluster.workers:
+        yield f"cluster.min_workers: {cluster.min_workers} is above cluster.workers {cluster.workers}"
+    if gpus > 1 and gpus != int(gpus):
+        yield f"cluster.gpus_per_worker: expected a whole number, or a fraction below 1 to share a GPU; got {gpus}"
+    for name, source in run.sources.items():
         if not name or name in (".", "..") or file_name_of(name) != name or len(name) > 100:
             yield (
                 f"sources: {name!r}: the name of a source is also a file name; use no slash, no control character and "
                 "at most 100 characters"
             )
         excluded = source.synthetic.exclude if source.synthetic else None
-        if excluded is not None and (excluded not in config.sources or config.sources[excluded].synthetic is None):
+        if excluded is not None and (excluded not in run.sources or run.sources[excluded].synthetic is None):
             yield f"sources.{name}.synthetic.exclude: '{excluded}' is not a synthetic source of this run"
-    held_out = config.evaluation.source
-    if held_out is not None and held_out not in config.sources:
-        yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(config.sources)}"
-    if config.evaluation.every is not None and held_out is None:
+    if held_out is not None and held_out not in run.sources:
+        yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(run.sources)}"
+    if run.evaluation.every is not None and held_out is None:
         yield "evaluation.every: set without evaluation.source; name the held-out source to evaluate on"
 
 
-def _stage_faults(config: RunConfig, index: int, stage: StageConfig) -> Iterator[str]:
-    where = f"stages.{stage.name}"
-    if stage.name in [other.name for other in config.stages[:index]]:
-        yield f"stages.{index}.name: another stage has the name '{stage.name}'"
-    if stage.global_batch_size % config.data.streams:
-        yield (
-            f"{where}.global_batch_size: {stage.global_batch_size} must be a multiple of data.streams "
-            f"{config.data.streams}"
-        )
-    if stage.max_text_length > config.model.max_text_length:
-        yield (
-            f"{where}.max_text_length: {stage.max_text_length} is above model.max_text_length "
-            f"{config.model.max_text_length}"
-        )
-    if stage.image_size is not None:
-        try:
-            config.for_stage(stage)
-        except ValidationError as error:
-            for fault in error.errors():
-                yield f"{where}.image_size: {fault['msg'].removeprefix('Value error, ')}"
-    if not stage.sources or not stage.objectives:
-        yield f"{where}: needs at least one source and one objective"
-    every = max((objective.every for objective in stage.objectives.values()), default=1)
-    if stage.global_batch_size < config.cluster.workers * every:
-        yield (
-            f"{where}.global_batch_size: {stage.global_batch_size} leaves a rank without an example; expected at "
-            f"least cluster.workers x every = {config.cluster.workers * every}"
-        )
-    for name in stage.sources:
-        if name not in config.sources:
-            yield f"{where}.sources: unknown source '{name}'; known: {', '.join(config.sources)}"
-    types = {config.sources[name].type for name in stage.sources if name in config.sources}
-    if "regions" in types and config.model.kind != "imagebert":
-        yield f"{where}.sources: regions are for a model of kind imagebert, and model.kind is {config.model.kind}"
-    if len(types) > 1:
-        yield f"{where}.sources: of type {' and '.join(sorted(types))}; all sources of a stage must have one type"
+def _stage_faults(run: RunConfig) -> Iterator[str]:
+    model, streams = run.model, run.data.streams
+    for index, stage in enumerate(run.stages):
+        path, batch_size = f"stages.{stage.name}", stage.global_batch_size
+        if stage.name in [other.name for other in run.stages[:index]]:
+            yield f"stages.{index}.name: another stage has the name '{stage.name}'"
+        if batch_size % streams:
+            yield f"{path}.global_batch_size: {batch_size} must be a multiple of data.streams {streams}"
+        if stage.max_text_length > model.max_text_length:
+            limit = f"model.max_text_length {model.max_text_length}"
+            yield f"{path}.max_text_length: {stage.max_text_length} is above {limit}"
+        if stage.image_size is not None:
+            try:
+                run.for_stage(stage)
+            except ValidationError as error:
+                for fault in error.errors():
+                    yield f"{path}.image_size: {fault['msg'].removeprefix('Value error, ')}"
+        if not stage.sources or not stage.objectives:
+            yield f"{path}: needs at least one source and one objective"
+        every = max((objective.every for objective in stage.objectives.values()), default=1)
+        if batch_size < run.cluster.workers * every:
+            yield (
+                f"{path}.global_batch_size: {batch_size} leaves a rank without an example; expected at least "
+                f"cluster.workers x every = {run.cluster.workers * every}"
+            )
+        for name in stage.sources:
+            if name not in run.sources:
+                yield f"{path}.sources: unknown source '{name}'; known: {', '.join(run.sources)}"
+        types = {run.sources[name].type for name in stage.sources if name in run.sources}
+        if "regions" in types and model.kind != "imagebert":
+            yield f"{path}.sources: regions are for a model of kind imagebert, and model.kind is {model.kind}"
+        if len(types) > 1:
+            yield f"{path}.sources: of type {' and '.join(sorted(types))}; all sources of a stage must have one type"

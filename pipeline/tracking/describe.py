@@ -37,25 +37,26 @@ CONFIG_TAG = "config."  # prefix of the tags of config keys that may change on r
 NOT_OF_RECIPE = ("name", "output", "seed", "storage", "cluster", "guards", "checkpoint", "tracking", "evaluation")
 
 
-def recipe_hash(config: RunConfig) -> str:
-    """Return a hash that is equal for runs with the same recipe, whatever their names, seeds and machines."""
-    values: dict[str, Any] = config.model_dump(mode="json", exclude=set(NOT_OF_RECIPE))
-    for source in values["sources"].values():
+def run_tags(config: RunConfig) -> dict[str, str]:
+    """Return the recipe hash, equal for runs that differ in names, seeds and machines only, and a Markdown summary.
+
+    MLflow shows the summary above the tags.
+    """
+    recipe: dict[str, Any] = config.model_dump(mode="json", exclude=set(NOT_OF_RECIPE))
+    for source in recipe["sources"].values():
         del source["shards"]  # the location; the data digest covers the content
     for key in ("loader", "cache"):
-        del values["data"][key]
-    values["engine"] = {"precision": values["engine"]["precision"]}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def note_of_run(config: RunConfig) -> str:
-    """Return the run's summary in Markdown, which MLflow shows above the tags."""
+        del recipe["data"][key]
+    recipe["engine"] = {"precision": recipe["engine"]["precision"]}
     lines = [f"**{config.name}**: {config.model.kind}, {config.total_steps:,} steps in {config.folder}", ""]
     lines += ["| stage | objectives | sources | steps | batch | starts from |", "|---|---|---|---|---|---|"]
     for stage in config.stages:
         reads = f"{stage.name} | {', '.join(stage.objectives)} | {_sources(stage)}"
         lines.append(f"| {reads} | {stage.steps:,} | {stage.global_batch_size:,} | {stage.start_from} |")
-    return "\n".join(lines)
+    return {
+        "recipe_hash": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12],
+        "mlflow.note.content": redact("\n".join(lines)),
+    }
 
 
 def note_of_stage(stage: StageConfig, origin: str) -> str:
@@ -79,19 +80,22 @@ def environment_tags() -> dict[str, str]:
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no entry in the password database
         tags["mlflow.user"] = getpass.getuser()
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             tags[f"version.{package}"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return tags | code_tags() | {tag: os.environ[name] for tag, name in PROPAGATED_TAGS.items() if os.environ.get(name)}
 
 
 def code_tags() -> dict[str, str]:
     """Return the commit of this checkout and whether it has changes; no tags outside a checkout."""
-    tree = Path(__file__).resolve().parents[2]
-    if not (tree / ".git").exists() or (commit := _git(tree, "rev-parse", "HEAD")) is None:
-        return {}
-    return {COMMIT: commit, DIRTY: str(bool(_git(tree, "status", "--porcelain"))).lower()}
+    tree, outputs = Path(__file__).resolve().parents[2], []
+    for command in (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"]) if (tree / ".git").exists() else ():
+        try:
+            done = subprocess.run(command, check=True, cwd=tree, capture_output=True, text=True, timeout=5)
+            outputs.append(done.stdout.strip())
+        except (OSError, subprocess.SubprocessError):
+            outputs.append("")
+    commit, changes = outputs or ("", "")
+    return {COMMIT: commit, DIRTY: str(bool(changes)).lower()} if commit else {}
 
 
 def job_environment(submission_id: str) -> dict[str, str]:
@@ -100,26 +104,14 @@ def job_environment(submission_id: str) -> dict[str, str]:
     return {PROPAGATED_TAGS[tag]: value for tag, value in tags.items()}
 
 
-def _git(tree: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], check=False, cwd=tree, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def config_yaml(config: RunConfig, exclude_defaults: bool = False) -> str:
     """Return the config as YAML with secrets redacted: complete, or only the keys that differ from the defaults."""
     values = redact_values(config.model_dump(mode="json", exclude_defaults=exclude_defaults))
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return text
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def split_changeable(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, str], dict[str, str]]:
-    """Return the flattened config as (params, tags).
-
-    MLflow's params are immutable, so keys that may change on resume become tags.
-    """
+    """Return the flattened config as (params, tags): keys that may change on resume, which params cannot, are tags."""
     params, tags = {}, {}
     for path, value in flatten(values).items():
         text = redact(value if isinstance(value, str) else json.dumps(value))

@@ -19,7 +19,7 @@ from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import redact
 from pipeline.tracking.journal import FINAL_WEIGHTS, Journal, Record
 from pipeline.tracking.locations import resolve_uri
-from pipeline.tracking.mlflow_server import connect, experiment_id, request
+from pipeline.tracking.mlflow_server import CREDENTIALS, connect, experiment_id, request
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -128,23 +128,12 @@ class Export:
     stage_index: int
 
 
-@dataclass(frozen=True)
-class Registered:
-    """A version in MLflow's model registry."""
-
-    name: str
-    version: int
-    alias: str | None
-    model_id: str
-    run_id: str | None  # MLflow run of the stage that made it, if the server knows it
-    uri: str  # for `mlflow.pyfunc.load_model`
-
-
-def register(uri: str, experiment: str, name: str, alias: str | None, export: Export) -> Registered:
+def register(uri: str, experiment: str, name: str, alias: str | None, export: Export) -> dict[str, Any]:
     """Log `export` as a model of the stage that made it, register it as the next version of `name`, set the alias.
 
-    A prediction reads per row an encoded image, a text, or both, and returns one column per output. Raises
-    TrackingError with the server's error.
+    A prediction reads per row an encoded image, a text, or both, and returns one column per output. The result has the
+    "name", "version", "alias", "model_id", the stage's MLflow "run_id" (None if the server does not know it), and the
+    "uri" for `mlflow.pyfunc.load_model`. Raises TrackingError with the server's error.
     """
     uri = resolve_uri(uri)
     client = connect(uri)
@@ -197,12 +186,12 @@ def register(uri: str, experiment: str, name: str, alias: str | None, export: Ex
         if alias is not None:
             client.set_registered_model_alias(name, alias, str(version))
     except MlflowException as error:
-        raise TrackingError(
-            f"tracking.uri {redact(uri)}: the server did not register {name}: {error}. Check its "
-            "address, and the name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        ) from error
-    address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
-    return Registered(name, version, alias, model.model_id, run_id, address)
+        fault = f"the server did not register {name}: {error}. {CREDENTIALS}"
+        raise TrackingError(f"tracking.uri {redact(uri)}: {fault}") from error
+    return {
+        "name": name, "version": version, "alias": alias, "model_id": model.model_id, "run_id": run_id,
+        "uri": f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}",
+    }  # fmt: skip
 
 
 def download_weights(uri: str, folder: Path, tracking_uri: str | None = None) -> str:

@@ -45,7 +45,7 @@ _SQLITE_MAGIC = b"SQLite format 3\0"
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _HOSTED = ("databricks", "databricks-uc", "uc", "azureml", "arn")  # services of MLflow or its plugins
 _REJECTED_CODES = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
-_CREDENTIALS = "Check its address, and the credentials in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+CREDENTIALS = "Check its address, and the credentials in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 _EXPECTED = (
     "expected http(s)://…, sqlite:///path, postgresql://… or the URI of an installed MLflow plugin "
     "(MLflow's file store is not supported)"
@@ -164,7 +164,22 @@ def http_get(url: str, limit: int = 2**16) -> tuple[int, bytes]:
     """
 
     def get() -> tuple[int, bytes]:
-        handlers = [urllib.request.HTTPSHandler(context=_tls())] if url.lower().startswith("https:") else []
+        handlers = []
+        if url.lower().startswith("https:"):  # MLflow's MLFLOW_TRACKING_* variables, and requests' CA bundle variables
+            context = ssl.create_default_context()
+            bundles = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+            name = next((name for name in bundles if os.environ.get(name)), "")
+            try:
+                if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                elif name:
+                    is_folder = os.path.isdir(os.environ[name])
+                    context.load_verify_locations(**{"capath" if is_folder else "cafile": os.environ[name]})
+                if os.environ.get(name := "MLFLOW_TRACKING_CLIENT_CERT_PATH"):
+                    context.load_cert_chain(os.environ[name])
+            except OSError as error:
+                raise OSError(f"{name}={os.environ[name]}: cannot read certificates from it ({error})") from error
+            handlers.append(urllib.request.HTTPSHandler(context=context))
         try:
             with urllib.request.build_opener(*handlers).open(url, timeout=ANSWER_SECONDS) as response:
                 return response.status, response.read(limit)
@@ -173,28 +188,6 @@ def http_get(url: str, limit: int = 2**16) -> tuple[int, bytes]:
                 return error.code, error.read(limit)
 
     return within(2 * ANSWER_SECONDS, get, "mome-http-get")
-
-
-def _tls() -> ssl.SSLContext:
-    """Build the context from MLflow's MLFLOW_TRACKING_* variables and requests' CA bundle variables."""
-    context = ssl.create_default_context()
-    bundles = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-    name = next((name for name in bundles if os.environ.get(name)), None)
-    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    elif name is not None:
-        path = os.environ[name]
-        try:
-            context.load_verify_locations(**{"capath" if os.path.isdir(path) else "cafile": path})
-        except OSError as error:
-            raise OSError(f"{name}={path}: cannot read certificates from it ({error})") from error
-    if certificate := os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"):
-        try:
-            context.load_cert_chain(certificate)
-        except OSError as error:
-            raise OSError(f"MLFLOW_TRACKING_CLIENT_CERT_PATH={certificate}: not a certificate ({error})") from error
-    return context
 
 
 # ---- MLflow's client
@@ -284,7 +277,6 @@ def try_writing(uri: str, experiment: str) -> str:
     except TrackingError:
         raise
     except Exception as error:  # connection and database errors of any underlying library
-        raise TrackingError(
-            f"tracking.uri {redact(uri)}: the server refused a run: {describe_error(error)}. {_CREDENTIALS}"
-        ) from error
+        fault = f"the server refused a run: {describe_error(error)}. {CREDENTIALS}"
+        raise TrackingError(f"tracking.uri {redact(uri)}: {fault}") from error
     return "a run was written, read back and deleted"

@@ -80,8 +80,8 @@ class History:
     def __init__(self, journal: Journal):
         self._last_steps: dict[tuple[int, str], int] = {}  # highest step by stage and key
         self._outside_stages: set[tuple[str, int, float | str]] = set()
-        self._recent: OrderedDict[int, list[Record]] = OrderedDict()  # metrics records by step
-        self._evaluations: dict[int, list[Record]] = {}
+        self.recent: OrderedDict[int, list[Record]] = OrderedDict()  # metrics records by step
+        self.evaluations: dict[int, list[Record]] = {}
         self.checkpoints: dict[str, int] = {}  # retained checkpoints: URL -> stage index
         self.origins: dict[int, str] = {}  # weights from which each stage last started
         self.stage_starts: dict[int, int] = {}
@@ -103,15 +103,15 @@ class History:
         kind, stage, step = record["kind"], record["stage"], record.get("step", 0)
         if kind == "metrics":
             self.keep_new(stage, step, record["values"])
-            self._recent.setdefault(step, []).append(record)
+            self.recent.setdefault(step, []).append(record)
             if any(key.startswith(EVALUATION) for key in record["values"]):
-                self._evaluations.setdefault(step, []).append(record)
-            if len(self._recent) > self._STEPS:
-                self._recent.popitem(last=False)
+                self.evaluations.setdefault(step, []).append(record)
+            if len(self.recent) > self._STEPS:
+                self.recent.popitem(last=False)
         elif kind == "rewind":
             steps = self._last_steps.items()
             self._last_steps = {key: min(last, step) if key[0] == stage else last for key, last in steps}
-            for by_step in (self._recent, self._evaluations):
+            for by_step in (self.recent, self.evaluations):
                 for later in [other for other in by_step if other > step]:
                     by_step[later] = [point for point in by_step[later] if point["stage"] != stage]
         elif kind == "model" and record["role"] == CHECKPOINT:
@@ -132,16 +132,6 @@ class History:
     def last_step(self, stage: int) -> int:
         """Return the highest recorded step of a stage, or -1."""
         return max((step for (index, _), step in self._last_steps.items() if index == stage), default=-1)
-
-    def quality(self, step: int, stage: int) -> list[dict[str, Any]]:
-        """Return the quality metrics of a global step as {"stage" (index or None), "key", "value", "at"}."""
-        return [
-            {"stage": record["stage"], "key": key, "value": value, "at": record["at"]}
-            for record in self._recent.get(step) or self._evaluations.get(step) or []
-            if record["stage"] in (stage, None)
-            for key, value in record["values"].items()
-            if key.startswith(QUALITY_PREFIXES)
-        ]
 
 
 def log_exceptions(method: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
@@ -208,12 +198,11 @@ class Tracker:
             tracker._writer = journal.start_session()
         params, changeable = describe.split_changeable(config.model_dump(mode="json"))
         tags = describe.environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
-        tags["recipe_hash"] = describe.recipe_hash(config)
-        tags["mlflow.note.content"] = redact(describe.note_of_run(config))
+        tags |= describe.run_tags(config) | changeable
         tracker._writer.append({
             "kind": "run", "at": time.time_ns() // 1_000_000, "stage": None, "run": run, "name": config.name,
             "uri": redact(locations.tracking_uri(config)), "experiment": locations.experiment_name(config),
-            "params": params, "tags": tags | changeable, "datasets": [],
+            "params": params, "tags": tags, "datasets": [],
             "server_has_more": journal.restored.exists() or was_lost,  # it may hold later points than this journal
         })  # fmt: skip
         journal.restored.unlink(missing_ok=True)
@@ -303,9 +292,15 @@ class Tracker:
     @log_exceptions
     def log_weights(self, weights: SavedWeights, role: str = FINAL_WEIGHTS) -> None:
         """Record weights: by default a stage's final ones, from which a stage, an evaluation or an export starts."""
-        points = self._history.quality(weights.step, weights.stage)
-        url = redact(weights.url)
-        self._append("model", stage=weights.stage, step=weights.step, url=url, role=role, points=points)
+        history, step = self._history, weights.step
+        points = [
+            {"stage": record["stage"], "key": key, "value": value, "at": record["at"]}
+            for record in history.recent.get(step) or history.evaluations.get(step) or []
+            if record["stage"] in (weights.stage, None)
+            for key, value in record["values"].items()
+            if key.startswith(QUALITY_PREFIXES)
+        ]
+        self._append("model", stage=weights.stage, step=step, url=redact(weights.url), role=role, points=points)
 
     @log_exceptions
     def end_stage(self, status: Status = "FINISHED") -> None:

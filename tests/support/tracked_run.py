@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from pipeline.config.schema import RunConfig
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from pipeline.tracking.tracker import DatasetInput, Tracker, SavedWeights
+from pipeline.tracking.tracker import DatasetInput, SavedWeights, Tracker
 from tests.support import journals
 from tests.support.train_process import STAGES, TrainProcess
 

@@ -29,7 +29,7 @@ class Checkpointer(Callback):
     def on_stage_start(self, state: StageState, start: int) -> None:
         self._state = state
         if self._stage.run.checkpoint.every < self._stage.steps - start:
-            state.checkpoints.reserve(state.engine.fragments())
+            state.checkpoints.host_copy.reserve(state.engine.fragments())
 
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
         self._metrics = snapshot.values
@@ -38,14 +38,31 @@ class Checkpointer(Callback):
         self._metrics = self._metrics | metrics
 
     def after_step(self, event: StepEvent) -> None:
-        num_steps = event.step + 1
+        """Copy the state; it is written and committed, with the journal, in the background."""
+        num_steps, state, context = event.step + 1, self._state, self._context
         if self._stage.is_checkpoint_step(event.step) or (event.preempted and num_steps < self._stage.steps):
-            with self._context.supervisor.during("checkpoint", self._stage.global_step(event.step)):
-                url = self._save(num_steps)
+            step = self._stage.global_step(num_steps)
+            with context.supervisor.during("checkpoint", step - 1):
+                started = time.perf_counter()
+                quarantine = context.collectives.gather_json(state.loader.quarantined())
+
+                def before_commit() -> None:
+                    self._write_quarantine(step, quarantine)
+                    context.tracker.commit(step)
+
+                metadata = checkpoint_metadata(self._stage, context, state, num_steps) | {
+                    "data_counts": total_data_counts(state.loader, state.data_counts, context.collectives),
+                    "metrics": self._metrics,
+                    "shapes": state.shapes,
+                }
+                url = state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
+                stall = time.perf_counter() - started
+                context.tracker.metrics(step, {"ckpt/stall_s": stall, "ckpt/wait_s": state.checkpoints.waited})
+                self._record_finished_saves()
                 if event.preempted:
-                    self._state.checkpoints.wait()
-            self._state.callbacks.on_checkpoint(num_steps, url)
-        self._state.checkpoints.check()
+                    state.checkpoints.wait()
+            state.callbacks.on_checkpoint(num_steps, url)
+        state.checkpoints.check()
 
     def on_stage_end(self, result: StageResult) -> None:
         """Wait for the save in progress, so that a rollback does not depend on how fast the store is."""
@@ -56,28 +73,7 @@ class Checkpointer(Callback):
         if result.num_steps == self._stage.steps:
             if self._context.collectives.rank == 0:
                 self._context.ownership.check()
-            self._write_quarantine(step, self._gather_quarantine())
-
-    def _save(self, num_steps: int) -> str:
-        """Copy the state after `num_steps` steps; it is written and committed, with the journal, in the background."""
-        started = time.perf_counter()
-        state, step = self._state, self._stage.global_step(num_steps)
-        quarantine = self._gather_quarantine()
-
-        def before_commit() -> None:
-            self._write_quarantine(step, quarantine)
-            self._context.tracker.commit(step)
-
-        metadata = checkpoint_metadata(self._stage, self._context, state, num_steps) | {
-            "data_counts": total_data_counts(state.loader, state.data_counts, self._context.collectives),
-            "metrics": self._metrics,
-            "shapes": state.shapes,
-        }
-        url = state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
-        stall = time.perf_counter() - started
-        self._context.tracker.metrics(step, {"ckpt/stall_s": stall, "ckpt/wait_s": state.checkpoints.waited})
-        self._record_finished_saves()
-        return url
+            self._write_quarantine(step, self._context.collectives.gather_json(self._state.loader.quarantined()))
 
     def _record_finished_saves(self) -> None:
         """Record how long finished saves took and which checkpoints the run now keeps."""
@@ -86,18 +82,14 @@ class Checkpointer(Callback):
             self._context.tracker.metrics(step, {"ckpt/write_s": seconds})
         if finished:
             names = [stage.name for stage in self._stage.run.stages]
-            kept = self._state.checkpoints.kept()
+            kept = self._state.checkpoints.retention.kept
             self._context.tracker.log_checkpoints(
                 [SavedWeights(info.url, info.step, names.index(info.stage)) for info in kept if info.stage]
             )
 
-    def _gather_quarantine(self) -> list[dict[str, Any]]:
-        """Return the samples that any rank found bad and replaced since the last call."""
-        by_rank = self._context.collectives.gather_json(self._state.loader.quarantined())
-        return [record for records in by_rank for record in records]
-
-    def _write_quarantine(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Write the records to the run's folder as JSON lines, on rank 0."""
+    def _write_quarantine(self, step: int, records_by_rank: list[list[dict[str, Any]]]) -> None:
+        """Write the bad samples that any rank replaced to the run's folder as JSON lines, on rank 0."""
+        records = [record for records in records_by_rank for record in records]
         if records and self._context.collectives.rank == 0:
             lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
             name = f"quarantine/{self._stage.index}-{self._stage.name}-{step:08d}.jsonl"

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,23 +57,17 @@ def folder_name(step: int, start: Start | None) -> str:
     return f"step-{step:08d}.{token}" if start is None else f"step-{step:08d}.{start}-{token}"
 
 
-def start_of(name: str) -> Start:
-    """Return the start that wrote a checkpoint folder."""
+def parse_name(name: str) -> tuple[int, Start, int] | None:
+    """Return (global step, start, time) of a checkpoint folder's name, in which order they sort; None for others."""
     match = _FOLDER.fullmatch(name)
-    return Start.parse(match[2]) if match and match[2] else NO_START
-
-
-def step_of(name: str) -> int | None:
-    """Return the global step in a checkpoint folder's name; None for any other name."""
-    match = _FOLDER.fullmatch(name)
-    return int(match[1]) if match else None
+    return match and (int(match[1]), Start.parse(match[2]) if match[2] else NO_START, int(match[3], 16))
 
 
 def newest_first(storage: Storage, url: str) -> list[str]:
     """Return the URLs of the checkpoints in `url`, committed or not: latest step first, then latest start and time."""
-    matches = [match for name in storage.list(url) if (match := _FOLDER.fullmatch(name.rstrip("/")))]
-    matches.sort(key=lambda match: (int(match[1]), start_of(match[0]), int(match[3], 16)), reverse=True)
-    return [join(url, match[0]) for match in matches]
+    names = (name.rstrip("/") for name in storage.list(url))
+    keys = sorted(((key, name) for name in names if (key := parse_name(name))), reverse=True)
+    return [join(url, name) for _, name in keys]
 
 
 def select_kept(checkpoints: Iterable[CheckpointInfo], newest: CheckpointInfo, config: CheckpointConfig) -> set[str]:
@@ -126,38 +119,35 @@ class Retention:
         self._sealed: set[str] = set()  # uncommitted folders that were sealed at an earlier checkpoint
         self.kept: tuple[CheckpointInfo, ...] = ()  # as of the last commit
 
-    def at_start(self, newest: CheckpointInfo | None) -> None:
-        """Remove what earlier attempts left unfinished; `newest` is the checkpoint the run resumes from.
+    def apply(self, newest: CheckpointInfo | None, files: Mapping[str, Record] | None = None) -> None:
+        """Remove the checkpoints that `newest`, just committed with `files`, makes obsolete, and unfinished ones.
 
-        Raises Superseded if a later start owns the run.
-        """
-        with self._failures_logged():
-            self._ownership.check()
-            count = self._storage.abort_uploads(self._url, lambda name: self._is_ours(name.partition("/")[0]))
-            if count:
-                log.warning("%s: aborted %d unfinished multipart uploads of earlier attempts", self._url, count)
-            if newest is not None:
-                self._remove_partial(newest)
-
-    def after_commit(self, newest: CheckpointInfo, files: Mapping[str, Record]) -> None:
-        """Remove the checkpoints that `newest`, just committed with `files`, makes obsolete.
-
-        Raises StorageError if it is incomplete: on a store that creates objects in two steps, another attempt may have
-        deleted its files. Raises Superseded, having deleted nothing, if a later start owns the run.
+        At the start of a run, without `files`, remove what earlier attempts left unfinished; `newest` is then the
+        checkpoint from which the run resumes. Raises StorageError if the new checkpoint is incomplete: on a store that
+        creates objects in two steps, another attempt may have deleted its files. Raises Superseded, having deleted
+        nothing, if a later start owns the run.
         """
         missing = ""
-        with self._failures_logged():
-            missing = describe_missing(self._storage, newest.url, files)
+        try:
+            if newest is not None and files is not None:
+                missing = describe_missing(self._storage, newest.url, files)
             self._ownership.check()
-            if not missing:
-                self._infos[newest.url] = newest
-                self._remove_obsolete(newest)
+            if files is None:
+                count = self._storage.abort_uploads(self._url, lambda name: self._is_ours(name.partition("/")[0]))
+                if count:
+                    log.warning("%s: aborted %d unfinished multipart uploads of earlier attempts", self._url, count)
+            if newest is not None and not missing:
+                if files is not None:
+                    self._remove_obsolete(newest)
                 self._remove_partial(newest)
-        if missing:
+        except StorageError as error:
+            log.warning("%s: obsolete or unfinished checkpoints could not be removed: %s", self._url, error)
+        if newest is not None and missing:
             self._storage.delete(join(newest.url, COMMIT))
             raise StorageError(f"{newest.url}: the commit was withdrawn: {missing}")
 
     def _remove_obsolete(self, newest: CheckpointInfo) -> None:
+        self._infos[newest.url] = newest
         committed = []
         for url in newest_first(self._storage, self._url):
             if not is_committed(self._storage, url):
@@ -168,7 +158,8 @@ class Retention:
                     missing = describe_missing(self._storage, url, manifest["files"])
                     self._infos[url] = replace(CheckpointInfo.of(url, manifest), is_complete=not missing)
                 except CheckpointError:
-                    self._infos[url] = CheckpointInfo(url, step_of(split(url)[1]) or 0, is_complete=False)
+                    step, _, _ = parse_name(split(url)[1]) or (0, NO_START, 0)
+                    self._infos[url] = CheckpointInfo(url, step, is_complete=False)
             committed.append(self._infos[url])
         kept = select_kept(committed, newest, self._config)
         for checkpoint in committed:
@@ -184,11 +175,11 @@ class Retention:
     def _remove_partial(self, newest: CheckpointInfo) -> None:
         """Remove folders of attempts that never committed, at steps up to that of a committed checkpoint."""
         for url in newest_first(self._storage, self._url):
-            name = split(url)[1]
-            if (step_of(name) or 0) > newest.step or not self._is_ours(name) or is_committed(self._storage, url):
+            step, start, _ = parse_name(split(url)[1]) or (0, NO_START, 0)
+            if step > newest.step or start > self._start or is_committed(self._storage, url):
                 continue
             # Another start's writer may be about to commit: the seal decides, and is kept until the next checkpoint.
-            is_final = start_of(name) in (self._start, NO_START) or url in self._sealed
+            is_final = start in (self._start, NO_START) or url in self._sealed
             if is_final or seal(self._storage, url, f"given up by {self._start}"):
                 self._storage.abort_uploads(url)
                 remove(self._storage, url, keep=None if is_final else SEAL)
@@ -200,11 +191,5 @@ class Retention:
 
     def _is_ours(self, name: str) -> bool:
         """Return whether a folder is a checkpoint of this start or of one it has superseded."""
-        return step_of(name) is not None and start_of(name) <= self._start
-
-    @contextmanager
-    def _failures_logged(self) -> Iterator[None]:
-        try:
-            yield
-        except StorageError as error:
-            log.warning("%s: obsolete or unfinished checkpoints could not be removed: %s", self._url, error)
+        key = parse_name(name)
+        return key is not None and key[1] <= self._start

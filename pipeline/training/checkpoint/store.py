@@ -69,17 +69,13 @@ class CheckpointStore:
         """`ownership`: of the start that saves; without it the run must not have been claimed."""
         self.storage, self.url, self.collectives = storage, join(folder, "checkpoints"), collectives
         self.waited = 0.0  # seconds the last `save` waited for the previous one
-        self._copy = HostCopy(collectives.device)
+        self.host_copy = HostCopy(collectives.device)
         self._in_progress: Future[None] | None = None
         self._abandoned = threading.Event()
         self._written: list[tuple[int, float]] = []
         self._ownership = ownership or Ownership(storage, folder, claim="")
-        self._retention = Retention(storage, self.url, config, self._ownership)
+        self.retention = Retention(storage, self.url, config, self._ownership)
         self._newest: CheckpointInfo | None = None  # set by `latest`
-
-    def reserve(self, fragments: Iterable[Fragment]) -> None:
-        """Allocate the host memory that saves need, so that the first save stalls no longer than the next ones."""
-        self._copy.reserve(fragments)
 
     def save(
         self,
@@ -96,7 +92,7 @@ class CheckpointStore:
         started = time.perf_counter()
         self._finish()
         self.waited = time.perf_counter() - started
-        file = TensorFile(self._copy.take(fragments))
+        file = TensorFile(self.host_copy.take(fragments))
         metadata = {**metadata, "world_size": self.collectives.world_size}
         self._in_progress = in_background(lambda: self._write(url, file, metadata, before_commit), "checkpoint")
         return url
@@ -122,10 +118,6 @@ class CheckpointStore:
         """
         finished, self._written = self._written, []
         return finished
-
-    def kept(self) -> tuple[CheckpointInfo, ...]:
-        """Return the run's checkpoints as of the last commit, on rank 0; empty before it."""
-        return self._retention.kept
 
     def close(self, seconds: float = 20.0) -> None:
         """Wait up to `seconds` for a save in progress, then abandon it. Its error is logged, not raised."""
@@ -175,7 +167,7 @@ class CheckpointStore:
             self._ownership.check()
             before_commit()
             commit(self.storage, url, records, metadata, seal_folder)
-            self._retention.after_commit(CheckpointInfo.of(url, metadata), records)
+            self.retention.apply(CheckpointInfo.of(url, metadata), records)
         self._written.append((metadata["step"], time.perf_counter() - started))
 
     def _stop_if_abandoned(self) -> None:
@@ -264,4 +256,4 @@ class CheckpointStore:
     def remove_unfinished(self) -> None:
         """Remove what earlier attempts left unfinished. Call it after `latest` and before the first save."""
         if self.collectives.rank == 0:
-            self._retention.at_start(self._newest)
+            self.retention.apply(self._newest)

@@ -36,7 +36,7 @@ from pipeline.training.checkpoint.committed import (
     read_manifest,
     verify,
 )
-from pipeline.training.checkpoint.retention import step_of
+from pipeline.training.checkpoint.retention import parse_name
 from pipeline.training.checkpoint.serialization import SavedState, TensorFile
 from pipeline.training.ownership import Ownership, Start
 
@@ -45,6 +45,8 @@ _FILE = re.compile(
     rf"(?:{'|'.join(name.partition('.')[0] for name in (WEIGHTS, VOCABULARY, ANSWERS, CLASSES, MANIFEST))})"
     r"(?:\.(?P<start>\d{4,}-[0-9a-f]{8}))?\.(?:safetensors|txt|json)"
 )
+
+_STAGE = re.compile(r"(\d+)(?:-|$)")
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ class WeightsInfo:
     @property
     def is_checkpoint(self) -> bool:
         """True for a step's checkpoint, False for the final weights of a stage."""
-        return step_of(split(self.url)[1]) is not None
+        return parse_name(split(self.url)[1]) is not None
 
 
 @dataclass(frozen=True)
@@ -139,27 +141,15 @@ def is_file_of_weights(name: str) -> bool:
     return _FILE.fullmatch(name) is not None
 
 
-def folder_of_weights(url: str) -> str:
-    """Return the run's folder for the folder of a stage or checkpoint, else `url` itself."""
-    run, kind = split(split(url)[0])
-    name = split(url)[1]
-    is_part = (kind == "stages" and _stage_order(name)[0] >= 0) or (kind == "checkpoints" and step_of(name) is not None)
-    return run if is_part else url.rstrip("/")
-
-
 def finished_stage(storage: Storage, url: str) -> str:
     """Return the folder of the last finished stage if `url` is a run's folder, else `url` itself."""
     try:
         names = [name.rstrip("/") for name in storage.list(join(url, "stages"))]
     except StorageError as error:
         raise CheckpointError(f"{url}: cannot be read: {error}") from error
-    finished = [name for name in sorted(names, key=_stage_order) if is_committed(storage, join(url, "stages", name))]
+    stages = sorted((int(match[1]) if (match := _STAGE.match(name)) else -1, name) for name in names)
+    finished = [name for _, name in stages if is_committed(storage, join(url, "stages", name))]
     return join(url, "stages", finished[-1]) if finished else url
-
-
-def _stage_order(name: str) -> tuple[int, str]:
-    number = name.partition("-")[0]
-    return (int(number) if number.isdigit() else -1, name)
 
 
 def weights_info(storage: Storage, url: str) -> WeightsInfo:
@@ -174,7 +164,7 @@ def load_weights(storage: Storage, url: str) -> Weights:
     Raises CheckpointError if there are none or they are damaged.
     """
     with _weights_folder(storage, url) as url:
-        if step_of(split(url)[1]) is None:
+        if parse_name(split(url)[1]) is None:
             manifest, files = read_committed(storage, url)
             metadata, folder = _metadata(url, manifest), url  # refused before the tensors are read
             tensors = safetensors.torch.load(files[WEIGHTS])
@@ -229,8 +219,12 @@ def _metadata(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{manifest_url} is damaged: expected a stage's name and a step, got {stage!r:.60}, {step!r:.60}"
         )
+    folder = absolute(url).rstrip("/")  # of the run: two levels up from a stage or a checkpoint
+    (run, kind), name = split(split(folder)[0]), split(folder)[1]
+    if (kind == "stages" and _STAGE.match(name)) or (kind == "checkpoints" and parse_name(name)):
+        folder = run
     try:
-        config, recorded = stored_config(manifest.get("config"), manifest_url, folder_of_weights(absolute(url)))
+        config, recorded = stored_config(manifest.get("config"), manifest_url, folder)
         config.stage_named(stage)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error

@@ -1,9 +1,10 @@
-"""Durable writes: data, file names and new folders are synced in an order that survives a power loss."""
+"""Durable writes survive a power loss; background calls return their result, raise their error, or time out."""
 
 from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.background import in_background, within
 from pipeline.config.durable import atomic_write, is_temporary, sync_folder, write_durably
 from pipeline.data.storage import Storage
 
@@ -82,23 +84,37 @@ def test_folder_sync_fails_on_disk_errors_only(tmp_path: Path, monkeypatch: pyte
         sync_folder(tmp_path)
 
 
-def test_folder_may_be_created_by_another_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks write into one new checkpoint folder at the same time."""
-    isdir = os.path.isdir
-
-    def made_behind_the_look(path: str) -> bool:
-        found = isdir(path)
-        Path(tmp_path / "new" / "step").mkdir(parents=True, exist_ok=True)
-        return found
-
-    monkeypatch.setattr(os.path, "isdir", made_behind_the_look)
-    write_durably(tmp_path / "new" / "step" / "rank-00000", b"x")
-    assert (tmp_path / "new" / "step" / "rank-00000").read_bytes() == b"x"
-
-
-def test_concurrent_writers_may_create_the_same_folders(tmp_path: Path) -> None:
+def test_folder_may_be_created_by_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(8) as pool:
         for number in range(50):
             paths = [tmp_path / f"{number}" / "a" / "b" / str(writer) for writer in range(8)]
             list(pool.map(lambda path: write_durably(path, b"x"), paths))
             assert all(path.read_bytes() == b"x" for path in paths)
+    isdir = os.path.isdir
+
+    def created_after_the_check(path: str) -> bool:
+        existed = isdir(path)
+        (tmp_path / "new" / "step").mkdir(parents=True, exist_ok=True)
+        return existed
+
+    monkeypatch.setattr(os.path, "isdir", created_after_the_check)
+    write_durably(tmp_path / "new" / "step" / "rank-00000", b"x")
+    assert (tmp_path / "new" / "step" / "rank-00000").read_bytes() == b"x"
+
+
+def test_background_call_returns_its_result_or_error() -> None:
+    def late() -> None:
+        raise TimeoutError("its own")
+
+    assert in_background(lambda: 3, "three").result(10) == within(10, lambda: 3, "three") == 3
+    assert isinstance(in_background(lambda: {}["absent"], "fails").exception(10), KeyError)
+    with pytest.raises(TimeoutError, match="its own"):
+        within(10, late, "late")
+
+
+def test_late_call_does_not_keep_the_process_alive() -> None:
+    over = threading.Event()
+    with pytest.raises(TimeoutError, match="no complete response within 0 s"):
+        within(0.01, over.wait, "waits")
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "waits")
+    over.set()

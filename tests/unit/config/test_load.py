@@ -1,4 +1,4 @@
-"""Loading a YAML gives a valid config, or one error that lists all of its faults."""
+"""Loading a YAML gives a valid config, or one error that lists all of its faults; the reference describes every key."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pipeline.config.load import (
     validate,
     with_absolute_paths,
 )
+from pipeline.config.reference import json_schema, markdown
 from pipeline.config.urls import file_name_of
 from tests.support.fuzz import fuzz_rounds, mutate
 
@@ -35,16 +36,30 @@ def test_every_config_of_the_project_loads(path: Path) -> None:
     assert load_config(path).stages
 
 
+def test_reference_describes_every_key_and_section() -> None:
+    text, schema = markdown(), json_schema()
+    remedy = "run `python -m pipeline.config.reference > configs/README.md`"
+    assert (CONFIGS / "README.md").read_text(encoding="utf-8") == text, remedy
+    for name, section in [("run", schema), *schema["$defs"].items()]:
+        assert section.get("description"), name
+        assert {key for key, value in section["properties"].items() if not value.get("description")} <= {"kind"}, name
+        assert all(f"\n| `{key}`" in text for key in section["properties"])
+
+
 def test_all_faults_are_reported_at_once_with_suggestions() -> None:
     overrides = ["stages.vision.stepps=10", "engine.precision=float3", "model.width=wide", "data.augment.flp=true"]
     with pytest.raises(ConfigError) as error:
         load_config(DEMO, overrides)
-    message = str(error.value)
-    assert "4 faults" in message
-    assert "stages.vision.stepps: unknown key; did you mean 'steps'?" in message
-    assert "engine.precision: Input should be 'float32' or 'bfloat16' (got 'float3'); did you mean 'float32'" in message
-    assert "model.width: Input should be a valid integer" in message
-    assert "data.augment.flp: unknown key; did you mean 'flip'?" in message
+    for expected in (
+        "4 faults",
+        "stages.vision.stepps: unknown key; did you mean 'steps'?",
+        "engine.precision: Input should be 'float32' or 'bfloat16' (got 'float3'); did you mean 'float32'",
+        "model.width: Input should be a valid integer",
+        "data.augment.flp: unknown key; did you mean 'flip'?",
+    ):
+        assert expected in str(error.value)
+    with pytest.raises(ConfigError, match="width 130 must be a multiple of heads 3; image_size 50 must be a multiple"):
+        load_config(DEMO, ["model={kind: vlmo, width: 130, heads: 3, image_size: 50}"])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +75,6 @@ def test_all_faults_are_reported_at_once_with_suggestions() -> None:
         ("engine={zero_stage: 2, offload_parameters: true}", "at ZeRO 2 every rank computes with whole weights"),
         ("engine={zero_stage: 3, compile: true}", "engine.compile: ZeRO 3 gathers each module's weights in hooks"),
         ("cluster.gpus_per_worker=1.5", "expected a whole number, or a fraction below 1"),
-        ("model.width=130", "must be a multiple of heads"),
         ("model=vlmo", "model: Input should be an object (got 'vlmo')"),
         ("model.kind=null", "model.kind: expected vlmo"),
         ("storage.key=AKIA123", "must be a reference"),
@@ -78,6 +92,11 @@ def test_all_faults_are_reported_at_once_with_suggestions() -> None:
         ("data.augment={crop_scale: [0.5, .nan]}", "data.augment.crop_scale.1"),
         ("stages.vision_language.global_batch_size=abc", "one fault\nstages.vision_language.global_batch_size: "),
         ("stages.1.nme=x", "one fault\nstages.language.nme: unknown key; did you mean 'name'?"),
+        ("data.cache.folder=s3://bucket/cache", "data.cache.folder: must be a folder on each node's own disk"),
+        *(
+            (f"tracking.profile={steps}", "tracking.profile")
+            for steps in ("10:5", "5:5", "5", "²:5", "a:b", "'1:2\n'", "9" * 5000 + ":" + "9" * 5001)
+        ),
     ],
 )
 def test_invalid_values_are_rejected_by_key(override: str, expected: str) -> None:
@@ -86,20 +105,12 @@ def test_invalid_values_are_rejected_by_key(override: str, expected: str) -> Non
     assert expected in str(error.value)
 
 
-def test_overrides_use_dotted_paths_and_are_validated() -> None:
-    config = load_config(DEMO, ["stages.vision.steps=7", "stages.1.optimizer.lr=3e-5", "cluster.workers=1"])
-    assert (config.stages[0].steps, config.stages[1].optimizer.lr, config.cluster.workers) == (7, 3e-5, 1)
-
-
-@pytest.mark.parametrize(
-    "tag", ["int", "float", "bool", "null", "timestamp", "binary", "set", "omap", "map", "value", "x"]
-)
-@pytest.mark.parametrize("value", ["''", "maybe", "x", "é", "[1]", "{a: 1}"])
-def test_value_that_contradicts_its_tag_is_one_message(tag: str, value: str) -> None:
-    with contextlib.suppress(ConfigError):
-        load_config(DEMO, [f"tracking.experiment=!!{tag} {value}"])
-    with contextlib.suppress(ConfigError):
-        load_config(DEMO, [f"tracking.experiment=[!!{tag} {value}]"])
+def test_overrides_use_dotted_paths_and_are_validated(tmp_path: Path) -> None:
+    config = load_config(DEMO, ["stages.vision.steps=7", "stages.1.optimizer.lr=3e-5", "tracking.profile=5:10"])
+    assert (config.stages[0].steps, config.stages[1].optimizer.lr, config.tracking.profile) == (7, 3e-5, "5:10")
+    (tmp_path / "run.yaml").write_text("name: a\nstages: [null]\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"stages\.0\.name: required"):  # the empty element was filled
+        load_config(tmp_path / "run.yaml", ["stages.0.steps=1"])
 
 
 @pytest.mark.parametrize(
@@ -116,13 +127,7 @@ def test_plain_numbers_are_numbers_and_the_rest_is_text(text: str, value: object
     assert type(parsed) is type(value)
 
 
-def test_profiled_steps_need_no_quotes_and_are_ordered() -> None:
-    assert load_config(DEMO, ["tracking.profile=5:10"]).tracking.profile == "5:10"
-    for wrong in ("10:5", "5:5", "5", "²:5", "a:b", "'1:2\n'", "9" * 5000 + ":" + "9" * 5001):
-        with pytest.raises(ConfigError, match=r"tracking\.profile"):
-            load_config(DEMO, [f"tracking.profile={wrong}"])
-
-
+TAGS = ("int", "float", "bool", "null", "timestamp", "binary", "set", "omap", "map", "value", "x")
 WRONG_KINDS = ["null", "5", "text", "[]", "[1]", "true", "1.5", "2024-01-01", "{a: {b: c}}"]
 
 
@@ -136,21 +141,22 @@ def test_value_of_any_type_at_any_key_raises_only_config_errors(value: str) -> N
             validate(values, "demo")
 
 
-def test_an_override_into_an_empty_element_fills_it(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("name: a\nstages: [null]\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"stages\.0\.name: required"):
-        load_config(tmp_path / "run.yaml", ["stages.0.steps=1"])
-
-
-MERGED = """
-a: &a {x: 1, y: 1}
-deep: {deeper: {base: &b {<<: *a, x: 2}}}
-c: {<<: *b, z: 3}
-"""
+def test_mutated_and_mistagged_values_raise_only_config_errors(tmp_path: Path) -> None:
+    rng, content = random.Random(14), DEMO.read_bytes()
+    for _ in range(fuzz_rounds(60)):
+        (tmp_path / "run.yaml").write_bytes(mutate(content, rng))
+        with contextlib.suppress(ConfigError):
+            load_config(tmp_path / "run.yaml")
+    for value in ("''", "maybe", "x", "é", "[1]", "{a: 1}"):
+        for tagged in (f"!!{tag} {value}" for tag in TAGS):
+            for text in (tagged, f"[{tagged}]"):
+                with contextlib.suppress(ConfigError):
+                    load_config(DEMO, [f"tracking.experiment={text}"])
 
 
 def test_merge_keys_are_overridden_by_the_mapping() -> None:
-    values = parse_yaml(MERGED, "here")
+    merged = "a: &a {x: 1, y: 1}\ndeep: {deeper: {base: &b {<<: *a, x: 2}}}\nc: {<<: *b, z: 3}\n"
+    values = parse_yaml(merged, "here")
     assert values["deep"]["deeper"]["base"] == {"x": 2, "y": 1}
     assert values["c"] == {"x": 2, "y": 1, "z": 3}
 
@@ -174,10 +180,12 @@ def test_merge_keys_are_overridden_by_the_mapping() -> None:
         (b"<<: 5\n", "not valid YAML"),
         (b"a: !!python/object:os.system x\n", "not valid YAML"),
         (b"a: *missing\n", "not valid YAML"),
+        (None, "cannot be read"),
     ],
 )
-def test_file_that_is_not_a_config_is_one_message(tmp_path: Path, content: bytes, expected: str) -> None:
-    (tmp_path / "run.yaml").write_bytes(content)
+def test_file_that_is_not_a_config_is_one_message(tmp_path: Path, content: bytes | None, expected: str) -> None:
+    if content is not None:
+        (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=expected) as error:
         load_config(tmp_path / "run.yaml")
     assert "run.yaml" in str(error.value)
@@ -187,15 +195,6 @@ def test_file_that_is_not_a_config_is_one_message(tmp_path: Path, content: bytes
 def test_files_in_windows_encodings_are_read(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "run.yaml").write_bytes(DEMO.read_text(encoding="utf-8").encode(encoding))
     assert load_config(tmp_path / "run.yaml") == load_config(DEMO)
-
-
-def test_mutated_configs_raise_only_config_errors(tmp_path: Path) -> None:
-    rng = random.Random(14)
-    content = DEMO.read_bytes()
-    for _ in range(fuzz_rounds(60)):
-        (tmp_path / "run.yaml").write_bytes(mutate(content, rng))
-        with contextlib.suppress(ConfigError):
-            load_config(tmp_path / "run.yaml")
 
 
 def with_source(folder: Path, name: str) -> Path:
@@ -214,19 +213,25 @@ def test_a_source_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert config.sources[name].type == "text"
     if '"' not in name:
         assert load_config(path, [f'sources."{name}".shards=s3://b/x']).sources[name].shards == "s3://b/x"
-
-
-def test_an_override_finds_a_key_that_contains_dots(tmp_path: Path) -> None:
-    path = with_source(tmp_path, "coco.2017")
-    config = load_config(path, ["sources.coco.2017.type=images", "sources.new.shards=runs/new"])
-    assert config.sources["coco.2017"].type == "images"
-    assert config.sources["new"].shards == "runs/new"
+    if name in ("coco.2017", "storage", "0"):  # unquoted, a key that contains a dot is found where it is
+        found = load_config(path, [f"sources.{name}.type=images", "sources.new.shards=runs/new"]).sources
+        assert (found[name].type, found["new"].shards) == ("images", "runs/new")
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "/etc", "a\\b", "a\nb", 101 * "a"])
 def test_source_name_that_is_a_path_is_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="the name of a source"):
         load_config(with_source(tmp_path, name))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "/etc/evil", "a/../b", "a\\..\\b", "a\0b", "a\nb", "..", "pairs", "a.b@c"]
+)
+def test_file_name_of_any_config_name_is_one_path_component(name: str) -> None:
+    part = file_name_of(f"{name}.json")
+    assert Path(part).name == part
+    assert len(Path("folder", part).parts) == 2
+    assert part.isprintable()
 
 
 def test_every_local_path_of_a_config_becomes_absolute() -> None:
@@ -240,68 +245,51 @@ def test_every_local_path_of_a_config_becomes_absolute() -> None:
     assert with_absolute_paths(absolute) == absolute
 
 
-def test_a_missing_file_is_one_message() -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_config("nowhere.yaml")
-
-
 def test_only_keys_declared_changeable_may_differ_on_resume() -> None:
     before = load_config(DEMO)
     after = load_config(DEMO, ["stages.vision.steps=999", "cluster.workers=1", "model.width=64", "seed=8"])
     allowed, refused = changes(before, after)
     assert allowed.keys() == {"stages.0.steps", "cluster.workers"}
     assert refused.keys() == {"model.width", "seed"}
-
-
-def test_keys_of_free_mappings_are_not_taken_for_schema_keys() -> None:
-    assert not is_changeable("sources.storage.type")
-    assert is_changeable("sources.storage.shards")
-    assert is_changeable("stages.2.optimizer.lr")
-
-
-@pytest.mark.parametrize(
-    "name", ["../../evil", "/etc/evil", "a/../b", "a\\..\\b", "a\0b", "a\nb", "..", "pairs", "a.b@c"]
-)
-def test_file_name_of_any_config_name_is_one_path_component(name: str) -> None:
-    part = file_name_of(f"{name}.json")
-
-    assert Path(part).name == part
-    assert len(Path("folder", part).parts) == 2
-    assert part.isprintable()
-
-
-def test_secrets_are_read_by_reference_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "key").write_text("from file\n", encoding="utf-8")
-    monkeypatch.setenv("MOME_TEST_KEY", "from env")
-    assert resolve_secret("env:MOME_TEST_KEY") == "from env"
-    assert resolve_secret(f"file:{tmp_path / 'key'}") == "from file"
-    with pytest.raises(ConfigError, match="MOME_ABSENT is not set"):
-        resolve_secret("env:MOME_ABSENT")
-
-
-@pytest.mark.parametrize("content", [b"value\r\n", b"  value \n", b"\xef\xbb\xbfvalue"])
-def test_whitespace_around_a_secret_is_removed(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "key").write_bytes(content)
-    assert resolve_secret(f"file:{tmp_path / 'key'}") == "value"
+    for key, expected in (
+        ("sources.storage.type", False),  # `storage` is a source's name here, not the section
+        ("sources.storage.shards", True),
+        ("stages.2.optimizer.lr", True),
+    ):
+        assert is_changeable(key) == expected
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"head\r\ntail", "contains a line break"),
-        (b"head\x00tail", "contains a line break"),
-        (b" \r\n", "is empty"),
-        (b"\xff\xfe\x00", "not UTF-8 text"),
+        (b"from file\n", "from file"),
+        (b"value\r\n", "value"),
+        (b"  value \n", "value"),
+        (b"\xef\xbb\xbfvalue", "value"),
+        (b"head\r\ntail", ConfigError("contains a line break")),
+        (b"head\x00tail", ConfigError("contains a line break")),
+        (b" \r\n", ConfigError("is empty")),
+        (b"\xff\xfe\x00", ConfigError("not UTF-8 text")),
     ],
 )
-def test_secret_invalid_in_a_header_is_rejected_but_not_shown(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_secret_of_a_file_is_stripped_or_rejected_unseen(
+    tmp_path: Path, content: bytes, expected: str | ConfigError
+) -> None:
     (tmp_path / "key").write_bytes(content)
-    with pytest.raises(ConfigError, match=expected) as error:
-        resolve_secret(f"file:{tmp_path / 'key'}")
+    reference = f"file:{tmp_path / 'key'}"
+    if isinstance(expected, str):
+        assert resolve_secret(reference) == expected
+        return
+    with pytest.raises(ConfigError, match=str(expected)) as error:
+        resolve_secret(reference)
     assert "tail" not in str(error.value)
 
 
-@pytest.mark.parametrize("reference", ["file:/absent", "file:/tmp", "file:~nobody-here/key", "file:a\x00b"])
-def test_unreadable_secret_is_named(reference: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        resolve_secret(reference)
+def test_secrets_are_read_by_reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOME_TEST_KEY", "from env")
+    assert resolve_secret("env:MOME_TEST_KEY") == "from env"
+    with pytest.raises(ConfigError, match="MOME_ABSENT is not set"):
+        resolve_secret("env:MOME_ABSENT")
+    for reference in ("file:/absent", "file:/tmp", "file:~nobody-here/key", "file:a\x00b"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            resolve_secret(reference)

@@ -9,7 +9,6 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -26,19 +25,15 @@ PASSWORDS = [
 
 
 @pytest.mark.parametrize("password", PASSWORDS)
-@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg2", "mysql+pymysql", "mssql+pyodbc"])
-def test_database_passwords_are_removed_completely(scheme: str, password: str) -> None:
-    url = f"{scheme}://mlflow:{password}@db.example:5432/store"
-
-    assert redact(url) == f"{scheme}://db.example:5432/store"
-    assert redact(f"failed ({url}): no route") == f"failed ({scheme}://db.example:5432/store): no route"
-    assert holds_secret(url)
-    assert password_of(url) == password
-
-
-@pytest.mark.parametrize("password", [word for word in PASSWORDS if word not in ("1/2",)])
-def test_server_passwords_are_removed_completely(password: str) -> None:
-    assert redact(f"http://alice:{password}@server:5000/base") == "http://server:5000/base"
+def test_passwords_are_removed_completely(password: str) -> None:
+    for scheme in ("postgresql", "postgresql+psycopg2", "mysql+pymysql", "mssql+pyodbc"):
+        url = f"{scheme}://mlflow:{password}@db.example:5432/store"
+        assert redact(url) == f"{scheme}://db.example:5432/store"
+        assert redact(f"failed ({url}): no route") == f"failed ({scheme}://db.example:5432/store): no route"
+        assert holds_secret(url)
+        assert password_of(url) == password
+    if password != "1/2":
+        assert redact(f"http://alice:{password}@server:5000/base") == "http://server:5000/base"
 
 
 def test_any_password_is_removed() -> None:
@@ -131,25 +126,17 @@ def test_messages_contain_no_secret(text: str) -> None:
     assert "S3CRET" not in describe_error(RuntimeError(text))
 
 
-def test_known_secret_is_removed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redaction, "_known", set())
-    redaction.remember("pa ss/wörd")
-
-    assert redact("login failed for 'pa ss/wörd' (pa%20ss%2Fw%C3%B6rd)") == "login failed for '***' (***)"
-
-
 QUOTED = [str, repr, json.dumps, html.escape, quote, quote_plus, lambda text: repr(text.encode())]
 
 
 @pytest.mark.parametrize("letter", ["\"'<>&%+", "\\/#@:", " ", "ö日"])
-@pytest.mark.parametrize("quoted", QUOTED)
-def test_known_secret_is_removed_however_it_is_quoted(
-    monkeypatch: pytest.MonkeyPatch, letter: str, quoted: Callable[[str], str]
-) -> None:
+def test_known_secret_is_removed_however_it_is_quoted(monkeypatch: pytest.MonkeyPatch, letter: str) -> None:
     monkeypatch.setattr(redaction, "_known", set())
-    redaction.remember(f"Zq{letter}hidden{letter}7")
-
-    assert "hidden" not in redact(f"login failed for {quoted(f'Zq{letter}hidden{letter}7')} at db")
+    secret = f"Zq{letter}hidden{letter}7"
+    redaction.remember(secret)
+    for quoted in QUOTED:
+        assert "hidden" not in redact(f"login failed for {quoted(secret)} at db")
+    assert redact(f"login failed for '{secret}' ({quote(secret)})") == "login failed for '***' (***)"
 
 
 @pytest.mark.parametrize("kind", [MomeError, *MomeError.__subclasses__()], ids=lambda kind: kind.__name__)
@@ -167,31 +154,28 @@ def test_texts_of_any_length_are_redacted(piece: str) -> None:
     assert "S3CRET" not in redact(piece * 3000)
 
 
-HOSTILE = {
-    "clear screen": "\x1b[2J",
-    "clipboard (OSC 52)": "\x1b]52;c;ZXZpbA==\x07",
-    "C1 introducer": "\x9b2J",
-    "bidirectional override": "abc\u202egpj.exe",
-    "isolate": "\u2066x\u2069",
-    "carriage return": "all is well\rerror",
-    "backspace": "no\b\bok",
-    "delete": "a\x7f",
-    "lone surrogate": "cat \ud83d",
-    "line separator": "a\u2028b",
-}
-
-
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x1b[2J",  # clears the screen
+        "\x1b]52;c;ZXZpbA==\x07",  # writes the clipboard (OSC 52)
+        "\x9b2J",  # C1 introducer
+        "abc\u202egpj.exe",  # bidirectional override
+        "\u2066x\u2069",  # isolate
+        "all is well\rerror",
+        "no\b\bok",
+        "a\x7f",
+        "cat \ud83d",  # lone surrogate
+        "a\u2028b",  # line separator
+    ],
+)
 def test_control_characters_are_escaped(text: str) -> None:
     shown = printable(text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", shown)
     shown.encode("utf-8")
     assert "\\" in shown
-
-
-@pytest.mark.parametrize("text", ["plain", "a\tb\nc", "größe 猫 🐈", "عربى \u200f", "[bold]\\[/bold]"])
-def test_text_without_control_characters_is_unchanged(text: str) -> None:
-    assert printable(text) == text
+    for plain in ("plain", "a\tb\nc", "größe 猫 🐈", "عربى \u200f", "[bold]\\[/bold]"):
+        assert printable(plain) == plain
 
 
 def test_messages_and_tracebacks_of_any_handler_are_printable_and_hold_no_secret() -> None:

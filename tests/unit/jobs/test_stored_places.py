@@ -22,7 +22,6 @@ from jobs.caller import URI_VARIABLE, Caller
 from jobs.cli import app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.stored import check_stored_url, stored_config
-from pipeline.tracking.mlflow_models import Registered
 from tests.support.finished_run import config_of, contents, draw, write_run
 
 
@@ -125,9 +124,9 @@ def test_commands_use_no_server_or_file_named_by_a_folder(
 ) -> None:
     registered: list[str] = []
 
-    def register(uri: str, experiment: str, name: str, alias: str | None, export: Any) -> Registered:
+    def register(uri: str, experiment: str, name: str, alias: str | None, export: Any) -> dict[str, Any]:
         registered.append(uri)
-        return Registered(name, 1, alias, "m", None, f"models:/{name}/1")
+        return {"name": name, "version": 1, "alias": alias, "uri": f"models:/{name}/1"}
 
     monkeypatch.setattr(jobs.tracking, "register", register)
     observer.opened.clear()

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.describe import environment_tags, job_environment, note_of_run, note_of_stage, recipe_hash
+from pipeline.tracking.describe import environment_tags, job_environment, note_of_stage, run_tags
 
 
 def config_of(stage: dict[str, Any] | None = None, source: dict[str, Any] | None = None, **values: Any) -> RunConfig:
@@ -39,13 +39,14 @@ def config_of(stage: dict[str, Any] | None = None, source: dict[str, Any] | None
     ],
 )
 def test_recipe_hash_depends_on_what_is_learnt_only(change: dict[str, Any], is_same: bool) -> None:
-    assert (recipe_hash(config_of(**change)) == recipe_hash(config_of())) == is_same
+    assert (run_tags(config_of(**change))["recipe_hash"] == run_tags(config_of())["recipe_hash"]) == is_same
 
 
 def test_the_summary_describes_every_stage() -> None:
     config = config_of()
-    assert "| vision | mim | 75% photos, 25% drawings | 1,000 | 16 | previous |" in note_of_run(config)
-    assert "2,000 steps in runs/run" in note_of_run(config)
+    note = run_tags(config)["mlflow.note.content"]
+    assert "| vision | mim | 75% photos, 25% drawings | 1,000 | 16 | previous |" in note
+    assert "2,000 steps in runs/run" in note
     assert "Started from random weights." in note_of_stage(config.stages[0], "random")
 
 

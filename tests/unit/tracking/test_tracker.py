@@ -19,7 +19,7 @@ from pipeline.tracking.describe import config_yaml, split_changeable
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder, read_journal, tracking_uri
 from pipeline.tracking.mlflow_server import check_server
-from pipeline.tracking.tracker import DatasetInput, Tracker, SavedWeights
+from pipeline.tracking.tracker import DatasetInput, SavedWeights, Tracker
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds
 from tests.support.journals import config_of

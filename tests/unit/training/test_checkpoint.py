@@ -158,12 +158,12 @@ def test_close_abandons_a_save_that_does_not_end(store: CheckpointStore, storage
 
 
 def test_reserved_host_memory_is_reused(store: CheckpointStore) -> None:
-    store.reserve(state())
-    reserved = store._copy._buffer.data_ptr()
+    store.host_copy.reserve(state())
+    reserved = store.host_copy._buffer.data_ptr()
     for step in (1, 2):
         store.save(state(), metadata(step))
         store.wait()
-    assert store._copy._buffer.data_ptr() == reserved
+    assert store.host_copy._buffer.data_ptr() == reserved
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
