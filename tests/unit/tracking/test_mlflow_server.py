@@ -243,6 +243,7 @@ def test_unusable_addresses_of_the_client_are_reported() -> None:
         ("{}/loop", "cannot be used"),
         ("{}/" + "a" * 300, "cannot be used"),
         ("{}/a\0b", "cannot be used"),
+        ("{}/text.db/mlflow.db", "not a writable folder"),
     ],
 )
 def test_impossible_sqlite_paths_are_rejected(tmp_path: Path, path: str, fault: str) -> None:
