@@ -102,6 +102,7 @@ def build(
 
     options = ImportOptions(
         images=images,
+        allow_outside=allow_outside,
         image_column=image_column,
         caption_column=caption_column,
         words=words,
@@ -115,7 +116,7 @@ def build(
         out,
         str(kind),
         options,
-        Problems(strict=strict, allow_outside=allow_outside),
+        Problems(strict=strict),
         samples_per_shard=samples_per_shard,
         limit=limit,
         overwrite=overwrite,

@@ -12,8 +12,8 @@ from typing import cast
 from jobs.console import echo
 from jobs.shards.report import ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.data.building.files import ImportOptions, Problems, Sample, suffix_of
-from pipeline.data.building.importers import Kind, check_writable, find_kind, read_source, write_shards
+from pipeline.data.building.files import ImportOptions, Kind, Problems, Sample, suffix_of
+from pipeline.data.building.importers import check_writable, find_kind, read_source, write_shards
 from pipeline.data.contents.images import EXTENSIONS, format_of, measure
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage, join

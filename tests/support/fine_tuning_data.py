@@ -99,7 +99,7 @@ def _thing(random: CounterRandom, colour: str | None = None) -> Thing:
 
 
 def _image(left: Thing, right: Thing, random: CounterRandom) -> bytes:
-    return simplejpeg.encode_jpeg(draw_image(Description(left, right, True), SIDE, random), 95, "RGB", "444")
+    return simplejpeg.encode_jpeg(draw_image(Description((left, right), True), SIDE, random), 95, "RGB", "444")
 
 
 def _question(random: CounterRandom) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.data.building.files import Sample
+from pipeline.data.building.files import Import, ImportOptions, Problems, Sample
+from pipeline.data.building.importers import find_kind, read_source
 
 
 def save_image(path: Path, shade: int = 0, kind: str | None = None) -> bytes:
@@ -27,6 +28,11 @@ def write_lines(path: Path, *records: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n", encoding="utf-8")
     return path
+
+
+def read(source: Path, problems: Problems | None = None, kind: Any = None, **options: Any) -> Import:
+    """Read a source with its detected kind; without `problems`, its first fault is raised."""
+    return read_source(source, kind or find_kind(source), problems or Problems(strict=True), ImportOptions(**options))
 
 
 def record_of(sample: Sample) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     vg_qa      Visual Genome's question_answers.json, one answer each             -> questions, answers.json
     nlvr2      NLVR2's lines of JSON, two images each                              -> statements
     karpathy   Karpathy's dataset_coco.json and dataset_flickr30k.json, by split  -> pairs
+    coco       COCO's captions: `images`, `annotations`                            -> pairs
     classes    a folder with a folder of images for each class (ImageNet's)        -> labelled, classes.json
 
 Faulty entries and those without an image are recorded in `Problems` and skipped. An image is stored with each question.
@@ -13,234 +14,216 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.errors import DataError
 from pipeline.data.building.files import (
-    ImportOptions,
-    Keys,
-    Problems,
+    Files,
+    Import,
     Sample,
+    Unusable,
     clean_captions,
+    encoded_image,
     entries_of,
+    expecting,
     files_below,
     folders_below,
     json_lines,
     json_of,
     number_in,
-    pair_sample,
-    pass_over,
-    read_image,
-    read_listed_image,
-    sample_with_json,
+    read_file,
     suffix_of,
     text_in,
 )
-from pipeline.data.contents.choices import (
-    ANSWERS,
-    CLASSES,
-    MIN_COUNT,
-    Choices,
-    answer_scores,
-    frequent_answers,
-    plain_answer,
-)
+from pipeline.data.contents import choices
+from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.shards.tar import clean_name
 
 TRAINED_WITH = {"train": ("train", "restval")}  # COCO's other training images have a split of their own
-SamplesWithChoices = tuple[Iterator[Sample], dict[str, Choices]]  # the lists of choices by file name
 
 
-# VQA v2 and Visual Genome's questions --------------------------------------------------------------------------------
+class Question(NamedTuple):
+    """A question, the scores of its answers, and the possible names of its image."""
 
-
-@dataclass(frozen=True)
-class _Question:
-    where: str
-    key: str
+    id: int
     text: str
     answers: Mapping[str, float]
-    id: int
-    image_names: Sequence[str]  # possible names of the image below the images' folder
+    image_names: list[str]
 
 
-def vqa_samples(file: Path, problems: Problems, options: ImportOptions) -> SamplesWithChoices:
+def vqa_samples(job: Import) -> Iterator[Sample]:
     """Return the questions of a VQA questions file with the answers of the annotation files.
 
     The list of answers is made from all annotation files in their order, so that all splits built with the same files
     have the same list: the published one is made from train and val, in this order.
     """
-    content = json_of(file)
-    files = options.annotations
+    file, files = job.source, job.options.annotations
+    content = json_of(file, "VQA questions file", "questions")
     if not files:  # VQA's own name for them: v2_mscoco_train2014_annotations.json
         name = file.name.replace("OpenEnded_", "").replace("questions", "annotations")
         files = (file.with_name(name),)
         if files[0] == file or not files[0].exists():
             raise DataError(f"{file}: there is no {name} next to it. Pass --annotations FILE, once for each file")
     questions = entries_of(
-        file, "questions", _field(file, "VQA questions file", content, "questions"),
-        lambda q: (number_in(q, "question_id"), number_in(q, "image_id"), text_in(q, "question")), problems,
-        "'questions' (question_id, image_id, question)",
+        file, "questions", content["questions"],
+        lambda entry: (number_in(entry, "question_id"), number_in(entry, "image_id"), text_in(entry, "question")),
+        job.problems, "'questions' (question_id, image_id, question)",
     )  # fmt: skip
-    subtype = str(content.get("data_subtype", ""))
 
-    def read_annotation(annotation: Any) -> tuple[int, str, list[str]]:
-        people = [text_in(answer, "answer") for answer in annotation["answers"]]
+    def read_annotation(entry: Any) -> tuple[int, str, list[str]]:
+        people = [text_in(answer, "answer") for answer in entry["answers"]]
         most_frequent = Counter(people).most_common(1)[0][0] if people else ""
-        chosen = annotation.get("multiple_choice_answer") or most_frequent
-        return number_in(annotation, "question_id"), text_in({"answer": chosen}, "answer") if chosen else "", people
+        chosen = entry.get("multiple_choice_answer") or most_frequent
+        return number_in(entry, "question_id"), text_in({"answer": chosen}, "answer") if chosen else "", people
 
     scores: dict[int, dict[str, float]] = {}
     chosen: list[str] = []
     question_ids = {question for question, _, _ in questions}
     for path in files:
-        annotations = entries_of(
-            path, "annotations", _field(path, "VQA annotations file", json_of(path), "annotations"), read_annotation,
-            problems, "'annotations' (question_id, answers: ten times 'answer')",
-        )  # fmt: skip
-        for question_id, most_chosen, people in annotations:
-            chosen.append(most_chosen)
-            if question_id in question_ids:
-                scores[question_id] = answer_scores(people)
-
-    def read_questions() -> Iterator[_Question]:
-        for question_id, image, text in questions:
-            where = f"{file}, question {question_id}"
-            if not scores.get(question_id):
-                problems.add(where, f"it has no answers in {', '.join(map(str, files))}")
-                continue
-            # COCO's names contain the split in 2014 and 2015, and are the number alone since 2017.
-            prefixes = (f"COCO_{subtype}_", f"{subtype}/COCO_{subtype}_", "", f"{subtype}/")
-            names = [f"{prefix}{image:012d}.jpg" for prefix in prefixes]
-            yield _Question(where, f"{subtype}-{question_id}", text, scores[question_id], question_id, names)
-
-    return _with_answers(file, read_questions(), chosen, problems, options)
+        annotations = json_of(path, "VQA annotations file", "annotations")["annotations"]
+        form = "'annotations' (question_id, answers: ten times 'answer')"
+        entries = entries_of(path, "annotations", annotations, read_annotation, job.problems, form)
+        chosen += [answer for _, answer, _ in entries]
+        scores |= {number: choices.answer_scores(people) for number, _, people in entries if number in question_ids}
+    # COCO's names contain the split in 2014 and 2015, and are the number alone since 2017.
+    subtype = str(content.get("data_subtype", ""))
+    prefixes = (f"COCO_{subtype}_", f"{subtype}/COCO_{subtype}_", "", f"{subtype}/")
+    with_answers = (
+        Question(number, text, scores.get(number, {}), [f"{prefix}{image:012d}.jpg" for prefix in prefixes])
+        for number, image, text in questions
+    )
+    return _with_answers(job, with_answers, chosen, subtype, f"it has no answers in {', '.join(map(str, files))}")
 
 
-def visual_genome_samples(file: Path, problems: Problems, options: ImportOptions) -> SamplesWithChoices:
+def visual_genome_samples(job: Import) -> Iterator[Sample]:
     """Return Visual Genome's questions; the one answer of each has score 1."""
+    file = job.source
     images = entries_of(
-        file, "images", json_of(file), lambda entry: (number_in(entry, "id"), list(entry["qas"])), problems,
+        file, "images", json_of(file), lambda entry: (number_in(entry, "id"), list(entry["qas"])), job.problems,
         "a list of images with 'id' and 'qas' (qa_id, question, answer)",
     )  # fmt: skip
     questions = entries_of(
         file, "questions", [(image, qa) for image, qas in images for qa in qas],
         lambda qa: (qa[0], number_in(qa[1], "qa_id"), text_in(qa[1], "question"), text_in(qa[1], "answer")),
-        problems, "qa_id, question, answer",
+        job.problems, "qa_id, question, answer",
     )  # fmt: skip
-
-    def read_questions() -> Iterator[_Question]:
-        for image, question_id, text, answer in questions:
-            where = f"{file}, question {question_id}"
-            if plain := plain_answer(answer):
-                names = [f"{folder}{image}.jpg" for folder in ("", "VG_100K/", "VG_100K_2/")]
-                yield _Question(where, f"vg-{question_id}", text, {plain: 1.0}, question_id, names)
-            else:
-                problems.add(where, "its answer is empty")
-
-    return _with_answers(file, read_questions(), [answer for *_, answer in questions], problems, options)
+    folders = ("", "VG_100K/", "VG_100K_2/")
+    with_answers = (
+        Question(number, text, {plain: 1.0} if plain else {}, [f"{folder}{image}.jpg" for folder in folders])
+        for image, number, text, answer in questions
+        for plain in [choices.plain_answer(answer)]
+    )
+    return _with_answers(job, with_answers, [answer for *_, answer in questions], "vg", "its answer is empty")
 
 
 def _with_answers(
-    file: Path, questions: Iterable[_Question], answers: Iterable[str], problems: Problems, options: ImportOptions
-) -> SamplesWithChoices:
-    """Return the questions' samples, and the list of those of `answers` that are frequent."""
-    listed = frequent_answers(answers, options.min_count or MIN_COUNT)
+    job: Import, questions: Iterable[Question], answers: list[str], prefix: str, unanswered: str
+) -> Iterator[Sample]:
+    """Return the questions' samples, and list those of `answers` that are frequent."""
+    listed = choices.frequent_answers(answers, job.options.min_count or choices.MIN_COUNT)
     if not listed:
         raise DataError(
-            f"{file}: no answer is frequent enough to be listed; pass --min-count below the published 9, or all "
+            f"{job.source}: no answer is frequent enough to be listed; pass --min-count below the published 9, or all "
             "annotation files with --annotations"
         )
-    choices = Choices(listed)
+    job.choices[choices.ANSWERS] = known = Choices(listed)
 
     def samples() -> Iterator[Sample]:
-        key_of = Keys()
         for question in questions:
-            if options.listed_only and not choices.numbered(question.answers):
-                problems.leave_out(question.where, "none of its answers is listed")
-                continue
-            image = read_listed_image(options.images or file.parent, question.image_names, question.where, problems)
-            if image is not None:
+            where = f"{job.source}, question {question.id}"
+            with job.problems.skipping(where):
+                if not question.answers:
+                    raise Unusable(unanswered)
+                if job.options.listed_only and not known.numbered(question.answers):
+                    job.problems.leave_out(where, "none of its answers is listed")
+                    continue
                 record = {"question": question.text, "answers": question.answers, "question_id": question.id}
-                yield from sample_with_json(key_of(question.key), image, record, question.where, problems)
+                yield job.sample(f"{prefix}-{question.id}", job.image(*question.image_names), record)
 
-    return samples(), {ANSWERS: choices}
-
-
-def _field(file: Path, file_type: str, content: Any, name: str) -> Any:
-    if not isinstance(content, dict) or name not in content:
-        raise DataError(f"{file} is not a {file_type}. Expected an object with '{name}'")
-    return content[name]
+    return samples()
 
 
-# NLVR2, retrieval and classes ----------------------------------------------------------------------------------------
-
-
-def nlvr2_samples(file: Path, problems: Problems, options: ImportOptions) -> Iterator[Sample]:
+def nlvr2_samples(job: Import) -> Iterator[Sample]:
     """Yield NLVR2's statements; the images of dev-850-0-0 are dev-850-0-img0.png (left) and dev-850-0-img1.png."""
-    key_of = Keys()
-    for where, entry in json_lines(file, problems):
-        try:
-            name, sentence = text_in(entry, "identifier"), text_in(entry, "sentence").strip()
-            label = {"true": True, "false": False}[str(entry["label"]).lower()]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            expected = "an object with 'identifier', 'sentence' and 'label' True or False"
-            problems.add(where, f"expected {expected} ({type(error).__name__}: {error})")
-            continue
-        folders = ["", f"{name.partition('-')[0]}/"]
-        if (directory := entry.get("directory")) is not None:
-            folders += [f"{directory}/", f"{folders[1]}{directory}/"]
-        pair = name.rpartition("-")[0]
-        images = [
-            read_listed_image(
-                options.images or file.parent, [f"{folder}{pair}-img{side}.png" for folder in folders], where, problems
-            )
-            for side in (0, 1)
-        ]
-        if images[0] is not None and images[1] is not None:
-            members = {
-                f"{side}.{kind}": data for side, image in enumerate(images) for kind, data in (image or {}).items()
-            }
-            record = {"sentence": sentence, "label": label, "id": name}
-            yield from sample_with_json(key_of(name), members, record, where, problems)
+    form = "an object with 'identifier', 'sentence' and 'label' True or False"
+    for where, entry in json_lines(job.source, job.problems):
+        with job.problems.skipping(where):
+            with expecting(form):
+                name, sentence = text_in(entry, "identifier"), text_in(entry, "sentence").strip()
+                label = {"true": True, "false": False}[str(entry["label"]).lower()]
+                pair, directory = name.rpartition("-")[0], entry.get("directory")
+            split = name.partition("-")[0]
+            folders = ["", f"{split}/", *([] if directory is None else [f"{directory}/", f"{split}/{directory}/"])]
+            members: Files = {}
+            for side in (0, 1):
+                image = job.image(*(f"{folder}{pair}-img{side}.png" for folder in folders))
+                members |= {f"{side}.{extension}": data for extension, data in image.items()}
+            yield job.sample(name, members, {"sentence": sentence, "label": label, "id": name})
 
 
-def karpathy_samples(file: Path, problems: Problems, options: ImportOptions) -> Iterator[Sample]:
+def karpathy_samples(job: Import) -> Iterator[Sample]:
     """Yield the images of one split, or of all, with their sentences; COCO's `train` includes `restval`."""
+    file, chosen = job.source, job.options.split
 
     def read(entry: Any) -> tuple[str, str, str, list[Any], int]:
         sentences = [sentence["raw"] for sentence in entry["sentences"]]
         number = number_in(entry, "cocoid" if "cocoid" in entry else "imgid")
         return text_in(entry, "filename"), str(entry.get("filepath", "")), text_in(entry, "split"), sentences, number
 
-    images = entries_of(
-        file, "images", _field(file, "Karpathy split file", json_of(file), "images"), read, problems,
-        "'images' (filename, split, sentences: 'raw', cocoid or imgid)",
-    )  # fmt: skip
-    splits = TRAINED_WITH.get(options.split or "", (options.split,))
+    listed = json_of(file, "Karpathy split file", "images")["images"]
+    form = "'images' (filename, split, sentences: 'raw', cocoid or imgid)"
+    images = entries_of(file, "images", listed, read, job.problems, form)
     counts = Counter(split for _, _, split, _, _ in images)
-    if options.split is not None and not any(split in counts for split in splits):
+    splits = set(counts) if chosen is None else set(TRAINED_WITH.get(chosen, (chosen,)))
+    if chosen is not None and splits.isdisjoint(counts):
         known = ", ".join(f"{split} ({count})" for split, count in counts.items())
-        raise DataError(f"{file}: no image is in split '{options.split}'; expected one of {known}")
-    key_of = Keys()
+        raise DataError(f"{file}: no image is in split '{chosen}'; expected one of {known}")
     for name, folder, split, sentences, image_id in images:
         where = f"{file}, image {name}"
-        if options.split is not None and split not in splits:
-            continue
-        if not (captions := clean_captions(sentences, where, problems)):
-            continue
-        names = [name, f"{folder}/{name}"] if folder else [name]
-        image = read_listed_image(options.images or file.parent, names, where, problems)
-        if image is not None:
-            yield from pair_sample(key_of(Path(name).stem), image, captions, image_id, where, problems)
+        if split in splits:
+            with job.problems.skipping(where):
+                captions = clean_captions(sentences, where, job.problems)
+                image = job.image(*([name, f"{folder}/{name}"] if folder else [name]))
+                yield job.pair(Path(name).stem, image, captions, image_id)
 
 
-def class_samples(folder: Path, problems: Problems, _options: ImportOptions) -> SamplesWithChoices:
+def coco_samples(job: Import) -> Iterator[Sample]:
+    """Yield the images of a COCO caption file with their captions."""
+    file, problems = job.source, job.problems
+    form = "'images' (id, file_name) and 'annotations' (image_id, caption)"
+    content = json_of(file, "COCO caption file", "images", "annotations")
+    listed = entries_of(
+        file, "images", content["images"], lambda entry: (number_in(entry, "id"), text_in(entry, "file_name")),
+        problems, form,
+    )  # fmt: skip
+    annotations = entries_of(
+        file, "annotations", content["annotations"],
+        lambda entry: (number_in(entry, "image_id"), text_in(entry, "caption")), problems, form,
+    )  # fmt: skip
+    names: dict[int, str] = {}
+    for image_id, name in listed:
+        if image_id in names:
+            problems.add(f"{file}, image {image_id}", f"its id occurs twice; {name} is skipped")
+        else:
+            names[image_id] = name
+    captions: dict[int, list[str]] = {}
+    for image_id, caption in annotations:
+        if image_id not in names:
+            problems.leave_out(f"{file}, caption of image {image_id}", "no image of this id is listed")
+        captions.setdefault(image_id, []).append(caption)
+    for image_id, name in names.items():
+        where = f"{file}, image {image_id}"
+        with problems.skipping(where):
+            texts = clean_captions(captions.get(image_id, []), where, problems)
+            yield job.pair(os.path.splitext(name)[0], job.image(name), texts, image_id)
+
+
+def class_samples(job: Import) -> Iterator[Sample]:
     """Return the images of a folder of class folders, numbered in the order of their names; images may be nested."""
+    folder, problems = job.source, job.problems
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with a folder of images for each class")
     _, classes, others = next(folders_below(folder, problems), (folder, [], []))
@@ -250,19 +233,19 @@ def class_samples(folder: Path, problems: Problems, _options: ImportOptions) -> 
         if suffix_of(name) in EXTENSIONS:
             problems.add(str(folder / name), "it is not in a class folder")
         else:
-            pass_over(folder / name, problems)
+            problems.pass_over(folder / name)
+    job.choices[choices.CLASSES] = Choices(tuple(clean_name(os.fsencode(name)) for name in classes))
 
     def samples() -> Iterator[Sample]:
-        key_of = Keys()
         for number, name in enumerate(classes):
             path = None
             for path in files_below(folder / name, EXTENSIONS, problems):
-                image = read_image(path, str(path), problems)
-                if image is not None:
-                    key = key_of(str(path.relative_to(folder).with_suffix("")))
+                with problems.skipping(str(path)):
+                    image = encoded_image(read_file(path), str(path))
+                    key = job.key_of(str(path.relative_to(folder).with_suffix("")))
                     yield {"__key__": key, **image, "cls": str(number).encode()}
             if path is None:
                 reason = f"it is class {number} without an image; if it is not a class, remove it and build again"
                 problems.leave_out(str(folder / name), reason)
 
-    return samples(), {CLASSES: Choices(tuple(clean_name(os.fsencode(name)) for name in classes))}
+    return samples()

@@ -13,10 +13,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 from webdataset.writer import TarWriter
 
@@ -25,32 +23,24 @@ from pipeline.data.building import annotation_files as published
 from pipeline.data.building.files import (
     KNOWN_SUFFIXES,
     Files,
+    Import,
     ImportOptions,
-    Keys,
+    Kind,
     Problems,
     Sample,
-    beginning_of,
+    Unusable,
+    check_text,
     clean_captions,
-    entries_of,
-    fault_of,
+    encoded_image,
     files_below,
-    find_file,
     folders_below,
-    image_files,
     json_lines,
     json_of,
     lines_of,
-    number_in,
-    pair_sample,
-    pass_over,
     read_file,
-    read_image,
-    read_listed_image,
     suffix_of,
-    text_in,
 )
 from pipeline.data.building.tables import Record, is_table, parquet_records, table_records
-from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.contents.members import REGIONS, is_visible
 from pipeline.data.contents.regions import parse_regions
@@ -60,10 +50,8 @@ from pipeline.data.shards.index import SIDECAR
 from pipeline.data.shards.manifest import MANIFEST, Manifest, index_shards
 from pipeline.data.storage import Progress, Storage, join
 
-Kind = Literal[
-    "folder", "jsonl", "coco", "list", "table", "parquet", "text", "vqa", "vg_qa", "nlvr2", "karpathy", "classes"
-]
 CAPTION_SUFFIXES = ("txt", "caption")
+_HEAD = 65_536  # characters at the start of a file by which its kind is detected
 _KIND_OF_SUFFIX: dict[str, Kind] = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",
@@ -85,28 +73,24 @@ _KIND_OF_JSON: dict[Kind, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Import:
-    """Samples, read lazily, and the lists of choices to be stored next to their shards, by file name."""
-
-    samples: Iterator[Sample]
-    choices: Mapping[str, Choices] = field(default_factory=dict)
-
-
 def find_kind(source: Path) -> Kind:
     """Return the kind of a source. Raises DataError when it cannot be imported."""
     if source.is_dir():
         for extensions, kind in _KIND_OF_FOLDER.items():
-            if next(files_below(source, extensions), None) is not None:
+            if next(files_below(source, extensions, Problems()), None) is not None:
                 return kind
-        if next(files_below(source, ("tar",)), None) is not None:
+        if next(files_below(source, ("tar",), Problems()), None) is not None:
             raise DataError(f"{source}: a folder of tars, which need no import: run `mome shards index {source}`")
         raise DataError(f"{source}: no images ({KNOWN_SUFFIXES}), no .txt and no .parquet files in this folder")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
     suffix = suffix_of(source.name)
     if suffix in ("json", "jsonl", "ndjson"):
-        head = beginning_of(source)
+        head = ""
+        for _, line in lines_of(source, _HEAD):
+            head += line
+            if len(head) >= _HEAD:
+                break
         for kind, patterns in _KIND_OF_JSON.items():
             if all(re.search(pattern, head) for pattern in patterns):
                 return kind
@@ -137,219 +121,82 @@ def read_source(source: Path, kind: Kind, problems: Problems, options: ImportOpt
             f"{source} is read as {kind}, which lists no images, but --images was given. For a list of images with "
             "captions pass --kind table (lines of image and caption) or --kind jsonl; else remove --images"
         )
-    readers: dict[Kind, Callable[[Path, Problems, ImportOptions], Iterator[Sample]]] = {
+    readers: dict[Kind, Callable[[Import], Iterator[Sample]]] = {
         "folder": folder_samples,
-        "jsonl": jsonl_samples,
-        "list": list_samples,
-        "coco": coco_samples,
         "text": text_samples,
+        "coco": published.coco_samples,
         "nlvr2": published.nlvr2_samples,
         "karpathy": published.karpathy_samples,
-    }
-    if kind in readers:
-        return Import(readers[kind](source, problems, options))
-    if kind in ("table", "parquet"):
-        records = (table_records if kind == "table" else parquet_records)(source, options, problems)
-        root = options.images or (source if source.is_dir() else source.parent)
-        return Import(samples_of_records(records, root, problems))
-    with_choices = {
         "vqa": published.vqa_samples,
         "vg_qa": published.visual_genome_samples,
         "classes": published.class_samples,
     }
-    return Import(*with_choices[kind](source, problems, options))
+    record_readers: dict[Kind, Callable[[Import], Iterable[Record]]] = {
+        "jsonl": json_records,
+        "list": json_records,
+        "table": table_records,
+        "parquet": parquet_records,
+    }
+    job = Import(source, kind, options, problems)
+    job.samples = readers[kind](job) if kind in readers else record_samples(job, record_readers[kind](job))
+    return job
 
 
-def folder_samples(folder: Path, problems: Problems, _: ImportOptions = ImportOptions()) -> Iterator[Sample]:
-    """Yield every image below `folder`, in the order of their paths, with the caption next to it.
+def folder_samples(job: Import) -> Iterator[Sample]:
+    """Yield every image below a folder, in the order of their paths, with the caption next to it.
 
     The caption of x.jpg is in x.txt, x.caption, x.jpg.txt or x.jpg.caption, in this order; the suffix is
     case-insensitive.
     """
-    key_of = Keys()
-    for path, _folders, names in folders_below(folder, problems):
+    problems = job.problems
+    for path, _, names in folders_below(job.source, problems):
         caption_files = {
             f"{os.path.splitext(name)[0]}.{suffix_of(name)}": name
             for name in names
             if suffix_of(name) in CAPTION_SUFFIXES
         }
         used = set()
-        for name in names:
-            if suffix_of(name) not in EXTENSIONS:
-                continue
-            captions = None
+        for name in (name for name in names if suffix_of(name) in EXTENSIONS):
             stem = os.path.splitext(name)[0]
             candidates = [f"{begin}.{suffix}" for begin in (stem, name) for suffix in CAPTION_SUFFIXES]
             caption_file = next((caption_files[c] for c in candidates if c in caption_files), None)
+            captions = None
             if caption_file:
                 used.add(caption_file)
                 where = str(path / caption_file)
-                try:
-                    text = "".join(line for _, line in lines_of(path / caption_file))
-                    reason = fault_of(text)
-                except DataError as error:
-                    reason = str(error)
-                if reason:
-                    problems.add(where, reason)
+                with problems.skipping(where):
+                    try:
+                        text = "".join(line for _, line in lines_of(path / caption_file))
+                    except DataError as error:
+                        raise Unusable(str(error)) from error
+                    check_text(text)
+                    captions = clean_captions(text, where, problems)
+                if captions is None:
                     continue
-                captions = clean_captions(text, where, problems)
-                if not captions:
-                    continue
-            image = read_image(path / name, str(path / name), problems)
-            if image is not None:
-                key = key_of(os.path.splitext(os.path.relpath(path / name, folder))[0])
-                yield from pair_sample(key, image, captions, None, str(path / name), problems)
+            with problems.skipping(where := str(path / name)):
+                image = encoded_image(read_file(path / name), where)
+                yield job.pair(os.path.splitext(os.path.relpath(path / name, job.source))[0], image, captions)
         for name in names:
-            if name in used or suffix_of(name) in EXTENSIONS:
-                continue
-            if suffix_of(name) in CAPTION_SUFFIXES:
+            if suffix_of(name) in CAPTION_SUFFIXES and name not in used:
                 problems.leave_out(str(path / name), "there is no image of this name next to it")
-            else:
-                pass_over(path / name, problems)
+            elif suffix_of(name) not in (*CAPTION_SUFFIXES, *EXTENSIONS):
+                problems.pass_over(path / name)
 
 
-def jsonl_samples(file: Path, problems: Problems, options: ImportOptions = ImportOptions()) -> Iterator[Sample]:
-    """Yield the samples of lines {"image": path, "captions": [text, …]} or {"image": path, "caption": text}.
-
-    Paths are relative to `options.images`, or to the file. Consecutive lines of one image become one sample. With
-    `"regions"`, the path of a detector's .npz (see `contents.regions`), the image is optional, and `"image_size"` may
-    give the [height, width] that the boxes refer to, where the .npz does not.
-    """
-    records = (_parse_record(where, entry, problems) for where, entry in json_lines(file, problems))
-    return samples_of_records(records, options.images or file.parent, problems)
-
-
-def list_samples(file: Path, problems: Problems, options: ImportOptions = ImportOptions()) -> Iterator[Sample]:
-    """Yield the samples of a JSON list of such records (annotation files of BLIP and ALBEF), grouped by image."""
-    entries = json_of(file)
-    if not isinstance(entries, list):
-        raise DataError(f'{file} is not a list. Expected [{{"image": path, "caption": text or list of texts}}, …]')
-    records: dict[str, list[Record]] = {}
-    for number, entry in enumerate(entries):
-        record = _parse_record(f"{file}, entry {number}", entry, problems)
-        if record is not None:
-            records.setdefault(record.name, []).append(record)
-    return samples_of_records(itertools.chain.from_iterable(records.values()), options.images or file.parent, problems)
-
-
-def _parse_record(where: str, record: Any, problems: Problems) -> Record | None:
-    """Return one line of jsonl or entry of a list; record a problem and return None if it cannot be used."""
-    record = record if isinstance(record, dict) else {}
-    paths = [record[name] for name in ("image", "regions") if record.get(name) is not None]
-    if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
-        problems.add(where, 'expected {"image": path, "captions": [text, …]}')
-        return None
-    size = record.get("image_size")
-    sides = size if isinstance(size, list) else []
-    is_size = len(sides) == 2 and all(type(side) is int and 0 < side < 1 << 31 for side in sides)
-    if size is not None and not is_size:
-        problems.add(where, f"its image_size is {size!r:.50}; expected [height, width]")
-        return None
-    expected = "'captions': a list of texts, or 'caption': a text"
-    texts = record["caption"] if record.get("captions") is None and "caption" in record else record.get("captions")
-    captions = clean_captions(texts, where, problems, expected)
-    if not captions:
-        return None
-    image_id = record.get("image_id")
-    if isinstance(image_id, float) and not math.isfinite(image_id):
-        problems.add(where, f"its image_id is {image_id}; expected a finite number or a text")
-        return None
-    if image_id is not None and not (isinstance(image_id, int) and abs(image_id) < 1 << 63):
-        if reason := fault_of(str(image_id)):
-            problems.add(where, f"its image_id: {reason}")
-            return None
-        image_id = hash64("image_id", str(image_id)) >> 1
-    image_size = (sides[0], sides[1]) if sides else None
-    return Record(where, record.get("image"), captions, image_id, record.get("regions"), image_size)
-
-
-def samples_of_records(records: Iterable[Record | None], root: Path, problems: Problems) -> Iterator[Sample]:
-    """Yield a sample for each image; consecutive records of one image become one sample."""
-    key_of = Keys()
-    valid = (record for record in records if record is not None)
-    for name, group in itertools.groupby(valid, key=lambda record: record.name):
-        first, *others = group
-        files = _read_files(root, first, problems)
-        if files is None:
-            for record in others:
-                problems.add(record.where, f"its image {name} is skipped, see {first.where}")
-            continue
-        captions = [*first.captions, *(caption for record in others for caption in record.captions)]
-        key = key_of(os.path.splitext(name)[0])
-        yield from pair_sample(key, files, captions, first.image_id, first.where, problems)
-
-
-def _read_files(root: Path, record: Record, problems: Problems) -> Files | None:
-    """Return the image and the regions that a record names; None if one cannot be read."""
-    image: Files | None = {}
-    if record.data is not None:
-        image = image_files(record.data, record.name, record.where, problems)
-    elif record.image is not None:
-        image = read_listed_image(root, [record.image], record.where, problems)
-    if image is None or record.regions is None:
-        return image
-    path = find_file(root, [record.regions], record.where, problems)
-    data = None if path is None else read_file(path, record.where, problems, "regions")
-    if data is None:
-        return None
-    try:
-        regions = parse_regions(data, record.image_size)
-    except BadSample as error:
-        problems.add(record.where, f"{path}: {error.reason}")
-        return None
-    return image | {REGIONS: data if record.image_size is None else regions.to_bytes()}
-
-
-def coco_samples(file: Path, problems: Problems, options: ImportOptions = ImportOptions()) -> Iterator[Sample]:
-    """Yield the samples of a COCO caption file (`images`, `annotations`), with image files in `options.images`."""
-    content = json_of(file)
-    expected = "an object with 'images' (id, file_name) and 'annotations' (image_id, caption)"
-    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        raise DataError(f"{file} is not a COCO caption file. Expected {expected}")
-    listed = entries_of(
-        file, "images", content["images"], lambda entry: (number_in(entry, "id"), text_in(entry, "file_name")),
-        problems, expected,
-    )  # fmt: skip
-    annotations = entries_of(
-        file, "annotations", content["annotations"],
-        lambda entry: (number_in(entry, "image_id"), text_in(entry, "caption")), problems, expected,
-    )  # fmt: skip
-    names: dict[int, str] = {}
-    for image_id, name in listed:
-        if image_id in names:
-            problems.add(f"{file}, image {image_id}", f"its id occurs twice; {name} is skipped")
-        else:
-            names[image_id] = name
-    captions: dict[int, list[str]] = {}
-    for image_id, caption in annotations:
-        if image_id not in names:
-            problems.leave_out(f"{file}, caption of image {image_id}", "no image of this id is listed")
-        captions.setdefault(image_id, []).append(caption)
-    key_of = Keys()
-    for image_id, name in names.items():
-        where = f"{file}, image {image_id}"
-        if not (texts := clean_captions(captions.get(image_id, []), where, problems)):
-            continue
-        image = read_listed_image(options.images or file.parent, [name], where, problems)
-        if image is not None:
-            yield from pair_sample(key_of(os.path.splitext(name)[0]), image, texts, image_id, where, problems)
-
-
-def text_samples(source: Path, problems: Problems, options: ImportOptions = ImportOptions()) -> Iterator[Sample]:
+def text_samples(job: Import) -> Iterator[Sample]:
     """Yield plain text (a file, or every .txt below a folder) in pieces of at most `options.words` words.
 
     Pieces end at sentence ends where possible and never cross an empty line. WikiText's headings and `<unk>` are
     dropped and its ` @-@ ` is joined.
     """
-    key_of = Keys()
-    for path in [source] if source.is_file() else files_below(source, ("txt",), problems):
+    is_file, problems = job.source.is_file(), job.problems
+    for path in [job.source] if is_file else files_below(job.source, ("txt",), problems):
         number = -1
-        pieces = (piece for piece in text_pieces(_paragraphs(path, problems), options.words) if is_visible(piece))
         try:
-            for number, piece in enumerate(pieces):
-                yield {"__key__": key_of(f"{path.stem}-{number:07d}"), "txt": piece.encode()}
+            for number, piece in enumerate(filter(is_visible, text_pieces(path, job.options.words, problems))):
+                yield {"__key__": job.key_of(f"{path.stem}-{number:07d}"), "txt": piece.encode()}
         except DataError as error:
-            if source.is_file() or problems.strict:
+            if is_file or problems.strict:
                 raise
             problems.add(str(path), str(error))  # one unreadable text among many is skipped
             continue
@@ -357,37 +204,106 @@ def text_samples(source: Path, problems: Problems, options: ImportOptions = Impo
             problems.add(str(path), "it contains no text")
 
 
-def text_pieces(paragraphs: Iterable[str], words: int) -> Iterator[str]:
+def text_pieces(path: Path, words: int, problems: Problems) -> Iterator[str]:
     """Yield pieces of whole sentences, at most `words` words each; a longer sentence is split."""
-    for paragraph in paragraphs:
-        piece: list[str] = []
-        for sentence in re.split(r"(?<=[.!?])\s+", paragraph):
-            tokens = sentence.split()
-            if piece and len(piece) + len(tokens) > words:
-                yield " ".join(piece)
-                piece = []
-            while len(tokens) > words:
-                yield " ".join(tokens[:words])
-                tokens = tokens[words:]
-            piece += tokens
-        if piece:
-            yield " ".join(piece)
-
-
-def _paragraphs(path: Path, problems: Problems) -> Iterator[str]:
-    """Yield the text between empty lines and headings, cleaned."""
-    lines: list[str] = []
+    paragraph: list[str] = []
     for where, line in itertools.chain(lines_of(path), [("", "")]):
-        if reason := fault_of(line):
-            problems.add(where, reason)
-            continue
-        heading = re.fullmatch(r"\s*=+ .* =+\s*", line)
-        if line.strip() and not heading:
-            # WikiText's marks: `film @-@ maker` is film-maker, `<unk>` is a removed word.
-            lines.append(re.sub(r" @([-.,])@ ", r"\1", line).replace("<unk>", " ").replace("\ufeff", ""))
-        elif lines:
-            yield " ".join(lines)
-            lines = []
+        with problems.skipping(where):
+            check_text(line)
+            if line.strip() and not re.fullmatch(r"\s*=+ .* =+\s*", line):  # WikiText's headings end a paragraph
+                # WikiText's marks: `film @-@ maker` is film-maker, `<unk>` is a removed word.
+                paragraph.append(re.sub(r" @([-.,])@ ", r"\1", line).replace("<unk>", " ").replace("\ufeff", ""))
+                continue
+            piece: list[str] = []
+            for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph)):
+                tokens = sentence.split()
+                if piece and len(piece) + len(tokens) > words:
+                    yield " ".join(piece)
+                    piece = []
+                while len(tokens) > words:
+                    yield " ".join(tokens[:words])
+                    tokens = tokens[words:]
+                piece += tokens
+            if piece:
+                yield " ".join(piece)
+            paragraph = []
+
+
+# Records of images and captions ---------------------------------------------------------------------------------------
+
+
+def json_records(job: Import) -> Iterator[Record]:
+    """Yield the records {"image": path, "captions": [text, …]} or {"image": path, "caption": text}.
+
+    They are lines, or the entries of one list (annotation files of BLIP and ALBEF). Paths are relative to
+    `options.images`, or to the file. With `"regions"`, the path of a detector's .npz (see `contents.regions`), the
+    image is optional, and `"image_size"` may give the [height, width] that the boxes refer to, where the .npz does not.
+    """
+    if job.kind == "jsonl":
+        entries = json_lines(job.source, job.problems)
+    elif isinstance(content := json_of(job.source), list):
+        entries = ((f"{job.source}, entry {number}", entry) for number, entry in enumerate(content))
+    else:
+        form = '[{"image": path, "caption": text or list of texts}, …]'
+        raise DataError(f"{job.source} is not a list. Expected {form}")
+    for where, entry in entries:
+        with job.problems.skipping(where):
+            entry = entry if isinstance(entry, dict) else {}
+            paths = [entry[name] for name in ("image", "regions") if entry.get(name) is not None]
+            if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
+                raise Unusable('expected {"image": path, "captions": [text, …]}')
+            size = entry.get("image_size")
+            sides = size if isinstance(size, list) else []
+            is_size = len(sides) == 2 and all(type(side) is int and 0 < side < 1 << 31 for side in sides)
+            if size is not None and not is_size:
+                raise Unusable(f"its image_size is {size!r:.50}; expected [height, width]")
+            captions = (
+                entry["caption"] if entry.get("captions") is None and "caption" in entry else entry.get("captions")
+            )
+            captions = clean_captions(
+                captions, where, job.problems, "'captions': a list of texts, or 'caption': a text"
+            )
+            image_id = entry.get("image_id")
+            if isinstance(image_id, float) and not math.isfinite(image_id):
+                raise Unusable(f"its image_id is {image_id}; expected a finite number or a text")
+            if image_id is not None and not (isinstance(image_id, int) and abs(image_id) < 1 << 63):
+                check_text(str(image_id), "its image_id: it")
+                image_id = hash64("image_id", str(image_id)) >> 1
+            image_size = (sides[0], sides[1]) if sides else None
+            yield Record(where, paths[0], captions, entry.get("image"), image_id, entry.get("regions"), image_size)
+
+
+def record_samples(job: Import, records: Iterable[Record]) -> Iterator[Sample]:
+    """Yield a sample for each image: consecutive records of one image become one sample, and all those of a list."""
+    groups: Iterable[list[Record]]
+    if job.kind == "list":
+        by_name: dict[str, list[Record]] = {}
+        for record in records:
+            by_name.setdefault(record.name, []).append(record)
+        groups = by_name.values()
+    else:
+        groups = (list(group) for _, group in itertools.groupby(records, key=lambda record: record.name))
+    for first, *others in groups:
+        is_usable = False
+        with job.problems.skipping(first.where):
+            files: Files = {}
+            if isinstance(first.image, bytes):
+                files = encoded_image(first.image, first.name)
+            elif first.image is not None:
+                files = job.image(first.image)
+            if first.regions is not None:
+                path = job.find([first.regions])
+                data = read_file(path, "regions")
+                try:
+                    regions = parse_regions(data, first.image_size)
+                except BadSample as error:
+                    raise Unusable(f"{path}: {error.reason}") from error
+                files |= {REGIONS: data if first.image_size is None else regions.to_bytes()}
+            captions = [caption for record in (first, *others) for caption in record.captions]
+            yield job.pair(os.path.splitext(first.name)[0], files, captions, first.image_id)
+            is_usable = True
+        for record in others if not is_usable else ():
+            job.problems.add(record.where, f"its image {first.name} is skipped, see {first.where}")
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------
@@ -395,9 +311,9 @@ def _paragraphs(path: Path, problems: Problems) -> Iterator[str]:
 
 def check_writable(storage: Storage, url: str, overwrite: bool) -> None:
     """Raise DataError when `url` already has shards, unless they are to be overwritten."""
-    existing = _shards_at(storage, url)
-    if existing and not overwrite:
-        state = "shards" if MANIFEST in existing else "tars without a manifest (another import, not finished?)"
+    names = [name for name in storage.list(url) if name == MANIFEST or name.endswith(".tar")]
+    if names and not overwrite:
+        state = "shards" if MANIFEST in names else "tars without a manifest (another import, not finished?)"
         raise DataError(f"{url} already has {state}. Choose another folder, or pass --overwrite to replace them")
 
 
@@ -420,17 +336,18 @@ def write_shards(
     if first is None:
         raise DataError(f"nothing to write to {url}: no usable sample was found")
 
-    def clear() -> None:
-        """Remove the shards, the manifest first: a manifest must never list missing tars."""
+    def shards() -> list[str]:
+        """Return the names of the shards at `url`, the manifest first: it must never list tars that were removed."""
         names = [name for name in storage.list(url) if name == MANIFEST or name.endswith((".tar", ".tar" + SIDECAR))]
-        for name in sorted(names, key=lambda name: name != MANIFEST):
-            storage.delete(join(url, name))
+        return sorted(names, key=lambda name: name != MANIFEST)
 
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
         tars = _write_tars(Path(folder), itertools.chain([first], stream), samples_per_shard)
-        if _shards_at(storage, url):
+        old = shards()
+        if not all(name.endswith(SIDECAR) for name in old):
             tars = iter(list(tars))
-        clear()
+        for name in old:
+            storage.delete(join(url, name))
         try:
             for number, tar in enumerate(tars, 1):
                 storage.upload(tar, join(url, tar.name))
@@ -438,14 +355,10 @@ def write_shards(
                 if progress:
                     progress(number, 0, tar.name)
         except Exception:
-            clear()  # a reader that fails half-way must leave no tars
+            for name in shards():  # a reader that fails half-way must leave no tars
+                storage.delete(join(url, name))
             raise
     return index_shards(storage, url, progress)
-
-
-def _shards_at(storage: Storage, url: str) -> list[str]:
-    """Return the names of a folder's shards and of their manifest; sidecars alone are no shards."""
-    return [name for name in storage.list(url) if name == MANIFEST or name.endswith(".tar")]
 
 
 def _write_tars(folder: Path, samples: Iterator[Sample], samples_per_shard: int) -> Iterator[Path]:

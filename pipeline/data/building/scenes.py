@@ -8,9 +8,8 @@ share no caption. All randomness is hashed from the source's seed and the scene'
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,6 +17,7 @@ import simplejpeg
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import SourceConfig, SyntheticConfig
+from pipeline.data.building.files import Sample
 from pipeline.data.building.importers import write_shards
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.shards.manifest import MANIFEST
@@ -42,6 +42,7 @@ RECORD = "scenes.json"  # next to the shards: the configuration that they were d
 DRAWING = 1  # increment when the same configuration would give other images or captions
 
 RADIUS = {"large": 0.17, "small": 0.085}  # of the image's side
+AT = {"top": "at the top", "bottom": "at the bottom", "left": "on the left", "right": "on the right"}
 OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
 SUPERSAMPLED = 4  # factor of the drawing size before averaging, for smooth edges
 OUTLINES = {  # corners around the centre, y downwards, for radius 1
@@ -68,22 +69,16 @@ class Thing:
 
 @dataclass(frozen=True)
 class Description:
-    """`first` is left of (horizontal) or above (vertical) `second`; the optional `third` is at `side`."""
+    """The first thing is left of (horizontal) or above (vertical) the second; an optional third is at `side`."""
 
-    first: Thing
-    second: Thing
+    things: tuple[Thing, ...]
     horizontal: bool
-    third: Thing | None = None
     side: str | None = None
 
-    @property
-    def things(self) -> tuple[Thing, ...]:
-        return (self.first, self.second) if self.third is None else (self.first, self.second, self.third)
-
     def __str__(self) -> str:
-        axis = "left of" if self.horizontal else "above"
-        third = f"; {self.third.words} {_at(self.side)}" if self.third and self.side else ""
-        return f"{self.first.words} {axis} {self.second.words}{third}"
+        first, second, *others = (thing.words for thing in self.things)
+        third = f"; {others[0]} {AT[self.side]}" if self.side else ""
+        return f"{first} {'left of' if self.horizontal else 'above'} {second}{third}"
 
 
 @dataclass(frozen=True)
@@ -93,30 +88,48 @@ class Scene:
     image: np.ndarray  # (size, size, 3) uint8
     captions: list[str]
 
-    @property
-    def image_id(self) -> int:
-        """Scenes of one description share an id: the captions of one are true of the other."""
-        return hash64("scene", str(self.description)) >> 1
+    def samples(self, source_type: str) -> Iterator[Sample]:
+        """Yield the samples of a source of this type: one for each caption of `text`, else one with the image.
+
+        Scenes of one description have one image id: the captions of one are true of the other.
+        """
+        if source_type == "text":
+            for number, caption in enumerate(self.captions):
+                yield {"__key__": f"{self.key}-{number}", "txt": caption.encode()}
+            return
+        sample = {"__key__": self.key, "jpg": simplejpeg.encode_jpeg(self.image, 95, "RGB", "444")}
+        if source_type == "pairs":
+            image_id = hash64("scene", str(self.description)) >> 1
+            sample["json"] = json.dumps({"captions": self.captions, "image_id": image_id}).encode()
+        yield sample
 
 
 def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> None:
     """Draw every synthetic source that has no manifest yet. The manifest is written last.
 
-    Raises DataError when a folder has scenes of another configuration, or tars that are not scenes.
+    Raises DataError when a folder has scenes of another configuration, or tars that are not scenes, and ConfigError
+    when a source excludes one that is not synthetic, or itself.
     """
     for name, source in sources.items():
         if source.synthetic is None:
             continue
-        record_url = join(source.shards, RECORD)
-        is_complete = storage.exists(join(source.shards, MANIFEST))
-        if is_complete and not storage.exists(record_url):
+        names = storage.list(source.shards)
+        if MANIFEST in names and RECORD not in names:
             continue  # shards that were not drawn here
-        excluded_configs = _exclusions(source.synthetic, sources)
+        configs = [source.synthetic]  # this source, the one that it excludes, the one that this excludes, and so on
+        while (excluded_name := configs[-1].exclude) is not None:
+            other = sources.get(excluded_name)
+            if other is None or other.synthetic is None:
+                known = ", ".join(name for name, source in sources.items() if source.synthetic)
+                raise ConfigError(f"exclude: {excluded_name!r} is not a synthetic source; expected one of: {known}")
+            if len(configs) > len(sources):
+                raise ConfigError(f"exclude: {excluded_name!r} excludes itself through other sources")
+            configs.append(other.synthetic)
         # Everything that determines the bytes of a source.
-        drawn = [config.model_dump(exclude={"exclude"}) for config in (source.synthetic, *excluded_configs)]
+        drawn = [config.model_dump(exclude={"exclude"}) for config in configs]
         record = {"drawing": DRAWING, "type": source.type, "scenes": drawn[0], "excluding": drawn[1:]}
-        if is_complete:
-            stored = json.loads(storage.read(record_url))
+        if MANIFEST in names:
+            stored = json.loads(storage.read(join(source.shards, RECORD)))
             if stored["type"] == "pairs":  # pairs serve as every source type
                 record["type"] = "pairs"
             if stored != record:
@@ -125,7 +138,6 @@ def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> No
                     f"expected {record}. Remove the folder, or set another one"
                 )
             continue
-        names = storage.list(source.shards)
         foreign = next((name for name in names if name.endswith(".tar")), None)
         if foreign and RECORD not in names:  # the scenes of an interrupted run are drawn again
             raise DataError(
@@ -133,38 +145,12 @@ def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> No
                 "Index its tars with `mome shards index`, or set an empty folder"
             )
         excluded: frozenset[Description] = frozenset()
-        for config in reversed(excluded_configs):  # an excluded source may itself exclude another
+        for config in reversed(configs[1:]):
             excluded = frozenset(draw_descriptions(config, excluded))
-        storage.write(record_url, json.dumps(record).encode())
+        storage.write(join(source.shards, RECORD), json.dumps(record).encode())
         scenes = draw_scenes(source.synthetic, excluded, with_images=source.type != "text")
-        write_shards(storage, _samples(scenes, source.type), source.shards, SAMPLES_PER_SHARD)
-
-
-def _exclusions(config: SyntheticConfig, sources: Mapping[str, SourceConfig]) -> list[SyntheticConfig]:
-    """Return the source that `config` excludes, the one that this excludes, and so on."""
-    chain: list[SyntheticConfig] = []
-    while config.exclude is not None:
-        other = sources.get(config.exclude)
-        if other is None or other.synthetic is None:
-            known = ", ".join(name for name, source in sources.items() if source.synthetic) or "none"
-            raise ConfigError(f"exclude: {config.exclude!r} is not a synthetic source; expected one of: {known}")
-        if len(chain) > len(sources):
-            raise ConfigError(f"exclude: {config.exclude!r} excludes itself through other sources")
-        config = other.synthetic
-        chain.append(config)
-    return chain
-
-
-def _samples(scenes: Iterable[Scene], source_type: str) -> Iterator[dict[str, Any]]:
-    for scene in scenes:
-        if source_type == "text":
-            for number, caption in enumerate(scene.captions):
-                yield {"__key__": f"{scene.key}-{number}", "txt": caption.encode()}
-            continue
-        sample = {"__key__": scene.key, "jpg": simplejpeg.encode_jpeg(scene.image, 95, "RGB", "444")}
-        if source_type == "pairs":
-            sample["json"] = json.dumps({"captions": scene.captions, "image_id": scene.image_id}).encode()
-        yield sample
+        samples = (sample for scene in scenes for sample in scene.samples(source.type))
+        write_shards(storage, samples, source.shards, SAMPLES_PER_SHARD)
 
 
 def draw_scenes(
@@ -188,13 +174,12 @@ def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] 
             things: list[Thing] = []
             count = 3 if random.uniform() < THREE_OBJECTS else 2
             while len(things) < count:
-                thing = Thing(_pick(SIZES, random), _pick(tuple(COLOURS), random), _pick(SHAPES, random))
+                thing = Thing(*(values[random.integer(len(values))] for values in (SIZES, tuple(COLOURS), SHAPES)))
                 if thing not in things:  # words could not distinguish two equal shapes
                     things.append(thing)
             horizontal = random.uniform() < 0.5
-            side = _pick(("top", "bottom") if horizontal else ("left", "right"), random)
-            third = (things[2], side) if count == 3 else (None, None)
-            description = Description(things[0], things[1], horizontal, *third)
+            side = (("top", "bottom") if horizontal else ("left", "right"))[random.integer(2)]
+            description = Description(tuple(things), horizontal, side if count == 3 else None)
             if description not in excluded and description not in drawn:
                 break
         else:
@@ -206,16 +191,16 @@ def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] 
 
 def write_captions(description: Description, count: int, random: CounterRandom) -> list[str]:
     """Return `count` different wordings of the description, or all that the grammar has if there are fewer."""
-    first, second = description.first.words, description.second.words
+    first, second, *others = (thing.words for thing in description.things)
     if description.horizontal:
         before, after = ("to the left of", "left of"), ("to the right of", "right of")
-        start, end = "on the left", "on the right"
+        start, end = AT["left"], AT["right"]
     else:
         before, after = ("above", "over"), ("below", "under")
-        start, end = "at the top", "at the bottom"
+        start, end = AT["top"], AT["bottom"]
     pairs = [*(f"{first} {word} {second}" for word in before), *(f"{second} {word} {first}" for word in after)]
-    if description.third is not None and description.side is not None:
-        third, at, opposite = description.third.words, _at(description.side), _at(OPPOSITE[description.side])
+    if description.side is not None:
+        third, at, opposite = others[0], AT[description.side], AT[OPPOSITE[description.side]]
         wordings = [
             *(f"{pair}, and {third} {at}" for pair in pairs),
             *(f"{third} {at} and {pair} {opposite}" for pair in pairs),
@@ -234,28 +219,29 @@ def write_captions(description: Description, count: int, random: CounterRandom) 
     return [wordings[i] for i in random.permutation(len(wordings))[:count]]
 
 
-def _at(side: str) -> str:
-    return f"at the {side}" if side in ("top", "bottom") else f"on the {side}"
-
-
 def draw_image(description: Description, size: int, random: CounterRandom) -> np.ndarray:
     """Return the scene as (size, size, 3) uint8: jittered positions on a light background with a colour gradient.
 
     All shapes have about equal area, so that only 'large' and 'small' differ in size.
     """
+
+    def jitter(width: float) -> float:
+        """Draw uniformly from -width … width."""
+        return width * (2.0 * random.uniform() - 1.0)
+
     large = size * SUPERSAMPLED
     corners = np.array([[200 + 55 * random.uniform() for _ in range(3)] for _ in range(4)], np.float32)
     canvas = cv2.resize(corners.reshape(2, 2, 3), (large, large), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
     # Centres in 0 … 1 of a horizontal pair, and a third shape above or below it; transposed for a vertical pair.
     along, across = [(0.25, 0.5), (0.75, 0.5)], 0.16
-    if description.third is not None:
+    if description.side is not None:
         y, third_y = (0.7, 0.26) if description.side in ("top", "left") else (0.3, 0.74)
         along, across = [(0.25, y), (0.75, y), (0.5, third_y)], 0.04
-    places = [(x + _spread(random, 0.03), y + _spread(random, across)) for x, y in along]
+    places = [(x + jitter(0.03), y + jitter(across)) for x, y in along]
     for thing, place in zip(description.things, places, strict=True):
         centre = np.array(place if description.horizontal else place[::-1]) * large
         radius = RADIUS[thing.size] * (0.92 + 0.16 * random.uniform()) * large
-        colour = tuple(int(np.clip(c + _spread(random, 12), 0, 255)) for c in COLOURS[thing.colour])
+        colour = tuple(int(np.clip(c + jitter(12), 0, 255)) for c in COLOURS[thing.colour])
         middle = (round(centre[0]), round(centre[1]))
         if thing.shape == "circle":
             cv2.circle(canvas, middle, round(radius), colour, -1, cv2.LINE_AA)
@@ -265,12 +251,3 @@ def draw_image(description: Description, size: int, random: CounterRandom) -> np
             outline = np.array(OUTLINES[thing.shape]) * radius + centre
             cv2.fillPoly(canvas, [np.rint(outline).astype(np.int32)], colour, cv2.LINE_AA)
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
-
-
-def _pick(choices: tuple[str, ...], random: CounterRandom) -> str:
-    return choices[random.integer(len(choices))]
-
-
-def _spread(random: CounterRandom, width: float) -> float:
-    """Draw uniformly from -width … width."""
-    return width * (2.0 * random.uniform() - 1.0)

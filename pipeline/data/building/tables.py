@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.errors import DataError
-from pipeline.data.building.files import ImportOptions, Problems, clean_captions, fault_of, files_below, lines_of
+from pipeline.data.building.files import (
+    Import,
+    ImportOptions,
+    Problems,
+    Unusable,
+    check_text,
+    clean_captions,
+    files_below,
+    lines_of,
+)
 from pipeline.data.contents.images import EXTENSIONS
 
 IMAGE_NAMES = (
@@ -34,71 +43,62 @@ CAPTION_NAMES = (
 _QUOTED = ",;"  # delimiters of files with quoted cells; with other delimiters quotation marks are plain text
 MAX_LINES = 64  # of one CSV row
 BATCH_ROWS = 64  # rows of Parquet, with their images, in memory at a time
-_NUMBERED = re.compile(rf"(.+\.(?:{'|'.join(EXTENSIONS)}))#\w+", re.IGNORECASE)  # Flickr's name of a caption
-_IMAGE = re.compile(rf".+\.(?:{'|'.join(EXTENSIONS)})(?:#\w+)?", re.IGNORECASE)
+_NUMBERED = re.compile(rf"(.+\.(?:{'|'.join(EXTENSIONS)}))(#\w+)?", re.IGNORECASE)  # Flickr numbers an image's captions
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image, as a path or as bytes, with some of its captions."""
+    """One image with some of its captions."""
 
     where: str
-    image: str | None
+    name: str  # the path from which the sample's key is made
     captions: list[str]
+    image: str | bytes | None  # a path, or the encoded image
     image_id: int | None = None
     regions: str | None = None
     image_size: tuple[int, int] | None = None
-    data: bytes | None = None
-
-    @property
-    def name(self) -> str:
-        """The path from which the sample's key is made."""
-        name = self.image or self.regions
-        assert name is not None
-        return name
 
 
 def is_table(file: Path) -> bool:
     """Return whether a .txt starts like a table of images and captions, rather than like prose."""
     delimiter, cells = _first_row(file)
-    return delimiter is not None and ((len(cells) <= 8 and _is_header(cells)) or _IMAGE.fullmatch(cells[0]) is not None)
+    return delimiter is not None and ((len(cells) <= 8 and _is_header(cells)) or bool(_NUMBERED.fullmatch(cells[0])))
 
 
-def table_records(file: Path, options: ImportOptions, problems: Problems) -> Iterator[Record]:
+def table_records(job: Import) -> Iterator[Record]:
     """Yield the rows of a table. Raises DataError if its columns cannot be detected."""
-    delimiter, first = _first_row(file)
+    delimiter, first = _first_row(job.source)
     if delimiter is None:
         line = "".join(first)
-        raise DataError(f"{file}: its first line {line!r:.80} has no tab, '|', ';' or ',' between columns")
+        raise DataError(f"{job.source}: its first line {line!r:.80} has no tab, '|', ';' or ',' between columns")
     if delimiter in _QUOTED:
-        rows = _quoted_rows(file, delimiter, problems)
+        rows = _quoted_rows(job.source, delimiter, job.problems)
     else:
-        lines = ((where, line.rstrip("\r\n")) for where, line in lines_of(file) if line.strip())
+        lines = ((where, line.rstrip("\r\n")) for where, line in lines_of(job.source) if line.strip())
         rows = ((where, line.split(delimiter)) for where, line in lines)
     image_column = caption_column = width = 0
     for number, (where, cells) in enumerate(rows):
         if number == 0:
             first, width = [_cell(cell) for cell in cells], len(cells)
             # Without a header, the first line already contains an image.
-            images = [place for place, cell in enumerate(first) if _IMAGE.fullmatch(cell) or "://" in cell]
-            image_column, caption_column = _find_columns(file, first, images, options)
+            images = [place for place, cell in enumerate(first) if _NUMBERED.fullmatch(cell) or "://" in cell]
+            image_column, caption_column = _find_columns(job.source, first, images, job.options)
             if not images:
                 continue
         if len(cells) > width and caption_column == width - 1:  # unquoted caption with delimiters
             cells = [*cells[:caption_column], delimiter.join(cells[caption_column:])]
-        if len(cells) <= max(image_column, caption_column):
-            problems.add(where, f"it has {len(cells)} columns; expected {width}")
-            continue
-        cells = [_cell(cell) for cell in cells]
-        image = cells[image_column]
-        if numbered := _NUMBERED.fullmatch(image):
-            image = numbered[1]
-        if reason := next((reason for cell in cells if (reason := fault_of(cell))), None):
-            problems.add(where, reason)
-        elif not image:
-            problems.add(where, "it has no image")
-        elif captions := clean_captions(cells[caption_column], where, problems):
-            yield Record(where, image, captions)
+        with job.problems.skipping(where):
+            if len(cells) <= max(image_column, caption_column):
+                raise Unusable(f"it has {len(cells)} columns; expected {width}")
+            cells = [_cell(cell) for cell in cells]
+            for cell in cells:
+                check_text(cell)
+            image = cells[image_column]
+            if not image:
+                raise Unusable("it has no image")
+            if numbered := _NUMBERED.fullmatch(image):
+                image = numbered[1]
+            yield Record(where, image, clean_captions(cells[caption_column], where, job.problems), image)
 
 
 def _quoted_rows(file: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
@@ -143,7 +143,7 @@ def _first_row(file: Path) -> tuple[str | None, list[str]]:
     line = next((line for _, line in lines_of(file) if line.strip()), "")
     rows = {delimiter: [_cell(cell) for cell in line.split(delimiter)] for delimiter in "\t|;," if delimiter in line}
     for delimiter, cells in rows.items():
-        if any(map(_IMAGE.fullmatch, cells)) or _is_header(cells):
+        if any(map(_NUMBERED.fullmatch, cells)) or _is_header(cells):
             return delimiter, cells
     return next(iter(rows.items()), (None, [line.strip()]))
 
@@ -194,54 +194,42 @@ def _find_columns(
     return image, caption
 
 
-# Parquet --------------------------------------------------------------------------------------------------------------
-
-
-def parquet_records(source: Path, options: ImportOptions, problems: Problems) -> Iterator[Record]:
+def parquet_records(job: Import) -> Iterator[Record]:
     """Yield the rows of a Parquet file, or of every one below a folder."""
+    files = [job.source] if job.source.is_file() else list(files_below(job.source, ("parquet",), job.problems))
+    if not files:
+        raise DataError(f"{job.source}: no .parquet file in this folder")
+    for file in files:
+        for row, cells in enumerate(_parquet_rows(file, job.options)):
+            where = f"{file}, row {row}"
+            with job.problems.skipping(where):
+                try:
+                    image, caption = (cell.as_py() for cell in cells)
+                except UnicodeDecodeError as error:
+                    raise Unusable(f"a text is not UTF-8 ({error.reason} at byte {error.start})") from error
+                except (ValueError, OverflowError, NotImplementedError) as error:  # such as a time beyond the year 9999
+                    raise Unusable(f"a value cannot be read ({error})") from error
+                if isinstance(image, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
+                    image = image.get("path") if image.get("bytes") is None else image["bytes"]
+                if not isinstance(image, str | bytes) or not image.strip():
+                    raise Unusable(f"it has no image ({image!r:.50}); expected bytes, a path, or a struct of both")
+                name = image if isinstance(image, str) else f"{file.stem}-{row:07d}"
+                yield Record(where, name, clean_captions(caption, where, job.problems), image)
+
+
+def _parquet_rows(file: Path, options: ImportOptions) -> Iterator[tuple[Any, ...]]:
+    """Yield the Arrow scalars of the image and the captions in each row. Raises DataError for a damaged file."""
     import pyarrow
     import pyarrow.parquet
 
-    files = [source] if source.is_file() else list(files_below(source, ("parquet",), problems))
-    if not files:
-        raise DataError(f"{source}: no .parquet file in this folder")
-    for file in files:
-        row = 0
-        try:
-            with pyarrow.parquet.ParquetFile(file) as parquet:
-                names = parquet.schema_arrow.names
-                image, caption = _find_columns(file, names, None, options)
-                for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[names[image], names[caption]]):
-                    images, captions = batch.column(names[image]), batch.column(names[caption])
-                    for number in range(batch.num_rows):
-                        name = f"{file.stem}-{row:07d}"
-                        record = _parquet_record(f"{file}, row {row}", name, images[number], captions[number], problems)
-                        row += 1
-                        if record is not None:
-                            yield record
-        except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-            raise DataError(f"{file}: not a Parquet file, or damaged after row {row} ({error})") from error
-
-
-def _parquet_record(where: str, name: str, image: Any, caption: Any, problems: Problems) -> Record | None:
-    """Return one row of Arrow scalars; record a problem and return None if it cannot be used."""
+    row = 0
     try:
-        image, caption = image.as_py(), caption.as_py()
-    except UnicodeDecodeError as error:
-        problems.add(where, f"a text is not UTF-8 ({error.reason} at byte {error.start})")
-        return None
-    except (ValueError, OverflowError, NotImplementedError) as error:  # such as a time beyond the year 9999
-        problems.add(where, f"a value cannot be read ({error})")
-        return None
-    data = None
-    if isinstance(image, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
-        data, image = image.get("bytes"), image.get("path")
-    elif isinstance(image, bytes):
-        data, image = image, None
-    if data is not None and not isinstance(data, bytes):
-        problems.add(where, f"its image is not bytes but a {type(data).__name__}")
-    elif data is None and (not isinstance(image, str) or not image.strip()):
-        problems.add(where, "it has no image (expected bytes, a path, or a struct of both)")
-    elif captions := clean_captions(caption, where, problems):
-        return Record(where, image if data is None else name, captions, data=data)
-    return None
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            columns = [names[column] for column in _find_columns(file, names, None, options)]
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                for cells in zip(*map(batch.column, columns), strict=True):
+                    yield cells
+                    row += 1
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise DataError(f"{file}: not a Parquet file, or damaged after row {row} ({error})") from error

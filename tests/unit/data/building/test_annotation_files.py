@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.config.errors import DataError
-from pipeline.data.building.files import ImportOptions, Problems
-from pipeline.data.building.importers import Import, find_kind, read_source, write_shards
+from pipeline.data.building.files import Problems
+from pipeline.data.building.importers import find_kind, write_shards
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
-from pipeline.data.contents.members import both_images, captions_of, class_of, image_id_of, question_of, statement_of
+from pipeline.data.contents.members import both_images, class_of, question_of, statement_of
 from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
-from tests.support.imports import members_of, record_of, save_image, write_lines
+from tests.support.imports import captions_in, members_of, read, record_of, save_image, write_lines
 
 ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
-
-
-def read(source: Path, problems: Problems | None = None, **options: Any) -> Import:
-    return read_source(source, find_kind(source), problems or Problems(strict=True), ImportOptions(**options))
 
 
 def vqa_files(folder: Path, subtype: str = "train2014") -> Path:
@@ -57,19 +52,15 @@ def test_vqa_questions_get_scored_answers_and_a_list(tmp_path: Path) -> None:
     assert question_of(members_of(first)).answers["net"] == 1.0
 
 
-def test_splits_with_equal_annotations_share_the_list(tmp_path: Path) -> None:
+def test_listed_answers_are_those_of_all_annotation_files(tmp_path: Path) -> None:
     train, val = vqa_files(tmp_path / "train"), vqa_files(tmp_path / "val", "val2014")
     annotations = (train.with_name(ANNOTATIONS), val.with_name(ANNOTATIONS.replace("train", "val")))
     lists = [read(file, annotations=annotations, min_count=2).choices[ANSWERS].names for file in (train, val)]
     assert lists == [("net", "yes", "because")] * 2
-
-
-def test_listed_only_skips_and_counts_other_questions(tmp_path: Path) -> None:
-    file = vqa_files(tmp_path)
-    content = json.loads((tmp_path / ANNOTATIONS).read_text())
+    content = json.loads(annotations[0].read_text())
     content["annotations"] = [*content["annotations"][:2], *content["annotations"]]  # the first two are chosen twice
-    write_lines(tmp_path / ANNOTATIONS, content)
-    imported = read(file, problems := Problems(strict=True), min_count=2, listed_only=True)
+    write_lines(annotations[0], content)
+    imported = read(train, problems := Problems(strict=True), min_count=2, listed_only=True)
     assert [record_of(sample)["question_id"] for sample in imported.samples] == [10, 11]
     assert problems.count == 1
     assert "none of its answers is listed" in problems.first[0]
@@ -78,13 +69,21 @@ def test_listed_only_skips_and_counts_other_questions(tmp_path: Path) -> None:
 def test_missing_inputs_are_reported_per_question(tmp_path: Path) -> None:
     file = vqa_files(tmp_path)
     (tmp_path / "COCO_train2014_000000000002.jpg").unlink()
-    assert len(list(read(file, problems := Problems(), min_count=1).samples)) == 2
+    problems = Problems()
+    assert len(list(read(file, problems, min_count=1).samples)) == 2
     assert "question 20" in problems.first[0]
+    unanswered = json.loads(file.read_text())
+    unanswered["questions"] = [{"question_id": 99, "image_id": 1, "question": "?"}]
+    other = write_lines(tmp_path / "questions.json", unanswered)
+    annotations = (tmp_path / ANNOTATIONS,)
+    problems = Problems()
+    assert list(read(other, problems, annotations=annotations, min_count=1).samples) == []
+    assert "question 99: it has no answers in" in problems.first[0]
     with pytest.raises(DataError, match="pass --min-count below the published 9"):
         read(file)
     with pytest.raises(DataError, match=r"is not a VQA annotations file.*'annotations'"):
         read(file, annotations=(file,))
-    (tmp_path / ANNOTATIONS).unlink()
+    annotations[0].unlink()
     with pytest.raises(DataError, match="Pass --annotations FILE"):
         read(file)
 
@@ -96,7 +95,7 @@ def test_visual_genome_questions_have_one_answer(tmp_path: Path) -> None:
     assert find_kind(file) == "vg_qa"
     (sample,) = read(file, problems := Problems(), min_count=1).samples
     assert record_of(sample)["answers"] == {"sofa": 1.0}
-    assert problems.count == 1
+    assert problems.first == [f"{file}, question 4: its answer is empty"]
 
 
 def test_nlvr2_images_are_found_in_every_release_layout(tmp_path: Path) -> None:
@@ -114,49 +113,40 @@ def test_nlvr2_images_are_found_in_every_release_layout(tmp_path: Path) -> None:
     assert (statement_of(members_of(one)).is_true, statement_of(members_of(one)).id) == (True, "dev-8-0-0")
     assert record_of(two)["label"] is False
     assert three["__key__"] == "train-9-1-0"
-    assert problems.count == 4  # two images of dev-7, a line that is not JSON, a label
+    assert (problems.count, problems.absent) == (3, 1)  # an image of dev-7, a line that is not JSON, a label
+    assert "line 6: cannot be used (KeyError: 'perhaps'); expected an object with 'identifier'" in problems.first[2]
 
 
-@pytest.fixture
-def karpathy(tmp_path: Path) -> Path:
+def test_karpathy_splits_share_no_image(tmp_path: Path) -> None:
+    """Trap 9: ViLT's release selects models on test and trains Flickr30k on val; here splits are built by name."""
     images = []
     for n, split in enumerate(["train", "restval", "val", "test"]):
         save_image(tmp_path / "val2014" / f"COCO_{n}.jpg", n)
         sentences = [{"raw": f"picture {n}, said {k}", "tokens": []} for k in range(2)]
         image = {"filename": f"COCO_{n}.jpg", "filepath": "val2014", "split": split, "cocoid": 100 + n, "imgid": n}
         images.append(image | {"sentences": sentences})
-    return write_lines(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
-
-
-@pytest.mark.parametrize(("split", "numbers"), [("train", [0, 1]), ("test", [3]), (None, [0, 1, 2, 3])])
-def test_karpathy_train_includes_restval(karpathy: Path, split: str | None, numbers: list[int]) -> None:
-    assert find_kind(karpathy) == "karpathy"
-    members = [members_of(sample) for sample in read(karpathy, split=split).samples]
-    assert [captions_of(sample)[0] for sample in members] == [f"picture {n}, said 0" for n in numbers]
-    assert len({image_id_of(sample) for sample in members}) == len(numbers)
-
-
-def test_trap_09_splits_share_no_image(karpathy: Path) -> None:
-    """Splits are built separately, by name; ViLT's release selects models on test and trains Flickr30k on val."""
-    splits = ("train", "val", "test")
-    keys = [{sample["__key__"] for sample in read(karpathy, split=split).samples} for split in splits]
-    assert sum(map(len, keys)) == len(set.union(*keys)) == 4
+    file = write_lines(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    assert find_kind(file) == "karpathy"
+    for split, numbers in {"train": [0, 1], "val": [2], "test": [3], None: [0, 1, 2, 3]}.items():
+        samples = list(read(file, split=split).samples)
+        assert captions_in(samples) == [[f"picture {n}, said {k}" for k in range(2)] for n in numbers]
+        assert [record_of(sample)["image_id"] for sample in samples] == [100 + n for n in numbers]
     with pytest.raises(DataError, match=r"no image is in split 'dev'; expected one of train \(1\)"):
-        list(read(karpathy, split="dev").samples)
-
-
-def read_classes(folder: Path, problems: Problems) -> Import:
-    return read_source(folder, "classes", problems)
+        list(read(file, split="dev").samples)
 
 
 def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
     for name, number in (("n02/a/x.jpg", 1), ("n01/y.png", 2), ("n02/z.jpg", 3)):
-        save_image(tmp_path / name, number)
-    imported = read_classes(tmp_path, Problems(strict=True))
+        save_image(tmp_path / "a" / name, number)
+    imported = read(tmp_path / "a", kind="classes")
     assert [class_of(sample, 2) for sample in imported.samples] == [0, 1, 1]
     assert imported.choices[CLASSES].names == ("n01", "n02")
     with pytest.raises(DataError, match="it has no folder"):
-        read_classes(tmp_path / "n01", Problems())
+        read(tmp_path / "a" / "n01", kind="classes")
+    save_image(tmp_path / "b" / os.fsdecode(b"caf\xe9") / "1.jpg")
+    imported = read(tmp_path / "b", kind="classes")  # names are clean text
+    assert Choices.from_bytes(imported.choices[CLASSES].to_bytes(), "list").names == (r"caf\xe9",)
+    assert len(list(imported.samples)) == 1
 
 
 def test_stray_files_and_empty_classes_are_reported(tmp_path: Path) -> None:
@@ -164,20 +154,13 @@ def test_stray_files_and_empty_classes_are_reported(tmp_path: Path) -> None:
         save_image(tmp_path / name)
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    imported = read_classes(tmp_path, problems := Problems())
+    imported = read(tmp_path, problems := Problems(), "classes")
     assert [class_of(sample, 3) for sample in imported.samples] == [1, 2]
     assert (problems.skipped, problems.faults) == ({".txt": 1}, 1)
     assert problems.first == [
         f"{tmp_path / 'stray.jpg'}: it is not in a class folder",
         f"{tmp_path / '__MACOSX'}: it is class 0 without an image; if it is not a class, remove it and build again",
     ]
-
-
-def test_class_names_are_clean_text(tmp_path: Path) -> None:
-    save_image(tmp_path / os.fsdecode(b"caf\xe9") / "1.jpg")
-    imported = read_classes(tmp_path, Problems(strict=True))
-    assert Choices.from_bytes(imported.choices[CLASSES].to_bytes(), "list").names == (r"caf\xe9",)
-    assert len(list(imported.samples)) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from pipeline.config.errors import DataError, MomeError
-from pipeline.data.building.files import ImportOptions, Problems
-from pipeline.data.building.importers import find_kind, folder_samples, jsonl_samples, read_source, text_samples
+from pipeline.data.building.files import Problems
+from pipeline.data.building.importers import find_kind
 from pipeline.data.contents.images import FORMATS
 from pipeline.data.contents.members import captions_of
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.imports import captions_in, members_of, record_of, save_image, write_lines
+from tests.support.imports import captions_in, members_of, read, record_of, save_image, write_lines
 
 TEXT = "un café, 東京"
 READ = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
@@ -31,13 +31,11 @@ def test_files_are_read_in_every_marked_encoding(tmp_path: Path, encoding: str) 
     for name, content in contents.items():
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         (tmp_path / name).write_text(text, encoding)
-    problems = Problems(strict=True)
-    assert captions_in(folder_samples(tmp_path, problems)) == [[TEXT]]
-    assert [sample["txt"].decode() for sample in text_samples(tmp_path / "a.txt", problems)] == [TEXT]
+    assert captions_in(read(tmp_path).samples) == [[TEXT]]
+    assert [sample["txt"].decode() for sample in read(tmp_path / "a.txt").samples] == [TEXT]
     for name, kind in (("lines.jsonl", "jsonl"), ("coco.json", "coco")):
         assert find_kind(tmp_path / name) == kind
-        assert captions_in(read_source(tmp_path / name, find_kind(tmp_path / name), problems).samples) == [[TEXT]]
-    assert problems.count == 0
+        assert captions_in(read(tmp_path / name).samples) == [[TEXT]]
 
 
 @pytest.mark.parametrize(("encoding", "reason"), [("latin-1", "not UTF-8"), ("utf-16-le", "NUL")])
@@ -46,15 +44,17 @@ def test_text_of_unknown_encoding_is_skipped_and_counted(tmp_path: Path, encodin
         save_image(tmp_path / f"{name}.jpg", ord(name))
     (tmp_path / "a.txt").write_bytes("un café".encode(encoding))
     (tmp_path / "b.txt").write_text("fine")
-    assert captions_in(folder_samples(tmp_path, problems := Problems())) == [["fine"]]
+    problems = Problems()
+    assert captions_in(read(tmp_path, problems).samples) == [["fine"]]
     assert (problems.count, reason in problems.first[0]) == (1, True)
     line = json.dumps({"image": "a.jpg", "caption": "un café"}, ensure_ascii=False)
     (tmp_path / "lines.jsonl").write_bytes(b'{"image": "b.jpg", "caption": "fine"}\n' + (line + "\n").encode(encoding))
-    assert captions_in(jsonl_samples(tmp_path / "lines.jsonl", problems := Problems())) == [["fine"]]
+    problems = Problems()
+    assert captions_in(read(tmp_path / "lines.jsonl", problems).samples) == [["fine"]]
     assert "line 2" in problems.first[0]
     (tmp_path / "prose.txt").write_bytes(b"First.\n\n" + "un café".encode(encoding) + b"\n\nLast.\n")
-    problems = Problems()
-    texts = [sample["txt"].decode() for sample in text_samples(tmp_path / "prose.txt", problems)]
+    samples = read(tmp_path / "prose.txt", problems := Problems()).samples
+    texts = [sample["txt"].decode() for sample in samples]
     assert "First." in texts
     assert not any(bad in text for text in texts for bad in "\ufffd\0")
     assert problems.count >= 1
@@ -66,7 +66,7 @@ def test_damaged_file_in_utf16_is_named(tmp_path: Path, suffix: str, damage: byt
     source = tmp_path / f"a.{suffix}"
     source.write_bytes('\ufeff{"image": "a.jpg"}, '.encode("utf-16-le") + damage)
     with pytest.raises(DataError, match=rf"a\.{suffix}.*UTF-8"):
-        list(read_source(source, find_kind(source), Problems()).samples)
+        list(read(source, Problems()).samples)
 
 
 UNUSABLE = {  # line -> reason
@@ -91,6 +91,7 @@ UNUSABLE = {  # line -> reason
     '{"image": "a.jpg", "caption": "nice \\ud83d"}': "lone surrogate",
     '{"image": "a.jpg", "caption": 7}': "not a text",
     '{"image": "a.jpg", "captions": {"a": 1}}': "not a text",
+    '{"image": "a.jpg", "captions": [7, 8]}': "not a text",
     '{"image": "a.jpg", "captions": null}': "no caption",
     '{"image": "a.jpg", "captions": ["", "  "]}': "no caption",
     '{"image": "a.jpg"}': "no caption",
@@ -105,32 +106,27 @@ def test_unusable_lines_are_skipped_with_number_and_reason(tmp_path: Path) -> No
     (tmp_path / "text.jpg").write_text("no picture")
     good = ['{"image": "a.jpg", "captions": null, "caption": "one"}', '{"image": "a.jpg", "captions": ["two", ""]}']
     file = write_lines(tmp_path / "lines.jsonl", good[0], *UNUSABLE, "", good[1])
-    samples = jsonl_samples(file, problems := Problems(keep=99))
-    assert captions_in(samples) in ([["one"], ["two"]], [["one", "two"]])
-    assert problems.count == problems.faults == len(UNUSABLE)
+    problems = Problems(keep=99)
+    assert captions_in(read(file, problems).samples) == [["one"], ["two"]]
+    assert (problems.count, problems.faults, problems.absent) == (len(UNUSABLE), len(UNUSABLE), 1)
     assert all(len(problem) < 6000 for problem in problems.first)
     reasons = {int(problem.split(", line ")[1].split(":")[0]): problem for problem in problems.first}
     for number, reason in enumerate(UNUSABLE.values(), 2):
         assert reasons[number].startswith(f"{file}, line {number}: ")
         assert reason in reasons[number]
-
-
-def test_bad_caption_among_good_ones_is_skipped_alone(tmp_path: Path) -> None:
-    save_image(tmp_path / "a.jpg")
-    file = write_lines(tmp_path / "lines.jsonl", '{"image": "a.jpg", "captions": ["good", "bad \\udc00"]}')
-    assert captions_in(jsonl_samples(file, problems := Problems())) == [["good"]]
+    write_lines(file, '{"image": "a.jpg", "captions": ["good", "bad \\udc00"]}')  # a bad caption is skipped alone
+    problems = Problems()
+    assert captions_in(read(file, problems).samples) == [["good"]]
     assert problems.count == 1
 
 
-def test_strict_stops_at_the_first_bad_line(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "bad.jsonl", {"image": "absent.jpg", "caption": "a"})
-    with pytest.raises(DataError, match=r"line 1.*absent\.jpg"):
-        list(jsonl_samples(file, Problems(strict=True)))
-
-
-def test_first_problems_are_kept_and_all_are_counted(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "bad.jsonl", *["{"] * 30)
-    assert list(jsonl_samples(file, problems := Problems())) == []
+def test_strict_stops_at_the_first_fault_and_others_keep_the_first_ten(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "bad.jsonl", *[{"image": "absent.jpg", "caption": "a"}] * 30)
+    with pytest.raises(DataError, match=r"line 1: .*absent\.jpg.*import without --strict"):
+        list(read(file).samples)
+    write_lines(file, *["{"] * 30)
+    problems = Problems()
+    assert list(read(file, problems).samples) == []
     assert (problems.count, len(problems.first)) == (30, problems.keep)
 
 
@@ -141,37 +137,44 @@ def test_paths_outside_the_folder_need_permission(tmp_path: Path, name: str) -> 
     name = name.format(folder=tmp_path)
     record = {"image": name, "caption": "a"}
     coco = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
-    contents = {
-        "lines.jsonl": record,
-        "list.json": [record],
-        "table.csv": f"image,caption\n{name},a",
-        "coco.json": coco,
-    }
+    table = f"image,caption\n{name},a"
+    contents = {"lines.jsonl": record, "list.json": [record], "table.csv": table, "coco.json": coco}
     for file, content in contents.items():
         path = write_lines(tmp_path / "data" / file, content)
-        assert list(read_source(path, find_kind(path), problems := Problems()).samples) == []
+        problems = Problems()
+        assert list(read(path, problems).samples) == []
         assert "outside" in problems.first[0]
-        allowed = read_source(path, find_kind(path), Problems(strict=True, allow_outside=True))
-        assert captions_in(allowed.samples) == [["a"]]
+        assert captions_in(read(path, allow_outside=True).samples) == [["a"]]
     inside = write_lines(tmp_path / "data" / "l.jsonl", record | {"image": str(tmp_path / "data" / "a" / "b.jpg")})
-    assert captions_in(jsonl_samples(inside, Problems(strict=True))) == [["a"]]
+    assert captions_in(read(inside).samples) == [["a"]]
 
 
-def test_links_are_followed_and_cycles_end(tmp_path: Path) -> None:
+def test_links_are_followed_and_cycles_and_unreadable_folders_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     save_image(elsewhere / "deep" / "x.jpg", 1)
     save_image(data / "a.jpg", 2)
+    save_image(data / "locked" / "x.jpg")
     for link, target in {
         "linked": elsewhere, "circle": data, "../elsewhere/back": data, "again": elsewhere,
         "nothing.jpg": tmp_path / "absent.jpg", "b.jpg": data / "a.jpg",
     }.items():  # fmt: skip
         (data / link).symlink_to(target)
+    listdir = os.listdir
+
+    def fails(path: Path) -> list[str]:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", fails)
     problems = Problems()
-    keys = sorted(sample["__key__"] for sample in folder_samples(data, problems))
+    keys = sorted(sample["__key__"] for sample in read(data, problems).samples)
     assert keys == ["a", "again_deep_x", "b"]
-    assert problems.count == 4
-    for name in ("circle", "linked", "nothing.jpg"):
-        assert str(data / name) in "\n".join(problems.first)
+    assert (problems.count, problems.faults) == (5, 2)
+    for place in ("circle", "linked", "nothing.jpg", "locked: the folder cannot be read (Permission denied)"):
+        assert str(data / place) in "\n".join(problems.first)
 
 
 def test_every_image_suffix_is_read_and_others_counted(tmp_path: Path) -> None:
@@ -180,31 +183,22 @@ def test_every_image_suffix_is_read_and_others_counted(tmp_path: Path) -> None:
         save_image(tmp_path / (name if number % 2 else name.upper()), number, "JPEG")
     for name in ("x.heic", "y.HEIF", "z.svg", "a.xmp", "b.xmp", "LICENSE", "notes.txt"):
         (tmp_path / name).write_text("no picture")
-    assert len(list(folder_samples(tmp_path, problems := Problems()))) == len(names)
+    problems = Problems()
+    assert len(list(read(tmp_path, problems).samples)) == len(names)
     assert (problems.count, problems.faults) == (4, 0)
     assert problems.skipped == {".xmp": 2, "without suffix": 1}
+    for kind in FORMATS:  # the extension follows the content
+        save_image(tmp_path / "kinds" / f"{kind}.jpg", 3, kind)
+    for sample in read(tmp_path / "kinds").samples:
+        kind = sample["__key__"]
+        assert Image.open(io.BytesIO(sample[FORMATS[kind][0]])).format == kind
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.TXT", "x.jpg.Txt", "x.caption", "x.jpg.caption"])
 def test_captions_are_found_under_common_file_names(tmp_path: Path, name: str) -> None:
     save_image(tmp_path / "x.jpg")
     (tmp_path / name).write_text("said")
-    assert captions_in(folder_samples(tmp_path, Problems(strict=True))) == [["said"]]
-
-
-def test_unreadable_folders_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_image(tmp_path / "a" / "x.jpg")
-    save_image(tmp_path / "b" / "x.jpg")
-    listdir = os.listdir
-
-    def fails(path: Path) -> list[str]:
-        if Path(path).name == "a":
-            raise PermissionError(13, "Permission denied")
-        return listdir(path)
-
-    monkeypatch.setattr(os, "listdir", fails)
-    assert len(list(folder_samples(tmp_path, problems := Problems()))) == 1
-    assert "Permission denied" in problems.first[0]
+    assert captions_in(read(tmp_path).samples) == [["said"]]
 
 
 COCO = {
@@ -222,7 +216,8 @@ COCO = {
 def test_skipped_coco_entries_are_counted(tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg")
     file = write_lines(tmp_path / "coco.json", COCO)
-    assert captions_in(read_source(file, "coco", problems := Problems(keep=99)).samples) == [["good"]]
+    problems = Problems(keep=99)
+    assert captions_in(read(file, problems, "coco").samples) == [["good"]]
     assert problems.count == 13
     for reason in ("its id occurs twice", "no image of this id", "lone surrogate", "not a text but None"):
         assert reason in "\n".join(problems.first)
@@ -250,21 +245,20 @@ def test_mutated_sources_raise_only_expected_errors(tmp_path: Path, name: str) -
         save_image(tmp_path / image)
     file, lines = SOURCES[name]
     source = write_lines(tmp_path / file, *lines)
-    whole = source.read_bytes()
-    read = 0
+    whole, num_read = source.read_bytes(), 0
     for number in range(fuzz_rounds(120)):
         source.write_bytes(mutate(whole, rng) if number else whole)
         try:
-            samples = list(read_source(source, find_kind(source), Problems(), ImportOptions(min_count=1)).samples)
+            samples = list(read(source, Problems(), min_count=1).samples)
         except MomeError as error:
             if str(source) not in str(error):
                 raise
             continue
-        read += len(samples)
+        num_read += len(samples)
         for sample in samples:
             if "captions" in record_of(sample) or "txt" in sample:
                 assert all(caption.encode() for caption in captions_of(members_of(sample)))
-    assert read > 0
+    assert num_read > 0
 
 
 def test_mutated_captions_are_clean_or_skipped(tmp_path: Path) -> None:
@@ -273,14 +267,6 @@ def test_mutated_captions_are_clean_or_skipped(tmp_path: Path) -> None:
     for encoding in READ:
         for _ in range(fuzz_rounds(40)):
             (tmp_path / "a.txt").write_bytes(mutate(TEXT.encode(encoding), rng))
-            for sample in folder_samples(tmp_path, problems := Problems()):
+            for sample in read(tmp_path, problems := Problems()).samples:
                 captions_of(members_of(sample))
                 assert problems.count == 0
-
-
-def test_image_extension_follows_the_content(tmp_path: Path) -> None:
-    for kind in FORMATS:
-        save_image(tmp_path / f"{kind}.jpg", 3, kind)
-    for sample in folder_samples(tmp_path, Problems()):
-        kind = sample["__key__"]
-        assert Image.open(io.BytesIO(sample[FORMATS[kind][0]])).format == kind

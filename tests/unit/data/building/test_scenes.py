@@ -24,24 +24,16 @@ from pipeline.data.building.scenes import (
 )
 from pipeline.data.contents.images import decode
 from pipeline.data.randomness import CounterRandom
-from pipeline.data.shards.manifest import load_index, load_manifest
+from pipeline.data.reading.samples import iter_samples
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 
 THING = f"a (?:large|small) (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
 
 
-def source(folder, name: str, source_type: str = "pairs", **synthetic) -> SourceConfig:
-    return SourceConfig(
-        shards=str(folder / name), type=source_type, synthetic=SyntheticConfig(**{"scenes": 30, **synthetic})
-    )
-
-
-def members(url: str) -> list[dict[str, bytes]]:
-    storage, found = Storage(), []
-    for shard in load_manifest(storage, url).shards:
-        data, index = storage.read(f"{url}/{shard.name}"), load_index(storage, url, shard)
-        found += [{name: data[at : at + size] for name, at, size in index.members(i)} for i in range(len(index))]
-    return found
+def source(folder, name: str, source_type: str = "pairs", **options) -> SourceConfig:
+    synthetic = SyntheticConfig(**{"scenes": 30, "image_size": 16, **options})
+    return SourceConfig(shards=str(folder / name), type=source_type, synthetic=synthetic)
 
 
 def read_back(caption: str) -> tuple[frozenset, frozenset]:
@@ -62,32 +54,28 @@ def read_back(caption: str) -> tuple[frozenset, frozenset]:
     return frozenset(things), frozenset(relations)
 
 
-def test_more_scenes_extend_the_same_sequence():
+def test_sequence_and_drawing_depend_on_the_seed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = (list(draw_descriptions(SyntheticConfig(scenes=n, seed=1, distinct=True))) for n in (50, 80))
     other = list(draw_descriptions(SyntheticConfig(scenes=50, seed=2, distinct=True)))
-    assert many[:50] == few != other
-
-
-def test_image_and_captions_of_a_description_depend_on_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    (description,) = draw_descriptions(SyntheticConfig(scenes=1))
-    monkeypatch.setattr(scenes, "draw_descriptions", lambda config, excluded: iter([description]))
+    assert many[:50] == few != other  # more scenes extend the same sequence
+    monkeypatch.setattr(scenes, "draw_descriptions", lambda config, excluded: iter([few[0]]))
     one, same, other = (next(draw_scenes(SyntheticConfig(scenes=1, seed=seed))) for seed in (5, 5, 6))
     assert one.captions == same.captions != other.captions
     assert np.array_equal(one.image, same.image)
     assert not np.array_equal(one.image, other.image)
 
 
-def test_captions_are_complete_and_true():
+def test_captions_are_complete_and_true() -> None:
     for scene in draw_scenes(SyntheticConfig(scenes=300, captions=99, image_size=8)):
         description = scene.description
         assert len(scene.captions) == len(set(scene.captions)) >= 12
         axis, start, end = ("x", "left", "right") if description.horizontal else ("y", "top", "bottom")
-        first, second = description.first.words, description.second.words
+        first, second, *others = (thing.words for thing in description.things)
         true = {(axis, first, second)}
-        if description.third is None or description.side is None:
+        if description.side is None:
             true |= {("place", first, start), ("place", second, end)}
         else:
-            true.add(("place", description.third.words, description.side))
+            true.add(("place", others[0], description.side))
             opposite = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}[description.side]
             true |= {("place", first, opposite), ("place", second, opposite)}
         for caption in scene.captions:
@@ -97,29 +85,31 @@ def test_captions_are_complete_and_true():
             assert relations <= true, caption
 
 
-def test_different_scenes_share_no_caption():
-    seen: dict[str, Description] = {}
+def test_different_scenes_share_no_caption() -> None:
+    described: dict[str, Description] = {}
     config = SyntheticConfig(scenes=3000, distinct=True, captions=99)
     for number, description in enumerate(draw_descriptions(config)):
         for caption in write_captions(description, 99, CounterRandom(number)):
-            assert seen.setdefault(caption, description) == description
-    assert len(set(seen.values())) == 3000
+            assert described.setdefault(caption, description) == description
+    assert len(set(described.values())) == 3000
 
 
-def test_all_shapes_colours_sizes_axes_and_counts_occur():
+def test_all_shapes_colours_sizes_axes_and_counts_occur() -> None:
     drawn = list(draw_descriptions(SyntheticConfig(scenes=500)))
     things = [thing for description in drawn for thing in description.things]
     assert {t.shape for t in things} == set(SHAPES)
     assert {t.colour for t in things} == set(COLOURS)
     assert {d.horizontal for d in drawn} == {True, False}
-    assert {d.side for d in drawn} == {None, "top", "bottom", "left", "right"}
+    assert {(d.side, len(d.things)) for d in drawn} == {
+        (None, 2), ("top", 3), ("bottom", 3), ("left", 3), ("right", 3),
+    }  # fmt: skip
     assert all(len(set(d.things)) == len(d.things) for d in drawn)
 
 
-def test_image_shows_the_description():
+def test_image_shows_the_description() -> None:
     for seed in range(40):
         first, second = Thing("large", "red", SHAPES[seed % 6]), Thing("small", "blue", SHAPES[seed // 6 % 6])
-        description = Description(first, second, horizontal=seed % 2 == 0)
+        description = Description((first, second), horizontal=seed % 2 == 0)
         image = draw_image(description, 64, CounterRandom(seed)).astype(int)
         red = np.argwhere((image[..., 0] > 150) & (image[..., 1] < 90) & (image[..., 2] < 90))
         blue = np.argwhere((image[..., 2] > 150) & (image[..., 0] < 110) & (image[..., 1] < 110))
@@ -132,86 +122,73 @@ def test_image_shows_the_description():
         assert 0 < red.mean() < 63
 
 
-def test_excluded_scenes_are_never_drawn():
+def test_sources_are_built_for_every_type(tmp_path) -> None:
+    sources = {
+        "pairs": source(tmp_path, "pairs", scenes=450),
+        "text": source(tmp_path, "text", "text", seed=2),
+        "images": source(tmp_path, "images", "images", seed=3),
+        "unseen": source(tmp_path, "unseen", seed=4, distinct=True, exclude="pairs"),
+        "other": SourceConfig(shards=str(tmp_path / "other")),
+    }
+    build_synthetic(Storage(), sources)
+    assert not (tmp_path / "other").exists()
+    assert len(load_manifest(Storage(), sources["pairs"].shards).shards) == 3
+    built = {
+        name: [sample.members for sample in iter_samples(Storage(), sources[name].shards)]
+        for name in ("pairs", "text", "images", "unseen")
+    }
+    assert {name: {tuple(members) for members in samples} for name, samples in built.items()} == {
+        "pairs": {("jpg", "json")}, "text": {("txt",)}, "images": {("jpg",)}, "unseen": {("jpg", "json")},
+    }  # fmt: skip
+    assert {name: len(samples) for name, samples in built.items()} == {
+        "pairs": 450, "text": 90, "images": 30, "unseen": 30,
+    }  # fmt: skip
+    assert decode(built["pairs"][7]["jpg"], 10_000).shape == (16, 16, 3)
+    pairs, unseen = ([json.loads(members["json"]) for members in built[name]] for name in ("pairs", "unseen"))
+    assert all(len(record["captions"]) == 3 and 0 <= record["image_id"] < 1 << 63 for record in pairs)
+    trained = {record["image_id"] for record in pairs}
+    assert len({record["image_id"] for record in unseen} - trained) == 30  # excluded scenes are never drawn
+
+
+def test_excluded_scenes_are_never_drawn_and_equal_ones_have_equal_ids() -> None:
     config = SyntheticConfig(scenes=400, seed=3)
     excluded = frozenset(draw_descriptions(SyntheticConfig(scenes=200, seed=3)))
     assert excluded & set(draw_descriptions(config))
     assert not excluded & set(draw_descriptions(config, excluded))
+    ids: dict[int, set[Description]] = {}
+    for scene in draw_scenes(SyntheticConfig(scenes=2000, image_size=8, captions=1)):
+        (sample,) = scene.samples("pairs")
+        ids.setdefault(json.loads(sample["json"])["image_id"], set()).add(scene.description)
+    assert len(ids) < 2000
+    assert all(len(descriptions) == 1 for descriptions in ids.values())
+    assert len(set.union(*ids.values())) == len(ids)
 
 
-def test_sources_are_built_for_every_type(tmp_path):
-    sources = {
-        "pairs": source(tmp_path, "pairs", scenes=450, image_size=24),
-        "text": source(tmp_path, "text", "text", seed=2),
-        "images": source(tmp_path, "images", "images", seed=3, image_size=24),
-        "unseen": source(tmp_path, "unseen", seed=4, image_size=24, distinct=True, exclude="pairs"),
-        "other": SourceConfig(shards=str(tmp_path / "other")),
-    }
-    build_synthetic(Storage(), sources)
-    assert len(load_manifest(Storage(), sources["pairs"].shards).shards) == 3
-    pair = members(sources["pairs"].shards)[7]
-    assert decode(pair["jpg"], 10_000).shape == (24, 24, 3)
-    assert set(pair) == {"jpg", "json"}
-    record = json.loads(pair["json"])
-    assert len(record["captions"]) == 3
-    assert 0 <= record["image_id"] < 1 << 63
-    texts = members(sources["text"].shards)
-    assert len(texts) == 90
-    assert {tuple(text) for text in texts} == {("txt",)}
-    assert {tuple(image) for image in members(sources["images"].shards)} == {("jpg",)}
-    trained = {json.loads(m["json"])["image_id"] for m in members(sources["pairs"].shards)}
-    unseen = [json.loads(m["json"])["image_id"] for m in members(sources["unseen"].shards)]
-    assert not trained & set(unseen)
-    assert len(set(unseen)) == 30
-    assert not (tmp_path / "other").exists()
-
-
-def test_equal_scenes_have_equal_image_ids():
-    scenes = list(draw_scenes(SyntheticConfig(scenes=2000, image_size=8, captions=1)))
-    by_id: dict[int, set[Description]] = {}
-    for scene in scenes:
-        by_id.setdefault(scene.image_id, set()).add(scene.description)
-    assert len(by_id) == len({s.description for s in scenes}) < 2000
-    assert all(len(descriptions) == 1 for descriptions in by_id.values())
-
-
-def test_building_is_idempotent_and_reproducible(tmp_path):
-    one, other = source(tmp_path, "one", image_size=16), source(tmp_path, "other", image_size=16)
+def test_building_is_idempotent_reproducible_and_restarts(tmp_path) -> None:
+    one, other = source(tmp_path, "one"), source(tmp_path, "other")
     build_synthetic(Storage(), {"one": one})
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
     build_synthetic(Storage(), {"one": one, "other": other})
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
     assert load_manifest(Storage(), one.shards).digest == load_manifest(Storage(), other.shards).digest
+    (tmp_path / "other" / "manifest.json").unlink()  # as an interrupted run leaves it
+    (tmp_path / "other" / "000000.tar").write_bytes(b"half a shard")
+    (tmp_path / "other" / "000001.tar").write_bytes(b"of another configuration")
+    build_synthetic(Storage(), {"other": other})
+    assert load_manifest(Storage(), one.shards).digest == load_manifest(Storage(), other.shards).digest
+    with pytest.raises(DataError, match=r"'one'.*another configuration"):
+        build_synthetic(Storage(), {"one": source(tmp_path, "one", image_size=24)})
 
 
-def test_interrupted_drawing_restarts(tmp_path):
-    whole, cut = source(tmp_path, "whole", image_size=16), source(tmp_path, "cut", image_size=16)
-    build_synthetic(Storage(), {"whole": whole, "cut": cut})
-    (tmp_path / "cut" / "manifest.json").unlink()
-    (tmp_path / "cut" / "000000.tar").write_bytes(b"half a shard")
-    (tmp_path / "cut" / "000001.tar").write_bytes(b"of another configuration")
-    build_synthetic(Storage(), {"cut": cut})
-    assert load_manifest(Storage(), cut.shards).digest == load_manifest(Storage(), whole.shards).digest
-
-
-def test_scenes_of_another_config_are_rejected_by_name(tmp_path):
-    build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=16)})
-    with pytest.raises(DataError, match=r"'scenes'.*another configuration"):
-        build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=24)})
-
-
-def test_foreign_tars_are_never_replaced(tmp_path):
+def test_foreign_tars_and_impossible_exclusions_are_rejected(tmp_path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "000000.tar").write_bytes(b"precious")
     with pytest.raises(DataError, match="mome shards index"):
         build_synthetic(Storage(), {"mine": source(tmp_path, "mine")})
     assert (tmp_path / "mine" / "000000.tar").read_bytes() == b"precious"
-
-
-def test_excluding_an_unknown_source_is_rejected(tmp_path):
-    with pytest.raises(ConfigError, match="'nothing' is not a synthetic source"):
+    with pytest.raises(ConfigError, match="'nothing' is not a synthetic source; expected one of: scenes"):
         build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", exclude="nothing")})
     circle = {name: source(tmp_path, name, exclude=other) for name, other in (("a", "b"), ("b", "a"))}
     with pytest.raises(ConfigError, match="excludes itself"):
         build_synthetic(Storage(), circle)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from pipeline.config.errors import DataError, MomeError
-from pipeline.data.building.files import ImportOptions, Problems
-from pipeline.data.building.importers import find_kind, read_source
+from pipeline.data.building.files import Problems
+from pipeline.data.building.importers import find_kind
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.imports import record_of, save_image
+from tests.support.imports import read, record_of, save_image
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -43,8 +43,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(source: Path, problems: Problems, options: ImportOptions = ImportOptions()) -> list[tuple[str, list[str]]]:
-    samples = read_source(source, find_kind(source), problems, options).samples
+def pairs(source: Path, problems: Problems | None = None, **options: Any) -> list[tuple[str, list[str]]]:
+    samples = read(source, problems, **options).samples
     return [(sample["__key__"], record_of(sample)["captions"]) for sample in samples]
 
 
@@ -53,29 +53,29 @@ def test_tables_are_read_as_pairs(folder: Path, name: str) -> None:
     for encoding in ("utf-8", "utf-16"):
         (folder / name).write_text(TABLES[name], encoding)
         assert find_kind(folder / name) == "table"
-        assert read(folder / name, Problems(strict=True)) == EXPECTED
+        assert pairs(folder / name) == EXPECTED
 
 
-@pytest.mark.parametrize("caption", ["a cat | a dog", "a cat; a dog", "a cat\ta dog", "cat|dog;cat\tdog"])
-def test_delimiter_detection_ignores_captions(folder: Path, caption: str) -> None:
-    (folder / "t.csv").write_text(f"a.jpg,{caption}\nb.jpg,x\n")
-    assert read(folder / "t.csv", Problems(strict=True)) == [("a", [" ".join(caption.split())]), ("b", ["x"])]
+def test_delimiter_detection_ignores_captions_and_prose(folder: Path) -> None:
+    for caption in ("a cat | a dog", "a cat; a dog", "a cat\ta dog", "cat|dog;cat\tdog"):
+        (folder / "t.csv").write_text(f"a.jpg,{caption}\nb.jpg,x\n")
+        assert pairs(folder / "t.csv") == [("a", [" ".join(caption.split())]), ("b", ["x"])]
+    file = folder / "book.txt"
+    file.write_text("It was a dark night, and nothing moved.\nThen, a sound; and a light.\n")
+    assert find_kind(file) == "text"
+    with pytest.raises(DataError, match="--images was given"):
+        read(file, images=folder)
 
 
 def test_columns_are_chosen_by_name_or_number(folder: Path) -> None:
     file = folder / "odd.csv"
     file.write_text("a,b,c\nx,a.jpg,A dog .\n")
     with pytest.raises(DataError, match=r"odd\.csv.*a, b, c.*--image-column"):
-        read(file, Problems())
+        pairs(file)
     for image, caption in (("b", "c"), ("2", "3"), ("B", "3")):
-        options = ImportOptions(image_column=image, caption_column=caption)
-        assert read(file, Problems(), options) == [("a", ["A dog ."])]
+        assert pairs(file, image_column=image, caption_column=caption) == [("a", ["A dog ."])]
     with pytest.raises(DataError, match=r"no column 'd' \(--image-column\); its columns: a, b, c"):
-        read(file, Problems(), ImportOptions(image_column="d"))
-
-
-def line_of(problem: str) -> int:
-    return int(problem.split("line ")[1].split(":")[0])
+        pairs(file, image_column="d")
 
 
 def test_unusable_rows_are_reported_with_lines(folder: Path) -> None:
@@ -86,10 +86,11 @@ def test_unusable_rows_are_reported_with_lines(folder: Path) -> None:
     lines = ["image,caption", "a.jpg,good", *rows, "b.jpg,good"]
     (folder / "t.csv").write_bytes("\n".join(lines).encode() + b"\nb.jpg,caf\xe9\n")
     problems = Problems()
-    assert read(folder / "t.csv", problems) == [("a", ["good"]), ("b", ["good"])]
+    assert pairs(folder / "t.csv", problems) == [("a", ["good"]), ("b", ["good"])]
     reasons = dict(zip((3, 4, 5, 6, 7, 9), (*rows.values(), "not UTF-8"), strict=True))
-    assert sorted(map(line_of, problems.first)) == list(reasons)
-    assert all(reasons[line_of(problem)] in problem for problem in problems.first)
+    places = [int(problem.split("line ")[1].split(":")[0]) for problem in problems.first]
+    assert sorted(places) == list(reasons)
+    assert all(reasons[place] in problem for place, problem in zip(places, problems.first, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -110,16 +111,8 @@ def test_unclosed_quotation_mark_affects_one_line_only(
 ) -> None:
     (folder / "t.csv").write_text("\n".join(["image,caption", *lines]), "utf-8")
     problems = Problems()
-    assert read(folder / "t.csv", problems) == expected
-    assert list(map(line_of, problems.first)) == lost
-
-
-def test_prose_is_not_detected_as_a_table(folder: Path) -> None:
-    file = folder / "book.txt"
-    file.write_text("It was a dark night, and nothing moved.\nThen, a sound; and a light.\n")
-    assert find_kind(file) == "text"
-    with pytest.raises(DataError, match="--images was given"):
-        read_source(file, "text", Problems(), ImportOptions(images=folder))
+    assert pairs(folder / "t.csv", problems) == expected
+    assert [int(problem.split("line ")[1].split(":")[0]) for problem in problems.first] == lost
 
 
 def write_parquet(file: Path, **columns: Any) -> Path:
@@ -131,22 +124,20 @@ def write_parquet(file: Path, **columns: Any) -> Path:
 def test_parquet_may_contain_paths_bytes_or_both(folder: Path) -> None:
     data = [(folder / name).read_bytes() for name in ("a.jpg", "b.jpg")]
     texts = [["A dog .", "A cat ."], ["Third ."]]
-    both = [{"bytes": each, "path": "x.jpg"} for each in data]
     cases = {
         "paths": {"image": ["a.jpg", "b.jpg"], "captions": texts, "extra": [1, 2]},
         "bytes": {"jpg": data, "caption": texts},
-        "struct": {"image": both, "caption": texts},
+        "struct": {"image": [{"bytes": image, "path": "x.jpg"} for image in data], "caption": texts},
         "by_path": {"image": [{"bytes": None, "path": f"{name}.jpg"} for name in "ab"], "TEXT": texts},
     }
     for name, columns in cases.items():
-        file = write_parquet(folder / f"{name}.parquet", **columns)
-        samples = list(read_source(file, find_kind(file), Problems(strict=True)).samples)
+        samples = list(read(write_parquet(folder / f"{name}.parquet", **columns)).samples)
         assert [sample["jpg"] for sample in samples] == data
         assert [record_of(sample)["captions"] for sample in samples] == texts
     for number in range(3):
         write_parquet(folder / "many" / f"{number}.parquet", image=data, caption=["one", "two"])
     assert find_kind(folder / "many") == "parquet"
-    assert len({key for key, _ in read(folder / "many", Problems(strict=True))}) == 6
+    assert len({key for key, _ in pairs(folder / "many")}) == 6
 
 
 def test_unusable_parquet_rows_are_counted(folder: Path) -> None:
@@ -155,43 +146,30 @@ def test_unusable_parquet_rows_are_counted(folder: Path) -> None:
     texts = pyarrow.array([b"good", b"b", b"c", None, b"caf\xe9", b"\0"], pyarrow.binary()).view(pyarrow.string())
     file = write_parquet(folder / "t.parquet", image=pictures, caption=texts)
     problems = Problems()
-    assert read(file, problems) == [("t-0000000", ["good"])]
+    assert pairs(file, problems) == [("t-0000000", ["good"])]
     assert {problem.split(": ")[0].split(", ")[-1] for problem in problems.first} == {f"row {n}" for n in range(1, 6)}
-
-
-def test_unrepresentable_parquet_values_are_counted(folder: Path) -> None:
-    times = pyarrow.array([2**62, 0], pyarrow.timestamp("ms"))
+    times = pyarrow.array([2**62, 0], pyarrow.timestamp("ms"))  # the first cannot be represented
+    file = write_parquet(folder / "t.parquet", image=["a.jpg", "a.jpg"], caption=times)
     problems = Problems()
-    assert read(write_parquet(folder / "t.parquet", image=["a.jpg", "a.jpg"], caption=times), problems) == []
+    assert pairs(file, problems) == []
     assert "row 0: a value cannot be read" in problems.first[0]
     assert "datetime" in problems.first[1]
 
 
 def test_mutated_tables_raise_only_expected_errors(folder: Path) -> None:
     rng = random.Random(3)
-    names = list(TABLES)
-    for _ in range(fuzz_rounds(200)):
-        name = rng.choice(names)
-        (folder / name).write_bytes(mutate(TABLES[name].encode(), rng))
+    data = (folder / "a.jpg").read_bytes()
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"image": [data] * 3, "caption": ["one", "two", "é"]}), buffer)
+    tables = {name: text.encode() for name, text in TABLES.items()}
+    names = [*rng.choices(list(tables), k=fuzz_rounds(200)), *["t.parquet"] * fuzz_rounds(150)]
+    tables["t.parquet"] = buffer.getvalue()
+    for name in names:
+        (folder / name).write_bytes(mutate(tables[name], rng))
         try:
-            found = read(folder / name, Problems()) if find_kind(folder / name) == "table" else []
+            rows = pairs(folder / name, Problems()) if find_kind(folder / name) != "text" else []
         except MomeError as error:
             if name not in str(error):
                 raise
         else:
-            assert all("\ufffd" not in caption and caption.encode() for _, captions in found for caption in captions)
-
-
-def test_mutated_parquet_raises_only_expected_errors(folder: Path) -> None:
-    rng = random.Random(4)
-    data = (folder / "a.jpg").read_bytes()
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table({"image": [data] * 3, "caption": ["one", "two", "é"]}), buffer)
-    file = folder / "t.parquet"
-    for _ in range(fuzz_rounds(150)):
-        file.write_bytes(mutate(buffer.getvalue(), rng))
-        try:
-            read(file, Problems())
-        except MomeError as error:
-            if "t.parquet" not in str(error):
-                raise
+            assert all("\ufffd" not in caption and caption.encode() for _, captions in rows for caption in captions)
