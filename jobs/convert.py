@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError, StorageError
 from pipeline.config.load import apply_override, load_config, validate
@@ -35,11 +34,12 @@ from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.text import Tokenizer, is_cased, stated_lowercase
 from pipeline.data.storage import NotFound, Storage, join, split
 from pipeline.models import skeleton
-from pipeline.models.checkpoints import Format, format_named
+from pipeline.models.checkpoints import format_named
+from pipeline.models.checkpoints.conversion import Format, State
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
 from pipeline.objectives import head_config, modules_for
-from pipeline.training.checkpoint import is_committed, is_file_of_weights, load_weights, save_weights
+from pipeline.training.checkpoint import is_file_of_weights, load_weights, save_weights
 from pipeline.training.stages import check_fit
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "processor_config.json"
 VOCABULARY, TOKENIZER = "vocab.txt", "tokenizer.json"
 NO_SOURCE = "none"
-# Metadata keys of the files we write (JSON values): the model section and the target of the masked-image head. Further
-# keys hold the answers and classes of other heads.
+# Metadata keys of the files we write (JSON values): the model section, and the target of the masked-image head. Others
+# hold the answers and classes of further heads.
 MODEL_KEY, IMAGE_TARGET_KEY = "model", "image_target"
 # One stage per source type that the heads support; the weights belong to the last one.
 USES: tuple[SourceType, ...] = ("images", "text", "labelled", "regions", "pairs", "questions", "statements")
@@ -79,8 +79,6 @@ def import_weights(
     Raises ConfigError for an invalid request, CheckpointError for a file that does not fit.
     """
     storage, chosen = Storage(), format_named(format_name)
-    if is_committed(storage, out):
-        raise ConfigError(f"--out {out}: holds weights already; name another folder, or delete it first")
     if existing := [name for name in storage.list(out) if is_file_of_weights(name)]:
         raise ConfigError(
             f"--out {out}: holds {existing[0]}, which would be lost; name another folder, or delete it first"
@@ -119,7 +117,9 @@ def import_weights(
     tokenizer = _tokenizer(storage, vocabulary, folder if chosen.config is not None else None, num_words)
     tokens = list(tokenizer.tokens) if tokenizer is not None else []
     choices = _choices(storage, published, heads, answers)
-    config = _config(out, section.model_dump(mode="json"), _stages(section, heads, full, state), tokenizer)
+    sizes = section.model_dump(mode="json")
+    uses, max_text_length = _uses(full, state), min(section.max_text_length, MAX_TEXT)
+    config = _config(out, sizes, tokenizer, uses, heads, max_text_length)
     metadata = {
         "config": config.model_dump(mode="json"),
         "stage": config.stages[-1].name,
@@ -130,7 +130,7 @@ def import_weights(
     save_weights(storage, out, state, tokens, metadata, choices)
     return {
         "checkpoint": out,
-        "model": section.model_dump(mode="json"),
+        "model": sizes,
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "absent": sorted(absent),
         "objectives": [objective for stage in config.stages for objective in stage.objectives],
@@ -183,8 +183,7 @@ def read_published(storage: Storage, path: str, hugging_face: bool) -> tuple[Pub
     CheckpointError for missing or damaged files.
     """
     file, folder = path, path.rstrip("/")
-    inside = next((join(path, name) for name in WEIGHTS if storage.exists(join(path, name))), None)
-    if inside is not None:
+    if (inside := next((join(path, name) for name in WEIGHTS if storage.exists(join(path, name))), None)) is not None:
         file = inside
     else:
         folder = split(path)[0]
@@ -196,9 +195,23 @@ def read_published(storage: Storage, path: str, hugging_face: bool) -> tuple[Pub
             raise CheckpointError(
                 f"{path}: no such file, and no folder with {' or '.join(WEIGHTS)}; give a published checkpoint"
             ) from error
-    published = (
-        _read_sharded(storage, folder, file) if file.endswith(".index.json") else read_tensors(storage.read(file), file)
-    )
+    if not file.endswith(".index.json"):
+        published = read_tensors(storage.read(file), file)
+    else:  # tensors of several files of the same folder, which an index of Hugging Face names
+        files = read_json(storage.read(file), file).get("weight_map")
+        files = files if isinstance(files, dict) else {}
+        plain = [n for n in files.values() if isinstance(n, str) and re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]{1,255}", n)]
+        if not files or len(plain) < len(files):
+            raise CheckpointError(f"{file}: expected a weight_map of tensors' names to files of the same folder")
+        tensors: State = {}
+        for name in sorted(set(plain)):
+            url = join(folder, name)
+            if not storage.exists(url):
+                raise CheckpointError(f"{url}: is missing; {split(file)[1]} names it, so download the folder again")
+            tensors |= read_tensors(storage.read(url), url).tensors
+        if missing := sorted(files.keys() - tensors.keys()):
+            raise CheckpointError(f"{file}: names {', '.join(missing[:4])}, which its files do not hold")
+        published = Published(tensors)
     if not hugging_face:
         return published, folder
     processor = _json(storage, folder, PROCESSOR)
@@ -206,27 +219,6 @@ def read_published(storage: Storage, path: str, hugging_face: bool) -> tuple[Pub
         image_processor = (_json(storage, folder, PROCESSORS) or {}).get("image_processor")
         processor = image_processor if isinstance(image_processor, dict) else None
     return replace(published, config=_json(storage, folder, CONFIG), processor=processor), folder
-
-
-def _read_sharded(storage: Storage, folder: str, index: str) -> Published:
-    """Read tensors of several files of the same folder, which an index of Hugging Face names."""
-    files = read_json(storage.read(index), index).get("weight_map")
-    names = set(files.values()) if isinstance(files, dict) and all(map(_is_plain_name, files.values())) else set()
-    if not names or not isinstance(files, dict):
-        raise CheckpointError(f"{index}: expected a weight_map of tensors' names to files of the same folder")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(names):
-        url = join(folder, name)
-        if not storage.exists(url):
-            raise CheckpointError(f"{url}: is missing; {split(index)[1]} names it, so download the folder again")
-        tensors |= read_tensors(storage.read(url), url).tensors
-    if missing := sorted(files.keys() - tensors.keys()):
-        raise CheckpointError(f"{index}: names {', '.join(missing[:4])}, which its files do not hold")
-    return Published(tensors)
-
-
-def _is_plain_name(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"[^/\\\0]{1,255}", name) is not None and name not in (".", "..")
 
 
 def _json(storage: Storage, folder: str, name: str) -> dict[str, Any] | None:
@@ -246,15 +238,13 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
     if model is not None:
         defined = load_config(model).model.model_dump(mode="json")
     elif not defined and chosen.config is not None:
-        if published.config is not None:
-            defined = chosen.config.section(published.config)
-        defined |= chosen.config.reading(published.processor or {})
+        defined = chosen.config.section(published.config, published.processor or {})
     for override in overrides:
         apply_override(defined, override)
     inferred = chosen.infer(published.tensors, defined)
     if chosen.config is not None and published.config is not None:
         chosen.config.check(published.config, inferred)
-    section = _config("imported", inferred, [_stage("images", ["mim"])], None).model
+    section = _config("imported", inferred).model
     if chosen.kinds is not None and section.kind not in chosen.kinds:
         raise ConfigError(f"the format holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
     layers = max(value for key, value in section.model_dump().items() if key in ("layers", "text_layers"))
@@ -263,8 +253,36 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
     return section
 
 
-def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tokenizer: Tokenizer | None) -> RunConfig:
-    """Return the config stored with imported weights. Its folder is `out`, if that is a valid run name."""
+def _config(
+    out: str,
+    section: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+    uses: Mapping[SourceType, list[str]] | None = None,
+    heads: HeadConfig = HeadConfig(),
+    max_text_length: int = 1,
+) -> RunConfig:
+    """Return the config stored with imported weights: a stage for each source type in `uses`, with its objectives.
+
+    Its folder is `out`, if that is a valid run name.
+    """
+    target: dict[str, Any] = {} if heads.image_target is None else {"image_target": heads.image_target}
+    if heads.image_target == "visual_tokens":
+        target["image_tokenizer"] = {"weights": NO_SOURCE, "tokens": heads.visual_tokens}
+    stages = [
+        {
+            "name": f"imported_{source_type}",
+            "sources": {source_type: 1.0},
+            "objectives": {objective: {} for objective in objectives},
+            "steps": 1,
+            "global_batch_size": DataConfig().streams,
+            "max_text_length": max_text_length,
+            "negatives": "hard" if "itc" in objectives else "random",
+            "num_classes": heads.classes,
+            "num_answers": heads.answers,
+            **target,
+        }
+        for source_type, objectives in (uses or {"images": ["mim"]}).items()
+    ]
     output, _, name = out.rstrip("/").rpartition("/")
     values = {
         "name": name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) else "imported",
@@ -278,46 +296,20 @@ def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tok
     return validate(values, "imported weights")
 
 
-def _stage(
-    source_type: SourceType, objectives: list[str], heads: HeadConfig = HeadConfig(), max_text_length: int = 1
-) -> dict[str, Any]:
-    target: dict[str, Any] = {} if heads.image_target is None else {"image_target": heads.image_target}
-    if heads.image_target == "visual_tokens":
-        target["image_tokenizer"] = {"weights": NO_SOURCE, "tokens": heads.visual_tokens}
-    return {
-        "name": f"imported_{source_type}",
-        "sources": {source_type: 1.0},
-        "objectives": {objective: {} for objective in objectives},
-        "steps": 1,
-        "global_batch_size": DataConfig().streams,
-        "max_text_length": max_text_length,
-        "negatives": "hard" if "itc" in objectives else "random",
-        "num_classes": heads.classes,
-        "num_answers": heads.answers,
-        **target,
-    }
-
-
-def _stages(
-    section: TransformerConfig, heads: HeadConfig, model: Model, state: dict[str, Tensor]
-) -> list[dict[str, Any]]:
-    """Return a stage for every use of data that a head of the weights serves."""
+def _uses(model: Model, state: State) -> dict[SourceType, list[str]]:
+    """Return the objectives that complete heads of the weights serve, for every use of data that they serve."""
     absent = {model.part_of(name) for name in model.state_dict() if name not in state}
     present = {model.part_of(name) for name in state} - absent  # a head that would be drawn in part serves nothing
-    max_text_length = min(section.max_text_length, MAX_TEXT)
-    stages = []
+    uses: dict[SourceType, list[str]] = {}
     for source_type in USES:
-        needed = {
-            objective: (modules_for(model, objective, source_type) or frozenset()) & set(model.HEAD_PARTS)
-            for objective in objective_names()
-        }
-        served = [objective for objective, parts in needed.items() if parts and parts <= present]
-        if served:
-            stages.append(_stage(source_type, served, heads, max_text_length))
-    return stages or [_stage("images", ["mim"], heads, max_text_length)]
+        for objective in objective_names():
+            parts = (modules_for(model, objective, source_type) or frozenset()) & set(model.HEAD_PARTS)
+            if parts and parts <= present:
+                uses.setdefault(source_type, []).append(objective)
+    return uses
 
 
-def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None) -> HeadConfig:
+def _heads(state: State, patch_size: int, target: ImageTarget | None) -> HeadConfig:
     """Return the heads contained in weights of ours, as a stage would configure them.
 
     `target` is the masked-image head's target; if None, it is inferred from the number of the head's outputs.
@@ -368,10 +360,9 @@ def _bundled_tokenizer(storage: Storage, folder: str) -> Tokenizer | None:
     url = join(folder, VOCABULARY)
     if storage.exists(url):
         return Tokenizer.load(storage, url)
-    tokenizer = _json(storage, folder, TOKENIZER)
-    if tokenizer is None:
+    if (tokenizer := _json(storage, folder, TOKENIZER)) is None:
         return None
-    model = tokenizer.get("model")
+    model, normalizer = tokenizer.get("model"), tokenizer.get("normalizer")
     numbers = model.get("vocab") if isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece" else None
     is_numbered = isinstance(numbers, dict) and all(type(number) is int for number in numbers.values())
     tokens = {number: token for token, number in numbers.items()} if is_numbered and numbers else {}
@@ -380,7 +371,6 @@ def _bundled_tokenizer(storage: Storage, folder: str) -> Tokenizer | None:
             f"{join(folder, TOKENIZER)}: holds no WordPiece vocabulary; name a vocab.txt with --vocabulary"
         )
     lowercase = stated_lowercase(storage, folder)
-    normalizer = tokenizer.get("normalizer")
     if lowercase is None and isinstance(normalizer, dict) and isinstance(normalizer.get("lowercase"), bool):
         lowercase = normalizer["lowercase"]
     return Tokenizer([tokens[number] for number in range(len(tokens))], lowercase)
@@ -403,13 +393,17 @@ def _choices(storage: Storage, published: Published, heads: HeadConfig, answers_
     for name, size in ((ANSWERS, heads.answers), (CLASSES, heads.classes)):
         if size is None:
             continue
-        listed: Choices | None
+        listed, where = None, "config.json: id2label"
         if name == ANSWERS and answers_file is not None:
             listed, where = _answers_in(storage, answers_file), f"--answers {answers_file}"
         elif name in published.metadata:
             listed, where = Choices.from_bytes(published.metadata[name].encode(), name), "the file's header"
-        else:
-            listed, where = _choices_of_labels(labels, size), "config.json: id2label"
+        elif len(labels) == size and labels != [f"LABEL_{number}" for number in range(size)]:
+            distinct: dict[str, None] = {}
+            for number, label in enumerate(labels):  # ImageNet has two classes called "crane"
+                distinct[label if label not in distinct else f"{label} ({number})"] = None
+            if len(distinct) == size:
+                listed = Choices.from_bytes(json.dumps(list(distinct)).encode(), where)
         if listed is None:
             log.warning("%s", UNNAMED[name] % size)
         elif len(listed) != size:
@@ -423,38 +417,21 @@ def _choices(storage: Storage, published: Published, heads: HeadConfig, answers_
 
 def _answers_in(storage: Storage, url: str) -> Choices:
     """Read a JSON list, a JSON object of answers and their numbers (either way round), or one answer a line."""
+    where = f"--answers {url}"
     try:
-        data = storage.read(url)
+        text = storage.read(url).decode("utf-8-sig")
+        is_json = text.lstrip()[:1] in ("[", "{")
+        value = json.loads(text) if is_json else [x.removesuffix("\r") for x in text.split("\n") if x.strip()]
     except NotFound as error:
-        raise ConfigError(
-            f"--answers {url}: no such file; give a JSON list of answers, or one answer a line"
-        ) from error
-    try:
-        value = json.loads(data)
+        raise ConfigError(f"{where}: no such file; give a JSON list of answers, or one answer a line") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: is no UTF-8 text ({error}); give a JSON list of answers") from error
     except (ValueError, RecursionError) as error:
-        if data.lstrip()[:1] in (b"[", b"{"):
-            raise ConfigError(
-                f"--answers {url}: is no JSON ({error}); give a JSON list, or one answer a line"
-            ) from error
-        try:
-            value = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n") if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"--answers {url}: is no UTF-8 text ({error}); give a JSON list of answers") from error
+        raise ConfigError(f"{where}: is no JSON ({error}); give a JSON list, or one answer a line") from error
     if isinstance(value, dict):
         by_number = {number: answer for answer, number in value.items() if isinstance(number, int | str)}
         value = _numbered(value) or _numbered(by_number)
-    return Choices.from_bytes(json.dumps(value).encode(), f"--answers {url}")
-
-
-def _choices_of_labels(labels: list[str], size: int) -> Choices | None:
-    """Return the names in a config.json's id2label; None where it has none for this head, or only made-up ones."""
-    if len(labels) != size or labels == [f"LABEL_{number}" for number in range(size)]:
-        return None
-    distinct: dict[str, None] = {}
-    for number, name in enumerate(labels):  # ImageNet has two classes called "crane"
-        distinct[name if name not in distinct else f"{name} ({number})"] = None
-    where = "config.json: id2label"
-    return Choices.from_bytes(json.dumps(list(distinct)).encode(), where) if len(distinct) == size else None
+    return Choices.from_bytes(json.dumps(value).encode(), where)
 
 
 def _numbered(value: Any) -> list[str] | None:

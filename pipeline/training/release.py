@@ -20,11 +20,10 @@ scores by the first contrast alone (here the mean of both, unless `model.contras
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 
 from pipeline.config.schema import SourceType
-from pipeline.models.checkpoints.vlmo import release_names
+from pipeline.models.checkpoints import FORMATS
 from pipeline.objectives.itc import Contrast
 
 MLM_FACTOR = 0.25
@@ -43,6 +42,5 @@ def scale_gradients(contrast: Contrast, world_size: int) -> Contrast:
 
 def decays(name: str) -> bool:
     """Return True if the release decays the parameter; names that the release does not have are matched as they are."""
-    with suppress(KeyError):
-        (name,) = release_names(name)
+    name = "".join(FORMATS["vlmo"].names(name)) or name
     return not any(part in name for part in NO_DECAY)

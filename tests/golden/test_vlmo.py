@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.config.schema import VLMoConfig
-from pipeline.models.checkpoints.vlmo import from_published, infer_section, to_published
+from pipeline.models.checkpoints import FORMATS
 from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
 from pipeline.objectives.itc import itc_loss
@@ -46,7 +46,7 @@ class Golden:
             layer_scale=0.1 if meta["layer_scale"] else None,
         )
         self.model = VLMo(self.config, meta["vocab_size"])
-        result = self.model.load_state_dict(from_published(self.state, self.config), strict=False)
+        result = self.model.load_state_dict(FORMATS["vlmo"].read(self.state, self.config), strict=False)
         assert not result.unexpected_keys
         self.missing = {self.model.part_of(name) for name in result.missing_keys}
 
@@ -141,7 +141,7 @@ def test_gradients_equal_the_release(golden: Golden) -> None:
         tensor.retain_grad()
     total.backward()
     ours = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in golden.model.named_parameters()}
-    published = to_published(ours, golden.config)
+    published = FORMATS["vlmo"].write(ours, golden.config)
     expected = {k.removeprefix("grad."): t for k, t in golden.output.items() if k.startswith("grad.")}
     assert len(expected) >= 6
     for name, gradient in expected.items():
@@ -157,7 +157,7 @@ def test_gradients_equal_the_release(golden: Golden) -> None:
 
 
 def test_conversion_round_trip_is_exact(golden: Golden) -> None:
-    back = to_published(golden.model.state_dict(), golden.config)
+    back = FORMATS["vlmo"].write(golden.model.state_dict(), golden.config)
     computed = {name for name in golden.state if golden.config.positions == "absolute" or ".position_emb" not in name}
     assert set(back) == computed
     assert all(torch.equal(back[name], golden.state[name]) for name in computed)
@@ -168,7 +168,7 @@ def test_sizes_are_inferred_from_the_releases_tensors(golden: Golden) -> None:
         "heads": golden.config.heads,
         "max_text_length": golden.config.max_text_length,
     }  # no published model is so small
-    section = VLMoConfig(**infer_section(golden.state, given))
+    section = VLMoConfig(**FORMATS["vlmo"].infer(golden.state, given))
     assert section.architecture() == golden.config.architecture()
 
 

@@ -25,7 +25,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.retrieval import embed_images, embed_texts, fusion_scores
 from pipeline.inference import build_trained_model, load_model, pyfunc_outputs
 from pipeline.models import build_model
-from pipeline.models.checkpoints.vlmo import to_published
+from pipeline.models.checkpoints import FORMATS
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import Weights, load_weights
 from tests.support.pairs import picture
@@ -63,7 +63,7 @@ json.dump(
 
 def imported(folder: Path) -> str:
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCABULARY))
-    torch.save(to_published(build_model(TINY, len(VOCABULARY), seed=5).state_dict(), TINY), folder / "vlmo.pt")
+    torch.save(FORMATS["vlmo"].write(build_model(TINY, len(VOCABULARY), seed=5).state_dict(), TINY), folder / "vlmo.pt")
     import_weights(
         str(folder / "vlmo.pt"), "vlmo", f"{folder}/weights", ["max_text_length=12"], vocabulary=f"{folder}/vocab.txt"
     )

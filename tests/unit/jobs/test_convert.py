@@ -21,7 +21,6 @@ from pipeline.data.storage import Storage
 from pipeline.inference import build_trained_model
 from pipeline.models import build_model
 from pipeline.models.checkpoints import FORMATS
-from pipeline.models.checkpoints.vlmo import to_published
 from pipeline.models.model import HeadConfig
 from pipeline.training.checkpoint import load_weights
 
@@ -52,7 +51,7 @@ def vocabulary(tmp_path: Path) -> str:
 
 
 def published(heads: HeadConfig = HeadConfig(), config: VLMoConfig = TINY) -> dict[str, Tensor]:
-    return to_published(build_model(config, WORDS, heads, seed=5).state_dict(), config)
+    return FORMATS["vlmo"].write(build_model(config, WORDS, heads, seed=5).state_dict(), config)
 
 
 def save(path: Path, contents: Any) -> str:

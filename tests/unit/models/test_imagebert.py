@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models import build_model, skeleton
-from pipeline.models.checkpoints.bert import from_hugging_face
+from pipeline.models.checkpoints import FORMATS
 from pipeline.models.forward import ForwardInput, Regions
 from pipeline.models.imagebert import ImageBERT
 
@@ -68,7 +68,7 @@ def hugging_face(kind: type) -> torch.nn.Module:
 def test_without_regions_it_equals_bert(text: Tensor, keep: Tensor) -> None:
     bert = hugging_face(BertModel)
     ours = ImageBERT(CONFIG, VOCABULARY)
-    ours.load_state_dict(from_hugging_face(bert.state_dict(), CONFIG), strict=False)
+    ours.load_state_dict(FORMATS["bert"].read(bert.state_dict(), CONFIG), strict=False)
     with torch.no_grad():
         found = ours({"text": ForwardInput(heads=("tokens",), text=text, text_keep=keep)})["text"]["tokens"]
         expected = bert(input_ids=text, attention_mask=keep.long()).last_hidden_state
@@ -78,7 +78,7 @@ def test_without_regions_it_equals_bert(text: Tensor, keep: Tensor) -> None:
 def test_mlm_without_regions_equals_bert(text: Tensor, keep: Tensor) -> None:
     bert = hugging_face(BertForMaskedLM)
     ours = ImageBERT(CONFIG, VOCABULARY)
-    ours.load_state_dict(from_hugging_face(bert.state_dict(), CONFIG), strict=False)
+    ours.load_state_dict(FORMATS["bert"].read(bert.state_dict(), CONFIG), strict=False)
     everywhere = torch.arange(9).expand_as(text)
     asked = ForwardInput(heads=("mlm",), text=text, text_keep=keep, mask_positions=everywhere)
     found = ours({"text": asked})["text"]["mlm"]

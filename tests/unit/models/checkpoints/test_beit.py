@@ -14,14 +14,11 @@ from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedIm
 from pipeline.config.errors import CheckpointError
 from pipeline.config.schema import VLMoConfig
 from pipeline.models import build_model, skeleton
+from pipeline.models.checkpoints import FORMATS
 from pipeline.models.checkpoints.beit import (
     LAYER_TABLE,
     NORMS,
     SHARED_TABLE,
-    from_published,
-    infer_section,
-    to_hugging_face,
-    to_published,
 )
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig, Model
@@ -62,7 +59,7 @@ def pictures() -> Tensor:
 @pytest.mark.parametrize("table", [SHARED, EACH], ids=["one table", "a table for each layer"])
 def test_image_forward_equals_hugging_face(tmp_path: Path, table: dict[str, bool]) -> None:
     theirs = randomised(BeitModel(BeitConfig(**THEIRS, **table, use_mean_pooling=False), add_pooling_layer=False))
-    model = started(from_published(saved(theirs, tmp_path), CONFIG))
+    model = started(FORMATS["beit"].read(saved(theirs, tmp_path), CONFIG))
     image = pictures()
     tokens = model({"one": ForwardInput(heads=("tokens",), image=image)})["one"]["tokens"]
     torch.testing.assert_close(tokens, theirs(image.permute(0, 3, 1, 2)).last_hidden_state, rtol=1e-5, atol=1e-5)
@@ -74,7 +71,8 @@ def test_trap_section_3_shared_table_gives_equal_logits(
     """VLMo's release fails at `int("relative_position_bias_table")` here."""
     theirs = randomised(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)))
     model = started(
-        from_published(saved(theirs, tmp_path), CONFIG), HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS)
+        FORMATS["beit"].read(saved(theirs, tmp_path), CONFIG),
+        HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS),
     )
     image, masked = pictures(), torch.tensor([[0, 3, 4, 8], [1, 2, 5, 6], [0, 1, 7, 8]])
     covered = torch.zeros(3, 9, dtype=torch.bool).scatter(1, masked, True)
@@ -86,7 +84,7 @@ def test_trap_section_3_shared_table_gives_equal_logits(
 
 def test_encoder_of_a_classifier_checkpoint_is_read(tmp_path: Path) -> None:
     theirs = randomised(BeitForImageClassification(BeitConfig(**THEIRS, **EACH, num_labels=4)))
-    model = started(from_published(saved(theirs, tmp_path), CONFIG))
+    model = started(FORMATS["beit"].read(saved(theirs, tmp_path), CONFIG))
     image = pictures()
     tokens = model({"one": ForwardInput(heads=("tokens",), image=image)})["one"]["tokens"]
     hidden = theirs.beit(image.permute(0, 3, 1, 2)).last_hidden_state
@@ -97,7 +95,7 @@ def test_trap_section_3_layer_scale_is_read_from_the_checkpoint(tmp_path: Path) 
     """BEiT-large was trained from 1e-5; the 0.1 in VLMo-large's section is only for random initialisation."""
     theirs = BeitModel(BeitConfig(**THEIRS, **EACH, layer_scale_init_value=1e-5))
     assert CONFIG.layer_scale == 0.1
-    model = started(from_published(saved(theirs, tmp_path), CONFIG))
+    model = started(FORMATS["beit"].read(saved(theirs, tmp_path), CONFIG))
     gammas = [tensor for name, tensor in model.state_dict().items() if name.endswith("gamma")]
     assert len(gammas) == 6
     assert all((gamma == 1e-5).all() for gamma in gammas)
@@ -114,7 +112,7 @@ def test_trap_section_3_layer_scale_is_read_from_the_checkpoint(tmp_path: Path) 
 )
 def test_round_trips_are_exact(tmp_path: Path, theirs: PreTrainedModel, norm: str, shared: bool) -> None:
     published = saved(randomised(theirs), tmp_path)
-    written = to_hugging_face(from_published(published, CONFIG), CONFIG, norm, shared)
+    written = to_hugging_face(FORMATS["beit"].read(published, CONFIG), CONFIG, norm, shared)
     if isinstance(theirs, BeitModel):
         published = {f"beit.{name}": tensor for name, tensor in published.items()}
     assert written.keys() == {name for name in published if not name.startswith("classifier.")}
@@ -128,7 +126,7 @@ def test_hugging_face_loads_our_export_with_equal_outputs(tmp_path: Path) -> Non
     for parameter in model.parameters():  # in particular the modality vector, which BEiT does not have
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     BeitConfig(**THEIRS, **EACH, use_mask_token=True).save_pretrained(tmp_path)
-    save_file(to_published(model.state_dict(), CONFIG), tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(FORMATS["beit"].write(model.state_dict(), CONFIG), tmp_path / "model.safetensors", {"format": "pt"})
     theirs, told = BeitForMaskedImageModeling.from_pretrained(tmp_path, output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
@@ -143,7 +141,7 @@ def test_hugging_face_loads_our_export_with_equal_outputs(tmp_path: Path) -> Non
 def test_shared_table_round_trips_through_hugging_face(tmp_path: Path) -> None:
     config = BeitConfig(**THEIRS, **SHARED, use_mask_token=True)
     theirs = randomised(BeitForMaskedImageModeling(config))
-    written = to_published(from_published(saved(theirs, tmp_path / "before"), CONFIG), CONFIG)
+    written = FORMATS["beit"].write(FORMATS["beit"].read(saved(theirs, tmp_path / "before"), CONFIG), CONFIG)
     config.save_pretrained(tmp_path)
     save_file(written, tmp_path / "model.safetensors", {"format": "pt"})
     again, told = BeitForMaskedImageModeling.from_pretrained(tmp_path, output_loading_info=True)
@@ -215,21 +213,21 @@ def as_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 )
 def test_names_of_the_release_give_equal_weights(tmp_path: Path, theirs: PreTrainedModel) -> None:
     published = saved(randomised(theirs), tmp_path)
-    expected, found = from_published(published, CONFIG), from_published(as_released(published), CONFIG)
+    expected, found = FORMATS["beit"].read(published, CONFIG), FORMATS["beit"].read(as_released(published), CONFIG)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_section_is_inferred_from_the_shapes(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
-    section = infer_section(published, {"max_text_length": 8, "vision_language_layers": 1})
+    section = FORMATS["beit"].infer(published, {"max_text_length": 8, "vision_language_layers": 1})
     assert VLMoConfig.model_validate(section) == CONFIG
 
 
 def test_only_modules_of_the_image_forward_are_imported(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
     model = skeleton(CONFIG, VOCABULARY, HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS))
-    brought = {model.part_of(name) for name in from_published(published, CONFIG)}
+    brought = {model.part_of(name) for name in FORMATS["beit"].read(published, CONFIG)}
     assert brought == modules_for(model, "mim", "images")
 
 
@@ -237,4 +235,4 @@ def test_table_of_another_size_is_rejected(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
     published[SHARED_TABLE] = torch.zeros(5, 2)
     with pytest.raises(CheckpointError, match=r"\(is \(5, 2\), must be \(28, 2\)\)"):
-        from_published(published, CONFIG)
+        FORMATS["beit"].read(published, CONFIG)

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertMo
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models import build_model
-from pipeline.models.checkpoints.bert import from_hugging_face, to_hugging_face
+from pipeline.models.checkpoints import FORMATS
 
 CONFIG = ImageBERTConfig(width=128, layers=2, heads=2, max_text_length=12, region_features=8, region_classes=7)
 VOCABULARY = 40
@@ -27,7 +27,7 @@ def published(kind: type) -> dict[str, Tensor]:
 
 def test_round_trip_of_published_weights_is_exact() -> None:
     state = published(BertForMaskedLM)
-    back = to_hugging_face(from_hugging_face(state, CONFIG), CONFIG)
+    back = FORMATS["bert"].write(FORMATS["bert"].read(state, CONFIG), CONFIG)
     assert set(back) == set(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
 
@@ -35,7 +35,7 @@ def test_round_trip_of_published_weights_is_exact() -> None:
 @pytest.mark.parametrize("kind", [BertModel, BertForPreTraining])
 def test_unused_modules_are_dropped(kind: type) -> None:
     """The pooler and the next-sentence head have no counterpart."""
-    found = from_hugging_face(published(kind), CONFIG)
+    found = FORMATS["bert"].read(published(kind), CONFIG)
     model = build_model(CONFIG, VOCABULARY)
     result = model.load_state_dict(found, strict=False)
     assert not result.unexpected_keys
@@ -47,7 +47,7 @@ def test_unused_modules_are_dropped(kind: type) -> None:
 def test_missing_tied_decoder_is_a_copy_of_the_word_embedding() -> None:
     state = published(BertForMaskedLM)
     del state["cls.predictions.decoder.weight"], state["cls.predictions.decoder.bias"]
-    found = from_hugging_face(state, CONFIG)
+    found = FORMATS["bert"].read(state, CONFIG)
     words, decoder = found["text_embedding.word_embeddings.weight"], found["mlm_head.decode.weight"]
     assert torch.equal(words, decoder)
     assert words.data_ptr() != decoder.data_ptr()
@@ -59,24 +59,24 @@ def test_old_names_of_layer_norms_are_read() -> None:
         n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
         for n, t in state.items()
     }
-    new, same = from_hugging_face(state, CONFIG), from_hugging_face(old, CONFIG)
+    new, same = FORMATS["bert"].read(state, CONFIG), FORMATS["bert"].read(old, CONFIG)
     assert new.keys() == same.keys()
 
 
 def test_positions_beyond_the_longest_text_are_cut() -> None:
     state = published(BertModel)
-    found = from_hugging_face(state, CONFIG.model_copy(update={"max_text_length": 7}))
+    found = FORMATS["bert"].read(state, CONFIG.model_copy(update={"max_text_length": 7}))
     positions = found["text_embedding.position_embeddings.weight"]
     assert torch.equal(positions, state["embeddings.position_embeddings.weight"][:7])
 
 
 def test_max_text_length_beyond_the_positions_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"model\.max_text_length"):
-        from_hugging_face(published(BertModel), CONFIG.model_copy(update={"max_text_length": 13}))
+        FORMATS["bert"].read(published(BertModel), CONFIG.model_copy(update={"max_text_length": 13}))
 
 
 def test_checkpoint_of_another_model_is_rejected_by_its_names() -> None:
     state = published(BertModel) | {"embeddings.other": torch.zeros(1)}
     del state["embeddings.LayerNorm.weight"]
     with pytest.raises(CheckpointError, match=r"missing: bert\.embeddings\.LayerNorm\.weight(.|\n)*embeddings\.other"):
-        from_hugging_face(state, CONFIG)
+        FORMATS["bert"].read(state, CONFIG)

@@ -17,7 +17,7 @@ from transformers import (
 from pipeline.config.errors import CheckpointError
 from pipeline.config.schema import ViLTConfig
 from pipeline.models import build_model
-from pipeline.models.checkpoints.vilt import from_hugging_face, from_published, to_hugging_face, to_published
+from pipeline.models.checkpoints import FORMATS
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
 
@@ -100,7 +100,7 @@ def agree(actual: Tensor, expected: Tensor) -> None:
 
 def test_fused_forward_equals_hugging_faces_vilt_model() -> None:
     other = theirs(ViltModel)
-    model = ours(from_hugging_face(other.state_dict(), CONFIG))
+    model = ours(FORMATS["vilt-hf"].read(other.state_dict(), CONFIG))
     # Hugging Face pads short images with shuffled patches; one image at a time has no padding.
     found = model({"one": the_pass("tokens")})["one"]["tokens"]
     given = inputs()
@@ -124,7 +124,7 @@ def test_fused_forward_equals_hugging_faces_vilt_model() -> None:
 def test_masked_words_equal_hugging_faces_vilt_for_masked_lm() -> None:
     other = theirs(ViltForMaskedLM)
     other.mlm_score.decoder.weight = nn.Parameter(torch.randn(VOCABULARY, 24))  # untied, as in the release
-    model = ours(from_hugging_face(other.state_dict(), CONFIG))
+    model = ours(FORMATS["vilt-hf"].read(other.state_dict(), CONFIG))
     everywhere = torch.arange(LENGTH).expand(ROWS, LENGTH)
     found = model({"one": the_pass("mlm", mask_positions=everywhere)})["one"]["mlm"]
     keep = inputs()["attention_mask"].bool()
@@ -140,13 +140,13 @@ def test_masked_words_equal_hugging_faces_vilt_for_masked_lm() -> None:
 )
 def test_fine_tuned_head_equals_hugging_faces(kind: type, more: dict[str, int], heads: HeadConfig, head: str) -> None:
     other = theirs(kind, **more)
-    model = ours(from_hugging_face(other.state_dict(), CONFIG), heads)
+    model = ours(FORMATS["vilt-hf"].read(other.state_dict(), CONFIG), heads)
     agree(model({"one": the_pass(head)})["one"][head], other(**inputs()).logits.squeeze(1))
 
 
 def test_nlvr2_equals_hugging_faces_two_image_model() -> None:
     other = theirs(ViltForImagesAndTextClassification, num_images=2, num_labels=2, modality_type_vocab_size=3)
-    model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(nlvr2=True))
+    model = ours(FORMATS["vilt-hf"].read(other.state_dict(), CONFIG), HeadConfig(nlvr2=True))
     given, second = inputs(), torch.arange(ROWS).roll(1)
     both = {name: torch.stack([given[name], given[name][second]], dim=1) for name in ("pixel_values", "pixel_mask")}
     one = the_pass("nlvr2", second_image=the_pass().image[second], second_image_size=SIZES[second])
@@ -156,11 +156,13 @@ def test_nlvr2_equals_hugging_faces_two_image_model() -> None:
 
 def test_gradients_equal_hugging_faces() -> None:
     other = theirs(ViltForImageAndTextRetrieval)
-    model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(ranking=True))
+    model = ours(FORMATS["vilt-hf"].read(other.state_dict(), CONFIG), HeadConfig(ranking=True))
     weights = torch.linspace(-1, 1, ROWS)
     (model({"one": the_pass("ranking")})["one"]["ranking"] * weights).sum().backward()
     (other(**inputs()).logits[:, 0] * weights).sum().backward()
-    theirs_by_ours = from_hugging_face({n: p.grad for n, p in other.named_parameters() if p.grad is not None}, CONFIG)
+    theirs_by_ours = FORMATS["vilt-hf"].read(
+        {n: p.grad for n, p in other.named_parameters() if p.grad is not None}, CONFIG
+    )
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, theirs_by_ours[name], rtol=1e-4, atol=1e-5)
@@ -179,7 +181,7 @@ def test_gradients_equal_hugging_faces() -> None:
 def test_hugging_face_weights_round_trip(kind: type, more: dict[str, int]) -> None:
     other = theirs(kind, **more)
     state = other.state_dict()
-    back = to_hugging_face(from_hugging_face(state, CONFIG), CONFIG)
+    back = FORMATS["vilt-hf"].write(FORMATS["vilt-hf"].read(state, CONFIG), CONFIG)
     if kind is ViltModel:
         back = {name.removeprefix("vilt."): tensor for name, tensor in back.items()}
     assert set(back) == set(state)
@@ -187,7 +189,7 @@ def test_hugging_face_weights_round_trip(kind: type, more: dict[str, int]) -> No
 
 
 def test_published_names_and_shapes_are_those_of_the_release() -> None:
-    published = to_published(build_model(CONFIG, VOCABULARY, HeadConfig(nlvr2=True)).state_dict(), CONFIG)
+    published = FORMATS["vilt"].write(build_model(CONFIG, VOCABULARY, HeadConfig(nlvr2=True)).state_dict(), CONFIG)
     assert published["transformer.pos_embed"].shape == (1, 17, 24)
     assert published["transformer.cls_token"].shape == (1, 1, 24)
     assert published["transformer.patch_embed.proj.weight"].shape == (24, 3, 8, 8)
@@ -201,14 +203,17 @@ def test_query_key_and_value_biases_keep_their_order() -> None:
     state = build_model(CONFIG, VOCABULARY).state_dict()
     for number, name in enumerate(("query", "key", "value")):
         state[f"blocks.1.attention.{name}_bias"].fill_(number)
-    assert to_published(state, CONFIG)["transformer.blocks.1.attn.qkv.bias"].tolist() == [0] * 24 + [1] * 24 + [2] * 24
+    assert (
+        FORMATS["vilt"].write(state, CONFIG)["transformer.blocks.1.attn.qkv.bias"].tolist()
+        == [0] * 24 + [1] * 24 + [2] * 24
+    )
 
 
 def test_checkpoint_of_one_task_lacks_only_other_heads() -> None:
-    published = to_published(build_model(CONFIG, VOCABULARY).state_dict(), CONFIG)
+    published = FORMATS["vilt"].write(build_model(CONFIG, VOCABULARY).state_dict(), CONFIG)
     published["text_embeddings.position_ids"] = torch.arange(10)[None]
     task = {name: tensor for name, tensor in published.items() if not name.startswith(("mlm", "itm"))}
-    assert {name.split(".")[0] for name in from_published(task, CONFIG)} == {
+    assert {name.split(".")[0] for name in FORMATS["vilt"].read(task, CONFIG)} == {
         *("text_embedding", "image_embedding", "blocks", "norm", "pooler")
     }
 
@@ -216,11 +221,11 @@ def test_checkpoint_of_one_task_lacks_only_other_heads() -> None:
 def test_tied_decoder_may_be_missing() -> None:
     state = theirs(ViltForMaskedLM).state_dict()
     del state["mlm_score.decoder.weight"]
-    found = from_hugging_face(state, CONFIG)
+    found = FORMATS["vilt-hf"].read(state, CONFIG)
     assert torch.equal(found["mlm_head.decode.weight"], found["text_embedding.word.weight"])
 
 
 def test_two_heads_with_one_name_are_rejected() -> None:
     state = build_model(CONFIG, VOCABULARY, HeadConfig(answers=5, nlvr2=True)).state_dict()
     with pytest.raises(CheckpointError, match="one classifier"):
-        to_hugging_face(state, CONFIG)
+        FORMATS["vilt-hf"].write(state, CONFIG)

@@ -13,7 +13,7 @@ from transformers import ViTConfig as Theirs
 
 from pipeline.config.schema import ViTConfig
 from pipeline.models import build_model
-from pipeline.models.checkpoints.vit import from_hugging_face, infer_section, to_hugging_face
+from pipeline.models.checkpoints import FORMATS
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
 from pipeline.models.vit import ViT
@@ -38,7 +38,7 @@ def their_config(**more: object) -> Theirs:
 
 def ours(state: dict[str, Tensor], heads: HeadConfig = HeadConfig(classes=CLASSES)) -> ViT:
     model = ViT(CONFIG, heads=heads)
-    model.load_state_dict(from_hugging_face(state, CONFIG))
+    model.load_state_dict(FORMATS["vit"].read(state, CONFIG))
     return model
 
 
@@ -58,7 +58,7 @@ def test_logits_and_gradients_equal_hugging_face(tmp_path: Path, epsilon: float)
     torch.nn.functional.cross_entropy(logits, label).backward()
     torch.nn.functional.cross_entropy(expected, label).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    grads = from_hugging_face(saved_gradients(theirs, tmp_path), CONFIG)
+    grads = FORMATS["vit"].read(saved_gradients(theirs, tmp_path), CONFIG)
     assert grads.keys() == gradients.keys()
     for name, gradient in grads.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5)
@@ -83,7 +83,7 @@ def test_hugging_face_loads_our_export(tmp_path: Path) -> None:
     model = build_model(CONFIG, 0, HeadConfig(classes=CLASSES), seed=1)
     theirs_config = their_config(layer_norm_eps=1e-6)
     theirs_config.save_pretrained(tmp_path)
-    save_file(to_hugging_face(model.state_dict(), CONFIG), tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(FORMATS["vit"].write(model.state_dict(), CONFIG), tmp_path / "model.safetensors", {"format": "pt"})
     theirs, told = ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
@@ -94,7 +94,7 @@ def test_hugging_face_loads_our_export(tmp_path: Path) -> None:
 
 def test_hugging_face_weights_round_trip(tmp_path: Path) -> None:
     published = saved(randomised(ViTForImageClassification(their_config())), tmp_path)
-    again = to_hugging_face(from_hugging_face(published, CONFIG), CONFIG)
+    again = FORMATS["vit"].write(FORMATS["vit"].read(published, CONFIG), CONFIG)
     assert again.keys() == published.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in published.items())
 
@@ -104,4 +104,4 @@ def test_section_is_inferred_from_the_shapes(tmp_path: Path) -> None:
         saved(ViTForImageClassification(their_config()), tmp_path),
         saved(ViTModel(their_config()), tmp_path),
     ):
-        assert ViTConfig.model_validate(infer_section(published, {"heads": 2})) == CONFIG
+        assert ViTConfig.model_validate(FORMATS["vit"].infer(published, {"heads": 2})) == CONFIG
