@@ -7,26 +7,12 @@ from typing import Any
 
 import torch
 
-from pipeline.config.schema import (
-    DualEncoderConfig,
-    ImageBERTConfig,
-    TransformerConfig,
-    ViLTConfig,
-    ViTConfig,
-    VLMoConfig,
-)
+from pipeline.config.schema import TransformerConfig
 from pipeline.models.dual_encoder import DualEncoder
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.vilt import ViLT
 from pipeline.models.vit import ViT
 from pipeline.models.vlmo import VLMo
-
-_KINDS: dict[type[TransformerConfig], Callable[[Any, int, HeadConfig], Model]] = {
-    VLMoConfig: VLMo,
-    ViLTConfig: ViLT,
-    ViTConfig: ViT,
-    DualEncoderConfig: DualEncoder,
-}
 
 
 def build_model(config: TransformerConfig, vocabulary: int, heads: HeadConfig = HeadConfig(), seed: int = 0) -> Model:
@@ -44,8 +30,9 @@ def skeleton(config: TransformerConfig, vocabulary: int = 1, heads: HeadConfig =
 
 
 def _model_class(config: TransformerConfig) -> Callable[[Any, int, HeadConfig], Model]:
-    if isinstance(config, ImageBERTConfig):
+    if config.kind == "imagebert":
         from pipeline.models.imagebert import ImageBERT  # lazily, because importing transformers takes seconds
 
         return ImageBERT
-    return _KINDS[type(config)]
+    kinds: dict[str, type[Model]] = {"vlmo": VLMo, "vilt": ViLT, "vit": ViT, "dual_encoder": DualEncoder}
+    return kinds[config.kind]

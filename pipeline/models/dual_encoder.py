@@ -14,14 +14,12 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from pipeline.config.schema import DualEncoderConfig
-from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
+from pipeline.models.embeddings import ImageEmbedding, TextEmbedding
 from pipeline.models.heads import ContrastiveHead
 from pipeline.models.model import HeadConfig, Model
-from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock, run_blocks
+from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock, key_padding, run_blocks
 from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import cut_text_positions, resize_grid
-
-PARTS = ("image_embedding", "text_embedding", "image_tower", "text_tower", "itc_head")
 
 
 class Tower(nn.Module):
@@ -46,13 +44,13 @@ class Tower(nn.Module):
 
 
 class DualEncoder(Model):
-    PARTS: ClassVar = PARTS
+    PARTS: ClassVar = ("image_embedding", "text_embedding", "image_tower", "text_tower", "itc_head")
     HEAD_PARTS: ClassVar = ("itc_head",)
     ENCODER_PARTS: ClassVar = {
         frozenset({"image"}): frozenset({"image_embedding", "image_tower"}),
         frozenset({"text"}): frozenset({"text_embedding", "text_tower"}),
     }
-    HEADS: ClassVar = {"itc": frozenset({"itc_head"})}
+    HEADS: ClassVar = ("itc",)
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
     RESIZE_RULES: ClassVar = {  # bicubic, as open_clip resizes CLIP's positions
         "image_embedding.positions": lambda positions, config: resize_grid(positions, config.grid, "bicubic"),
@@ -64,9 +62,7 @@ class DualEncoder(Model):
     def __init__(self, config: DualEncoderConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
         width = config.width
-        self.image_embedding = ImageEmbedding(
-            config.image_size, config.patch_size, width, absolute=True, maskable=False
-        )
+        self.image_embedding = ImageEmbedding(config.image_size, config.patch_size, width, True, maskable=False)
         self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length, absolute=True)
         self.image_tower = Tower(config, "vision", config.layers)
         self.text_tower = Tower(config, "language", config.text_layers)
@@ -78,7 +74,7 @@ class DualEncoder(Model):
         if packed.image is not None:
             if packed.image_size is not None or packed.visible_patches is not None:
                 raise ValueError("a dual encoder reads whole square images; use ViLT for images of their own shape")
-            return self.image_tower(self.image_embedding(packed.image), None, packed), None
+            return self.image_tower(self.image_embedding(packed), None, packed), None
         assert packed.text is not None
         assert packed.text_keep is not None
         x = self.text_embedding(packed.text)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pipeline.models.heads import TEXT_EPSILON
-from pipeline.models.multiway import gather
+from pipeline.models.multiway import TEXT_EPSILON, gather
+from pipeline.models.packing import PackedInputs
 
 
 class TextEmbedding(nn.Module):
@@ -24,7 +24,6 @@ class TextEmbedding(nn.Module):
         self, vocabulary: int, width: int, max_text_length: int, absolute: bool, epsilon: float = TEXT_EPSILON
     ) -> None:
         super().__init__()
-        self.max_text_length = max_text_length
         self.word = nn.Embedding(vocabulary, width)
         self.token_type = nn.Parameter(torch.empty(2, width))  # BERT's sentences A and B; only A is used
         self.register_parameter("positions", nn.Parameter(torch.empty(max_text_length, width)) if absolute else None)
@@ -33,15 +32,9 @@ class TextEmbedding(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """text (B, L) int64 -> (B, L, D)."""
-        length = text.shape[1]
-        if length > self.max_text_length:
-            raise ValueError(
-                f"a text of {length} tokens is longer than the model's {self.max_text_length} positions; "
-                "shorten the text or raise model.max_text_length"
-            )
         x = self.word(text) + self.token_type[0]
         if self.positions is not None:
-            x = x + self.positions[:length]
+            x = x + self.positions[: text.shape[1]]
         return self.norm(x) + self.modality
 
 
@@ -75,26 +68,20 @@ class ImageEmbedding(nn.Module):
         # The modality vector of the second image of a pair (NLVR2).
         self.register_parameter("second", nn.Parameter(torch.empty(width)) if second else None)
 
-    def forward(
-        self,
-        image: Tensor,
-        masked: Tensor | None = None,
-        is_second: Tensor | None = None,
-        replacements: Tensor | None = None,
-        visible: Tensor | None = None,
-    ) -> Tensor:
-        """image (B, H, W, 3), uint8 or floats in [-1, 1] -> (B, I, D).
+    def forward(self, packed: PackedInputs) -> Tensor:
+        """Embed square images: (B, I, D).
 
-        `masked` (B, P) bool puts the mask embedding in place of patches, `is_second` (B,) bool marks second images,
-        `replacements` (B, P) is the patch shown at each place. With `visible` (B, K) only those patches become tokens,
-        in that order: (B, 1 + K, D); the output where it is negative is meaningless.
+        With visible patches, only those become tokens, in that order; the output where they are padding is meaningless.
         """
+        image, visible = packed.image, packed.visible_patches
+        assert image is not None
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"an image batch of shape {tuple(image.shape)} does not fit the model, which expects "
                 f"(batch, {self.image_size}, {self.image_size}, 3); resize the images or change model.image_size"
             )
         patches = self.patchify(image)
+        masked, replacements = packed.masking(patches.shape[1])
         if visible is not None:
             visible = visible.clamp(min=0)
             replacements = visible if replacements is None else replacements.gather(1, visible)
@@ -103,11 +90,10 @@ class ImageEmbedding(nn.Module):
             patches = gather(patches, replacements)
         x = self.project(patches, masked)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
-        if self.positions is not None and visible is None:
-            x = x + self.positions
-        elif self.positions is not None and visible is not None:
-            x = x + F.embedding(F.pad(visible + 1, (1, 0)), self.positions)
-        return self.add_modality(x, is_second)
+        if self.positions is not None:
+            positions = self.positions if visible is None else F.embedding(F.pad(visible + 1, (1, 0)), self.positions)
+            x = x + positions
+        return self.add_modality(x, packed.is_second)
 
     def patchify(self, image: Tensor) -> Tensor:
         """(B, H, W, 3) -> (B, P, 3 p²) without a change of type: moving bytes costs a quarter of moving floats."""
@@ -124,26 +110,13 @@ class ImageEmbedding(nn.Module):
         return torch.where(masked.unsqueeze(-1), self.mask, x)
 
     def add_modality(self, x: Tensor, is_second: Tensor | None) -> Tensor:
-        """Add the image's modality vector to each token (B, I, D)."""
+        """Add the image's modality vector to each token (B, I, D); `is_second` (B,) bool marks second images."""
         if self.modality is None:
             return x
         if is_second is None:
             return x + self.modality
         assert self.second is not None, "two images need a model built with nlvr2"
         return x + torch.where(is_second[:, None, None], self.second, self.modality)
-
-
-def visible_padding(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the attention padding (B, 1 + K) of [CLS] and the patches `visible` (B, K), where -1 is padding."""
-    return key_padding(F.pad(visible >= 0, (1, 0), value=True), dtype)
-
-
-def key_padding(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the attention padding of each key from `keep` (B, L) bool: 0, or a huge negative value where False.
-
-    It is finite, so that an example of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
-    """
-    return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min / 2)
 
 
 class RelativePositions(nn.Module):
@@ -154,8 +127,8 @@ class RelativePositions(nn.Module):
     a row for each of the 2T - 3 distances between words, then the same three for the text's [CLS].
     """
 
-    image_index: Tensor
-    text_index: Tensor
+    image_index: Tensor  # (I, I) int64: the row of `image` for each pair of image tokens, [CLS] first
+    text_index: Tensor  # (T, T) int64: the row of `text`
 
     def __init__(self, layers: int, heads: int, grid: int, max_text_length: int) -> None:
         super().__init__()
@@ -163,8 +136,16 @@ class RelativePositions(nn.Module):
         self.image = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, layers * heads))
         self.cross = nn.Parameter(torch.zeros(2, layers * heads))
         self.text = nn.Parameter(torch.zeros(2 * max_text_length, layers * heads))
-        self.register_buffer("image_index", image_distances(grid), persistent=False)
-        self.register_buffer("text_index", text_distances(max_text_length), persistent=False)
+        row, column = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)
+        down, across = (place[:, None] - place[None, :] + grid - 1 for place in (row, column))
+        word = torch.arange(max_text_length - 1)
+        apart = word[None, :] - word[:, None] + max_text_length - 2
+        for name, index in (("image", down * (2 * grid - 1) + across), ("text", apart)):
+            rows = len(self.get_parameter(name))
+            joined = F.pad(index, (1, 0, 1, 0), value=rows - 3)  # [CLS] in front
+            joined[:, 0] = rows - 2
+            joined[0, 0] = rows - 1
+            self.register_buffer(f"{name}_index", joined, persistent=False)
 
     def forward(self, text_length: int, with_image: bool) -> Tensor:
         """Return the bias (N, H, L, L) of `text_length` tokens, followed by the image if there is one.
@@ -183,29 +164,3 @@ class RelativePositions(nn.Module):
             image_rows = torch.cat([to_text.expand(-1, image.shape[1], text.shape[1]), image], dim=2)
             bias = torch.cat([text_rows, image_rows], dim=1)
         return rearrange(bias, "(n h) q k -> n h q k", n=self.layers)
-
-
-def image_distances(grid: int) -> Tensor:
-    """Return the row of `RelativePositions.image` for each pair of image tokens: (I, I) int64, [CLS] first."""
-    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    row, column = row.flatten(), column.flatten()
-    down = row[:, None] - row[None, :] + grid - 1
-    across = column[:, None] - column[None, :] + grid - 1
-    return _with_cls(down * (2 * grid - 1) + across, (2 * grid - 1) ** 2)
-
-
-def text_distances(max_text_length: int) -> Tensor:
-    """Return the row of `RelativePositions.text` for each pair of text tokens: (T, T) int64, [CLS] first."""
-    position = torch.arange(max_text_length - 1)
-    return _with_cls(position[None, :] - position[:, None] + max_text_length - 2, 2 * max_text_length - 3)
-
-
-def _with_cls(index: Tensor, first_row: int) -> Tensor:
-    """Prepend [CLS]: `first_row` for its attention to others, the next row for theirs to it, the third for itself."""
-    size = len(index) + 1
-    joined = torch.empty(size, size, dtype=torch.int64)
-    joined[1:, 1:] = index
-    joined[0, :] = first_row
-    joined[:, 0] = first_row + 1
-    joined[0, 0] = first_row + 2
-    return joined

@@ -21,21 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Head = Literal[
-    "itc",
-    "itm",
-    "mlm",
-    "mim",
-    "decoded_image",
-    "alignment",
-    "moc",
-    "mrfr",
-    "classes",
-    "answers",
-    "nlvr2",
-    "ranking",
-    "tokens",
-]
+Head = (
+    Literal["itc", "itm", "mlm", "mim", "decoded_image", "alignment", "moc", "mrfr"]
+    | Literal["classes", "answers", "nlvr2", "ranking", "tokens"]
+)
 InputKind = Literal["image", "text", "regions"]
 ForwardOutput = dict[str, dict[str, Tensor]]
 

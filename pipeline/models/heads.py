@@ -1,6 +1,7 @@
 """Heads that map encoder features to an objective's outputs, in float32 whatever the parameters' precision.
 
-Shapes: B examples, K positions, D width, E embedding width, V vocabulary.
+Shapes: B examples, K positions or masked patches, V vocabulary or visible patches, P patches, g x g grid, D width,
+E embedding width, W width of the image decoder.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.config.schema import ImageDecoderConfig
+from pipeline.models.multiway import EPSILON, TEXT_EPSILON, MultiwayBlock, run_blocks, visible_padding
+
 MAX_SCALE = 100.0  # CLIP's bound
 INITIAL_SCALE = 1 / 0.07
-TEXT_EPSILON = 1e-12  # BERT's
+DECODER_RATIO = 4  # of the image decoder's feed-forward width to its own
+LONGEST_WAVE = 10_000.0  # of the image decoder's positions, in radians times patches
 
 
 class FloatHead(nn.Sequential):
@@ -72,3 +77,45 @@ class ContrastiveHead(nn.Module):
             outputs[f"itc{suffix}"] = F.normalize(projected.float(), dim=-1)
             outputs[f"scale{suffix}"] = log_scale.float().exp().clamp(max=self.max_scale).squeeze(0)
         return outputs
+
+
+class ImageDecoder(nn.Module):
+    """MAE's decoder (arXiv 2111.06377, section 3): predicts the patches that the encoder never read.
+
+    The encoder spends nothing on masked patches. This light transformer reads the encoder's features of the visible
+    ones, and for each masked patch one embedding with its position. Positions are fixed sines and cosines, so that
+    weights serve any grid: zeros for [CLS]; then, for each patch, the first half encodes the column and the second the
+    row, as sines, then cosines.
+    """
+
+    positions: Tensor
+
+    def __init__(self, width: int, grid: int, targets: int, config: ImageDecoderConfig) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, config.width)
+        self.mask = nn.Parameter(torch.empty(config.width))
+        frequency = torch.exp(-math.log(LONGEST_WAVE) * torch.arange(config.width // 4) / (config.width // 4))
+        angle = torch.arange(grid)[:, None] * frequency
+        axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (g, W / 2)
+        places = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1)
+        self.register_buffer("positions", F.pad(places, (0, 0, 1, 0)), persistent=False)  # (1 + P, W)
+        self.blocks = nn.ModuleList(
+            MultiwayBlock(config.width, config.heads, DECODER_RATIO, ("vision",), None, 0.0, key_bias=True)
+            for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=EPSILON)
+        self.predict = nn.Linear(config.width, targets)
+
+    def forward(self, features: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """Return predictions (B, K, targets) float32 for the patches `masked` (B, K).
+
+        `features` (B, 1 + V, D) are those of [CLS] and of the patches `visible` (B, V), padding where that is negative.
+        Masked tokens follow the others: tokens have their positions added, so that their order does not matter.
+        """
+        encoded = self.embed(features)
+        positions = self.positions.to(encoded.dtype)
+        known = encoded + F.embedding(F.pad(visible.clamp(min=0) + 1, (1, 0)), positions)
+        x = torch.cat([known, self.mask + F.embedding(masked + 1, positions)], dim=1)
+        padding = F.pad(visible_padding(visible, x.dtype), (0, masked.shape[1]))
+        outputs = torch.arange(known.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
+        return self.predict(self.norm(run_blocks(self.blocks, x, "vision", padding, None, outputs))).float()

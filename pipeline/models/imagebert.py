@@ -18,25 +18,15 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer
 
 from pipeline.config.schema import ImageBERTConfig
-from pipeline.models.embeddings import key_padding
 from pipeline.models.forward import Regions
 from pipeline.models.heads import FloatHead, masked_language_head
 from pipeline.models.model import HeadConfig, Model
-from pipeline.models.multiway import gather
+from pipeline.models.multiway import gather, key_padding
 from pipeline.models.packing import PackedInputs
 
-PARTS = (
-    "text_embedding",  # with the table of segments, whose second row the regions read
-    "encoder",
-    "region_embedding",
-    "itm_head",
-    "mlm_head",
-    "moc_head",
-    "mrfr_head",
-)
 LOCATION = 5  # values of `Regions.location`
 IMAGE_SEGMENT = 1  # words are of segment 0
-
+# The text embedding has the table of segments, whose second row the regions read.
 _FUSED = frozenset({"text_embedding", "encoder", "region_embedding"})
 
 
@@ -57,14 +47,14 @@ class RegionEmbedding(nn.Module):
 
 
 class ImageBERT(Model):
-    PARTS: ClassVar = PARTS
     # BERT's checkpoints have only the masked-language head of these; a stage that starts from BERT draws the others.
-    HEAD_PARTS: ClassVar = PARTS[PARTS.index("region_embedding") :]
+    HEAD_PARTS: ClassVar = ("region_embedding", "itm_head", "mlm_head", "moc_head", "mrfr_head")
+    PARTS: ClassVar = ("text_embedding", "encoder", *HEAD_PARTS)
     ENCODER_PARTS: ClassVar = {
         frozenset({"regions", "text"}): _FUSED,
         frozenset({"text"}): _FUSED - {"region_embedding"},
     }
-    HEADS: ClassVar = {name: frozenset({f"{name}_head"}) for name in ("itm", "mlm", "moc", "mrfr")}
+    HEADS: ClassVar = ("itm", "mlm", "moc", "mrfr")
     BLOCK: ClassVar = BertLayer
 
     config: ImageBERTConfig
@@ -100,11 +90,6 @@ class ImageBERT(Model):
             raise ValueError(
                 "ImageBERT reads texts and a detector's regions, no pixels; add regions with `mome shards regions`"
             )
-        if packed.text.shape[1] > self.config.max_text_length:
-            raise ValueError(
-                f"a text of {packed.text.shape[1]} tokens is longer than the model's {self.config.max_text_length} "
-                "positions; shorten the text or raise model.max_text_length"
-            )
         x, keep = self.text_embedding(packed.text), packed.text_keep
         if packed.regions is not None:
             segment = self.text_embedding.token_type_embeddings(torch.tensor(IMAGE_SEGMENT, device=x.device))
@@ -115,9 +100,3 @@ class ImageBERT(Model):
             x, padding = F.pad(x, (0, 0, 0, 0, 0, 1)), F.pad(padding, (0, 0, 0, 1))
         x = self.encoder(x, attention_mask=padding[:, None, None, :]).last_hidden_state[: len(packed)]
         return (x if packed.output_positions is None else gather(x, packed.output_positions)), None
-
-    def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
-        if name.endswith("LayerNorm.weight"):
-            nn.init.ones_(parameter)
-        else:
-            super().initialize_parameter(name, parameter, seed)

@@ -23,24 +23,14 @@ from torch import Tensor, nn
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import ImageDecoderConfig, ImageTarget, TransformerConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind
-from pipeline.models.heads import INITIAL_SCALE
+from pipeline.models.heads import INITIAL_SCALE, FloatHead, ImageDecoder
 from pipeline.models.multiway import MultiwayBlock
 from pipeline.models.packing import PackedInputs, group_inputs
 
 COLOUR_CLASSES = 512  # three bits per channel
-_HEAD_MODULES: dict[Head, str] = {
-    "itc": "itc_head",
-    "itm": "itm_head",
-    "mlm": "mlm_head",
-    "mim": "mim_head",
-    "decoded_image": "mim_head",
-    "moc": "moc_head",
-    "mrfr": "mrfr_head",
-    "classes": "classification_head",
-    "answers": "vqa_head",
-    "nlvr2": "nlvr2_head",
-    "ranking": "ranking_head",
-}
+# The modules of heads that are not called after them.
+_HEAD_MODULES = {"decoded_image": "mim_head", "classes": "classification_head", "answers": "vqa_head"}
+_POOLED_HEADS = ("itm", "answers", "nlvr2", "ranking")
 
 
 @dataclass(frozen=True)
@@ -66,12 +56,12 @@ class Model(nn.Module, ABC):
     # A name in `freeze` also selects the parts that begin with it and a dot: "vision_expert" freezes both halves.
     PARTS: ClassVar[tuple[str, ...]]
     HEAD_PARTS: ClassVar[tuple[str, ...]]  # may be initialized at random when weights are loaded into a stage
-    PART_OF: ClassVar[dict[str, str]] = {
+    PART_OF: ClassVar[dict[str, str]] = {  # parameters that heads need, but that the encoder reads
         "image_embedding.mask": "mim_head",
         "image_embedding.second": "nlvr2_head",
     }
     ENCODER_PARTS: ClassVar[dict[frozenset[InputKind], frozenset[str]]]  # by the inputs of a forward
-    HEADS: ClassVar[dict[Head, frozenset[str]]]  # parts of each supported head
+    HEADS: ClassVar[tuple[Head, ...]]  # besides "tokens", which trains nothing
     RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` can change
     # Parameters that another image size or text length changes -> their published rule, given the new section.
     RESIZE_RULES: ClassVar[dict[str, Callable[[Tensor, Any], Tensor]]] = {}
@@ -84,8 +74,14 @@ class Model(nn.Module, ABC):
     def forward(self, inputs: dict[str, ForwardInput]) -> ForwardOutput:
         """Run all inputs and return each one's head outputs under its name; `ForwardInput` lists them."""
         outputs: ForwardOutput = {name: {} for name in inputs}
-        for group in group_inputs(inputs).values():
+        for group in group_inputs(inputs):
             packed = PackedInputs(list(group.values()))
+            length, most = 0 if packed.text is None else packed.text.shape[1], self.config.max_text_length
+            if length > most:
+                raise ValueError(
+                    f"a text of {length} tokens is longer than the model's {most} positions; shorten the text or raise "
+                    "model.max_text_length"
+                )
             features, branch = self.encode(packed)
             for index, (name, forward_input) in enumerate(group.items()):
                 for head in forward_input.heads:
@@ -98,6 +94,18 @@ class Model(nn.Module, ABC):
     def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Return final features (B, K, D) at `packed.output_positions` (None: everywhere), and a second branch's."""
 
+    def build_mim_head(self) -> FloatHead | ImageDecoder | None:
+        """Build the head that predicts masked patches; None for a stage that masks no images."""
+        config, heads = self.config, self.heads
+        if heads.image_target is None:
+            return None
+        pixels = 3 * config.patch_size**2
+        sizes = {"mean_colour": COLOUR_CLASSES, "pixels": pixels, "visual_tokens": heads.visual_tokens}
+        targets = sizes[heads.image_target]
+        if heads.image_decoder is None:
+            return FloatHead(predict=nn.Linear(config.width, targets))
+        return ImageDecoder(config.width, config.grid, targets, heads.image_decoder)
+
     def head_outputs(
         self, head: Head, inputs: ForwardInput, features: Tensor, branch: Tensor | None
     ) -> dict[str, Tensor]:
@@ -106,7 +114,7 @@ class Model(nn.Module, ABC):
             return {head: features}
         if head == "alignment" and head in self.HEADS:
             return alignment_outputs(inputs, features, self.config.patch_size)
-        module = getattr(self, _HEAD_MODULES.get(head, ""), None)
+        module = getattr(self, _HEAD_MODULES.get(head, f"{head}_head"), None)
         is_decoded = self.heads.image_decoder is not None
         if module is None or (head in ("mim", "decoded_image") and is_decoded != (head == "decoded_image")):
             raise ValueError(f"this {self.config.kind} model was built without the head '{head}'")
@@ -115,13 +123,10 @@ class Model(nn.Module, ABC):
             return module(modality, *(x[:, 0] for x in (features, branch) if x is not None))
         if head == "decoded_image":
             return {"mim": module(features, inputs.visible_patches, inputs.patch_positions)}
-        pooler = getattr(self, "pooler", nn.Identity())
-        if head == "nlvr2":
-            features = pooler(features).flatten(1)
-        elif head in ("itm", "answers", "ranking"):
-            features = pooler(features[:, 0])
-        elif head == "classes":
+        if head in ("classes", "itm", "answers", "ranking"):
             features = features[:, 0]
+        if head in _POOLED_HEADS:  # NLVR2's reads the [CLS] of both images
+            features = getattr(self, "pooler", nn.Identity())(features).flatten(1)
         return {head: module(features).float()}
 
     def part_of(self, parameter: str) -> str:
@@ -132,8 +137,11 @@ class Model(nn.Module, ABC):
 
     def modules_for(self, inputs: frozenset[InputKind], head: Head) -> frozenset[str] | None:
         """Return the parts that get a gradient from a head of a forward over these inputs; None if unsupported."""
-        encoder, parts = self.ENCODER_PARTS.get(inputs), self.HEADS.get(head)
-        return None if encoder is None or parts is None else encoder | parts
+        encoder = self.ENCODER_PARTS.get(inputs)
+        if encoder is None or head not in self.HEADS:
+            return None
+        parts = {_HEAD_MODULES.get(head, f"{head}_head"), *(["pooler"] if head in _POOLED_HEADS else [])}
+        return encoder | parts.intersection(self.PARTS)
 
     def transformer_blocks(self) -> list[nn.Module]:
         """Return the blocks of all transformers, which hold nearly all computation and activations."""
@@ -165,10 +173,8 @@ class Model(nn.Module, ABC):
             raise ConfigError(
                 f"the weights are of another architecture ({values}); give the same `model` section, or other weights"
             )
-        resized = {
-            name: self.RESIZE_RULES[name](tensor, self.config) if name in self.RESIZE_RULES else tensor
-            for name, tensor in state.items()
-        }
+        rules = self.RESIZE_RULES
+        resized = {name: rules[name](t, self.config) if name in rules else t for name, t in state.items()}
         if self.heads.nlvr2 and "image_embedding.modality" in resized:
             resized.setdefault("image_embedding.second", resized["image_embedding.modality"].clone())
         return resized
@@ -182,7 +188,7 @@ class Model(nn.Module, ABC):
     def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
         """Draw truncated normal weights as BERT and BEiT do; biases 0, norms 1, logit scales CLIP's."""
         last = name.rpartition(".")[2]
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "LayerNorm.weight")):
             nn.init.ones_(parameter)
         elif last.endswith("bias"):
             nn.init.zeros_(parameter)

@@ -20,6 +20,7 @@ Expert = Literal["vision", "language", "vision_language"]
 Route = dict[Expert, slice]
 
 EPSILON = 1e-6  # of the encoder's LayerNorms
+TEXT_EPSILON = 1e-12  # of BERT's
 
 
 def gather(x: Tensor, positions: Tensor) -> Tensor:
@@ -36,10 +37,17 @@ def gather_bias(bias: Tensor, positions: Tensor) -> Tensor:
     return rearrange(rows, "b q (h k) -> b h q k", h=bias.shape[1])
 
 
-def gather_pairs(bias: Tensor, positions: Tensor) -> Tensor:
-    """Return the bias (H, L, L) between the tokens at `positions` (B, K): (B, H, K, K)."""
-    rows = gather_bias(bias.unsqueeze(0), positions)
-    return rows.gather(3, positions[:, None, None, :].expand(*rows.shape[:3], -1))
+def key_padding(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the attention padding of each key from `keep` (B, L) bool: 0, or a huge negative value where False.
+
+    It is finite, so that an example of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
+    """
+    return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min / 2)
+
+
+def visible_padding(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the attention padding (B, 1 + K) of [CLS] and the patches `visible` (B, K), where -1 is padding."""
+    return key_padding(F.pad(visible >= 0, (1, 0), value=True), dtype)
 
 
 class Attention(nn.Module):

@@ -19,7 +19,7 @@ ALL_POSITIONS = ("tokens", "alignment", "decoded_image")  # heads that read ever
 FIRST_POSITION = ("itc", "itm", "classes", "answers", "nlvr2", "ranking")  # heads that read the [CLS] in front
 
 
-def group_inputs(inputs: dict[str, ForwardInput]) -> dict[tuple, dict[str, ForwardInput]]:
+def group_inputs(inputs: dict[str, ForwardInput]) -> list[dict[str, ForwardInput]]:
     """Group inputs that can share a run: the same modalities, image shape and branching, drop path in all or none."""
     groups: dict[tuple, dict[str, ForwardInput]] = {}
     for name, forward in inputs.items():
@@ -29,29 +29,27 @@ def group_inputs(inputs: dict[str, ForwardInput]) -> dict[tuple, dict[str, Forwa
             image = (shape, forward.image.dtype, forward.visible_patches is None)
         absent = (forward.regions is None, forward.text is None, forward.drop_path_mask is None)
         groups.setdefault((image, *absent, "itc" in forward.heads), {})[name] = forward
-    return groups
+    return list(groups.values())
 
 
 class PackedInputs:
     """The examples of several inputs, padded to the longest text and largest image; two images are two pieces."""
 
     def __init__(self, inputs: list[ForwardInput]) -> None:
-        self._pieces: list[ForwardInput] = []
+        pieces: list[ForwardInput] = []
         self._pieces_of: list[range] = []  # by input
         is_second: list[bool] = []  # by piece
         for forward in inputs:
             _check(forward)
-            first = replace(forward, second_image=None, second_image_size=None)
-            own = [first]
+            own = [replace(forward, second_image=None, second_image_size=None)]
             if forward.second_image is not None:
-                own.append(replace(first, image=forward.second_image, image_size=forward.second_image_size))
-            self._pieces_of.append(range(len(self._pieces), len(self._pieces) + len(own)))
-            self._pieces += own
+                own.append(replace(own[0], image=forward.second_image, image_size=forward.second_image_size))
+            self._pieces_of.append(range(len(pieces), len(pieces) + len(own)))
+            pieces += own
             is_second += [False, True][: len(own)]
-        pieces = self._pieces
-        members = [piece.image if piece.text is None else piece.text for piece in pieces]  # every piece has one of them
-        self._sizes = [len(member) for member in members if member is not None]
-        self._device = next(member.device for member in members if member is not None)
+        self._pieces = pieces
+        members = [m for p in pieces if (m := p.image if p.text is None else p.text) is not None]  # one of each piece
+        self._sizes, self._device = [len(member) for member in members], members[0].device
 
         self.branches = "itc" in inputs[0].heads
         self.image = _join(piece.image for piece in pieces)
@@ -76,7 +74,11 @@ class PackedInputs:
         joined = [_join(getattr(own, name) for own in regions) for name in ("features", "location", "keep")]
         self.regions = Regions(*(member for member in joined if member is not None)) if regions else None
         self.drop_path_mask = _join(piece.drop_path_mask for piece in pieces)
-        self._positions = [self._head_positions(piece) for piece in pieces]
+        text = 0 if self.text is None else self.text.shape[1]
+        self._positions = [
+            {head: _positions(piece, head, text) for head in piece.heads if head not in ALL_POSITIONS}
+            for piece in pieces
+        ]
         # (B, K): positions of the sequence that the heads read; None where a head reads all of them.
         self.output_positions: Tensor | None = None
         if not any(head in ALL_POSITIONS for piece in pieces for head in piece.heads):
@@ -130,28 +132,23 @@ class PackedInputs:
             selected.append(own)
         return torch.cat(selected, dim=1)
 
-    def _head_positions(self, piece: ForwardInput) -> dict[Head, Tensor]:
-        """Return the positions (B, K) in the packed sequence that each head of a piece reads."""
-        positions: dict[Head, Tensor] = {}
-        text = 0 if self.text is None else self.text.shape[1]
-        for head in piece.heads:
-            if head in FIRST_POSITION:
-                member = piece.image if piece.text is None else piece.text
-                assert member is not None
-                positions[head] = torch.zeros(len(member), 1, dtype=torch.int64, device=member.device)
-            elif head == "mlm":
-                assert piece.mask_positions is not None
-                positions[head] = piece.mask_positions
-            elif head == "mim":
-                assert piece.patch_positions is not None
-                places = piece.patch_positions
-                if piece.visible_patches is not None:
-                    places = (piece.visible_patches[:, None, :] == places[:, :, None]).int().argmax(dim=2)
-                positions[head] = places.clamp(min=0) + 1 + text
-            elif head in ("moc", "mrfr"):
-                assert piece.region_positions is not None
-                positions[head] = piece.region_positions.clamp(min=0) + text
-        return positions
+
+def _positions(piece: ForwardInput, head: Head, text: int) -> Tensor:
+    """Return the positions (B, K) that a head reads in a packed sequence, in which `text` tokens precede the image."""
+    if head == "mlm":
+        positions = piece.mask_positions
+    elif head == "mim":
+        positions = piece.patch_positions
+        if positions is not None and (visible := piece.visible_patches) is not None:
+            positions = (visible[:, None, :] == positions[:, :, None]).int().argmax(dim=2)
+        positions = None if positions is None else positions.clamp(min=0) + 1 + text
+    elif head in FIRST_POSITION:
+        member = piece.image if piece.text is None else piece.text
+        positions = None if member is None else torch.zeros(len(member), 1, dtype=torch.int64, device=member.device)
+    else:
+        positions = None if piece.region_positions is None else piece.region_positions.clamp(min=0) + text
+    assert positions is not None  # see `_check`
+    return positions
 
 
 def _check(inputs: ForwardInput) -> None:
@@ -160,22 +157,21 @@ def _check(inputs: ForwardInput) -> None:
         raise ValueError("a forward input needs an image, a text, or both; regions are read with a text")
     if inputs.second_image is not None and inputs.visible_patches is not None:
         raise ValueError("two images are read with all their patches; leave out visible_patches")
-    fused = inputs.text is not None and (inputs.image is not None or inputs.regions is not None)
-    masks_regions = inputs.text is not None and inputs.regions is not None and inputs.region_positions is not None
+    reads_text, masks_patches = inputs.text is not None, inputs.patch_positions is not None
+    fused = reads_text and (inputs.image is not None or inputs.regions is not None)
+    masks_regions = reads_text and inputs.regions is not None and inputs.region_positions is not None
     serves: dict[Head, bool] = {
         "itc": not fused,
-        "mlm": inputs.text is not None and inputs.mask_positions is not None,
-        "mim": inputs.image is not None and inputs.patch_positions is not None,
-        "decoded_image": inputs.text is None
-        and inputs.patch_positions is not None
-        and inputs.visible_patches is not None,
+        "mlm": reads_text and inputs.mask_positions is not None,
+        "mim": inputs.image is not None and masks_patches,
+        "decoded_image": not reads_text and masks_patches and inputs.visible_patches is not None,
         "moc": masks_regions,
         "mrfr": masks_regions,
-        "classes": inputs.text is None,
+        "classes": not reads_text,
         "nlvr2": fused and inputs.second_image is not None,
         "tokens": True,
     }
-    kind = "a fused" if fused else "an image" if inputs.text is None else "a text"
+    kind = "a fused" if fused else "a text" if reads_text else "an image"
     for head in inputs.heads:
         if not serves.get(head, fused):
             raise ValueError(f"head '{head}' cannot read {kind} input with these members; see ForwardInput")

@@ -47,15 +47,6 @@ def resize_relative_grid(table: Tensor, grid: int) -> Tensor:
     old, new = round((len(table) - CLS_ROWS) ** 0.5), 2 * grid - 1
     if old == new:
         return table
-    spread = spline_weights(geometric_distances(old, new), np.arange(new) - new // 2)
-    weights = torch.from_numpy(spread)  # (new, old), the same down and across
-    square = rearrange(table[:-CLS_ROWS].double(), "(y x) c -> y x c", y=old)
-    resized = torch.einsum("ay, bx, yxc -> abc", weights, weights, square)
-    return torch.cat([resized.flatten(0, 1).to(table.dtype), table[-CLS_ROWS:]])
-
-
-def geometric_distances(old: int, new: int) -> np.ndarray:
-    """Return where BEiT places the `old` distances -n … n of a table that is resized to `new`: (old,) float64."""
     low, high = RATIO_BOUNDS
     while high - low > RATIO_PRECISION:
         ratio = (low + high) / 2
@@ -64,17 +55,14 @@ def geometric_distances(old: int, new: int) -> np.ndarray:
         else:
             low = ratio
     away = np.cumsum(ratio ** np.arange(old // 2))
-    return np.concatenate([-away[::-1], [0.0], away])
-
-
-def spline_weights(knots: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Return the linear map (m, n) from values at `knots` (n,) to their interpolating cubic spline at `points` (m,).
-
-    The spline is FITPACK's, as in SciPy's former `interp2d` and `RectBivariateSpline`: not-a-knot, constant outside the
-    knots. Fewer than four knots give the highest degree that they allow.
-    """
-    spline = make_interp_spline(knots, np.eye(len(knots)), k=min(CUBIC, len(knots) - 1))
-    return spline(np.clip(points, knots[0], knots[-1]))
+    knots = np.concatenate([-away[::-1], [0.0], away])
+    # The spline is FITPACK's, as in SciPy's former `interp2d`: not-a-knot, constant outside the knots. It is linear in
+    # the values at the knots, and the same down and across. Fewer than four knots give the highest degree they allow.
+    spline = make_interp_spline(knots, np.eye(old), k=min(CUBIC, old - 1))
+    weights = torch.from_numpy(spline(np.clip(np.arange(new) - new // 2, knots[0], knots[-1])))  # (new, old)
+    square = rearrange(table[:-CLS_ROWS].double(), "(y x) c -> y x c", y=old)
+    resized = torch.einsum("ay, bx, yxc -> abc", weights, weights, square)
+    return torch.cat([resized.flatten(0, 1).to(table.dtype), table[-CLS_ROWS:]])
 
 
 def resize_text_distances(table: Tensor, max_text_length: int) -> Tensor:

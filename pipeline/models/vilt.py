@@ -17,57 +17,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.schema import TransformerConfig, ViLTConfig
-from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
+from pipeline.models.embeddings import ImageEmbedding, TextEmbedding
 from pipeline.models.heads import FloatHead, masked_language_head, pooled_head, pooler
-from pipeline.models.image_decoder import build_mim_head
 from pipeline.models.model import HeadConfig, Model
-from pipeline.models.multiway import Expert, MultiwayBlock, gather, run_blocks
+from pipeline.models.multiway import Expert, MultiwayBlock, gather, key_padding, run_blocks
 from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import cut_text_positions, resize_grid
 
-PARTS = (
-    "text_embedding",
-    "image_embedding",
-    "blocks",
-    "norm",
-    "pooler",
-    "itm_head",
-    "mlm_head",
-    "mim_head",  # with the mask embedding
-    "vqa_head",
-    "nlvr2_head",  # with the modality vector of the second image
-    "ranking_head",
-)
 EXPERT: Expert = "vision_language"
-_FUSED = frozenset(PARTS[:4])
+_ENCODER = ("text_embedding", "image_embedding", "blocks", "norm")
+_FUSED = frozenset(_ENCODER)
 
 
 class ShapedImageEmbedding(ImageEmbedding):
     """Patch embedding of images of any shape; the square position grid is resized to each image."""
 
-    def forward(  # type: ignore[override]
-        self,
-        image: Tensor,
-        size: Tensor | None,
-        is_second: Tensor | None = None,
-        masked: Tensor | None = None,
-        replacements: Tensor | None = None,
-        visible: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """image (B, H, W, 3), uint8 or floats in [-1, 1] -> (B, 1 + K, D) and a bool mask of the real tokens.
-
-        `size` (B, 2) int64 is the extent of each image on its canvas, None: all of it. `masked` (B, P) bool puts the
-        mask embedding in place of patches, `replacements` (B, P) is the patch shown at each place, and `visible` (B, K)
-        selects patches, -1 none.
-        """
+    def forward(self, packed: PackedInputs) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Embed images on a canvas: (B, 1 + K, D), and a bool mask (B, 1 + K) of the real tokens."""
+        image, visible = packed.image, packed.visible_patches
+        assert image is not None
         if image.dim() != 4 or image.shape[3] != 3 or any(side % self.patch_size for side in image.shape[1:3]):
             raise ValueError(
                 f"an image batch of shape {tuple(image.shape)} does not fit the model, which expects (batch, height, "
                 f"width, 3) with sides that are multiples of {self.patch_size}; crop or pad the images"
             )
         height, width = (side // self.patch_size for side in image.shape[1:3])
-        canvas_grid = torch.tensor([[height, width]], device=image.device)
-        grid = canvas_grid.expand(len(image), 2) if size is None else size // self.patch_size
+        masked, replacements = packed.masking(height * width)
+        if packed.image_size is None:
+            grid = torch.tensor([[height, width]], device=image.device).expand(len(image), 2)
+        else:
+            grid = packed.image_size // self.patch_size
         if visible is None:
             visible = torch.arange(height * width, device=image.device).expand(len(image), -1)
         keep = (visible >= 0) & (visible < grid.prod(dim=1, keepdim=True))
@@ -78,7 +57,7 @@ class ShapedImageEmbedding(ImageEmbedding):
         assert self.positions is not None
         x = x + resized_positions(self.positions[1:], visible, grid)
         x = torch.cat([(self.cls + self.positions[0]).expand(len(x), 1, -1), x], dim=1)
-        return self.add_modality(x, is_second), F.pad(keep, (1, 0), value=True)
+        return self.add_modality(x, packed.is_second), F.pad(keep, (1, 0), value=True)
 
 
 def canvas_patches(patches: Tensor, grid: Tensor, width: int) -> Tensor:
@@ -96,38 +75,29 @@ def resized_positions(positions: Tensor, patches: Tensor, grid: Tensor) -> Tenso
     Bilinear with aligned corners (`resize.resize_grid`), for images of all shapes at once: a patch is between four
     points of the square and weighs each by a hat function of its distance.
     """
-    side = round(len(positions) ** 0.5)
-    columns = grid[:, 1:]
-    vertical = _hat_weights(torch.div(patches, columns, rounding_mode="floor"), grid[:, :1], side)
-    horizontal = _hat_weights(patches % columns, columns, side)
-    weights = (vertical.unsqueeze(-1) * horizontal.unsqueeze(-2)).flatten(2)  # (B, K, g²)
+    side, columns = round(len(positions) ** 0.5), grid[:, 1:]
+    points = torch.arange(side, device=positions.device)
+    hats = []  # (B, K, g): weights of the rows and of the columns of points
+    for index, count in (
+        (torch.div(patches, columns, rounding_mode="floor"), grid[:, :1]),
+        (patches % columns, columns),
+    ):
+        position = index * ((side - 1) / (count - 1).clamp(min=1))
+        hats.append((1 - (position.unsqueeze(-1) - points).abs()).clamp(min=0))
+    weights = (hats[0].unsqueeze(-1) * hats[1].unsqueeze(-2)).flatten(2)  # (B, K, g²)
     return weights.to(positions.dtype) @ positions
 
 
-def _hat_weights(index: Tensor, count: Tensor, side: int) -> Tensor:
-    """Return the weight of each of `side` points at `index` (B, K) of `count` (B, 1) places over them: (B, K, g)."""
-    position = index * ((side - 1) / (count - 1).clamp(min=1))
-    points = torch.arange(side, device=index.device)
-    return (1 - (position.unsqueeze(-1) - points).abs()).clamp(min=0)
-
-
 class ViLT(Model):
-    PARTS: ClassVar = PARTS
-    HEAD_PARTS: ClassVar = PARTS[4:]
+    # The second image's modality vector is a part of `nlvr2_head`, the mask embedding of `mim_head`.
+    HEAD_PARTS: ClassVar = ("pooler", "itm_head", "mlm_head", "mim_head", "vqa_head", "nlvr2_head", "ranking_head")
+    PARTS: ClassVar = _ENCODER + HEAD_PARTS
     ENCODER_PARTS: ClassVar = {
         frozenset({"image", "text"}): _FUSED,
         frozenset({"text"}): _FUSED - {"image_embedding"},
         frozenset({"image"}): _FUSED - {"text_embedding"},
     }
-    HEADS: ClassVar = {
-        "itm": frozenset({"pooler", "itm_head"}),
-        "mlm": frozenset({"mlm_head"}),
-        "mim": frozenset({"mim_head"}),
-        "alignment": frozenset(),
-        "answers": frozenset({"pooler", "vqa_head"}),
-        "nlvr2": frozenset({"pooler", "nlvr2_head"}),
-        "ranking": frozenset({"pooler", "ranking_head"}),
-    }
+    HEADS: ClassVar = ("itm", "mlm", "mim", "alignment", "answers", "nlvr2", "ranking")
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
     RESIZE_RULES: ClassVar = {
         "image_embedding.positions": lambda positions, config: resize_grid(positions, config.grid, "bilinear"),
@@ -141,12 +111,7 @@ class ViLT(Model):
         width, epsilon, text_epsilon = config.width, config.norm_eps, config.text_norm_eps
         self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length, True, text_epsilon)
         self.image_embedding = ShapedImageEmbedding(
-            config.image_size,
-            config.patch_size,
-            width,
-            absolute=True,
-            maskable=heads.covers_patches,
-            second=heads.nlvr2,
+            config.image_size, config.patch_size, width, True, heads.covers_patches, second=heads.nlvr2
         )
         self.blocks = nn.ModuleList(
             MultiwayBlock(width, config.heads, config.mlp_ratio, (EXPERT,), None, rate, True, epsilon)
@@ -156,7 +121,7 @@ class ViLT(Model):
         self.pooler = pooler(width)
         self.itm_head = FloatHead(classify=nn.Linear(width, 2))  # (not matched, matched)
         self.mlm_head = masked_language_head(width, vocabulary, text_epsilon)
-        self.mim_head = build_mim_head(config, heads)
+        self.mim_head = self.build_mim_head()
         self.vqa_head = pooled_head(width, 2 * width, heads.answers) if heads.answers else None
         self.nlvr2_head = pooled_head(2 * width, 2 * width, 2) if heads.nlvr2 else None
         self.ranking_head = FloatHead(score=nn.Linear(width, 1), flatten=nn.Flatten(0)) if heads.ranking else None
@@ -167,11 +132,8 @@ class ViLT(Model):
         if packed.text is not None and packed.text_keep is not None:
             tokens.append(self.text_embedding(packed.text))
             keeps.append(packed.text_keep)
-        if (image := packed.image) is not None:
-            masking = packed.masking(image.shape[1] * image.shape[2] // self.config.patch_size**2)
-            patches, keep = self.image_embedding(
-                image, packed.image_size, packed.is_second, *masking, packed.visible_patches
-            )
+        if packed.image is not None:
+            patches, keep = self.image_embedding(packed)
             tokens.append(patches)
             keeps.append(keep)
         x = torch.cat(tokens, dim=1)

@@ -10,31 +10,22 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from pipeline.config.schema import ViTConfig
-from pipeline.models.embeddings import ImageEmbedding, visible_padding
+from pipeline.models.embeddings import ImageEmbedding
 from pipeline.models.heads import FloatHead
-from pipeline.models.image_decoder import build_mim_head
 from pipeline.models.model import HeadConfig, Model
-from pipeline.models.multiway import MultiwayBlock, run_blocks
+from pipeline.models.multiway import MultiwayBlock, run_blocks, visible_padding
 from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import resize_grid
 
-PARTS = (
-    "image_embedding",
-    "positions.image",
-    "blocks",
-    "norm",
-    "mim_head",  # with the mask embedding
-    "classification_head",
-)
-_ENCODER = frozenset(PARTS[:4])
+_ENCODER = ("image_embedding", "positions.image", "blocks", "norm")
 
 
 class ViT(Model):
-    PARTS: ClassVar = PARTS
-    HEAD_PARTS: ClassVar = PARTS[4:]
+    HEAD_PARTS: ClassVar = ("mim_head", "classification_head")  # the first with the mask embedding
+    PARTS: ClassVar = _ENCODER + HEAD_PARTS
     PART_OF: ClassVar = Model.PART_OF | {"image_embedding.positions": "positions.image"}
-    ENCODER_PARTS: ClassVar = {frozenset({"image"}): _ENCODER}
-    HEADS: ClassVar = {"mim": frozenset({"mim_head"}), "classes": frozenset({"classification_head"})}
+    ENCODER_PARTS: ClassVar = {frozenset({"image"}): frozenset(_ENCODER)}
+    HEADS: ClassVar = ("mim", "classes")
     RESIZABLE: ClassVar = frozenset({"image_size"})
     RESIZE_RULES: ClassVar = {  # of the JAX release: `ndimage.zoom` of order 1
         "image_embedding.positions": lambda positions, config: resize_grid(positions, config.grid, "bilinear")
@@ -45,24 +36,22 @@ class ViT(Model):
     def __init__(self, config: ViTConfig, vocabulary: int = 0, heads: HeadConfig = HeadConfig()) -> None:
         """Build a ViT; `vocabulary` is ignored, as it reads no text."""
         super().__init__(config, heads)
+        width, epsilon = config.width, config.norm_eps
         self.image_embedding = ImageEmbedding(
-            config.image_size, config.patch_size, config.width, True, heads.covers_patches, modality=False
+            config.image_size, config.patch_size, width, True, heads.covers_patches, modality=False
         )
-        epsilon = config.norm_eps
         self.blocks = nn.ModuleList(
-            MultiwayBlock(config.width, config.heads, config.mlp_ratio, ("vision",), None, rate, True, epsilon)
+            MultiwayBlock(width, config.heads, config.mlp_ratio, ("vision",), None, rate, True, epsilon)
             for rate in config.drop_path_rates
         )
-        self.norm = nn.LayerNorm(config.width, eps=epsilon)
-        self.mim_head = build_mim_head(config, heads)
-        self.classification_head = FloatHead(classify=nn.Linear(config.width, heads.classes)) if heads.classes else None
+        self.norm = nn.LayerNorm(width, eps=epsilon)
+        self.mim_head = self.build_mim_head()
+        self.classification_head = FloatHead(classify=nn.Linear(width, heads.classes)) if heads.classes else None
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, None]:
-        image, visible = packed.image, packed.visible_patches
-        if image is None or packed.text is not None or packed.image_size is not None or packed.is_second is not None:
+        if packed.image is None or any(x is not None for x in (packed.text, packed.image_size, packed.is_second)):
             raise ValueError("a ViT reads one whole square image per example, and no text; request an image input")
-        masked, replacements = packed.masking(self.config.num_patches)
-        x = self.image_embedding(image, masked, None, replacements, visible)
+        x, visible = self.image_embedding(packed), packed.visible_patches
         padding = None if visible is None else visible_padding(visible, x.dtype)
         x = run_blocks(self.blocks, x, "vision", padding, packed.drop_path_mask, packed.output_positions)
         return self.norm(x), None

@@ -12,71 +12,37 @@ import math
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.schema import VLMoConfig
-from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding, key_padding
+from pipeline.models import heads as model_heads
+from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding
 from pipeline.models.forward import Head, InputKind
-from pipeline.models.heads import MAX_SCALE, ContrastiveHead, FloatHead, masked_language_head, pooled_head, pooler
-from pipeline.models.image_decoder import build_mim_head
 from pipeline.models.model import HeadConfig, Model
-from pipeline.models.multiway import Expert, MultiwayBlock, Route, gather_pairs
+from pipeline.models.multiway import Expert, MultiwayBlock, Route, gather_bias, key_padding
 from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import cut_text_positions, resize_grid, resize_relative_grid, resize_text_distances
 
-PARTS = (
-    "text_embedding",
-    "image_embedding",
-    "positions.text",
-    "positions.image",
-    "positions.cross",
-    "attention",  # with its norm, and both LayerScale gammas, which all experts share
-    "vision_expert.lower",
-    "vision_expert.upper",
-    "language_expert.lower",
-    "language_expert.upper",
-    "vision_language_expert",
-    "norm",
-    "pooler",
-    "itc_head",
-    "itm_head",
-    "mlm_head",
-    "mim_head",  # with the mask embedding
-    "classification_head",
-    "vqa_head",
-    "nlvr2_head",  # with the modality vector of the second image
-)
-_IMAGE = frozenset(
-    {"attention", "norm", "image_embedding", "positions.image", "vision_expert.lower", "vision_expert.upper"}
-)
-_TEXT = frozenset(
-    {"attention", "norm", "text_embedding", "positions.text", "language_expert.lower", "language_expert.upper"}
-)
-_FUSED = (_IMAGE | _TEXT | {"positions.cross", "vision_language_expert"}) - {
-    "vision_expert.upper",
-    "language_expert.upper",
-}
+# "attention" has its norm, and both LayerScale gammas, which all experts share.
+_SHARED, _UPPER = {"attention", "norm"}, {"vision_expert.upper", "language_expert.upper"}
+_IMAGE = frozenset(_SHARED | {"image_embedding", "positions.image", "vision_expert.lower", "vision_expert.upper"})
+_TEXT = frozenset(_SHARED | {"text_embedding", "positions.text", "language_expert.lower", "language_expert.upper"})
+_FUSED = (_IMAGE | _TEXT | {"positions.cross", "vision_language_expert"}) - _UPPER
 
 
 class VLMo(Model):
-    PARTS: ClassVar = PARTS
-    HEAD_PARTS: ClassVar = PARTS[PARTS.index("pooler") :]
+    # The second image's modality vector is a part of `nlvr2_head`, the mask embedding of `mim_head`.
+    HEAD_PARTS: ClassVar = (
+        *("pooler", "itc_head", "itm_head", "mlm_head", "mim_head"),
+        *("classification_head", "vqa_head", "nlvr2_head"),
+    )
+    PARTS: ClassVar = (*sorted(_FUSED | _UPPER), *HEAD_PARTS)
     ENCODER_PARTS: ClassVar = {
         frozenset({"image"}): _IMAGE,
         frozenset({"text"}): _TEXT,
         frozenset({"image", "text"}): _FUSED,
     }
-    HEADS: ClassVar = {
-        "itc": frozenset({"vision_language_expert", "itc_head"}),
-        "itm": frozenset({"pooler", "itm_head"}),
-        "mlm": frozenset({"mlm_head"}),
-        "mim": frozenset({"mim_head"}),
-        "alignment": frozenset(),
-        "classes": frozenset({"classification_head"}),
-        "answers": frozenset({"pooler", "vqa_head"}),
-        "nlvr2": frozenset({"pooler", "nlvr2_head"}),
-    }
+    HEADS: ClassVar = ("itc", "itm", "mlm", "mim", "alignment", "classes", "answers", "nlvr2")
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
     RESIZE_RULES: ClassVar = {
         "positions.image": lambda table, config: resize_relative_grid(table, config.grid),
@@ -98,35 +64,33 @@ class VLMo(Model):
             None if absolute else RelativePositions(config.layers, config.heads, config.grid, config.max_text_length)
         )
         self.first_fused = config.layers - config.vision_language_layers
-        lower: tuple[Expert, ...] = ("vision", "language")
-        self.blocks = nn.ModuleList(
-            MultiwayBlock(
-                width,
-                config.heads,
-                config.mlp_ratio,
-                lower if layer < self.first_fused else (*lower, "vision_language"),
-                config.layer_scale,
-                rate,
-                epsilon=config.norm_eps,
-            )
-            for layer, rate in enumerate(config.drop_path_rates)
-        )
+        self.blocks = nn.ModuleList()
+        for layer, rate in enumerate(config.drop_path_rates):
+            experts: tuple[Expert, ...] = ("vision", "language")
+            if layer >= self.first_fused:
+                experts += ("vision_language",)
+            scale, epsilon = config.layer_scale, config.norm_eps
+            block = MultiwayBlock(width, config.heads, config.mlp_ratio, experts, scale, rate, epsilon=epsilon)
+            self.blocks.append(block)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.pooler = pooler(width)
-        self.itc_head = ContrastiveHead(width, MAX_SCALE if heads.bounds_scales else math.inf, config.contrasts)
-        self.itm_head = FloatHead(classify=nn.Linear(width, 2))  # (not matched, matched)
-        self.mlm_head = masked_language_head(width, vocabulary)
-        self.mim_head = build_mim_head(config, heads)
-        self.classification_head = FloatHead(classify=nn.Linear(width, heads.classes)) if heads.classes else None
-        self.vqa_head = pooled_head(width, 2 * width, heads.answers) if heads.answers else None
-        self.nlvr2_head = pooled_head(2 * width, 2 * width, 2) if heads.nlvr2 else None
+        self.pooler = model_heads.pooler(width)
+        max_scale = model_heads.MAX_SCALE if heads.bounds_scales else math.inf
+        self.itc_head = model_heads.ContrastiveHead(width, max_scale, config.contrasts)
+        self.itm_head = model_heads.FloatHead(classify=nn.Linear(width, 2))  # (not matched, matched)
+        self.mlm_head = model_heads.masked_language_head(width, vocabulary)
+        self.mim_head = self.build_mim_head()
+        self.classification_head = None
+        if heads.classes:
+            self.classification_head = model_heads.FloatHead(classify=nn.Linear(width, heads.classes))
+        self.vqa_head = model_heads.pooled_head(width, 2 * width, heads.answers) if heads.answers else None
+        self.nlvr2_head = model_heads.pooled_head(2 * width, 2 * width, 2) if heads.nlvr2 else None
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Return normalised features, and those of the vision-language branch where the contrast needs them.
 
         The branch leaves below the first vision-language layer and goes through that expert instead of its own.
         """
-        text = 0 if packed.text is None else packed.text.shape[1]
+        text, visible = 0 if packed.text is None else packed.text.shape[1], packed.visible_patches
         tokens, keeps = [], []
         if packed.text is not None and packed.text_keep is not None:
             tokens.append(self.text_embedding(packed.text))
@@ -134,16 +98,17 @@ class VLMo(Model):
         if packed.image is not None:
             if packed.image_size is not None:
                 raise ValueError("VLMo reads whole square images; use ViLT for images of their own shape")
-            masked, replacements = packed.masking(self.config.num_patches)
-            image = self.image_embedding(packed.image, masked, packed.is_second, replacements, packed.visible_patches)
+            image = self.image_embedding(packed)
             tokens.append(image)
-            keeps.append(torch.ones(image.shape[:2], dtype=torch.bool, device=image.device))
+            keep = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+            if visible is not None:
+                keep[:, 1:] = visible >= 0
+            keeps.append(keep)
         x = torch.cat(tokens, dim=1)
         bias = None if self.positions is None else self.positions(text, packed.image is not None)
         biases = [None] * len(self.blocks) if bias is None else bias.unbind(0)
         places = None  # (B, text + 1 + K): positions in the whole sequence of the tokens that are read
-        if (visible := packed.visible_patches) is not None:
-            keeps[-1] = F.pad(visible >= 0, (1, 0), value=True)
+        if visible is not None:
             before = torch.arange(text + 1, device=x.device).expand(len(x), -1)
             places = torch.cat([before, visible.clamp(min=0) + text + 1], dim=1)
         # Whole images have no padding.
@@ -153,9 +118,10 @@ class VLMo(Model):
             for layer in layers:
                 keep = None if packed.drop_path_mask is None else packed.drop_path_mask[:, layer]
                 positions = packed.output_positions if layer == len(self.blocks) - 1 else None
-                bias = biases[layer]
-                if bias is not None and places is not None:
-                    bias = gather_pairs(bias, places)
+                bias = biases[layer]  # (H, L, L)
+                if bias is not None and places is not None:  # between the tokens that are read: (B, H, K, K)
+                    rows = gather_bias(bias.unsqueeze(0), places)
+                    bias = rows.gather(3, places[:, None, None, :].expand(*rows.shape[:3], -1))
                 x = self.blocks[layer](x, route, bias, padding, keep, positions)
             return x
 
@@ -188,8 +154,8 @@ class VLMo(Model):
 
     def modules_for(self, inputs: frozenset[InputKind], head: Head) -> frozenset[str] | None:
         parts = super().modules_for(inputs, head)
-        if parts is not None and head == "itc" and self.config.contrasts == 1:
-            parts -= {"vision_language_expert"}
+        if parts is not None and head == "itc" and self.config.contrasts == 2:
+            parts |= {"vision_language_expert"}
         return parts if parts is None or self.config.positions == "relative" else parts - {"positions.cross"}
 
     def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.models import build_model, skeleton
-from pipeline.models.dual_encoder import PARTS, DualEncoder
+from pipeline.models.dual_encoder import DualEncoder
 from pipeline.objectives import modules_for
 from tests.support.forwards import LAYERS, MODELS, ROWS, VOCABULARY, forwards, gradients, lively_model, run
 
@@ -24,7 +24,7 @@ def test_tower_gets_gradients_from_its_own_modality_only(model: DualEncoder) -> 
     found = {name: gradients(model, model({name: one})) for name, one in forwards("dual_encoder").items()}
     for name in ("image", "text"):
         assert {model.part_of(n) for n in found[name]} == {f"{name}_embedding", f"{name}_tower", "itc_head"}
-    assert modules_for(skeleton(CONFIG), "itc", "pairs") == frozenset(PARTS)
+    assert modules_for(skeleton(CONFIG), "itc", "pairs") == frozenset(DualEncoder.PARTS)
 
 
 def test_drop_path_rates_of_towers_are_aligned_at_the_end(model: DualEncoder) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.models.embeddings import RelativePositions, image_distances, text_distances
+from pipeline.models.embeddings import RelativePositions
 
 GRID, TEXT, LAYERS, HEADS = 3, 6, 2, 2
 
@@ -18,7 +18,7 @@ def positions() -> RelativePositions:
 
 
 def test_pairs_of_patches_with_equal_offset_share_a_row() -> None:
-    index = image_distances(GRID)
+    index = RelativePositions(1, 1, GRID, 2).image_index
     assert index.shape == (10, 10)
     assert index[1, 2] == index[4, 5] == index[8, 9] != index[2, 1]
     assert index[1, 4] == index[6, 9]
@@ -26,13 +26,16 @@ def test_pairs_of_patches_with_equal_offset_share_a_row() -> None:
 
 
 def test_pairs_of_words_with_equal_distance_share_a_row() -> None:
-    index = text_distances(TEXT)
+    index = RelativePositions(1, 1, 1, TEXT).text_index
     assert index[1, 3] == index[2, 4] == index[1, 2] + 1
     assert index[1:, 1:].unique().tolist() == list(range(9))
 
 
 def test_cls_has_rows_of_its_own() -> None:
-    for index, first in ((image_distances(GRID), 25), (text_distances(TEXT), 9)):
+    for index, first in (
+        (RelativePositions(1, 1, GRID, 2).image_index, 25),
+        (RelativePositions(1, 1, 1, TEXT).text_index, 9),
+    ):
         assert set(index[0, 1:].tolist()) == {first}
         assert set(index[1:, 0].tolist()) == {first + 1}
         assert index[0, 0] == first + 2

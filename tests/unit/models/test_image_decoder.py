@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.config.schema import ImageDecoderConfig, VLMoConfig
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput, drop_masked_patches
-from pipeline.models.image_decoder import ImageDecoder, sine_positions
+from pipeline.models.heads import ImageDecoder
 from pipeline.models.model import HeadConfig, Model
 
 RELATIVE = VLMoConfig(
@@ -99,7 +99,7 @@ def test_padding_among_visible_patches_changes_no_output() -> None:
 
 
 def test_positions_are_sines_and_cosines_of_column_and_row() -> None:
-    positions = sine_positions(3, 8).numpy()
+    positions = ImageDecoder(8, 3, 5, ImageDecoderConfig(width=8, layers=1, heads=2)).positions.numpy()
     assert (positions[0] == 0).all()
     for row in range(3):
         for column in range(3):

@@ -12,10 +12,9 @@ from scipy.ndimage import zoom
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.models.embeddings import image_distances, text_distances
+from pipeline.models.embeddings import RelativePositions
 from pipeline.models.resize import (
     cut_text_positions,
-    geometric_distances,
     resize_grid,
     resize_relative_grid,
     resize_text_distances,
@@ -113,21 +112,14 @@ def test_relative_table_equals_fitpacks_bivariate_spline(old: int, new: int) -> 
     assert torch.equal(after[-3:], before[-3:])
 
 
-def test_largest_distance_stays_the_largest() -> None:
-    places = geometric_distances(27, 47)
-    assert places[-1] == pytest.approx(23, abs=1e-3)
-    assert np.all(np.diff(np.diff(places[13:])) > 0)
-    assert np.array_equal(places, -places[::-1])
-
-
 def test_smooth_function_of_distance_is_preserved() -> None:
     """A bias that is a function of distance is the same function on the new grid."""
     old, new = 14, 24
-    places = geometric_distances(2 * old - 1, 2 * new - 1)
+    places = geometric_by_roots(2 * old - 1, 2 * new - 1)
     falling = np.exp(-np.abs(places) / 5)
     rows = torch.from_numpy(np.outer(falling, falling).ravel()).unsqueeze(1)
     after = resize_relative_grid(torch.cat([rows, torch.zeros(3, 1)]), new)
-    index = image_distances(new)[1:, 1:]
+    index = RelativePositions(1, 1, new, 2).image_index[1:, 1:]
     apart = torch.arange(new**2)
     row_distance = (apart[:, None] // new - apart[None] // new).abs()
     column_distance = (apart[:, None] % new - apart[None] % new).abs()
@@ -159,14 +151,17 @@ def test_words_keep_the_bias_of_their_distance(old: int, new: int) -> None:
     before = torch.randn(2 * old, 4)
     after = resize_text_distances(before, new)
     shared = min(old, new)
-    read_before, read_after = before[text_distances(old)], after[text_distances(new)]
+    read_before, read_after = (
+        before[RelativePositions(1, 1, 1, old).text_index],
+        after[RelativePositions(1, 1, 1, new).text_index],
+    )
     assert torch.equal(read_before[:shared, :shared], read_after[:shared, :shared])
 
 
 def test_unknown_distances_have_the_bias_of_the_largest_known() -> None:
     before = torch.randn(2 * 5, 4)
-    after = resize_text_distances(before, 9)[text_distances(9)]
-    known = before[text_distances(5)]
+    after = resize_text_distances(before, 9)[RelativePositions(1, 1, 1, 9).text_index]
+    known = before[RelativePositions(1, 1, 1, 5).text_index]
     assert torch.equal(after[1, 8], known[1, 4])
     assert torch.equal(after[8, 1], known[4, 1])
 
