@@ -174,7 +174,7 @@ def test_invalid_arguments_are_rejected_with_a_remedy(
 
 def test_weights_are_never_overwritten(tmp_path: Path, vocabulary: str) -> None:
     import_tiny(tmp_path, published(), vocabulary=vocabulary)
-    with pytest.raises(ConfigError, match="holds weights already"):
+    with pytest.raises(ConfigError, match="which would be lost"):
         import_tiny(tmp_path, published(), vocabulary=vocabulary)
 
 

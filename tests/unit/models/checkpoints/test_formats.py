@@ -1,0 +1,221 @@
+"""Every published format: exact round trips, inferred sizes, faults by name, and the names of the papers' releases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.schema import ViLTConfig, VLMoConfig
+from pipeline.models import build_model, skeleton
+from pipeline.models.checkpoints import FORMATS
+from pipeline.models.model import HeadConfig
+from tests.support.forwards import MODELS, VOCABULARY
+
+# Format, model, and the keys of its section that its tensors do not show.
+each_format = pytest.mark.parametrize(
+    ("name", "model", "hidden"),
+    [
+        ("vlmo", "vlmo", {"max_text_length": 12}),
+        ("vlmo", "vlmo_absolute", {"heads": 3}),
+        ("vilt", "vilt", {"heads": 3, "longest_side": 48}),
+        ("vilt-hf", "vilt", {"heads": 3, "longest_side": 48}),
+        ("vit", "vit", {"heads": 3}),
+        ("beit", "vlmo", {"max_text_length": 12, "vision_language_layers": 2}),
+        ("bert", "imagebert", {"heads": 3, "max_text_length": 12, "region_features": 6, "region_classes": 5}),
+    ],
+)
+
+
+def weights(model: str, heads: HeadConfig = HeadConfig()) -> dict[str, Tensor]:
+    """Return a model's weights, all of them drawn at random."""
+    state = build_model(MODELS[model][0], VOCABULARY, heads).state_dict()
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "heads", "left_out"),
+    [
+        ("vlmo", "vlmo", HeadConfig(), ()),
+        ("vlmo", "vlmo_absolute", HeadConfig(answers=7, nlvr2=True), ()),
+        ("vlmo", "vlmo", HeadConfig("pixels", answers=7), ("mim_head.", "image_embedding.mask")),
+        ("vilt", "vilt", HeadConfig(), ()),
+        ("vilt", "vilt", HeadConfig(answers=5, nlvr2=True, ranking=True), ()),
+        ("vilt", "vilt", HeadConfig("pixels"), ("mim_head.", "image_embedding.mask")),
+        ("vilt-hf", "vilt", HeadConfig(ranking=True), ("itm_head.",)),
+        ("vilt-hf", "vilt", HeadConfig(answers=5), ("itm_head.",)),
+        ("vilt-hf", "vilt", HeadConfig(nlvr2=True), ("itm_head.",)),
+        ("vit", "vit", HeadConfig("mean_colour", classes=5), ("mim_head.",)),
+        ("bert", "imagebert", HeadConfig(), ("region_embedding.", "itm_head.", "moc_head.", "mrfr_head.")),
+    ],
+)
+def test_round_trip_of_our_weights_is_exact(
+    name: str, model: str, heads: HeadConfig, left_out: tuple[str, ...]
+) -> None:
+    config, state = MODELS[model][0], weights(model, heads)
+    back = FORMATS[name].read(FORMATS[name].write(state, config), config, ())
+    assert list(back) == [name for name in state if not (left_out and name.startswith(left_out))]
+    assert all(torch.equal(back[name], state[name]) for name in back)
+
+
+@each_format
+def test_sizes_are_inferred_and_faults_listed_by_name(name: str, model: str, hidden: dict[str, Any]) -> None:
+    config, format_ = MODELS[model][0], FORMATS[name]
+    published = format_.write(weights(model), config)
+    section = format_.infer(published, hidden)
+    assert type(config).model_validate(section).architecture() == config.architecture()
+    with pytest.raises(ConfigError, match="checkpoint"):
+        format_.infer({"weight": torch.zeros(2)}, {})
+    whole = format_.read(published, config, ())
+    missing, misshaped = sorted(n for n in published if "norm" in n.lower() and n.endswith("weight"))[:2]
+    del published[missing]
+    published[misshaped] = torch.zeros(3)
+    published["other.weight"] = torch.zeros(3)
+    with pytest.raises(CheckpointError) as error:
+        format_.read(published, config, ())
+    for fault in (f"missing: {missing}\n", "unexpected: other.weight\n", f"{misshaped} (is (3,), must be (24,))"):
+        assert fault in str(error.value)
+    read = format_.read(published, config, (missing, misshaped[:-6] + "*", "other.*"))
+    lacking = {n for n in whole if n not in read}
+    assert len(lacking) == 2, "patterns allow these faults, and leave the tensors out"
+    assert all(n.endswith("norm.weight") or n.endswith("LayerNorm.weight") for n in lacking)
+
+
+# ---- VLMo's release
+
+RELATIVE = VLMoConfig(
+    width=16, layers=3, heads=2, vision_language_layers=1, image_size=16, patch_size=8, max_text_length=6
+)
+VLMO = FORMATS["vlmo"]
+
+
+def test_published_vlmo_has_the_names_and_shapes_of_the_release() -> None:
+    state = build_model(RELATIVE, 11, HeadConfig(answers=7, nlvr2=True)).state_dict()
+    published = VLMO.write(state, RELATIVE)
+    assert {name: tuple(published[name].shape) for name in SHAPES} == SHAPES
+    assert {f"nlvr2_classifier.{n}.bias" for n in (0, 1, 3)} <= set(published)
+    assert {"transformer.blocks.2.norm2_vl.weight", "transformer.blocks.0.gamma_1", "mlm_score.bias"} <= set(published)
+    assert "transformer.blocks.1.mlp_vl.fc1.weight" not in published
+    assert torch.equal(published["token_type_embeddings.weight"][2], state["image_embedding.second"])
+    # Indices and unused positions are dropped; a stage may lack whole modules, and the classifier its modality.
+    more = {"relative_position_index": torch.zeros(5, 5), "text_embeddings.position_embeddings.weight": torch.zeros(4)}
+    assert VLMO.read(published | more, RELATIVE).keys() == state.keys()
+    stage = {n: t for n, t in published.items() if "_vl" not in n and not n.startswith(("itc", "itm", "logit"))}
+    assert not any("vision_language" in name or "itc" in name for name in VLMO.read(stage, RELATIVE))
+    kept = {name: tensor for name, tensor in published.items() if "nlvr2" not in name}
+    assert VLMO.write(VLMO.read(kept, RELATIVE), RELATIVE).keys() == kept.keys()
+    del published["relative_position_bias_table"]
+    back = VLMO.read(published, RELATIVE, ["relative_position_bias_table"])
+    assert state.keys() - back.keys() == {"positions.image", "positions.cross", "positions.text"}
+
+
+SHAPES = {
+    "relative_position_bias_table": (3**2 + 3 + 2 * 6 + 2, 2 * 3),
+    "transformer.patch_embed.proj.weight": (16, 3, 8, 8),
+    "token_type_embeddings.weight": (3, 16),
+    "vqa_classifier.3.weight": (7, 32),
+    "nlvr2_classifier.0.weight": (32, 32),
+}
+
+
+@pytest.mark.parametrize(("image_size", "rows"), [(224, 1126), (384, 2606), (480, 3878)])
+def test_vlmos_image_size_is_inferred_from_published_tables(image_size: int, rows: int) -> None:
+    config = VLMoConfig(width=24, layers=2, heads=2, vision_language_layers=1, image_size=image_size)
+    published = VLMO.write(build_model(config, 11).state_dict(), config)
+    assert len(published["relative_position_bias_table"]) == rows
+    assert VLMO.infer(published, {})["image_size"] == image_size
+
+
+def test_ambiguous_tables_need_the_text_length_or_its_index() -> None:
+    published = VLMO.write(build_model(RELATIVE, 11).state_dict(), RELATIVE)
+    with pytest.raises(ConfigError, match="give image_size=… and max_text_length=…"):
+        VLMO.infer(published, {})
+    published["text_relative_position_index"] = torch.zeros(6, 6)
+    assert VLMoConfig(**VLMO.infer(published, {})).architecture() == RELATIVE.architecture()
+
+
+# ---- ViLT's release
+
+
+def test_published_vilt_has_the_names_and_shapes_of_the_release() -> None:
+    config, vilt = MODELS["vilt"][0], FORMATS["vilt"]
+    state = build_model(config, VOCABULARY, HeadConfig(nlvr2=True)).state_dict()
+    for number, name in enumerate(("query", "key", "value")):
+        state[f"blocks.1.attention.{name}_bias"].fill_(number)
+    published = vilt.write(state, config)
+    assert published["transformer.pos_embed"].shape == (1, 17, 24)
+    assert published["transformer.cls_token"].shape == (1, 1, 24)
+    assert published["transformer.patch_embed.proj.weight"].shape == (24, 3, 8, 8)
+    assert published["transformer.blocks.1.attn.qkv.bias"].tolist() == [0] * 24 + [1] * 24 + [2] * 24
+    assert published["token_type_embeddings.weight"].shape == (3, 24)
+    assert {"mlm_score.bias", "itm_score.fc.weight", "pooler.dense.bias", "nlvr2_classifier.3.weight"} <= set(published)
+    assert "mlm_score.decoder.bias" not in published
+    published["text_embeddings.position_ids"] = torch.arange(10)[None]
+    task = {name: tensor for name, tensor in published.items() if not name.startswith(("mlm", "itm", "nlvr2"))}
+    parts = {name.split(".")[0] for name in vilt.read(task, config)}
+    assert parts == {"text_embedding", "image_embedding", "blocks", "norm", "pooler"}
+
+
+@pytest.mark.parametrize("name", ["vilt", "vilt-hf"])
+@pytest.mark.parametrize(("short", "longest"), [(384, 639), (224, 373), (600, 999)])
+def test_imported_vilt_reads_the_releases_longest_side(name: str, short: int, longest: int) -> None:
+    """int(1333 / 800 * short) in the release and in Hugging Face's processor; the paper's 640 is our default."""
+    config: Any = MODELS["vilt"][0]
+    section = config.model_copy(update={"image_size": short // 8 * 8, "longest_side": 1000})
+    published = FORMATS[name].write(skeleton(section, VOCABULARY).state_dict(), section)
+    assert FORMATS[name].infer(published, {"heads": 3})["longest_side"] == longest
+    assert ViLTConfig().longest_side == 640
+
+
+# ---- BEiT's release
+
+BEIT_LAYER = {  # its names -> ours
+    "attn.qkv.weight": "attention.weight",
+    "attn.q_bias": "attention.query_bias",
+    "attn.v_bias": "attention.value_bias",
+    "attn.proj.weight": "attention.projection.weight",
+    "attn.proj.bias": "attention.projection.bias",
+    "gamma_1": "attention_gamma",
+    "gamma_2": "expert_gamma",
+    "norm1.weight": "norm.weight",
+    "norm1.bias": "norm.bias",
+    **{f"norm2.{last}": f"experts.vision.norm.{last}" for last in ("weight", "bias")},
+    **{f"mlp.fc1.{last}": f"experts.vision.expand.{last}" for last in ("weight", "bias")},
+    **{f"mlp.fc2.{last}": f"experts.vision.contract.{last}" for last in ("weight", "bias")},
+}
+BEIT = {
+    "cls_token": "image_embedding.cls",
+    "mask_token": "image_embedding.mask",
+    "patch_embed.proj.weight": "image_embedding.patch.weight",
+    "patch_embed.proj.bias": "image_embedding.patch.bias",
+} | {f"blocks.{n}.{theirs}": f"blocks.{n}.{name}" for n in range(4) for theirs, name in BEIT_LAYER.items()}
+
+
+@pytest.mark.parametrize("is_pretrained", [True, False], ids=["pretrained", "fine-tuned"])
+def test_names_of_beits_release_are_read(is_pretrained: bool) -> None:
+    config, state = MODELS["vlmo"][0], weights("vlmo", HeadConfig("visual_tokens", 9))
+    norm, table = "norm" if is_pretrained else "fc_norm", state["positions.image"]
+    names = BEIT | {f"{norm}.weight": "norm.weight", f"{norm}.bias": "norm.bias"}
+    released = {theirs: state[name] for theirs, name in names.items()}
+    released["patch_embed.proj.weight"] = released["patch_embed.proj.weight"].view(24, 3, 8, 8)
+    released |= {name: released[name].view(1, 1, 24) for name in ("cls_token", "mask_token")}
+    released["blocks.0.attn.relative_position_index"] = torch.zeros(5, 5)
+    if is_pretrained:
+        table = table[:, :3].repeat(1, 4)
+        released |= {f"lm_head.{last}": state[f"mim_head.predict.{last}"] for last in ("weight", "bias")}
+        released["rel_pos_bias.relative_position_bias_table"] = table[:, :3]
+    else:
+        released |= {"head.weight": torch.zeros(7, 24), "head.bias": torch.zeros(7)}
+        for layer, columns in enumerate(table.chunk(4, dim=1)):
+            released[f"blocks.{layer}.attn.relative_position_bias_table"] = columns
+    read = FORMATS["beit"].read(released, config)
+    expected = {name: state[name] for name in names.values()} | {"positions.image": table}
+    expected["image_embedding.modality"] = torch.zeros(24)
+    if is_pretrained:
+        expected |= {f"mim_head.predict.{last}": state[f"mim_head.predict.{last}"] for last in ("weight", "bias")}
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
