@@ -31,7 +31,7 @@ from pipeline.config.errors import CheckpointError, ConfigError, MomeError, Stor
 from pipeline.config.load import apply_override, load_config, validate
 from pipeline.config.schema import DataConfig, RunConfig, SourceType, StageConfig, TransformerConfig, objective_names
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
-from pipeline.data.contents.text import Tokenizer, is_cased, stated_lowercase
+from pipeline.data.contents.text import Tokenizer, stated_lowercase
 from pipeline.data.storage import NotFound, Storage, join, split
 from pipeline.models import skeleton
 from pipeline.models.checkpoints import format_named
@@ -291,7 +291,7 @@ def _config(
         "sources": {source_type: {"shards": NO_SOURCE, "type": source_type} for source_type in USES},
         "stages": stages,
     }
-    if tokenizer is not None and tokenizer.lowercase == is_cased(tokenizer.tokens):
+    if tokenizer is not None and tokenizer.lowercase == tokenizer.is_cased:
         values["tokenizer"] = {"lowercase": tokenizer.lowercase}  # as stated next to the vocabulary
     return validate(values, "imported weights")
 

@@ -10,7 +10,7 @@ from jobs.caller import Caller
 from jobs.console import PLAIN_SECONDS, notify, poll
 from jobs.distributed import device_of, on_workers, ranks_here, run_request
 from pipeline.config.urls import absolute
-from pipeline.data.contents.text import Tokenizer
+from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import join
 from pipeline.evaluation.embedding import DONE, Embedder, embed_shards
@@ -72,7 +72,7 @@ def _embed(request: EmbedRequest, ranks: Ranks) -> dict[str, Any]:
     storage = Caller.model_validate_json(request.caller).store()
     weights = load_usable_weights(storage, request.checkpoint)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
-    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, config.tokenizer.lowercase)
+    tokenizer = Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase)
     digest = hashlib.sha256(storage.read(join(weights.url, COMMIT))).hexdigest()
     embedder = Embedder(build_trained_model(weights).to(device_of(ranks)), tokenizer, config, stage, digest)
     result = embed_shards(embedder, storage, request.shards, request.out, ranks, config.data.max_bad_rate)

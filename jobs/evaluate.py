@@ -24,7 +24,7 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, SourceConfig, SourceType
 from pipeline.config.stored import check_stored_url
 from pipeline.config.urls import absolute, file_name_of
-from pipeline.data.contents.text import Tokenizer
+from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import join
 from pipeline.evaluation.evaluate import evaluate
@@ -253,7 +253,7 @@ def _evaluate(request: EvalRequest, ranks: Ranks = SINGLE_PROCESS) -> EvalResult
     config = _with_source(weights.config, request.source, cast(SourceType, key.source_type))
     if request.probe is not None:
         config = _with_source(config, request.probe, "labelled")
-    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, config.tokenizer.lowercase)
+    tokenizer = Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase)
     model = build_trained_model(weights).to(device)
     others = {}  # finished earlier stages, which evaluate the objectives that only they trained
     for index, stage in enumerate(config.stages):

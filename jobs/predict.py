@@ -13,7 +13,7 @@ from jobs.configs import source_types
 from jobs.output import write_output
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import MODEL_SECTIONS
-from pipeline.data.contents.text import Tokenizer
+from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.evaluation.explain import (
     explain,
     explanation_html,
@@ -68,7 +68,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
         )
     explanation = explain(
         model,
-        Tokenizer.from_vocabulary(weights.vocabulary, config.tokenizer.lowercase),
+        Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase),
         read_image(image, storage, config.data.max_pixels),
         text,
         config.stage_named(weights.stage).max_text_length,

@@ -33,7 +33,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.contents.choices import CLASSES, Choices, answers_with
 from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
-from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
+from pipeline.data.contents.text import CLS, MASK, SEP, SPECIALS, Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import NotFound, Storage
 from pipeline.evaluation.datasets import collate_inputs
@@ -159,7 +159,7 @@ class TrainedModel:
     ) -> TrainedModel:
         """Build the model on `device` (default: the GPU if there is one)."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
+        tokenizer = Tokenizer(weights.vocabulary or SPECIALS, weights.config.tokenizer.lowercase)
         stage = weights.config.stage_named(weights.stage)
         model = build_trained_model(weights).to(device).eval()
         return cls(model, tokenizer, weights.config, stage, weights.choices, storage, weights.url)

@@ -155,7 +155,8 @@ def bench_loader(
         if vocabulary is None:
             progress("training a vocabulary")
             vocabulary = join(folder, "vocabulary.txt")
-            Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE).save(storage, vocabulary)
+            trained = Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE)
+            storage.write(vocabulary, trained.vocabulary_file)
         job = BenchJob(
             "mome", shards, vocabulary, samples, batch_size, workers, threads, num_ops=2 if rand_augment else 0
         )

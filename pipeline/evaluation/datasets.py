@@ -176,7 +176,7 @@ def load_pairs(
                     texts = tuple(captions_of(sample.members))
                     tokens = tokenizer.encode_batch(texts, max_text_length)
                     for text, encoded in zip(texts, tokens, strict=True):
-                        if len(encoded) <= 2:
+                        if len(encoded.ids) <= 2:
                             raise BadSample("caption", f"no token is left of {text[:40]!r}")
                     height, width = images.load(position, sample).shape[:2]
             except BadSample as bad:

@@ -19,7 +19,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.config.stored import parse_config
 from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.choices import choices_of
-from pipeline.data.contents.text import SPECIALS, Tokenizer, is_cased
+from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import ensure_indexed
 from pipeline.data.shards.source import select, selection_url
@@ -62,7 +62,7 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     for index, settings in enumerate(config.stages):
         if settings.start_from not in ("previous", "random"):
             _check_start(Stage(config, index), storage, tokenizer)
-    tokenizer.save(storage, join(config.folder, VOCABULARY))
+    storage.write(join(config.folder, VOCABULARY), tokenizer.vocabulary_file)
     if config.model.READS_TEXT:
         measure_coverage(storage, config.folder, tokenizer, _folders_with_text(config))
     for name, labels in choices.items():  # copied, so that the run's checkpoints can be used elsewhere
@@ -145,7 +145,7 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
         return Tokenizer.load(storage, url, section.lowercase)
     if section.vocabulary is not None:
         tokenizer = Tokenizer.load(storage, section.vocabulary, section.lowercase)
-        if section.lowercase is None and tokenizer.lowercase == is_cased(tokenizer.tokens):
+        if section.lowercase is None and tokenizer.lowercase == tokenizer.is_cased:
             has = "words with capital letters" if tokenizer.lowercase else "no word with a capital letter"
             raise ConfigError(
                 f"tokenizer.lowercase: {section.vocabulary} has {has}, but the tokenizer_config.json next to it has "

@@ -42,7 +42,7 @@ class Run:
         self.record = folder / "record"
         self._config, self._vocabulary = folder / "config.json", folder / "vocab.txt"
         self._config.write_text(config.model_dump_json(), encoding="utf-8")
-        tokenizer.save(Storage(), str(self._vocabulary))
+        self._vocabulary.write_bytes(tokenizer.vocabulary_file)
         self.process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -55,7 +55,7 @@ def job(tmp_path: Path, photos: str) -> BenchJob:
     """Pack thirty-two samples into shards and return a job that reads them."""
     storage, shards, vocabulary = Storage(), str(tmp_path / "shards"), str(tmp_path / "vocabulary.txt")
     write_photos(storage, (Path(photos),), shards, samples=32, min_shards=2)
-    Tokenizer.train(iter_captions(storage, shards), 200).save(storage, vocabulary)
+    storage.write(vocabulary, Tokenizer.train(iter_captions(storage, shards), 200).vocabulary_file)
     return BenchJob("mome", shards, vocabulary, 16, 8, workers=0, threads=1, num_ops=2)
 
 

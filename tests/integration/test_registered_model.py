@@ -20,7 +20,7 @@ from jobs.tracking import register_checkpoint
 from pipeline.config.errors import ConfigError, TrackingError
 from pipeline.config.schema import VLMoConfig
 from pipeline.data.contents.images import decode, resize
-from pipeline.data.contents.text import Tokenizer
+from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.retrieval import embed_images, embed_texts, fusion_scores
 from pipeline.inference import build_trained_model, load_model, pyfunc_outputs
@@ -98,7 +98,7 @@ def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
     served = json.loads(done.stdout)
 
     weights = load_weights(Storage(), checkpoint)
-    model, tokenizer = build_trained_model(weights), Tokenizer.from_vocabulary(weights.vocabulary)
+    model, tokenizer = build_trained_model(weights), Tokenizer(weights.vocabulary or SPECIALS)
     images = torch.from_numpy(np.stack([resize(decode(image, 10_000), TINY.image_size) for image in PICTURES]))
     rows = [tokenizer.encode(text, 12).ids for text in TEXTS]
     image, text = embed_images(model, images), embed_texts(model, rows, tokenizer.pad_id)

@@ -137,7 +137,7 @@ def _with_answers(
             with job.problems.skipping(where):
                 if not question.answers:
                     raise Unusable(unanswered)
-                if job.options.listed_only and not known.numbered(question.answers):
+                if job.options.listed_only and known.numbers.keys().isdisjoint(question.answers):
                     job.problems.leave_out(where, "none of its answers is listed")
                     continue
                 record = {"question": question.text, "answers": question.answers, "question_id": question.id}

@@ -10,7 +10,6 @@ of the ten people, averaged over the person left out.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -36,16 +35,8 @@ class Choices:
         return len(self.names)
 
     @cached_property
-    def digest(self) -> str:
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names)}
-
-    def numbered(self, scores: Mapping[str, float]) -> dict[int, float]:
-        """Return the scores of those texts that are listed, by number."""
-        return {self._numbers[name]: score for name, score in scores.items() if name in self._numbers}
 
     def to_bytes(self) -> bytes:
         return json.dumps(self.names, ensure_ascii=False, indent=0).encode()
@@ -55,15 +46,14 @@ class Choices:
         """Parse a JSON list of distinct texts. Raises ConfigError, naming `where`, for anything else."""
         try:
             names = json.loads(data)
+            json.dumps(names, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ConfigError(f"{where}: it contains {half!r}, a lone surrogate. Correct it") from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where} is not JSON ({error}); expected a JSON list of texts") from error
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{where}: expected a JSON list of texts, as `mome shards build` writes next to shards")
-        try:
-            "".join(names).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise ConfigError(f"{where}: it contains {half!r}, a lone surrogate. Correct it") from error
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ConfigError(f"{where}: {twice!r} is listed more than once")
@@ -92,9 +82,8 @@ def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: 
     objective, key = ("vqa", "num_answers") if is_answers else ("classification", "num_classes")
     if objective not in stage.objectives:
         return None
-    url = stage.answer_list if is_answers else None
-    if not url:
-        url = join(shard_folder(config.sources[next(iter(stage.sources))].shards), file)
+    shards = config.sources[next(iter(stage.sources))].shards
+    url = (stage.answer_list if is_answers else None) or join(shard_folder(shards), file)
     try:
         choices = Choices.from_bytes(storage.read(url), url)
     except NotFound as error:
@@ -104,10 +93,8 @@ def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: 
             f"stages.{stage.name}.answer_list: {url} does not exist; set it to a JSON list of answers, which "
             "`mome shards build` writes next to the shards of VQA questions"
         ) from error
-    if len(choices) != getattr(stage, key):
-        raise ConfigError(
-            f"stages.{stage.name}.{key}: {getattr(stage, key)}, but {url} lists {len(choices)}; set it to that"
-        )
+    if len(choices) != (expected := getattr(stage, key)):
+        raise ConfigError(f"stages.{stage.name}.{key}: {expected}, but {url} lists {len(choices)}; set it to that")
     return choices
 
 

@@ -1,4 +1,4 @@
-"""A detector's regions of an image: parsing of the `.npz` member, selection and masking.
+"""A detector's regions of an image: parsing of the `.npz` member, and selection.
 
 The member is what `numpy.savez` writes: `features` (R, F) float32 or float16; `boxes` (R, 4), x1 y1 x2 y2 in pixels;
 `image_size` (height, width) of the boxes' coordinates; `classes` (R,) the detector's most likely class of each;
@@ -8,28 +8,28 @@ confidences the regions are ranked by their order, and without classes the objec
 The content is untrusted: sizes are checked before memory is allocated, nothing is unpickled, and every fault is a
 BadSample.
 
-Shapes: R regions, F features of a region, K masked regions.
+Shapes: R regions, F features of a region.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from pipeline.data.contents.members import REGIONS, Members, names_of
 from pipeline.data.contents.npz import Npz
 from pipeline.data.quarantine import BadSample
-from pipeline.data.randomness import CounterRandom
 
 MAX_BYTES = 64 * 2**20  # of one array: 8,192 regions of 2,048 numbers; a larger one is a bomb
 MOST_CLASSES = 2**31
 OUTSIDE = 1.0  # pixels that a box may extend beyond the image (detectors round); boxes are clipped
-ZEROED = 0.9  # ImageBERT: 90 % of the masked regions lose their features, 10 % keep them
 LOCATION = 5  # numbers of a region's location
 
+_fault = partial(BadSample, "regions")
 _KINDS = {"features": "f", "boxes": "fiu", "image_size": "iu", "classes": "iu", "confidences": "f"}  # of numpy's dtypes
 
 
@@ -58,30 +58,35 @@ class RegionRecord:
         if len(self) <= count:
             return self
         order = np.arange(len(self)) if self.confidences is None else np.argsort(-self.confidences, kind="stable")
-        best = order[:count]
-        return replace(
-            self,
-            features=self.features[best],
-            boxes=self.boxes[best],
-            classes=None if self.classes is None else self.classes[best],
-            confidences=None if self.confidences is None else self.confidences[best],
-        )
+        best = {name: array[order[:count]] for name, array in vars(self).items() if isinstance(array, np.ndarray)}
+        return RegionRecord(**vars(self) | best)
 
     def to_bytes(self) -> bytes:
         """Return the member's content, a function of the regions alone."""
-        arrays = {"features": self.features, "boxes": self.boxes, "image_size": np.array(self.image_size, np.int64)}
-        more = {"classes": self.classes, "confidences": self.confidences}
+        arrays = {name: array for name, array in vars(self).items() if array is not None}
         buffer = io.BytesIO()
-        arrays |= {name: array for name, array in more.items() if array is not None}
-        np.savez(buffer, allow_pickle=False, **arrays)
+        np.savez(buffer, allow_pickle=False, **arrays | {"image_size": np.array(self.image_size, np.int64)})
         return buffer.getvalue()
 
 
-def regions_of(members: Members) -> RegionRecord:
-    """Return the regions of a sample. Raises BadSample for every fault."""
+def regions_of(members: Members, num_features: int | None = None, num_classes: int | None = None) -> RegionRecord:
+    """Return the regions of a sample. Raises BadSample for every fault.
+
+    If given, the regions must have `num_features` features and classes below `num_classes`.
+    """
     if REGIONS not in members:
         raise BadSample("members", f"no regions ({REGIONS}; see `mome shards regions`); it has {names_of(members)}")
-    return parse_regions(members[REGIONS])
+    record = parse_regions(members[REGIONS])
+    if num_features not in (None, record.features.shape[1]):
+        raise _fault(f"{record.features.shape[1]} features per region, but model.region_features is {num_features}")
+    if num_classes is not None and record.classes is None:
+        raise _fault(
+            "no array 'classes', which the objective moc needs; extract the regions with a detector that predicts "
+            "classes (`mome shards regions`), or remove the objective"
+        )
+    if num_classes is not None and record.classes is not None and (largest := record.classes.max()) >= num_classes:
+        raise _fault(f"class {largest}, but model.region_classes is {num_classes}")
+    return record
 
 
 def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> RegionRecord:
@@ -145,37 +150,3 @@ def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> Reg
         classes=None if classes is None else classes.astype(np.int64, copy=False),
         confidences=None if confidences is None else confidences.astype(np.float32, copy=False),
     )
-
-
-def check_fit(record: RegionRecord, num_features: int, num_classes: int | None) -> None:
-    """Raise BadSample unless the regions have `num_features` features and, if given, classes below `num_classes`."""
-    if record.features.shape[1] != num_features:
-        raise _fault(f"{record.features.shape[1]} features per region, but model.region_features is {num_features}")
-    if num_classes is None:
-        return
-    if record.classes is None:
-        raise _fault(
-            "no array 'classes', which the objective moc needs; extract the regions with a detector that predicts "
-            "classes (`mome shards regions`), or remove the objective"
-        )
-    if int(record.classes.max()) >= num_classes:
-        raise _fault(f"class {int(record.classes.max())}, but model.region_classes is {num_classes}")
-
-
-def mask_regions(count: int, probability: float, random: CounterRandom) -> tuple[np.ndarray, np.ndarray]:
-    """Draw which of `count` regions are masked, at least one, and which of these lose their features.
-
-    Returns ascending positions (K,) int64, and (K,) bool: True for the 90 % whose features are zeroed.
-    """
-    chosen = masked_at_most(count, probability)
-    positions = np.sort(random.permutation(count)[:chosen]).astype(np.int64)
-    return positions, np.array([random.uniform() < ZEROED for _ in positions], dtype=np.bool_)
-
-
-def masked_at_most(count: int, probability: float) -> int:
-    """Return the maximum number of masked regions among at most `count`: at least 1."""
-    return max(1, round(probability * count))
-
-
-def _fault(reason: str) -> BadSample:
-    return BadSample("regions", reason)

@@ -1,7 +1,7 @@
 """BERT's WordPiece tokenizer, on the `tokenizers` library, with the word that each token belongs to.
 
 A vocabulary is a list of tokens; a token's id is its index. On disk it is BERT's `vocab.txt`, one token per line. Text
-is lower-cased and stripped of accents first, unless the vocabulary is cased (`is_cased`).
+is lower-cased and stripped of accents first, unless the vocabulary is cased.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import tokenizers
@@ -38,41 +37,41 @@ class Tokens:
     ids: list[int]
     word_of: list[int]
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
 
 class Tokenizer:
-    """A WordPiece tokenizer. Equal vocabularies give equal tokenizers; `digest` identifies the vocabulary.
+    """A WordPiece tokenizer, picklable. Equal vocabularies give equal tokenizers.
 
     `lowercase`: lower-case text and strip its accents (default: unless the vocabulary is cased). Raises DataError when
     the tokens are not a vocabulary.
+
+    `is_cased`: the vocabulary has words with capital letters, which lower-cased text never matches. `vocabulary_file`:
+    the content of its vocab.txt. `digest` identifies vocabulary and case. `ordinary_ids` (N,) int64: the tokens that
+    occur in text, neither special nor one of BERT's [unused…].
     """
 
     def __init__(self, tokens: Sequence[str], lowercase: bool | None = None):
-        self.tokens = tuple(tokens)
-        self.lowercase = not is_cased(self.tokens) if lowercase is None else lowercase
+        self.tokens, self.size = tuple(tokens), len(tokens)
         ids = {token: i for i, token in enumerate(self.tokens)}
         if missing := [name for name in SPECIALS if name not in ids]:
-            raise DataError(f"the vocabulary of {len(self.tokens)} tokens does not contain {', '.join(missing)}")
-        if len(ids) < len(self.tokens):
+            raise DataError(f"the vocabulary of {self.size} tokens does not contain {', '.join(missing)}")
+        if len(ids) < self.size:
             repeated = next(token for token, count in Counter(self.tokens).items() if count > 1)
             raise DataError(f"the vocabulary contains the token {repeated!r} more than once")
         if invalid := next((token for token in self.tokens if re.search("[\n\ud800-\udfff]", token)), None):
             raise DataError(f"the vocabulary contains {invalid!r:.60}, which cannot be a line of a vocab.txt")
+        self.is_cased = any(re.search(r"[A-Z]", token) and not re.fullmatch(r"\[.*\]", token) for token in self.tokens)
+        self.lowercase = not self.is_cased if lowercase is None else lowercase
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[name] for name in SPECIALS)
+        reserved = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")
+        self.ordinary_ids = np.array([i for token, i in ids.items() if not reserved.fullmatch(token)], dtype=np.int64)
+        self.vocabulary_file = ("\n".join(self.tokens) + "\n").encode()
+        self.digest = hashlib.sha256((b"" if self.lowercase else b"cased\n") + self.vocabulary_file).hexdigest()
         model = models.WordPiece(vocab=ids, unk_token=UNK, max_input_chars_per_word=MAX_WORD)
         self._pieces = _bert_pieces(model, self.lowercase)
         self._pieces.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=True)
-        self._text = "\n".join(self.tokens) + "\n"
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[tuple[str, ...], bool]]:
         return Tokenizer, (self.tokens, self.lowercase)
-
-    @classmethod
-    def from_vocabulary(cls, tokens: Sequence[str], lowercase: bool | None = None) -> Tokenizer:
-        """Return the tokenizer of saved weights; an empty list (of models without text) gives the special tokens."""
-        return cls(tokens or SPECIALS, lowercase)
 
     @classmethod
     def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
@@ -124,24 +123,6 @@ class Tokenizer:
         vocabulary = pieces.get_vocab()
         return cls(sorted(vocabulary, key=lambda token: vocabulary[token]), lowercase)
 
-    def save(self, storage: Storage, url: str) -> None:
-        storage.write(url, self._text.encode("utf-8"))
-
-    @property
-    def size(self) -> int:
-        return len(self.tokens)
-
-    @cached_property
-    def digest(self) -> str:
-        case = "" if self.lowercase else "cased\n"
-        return hashlib.sha256((case + self._text).encode("utf-8")).hexdigest()
-
-    @cached_property
-    def ordinary_ids(self) -> np.ndarray:
-        """Ids (N,) int64 of the tokens that occur in text: neither special nor one of BERT's [unused…]."""
-        reserved = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")
-        return np.array([i for i, token in enumerate(self.tokens) if not reserved.fullmatch(token)], dtype=np.int64)
-
     def encode(self, text: str, max_length: int) -> Tokens:
         """Return at most `max_length` tokens including [CLS] and [SEP]; longer texts are truncated at the end.
 
@@ -176,11 +157,6 @@ class Tokenizer:
         """Return the text of token ids without [PAD], [CLS] and [SEP]; [MASK] and [UNK] are kept."""
         frame = {self.pad_id, self.cls_id, self.sep_id}
         return self._pieces.decode([int(i) for i in ids if int(i) not in frame], skip_special_tokens=False)
-
-
-def is_cased(tokens: Iterable[str]) -> bool:
-    """Return whether a vocabulary has words with capital letters, which lower-cased text never matches."""
-    return any(re.search(r"[A-Z]", token) and not re.fullmatch(r"\[.*\]", token) for token in tokens)
 
 
 def stated_lowercase(storage: Storage, folder: str) -> bool | None:

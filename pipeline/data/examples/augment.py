@@ -31,7 +31,8 @@ ROTATE = 30.0  # degrees
 ENHANCE = (0.1, 1.9)  # brightness and sharpness factors at magnitude 0 and 10; 1 leaves the image unchanged
 
 _VALUES = np.arange(256)  # of a channel
-_SIDES = re.compile(r"\b(left|right)(most|ward|wards|hand|side)?\b", re.IGNORECASE)
+# In a caption that mirroring the image may make false.
+SIDES = re.compile(r"\b(left|right)(most|ward|wards|hand|side)?\b", re.IGNORECASE)
 
 
 def augment(
@@ -52,11 +53,6 @@ def augment(
         if is_applied:
             image = OPERATIONS[name](image, config.magnitude / MAX_MAGNITUDE, sign)
     return image
-
-
-def mentions_side(caption: str) -> bool:
-    """Return whether mirroring the image may make the caption false: it says 'left' or 'right'."""
-    return _SIDES.search(caption) is not None
 
 
 def enhance_factor(strength: float) -> float:

@@ -6,7 +6,9 @@ candidate of the same shuffle window, drawn by a hash, so that the replacement t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -17,21 +19,13 @@ from pipeline.config.errors import DataError
 from pipeline.config.schema import ImageBERTConfig, RunConfig, StageConfig, ViLTConfig
 from pipeline.data import in_progress
 from pipeline.data.batch import BatchBuffer, BatchSizes, BatchSpec
+from pipeline.data.contents import members
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import KeepAspectRatio, decode, shape_of
-from pipeline.data.contents.members import (
-    both_images,
-    captions_of,
-    check_members,
-    class_of,
-    image_bytes,
-    question_of,
-    statement_of,
-)
-from pipeline.data.contents.regions import check_fit, mask_regions, masked_at_most, regions_of
-from pipeline.data.contents.text import Tokenizer, Tokens
-from pipeline.data.examples.augment import augment, mentions_side
-from pipeline.data.examples.masking import mask_patches, mask_whole_words, patch_replacements
+from pipeline.data.contents.regions import regions_of
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.examples.augment import SIDES, augment
+from pipeline.data.examples.masking import ZEROED, mask_patches, mask_whole_words, patch_replacements
 from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, rank_slice
 from pipeline.data.quarantine import BadRecord, BadSample, judging
 from pipeline.data.randomness import CounterRandom, hash64, sample_random
@@ -48,7 +42,6 @@ _DECODED_BYTES = 8 * 2**20  # decoded images of one thread that wait to be augme
 def batch_spec(config: RunConfig, stage: StageConfig, groups: frozenset[str], num_examples: int) -> BatchSpec:
     """Return the arrays of some groups of fields, with the maximum sizes of a stage's examples."""
     model, masking, shape = config.model, stage.masking, shape_of(config.model)
-    sizes = BatchSizes(text=stage.max_text_length)
     if isinstance(shape, KeepAspectRatio):
         assert isinstance(model, ViLTConfig)
         side, patches = shape.canvas, min(shape.num_patches, model.max_visible_patches or shape.num_patches)
@@ -57,11 +50,15 @@ def batch_spec(config: RunConfig, stage: StageConfig, groups: frozenset[str], nu
             groups |= {"visible_patches"}
     else:
         side, patches = shape, model.num_patches
-    masked = len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0)))
-    sizes = replace(sizes, image_side=side, visible_patches=patches, masked_patches=masked)
+    sizes = BatchSizes(
+        text=stage.max_text_length,
+        image_side=side,
+        visible_patches=patches,
+        masked_patches=len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0))),
+    )
     if "regions" in groups:
         assert isinstance(model, ImageBERTConfig), "the schema accepts regions for no other kind of model"
-        masked = masked_at_most(model.max_regions, masking.region_mask_ratio)
+        masked = len(mask_patches(model.max_regions, masking.region_mask_ratio, CounterRandom(0)))
         sizes = replace(sizes, regions=model.max_regions, region_features=model.region_features, masked_regions=masked)
     return BatchSpec(num_examples, groups, sizes)
 
@@ -98,14 +95,14 @@ class LoaderSpec:
 
     def order(self, reader: SampleReader | None = None) -> DataOrder:
         """Return the stage's data order. Without a reader only the digest of a bucketed order can be used."""
-        config, stage = self.config, self.stage
+        config, stage, buckets = self.config, self.stage, self.stage.buckets
 
         def length(ref: SampleRef) -> int:
             """Return what buckets sort by: the longest caption's characters, or the aspect ratio in thousandths."""
             assert reader is not None, "the lengths of a bucketed order are read from the shards' indexes"
-            assert stage.buckets is not None
+            assert buckets is not None
             index, sample = reader.index(ref)
-            if stage.buckets.by == "caption":
+            if buckets.by == "caption":
                 return int(index.caption_length[sample])
             return int(1000 * index.width[sample] / max(1, index.height[sample]))
 
@@ -124,11 +121,11 @@ class LoaderSpec:
                 stage.masking.model_dump_json(),
                 f"pixels {config.data.max_pixels} side {config.model.image_size} shape {shape_of(config.model)}",
                 f"vocabulary {self.tokenizer.digest}" if "text" in self.groups else "no text",
-                f"buckets by {stage.buckets.by}" if stage.buckets else "no buckets",
-                f"answers {self.answers.digest}" if self.answers else "no answers",
+                f"buckets by {buckets.by}" if buckets else "no buckets",
+                f"answers {hashlib.sha256(self.answers.to_bytes()).hexdigest()}" if self.answers else "no answers",
                 f"interpolation {config.model.interpolation}",
             ],
-            buckets=LengthBuckets(stage.buckets.batches, length) if stage.buckets else None,
+            buckets=LengthBuckets(buckets.batches, length) if buckets else None,
         )
 
 
@@ -165,7 +162,7 @@ class ExampleBuilder:
         A bad sample does not raise. Raises DataError when a shard changed or no replacement is good, and StorageError
         when a shard cannot be read.
         """
-        bad: list[BadRecord] = []
+        bad: list[tuple[int, SampleRef, Sample, BadSample]] = []
         pending: dict[int, PendingExample] = {}
         planned = self._planned(step)
         for place in places:
@@ -174,15 +171,13 @@ class ExampleBuilder:
             try:
                 pending[place - first] = self._parse(ref, sample)
             except BadSample as fault:
-                bad.append(self._replace(fault, ref, sample, step, place, buffer, place - first))
-        faults = self._write(pending, buffer)
-        for row in sorted(faults):
-            example = pending[row]
-            bad.append(self._replace(faults[row], example.ref, example.sample, step, first + row, buffer, row))
-        return bad
+                bad.append((place - first, ref, sample, fault))
+        faults = sorted(self._write(pending, buffer).items())
+        bad += [(row, pending[row].ref, pending[row].sample, fault) for row, fault in faults]
+        return [self._replace(step, first + row, ref, sample, fault, buffer, row) for row, ref, sample, fault in bad]
 
     def _replace(
-        self, fault: BadSample, ref: SampleRef, sample: Sample, step: int, place: int, buffer: BatchBuffer, row: int
+        self, step: int, place: int, ref: SampleRef, sample: Sample, fault: BadSample, buffer: BatchBuffer, row: int
     ) -> BadRecord:
         """Write another example in the place of a bad sample, and return the record of both."""
         for attempt in range(MAX_TRIES):
@@ -214,18 +209,19 @@ class ExampleBuilder:
     def _parse(self, ref: SampleRef, sample: Sample) -> PendingExample:
         """Read a sample's members, except its images. Raises BadSample."""
         with judging("members"):
-            check_members(sample.members, sample.is_duplicate)
+            members.check_members(sample.members, sample.is_duplicate)
             if self._source_type == "questions":
-                question = question_of(sample.members)
+                question = members.question_of(sample.members)
                 return PendingExample(ref, sample, question.text, question.answers)
             if self._source_type == "statements":
-                statement = statement_of(sample.members)
+                statement = members.statement_of(sample.members)
                 return PendingExample(ref, sample, statement.text, label=int(statement.is_true))
             if self._source_type == "labelled":
-                return PendingExample(ref, sample, label=class_of(sample.members, self._stage.num_classes))
+                label = members.class_of(sample.members, self._stage.num_classes)
+                return PendingExample(ref, sample, label=label)
             if "text" not in self._groups:
                 return PendingExample(ref, sample)
-            captions = captions_of(sample.members)
+            captions = members.captions_of(sample.members)
             drawn = sample_random(self._seed, ref.epoch, sample.uid, "caption").integer(len(captions))
             return PendingExample(ref, sample, captions[drawn])
 
@@ -240,81 +236,61 @@ class ExampleBuilder:
         little, and a missing one saves the decoding.
         """
         faults: dict[int, BadSample] = {}
-        decoded: dict[int, list[np.ndarray]] = {}
-
-        def apply(stage: str, write: Callable[[int, PendingExample], None], rows: Iterable[int]) -> None:
-            for row in rows:
-                if row not in faults:
-                    try:
-                        with judging(stage):
-                            write(row, pending[row])
-                    except BadSample as bad:
-                        faults[row] = bad
-
-        def decode_images(row: int, example: PendingExample) -> None:
-            members = example.sample.members
-            encoded = both_images(members) if "second_image" in self._groups else (image_bytes(members),)
-            with in_progress.decoding(f"{example.ref.source}: {example.sample.shard} {example.sample.key}"):
-                decoded[row] = [decode(image, self._config.data.max_pixels) for image in encoded]
-
         if "text" in self._groups:
+            tokenizer, masking = self._spec.tokenizer, self._stage.masking
             texts = [example.text for example in pending.values()]
-            encoded = self._spec.tokenizer.encode_batch(texts, self._stage.max_text_length)
-            tokens = dict(zip(pending, encoded, strict=True))
-            apply("caption", lambda row, example: self._write_text(example, tokens[row], buffer, row), pending)
-        if "image" in self._groups:
-            for number, row in enumerate(pending, 1):
-                apply("image", decode_images, [row])
-                waiting = sum(image.nbytes for images in decoded.values() for image in images)
-                if waiting > _DECODED_BYTES or number == len(pending):
-                    apply(
-                        "image",
-                        lambda row, example: self._write_images(example, decoded.pop(row), buffer, row),
-                        list(decoded),
-                    )
-        apply("members", lambda row, example: self._write_others(example, buffer, row), pending)
-        return faults
+            encoded = tokenizer.encode_batch(texts, self._stage.max_text_length)
+            for (row, example), tokens in zip(pending.items(), encoded, strict=True):
+                if len(tokens.ids) <= 2:
+                    faults[row] = BadSample("caption", f"no token is left of {example.text[:40]!r}")
+                    continue
+                buffer.write("text", row, np.array(tokens.ids, dtype=np.int64), tokenizer.pad_id)
+                buffer.write("text_keep", row, np.ones(len(tokens.ids), dtype=np.bool_))
+                if "masked_text" in self._groups:
+                    random = self._random(example, "words")
+                    masked = mask_whole_words(tokens, random, masking.mlm_probability, masking.whole_word, tokenizer)
+                    buffer.write("masked_text", row, masked.ids, tokenizer.pad_id)
+                    buffer.write("mask_positions", row, masked.positions)
+                    buffer.write("mask_labels", row, masked.labels)
 
-    def _write_text(self, example: PendingExample, tokens: Tokens, buffer: BatchBuffer, row: int) -> None:
-        if len(tokens) <= 2:
-            raise BadSample("caption", f"no token is left of {example.text[:40]!r}")
-        tokenizer, masking = self._spec.tokenizer, self._stage.masking
-        buffer.write("text", row, np.array(tokens.ids, dtype=np.int64), tokenizer.pad_id)
-        buffer.write("text_keep", row, np.ones(len(tokens), dtype=np.bool_))
-        if "masked_text" in self._groups:
-            random = self._random(example, "words")
-            masked = mask_whole_words(tokens, random, masking.mlm_probability, masking.whole_word, tokenizer)
-            buffer.write("masked_text", row, masked.ids, tokenizer.pad_id)
-            buffer.write("mask_positions", row, masked.positions)
-            buffer.write("mask_labels", row, masked.labels)
+        decoded: dict[int, list[np.ndarray]] = {}
+        last = next(reversed(pending), None)
+        for row, example in pending.items() if "image" in self._groups else ():
+            if row not in faults:
+                with _collected(faults, row, "image"):
+                    content, shard, key = example.sample.members, example.sample.shard, example.sample.key
+                    two = "second_image" in self._groups
+                    images = members.both_images(content) if two else (members.image_bytes(content),)
+                    with in_progress.decoding(f"{example.ref.source}: {shard} {key}"):
+                        decoded[row] = [decode(image, self._config.data.max_pixels) for image in images]
+            waiting = sum(image.nbytes for pixels in decoded.values() for image in pixels)
+            while decoded and (waiting > _DECODED_BYTES or row == last):
+                ready, pixels = decoded.popitem()
+                with _collected(faults, ready, "image"):
+                    self._write_images(pending[ready], pixels, buffer, ready)
+
+        for row, example in pending.items():
+            if row not in faults:
+                with _collected(faults, row, "members"):
+                    self._write_others(example, buffer, row)
+        return faults
 
     def _write_images(self, example: PendingExample, images: list[np.ndarray], buffer: BatchBuffer, row: int) -> None:
         settings, model = self._config.data.augment, self._model
-        says_side = settings.skip_flip_for_left_right and any(map(mentions_side, (example.text, *example.answers)))
+        says_side = settings.skip_flip_for_left_right and any(map(SIDES.search, (example.text, *example.answers)))
         purposes = {"image": "augment", "second_image": "augment second"}
         for image, (name, purpose) in zip(images, purposes.items(), strict=False):
             random = self._random(example, purpose)
             augmented = augment(image, settings, self._shape, random, not says_side, model.interpolation)
-            if isinstance(self._shape, KeepAspectRatio):
-                buffer[f"{name}_size"][row] = augmented.shape[:2]
             canvas, (height, width) = buffer[name][row], augmented.shape[:2]
+            if isinstance(self._shape, KeepAspectRatio):
+                buffer[f"{name}_size"][row] = height, width
             canvas[:height, :width] = augmented
             canvas[height:] = canvas[:height, width:] = 0
-        if "visible_patches" in buffer:
-            limit, count = buffer["visible_patches"].shape[1], self._num_patches(buffer, row)
-            visible = np.arange(count)
-            if count > limit:
-                visible = np.sort(self._random(example, "patches read").permutation(count)[:limit])
-            buffer.write("visible_patches", row, visible)
-
-    def _num_patches(self, buffer: BatchBuffer, row: int) -> int:
-        if "image_size" not in buffer:
-            return self._model.num_patches
-        return int(buffer["image_size"][row].prod()) // self._model.patch_size**2
 
     def _write_others(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
         """Write everything but the text and the images. Raises BadSample without regions that fit the model."""
-        sample, groups, masking = example.sample, self._groups, self._stage.masking
+        sample, groups, masking, model = example.sample, self._groups, self._stage.masking, self._model
         buffer["uid"][row] = sample.uid
         shows_image = "image" in groups or "regions" in groups
         # The two images of a statement have no common id.
@@ -324,18 +300,22 @@ class ExampleBuilder:
             buffer["label"][row] = example.label
         if "answers" in groups:  # a question without a listed answer has only wrong ones
             assert self._spec.answers is not None
-            listed = self._spec.answers.numbered(example.answers)
+            numbers = self._spec.answers.numbers
+            listed = {numbers[answer]: score for answer, score in example.answers.items() if answer in numbers}
             buffer.write("answers", row, np.array(list(listed), dtype=np.int64))
             buffer.write("answer_scores", row, np.array(list(listed.values()), dtype=np.float32))
 
+        count = model.num_patches
+        if "image_size" in buffer:
+            count = int(buffer["image_size"][row].prod()) // model.patch_size**2
+        visible = np.arange(count)
+        if "visible_patches" in buffer:
+            if count > (limit := buffer["visible_patches"].shape[1]):
+                visible = np.sort(self._random(example, "patches read").permutation(count)[:limit])
+            buffer.write("visible_patches", row, visible)
         if "masked_patches" in groups:  # the same fraction of every image's patches, or of its visible ones
-            random, count = self._random(example, "patches"), self._num_patches(buffer, row)
-            if "visible_patches" in buffer:
-                visible = buffer["visible_patches"][row]
-                visible = visible[visible >= 0]
-                positions = visible[mask_patches(len(visible), masking.image_mask_ratio, random)]
-            else:
-                positions = mask_patches(count, masking.image_mask_ratio, random, masking.patch_shape == "blocks")
+            blocks, random = masking.patch_shape == "blocks", self._random(example, "patches")
+            positions = visible[mask_patches(len(visible), masking.image_mask_ratio, random, blocks)]
             buffer.write("patch_positions", row, positions)
             if "patch_replacements" in groups:
                 random = self._random(example, "stand-ins")
@@ -343,11 +323,9 @@ class ExampleBuilder:
                 buffer.write("patch_replacements", row, shown)
 
         if "regions" in groups:
-            model = self._model
             assert isinstance(model, ImageBERTConfig)
-            regions = regions_of(sample.members)
-            check_fit(regions, model.region_features, model.region_classes if "region_class" in groups else None)
-            regions = regions.most_confident(model.max_regions)
+            num_classes = model.region_classes if "region_class" in groups else None
+            regions = regions_of(sample.members, model.region_features, num_classes).most_confident(model.max_regions)
             buffer.write("region_keep", row, np.ones(len(regions), dtype=np.bool_))
             buffer.write("region_features", row, regions.features)
             buffer.write("region_location", row, regions.locations())
@@ -355,7 +333,18 @@ class ExampleBuilder:
                 buffer.write("region_class", row, regions.classes)
             if "masked_regions" in groups:
                 random = self._random(example, "regions")
-                positions, is_zeroed = mask_regions(len(regions), masking.region_mask_ratio, random)
+                positions = mask_patches(len(regions), masking.region_mask_ratio, random)
+                is_zeroed = [random.uniform() < ZEROED for _ in positions]
                 buffer.write("region_positions", row, positions)
                 buffer["region_hidden"][row] = False
                 buffer["region_hidden"][row, positions[is_zeroed]] = True
+
+
+@contextmanager
+def _collected(faults: dict[int, BadSample], row: int, stage: str) -> Iterator[None]:
+    """Record an error of the block as the row's fault instead of raising it."""
+    try:
+        with judging(stage):
+            yield
+    except BadSample as bad:
+        faults[row] = bad

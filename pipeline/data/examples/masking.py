@@ -1,4 +1,4 @@
-"""Masking of whole words of a text and of patches of an image.
+"""Masking of whole words of a text, and of patches or regions of an image.
 
 A text is masked before padding, so that neither padding nor [CLS] and [SEP] is ever chosen (the published collators
 pad first, which leaves short captions without a masked word).
@@ -16,6 +16,7 @@ from pipeline.data.randomness import CounterRandom
 
 BLOCK_AREA, BLOCK_ASPECT = 16, 10 / 3  # BEiT: minimum patches of a block, and its maximum aspect ratio
 COVERED = -1  # the replacement of a patch that is shown as the mask embedding
+ZEROED = 0.9  # ImageBERT: 90 % of the masked regions lose their features, 10 % keep them
 REPLACED, KEPT = 0.8, 0.9  # BERT: 80 % of the chosen words become [MASK], 10 % random tokens, 10 % stay
 
 
@@ -65,7 +66,7 @@ def mask_whole_words(
 
 
 def mask_patches(num_patches: int, fraction: float, random: CounterRandom, blocks: bool = False) -> np.ndarray:
-    """Return ascending positions (K,) int64 of the masked patches; K depends on the fraction alone and is at least 1.
+    """Return ascending positions (K,) int64 of masked patches or regions; K depends on the fraction and is at least 1.
 
     With `blocks` rectangles of a square grid are masked, else single patches.
     """

@@ -40,7 +40,7 @@ def test_heat_is_the_normalised_transport_plan_of_each_word(model, explanation):
     assert [word.word for word in explanation.words] == TEXT.split()
     for number, word in enumerate(explanation.words):
         places = [place for place, of in enumerate(tokens.word_of) if of == number]
-        assert len(places) == (1 if number < 4 else len(tokens) - 6)
+        assert len(places) == (1 if number < 4 else len(tokens.ids) - 6)
         moved = plan[places].sum(dim=0)
         assert word.heat.shape == (rows, columns)
         torch.testing.assert_close(word.heat.flatten(), moved / moved.sum(), rtol=1e-4, atol=1e-6)

@@ -56,7 +56,7 @@ def test_fingerprint_accepts_a_run_with_relative_paths(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     config = short_config("runs")
     tokenizer = prepare(with_absolute_paths(config), Storage())
-    tokenizer.save(Storage(), "vocab.txt")
+    Storage().write("vocab.txt", tokenizer.vocabulary_file)
     config = short_config("runs", name="other", tokenizer__vocabulary="vocab.txt")
     prepare(with_absolute_paths(config), Storage())
     assert fingerprint_of(config, "pairs", "0:1", 1, 0, 1)["steps"] == [0, 1]

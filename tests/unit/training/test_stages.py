@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.data.contents.text import Tokenizer
+from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig, Model
@@ -49,7 +49,7 @@ def model_of_stage(config: RunConfig, index: int) -> Model:
 
 def check(config: RunConfig, tokens: list[str] = TOKENS) -> None:
     """Check the weights that the first stage starts from."""
-    _check_start(Stage(config, 0), Storage(), Tokenizer.from_vocabulary(tokens))
+    _check_start(Stage(config, 0), Storage(), Tokenizer(tokens or SPECIALS))
 
 
 # ---- image sizes of stages

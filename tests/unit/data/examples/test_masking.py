@@ -102,7 +102,7 @@ def test_masking_does_not_depend_on_pieces_or_text_length(tokenizer, whole):
 
 def test_single_token_words_are_masked_uniformly(tokenizer):
     tokens = tokenizer.encode("a b c d e f g h i j", 40)
-    counts = np.zeros(len(tokens))
+    counts = np.zeros(len(tokens.ids))
     for masked in masked_many(tokenizer, tokens, 4000, probability=0.2):
         counts[masked.positions] += 1
     assert counts[0] == counts[-1] == 0
@@ -112,7 +112,7 @@ def test_single_token_words_are_masked_uniformly(tokenizer):
 def test_without_whole_words_single_tokens_are_masked(tokenizer):
     tokens = tokenizer.encode("hippopotamus", 40)
     assert {len(masked.positions) for masked in masked_many(tokenizer, tokens, 20, whole=False)} <= {1, 2, 3}
-    assert {len(masked.positions) for masked in masked_many(tokenizer, tokens, 20)} == {len(tokens) - 2}
+    assert {len(masked.positions) for masked in masked_many(tokenizer, tokens, 20)} == {len(tokens.ids) - 2}
 
 
 def test_masks_depend_on_the_key_alone(tokenizer):
