@@ -34,25 +34,17 @@ class Caller(Section):
         return Caller(storage=config.storage, tracking_uri=configured_uri(config), cluster=config.cluster)
 
     @staticmethod
-    def named(config: Path | None = None) -> Caller:
-        """Return the caller who gave `--config`. Raises ConfigError as `load_config`."""
+    def named(config: Path | None = None, uri: str | None = None) -> Caller:
+        """Return the caller who gave `--config` and `--uri`. Raises ConfigError as `load_config`."""
         if config is None:
-            return Caller()
+            return Caller(tracking_uri=uri)
         own = load_config(config)
-        return Caller(storage=own.storage, tracking_uri=own.tracking.uri, cluster=own.cluster)
+        return Caller(storage=own.storage, tracking_uri=uri or own.tracking.uri, cluster=own.cluster)
 
     @property
     def server(self) -> str | None:
         """The MLflow URI that the caller gave; None where they gave none."""
         return self.tracking_uri or os.environ.get(URI_VARIABLE)
-
-    def with_server(self, uri: str | None) -> Caller:
-        """Return the same caller, who gave this MLflow URI too."""
-        return self if uri is None else self.model_copy(update={"tracking_uri": uri})
-
-    def server_of(self, folder: str) -> str:
-        """Return the MLflow URI that the run in `folder` is recorded at."""
-        return absolute_uri(self.server or default_uri(absolute(folder.rstrip("/")).rpartition("/")[0] or "/"))
 
     def store(self) -> Storage:
         """Return the access to stores that every URL is read and written by."""
@@ -77,7 +69,8 @@ def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: St
     """
     if read_run_id(config, storage) is None:
         return f"{config.folder} is no tracked run"
-    if _place(recorded.folder) != _place(config.folder):
+    places = [absolute(folder) for folder in (recorded.folder, config.folder)]
+    if len({place if "://" in place else os.path.realpath(place) for place in places}) > 1:
         return f"it is a copy of {recorded.folder}"
     known, own = recorded.tracking_uri or default_uri(config.output), configured_uri(config)
     if redact(absolute_uri(known)) != redact(absolute_uri(own)):
@@ -86,9 +79,3 @@ def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: St
             "was trained with (--config)"
         )
     return None
-
-
-def _place(folder: str) -> str:
-    """Return the same text for the same folder, whatever links lead to it."""
-    location = absolute(folder)
-    return location if "://" in location else os.path.realpath(location)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
+from typer import Argument, Option
 
 from jobs.bench import app as bench_app
 from jobs.console import Config, JsonOption, Overrides, console, echo, local_file, print_result, status
@@ -28,17 +29,16 @@ if TYPE_CHECKING:
 
 TRAIN, EVALUATE, DATA = "Train", "Evaluate and use a model", "Data"
 RESULTS, CONFIGS, CLUSTER = "Results", "Configs and planning", "Machine and cluster"
-Checkpoint = Annotated[str, typer.Argument(help="Folder of a run, of a stage or of a checkpoint (path or URL).")]
-Run = Annotated[str, typer.Argument(help="Folder of a run (path or URL).")]
+STOP_SECONDS = 60.0  # for a job to stop
+
+Checkpoint = Annotated[str, Argument(help="Folder of a run, of a stage or of a checkpoint (path or URL).")]
+Run = Annotated[str, Argument(help="Folder of a run (path or URL).")]
 Workers = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Number of ranks on the run's Ray cluster that share the work (default: this process alone)."
-    ),
+    int | None, Option(min=1, help="Number of ranks on the run's Ray cluster (default: this process alone).")
 ]
 OwnConfig = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--config",
         parser=local_file,
         help="Your own config, whose storage, MLflow and Ray addresses are used; those in the run's folder never are "
@@ -47,42 +47,40 @@ OwnConfig = Annotated[
 ]
 TrackingUri = Annotated[
     str | None,
-    typer.Option("--uri", help="URL of the MLflow server (default: MLFLOW_TRACKING_URI, or SQLite next to the run)."),
+    Option("--uri", help="URL of the MLflow server (default: MLFLOW_TRACKING_URI, or SQLite next to the run)."),
 ]
 Track = Annotated[
     bool | None,
-    typer.Option(
+    Option(
         "--track/--no-track",
         help="Record the result in MLflow (default: only if the folder is not a copy and its run was tracked there).",
     ),
 ]
+Format = Annotated[
+    str, Option(help="Naming scheme of the tensors: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (mome's own).")
+]
+StageName = Annotated[str | None, Option("--stage", help="Name of the stage (default: the last one).")]
 Address = Annotated[
-    str,
-    typer.Option(help="URL of the cluster's dashboard, such as http://head:8265.", envvar="RAY_API_SERVER_ADDRESS"),
+    str, Option(help="URL of the cluster's dashboard, such as http://head:8265.", envvar="RAY_API_SERVER_ADDRESS")
 ]
 Token = Annotated[
-    str | None, typer.Option(help="Reference to the cluster's token: env:NAME or file:PATH (default: Ray's own).")
+    str | None, Option(help="Reference to the cluster's token: env:NAME or file:PATH (default: Ray's own).")
 ]
-Job = Annotated[str, typer.Argument(help="Id of the job, as printed by `mome submit` and `mome jobs list`.")]
-
-STOP_SECONDS = 60.0  # for a job to stop
-FORMAT_HELP = "Naming scheme of the tensors: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (mome's own)."
+Job = Annotated[str, Argument(help="Id of the job, as printed by `mome submit` and `mome jobs list`.")]
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Staged vision-language pretraining on a Ray cluster, from image-text tars in object storage.",
 )
+config_app = typer.Typer(no_args_is_help=True, help="List and show the recipes of this package; print the schema.")
 jobs_app = typer.Typer(
     no_args_is_help=True, help="List jobs submitted to a cluster, show their status and logs, stop them."
 )
-config_app = typer.Typer(no_args_is_help=True, help="List and show the recipes of this package; print the schema.")
 
 
 @app.callback(invoke_without_command=True)
-def _options(
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
+def _options(show_version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False) -> None:
     if show_version:
         try:
             echo(f"mome {version('mome')}")
@@ -91,16 +89,19 @@ def _options(
         raise typer.Exit
 
 
-def _caller(config: Path | None) -> Caller:
+def _caller(config: Path | None, uri: str | None = None) -> Caller:
     from jobs.caller import Caller
 
-    return Caller.named(config)
+    return Caller.named(config, uri)
+
+
+# ---- train
 
 
 @app.command(rich_help_panel=TRAIN)
 def demo(
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier demo run and train again.")] = False,
+    fresh: Annotated[bool, Option("--fresh", help="Delete an earlier demo run and train again.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Generate scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
@@ -114,16 +115,13 @@ def train(
     config: Config,
     overrides: Overrides = None,
     preflight: Annotated[
-        bool,
-        typer.Option("--preflight", help="Check one full step of each stage on every rank, storage and MLflow; exit."),
+        bool, Option("--preflight", help="Check one full step of each stage on every rank, storage and MLflow; exit.")
     ] = False,
-    profile: Annotated[
-        str | None, typer.Option(help="Global steps A:B (B excluded) to record a profiler trace of.")
-    ] = None,
+    profile: Annotated[str | None, Option(help="Global steps A:B (B excluded) to record a profiler trace of.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the stages of CONFIG, or resume the run. Without an address, a local Ray is started."""
-    from jobs.distributed import preflight_on_ray
+    from jobs.distributed import check_rank, run_on_cluster
     from jobs.train import run_and_evaluate
     from pipeline.config.load import load_config
     from pipeline.training.profile import profile_override
@@ -132,7 +130,7 @@ def train(
     settings = load_config(config, [*(overrides or []), *extra])
     if preflight:
         with status("checking on every rank"):
-            result = preflight_on_ray(settings)
+            result = run_on_cluster(check_rank, settings, "preflight")
     else:
         result = run_and_evaluate(settings)
     print_result(result, as_json)
@@ -144,10 +142,9 @@ def submit(
     overrides: Overrides = None,
     address: Address = "",
     token: Token = None,
-    follow: Annotated[bool, typer.Option(help="Stream the job's output until it ends.")] = True,
+    follow: Annotated[bool, Option(help="Stream the job's output until it ends.")] = True,
     submission_id: Annotated[
-        str | None,
-        typer.Option(help="Id of the job; a known id is not submitted again (default: derived from the config)."),
+        str | None, Option(help="Id of the job; a known id is not submitted again (default: derived from the config).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -158,43 +155,40 @@ def submit(
     print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id, token), as_json)
 
 
+# ---- evaluate and use a model
+
+
 @app.command(rich_help_panel=EVALUATE)
 def evaluate(
     checkpoint: Checkpoint,
     source: Annotated[
-        str | None, typer.Option(help="Source of the run's config, or URL of shards (default: evaluation.source).")
+        str | None, Option(help="Source of the run's config, or URL of shards (default: evaluation.source).")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of images, for a partial evaluation.")
-    ] = None,
+    limit: Annotated[int | None, Option(min=1, help="Maximum number of images, for a partial evaluation.")] = None,
     report: Annotated[
         Path | None,
-        typer.Option(
-            parser=local_file, help="Path of the HTML report (default: report-NAME.html next to the weights)."
-        ),
+        Option(parser=local_file, help="Path of the HTML report (default: report-NAME.html next to the weights)."),
     ] = None,
     track: Track = None,
     name: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="Name of the evaluation (default: the source's name).")
+        str | None, Option("--as", metavar="NAME", help="Name of the evaluation (default: the source's name).")
     ] = None,
     workers: Workers = None,
     rerank: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Number of candidates per query that the fusion encoder re-ranks (default: evaluation.rerank)."
-        ),
+        Option(min=0, help="Candidates per query that the fusion encoder re-ranks (default: evaluation.rerank)."),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Folder of another evaluated run, whose figures the report compares.")
+        str | None, Option(help="Folder of another evaluated run, whose figures the report compares.")
     ] = None,
     source_type: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--type", help="Type of a URL's source: pairs, labelled, questions or statements (default: the stage's)."
         ),
     ] = None,
     probe: Annotated[
-        str | None, typer.Option(help="Labelled source to train a linear classifier on; --source measures it.")
+        str | None, Option(help="Labelled source to train a linear classifier on; --source measures it.")
     ] = None,
     config: OwnConfig = None,
     as_json: JsonOption = False,
@@ -226,12 +220,12 @@ def evaluate(
 @app.command(rich_help_panel=EVALUATE)
 def predict(
     checkpoint: Checkpoint,
-    image: Annotated[str | None, typer.Option(help="Path or URL of an image.")] = None,
+    image: Annotated[str | None, Option(help="Path or URL of an image.")] = None,
     second_image: Annotated[
-        str | None, typer.Option(help="Path or URL of the second image, for a statement about two images.")
+        str | None, Option(help="Path or URL of the second image, for a statement about two images.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="A question, a statement, a caption, or a text with [MASK].")] = None,
-    top: Annotated[int, typer.Option(help="Maximum number of answers, classes or words to print.", min=1)] = 5,
+    text: Annotated[str | None, Option(help="A question, a statement, a caption, or a text with [MASK].")] = None,
+    top: Annotated[int, Option(help="Maximum number of answers, classes or words to print.", min=1)] = 5,
     config: OwnConfig = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -244,9 +238,9 @@ def predict(
 @app.command(rich_help_panel=EVALUATE)
 def explain(
     checkpoint: Checkpoint,
-    image: Annotated[str, typer.Option(help="Path or URL of an image.")],
-    text: Annotated[str, typer.Option(help="Text about the image.")],
-    out: Annotated[str, typer.Option(help="Path or URL of the drawing, ending in .html or .png.")] = "explain.html",
+    image: Annotated[str, Option(help="Path or URL of an image.")],
+    text: Annotated[str, Option(help="Text about the image.")],
+    out: Annotated[str, Option(help="Path or URL of the drawing, ending in .html or .png.")] = "explain.html",
     config: OwnConfig = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -259,9 +253,9 @@ def explain(
 
 @app.command(rich_help_panel=EVALUATE)
 def embed(
-    shards: Annotated[str, typer.Argument(help="Folder of indexed shards (path or URL).")],
-    checkpoint: Annotated[str, typer.Option(help="Folder of a run, of a stage or of a checkpoint (path or URL).")],
-    out: Annotated[str, typer.Option(help="Folder for one Parquet file per shard (path or URL).")],
+    shards: Annotated[str, Argument(help="Folder of indexed shards (path or URL).")],
+    checkpoint: Annotated[str, Option(help="Folder of a run, of a stage or of a checkpoint (path or URL).")],
+    out: Annotated[str, Option(help="Folder for one Parquet file per shard (path or URL).")],
     workers: Workers = None,
     config: OwnConfig = None,
     as_json: JsonOption = False,
@@ -269,35 +263,32 @@ def embed(
     """Write the embeddings of every image and caption of SHARDS. The same command again continues where it stopped."""
     from jobs.embed import embed as run_embed
 
-    result = run_embed(shards, checkpoint, out, workers, _caller(config))
-    print_result(result, as_json)
+    print_result(run_embed(shards, checkpoint, out, workers, _caller(config)), as_json)
 
 
 @app.command("import", rich_help_panel=EVALUATE)
 def import_(
-    path: Annotated[str, typer.Argument(help="Published checkpoint: a file, or a Hugging Face folder (path or URL).")],
-    format: Annotated[str, typer.Option(help=FORMAT_HELP)],
-    out: Annotated[str, typer.Option(help="New folder (path or URL), for `start_from` and `mome evaluate`.")],
+    path: Annotated[str, Argument(help="Published checkpoint: a file, or a Hugging Face folder (path or URL).")],
+    format: Format,
+    out: Annotated[str, Option(help="New folder (path or URL), for `start_from` and `mome evaluate`.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             help="Model sizes that cannot be inferred from the tensors: heads=16 image_size=384", metavar="KEY=VALUE"
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(parser=local_file, help="Config whose model section describes the weights.")
+        Path | None, Option(parser=local_file, help="Config whose model section describes the weights.")
     ] = None,
     vocabulary: Annotated[
-        str | None, typer.Option(help="Vocabulary file of the weights, one token per line (path or URL).")
+        str | None, Option(help="Vocabulary file of the weights, one token per line (path or URL).")
     ] = None,
     may_differ: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Name or pattern of tensors that may be missing, unexpected or of another shape; may be repeated."
-        ),
+        Option(help="Name or pattern of tensors that may be missing, unexpected or of another shape; may be repeated."),
     ] = None,
     answers: Annotated[
-        str | None, typer.Option(help="Answers of a VQA head: a JSON list, or one answer per line (path or URL).")
+        str | None, Option(help="Answers of a VQA head: a JSON list, or one answer per line (path or URL).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -311,8 +302,8 @@ def import_(
 @app.command(rich_help_panel=EVALUATE)
 def export(
     checkpoint: Checkpoint,
-    format: Annotated[str, typer.Option(help=FORMAT_HELP)],
-    out: Annotated[str, typer.Option(help="File to write: safetensors if the name ends so, else torch's format.")],
+    format: Format,
+    out: Annotated[str, Option(help="File to write: safetensors if the name ends so, else torch's format.")],
     as_json: JsonOption = False,
 ) -> None:
     """Write a stage's weights under a published format's names, and verify that they read back bit for bit."""
@@ -324,10 +315,8 @@ def export(
 @app.command(rich_help_panel=EVALUATE)
 def register(
     checkpoint: Checkpoint,
-    name: Annotated[str, typer.Option(help="Name of the registered model; the checkpoint becomes its next version.")],
-    alias: Annotated[
-        str | None, typer.Option(help="Alias to point at this version, such as candidate or champion.")
-    ] = None,
+    name: Annotated[str, Option(help="Name of the registered model; the checkpoint becomes its next version.")],
+    alias: Annotated[str | None, Option(help="Alias to point at this version, such as candidate or champion.")] = None,
     uri: TrackingUri = None,
     config: OwnConfig = None,
     as_json: JsonOption = False,
@@ -335,7 +324,10 @@ def register(
     """Register a checkpoint in MLflow, so that `mlflow.pyfunc.load_model` gives embeddings and matching scores."""
     from jobs.tracking import register_checkpoint
 
-    print_result(register_checkpoint(checkpoint, name, alias, uri, _caller(config)), as_json)
+    print_result(register_checkpoint(checkpoint, name, alias, _caller(config, uri)), as_json)
+
+
+# ---- data and results
 
 
 app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
@@ -345,13 +337,13 @@ app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
 def fingerprint(
     config: Config,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="Name of the stage (default: the last one).")] = None,
-    steps: Annotated[str, typer.Option(help="Steps A:B of the stage (B excluded).")] = "0:10",
-    world_size: Annotated[int, typer.Option(help="Number of ranks that read the batches.", min=1)] = 1,
+    stage: StageName = None,
+    steps: Annotated[str, Option(help="Steps A:B of the stage (B excluded).")] = "0:10",
+    world_size: Annotated[int, Option(help="Number of ranks that read the batches.", min=1)] = 1,
     workers: Annotated[
-        int, typer.Option(help="Number of loader processes per rank; 0 loads in the rank's threads.", min=0)
+        int, Option(help="Number of loader processes per rank; 0 loads in the rank's threads.", min=0)
     ] = 0,
-    threads: Annotated[int, typer.Option(help="Number of loader threads per process.", min=1)] = 2,
+    threads: Annotated[int, Option(help="Number of loader threads per process.", min=1)] = 2,
     as_json: JsonOption = False,
 ) -> None:
     """Hash the data of steps A to B: equal for every world size and number of workers and threads (contract C1)."""
@@ -366,14 +358,12 @@ def fingerprint(
 def report(
     run: Run,
     out: Annotated[
-        Path | None, typer.Option(parser=local_file, help="Path of the HTML page (default: in the run's folder).")
+        Path | None, Option(parser=local_file, help="Path of the HTML page (default: in the run's folder).")
     ] = None,
     price: Annotated[
-        float | None, typer.Option(min=0, help="Price per rank-hour (default: cluster.price of the run).")
+        float | None, Option(min=0, help="Price per rank-hour (default: cluster.price of the run).")
     ] = None,
-    against: Annotated[
-        list[str] | None, typer.Option(help="Folder of another run to compare with; may be repeated.")
-    ] = None,
+    against: Annotated[list[str] | None, Option(help="Folder of another run to compare with; may be repeated.")] = None,
     track: Track = None,
     config: OwnConfig = None,
     as_json: JsonOption = False,
@@ -386,8 +376,8 @@ def report(
 
 @app.command(rich_help_panel=RESULTS)
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Folders of two or more runs (paths or URLs).")],
-    html: Annotated[Path | None, typer.Option(parser=local_file, help="Also write an HTML page to this path.")] = None,
+    runs: Annotated[list[str], Argument(help="Folders of two or more runs (paths or URLs).")],
+    html: Annotated[Path | None, Option(parser=local_file, help="Also write an HTML page to this path.")] = None,
     config: OwnConfig = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -403,7 +393,10 @@ def sync(run: Run, uri: TrackingUri = None, config: OwnConfig = None, as_json: J
     """Upload to MLflow what an unreachable server missed. Uploading twice changes nothing."""
     from jobs.tracking import sync as upload
 
-    print_result(upload(run, uri, _caller(config)), as_json)
+    print_result(upload(run, _caller(config, uri)), as_json)
+
+
+# ---- configs and planning
 
 
 @config_app.command("list")
@@ -415,9 +408,7 @@ def list_configs(as_json: JsonOption = False) -> None:
 
 
 @config_app.command("show")
-def show_config(
-    name: Annotated[str, typer.Argument(help="Name of a recipe, such as demo or finetune/vilt_b32_vqa.")],
-) -> None:
+def show_config(name: Annotated[str, Argument(help="Name of a recipe: demo or finetune/vilt_b32_vqa.")]) -> None:
     """Print a recipe, for example to start your own config from it."""
     from jobs.configs import read_recipe
 
@@ -440,37 +431,32 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     accelerator: Annotated[
-        str,
-        typer.Option(help="GPU model: h100, h200, b200, a100-80, a100-40, l40s or another of pipeline.planning."),
+        str, Option(help="GPU model: h100, h200, b200, a100-80, a100-40, l40s or another of pipeline.planning.")
     ] = "h100",
     network: Annotated[
-        str,
-        typer.Option(help="Network between nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100 or ethernet-25."),
+        str, Option(help="Network between nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100 or ethernet-25.")
     ] = "ib-400",
-    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs (default: cluster.workers).")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Price per GPU-hour (default: cluster.price).")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Model FLOPs utilization, as a fraction.")] = 0.35,
+    gpus: Annotated[int | None, Option(min=1, help="Number of GPUs (default: cluster.workers).")] = None,
+    price: Annotated[float | None, Option(min=0, help="Price per GPU-hour (default: cluster.price).")] = None,
+    mfu: Annotated[float, Option(min=0.01, max=1, help="Model FLOPs utilization, as a fraction.")] = 0.35,
     overlap: Annotated[
-        float, typer.Option(min=0, max=1, help="Fraction of the arithmetic that communication overlaps with.")
+        float, Option(min=0, max=1, help="Fraction of the arithmetic that communication overlaps with.")
     ] = 0.0,
     goodput: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Fraction of the wall-clock time spent on training.")
+        float, Option(min=0.01, max=1, help="Fraction of the wall-clock time spent on training.")
     ] = 0.97,
     cpu_milliseconds: Annotated[
-        float, typer.Option(min=0, help="CPU time to prepare an image, in ms of one core; see `mome bench loader`.")
+        float, Option(min=0, help="CPU time to prepare an image, in ms of one core; see `mome bench loader`.")
     ] = 2.7,
     sample_bytes: Annotated[
-        float, typer.Option(min=0, help="Stored size of a sample in bytes, for sources without a local manifest.")
+        float, Option(min=0, help="Stored size of a sample in bytes, for sources without a local manifest.")
     ] = 1.1e5,
-    store_bandwidth: Annotated[
-        float, typer.Option(min=1, help="Write bandwidth of the checkpoint store, in bytes/s.")
-    ] = 1e9,
+    store_bandwidth: Annotated[float, Option(min=1, help="Write bandwidth of the checkpoint store, in bytes/s.")] = 1e9,
     text_tokens: Annotated[
-        int | None, typer.Option(min=4, help="Tokens per text (default: the maximum that the stage allows).")
+        int | None, Option(min=4, help="Tokens per text (default: the maximum that the stage allows).")
     ] = None,
     scaling: Annotated[
-        Path | None,
-        typer.Option(parser=local_file, help="Also plan 1 to 1,024 GPUs: print a table and write this SVG file."),
+        Path | None, Option(parser=local_file, help="Also plan 1 to 1,024 GPUs: print a table and write this SVG file.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -495,10 +481,13 @@ def plan(
 @app.command(rich_help_panel=CONFIGS)
 def objectives(as_json: JsonOption = False) -> None:
     """List the objectives that each kind of model learns, and the source types it learns them from."""
-    from jobs.configs import objectives_by_kind, objectives_text
+    from jobs.configs import objectives_table
 
-    table = objectives_by_kind()
-    print_result({"objectives": table}, as_json, objectives_text(table))
+    table, text = objectives_table()
+    print_result({"objectives": table}, as_json, text)
+
+
+# ---- machine and cluster
 
 
 @app.command(rich_help_panel=CLUSTER)
@@ -506,7 +495,7 @@ def doctor(
     overrides: Overrides = None,
     config: Annotated[
         Path | None,
-        typer.Option(parser=local_file, help="Config of a run whose storage, sources and servers are checked too."),
+        Option(parser=local_file, help="Config of a run whose storage, sources and servers are checked too."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -527,6 +516,10 @@ def doctor(
     print_result(checks, as_json, as_text(results))
     if not is_healthy:
         raise typer.Exit(1)
+
+
+app.add_typer(bench_app, name="bench", rich_help_panel=CLUSTER)
+app.add_typer(jobs_app, name="jobs", rich_help_panel=CLUSTER)
 
 
 @jobs_app.command("list")
@@ -565,7 +558,7 @@ def logs(
     job: Job,
     address: Address = "",
     token: Token = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Stream the output until the job ends.")] = False,
+    follow: Annotated[bool, Option("--follow", help="Stream the output until the job ends.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print the output of a job."""
@@ -593,10 +586,6 @@ def stop(job: Job, address: Address = "", token: Token = None, as_json: JsonOpti
             raise RunFailed(f"job {job}: still {state.value} {STOP_SECONDS:.0f} s after the request to stop")
         time.sleep(0.5)
     print_result({"job": job, "status": state.value}, as_json)
-
-
-app.add_typer(bench_app, name="bench", rich_help_panel=CLUSTER)
-app.add_typer(jobs_app, name="jobs", rich_help_panel=CLUSTER)
 
 
 def main() -> None:

@@ -57,25 +57,16 @@ def source_types(objective: str, kind: str) -> list[str]:
     return [name for name in get_args(SourceType) if modules_for(_skeleton(kind), objective, name) is not None]
 
 
-def objectives_by_kind() -> dict[str, dict[str, list[str]]]:
-    """Return the source types by objective and kind of model."""
+def objectives_table() -> tuple[dict[str, dict[str, list[str]]], str]:
+    """Return the source types by objective and kind of model, and as text with a line per objective."""
     from pipeline.config.schema import MODEL_SECTIONS, objective_names
 
-    return {
-        objective: {kind: types for kind in MODEL_SECTIONS if (types := source_types(objective, kind))}
-        for objective in objective_names()
-    }
-
-
-def objectives_text(table: dict[str, dict[str, list[str]]]) -> str:
-    """Return the table, one objective per line and one kind of model per column."""
-    from pipeline.config.schema import MODEL_SECTIONS
-
-    rows = [
-        [objective, *(", ".join(by_kind.get(kind, ["·"])) for kind in MODEL_SECTIONS)]
-        for objective, by_kind in table.items()
-    ]
-    return aligned([["objective", *MODEL_SECTIONS], *rows])
+    table, lines = {}, [["objective", *MODEL_SECTIONS]]
+    for objective in objective_names():
+        types = {kind: source_types(objective, kind) for kind in MODEL_SECTIONS}
+        table[objective] = {kind: names for kind, names in types.items() if names}
+        lines.append([objective, *(", ".join(names) or "·" for names in types.values())])
+    return table, aligned(lines)
 
 
 def fingerprint_of(

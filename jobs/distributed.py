@@ -209,21 +209,17 @@ def on_workers(
     cluster = config.cluster.model_copy(update={"loader_actors": 0})  # only training uses them
     config = config.model_copy(update={"cluster": cluster})
     budget = train_api.FailureConfig(max_failures=config.cluster.max_failures)
-    return _run_on_cluster(work, config, name, {"request": json.dumps(request)}, failure_config=budget)
+    return run_on_cluster(work, config, name, {"request": json.dumps(request)}, failure_config=budget)
 
 
-def preflight_on_ray(config: RunConfig) -> Result:
-    """Check the run on every rank; return details and seconds by check. Raises MomeError with the first failure."""
-    return _run_on_cluster(_check_rank, config, "preflight")
-
-
-def _run_on_cluster(
+def run_on_cluster(
     work: Callable[[dict[str, str]], Result],
     config: RunConfig,
     name: str,
     arguments: Mapping[str, str] | None = None,
     **run: Any,
 ) -> Result:
+    """Run `work` on the run's ranks, as `run_on_ranks`. Raises MomeError with the first failure of any rank."""
     config = for_ranks(config)
     connect(config.cluster)
     try:
@@ -245,8 +241,8 @@ def run_request(loop_config: dict[str, str], work: Callable[[Any, Ranks], Result
         return {"failure": {"message": str(error), "exit_status": error.exit_status}}
 
 
-def _check_rank(loop_config: dict[str, str]) -> Result:
-    """Run the preflight checks on a Ray Train worker."""
+def check_rank(loop_config: dict[str, str]) -> Result:
+    """Run the preflight checks on a Ray Train worker; return details and seconds by check."""
     config = RunConfig.model_validate_json(loop_config["config"])
     try:
         checks = preflight(config, lambda _: None, _loader_backend(config))

@@ -15,6 +15,7 @@ from pipeline.data.storage import Storage
 
 HEAD = 8192  # bytes of a page or image that contain its signature (`pipeline.pages.page.signature`)
 _SIGNATURE = re.compile(rb"mome [0-9a-f]{32}")
+REMEDY = "give another name, or delete it"
 _FINDING = {"shard", "key", "stage", "reason"}  # keys of each line of a list of bad samples
 
 
@@ -35,7 +36,7 @@ def check_output(storage: Storage, url: str, option: str, data: bytes | None = N
     own = stored if data is None else _SIGNATURE.search(data[:HEAD])
     if own is None or stored is None or own[0] != stored[0]:
         kind = "a file that mome did not write" if stored is None else "a page or image of something else"
-        raise _overwrite_error(option, url, kind)
+        raise ConfigError(f"{option} {url}: would overwrite {kind}; {REMEDY}")
 
 
 @contextmanager
@@ -58,14 +59,10 @@ def list_of_findings(path: Path, option: str) -> Iterator[BinaryIO]:
         except (ValueError, AttributeError, RecursionError):
             is_own = False
         if not is_own:
-            raise _overwrite_error(option, str(path), "a file that mome did not write")
+            raise ConfigError(f"{option} {path}: would overwrite a file that mome did not write; {REMEDY}")
     with ExitStack() as stack:
         try:
             file = stack.enter_context(atomic_write(path))
         except OSError as error:
             raise ConfigError(f"{option} {path}: cannot be written ({error}); give another name") from error
         yield file
-
-
-def _overwrite_error(option: str, url: str, kind: str) -> ConfigError:
-    return ConfigError(f"{option} {url}: would overwrite {kind}; give another name, or delete it")

@@ -16,6 +16,7 @@ from PIL import Image
 from jobs.caller import URI_VARIABLE, Caller
 from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import redact, redact_values
+from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage, split
 from pipeline.inference import drop_untrained_objectives, pyfunc_outputs
 from pipeline.tracking import locations
@@ -35,15 +36,14 @@ SERVING = (
 
 
 def register_checkpoint(
-    checkpoint: str, name: str, alias: str | None = None, uri: str | None = None, caller: Caller = Caller()
+    checkpoint: str, name: str, alias: str | None = None, caller: Caller = Caller()
 ) -> dict[str, Any]:
     """Register the weights of a run, a stage or a checkpoint's folder; return the version and how to load it.
 
-    The MLflow server is `uri`, else the caller's, else the SQLite file next to the run's folder. Raises CheckpointError
-    for a folder without complete weights, ConfigError for weights that give neither embeddings nor matching scores,
+    The MLflow server is the caller's, else the SQLite file next to the run's folder. Raises CheckpointError for a
+    folder without complete weights, ConfigError for weights that give neither embeddings nor matching scores,
     TrackingError for what MLflow refuses.
     """
-    caller = caller.with_server(uri)
     storage = caller.store()
     weights = load_weights(storage, checkpoint.rstrip("/"))
     config = caller.applied(weights.config)
@@ -79,22 +79,23 @@ def register_checkpoint(
     return done | {"tracking_uri": redact(server), "checkpoint": weights.url}
 
 
-def sync(run: str, uri: str | None = None, caller: Caller = Caller()) -> dict[str, Any]:
-    """Upload the journal of the run in folder `run` (path or URL) to `uri`, else to the caller's server.
+def sync(run: str, caller: Caller = Caller()) -> dict[str, Any]:
+    """Upload the journal of the run in folder `run` (path or URL) to the caller's server.
 
     Without a server, that is the SQLite file next to the run's folder. The server named in the journal is not used: the
     journal may come from another person. Uploading again changes nothing. Returns the server, the bytes of journal that
     were pending, and the number of metric points uploaded. Raises TrackingError if there is no journal, if another
     process is uploading it, or if the server does not accept it.
     """
-    caller = caller.with_server(uri)
     journal = locations.read_journal(run, caller.store())
     run_records = journal.run_records()
     if not run_records:
         raise TrackingError(
             f"{run}: no tracking journal in {journal.folder}; give the folder of a run, <output>/<name>"
         )
-    target, known = locations.resolve_uri(caller.server_of(run)), str(run_records[-1].get("uri"))
+    next_to_it = locations.default_uri(absolute(run.rstrip("/")).rpartition("/")[0] or "/")
+    target = locations.resolve_uri(locations.absolute_uri(caller.server or next_to_it))
+    known = str(run_records[-1].get("uri"))
     if caller.server is None and redact(locations.absolute_uri(known)) != redact(target):
         raise TrackingError(
             f"{run}: its journal says that it was tracked at {redact(known)}; to ship it there, give --uri, name the "

@@ -90,7 +90,7 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
     connect(config.cluster)
     taken = Ownership.take(storage, config.folder)
     ownership = Ownership(storage, config.folder, taken.claim)  # without the rank start, which restarts change
-    messages = RankMessages(Mailbox(str(taken.start)))
+    mail, open_alerts = Mailbox(str(taken.start)), dict[str, str]()
     deadline = min(PROGRESS_RETRY_SECONDS, config.storage.retry_timeout_seconds)
     impatient = Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
     last = b""
@@ -104,9 +104,12 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
 
     with poll(show_progress, PROGRESS_SECONDS):
         try:
-            _train(config, storage, ownership, messages, interrupts)
+            _train(config, storage, ownership, mail, open_alerts, interrupts)
         finally:
-            messages.close()
+            show_messages(mail, open_alerts)
+            for text in open_alerts.values():
+                notify(f"alert not over: {text}", "yellow")
+            mail.clear()
     _raise_failure(config, storage, ownership)
     unfinished = _unfinished(config, storage)
     if unfinished is not None:
@@ -124,7 +127,12 @@ def _unfinished(config: RunConfig, storage: Storage) -> str | None:
 
 
 def _train(
-    config: RunConfig, storage: Storage, ownership: Ownership, messages: RankMessages, interrupts: Interrupts | None
+    config: RunConfig,
+    storage: Storage,
+    ownership: Ownership,
+    mail: Mailbox,
+    open_alerts: dict[str, str],
+    interrupts: Interrupts | None,
 ) -> None:
     """Run Ray Train until the stages are finished: again after preemption, growth or a failure of its controller.
 
@@ -136,14 +144,13 @@ def _train(
     from jobs.placement import FAILED, Placement, Restarts
 
     train: Any = ray.train  # Ray's annotations are those of Train v1
-    cluster, start = config.cluster, messages.mail.start
-    limit = cluster.max_preemptions
-    restarts, placement = Restarts(config), Placement(cluster, start)
+    cluster, limit = config.cluster, config.cluster.max_preemptions
+    restarts, placement = Restarts(config), Placement(cluster, mail.start)
 
     def check() -> None:
-        messages.show()
+        show_messages(mail, open_alerts)
         if interrupts is not None:
-            interrupts.check(messages.mail, placement.ranks)
+            interrupts.check(mail, placement.ranks)
 
     while True:
         failures_left = cluster.max_failures - restarts.count(FAILED)
@@ -153,7 +160,7 @@ def _train(
                     run_rank,
                     config,
                     config.name,
-                    arguments={"claim": ownership.claim, "start": start},
+                    arguments={"claim": ownership.claim, "start": mail.start},
                     placement=placement,
                     check=check,
                     callbacks=[restarts],
@@ -193,25 +200,11 @@ def _raise_failure(config: RunConfig, storage: Storage, ownership: Ownership) ->
         raise error_from_json(json.loads(storage.read(url)))
 
 
-class RankMessages:
-    """Warnings and alerts of rank 0, printed by the driver; alerts that are not over are repeated at the end."""
-
-    def __init__(self, mail: Mailbox):
-        self.mail = mail
-        self._open_alerts: dict[str, str] = {}
-
-    def show(self) -> None:
-        """Print the messages since the last call."""
-        for message in self.mail.receive():
-            notify(f"{message['level']} {message['text']}", "yellow")
-            if message.get("over"):
-                self._open_alerts.pop(message["alert"], None)
-            elif "alert" in message:
-                self._open_alerts[message["alert"]] = message["text"]
-
-    def close(self) -> None:
-        """Print the last messages and the alerts that are not over."""
-        self.show()
-        for text in self._open_alerts.values():
-            notify(f"alert not over: {text}", "yellow")
-        self.mail.clear()
+def show_messages(mail: Mailbox, open_alerts: dict[str, str]) -> None:
+    """Print the warnings and alerts of rank 0 since the last call; keep the texts of alerts that are not over."""
+    for message in mail.receive():
+        notify(f"{message['level']} {message['text']}", "yellow")
+        if message.get("over"):
+            open_alerts.pop(message["alert"], None)
+        elif "alert" in message:
+            open_alerts[message["alert"]] = message["text"]

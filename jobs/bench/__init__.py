@@ -11,7 +11,7 @@ from jobs.console import Config, JsonOption, Overrides, local_file, print_result
 
 app = typer.Typer(no_args_is_help=True, help="Measure loader, store, training step and checkpoints on this machine.")
 
-PEERS = ("webdataset_pil", "open_clip_composition")
+PEERS = ("webdataset_pil",)  # of our loader: webdataset and Pillow
 MIB = 2**20
 
 
@@ -36,30 +36,20 @@ def loader(
     rand_augment: Annotated[bool, typer.Option(help="Measure with and without RandAugment, or only without.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; every loader is measured once per round.")] = 3,
     peer: Annotated[
-        list[str] | None, typer.Option(help=f"Loader to compare with: {' or '.join(PEERS)}; may be repeated.")
+        list[str] | None, typer.Option(help=f"Loader to compare with: {' or '.join(PEERS)} (default: all).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the CPU time per sample of our loader, of webdataset with Pillow, and of open_clip's pipeline.
+    """Measure the CPU time per sample of our loader, and of webdataset with Pillow.
 
     All processes of a loader count, after its warm-up.
     """
-    from jobs.bench.loader import bench_loader
+    from jobs.bench.loader import BenchJob, bench_loader
 
+    job = BenchJob("mome", "", "", samples, batch, workers, threads, num_ops=2 if rand_augment else 0)
+    words, peers = str(vocabulary) if vocabulary else None, PEERS if peer is None else tuple(peer)
     with status("starting") as update:
-        result = bench_loader(
-            shards=shards,
-            photos=tuple(photos or ()),
-            vocabulary=str(vocabulary) if vocabulary else None,
-            samples=samples,
-            workers=workers,
-            threads=threads,
-            batch_size=batch,
-            rand_augment=rand_augment,
-            rounds=rounds,
-            peers=PEERS if peer is None else tuple(peer),
-            progress=update,
-        )
+        result = bench_loader(shards, tuple(photos or ()), words, job, rounds, peers, update)
     print_result(result, as_json)
 
 

@@ -1,4 +1,4 @@
-"""`mome bench loader`: CPU time per sample of our loader and of other projects' loaders on the same shards.
+"""`mome bench loader`: CPU time per sample of our loader and of webdataset's on the same shards.
 
 Every loader runs in a fresh process (`python -m jobs.bench.loader JOB.json RESULT.json`) with one thread per worker.
 Counting starts after a warm-up and includes every process the loader started.
@@ -6,6 +6,7 @@ Counting starts after a warm-up and includes every process the loader started.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import gcd
@@ -30,25 +31,24 @@ import numpy as np
 import psutil
 import simplejpeg
 import torch
+import webdataset
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
-from jobs.bench.peers import PEERS, PeerRecipe
+from jobs.bench import PEERS
+from pipeline.config import schema
 from pipeline.config.errors import ConfigError, DataError, RunFailed
-from pipeline.config.schema import (
-    AugmentConfig,
-    DataConfig,
-    LoaderConfig,
-    ObjectiveConfig,
-    RunConfig,
-    SourceConfig,
-    StageConfig,
-    VLMoConfig,
-)
 from pipeline.config.urls import is_local
 from pipeline.data.building import importers
 from pipeline.data.building.files import Problems, Sample
+from pipeline.data.contents.images import draw_crop
 from pipeline.data.contents.members import image_bytes
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.examples import augment
 from pipeline.data.loading.loader import Loader
+from pipeline.data.randomness import CounterRandom
 from pipeline.data.reading.samples import iter_captions, iter_samples
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
@@ -63,6 +63,8 @@ DECODE = "simplejpeg"  # the contender that only decodes JPEGs
 WARM_UP_BATCHES = 6
 VOCABULARY_SIZE = 8192
 MIN_SHARDS, MAX_SAMPLES_PER_SHARD = 16, 1000
+IGNORED = -100  # label of a token that is not masked
+IMAGES = ("jpg", "png", "jpeg", "webp")
 
 SYNTHETIC_IMAGES = 48  # number of different images where no photos are given
 WIDTH, HEIGHT, QUALITY = 640, 480, 90
@@ -74,6 +76,7 @@ WORDS = (  # noqa: SIM905
 ).split()
 
 Measurement = dict[str, Any]
+Batches = Iterator[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -90,60 +93,53 @@ class BenchJob:
     num_ops: int  # of RandAugment; 0 disables it
     seed: int = 0
 
-    def config(self) -> RunConfig:
+    def config(self) -> schema.RunConfig:
         """Return the work as a run: one vision-language stage over the shards."""
-        stage = StageConfig(
+        stage = schema.StageConfig(
             name="bench",
             sources={"photos": 1.0},
-            objectives={"itc": ObjectiveConfig(), "mlm": ObjectiveConfig()},
+            objectives={"itc": schema.ObjectiveConfig(), "mlm": schema.ObjectiveConfig()},
             steps=10**9,
             global_batch_size=self.batch_size,
         )
-        loader = LoaderConfig(num_workers=self.workers, threads_per_worker=self.threads)
-        augment = AugmentConfig(num_ops=self.num_ops)
-        return RunConfig(
+        data = schema.DataConfig(
+            streams=gcd(self.batch_size, 16),
+            augment=schema.AugmentConfig(num_ops=self.num_ops),
+            loader=schema.LoaderConfig(num_workers=self.workers, threads_per_worker=self.threads),
+        )
+        return schema.RunConfig(
             name="bench",
             seed=self.seed,
-            model=VLMoConfig(),
-            sources={"photos": SourceConfig(shards=self.shards)},
-            data=DataConfig(streams=gcd(self.batch_size, 16), augment=augment, loader=loader),
+            model=schema.VLMoConfig(),
+            sources={"photos": schema.SourceConfig(shards=self.shards)},
+            data=data,
             stages=(stage,),
         )
 
-    def peer_recipe(self) -> PeerRecipe:
-        """Return the same work for a peer."""
-        shards, workers = load_manifest(Storage(), self.shards).shards, max(1, self.workers) * self.threads
-        paths = tuple(join(self.shards, shard.name) for shard in shards)
-        samples_per_worker = max(1, sum(shard.samples for shard in shards) // workers)
-        return PeerRecipe(self.config(), paths, self.vocabulary, workers, samples_per_worker)
-
 
 def bench_loader(
-    shards: str | None = None,
-    photos: tuple[Path, ...] = (),
-    vocabulary: str | None = None,
-    samples: int = 2048,
-    workers: int = 1,
-    threads: int = 1,
-    batch_size: int = 64,
-    rand_augment: bool = True,
-    rounds: int = 3,
-    peers: tuple[str, ...] = tuple(PEERS),
-    progress: Callable[[str], None] = lambda message: None,
+    shards: str | None,
+    photos: tuple[Path, ...],
+    vocabulary: str | None,
+    job: BenchJob,
+    rounds: int,
+    peers: tuple[str, ...],
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure all loaders on `shards`, on shards of `photos` (folders), or on synthetic images.
 
+    `job` holds the load; shards and vocabulary are filled in. With RandAugment, loaders are also measured without it.
     Figures are medians of `rounds`, in which the contenders take turns. Raises ConfigError for unusable settings,
     RunFailed when a contender fails.
     """
     if unknown := set(peers) - set(PEERS):
         raise ConfigError(f"--peer {', '.join(sorted(unknown))}: unknown; expected {', '.join(PEERS)}")
     with tempfile.TemporaryDirectory(prefix="mome-bench-") as folder:
-        storage, num_processes = Storage(), max(1, workers) * threads
+        storage, num_processes = Storage(), max(1, job.workers) * job.threads
         if shards is None:
             progress("writing shards")
             shards = join(folder, "shards")
-            write_photos(storage, photos, shards, samples, num_processes)
+            write_photos(storage, photos, shards, job.samples, num_processes)
         if not is_local(shards):
             raise ConfigError(f"--shards {shards}: the peers read local files only (webdataset cannot read s3://)")
         num_shards = len(load_manifest(storage, shards).shards)
@@ -157,11 +153,9 @@ def bench_loader(
             vocabulary = join(folder, "vocabulary.txt")
             trained = Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE)
             storage.write(vocabulary, trained.vocabulary_file)
-        job = BenchJob(
-            "mome", shards, vocabulary, samples, batch_size, workers, threads, num_ops=2 if rand_augment else 0
-        )
+        job = replace(job, shards=shards, vocabulary=vocabulary)
         jobs = {name: replace(job, contender=name) for name in ("mome", DECODE, *peers)}
-        if rand_augment:
+        if job.num_ops:
             jobs |= {f"{name}/off": replace(jobs[name], num_ops=0) for name in ("mome", *peers)}
         measured: dict[str, list[Measurement]] = {label: [] for label in jobs}
         for number in range(rounds):
@@ -171,18 +165,18 @@ def bench_loader(
                 measured[label].append(run_job(jobs[label], Path(folder)))
     result = _table({name: measured[name] for name in ("mome", *peers)})
     result["decode_limit"] = median(run["samples"] / run["cpu_seconds"] for run in measured[DECODE])
-    if rand_augment:
+    if job.num_ops:
         result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
     processors = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     result["settings"] = {
-        "data": jobs["mome"].shards if not photos else ", ".join(map(str, photos)),
-        "samples": samples,
-        "batch": batch_size,
+        "data": ", ".join(map(str, photos)) or shards,
+        "samples": job.samples,
+        "batch": job.batch_size,
         "rounds": rounds,
-        "workers": workers,
-        "threads": threads,
+        "workers": job.workers,
+        "threads": job.threads,
         "peer_processes": num_processes,
-        "rand_augment": rand_augment,
+        "rand_augment": bool(job.num_ops),
         "outputs": {name: measured[name][0]["output"] for name in ("mome", *peers)},
         "cores": os.cpu_count(),
         "processor": processors[0].strip() if processors else platform.machine(),
@@ -190,6 +184,28 @@ def bench_loader(
         "packages": {name: version(name) for name in PACKAGES},
     }
     return result
+
+
+def _table(measured: dict[str, list[Measurement]]) -> dict[str, Any]:
+    """Return the figures of some contenders, and how many times faster ours is than each peer."""
+    cost = {name: [1000 * run["cpu_seconds"] / run["samples"] for run in runs] for name, runs in measured.items()}
+    rate = {name: [1000 / seconds for seconds in costs] for name, costs in cost.items()}
+    return {
+        "samples_per_core_second": {name: median(rates) for name, rates in rate.items()},
+        "cpu_seconds_per_1000": {name: median(costs) for name, costs in cost.items()},
+        "spread": {name: [min(rates), max(rates)] for name, rates in rate.items()},
+        "samples_per_second": {
+            name: median(run["samples"] / run["seconds"] for run in runs) for name, runs in measured.items()
+        },
+        "times_faster": {
+            name: median(our / their for our, their in zip(rate["mome"], rates, strict=True))
+            for name, rates in rate.items()
+            if name != "mome"
+        },
+    }
+
+
+# ---- one contender, in its own process
 
 
 def run_job(job: BenchJob, folder: Path) -> Measurement:
@@ -227,14 +243,14 @@ def measure(job: BenchJob) -> Measurement:
             simplejpeg.decode_jpeg(jpeg, "RGB")
         return {"samples": len(data), "cpu_seconds": max(time.thread_time() - started, 1e-9)}
     if job.contender in PEERS:
-        return _count(PEERS[job.contender](job.peer_recipe()), job.samples)
+        return _count(webdataset_pil(job), job.samples)
     config, storage = job.config(), Storage()
     tokenizer = Tokenizer.load(storage, job.vocabulary)
     with Loader(config, config.stages[0], batch_groups(config, config.stages[0]), storage, tokenizer, 0, 1) as loader:
         return _count(((batch.image, batch.text) for batch in loader.batches(0)), job.samples)
 
 
-def _count(batches: Iterator[tuple[Any, Any]], samples: int) -> Measurement:
+def _count(batches: Batches, samples: int) -> Measurement:
     for _ in itertools.islice(batches, WARM_UP_BATCHES):
         pass
     before, started, counted = tree_cpu_seconds(os.getpid()), time.perf_counter(), 0
@@ -261,23 +277,85 @@ def tree_cpu_seconds(pid: int) -> float:
     return total
 
 
-def _table(measured: dict[str, list[Measurement]]) -> dict[str, Any]:
-    """Return the figures of some contenders, and how many times faster ours is than each peer."""
-    cost = {name: [1000 * run["cpu_seconds"] / run["samples"] for run in runs] for name, runs in measured.items()}
-    rate = {name: [1000 / seconds for seconds in costs] for name, costs in cost.items()}
-    return {
-        "samples_per_core_second": {name: median(rates) for name, rates in rate.items()},
-        "cpu_seconds_per_1000": {name: median(costs) for name, costs in cost.items()},
-        "spread": {name: [min(rates), max(rates)] for name, rates in rate.items()},
-        "samples_per_second": {
-            name: median(run["samples"] / run["seconds"] for run in runs) for name, runs in measured.items()
-        },
-        "times_faster": {
-            name: median(our / their for our, their in zip(rate["mome"], rates, strict=True))
-            for name, rates in rate.items()
-            if name != "mome"
-        },
-    }
+# ---- webdataset, Pillow and torch's DataLoader, as their documentation shows, with equal augmentation
+
+
+def webdataset_pil(job: BenchJob) -> Batches:
+    """Yield batches of webdataset's tutorial loader without end: its reader and shuffle, and torch's DataLoader.
+
+    Images are (B, 3, S, S) float32 in [-1, 1]; text is (B, 3, L) int64: the tokens, the masked tokens and the labels.
+    """
+    config = job.config()
+    stage, augmentation, size = config.stages[0], config.data.augment, config.model.image_size
+    shards, workers = load_manifest(Storage(), job.shards).shards, max(1, job.workers) * job.threads
+    tokenizer = BertTokenizer(job.vocabulary)
+    collator = DataCollatorForLanguageModeling(
+        tokenizer,
+        mlm_probability=stage.masking.mlm_probability,
+        whole_word_mask=True,
+        mask_replace_prob=1.0,  # the only choice that the collator supports for whole words
+        random_replace_prob=0.0,
+    )
+
+    def example(sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Crop, flip, augment and normalise an image in torchvision's order, and tokenize one of its captions."""
+        with Image.open(io.BytesIO(next(sample[name] for name in IMAGES if sample.get(name)))) as opened:
+            image = opened.convert("RGB")
+        counter = CounterRandom(random.getrandbits(64))
+        top, left, height, width = draw_crop(image.height, image.width, augmentation.crop_scale, counter)
+        image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for _ in range(augmentation.num_ops):
+            operation, sign = random.choice(list(OPERATIONS.values())), random.choice((-1.0, 1.0))
+            if random.random() < augment.APPLIED:
+                image = operation(image, augmentation.magnitude / augment.MAX_MAGNITUDE, sign)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+        text = tokenizer(
+            random.choice(json.loads(sample["json"])["captions"]),
+            padding="max_length",
+            truncation=True,
+            max_length=stage.max_text_length,
+            return_special_tokens_mask=True,
+            return_offsets_mapping=True,
+        )
+        return pixels.sub_(0.5).div_(0.5), text
+
+    def collate(examples: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tensor]:
+        """Stack the images and mask whole words with transformers' collator."""
+        images, texts = zip(*examples, strict=True)
+        masked = collator([dict(text) for text in texts])
+        ids, labels = masked["input_ids"], masked["labels"]
+        return torch.stack(images), torch.stack([torch.where(labels == IGNORED, ids, labels), ids, labels], dim=1)
+
+    # A larger shuffle buffer than a worker's samples would never fill.
+    buffer = min(1000, max(1, sum(shard.samples for shard in shards) // workers))
+    urls = [join(job.shards, shard.name) for shard in shards]
+    dataset = webdataset.WebDataset(urls, shardshuffle=100, seed=config.seed).shuffle(buffer).map(example).repeat()
+    return iter(DataLoader(dataset, stage.global_batch_size, num_workers=workers, collate_fn=collate))
+
+
+def _affine(image: Image.Image, inverse: tuple[float, ...]) -> Image.Image:
+    """Apply the transform whose inverse maps output to input pixels, as Pillow expects it."""
+    mode, resampling = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    return image.transform(image.size, mode, inverse, resampling, fillcolor=augment.FILL)
+
+
+# Name → operation(image, strength 0 … 1, sign ±1), equal to those of pipeline/data/examples/augment.py.
+OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
+    "Identity": lambda image, x, sign: image,
+    "AutoContrast": lambda image, x, sign: ImageOps.autocontrast(image),
+    "Equalize": lambda image, x, sign: ImageOps.equalize(image),
+    "Brightness": lambda image, x, sign: ImageEnhance.Brightness(image).enhance(augment.enhance_factor(x)),
+    "Sharpness": lambda image, x, sign: ImageEnhance.Sharpness(image).enhance(augment.enhance_factor(x)),
+    "ShearX": lambda image, x, sign: _affine(image, (1, -sign * x * augment.SHEAR, 0, 0, 1, 0)),
+    "ShearY": lambda image, x, sign: _affine(image, (1, 0, 0, -sign * x * augment.SHEAR, 1, 0)),
+    "TranslateX": lambda image, x, sign: _affine(image, (1, 0, -sign * x * augment.TRANSLATE * image.width, 0, 1, 0)),
+    "TranslateY": lambda image, x, sign: _affine(image, (1, 0, 0, 0, 1, -sign * x * augment.TRANSLATE * image.height)),
+    "Rotate": lambda image, x, sign: image.rotate(
+        sign * x * augment.ROTATE, Image.Resampling.BILINEAR, fillcolor=augment.FILL
+    ),
+}
 
 
 # ---- data to measure on
@@ -304,15 +382,12 @@ def synthetic_photos(count: int = SYNTHETIC_IMAGES, seed: int = 0) -> Iterator[S
     generator = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None] * HEIGHT, np.fft.rfftfreq(WIDTH)[None] * WIDTH)
     amplitudes = 1 / np.maximum(frequency, 1) ** SLOPE
-
-    def noise() -> np.ndarray:
-        waves = np.fft.rfft2(generator.standard_normal((HEIGHT, WIDTH))) * amplitudes
-        field = np.fft.irfft2(waves, s=(HEIGHT, WIDTH))
-        return (field - field.mean()) / field.std()
-
     for number in range(count):
         captions = [" ".join(generator.choice(WORDS, size=generator.integers(8, 16))) for _ in range(5)]
-        light, red, blue = noise(), noise(), noise()
+        waves = np.fft.rfft2(generator.standard_normal((3, HEIGHT, WIDTH))) * amplitudes
+        fields = np.fft.irfft2(waves, s=(HEIGHT, WIDTH))
+        fields -= fields.mean(axis=(1, 2), keepdims=True)
+        light, red, blue = fields / fields.std(axis=(1, 2), keepdims=True)
         colours = np.stack([light + 0.5 * red, light, light + 0.5 * blue], axis=2)
         pixels = np.ascontiguousarray(np.clip(128 + CONTRAST * colours, 0, 255).astype(np.uint8))
         record = {"image_id": number, "captions": captions}
@@ -320,13 +395,9 @@ def synthetic_photos(count: int = SYNTHETIC_IMAGES, seed: int = 0) -> Iterator[S
         yield {"__key__": f"{number}", "jpg": jpeg, "json": json.dumps(record).encode()}
 
 
-def main() -> None:
+if __name__ == "__main__":
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     job = BenchJob(**json.loads(Path(sys.argv[1]).read_text()))
     random.seed(job.seed)
     Path(sys.argv[2]).write_text(json.dumps(measure(job)))
-
-
-if __name__ == "__main__":
-    main()

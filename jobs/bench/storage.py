@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -37,16 +38,17 @@ KEY_VARIABLE = "MOME_BENCH_KEY"  # holds the key for moto, which accepts any
 
 Progress = Callable[[str], None]
 Figures = dict[str, float]
-Reader = Callable[[], Iterator[bytes]]
+Reader = Callable[[], Iterable[bytes]]
 Lister = Callable[[], list[str]]
 
 
 @dataclass(frozen=True)
 class ReadTarget:
-    """One object of `size` bytes, read in ranges of `range_bytes` with `in_flight` requests at a time."""
+    """An object of `size` bytes at `folder`/object, read in ranges of `range_bytes` with `in_flight` requests at a
+    time, and objects to list in `folder`/many."""
 
     storage: Storage
-    url: str
+    folder: str
     size: int
     range_bytes: int
     in_flight: int
@@ -80,174 +82,128 @@ def bench_storage(
         storage = Storage(config)
         folder = join(url, f"mome-bench-{secrets.token_hex(6)}")
         stack.callback(storage.delete, folder)
-        progress(f"writing {object_bytes / MIB:.0f} MiB")
-        target = ReadTarget(storage, join(folder, "object"), object_bytes, range_bytes, in_flight)
+        progress(f"writing {object_bytes / MIB:.0f} MiB and {objects} objects")
+        target = ReadTarget(storage, folder, object_bytes, range_bytes, in_flight)
         with tempfile.NamedTemporaryFile(prefix="mome-bench-") as file:
             for offset in range(0, object_bytes, MIB):
                 file.write(os.urandom(min(MIB, object_bytes - offset)))  # no store can compress it
             file.flush()
-            storage.upload(file.name, target.url)
-        read = _rounds(lambda reader: _measure_read(reader, target), readers(target), rounds, progress)
-        progress(f"writing {objects} objects")
-        many = join(folder, "many")
+            storage.upload(file.name, join(folder, "object"))
         with ThreadPoolExecutor(in_flight) as threads:
-            list(threads.map(lambda number: storage.write(join(many, f"{number:06d}"), b"x"), range(objects)))
-        listing = _rounds(lambda lister: _measure_list(lister, objects), listers(storage, many), rounds, progress)
-    return {
-        "url": url,
-        "store": kind,
-        **counts,
-        "rounds": rounds,
-        "read": read,
-        "list": {"objects": objects, **listing},
-    }
+            list(threads.map(lambda number: storage.write(join(folder, "many", f"{number:06d}"), b"x"), range(objects)))
+        readers, listers = clients_of(target)
+        read = _medians(readers, object_bytes, f"{folder}/object: {{}} of {{}} bytes were read", rounds, progress)
+        listed = _medians(listers, objects, f"{folder}/many: {{}} of {{}} objects were listed", rounds, progress)
+    for figures in read.values():
+        figures["mb_per_second"] = object_bytes / 1e6 / figures.pop("seconds")
+        figures["cpu_seconds_per_gib"] = figures.pop("cpu_seconds") / object_bytes * 2**30
+    for figures in listed.values():
+        figures["objects_per_second"] = objects / figures["seconds"]
+        del figures["first_byte_seconds"]
+    result = {"url": url, "store": kind, **counts, "rounds": rounds}
+    return {**result, "read": read, "list": {"objects": objects, **listed}}
 
 
-# ---- clients: the object's bytes in any order, and the names in a folder
-
-
-def readers(target: ReadTarget) -> dict[str, Reader]:
-    """Return ways to read the whole object, by name; each call reads it once."""
-    storage, url = target.storage, target.url
+def clients_of(target: ReadTarget) -> tuple[dict[str, Reader], dict[str, Lister]]:
+    """Return ways to read the whole object (each call reads it once) and to list the folder with sizes, by client."""
+    storage, config, url, folder = target.storage, target.storage.config, f"{target.folder}/object", target.folder
     starts = list(range(0, target.size, target.range_bytes))
     stops = [*starts[1:], target.size]
-    file_system, path = _fsspec(storage.config, url)
+    protocol, _, rest = target.folder.partition("://")
+    is_s3 = protocol in ("s3", "s3a")
+    options: dict[str, Any] = {}
+    if is_s3:
+        options = {"key": resolve_secret(config.key), "secret": resolve_secret(config.secret)}
+        options |= {"endpoint_url": config.endpoint_url, "skip_instance_cache": True}
+    file_system, path = fsspec.core.url_to_fs(target.folder, **options)
+    ranges = {"batch_size": target.in_flight} if file_system.async_impl else {}
 
-    def concurrently(read: Callable[[tuple[int, int]], bytes]) -> Iterator[bytes]:
+    def concurrently(read: Callable[[int, int], bytes]) -> Iterator[bytes]:
         with ThreadPoolExecutor(target.in_flight) as threads:
-            yield from threads.map(read, zip(starts, stops, strict=True))
+            yield from threads.map(read, starts, stops)
 
     def streamed(stream: Any) -> Iterator[bytes]:
-        try:
+        with closing(stream):
             while data := stream.read(READ_BYTES):
                 yield data
-        finally:
-            stream.close()
 
     def own_ranges() -> Iterator[bytes]:
         tag = storage.info(url).etag
-        return concurrently(lambda span: storage.read_range(url, *span, etag=tag))
+        return concurrently(lambda start, stop: storage.read_range(url, start, stop, etag=tag))
 
-    def fsspec_ranges() -> Iterator[bytes]:
-        options = {"batch_size": target.in_flight} if file_system.async_impl else {}
-        yield from file_system.cat_ranges([path] * len(starts), starts, stops, on_error="raise", **options)
+    def list_fsspec() -> list[str]:
+        file_system.invalidate_cache()
+        return [entry["name"].rpartition("/")[2] for entry in file_system.ls(f"{path}/many", detail=True)]
 
-    clients: dict[str, Reader] = {
+    readers: dict[str, Reader] = {
         "mome": own_ranges,
         "mome.open": lambda: streamed(storage.open(url)),
-        "fsspec.cat_ranges": fsspec_ranges,
-        "fsspec.open": lambda: streamed(file_system.open(path, "rb")),
+        "fsspec.cat_ranges": lambda: file_system.cat_ranges(
+            [f"{path}/object"] * len(starts), starts, stops, on_error="raise", **ranges
+        ),
+        "fsspec.open": lambda: streamed(file_system.open(f"{path}/object", "rb")),
     }
-    if bucket_and_key := _bucket_and_key(url):
-        client, (bucket, key) = _botocore_client(storage.config), bucket_and_key
+    listers: dict[str, Lister] = {
+        "mome": lambda: list(storage.list_info(join(folder, "many"))),
+        "fsspec.ls": list_fsspec,
+    }
+    if not is_s3:
+        return readers, listers
 
-        def botocore_range(span: tuple[int, int]) -> bytes:
-            header = f"bytes={span[0]}-{span[1] - 1}"
-            data: bytes = client.get_object(Bucket=bucket, Key=key, Range=header)["Body"].read()
-            return data
-
-        clients["botocore.ranges"] = lambda: concurrently(botocore_range)
-        clients["botocore.open"] = lambda: streamed(client.get_object(Bucket=bucket, Key=key)["Body"])
-    return clients
-
-
-def listers(storage: Storage, url: str) -> dict[str, Lister]:
-    """Return ways to list the folder, with sizes, by name."""
-    file_system, path = _fsspec(storage.config, url)
-
-    def fsspec_ls() -> list[str]:
-        file_system.invalidate_cache()
-        return [entry["name"].rpartition("/")[2] for entry in file_system.ls(path, detail=True)]
-
-    clients: dict[str, Lister] = {"mome": lambda: list(storage.list_info(url)), "fsspec.ls": fsspec_ls}
-    if bucket_and_key := _bucket_and_key(url):
-        pages, (bucket, prefix) = _botocore_client(storage.config).get_paginator("list_objects_v2"), bucket_and_key
-        clients["botocore.list_objects_v2"] = lambda: [
-            item["Key"].rpartition("/")[2]
-            for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}/", Delimiter="/")
-            for item in page.get("Contents", [])
-        ]
-    return clients
-
-
-def _bucket_and_key(url: str) -> tuple[str, str] | None:
-    """Return the bucket and key of an S3 URL; None for another URL."""
-    protocol, _, rest = url.partition("://")
-    bucket, _, key = rest.partition("/")
-    return (bucket, key) if protocol in ("s3", "s3a") else None
-
-
-def _fsspec(config: StorageConfig, url: str) -> tuple[Any, str]:
-    options: dict[str, Any] = {}
-    if _bucket_and_key(url):
-        options = {"key": resolve_secret(config.key), "secret": resolve_secret(config.secret)}
-        options |= {"endpoint_url": config.endpoint_url, "skip_instance_cache": True}
-    return fsspec.core.url_to_fs(url, **options)
-
-
-def _botocore_client(config: StorageConfig) -> Any:
     import botocore.session
     from botocore.config import Config
 
-    return botocore.session.get_session().create_client(
+    client = botocore.session.get_session().create_client(
         "s3",
         endpoint_url=config.endpoint_url,
         region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
-        aws_access_key_id=resolve_secret(config.key),
-        aws_secret_access_key=resolve_secret(config.secret),
+        aws_access_key_id=options["key"],
+        aws_secret_access_key=options["secret"],
         config=Config(request_checksum_calculation="when_required", response_checksum_validation="when_required"),
     )
+    bucket, _, prefix = rest.partition("/")
+    place, pages = {"Bucket": bucket, "Key": f"{prefix}/object"}, client.get_paginator("list_objects_v2")
+
+    def read_botocore(start: int, stop: int) -> bytes:
+        return client.get_object(**place, Range=f"bytes={start}-{stop - 1}")["Body"].read()
+
+    readers["botocore.ranges"] = lambda: concurrently(read_botocore)
+    readers["botocore.open"] = lambda: streamed(client.get_object(**place)["Body"])
+    listers["botocore.list_objects_v2"] = lambda: [
+        item["Key"].rpartition("/")[2]
+        for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}/many/", Delimiter="/")
+        for item in page.get("Contents", [])
+    ]
+    return readers, listers
 
 
-# ---- measuring
+def _medians(
+    clients: dict[str, Any], expected: int, shortfall: str, rounds: int, progress: Progress
+) -> dict[str, Figures]:
+    """Return the medians of each client's figures; the order rotates, so that no client is always first.
 
-
-def _rounds(measure: Callable[[Any], Figures], clients: dict[str, Any], rounds: int, progress: Progress) -> Any:
-    """Return the medians of each client's figures; the order rotates, so that no client is always first."""
+    Raises StorageError with `shortfall` when a client returns other than `expected` bytes or names.
+    """
     names = list(clients)
     measured: dict[str, list[Figures]] = {name: [] for name in names}
-    for name in names:
-        measure(clients[name])  # connections and imports
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            progress(f"round {number + 1} of {rounds}: {name}")
-            measured[name].append(measure(clients[name]))
+    orders = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
+    for number, order in enumerate([names, *orders]):  # round 0 makes connections and imports, and does not count
+        for name in order:
+            progress(f"round {number} of {rounds}: {name}" if number else f"connecting: {name}")
+            count, first = 0, None
+            with _counting_requests() as requests:
+                cpu, started = time.process_time(), time.perf_counter()
+                for item in clients[name]():
+                    first = first or time.perf_counter()
+                    count += len(item) if isinstance(item, bytes) else 1
+                seconds, spent = time.perf_counter() - started, time.process_time() - cpu
+            if first is None or count != expected:
+                raise StorageError(shortfall.format(count, expected))
+            figures = {"seconds": seconds, "cpu_seconds": spent, "first_byte_seconds": first - started}
+            measured[name].append(figures | {"requests": len(requests)})
     return {
-        name: {key: median(figures[key] for figures in samples) for key in samples[0]}
+        name: {key: median(figures[key] for figures in samples[1:]) for key in samples[0]}
         for name, samples in measured.items()
-    }
-
-
-def _measure_read(reader: Reader, target: ReadTarget) -> Figures:
-    size, first = 0, None
-    with _counting_requests() as requests:
-        cpu, started = time.process_time(), time.perf_counter()
-        for data in reader():
-            first = first or time.perf_counter()
-            size += len(data)
-        seconds, spent = time.perf_counter() - started, time.process_time() - cpu
-    if first is None or size != target.size:
-        raise StorageError(f"{target.url}: {size} of {target.size} bytes were read")
-    return {
-        "mb_per_second": size / 1e6 / seconds,
-        "cpu_seconds_per_gib": spent / size * 2**30,
-        "first_byte_seconds": first - started,
-        "requests": len(requests),
-    }
-
-
-def _measure_list(lister: Lister, objects: int) -> Figures:
-    with _counting_requests() as requests:
-        cpu, started = time.process_time(), time.perf_counter()
-        names = lister()
-        seconds, spent = time.perf_counter() - started, time.process_time() - cpu
-    if len(names) != objects:
-        raise StorageError(f"the listing has {len(names)} of {objects} objects")
-    return {
-        "seconds": seconds,
-        "cpu_seconds": spent,
-        "objects_per_second": objects / seconds,
-        "requests": len(requests),
     }
 
 
@@ -278,9 +234,8 @@ def _own_store() -> Iterator[tuple[str, str, StorageConfig]]:
         return
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    config = StorageConfig(
-        endpoint_url=f"http://127.0.0.1:{port}", key=f"env:{KEY_VARIABLE}", secret=f"env:{KEY_VARIABLE}"
-    )
+    endpoint, key = f"http://127.0.0.1:{port}", f"env:{KEY_VARIABLE}"
+    create_bucket = urllib.request.Request(f"{endpoint}/bench", method="PUT")
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server,
@@ -290,14 +245,13 @@ def _own_store() -> Iterator[tuple[str, str, StorageConfig]]:
             deadline = time.monotonic() + SERVER_START_SECONDS
             while True:
                 try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    urllib.request.urlopen(create_bucket, timeout=SERVER_START_SECONDS).close()
                     break
                 except OSError as error:
                     if time.monotonic() > deadline or server.poll() is not None:
                         message = "moto's server did not start; name a store to measure: mome bench storage URL"
                         raise StorageError(message) from error
                     time.sleep(0.05)
-            _botocore_client(config).create_bucket(Bucket="bench")
-            yield "moto", "s3://bench", config
+            yield "moto", "s3://bench", StorageConfig(endpoint_url=endpoint, key=key, secret=key)
         finally:
             server.terminate()

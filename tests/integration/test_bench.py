@@ -17,9 +17,19 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from jobs.bench import PEERS as PEER_NAMES
-from jobs.bench import app, peers
-from jobs.bench.loader import HEIGHT, WIDTH, BenchJob, run_job, synthetic_photos, tree_cpu_seconds, write_photos
+from jobs.bench import app
+from jobs.bench.loader import (
+    HEIGHT,
+    IGNORED,
+    OPERATIONS,
+    WIDTH,
+    BenchJob,
+    run_job,
+    synthetic_photos,
+    tree_cpu_seconds,
+    webdataset_pil,
+    write_photos,
+)
 from pipeline.config.errors import ConfigError, DataError, RunFailed
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples import augment
@@ -38,7 +48,7 @@ def figures(*arguments: object) -> dict:
 
 
 @pytest.fixture
-def photos(tmp_path: Path, make_pair) -> str:
+def photos(tmp_path: Path, make_pair) -> Path:
     """Write a folder of twelve images with their captions."""
     (tmp_path / "images").mkdir()
     lines = []
@@ -47,19 +57,10 @@ def photos(tmp_path: Path, make_pair) -> str:
         (tmp_path / "images" / f"{number}.jpg").write_bytes(members["jpg"])
         lines.append(json.dumps({"image": f"images/{number}.jpg", **json.loads(members["json"])}))
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
-    return str(tmp_path)
+    return tmp_path
 
 
-@pytest.fixture
-def job(tmp_path: Path, photos: str) -> BenchJob:
-    """Pack thirty-two samples into shards and return a job that reads them."""
-    storage, shards, vocabulary = Storage(), str(tmp_path / "shards"), str(tmp_path / "vocabulary.txt")
-    write_photos(storage, (Path(photos),), shards, samples=32, min_shards=2)
-    storage.write(vocabulary, Tokenizer.train(iter_captions(storage, shards), 200).vocabulary_file)
-    return BenchJob("mome", shards, vocabulary, 16, 8, workers=0, threads=1, num_ops=2)
-
-
-def test_loaders_are_measured_with_and_without_rand_augment(photos: str) -> None:
+def test_loaders_are_measured_with_and_without_rand_augment(photos: Path) -> None:
     few = ("--samples", 16, "--batch", 8, "--rounds", 1, "--workers", 0, "--threads", 1)
     measured = figures("loader", "--photos", photos, *few, "--peer", "webdataset_pil")
     for table in (measured, measured["without_rand_augment"]):
@@ -70,29 +71,34 @@ def test_loaders_are_measured_with_and_without_rand_augment(photos: str) -> None
     assert measured["settings"]["outputs"] == {"mome": "uint8 224x224x3", "webdataset_pil": "float32 3x224x224"}
 
 
-@pytest.mark.parametrize("peer", PEER_NAMES)
-def test_other_loaders_deliver_the_pairs_of_the_shards(job: BenchJob, peer: str) -> None:
-    image, text = next(peers.PEERS[peer](job.peer_recipe()))
+def test_webdataset_delivers_the_pairs_of_the_shards_and_its_failure_is_reported(tmp_path: Path, photos: Path) -> None:
+    storage, shards, vocabulary = Storage(), str(tmp_path / "shards"), str(tmp_path / "vocabulary.txt")
+    write_photos(storage, (photos,), shards, samples=32, min_shards=2)
+    storage.write(vocabulary, Tokenizer.train(iter_captions(storage, shards), 200).vocabulary_file)
+    job = BenchJob("webdataset_pil", shards, vocabulary, 16, 8, workers=0, threads=1, num_ops=2)
+    image, text = next(webdataset_pil(job))
     assert (image.dtype, tuple(image.shape)) == (torch.float32, (8, 3, 224, 224))
-    tokenizer = Tokenizer.load(Storage(), job.vocabulary)
-    captions = {tokenizer.decode(tokenizer.encode(text, 40).ids) for text in iter_captions(Storage(), job.shards)}
-    assert {tokenizer.decode(row[row != tokenizer.pad_id]) for row in text[:, 0].numpy()} <= captions
-    masked = text[:, 2] != peers.IGNORED
+    tokenizer = Tokenizer.load(storage, vocabulary)
+    captions = {tokenizer.decode(tokenizer.encode(caption, 40).ids) for caption in iter_captions(storage, shards)}
+    ids, inputs, labels = text.unbind(1)
+    assert {tokenizer.decode(row[row != tokenizer.pad_id]) for row in ids.numpy()} <= captions
+    masked = labels != IGNORED
     assert masked.any()
-    assert torch.equal(text[:, 2][masked], text[:, 0][masked])
-    assert torch.equal(text[:, 1][~masked], text[:, 0][~masked])
+    assert torch.equal(labels[masked], ids[masked])
+    assert torch.equal(inputs[~masked], ids[~masked])
+    with pytest.raises(RunFailed, match=r"(?s)webdataset_pil ended.*nowhere"):
+        run_job(replace(job, shards="/nowhere"), tmp_path)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_other_loaders_draw_the_same_operations_as_ours(sign: float) -> None:
     """Differences of interpolation at the borders and of rounding stay within 26 dB."""
-    assert peers.NAMES == augment.NAMES
-    assert tuple(peers.PEERS) == PEER_NAMES
+    assert tuple(OPERATIONS) == augment.NAMES
     rows, columns = np.mgrid[:224, :224] / 224
     image = np.uint8(128 + 90 * np.stack([np.sin(9 * rows + 4 * columns + phase) for phase in (0, 1, 2)], axis=2))
-    for name in peers.NAMES:
+    for name, operation in OPERATIONS.items():
         ours = augment.OPERATIONS[name](image, 0.7, sign).astype(float)
-        theirs = np.asarray(peers.OPERATIONS[name](Image.fromarray(image), 0.7, sign)).astype(float)
+        theirs = np.asarray(operation(Image.fromarray(image), 0.7, sign)).astype(float)
         assert 10 * math.log10(255**2 / max(((ours - theirs) ** 2).mean(), 1e-9)) > 26, name
 
 
@@ -118,29 +124,17 @@ def test_synthetic_photos_are_deterministic_and_of_real_size() -> None:
 
 
 def test_unusable_settings_are_rejected_by_name(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "a.txt").write_text("no image")
-    for value, result in {
-        "sorcery": run("loader", "--peer", "sorcery"),
-        "s3://b/shards": run("loader", "--shards", "s3://b/shards"),
-    }.items():
-        assert isinstance(result.exception, ConfigError)
-        assert value in str(result.exception)
-    assert isinstance(run("loader", "--photos", tmp_path / "empty").exception, DataError)
+    (tmp_path / "a.txt").write_text("no image")
+    for option, value in (("--peer", "sorcery"), ("--shards", "s3://b/shards")):
+        error = run("loader", option, value).exception
+        assert isinstance(error, ConfigError)
+        assert value in str(error)
+    assert isinstance(run("loader", "--photos", tmp_path).exception, DataError)
 
 
-def test_failed_loader_is_reported_with_its_last_output(job: BenchJob, tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match=r"(?s)webdataset_pil ended.*nowhere"):
-        run_job(replace(job, contender="webdataset_pil", shards="/nowhere"), tmp_path)
-
-
-def test_store_is_measured_with_several_clients(tmp_path: Path) -> None:
+def test_store_and_stall_of_saves_are_measured(tmp_path: Path) -> None:
     measured = figures("storage", tmp_path, "--object-mib", 1, "--range-mib", 1, "--objects", 3, "--rounds", 1)
     assert {"mome", "fsspec.cat_ranges"} <= set(measured["read"])
-    assert os.listdir(tmp_path) == []
-
-
-def test_stall_of_both_kinds_of_saves_is_measured(tmp_path: Path) -> None:
     demo = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
     measured = figures("checkpoint", demo, "--mb-per-second", 20, "--url", tmp_path)
     assert measured["bytes"] == 12 * measured["parameters"]

@@ -12,6 +12,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+DEMO = """
+import jobs.train
+from jobs.configs import configs_folder, fingerprint_of
+from pipeline.config.load import load_config
+small = ['sources.scenes.synthetic.scenes=60', 'sources.unseen.synthetic.scenes=10']
+config = load_config(configs_folder() / 'demo.yaml', small)
+print(jobs.train.__file__, configs_folder(), fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])
+"""
+API = """
+import sys, pipeline.inference as api
+print(api.__file__, *sorted({'jobs', 'typer', 'rich', 'jinja2', 'ray', 'mlflow'} & sys.modules.keys()))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +46,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_every_recipe_and_module_of_the_checkout_is_in_the_wheel(installed: Path) -> None:
-    for source, target in (("configs", "mome/configs"), ("pipeline", "pipeline"), ("jobs", "jobs")):
-        for path in (ROOT / source).rglob("*"):
-            if path.suffix in (".yaml", ".py", ".j2"):
-                assert (installed / target / path.relative_to(ROOT / source)).is_file(), path
-
-
 def run_program(program: str, installed: Path, folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
@@ -51,25 +56,17 @@ def run_program(program: str, installed: Path, folder: Path) -> str:
     return done.stdout
 
 
-def test_wheel_provides_the_python_api_without_the_cli(installed: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys, pipeline.inference as api\n"
-        "print(api.__file__, *sorted({'jobs', 'typer', 'rich', 'jinja2', 'ray', 'mlflow'} & sys.modules.keys()))\n"
-    )
-    (module,) = run_program(program, installed, tmp_path).split()
-    assert Path(module) == installed / "pipeline" / "inference.py"
+def test_wheel_has_all_recipes_and_modules_and_the_python_api_needs_no_cli(installed: Path, tmp_path: Path) -> None:
+    for source, target in (("configs", "mome/configs"), ("pipeline", "pipeline"), ("jobs", "jobs")):
+        for path in (ROOT / source).rglob("*"):
+            if path.suffix in (".yaml", ".py", ".j2"):
+                assert (installed / target / path.relative_to(ROOT / source)).is_file(), path
+    assert run_program(API, installed, tmp_path).split() == [str(installed / "pipeline" / "inference.py")]
 
 
 @pytest.mark.slow
 def test_demo_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    program = (
-        "import jobs.train; from jobs.configs import configs_folder, fingerprint_of\n"
-        "from pipeline.config.load import load_config\n"
-        "small = ['sources.scenes.synthetic.scenes=60', 'sources.unseen.synthetic.scenes=10']\n"
-        "config = load_config(configs_folder() / 'demo.yaml', small)\n"
-        "print(jobs.train.__file__, configs_folder(), fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])\n"
-    )
-    demo, configs, steps = run_program(program, installed, tmp_path).split(maxsplit=2)
+    demo, configs, steps = run_program(DEMO, installed, tmp_path).split(maxsplit=2)
     assert Path(demo).is_relative_to(installed)
     assert Path(configs) == installed / "mome" / "configs"
     assert steps.strip() == "[0, 1]"

@@ -13,20 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import botocore.session
+import boto3
 import pytest
 
 from tests.support.rendered_infra import INFRA
 from tests.support.stores import Store
 
-SCRIPTS = sorted([*INFRA.glob("*.sh"), *INFRA.glob("*.sbatch")])
 Start = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_valid_bash(path: Path) -> None:
-    subprocess.run(["bash", "-n", str(path)], check=True)
-    assert os.access(path, os.X_OK)
 
 
 @pytest.fixture
@@ -79,15 +72,13 @@ def test_torchrun_starts_on_every_node_with_the_arguments(start: Start, tmp_path
     assert given.max_restarts == 0  # ranks that saved and ended must not be restarted
 
 
-def test_failed_job_is_retried(start: Start, tmp_path: Path) -> None:
+def test_failed_job_is_retried_within_bounds_and_keeps_the_last_status(start: Start, tmp_path: Path) -> None:
     job = start(f"[ $(wc -l < {tmp_path}/asked) = 3 ]")  # the third attempt succeeds
     assert job.wait(30) == 0
     steps = asked(tmp_path)
     assert len(steps) == 3
     assert len({step.split("--rdzv-id ")[1].split()[0] for step in steps}) == 3  # each attempt has its own rendezvous
-
-
-def test_retries_are_bounded_and_keep_the_last_status(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "asked").unlink()
     job = start("exit 7", MOME_MAX_FAILURES="1")
     output, _ = job.communicate(timeout=30)
     assert job.returncode == 7
@@ -119,17 +110,15 @@ def test_a_local_store_refuses_a_used_port(moto_store: Store) -> None:
     assert f"port {port} is taken" in done.stderr
     assert "is served" not in done.stderr
     assert done.stdout == ""
-    client = botocore.session.get_session().create_client(
-        "s3",
-        endpoint_url=moto_store.endpoint,
-        region_name="us-east-1",
-        aws_access_key_id=moto_store.key,
-        aws_secret_access_key=moto_store.secret,
-    )
+    keys = {"aws_access_key_id": moto_store.key, "aws_secret_access_key": moto_store.secret}
+    client = boto3.client("s3", "us-east-1", endpoint_url=moto_store.endpoint, **keys)
     assert "not-made" not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
 
 
-def test_scripts_explain_a_missing_environment_or_argument(tmp_path: Path) -> None:
+def test_scripts_are_valid_bash_and_explain_a_missing_environment_or_argument(tmp_path: Path) -> None:
+    for path in [*INFRA.glob("*.sh"), *INFRA.glob("*.sbatch")]:
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        assert os.access(path, os.X_OK), path
     (tmp_path / "infra").mkdir()
     script = shutil.copy(INFRA / "local_s3.sh", tmp_path / "infra" / "local_s3.sh")
     for path, message in {

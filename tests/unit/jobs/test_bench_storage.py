@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.bench.storage import MIB, ReadTarget, bench_storage, listers, readers
+from jobs.bench.storage import MIB, ReadTarget, bench_storage, clients_of
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage, join
@@ -25,15 +25,16 @@ SIZE = 3 * MIB + 5  # the last range is shorter
 def test_every_client_reads_an_object_and_lists_a_folder(place: str, tmp_path: Path, s3: Any) -> None:
     url, config = (s3.url("measured"), s3.config) if place == "bucket" else (str(tmp_path), StorageConfig())
     storage, data = Storage(config), os.urandom(SIZE)
-    storage.write(join(url, "object"), data)
-    target = ReadTarget(storage, join(url, "object"), SIZE, MIB, in_flight=2)
-    assert all(b"".join(read()) == data for read in readers(target).values())
-    storage.write(join(url, "other"), b"x")
-    assert all(sorted(names()) == ["object", "other"] for names in listers(storage, url).values())
+    for name in ("object", "many/one", "many/other"):
+        storage.write(join(url, name), data)
+    readers, listers = clients_of(ReadTarget(storage, url, SIZE, MIB, in_flight=2))
+    assert all(b"".join(read()) == data for read in readers.values())
+    assert all(sorted(names()) == ["one", "other"] for names in listers.values())
 
 
-def test_bucket_results_count_requests_and_leave_it_empty(s3: Any) -> None:
-    result = bench_storage(s3.url("measured"), s3.config, object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=2)
+def test_results_count_requests_and_leave_no_files(s3: Any, tmp_path: Path) -> None:
+    small = {"object_bytes": SIZE, "range_bytes": MIB, "objects": 3}
+    result = bench_storage(s3.url("measured"), s3.config, **small, rounds=2)
     read, listing = result["read"], result["list"]
     assert (result["url"], result["object_bytes"], listing.pop("objects")) == (s3.url("measured"), SIZE, 3)
     assert set(read) == LOCAL | {"botocore.ranges", "botocore.open"}
@@ -45,11 +46,8 @@ def test_bucket_results_count_requests_and_leave_it_empty(s3: Any) -> None:
     assert all(set(figures) == LIST and figures["requests"] >= 1 for figures in listing.values())
     assert Storage(s3.config).list(s3.url()) == []
 
-
-def test_folder_is_measured_without_requests(tmp_path: Path) -> None:
-    result = bench_storage(str(tmp_path), object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=1)
-    assert set(result["read"]) == LOCAL
-    assert {figures["requests"] for figures in result["read"].values()} == {0}
+    local = bench_storage(str(tmp_path), **small, rounds=1)["read"]
+    assert {name: figures["requests"] for name, figures in local.items()} == dict.fromkeys(LOCAL, 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -62,14 +60,13 @@ def test_without_a_url_a_store_is_started_and_stopped(monkeypatch: pytest.Monkey
     assert [server.poll() is not None for server in started] == [True]
 
 
-def test_incomplete_read_is_an_error_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "readers", lambda target: {"short": lambda: iter([b"1"])})
+def test_incomplete_reads_and_settings_that_measure_nothing_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "clients_of", lambda target: ({"short": lambda: iter([b"1"])}, {}))
     with pytest.raises(StorageError, match=rf"object: 1 of {SIZE} bytes were read"):
         bench_storage(str(tmp_path), object_bytes=SIZE)
+    for setting in ("range_bytes", "rounds"):
+        with pytest.raises(ConfigError, match=f"{setting} is 0"):
+            bench_storage(str(tmp_path), **{setting: 0})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("setting", ["range_bytes", "rounds"])
-def test_settings_that_measure_nothing_are_rejected(setting: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{setting} is 0"):
-        bench_storage(str(tmp_path), **{setting: 0})

@@ -1,4 +1,7 @@
-"""The command line: fast and complete help, local paths, plain results, and errors that are printed verbatim."""
+"""The command line: fast and complete help, local paths, plain results, and errors that are printed verbatim.
+
+Recipes, the table of objectives, and `mome fingerprint`, which does not modify the run.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,16 @@ from typer.testing import CliRunner
 
 from jobs import cli
 from jobs.cli import app
+from jobs.configs import fingerprint_of, list_recipes, read_recipe
 from jobs.console import echo, local_file, notify, print_result
-from pipeline.config.errors import RunFailed
+from pipeline.config.errors import ConfigError, RunFailed
+from pipeline.config.load import with_absolute_paths
+from pipeline.config.schema import MODEL_SECTIONS, objective_names
+from pipeline.data.storage import Storage
+from pipeline.training.prepare import RUN_FILE, prepare
+from tests.support.finished_run import contents
+from tests.support.short_run import short_config
+from tests.support.trial import cells
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -29,7 +40,13 @@ def commands() -> Iterator[tuple[str, Any]]:
         yield path, command
 
 
-# ---- help
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+# ---- help, arguments, results and errors
 
 
 def test_every_command_and_parameter_has_a_help_text_without_markup() -> None:
@@ -42,44 +59,27 @@ def test_every_command_and_parameter_has_a_help_text_without_markup() -> None:
     assert [path for path, text in texts.items() if not text] == []
     wrong = [path for path, text in texts.items() if Text.from_markup(text).plain != text.replace("\\[", "[")]
     assert not wrong, "write \\[ for a bracket"
-
-
-HEAVY = ("torch", "ray", "mlflow", "deepspeed", "transformers", "numpy", "yaml", "botocore", "pyarrow")
+    assert run("--version").startswith("mome ")
 
 
 def test_help_imports_no_heavy_library() -> None:
+    heavy = ("torch", "ray", "mlflow", "deepspeed", "transformers", "numpy", "yaml", "botocore", "pyarrow")
     program = (
         "import sys; from jobs.cli import app\n"
         "for command in ([], ['shards'], ['bench'], ['jobs'], ['train']):\n"
         "    app([*command, '--help'], standalone_mode=False)\n"
-        f"print([name for name in {HEAVY} if name in sys.modules])"
+        f"print([name for name in {heavy} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_version_is_printed() -> None:
-    result = CliRunner().invoke(app, ["--version"])
-    assert result.exit_code == 0
-    assert result.stdout.startswith("mome ")
-
-
-# ---- local paths: pathlib would create a folder named `s3:` for a URL
-
-
-def test_every_path_argument_is_parsed_as_a_local_file() -> None:
-    described = [parameter.type_descriptor for _, command in commands() for parameter in command.params
-                 if hasattr(parameter, "type_descriptor")]  # fmt: skip
-    paths = [each.parameter_info for each in described if "Path" in str(each.annotation)]
-    assert len(paths) > 15
-    assert all(info.parser is local_file for info in paths)
-
-
 @pytest.mark.parametrize("value", ["s3://bucket/page.html", "s3:/bucket/page.html", "${SCRATCH}/page.html", "file:/x"])
 @pytest.mark.parametrize("command", [["report", "run", "--out"], ["train"]])
-def test_url_is_rejected_and_nothing_is_written(
+def test_url_is_rejected_for_a_local_file_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], value: str
 ) -> None:
+    """`pathlib` would create a folder named `s3:` for a URL."""
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, [*command, value])
     assert result.exit_code == 2
@@ -87,13 +87,18 @@ def test_url_is_rejected_and_nothing_is_written(
     assert os.listdir(tmp_path) == []
 
 
-def test_local_paths_are_accepted() -> None:
-    assert local_file("~/x") == Path.home() / "x"
-    assert local_file("file:///a/b") == Path("/a/b")
-    assert local_file("a/b") == Path("a/b")
+def test_every_path_argument_is_parsed_as_a_local_file() -> None:
+    described = [parameter.type_descriptor for _, command in commands() for parameter in command.params
+                 if hasattr(parameter, "type_descriptor")]  # fmt: skip
+    paths = [parameter.parameter_info for parameter in described if "Path" in str(parameter.annotation)]
+    assert len(paths) > 15
+    assert all(info.parser is local_file for info in paths)
+    assert [local_file(path) for path in ("~/x", "file:///a/b", "a/b")] == [
+        Path.home() / "x",
+        Path("/a/b"),
+        Path("a/b"),
+    ]
 
-
-# ---- results and errors
 
 RESULT = {"pairs": 3, "mlm": {"accuracy": 0.123456, "accuracy_text_only": None}, "stages": ["a", "b"]}
 
@@ -131,3 +136,60 @@ def test_error_text_with_markup_is_printed_verbatim(
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+# ---- configs
+
+
+def test_fingerprint_equals_that_of_the_run_and_changes_no_file(tmp_path: Path) -> None:
+    config = short_config(str(tmp_path), tokenizer__size=40)
+    before = fingerprint_of(config, "pairs", "0:2", 1, 0, 1)
+    assert not (tmp_path / "run").exists(), "the name of the run was claimed"
+    prepare(config, Storage())
+    files = contents(tmp_path)
+    assert fingerprint_of(config, "pairs", "0:2", 2, 0, 2) == before
+    changed = short_config(str(tmp_path), tokenizer__size=40, data__loader__prefetch_batches=5)
+    assert fingerprint_of(changed, "pairs", "0:2", 1, 1, 1) == before
+    assert contents(tmp_path) == files
+    other = short_config(str(tmp_path / "other"), tokenizer__size=40, seed=9)
+    assert fingerprint_of(other, "pairs", "0:2", 1, 0, 1) != before
+
+
+def test_fingerprint_rejects_a_config_that_training_rejects(tmp_path: Path) -> None:
+    prepare(short_config(str(tmp_path)), Storage())
+    with pytest.raises(ConfigError, match="seed: was 7, now 9"):
+        fingerprint_of(short_config(str(tmp_path), seed=9), None, "0:1", 1, 0, 1)
+    (tmp_path / "run" / RUN_FILE).write_text('{"name": null}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="not a config of this version"):
+        fingerprint_of(short_config(str(tmp_path)), None, "0:1", 1, 0, 1)
+
+
+def test_fingerprint_accepts_a_run_with_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = prepare(with_absolute_paths(short_config("runs")), Storage())
+    Storage().write("vocab.txt", tokenizer.vocabulary_file)
+    config = short_config("runs", name="other", tokenizer__vocabulary="vocab.txt")
+    prepare(with_absolute_paths(config), Storage())
+    assert fingerprint_of(config, "pairs", "0:1", 1, 0, 1)["steps"] == [0, 1]
+
+
+def test_recipes_are_listed_and_shown_in_full_and_the_schema_describes_them() -> None:
+    recipes = json.loads(run("config", "list", "--json"))
+    assert recipes["demo"] == "vlmo: vision → language → vision_language"
+    assert "finetune/vilt_b32_vqa" in recipes
+    assert recipes == list_recipes()
+    assert run("config", "show", "configs/demo.yaml") == read_recipe("demo")
+    with pytest.raises(ConfigError, match=r"no recipe 'dmeo'; expected one of demo, "):
+        read_recipe("dmeo")
+    assert {"name", "model", "sources", "stages"} <= json.loads(run("config", "schema"))["properties"].keys()
+
+
+def test_objective_table_has_every_trainable_combination() -> None:
+    table = json.loads(run("objectives", "--json"))["objectives"]
+    assert list(table) == list(objective_names())
+    listed = {(objective, kind, name) for objective, row in table.items() for kind in row for name in row[kind]}
+    assert listed == {(cell.objective, cell.kind, cell.source_type) for cell in cells()}
+    lines = [line.split() for line in run("objectives").splitlines()]
+    assert lines[0] == ["objective", *MODEL_SECTIONS]
+    assert [line[0] for line in lines[1:]] == list(objective_names())
+    assert ["nlvr2", *["statements"] * 2, *["·"] * 3] in lines

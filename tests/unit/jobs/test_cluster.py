@@ -1,6 +1,7 @@
 """Joining or starting Ray: every failure is one message within seconds, and nothing is accessible to other users.
 
-The resources that ranks request are compared with those of the nodes before any rank is placed.
+The resources that ranks request are compared with those of the nodes before any rank is placed; a driver whose ranks
+are not placed reports it at once and periodically, and ends when they cannot be placed.
 """
 
 from __future__ import annotations
@@ -9,31 +10,24 @@ import os
 import socket
 import stat
 import tempfile
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray._private.state import state
 
-from jobs import cluster
-from jobs.cluster import (
-    address_of,
-    connect,
-    keep_token_private,
-    missing_resources,
-    private_folder,
-    requested_resources,
-)
+from jobs import cluster, placement
+from jobs.cluster import connect, keep_token_private, missing_resources, private_folder
+from jobs.placement import Placement
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import ClusterConfig
+from tests.support.http_server import give, serving
 
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove Ray's environment variables and fail the test if it starts or joins Ray."""
-    import ray
-
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_USE_TLS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -44,6 +38,7 @@ def joined(address: str) -> str:
     """Return the error message of connecting to this address."""
     with pytest.raises(RunFailed) as error:
         connect(ClusterConfig(address=address))
+    assert str(error.value).startswith(f"cluster.address {address}: no Ray cluster answers")
     return str(error.value)
 
 
@@ -65,84 +60,57 @@ def test_address_is_returned_with_its_origin(
 ) -> None:
     if variable is not None:
         monkeypatch.setenv("RAY_ADDRESS", variable)
-    assert address_of(ClusterConfig(address=named)) == expected
+    assert cluster.address_of(ClusterConfig(address=named)) == expected
 
 
-@pytest.mark.parametrize(
-    ("address", "groups"),
-    [
-        ("head:6379", (None, "head", "6379")),
-        ("10.0.0.1:6379", (None, "10.0.0.1", "6379")),
-        ("[::1]:6379", ("::1", None, "6379")),
-        ("[fe80::1%eth0]:6379", ("fe80::1%eth0", None, "6379")),
-    ],
-)
-def test_hosts_may_be_ipv6_addresses(address: str, groups: tuple[str | None, ...]) -> None:
-    match = cluster.HOST_AND_PORT.fullmatch(address)
-    assert match is not None
-    assert match.groups() == groups
-
-
-@pytest.mark.parametrize("address", ["head", "head:", ":6379", "::1:6379", "[::1]", "head:port", "head:99999", "a b:1"])
-def test_malformed_host_and_port_are_rejected(address: str) -> None:
-    message = joined(address)
-    assert message.startswith(f"cluster.address {address}: no Ray cluster answers")
-    assert "expected host:port" in message
-
-
-def test_addresses_of_other_kinds_are_rejected_with_their_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_may_be_ipv6_addresses_and_malformed_addresses_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = {
+        "head:6379": (None, "head", "6379"),
+        "10.0.0.1:6379": (None, "10.0.0.1", "6379"),
+        "[::1]:6379": ("::1", None, "6379"),
+        "[fe80::1%eth0]:6379": ("fe80::1%eth0", None, "6379"),
+    }
+    for address, groups in hosts.items():
+        match = cluster.HOST_AND_PORT.fullmatch(address)
+        assert match is not None
+        assert match.groups() == groups
+    for address in ("head", "head:", ":6379", "::1:6379", "[::1]", "head:port", "head:99999", "a b:1"):
+        assert "expected host:port" in joined(address)
     assert "cannot place ranks" in joined("ray://head:10001")
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(RunFailed, match=r"^RAY_ADDRESS http://head:8265: "):
         connect(ClusterConfig())
 
 
-class _Page(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_error(404)
-
-    do_PRI = do_GET
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_port_of_another_service_is_reported(host: str) -> None:
+def test_port_of_another_service_and_a_silent_port_are_reported(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if ":" in host and not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
-    with HTTPServer((host, 0), _Page, bind_and_activate=False) as server:
-        server.socket = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        port = server.socket.getsockname()[1]
-        assert "is no Ray head" in joined(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        server.shutdown()
-
-
-def test_silent_port_is_reported_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     monkeypatch.setattr(cluster, "HEAD_SECONDS", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        assert "is no Ray head" in joined(f"127.0.0.1:{silent.getsockname()[1]}")
+    with socket.create_server((host, 0), family=family) as silent:
+        port = silent.getsockname()[1]
+        assert "is no Ray head" in joined(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    with serving(give("a page", 404)) as server:
+        assert "is no Ray head" in joined(server.url.removeprefix("http://"))
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "remedy"),
     [
         (OSError("AF_UNIX path length cannot exceed 107 bytes: /very/long"), "set TMPDIR or RAY_TMPDIR"),
         (Exception("The current node timed out during startup."), "mome doctor"),
     ],
 )
 def test_local_ray_that_does_not_start_is_one_message(
-    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    error: Exception, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import ray
-
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(ray, "init", fail)
-    with pytest.raises(RunFailed, match=f"Ray did not start on this machine .*{told}"):
+    with pytest.raises(RunFailed, match=f"Ray did not start on this machine .*{remedy}"):
         connect(ClusterConfig())
 
 
@@ -157,15 +125,12 @@ def test_token_is_private_before_ray_starts(tmp_path: Path, monkeypatch: pytest.
     keep_token_private()
     assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == (token, 0o600), "and a token there stays"
     assert "RAY_AUTH_TOKEN" not in os.environ
-
-
-@pytest.mark.parametrize("home", ["/dev/null", "/proc/no-such"])
-def test_read_only_home_needs_no_token_file(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", home)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
-    monkeypatch.delenv("RAY_AUTH_TOKEN")
-    keep_token_private()
-    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    for home in ("/dev/null", "/proc/no-such"):  # where no file can be written
+        monkeypatch.setenv("HOME", home)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        keep_token_private()
+        assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
 def test_temporary_files_are_in_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,5 +198,86 @@ def test_missing_resources_are_reported_with_their_keys(
 
 
 def test_loader_actors_are_counted() -> None:
-    cluster = ranks(loader_actors=3, loader_cpus=0.5, loader_resource="loader", gpus_per_worker=1)
-    assert requested_resources(cluster, 2) == {"CPU": 5.0, "GPU": 2.0, "loader": 0.006}
+    config = ranks(loader_actors=3, loader_cpus=0.5, loader_resource="loader", gpus_per_worker=1)
+    assert cluster.requested_resources(config, 2) == {"CPU": 5.0, "GPU": 2.0, "loader": 0.006}
+
+
+# ---- waiting for ranks to be placed
+
+
+class World:
+    """Simulated cluster and clock, and the driver's console output."""
+
+    def __init__(self) -> None:
+        self.node: dict[str, float] = {"CPU": 4.0}
+        self.now = 1000.0
+        self.ranks: int | None = 0
+        self.printed: list[str] = []
+        self.autoscaler_limits: dict[str, float] | None = None
+
+    def placement(self, **values: object) -> Placement:
+        config = ranks(start_seconds=60, **{"address": "head:6379", **values})
+        started = Placement(config, "claim", clock=lambda: self.now)
+        started.start()
+        return started
+
+    def pass_seconds(self, watched: Placement, seconds: int) -> None:
+        for _ in range(seconds):
+            watched.check()
+            self.now += 1.0
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    simulated = World()
+    monkeypatch.setattr(cluster, "usable_nodes", lambda: {"node": simulated.node})
+    monkeypatch.setattr(placement, "notify", simulated.printed.append)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: simulated.autoscaler_limits)
+    monkeypatch.setattr("jobs.mailbox.Mailbox.get", lambda *_: simulated.ranks)
+    monkeypatch.setattr("jobs.mailbox.Mailbox.put", lambda *_: True)
+    return simulated
+
+
+def test_waiting_for_a_cluster_is_reported_until_the_timeout(world: World) -> None:
+    with pytest.raises(RunFailed, match=r"2 ranks need 2 GPUs; this cluster has 0.*cluster\.gpus_per_worker"):
+        world.placement(gpus_per_worker=1, address=None)  # a local Ray never gets more
+    waiting = world.placement(gpus_per_worker=1)
+    waiting.check()
+    assert world.printed == ["waiting: 0 of 2 workers placed; 2 GPUs requested, 0 in the cluster"]
+    world.pass_seconds(waiting, 60)
+    assert len(world.printed) == 6, "the message is repeated every ten seconds"
+    with pytest.raises(RunFailed, match=r"this cluster has 0.*none came in 6\d s.*start_seconds"):
+        world.pass_seconds(waiting, 10)
+
+
+def test_nodes_that_join_in_time_are_used(world: World) -> None:
+    waiting = world.placement(gpus_per_worker=1)
+    world.pass_seconds(waiting, 50)
+    world.node = {"CPU": 4.0, "GPU": 2.0}
+    world.pass_seconds(waiting, 1000)
+    amounts = "2 CPUs requested, 4 in the cluster, 1 free; 2 GPUs requested, 2 in the cluster, 0 free"
+    assert world.printed[-1] == f"waiting: 0 of 2 workers placed; {amounts}"
+    world.ranks = 2
+    waiting.check()
+    assert world.printed[-1] == "2 of 2 workers placed"
+    assert waiting.ranks == 2
+
+
+def test_driver_waits_for_an_autoscaler_with_enough_nodes(world: World) -> None:
+    world.autoscaler_limits = {"CPU": 64, "GPU": 8}
+    world.pass_seconds(world.placement(gpus_per_worker=1), 1000)
+    world.autoscaler_limits = {"CPU": 64, "GPU": 1}
+    with pytest.raises(RunFailed, match="this cluster has 0"):
+        world.pass_seconds(world.placement(gpus_per_worker=1), 100)
+
+
+def test_driver_waits_for_ranks_that_were_placed_before_and_for_a_cluster_that_does_not_answer(world: World) -> None:
+    unanswered, world.ranks = world.placement(gpus_per_worker=1), None
+    world.pass_seconds(unanswered, 1000)
+    waiting, world.ranks = world.placement(), 2
+    world.pass_seconds(waiting, 5)
+    assert world.printed == [], "ranks that are placed quickly need no message"
+    world.ranks, world.node = 0, {"CPU": 1.0}  # their node was lost, and another may replace it
+    world.pass_seconds(waiting, 1000)
+    assert world.printed[0] == "waiting: 0 of 2 workers placed; 2 CPUs requested, 1 in the cluster"

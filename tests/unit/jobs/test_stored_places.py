@@ -1,4 +1,7 @@
-"""A folder written by others determines neither which servers are contacted nor which files are opened."""
+"""A folder written by others determines neither which servers are contacted nor which files are opened.
+
+Commands that only read write nothing into a run, its weights or its data, and accept what `mome train` accepts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -22,7 +24,9 @@ from jobs.caller import URI_VARIABLE, Caller
 from jobs.cli import app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.stored import check_stored_url, stored_config
-from tests.support.finished_run import config_of, contents, draw, write_run
+from pipeline.data.storage import Storage
+from pipeline.training.prepare import prepare
+from tests.support.finished_run import config_of, contents, draw, untrained_weights, write_run
 
 
 class Observer:
@@ -66,9 +70,9 @@ def observer(tmp_path: Path) -> Iterator[Observer]:
     guarded = tmp_path / "guarded"
     guarded.mkdir()
     (guarded / "secret").write_text("hunter2", encoding="utf-8")
-    found = Observer(guarded)
-    yield found
-    found.close()
+    watching = Observer(guarded)
+    yield watching
+    watching.close()
 
 
 @pytest.fixture
@@ -77,11 +81,9 @@ def hostile(tmp_path: Path, shards: str, observer: Observer, monkeypatch: pytest
     monkeypatch.setenv("CANARY", "hunter2")
     monkeypatch.delenv(URI_VARIABLE, raising=False)
     server, secret = f"http://{observer.address}", f"{observer.guarded}/secret"
-    pairs = {"shards": shards}
-    beacon = {"shards": f"{server}/shards"}
     recorded = config_of(
         Path(observer.guarded),
-        {"pairs": pairs, "beacon": beacon},
+        {"pairs": {"shards": shards}, "beacon": {"shards": f"{server}/shards"}},
         "pairs",
         storage={"endpoint_url": server, "key": "env:CANARY", "secret": f"file:{secret}", "retry_timeout_seconds": 1.0},
         tracking={"uri": server},
@@ -89,38 +91,27 @@ def hostile(tmp_path: Path, shards: str, observer: Observer, monkeypatch: pytest
         tokenizer={"vocabulary": secret},
     )
     stage = recorded.stages[0].model_copy(update={"start_from": secret, "sources": {"pairs": 1.0, "beacon": 1.0}})
-    recorded = recorded.model_copy(update={"stages": (stage,)})
-    return write_run(tmp_path / "theirs", recorded, shards)
+    return write_run(tmp_path / "theirs", recorded.model_copy(update={"stages": (stage,)}), shards)
 
 
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "picture.png"
-    Image.fromarray(np.zeros((30, 40, 3), dtype=np.uint8)).save(path)
-    return str(path)
-
-
-def commands(run: str, shards: str, picture: str, out: Path) -> dict[str, list[str]]:
-    return {
-        "report": ["report", run],
-        "compare": ["compare", run, run, "--html", str(out / "compare.html")],
-        "sync": ["sync", run],
-        "evaluate": ["evaluate", run],
-        "evaluate the beacon": ["evaluate", run, "--source", "beacon"],
-        "evaluate against": ["evaluate", run, "--against", run],
-        "predict": ["predict", run, "--image", picture, "--text", "a red circle"],
-        "explain": ["explain", run, "--image", picture, "--text", "a red circle", "--out", str(out / "e.html")],
-        "embed": ["embed", shards, "--checkpoint", run, "--out", str(out / "vectors")],
-        "register": ["register", run, "--name", "theirs"],
-        "export": ["export", run, "--format", "safetensors", "--out", str(out / "w.safetensors")],
-    }
-
-
-REFUSED = {"sync", "evaluate the beacon"}
+USING = [
+    "report {run}",
+    "compare {run} {run} --html {out}/compare.html",
+    "sync {run}",
+    "evaluate {run}",
+    "evaluate {run} --source beacon",
+    "evaluate {run} --against {run}",
+    "predict {run} --image {image} --text circle",
+    "explain {run} --image {image} --text circle --out {out}/e.html",
+    "embed {shards} --checkpoint {run} --out {out}/vectors",
+    "register {run} --name theirs",
+    "export {run} --format safetensors --out {out}/w.safetensors",
+]
+REFUSED = {"sync {run}", "evaluate {run} --source beacon"}
 
 
 def test_commands_use_no_server_or_file_named_by_a_folder(
-    hostile: str, shards: str, picture: str, tmp_path: Path, observer: Observer, monkeypatch: pytest.MonkeyPatch
+    hostile: str, shards: str, tmp_path: Path, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered: list[str] = []
 
@@ -129,11 +120,13 @@ def test_commands_use_no_server_or_file_named_by_a_folder(
         return {"name": name, "version": 1, "alias": alias, "uri": f"models:/{name}/1"}
 
     monkeypatch.setattr(jobs.tracking, "register", register)
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
     observer.opened.clear()
-    for name, arguments in commands(hostile, shards, picture, tmp_path).items():
-        result = CliRunner().invoke(app, arguments)
-        assert (result.exit_code == 0) == (name not in REFUSED), (name, result.output, result.exception)
-        assert result.exit_code == 0 or isinstance(result.exception, MomeError), (name, result.exception)
+    for command in USING:
+        words = command.format(run=hostile, shards=shards, image=tmp_path / "image.png", out=tmp_path).split()
+        result = CliRunner().invoke(app, words)
+        assert (result.exit_code == 0) == (command not in REFUSED), (command, result.output, result.exception)
+        assert result.exit_code == 0 or isinstance(result.exception, MomeError), (command, result.exception)
     assert observer.connections == []
     assert observer.opened == []
     assert registered == [f"sqlite:///{tmp_path}/mlflow.db"]
@@ -175,25 +168,22 @@ def test_caller_settings_come_from_the_config_it_names(tmp_path: Path, monkeypat
     own = config_of(tmp_path, {"pairs": {"shards": "/data"}}, "pairs", tracking={"uri": "http://own:5000"})
     (tmp_path / "own.yaml").write_text(own.model_dump_json(), encoding="utf-8")
     monkeypatch.setenv(URI_VARIABLE, "http://environment:5000")
-    assert Caller().server == "http://environment:5000"
+    assert Caller().server == Caller.named().server == "http://environment:5000"
+    assert Caller.named(uri="http://argument:5000").server == "http://argument:5000"
     assert Caller.named(tmp_path / "own.yaml").server == "http://own:5000"
-    assert Caller.named(tmp_path / "own.yaml").with_server("http://given:5000").server == "http://given:5000"
+    assert Caller.named(tmp_path / "own.yaml", "http://argument:5000").server == "http://argument:5000"
 
 
 # ---- where results go
 
 
-@pytest.fixture
-def original(tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv(URI_VARIABLE, raising=False)
-    folder = tmp_path / "runs" / "run"
-    write_run(folder, config_of(tmp_path / "runs", {"pairs": {"shards": shards}}, "pairs"), shards)
-    return folder
-
-
 @pytest.mark.parametrize(("name", "part"), [("run", ""), ("renamed run", "stages/0-pairs")])
-def test_results_are_written_next_to_the_given_weights(original: Path, tmp_path: Path, name: str, part: str) -> None:
-    copy = tmp_path / "elsewhere" / name
+def test_results_are_written_next_to_the_given_weights(
+    shards: str, tmp_path: Path, name: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(URI_VARIABLE, raising=False)
+    original, copy = tmp_path / "runs" / "run", tmp_path / "elsewhere" / name
+    write_run(original, config_of(tmp_path / "runs", {"pairs": {"shards": shards}}, "pairs"), shards)
     shutil.copytree(original, copy)
     before = contents(tmp_path / "runs")
     result = CliRunner().invoke(app, ["evaluate", str(copy / part), "--json"])
@@ -205,8 +195,43 @@ def test_results_are_written_next_to_the_given_weights(original: Path, tmp_path:
     assert contents(tmp_path / "runs") == before
     assert not (tmp_path / "elsewhere" / "mlflow.db").exists()
     assert "it is a copy of" in result.stderr
-    shown = CliRunner().invoke(app, ["compare", str(copy), str(original), "--json"])
-    assert shown.exit_code == 0, shown.output
-    assert CliRunner().invoke(app, ["report", str(copy)]).exit_code == 0
+    for command in (["compare", str(copy), str(original), "--json"], ["report", str(copy)]):
+        shown = CliRunner().invoke(app, command)
+        assert shown.exit_code == 0, shown.output
     assert (copy / "run_report.html").exists()
     assert contents(tmp_path / "runs") == before
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
+    """Write a finished run, and its config and an image into a folder for the commands' output."""
+    folder, out = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("outside")
+    config, weights = untrained_weights(folder)
+    prepare(config, Storage())
+    (out / "run.yaml").write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
+    Image.new("RGB", (30, 20), "red").save(out / "image.png")
+    return {"folder": folder, "out": out, "config": out / "run.yaml", "image": out / "image.png", "weights": weights}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fingerprint {config} --steps 0:1",
+        "fingerprint {config} data.loader.threads_per_worker=3 --steps 0:1 --workers 1",
+        "plan {config}",
+        "doctor --config {config}",
+        "predict {folder}/run --image {image} --text circle",
+        "predict {weights} --text [MASK]",
+        "explain {folder}/run --image {image} --text circle --out {out}/explained.html",
+        "embed {folder}/scenes --checkpoint {folder}/run --out {out}/vectors",
+        "export {folder}/run --format safetensors --out {out}/weights.safetensors",
+        "compare {folder}/run {folder}/run --html {out}/compared.html",
+        "shards show {folder}/scenes --sheet {out}/sheet.png",
+        "shards check {folder}/scenes --report {out}/bad.jsonl --workers 1",
+    ],
+)
+def test_a_command_that_reads_changes_nothing(places: dict[str, Path], command: str) -> None:
+    before = contents(places["folder"])
+    result = CliRunner().invoke(app, command.format(**places).split(), catch_exceptions=False)
+    assert result.exit_code in ((0, 1) if command.startswith("doctor") else (0,)), result.output
+    assert contents(places["folder"]) == before

@@ -1,20 +1,244 @@
-"""Job identifiers of submissions are stable per config, and submitting imports no training library."""
+"""Submitting to a Ray dashboard: the address is validated, trusted and used as given, and failures are one message.
+
+Job identifiers are stable per config, and submitting imports no training library.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobStatus
 
+from jobs import dashboard
+from jobs.dashboard import dashboard_address, find_token, is_loopback, open_dashboard
 from jobs.submit import interpreter, job_id
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, MomeError, RunFailed
 from pipeline.config.load import load_config
+from tests.support.http_server import Answer, give, serving
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "configs" / "demo.yaml"
+TOKEN = "a-token"
+
+
+def ray_dashboard(handler: BaseHTTPRequestHandler) -> None:
+    """Answer as a Ray dashboard that requires the token."""
+    if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
+        give("no token", 401)(handler)
+    elif handler.path == "/api/version":
+        give({"ray_version": "2.60.0"})(handler)
+    else:
+        give([])(handler)
+
+
+@pytest.fixture(autouse=True)
+def own_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+
+
+# ---- the address
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("head:8265", "http://head:8265"),
+        ("http://head:8265/", "http://head:8265"),
+        ("http://head:8265/#/overview", "http://head:8265"),
+        ("head:8265/#/jobs/mome-demo?tab=logs", "http://head:8265"),
+        ("http://[::1]:8265", "http://[::1]:8265"),
+        ("https://HEAD.example.org/ray/", "https://head.example.org/ray"),
+    ],
+)
+def test_address_may_be_copied_from_a_browser(address: str, expected: str) -> None:
+    assert dashboard_address(address) == dashboard_address(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "http://[::1", "http://head:82x65", "http://head:99999999", "ray://head:10001", "file:///etc", "http://",
+     "head 1:8265", "http://head:8265\\@elsewhere", "http://alice:secret@head:8265", "http://a:secret@head:82x65",
+     "ray://alice:secret@head:10001", "http://alice:[secret@head", "alice:secret@", "http://a..b:8265", 64 * "a"],
+)  # fmt: skip
+def test_invalid_dashboard_address_is_one_message(address: str) -> None:
+    with pytest.raises(ConfigError, match="--address") as error:
+        open_dashboard(address)
+    assert "secret" not in str(error.value)
+
+
+def test_only_loopback_addresses_are_this_machine() -> None:
+    own = ["127.0.0.1", "localhost", "http://127.0.0.1:8265", "http://[::1]:8265"]
+    others = ["10.0.0.1", "head", "http://head:8265", "http://127.0.0.1.evil.com:8265"]
+    assert [address for address in own + others if is_loopback(address)] == own
+
+
+def test_dashboard_of_another_machine_without_authentication_is_rejected_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "is_loopback", lambda address: False)
+    with serving(give([])) as server:
+        with pytest.raises(ConfigError, match="lets anyone run code") as error:
+            open_dashboard(server.url)
+        assert error.value.exit_status == 2
+        assert server.seen == [("GET", "/api/jobs/", None)], "more than the question was sent, or the token with it"
+
+
+@pytest.mark.parametrize(
+    ("variable", "other"),
+    [
+        ("RAY_ADDRESS", "http"),
+        ("RAY_API_SERVER_ADDRESS", "http"),
+        ("RAY_ADDRESS", "auto"),
+        ("RAY_ADDRESS", "ray://127.0.0.1:10001"),
+        ("RAY_API_SERVER_ADDRESS", "127.0.0.1:6379"),
+        ("http_proxy", "http"),
+        ("all_proxy", "http"),
+    ],
+)
+def test_local_address_takes_precedence_over_variables_of_ray_and_proxies(
+    variable: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(ray_dashboard) as named, serving(ray_dashboard) as another:
+        monkeypatch.setenv(variable, another.url if other == "http" else other)
+        client = open_dashboard(named.url)
+        assert client.get_address() == named.url
+        assert client.list_jobs() == []
+        assert another.seen == [], "something was sent to the other cluster"
+        assert named.seen[0] == ("GET", "/api/jobs/", None), "the token was sent before it was asked for"
+        assert {token for *_, token in named.seen[1:]} == {f"Bearer {TOKEN}"}
+
+
+# ---- the server
+
+
+@pytest.mark.parametrize("status", [302, 308])
+@pytest.mark.parametrize("redirected", ["first request", "request with the token", "request of the client"])
+def test_token_is_not_sent_to_a_redirect_target(redirected: str, status: int) -> None:
+    with serving(give("stolen")) as target:
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            has_token = "Authorization" in handler.headers
+            if redirected == "request of the client" and not handler.path.startswith("/api/jobs/job"):
+                ray_dashboard(handler)
+            elif redirected == "request with the token" and not has_token:
+                give("no token", 401)(handler)
+            else:
+                give("", status, Location=f"{target.url}{handler.path}")(handler)
+
+        expected = f"answers with {status}" if "client" in redirected else f"redirects to {target.url}"
+        with serving(answer) as server, pytest.raises(MomeError, match=expected):
+            open_dashboard(server.url).get_job_info("job")
+        assert target.seen == []
+
+
+def drop(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"\x00\x00\x12\x04 this is not HTTP\r\n")  # the response of Ray's gRPC ports
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [drop, give("<html>"), give({"jobs": []}), give([1]), give("[" * 100_000), give("no", 404), give("oh", 500)],
+    ids=["not-http", "html", "object", "numbers", "deep", "404", "500"],
+)
+def test_server_that_is_not_a_dashboard_is_detected(answer: Answer) -> None:
+    with serving(answer) as server, pytest.raises(RunFailed, match="no Ray dashboard"):
+        open_dashboard(server.url)
+
+
+@pytest.mark.parametrize(("port", "hint"), [(6379, "cluster.address"), (10001, "ray://"), (8265, "tunnel")])
+def test_rejected_connection_names_the_dashboard_port(port: int, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(RunFailed, match=rf"no Ray dashboard answers.*{hint}.*8265"):
+        open_dashboard(f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("header", [b"X-Slow: ", b"Content-Length: 1000000\r\n\r\n"])
+def test_endless_response_times_out(header: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        """Send one byte every 20 ms until the client disconnects."""
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + header)
+        with suppress(OSError):
+            for _ in range(200):
+                handler.wfile.write(b" ")
+                time.sleep(0.02)
+
+    monkeypatch.setattr(dashboard, "LIST_SECONDS", 0.3)
+    with serving(drip) as server, pytest.raises(RunFailed, match="no complete response"):
+        open_dashboard(server.url)
+
+
+def test_unresponsive_dashboard_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timeout applies both before the client is created and after."""
+    monkeypatch.setattr(dashboard, "ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(RunFailed, match="no Ray dashboard answers"):
+        open_dashboard(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    over = threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if handler.path == "/api/jobs/job":
+            over.wait(20)
+        else:
+            ray_dashboard(handler)
+
+    with serving(answer) as server:
+        client = open_dashboard(server.url)
+        with pytest.raises(RunFailed, match="gave no answer to /api/jobs/job"):
+            client.get_job_info("job")
+        over.set()
+
+
+@pytest.mark.parametrize("token", ["two\nlines", "caf\xe9", "", "nul\0"])
+def test_token_invalid_in_a_header_is_rejected_but_not_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "resolve_secret", lambda reference: token)
+    with pytest.raises(ConfigError, match="expected a token") as error:
+        find_token("env:SECRET")
+    assert not token.strip() or token not in str(error.value)
+
+
+def test_token_is_given_by_reference_and_a_user_without_a_home_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: object) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    with pytest.raises(ConfigError, match="env:NAME or file:PATH"):
+        find_token("the-token-itself")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setattr("pathlib.Path.expanduser", homeless)
+    assert find_token(None) is None
+
+
+# ---- the job
+
+
+def test_job_and_its_code_are_submitted(tmp_path: Path) -> None:
+    """The dashboard answers uploads of packages with an empty body."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if handler.path.startswith("/api/packages/"):
+            give("", 404 if handler.command == "GET" else 200)(handler)
+        elif handler.command == "POST":
+            give({"job_id": "job", "submission_id": "job"})(handler)
+        else:
+            ray_dashboard(handler)
+
+    (tmp_path / "run.yaml").write_text("name: run")
+    with serving(answer) as server:
+        client = open_dashboard(server.url)
+        assert client.submit_job(entrypoint="true", runtime_env={"working_dir": str(tmp_path)}) == "job"
+        assert [method for method, *_ in server.seen[-3:]] == ["GET", "PUT", "POST"]
 
 
 @pytest.mark.parametrize(
@@ -35,11 +259,6 @@ def test_job_id_follows_from_the_config_and_its_failed_attempts(states: dict[str
     assert job_id(load_config(DEMO), {base + suffix: status for suffix, status in states.items()}) == base + expected
 
 
-def test_min_workers_above_workers_is_rejected() -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.min_workers: 3 is above cluster\.workers 2"):
-        load_config(DEMO, ["cluster.min_workers=3"])
-
-
 def test_submitting_needs_neither_cuda_nor_training_libraries() -> None:
     """A laptop has no GPU, and importing DeepSpeed searches for one and for its compiler."""
     script = (
@@ -50,18 +269,37 @@ def test_submitting_needs_neither_cuda_nor_training_libraries() -> None:
         "assert not torch.cuda.is_initialized()\n"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
 
 
-def test_job_uses_this_interpreter_if_the_head_has_it(
-    monkeypatch: pytest.MonkeyPatch,
+def test_job_uses_this_interpreter_if_the_head_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for python, expected in ((sys.executable, sys.executable), ("/no such/python", "python")):
+        monkeypatch.setattr(sys, "executable", python)
+        assert subprocess.check_output(["bash", "-c", f"echo {interpreter()}"], text=True).strip() == expected
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_followed_output_is_shown_once(
+    silent: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def found() -> str:
-        return subprocess.check_output(["bash", "-c", f"echo {interpreter()}"], text=True).strip()
+    class Client:
+        """Client whose connection breaks, or receives nothing more, in the middle of the output."""
 
-    assert found() == sys.executable
-    monkeypatch.setattr(sys, "executable", "/no such/python")
-    assert found() == "python"
+        num_calls = 0
+
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            self.num_calls += 1
+            yield "one "
+            if self.num_calls == 1:
+                if silent:
+                    await asyncio.sleep(60)
+                raise RuntimeError("the connection broke")
+            yield "two\n"
+
+        def get_job_status(self, job: str) -> JobStatus:
+            return JobStatus.SUCCEEDED if self.num_calls > 1 else JobStatus.RUNNING
+
+    monkeypatch.setattr(dashboard, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "SILENT_SECONDS", 0.2)
+    assert dashboard.stream_logs(Client(), "job") == "SUCCEEDED"
+    assert capsys.readouterr().err == "one two\n"

@@ -1,0 +1,296 @@
+"""A run's driver: what it resolves before ranks are placed, its messages from and to them, and its signals.
+
+The first signal makes the ranks save, the second ends the driver at once; it always ends in bounded time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.experimental import internal_kv
+
+from jobs import interrupts, mailbox, train
+from jobs.cluster import for_ranks
+from jobs.interrupts import Interrupts, Stopped
+from jobs.mailbox import NUM_PLACED, STOP, Mailbox, forwarded_warnings
+from jobs.submit import for_cluster
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+from pipeline.config.stored import parse_config
+from pipeline.tracking.locations import absolute_uri, tracking_uri
+
+ROOT = Path(__file__).resolve().parents[3]
+DEMO = ROOT / "configs" / "demo.yaml"
+ours = logging.getLogger("pipeline.training.alerts")
+
+
+# ---- the config that the ranks receive
+
+
+@pytest.mark.parametrize("override", ["output=runs", "output=s3://bucket/runs", "tracking.uri=sqlite:///mine.db"])
+def test_ranks_in_another_folder_use_the_same_files_and_mlflow(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rank").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_config(DEMO, [override])
+    expected = absolute_uri(tracking_uri(config))
+    settled = for_ranks(config)
+    monkeypatch.chdir(tmp_path / "rank")
+    assert tracking_uri(settled) == expected
+    assert settled.sources["scenes"].shards == str(tmp_path / "runs/demo-data/scenes")
+    assert settled.output == ("s3://bucket/runs" if "s3" in override else str(tmp_path / "runs"))
+    if "sqlite" in override:
+        assert settled.tracking.uri == f"sqlite:///{tmp_path}/mine.db"
+    assert for_ranks(settled) == settled
+
+
+def test_server_reference_reaches_the_ranks_unresolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SERVER", raising=False)  # set only on the cluster's nodes
+    config = load_config(DEMO, ["tracking.uri=env:SERVER"])
+    assert for_ranks(config).tracking.uri == "env:SERVER"
+    assert for_cluster(config, same_machine=True).tracking.uri == "env:SERVER"
+
+
+def test_min_workers_above_workers_is_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.min_workers: 3 is above cluster\.workers 2"):
+        load_config(DEMO, ["cluster.min_workers=3"])
+
+
+def test_password_recorded_by_an_earlier_version_is_dropped() -> None:
+    values = json.loads(load_config(DEMO).model_dump_json())
+    values["tracking"]["uri"] = "http://me:hunter2@server:5000"
+    values["storage"]["endpoint_url"] = "http://me:hunter2@store:9000"
+    config = parse_config(json.dumps(values), "run.json")
+    assert (config.tracking.uri, config.storage.endpoint_url) == ("http://server:5000", "http://store:9000")
+
+
+# ---- messages
+
+
+class KeyValues:
+    """Key-value store of a Ray cluster, which may be unavailable."""
+
+    def __init__(self) -> None:
+        self._values: dict[bytes, bytes] = {}
+        self.is_away = False
+
+    @property
+    def values(self) -> dict[bytes, bytes]:
+        if self.is_away:
+            raise RuntimeError("the head does not answer")
+        return self._values
+
+    def internal_kv_get(self, key: bytes, namespace: bytes, timeout: float) -> bytes | None:
+        return self.values.get(key)
+
+    def internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes, timeout: float) -> int:
+        self.values[key] = value
+        return 1
+
+    def internal_kv_keys(self, prefix: bytes, namespace: bytes, timeout: float) -> list[bytes]:
+        return [key for key in self.values if key.startswith(prefix)][::-1]
+
+    def internal_kv_del(self, key: bytes, by_prefix: bool, namespace: bytes, timeout: float) -> int:
+        doomed = [name for name in self.values if name == key or (by_prefix and name.startswith(key))]
+        return len([self.values.pop(name) for name in doomed])
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> KeyValues:
+    values = KeyValues()
+    monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda: values)
+    monkeypatch.setattr(mailbox, "RETRY_SECONDS", 0.01)
+    return values
+
+
+def test_our_warnings_reach_the_driver_once_and_in_order(store: KeyValues) -> None:
+    mail = Mailbox("claim")
+    with forwarded_warnings(mail):
+        for number in range(20):
+            ours.warning("alert %d", number, extra={"alert": "vision/itm_collapse"})
+        ours.info("no warning")
+        logging.getLogger("urllib3.connection").warning("none of ours")
+    ours.warning("too late")
+    received = mail.receive()
+    assert [message["text"] for message in received] == [f"alert {number}" for number in range(20)]
+    assert {message["alert"] for message in received} == {"vision/itm_collapse"}
+    assert mail.receive() == Mailbox("another").receive() == []
+    with forwarded_warnings(mail):
+        ours.warning("hung")
+        (handler,) = (handler for handler in logging.getLogger().handlers if type(handler).__name__ == "Forward")
+        handler.flush()  # by `logging.shutdown` before `os._exit` in a hung rank, which leaves no block
+        assert [message["text"] for message in mail.receive()] == ["hung"]
+
+
+def test_values_are_exchanged_within_one_start_and_an_unavailable_head_blocks_neither_side(store: KeyValues) -> None:
+    driver, rank, another = Mailbox("claim"), Mailbox("claim"), Mailbox("later")
+    assert rank.get(STOP) is None
+    assert driver.put(STOP, 1)
+    assert (rank.get(STOP), another.get(STOP)) == ("1", None)
+    assert rank.put(NUM_PLACED, 3)
+    assert driver.get(NUM_PLACED) == "3"
+    driver.clear()
+    assert store.values == {}
+    store.is_away = True
+    assert (driver.get(NUM_PLACED), driver.put(STOP, 1), driver.receive()) == (None, False, [])
+    with forwarded_warnings(rank):
+        for number in range(3 * mailbox.MAX_QUEUED):
+            ours.warning("line %d", number)
+        store.is_away = False
+    assert driver.receive()[0]["text"] == "line 0"
+
+
+def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alert(name: str, text: str, **more: bool) -> dict[str, object]:
+        return {"level": "WARNING", "text": text, "alert": f"vision/{name}", **more}
+
+    printed: list[str] = []
+    received = [
+        [alert("itm_collapse", "collapsed"), alert("itc_clamp", "clamped")],
+        [{"level": "WARNING", "text": "resuming stage vision at step 130"}, alert("itc_clamp", "over", over=True)],
+    ]
+    monkeypatch.setattr(train, "notify", lambda text, *_: printed.append(text))
+    monkeypatch.setattr(Mailbox, "receive", lambda _: received.pop(0))
+    mail, open_alerts = Mailbox("start"), dict[str, str]()
+    train.show_messages(mail, open_alerts)
+    assert open_alerts == {"vision/itm_collapse": "collapsed", "vision/itc_clamp": "clamped"}
+    train.show_messages(mail, open_alerts)
+    assert printed == [
+        f"WARNING {text}" for text in ("collapsed", "clamped", "resuming stage vision at step 130", "over")
+    ]
+    assert open_alerts == {"vision/itm_collapse": "collapsed"}
+
+
+# ---- signals
+
+
+class Mail:
+    """Mailbox to the ranks that counts the requests to save, and accepts those after the first `lost`."""
+
+    def __init__(self, lost: int = 0) -> None:
+        self.lost, self.requests = lost, 0
+
+    def put(self, name: str, value: object) -> bool:
+        self.requests += name == STOP
+        return self.requests > self.lost
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return load_config(DEMO, [f"output={tmp_path}"])
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    messages: list[str] = []
+    monkeypatch.setattr(interrupts, "notify", messages.append)
+    monkeypatch.setattr(interrupts, "END_SECONDS", 1e8)  # the timeout would end the test process
+    return messages
+
+
+def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> None:
+    """Send SIGTERM to a driver, and check five times, or for some seconds."""
+    handlers, end = Interrupts(config), time.monotonic() + seconds
+    with suppress(Stopped):
+        with handlers.deferred():
+            handlers.check(mail, ranks)
+            handlers._on_signal(signal.SIGTERM, None)
+            for _ in range(5):
+                handlers.check(mail, ranks)
+            while time.monotonic() < end:
+                handlers.check(mail, ranks)
+                time.sleep(0.05)
+        pytest.fail("the driver went on after a signal")
+
+
+def test_ranks_are_requested_to_save_until_they_receive_it(config: RunConfig, printed: list[str]) -> None:
+    for lost in (0, 1):
+        mail = Mail(lost)
+        drive(config, mail, ranks=2)
+        assert mail.requests == lost + 1
+    assert [message.partition(" after")[0] for message in printed] == 2 * ["SIGTERM: the ranks save"]
+
+
+def test_driver_stops_at_once_before_ranks_are_placed(config: RunConfig, printed: list[str]) -> None:
+    mail, started = Mail(), time.monotonic()
+    drive(config, mail, ranks=0, seconds=60)
+    assert mail.requests == 0
+    assert time.monotonic() - started < 30
+
+
+AWAY = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+
+
+def test_wait_for_an_unavailable_store_is_bounded(
+    config: RunConfig, printed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupts, "UNREACHABLE_SECONDS", 0.2)
+    for name, value in AWAY.items():
+        monkeypatch.setenv(name, value)
+    drive(config.model_copy(update={"output": "s3://bucket/runs"}), Mail(), ranks=2, seconds=20)
+    assert "has not answered" in printed[-1]
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from jobs import interrupts
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import load_config
+
+interrupts.END_SECONDS, interrupts.ANSWER_SECONDS = float(sys.argv[2]), 0.2
+try:
+    with interrupts.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])):
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        finally:
+            time.sleep(float(sys.argv[3]))  # a store that is away
+except interrupts.Stopped as stopped:
+    sys.stderr.flush()
+    os._exit(stopped.exit_status)
+"""
+# Another thread receives the signal, and no Python signal handler runs.
+BLOCKED = SCRIPT.replace(
+    "            time.sleep(60)", "            signal.pthread_sigmask(0, [2, 15]); time.sleep(60)", 1
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "output", "signals", "end", "hold", "status", "message"),
+    [
+        (SCRIPT, "", "TERM", 600, 0, 75, "stopped (SIGTERM): no checkpoint yet; re-run the same command to resume"),
+        (SCRIPT, "", "INT", 600, 0, 130, "stopped (SIGINT): no checkpoint yet; re-run the same command to resume"),
+        (SCRIPT, "", "TERM INT", 600, 60, 130, "ended at once"),
+        (SCRIPT, "", "INT TERM", 600, 60, 75, "ended at once"),
+        (SCRIPT, "", "TERM", 0.5, 60, 75, "ended now"),
+        (BLOCKED, "", "INT", 0.5, 0, 130, "ended now"),
+        (SCRIPT, "s3://bucket/runs", "INT", 600, 0, 130, "the store does not answer; re-run"),
+    ],
+)
+def test_driver_ends_although_its_cleanup_its_main_thread_or_the_store_hangs(
+    script: str, output: str, signals: str, end: float, hold: float, status: int, message: str, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(AWAY if output else {})}
+    command = [sys.executable, "-c", script, output or str(tmp_path), str(end), str(hold)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        for name in signals.split():
+            time.sleep(0.3 if script is BLOCKED else 0.0)
+            process.send_signal(signal.Signals[f"SIG{name}"])
+            time.sleep(0.3)
+        assert process.wait(timeout=50) == status
+        assert message in process.stderr.read()
