@@ -26,7 +26,7 @@ from pipeline.pages.formatting import duration
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from pipeline.training.progress import Progress
+    from pipeline.training.callbacks import Progress
 
 log = logging.getLogger(__name__)
 

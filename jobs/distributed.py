@@ -32,12 +32,12 @@ from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
+from pipeline.training.callbacks import Progress
 from pipeline.training.collectives import Collectives
 from pipeline.training.health import is_out_of_memory
 from pipeline.training.loop import train
 from pipeline.training.ownership import Ownership
 from pipeline.training.preflight import preflight
-from pipeline.training.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -29,10 +29,10 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import tracking_uri
 from pipeline.tracking.mlflow_server import check_server
+from pipeline.training.callbacks import Progress
 from pipeline.training.checkpoint import is_committed, stage_url
 from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import prepare
-from pipeline.training.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -28,11 +28,10 @@ from pipeline.planning.memory import memory_of
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.deepspeed_setup import sharding_of
-from pipeline.training.full_batch import full_batch
-from pipeline.training.measure import MeasuredEngine, Storages, gradients_of, living, peak_of, states_of
+from pipeline.training.profile import MeasuredEngine, living, peak_of, states_of
 from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
-from pipeline.training.workload import with_micro_batch, work_of
+from pipeline.training.workload import full_batch, with_micro_batch, work_of
 
 WARM_STEPS = 2
 Numbers = dict[str, int]
@@ -110,19 +109,13 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> StepBe
     members = [member for member in vars(batch).values() if isinstance(member, torch.Tensor)]
     batch_bytes = sum(member.untyped_storage().nbytes() for member in members)
     held = sum(size for address, size in living(device).items() if address not in before) - batch_bytes
-    gradients: Storages = {}
-    measured_engine.after_backward = lambda: gradients.update(gradients_of(engine))
-
-    def run_saving() -> None:
-        with measured_engine.saving():
-            run()
-
     started = time.perf_counter()
-    peak = held + peak_of(run_saving, device)
+    with measured_engine.measuring():
+        peak = held + peak_of(run, device)
     seconds = seconds or time.perf_counter() - started
     categories = {
         "states": sum(states_of(engine).values()),
-        "gradients": sum(gradients.values()),
+        "gradients": sum(measured_engine.gradients.values()),
         "activations": measured_engine.saved_bytes,
     }
     engine.close()

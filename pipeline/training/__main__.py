@@ -14,7 +14,6 @@ from pipeline.config.redaction import configure_logging, printable
 from pipeline.training.loop import train
 from pipeline.training.preflight import preflight
 from pipeline.training.profile import profile_override
-from pipeline.training.progress import Progress
 
 
 def main(arguments: list[str]) -> int:
@@ -31,19 +30,19 @@ def main(arguments: list[str]) -> int:
         if "--preflight" in arguments:
             preflight(config, lambda line: print(line, flush=True))
         else:
-            train(config, print_progress)
+            train(
+                config,
+                lambda progress: print(
+                    f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  loss {progress.loss:.4f}  "
+                    f"{progress.samples_per_second:.1f} samples/s  "
+                    f"stage ends in {progress.seconds_left / 60:.1f} min",
+                    flush=True,
+                ),
+            )
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {printable(str(error))}", file=sys.stderr)
         return error.exit_status
     return 0
-
-
-def print_progress(progress: Progress) -> None:
-    print(
-        f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  loss {progress.loss:.4f}  "
-        f"{progress.samples_per_second:.1f} samples/s  stage ends in {progress.seconds_left / 60:.1f} min",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 
 from pipeline.data.storage import Storage
 
@@ -31,43 +30,35 @@ class BackgroundWriter:
         self._changed = threading.Condition()
         self._pending: dict[str, bytes] = {}
         self._is_writing = self._is_closed = False
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="background-writer", daemon=True)
 
     def write(self, url: str, data: bytes) -> None:
         """Queue `data` for `url`, replacing data still queued for it."""
         with self._changed:
-            if self._is_closed:
-                return
-            self._pending[url] = data
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="background-writer", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
+            if not self._is_closed:
+                self._pending[url] = data
+                if self._thread.ident is None:
+                    self._thread.start()
+                self._changed.notify_all()
 
     def close(self, seconds: float) -> bool:
         """Wait up to `seconds` for the queue to be written; return False, dropping the rest, if that is not enough."""
-        deadline = time.monotonic() + seconds
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-            while self._pending or self._is_writing:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    log.log(
-                        self._level, "not written within %.0f s: %s", seconds, ", ".join(self._pending) or "the last"
-                    )
-                    self._pending.clear()
-                    return False
-                self._changed.wait(remaining)
-        return True
+            is_written = self._changed.wait_for(lambda: not (self._pending or self._is_writing), max(seconds, 0.0))
+            if not is_written:
+                urls = ", ".join(self._pending) or "the last"
+                log.log(self._level, "not written within %.0f s: %s", seconds, urls)
+                self._pending.clear()
+        return is_written
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._pending:
-                    if self._is_closed:
-                        return
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._pending or self._is_closed)
+                if not self._pending:
+                    return
                 url = next(iter(self._pending))
                 data = self._pending.pop(url)
                 self._is_writing = True

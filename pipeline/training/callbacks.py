@@ -1,4 +1,4 @@
-"""Callbacks: everything that surrounds a training step, attached to the hooks of `loop.train_stage`.
+"""Callbacks: everything that surrounds a training step, and the data that the loop gives them.
 
 Metrics, checkpoints, evaluation, alerts, progress, the profiler, goodput and the execution-order check are callbacks. A
 hook that calls a collective must do so on every rank in the same order, so such callbacks are attached on all ranks.
@@ -6,21 +6,92 @@ hook that calls a collective must do so on every rank in the same order, so such
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
-from torch import nn
-
-from pipeline.data.batch import Batch
-
 if TYPE_CHECKING:
-    from pipeline.training.context import StageResult, StageState
-    from pipeline.training.health import StepHealth
+    from torch import nn
+
+    from pipeline.config.schema import RunConfig
+    from pipeline.data.batch import Batch
+    from pipeline.data.contents.choices import Choices
+    from pipeline.data.contents.text import Tokenizer
+    from pipeline.data.loading.backends import BackendFactory
+    from pipeline.data.loading.loader import Loader
+    from pipeline.data.storage import Storage
+    from pipeline.tracking.tracker import Tracker
+    from pipeline.training.checkpoint import CheckpointStore
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.deepspeed_engine import DeepSpeedEngine
+    from pipeline.training.health import Spike, SpikeGuard, StepHealth
     from pipeline.training.metrics import MetricsSnapshot
+    from pipeline.training.ownership import Ownership
+    from pipeline.training.prepare import Coverage
+    from pipeline.training.step import TrainingStep
+    from pipeline.training.supervisor import RankSupervisor
 
 P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Position, loss and speed of a run, for display."""
+
+    stage: str
+    stage_step: int
+    stage_steps: int
+    step: int  # over all stages
+    total_steps: int
+    loss: float
+    samples_per_second: float
+    seconds_left: float  # in this stage
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Objects that all stages of a run share on one rank."""
+
+    config: RunConfig
+    storage: Storage
+    tokenizer: Tokenizer
+    collectives: Collectives
+    tracker: Tracker
+    report: Report
+    loader_backend: BackendFactory
+    supervisor: RankSupervisor
+    ownership: Ownership
+    coverage: Coverage | None = None  # of the vocabulary; on rank 0
+
+
+@dataclass
+class StageState:
+    """A stage's state on one rank, and the position it resumed from."""
+
+    engine: DeepSpeedEngine
+    step: TrainingStep
+    loader: Loader
+    checkpoints: CheckpointStore
+    spikes: SpikeGuard
+    callbacks: Callbacks
+    shapes: dict[str, list[int]]  # of the parameters by name, before ZeRO partitions them
+    choices: Mapping[str, Choices]  # label lists of the heads, by file name
+    resumed_from: str = ""  # URL of the checkpoint
+    rollback: tuple[str, str] | None = None  # tag and description of the rollback that led here
+    data_counts: dict[str, float] = field(default_factory=dict)  # of the checkpoint the stage resumed from
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """Outcome of a stage: all steps completed, preempted after saving, or stopped at a loss spike."""
+
+    num_steps: int  # completed
+    preempted: bool = False
+    spike: Spike | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +134,6 @@ class Callback:
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
         """Called when metrics have been collected after a step."""
 
-    def on_checkpoint(self, num_steps: int, url: str) -> None:
-        """Called when the state after `num_steps` steps has been copied and is being written to `url`."""
-
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Called when the model has been evaluated after a step."""
 
@@ -78,7 +146,7 @@ class Callback:
 
 def _forwarded(hook: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Callbacks, P], None]:
     def forward(self: Callbacks, *arguments: P.args, **named: P.kwargs) -> None:
-        for callback in self._callbacks:
+        for callback in self.members:
             getattr(callback, hook.__name__)(*arguments, **named)
 
     return forward
@@ -88,7 +156,7 @@ class Callbacks(Callback):
     """Forwards every hook to several callbacks in order; `close` in reverse order, whatever the others raise."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()):
-        self._callbacks = tuple(callbacks)
+        self.members = tuple(callbacks)
 
     on_model_built = _forwarded(Callback.on_model_built)
     on_stage_start = _forwarded(Callback.on_stage_start)
@@ -99,11 +167,10 @@ class Callbacks(Callback):
     on_fault = _forwarded(Callback.on_fault)
     after_step = _forwarded(Callback.after_step)
     on_metrics = _forwarded(Callback.on_metrics)
-    on_checkpoint = _forwarded(Callback.on_checkpoint)
     on_evaluation = _forwarded(Callback.on_evaluation)
     on_stage_end = _forwarded(Callback.on_stage_end)
 
     def close(self) -> None:
         with ExitStack() as stack:
-            for callback in self._callbacks:
+            for callback in self.members:
                 stack.callback(callback.close)

@@ -2,7 +2,7 @@
 
 The ranks' parts of a global batch may differ by one row, so gathers pad to the largest and cut afterwards. None of the
 operations propagates gradients: every rank differentiates the loss of the whole batch with respect to its own rows (see
-`steps`).
+`step`).
 
 Shapes: B rows of the global batch, n rows of this rank.
 """
@@ -35,9 +35,7 @@ def share(batch: int, rank: int, world_size: int) -> Range:
     return rank * batch // world_size, (rank + 1) * batch // world_size
 
 
-def _counted(
-    method: Callable[Concatenate[Collectives, P], R],
-) -> Callable[Concatenate[Collectives, P], R]:
+def _counted(method: Callable[Concatenate[Collectives, P], R]) -> Callable[Concatenate[Collectives, P], R]:
     """Record the collective each rank is in, so that a hang can be attributed to the rank that never entered it."""
 
     @functools.wraps(method)
@@ -70,18 +68,23 @@ class Collectives(Ranks):
             if alone and sys.platform == "linux":  # the backends open a port even for one rank
                 for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                     os.environ.setdefault(name, "lo")
-            store = dist.HashStore() if alone else None  # in memory: a TCPStore listens on every interface
             dist.init_process_group(
                 "nccl" if torch.cuda.is_available() else "gloo",
                 timeout=datetime.timedelta(seconds=timeout_seconds),
-                store=store,
+                store=dist.HashStore() if alone else None,  # in memory: a TCPStore listens on every interface
                 rank=int(os.environ["RANK"]),
                 world_size=int(os.environ["WORLD_SIZE"]),
             )
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    @classmethod
+    def without_group(cls) -> Collectives:
+        """Return the collectives of a single rank on the CPU that uses no process group."""
+        alone = cls.__new__(cls)
+        alone.rank, alone.world_size, alone.local_rank, alone.device = 0, 1, 0, torch.device("cpu")
+        return alone
 
     def shares(self, batch: int) -> list[Range]:
         return [share(batch, rank, self.world_size) for rank in range(self.world_size)]
@@ -89,25 +92,24 @@ class Collectives(Ranks):
     @_counted
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
-        dist.all_reduce(tensor)
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
         return tensor
 
-    @_counted
     def gather_rows(self, rows: Tensor, batch: int) -> Tensor:
         """Gather every rank's rows (n, …) into the global batch's order: (B, …)."""
-        return self._gather(rows, [stop - start for start, stop in self.shares(batch)])
+        return self.gather_parts(rows, [stop - start for start, stop in self.shares(batch)])
 
     @_counted
     def gather_parts(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Concatenate the ranks' rows, `counts[r]` from rank r, on the device of `rows`."""
-        return self._gather(rows.to(self.device), counts).to(rows.device)
-
-    def _gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        if self.world_size == 1:
+            return rows.detach().clone()
+        padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=self.device)
         padded[: len(rows)] = rows.detach()
         gathered = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(gathered, padded)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).to(rows.device)
 
     @_counted
     def largest(self, sizes: list[int]) -> list[int]:
@@ -139,6 +141,8 @@ class Collectives(Ranks):
             if rows.dtype == torch.bool:  # no backend supports bool
                 return fetch(rows.view(torch.uint8)).view(torch.bool)
             sent = rows[(torch.cat(requested) - start).to(rows.device)]
+            if self.world_size == 1:
+                return sent
             received = rows.new_empty(len(own_sources), *rows.shape[1:])
             dist.all_to_all_single(received, sent, counts, [len(part) for part in requested])
             result = torch.empty_like(received)
@@ -147,12 +151,11 @@ class Collectives(Ranks):
 
         return fetch
 
-    @_counted
     def gather_json(self, value: Any) -> list[Any]:
         """Gather a JSON-serialisable value from every rank, in rank order. Tuples arrive as lists."""
-        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        counts = self._gather(torch.tensor([len(own)], device=self.device), [1] * self.world_size).tolist()
-        data = self._gather(own, counts).cpu().numpy().tobytes()
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        counts = self.gather_parts(torch.tensor([len(own)]), [1] * self.world_size).tolist()
+        data = self.gather_parts(own, counts).numpy().tobytes()
         ends = [0, *itertools.accumulate(counts)]
         return [json.loads(data[start:stop]) for start, stop in itertools.pairwise(ends)]
 
@@ -208,10 +211,6 @@ class KeyValueStore:
         names = {rank: f"mome/{topic}/{rank}" for rank in range(self._world_size)}
         return {rank: self._store.get(name).decode() for rank, name in names.items() if self._store.check([name])}
 
-    def announce(self, topic: str, text: str) -> str:
-        """Set the topic's announcement for all ranks unless there is one; return the announcement in effect."""
+    def announcement(self, topic: str, text: str = "") -> str:
+        """Return the topic's announcement for all ranks, which `text` becomes if there is none yet."""
         return self._store.compare_set(f"mome/{topic}", "", text).decode()
-
-    def announcement(self, topic: str) -> str | None:
-        name = f"mome/{topic}"
-        return self._store.get(name).decode() if self._store.check([name]) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,7 @@ from pipeline.models.model import Model
 from pipeline.training.checkpoint import SavedState
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_setup import deepspeed_config, load_extensions, prepare_blocks
-from pipeline.training.engine import Fragment
-from pipeline.training.optimizer import parameter_groups
+from pipeline.training.engine import Fragment, parameter_groups
 from pipeline.training.stages import Stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,93 +35,77 @@ class DeepSpeedEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         load_extensions()
         deepspeed.init_distributed(dist_backend="gloo" if collectives.device.type == "cpu" else "nccl", verbose=False)
-        self._deepspeed = deepspeed
-        self._collectives = collectives
         settings, optimizer = stage.run.engine, stage.config.optimizer
+        self._collectives = collectives
         self._zero_stage, self._offloads = settings.zero_stage, settings.offload_optimizer
-        self._names = dict(model.named_parameters())
+        self._parameters = dict(model.named_parameters())
         prepare_blocks(model, settings)
         # DeepSpeed creates the master weights from rounded values: keep the exact ones.
-        start = {n: p.detach().clone() for n, p in self._names.items()} if settings.precision != "float32" else {}
-        self._adam = torch.optim.AdamW(
+        start = {n: p.detach().clone() for n, p in self._parameters.items()} if settings.precision != "float32" else {}
+        self.adam = torch.optim.AdamW(
             parameter_groups(model, optimizer, stage.run.reproduce_vlmo_release),
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
             fused=collectives.device.type == "cuda",
         )
-        self._engine, *_ = deepspeed.initialize(
+        self.deepspeed: Any
+        self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(collectives.device),
-            optimizer=self._adam,
+            optimizer=self.adam,
             config=deepspeed_config(stage, collectives.world_size),
         )
-        self.reader: nn.Module = self._engine  # for inference; at ZeRO 3 its forward is a collective call
-        self.module: nn.Module = self._engine.module
+        self.reader: nn.Module = self.deepspeed  # for inference; at ZeRO 3 its forward is a collective call
+        self.module: nn.Module = self.deepspeed.module
         self._plain_norm: Tensor | None = None
-        for tensor in self._optimized_tensors():  # zeroed Adam state
-            state = self._adam.state[tensor]
+        for tensor in self.optimized_tensors():  # zeroed Adam state
+            state = self.adam.state[tensor]
             step_device = tensor.device if collectives.device.type == "cuda" else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
             state |= {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
-        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
+        if link := getattr(self.deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state", None):
             link()
-        # This rank's ranges of the frozen weights: they have no master weights, and are handed over unrounded.
-        self._exact: dict[str, Tensor] = {}
+        self._steps, self._decay = 0, optimizer.ema_decay
+        self._exact: dict[str, Tensor] = {}  # this rank's range of the frozen weights, which have no master weights
+        self.averages: dict[str, Tensor] = {}  # moving average of this rank's range of every trained master weight
         with torch.no_grad():
-            for name, weight in start.items():
+            for name, parameter in self._parameters.items():
                 begin, end = self._range(name)
-                own = weight.view(-1)[begin:end]
-                if not self._names[name].requires_grad:
-                    self._exact[name] = own.float().cpu()
-                elif begin < end:
-                    self._local(name, "weight").copy_(own)
-        self._steps = 0
-        self._decay = optimizer.ema_decay
-        self._averages: dict[str, Tensor] = {}  # of this rank's range of every trained master weight
-        if self._decay is not None:
-            for name, parameter in self._names.items():
-                begin, end = self._range(name)
-                if parameter.requires_grad and begin < end:
-                    self._averages[name] = self._local(name, "weight").float().clone()
+                if name in start:
+                    own = start[name].view(-1)[begin:end]
+                    if not parameter.requires_grad:
+                        self._exact[name] = own.float().cpu()
+                    elif begin < end:
+                        self._local(name, "weight").copy_(own)
+                if self._decay is not None and parameter.requires_grad and begin < end:
+                    self.averages[name] = self._local(name, "weight").float().clone()
 
     # ---- a step
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
-        return self._engine(passes)
+        return self.deepspeed(passes)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add this micro-batch's gradient; `last` marks the last micro-batch before `step`."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
-        if last and self._offloads and self._zero_stage >= 2 and self._engine.gradient_accumulation_steps() > 1:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss)
+        if last and self._offloads and self._zero_stage >= 2 and self.deepspeed.gradient_accumulation_steps() > 1:
             # Otherwise a parameter that the last micro-batch does not use loses the gradient of the earlier ones.
-            self._engine.optimizer.finalize_gradient_accumulation_boundary()
+            self.deepspeed.optimizer.finalize_gradient_accumulation_boundary()
 
     def step(self, rate: float) -> None:
         """Update the weights at this learning rate, times the multiplier of their parameter group."""
-        for group in self._engine.optimizer.param_groups:
+        optimizer = self.deepspeed.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        if self._engine.optimizer is self._adam:  # at stage 0 plain AdamW does not keep the norm
-            gradients = [p.grad for p in self._names.values() if p.grad is not None]
+        if optimizer is self.adam:  # at stage 0 plain AdamW does not keep the norm
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             self._plain_norm = nn.utils.get_total_norm(gradients)
-        self._engine.step()
-        self._clear_gradient_buffers()
-        self._steps += 1
-        if self._decay is not None:
-            keep = min(self._decay, (1 + self._steps) / (10 + self._steps))
-            with torch.no_grad():
-                for name, average in self._averages.items():
-                    average.lerp_(self._local(name, "weight").float(), 1 - keep)
+        self.deepspeed.step()
 
-    def _clear_gradient_buffers(self) -> None:
-        """Zero the gradient buffers that outlive a step.
-
-        DeepSpeed writes a gradient only where a parameter was used, so an expert that a step leaves idle would
-        otherwise get its last gradient again (DeepSpeed 0.19.8; found by the project's probes). This uses attributes
-        that DeepSpeed does not document; a release without them fails here by name.
-        """
-        optimizer = self._engine.optimizer
+        # Zero the gradient buffers that outlive a step. DeepSpeed writes a gradient only where a parameter was used, so
+        # an expert that a step leaves idle would otherwise get its last gradient again (DeepSpeed 0.19.8; found by the
+        # project's probes). These attributes are not documented; a release without them fails here by name.
         buffers: list[Tensor] = []
         if self._zero_stage == 3:
             buffers = [optimizer.grad_partitions_flat_buffer]
@@ -133,9 +117,16 @@ class DeepSpeedEngine:
         for buffer in buffers:
             buffer.zero_()
 
+        self._steps += 1
+        if self._decay is not None:
+            keep = min(self._decay, (1 + self._steps) / (10 + self._steps))
+            with torch.no_grad():
+                for name, average in self.averages.items():
+                    average.lerp_(self._local(name, "weight").float(), 1 - keep)
+
     def gradient_norm(self) -> float:
         """Return the 2-norm of the last step's gradient over all parameters, before clipping."""
-        norm = self._engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
+        norm = self.deepspeed.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
         assert norm is not None, "called before the first step"
         return float(norm)
 
@@ -143,24 +134,24 @@ class DeepSpeedEngine:
         """Return the global batch's full gradients; valid between the last `backward` and `step`."""
         from deepspeed.utils import safe_get_full_grad
 
-        trained = {name: parameter for name, parameter in self._names.items() if parameter.requires_grad}
+        trained = {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
         return {name: safe_get_full_grad(parameter).detach().float().clone() for name, parameter in trained.items()}
 
     def local_gradients(self) -> list[Tensor]:
         """Return the gradients that the next step applies: at stages 1 to 3 this rank's reduced partition."""
-        partitioned = getattr(self._engine.optimizer, "averaged_gradients", None) or {}
+        partitioned = getattr(self.deepspeed.optimizer, "averaged_gradients", None) or {}
         gradients = [tensor for group in partitioned.values() if group is not None for tensor in group]
         if not gradients:  # stage 0, or offloaded with the optimizer
-            tensors = [*self._names.values(), *self._optimized_tensors()]
+            tensors = [*self._parameters.values(), *self.optimized_tensors()]
             gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         return gradients
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of this rank's parameters, gradients, and optimizer state with master weights."""
-        held = [getattr(parameter, "ds_tensor", parameter) for parameter in self._names.values()]
-        masters = [tensor for tensor in self._optimized_tensors() if all(tensor is not parameter for parameter in held)]
-        moments = [value for state in self._adam.state.values() for value in state.values() if torch.is_tensor(value)]
-        optimizer = [*masters, *moments, *self._averages.values()]
+        held = [getattr(parameter, "ds_tensor", parameter) for parameter in self._parameters.values()]
+        masters = [tensor for tensor in self.optimized_tensors() if all(tensor is not parameter for parameter in held)]
+        moments = [value for state in self.adam.state.values() for value in state.values() if torch.is_tensor(value)]
+        optimizer = [*masters, *moments, *self.averages.values()]
         categories = {"parameters": held, "gradients": self.local_gradients(), "optimizer": optimizer}
         return {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in categories.items()}
 
@@ -168,51 +159,53 @@ class DeepSpeedEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's part of every parameter; the ranks' fragments tile each parameter exactly."""
-        for name, parameter in self._names.items():
+        for name, parameter in self._parameters.items():
             start, stop = self._range(name)
             if start < stop:
                 values = {kind: self._local(name, kind) for kind in (KINDS if parameter.requires_grad else KINDS[:1])}
-                if name in self._averages:
-                    values[AVERAGE] = self._averages[name]
+                if name in self.averages:
+                    values[AVERAGE] = self.averages[name]
                 yield Fragment(name, start, values)
 
     def restore(self, source: SavedState) -> None:
         """Restore weights, master weights and moments saved at any world size and ZeRO stage, bit for bit."""
         with torch.no_grad():
-            for name, parameter in self._names.items():
+            for name, parameter in self._parameters.items():
                 start, stop = self._range(name)
                 if start < stop:
                     for kind in KINDS if parameter.requires_grad else KINDS[:1]:
                         self._local(name, kind).copy_(source.read(name, kind, start, stop))
-                if name in self._averages:  # checkpoints without an average start it from the weight
+                if name in self.averages:  # checkpoints without an average start it from the weight
                     kind = AVERAGE if source.holds(name, AVERAGE) else "weight"
-                    self._averages[name].copy_(source.read(name, kind, start, stop))
+                    self.averages[name].copy_(source.read(name, kind, start, stop))
                 # The weight that the forward uses: this rank's partition at stage 3, else the whole parameter.
                 if self._zero_stage != 3:
                     parameter.data.view(-1).copy_(source.read(name, "weight", 0, parameter.numel()))
                 elif start < stop:
-                    self._partition(parameter)[: stop - start].copy_(source.read(name, "weight", start, stop))
-        for tensor in self._optimized_tensors():
-            self._adam.state[tensor]["step"].fill_(float(source.optimizer_step))
+                    partition = parameter.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
+                    partition[: stop - start].copy_(source.read(name, "weight", start, stop))
+        for tensor in self.optimized_tensors():
+            self.adam.state[tensor]["step"].fill_(float(source.optimizer_step))
         self._steps = source.optimizer_step
 
     def weights(self) -> dict[str, Tensor] | None:
         """Gather the full float32 weights, or their moving average, on rank 0. A collective call."""
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         gathered: dict[str, Tensor] = {}
-        for name, parameter in self._names.items():
+        for name, parameter in self._parameters.items():
             is_trained = parameter.requires_grad
             if (self._decay is not None and is_trained) or name in self._exact:
                 # The ranks' ranges, assembled by a sum in which each rank is zero outside its own.
                 numel = getattr(parameter, "ds_numel", parameter.numel())
                 full = torch.zeros(numel, device=self._collectives.device)
-                own = self._averages.get(name) if is_trained else self._exact[name]
+                own = self.averages.get(name) if is_trained else self._exact[name]
                 if own is not None:
                     full[slice(*self._range(name))] = own
                 full = self._collectives.sum(full)
             elif self._zero_stage == 3 and not is_trained:
-                with self._deepspeed.zero.GatheredParameters([parameter]):
+                with GatheredParameters([parameter]):
                     full = parameter.data.clone()
             else:
                 master = safe_get_full_fp32_param(parameter) if is_trained else None
@@ -224,49 +217,44 @@ class DeepSpeedEngine:
 
     # ---- where DeepSpeed keeps it
 
-    def _optimized_tensors(self) -> list[Tensor]:
+    def optimized_tensors(self) -> list[Tensor]:
         """Return the tensors Adam steps: whole parameters, or this rank's flat float32 partitions."""
         if self._zero_stage == 3:
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [tensor for group in self._adam.param_groups for tensor in group["params"]]
-
-    def _partition(self, parameter: nn.Parameter) -> Tensor:
-        """Return this rank's partition of a parameter at ZeRO 3, as the forward uses it."""
-        return parameter.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
+            return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
+        return [tensor for group in self.adam.param_groups for tensor in group["params"]]
 
     def _range(self, name: str) -> tuple[int, int]:
         """Return the range of a flattened parameter that this rank saves and restores."""
-        parameter = self._names[name]
+        parameter: Any = self._parameters[name]
         numel: int = getattr(parameter, "ds_numel", parameter.numel())  # at ZeRO 3 the parameter itself is empty
         rank, world_size = self._collectives.rank, self._collectives.world_size
         if self._zero_stage == 3:
-            size = self._partition(parameter).numel()
+            size = parameter.ds_tensor.numel()
             return min(rank * size, numel), min((rank + 1) * size, numel)
         if parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
-            mapping = parameter._hp_mapping
-            if mapping is None:
+            if parameter._hp_mapping is None:
                 return 0, 0
-            address = mapping.lp_fragment_address
+            address = parameter._hp_mapping.lp_fragment_address
             return address.start, address.start + address.numel
         return rank * numel // world_size, (rank + 1) * numel // world_size
 
     def _local(self, name: str, kind: str) -> Tensor:
         """Return a writable view of the float32 master weight or moment in this rank's range."""
-        parameter = self._names[name]
+        parameter: Any = self._parameters[name]
         start, stop = self._range(name)
         moment = None if kind == "weight" else kind
         if name in self._exact:
             return self._exact[name]
         if self._zero_stage == 3:
             if not parameter.requires_grad:
-                return self._partition(parameter)[: stop - start]
-            state, _ = self._engine.optimizer._get_fp32_opt_state_partition(parameter, False, moment)
+                return parameter.ds_tensor.data.view(-1)[: stop - start]
+            state, _ = self.deepspeed.optimizer._get_fp32_opt_state_partition(parameter, False, moment)
             return state.data[: stop - start]
         if parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
             return parameter._hp_mapping.get_hp_fragment(moment).data
-        full = parameter.data if moment is None else self._adam.state[parameter][moment]
+        full = parameter.data if moment is None else self.adam.state[parameter][moment]
         return full.view(-1)[start:stop]
 
     def close(self) -> None:
         """Free the engine, so that the next stage can build its own."""
-        self._engine.destroy()
+        self.deepspeed.destroy()

@@ -63,33 +63,26 @@ class GoodputTracker:
     def resume_from(self, seconds: Seconds | None) -> None:
         """Resume from a checkpoint's time account. Training time recorded after it is reclassified as lost work."""
         saved = dict.fromkeys(PHASES, 0.0) | (seconds or {})
+        self.seconds()  # attributes the time up to now
         with self._lock:
-            self._settle()
             for phase in PHASES:
                 missing = saved[phase] - self._seconds[phase]  # positive if the last heartbeat is older than the state
-                if missing > 0 and phase != "restart":
+                if (missing > 0 and phase != "restart") or phase in PROGRESS:
                     self._seconds[phase] += missing
-                    self._seconds["restart"] -= missing
-                elif phase in PROGRESS:
-                    self._seconds[phase] += missing
-                    self._seconds["lost_work"] -= missing
+                    self._seconds["restart" if missing > 0 else "lost_work"] -= missing
 
     def enter(self, phase: Phase) -> None:
         """Attribute the time from now on to `phase`."""
-        with self._lock:
-            self._settle()
-            self._phase = phase
+        self.seconds()  # attributes the time up to now
+        self._phase = phase
 
     def seconds(self) -> Seconds:
         """Return the seconds by phase up to now."""
         with self._lock:
-            self._settle()
+            now = time.monotonic()
+            self._seconds[self._phase] += now - self._entered
+            self._entered = now
             return dict(self._seconds)
-
-    def _settle(self) -> None:
-        now = time.monotonic()
-        self._seconds[self._phase] += now - self._entered
-        self._entered = now
 
     def start(self) -> None:
         """Start the heartbeat, on rank 0."""
@@ -135,8 +128,7 @@ def add_time(storage: Storage, folder: str, phase: Phase) -> Iterator[None]:
     try:
         yield
     finally:
-        record = read_record(storage, folder)
-        if record is not None:
+        if (record := read_record(storage, folder)) is not None:
             record["seconds"][phase] += time.monotonic() - started
             try:
                 storage.write(join(folder, FILE), json.dumps(record | {"at": time.time()}).encode())

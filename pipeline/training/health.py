@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from pipeline.data.storage import NoSpace
 from pipeline.training.callbacks import Callback
 from pipeline.training.collectives import Collectives
 from pipeline.training.stages import Stage
-
-if TYPE_CHECKING:
-    from pipeline.training.context import StageState
 
 # ---- the check before an update
 
@@ -64,9 +61,6 @@ def check_step_health(
     return StepHealth(dict(zip(losses, totals, strict=True)), num_bad == 0, num_preempted > 0)
 
 
-# ---- where a non-finite value came from
-
-
 def locate_non_finite(
     losses: dict[str, Tensor], model: nn.Module, repeat: Callable[[], object], collectives: Collectives
 ) -> str:
@@ -76,27 +70,18 @@ def locate_non_finite(
     `repeat` therefore runs the step again, recording every module's output and gradient; the first module in execution
     order is the source. Gradients are unusable afterwards.
     """
-    own = {name: loss.item() for name, loss in losses.items() if not _is_finite(loss)}
-    bad_losses = [
-        f"'{name}' is {value} on rank {rank}"
-        for rank, values in enumerate(collectives.gather_json(own))
-        for name, value in values.items()
-    ]
-    symptom = ", ".join(bad_losses) if bad_losses else "the gradient is not finite, though the losses are"
-
     num_executed: Counter[str] = Counter()
     first: dict[str, tuple[int, str, str]] = {}  # direction -> the first module that is not finite, and its cause
 
     def after_forward(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         num_executed["forward"] += 1
         for tensor in _float_tensors(output):
-            if not _is_finite(tensor) and "forward" not in first:
-                cause = f"its output has {_describe(tensor)}"
-                bad = {n: p for n, p in module.named_parameters() if p.numel() and not _is_finite(p)}
-                if bad:
-                    parameter = next(iter(bad))
-                    cause += f", its parameter '{parameter}' has {_describe(bad[parameter])}"
-                elif not all(_is_finite(value) for value in _float_tensors(inputs)):
+            if (fault := _non_finite(tensor)) and "forward" not in first:
+                cause = f"its output has {fault}"
+                parameters = ((n, _non_finite(parameter)) for n, parameter in module.named_parameters())
+                if bad := next(((n, parameter_fault) for n, parameter_fault in parameters if parameter_fault), None):
+                    cause += f", its parameter '{bad[0]}' has {bad[1]}"
+                elif any(_non_finite(value) for value in _float_tensors(inputs)):
                     cause += ", and its input is not finite either"
                 else:
                     cause += "; its inputs and parameters are finite"
@@ -106,10 +91,16 @@ def locate_non_finite(
 
     def after_backward(name: str, gradient: Tensor) -> None:
         num_executed["backward"] += 1
-        if not _is_finite(gradient) and "backward" not in first:
-            cause = f"the gradient of its output has {_describe(gradient)}"
-            first["backward"] = num_executed["backward"], name, cause
+        if (fault := _non_finite(gradient)) and "backward" not in first:
+            first["backward"] = num_executed["backward"], name, f"the gradient of its output has {fault}"
 
+    own = {name: loss.item() for name, loss in losses.items() if _non_finite(loss)}
+    bad_losses = [
+        f"'{name}' is {value} on rank {rank}"
+        for rank, values in enumerate(collectives.gather_json(own))
+        for name, value in values.items()
+    ]
+    symptom = ", ".join(bad_losses) if bad_losses else "the gradient is not finite, though the losses are"
     hooks = [m.register_forward_hook(partial(after_forward, name)) for name, m in model.named_modules() if name]
     try:
         repeat()
@@ -129,20 +120,16 @@ def _float_tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.detach().isfinite().all())
-
-
-def _describe(tensor: Tensor) -> str:
-    bad = ~tensor.detach().isfinite()
-    kind = "nan" if bool(tensor.detach().isnan().any()) else "inf"
-    return f"{kind} ({int(bad.sum())} of {bad.numel()} values)"
+def _non_finite(tensor: Tensor) -> str:
+    """Describe a tensor's values that are not finite; empty if all are."""
+    tensor = tensor.detach()
+    count = int((~tensor.isfinite()).sum())
+    return f"{'nan' if bool(tensor.isnan().any()) else 'inf'} ({count} of {tensor.numel()} values)" if count else ""
 
 
 # ---- ranks that execute different modules (contract C3)
 
 FIRST_STEPS = 3
-END = "(the end of the forward)"
 
 
 class ExecutionOrderCheck(Callback):
@@ -160,7 +147,7 @@ class ExecutionOrderCheck(Callback):
     def __init__(self, collectives: Collectives, every: int, first_step: int = 0):
         """`first_step`: the stage's first global step, for messages."""
         self._collectives, self._every, self._first_step = collectives, every, first_step
-        self._start = 0  # the first step of this process
+        self._start: int | None = None  # the first step of this process
         self._step = 0
         self._is_active = self._in_forward = self._compares_each_module = False
         self._executed: list[str] = []
@@ -168,31 +155,12 @@ class ExecutionOrderCheck(Callback):
 
     def on_model_built(self, model: nn.Module) -> None:
         self._model = model
-
-        def enter(name: str, module: nn.Module, arguments: object) -> None:
-            if torch.compiler.is_compiling():  # first, so that Dynamo traces nothing else of this hook
-                return
-            if module is model:
-                self._in_forward = True
-            elif self._is_active and self._in_forward:
-                self._record(name)
-                if self._compares_each_module:
-                    self._compare()
-
-        def leave_model(module: nn.Module, arguments: object, result: object) -> None:
-            self._in_forward = False
-            if self._is_active:
-                self._record(END)
-                self._compare()
-
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(partial(enter, name))
-        model.register_forward_hook(leave_model)
-
-    def on_stage_start(self, state: StageState, start: int) -> None:
-        self._start = start
+            module.register_forward_pre_hook(partial(self._enter, name))
+        model.register_forward_hook(self._leave)
 
     def before_step(self, step: int, batch: Batch | None = None) -> None:
+        self._start = step if self._start is None else self._start
         self._step = self._first_step + step
         self._compares_each_module = any(
             hasattr(parameter, "ds_id") for parameter in self._model.parameters()
@@ -203,16 +171,30 @@ class ExecutionOrderCheck(Callback):
 
     def after_backward(self, step: int) -> None:
         if self._is_active:
-            self._compare()
+            self._record("(the end of the backward)", compares=True)
         self._is_active = False
 
-    def _record(self, name: str) -> None:
+    def _enter(self, name: str, module: nn.Module, arguments: object) -> None:
+        """Record that a module is about to run. A forward pre-hook."""
+        if torch.compiler.is_compiling():  # first, so that Dynamo traces nothing else of this hook
+            return
+        if not name:
+            self._in_forward = True
+        elif self._is_active and self._in_forward:
+            self._record(name, self._compares_each_module)
+
+    def _leave(self, model: nn.Module, arguments: object, result: object) -> None:
+        """Compare at the end of the model's forward. A forward hook."""
+        self._in_forward = False
+        if self._is_active:
+            self._record("(the end of the forward)", compares=True)
+
+    def _record(self, name: str, compares: bool) -> None:
+        """Record what runs next; if `compares` (a collective call), raise RunFailed unless all ranks ran the same."""
         self._executed.append(name)
         self._digest.update(f"{name}\n".encode())
-
-    def _compare(self) -> None:
         digest = int.from_bytes(self._digest.digest()[:7], "big")
-        if self._collectives.largest([digest, -digest]) == [digest, -digest]:
+        if not compares or self._collectives.largest([digest, -digest]) == [digest, -digest]:
             return
         by_rank: list[list[str]] = self._collectives.gather_json(self._executed)
         for position, names in enumerate(zip_longest(*by_rank, fillvalue="(nothing)")):
@@ -266,8 +248,7 @@ class SpikeGuard:
     def restore(self, state: dict[str, Any]) -> None:
         self.skipped = [(start, stop) for start, stop in state.get("skipped", [])]
         self._num_rollbacks = state.get("rollbacks", 0)
-        self._losses.clear()
-        self._losses.extend(state.get("losses", []))
+        self._losses = deque(state.get("losses", []), self._losses.maxlen)
 
     def batch_of(self, step: int) -> int:
         """Return the batch that a step at or after the restored position reads."""
@@ -275,9 +256,7 @@ class SpikeGuard:
 
     def observe(self, step: int, loss: float) -> Spike | None:
         """Record the global batch's loss, before the update; return the spike if it is one."""
-        if self.config is None:
-            return None
-        if len(self._losses) == self.config.window:
+        if self.config is not None and len(self._losses) == self.config.window:
             median = statistics.median(self._losses)
             if loss > self.config.factor * median:
                 return Spike(self._num_rollbacks + 1, step, self.batch_of(step), loss, median)
@@ -313,6 +292,15 @@ OUT_OF_MEMORY_MESSAGES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+GIB = 2**30
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether device or host memory was exhausted, whichever library reports it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_reported = isinstance(error, RuntimeError) and any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
+    return is_reported or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 @contextmanager
@@ -330,64 +318,40 @@ def permanent_failures_explained(
             f"stage {stage.name}: {error} Committed checkpoints are kept: run the same command once space is free."
         ) from error
     except (RuntimeError, MemoryError, OSError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(error, stage, collectives, memory() if memory else None) from error
-        raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether device or host memory was exhausted, whichever library reports it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
-
-
-def out_of_memory(
-    error: BaseException, stage: Stage, collectives: Collectives, held: dict[str, int] | None
-) -> RunFailed:
-    """Return the error to raise; `held`: bytes of this rank's state by category, None before the engine was built."""
-    engine, world_size = stage.run.engine, collectives.world_size
-    share = -(-stage.config.global_batch_size // world_size)
-    rows = -(-share // stage.num_micro_batches(world_size))
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    lines = [f"stage {stage.name}, rank {collectives.rank} of {world_size}: out of memory: {reason}"]
-    if held is None:
-        lines.append("It happened before the first step: the model and its optimizer state do not fit.")
-    else:
-        parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in held.items())
-        device = "in host memory"
-        if collectives.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(collectives.device)
-            peak = torch.cuda.max_memory_allocated(collectives.device)
-            device = f"the device has {_format_bytes(total)}, {_format_bytes(free)} free; peak {_format_bytes(peak)}"
-        lines.append(f"This rank's state at engine.zero_stage {engine.zero_stage}: {parts}; {device}")
-    lines.append(
-        f"One forward held {rows} of the rank's {share} rows (engine.micro_batch_size: "
-        f"{engine.micro_batch_size or 'not set'}); memory beyond the state above is activations."
-    )
-    remedies = {
-        f"engine.micro_batch_size={rows // 2} (fewer activations; the gradient stays the same)": rows > 1,
-        "engine.activation_checkpointing=true (recomputes activations instead of storing them)": (
-            not engine.activation_checkpointing
-        ),
-        f"engine.zero_stage={engine.zero_stage + 1} (partitions more of the state among the ranks)": (
-            engine.zero_stage < 3
-        ),
-        "engine.offload_optimizer=true (keeps moments in host memory)": (
-            not engine.offload_optimizer and engine.zero_stage > 0  # nothing is offloaded without ZeRO
-        ),
-        "engine.precision=bfloat16 (in a new run; it cannot change within one)": engine.precision == "float32",
-        "more ranks (cluster.workers)": True,
-    }
-    possible = "; ".join(remedy for remedy, helps in remedies.items() if helps)
-    return RunFailed("\n".join([*lines, f"A restart would repeat it. Change, in this order: {possible}"]))
-
-
-def _format_bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
+        if not is_out_of_memory(error):
+            raise
+        engine, world_size = stage.run.engine, collectives.world_size
+        share = -(-stage.config.global_batch_size // world_size)
+        rows = -(-share // stage.num_micro_batches(world_size))
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [f"stage {stage.name}, rank {collectives.rank} of {world_size}: out of memory: {reason}"]
+        if memory is None:
+            lines.append("It happened before the first step: the model and its optimizer state do not fit.")
+        else:
+            parts = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in memory().items())
+            device = "in host memory"
+            if collectives.device.type == "cuda":
+                free, total = torch.cuda.mem_get_info(collectives.device)
+                peak = torch.cuda.max_memory_allocated(collectives.device)
+                device = f"the device has {total / GIB:.2f} GiB, {free / GIB:.2f} GiB free; peak {peak / GIB:.2f} GiB"
+            lines.append(f"This rank's state at engine.zero_stage {engine.zero_stage}: {parts}; {device}")
+        lines.append(
+            f"One forward held {rows} of the rank's {share} rows (engine.micro_batch_size: "
+            f"{engine.micro_batch_size or 'not set'}); memory beyond the state above is activations."
+        )
+        can_offload = not engine.offload_optimizer and engine.zero_stage > 0  # nothing is offloaded without ZeRO
+        remedies = {
+            f"engine.micro_batch_size={rows // 2} (fewer activations; the gradient stays the same)": rows > 1,
+            "engine.activation_checkpointing=true (recomputes activations instead of storing them)": (
+                not engine.activation_checkpointing
+            ),
+            f"engine.zero_stage={engine.zero_stage + 1} (partitions more of the state among the ranks)": (
+                engine.zero_stage < 3
+            ),
+            "engine.offload_optimizer=true (keeps moments in host memory)": can_offload,
+            "engine.precision=bfloat16 (in a new run; it cannot change within one)": engine.precision == "float32",
+            "more ranks (cluster.workers)": True,
+        }
+        possible = "; ".join(remedy for remedy, helps in remedies.items() if helps)
+        lines.append(f"A restart would repeat it. Change, in this order: {possible}")
+        raise RunFailed("\n".join(lines)) from error

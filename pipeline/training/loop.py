@@ -22,35 +22,18 @@ from pipeline.data.storage import Storage, join
 from pipeline.objectives import batch_groups
 from pipeline.objectives.mim import load_image_tokenizer
 from pipeline.tracking.tracker import SavedWeights, Status, Tracker
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training import health as guards
 from pipeline.training.alerts import Alerts
-from pipeline.training.callbacks import Callback, Callbacks, StepEvent
-from pipeline.training.checkpoint import (
-    VOCABULARY,
-    CheckpointStore,
-    is_committed,
-    read_manifest,
-    save_weights,
-    stage_url,
-)
+from pipeline.training.callbacks import Callback, Callbacks, Report, RunContext, StageResult, StageState, StepEvent
 from pipeline.training.checkpoint.checkpointer import Checkpointer, checkpoint_metadata
 from pipeline.training.collectives import Collectives
-from pipeline.training.context import RunContext, StageResult, StageState
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
-from pipeline.training.evaluation import EvaluationCallback
-from pipeline.training.health import (
-    ExecutionOrderCheck,
-    Spike,
-    SpikeGuard,
-    check_step_health,
-    locate_non_finite,
-    permanent_failures_explained,
-)
-from pipeline.training.metrics import MetricsCollector, StageReporter
-from pipeline.training.optimizer import learning_rate
+from pipeline.training.engine import learning_rate
+from pipeline.training.metrics import EvaluationCallback, MetricsCollector, StageReporter
 from pipeline.training.ownership import Ownership, Start
 from pipeline.training.prepare import load_coverage, prepare
 from pipeline.training.profile import Profiler
-from pipeline.training.progress import Report
 from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
 from pipeline.training.supervisor import RankSupervisor
@@ -92,7 +75,7 @@ def train(
         claim, start = taken.claim, str(taken.start)
     claim, start = collectives.broadcast_json((claim, start))
     ownership = Ownership(storage, config.folder, claim, Start.parse(start))
-    tokenizer = Tokenizer.load(storage, join(config.folder, VOCABULARY), config.tokenizer.lowercase)
+    tokenizer = Tokenizer.load(storage, join(config.folder, checkpoints.VOCABULARY), config.tokenizer.lowercase)
     tracker = Tracker()
     if is_first:
         tags = {"world_size": str(collectives.world_size), "zero_stage": str(config.engine.zero_stage)}
@@ -104,7 +87,7 @@ def train(
     try:
         with supervisor.running():
             for index in range(len(config.stages)):
-                if not is_committed(storage, stage_url(config, index)):
+                if not checkpoints.is_committed(storage, checkpoints.stage_url(config, index)):
                     _train_with_rollbacks(context, index, callbacks)
                     collectives.barrier()
     except Superseded:
@@ -117,7 +100,7 @@ def train(
 
 
 def train_stage(
-    stage: Stage, context: RunContext, callbacks: Callbacks, rolled_back: Spike | None = None
+    stage: Stage, context: RunContext, callbacks: Callbacks, rolled_back: guards.Spike | None = None
 ) -> StageResult:
     """Train one stage from its latest complete checkpoint, or its starting weights, until its weights are exported.
 
@@ -125,7 +108,7 @@ def train_stage(
     preemption, with the state saved, and at a loss spike, before its update. Raises RunFailed for failures that a
     restart would repeat.
     """
-    config, collectives, supervisor = stage.config, context.collectives, context.supervisor
+    collectives, supervisor = context.collectives, context.supervisor
     with build_stage_state(stage, context, callbacks) as state:
         start = resume(state, stage, context, rolled_back)
         callbacks.on_stage_start(state, start)
@@ -140,9 +123,10 @@ def train_stage(
             health = None
             if stage.is_health_check_step(step):
                 gradients = state.engine.local_gradients()
-                health = check_step_health(losses, gradients, supervisor.preempted(), collectives)
+                health = guards.check_step_health(losses, gradients, supervisor.preempted(), collectives)
                 if not health.is_finite:
-                    fault = locate_non_finite(losses, state.engine.module, partial(state.step, batch), collectives)
+                    repeat = partial(state.step, batch)
+                    fault = guards.locate_non_finite(losses, state.engine.module, repeat, collectives)
                     callbacks.on_fault(step, "not_finite", fault)
                     raise RunFailed(
                         f"stage {stage.name}, step {stage.global_step(step)}: {fault}. The weights were not updated. A "
@@ -152,7 +136,7 @@ def train_stage(
                 if spike := state.spikes.observe(step, health.losses["loss"]):
                     result = StageResult(step, spike=spike)
                     break
-            lr = learning_rate(step, stage.steps, config.optimizer)
+            lr = learning_rate(step, stage.steps, stage.config.optimizer)
             state.engine.step(lr)
             event = StepEvent(step, lr, health, preempted=health is not None and health.preempted)
             callbacks.after_step(event)
@@ -170,33 +154,26 @@ def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callb
 
     Raises Preempted if steps of the run remain, and RunFailed after `guards.spike.max_rollbacks` rollbacks.
     """
+    collectives, supervisor, is_first = context.collectives, context.supervisor, context.collectives.rank == 0
     spike, is_first_attempt = None, True
     while is_first_attempt or spike is not None:
-        context.supervisor.begin_stage(context.config.stage_start(index), is_rollback=not is_first_attempt)
-        stage = with_micro_batch(Stage(context.config, index), context.collectives, context.tokenizer.size)
-        result = train_stage(stage, context, Callbacks([*standard_callbacks(stage, context), *extra]), spike)
+        supervisor.begin_stage(context.config.stage_start(index), is_rollback=not is_first_attempt)
+        stage = with_micro_batch(Stage(context.config, index), collectives, context.tokenizer.size)
+        callbacks: list[Callback] = []  # the order matters within a hook: a save includes the step's evaluation
+        if (window := stage.run.tracking.profile) is not None and is_first:
+            callbacks.append(Profiler(stage, context, window))
+        check = guards.ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step)
+        callbacks += [supervisor, check]
+        if is_first:
+            callbacks += [StageReporter(stage, context), Alerts(stage, context.tracker, context.coverage)]
+        callbacks += [kind(stage, context) for kind in (MetricsCollector, EvaluationCallback, Checkpointer)]
+        result = train_stage(stage, context, Callbacks([*callbacks, *extra]), spike)
         spike, is_first_attempt = result.spike, False
     reached = stage.global_step(result.num_steps)
     if result.preempted and reached < context.config.total_steps:
         raise Preempted(
             f"stage {stage.name}, step {reached}: preempted; checkpoint saved. Re-run the same command to resume."
         )
-
-
-def standard_callbacks(stage: Stage, context: RunContext) -> list[Callback]:
-    """Build the callbacks of every run. The order matters within a hook: a save includes the step's evaluation."""
-    collectives, window = context.collectives, stage.run.tracking.profile
-    callbacks: list[Callback] = []
-    if window is not None and collectives.rank == 0:
-        callbacks.append(Profiler(stage, context, window))
-    callbacks += [
-        context.supervisor,
-        ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step),
-    ]
-    if collectives.rank == 0:
-        callbacks += [StageReporter(stage, context), Alerts(stage, context.tracker, context.coverage)]
-    collector, evaluation = MetricsCollector(stage, context), EvaluationCallback(stage, context)
-    return [*callbacks, collector, evaluation, Checkpointer(stage, context)]
 
 
 @contextmanager
@@ -211,11 +188,11 @@ def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -
         choices = choices_of(run, run.stages[: stage.index + 1], storage)
         parts = build_step(stage, storage, context.tokenizer, collectives, context.loader_backend, callbacks)
         loader, engine, step, shapes = stack.enter_context(parts)
-        checkpoints = CheckpointStore(storage, run.folder, collectives, run.checkpoint, context.ownership)
-        stack.callback(checkpoints.close)
-        spikes = SpikeGuard(run.guards.spike)
-        with permanent_failures_explained(stage, collectives, engine.memory):
-            yield StageState(engine, step, loader, checkpoints, spikes, callbacks, shapes, choices)
+        store = checkpoints.CheckpointStore(storage, run.folder, collectives, run.checkpoint, context.ownership)
+        stack.callback(store.close)
+        spikes = guards.SpikeGuard(run.guards.spike)
+        with guards.permanent_failures_explained(stage, collectives, engine.memory):
+            yield StageState(engine, step, loader, store, spikes, callbacks, shapes, choices)
 
 
 @contextmanager
@@ -237,7 +214,7 @@ def build_step(
         stack.callback(gc.collect)
         loader = Loader(run, config, groups, storage, tokenizer, rank, world_size, loader_backend)
         stack.enter_context(loader)
-        with permanent_failures_explained(stage, collectives):
+        with guards.permanent_failures_explained(stage, collectives):
             image_tokenizer = load_image_tokenizer(config, storage, collectives.device)
             model = build_stage_model(stage, storage, tokenizer.size)
             callbacks.on_model_built(model)
@@ -247,13 +224,14 @@ def build_step(
         yield loader, engine, TrainingStep(engine, stage, collectives, image_tokenizer), shapes
 
 
-def resume(state: StageState, stage: Stage, context: RunContext, rolled_back: Spike | None) -> int:
+def resume(state: StageState, stage: Stage, context: RunContext, rolled_back: guards.Spike | None) -> int:
     """Restore the stage's latest complete checkpoint; return the number of steps it holds, 0 without one."""
-    latest = state.checkpoints.latest()
+    latest, start = state.checkpoints.latest(), 0
     state.checkpoints.remove_unfinished()
-    start = 0
     if latest is None or latest[0].stage != stage.name:
-        previous = read_manifest(context.storage, stage_url(stage.run, stage.index - 1)) if stage.index else {}
+        previous = {}
+        if stage.index:
+            previous = checkpoints.read_manifest(context.storage, checkpoints.stage_url(stage.run, stage.index - 1))
         context.supervisor.resume_from(previous.get("time_account", {}))
     else:
         checkpoint, saved = latest
@@ -283,18 +261,19 @@ def resume(state: StageState, stage: Stage, context: RunContext, rolled_back: Sp
 
 def export_weights(state: StageState, stage: Stage, context: RunContext) -> None:
     """Hand over the trained weights, with the journal up to the stage's end. A collective call."""
-    end = stage.global_step(stage.steps)
+    end, ownership, tracker = stage.global_step(stage.steps), context.ownership, context.tracker
     weights = state.engine.weights()  # on rank 0 only
     if weights is not None:
-        context.ownership.check()
-    context.tracker.log_weights(SavedWeights(stage.url, end, stage.index))
-    context.tracker.end_stage("FINISHED")
-    context.tracker.commit(end)
+        ownership.check()
+    tracker.log_weights(SavedWeights(stage.url, end, stage.index))
+    tracker.end_stage("FINISHED")
+    tracker.commit(end)
     if weights is not None:
-        metadata = checkpoint_metadata(stage, context, state, stage.steps)
-        tokens = list(context.tokenizer.tokens)
-        if not save_weights(context.storage, stage.url, weights, tokens, metadata, state.choices, context.ownership):
-            context.ownership.check()
+        metadata, tokens = checkpoint_metadata(stage, context, state, stage.steps), list(context.tokenizer.tokens)
+        if not checkpoints.save_weights(
+            context.storage, stage.url, weights, tokens, metadata, state.choices, ownership
+        ):
+            ownership.check()
             log.warning(
                 "%s: an earlier start has already handed the stage over; continuing from its weights", stage.url
             )

@@ -1,4 +1,4 @@
-"""Metrics of a stage: losses, throughput, differences between ranks, and data counts.
+"""Metrics of a stage: losses, throughput, differences between ranks, data counts, and evaluation during training.
 
 Collecting them is a collective call and, besides the health check, the only place where a step waits for the device.
 """
@@ -8,64 +8,49 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.data.loading.loader import Loader
+from pipeline.evaluation.datasets import EvalPairs
+from pipeline.evaluation.evaluate import can_evaluate, evaluate
+from pipeline.evaluation.labelled import class_names
 from pipeline.tracking.tracker import DatasetInput
-from pipeline.training.callbacks import Callback, StepEvent
+from pipeline.training.callbacks import Callback, Progress, RunContext, StageState, StepEvent
 from pipeline.training.checkpoint import finished_stage
 from pipeline.training.collectives import Collectives
 from pipeline.training.goodput import goodput_metrics
-from pipeline.training.progress import Progress
+from pipeline.training.stages import Stage
 from pipeline.training.workload import peak_step_seconds
-
-if TYPE_CHECKING:
-    from pipeline.training.context import RunContext, StageState
-    from pipeline.training.stages import Stage
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """Input of the alerts: diagnostics and per-rank timings at one step."""
-
-    step: int  # global number of steps completed
-    is_warm: bool  # past the stage's learning-rate warm-up
-    diagnostics: dict[str, float]  # of the global batch, by the names the objectives give
-    data_wait: list[float]  # by rank: fraction of time spent waiting for data since the last collection
-    forward_seconds: list[float]  # by rank: median duration of a forward since the last collection
-
-    def slowest_rank(self) -> tuple[int, float] | None:
-        """Return the slowest rank and its forward time relative to the median rank's; None for a single rank."""
-        median = statistics.median_low(self.forward_seconds)
-        if len(self.forward_seconds) < 2 or median <= 0:
-            return None
-        slowest = max(self.forward_seconds)
-        return self.forward_seconds.index(slowest), slowest / median
-
-    def metrics(self) -> dict[str, float]:
-        """Return the diagnostics and the differences between ranks by their MLflow names."""
-        metrics = {"perf/data_wait_share_worst": max(self.data_wait)}
-        if scale := self.diagnostics.get("itc_scale"):
-            metrics["train/itc_temperature"] = 1 / scale
-        for kind in ("matched", "mismatched"):
-            if rows := self.diagnostics.get(f"itm_{kind}"):
-                metrics[f"train/itm_recall_{kind}"] = self.diagnostics[f"itm_{kind}_correct"] / rows
-        if (slowest := self.slowest_rank()) is not None:
-            metrics["perf/slowest_rank_ratio"] = slowest[1]
-        return metrics
 
 
 @dataclass(frozen=True)
 class MetricsSnapshot:
     """Metrics after one step; the same on every rank except the throughput."""
 
+    step: int  # global number of steps completed
     losses: dict[str, float]  # of the global batch: `loss` and each objective's
     values: dict[str, float]  # everything to record, by MLflow name
     steps_per_second: float
-    samples_per_second: float
-    step_metrics: StepMetrics
+    is_warm: bool  # past the stage's learning-rate warm-up
+    data_wait: list[float]  # by rank: fraction of time spent waiting for data since the last collection
+    forward_seconds: list[float]  # by rank: median duration of a forward since the last collection
+
+
+def diagnostic_metrics(
+    diagnostics: dict[str, float], data_wait: list[float], forward_seconds: list[float]
+) -> dict[str, float]:
+    """Return the objectives' diagnostics and the differences between ranks by their MLflow names."""
+    metrics = {"perf/data_wait_share_worst": max(data_wait)}
+    if scale := diagnostics.get("itc_scale"):
+        metrics["train/itc_temperature"] = 1 / scale
+    for kind in ("matched", "mismatched"):
+        if rows := diagnostics.get(f"itm_{kind}"):
+            metrics[f"train/itm_recall_{kind}"] = diagnostics[f"itm_{kind}_correct"] / rows
+    median = statistics.median_low(forward_seconds)
+    if len(forward_seconds) > 1 and median > 0:
+        metrics["perf/slowest_rank_ratio"] = max(forward_seconds) / median
+    return metrics
 
 
 class MetricsCollector(Callback):
@@ -91,11 +76,9 @@ class MetricsCollector(Callback):
         self._clock = time.perf_counter(), step, self._state.loader.wait_seconds
 
     def after_step(self, event: StepEvent) -> None:
-        if self._stage.is_metrics_step(event.step):
-            self._state.callbacks.on_metrics(event.step, self.collect(event))
-
-    def collect(self, event: StepEvent) -> MetricsSnapshot:
-        """Collect the metrics of a completed step. A collective call."""
+        """Collect the metrics of a completed step, if it is a metrics step. A collective call."""
+        if not self._stage.is_metrics_step(event.step):
+            return
         assert event.health is not None, "every metrics step has a health check"
         stage, state, collectives, completed = self._stage, self._state, self._collectives, event.step + 1
         batch_size, world_size = stage.config.global_batch_size, collectives.world_size
@@ -111,13 +94,9 @@ class MetricsCollector(Callback):
         parts = [state.step.diagnostics[name].float().reshape(1) for name in names]
         summed = collectives.sum(torch.cat([*parts, by_rank.flatten()])).tolist()
         timings = summed[len(names) :]
-        step_metrics = StepMetrics(
-            stage.global_step(completed),
-            is_warm=event.step >= stage.config.optimizer.warmup_steps,
-            diagnostics=dict(zip(names, summed, strict=False)),
-            data_wait=timings[:world_size],
-            forward_seconds=timings[world_size:],
-        )
+        ranks_data_wait, forward_seconds = timings[:world_size], timings[world_size:]
+        diagnostics = dict(zip(names, summed, strict=False))
+
         losses = event.health.losses
         values = {("train/loss" if name == "loss" else f"train/loss_{name}"): loss for name, loss in losses.items()}
         if by_source := state.step.by_source:  # each source's mean loss over its own rows, if the stage mixes sources
@@ -129,11 +108,10 @@ class MetricsCollector(Callback):
                 for source, (total, count) in zip(sources, rows, strict=True)
                 if count  # a source may have no row in a batch
             }
-        samples_per_second = steps_per_second * batch_size
-        values |= step_metrics.metrics()
+        values |= diagnostic_metrics(diagnostics, ranks_data_wait, forward_seconds)
         values |= {
-            "perf/samples_per_s": samples_per_second,
-            "perf/samples_per_s_per_gpu": samples_per_second / world_size,
+            "perf/samples_per_s": steps_per_second * batch_size,
+            "perf/samples_per_s_per_gpu": steps_per_second * batch_size / world_size,
             "perf/data_wait_share": data_wait,
             "samples_seen": float(completed * batch_size),
             "train/lr": event.lr,
@@ -143,7 +121,9 @@ class MetricsCollector(Callback):
             values["perf/mfu"] = steps_per_second * self._peak_step_seconds
         values |= total_data_counts(state.loader, state.data_counts, collectives)
         values |= goodput_metrics(self._supervisor.goodput.seconds())
-        return MetricsSnapshot(losses, values, steps_per_second, samples_per_second, step_metrics)
+        is_warm, step = event.step >= stage.config.optimizer.warmup_steps, stage.global_step(completed)
+        snapshot = MetricsSnapshot(step, losses, values, steps_per_second, is_warm, ranks_data_wait, forward_seconds)
+        state.callbacks.on_metrics(event.step, snapshot)
 
 
 def total_data_counts(loader: Loader, previous: dict[str, float], collectives: Collectives) -> dict[str, float]:
@@ -184,20 +164,76 @@ class StageReporter(Callback):
 
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
         stage, completed = self._stage, step + 1
-        nodes = self._context.supervisor.nodes.take()
-        self._tracker.metrics(stage.global_step(completed), snapshot.values | nodes)
+        self._tracker.metrics(snapshot.step, snapshot.values | self._context.supervisor.nodes.take())
         self._context.report(
             Progress(
                 stage=stage.name,
                 stage_step=completed,
                 stage_steps=stage.steps,
-                step=stage.global_step(completed),
+                step=snapshot.step,
                 total_steps=stage.run.total_steps,
                 loss=snapshot.losses["loss"],
-                samples_per_second=snapshot.samples_per_second,
+                samples_per_second=snapshot.values["perf/samples_per_s"],
                 seconds_left=(stage.steps - completed) / max(snapshot.steps_per_second, 1e-9),
             )
         )
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._tracker.metrics(self._stage.global_step(step + 1), metrics)
+
+
+class EvaluationCallback(Callback):
+    """Evaluates on `evaluation.source` every `evaluation.every` steps and at the end of each stage but the last.
+
+    All ranks evaluate held-out pairs with the current weights, not their moving average. The training stream is not
+    affected (contracts C1, C4): modules return to the mode they were in, no gradient is kept, no random generator is
+    used, and the loader keeps its position. Every rank runs the same number of forwards through the engine, which at
+    ZeRO 3 gathers weights from all.
+    """
+
+    def __init__(self, stage: Stage, context: RunContext):
+        """Raises ConfigError if classes that are named by their texts have no names."""
+        self._stage, self._context = stage, context
+        self._pairs: EvalPairs | None = None  # kept between evaluations
+        run, source = stage.run, stage.run.evaluation.source
+        self._is_enabled = False
+        if run.evaluation.every is not None and source is not None:
+            self._is_enabled = can_evaluate(run, source, stage.config)
+            if run.sources[source].type == "labelled" and "itc" in stage.config.objectives:
+                class_names(run, source, context.storage)  # fails before the stage trains
+
+    def on_stage_start(self, state: StageState, start: int) -> None:
+        self._state = state
+
+    def after_step(self, event: StepEvent) -> None:
+        """Evaluate if it is due. `mome train` evaluates the finished run by itself."""
+        run, num_steps = self._stage.run, event.step + 1
+        is_due = num_steps % (run.evaluation.every or 1) == 0
+        if num_steps == self._stage.steps:
+            is_due = self._stage.index + 1 < len(run.stages)
+        if self._is_enabled and is_due and not event.preempted:
+            with self._context.supervisor.during("evaluation", self._stage.global_step(event.step)):
+                metrics = self.evaluate()
+            self._state.callbacks.on_evaluation(event.step, metrics)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return `eval/<source>/…` over the first `max_images_during_training` images, the same on every rank."""
+        section, context = self._stage.run.evaluation, self._context
+        result = evaluate(
+            self._state.engine.reader,
+            context.tokenizer,
+            self._stage.run,
+            context.storage,
+            limit=min(section.max_images_during_training, section.max_images or section.max_images_during_training),
+            stage=self._stage.name,
+            rerank_best=0,
+            choices=self._state.choices,
+            ranks=context.collectives,
+            held_out=self._pairs,
+        )
+        self._pairs = result.held_out
+        return result.metrics()
+
+    def close(self) -> None:
+        if self._pairs is not None:
+            self._pairs.close()

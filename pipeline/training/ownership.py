@@ -78,7 +78,7 @@ class Ownership:
             starts = ownership.check_launcher()
             start = Start(starts[-1][0].number + 1 if starts else 1, secrets.token_hex(4))
             record = {"host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-            storage.write(ownership._file(start, ownership.claim), json.dumps(record).encode())
+            storage.write(join(ownership._url, f"{start}.{ownership.claim}.json"), json.dumps(record).encode())
             if ownership._starts()[-1][0] == start:  # False if another start claimed the run at the same time
                 ownership.start = start
                 return ownership
@@ -97,6 +97,7 @@ class Ownership:
         return starts
 
     def holds(self) -> bool:
+        """Return whether no later start owns the run."""
         try:
             self.check()
         except Superseded:
@@ -108,11 +109,8 @@ class Ownership:
         matches = (_NAME.fullmatch(name) for name in self._storage.list(self._url))
         return sorted((Start(int(match[1]), match[2]), match[3]) for match in matches if match)
 
-    def _file(self, start: Start, claim: str) -> str:
-        return join(self._url, f"{start}.{claim}.json")
-
     def _superseded(self, start: Start, claim: str) -> Superseded:
-        url = self._file(start, claim)
+        url = join(self._url, f"{start}.{claim}.json")
         try:
             record = json.loads(self._storage.read(url))
             where = f", on {record['host']} at {record['since']}"
@@ -127,19 +125,17 @@ class Ownership:
 
 def _claim_of_launcher() -> str | None:
     """Return the claim of this process's launcher; None without a launcher that restarts its ranks."""
-    if name := os.environ.get(CLAIM_VARIABLE):
-        return _digest(name)
-    if (run := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
-        return None
-    agent = psutil.Process(os.getppid())  # torchrun, which outlives the ranks that it restarts
-    return _digest(f"{run} {socket.gethostname()} {agent.pid} {agent.create_time()}")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    name = os.environ.get(CLAIM_VARIABLE)
+    if not name:
+        if (run := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
+            return None
+        agent = psutil.Process(os.getppid())  # torchrun, which outlives the ranks that it restarts
+        name = f"{run} {socket.gethostname()} {agent.pid} {agent.create_time()}"
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def main(arguments: list[str]) -> int:
+    """Return the exit status: that of Superseded if another launcher owns the run, otherwise 0."""
     try:
         config, claim = load_config(arguments[0], arguments[1:]), _claim_of_launcher()
         if claim is not None:

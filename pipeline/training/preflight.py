@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +29,6 @@ from pipeline.tracking.mlflow_server import check_server, try_writing
 from pipeline.training.collectives import Collectives
 from pipeline.training.health import ExecutionOrderCheck
 from pipeline.training.loop import build_step
-from pipeline.training.measure import peak_memory
 from pipeline.training.prepare import VOCABULARY, apart, prepare
 from pipeline.training.stages import Stage
 from pipeline.training.workload import with_micro_batch
@@ -138,10 +139,10 @@ def _try_stage(
     """Build a stage and run its first step as the training loop does."""
     stage = with_micro_batch(stage, collectives, tokenizer.size)
     order = ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step)
-    with (
-        peak_memory(collectives.device) as peak,
-        build_step(stage, storage, tokenizer, collectives, loader_backend, order) as (loader, engine, step, _),
-    ):
+    on_cuda = collectives.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(collectives.device)
+    with build_step(stage, storage, tokenizer, collectives, loader_backend, order) as (loader, engine, step, _):
         batch = next(iter(loader.batches(0)))
         started = time.perf_counter()
         order.before_step(0)
@@ -150,7 +151,10 @@ def _try_stage(
         engine.step(stage.config.optimizer.lr)
         loss, norm = float(collectives.sum(losses["loss"])), engine.gradient_norm()
         seconds = time.perf_counter() - started
-        largest_peak = collectives.largest([peak()])[0]
+    # On a GPU the allocator's peak in this stage; on a CPU the process's so far (in KiB on Linux).
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(collectives.device) if on_cuda else resident
+    largest_peak = collectives.largest([peak])[0]
     if not math.isfinite(loss + norm):
         raise RunFailed(f"stage {stage.name}: the first step's loss is {loss}, its gradient norm {norm}")
     rows = f"{stage.config.global_batch_size} rows = {collectives.world_size} ranks x {step.accumulation} micro-batches"

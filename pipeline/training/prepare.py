@@ -61,7 +61,7 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     tokenizer = choose_tokenizer(config, storage)
     for index, settings in enumerate(config.stages):
         if settings.start_from not in ("previous", "random"):
-            _check_start(Stage(config, index), storage, tokenizer)
+            check_start(Stage(config, index), storage, tokenizer)
     storage.write(join(config.folder, VOCABULARY), tokenizer.vocabulary_file)
     if config.model.READS_TEXT:
         measure_coverage(storage, config.folder, tokenizer, _folders_with_text(config))
@@ -114,7 +114,7 @@ def apart(config: RunConfig, storage: Storage, output: str, name: str) -> RunCon
     return config.model_copy(update={"output": output, "name": name, "tokenizer": tokenizer})
 
 
-def _check_start(stage: Stage, storage: Storage, tokenizer: Tokenizer) -> None:
+def check_start(stage: Stage, storage: Storage, tokenizer: Tokenizer) -> None:
     """Check that a stage's starting weights fit its model and vocabulary. Raises ConfigError or CheckpointError."""
     url = stage.config.start_from
     where = f"stages.{stage.name}.start_from: {url}"
@@ -179,6 +179,7 @@ class Coverage:
 
     @property
     def worst(self) -> float:
+        """The largest of the folders' fractions."""
         return max(self.unknown.values(), default=0.0)
 
     @property

@@ -35,21 +35,18 @@ class Stage:
         self.source_type = self.run.source_type_of(self.config)
         self.first_step = run.stage_start(index)  # global step
         self.url = stage_url(run, index)  # folder of the weights it hands over
+        start = self.config.start_from
+        self.start_url: str | None = None if start == "random" else start  # of its starting weights; None: random
+        if start == "previous":
+            self.start_url = stage_url(run, index - 1) if index else None
 
     def with_engine(self, **settings: Any) -> Stage:
         """Return the stage with other settings of the config's `engine` section."""
         engine = self.run.engine.model_copy(update=settings)
         return Stage(self.run.model_copy(update={"engine": engine}), self.index)
 
-    @property
-    def start_url(self) -> str | None:
-        """URL of the weights that the stage starts from; None for random weights."""
-        start = self.config.start_from
-        if start == "random" or (start == "previous" and self.index == 0):
-            return None
-        return stage_url(self.run, self.index - 1) if start == "previous" else start
-
     def global_step(self, step: int) -> int:
+        """Return the number over all stages of a step of this stage."""
         return self.first_step + step
 
     def is_checkpoint_step(self, step: int) -> bool:
@@ -62,6 +59,7 @@ class Stage:
         return is_due or self.is_checkpoint_step(step) or step + 1 == self.steps
 
     def is_health_check_step(self, step: int) -> bool:
+        """Return whether to check the step's health, as at every metrics step."""
         return (step + 1) % self.run.guards.health_check_every == 0 or self.is_metrics_step(step)
 
     def num_micro_batches(self, world_size: int) -> int:
@@ -107,6 +105,7 @@ def trained_parts(model: Model, stage: Stage) -> frozenset[str]:
 
 
 def freeze_untrained(model: Model, stage: Stage) -> None:
+    """Let only the parameters of `trained_parts` require a gradient."""
     trained = trained_parts(model, stage)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)
@@ -142,28 +141,32 @@ def check_fit(model: Model, state: dict[str, Tensor], who: str, absent: frozense
 
     Raises CheckpointError as `load_matching` does; `who` begins its message.
     """
-
-    def is_head(name: str) -> bool:
-        try:
-            return model.part_of(name) in model.HEAD_PARTS
-        except (AssertionError, IndexError):  # a name of another architecture
-            return False
-
     own = model.state_dict()
+    parts: dict[str, str] = {}
+    for name in own.keys() | state.keys():
+        try:
+            parts[name] = model.part_of(name)
+        except (AssertionError, IndexError):  # a name of another architecture
+            parts[name] = ""
     missing = sorted(own.keys() - state.keys())
     reshaped = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
-    faults = {
-        "missing": [name for name in missing if not is_head(name) and model.part_of(name) not in absent],
-        "unexpected": [name for name in sorted(state.keys() - own.keys()) if not is_head(name)],
-        "of another shape": [name for name in reshaped if not is_head(name)],
+    names_by_fault = {
+        "missing": [name for name in missing if parts[name] not in absent],
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": reshaped,
     }
-    if any(faults.values()):
-        mismatches = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
+    faults = {
+        fault: names
+        for fault, all_names in names_by_fault.items()
+        if (names := [name for name in all_names if parts[name] not in model.HEAD_PARTS])
+    }
+    if faults:
+        mismatches = "; ".join(f"{fault}: {_few(names)}" for fault, names in faults.items())
         raise CheckpointError(
             f"{who} starts from weights of another architecture ({mismatches}); "
             "use the same `model` section as the run that trained them"
         )
-    return reshaped + [name for name in missing if model.part_of(name) in absent]
+    return reshaped + [name for name in missing if parts[name] in absent]
 
 
 def _few(names: list[str]) -> str:

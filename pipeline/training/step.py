@@ -49,19 +49,20 @@ class TrainingStep:
     def __init__(
         self, engine: StepEngine, stage: Stage, collectives: Collectives, image_tokenizer: ImageTokenizer | None = None
     ):
-        self.engine, self.stage, self.collectives = engine, stage.config, collectives
-        model, self.seed = stage.run.model, hash64(stage.run.seed, stage.name)
-        self.reproduces_release = stage.run.reproduce_vlmo_release
+        self.engine, self.stage, self.collectives = engine, stage, collectives
+        self.seed, self.reproduces_release = hash64(stage.run.seed, stage.name), stage.run.reproduce_vlmo_release
         self.weights = {
             name: settings.weight * (release.factor(name, stage.source_type) if self.reproduces_release else 1.0)
             for name, settings in stage.config.objectives.items()
         }
-
-        def mask(examples: Batch, forward: str) -> Tensor | None:
-            kept = drop_path_mask(self.seed, examples.step, examples.place, forward, model.drop_path_rates)
-            return None if kept is None else kept.to(collectives.device, non_blocking=True)
-
-        context = ObjectiveContext(stage.config, stage.source_type, self.seed, model.patch_size, image_tokenizer, mask)
+        context = ObjectiveContext(
+            stage.config,
+            stage.source_type,
+            self.seed,
+            stage.run.model.patch_size,
+            image_tokenizer,
+            self._drop_path_mask,
+        )
         self.objectives = {name: kind(context) for name, kind in objective_types(stage.config).items()}
         self.itc = self.objectives.pop("itc", None)
         self.needs_similarity = any(objective.needs_similarity for objective in self.objectives.values())
@@ -81,7 +82,7 @@ class TrainingStep:
         global batch, unweighted except for `loss`. With `with_metrics`, `diagnostics` and (in a stage of several
         sources) `by_source` are filled too.
         """
-        self._with_metrics, num_sources = with_metrics, len(self.stage.sources)
+        self._with_metrics, num_sources = with_metrics, len(self.stage.config.sources)
         self._num_sources = num_sources if with_metrics and num_sources > 1 else 0
         self.diagnostics, self.by_source = {}, {}
         # Dropout (ImageBERT) is seeded by the step, so that a resumed run draws the same masks (C4).
@@ -167,11 +168,11 @@ class TrainingStep:
 
     def _indices(self, batch: Batch, name: str) -> Tensor:
         """Return which examples an objective reads in this step, one in `every` in rotation; int64 on the CPU."""
-        return torch.nonzero((batch.place + batch.step) % self.stage.objectives[name].every == 0).flatten()
+        return torch.nonzero((batch.place + batch.step) % self.stage.config.objectives[name].every == 0).flatten()
 
     def _examples(self, batch: Batch, name: str) -> Batch:
         """Return the examples that an objective reads in this step."""
-        return batch if self.stage.objectives[name].every == 1 else batch.rows(self._indices(batch, name))
+        return batch if self.stage.config.objectives[name].every == 1 else batch.rows(self._indices(batch, name))
 
     def _forwards(self, batch: Batch) -> dict[str, ForwardInput]:
         """Return every forward over unchanged examples; forwards of the same name are merged into one."""
@@ -186,7 +187,7 @@ class TrainingStep:
     def _contrast(self, outputs: ForwardOutput, batch: Batch) -> Contrast | None:
         if self.itc is None:
             return None
-        size, world_size = self.stage.global_batch_size, self.collectives.world_size
+        size, world_size = self.stage.config.global_batch_size, self.collectives.world_size
         own = slice(*share(size, self.collectives.rank, world_size))
         contrast = global_contrast(
             outputs,
@@ -207,10 +208,8 @@ class TrainingStep:
         drawing = [n for n, o in self.objectives.items() if type(o).swaps is not Objective.swaps]
         if not drawing:
             return {}
-        size = self.stage.global_batch_size
-        pool = NegativePool(
-            self.collectives.gather_rows(batch.image_id, size), self.collectives.gather_rows(batch.source, size)
-        )
+        size, gather_rows = self.stage.config.global_batch_size, self.collectives.gather_rows
+        pool = NegativePool(gather_rows(batch.image_id, size), gather_rows(batch.source, size))
         if contrast is not None:
             pool = replace(pool, image=contrast.image, text=contrast.text, scale=contrast.scale)
         swapped: Swapped = {}
@@ -224,29 +223,42 @@ class TrainingStep:
         return {name: self.objectives[o].fusion_forward(examples, name) for name, (o, examples) in swapped.items()}
 
     def _add_metrics(self, outputs: ForwardOutput, batch: Batch) -> None:
+        """Add a micro-batch's diagnostics and losses per source.
+
+        The latter need no second forward: the outputs are indexed, which copies those of one source at a time.
+        """
         for name, objective in self.objectives.items():
-            examples = self._examples(batch, name)
+            examples, indices = self._examples(batch, name), self._indices(batch, name)
             for metric, value in objective.diagnostics(outputs, examples).items():
                 self.diagnostics[metric] = self.diagnostics[metric] + value if metric in self.diagnostics else value
-            if self._num_sources:
-                source = batch.source.cpu()[self._indices(batch, name)]
-                sums = loss_by_source(objective, outputs, examples, source, self._num_sources)
-                self.by_source[name] = self.by_source.get(name, torch.zeros_like(sums)) + sums
+            if not self._num_sources:
+                continue
+            source, device = batch.source.cpu()[indices], examples.uid.device
+            sums = torch.zeros(self._num_sources, 2, device=device)
+            with torch.no_grad():
+                for number in range(self._num_sources):
+                    rows = torch.nonzero(source == number).flatten()
+                    if len(rows):
+                        own: Any = {key: _IndexedOutputs(heads, rows, len(source)) for key, heads in outputs.items()}
+                        chosen = examples.rows(rows)
+                        count = torch.as_tensor(objective.count(chosen), device=device)
+                        sums[number] = torch.stack([objective.loss(own, chosen).float(), count.float()])
+            self.by_source[name] = self.by_source.get(name, 0) + sums
 
+    def _drop_path_mask(self, examples: Batch, forward: str) -> Tensor | None:
+        """Return which branches (attention, feed-forward) a forward keeps: (n, N, 2) bool, or None without drop path.
 
-def drop_path_mask(seed: int, step: int, place: Tensor, name: str, rates: tuple[float, ...]) -> Tensor | None:
-    """Return which branches (attention, feed-forward) forward `name` keeps: (n, N, 2) bool, or None without drop path.
-
-    The mask is a hash of the example's `place` (n,) in the global batch, the step, the layer and the forward, never
-    generator state (C2): any repeated forward, on any rank and in any micro-batch, drops the same branches.
-    """
-    if not any(rates):
-        return None
-    layers = len(rates)
-    branch = np.arange(2 * layers, dtype=np.uint64)
-    counters = place.cpu().numpy().astype(np.uint64)[:, None] * np.uint64(2 * layers) + branch
-    uniform = uniform_array(hash64(seed, step, name, "drop path"), counters).reshape(-1, layers, 2)
-    return torch.from_numpy(uniform >= np.asarray(rates)[:, None])
+        The mask is a hash of the example's place in the global batch, the step, the layer and the forward, never
+        generator state (C2): any repeated forward, on any rank and in any micro-batch, drops the same branches.
+        """
+        rates = self.stage.run.model.drop_path_rates
+        if not any(rates):
+            return None
+        branch = np.arange(2 * len(rates), dtype=np.uint64)
+        counters = examples.place.cpu().numpy().astype(np.uint64)[:, None] * np.uint64(2 * len(rates)) + branch
+        uniform = uniform_array(hash64(self.seed, examples.step, forward, "drop path"), counters)
+        keep = torch.from_numpy(uniform.reshape(-1, len(rates), 2) >= np.asarray(rates)[:, None])
+        return keep.to(self.collectives.device, non_blocking=True)
 
 
 def merge_forwards(first: ForwardInput, second: ForwardInput) -> ForwardInput:
@@ -268,8 +280,7 @@ def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor
         fetch = collectives.fetcher(places, size)
         is_swapped = torch.nonzero(places[indices] >= 0).flatten()
         for name, padding in swap.fields.items():
-            values = getattr(batch, name)
-            if values is None:
+            if (values := getattr(batch, name)) is None:
                 continue
             sizes = collectives.largest(list(values.shape[1:]))
             amounts = [n for most, own in zip(sizes, values.shape[1:], strict=True) for n in (most - own, 0)][::-1]
@@ -280,28 +291,6 @@ def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor
             changes: dict[str, Any] = {name: swapped}
             result = replace(result, **changes)
     return result
-
-
-def loss_by_source(
-    objective: Objective, outputs: ForwardOutput, examples: Batch, source: Tensor, num_sources: int
-) -> Tensor:
-    """Return the objective's loss summed over each source's examples, and the number of summands: (S, 2).
-
-    `source` (n,) is the examples' source, on the CPU. No second forward: the outputs are indexed, which copies those of
-    one source at a time.
-    """
-    sums = []
-    with torch.no_grad():
-        for number in range(num_sources):
-            indices = torch.nonzero(source == number).flatten()
-            if not len(indices):
-                sums.append(torch.zeros(2, device=examples.uid.device))
-                continue
-            own: Any = {name: _IndexedOutputs(heads, indices, len(source)) for name, heads in outputs.items()}
-            chosen = examples.rows(indices)
-            count = torch.as_tensor(objective.count(chosen), device=examples.uid.device)
-            sums.append(torch.stack([objective.loss(own, chosen).float(), count.float()]))
-    return torch.stack(sums)
 
 
 class _IndexedOutputs(UserDict[str, Tensor]):

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import signal
+import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any
 
+import psutil
+
+from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import Superseded
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
-from pipeline.training.callbacks import Callback
-from pipeline.training.collectives import Collectives
+from pipeline.training.callbacks import Callback, StageResult
+from pipeline.training.collectives import Collectives, KeyValueStore
 from pipeline.training.goodput import GoodputTracker, Phase, Seconds
-from pipeline.training.node_monitor import NodeMonitor
 from pipeline.training.watchdog import Limits, Watchdog
 
-if TYPE_CHECKING:
-    from pipeline.training.context import StageResult
+log = logging.getLogger(__name__)
 
 # torchrun forwards SIGTERM to its ranks; Slurm sends SIGUSR1 ahead of the time limit with --signal=USR1@300.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+NODE_SECONDS = 10.0  # interval of node statistics, as in MLflow
+TOPIC = "nodes"  # of the key-value store
+MEGA = 1e6
 
 
 class RankSupervisor(Callback):
@@ -46,7 +55,7 @@ class RankSupervisor(Callback):
         self._start_seconds = guards.start_seconds
         self._poll, self._is_preempted = poll, False
         self.goodput = GoodputTracker(storage, config.folder, is_writer=collectives.rank == 0, elapsed=elapsed)
-        self.nodes = NodeMonitor(collectives)
+        self.nodes, self._is_first_of_node = NodeMonitor(collectives), collectives.local_rank == 0
         used = {name for stage in config.stages for name in stage.sources}
         is_remote = any(not is_local(config.sources[name].shards) for name in used)
         limits: Limits = {
@@ -78,7 +87,8 @@ class RankSupervisor(Callback):
         previous = {number: signal.signal(number, receive) for number in SIGNALS} if is_main else {}
         self.goodput.start()
         self._watchdog.start()
-        self.nodes.start()
+        if self._is_first_of_node:
+            self.nodes.start()
         is_complete = is_superseded = False
         try:
             yield
@@ -87,7 +97,7 @@ class RankSupervisor(Callback):
             is_superseded = True
             raise
         finally:
-            self.nodes.close()
+            self.nodes.stop(timeout=2 * NODE_SECONDS)
             self._watchdog.close()
             self.goodput.close(ended=is_complete, write=not is_superseded)
             for number, handler in previous.items():
@@ -95,8 +105,8 @@ class RankSupervisor(Callback):
 
     def preempted(self) -> bool:
         """Return whether this process is being preempted. Once True it stays True."""
-        if not self._is_preempted and self._poll is not None:
-            self._is_preempted = self._poll()
+        if not self._is_preempted and self._poll is not None and self._poll():
+            self._is_preempted = True  # never reset: a signal may arrive during the poll
         return self._is_preempted
 
     def begin_stage(self, step: int, is_rollback: bool) -> None:
@@ -139,3 +149,87 @@ class RankSupervisor(Callback):
 
     def on_stage_end(self, result: StageResult) -> None:
         self._has_stepped = True
+
+
+class NodeMonitor(PeriodicThread):
+    """Node statistics: CPU, memory, disk, network and GPU utilisation, named as MLflow's system metrics.
+
+    A thread of each node's first rank samples them every few seconds and publishes them in the ranks' key-value store,
+    from which rank 0 collects them for the journal. No rank and no training step waits for this. MLflow's own monitor
+    is not used because it would contact the server from the trainer (contract C6).
+    """
+
+    def __init__(self, collectives: Collectives, seconds: float = NODE_SECONDS, name: str | None = None):
+        super().__init__(self._publish, seconds, "mome-nodes", immediately=True)
+        self._collectives, self._name = collectives, name or socket.gethostname()
+        self._newest: deque[dict[str, float]] = deque(maxlen=1)
+        self._store: KeyValueStore | None = None
+        self._network: Any = None  # traffic at the first call
+        self._nvml: Any = None
+        self._gpus: list[Any] | None = None  # handles
+
+    def take(self) -> dict[str, float]:
+        """Return all nodes' statistics as `system/<node>/…` on rank 0; empty if none are newer than the last call."""
+        return self._newest.pop() if self._newest else {}
+
+    def _publish(self) -> bool:
+        """Share this node's statistics; return False when that no longer works."""
+        try:
+            if self._store is None:  # the first statistics cover the time until the next call
+                self._store = self._collectives.key_value_store()
+                self.sample()
+                return True
+            self._store.write(TOPIC, json.dumps({"node": self._name, "metrics": self.sample()}))
+            if self._collectives.rank == 0:
+                reports = {rank: json.loads(text) for rank, text in self._store.read(TOPIC).items()}
+                self._newest.append(metrics_by_node(reports))
+        except (RuntimeError, OSError, psutil.Error) as error:  # the store's host is gone, or psutil lacks permission
+            log.warning("node %s: statistics are no longer sampled: %s", self._name, error)
+            return False
+        return True
+
+    def sample(self) -> dict[str, float]:
+        """Return this node's current statistics by MLflow's names. Network traffic counts from the first call."""
+        network = psutil.net_io_counters()  # None in a container without a network interface
+        if self._gpus is None:
+            self._network, self._gpus = network, []
+            try:
+                import pynvml
+
+                pynvml.nvmlInit()
+                self._nvml = pynvml
+                self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            except Exception as error:  # not installed, or no driver: pynvml's errors share no base class
+                log.debug("GPU statistics are not sampled: %s", error)
+        memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.sep)
+        metrics = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / MEGA,
+            "system_memory_usage_percentage": memory.percent,
+            "disk_usage_percentage": disk.percent,
+            "disk_usage_megabytes": disk.used / MEGA,
+            "disk_available_megabytes": disk.free / MEGA,
+        }
+        if network is not None and self._network is not None:
+            metrics["network_receive_megabytes"] = (network.bytes_recv - self._network.bytes_recv) / MEGA
+            metrics["network_transmit_megabytes"] = (network.bytes_sent - self._network.bytes_sent) / MEGA
+        for number, gpu in enumerate(self._gpus):
+            gpu_memory = self._nvml.nvmlDeviceGetMemoryInfo(gpu)
+            metrics |= {
+                f"gpu_{number}_utilization_percentage": float(self._nvml.nvmlDeviceGetUtilizationRates(gpu).gpu),
+                f"gpu_{number}_memory_usage_megabytes": gpu_memory.used / MEGA,
+                f"gpu_{number}_memory_usage_percentage": 100 * gpu_memory.used / gpu_memory.total,
+                f"gpu_{number}_power_usage_watts": self._nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            }
+        return metrics
+
+
+def metrics_by_node(reports: dict[int, dict[str, Any]]) -> dict[str, float]:
+    """Merge the ranks' reports; if several nodes have the same name, all but the first get their rank appended."""
+    metrics: dict[str, float] = {}
+    names: set[str] = set()
+    for rank, report in sorted(reports.items()):
+        name = report["node"] if report["node"] not in names else f"{report['node']}-{rank}"
+        names.add(name)
+        metrics |= {f"system/{name}/{key}": value for key, value in report["metrics"].items()}
+    return metrics

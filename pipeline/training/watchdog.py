@@ -13,7 +13,6 @@ while it sends heartbeats and is within its own limit, the others wait for it.
 from __future__ import annotations
 
 import faulthandler
-import functools
 import json
 import logging
 import os
@@ -59,7 +58,7 @@ class Heartbeat:
     beat: int = 0  # incremented while the rank's watchdog runs
 
 
-class Watchdog:
+class Watchdog(PeriodicThread):
     """Ends the process when a rank exceeds the limit of its phase; `enter` reports the phase of this rank."""
 
     def __init__(
@@ -73,12 +72,12 @@ class Watchdog:
         self._collectives, self._storage, self._folder = collectives, storage, join(folder, "stacks")
         self._limits, self._end = limits, end
         self._tick = min(max(min(limits.values()) / 20, 0.5), 5.0)
+        super().__init__(self._check, self._tick, "mome-watchdog")
         self._main = threading.get_ident()
         self._beat = 0
         self._last_seen: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was first seen
         self._store: KeyValueStore | None = None
         self._retry_store_at = 0.0
-        self._thread = PeriodicThread(self._check, self._tick, "mome-watchdog")
         self.enter("startup", 0)
 
     def enter(self, phase: Phase, step: int, limit: float | None = None) -> None:
@@ -86,11 +85,9 @@ class Watchdog:
         limit = self._limits.get(phase, float("inf")) if limit is None else limit
         self._entered = (phase, step, time.monotonic(), limit)
 
-    def start(self) -> None:
-        self._thread.start()
-
     def close(self) -> None:
-        self._thread.stop()
+        """Stop watching."""
+        self.stop()
         faulthandler.cancel_dump_traceback_later()
 
     def _check(self) -> bool:
@@ -101,17 +98,24 @@ class Watchdog:
         own = Heartbeat(phase, step, time.monotonic() - entered, limit, calls, inside, self._beat)
         if limit < float("inf"):  # re-armed by every tick, so it fires only if this thread cannot run
             _exit_later(limit + 10 * self._tick + 4 * REQUEST_SECONDS)
-        self._request(functools.partial(KeyValueStore.write, topic=HEARTBEATS, text=json.dumps(asdict(own))))
+        self._request(lambda store: store.write(HEARTBEATS, json.dumps(asdict(own))))
         hang = self._request(lambda store: store.announcement(HANG))
-        if hang is None and own.seconds > limit and not self._waits_for_slower_rank(own):
-            message = (
-                f"rank {self._collectives.rank} has been in '{phase}' of step {step} for {own.seconds:.0f} s "
-                f"(limit: {limit:.0f} s). {self._culprits()}"
+        if not hang and own.seconds > limit:
+            position = step, PHASE_ORDER.index(phase)
+            waits_for_slower_rank = any(  # a live one behind this one and within its own limit
+                (other.step, PHASE_ORDER.index(other.phase)) < position and other.seconds <= other.limit
+                for rank, other in self._live_heartbeats().items()
+                if rank != self._collectives.rank
             )
-            hang = self._request(lambda store: store.announce(HANG, message)) or message  # the first rank's counts
-        if hang is not None:
+            if not waits_for_slower_rank:
+                message = (
+                    f"rank {self._collectives.rank} has been in '{phase}' of step {step} for {own.seconds:.0f} s "
+                    f"(limit: {limit:.0f} s). {self._culprits()}"
+                )
+                hang = self._request(lambda store: store.announcement(HANG, message)) or message  # the first counts
+        if hang:
             self._finish(hang)
-        return hang is None
+        return not hang
 
     def _request(self, request: Callable[[KeyValueStore], T]) -> T | None:
         """Return the store's response; None if its host is gone, stopped or unreachable."""
@@ -140,15 +144,6 @@ class Watchdog:
         oldest = now - MISSED_TICKS * self._tick
         return {rank: heartbeat for rank, heartbeat in heartbeats.items() if self._last_seen[rank][1] > oldest}
 
-    def _waits_for_slower_rank(self, own: Heartbeat) -> bool:
-        """Return whether a live rank is behind this one and within its own limit."""
-        position = own.step, PHASE_ORDER.index(own.phase)
-        return any(
-            (other.step, PHASE_ORDER.index(other.phase)) < position and other.seconds <= other.limit
-            for rank, other in self._live_heartbeats().items()
-            if rank != self._collectives.rank
-        )
-
     def _culprits(self) -> str:
         """Describe the ranks the others wait for: the silent ones, else those that entered the fewest collectives."""
         live = self._live_heartbeats()
@@ -162,10 +157,12 @@ class Watchdog:
         silent = [rank for rank in range(self._collectives.world_size) if rank not in live]
         fewest = min(beat.calls for beat in live.values())
         behind = sorted(rank for rank, beat in live.items() if beat.calls == fewest)
+        culprits = silent or behind
+        ranks = ", ".join(map(str, culprits[:16])) + (f", … ({len(culprits)})" if len(culprits) > 16 else "")
         if silent:
-            lines.append(f"no heartbeat from rank(s) {_listed(silent)}: stopped, ended, or disconnected")
+            lines.append(f"no heartbeat from rank(s) {ranks}: stopped, ended, or disconnected")
         elif len(behind) < len(live):
-            lines.append(f"not reached by rank(s) {_listed(behind)}: the collective the others wait in")
+            lines.append(f"not reached by rank(s) {ranks}: the collective the others wait in")
         return "; ".join(lines)
 
     def _finish(self, message: str) -> None:
@@ -210,8 +207,3 @@ def _exit_later(seconds: float) -> None:
     """Have `faulthandler` write all stacks to the log and end the process after `seconds`, unless re-armed before."""
     if sys.__stderr__ is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-
-
-def _listed(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:16]))
-    return shown if len(ranks) <= 16 else f"{shown}, … ({len(ranks)})"

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.config.errors import RunFailed
+from pipeline.config.schema import RunConfig, StageConfig, ViLTConfig
+from pipeline.data.batch import IGNORED, Batch, BatchBuffer
+from pipeline.data.examples.builder import batch_spec
 from pipeline.models.forward import ForwardInput, ForwardOutput, Regions
 from pipeline.models.model import Model
+from pipeline.objectives import batch_groups
 from pipeline.objectives.itc import CONTRASTS, itc_loss
 from pipeline.planning.estimate import largest_micro_batch, largest_share, memory_at
 from pipeline.planning.hardware import accelerator_like
@@ -29,75 +33,19 @@ from pipeline.planning.memory import Line, Parameters, Work
 from pipeline.planning.probe import Kernels, Probe, unwatched
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_setup import prepare_blocks, sharding_of
-from pipeline.training.full_batch import full_batch
 from pipeline.training.stages import Stage, freeze_untrained, stage_skeleton
 from pipeline.training.step import TrainingStep
 
 log = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 8
+SPECIAL_TOKENS = 2  # [CLS] and [SEP], which are never masked
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GB = 10**9
 USABLE = 0.9  # of a GPU's free memory: the allocator leaves some of it in fragments
 UNBOUNDED = 2**62
 
-
-def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None) -> Work:
-    """Return a stage's work per rank as a function of the micro-batch size. Takes seconds.
-
-    `text_tokens` is the length of every text (default: the longest that the stage allows).
-    """
-    model = model_without_memory(stage, vocabulary)
-    every = math.lcm(*(objective.every for objective in stage.config.objectives.values()))
-    rows = every * -(-SAMPLE_ROWS // every)  # every objective reads its exact fraction
-
-    def run(batch_size: int, micro_batch_size: int | None = None) -> StepCosts:
-        stages = [config.model_copy(update={"global_batch_size": batch_size}) for config in stage.run.stages]
-        cut = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
-        return run_step(model, cut.with_engine(micro_batch_size=micro_batch_size), vocabulary, kernels, text_tokens)
-
-    single, double, split = run(rows), run(2 * rows), run(2 * rows, rows)  # the last one in two micro-batches
-
-    def line(number: Callable[[StepCosts], int]) -> Line:
-        return Line.through((rows, number(single)), (2 * rows, number(double)))
-
-    contrast_flops = contrast_bytes = 0
-    if single.contrast_widths:  # ITC over the whole global batch, which every rank computes
-        size = stage.config.global_batch_size
-        shapes = [(size, width) for width in single.contrast_widths for _ in range(2)]
-        features = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
-        ids, scale = torch.empty(size, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
-        with Probe([*features, ids, scale], kernels) as probe:
-            pairs = zip(features[::2], features[1::2], strict=True)
-            losses = [itc_loss(image, text, scale, ids) for image, text in pairs]
-            torch.autograd.grad(torch.stack(losses).sum(), features)
-            contrast_flops = probe.flops
-            contrast_bytes = probe.peak_bytes + sum(4 * feature.numel() for feature in features)
-    return Work(
-        parameters=parameters_of(model),
-        flops=line(lambda costs: costs.flops),
-        flops_per_example_accumulated=split.flops / (2 * rows),
-        activations=line(lambda costs: costs.activations),
-        workspace=line(lambda costs: costs.workspace),
-        tokens=line(lambda costs: costs.tokens),
-        batch_bytes_per_example=single.batch_bytes / rows,
-        contrast_flops=contrast_flops,
-        contrast_bytes=contrast_bytes,
-        contrast_width=2 * sum(single.contrast_widths),
-    )
-
-
-def peak_step_seconds(gpu: str, stage: Stage, vocabulary: int, world_size: int) -> float | None:
-    """Return the duration of a step of the stage at the peak bfloat16 performance of a GPU; None if unknown.
-
-    Multiplied by the measured steps per second it is the model FLOPs utilisation (MFU). Texts count with the longest
-    length that the stage allows. `gpu` is the name CUDA gives. The call takes seconds.
-    """
-    accelerator = accelerator_like(gpu)
-    if accelerator is None:
-        return None
-    share = largest_share(stage.config.global_batch_size, world_size)
-    return work_of(stage, vocabulary, "cuda").step_flops(share, stage.num_micro_batches(world_size)) / accelerator.flops
+# ---- what the work of a stage decides
 
 
 def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) -> Stage:
@@ -140,24 +88,72 @@ def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) ->
     return stage.with_engine(micro_batch_size=rows)
 
 
-def model_without_memory(stage: Stage, vocabulary: int) -> Model:
-    """Build the stage's model on the meta device, in its precision and with its frozen parts frozen."""
-    engine = stage.run.engine
-    model = stage_skeleton(stage, vocabulary).to(DTYPES[engine.precision])
-    freeze_untrained(model, stage)
-    prepare_blocks(model, engine.model_copy(update={"compile": False}))  # compilation changes no number here
-    return model
+def peak_step_seconds(gpu: str, stage: Stage, vocabulary: int, world_size: int) -> float | None:
+    """Return the duration of a step of the stage at the peak bfloat16 performance of a GPU; None if unknown.
+
+    Multiplied by the measured steps per second it is the model FLOPs utilisation (MFU). Texts count with the longest
+    length that the stage allows. `gpu` is the name CUDA gives. The call takes seconds.
+    """
+    if (accelerator := accelerator_like(gpu)) is None:
+        return None
+    share = largest_share(stage.config.global_batch_size, world_size)
+    return work_of(stage, vocabulary, "cuda").step_flops(share, stage.num_micro_batches(world_size)) / accelerator.flops
 
 
-def parameters_of(model: Model) -> Parameters:
+def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None) -> Work:
+    """Return a stage's work per rank as a function of the micro-batch size. Takes seconds.
+
+    `text_tokens` is the length of every text (default: the longest that the stage allows).
+    """
+    model = model_without_memory(stage, vocabulary)
+    every = math.lcm(*(objective.every for objective in stage.config.objectives.values()))
+    rows = every * -(-SAMPLE_ROWS // every)  # every objective reads its exact fraction
+
+    def run(batch_size: int, micro_batch_size: int | None = None) -> StepCosts:
+        stages = [config.model_copy(update={"global_batch_size": batch_size}) for config in stage.run.stages]
+        cut = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
+        return run_step(model, cut.with_engine(micro_batch_size=micro_batch_size), vocabulary, kernels, text_tokens)
+
+    single, double, split = run(rows), run(2 * rows), run(2 * rows, rows)  # the last one in two micro-batches
+    flops, activations, workspace, tokens = (
+        Line.through((rows, getattr(single, name)), (2 * rows, getattr(double, name)))
+        for name in ("flops", "activations", "workspace", "tokens")
+    )
+    contrast_flops = contrast_bytes = 0
+    if single.contrast_widths:  # ITC over the whole global batch, which every rank computes
+        size = stage.config.global_batch_size
+        shapes = [(size, width) for width in single.contrast_widths for _ in range(2)]
+        features = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
+        ids, scale = torch.empty(size, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
+        with Probe([*features, ids, scale], kernels) as probe:
+            pairs = zip(features[::2], features[1::2], strict=True)
+            losses = [itc_loss(image, text, scale, ids) for image, text in pairs]
+            torch.autograd.grad(torch.stack(losses).sum(), features)
+            contrast_flops = probe.flops
+            contrast_bytes = probe.peak_bytes + sum(4 * feature.numel() for feature in features)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return Parameters(
+    parameters = Parameters(
         trained=sum(size for size, is_trained in sizes if is_trained),
         frozen=sum(size for size, is_trained in sizes if not is_trained),
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         largest=max(size for size, _ in sizes),
         tensors=len(sizes),
     )
+    return Work(
+        parameters=parameters,
+        flops=flops,
+        flops_per_example_accumulated=split.flops / (2 * rows),
+        activations=activations,
+        workspace=workspace,
+        tokens=tokens,
+        batch_bytes_per_example=single.batch_bytes / rows,
+        contrast_flops=contrast_flops,
+        contrast_bytes=contrast_bytes,
+        contrast_width=2 * sum(single.contrast_widths),
+    )
+
+
+# ---- one step on the meta device
 
 
 @dataclass(frozen=True)
@@ -172,6 +168,15 @@ class StepCosts:
     contrast_widths: tuple[int, ...]
 
 
+def model_without_memory(stage: Stage, vocabulary: int) -> Model:
+    """Build the stage's model on the meta device, in its precision and with its frozen parts frozen."""
+    engine = stage.run.engine
+    model = stage_skeleton(stage, vocabulary).to(DTYPES[engine.precision])
+    freeze_untrained(model, stage)
+    prepare_blocks(model, engine.model_copy(update={"compile": False}))  # compilation changes no number here
+    return model
+
+
 def run_step(
     model: Model, stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None
 ) -> StepCosts:
@@ -180,11 +185,13 @@ def run_step(
     members = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
     probe = Probe([*model.parameters(), *model.buffers(), *members], kernels)
     engine = _ProbedEngine(model, probe)
-
-    def no_tokens(images: Tensor, grid: int) -> Tensor:  # the image tokenizer's arithmetic is not counted
-        return torch.zeros(len(images), grid * grid, dtype=torch.int64)
-
-    step = TrainingStep(engine, stage, _ImaginedRank(), no_tokens)
+    # The image tokenizer's arithmetic is not counted.
+    step = TrainingStep(
+        engine,
+        stage,
+        Collectives.without_group(),
+        image_tokenizer=lambda images, grid: torch.zeros(len(images), grid * grid, dtype=torch.int64),
+    )
     with probe:
         step(batch)
         flops = probe.flops
@@ -200,13 +207,9 @@ class _ProbedEngine:
         self._outputs: list[tuple[Tensor, Tensor]] = []  # the model's outputs and the zeros that replace them
         self.activations = self.workspace = self.tokens = 0
         self.contrast_widths: tuple[int, ...] = ()
-
-        def release(parameter: Tensor) -> None:  # the engine keeps gradients elsewhere, and they are counted there
-            parameter.grad = None
-
         for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(release)
+            if parameter.requires_grad:  # the engine keeps gradients elsewhere, and they are counted there
+                parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         with unwatched():
@@ -216,22 +219,21 @@ class _ProbedEngine:
             self.tokens += 0 if inputs.regions is None else inputs.regions.keep.numel()
             visible = inputs.visible_patches
             patches = self.model.config.num_patches if visible is None else visible.shape[1]
-            self.tokens += sum(
-                len(image) * (1 + patches) for image in (inputs.image, inputs.second_image) if image is not None
-            )
+            images = [image for image in (inputs.image, inputs.second_image) if image is not None]
+            self.tokens += sum(len(image) * (1 + patches) for image in images)
         outputs = self.model(passes)
         if contrasted := [outputs["image"][head] for head in CONTRASTS if head in outputs.get("image", {})]:
             self.contrast_widths = tuple(features.shape[-1] for features in contrasted)
-        return {name: {key: self._read(value) for key, value in heads.items()} for name, heads in outputs.items()}
-
-    def _read(self, output: Tensor) -> Tensor:
-        with unwatched():
-            read = torch.zeros(output.shape, dtype=output.dtype)
-        self._probe.leave_out(read)
-        if output.requires_grad:
-            read.requires_grad_()
-            self._outputs.append((output, read))
-        return read
+        replaced: ForwardOutput = {name: {} for name in outputs}
+        for name, heads in outputs.items():
+            for key, output in heads.items():
+                with unwatched():
+                    zeros = torch.zeros(output.shape, dtype=output.dtype)
+                self._probe.leave_out(zeros)
+                if output.requires_grad:
+                    self._outputs.append((output, zeros.requires_grad_()))
+                replaced[name][key] = zeros
+        return replaced
 
     def backward(self, loss: Tensor, last: bool) -> None:
         alive = self._probe.live_bytes
@@ -246,23 +248,6 @@ class _ProbedEngine:
         self.workspace = max(self.workspace, self._probe.peak_bytes - alive)
 
 
-class _ImaginedRank(Collectives):
-    """A single rank without a process group: every collective returns its input."""
-
-    def __init__(self) -> None:
-        self.rank, self.world_size, self.local_rank, self.device = 0, 1, 0, torch.device("cpu")
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def gather_rows(self, rows: Tensor, batch: int) -> Tensor:
-        return rows.detach().clone()
-
-    def fetcher(self, positions: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
-        chosen = positions[positions >= 0]
-        return lambda rows: rows[chosen.to(rows.device)]
-
-
 def _on_meta(inputs: ForwardInput | Regions) -> Any:
     """Move the tensors of a forward, and of its regions, to the meta device."""
     moved: dict[str, Any] = {}
@@ -273,3 +258,70 @@ def _on_meta(inputs: ForwardInput | Regions) -> Any:
         elif isinstance(value, Regions):
             moved[f.name] = _on_meta(value)
     return replace(inputs, **moved)
+
+
+# ---- batches of maximum size
+
+
+def full_batch(
+    config: RunConfig, stage: StageConfig, rows: int, vocabulary: int, text_tokens: int | None = None, step: int = 0
+) -> Batch:
+    """Return a whole global batch of `rows` examples of maximum size, a function of its arguments alone.
+
+    Texts have `text_tokens` tokens (default: the maximum of the stage), images the model's largest size, and the
+    masking's fractions determine the number of masked words, patches and regions. Fields without values of their own
+    are random numbers, False or 0 by their type.
+    """
+    config = config.for_stage(stage)
+    spec = batch_spec(config, stage, batch_groups(config, stage), rows)
+    sizes, model = spec.sizes, config.model
+    buffer, random = BatchBuffer(spec), np.random.default_rng(step)
+
+    def positions(count: int, total: int) -> np.ndarray:
+        return np.stack([random.permutation(total)[:count] for _ in range(rows)])
+
+    for name, shape, dtype in spec.fields:
+        if dtype == np.uint8:
+            buffer[name][...] = random.integers(0, 256, shape, dtype=np.uint8)
+        elif dtype == np.float32:
+            buffer[name][...] = random.random(shape, dtype=np.float32)
+        else:
+            buffer[name][...] = 0
+    values: dict[str, object] = {
+        "uid": np.arange(rows),
+        "image_id": np.arange(rows),
+        "visible_patches": np.arange(sizes.visible_patches),
+        "patch_positions": positions(sizes.masked_patches, sizes.visible_patches),
+        "patch_replacements": -1,
+        "region_keep": True,
+        "label": np.arange(rows) % (2 if "second_image" in buffer else stage.num_classes or 2),
+    }
+    if isinstance(model, ViLTConfig):  # the largest image fills the square of every image only partly
+        largest = [side // model.patch_size * model.patch_size for side in (model.image_size, model.longest_side)]
+        values |= {"image_size": largest, "second_image_size": largest}
+    if "text" in buffer:
+        length = min(text_tokens or sizes.text, sizes.text)
+        first = min(vocabulary - 1, SPECIAL_TOKENS + 3)
+        text = random.integers(first, vocabulary, (rows, sizes.text))
+        words = length - SPECIAL_TOKENS
+        masked = min(words, 2 * math.ceil(stage.masking.mlm_probability * words))  # as if masked words had two pieces
+        at = 1 + positions(masked, words)
+        masked_text, mask_positions, labels = text.copy(), np.zeros_like(text), np.full_like(text, IGNORED)
+        np.put_along_axis(masked_text, at, first, axis=1)
+        mask_positions[:, :masked], labels[:, :masked] = at, np.take_along_axis(text, at, axis=1)
+        keep = np.arange(sizes.text) < length
+        values |= {"text": text, "text_keep": keep, "masked_text": masked_text}
+        values |= {"mask_positions": mask_positions, "mask_labels": labels}
+    if "answers" in buffer:  # one answer per question
+        answers = np.full(buffer["answers"].shape, -1)
+        answers[:, 0] = np.arange(rows) % (stage.num_answers or 2)
+        values |= {"answers": answers, "answer_scores": answers >= 0}
+    if "region_positions" in buffer:
+        masked_regions = positions(sizes.masked_regions, sizes.regions)
+        hidden = np.zeros((rows, sizes.regions), dtype=np.bool_)
+        np.put_along_axis(hidden, masked_regions, True, axis=1)
+        values |= {"region_positions": masked_regions, "region_hidden": hidden}
+    for name, value in values.items():
+        if name in buffer:
+            buffer[name][...] = value
+    return buffer.to_batch(step, range(rows))

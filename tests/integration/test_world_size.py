@@ -179,7 +179,7 @@ def test_fine_tuning_gradient_equals_one_process(tmp_path: Path) -> None:
 
 def _losses(steps: int, zero_stages: list[int]) -> list[list[float]]:
     """Return, for each ZeRO stage, the losses of `steps` steps and the gradient norm of the last."""
-    from pipeline.training.optimizer import learning_rate
+    from pipeline.training.engine import learning_rate
     from tests.support.engines import build_engine, tiny_model
 
     results = []

@@ -35,7 +35,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.objectives import ImageTokenizer
 from pipeline.training.collectives import Collectives
-from pipeline.training.optimizer import learning_rate
+from pipeline.training.engine import learning_rate
 from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
 from tests.support.gradients import PlainEngine
@@ -201,7 +201,7 @@ def train(cell: Cell, collectives: Collectives) -> Trial:
     losses = []
     for number in range(STEPS + 1):
         losses.append(float(trial.step(trial.batch)[cell.objective]))
-        trial.engine.step(learning_rate(number, STEPS, trial.step.stage.optimizer))
+        trial.engine.step(learning_rate(number, STEPS, trial.step.stage.config.optimizer))
     return Trial(cell, losses)
 
 

@@ -13,7 +13,7 @@ from pipeline.training.callbacks import Callback, StepEvent
 from pipeline.training.metrics import MetricsSnapshot, total_data_counts
 
 if TYPE_CHECKING:
-    from pipeline.training.context import RunContext, StageResult, StageState
+    from pipeline.training.callbacks import RunContext, StageResult, StageState
     from pipeline.training.stages import Stage
 
 log = logging.getLogger(__name__)
@@ -55,13 +55,12 @@ class Checkpointer(Callback):
                     "metrics": self._metrics,
                     "shapes": state.shapes,
                 }
-                url = state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
+                state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
                 stall = time.perf_counter() - started
                 context.tracker.metrics(step, {"ckpt/stall_s": stall, "ckpt/wait_s": state.checkpoints.waited})
                 self._record_finished_saves()
                 if event.preempted:
                     state.checkpoints.wait()
-            state.callbacks.on_checkpoint(num_steps, url)
         state.checkpoints.check()
 
     def on_stage_end(self, result: StageResult) -> None:

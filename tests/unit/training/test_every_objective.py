@@ -24,7 +24,7 @@ def test_declared_modules_are_those_with_a_gradient(cell: Cell, collectives: Col
     model = begun.engine.model.requires_grad_(True)  # including parameters that the stage froze
     begun.step(begun.batch)
     moved = {name for name, gradient in begun.engine.gradients().items() if gradient.abs().max() > 0}
-    expected = trained_modules(model, begun.step.stage.objectives, cell.source_type)
+    expected = trained_modules(model, begun.step.stage.config.objectives, cell.source_type)
     read = {name for name, _ in model.named_parameters() if model.part_of(name) in expected}
     assert read - SHIFTS == moved - SHIFTS
 

@@ -1,28 +1,27 @@
-"""Goodput: each second of a run belongs to one phase, over any number of restarts, and the sum is the wall time."""
+"""Goodput: each second of a run belongs to one phase, over any number of restarts; background writes never block."""
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage
+from pipeline.training.background_writer import BackgroundWriter
 from pipeline.training.goodput import PHASES, GoodputTracker, add_time, goodput_metrics, read_record
+from pipeline.training.loop import _close_tracker
 
 
-@pytest.fixture
-def restarted(tmp_path: Path) -> Any:
-    """Return a function that builds the tracker of a process started at `now` (s), after a last heartbeat at `at`."""
-
-    def build(at: float, now: float, ended: bool = False, **seconds: float) -> GoodputTracker:
-        record = {"at": at, "seconds": dict.fromkeys(PHASES, 0.0) | seconds, "restarts": 0, "ended": ended}
-        (tmp_path / "time.json").write_text(json.dumps(record), encoding="utf-8")
-        return GoodputTracker(Storage(), str(tmp_path), is_writer=True, now=now)
-
-    return build
+def tracker_after(folder: Path, at: float, now: float, ended: bool = False, **seconds: float) -> GoodputTracker:
+    """Return the tracker of a process started at `now` (s), after a last heartbeat at `at`."""
+    record = {"at": at, "seconds": dict.fromkeys(PHASES, 0.0) | seconds, "restarts": 0, "ended": ended}
+    (folder / "time.json").write_text(json.dumps(record), encoding="utf-8")
+    return GoodputTracker(Storage(), str(folder), is_writer=True, now=now)
 
 
 def rounded(tracker: GoodputTracker) -> dict[str, int]:
@@ -36,66 +35,57 @@ def test_time_belongs_to_the_phase_entered_last(tmp_path: Path) -> None:
     time.sleep(0.4)
     tracker.enter("data_wait")
     seconds = tracker.seconds()
-    assert seconds["startup"] == pytest.approx(0.2, abs=0.1)
-    assert seconds["training"] == pytest.approx(0.4, abs=0.1)
+    assert (seconds["startup"], seconds["training"]) == pytest.approx((0.2, 0.4), abs=0.1)
     assert seconds["data_wait"] < 0.1
+    seconds = dict.fromkeys(PHASES, 0.0) | {"training": 60.0, "lost_work": 30.0, "restart": 30.0}
+    assert goodput_metrics(seconds)["perf/goodput"] == 0.5, "the fraction of the time in steps that were kept"
+    assert goodput_metrics(seconds)["time/lost_work_s"] == 30.0
 
 
 # The run started at 1000; in the first case the checkpoint covers 66 s, the last heartbeat was at 1100, and the process
 # restarted at 1130.
-@pytest.mark.parametrize(
-    ("at", "now", "recorded", "saved", "expected"),
-    [
-        (
-            1100,
-            1130,
-            {"startup": 10, "training": 82, "data_wait": 6, "checkpoint": 2},
-            {"startup": 10, "training": 50, "data_wait": 5, "checkpoint": 1},
-            {"startup": 10, "training": 50, "data_wait": 5, "checkpoint": 2, "lost_work": 33, "restart": 30},
-        ),
-        (
-            1200,
-            1210,
-            {"startup": 10, "training": 50, "lost_work": 33, "restart": 107},
-            {"startup": 10, "training": 50},
-            {"startup": 10, "training": 50, "lost_work": 33, "restart": 117},
-        ),
-        (
-            1020,
-            1060,
-            {"startup": 10, "training": 10},
-            {"startup": 10, "training": 30, "checkpoint": 1},
-            {"startup": 10, "training": 30, "checkpoint": 1, "restart": 19},
-        ),
-        (1050, 1050, {"startup": 10, "training": 40}, {}, {"startup": 10, "lost_work": 40}),
-    ],
-    ids=[
-        "work after the checkpoint is lost",
-        "killed before its first step",
-        "checkpoint newer than the heartbeat",
-        "without a checkpoint",
-    ],
-)
-def test_time_after_the_checkpoint_is_lost_work_then_restart(
-    restarted: Any, at: float, now: float, recorded: dict[str, float], saved: dict[str, float], expected: dict[str, int]
-) -> None:
-    tracker = restarted(at, now, **recorded)
-    tracker.resume_from(saved)
+RESTARTS = {
+    "work after the checkpoint is lost": (
+        (1100, 1130),
+        {"startup": 10, "training": 82, "data_wait": 6, "checkpoint": 2},
+        {"startup": 10, "training": 50, "data_wait": 5, "checkpoint": 1},
+        {"startup": 10, "training": 50, "data_wait": 5, "checkpoint": 2, "lost_work": 33, "restart": 30},
+    ),
+    "killed before its first step": (
+        (1200, 1210),
+        {"startup": 10, "training": 50, "lost_work": 33, "restart": 107},
+        {"startup": 10, "training": 50},
+        {"startup": 10, "training": 50, "lost_work": 33, "restart": 117},
+    ),
+    "checkpoint newer than the heartbeat": (
+        (1020, 1060),
+        {"startup": 10, "training": 10},
+        {"startup": 10, "training": 30, "checkpoint": 1},
+        {"startup": 10, "training": 30, "checkpoint": 1, "restart": 19},
+    ),
+    "lost work is in the checkpoint and in the heartbeat": (
+        (1100, 1100),
+        {"startup": 10, "training": 60, "lost_work": 30},
+        {"startup": 10, "training": 50, "lost_work": 40},
+        {"startup": 10, "training": 50, "lost_work": 40},
+    ),
+    "without a checkpoint": ((1050, 1050), {"startup": 10, "training": 40}, {}, {"startup": 10, "lost_work": 40}),
+}
+
+
+@pytest.mark.parametrize("case", RESTARTS)
+def test_time_after_the_checkpoint_is_lost_work_then_restart(tmp_path: Path, case: str) -> None:
+    (at, now), recorded, saved, expected = RESTARTS[case]
+    tracker = tracker_after(tmp_path, at, now, **recorded)
+    tracker.resume_from(saved)  # type: ignore[arg-type]
     assert rounded(tracker) == expected
     assert sum(tracker.seconds().values()) == pytest.approx(sum(expected.values()), abs=0.5)
     assert tracker.restarts == 1
 
 
-def test_extending_a_finished_run_is_not_a_restart(restarted: Any) -> None:
-    tracker = restarted(1050, now=90000, ended=True, startup=10.0, training=40.0)
-    assert rounded(tracker) == {"startup": 10, "training": 40}
-    assert tracker.restarts == 0
-
-
-def test_goodput_is_the_fraction_of_time_in_kept_steps() -> None:
-    seconds = dict.fromkeys(PHASES, 0.0) | {"training": 60.0, "lost_work": 30.0, "restart": 30.0}
-    assert goodput_metrics(seconds)["perf/goodput"] == 0.5
-    assert goodput_metrics(seconds)["time/lost_work_s"] == 30.0
+def test_extending_a_finished_run_is_not_a_restart(tmp_path: Path) -> None:
+    tracker = tracker_after(tmp_path, at=1050, now=90000, ended=True, startup=10.0, training=40.0)
+    assert (rounded(tracker), tracker.restarts) == ({"startup": 10, "training": 40}, 0)
 
 
 def test_record_is_saved_in_the_run_and_includes_evaluation(tmp_path: Path) -> None:
@@ -110,8 +100,85 @@ def test_record_is_saved_in_the_run_and_includes_evaluation(tmp_path: Path) -> N
     assert record is not None
     assert record["ended"]
     assert record["seconds"]["evaluation"] >= 0.1
-
-
-def test_damaged_record_counts_as_none(tmp_path: Path) -> None:
     (tmp_path / "time.json").write_text("{", encoding="utf-8")
-    assert read_record(Storage(), str(tmp_path)) is None
+    assert read_record(storage, folder) is None, "a damaged record counts as none"
+
+
+class SlowStore:
+    """Replacement of `Storage.write` that waits for `back`, and then fails or writes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None):
+        self.back, self.reached = threading.Event(), threading.Event()
+        self.written: list[tuple[str, bytes]] = []
+        self._fault = fault
+        monkeypatch.setattr(Storage, "write", lambda _, url, data: self._write(url, data))
+
+    def _write(self, url: str, data: bytes) -> None:
+        self.reached.set()
+        assert self.back.wait(30)
+        if self._fault is not None:
+            raise self._fault
+        self.written.append((url, data))
+
+
+def test_newest_data_of_each_url_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, writer = SlowStore(monkeypatch), BackgroundWriter(Storage())
+    writer.write("a", b"first")
+    assert store.reached.wait(10)
+    for data in (b"1", b"2", b"3"):
+        writer.write("a", data)
+        writer.write("b", data)
+    store.back.set()
+    assert writer.close(10)
+    assert store.written == [("a", b"first"), ("a", b"3"), ("b", b"3")]
+
+
+def test_write_error_is_logged_and_not_raised(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for fault in (StorageError("away"), ValueError("no URL"), MemoryError()):
+        store, writer = SlowStore(monkeypatch, fault), BackgroundWriter(Storage())
+        store.back.set()
+        writer.write("memory://run/progress.json", b"")
+        assert writer.close(10)
+        assert f"progress.json was not written: {type(fault).__name__}" in caplog.text
+
+
+def test_close_waits_no_longer_than_its_timeout(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, writer = SlowStore(monkeypatch), BackgroundWriter(Storage())
+    writer.write("a", b"1")
+    assert store.reached.wait(10)
+    writer.write("b", b"2")
+    assert not writer.close(0.05)
+    assert "not written within" in caplog.text
+    writer.write("c", b"after the end")
+    store.back.set()
+    time.sleep(0.05)
+    assert store.written == [("a", b"1")]
+
+
+def test_unavailable_store_or_a_new_owner_ends_the_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_available, writes in ((False, True), (True, False)):
+        monkeypatch.setattr("pipeline.training.goodput.CLOSE_SECONDS", 10.0 if is_available else 0.05)
+        store, tracker = SlowStore(monkeypatch), GoodputTracker(Storage(), "memory://run", is_writer=True)
+        if is_available:
+            store.back.set()
+        tracker.start()
+        assert store.reached.wait(10)
+        tracker.close(ended=writes, write=writes)
+        assert len(store.written) == is_available, "only the first heartbeat, whose write had begun"
+        store.back.set()
+
+
+@pytest.mark.parametrize(("status", "waits"), [("FINISHED", True), ("FAILED", False), ("KILLED", False)])
+def test_only_a_finished_run_waits_for_its_record_to_be_closed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: str, waits: bool
+) -> None:
+    monkeypatch.setattr("pipeline.training.loop.CLOSE_SECONDS", 0.05)
+    closed = threading.Event()
+    tracker = Mock(close=lambda: time.sleep(0.3) or closed.set())  # type: ignore[func-returns-value]
+    _close_tracker(tracker, status)  # type: ignore[arg-type]
+    assert closed.is_set() == waits
+    assert ("not closed within" in caplog.text) != waits

@@ -15,6 +15,14 @@ from pipeline.data.storage import Storage
 from pipeline.training.ownership import CLAIM_VARIABLE, OWNER_FILE, Ownership, main
 from tests.support.short_run import DEMO, short_config
 
+TAKE = """
+import sys
+from pipeline.data.storage import Storage
+from pipeline.training.ownership import Ownership
+print(Ownership.take(Storage(), sys.argv[1]).claim)
+"""
+AGENT = "import subprocess, sys\nfor _ in range(2): subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)"
+
 
 @pytest.fixture(params=["local", "memory"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
@@ -25,11 +33,14 @@ def take(folder: str, claim: str | None = None) -> Ownership:
     return Ownership.take(Storage(), folder, claim)
 
 
-def test_latest_start_of_ranks_owns_the_run(folder: str) -> None:
+def test_latest_start_owns_the_run(folder: str) -> None:
     starts = [take(folder, "launcher") for _ in range(12)]
     assert [start.holds() for start in starts] == [False] * 11 + [True]
     assert sorted(start.start for start in starts if start.start) == [start.start for start in starts]
     assert Ownership(Storage(), folder, "launcher").holds(), "the launcher has it, whichever start of its ranks does"
+    old, new = take(folder), take(folder)
+    assert (old.holds(), new.holds()) == (False, True), "a manual launch always takes the run"
+    assert old.claim != new.claim
 
 
 def test_superseded_launcher_does_not_retake_the_run(folder: str) -> None:
@@ -42,33 +53,20 @@ def test_superseded_launcher_does_not_retake_the_run(folder: str) -> None:
     assert take(folder, "new").holds()
 
 
-def test_manual_launch_always_takes_the_run(folder: str) -> None:
-    old, new = take(folder), take(folder)
-    assert (old.holds(), new.holds()) == (False, True)
-    assert old.claim != new.claim
-
-
-def test_claim_is_the_name_given_by_the_launcher(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_is_identified_by_the_name_it_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, command = short_config(str(tmp_path)).folder, [str(DEMO), f"output={tmp_path}", "name=run"]
     monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
+    assert main(command) == 0, "the launcher has not started yet"
+    take(folder, "of a run before it")
+    assert main(command) == 0, "the launcher has not started yet and may take the run"
     first, again = take(folder), take(folder)
     assert first.claim == again.claim
+    assert main(command) == 0
     monkeypatch.setenv(CLAIM_VARIABLE, "slurm-18-0")
     take(folder)
     monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
     with pytest.raises(Superseded, match=f"start it again with another {CLAIM_VARIABLE}"):
         take(folder)
-
-
-def test_launcher_can_query_whether_it_owns_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = short_config(str(tmp_path))
-    command = [str(DEMO), f"output={tmp_path}", "name=run"]
-    monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
-    assert main(command) == 0, "the launcher has not started yet"
-    take(config.folder, "of a run before it")
-    assert main(command) == 0, "the launcher has not started yet and may take the run"
-    take(config.folder)
-    assert main(command) == 0
-    take(config.folder, "of a start after it")
     assert main(command) == Superseded.exit_status
     monkeypatch.delenv(CLAIM_VARIABLE)
     assert main(command) == 0
@@ -76,14 +74,7 @@ def test_launcher_can_query_whether_it_owns_the_run(tmp_path: Path, monkeypatch:
 
 def test_ranks_restarted_by_torchrun_share_a_claim(tmp_path: Path) -> None:
     """They are children of one agent. Another torchrun is another launcher, even if its run id is equal."""
-    script = (
-        "import sys\nfrom pipeline.data.storage import Storage\nfrom pipeline.training.ownership import Ownership\n"
-        "print(Ownership.take(Storage(), sys.argv[1]).claim)"
-    )
-    agent = (
-        "import subprocess, sys\nfor _ in range(2): subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)"
-    )
-    command = [sys.executable, "-c", agent, script, str(tmp_path)]
+    command = [sys.executable, "-c", AGENT, TAKE, str(tmp_path)]
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}
     first, second = (
         subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()

@@ -19,7 +19,7 @@ from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
 from pipeline.objectives.itc import Contrast, global_contrast
 from pipeline.training import release
-from pipeline.training.optimizer import parameter_groups
+from pipeline.training.engine import parameter_groups
 from tests.support.engines import gradients_and_losses, tiny_model
 from tests.support.tiny_model import tiny_batch, tiny_config
 

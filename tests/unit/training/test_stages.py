@@ -1,7 +1,8 @@
-"""Start of a stage: weights of an equal architecture, or resized to another image size or text length."""
+"""Start of a stage: its vocabulary, weights of an equal or another architecture, resized positions, frozen parts."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import SPECIALS, Tokenizer
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.resize import resize_grid, resize_relative_grid, resize_text_distances
 from pipeline.training.checkpoint import load_weights, save_weights, stage_url
-from pipeline.training.prepare import _check_start
+from pipeline.training.prepare import Coverage, check_start, choose_tokenizer, load_coverage, measure_coverage
 from pipeline.training.stages import Stage, build_stage_model, load_matching, prepare_experts
 from tests.support.tiny_model import VOCABULARY, tiny_config
 
@@ -34,13 +36,13 @@ def staged(tmp_path: Path, *stages: dict[str, Any], **model: Any) -> RunConfig:
     return validate(values, "tiny")
 
 
-def finish(config: RunConfig, index: int, model: Model, **more: Any) -> str:
-    """Save a stage's weights as its run does, and return their URL."""
-    own = config.for_stage(config.stages[index])
-    metadata = {"config": own.model_dump(mode="json"), "stage": config.stages[index].name, "step": 4, **more}
-    url = stage_url(config, index)
-    save_weights(Storage(), url, dict(model.state_dict()), TOKENS, metadata)
-    return url
+def finish(config: RunConfig, model: Model | None = None, seed: int = 0) -> str:
+    """Save the weights of the first stage as its run does, and return their URL."""
+    stage = Stage(config, 0)
+    model = model or build_model(config.model, VOCABULARY, seed=seed)
+    metadata = {"config": stage.run.model_dump(mode="json"), "stage": stage.name, "step": 4}
+    save_weights(Storage(), stage_url(config, 0), dict(model.state_dict()), TOKENS, metadata)
+    return stage_url(config, 0)
 
 
 def model_of_stage(config: RunConfig, index: int) -> Model:
@@ -49,10 +51,10 @@ def model_of_stage(config: RunConfig, index: int) -> Model:
 
 def check(config: RunConfig, tokens: list[str] = TOKENS) -> None:
     """Check the weights that the first stage starts from."""
-    _check_start(Stage(config, 0), Storage(), Tokenizer(tokens or SPECIALS))
+    check_start(Stage(config, 0), Storage(), Tokenizer(tokens or SPECIALS))
 
 
-# ---- image sizes of stages
+# ---- weights of another size or architecture
 
 
 def test_image_size_of_a_stage_becomes_the_models(tmp_path: Path) -> None:
@@ -62,9 +64,6 @@ def test_image_size_of_a_stage_becomes_the_models(tmp_path: Path) -> None:
     as_second = Stage(config, 1).run
     assert Stage(as_second, 1).run is as_second
     assert Stage(as_second, 2).run.model == config.model
-
-
-def test_image_size_must_be_a_multiple_of_the_patch(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stages.language.image_size: image_size 30 must be a multiple"):
         staged(tmp_path, {}, {"image_size": 30})
 
@@ -76,7 +75,7 @@ def test_next_stage_reads_larger_images_with_resized_positions(tmp_path: Path, p
     with torch.no_grad():
         for parameter in before.parameters():  # because the relative table is initialised to zero
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    finish(config, 0, before)
+    finish(config, before)
     old, new = before.state_dict(), model_of_stage(config, 1).state_dict()
     if positions == "relative":
         rule, name = resize_relative_grid(old["positions.image"], 4), "positions.image"
@@ -89,16 +88,14 @@ def test_next_stage_reads_larger_images_with_resized_positions(tmp_path: Path, p
 def test_start_from_another_image_size_and_text_length(tmp_path: Path) -> None:
     short = staged(tmp_path, *[{"max_text_length": 8}] * 4, max_text_length=8, image_size=24)
     before = model_of_stage(short, 0)
-    url = finish(short, 0, before)
-    config = staged(tmp_path, {"start_from": url})
+    config = staged(tmp_path, {"start_from": finish(short, before)})
     check(config)
-    after = model_of_stage(config, 0)
     expected = resize_text_distances(before.state_dict()["positions.text"], 12)
-    assert torch.equal(after.state_dict()["positions.text"], expected)
+    assert torch.equal(model_of_stage(config, 0).state_dict()["positions.text"], expected)
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "told"),
+    ("theirs", "ours", "message"),
     [
         ({"layers": 3}, {}, "layers 3 there, 2 here"),
         ({"positions": "absolute"}, {}, "positions 'absolute' there, 'relative' here"),
@@ -111,31 +108,25 @@ def test_start_from_another_image_size_and_text_length(tmp_path: Path) -> None:
     ],
 )
 def test_another_architecture_is_rejected_with_both_values(
-    tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any], told: str
+    tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any], message: str
 ) -> None:
-    other = staged(tmp_path, **theirs)
-    url = finish(other, 0, build_model(other.model, VOCABULARY))
+    url = finish(staged(tmp_path, **theirs))
     with pytest.raises(ConfigError) as error:
         check(staged(tmp_path, {"start_from": url}, **ours))
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "stages.vision.start_from" in str(error.value)
 
 
 @pytest.mark.parametrize("change", [{"drop_path": 0.3}, {"init_std": 0.1}, {"layer_scale": 1e-5}])
-def test_training_only_keys_may_differ(tmp_path: Path, change: dict[str, Any]) -> None:
-    other = staged(tmp_path, **change)
-    url = finish(other, 0, build_model(other.model, VOCABULARY))
-    check(staged(tmp_path, {"start_from": url}))
-
-
-def test_weights_of_another_vocabulary_are_rejected_with_its_url(tmp_path: Path) -> None:
-    config = staged(tmp_path)
-    url = finish(config, 0, build_model(config.model, VOCABULARY))
+def test_training_only_keys_may_differ_but_not_the_vocabulary(tmp_path: Path, change: dict[str, Any]) -> None:
+    url = finish(staged(tmp_path, **change))
+    config = staged(tmp_path, {"start_from": url})
+    check(config)
     with pytest.raises(ConfigError, match=rf"set tokenizer.vocabulary to {url}/vocab.txt"):
-        check(staged(tmp_path, {"start_from": url}), [*TOKENS[:-1], "another"])
+        check(config, [*TOKENS[:-1], "another"])
 
 
-# ---- modules absent from the weights
+# ---- modules absent from the weights, and those that a stage does not train
 
 
 def without(state: dict[str, Tensor], piece: str) -> dict[str, Tensor]:
@@ -154,28 +145,21 @@ def test_missing_module_is_rejected_unless_declared_absent(tmp_path: Path) -> No
         assert torch.equal(tensor, fresh[name] if "vision_language" in name else state[name]), name
 
 
-def test_absent_expert_can_start_as_a_copy(tmp_path: Path) -> None:
+def test_absent_module_can_start_as_a_copy(tmp_path: Path) -> None:
     config = staged(tmp_path, {}, {}, {"experts": {"vision_language": "language"}})
     state = without(dict(build_model(config.model, VOCABULARY, seed=9).state_dict()), "vision_language")
     prepared = prepare_experts(build_model(config.model, VOCABULARY), state, config.stages[2])
     copied = {name for name in prepared if "vision_language" in name}
     assert copied
     assert all(torch.equal(prepared[n], state[n.replace("vision_language", "language")]) for n in copied)
-
-
-def test_second_image_modality_starts_as_the_first(tmp_path: Path) -> None:
-    config = staged(tmp_path)
-    url = finish(config, 0, build_model(config.model, VOCABULARY, seed=9))
+    # The second image's modality starts as the first one's.
     model = build_model(config.model, VOCABULARY, HeadConfig(nlvr2=True))
-    start = load_weights(Storage(), url)
+    start = load_weights(Storage(), finish(config, seed=9))
     load_matching(model, model.resize_state(start.tensors, start.config.model), "nlvr2")
     state = model.state_dict()
     assert torch.equal(state["image_embedding.second"], state["image_embedding.modality"])
     learnt = state | {"image_embedding.second": torch.ones(32)}
     assert torch.equal(model.resize_state(learnt, config.model)["image_embedding.second"], torch.ones(32))
-
-
-# ---- modules that a stage does not train
 
 
 def trained(config: RunConfig, index: int) -> set[str]:
@@ -201,3 +185,50 @@ def test_trap_13_text_stage_trains_no_image_positions(tmp_path: Path) -> None:
     assert not {"positions.image", "positions.cross"} & moved
     published["freeze"] = [*published["freeze"], "norm"]
     assert "norm" not in trained(staged(tmp_path, {}, published), 1)
+
+
+CASED, UNCASED = (*SPECIALS, "the", "Rome"), (*SPECIALS, "the", "rome")
+
+
+def run_config(folder: Path, tokens: tuple[str, ...], stated: bool | None, lowercase: bool | None = None) -> RunConfig:
+    """Return a run whose vocabulary comes with a tokenizer_config.json that states do_lower_case, unless None."""
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    if stated is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": stated}))
+    config = tiny_config()
+    keys = {"vocabulary": str(folder / "vocab.txt"), "lowercase": lowercase}
+    return config.model_copy(update={"output": str(folder), "tokenizer": config.tokenizer.model_copy(update=keys)})
+
+
+@pytest.mark.parametrize(("tokens", "lowercase"), [(CASED, False), (UNCASED, True)])
+def test_lowercasing_follows_the_vocabulary_or_the_key(
+    tmp_path: Path, tokens: tuple[str, ...], lowercase: bool
+) -> None:
+    for stated in (None, lowercase):
+        assert choose_tokenizer(run_config(tmp_path, tokens, stated), Storage()).lowercase is lowercase
+    message = rf"tokenizer\.lowercase: .*do_lower_case {str(not lowercase).lower()}; set the key"
+    with pytest.raises(ConfigError, match=message):
+        choose_tokenizer(run_config(tmp_path, tokens, not lowercase), Storage())
+    for key in (True, False):
+        assert choose_tokenizer(run_config(tmp_path, tokens, not lowercase, key), Storage()).lowercase is key
+
+
+def test_unknown_tokens_are_measured_per_source_and_reported(tmp_path: Path, make_tar: Any, caplog: Any) -> None:
+    captions = {"english": "a red cat", "arabic": "\u0642\u0637\u0629 \u062d\u0645\u0631\u0627\u0621"}
+    english, arabic = urls = [str(tmp_path / name) for name in captions]
+    for url, caption in zip(urls, captions.values(), strict=True):
+        Path(url).mkdir()
+        Path(url, "0.tar").write_bytes(make_tar({str(n): {"txt": caption.encode()} for n in range(5)}))
+        index_shards(Storage(), url)
+    run, tokenizer = str(tmp_path / "run"), Tokenizer([*SPECIALS, "a", "red", "cat"])
+    assert load_coverage(Storage(), run) is None
+    coverage = measure_coverage(Storage(), run, tokenizer, urls)
+    assert coverage.unknown == {english: 0.0, arabic: 1.0}
+    assert "100.0% of the tokens" in caplog.text
+    assert arabic in (coverage.alert or "")
+    assert load_coverage(Storage(), run) == coverage == measure_coverage(Storage(), run, tokenizer, [])
+    assert measure_coverage(Storage(), run, Tokenizer([*SPECIALS, "a"]), [english]).worst == pytest.approx(2 / 3)
+    Path(run, "vocabulary.json").write_text("[1]")
+    assert load_coverage(Storage(), run) is None, "a malformed record is ignored"
+    limits = [Coverage("x", unknown).alert for unknown in ({}, {"a": 0.01}, {"a": 0.0101, "b": 0.0})]
+    assert [alert is not None for alert in limits] == [False, False, True], "above one percent"

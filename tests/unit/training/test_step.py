@@ -1,4 +1,4 @@
-"""The training step: losses per source, diagnostics, and merged forwards."""
+"""The training step: losses per source, diagnostics, parameter groups, and the work planned for it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import OptimizerConfig
+from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
-from pipeline.training.metrics import StepMetrics
+from pipeline.models.model import HeadConfig, Model
+from pipeline.planning.estimate import largest_share
+from pipeline.planning.memory import Work
+from pipeline.training import workload
+from pipeline.training.engine import parameter_groups
+from pipeline.training.metrics import diagnostic_metrics
+from pipeline.training.stages import Stage
 from pipeline.training.step import merge_forwards
 from tests.support.engines import build_engine, tiny_model
-from tests.support.tiny_model import tiny_batch, tiny_config
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
+from tests.support.trial import cells, trial_config
 
 WAYS = pytest.mark.parametrize(("index", "micro_batch_size"), [(2, None), (2, 5), (3, None), (3, 5)])
 
@@ -24,11 +35,9 @@ def test_losses_by_source_add_up_to_the_loss(index: int, micro_batch_size: int |
     step = build_engine(config, index, plain=True).step
     batch = tiny_batch(config, 4, 0, 1, 12)
     batch = replace(batch, source=batch.place // 3 % 2)
-
     alone = step(batch)
     assert step.by_source == {}
     losses = step(batch, with_metrics=True)
-
     assert step.by_source.keys() == stage.objectives.keys()
     for objective, shares in step.by_source.items():
         total, count = shares.sum(dim=0)
@@ -52,7 +61,7 @@ def test_diagnostics_count_every_pair(index: int, micro_batch_size: int | None) 
     assert diagnostics["itm_matched"] == diagnostics["itm_matched_correct"] == matched
     assert (diagnostics["itm_mismatched"], diagnostics["itm_mismatched_correct"]) == (mismatched, 0)
     if "itc" in stage.objectives:
-        metrics = StepMetrics(0, True, diagnostics, [0.0], [0.0]).metrics()
+        metrics = diagnostic_metrics(diagnostics, [0.0], [0.0])
         assert metrics["train/itc_temperature"] == pytest.approx(0.07, rel=1e-6)
 
 
@@ -63,3 +72,77 @@ def test_forwards_over_the_same_examples_are_merged() -> None:
     merged = merge_forwards(words, regions)
     assert merged.heads == ("mlm", "moc")
     assert merged.mask_positions is merged.region_positions is batch.mask_positions
+
+
+@pytest.fixture
+def model() -> Model:
+    return build_model(tiny_config().model, 50, HeadConfig(answers=7, nlvr2=True))
+
+
+def test_matrices_decay_and_each_parameter_is_in_one_group(model: Model) -> None:
+    frozen = model.norm.weight.requires_grad_(False)
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.05))
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters() if parameter is not frozen)
+    for group in groups:
+        assert {parameter.dim() >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.05}
+        assert group["rate_factor"] == 1.0
+    with pytest.raises(ConfigError, match="no parameter is left to train"):
+        parameter_groups(model.requires_grad_(False), OptimizerConfig())
+
+
+def test_head_lr_multiplier_applies_to_heads_but_not_the_pooler(model: Model) -> None:
+    groups = parameter_groups(model, OptimizerConfig(head_lr_multiplier=20.0))
+    fast = {id(parameter) for group in groups if group["rate_factor"] == 20.0 for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in fast) == model.part_of(name).endswith("_head"), name
+
+
+ONE_OF_A_KIND = {f"{cell.kind}-{cell.objective}": cell for cell in cells() if "visual_tokens" not in str(cell)}
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_flops_and_parameters_equal_those_of_a_real_step(index: int) -> None:
+    config = tiny_config()
+    built, stage = build_engine(config, index, plain=True), Stage(config, index)
+    with FlopCounterMode(display=False) as counter:
+        built.step(workload.full_batch(config, stage.config, stage.config.global_batch_size, VOCABULARY))
+    model = workload.model_without_memory(stage, VOCABULARY)
+    # FLOPs of attention are counted because VLMo's trainable bias prevents the fused kernel on CPU.
+    assert workload.run_step(model, stage, VOCABULARY, "cpu").flops == counter.get_total_flops()
+    sizes, real = workload.work_of(stage, VOCABULARY, "cpu").parameters, list(built.engine.model.parameters())
+    assert sizes.total == sum(parameter.numel() for parameter in real)
+    assert sizes.trained == sum(parameter.numel() for parameter in real if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_every_objective_of_every_model_can_be_planned(name: str) -> None:
+    stage = Stage(trial_config(ONE_OF_A_KIND[name]), 0)
+    costs = workload.run_step(workload.model_without_memory(stage, VOCABULARY), stage, VOCABULARY, "cuda")
+    assert min(costs.flops, costs.activations, costs.tokens) > 0
+
+
+def work(index: int, **engine: object) -> Work:
+    return workload.work_of(Stage(tiny_config(**engine), index), VOCABULARY, "cuda")
+
+
+def test_work_follows_the_engine_settings() -> None:
+    pairs, recomputed = work(2), work(2, activation_checkpointing=True)
+    assert pairs.step_flops(12, 1) < pairs.step_flops(12, 2), "micro-batches read the ITC towers twice"
+    assert pairs.contrast_flops > 0
+    assert recomputed.activations.per_example < 0.6 * pairs.activations.per_example
+    assert recomputed.flops.per_example > 1.15 * pairs.flops.per_example
+    half, exact = work(0, precision="bfloat16"), work(0)
+    assert 0.4 < half.activations.per_example / exact.activations.per_example < 0.8
+
+
+def test_peak_step_time_scales_with_the_gpu() -> None:
+    stage = Stage(tiny_config(), 2)
+    h100, l40s, unknown = (
+        workload.peak_step_seconds(gpu, stage, VOCABULARY, 3)
+        for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA L40S", "A GPU of next year")
+    )
+    share = largest_share(stage.config.global_batch_size, 3)
+    assert h100 == pytest.approx(work(2).step_flops(share, 1) / 989e12)
+    assert l40s == pytest.approx(h100 * 989 / 362)
+    assert unknown is None

@@ -26,7 +26,7 @@ def test_wpa_reads_the_forward_of_itm(collectives: Collectives) -> None:
     begun.engine.model.register_forward_hook(lambda module, arguments, outputs: read.append(outputs))
     losses = begun.step(begun.batch)
     (outputs,) = read
-    matched = matched_examples(begun.batch, begun.step.stage)
+    matched = matched_examples(begun.batch, begun.step.stage.config)
     aligned = {name: outputs["pair"][name] for name in ("words", "patches", "words_keep", "patches_keep")}
     torch.testing.assert_close(losses["wpa"], wpa_loss(**aligned, matched=matched).detach() / ROWS)
     swapped = begun.engine.forwards["pair"].image != begun.batch.image
