@@ -27,7 +27,7 @@ from pipeline.config.errors import RunFailed
 from pipeline.config.schema import SpikeConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import NoSpace
-from pipeline.training.callbacks import Callback
+from pipeline.training.callbacks import Callback, StageState
 from pipeline.training.collectives import Collectives
 from pipeline.training.stages import Stage
 
@@ -147,7 +147,7 @@ class ExecutionOrderCheck(Callback):
     def __init__(self, collectives: Collectives, every: int, first_step: int = 0):
         """`first_step`: the stage's first global step, for messages."""
         self._collectives, self._every, self._first_step = collectives, every, first_step
-        self._start: int | None = None  # the first step of this process
+        self._start = 0  # the first step of this process
         self._step = 0
         self._is_active = self._in_forward = self._compares_each_module = False
         self._executed: list[str] = []
@@ -159,8 +159,10 @@ class ExecutionOrderCheck(Callback):
             module.register_forward_pre_hook(partial(self._enter, name))
         model.register_forward_hook(self._leave)
 
+    def on_stage_start(self, state: StageState, start: int) -> None:
+        self._start = start
+
     def before_step(self, step: int, batch: Batch | None = None) -> None:
-        self._start = step if self._start is None else self._start
         self._step = self._first_step + step
         self._compares_each_module = any(
             hasattr(parameter, "ds_id") for parameter in self._model.parameters()
