@@ -168,7 +168,7 @@ def check(
 
     Exit status: 0 without findings, 3 for bad samples only, 1 for broken shards.
     """
-    from jobs.shards.check import check_folder
+    from jobs.shards.report import check_folder
 
     if status := check_folder(url, str(source_type), report, max_pixels, workers, as_json):
         raise typer.Exit(status)
@@ -184,7 +184,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print keys, members, sizes and captions of some samples, and save their images as one contact sheet."""
-    from jobs.shards.show import show_samples
+    from jobs.shards.report import show_samples
 
     show_samples(url, samples, sheet, as_json)
 

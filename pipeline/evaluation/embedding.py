@@ -35,7 +35,8 @@ from pipeline.data.contents.members import captions_of, check_members, image_byt
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.samples import Sample, iter_samples
-from pipeline.data.shards.manifest import Manifest, ShardRecord, load_manifest
+from pipeline.data.shards.index import ShardRecord
+from pipeline.data.shards.manifest import Manifest, load_manifest
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.datasets import check_skipped

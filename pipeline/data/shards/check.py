@@ -32,10 +32,9 @@ from pipeline.data.contents.members import (
 )
 from pipeline.data.contents.regions import regions_of
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.shards.index import SIDECAR, index_tar
+from pipeline.data.shards.index import SIDECAR, ShardRecord, index_tar
 from pipeline.data.shards.manifest import (
     MANIFEST,
-    ShardRecord,
     check_size,
     load_index,
     load_manifest,

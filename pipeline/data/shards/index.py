@@ -15,7 +15,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -30,6 +30,7 @@ from pipeline.data.shards.tar import BLOCK, Tar, TarSample, clean_name
 
 T = TypeVar("T")
 SIDECAR = ".index.npz"
+TRUSTED = "etag:"  # prefix of the digest of a shard that was not read
 VERSION = 2
 _FACTS_BYTES = 2**20  # maximum size of the arrays that describe the tar
 _MAX_RATIO = 4  # maximum size of an array relative to the tar; reached by the columns of a tar of tiny samples
@@ -56,13 +57,19 @@ _UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~")
 
 
 @dataclass(frozen=True)
-class ShardFacts:
-    """A sidecar's description of its whole tar."""
+class ShardRecord:
+    """A whole shard, as its sidecar describes it, and its entry in the manifest."""
 
+    name: str
     samples: int
-    bytes: int  # of the tar
-    digest: str  # SHA-256 of the tar, hex
-    etag: str | None  # the store's tag of the tar when it was indexed
+    bytes: int
+    digest: str  # SHA-256 of the tar, hex; 'etag:<etag>:<bytes>' if its count is another tool's
+    etag: str | None = None  # the store's tag when it was indexed; not in the manifest's digest, because copies differ
+
+    @property
+    def is_trusted(self) -> bool:
+        """True if another tool counted the shard; its index is made on first use."""
+        return self.digest.startswith(TRUSTED)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class ShardIndex:
 
     def to_bytes(self) -> builtins.bytes:
         """Return the content of the sidecar."""
-        facts = ShardFacts(len(self), self.bytes, self.digest, self.etag)
+        facts = {"samples": len(self), "bytes": self.bytes, "digest": self.digest, "etag": self.etag}
         numbers = {name: column for name, column in self.columns.items() if column.dtype == np.float64}
         texts = {
             name: np.unique(self.columns[name], return_inverse=True) for name in self.columns if name not in numbers
@@ -126,7 +133,7 @@ class ShardIndex:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
-            facts=np.frombuffer(json.dumps({"version": VERSION} | asdict(facts)).encode(), dtype=np.uint8),
+            facts=np.frombuffer(json.dumps({"version": VERSION} | facts).encode(), dtype=np.uint8),
             names=np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
             numbers=np.array(list(numbers.values()), dtype=np.float64).reshape(len(numbers), len(self)),
             texts=np.array([codes for _, codes in texts.values()], dtype=np.uint8).reshape(len(texts), len(self)),
@@ -179,36 +186,32 @@ class ShardIndex:
             )
 
 
-class _WrongVersion(ValueError):
-    """A sidecar of another version of this program."""
-
-
 @contextmanager
-def _open_sidecar(data: bytes) -> Iterator[tuple[Npz, ShardFacts]]:
-    """Open a sidecar and parse its facts. Every error in the block becomes a ValueError."""
-    if not data.startswith(b"PK\x03\x04"):
-        raise ValueError("not an index: not a zip archive")
+def _open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[Npz, ShardRecord]]:
+    """Open a sidecar and parse its description of the shard. Every error in the block becomes a ValueError."""
     try:
+        if not data.startswith(b"PK\x03\x04"):
+            raise ValueError("no zip archive")
         npz = Npz(data)
         if "facts" not in npz:
-            raise _WrongVersion("an index of an earlier version")
-        content = json.loads(npz.read("facts", "u", _FACTS_BYTES).tobytes())
-        if content["version"] != VERSION:
-            raise _WrongVersion(f"index version {content['version']}, expected {VERSION}")
-        facts = ShardFacts(content["samples"], content["bytes"], content["digest"], content["etag"])
-        if not 0 <= facts.samples * BLOCK <= facts.bytes:
-            raise ValueError(f"{facts.samples} samples in a tar of {facts.bytes} bytes")
-        yield npz, facts
-    except (MemoryError, _WrongVersion):
+            raise ValueError("of an earlier version")
+        facts = json.loads(npz.read("facts", "u", _FACTS_BYTES).tobytes())
+        if facts["version"] != VERSION:
+            raise ValueError(f"version {facts['version']}, expected {VERSION}")
+        record = ShardRecord(name, facts["samples"], facts["bytes"], facts["digest"], facts["etag"])
+        if not 0 <= record.samples * BLOCK <= record.bytes:
+            raise ValueError(f"{record.samples} samples in a tar of {record.bytes} bytes")
+        yield npz, record
+    except MemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"not an index: {error}") from error
+        raise ValueError(f"not a valid index: {error}") from error
 
 
-def sidecar_facts(data: bytes) -> ShardFacts:
-    """Return a sidecar's description of its tar without reading the rest. Raise ValueError as `from_bytes` does."""
-    with _open_sidecar(data) as (_, facts):
-        return facts
+def sidecar_record(name: str, data: bytes) -> ShardRecord:
+    """Return a sidecar's description of its shard without reading the rest. Raise ValueError as `from_bytes` does."""
+    with _open_sidecar(data, name) as (_, record):
+        return record
 
 
 def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] | None = None) -> ShardIndex:

@@ -9,7 +9,7 @@ A tar need not be read if another tool has counted its samples (`--trust-counts`
 - DALI's `<shard>.idx` (wds2idx, v1.0 to v1.2): 'v1.2 N', then one line of '<extension> <offset> <size> …' a sample
 - img2dataset's `<shard>_stats.json`: `successes` is the number of samples that it wrote
 
-Such a count is checked against the tar's size if it comes with offsets, and against the tar when that is first read.
+Such a count is checked against the tar's size, and against the tar when that is first read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.config.urls import is_local, local_path
-from pipeline.data.shards.index import SIDECAR, ShardIndex, index_tar, sidecar_facts
+from pipeline.data.shards.index import SIDECAR, TRUSTED, ShardIndex, ShardRecord, index_tar, sidecar_record
 from pipeline.data.shards.tar import BLOCK, open_tar, unpack_remedy
 from pipeline.data.storage import NotFound, ObjectInfo, Progress, Storage, in_parallel, join, split
 
@@ -38,26 +38,9 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _VERSION = 2
-_TRUSTED = "etag:"  # prefix of the digest of a shard that was not read
 _index_locks = tuple(threading.Lock() for _ in range(64))  # so that threads index a trusted shard once
 _DALI_WORDS = {"v1.0": 3, "v1.1": 3, "v1.2": 4}  # per member in a line
 _OTHER_TAR = re.compile(r"(.*)\.(tgz|tbz2?|txz|tzst|tar(\.(gz|bz2|xz|zst|zstd|lz4|lzma|z))?)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """A shard's entry in the manifest."""
-
-    name: str
-    samples: int
-    bytes: int
-    digest: str  # SHA-256 of the tar, hex; 'etag:<etag>:<bytes>' if its count is another tool's
-    etag: str | None = None  # the store's tag when it was indexed; not in the manifest's digest, because copies differ
-
-    @property
-    def is_trusted(self) -> bool:
-        """True if another tool counted the shard; its index is made on first use."""
-        return self.digest.startswith(_TRUSTED)
 
 
 @dataclass(frozen=True)
@@ -77,24 +60,27 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
 
+class OldManifest(DataError):
+    """A manifest of version 1, which is made again where that is allowed."""
+
+
 def load_manifest(storage: Storage, url: str) -> Manifest:
     """Load the manifest of a folder of shards, restricted to the shards of a brace pattern ('…/{0000..0095}.tar').
 
     Raises DataError if the folder, the manifest or a named shard is missing, or if the shards have no sample.
     """
     folder, pattern = _folder_and_names(url)
-    location = join(folder, MANIFEST)
     try:
-        data = storage.read(location)
+        manifest = _read_manifest(storage, folder)
     except NotFound as error:
         if "bucket '" in str(error):
             raise
         if not storage.exists(folder):
             raise DataError(f"{url}: no such folder of shards. Correct it, or run mome shards build") from error
         raise DataError(f"{url}: no {MANIFEST} in it. Make it from the tars: mome shards index {url}") from error
-    manifest = _parse_manifest(data, location)
     known = {shard.name for shard in manifest.shards}
     if absent := [name for name in pattern or () if name not in known]:
+        location = join(folder, MANIFEST)
         raise DataError(f"{url}: {absent[0]} is not in {location} ({len(absent)} such): mome shards index {url}")
     return _check_samples(url, _restrict(manifest, pattern))
 
@@ -107,14 +93,14 @@ def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None)
     """
     folder, pattern = _folder_and_names(url)
     objects = storage.list_info(folder)
-    stored = _stored_manifest(storage, folder, objects)
-    if stored is not None:
-        manifest = _restrict(stored, pattern)
-        check_present(storage, url, manifest, objects)
-        expected = [name for name in objects if name.endswith(".tar")] if pattern is None else pattern
-        is_complete = {shard.name for shard in manifest.shards}.issuperset(expected)
-        if is_complete and all(shard.is_trusted or shard.name + SIDECAR in objects for shard in manifest.shards):
-            return _check_samples(url, manifest)
+    with suppress(OldManifest):
+        if MANIFEST in objects:
+            manifest = _restrict(_read_manifest(storage, folder), pattern)
+            check_present(storage, url, manifest, objects)
+            expected = [name for name in objects if name.endswith(".tar")] if pattern is None else pattern
+            is_complete = {shard.name for shard in manifest.shards}.issuperset(expected)
+            if is_complete and all(shard.is_trusted or shard.name + SIDECAR in objects for shard in manifest.shards):
+                return _check_samples(url, manifest)
     return _check_samples(url, index_shards(storage, url, progress))
 
 
@@ -134,8 +120,8 @@ def index_shards(
     if absent := [name for name in names if name not in objects]:
         raise DataError(f"{join(folder, absent[0])}: the shard is missing. Put it there, or correct the pattern {url}")
     stored = None
-    with suppress(DataError):  # damaged: made again
-        stored = _stored_manifest(storage, folder, objects)
+    with suppress(DataError):  # damaged, or of version 1: made again
+        stored = _read_manifest(storage, folder) if MANIFEST in objects else None
     selected, records = set(names), {}
     for shard in stored.shards if stored else ():
         info = objects.get(shard.name)
@@ -149,13 +135,13 @@ def index_shards(
         info, location = objects[name], join(folder, name)
         if name + SIDECAR in objects:
             with suppress(ValueError):  # damaged, or of an older version: made again
-                facts = sidecar_facts(storage.read(location + SIDECAR))
-                if info.etag is not None and info == ObjectInfo(facts.bytes, facts.etag):
-                    return ShardRecord(name, facts.samples, facts.bytes, facts.digest, facts.etag)
+                record = sidecar_record(name, storage.read(location + SIDECAR))
+                if info.etag is not None and info == ObjectInfo(record.bytes, record.etag):
+                    return record
         if trust_counts and info.etag is not None:
             samples = _trusted_count(storage, folder, name, info.size, objects)
             if samples is not None:
-                return ShardRecord(name, samples, info.size, f"{_TRUSTED}{info.etag}:{info.size}", info.etag)
+                return ShardRecord(name, samples, info.size, f"{TRUSTED}{info.etag}:{info.size}", info.etag)
         index = _make_index(storage, location, info)
         _write(storage, location + SIDECAR, index.to_bytes())
         return ShardRecord(name, len(index), index.bytes, index.digest, index.etag)
@@ -246,16 +232,15 @@ def shard_names(url: str, objects: Mapping[str, ObjectInfo]) -> list[str]:
     pattern = _folder_and_names(url)[1]
     names = sorted(name for name in objects if name.endswith(".tar")) if pattern is None else sorted(set(pattern))
     # A compressed or oddly named tar is not read: a fault unless it has a plain tar of the same name.
-    other = remedy = None
-    for name in sorted(objects):
-        match = _OTHER_TAR.fullmatch(name)
-        if match and not name.endswith(".tar") and f"{match[1]}.tar" not in objects:
-            is_tar = name.lower().endswith(".tar")
-            other, remedy = name, f"Rename {name}: shards' names end in .tar" if is_tar else unpack_remedy(name)
-            break
+    others = (_OTHER_TAR.fullmatch(name) for name in sorted(objects) if not name.endswith(".tar"))
+    other = next((match[0] for match in others if match and f"{match[1]}.tar" not in objects), None)
+    remedy = "Put tars there, or correct the URL"
+    if other:
+        is_tar = other.lower().endswith(".tar")
+        remedy = f"Rename {other}: shards' names end in .tar" if is_tar else unpack_remedy(other)
     if not names:
-        raise DataError(f"{url}: no .tar files there. {remedy or 'Put tars there, or correct the URL'}")
-    if pattern is None and other is not None:
+        raise DataError(f"{url}: no .tar files there. {remedy}")
+    if pattern is None and other:
         raise DataError(
             f"{url}: {other} would not be read along with {names[0]}. {remedy}. Or move it away, or name the shards "
             "that are to be read by a pattern: …/{0000..0095}.tar"
@@ -271,7 +256,10 @@ def shard_names(url: str, objects: Mapping[str, ObjectInfo]) -> list[str]:
 
 
 def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
-    """Return the folder, and the names of a brace pattern or a single tar; None for a folder."""
+    """Return the folder, and the names of a tar or of a pattern such as 'a-{00..02}.{x,y}.tar'; None for a folder.
+
+    Names are in the pattern's order, and digits keep their width.
+    """
     if url.startswith("pipe:"):
         raise ConfigError(f"{url}: a pipe: URL runs a command, which data may not do. Name the folder of the tars")
     if "{" not in url and not re.search(r"\.(tar|tgz|tar\.\w+)$", url):
@@ -279,13 +267,8 @@ def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
     folder, name = split(url)
     if "{" in folder:
         raise DataError(f"{url}: braces are allowed in the shards' names only, not in the folder. Name one folder")
-    return folder, expand_braces(name)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Return every name of a pattern such as 'a-{00..02}.{x,y}', in order. Digits keep their width."""
     choices: list[list[str]] = []
-    for number, piece in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
+    for number, piece in enumerate(re.split(r"\{([^{}]*)\}", name)):
         bounds = re.fullmatch(r"(\d+)\.\.(\d+)", piece)
         if number % 2 == 0:  # between braces
             choices.append([piece])
@@ -294,7 +277,7 @@ def expand_braces(pattern: str) -> list[str]:
             choices.append([f"{value:0{len(low)}d}" for value in range(int(low), int(high) + 1)])
         else:
             choices.append(piece.split(","))
-    return ["".join(combination) for combination in product(*choices)]
+    return folder, ["".join(combination) for combination in product(*choices)]
 
 
 def _make_index(storage: Storage, location: str, info: ObjectInfo) -> ShardIndex:
@@ -315,22 +298,14 @@ def _write(storage: Storage, location: str, data: bytes) -> None:
         ) from error
 
 
-def _stored_manifest(storage: Storage, folder: str, objects: Mapping[str, ObjectInfo]) -> Manifest | None:
-    """Return the folder's manifest; None without one, or with one of version 1."""
-    if MANIFEST not in objects:
-        return None
+def _read_manifest(storage: Storage, folder: str) -> Manifest:
+    """Read a folder's manifest. Raise DataError, naming it, for an invalid one: anyone may have written it."""
     location = join(folder, MANIFEST)
     data = storage.read(location)
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
-        if json.loads(data)["version"] == 1:
-            return None
-    return _parse_manifest(data, location)
-
-
-def _parse_manifest(data: bytes, location: str) -> Manifest:
-    """Parse a manifest. Raise DataError, naming it, for an invalid one: anyone may have written it."""
+    is_old = False
     try:
         content = json.loads(data)
+        is_old = content["version"] == 1
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']}, expected {_VERSION}")
         manifest = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"]))
@@ -349,7 +324,8 @@ def _parse_manifest(data: bytes, location: str) -> Manifest:
             if not 0 <= shard.samples * BLOCK <= shard.bytes:
                 raise ValueError(f"{shard.name}: {shard.samples} samples in {shard.bytes} bytes")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{location}: not a manifest of shards ({error}). Make it again: mome shards index") from error
+        kind = OldManifest if is_old else DataError
+        raise kind(f"{location}: not a manifest of shards ({error}). Make it again: mome shards index") from error
     return manifest
 
 
@@ -366,62 +342,51 @@ def _check_samples(url: str, manifest: Manifest) -> Manifest:
     return manifest
 
 
-# Counts of other tools ------------------------------------------------------------------------------------------------
-
-
 def _trusted_count(storage: Storage, folder: str, tar: str, size: int, names: Collection[str]) -> int | None:
     """Return the samples of a tar of `size` bytes from another tool's file in the folder; None without one.
 
     Raises DataError, naming the file, if it does not fit the tar.
     """
     stem = tar.removesuffix(".tar")
-    readers = {f"{tar}.idx": _energon_count, f"{stem}.idx": _dali_count, f"{stem}_stats.json": _img2dataset_count}
-    name = next((name for name in readers if name in names), None)
+    energon, dali, img2dataset = f"{tar}.idx", f"{stem}.idx", f"{stem}_stats.json"
+    name = next((name for name in (energon, dali, img2dataset) if name in names), None)
     if name is None:
         return None
     location = join(folder, name)
+    data = storage.read(location)
     try:
-        return readers[name](storage.read(location), size)
+        if name == energon:
+            if len(data) < 8 or len(data) % 8:
+                raise ValueError(f"{len(data)} bytes are not a list of 8-byte offsets")
+            offsets = np.frombuffer(data, dtype="<u8").astype(np.int64)
+            if (offsets < 0).any() or (offsets % BLOCK).any() or (np.diff(offsets) <= 0).any():
+                raise ValueError("its offsets are not increasing multiples of 512")
+            samples, end = len(offsets) - 1, int(offsets[-1])
+        elif name == dali:
+            first, *lines = data.decode("utf-8").splitlines()
+            version, stated = first.split()
+            if version not in _DALI_WORDS:
+                raise ValueError(f"version {version}; expected {', '.join(_DALI_WORDS)}")
+            samples, end, per_member = len(lines), 0, _DALI_WORDS[version]
+            if samples != int(stated):
+                raise ValueError(f"it states {stated} samples and lists {samples}")
+            for number, words in enumerate((line.split() for line in lines), 2):
+                if not words or len(words) % per_member:
+                    raise ValueError(f"line {number} is not a list of members")
+                for offset, length in zip(words[1::per_member], words[2::per_member], strict=True):
+                    if int(offset) % BLOCK or int(length) < 0:
+                        raise ValueError(f"line {number}: no member has {length} bytes at byte {offset}")
+                    end = max(end, int(offset) + int(length))
+        else:
+            samples = json.loads(data)["successes"]
+            if type(samples) is not int or samples < 0:
+                raise ValueError(f"{samples!r:.50} is not a number of samples")
+            end = 2 * samples * BLOCK
+        if end + 2 * BLOCK > size:
+            raise ValueError(f"{samples} samples end at byte {end}, the tar with its end blocks at {size}")
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(
             f"{location}: it does not fit {tar} ({error}). Delete it or make it again, or run mome shards index "
             "without --trust-counts"
         ) from error
-
-
-def _energon_count(data: bytes, size: int) -> int:
-    """Return the samples of an Energon index. Raise ValueError unless its offsets fit a tar of `size` bytes."""
-    if len(data) < 8 or len(data) % 8:
-        raise ValueError(f"{len(data)} bytes are not a list of 8-byte offsets")
-    offsets = np.frombuffer(data, dtype="<u8").astype(np.int64)
-    if (offsets < 0).any() or (offsets % BLOCK).any() or (np.diff(offsets) <= 0).any():
-        raise ValueError("its offsets are not increasing multiples of 512")
-    if offsets[-1] + 2 * BLOCK > size:
-        raise ValueError(f"its samples end at byte {offsets[-1]}, the tar with its end blocks at {size}")
-    return len(offsets) - 1
-
-
-def _dali_count(data: bytes, size: int) -> int:
-    """Return the samples of a DALI index. Raise ValueError unless its lines fit a tar of `size` bytes."""
-    first, *lines = data.decode("utf-8").splitlines()
-    version, stated = first.split()
-    if version not in _DALI_WORDS:
-        raise ValueError(f"version {version}; expected {', '.join(_DALI_WORDS)}")
-    if len(lines) != int(stated):
-        raise ValueError(f"it states {stated} samples and lists {len(lines)}")
-    per_member = _DALI_WORDS[version]
-    for number, words in enumerate((line.split() for line in lines), 2):
-        if not words or len(words) % per_member:
-            raise ValueError(f"line {number} is not a list of members")
-        for offset, length in zip(words[1::per_member], words[2::per_member], strict=True):
-            if int(offset) % BLOCK or int(length) < 0 or int(offset) + int(length) + 2 * BLOCK > size:
-                raise ValueError(f"line {number}: a member of {length} bytes at byte {offset} is outside the {size}")
-    return len(lines)
-
-
-def _img2dataset_count(data: bytes, size: int) -> int:
-    """Return the samples of img2dataset's statistics. Raise ValueError unless they fit a tar of `size` bytes."""
-    successes = json.loads(data)["successes"]
-    if type(successes) is not int or successes < 0 or (2 * successes + 2) * BLOCK > size:
-        raise ValueError(f"{successes!r} samples in a tar of {size} bytes")
-    return successes
+    return samples

@@ -8,6 +8,7 @@ import random
 import tarfile
 import tracemalloc
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_id_of
-from pipeline.data.shards.index import ShardFacts, ShardIndex, sidecar_facts
+from pipeline.data.shards.index import ShardIndex, ShardRecord, sidecar_record
 from pipeline.data.shards.tar import split_key
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.pairs import index_bytes, pair, tar_bytes, tar_of
@@ -44,12 +45,6 @@ def test_index_equals_tarfile(format: int) -> None:
     assert index.bytes == len(data)
 
 
-def test_empty_tar_has_no_samples() -> None:
-    index = index_bytes(tar_of([]))
-    assert len(index) == 0
-    assert index.first.tolist() == [0]
-
-
 def test_repeated_key_begins_a_flagged_sample() -> None:
     names = ["a.jpg", "a.txt", "a.jpg", "a.txt", "b.jpg", "a.txt", "c.jpg", "b.txt"]
     index = index_bytes(tar_of((name, b"x") for name in names))
@@ -57,6 +52,8 @@ def test_repeated_key_begins_a_flagged_sample() -> None:
     assert index.duplicate.tolist() == [False, True, False, True, False, True]
     members = [[name for name, _, _ in index.members(n)] for n in range(6)]
     assert members == [["jpg", "txt"], ["jpg", "txt"], ["jpg"], ["txt"], ["jpg"], ["txt"]]
+    empty = index_bytes(tar_of([]))
+    assert (len(empty), empty.first.tolist()) == (0, [0])
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
@@ -70,13 +67,12 @@ def test_indexed_image_size_is_the_decoded_size(format: str, orientation: int) -
     assert (int(index.width[0]) == 30) == (orientation == 6)
 
 
-def test_unknown_properties_are_zero() -> None:
-    damaged = b"\xff\xd8 no picture"
-    whole = pair(1)["jpg"]
+def test_properties_equal_those_of_the_members_and_unknown_ones_are_zero() -> None:
+    damaged, whole = b"\xff\xd8 no picture", pair(1)
     index = index_bytes(
         tar_bytes({
             "a": {"jpg": damaged, "json": b"{"}, "b": {"txt": b"words only"}, "c": {"json": b"[1]"}, "d": {"cls": b"1"},
-            "e": {"jpg": whole[: len(whole) // 2]},
+            "e": {"jpg": whole["jpg"][: len(whole["jpg"]) // 2]},
         })
     )  # fmt: skip
     assert index.width.tolist() == index.height.tolist() == [0, 0, 0, 0, 24]  # known of a truncated image
@@ -84,17 +80,11 @@ def test_unknown_properties_are_zero() -> None:
     assert not index.url_id.any()
     assert index.image_id[:4].tolist() == [image_id_of({"jpg": damaged}), 0, 0, 0]
     assert index.columns == {}
-
-
-def test_image_ids_equal_those_of_the_members() -> None:
-    samples = {"a": pair(1), "b": pair(1), "c": pair(2) | {"json": b'{"image_id": 7, "caption": "x"}'}}
+    samples = {"a": whole, "b": pair(1), "c": pair(2) | {"json": b'{"image_id": 7, "caption": "x"}'}}
     index = index_bytes(tar_bytes(samples))
     assert index.image_id.tolist() == [image_id_of(members) for members in samples.values()]
     assert index.image_id[0] == index.image_id[1] != index.image_id[2]
-
-
-def test_caption_length_is_the_maximum() -> None:
-    captions = [["four", "six ch", "äöü"], [" süß "], ["fine", ""]]
+    captions = [["four", "six ch", "äöü"], [" süß "], ["fine", ""]]  # the longest counts
     assert index_bytes(with_json(*({"captions": c} for c in captions))).caption_length.tolist() == [6, 3, 0]
 
 
@@ -113,9 +103,6 @@ def test_json_fields_become_columns_or_other_fields() -> None:
     assert index.columns["safe"][:2].tolist() == [1, 0]
     assert index.columns["tongue"][:3].tolist() == ["en", "", "de"]
     assert not index.width.any()
-
-
-def test_only_the_most_frequent_fields_become_columns() -> None:
     rows = [{"common": 1} | {f"own{sample}_{n}": 1 for n in range(300)} for sample in range(3)]
     index = index_bytes(with_json(*rows))
     assert len(index.columns) == 500
@@ -145,31 +132,20 @@ def test_sidecar_round_trip(index: ShardIndex) -> None:
     assert list(again.columns) == ["safe", "score", "tongue"]
     assert again.columns["tongue"].tolist() == ["en", "", "", ""]
     assert np.array_equal(again.columns["score"], [0.5, np.nan, np.nan, np.nan], equal_nan=True)
-    assert sidecar_facts(index.to_bytes()) == ShardFacts(len(index), index.bytes, index.digest, "tag")
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
-def test_truncated_sidecar_is_a_value_error(index: ShardIndex, keep: float) -> None:
-    data = index.to_bytes()
-    for read in (ShardIndex.from_bytes, sidecar_facts):
-        with pytest.raises(ValueError, match="not an index"):
-            read(data[: int(keep * len(data))])
+    assert sidecar_record("x.tar", index.to_bytes()) == ShardRecord(
+        "x.tar", len(index), index.bytes, index.digest, "tag"
+    )
 
 
 def parts_of(data: bytes) -> dict[str, np.ndarray]:
     with np.load(io.BytesIO(data)) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        return dict(arrays)
 
 
 def sidecar_of(parts: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **parts)
     return buffer.getvalue()
-
-
-def test_sidecar_of_version_1_is_recognized() -> None:
-    with pytest.raises(ValueError, match="an index of an earlier version"):
-        ShardIndex.from_bytes(sidecar_of({"version": np.array(1), "first": np.zeros(1)}))
 
 
 @pytest.mark.parametrize("name", ["facts", "names", "numbers", "texts", "first", "keys", "crc"])
@@ -188,15 +164,19 @@ def test_sidecar_memory_is_bounded_by_the_tar(name: str) -> None:
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    "change", [{"samples": 10**9}, {"samples": -1}, {"bytes": "many"}, {"samples": None}, {"version": [3]}]
-)
-def test_impossible_facts_are_a_value_error(index: ShardIndex, change: dict[str, object]) -> None:
-    parts = parts_of(index.to_bytes())
-    facts = json.loads(parts["facts"].tobytes()) | change
-    content = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
-    with pytest.raises(ValueError, match=r"not an index|index version"):
-        ShardIndex.from_bytes(sidecar_of(parts | {"facts": content}))
+def test_truncated_old_and_impossible_sidecars_are_value_errors(index: ShardIndex) -> None:
+    data = index.to_bytes()
+    parts = parts_of(data)
+    damaged = [data[: int(keep * len(data))] for keep in (0.0, 0.01, 0.5, 0.99)]
+    for change in ({"samples": 10**9}, {"samples": -1}, {"bytes": "many"}, {"samples": None}, {"version": [3]}):
+        facts = json.dumps(json.loads(parts["facts"].tobytes()) | change).encode()
+        damaged.append(sidecar_of(parts | {"facts": np.frombuffer(facts, dtype=np.uint8)}))
+    for content in damaged:
+        for read in (ShardIndex.from_bytes, partial(sidecar_record, "x.tar")):
+            with pytest.raises(ValueError, match="not a valid index"):
+                read(content)
+    with pytest.raises(ValueError, match="not a valid index: of an earlier version"):
+        ShardIndex.from_bytes(sidecar_of({"version": np.array(1), "first": np.zeros(1)}))
 
 
 def test_fuzzed_sidecars_raise_value_errors_only(index: ShardIndex) -> None:

@@ -20,15 +20,15 @@ import pytest
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.data.shards.check import check_shards
+from pipeline.data.shards.index import ShardRecord
 from pipeline.data.shards.manifest import (
     Manifest,
-    ShardRecord,
     check_present,
     ensure_indexed,
-    expand_braces,
     index_shards,
     load_index,
     load_manifest,
+    shard_names,
 )
 from pipeline.data.storage import Storage
 from tests.support.fuzz import fuzz_rounds, mutate
@@ -40,18 +40,18 @@ class Watched(Storage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.names: list[str] = []
 
     @property
     def tars(self) -> list[str]:
-        return sorted(name for name in self.seen if name.endswith(".tar"))
+        return sorted(name for name in self.names if name.endswith(".tar"))
 
     def open(self, url: str):
-        self.seen.append(Path(url).name)
+        self.names.append(Path(url).name)
         return super().open(url)
 
     def read(self, url: str) -> bytes:
-        self.seen.append(Path(url).name)
+        self.names.append(Path(url).name)
         return super().read(url)
 
 
@@ -69,19 +69,16 @@ def folder(make_pairs) -> Path:
     return Path(make_pairs("pairs", [5, 3, 4]))
 
 
-def test_indexing_leaves_the_tars_unchanged(folder: Path) -> None:
+def test_indexing_leaves_the_tars_unchanged_and_continues(folder: Path) -> None:
     before = {path: path.read_bytes() for path in folder.iterdir()}
     manifest = index_shards(Storage(), str(folder))
-    assert [shard.name for shard in manifest.shards] == ["00000.tar", "00001.tar", "00002.tar"]
-    assert sizes(manifest) == [5, 3, 4]
+    assert [(shard.name, shard.samples) for shard in manifest.shards] == [
+        ("00000.tar", 5), ("00001.tar", 3), ("00002.tar", 4),
+    ]  # fmt: skip
     assert manifest.num_samples == 12
     assert {path: path.read_bytes() for path in before} == before
     assert load_manifest(Storage(), str(folder)) == manifest
     assert [len(load_index(Storage(), str(folder), record)) for record in manifest.shards] == [5, 3, 4]
-
-
-def test_interrupted_indexing_continues(folder: Path) -> None:
-    manifest = index_shards(Storage(), str(folder))
     for name in ("manifest.json", "00002.tar.index.npz"):
         (folder / name).unlink()
     (folder / "00001.tar.index.npz").write_bytes(b"half an index")
@@ -90,29 +87,16 @@ def test_interrupted_indexing_continues(folder: Path) -> None:
     assert watched.tars == ["00001.tar", "00002.tar"]
 
 
-def test_digest_depends_on_contents_only(folder: Path, tmp_path: Path) -> None:
-    first = index_shards(Storage(), str(folder))
-    shutil.copytree(folder, tmp_path / "copy")
-    assert index_shards(Storage(), str(tmp_path / "copy")).digest == first.digest
-    (tmp_path / "copy" / "00001.tar").write_bytes(pairs_tar(3))
-    assert index_shards(Storage(), str(tmp_path / "copy")).digest != first.digest
-
-
-def test_replaced_shard_is_indexed_again(folder: Path) -> None:
+def test_replaced_shard_is_indexed_again(folder: Path, tmp_path: Path) -> None:
     before = index_shards(Storage(), str(folder))
+    shutil.copytree(folder, tmp_path / "copy")
+    assert index_shards(Storage(), str(tmp_path / "copy")).digest == before.digest  # of contents only
     (folder / "00001.tar").write_bytes(pairs_tar(2))
     after = index_shards(Storage(), str(folder))
     assert sizes(after) == [5, 2, 4]
+    assert after.digest != before.digest
     assert after.shards[0] == before.shards[0]
     assert len(load_index(Storage(), str(folder), after.shards[1])) == 2
-
-
-def test_truncated_shard_stops_indexing_by_name(folder: Path) -> None:
-    os.truncate(folder / "00001.tar", 4096)
-    with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
-        index_shards(Storage(), str(folder))
-    assert not (folder / "manifest.json").exists()
-    assert (folder / "00000.tar.index.npz").exists()
 
 
 def test_brace_patterns_select_shards(folder: Path) -> None:
@@ -122,11 +106,8 @@ def test_brace_patterns_select_shards(folder: Path) -> None:
     assert sizes(load_manifest(Storage(), f"{folder}/0000{{1..2}}.tar")) == [3, 4]
     with pytest.raises(DataError, match=r"00003\.tar is not in"):
         load_manifest(Storage(), f"{folder}/{{00000..00003}}.tar")
-
-
-def test_braces_expand() -> None:
-    assert expand_braces("a-{08..11}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
-    assert expand_braces("plain.tar") == ["plain.tar"]
+    expanded = shard_names("s3://bucket/a-{08..11}.{x,y}", {})
+    assert expanded == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
 
 
 def test_missing_parts_name_the_command_to_run(tmp_path: Path) -> None:
@@ -170,22 +151,26 @@ def test_edited_manifest_and_foreign_index_are_rejected(folder: Path) -> None:
         load_manifest(Storage(), str(folder))
 
 
-def test_missing_and_truncated_shards_are_named(folder: Path) -> None:
+def test_missing_and_truncated_shards_are_named(folder: Path, make_pairs) -> None:
     manifest = index_shards(Storage(), str(folder))
     before = (folder / "manifest.json").read_bytes()
     check_present(Storage(), str(folder), manifest)
-
-    def refused(reason: str) -> None:
+    for damage, reason in (
+        (lambda path: os.truncate(path, 4096), r"00001\.tar: the shard was truncated: 4096 bytes"),
+        (os.unlink, r"00001\.tar: the shard is missing"),
+    ):
+        damage(folder / "00001.tar")
         with pytest.raises(DataError, match=reason):
             check_present(Storage(), str(folder), manifest)
         with pytest.raises(DataError, match=reason):
             ensure_indexed(Storage(), str(folder))
-
-    os.truncate(folder / "00001.tar", 4096)
-    refused(r"00001\.tar: the shard was truncated: 4096 bytes")
-    (folder / "00001.tar").unlink()
-    refused(r"00001\.tar: the shard is missing")
     assert (folder / "manifest.json").read_bytes() == before
+    other = Path(make_pairs("other", [5, 3, 4]))  # indexing stops by name too, and keeps what it finished
+    os.truncate(other / "00001.tar", 4096)
+    with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
+        index_shards(Storage(), str(other))
+    assert not (other / "manifest.json").exists()
+    assert (other / "00000.tar.index.npz").exists()
 
 
 def test_known_shards_are_not_read_again(make_pairs) -> None:
@@ -197,34 +182,26 @@ def test_known_shards_are_not_read_again(make_pairs) -> None:
     for call in (index_shards, ensure_indexed, load_manifest):
         watched = Watched()
         assert call(watched, folder) == manifest
-        assert watched.seen == ["manifest.json"]
+        assert watched.names == ["manifest.json"]
 
 
-def test_ensure_indexed_adds_new_shards(folder: Path) -> None:
+def test_ensure_indexed_reads_only_what_is_missing(folder: Path) -> None:
     calls: list[tuple[int, int, str]] = []
     manifest = ensure_indexed(Storage(), str(folder), lambda *progress: calls.append(progress))
     assert [done for done, _, _ in calls] == [1, 2, 3]
     assert manifest == load_manifest(Storage(), str(folder))
-    (folder / "00003.tar").write_bytes(pairs_tar(1))
-    watched = Watched()
-    assert sizes(ensure_indexed(watched, str(folder))) == [5, 3, 4, 1]
-    assert watched.tars == ["00003.tar"]
-    assert sizes(ensure_indexed(Storage(), f"{folder}/00001.tar")) == [3]
-
-
-def test_ensure_indexed_restores_a_lost_index(folder: Path) -> None:
-    manifest = index_shards(Storage(), str(folder))
     (folder / "00001.tar.index.npz").unlink()
     watched = Watched()
     assert ensure_indexed(watched, str(folder)) == manifest
     assert watched.tars == ["00001.tar"]
     assert len(load_index(Storage(), str(folder), manifest.shards[1])) == 3
-
-
-def test_manifest_of_version_1_is_indexed_again(folder: Path) -> None:
-    manifest = index_shards(Storage(), str(folder))
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+    (folder / "00003.tar").write_bytes(pairs_tar(1))
+    watched = Watched()
+    assert sizes(ensure_indexed(watched, str(folder))) == [5, 3, 4, 1]
+    assert watched.tars == ["00003.tar"]
+    assert sizes(ensure_indexed(Storage(), f"{folder}/00001.tar")) == [3]
+    path, manifest = folder / "manifest.json", load_manifest(Storage(), str(folder))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))  # of an old version
     with pytest.raises(DataError, match=r"version 1, expected 2"):
         load_manifest(Storage(), str(folder))
     assert ensure_indexed(Storage(), str(folder)) == manifest == load_manifest(Storage(), str(folder))
@@ -260,12 +237,12 @@ def test_read_only_folder_is_named() -> None:
 
 
 def test_pipe_urls_are_rejected(tmp_path: Path) -> None:
-    def check(storage: Storage, url: str) -> None:
-        list(check_shards(storage, url, "pairs", 10**6, workers=1))
-
-    for call in (index_shards, ensure_indexed, load_manifest, check):
+    url = f"pipe:touch {tmp_path}/done; cat x.tar"
+    for call in (index_shards, ensure_indexed, load_manifest):
         with pytest.raises(ConfigError, match=r"runs a command"):
-            call(Storage(), f"pipe:touch {tmp_path}/done; cat x.tar")
+            call(Storage(), url)
+    with pytest.raises(ConfigError, match=r"runs a command"):
+        list(check_shards(Storage(), url, "pairs", 10**6, workers=1))
     assert os.listdir(tmp_path) == []
 
 
@@ -284,7 +261,7 @@ def counted(make_pairs) -> Path:
     return folder
 
 
-def test_trusted_counts_avoid_reading(counted: Path) -> None:
+def test_trusted_shards_are_read_on_first_use_only(counted: Path) -> None:
     watched, again = Watched(), Watched()
     manifest = index_shards(watched, str(counted), trust_counts=True)
     assert watched.tars == ["00003.tar"]
@@ -292,19 +269,14 @@ def test_trusted_counts_avoid_reading(counted: Path) -> None:
     assert [shard.is_trusted for shard in manifest.shards] == [True, True, True, False]
     assert load_manifest(Storage(), str(counted)) == ensure_indexed(Storage(), str(counted)) == manifest
     assert index_shards(again, str(counted), trust_counts=True) == manifest
-    assert again.seen == ["manifest.json"]
-
-
-def test_trusted_shard_is_indexed_on_first_use(counted: Path) -> None:
-    manifest = index_shards(Storage(), str(counted), trust_counts=True)
+    assert again.names == ["manifest.json"]
     watched = Watched()
-    index, again = (load_index(watched, str(counted), manifest.shards[1]) for _ in range(2))
-    assert index.keys == ("counted00005", "counted00006", "counted00007")
-    assert (again.keys, again.digest) == (index.keys, index.digest)
+    one, other = (load_index(watched, str(counted), manifest.shards[1]) for _ in range(2))
+    assert one.keys == other.keys == ("counted00005", "counted00006", "counted00007")
     assert watched.tars == ["00001.tar"]
     whole = index_shards(Storage(), str(counted))
     assert not any(shard.is_trusted for shard in whole.shards)
-    assert whole.shards[1].digest == index.digest
+    assert whole.shards[1].digest == one.digest == other.digest
     assert whole.digest != manifest.digest
 
 
@@ -328,8 +300,10 @@ def test_wrong_count_and_replaced_shard_are_fatal_by_name(counted: Path) -> None
         ("00001.idx", b"v2.0 1\njpg 512 10\n", "version v2.0"),
         ("00001.idx", b"v1.1 2\njpg 512 10\n", "states 2 samples and lists 1"),
         ("00001.idx", b"v1.0 1\njpg 512\n", "line 2 is not a list of members"),
-        ("00001.idx", b"v1.0 1\njpg 512 99999999\n", "a member of 99999999 bytes"),
-        ("00002_stats.json", b'{"successes": 4000}', "4000 samples in a tar of"),
+        ("00001.idx", b"v1.0 1\njpg 513 10\n", "line 2: no member has 10 bytes at byte 513"),
+        ("00001.idx", b"v1.0 1\njpg 512 99999999\n", "samples end at byte 100000511"),
+        ("00002_stats.json", b'{"successes": 4000}', "4000 samples end at byte"),
+        ("00002_stats.json", b'{"successes": -1}', "-1 is not a number of samples"),
         ("00002_stats.json", b'{"count": 4}', "successes"),
     ],
 )
@@ -337,26 +311,19 @@ def test_impossible_counts_are_rejected_by_name(counted: Path, name: str, conten
     (counted / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name}: it does not fit .*{reason}"):
         index_shards(Storage(), str(counted), trust_counts=True)
+    for damaged in (b"", b"\xff", b"[" * 50_000, b'{"successes": true}', b'{"successes": 1e400}', b"9" * 5000):
+        (counted / name).write_bytes(damaged)
+        with pytest.raises(DataError, match=re.escape(name)):
+            index_shards(Storage(), f"{counted}/{name[:5]}.tar", trust_counts=True)
     assert index_shards(Storage(), str(counted)).num_samples == 14
 
 
-@pytest.mark.parametrize("name", ["0.tar.idx", "0.idx", "0_stats.json"])
-def test_damaged_counts_of_other_tools_are_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / "0.tar").write_bytes(tar_bytes({"a": {"txt": b"x"}}))
-    for content in (b"", b"\xff", b"[" * 50_000, b'{"successes": true}', b'{"successes": 1e400}', b"9" * 5000):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=re.escape(name)):
-            index_shards(Storage(), str(tmp_path), trust_counts=True)
-
-
-def test_tars_of_other_tools_are_indexed(shared: Path, tmp_path: Path):
-    folder = tmp_path / "foreign"
-    folder.mkdir()
-    for path in (shared / "data" / "webdataset_tars").glob("*.tar"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    manifest = index_shards(Storage(), str(folder))
-    counts = {shard.name: shard.samples for shard in manifest.shards}
-    assert counts == {
+def test_tars_of_other_tools_are_indexed(shared: Path, tmp_path: Path) -> None:
+    shutil.copytree(shared / "data" / "webdataset_tars", tmp_path / "tars", ignore=lambda _, names: [
+        name for name in names if not name.endswith(".tar")
+    ])  # fmt: skip
+    manifest = index_shards(Storage(), str(tmp_path / "tars"))
+    assert {shard.name: shard.samples for shard in manifest.shards} == {
         "aistore_single-png-cls.tar": 1,
         "aistore_small-mnist-3.tar": 3,
         "clipretrieval_image1.tar": 4,
@@ -369,16 +336,15 @@ def test_tars_of_other_tools_are_indexed(shared: Path, tmp_path: Path):
         "webdataset_testgz.tar": 1000,
     }
     for record in manifest.shards:
-        data = (folder / record.name).read_bytes()
-        index = load_index(Storage(), str(folder), record)
+        data = (tmp_path / "tars" / record.name).read_bytes()
+        index = load_index(Storage(), str(tmp_path / "tars"), record)
         members = {
             f"{key}.{name}": data[at : at + size]
             for number, key in enumerate(index.keys)
             for name, at, size in index.members(number)
         }
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
-        assert members == files
+            assert members == {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
 
 
 def test_fuzzed_manifests_raise_data_errors_only(folder: Path) -> None:
@@ -393,9 +359,8 @@ def test_fuzzed_manifests_raise_data_errors_only(folder: Path) -> None:
             path.write_bytes(mutate(json.dumps(whole).encode(), rng))
         else:
             content = json.loads(json.dumps(whole))
-            content["shards"][rng.randrange(2)][rng.choice(["name", "samples", "bytes", "digest", "etag"])] = (
-                rng.choice(values)
-            )
+            fields = content["shards"][rng.randrange(2)]
+            fields[rng.choice(["name", "samples", "bytes", "digest", "etag"])] = rng.choice(values)
             with suppress(TypeError, KeyError):
                 content["digest"] = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"])).digest
             path.write_text(json.dumps(content))

@@ -15,7 +15,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import FilterConfig, SourceConfig
 from pipeline.data.order import SampleRef
 from pipeline.data.reading.samples import SampleReader
-from pipeline.data.shards.index import ShardIndex, normal_url
+from pipeline.data.shards.index import normal_url
 from pipeline.data.shards.manifest import index_shards, load_index
 from pipeline.data.shards.source import Source, open_source
 from pipeline.data.storage import Storage
@@ -53,22 +53,22 @@ def opened(folder: str, opt_out: Path | None = None, saved: str | None = None, *
     return open_source(Storage(), config(folder, opt_out, **filters), saved)
 
 
-def indexes(source: Source) -> list[ShardIndex]:
-    return [load_index(Storage(), source.url, record) for record in source.manifest.shards]
-
-
-def read(folder: str, opt_out: Path | None = None, **filters: dict) -> list[int]:
-    """Return the numbers in the keys of the selected samples, and verify the counts."""
-    source = opened(folder, opt_out, **filters)
-    keys = [[int(index.keys[n][1:]) for n in source.selected(index)] for index in indexes(source)]
+def selected(source: Source) -> list[list[str]]:
+    """Return the keys of the selected samples of each shard, and verify the counts."""
+    indexes = [load_index(Storage(), source.url, record) for record in source.manifest.shards]
+    keys = [[index.keys[n] for n in source.selected(index)] for index in indexes]
     assert source.counts.tolist() == list(map(len, keys))
-    return [key for shard in keys for key in shard]
+    return keys
 
 
-def test_source_without_filters_has_every_sample(folder: str):
+def numbers(folder: str, opt_out: Path | None = None, **filters: dict) -> list[int]:
+    return [int(key[1:]) for keys in selected(opened(folder, opt_out, **filters)) for key in keys]
+
+
+def test_source_without_filters_has_every_sample(folder: str) -> None:
     source = opened(folder)
     assert source.selection is None
-    assert source.selected(indexes(source)[0]) is None
+    assert source.selected(load_index(Storage(), folder, source.manifest.shards[0])) is None
     assert source.counts.tolist() == [5, 4]
     assert source.counts.dtype == np.int64
     assert source.digest == source.manifest.digest
@@ -87,36 +87,44 @@ def test_source_without_filters_has_every_sample(folder: str):
         ({"caption_length": {"min": 4}}, [1, 3, 4]),
         ({"width": {"min": 24}, "height": {"max": 24}}, list(range(9))),
         ({"score": {"min": 0.5}, "tongue": {"any_of": ("en",)}}, [2]),
+        ({"tongue": {"any_of": ("de",)}}, [1]),  # an empty shard is allowed
     ],
 )
-def test_samples_that_pass_all_filters_are_selected(folder: str, filters: dict, expected: list[int]):
-    assert read(folder, **filters) == expected
+def test_samples_that_pass_all_filters_are_selected(folder: str, filters: dict, expected: list[int]) -> None:
+    assert numbers(folder, **filters) == expected
 
 
-def test_empty_shard_is_allowed_and_empty_source_is_not(folder: str):
-    source = opened(folder, tongue={"any_of": ("de",)})
-    assert source.counts.tolist() == [1, 0]
-    assert [source.selected(index).tolist() for index in indexes(source)] == [[1], []]
-    with pytest.raises(DataError, match=r"leave none of its 9 samples"):
-        opened(folder, tongue={"any_of": ("nl",)})
+@pytest.mark.parametrize(
+    ("filters", "error", "reason"),
+    [
+        ({"scor": {"min": 1}}, ConfigError, r"no sample has 'scor'; its shards have caption_length, height, score, t"),
+        ({"tongue": {"min": 1}}, ConfigError, r"tongue: it is a text in 0\.tar"),
+        ({"score": {"any_of": ("1",)}}, ConfigError, r"score: it is a number in .\.tar"),
+        ({"note": {"min": 1}}, ConfigError, r"note: it is neither a number nor a short text in all of 1\.tar"),
+        ({"tongue": {"any_of": ("nl",)}}, DataError, r"leave none of its 9 samples"),
+    ],
+)
+def test_invalid_and_empty_selections_name_the_property(folder: str, filters: dict, error: type, reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        opened(folder, **filters)
 
 
-def test_opted_out_ids_are_not_selected(folder: str, tmp_path: Path):
+def test_opted_out_ids_are_not_selected(folder: str, tmp_path: Path) -> None:
     listed = tmp_path / "opt_out.txt"
     listed.write_text("\ufeffk0\n\nhttp://x/2\r\n  77 \nseven\nk00\nhttp://x\nnobody\n", encoding="utf-8")
-    assert read(folder, listed) == [1, 3, 6, 7, 8]
-    assert read(folder, listed, score={"min": 0.7}) == [7]
+    assert numbers(folder, listed) == [1, 3, 6, 7, 8]
+    assert numbers(folder, listed, score={"min": 0.7}) == [7]
     listed.write_text("\n \n")
-    assert read(folder, listed) == list(range(9))
+    assert numbers(folder, listed) == list(range(9))
 
 
-def test_opt_out_list_is_read_from_a_store(folder: str, s3):
+def test_opt_out_list_is_read_from_a_store(folder: str, s3) -> None:
     storage = Storage(s3.config)
     storage.write(s3.url("out.txt"), "\n".join(f"k{n}" for n in range(1, 8)).encode())
     assert open_source(storage, config(folder, s3.url("out.txt"))).counts.tolist() == [1, 1]
 
 
-def test_missing_and_invalid_opt_out_lists_are_named(folder: str, tmp_path: Path):
+def test_missing_and_invalid_opt_out_lists_are_named(folder: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.txt: the opt-out list is missing"):
         opened(folder, tmp_path / "absent.txt")
     listed = tmp_path / "list.txt"
@@ -126,33 +134,24 @@ def test_missing_and_invalid_opt_out_lists_are_named(folder: str, tmp_path: Path
             opened(folder, listed)
 
 
-@pytest.mark.parametrize(
-    ("filters", "reason"),
-    [
-        ({"scor": {"min": 1}}, r"no sample has 'scor'; its shards have caption_length, height, score, tongue, width"),
-        ({"tongue": {"min": 1}}, r"tongue: it is a text in 0\.tar"),
-        ({"score": {"any_of": ("1",)}}, r"score: it is a number in .\.tar"),
-        ({"note": {"min": 1}}, r"note: it is neither a number nor a short text in all of 1\.tar"),
-    ],
-)
-def test_invalid_comparisons_name_the_property(folder: str, filters: dict, reason: str):
-    with pytest.raises(ConfigError, match=reason):
-        opened(folder, **filters)
-
-
-def test_digest_depends_on_the_selection(folder: str, tmp_path: Path):
-    (tmp_path / "a.txt").write_text("nobody\n")
-    (tmp_path / "b.txt").write_text("no one\n")
-    sources = [
-        opened(folder),
-        opened(folder, score={"min": 0.5}),
-        opened(folder, score={"min": 0.51}),
-        opened(folder, score={"min": 0.5, "keep_missing": True}),
-        opened(folder, tmp_path / "a.txt"),
-        opened(folder, tmp_path / "b.txt"),
+def test_digest_depends_on_the_selection_and_survives_pickling(folder: str, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"nobody {name}\nk1\n")
+    selections: list[tuple] = [
+        (None, {}),
+        (None, {"score": {"min": 0.5}}),
+        (None, {"score": {"min": 0.51}}),
+        (None, {"score": {"min": 0.5, "keep_missing": True}}),
+        (tmp_path / "a.txt", {}),
+        (tmp_path / "b.txt", {}),
     ]
+    sources, again = ([opened(folder, listed, **filters) for listed, filters in selections] for _ in range(2))
     assert len({source.digest for source in sources}) == 6
-    assert opened(folder, score={"min": 0.5}).digest == sources[1].digest
+    assert [source.digest for source in sources] == [source.digest for source in again]
+    source = opened(folder, tmp_path / "a.txt", score={"min": 0.5})
+    copy = pickle.loads(pickle.dumps(source))  # noqa: S301
+    assert copy.digest == source.digest
+    assert selected(copy) == selected(source) == [["k2"], ["k5", "k7", "k8"]]
 
 
 class Counting(Storage):
@@ -165,38 +164,27 @@ class Counting(Storage):
         return super().read(url)
 
 
-def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Path):
-    saved = str(tmp_path / "counts" / "pairs.json")
+def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Path) -> None:
+    saved, calls = tmp_path / "counts" / "pairs.json", []
     half, more = config(folder, score={"min": 0.5}), config(folder, score={"min": 0.6})
     storage = Counting()
-    first = open_source(storage, half, saved)
+    first = open_source(storage, half, str(saved), lambda *progress: calls.append(progress[:2]))
+    assert calls == [(1, 2), (2, 2)]
     assert storage.read_indexes == 2
-    again = open_source(storage, half, saved)
+    again = open_source(storage, half, str(saved))
     assert storage.read_indexes == 2
     assert (again.digest, again.counts.tolist()) == (first.digest, first.counts.tolist())
-    assert open_source(storage, more, saved).counts.tolist() == [1, 3]
+    assert open_source(storage, more, str(saved)).counts.tolist() == [1, 3]
     assert storage.read_indexes == 4
-    Path(saved).write_text("{")
-    assert open_source(storage, half, saved).counts.tolist() == first.counts.tolist()
+    stale = json.loads(saved.read_text()) | {"counts": [1, 1]}
+    del stale["version"]  # version 1 compared opt-out lists byte by byte
+    for content in ("{", json.dumps(stale)):
+        saved.write_text(content)
+        assert open_source(storage, more, str(saved)).counts.tolist() == [1, 3]
 
 
-def test_counting_reports_progress(folder: str):
-    calls: list[tuple] = []
-    open_source(Storage(), config(folder, score={"min": 0.5}), progress=lambda *progress: calls.append(progress))
-    assert [(done, total) for done, total, _ in calls] == [(1, 2), (2, 2)]
-
-
-def test_source_is_picklable(folder: str, tmp_path: Path):
-    (tmp_path / "out.txt").write_text("k1\n")
-    source = opened(folder, tmp_path / "out.txt", score={"min": 0.5})
-    again = pickle.loads(pickle.dumps(source))  # noqa: S301
-    assert (again.digest, again.counts.tolist()) == (source.digest, source.counts.tolist())
-    assert [again.selected(index).tolist() for index in indexes(again)] == [[2], [0, 2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("listed", "url"),
-    [
+def test_equal_urls_have_one_normal_form() -> None:
+    for listed, url in (
         ("HTTP://Example.COM/a", "http://example.com/a"),
         ("http://x", "http://x:80/"),
         ("https://x:443/a#there", "https://x/a"),
@@ -205,29 +193,16 @@ def test_source_is_picklable(folder: str, tmp_path: Path):
         ("http://bücher.de/", "http://xn--bcher-kva.de"),
         ("http://User@x/a", "http://User@X/a"),
         ("http://[::1]:8080/a", "HTTP://[::1]:8080/a"),
-    ],
-)
-def test_equal_urls_have_one_normal_form(listed: str, url: str):
-    assert normal_url(listed) == normal_url(url)
-    assert normal_url(normal_url(url)) == normal_url(url)
+    ):
+        assert normal_url(listed) == normal_url(url) == normal_url(normal_url(url))
+    for other in ("http://x/A", "https://x/a", "http://x:81/a", "http://x/a?b", "http://x/a%2Fb", "x/a"):
+        assert normal_url(other) != normal_url("http://x/a")
+    for text in ("http://[::1", "http://x:99999999/", "://", "http://..de", "http://x:p/", "a\ud800"):
+        assert normal_url(normal_url(text)) == normal_url(text)
 
 
-@pytest.mark.parametrize(
-    "other", ["http://x/A", "https://x/a", "http://x:81/a", "http://x/a?b", "http://x/a%2Fb", "x/a"]
-)
-def test_different_urls_keep_different_forms(other: str):
-    assert normal_url(other) != normal_url("http://x/a")
-
-
-@pytest.mark.parametrize("text", ["http://[::1", "http://x:99999999/", "://", "http://..de", "http://x:p/", "a\ud800"])
-def test_normal_form_is_idempotent(text: str):
-    assert normal_url(normal_url(text)) == normal_url(text)
-
-
-@pytest.fixture
-def decomposed(tmp_path: Path) -> str:
-    """Return four pairs whose key, image id and URL are spelled differently from the opt-out list."""
-    rows = {
+def test_opt_out_entries_match_in_every_normal_form(tmp_path: Path, caplog: Any) -> None:
+    rows = {  # key, image id and URL are spelled differently from the list
         unicodedata.normalize("NFD", "clé"): {"caption": "a"},
         "b": {"caption": "b", "image_id": unicodedata.normalize("NFD", "übung")},
         "c": {"caption": "c", "url": "HTTP://Host/%c3%a9"},
@@ -235,38 +210,19 @@ def decomposed(tmp_path: Path) -> str:
     }
     samples = {key: pair(n) | {"json": json.dumps(row).encode()} for n, (key, row) in enumerate(rows.items())}
     (tmp_path / "0.tar").write_bytes(tar_bytes(samples))
-    index_shards(Storage(), str(tmp_path))
-    return str(tmp_path)
-
-
-def test_opt_out_entries_match_in_every_normal_form(decomposed: str, tmp_path: Path, caplog: Any):
-    (tmp_path / "out.txt").write_text("\nclé\nübung\nhttp://host/é\nd0\nclé\nclé\nno\n", encoding="utf-8")
-    source = opened(decomposed, tmp_path / "out.txt")
-    assert source.counts.tolist() == [1]
-    assert [source.selected(index).tolist() for index in indexes(source)] == [[3]]
+    folder, listed, saved = str(tmp_path), tmp_path / "out.txt", str(tmp_path / "saved.json")
+    index_shards(Storage(), folder)
+    listed.write_text("\nclé\nübung\nhttp://host/é\nd0\nclé\nclé\nno\n", encoding="utf-8")
+    assert selected(opened(folder, listed)) == [["d"]]
     assert "3 of its 5 entries list a sample" in caplog.text
     assert "line 5, 'd0'" in caplog.text
-
-
-def test_opt_out_must_match_rejects_unmatched_entries(decomposed: str, tmp_path: Path):
-    listed, saved = tmp_path / "out.txt", str(tmp_path / "saved.json")
     listed.write_text("clé\nhttp://host/D\n", encoding="utf-8")
-    opened(decomposed, listed, saved)
-    strict = SourceConfig(shards=decomposed, opt_out=str(listed), opt_out_must_match=True)
+    opened(folder, listed, saved)
+    strict = SourceConfig(shards=folder, opt_out=str(listed), opt_out_must_match=True)
     with pytest.raises(DataError, match=r"1 of its 2 entries.*line 2, 'http://host/D'.*opt_out_must_match"):
         open_source(Storage(), strict, saved)
     listed.write_text("clé\nhttp://host/d\n", encoding="utf-8")
     assert open_source(Storage(), strict, saved).counts.tolist() == [2]
-
-
-def test_saved_counts_of_version_1_are_ignored(decomposed: str, tmp_path: Path):
-    (tmp_path / "out.txt").write_text("clé\n", encoding="utf-8")
-    saved = tmp_path / "saved.json"
-    opened(decomposed, tmp_path / "out.txt", str(saved))
-    stale = json.loads(saved.read_text()) | {"counts": [4]}
-    del stale["version"]
-    saved.write_text(json.dumps(stale))
-    assert opened(decomposed, tmp_path / "out.txt", str(saved)).counts.tolist() == [3]
 
 
 def keys_read(source: Source) -> list[list[str]]:
@@ -281,25 +237,21 @@ def keys_read(source: Source) -> list[list[str]]:
         reader.close()
 
 
-def test_sample_refs_count_selected_samples_only(folder: str, tmp_path: Path):
+def test_sample_refs_count_selected_samples_only(folder: str, tmp_path: Path) -> None:
     (tmp_path / "out.txt").write_text("k2\n")
     assert keys_read(opened(folder, tmp_path / "out.txt", score={"min": 0.6})) == [[], ["k5", "k7", "k8"]]
 
 
-def counted(folder: str, counts: list[int]) -> Source:
-    for shard, count in enumerate(counts):
+@pytest.mark.parametrize("last", [2, 1])
+def test_trusted_shards_are_read_like_others_and_a_wrong_count_stops(make_pairs, last: int) -> None:
+    folder = make_pairs("pairs", [3, 2])
+    for shard, count in enumerate((3, last)):
         Path(folder, f"{shard:05d}_stats.json").write_text(json.dumps({"successes": count}))
     index_shards(Storage(), folder, trust_counts=True)
-    return open_source(Storage(), SourceConfig(shards=folder))
-
-
-def test_trusted_shards_are_read_like_others(make_pairs):
-    source = counted(make_pairs("pairs", [3, 2]), [3, 2])
+    source = opened(folder)
     assert all(shard.is_trusted for shard in source.manifest.shards)
-    assert keys_read(source) == [["pairs00000", "pairs00001", "pairs00002"], ["pairs00003", "pairs00004"]]
-
-
-def test_wrong_trusted_count_stops_the_reader(make_pairs):
-    source = counted(make_pairs("pairs", [3, 2]), [3, 1])
+    if last == 2:
+        assert keys_read(source) == [["pairs00000", "pairs00001", "pairs00002"], ["pairs00003", "pairs00004"]]
+        return
     with pytest.raises(DataError, match=r"00001\.tar: it has 2 samples, and the index of another tool said 1"):
         keys_read(source)

@@ -26,12 +26,7 @@ NAMES = [
 ]
 
 
-def header(
-    name: bytes = b"a.txt",
-    size: bytes = b"00000000003\0",
-    kind: bytes = b"0",
-    signed: bool = False,
-) -> bytes:
+def header(name: bytes = b"a.txt", size: bytes = b"00000000003\0", kind: bytes = b"0", signed: bool = False) -> bytes:
     """Return a ustar header with a correct checksum, whatever its fields contain."""
     block = bytearray(512)
     block[: len(name)] = name
@@ -72,72 +67,54 @@ def test_member_names_become_distinct_text(make: Callable[[bytes], bytes]) -> No
     # Only a name and the literal spelling of its escaped form are duplicates.
     assert [NAMES[n] for n in index.duplicate.nonzero()[0]] == [b"caf\\xe9", b"\xff"]
     assert ShardIndex.from_bytes(index.to_bytes()).keys == index.keys
+    old = replace(index_bytes(entry() + END), keys=(b"caf\xe9".decode("utf-8", "surrogateescape"),))
+    assert ShardIndex.from_bytes(old.to_bytes()).keys == (clean_name(b"caf\xe9"),)  # surrogates of old sidecars
 
 
-def test_surrogate_keys_of_old_sidecars_are_cleaned() -> None:
-    index = replace(index_bytes(entry() + END), keys=(b"caf\xe9".decode("utf-8", "surrogateescape"),))
-    assert ShardIndex.from_bytes(index.to_bytes()).keys == (clean_name(b"caf\xe9"),)
-
-
-@pytest.mark.parametrize(
-    "size",
-    [
+def test_invalid_sizes_name_shard_and_offset() -> None:
+    sizes = [
         *(b"12x45678901\0", b"-0000000001\0", b"0o000000001\0", b"1_000000000\0", b"\xff" * 12),
         b"\x80" + bytes(3) + (2**62).to_bytes(8, "big"),
         *(b"00000004000\0", b"77777777777\0"),
-    ],
-)
-def test_invalid_size_names_shard_and_offset(size: bytes) -> None:
-    for kind in (b"0", b"L", b"x", b"Z"):
+    ]
+    tars = [entry() + header(size=size, kind=kind) + bytes(512) for size in sizes for kind in (b"0", b"L", b"x", b"Z")]
+    values = (b"abc", b"1" + b"0" * 30, b"-3", b"", b"9223372036854775807", "\u0663".encode())
+    for data in (*tars, *(pax(record(b"size", value)) + entry() for value in values)):
         with pytest.raises(DataError, match=r"x\.tar: .*header at byte 1024 states"):
-            index_bytes(entry() + header(size=size, kind=kind) + bytes(512) + END)
+            index_bytes(data + END)
+    for records in (
+        b"abc",
+        b"99 path=x\n",
+        b"5 path=x\n",
+        b"9 path=x ",
+        b"9" * 5000 + b" a=b\n",
+        b"0 a=b\n",
+        b"6 a-b\n",
+    ):
+        with pytest.raises(DataError, match=r"x\.tar: the extended header at byte 512 is damaged"):
+            index_bytes(pax(records) + entry() + END)
 
 
-@pytest.mark.parametrize("value", [b"abc", b"1" + b"0" * 30, b"-3", b"", b"9223372036854775807", "\u0663".encode()])
-def test_invalid_pax_size_is_an_error(value: bytes) -> None:
-    with pytest.raises(DataError, match=r"x\.tar: .*header at byte 1024 states"):
-        index_bytes(pax(record(b"size", value)) + entry() + END)
-
-
-@pytest.mark.parametrize(
-    "records", [b"abc", b"99 path=x\n", b"5 path=x\n", b"9 path=x ", b"9" * 5000 + b" a=b\n", b"0 a=b\n", b"6 a-b\n"]
-)
-def test_damaged_extended_header_is_an_error(records: bytes) -> None:
-    with pytest.raises(DataError, match=r"x\.tar: the extended header at byte 512 is damaged"):
-        index_bytes(pax(records) + entry() + END)
-
-
-def test_extended_header_may_be_padded_with_zeros() -> None:
+def test_padded_headers_and_signed_checksums_are_accepted() -> None:
     assert index_bytes(pax(record(b"path", b"b.txt") + bytes(7)) + entry() + END).keys == ("b",)
-
-
-def test_signed_checksums_are_accepted() -> None:
     name = "Tür.txt".encode()
     assert header(name, signed=True) != header(name)
     data = entry(name=name, signed=True) + entry(name=name.replace(b"T", b"t")) + END
     assert index_bytes(data).keys == ("Tür", "tür")
 
 
-CUTS = {  # places in a tar of three members of 700 bytes (512 + 1024 each) -> where the error says it ends
-    1536 + 200: "inside a header",
-    1536 + 512 + 300: "inside a member's data",
-    1536: "before the two zero blocks",
-    3 * 1536 + 512: "between the two zero blocks",
-    3 * 1536 - 10: "inside a member's data",  # only padding is missing
-}
-
-
-@pytest.mark.parametrize("cut", CUTS)
-def test_truncated_tar_is_rejected_by_name(cut: int) -> None:
-    data = tar_of((name, bytes(700)) for name in ("1.jpg", "1.txt", "2.jpg"))
-    with pytest.raises(
-        DataError, match=rf"s3://b/00007\.tar: the shard is truncated.*(byte {cut}, {CUTS[cut]}|states)"
-    ):
-        index_bytes(data[:cut], "s3://b/00007.tar")
-
-
-def test_damaged_and_compressed_files_name_a_remedy() -> None:
-    good = tar_of((name, bytes(700)) for name in ("1.jpg", "1.txt", "2.jpg"))
+def test_truncated_damaged_and_compressed_tars_are_rejected_by_name() -> None:
+    good = tar_of((name, bytes(700)) for name in ("1.jpg", "1.txt", "2.jpg"))  # of 512 + 1024 bytes each
+    for cut, place in {
+        1536 + 200: "inside a header",
+        1536 + 512 + 300: "inside a member's data",
+        1536: "before the two zero blocks",
+        3 * 1536 + 512: "between the two zero blocks",
+        3 * 1536 - 10: "inside a member's data",  # only padding is missing
+    }.items():
+        reason = rf"s3://b/00007\.tar: the shard is truncated.*(byte {cut}, {place}|states)"
+        with pytest.raises(DataError, match=reason):
+            index_bytes(good[:cut], "s3://b/00007.tar")
     for data, reason in {
         gzip.compress(good): r"compressed.*Unpack x.tar to a plain \.tar",
         b"hello world " * 100: r"x\.tar: no tar header at byte 0",
@@ -214,18 +191,18 @@ def test_skipped_entries_are_counted_by_kind() -> None:
     }
     assert "2 x symbolic link" in tar.skipped_summary()
     assert "the first: b.txt" in tar.skipped_summary()
-
-
-def test_tar_of_links_only_is_rejected_by_name() -> None:
     with pytest.raises(DataError, match=r"x\.tar: no sample, only 2 x symbolic link.*tar --dereference"):
         index_bytes(written(("a.jpg", tarfile.SYMTYPE, "../x"), ("a.txt", tarfile.SYMTYPE, "../y")))
 
 
-def test_keys_with_underscores_follow_webdataset() -> None:
+def test_unusual_keys_follow_webdataset() -> None:
     names = ["__a.jpg", "__a.txt", "_b.jpg", "__.jpg", "__c__.jpg", "d/__e__/f.jpg", "__g__/h.jpg", "__i__", "__/j.jpg"]
     data = tar_of((name, b"x") for name in names)
     theirs = [base_plus_ext(item["fname"])[0] for item in tar_file_iterator(io.BytesIO(data))]
     assert list(dict.fromkeys(key for key in theirs if key)) == list(index_bytes(data).keys)
+    extensions = {"./a.b": "b", "a.b.c": "b.c", "a/b.C": "c"}
+    for name in ("", "/", ".", "a", "a/", "a/.b", *extensions):
+        assert split_key(name)[1] == extensions.get(name, "")
 
 
 def test_fuzzed_tars_raise_data_errors_only() -> None:
@@ -253,9 +230,3 @@ def test_fuzzed_tars_raise_data_errors_only() -> None:
         except DataError as error:
             outcomes["refused" if str(error).startswith("x.tar: ") else "nameless"] += 1
     assert outcomes.keys() == {"read", "refused"}
-
-
-@pytest.mark.parametrize("name", ["", "/", ".", "a", "a/", "a/.b", "./a.b", "a.b.c", "a/b.C"])
-def test_split_key_of_unusual_paths(name: str) -> None:
-    extensions = {"./a.b": "b", "a.b.c": "b.c", "a/b.C": "c"}
-    assert split_key(name)[1] == extensions.get(name, "")
