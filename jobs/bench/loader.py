@@ -42,7 +42,7 @@ from pipeline.config import schema
 from pipeline.config.errors import ConfigError, DataError, RunFailed
 from pipeline.config.urls import is_local
 from pipeline.data.building import importers
-from pipeline.data.building.files import Problems, Sample
+from pipeline.data.building.inputs import Problems, Sample
 from pipeline.data.contents.images import draw_crop
 from pipeline.data.contents.members import image_bytes
 from pipeline.data.contents.text import Tokenizer

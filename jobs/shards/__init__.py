@@ -98,31 +98,16 @@ def build(
     head predicts are written next to the shards: answers.json, classes.json.
     """
     from jobs.shards.build import build_shards
-    from pipeline.data.building.files import ImportOptions, Problems
+    from pipeline.data.building.inputs import ImportOptions, Problems
 
     options = ImportOptions(
-        images=images,
-        allow_outside=allow_outside,
-        image_column=image_column,
-        caption_column=caption_column,
-        words=words,
-        annotations=tuple(annotations or ()),
-        split=split,
-        listed_only=listed_only,
-        min_count=min_count,
-    )
+        images=images, allow_outside=allow_outside, image_column=image_column, caption_column=caption_column,
+        words=words, annotations=tuple(annotations or ()), split=split, listed_only=listed_only, min_count=min_count,
+    )  # fmt: skip
     build_shards(
-        source,
-        out,
-        str(kind),
-        options,
-        Problems(strict=strict),
-        samples_per_shard=samples_per_shard,
-        limit=limit,
-        overwrite=overwrite,
-        max_missing=max_missing,
-        as_json=as_json,
-    )
+        source, out, str(kind), options, Problems(strict=strict), samples_per_shard=samples_per_shard, limit=limit,
+        overwrite=overwrite, max_missing=max_missing, as_json=as_json,
+    )  # fmt: skip
 
 
 @app.command()

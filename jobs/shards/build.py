@@ -12,8 +12,8 @@ from typing import cast
 from jobs.console import echo
 from jobs.shards.report import ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.data.building.files import ImportOptions, Kind, Problems, Sample, suffix_of
 from pipeline.data.building.importers import check_writable, find_kind, read_source, write_shards
+from pipeline.data.building.inputs import ImportOptions, Kind, Problems, Sample, suffix_of
 from pipeline.data.contents.images import EXTENSIONS, format_of, measure
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage, join
@@ -30,18 +30,9 @@ APPLIES_TO = {
 
 
 def build_shards(
-    source: Path,
-    out: str,
-    kind: str,
-    options: ImportOptions,
-    problems: Problems,
-    *,
-    samples_per_shard: int,
-    limit: int | None,
-    overwrite: bool,
-    max_missing: str | None,
-    as_json: bool,
-) -> None:
+    source: Path, out: str, kind: str, options: ImportOptions, problems: Problems, *, samples_per_shard: int,
+    limit: int | None, overwrite: bool, max_missing: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Write the shards and print the result; the arguments are the options of `mome shards build`."""
     storage = Storage()
     threshold = 1.0
@@ -112,16 +103,15 @@ def _report_problems(source: Path, kind: Kind, problems: Problems, num_samples: 
     if problems.skipped:
         files = ", ".join(f"{count} {suffix}" for suffix, count in problems.skipped.most_common(10))
         echo(f"files of other kinds, not read: {files}", err=True)
+    hints = []
     if problems.absent and not counts["images"]:
-        hint = "none of the listed images exists; give the folder that their paths are relative to with --images"
-        echo(f"hint: {hint}", err=True)
+        hints.append("none of the listed images exists; give the folder that their paths are relative to with --images")
     elif problems.faults > num_samples:
-        echo(f"hint: more entries could not be used ({problems.faults}) than were imported ({num_samples})", err=True)
+        hints.append(f"more entries could not be used ({problems.faults}) than were imported ({num_samples})")
     if kind == "folder" and counts["images"] and not counts["captions"]:
         entries = [entry for entry in source.iterdir() if not entry.name.startswith(".")]
         has_images = any(suffix_of(entry.name) in EXTENSIONS for entry in entries)
         if sum(entry.is_dir() for entry in entries) > 1 and not has_images:
-            hint = (
-                "there are no captions, but one folder per class? Import it with --kind classes to train a classifier"
-            )
-            echo(f"hint: {hint}", err=True)
+            hints.append("no captions, but one folder per class? Import it with --kind classes to train a classifier")
+    for hint in hints:
+        echo(f"hint: {hint}", err=True)

@@ -21,8 +21,8 @@ from jobs.shards.report import ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
 from pipeline.config.schema import ClusterConfig
 from pipeline.config.urls import is_local, local_path
-from pipeline.data.building.files import Sample
 from pipeline.data.building.importers import write_tar
+from pipeline.data.building.inputs import Sample
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import REGIONS, image_bytes
 from pipeline.data.quarantine import BadSample, judging
@@ -56,15 +56,9 @@ class RegionShard:
 
 
 def detect_regions(
-    url: str,
-    out: str,
-    detector: Path,
-    max_regions: int,
-    max_pixels: int,
-    cluster: ClusterConfig,
-    report: Path | None,
-    as_json: bool,
-) -> None:
+    url: str, out: str, detector: Path, max_regions: int, max_pixels: int, cluster: ClusterConfig,
+    report: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Write the shards with regions and print the result; the arguments are the options of `mome shards regions`.
 
     Raises ConfigError for an unusable detector or an `out` with other content, DataError for a truncated shard.
@@ -76,7 +70,10 @@ def detect_regions(
         list_of_findings(report, "--report") if report else nullcontext() as findings,
         ShardProgress("detecting") as progress,
     ):
-        folder, target = _absolute(shard_folder(url)), _absolute(out)
+        folder, target = (  # valid for every actor, whatever its working folder
+            str(local_path(place).resolve()) if is_local(place) else place.rstrip("/")
+            for place in (shard_folder(url), out)
+        )
         if folder == target:
             raise ConfigError(f"{target}: the shards are copied, not changed; choose another folder than {url}")
         setting = RegionSettings(detector_digest(detector), max_regions, max_pixels)
@@ -102,11 +99,6 @@ def detect_regions(
     if len(bad) > _MAX_PRINTED:
         echo(f"no regions: {len(bad) - _MAX_PRINTED} more", err=True)
     report_manifest(manifest, out, as_json, {"bad_samples": len(bad), "report": str(report) if report else None})
-
-
-def _absolute(url: str) -> str:
-    """Return a URL that is valid for every actor, whatever its working folder."""
-    return str(local_path(url).resolve()) if is_local(url) else url.rstrip("/")
 
 
 def _finished_shards(

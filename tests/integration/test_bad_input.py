@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import simplejpeg
 
 from jobs.submit import for_cluster
 from jobs.train import pretrain
-from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError, TrackingError
+from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed, StorageError, TrackingError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
@@ -38,26 +37,27 @@ def demo(folder: Path, *overrides: str) -> RunConfig:
     return load_config(DEMO, [*every, *overrides])
 
 
-def refuse(config: RunConfig) -> MomeError:
-    with pytest.raises(MomeError) as error:
+def refuse(config: RunConfig, kind: type[MomeError] = DataError, status: int = 1) -> str:
+    """Return the message of the error that ends a run."""
+    with pytest.raises(kind) as error:
         pretrain(config, lambda progress: None)
-    return error.value
+    assert error.value.exit_status == status
+    return str(error.value)
 
 
-def jpeg(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels))
-
-
-def write_tar(path: Path, pairs: int, corrupt: tuple[int, ...] = ()) -> None:
+def write_tar(path: Path, count: int, corrupt: tuple[int, ...] = ()) -> None:
+    """Write and index pairs, of which the images of some are cut in half."""
+    path.parent.mkdir()
     with tarfile.open(path, "w") as tar:
-        for number in range(pairs):
-            image = jpeg(number)
+        for number in range(count):
+            pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            image = simplejpeg.encode_jpeg(pixels)
             image = image[: len(image) // 2] if number in corrupt else image
             for name, data in ((f"{number:04d}.jpg", image), (f"{number:04d}.txt", f"picture {number}".encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
+    index_shards(Storage(), str(path.parent))
 
 
 def test_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> None:
@@ -69,28 +69,16 @@ def test_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> None
     assert not (tmp_path / "runs").exists()
 
 
-def test_missing_dataset_is_named(tmp_path: Path) -> None:
-    config = demo(tmp_path, f"sources.pictures.shards={tmp_path}/nowhere")
-    error = refuse(config)
-    assert f"{tmp_path}/nowhere" in str(error)
-    assert error.exit_status == 1
+def test_missing_and_empty_data_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "empty" / "0.tar", 0)
+    message = refuse(demo(tmp_path, f"sources.pictures.shards={tmp_path}/empty"))
+    assert "empty: its shards have no samples" in message
+    assert f"{tmp_path}/nowhere" in refuse(demo(tmp_path, f"sources.pictures.shards={tmp_path}/nowhere"))
     assert not (tmp_path / "runs" / "demo" / "run.json").exists()
-
-
-def test_missing_shard_is_named(tmp_path: Path) -> None:
-    config = demo(tmp_path)
-    prepare(config, Storage())
+    prepare(demo(tmp_path), Storage())
     shard = sorted((tmp_path / "scenes").glob("*.tar"))[0]
     shard.unlink()
-    assert shard.name in str(refuse(config))
-
-
-def test_empty_dataset_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    write_tar(tmp_path / "empty" / "0.tar", pairs=0)
-    index_shards(Storage(), str(tmp_path / "empty"))
-    error = refuse(demo(tmp_path, f"sources.pictures.shards={tmp_path}/empty"))
-    assert "empty: its shards have no samples" in str(error)
+    assert shard.name in refuse(demo(tmp_path))
 
 
 def test_weights_of_another_architecture_are_rejected(tmp_path: Path) -> None:
@@ -98,38 +86,43 @@ def test_weights_of_another_architecture_are_rejected(tmp_path: Path) -> None:
     tokenizer: Tokenizer = prepare(narrow, Storage())
     metadata = {"config": narrow.model_dump(mode="json"), "stage": "vision", "step": 1}
     save_weights(Storage(), f"{narrow.folder}/stages/0-vision", {}, list(tokenizer.tokens), metadata)
-    error = refuse(demo(tmp_path, f"stages.language.start_from={narrow.folder}"))
-    assert error.exit_status == 2
-    assert "width 64 there, 128 here" in str(error)
+    message = refuse(demo(tmp_path, f"stages.language.start_from={narrow.folder}"), ConfigError, status=2)
+    assert "width 64 there, 128 here" in message
 
 
 def test_change_of_a_fixed_key_is_rejected_by_name(tmp_path: Path) -> None:
     prepare(demo(tmp_path), Storage())
-    error = refuse(demo(tmp_path, "stages.vision.masking.image_mask_ratio=0.7", "seed=8", "cluster.workers=1"))
-    assert error.exit_status == 2
-    assert "stages.0.masking.image_mask_ratio: was 0.4, now 0.7" in str(error)
-    assert "seed: was 7, now 8" in str(error)
-    assert "cluster.workers" not in str(error)
+    overrides = ("stages.vision.masking.image_mask_ratio=0.7", "seed=8", "cluster.workers=1")
+    message = refuse(demo(tmp_path, *overrides), ConfigError, status=2)
+    assert "stages.0.masking.image_mask_ratio: was 0.4, now 0.7" in message
+    assert "seed: was 7, now 8" in message
+    assert "cluster.workers" not in message
 
 
-def test_unreachable_bucket_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("overrides", "kind", "reason"),
+    [
+        (
+            (
+                "sources.pictures.shards=s3://nowhere/pictures",
+                "storage={endpoint_url: 'http://127.0.0.1:9', retry_timeout_seconds: 3}",
+            ),
+            StorageError,
+            "s3://nowhere/pictures",
+        ),
+        (("tracking.uri=http://127.0.0.1:9",), TrackingError, "tracking.required=false"),
+        (("cluster.address='127.0.0.1:9'",), RunFailed, "cluster.address 127.0.0.1:9"),
+    ],
+    ids=["bucket", "mlflow", "ray"],
+)
+def test_unreachable_service_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], kind: type[MomeError], reason: str
+) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    config = demo(
-        tmp_path,
-        "sources.pictures.shards=s3://nowhere/pictures",
-        "storage={endpoint_url: 'http://127.0.0.1:9', retry_timeout_seconds: 3}",
-    )
-    error = refuse(config)
-    assert isinstance(error, StorageError)
-    assert "s3://nowhere/pictures" in str(error)
-
-
-def test_unreachable_mlflow_is_one_message(tmp_path: Path) -> None:
-    error = refuse(demo(tmp_path, "tracking.uri=http://127.0.0.1:9"))
-    assert isinstance(error, TrackingError)
-    assert "tracking.required=false" in str(error)
-    assert not (tmp_path / "runs").exists()
+    assert reason in refuse(demo(tmp_path, *overrides), kind)
+    assert kind is not TrackingError or not (tmp_path / "runs").exists()
 
 
 def test_local_folders_are_rejected_for_a_cluster() -> None:
@@ -137,14 +130,9 @@ def test_local_folders_are_rejected_for_a_cluster() -> None:
         for_cluster(load_config(DEMO), same_machine=False)
 
 
-@pytest.mark.timeout(300)
-def test_unreachable_ray_address_is_one_message(tmp_path: Path) -> None:
-    error = refuse(demo(tmp_path, "cluster.address='127.0.0.1:9'"))
-    assert isinstance(error, RunFailed)
-    assert "cluster.address 127.0.0.1:9" in str(error)
-
-
-def tiny_run(folder: Path, *overrides: str) -> list[str]:
+def run_alone(folder: Path, *overrides: str, corrupt: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Train on 40 pairs in one process, some of them with a truncated image."""
+    write_tar(folder / "tars" / "0.tar", 40, corrupt)
     sources = f"{{pairs: {{shards: {folder}/tars, type: images}}}}"
     stage = "{name: vision, sources: {pairs: 1.0}, objectives: {mim: {}}, steps: 6, global_batch_size: 8}"
     config = folder / "run.yaml"
@@ -154,43 +142,23 @@ def tiny_run(folder: Path, *overrides: str) -> list[str]:
         "data: {streams: 2, max_bad_rate: 0.2}\nengine: {precision: float32}\ncheckpoint: {every: 3}\n",
         encoding="utf-8",
     )
-    return [sys.executable, "-m", "pipeline.training", str(config), *overrides]
-
-
-def run_alone(command: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.training", str(config), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.fixture
-def pairs(tmp_path: Path) -> Callable[..., Path]:
-    def write(corrupt: tuple[int, ...] = ()) -> Path:
-        (tmp_path / "tars").mkdir()
-        write_tar(tmp_path / "tars" / "0.tar", 40, corrupt)
-        index_shards(Storage(), str(tmp_path / "tars"))
-        return tmp_path
-
-    return write
-
-
-def test_corrupt_jpeg_is_quarantined_and_replaced(pairs: Callable[..., Path]) -> None:
-    folder = pairs(corrupt=(3, 17))
-    done = run_alone(tiny_run(folder))
+def test_corrupt_jpeg_is_quarantined_and_replaced(tmp_path: Path) -> None:
+    done = run_alone(tmp_path, corrupt=(3, 17))
     assert done.returncode == 0, done.stderr
-    lines = [line for file in (folder / "runs/tiny/quarantine").glob("*.jsonl") for line in file.open()]
+    lines = [line for file in (tmp_path / "runs/tiny/quarantine").glob("*.jsonl") for line in file.open()]
     records = [json.loads(line) for line in lines]
     assert {record["key"] for record in records} == {"0003", "0017"}  # 48 samples: one epoch of 40 and a little more
     assert all(record["stage"] == "image" and record["shard"] == "0.tar" for record in records)
 
 
-def test_non_finite_loss_stops_the_run_by_name(pairs: Callable[..., Path]) -> None:
-    done = run_alone(
-        tiny_run(
-            pairs(),
-            "tracking.metrics_every=1",
-            "stages.vision.optimizer={lr: 1e30, warmup_steps: 0, lr_schedule: constant}",
-        )
-    )
+def test_non_finite_loss_stops_the_run_by_name(tmp_path: Path) -> None:
+    optimizer = "stages.vision.optimizer={lr: 1e30, warmup_steps: 0, lr_schedule: constant}"
+    done = run_alone(tmp_path, "tracking.metrics_every=1", optimizer)
     assert done.returncode == 1
     assert "stage vision, step" in done.stderr
     assert "is nan" in done.stderr or "is inf" in done.stderr

@@ -30,14 +30,6 @@ def pairs(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "pairs.jsonl", *lines)
 
 
-@pytest.fixture
-def bucket(s3, monkeypatch) -> str:
-    """Return an S3 bucket, which the command reaches through the usual environment variables."""
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3.url()
-
-
 def test_pairs_are_built_and_shown(pairs: Path, tmp_path: Path) -> None:
     out, sheet = tmp_path / "out", tmp_path / "deep" / "sheet.png"
     built = run_shards("build", pairs, out, "--samples-per-shard", 5)
@@ -50,19 +42,21 @@ def test_pairs_are_built_and_shown(pairs: Path, tmp_path: Path) -> None:
     with Image.open(sheet) as image:
         assert image.format == "PNG"
         assert image.width > 900
+    refused = run_shards("build", pairs, out, "--limit", 2, fails=DataError)
+    assert "--overwrite" in str(refused.exception)
+    facts = facts_of("build", pairs, out, "--overwrite")
+    assert (facts["num_samples"], facts["shards"], facts["left_out"], facts["kind"]) == (12, 1, 1, "jsonl")
+    listed = facts_of("show", out, "--samples", 3)
+    assert [sample["key"] for sample in listed["samples"]] == ["0", "4", "8"]
+    assert listed["samples"][1]["image_size"] == [34, 20]
+    assert listed["manifest"] == facts["manifest"] == load_manifest(Storage(), str(out)).digest
+    assert facts_of("build", pairs, out, "--limit", 2, "--overwrite")["num_samples"] == 2
 
 
-def test_last_line_is_one_json_object(pairs: Path, tmp_path: Path) -> None:
-    built = facts_of("build", pairs, tmp_path / "out")
-    assert (built["num_samples"], built["shards"], built["left_out"], built["kind"]) == (12, 1, 1, "jsonl")
-    shown = facts_of("show", tmp_path / "out", "--samples", 3)
-    assert [sample["key"] for sample in shown["samples"]] == ["0", "4", "8"]
-    assert shown["samples"][1]["image_size"] == [34, 20]
-    assert shown["manifest"] == built["manifest"] == load_manifest(Storage(), str(tmp_path / "out")).digest
-
-
-def test_shards_in_a_bucket_equal_those_in_a_folder(pairs: Path, tmp_path: Path, bucket: str) -> None:
-    there, here = f"{bucket}/pairs", tmp_path / "out"
+def test_shards_in_a_bucket_equal_those_in_a_folder(pairs: Path, tmp_path: Path, s3, monkeypatch) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    there, here = f"{s3.url()}/pairs", tmp_path / "out"
     built = [facts_of("build", pairs, out, "--samples-per-shard", 5)["manifest"] for out in (there, here)]
     assert built[0] == built[1]
     assert facts_of("show", there)["samples"] == facts_of("show", here)["samples"]
@@ -70,13 +64,6 @@ def test_shards_in_a_bucket_equal_those_in_a_folder(pairs: Path, tmp_path: Path,
     assert (checked["num_samples"], checked["shards"], checked["bad_samples"]) == (12, 3, 0)
     single = facts_of("check", f"{there}/000002.tar", "--workers", 1)
     assert (single["num_samples"], single["shards"]) == (2, 1)
-
-
-def test_shards_are_replaced_only_with_overwrite(pairs: Path, tmp_path: Path) -> None:
-    run_shards("build", pairs, tmp_path / "out")
-    refused = run_shards("build", pairs, tmp_path / "out", "--limit", 2, fails=DataError)
-    assert "--overwrite" in str(refused.exception)
-    assert facts_of("build", pairs, tmp_path / "out", "--limit", 2, "--overwrite")["num_samples"] == 2
 
 
 def test_bad_source_leaves_nothing_behind(pairs: Path, tmp_path: Path) -> None:
@@ -90,19 +77,16 @@ def test_bad_source_leaves_nothing_behind(pairs: Path, tmp_path: Path) -> None:
     assert not out.exists() or os.listdir(out) == []
 
 
-def test_damaged_image_is_marked_in_show(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture(1, 64)[:900])
-    run_shards("build", tmp_path, tmp_path / "out")
-    shown = facts_of("show", tmp_path / "out", "--sheet", tmp_path / "sheet.png")
-    assert "corrupt JPEG" in shown["samples"][0]["fault"]
-    assert (tmp_path / "sheet.png").exists()
-
-
-def test_texts_are_built_and_shown(tmp_path: Path) -> None:
+def test_texts_and_damaged_images_are_built_and_shown(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It was a dark night. " * 40)
-    built = facts_of("build", tmp_path / "book.txt", tmp_path / "out", "--words", 12)
+    built = facts_of("build", tmp_path / "book.txt", tmp_path / "texts", "--words", 12)
     assert (built["kind"], built["num_samples"]) == ("text", 20)
-    run_shards("show", tmp_path / "out", "--sheet", tmp_path / "sheet.png")
+    run_shards("show", tmp_path / "texts", "--sheet", tmp_path / "sheet.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(picture(1, 64)[:900])
+    run_shards("build", tmp_path / "images", tmp_path / "out")
+    shown = facts_of("show", tmp_path / "out", "--sheet", tmp_path / "damaged.png")
+    assert "corrupt JPEG" in shown["samples"][0]["fault"]
 
 
 def test_counts_of_another_tool_need_trust_counts(pairs: Path, tmp_path: Path) -> None:
@@ -131,7 +115,7 @@ def test_real_photos_are_built(tmp_path: Path, shared: Path) -> None:
     assert all(sample["image_size"] == [224, 224] and len(sample["captions"]) == 5 for sample in shown)
 
 
-def test_annotation_format_is_detected_from_content(tmp_path: Path) -> None:
+def test_answers_and_classes_are_listed_next_to_the_shards(tmp_path: Path) -> None:
     save_image(tmp_path / "COCO_val2014_000000000005.jpg")
     question = {"question_id": 50, "image_id": 5, "question": "What colour is it?"}
     answers = {"question_id": 50, "multiple_choice_answer": "grey", "answers": [{"answer": "Grey."}] * 10}
@@ -143,11 +127,8 @@ def test_annotation_format_is_detected_from_content(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["grey"]
     assert "What colour is it?" in run_shards("show", tmp_path / "out").stdout
     run_shards("check", tmp_path / "out", "--type", "questions", "--workers", 1)
-
-
-def test_folder_per_class_is_built_with_kind_classes(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         save_image(tmp_path / "train" / name / "a.png")
-    result = facts_of("build", tmp_path / "train", tmp_path / "out", "--kind", "classes")
+    result = facts_of("build", tmp_path / "train", tmp_path / "classes", "--kind", "classes")
     assert (result["num_samples"], result["classes.json"]) == (2, 2)
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
+    assert json.loads((tmp_path / "classes" / "classes.json").read_text()) == ["cat", "dog"]

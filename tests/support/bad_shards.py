@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,16 +25,16 @@ from pipeline.objectives import batch_groups
 from tests.support.pairs import Members, pair, tar_of
 
 
-def _corrupt(data: bytes) -> bytes:
-    """Overwrite bytes in a JPEG's pixel data: Pillow decodes it to noise."""
-    middle = len(data) * 3 // 4
-    return data[:middle] + bytes(range(40)) + data[middle + 40 :]
-
-
 def _bomb() -> bytes:
     buffer = io.BytesIO()
     Image.new("1", (8000, 8000)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _corrupt(data: bytes) -> bytes:
+    """Overwrite bytes in a JPEG's pixel data: Pillow decodes it to noise."""
+    middle = len(data) * 3 // 4
+    return data[:middle] + bytes(range(40)) + data[middle + 40 :]
 
 
 def _json(content: object) -> Members:
@@ -125,34 +126,30 @@ def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted
     return Planted(str(folder), shards * samples_per_shard, bad)
 
 
-def _truncate(place: str, extra: int = 0) -> Callable[[Path], None]:
-    """Return a function that cuts a tar after its last member's `offset` or `offset_data`, or after all members."""
-
-    def truncate(path: Path) -> None:
-        with tarfile.open(path) as tar:
-            last = tar.getmembers()[-1]
-            ends = {"offset": last.offset, "offset_data": last.offset_data, "end": tar.offset}
-        os.truncate(path, ends[place] + extra)
-
-    return truncate
-
-
-def _replace(path: Path) -> None:
-    """Replace the tar by one of equal size that differs in one letter of a caption."""
-    path.write_bytes(path.read_bytes().replace(b"shows a thing in way a", b"shows a thing in way z", 1))
+def cut(path: Path, place: str, extra: int = 0) -> None:
+    """Cut a tar after its last member's `offset` or `offset_data`, or after all members."""
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+        ends = {"offset": last.offset, "offset_data": last.offset_data, "end": tar.offset}
+    os.truncate(path, ends[place] + extra)
 
 
 # Functions of a shard's path that break the whole shard after it was indexed.
 BREAKS: dict[str, Callable[[Path], object]] = {
-    "cut inside a header": _truncate("offset", 200),
-    "cut before a member": _truncate("offset"),
-    "cut inside a member's data": _truncate("offset_data", 20),
-    "cut before the zero blocks": _truncate("end"),
-    "cut between the zero blocks": _truncate("end", 512),
+    "cut inside a header": lambda path: cut(path, "offset", 200),
+    "cut before a member": lambda path: cut(path, "offset"),
+    "cut inside a member's data": lambda path: cut(path, "offset_data", 20),
+    "cut before the zero blocks": lambda path: cut(path, "end"),
+    "cut between the zero blocks": lambda path: cut(path, "end", 512),
     "zero bytes": lambda path: os.truncate(path, 0),
-    "replaced by one of its size": _replace,
+    "replaced by one of its size": lambda path: path.write_bytes(
+        path.read_bytes().replace(b"in way a", b"in way z", 1)
+    ),
     "replaced by a larger one": lambda path: write_tar(path, [(f"t{n}", pair(n + 500)) for n in range(40)]),
     "missing": lambda path: path.unlink(),
+    "index of another tar": lambda path: shutil.copy(
+        path.with_name("00002.tar.index.npz"), path.with_name("00001.tar.index.npz")
+    ),
 }
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.data.building.files import Import, ImportOptions, Problems, Sample
 from pipeline.data.building.importers import find_kind, read_source
+from pipeline.data.building.inputs import Import, ImportOptions, Problems, Sample
 
 
 def save_image(path: Path, shade: int = 0, kind: str | None = None) -> bytes:

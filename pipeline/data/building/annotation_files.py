@@ -19,24 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.errors import DataError
-from pipeline.data.building.files import (
-    Files,
-    Import,
-    Sample,
-    Unusable,
-    clean_captions,
-    encoded_image,
-    entries_of,
-    expecting,
-    files_below,
-    folders_below,
-    json_lines,
-    json_of,
-    number_in,
-    read_file,
-    suffix_of,
-    text_in,
-)
+from pipeline.data.building import inputs
+from pipeline.data.building.inputs import Import, Sample, Unusable
 from pipeline.data.contents import choices
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import EXTENSIONS
@@ -61,31 +45,30 @@ def vqa_samples(job: Import) -> Iterator[Sample]:
     have the same list: the published one is made from train and val, in this order.
     """
     file, files = job.source, job.options.annotations
-    content = json_of(file, "VQA questions file", "questions")
+    content = inputs.json_of(file, "VQA questions file", "questions")
     if not files:  # VQA's own name for them: v2_mscoco_train2014_annotations.json
         name = file.name.replace("OpenEnded_", "").replace("questions", "annotations")
         files = (file.with_name(name),)
         if files[0] == file or not files[0].exists():
             raise DataError(f"{file}: there is no {name} next to it. Pass --annotations FILE, once for each file")
-    questions = entries_of(
-        file, "questions", content["questions"],
-        lambda entry: (number_in(entry, "question_id"), number_in(entry, "image_id"), text_in(entry, "question")),
-        job.problems, "'questions' (question_id, image_id, question)",
-    )  # fmt: skip
+    form = "'questions' (question_id, image_id, question)"
+    read_question = inputs.fields(question_id=int, image_id=int, question=str)
+    questions = inputs.entries_of(file, "questions", content["questions"], read_question, job.problems, form)
+    answer_of = inputs.fields(answer=str)
 
     def read_annotation(entry: Any) -> tuple[int, str, list[str]]:
-        people = [text_in(answer, "answer") for answer in entry["answers"]]
+        people = [text for answer in entry["answers"] for text in answer_of(answer)]
         most_frequent = Counter(people).most_common(1)[0][0] if people else ""
         chosen = entry.get("multiple_choice_answer") or most_frequent
-        return number_in(entry, "question_id"), text_in({"answer": chosen}, "answer") if chosen else "", people
+        return *inputs.fields(question_id=int)(entry), *(answer_of({"answer": chosen}) if chosen else [""]), people
 
     scores: dict[int, dict[str, float]] = {}
     chosen: list[str] = []
     question_ids = {question for question, _, _ in questions}
     for path in files:
-        annotations = json_of(path, "VQA annotations file", "annotations")["annotations"]
+        annotations = inputs.json_of(path, "VQA annotations file", "annotations")["annotations"]
         form = "'annotations' (question_id, answers: ten times 'answer')"
-        entries = entries_of(path, "annotations", annotations, read_annotation, job.problems, form)
+        entries = inputs.entries_of(path, "annotations", annotations, read_annotation, job.problems, form)
         chosen += [answer for _, answer, _ in entries]
         scores |= {number: choices.answer_scores(people) for number, _, people in entries if number in question_ids}
     # COCO's names contain the split in 2014 and 2015, and are the number alone since 2017.
@@ -100,16 +83,12 @@ def vqa_samples(job: Import) -> Iterator[Sample]:
 
 def visual_genome_samples(job: Import) -> Iterator[Sample]:
     """Return Visual Genome's questions; the one answer of each has score 1."""
-    file = job.source
-    images = entries_of(
-        file, "images", json_of(file), lambda entry: (number_in(entry, "id"), list(entry["qas"])), job.problems,
-        "a list of images with 'id' and 'qas' (qa_id, question, answer)",
-    )  # fmt: skip
-    questions = entries_of(
-        file, "questions", [(image, qa) for image, qas in images for qa in qas],
-        lambda qa: (qa[0], number_in(qa[1], "qa_id"), text_in(qa[1], "question"), text_in(qa[1], "answer")),
-        job.problems, "qa_id, question, answer",
-    )  # fmt: skip
+    file, content = job.source, inputs.json_of(job.source)
+    form = "a list of images with 'id' and 'qas' (qa_id, question, answer)"
+    images = inputs.entries_of(file, "images", content, inputs.fields(id=int, qas=list), job.problems, form)
+    entries = [entry | {"image": image} if isinstance(entry, dict) else entry for image, qas in images for entry in qas]
+    read_question = inputs.fields(image=int, qa_id=int, question=str, answer=str)
+    questions = inputs.entries_of(file, "questions", entries, read_question, job.problems, "qa_id, question, answer")
     folders = ("", "VG_100K/", "VG_100K_2/")
     with_answers = (
         Question(number, text, {plain: 1.0} if plain else {}, [f"{folder}{image}.jpg" for folder in folders])
@@ -149,43 +128,44 @@ def _with_answers(
 def nlvr2_samples(job: Import) -> Iterator[Sample]:
     """Yield NLVR2's statements; the images of dev-850-0-0 are dev-850-0-img0.png (left) and dev-850-0-img1.png."""
     form = "an object with 'identifier', 'sentence' and 'label' True or False"
-    for where, entry in json_lines(job.source, job.problems):
+    read_statement = inputs.fields(identifier=str, sentence=str)
+    for where, entry in inputs.json_lines(job.source, job.problems):
         with job.problems.skipping(where):
-            with expecting(form):
-                name, sentence = text_in(entry, "identifier"), text_in(entry, "sentence").strip()
+            with inputs.expecting(form):
+                name, sentence = read_statement(entry)
                 label = {"true": True, "false": False}[str(entry["label"]).lower()]
                 pair, directory = name.rpartition("-")[0], entry.get("directory")
             split = name.partition("-")[0]
             folders = ["", f"{split}/", *([] if directory is None else [f"{directory}/", f"{split}/{directory}/"])]
-            members: Files = {}
+            members: inputs.Files = {}
             for side in (0, 1):
                 image = job.image(*(f"{folder}{pair}-img{side}.png" for folder in folders))
                 members |= {f"{side}.{extension}": data for extension, data in image.items()}
-            yield job.sample(name, members, {"sentence": sentence, "label": label, "id": name})
+            yield job.sample(name, members, {"sentence": sentence.strip(), "label": label, "id": name})
 
 
 def karpathy_samples(job: Import) -> Iterator[Sample]:
     """Yield the images of one split, or of all, with their sentences; COCO's `train` includes `restval`."""
     file, chosen = job.source, job.options.split
 
-    def read(entry: Any) -> tuple[str, str, str, list[Any], int]:
+    def read(entry: Any) -> tuple[str, str, int, str, list[Any]]:
         sentences = [sentence["raw"] for sentence in entry["sentences"]]
-        number = number_in(entry, "cocoid" if "cocoid" in entry else "imgid")
-        return text_in(entry, "filename"), str(entry.get("filepath", "")), text_in(entry, "split"), sentences, number
+        values = inputs.fields(filename=str, split=str, **{"cocoid" if "cocoid" in entry else "imgid": int})(entry)
+        return *values, str(entry.get("filepath", "")), sentences
 
-    listed = json_of(file, "Karpathy split file", "images")["images"]
+    listed = inputs.json_of(file, "Karpathy split file", "images")["images"]
     form = "'images' (filename, split, sentences: 'raw', cocoid or imgid)"
-    images = entries_of(file, "images", listed, read, job.problems, form)
-    counts = Counter(split for _, _, split, _, _ in images)
+    images = inputs.entries_of(file, "images", listed, read, job.problems, form)
+    counts = Counter(split for _, split, *_ in images)
     splits = set(counts) if chosen is None else set(TRAINED_WITH.get(chosen, (chosen,)))
     if chosen is not None and splits.isdisjoint(counts):
         known = ", ".join(f"{split} ({count})" for split, count in counts.items())
         raise DataError(f"{file}: no image is in split '{chosen}'; expected one of {known}")
-    for name, folder, split, sentences, image_id in images:
+    for name, split, image_id, folder, sentences in images:
         where = f"{file}, image {name}"
         if split in splits:
             with job.problems.skipping(where):
-                captions = clean_captions(sentences, where, job.problems)
+                captions = inputs.clean_captions(sentences, where, job.problems)
                 image = job.image(*([name, f"{folder}/{name}"] if folder else [name]))
                 yield job.pair(Path(name).stem, image, captions, image_id)
 
@@ -194,15 +174,10 @@ def coco_samples(job: Import) -> Iterator[Sample]:
     """Yield the images of a COCO caption file with their captions."""
     file, problems = job.source, job.problems
     form = "'images' (id, file_name) and 'annotations' (image_id, caption)"
-    content = json_of(file, "COCO caption file", "images", "annotations")
-    listed = entries_of(
-        file, "images", content["images"], lambda entry: (number_in(entry, "id"), text_in(entry, "file_name")),
-        problems, form,
-    )  # fmt: skip
-    annotations = entries_of(
-        file, "annotations", content["annotations"],
-        lambda entry: (number_in(entry, "image_id"), text_in(entry, "caption")), problems, form,
-    )  # fmt: skip
+    content = inputs.json_of(file, "COCO caption file", "images", "annotations")
+    read_image, read_caption = inputs.fields(id=int, file_name=str), inputs.fields(image_id=int, caption=str)
+    listed = inputs.entries_of(file, "images", content["images"], read_image, problems, form)
+    annotations = inputs.entries_of(file, "annotations", content["annotations"], read_caption, problems, form)
     names: dict[int, str] = {}
     for image_id, name in listed:
         if image_id in names:
@@ -217,7 +192,7 @@ def coco_samples(job: Import) -> Iterator[Sample]:
     for image_id, name in names.items():
         where = f"{file}, image {image_id}"
         with problems.skipping(where):
-            texts = clean_captions(captions.get(image_id, []), where, problems)
+            texts = inputs.clean_captions(captions.get(image_id, []), where, problems)
             yield job.pair(os.path.splitext(name)[0], job.image(name), texts, image_id)
 
 
@@ -226,11 +201,11 @@ def class_samples(job: Import) -> Iterator[Sample]:
     folder, problems = job.source, job.problems
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with a folder of images for each class")
-    _, classes, others = next(folders_below(folder, problems), (folder, [], []))
+    _, classes, others = next(inputs.folders_below(folder, problems), (folder, [], []))
     if not classes:
         raise DataError(f"{folder}: it has no folder; expected a folder of images for each class")
     for name in others:
-        if suffix_of(name) in EXTENSIONS:
+        if inputs.suffix_of(name) in EXTENSIONS:
             problems.add(str(folder / name), "it is not in a class folder")
         else:
             problems.pass_over(folder / name)
@@ -239,9 +214,9 @@ def class_samples(job: Import) -> Iterator[Sample]:
     def samples() -> Iterator[Sample]:
         for number, name in enumerate(classes):
             path = None
-            for path in files_below(folder / name, EXTENSIONS, problems):
+            for path in inputs.files_below(folder / name, EXTENSIONS, problems):
                 with problems.skipping(str(path)):
-                    image = encoded_image(read_file(path), str(path))
+                    image = inputs.encoded_image(inputs.read_file(path), str(path))
                     key = job.key_of(str(path.relative_to(folder).with_suffix("")))
                     yield {"__key__": key, **image, "cls": str(number).encode()}
             if path is None:

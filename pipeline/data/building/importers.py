@@ -20,26 +20,8 @@ from webdataset.writer import TarWriter
 
 from pipeline.config.errors import DataError
 from pipeline.data.building import annotation_files as published
-from pipeline.data.building.files import (
-    KNOWN_SUFFIXES,
-    Files,
-    Import,
-    ImportOptions,
-    Kind,
-    Problems,
-    Sample,
-    Unusable,
-    check_text,
-    clean_captions,
-    encoded_image,
-    files_below,
-    folders_below,
-    json_lines,
-    json_of,
-    lines_of,
-    read_file,
-    suffix_of,
-)
+from pipeline.data.building import inputs
+from pipeline.data.building.inputs import Import, Sample, Unusable
 from pipeline.data.building.tables import Record, is_table, parquet_records, table_records
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.contents.members import REGIONS, is_visible
@@ -52,7 +34,7 @@ from pipeline.data.storage import Progress, Storage, join
 
 CAPTION_SUFFIXES = ("txt", "caption")
 _HEAD = 65_536  # characters at the start of a file by which its kind is detected
-_KIND_OF_SUFFIX: dict[str, Kind] = {
+_KIND_OF_SUFFIX: dict[str, inputs.Kind] = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",
     "txt": "text",
@@ -63,9 +45,9 @@ _KIND_OF_SUFFIX: dict[str, Kind] = {
     "parquet": "parquet",
 }
 # The kind of a folder, by the first of these extensions that it contains.
-_KIND_OF_FOLDER: dict[tuple[str, ...], Kind] = {EXTENSIONS: "folder", ("txt",): "text", ("parquet",): "parquet"}
+_KIND_OF_FOLDER: dict[tuple[str, ...], inputs.Kind] = {EXTENSIONS: "folder", ("txt",): "text", ("parquet",): "parquet"}
 # The kind of an annotation file, by patterns that the beginning of its JSON contains.
-_KIND_OF_JSON: dict[Kind, tuple[str, ...]] = {
+_KIND_OF_JSON: dict[inputs.Kind, tuple[str, ...]] = {
     "vg_qa": (r'"qas"\s*:', r'"qa_id"\s*:'),
     "vqa": (r'"questions"\s*:\s*\[',),
     "karpathy": (r'"sentences"\s*:', r'"split"\s*:', r'"filename"\s*:'),
@@ -73,21 +55,21 @@ _KIND_OF_JSON: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def find_kind(source: Path) -> Kind:
+def find_kind(source: Path) -> inputs.Kind:
     """Return the kind of a source. Raises DataError when it cannot be imported."""
     if source.is_dir():
         for extensions, kind in _KIND_OF_FOLDER.items():
-            if next(files_below(source, extensions, Problems()), None) is not None:
+            if next(inputs.files_below(source, extensions, inputs.Problems()), None) is not None:
                 return kind
-        if next(files_below(source, ("tar",), Problems()), None) is not None:
+        if next(inputs.files_below(source, ("tar",), inputs.Problems()), None) is not None:
             raise DataError(f"{source}: a folder of tars, which need no import: run `mome shards index {source}`")
-        raise DataError(f"{source}: no images ({KNOWN_SUFFIXES}), no .txt and no .parquet files in this folder")
+        raise DataError(f"{source}: no images ({inputs.KNOWN_SUFFIXES}), no .txt and no .parquet files in this folder")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
-    suffix = suffix_of(source.name)
+    suffix = inputs.suffix_of(source.name)
     if suffix in ("json", "jsonl", "ndjson"):
         head = ""
-        for _, line in lines_of(source, _HEAD):
+        for _, line in inputs.lines_of(source, _HEAD):
             head += line
             if len(head) >= _HEAD:
                 break
@@ -112,7 +94,9 @@ def find_kind(source: Path) -> Kind:
     return _KIND_OF_SUFFIX[suffix]
 
 
-def read_source(source: Path, kind: Kind, problems: Problems, options: ImportOptions = ImportOptions()) -> Import:
+def read_source(
+    source: Path, kind: inputs.Kind, problems: inputs.Problems, options: inputs.ImportOptions = inputs.ImportOptions()
+) -> Import:
     """Read a source of the given kind. Raises DataError when it is missing, and as its reader does."""
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
@@ -121,7 +105,7 @@ def read_source(source: Path, kind: Kind, problems: Problems, options: ImportOpt
             f"{source} is read as {kind}, which lists no images, but --images was given. For a list of images with "
             "captions pass --kind table (lines of image and caption) or --kind jsonl; else remove --images"
         )
-    readers: dict[Kind, Callable[[Import], Iterator[Sample]]] = {
+    readers: dict[inputs.Kind, Callable[[Import], Iterator[Sample]]] = {
         "folder": folder_samples,
         "text": text_samples,
         "coco": published.coco_samples,
@@ -131,7 +115,7 @@ def read_source(source: Path, kind: Kind, problems: Problems, options: ImportOpt
         "vg_qa": published.visual_genome_samples,
         "classes": published.class_samples,
     }
-    record_readers: dict[Kind, Callable[[Import], Iterable[Record]]] = {
+    record_readers: dict[inputs.Kind, Callable[[Import], Iterable[Record]]] = {
         "jsonl": json_records,
         "list": json_records,
         "table": table_records,
@@ -149,14 +133,14 @@ def folder_samples(job: Import) -> Iterator[Sample]:
     case-insensitive.
     """
     problems = job.problems
-    for path, _, names in folders_below(job.source, problems):
+    for path, _, names in inputs.folders_below(job.source, problems):
         caption_files = {
-            f"{os.path.splitext(name)[0]}.{suffix_of(name)}": name
+            f"{os.path.splitext(name)[0]}.{inputs.suffix_of(name)}": name
             for name in names
-            if suffix_of(name) in CAPTION_SUFFIXES
+            if inputs.suffix_of(name) in CAPTION_SUFFIXES
         }
         used = set()
-        for name in (name for name in names if suffix_of(name) in EXTENSIONS):
+        for name in (name for name in names if inputs.suffix_of(name) in EXTENSIONS):
             stem = os.path.splitext(name)[0]
             candidates = [f"{begin}.{suffix}" for begin in (stem, name) for suffix in CAPTION_SUFFIXES]
             caption_file = next((caption_files[c] for c in candidates if c in caption_files), None)
@@ -166,20 +150,20 @@ def folder_samples(job: Import) -> Iterator[Sample]:
                 where = str(path / caption_file)
                 with problems.skipping(where):
                     try:
-                        text = "".join(line for _, line in lines_of(path / caption_file))
+                        text = "".join(line for _, line in inputs.lines_of(path / caption_file))
                     except DataError as error:
                         raise Unusable(str(error)) from error
-                    check_text(text)
-                    captions = clean_captions(text, where, problems)
+                    inputs.check_text(text)
+                    captions = inputs.clean_captions(text, where, problems)
                 if captions is None:
                     continue
             with problems.skipping(where := str(path / name)):
-                image = encoded_image(read_file(path / name), where)
+                image = inputs.encoded_image(inputs.read_file(path / name), where)
                 yield job.pair(os.path.splitext(os.path.relpath(path / name, job.source))[0], image, captions)
         for name in names:
-            if suffix_of(name) in CAPTION_SUFFIXES and name not in used:
+            if inputs.suffix_of(name) in CAPTION_SUFFIXES and name not in used:
                 problems.leave_out(str(path / name), "there is no image of this name next to it")
-            elif suffix_of(name) not in (*CAPTION_SUFFIXES, *EXTENSIONS):
+            elif inputs.suffix_of(name) not in (*CAPTION_SUFFIXES, *EXTENSIONS):
                 problems.pass_over(path / name)
 
 
@@ -190,7 +174,7 @@ def text_samples(job: Import) -> Iterator[Sample]:
     dropped and its ` @-@ ` is joined.
     """
     is_file, problems = job.source.is_file(), job.problems
-    for path in [job.source] if is_file else files_below(job.source, ("txt",), problems):
+    for path in [job.source] if is_file else inputs.files_below(job.source, ("txt",), problems):
         number = -1
         try:
             for number, piece in enumerate(filter(is_visible, text_pieces(path, job.options.words, problems))):
@@ -204,12 +188,12 @@ def text_samples(job: Import) -> Iterator[Sample]:
             problems.add(str(path), "it contains no text")
 
 
-def text_pieces(path: Path, words: int, problems: Problems) -> Iterator[str]:
+def text_pieces(path: Path, words: int, problems: inputs.Problems) -> Iterator[str]:
     """Yield pieces of whole sentences, at most `words` words each; a longer sentence is split."""
     paragraph: list[str] = []
-    for where, line in itertools.chain(lines_of(path), [("", "")]):
+    for where, line in itertools.chain(inputs.lines_of(path), [("", "")]):
         with problems.skipping(where):
-            check_text(line)
+            inputs.check_text(line)
             if line.strip() and not re.fullmatch(r"\s*=+ .* =+\s*", line):  # WikiText's headings end a paragraph
                 # WikiText's marks: `film @-@ maker` is film-maker, `<unk>` is a removed word.
                 paragraph.append(re.sub(r" @([-.,])@ ", r"\1", line).replace("<unk>", " ").replace("\ufeff", ""))
@@ -240,8 +224,8 @@ def json_records(job: Import) -> Iterator[Record]:
     image is optional, and `"image_size"` may give the [height, width] that the boxes refer to, where the .npz does not.
     """
     if job.kind == "jsonl":
-        entries = json_lines(job.source, job.problems)
-    elif isinstance(content := json_of(job.source), list):
+        entries = inputs.json_lines(job.source, job.problems)
+    elif isinstance(content := inputs.json_of(job.source), list):
         entries = ((f"{job.source}, entry {number}", entry) for number, entry in enumerate(content))
     else:
         form = '[{"image": path, "caption": text or list of texts}, …]'
@@ -260,14 +244,14 @@ def json_records(job: Import) -> Iterator[Record]:
             captions = (
                 entry["caption"] if entry.get("captions") is None and "caption" in entry else entry.get("captions")
             )
-            captions = clean_captions(
+            captions = inputs.clean_captions(
                 captions, where, job.problems, "'captions': a list of texts, or 'caption': a text"
             )
             image_id = entry.get("image_id")
             if isinstance(image_id, float) and not math.isfinite(image_id):
                 raise Unusable(f"its image_id is {image_id}; expected a finite number or a text")
             if image_id is not None and not (isinstance(image_id, int) and abs(image_id) < 1 << 63):
-                check_text(str(image_id), "its image_id: it")
+                inputs.check_text(str(image_id), "its image_id: it")
                 image_id = hash64("image_id", str(image_id)) >> 1
             image_size = (sides[0], sides[1]) if sides else None
             yield Record(where, paths[0], captions, entry.get("image"), image_id, entry.get("regions"), image_size)
@@ -286,14 +270,14 @@ def record_samples(job: Import, records: Iterable[Record]) -> Iterator[Sample]:
     for first, *others in groups:
         is_usable = False
         with job.problems.skipping(first.where):
-            files: Files = {}
+            files: inputs.Files = {}
             if isinstance(first.image, bytes):
-                files = encoded_image(first.image, first.name)
+                files = inputs.encoded_image(first.image, first.name)
             elif first.image is not None:
                 files = job.image(first.image)
             if first.regions is not None:
                 path = job.find([first.regions])
-                data = read_file(path, "regions")
+                data = inputs.read_file(path, "regions")
                 try:
                     regions = parse_regions(data, first.image_size)
                 except BadSample as error:

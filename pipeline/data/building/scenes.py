@@ -17,8 +17,8 @@ import simplejpeg
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import SourceConfig, SyntheticConfig
-from pipeline.data.building.files import Sample
 from pipeline.data.building.importers import write_shards
+from pipeline.data.building.inputs import Sample
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.shards.manifest import MANIFEST
 from pipeline.data.storage import Storage, join

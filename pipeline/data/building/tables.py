@@ -21,16 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.errors import DataError
-from pipeline.data.building.files import (
-    Import,
-    ImportOptions,
-    Problems,
-    Unusable,
-    check_text,
-    clean_captions,
-    files_below,
-    lines_of,
-)
+from pipeline.data.building import inputs
+from pipeline.data.building.inputs import Import, Unusable
 from pipeline.data.contents.images import EXTENSIONS
 
 IMAGE_NAMES = (
@@ -74,7 +66,7 @@ def table_records(job: Import) -> Iterator[Record]:
     if delimiter in _QUOTED:
         rows = _quoted_rows(job.source, delimiter, job.problems)
     else:
-        lines = ((where, line.rstrip("\r\n")) for where, line in lines_of(job.source) if line.strip())
+        lines = ((where, line.rstrip("\r\n")) for where, line in inputs.lines_of(job.source) if line.strip())
         rows = ((where, line.split(delimiter)) for where, line in lines)
     image_column = caption_column = width = 0
     for number, (where, cells) in enumerate(rows):
@@ -92,16 +84,16 @@ def table_records(job: Import) -> Iterator[Record]:
                 raise Unusable(f"it has {len(cells)} columns; expected {width}")
             cells = [_cell(cell) for cell in cells]
             for cell in cells:
-                check_text(cell)
+                inputs.check_text(cell)
             image = cells[image_column]
             if not image:
                 raise Unusable("it has no image")
             if numbered := _NUMBERED.fullmatch(image):
                 image = numbered[1]
-            yield Record(where, image, clean_captions(cells[caption_column], where, job.problems), image)
+            yield Record(where, image, inputs.clean_captions(cells[caption_column], where, job.problems), image)
 
 
-def _quoted_rows(file: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
+def _quoted_rows(file: Path, delimiter: str, problems: inputs.Problems) -> Iterator[tuple[str, list[str]]]:
     """Yield the location and the cells of each non-empty row of CSV.
 
     A quotation mark that is never closed affects its own line only, not those after it.
@@ -113,7 +105,7 @@ def _quoted_rows(file: Path, delimiter: str, problems: Problems) -> Iterator[tup
         except csv.Error:
             return None
 
-    lines = lines_of(file)
+    lines = inputs.lines_of(file)
     pending: deque[tuple[str, str]] = deque()
     while pending or (pending := deque(islice(lines, 1))):
         where, text = pending[0]
@@ -140,7 +132,7 @@ def _first_row(file: Path) -> tuple[str | None, list[str]]:
 
     A delimiter that separates an image or known column names is preferred.
     """
-    line = next((line for _, line in lines_of(file) if line.strip()), "")
+    line = next((line for _, line in inputs.lines_of(file) if line.strip()), "")
     rows = {delimiter: [_cell(cell) for cell in line.split(delimiter)] for delimiter in "\t|;," if delimiter in line}
     for delimiter, cells in rows.items():
         if any(map(_NUMBERED.fullmatch, cells)) or _is_header(cells):
@@ -160,7 +152,7 @@ def _is_header(cells: Sequence[str]) -> bool:
 
 
 def _find_columns(
-    file: Path, cells: Sequence[str], images: Sequence[int] | None, options: ImportOptions
+    file: Path, cells: Sequence[str], images: Sequence[int] | None, options: inputs.ImportOptions
 ) -> tuple[int, int]:
     """Return the positions of the columns of images and captions.
 
@@ -196,7 +188,7 @@ def _find_columns(
 
 def parquet_records(job: Import) -> Iterator[Record]:
     """Yield the rows of a Parquet file, or of every one below a folder."""
-    files = [job.source] if job.source.is_file() else list(files_below(job.source, ("parquet",), job.problems))
+    files = [job.source] if job.source.is_file() else list(inputs.files_below(job.source, ("parquet",), job.problems))
     if not files:
         raise DataError(f"{job.source}: no .parquet file in this folder")
     for file in files:
@@ -214,10 +206,10 @@ def parquet_records(job: Import) -> Iterator[Record]:
                 if not isinstance(image, str | bytes) or not image.strip():
                     raise Unusable(f"it has no image ({image!r:.50}); expected bytes, a path, or a struct of both")
                 name = image if isinstance(image, str) else f"{file.stem}-{row:07d}"
-                yield Record(where, name, clean_captions(caption, where, job.problems), image)
+                yield Record(where, name, inputs.clean_captions(caption, where, job.problems), image)
 
 
-def _parquet_rows(file: Path, options: ImportOptions) -> Iterator[tuple[Any, ...]]:
+def _parquet_rows(file: Path, options: inputs.ImportOptions) -> Iterator[tuple[Any, ...]]:
     """Yield the Arrow scalars of the image and the captions in each row. Raises DataError for a damaged file."""
     import pyarrow
     import pyarrow.parquet

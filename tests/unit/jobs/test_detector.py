@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from transformers import (
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessorPil,
-    PreTrainedModel,
     ResNetConfig,
     RTDetrConfig,
     RTDetrForObjectDetection,
@@ -37,54 +37,40 @@ _TRANSFORMER = {
 }  # fmt: skip
 
 
-def _detr() -> PreTrainedModel:
-    """A decoder with a class for "nothing"."""
-    backbone = ResNetConfig(**_STAGES, out_features=["stage4"])
-    return DetrForObjectDetection(
-        DetrConfig(backbone_config=backbone, use_timm_backbone=False, backbone=None, **_TRANSFORMER)
-    )
-
-
-def _rt_detr() -> PreTrainedModel:
-    """A decoder with a sigmoid for each class."""
-    backbone = RTDetrResNetConfig(**_STAGES, out_features=["stage2", "stage3", "stage4"])
-    sizes = {"encoder_in_channels": [8, 8, 16], "encoder_hidden_dim": 16, "decoder_in_channels": [16, 16, 16]}
-    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=backbone, **sizes, **_TRANSFORMER))
-
-
-def _yolos() -> PreTrainedModel:
-    """An encoder with detection tokens after those of the patches."""
-    return YolosForObjectDetection(
-        YolosConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=[32, 48],
-            patch_size=8, num_detection_tokens=QUERIES, num_labels=5,
-        )
-    )  # fmt: skip
-
-
-FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], object]] = {
-    "detr": (_detr, DetrImageProcessorPil(size=SIDES)),
-    "rt_detr": (_rt_detr, RTDetrImageProcessorPil(size={"height": 64, "width": 64})),
-    "yolos": (_yolos, YolosImageProcessorPil(size=SIDES)),
+_BACKBONE = ResNetConfig(**_STAGES, out_features=["stage4"])
+_RT_BACKBONE = RTDetrResNetConfig(**_STAGES, out_features=["stage2", "stage3", "stage4"])
+_RT_SIZES = {"encoder_in_channels": [8, 8, 16], "encoder_hidden_dim": 16, "decoder_in_channels": [16, 16, 16]}
+_YOLOS = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "image_size": [32, 48], "patch_size": 8, "num_detection_tokens": QUERIES, "num_labels": 5,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[Any, Any, Any]] = {  # model, its config, processor
+    "detr": (  # a decoder with a class for "nothing"
+        DetrForObjectDetection,
+        DetrConfig(backbone_config=_BACKBONE, use_timm_backbone=False, backbone=None, **_TRANSFORMER),
+        DetrImageProcessorPil(size=SIDES),
+    ),
+    "rt_detr": (  # a decoder with a sigmoid for each class
+        RTDetrForObjectDetection,
+        RTDetrConfig(backbone_config=_RT_BACKBONE, **_RT_SIZES, **_TRANSFORMER),
+        RTDetrImageProcessorPil(size={"height": 64, "width": 64}),
+    ),
+    # an encoder with detection tokens after those of the patches
+    "yolos": (YolosForObjectDetection, YolosConfig(**_YOLOS), YolosImageProcessorPil(size=SIDES)),
 }
 
 
 def save(family: str, folder: Path) -> Path:
     """Save a detector whose queries differ, as those of a trained one do."""
-    make, processor = FAMILIES[family]
+    make, config, processor = FAMILIES[family]
     torch.manual_seed(0)
-    model = make()
+    model = make(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)  # type: ignore[attr-defined]
+    processor.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(params=list(FAMILIES))
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return save(request.param, tmp_path / request.param)
 
 
 @pytest.fixture
@@ -92,40 +78,33 @@ def picture() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 
-def test_region_has_its_query_vector_box_and_class(folder: Path, picture: np.ndarray) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_region_has_its_query_vector_box_and_class(tmp_path: Path, family: str, picture: np.ndarray) -> None:
     """The reference is transformers' own post-processing, which discards the query vectors."""
-    detector = Detector(folder, torch.device("cpu"))
+    detector = Detector(save(family, tmp_path), torch.device("cpu"))
     record = detector(picture, 100)
     with torch.inference_mode():
         output = detector._model(**detector._prepare(images=picture, return_tensors="pt"))
     expected = detector._prepare.post_process_object_detection(output, threshold=0.0, target_sizes=[(40, 60)])[0]
     order = torch.argsort(expected["scores"], descending=True, stable=True)
     # With a no-object class each query occurs once; otherwise (query, class) pairs, of which ours is the first.
-    order = order if folder.name in ("detr", "yolos") else order[:1]
+    has_nothing = family in ("detr", "yolos")
+    order = order if has_nothing else order[:1]
     for name, ours in (("scores", record.confidences), ("labels", record.classes)):
         np.testing.assert_allclose(ours[: len(order)], expected[name][order], atol=1e-6)
     boxes = expected["boxes"][order].numpy().clip(0, [60, 40, 60, 40])
     np.testing.assert_allclose(record.boxes[: len(order)], boxes, atol=1e-3)
-    assert len(record) == QUERIES
-    assert record.image_size == (40, 60)
+    assert (len(record), record.image_size) == (QUERIES, (40, 60))
     assert (np.diff(record.confidences) <= 0).all()
     hidden = output.last_hidden_state[0, -QUERIES:].numpy()
     query = [int(np.abs(hidden - vector).sum(axis=1).argmin()) for vector in record.features]
     assert sorted(query) == list(range(QUERIES))
-    likely = (
-        output.logits[0].argmax(dim=1)
-        if folder.name not in ("detr", "yolos")
-        else output.logits[0, :, :-1].argmax(dim=1)
-    )
-    assert record.classes.tolist() == likely[query].tolist()
-
-
-def test_most_confident_regions_are_kept_and_parsed(folder: Path, picture: np.ndarray) -> None:
-    detector = Detector(folder, torch.device("cpu"))
+    logits = output.logits[0, :, :-1] if has_nothing else output.logits[0]
+    assert record.classes.tolist() == logits.argmax(dim=1)[query].tolist()
     few, whole = (parse_regions(detector(picture, count).to_bytes()) for count in (4, 9))
-    for name in ("features", "boxes", "classes", "confidences"):
+    for name in ("features", "boxes", "classes", "confidences"):  # the most confident are kept
         assert np.array_equal(getattr(few, name), getattr(whole, name)[:4])
-    assert int(whole.classes.max()) < 5  # type: ignore[union-attr]
+    assert int(whole.classes.max()) < 5
 
 
 def test_digest_depends_on_the_detector_files(tmp_path: Path) -> None:
@@ -135,20 +114,15 @@ def test_digest_depends_on_the_detector_files(tmp_path: Path) -> None:
     assert detector_digest(one) != detector_digest(other)
 
 
-def test_folder_without_a_detector_is_named(tmp_path: Path) -> None:
+def test_missing_detectors_and_refused_images_are_named(
+    tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"no such folder.*nothing is downloaded"):
         Detector(tmp_path / "facebook/detr-resnet-50", torch.device("cpu"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no detector that transformers can load"):
         Detector(tmp_path, torch.device("cpu"))
-
-
-def test_image_rejected_by_the_detector_is_a_bad_sample(tmp_path: Path, picture: np.ndarray) -> None:
-    detector = Detector(save("yolos", tmp_path), torch.device("cpu"))
-
-    def refuse(**_: object) -> None:
-        raise ValueError("too thin")
-
-    detector._prepare = refuse
+    detector = Detector(save("yolos", tmp_path / "yolos"), torch.device("cpu"))
+    monkeypatch.setattr(detector, "_prepare", Mock(side_effect=ValueError("too thin")))
     with pytest.raises(BadSample, match="too thin"):
         detector(picture, 10)

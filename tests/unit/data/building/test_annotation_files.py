@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import DataError
-from pipeline.data.building.files import Problems
 from pipeline.data.building.importers import find_kind, write_shards
+from pipeline.data.building.inputs import Problems
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.members import both_images, class_of, question_of, statement_of
 from pipeline.data.reading.samples import iter_samples

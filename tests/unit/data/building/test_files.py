@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config.errors import DataError, MomeError
-from pipeline.data.building.files import Problems
 from pipeline.data.building.importers import find_kind
+from pipeline.data.building.inputs import Problems
 from pipeline.data.contents.images import FORMATS
 from pipeline.data.contents.members import captions_of
 from tests.support.fuzz import fuzz_rounds, mutate

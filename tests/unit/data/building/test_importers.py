@@ -17,8 +17,8 @@ from PIL import Image
 from pipeline.config.errors import DataError
 from pipeline.config.load import validate
 from pipeline.data.building import importers
-from pipeline.data.building.files import Import, Problems, Sample
 from pipeline.data.building.importers import check_writable, find_kind, write_shards
+from pipeline.data.building.inputs import Import, Problems, Sample
 from pipeline.data.contents.regions import parse_regions
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader

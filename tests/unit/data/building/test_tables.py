@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.config.errors import DataError, MomeError
-from pipeline.data.building.files import Problems
 from pipeline.data.building.importers import find_kind
+from pipeline.data.building.inputs import Problems
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.imports import read, record_of, save_image
 

@@ -295,26 +295,32 @@ def entries_of(
     return results
 
 
-def text_in(entry: Mapping[str, Any], name: str) -> str:
-    """Return an entry's text. Raises Unusable if it is missing or invalid."""
-    value = entry.get(name)
-    if not isinstance(value, str):
-        raise Unusable(f"its {name} is not a text but {value!r:.50}")
-    if not value.strip():
-        raise Unusable(f"its {name} is empty")
-    check_text(value, f"its {name}: it")
-    return value
+def fields(**kinds: type) -> Callable[[Any], tuple[Any, ...]]:
+    """Return a reader of an entry's fields: texts with content (str), ids of 64 bits (int), or values of another type.
 
+    It raises Unusable for a missing or other value, and AttributeError for an entry that is no object.
+    """
 
-def number_in(entry: Mapping[str, Any], name: str) -> int:
-    """Return an id as an integer of 64 bits. Raises Unusable, TypeError or ValueError if it is not one."""
-    value = entry[name]
-    is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, int | str)
-    if isinstance(value, bool) or not is_whole:
-        raise Unusable(f"its {name} is not a whole number but {value!r:.50}")
-    if abs(int(value)) >= 1 << 63:
-        raise Unusable(f"its {name} is beyond 64 bits: {value!r:.50}")
-    return int(value)
+    def read(entry: Any) -> tuple[Any, ...]:
+        values = []
+        for name, kind in kinds.items():
+            value = entry.get(name)
+            if kind is int:
+                is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, int | str)
+                if isinstance(value, bool) or not is_whole:
+                    raise Unusable(f"its {name} is not a whole number but {value!r:.50}")
+                if abs(value := int(value)) >= 1 << 63:
+                    raise Unusable(f"its {name} is beyond 64 bits: {value!r:.50}")
+            elif not isinstance(value, kind):
+                raise Unusable(f"its {name} is not a {'text' if kind is str else kind.__name__} but {value!r:.50}")
+            elif isinstance(value, str):
+                if not value.strip():
+                    raise Unusable(f"its {name} is empty")
+                check_text(value, f"its {name}: it")
+            values.append(value)
+        return tuple(values)
+
+    return read
 
 
 # Files and folders ----------------------------------------------------------------------------------------------------
