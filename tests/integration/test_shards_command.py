@@ -30,20 +30,16 @@ def pairs(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "pairs.jsonl", *lines)
 
 
-def test_pairs_are_built_and_shown(pairs: Path, tmp_path: Path) -> None:
+def test_pairs_are_built_shown_and_replaced(pairs: Path, tmp_path: Path) -> None:
     out, sheet = tmp_path / "out", tmp_path / "deep" / "sheet.png"
     built = run_shards("build", pairs, out, "--samples-per-shard", 5)
-    assert "12 samples in 3 shards" in built.stdout
-    assert "1 left out" in built.stdout
-    assert "absent.jpg" in built.stderr
-    assert "line 4" in built.stderr
+    assert all(text in built.stdout for text in ("12 samples in 3 shards", "1 left out"))
+    assert all(text in built.stderr for text in ("absent.jpg", "line 4"))
     shown = run_shards("show", out, "--samples", 4, "--sheet", sheet)
     assert all(text in shown.stdout for text in ("picture 0", "a grey one, 9", "000001.tar"))
     with Image.open(sheet) as image:
-        assert image.format == "PNG"
-        assert image.width > 900
-    refused = run_shards("build", pairs, out, "--limit", 2, fails=DataError)
-    assert "--overwrite" in str(refused.exception)
+        assert (image.format, image.width > 900) == ("PNG", True)
+    assert "--overwrite" in str(run_shards("build", pairs, out, "--limit", 2, fails=DataError).exception)
     facts = facts_of("build", pairs, out, "--overwrite")
     assert (facts["num_samples"], facts["shards"], facts["left_out"], facts["kind"]) == (12, 1, 1, "jsonl")
     listed = facts_of("show", out, "--samples", 3)
@@ -60,33 +56,39 @@ def test_shards_in_a_bucket_equal_those_in_a_folder(pairs: Path, tmp_path: Path,
     built = [facts_of("build", pairs, out, "--samples-per-shard", 5)["manifest"] for out in (there, here)]
     assert built[0] == built[1]
     assert facts_of("show", there)["samples"] == facts_of("show", here)["samples"]
-    checked = facts_of("check", there, "--workers", 1)
-    assert (checked["num_samples"], checked["shards"], checked["bad_samples"]) == (12, 3, 0)
-    single = facts_of("check", f"{there}/000002.tar", "--workers", 1)
-    assert (single["num_samples"], single["shards"]) == (2, 1)
+    for url, counts in ((there, (12, 3, 0)), (f"{there}/000002.tar", (2, 1, 0))):
+        checked = facts_of("check", url, "--workers", 1)
+        assert (checked["num_samples"], checked["shards"], checked["bad_samples"]) == counts
 
 
 def test_bad_source_leaves_nothing_behind(pairs: Path, tmp_path: Path) -> None:
-    out, empty = tmp_path / "out", tmp_path / "empty.jsonl"
-    empty.write_text("")
-    run_shards("build", pairs, out, "--strict", "--samples-per-shard", 1, fails=DataError)
-    run_shards("build", tmp_path / "absent.jsonl", out, fails=DataError)
-    run_shards("build", pairs, out, "--images", tmp_path / "absent", fails=ConfigError)
-    run_shards("build", empty, out, fails=DataError)
+    out, empty = tmp_path / "out", write_lines(tmp_path / "empty.jsonl")
+    for source, options, kind in (
+        (pairs, ("--strict", "--samples-per-shard", 1), DataError),
+        (tmp_path / "absent.jsonl", (), DataError),
+        (pairs, ("--images", tmp_path / "absent"), ConfigError),
+        (empty, (), DataError),
+    ):
+        run_shards("build", source, out, *options, fails=kind)
     run_shards("build", pairs, out, "--kind", "word", status=2)
     assert not out.exists() or os.listdir(out) == []
 
 
-def test_texts_and_damaged_images_are_built_and_shown(tmp_path: Path) -> None:
+def test_texts_damaged_images_and_photos_are_built_and_shown(tmp_path: Path, shared: Path) -> None:
     (tmp_path / "book.txt").write_text("It was a dark night. " * 40)
     built = facts_of("build", tmp_path / "book.txt", tmp_path / "texts", "--words", 12)
     assert (built["kind"], built["num_samples"]) == ("text", 20)
-    run_shards("show", tmp_path / "texts", "--sheet", tmp_path / "sheet.png")
+    run_shards("show", tmp_path / "texts", "--sheet", tmp_path / "texts.png")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(picture(1, 64)[:900])
-    run_shards("build", tmp_path / "images", tmp_path / "out")
-    shown = facts_of("show", tmp_path / "out", "--sheet", tmp_path / "damaged.png")
+    run_shards("build", tmp_path / "images", tmp_path / "damaged")
+    shown = facts_of("show", tmp_path / "damaged", "--sheet", tmp_path / "damaged.png")
     assert "corrupt JPEG" in shown["samples"][0]["fault"]
+    photos = shared / "data" / "flickr8k_3k" / "test.jsonl"
+    built = facts_of("build", photos, tmp_path / "photos", "--limit", 30, "--samples-per-shard", 10)
+    assert (built["num_samples"], built["shards"], built["left_out"]) == (30, 3, 0)
+    shown = facts_of("show", tmp_path / "photos", "--sheet", tmp_path / "photos.png")
+    assert all(sample["image_size"] == [224, 224] and len(sample["captions"]) == 5 for sample in shown["samples"])
 
 
 def test_counts_of_another_tool_need_trust_counts(pairs: Path, tmp_path: Path) -> None:
@@ -97,22 +99,13 @@ def test_counts_of_another_tool_need_trust_counts(pairs: Path, tmp_path: Path) -
     for name, count in (("000000", 5), ("000001", 5), ("000002", 2)):
         write_lines(out / f"{name}_stats.json", {"count": 9, "successes": count})
     trusted = facts_of("index", out, "--trust-counts")
-    assert (trusted["num_samples"], trusted["trusted"]) == (12, 3)
-    assert not list(out.glob("*.npz"))
+    assert (trusted["num_samples"], trusted["trusted"], list(out.glob("*.npz"))) == (12, 3, [])
     assert "counted by another tool" in run_shards("index", out, "--trust-counts").stdout
     assert facts_of("check", out, "--workers", 1)["num_samples"] == 12
     assert facts_of("show", out, "--samples", 1)["samples"][0]["captions"] == ["picture 0", "a grey one, 0"]
     assert [path.name for path in out.glob("*.npz")] == ["000000.tar.index.npz"]
     whole = facts_of("index", out)
     assert (whole["num_samples"], whole["trusted"]) == (12, 0)
-
-
-def test_real_photos_are_built(tmp_path: Path, shared: Path) -> None:
-    source = shared / "data" / "flickr8k_3k" / "test.jsonl"
-    built = facts_of("build", source, tmp_path / "out", "--limit", 30, "--samples-per-shard", 10)
-    assert (built["num_samples"], built["shards"], built["left_out"]) == (30, 3, 0)
-    shown = facts_of("show", tmp_path / "out", "--sheet", tmp_path / "sheet.png")["samples"]
-    assert all(sample["image_size"] == [224, 224] and len(sample["captions"]) == 5 for sample in shown)
 
 
 def test_answers_and_classes_are_listed_next_to_the_shards(tmp_path: Path) -> None:

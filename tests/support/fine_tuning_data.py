@@ -65,31 +65,18 @@ def run_config(
         "width": 48, "layers": 3, "heads": 4, "vision_language_layers": 1, "image_size": SIDE, "patch_size": 8,
         "max_text_length": 16, "positions": "absolute", "layer_scale": None, "drop_path": 0.0, "init_std": 0.1,
     }  # fmt: skip
+    stage = {
+        "name": "finetune", "sources": {"train": 1.0}, "objectives": {objective: {}}, "steps": steps,
+        "global_batch_size": 32, "max_text_length": 16,
+        "optimizer": {"lr": 2e-3, "warmup_steps": 5, "max_grad_norm": 1.0},
+    } | stage  # fmt: skip
+    sources = {"train": {"shards": train, "type": source_type}, "test": {"shards": test, "type": source_type}}
     values = {
-        "name": f"tiny-{source_type}",
-        "output": str(folder / "runs"),
-        "seed": 3,
-        "model": model,
-        "tokenizer": {"size": 200},
-        "sources": {"train": {"shards": train, "type": source_type}, "test": {"shards": test, "type": source_type}},
+        "name": f"tiny-{source_type}", "output": str(folder / "runs"), "seed": 3, "model": model,
+        "tokenizer": {"size": 200}, "sources": sources, "stages": [stage], "engine": {"precision": "float32"},
         "data": {"streams": 4, "augment": {"crop_scale": [0.9, 1.0], "num_ops": 0}},
-        "stages": [
-            {
-                "name": "finetune",
-                "sources": {"train": 1.0},
-                "objectives": {objective: {}},
-                "steps": steps,
-                "global_batch_size": 32,
-                "max_text_length": 16,
-                "optimizer": {"lr": 2e-3, "warmup_steps": 5, "max_grad_norm": 1.0},
-                **stage,
-            }
-        ],
-        "engine": {"precision": "float32"},
-        "checkpoint": {"every": 1000},
-        "tracking": {"metrics_every": 10},
-        "evaluation": {"source": "test"},
-    }
+        "checkpoint": {"every": 1000}, "tracking": {"metrics_every": 10}, "evaluation": {"source": "test"},
+    }  # fmt: skip
     return validate(values, "tiny")
 
 

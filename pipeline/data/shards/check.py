@@ -19,17 +19,9 @@ import numpy as np
 
 from pipeline.config.errors import DataError
 from pipeline.config.schema import SourceType
+from pipeline.data.contents import members
 from pipeline.data.contents.choices import CLASSES, Choices
 from pipeline.data.contents.images import decode
-from pipeline.data.contents.members import (
-    both_images,
-    captions_of,
-    check_members,
-    class_of,
-    image_bytes,
-    question_of,
-    statement_of,
-)
 from pipeline.data.contents.regions import regions_of
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.index import SIDECAR, ShardRecord, index_tar
@@ -158,25 +150,27 @@ def sample_defect(
     sample: TarSample, source_type: SourceType, max_pixels: int, classes: int | None = None
 ) -> BadSample | None:
     """Return why training would quarantine a sample, judged in the loader's order; None if it would be read."""
-    members = sample.contents
+    contents = sample.contents
     readers: dict[SourceType, Callable[..., object]] = {
-        "pairs": captions_of,
-        "text": captions_of,
-        "regions": captions_of,
-        "questions": question_of,
-        "statements": statement_of,
-        "labelled": partial(class_of, classes=classes),
+        "pairs": members.captions_of,
+        "text": members.captions_of,
+        "regions": members.captions_of,
+        "questions": members.question_of,
+        "statements": members.statement_of,
+        "labelled": partial(members.class_of, classes=classes),
     }
     try:
         with judging("members"):
-            check_members(members, sample.is_duplicate)
+            members.check_members(contents, sample.is_duplicate)
             if reader := readers.get(source_type):
-                reader(members)
+                reader(contents)
             if source_type == "regions":
-                regions_of(members)
+                regions_of(contents)
             images: tuple[bytes, ...] = ()
-            if source_type not in ("text", "regions"):
-                images = both_images(members) if source_type == "statements" else (image_bytes(members),)
+            if source_type == "statements":
+                images = members.both_images(contents)
+            elif source_type not in ("text", "regions"):
+                images = (members.image_bytes(contents),)
         with judging("image"):
             for image in images:
                 decode(image, max_pixels)
