@@ -28,6 +28,11 @@ def record(tracker: Tracker, config: RunConfig, stage: int, steps: range) -> Non
         tracker.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
 
 
+def losses(steps: range) -> list[tuple[int, float]]:
+    """Return the train/loss that `record` gives these steps."""
+    return [(step, 1 / (step + 1)) for step in steps]
+
+
 def weights(config: RunConfig, stage: int) -> SavedWeights:
     """Return the final weights of a stage."""
     return SavedWeights(f"{config.folder}/stages/{stage}-{config.stages[stage].name}", 100 * (stage + 1), stage)

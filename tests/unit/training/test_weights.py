@@ -28,10 +28,6 @@ def save(folder: Path) -> str:
     return str(folder)
 
 
-def test_tokens_with_other_line_ends_round_trip(tmp_path: Path) -> None:
-    assert load_weights(Storage(), save(tmp_path)).vocabulary == TOKENS
-
-
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Rewrite the manifest with `change`, keeping its digests correct."""
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -44,7 +40,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 @pytest.mark.parametrize("key", ["config", "stage", "step"])
 def test_manifest_without_a_key_is_rejected(key: str, tmp_path: Path) -> None:
-    save(tmp_path)
+    assert load_weights(Storage(), save(tmp_path)).vocabulary == TOKENS, "line ends of other kinds are tokens"
     rewritten(tmp_path, lambda manifest: manifest.pop(key))
     for read in (load_weights, weights_info):
         with pytest.raises(MomeError, match=r"is damaged|config"):

@@ -1,0 +1,457 @@
+"""A run in MLflow: one parent, one child per stage, every metric once, through crashes, outages and deletions (C6).
+
+An outage of the server on PostgreSQL lasts seconds; MOME_OUTAGE_SECONDS=600 makes it ten minutes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from jobs.caller import Caller
+from jobs.tracking import sync
+from pipeline.config.errors import TrackingError
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.locations import journal_folder
+from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
+from pipeline.tracking.mlflow_server import ServerUnavailable
+from pipeline.tracking.tracker import Tracker
+from tests.support.mlflow_server import ADMIN, PASSWORD, Server
+from tests.support.postgres import Postgres
+from tests.support.short_run import NoUploader
+from tests.support.stores import S3
+from tests.support.tracked_run import PHOTOS, checkpoint, config_of, losses, record, weights
+
+OUTAGE_SECONDS = float(os.environ.get("MOME_OUTAGE_SECONDS", "4"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the path of an SQLite store shared by this module, because creating one takes seconds."""
+    return tmp_path_factory.mktemp("sqlite") / "mlflow.db"
+
+
+@pytest.fixture
+def uri(database: Path) -> str:
+    return f"sqlite:///{database}"
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upload only by `upload` and `sync`."""
+    monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
+
+
+def upload(config: RunConfig, uri: str) -> None:
+    MlflowUploader(journal_folder(config.folder), uri, print).upload()
+
+
+def runs_of(uri: str, config: RunConfig) -> dict[str, Run]:
+    """Return the run's MLflow runs by name: the parent and its children."""
+    client = MlflowClient(uri)
+    (run,) = {record["run"] for record in Journal(journal_folder(config.folder)).run_records()}
+    experiments = [item.experiment_id for item in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.`mome.run` = '{run}'")
+    assert len({item.info.run_name for item in runs}) == len(runs), "a run was created twice"
+    return {item.info.run_name: client.get_run(item.info.run_id) for item in runs}
+
+
+def points(uri: str, run: Run, key: str = "train/loss") -> list[tuple[int, float]]:
+    """Return (step, value) in MLflow's order."""
+    history = MlflowClient(uri).get_metric_history(run.info.run_id, key)
+    return [(point.step, point.value) for point in sorted(history, key=lambda point: (point.timestamp, point.step))]
+
+
+def statuses(runs: dict[str, Run]) -> dict[str, str]:
+    return {name: run.info.status for name, run in runs.items()}
+
+
+def content(database: Path) -> list[list[tuple[Any, ...]]]:
+    """Return all rows that a repeated upload could duplicate, with run statuses and times."""
+    tables = ("runs", "metrics", "latest_metrics", "params", "tags", "datasets", "inputs")
+    tables += ("logged_models", "logged_model_metrics", "logged_model_params", "logged_model_tags")
+    with sqlite3.connect(database) as connection:
+        return [sorted(connection.execute(f"select * from {table}"), key=repr) for table in tables]
+
+
+def sync_without_cursor(config: RunConfig) -> dict[str, Any]:
+    for cursor in journal_folder(config.folder).glob("cursor-*"):
+        cursor.unlink()
+    return sync(config.folder, caller=Caller.of(config))
+
+
+# ---- crashes
+
+
+def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, database: Path, uri: str) -> None:
+    config = config_of(tmp_path, uri)
+    first = Tracker.open(config, Storage(), {"attempt": "1"})
+    record(first, config, 0, range(0, 60))
+    first.abandon()
+    second = Tracker.open(config, Storage(), {"attempt": "2"})
+    record(second, config, 0, range(40, 100))
+    second.end_stage()
+    record(second, config, 1, range(100, 130))
+    second.abandon()
+    third = Tracker.open(config, Storage(), {"attempt": "3"})
+    record(third, config, 1, range(120, 200))
+    third.artifact("report/index.html", b"<p>good</p>")
+    third.end_stage()
+    third.metrics(200, {"eval/r1": 0.25})
+    third.finish()
+    third.close(timeout=60)
+
+    runs = runs_of(uri, config)
+    parent, vision, last = (runs[name] for name in ("run", "vision", "second"))
+    assert statuses(runs) == dict.fromkeys(("run", "vision", "second"), "FINISHED")
+    assert points(uri, vision) == losses(range(100))
+    assert points(uri, last, "train/lr") == [(step, step / 3) for step in range(100, 200)]
+    assert points(uri, parent, "eval/r1") == [(200, 0.25)]
+    tags = {"mlflow.parentRunId": parent.info.run_id, "mome.restarts": "1", "mome.resumed_at_step": "40"}
+    assert vision.data.tags.items() >= tags.items()
+    assert parent.data.tags.items() >= {"attempt": "3", "mome.restarts": "2"}.items()
+    artifacts = database.parent / "mlartifacts" / "vlmo"
+    assert (artifacts / last.info.run_id / "artifacts" / "report" / "index.html").read_bytes() == b"<p>good</p>"
+    assert (artifacts / parent.info.run_id / "artifacts" / "config.yaml").exists()
+    assert [run.inputs.dataset_inputs[0].dataset.digest for run in runs.values()] == [PHOTOS.digest[:36]] * 3
+
+
+def test_journal_of_a_killed_trainer_is_uploaded(tmp_path: Path, uri: str) -> None:
+    config = config_of(tmp_path, uri, name="killed")
+    program = (
+        "import os, signal, sys, time\n"
+        "from pipeline.config.schema import RunConfig\n"
+        "from pipeline.data.storage import Storage\n"
+        "from pipeline.tracking.tracker import Tracker\n"
+        "config = RunConfig.model_validate_json(sys.stdin.read())\n"
+        "tracker = Tracker.open(config, Storage())\n"
+        "tracker.begin_stage(0, config.stages[0], {}, [])\n"
+        "for step in range(2000): tracker.metrics(step, {'train/loss': 1 / (step + 1)})\n"
+        "while tracker._uploader._process is None: time.sleep(0.01)\n"
+        "print(tracker._uploader._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command, text = [sys.executable, "-c", program], config.model_dump_json()
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    status, deadline = Path(f"/proc/{int(done.stdout)}/status"), time.monotonic() + 40
+    while status.exists() and "\nState:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline, "the uploader outlives its trainer"
+        time.sleep(0.1)
+
+    vision = runs_of(uri, config)["vision"]
+    assert vision.info.status == "RUNNING", "whether it will be resumed is not known"
+    assert points(uri, vision) == losses(range(2000))
+
+
+def test_metric_uploaded_before_a_node_loss_is_not_repeated(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("memory://bucket/lost-node", uri)
+    monkeypatch.setenv("MOME_CACHE", str(tmp_path / "first-node"))
+    first = Tracker.open(config, Storage())
+    record(first, config, 0, range(0, 60))
+    first.commit(60)
+    for step in range(60, 80):
+        first.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
+    first.abandon()
+    upload(config, uri)  # as its uploader would have, a moment before the loss
+
+    monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
+    second = Tracker.open(config, Storage())
+    record(second, config, 0, range(60, 100))
+    second.end_stage()
+    second.finish()
+    second.close(timeout=60)
+
+    vision = runs_of(uri, config)["vision"]
+    assert vision.info.status == "FINISHED"
+    assert points(uri, vision) == losses(range(100))
+    Storage().delete(config.folder)
+
+
+# ---- repeated uploads
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_repeated_upload_without_cursor_changes_nothing(tmp_path: Path, database: Path, uri: str) -> None:
+    config = config_of(tmp_path, uri)
+    tracker = Tracker.open(config, Storage())
+    record(tracker, config, 0, range(1500))  # more than one batch
+    tracker.metrics(1500, {"nan": math.nan, "up": math.inf, "down": -math.inf})
+    tracker.finish()
+    tracker.close()
+    assert sync(config.folder, caller=Caller.of(config))["points"] == 3003
+    before = content(database)
+
+    assert sync_without_cursor(config)["points"] == 3003
+    assert content(database) == before
+    assert sync(config.folder, caller=Caller.of(config))["points"] == 0
+    vision = runs_of(uri, config)["vision"]
+    assert points(uri, vision) == losses(range(1500))
+    assert {"nan", "up", "down"} <= vision.data.metrics.keys()
+
+
+def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, database: Path, uri: str) -> None:
+    config = config_of(tmp_path, uri, name="kept.models")
+    first = Tracker.open(config, Storage())
+    record(first, config, 0, range(1, 91))
+    first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
+    first.metrics(60, {"eval/unseen/r1": 0.2})  # of an existing checkpoint
+    first.abandon()
+    second = Tracker.open(config, Storage())
+    record(second, config, 0, range(61, 101))
+    second.metrics(90, {"eval/unseen/r1": 0.5})  # of a checkpoint that is being written
+    second.log_checkpoints([checkpoint(config, 60), checkpoint(config, 90)])
+    second.log_weights(weights(config, 0))
+    second.end_stage()
+    record(second, config, 1, range(101, 201))
+    second.log_weights(weights(config, 1))
+    second.end_stage()
+    second.metrics(200, {"eval/unseen/r1": 0.75})  # of the last stage, after the run
+    second.finish()
+    second.close(timeout=60)
+    before = content(database)
+    sync_without_cursor(config)
+    assert content(database) == before
+
+    runs = runs_of(uri, config)
+    parent, vision, last = (runs[name] for name in (config.name, "vision", "second"))
+    models = MlflowClient(uri).search_logged_models(
+        [parent.info.experiment_id],
+        filter_string=f"tags.`mome.run` = '{parent.data.tags['mome.run']}'",
+        order_by=[{"field_name": "metrics.eval/unseen/r1", "ascending": False}],
+    )
+    assert [
+        (model.params["step"], model.source_run_id, {metric.key: metric.value for metric in model.metrics})
+        for model in models
+    ] == [
+        ("200", last.info.run_id, {"train/loss": 1 / 201, "train/lr": 200 / 3, "eval/unseen/r1": 0.75}),
+        ("90", vision.info.run_id, {"train/loss": 1 / 91, "train/lr": 90 / 3, "eval/unseen/r1": 0.5}),
+        ("60", vision.info.run_id, {"train/loss": 1 / 61, "train/lr": 60 / 3, "eval/unseen/r1": 0.2}),
+        ("100", vision.info.run_id, {"train/loss": 1 / 101, "train/lr": 100 / 3}),
+    ]
+    handed_over = models[-1]
+    assert handed_over.tags["mome.url"] == weights(config, 0).url
+    assert [item.model_id for item in vision.outputs.model_outputs] == [handed_over.model_id]
+    assert [item.model_id for item in last.inputs.model_inputs] == [handed_over.model_id]
+    assert last.data.tags["start_from.run_id"] == vision.info.run_id
+    assert points(uri, vision) == losses(range(1, 101))
+    assert parent.data.tags["mlflow.note.content"].startswith("**kept.models**: vlmo, 200 steps")
+
+
+# ---- deleted and restored runs, rollbacks
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("what", ["stage", "run", "experiment"])
+@pytest.mark.parametrize("fresh", [False, True], ids=["same uploader", "another process"])
+def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path: Path, uri: str, what: str, fresh: bool) -> None:
+    config = config_of(tmp_path, uri, f"run-{what}-{fresh}")
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": config.name})})
+    folder = journal_folder(config.folder)
+    tracker, client = Tracker.open(config, Storage()), MlflowClient(uri)
+    record(tracker, config, 0, range(10))
+    messages: list[str] = []
+    uploader = MlflowUploader(folder, uri, messages.append)
+    uploader.upload()
+    runs = runs_of(uri, config)
+    parent, stage = (runs[name].info.run_id for name in (config.name, "vision"))
+    experiment = runs["vision"].info.experiment_id
+    kind, deleted = {"stage": ("run", stage), "run": ("run", parent), "experiment": (what, experiment)}[what]
+
+    getattr(client, f"delete_{kind}")(deleted)
+    for step in range(10, 20):
+        tracker.metrics(step, {"train/loss": 1 / (step + 1)})
+    tracker.end_stage()
+    tracker.tag("after", "deletion")  # on the parent run
+    for _ in range(2):
+        uploader = MlflowUploader(folder, uri, messages.append) if fresh else uploader
+        with pytest.raises(ServerUnavailable, match="is deleted: restore it"):
+            uploader.upload()
+    assert pending_bytes(folder, uri) > 0
+    assert messages == []
+    getattr(client, f"restore_{kind}")(deleted)
+    tracker.close()
+    upload(config, uri)
+
+    runs = runs_of(uri, config)
+    assert {run.info.run_id for run in runs.values()} == {parent, stage}, "no run was created a second time"
+    assert points(uri, runs["vision"]) == losses(range(20))
+    assert runs[config.name].data.tags["after"] == "deletion"
+    assert pending_bytes(folder, uri) == 0
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("is_node_lost", [False, True])
+def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path: Path, uri: str, is_node_lost: bool) -> None:
+    """Metrics that are no longer valid may be on the server already, which has more than the remaining journal."""
+    config = config_of(tmp_path, uri, f"rollback-{is_node_lost}")
+    tracker = Tracker.open(config, Storage())
+    record(tracker, config, 0, range(1, 31))
+    if is_node_lost:
+        upload(config, uri)
+        tracker.close()
+        Journal(journal_folder(config.folder)).restored.touch()
+        tracker = Tracker.open(config, Storage())
+        tracker.begin_stage(0, config.stages[0], {"resumed_at": "10"}, [])
+    tracker.rewind(10)
+    for step in range(11, 31):
+        tracker.metrics(step, {"train/loss": 2.0})
+    tracker.log_checkpoints([checkpoint(config, 20)])
+    tracker.close()
+    upload(config, uri)
+
+    vision = runs_of(uri, config)["vision"]
+    assert points(uri, vision)[-20:] == [(step, 2.0) for step in range(11, 31)]
+    assert vision.data.metrics["train/loss"] == 2.0
+    condition = f"tags.`mome.url` = '{checkpoint(config, 20).url}'"
+    (model,) = MlflowClient(uri).search_logged_models([vision.info.experiment_id], condition)
+    assert [metric.value for metric in model.metrics if metric.key == "train/loss"] == [2.0]
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_run_opened_by_an_evaluation_is_ended(tmp_path: Path, uri: str) -> None:
+    """Imported weights have no training run that would end it."""
+    config = config_of(tmp_path, uri, "imported")
+    for _ in range(2):
+        tracker = Tracker.open(config, Storage())
+        tracker.metrics(0, {"eval/r1": 0.5})
+        tracker.close()
+        upload(config, uri)
+    assert statuses(runs_of(uri, config)) == {"imported": "FINISHED"}
+
+
+# ---- outages, with a server
+
+
+def train_through_outage(tracker: Tracker, config: RunConfig, server: Server, seconds: float) -> int:
+    """Record steps while the server is killed for `seconds`; return their number. No call may wait for the server."""
+    tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
+    steps, slowest = 0, 0.0
+
+    def train(until: float) -> None:
+        nonlocal steps, slowest
+        while time.monotonic() < until:
+            began = time.perf_counter()
+            tracker.metrics(steps, {"train/loss": 1 / (steps + 1), "train/lr": steps / 3, "nan": math.nan})
+            slowest, steps = max(slowest, time.perf_counter() - began), steps + 1
+            time.sleep(0.01)
+
+    while "vision" not in runs_of(server.uri, config):
+        train(time.monotonic() + 1)
+    server.kill()
+    train(time.monotonic() + seconds / 2)
+    tracker.log_checkpoints([checkpoint(config, 50)])
+    tracker.artifact("report.html", b"<p>recorded while the server was away</p>")
+    train(time.monotonic() + seconds / 2)
+    server.start()
+    train(time.monotonic() + 1)
+    tracker.log_weights(weights(config, 0))
+    tracker.finish()
+    tracker.close(timeout=120 + seconds)
+    assert slowest < 0.5 * seconds, "a call waited for the server"
+    return steps
+
+
+def assert_arrived(server: Server, config: RunConfig, steps: int) -> Run:
+    runs = runs_of(server.uri, config)
+    assert statuses(runs) == {"run": "FINISHED", "vision": "FINISHED"}
+    assert points(server.uri, runs["vision"]) == losses(range(steps))
+    assert len(points(server.uri, runs["vision"], "nan")) == steps
+    models = MlflowClient(server.uri).search_logged_models([runs["vision"].info.experiment_id])
+    assert sorted(model.tags["mome.step"] for model in models) == ["100", "50"]
+    return runs["vision"]
+
+
+def test_outage_delays_no_step_and_loses_no_metric(tmp_path: Path, server: Server) -> None:
+    config = config_of(tmp_path, server.uri)
+    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
+    steps = train_through_outage(tracker, config, server, 3.0)
+    assert_arrived(server, config, steps)
+    expected = b"<p>recorded while the server was away</p>"
+    assert [path.read_bytes() for path in server.folder.rglob("report.html")] == [expected]
+
+
+def test_run_without_server_is_uploaded_later(tmp_path: Path, server: Server) -> None:
+    config = config_of(tmp_path, "http://127.0.0.1:1", name="offline")
+    tracker = Tracker.open(config, Storage())
+    record(tracker, config, 0, range(50))
+    tracker.finish()
+    tracker.close(timeout=0)
+    with pytest.raises(TrackingError, match="is unavailable"):
+        sync(config.folder, caller=Caller.of(config))
+    with pytest.raises(TrackingError, match="no tracking journal"):
+        sync(str(tmp_path / "nothing"))
+    assert sync(config.folder, caller=Caller(tracking_uri=server.uri))["points"] == 100
+
+    runs = runs_of(server.uri, config)
+    assert statuses(runs) == {"offline": "FINISHED", "vision": "FINISHED"}
+    assert points(server.uri, runs["vision"]) == losses(range(50))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900 + OUTAGE_SECONDS)
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_outage_on_postgres_and_s3_loses_no_metric(s3: S3, tmp_path: Path) -> None:
+    """Only the server has the credentials of the store and the database; the run has one URL."""
+    pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed")
+    postgres = Postgres().start()
+    environment = {**s3.environment, "MLFLOW_S3_ENDPOINT_URL": s3.endpoint}
+    server = Server(tmp_path, postgres.uri, s3.url("artifacts"), environment)
+    server.start()
+    try:
+        config = config_of(tmp_path / "runs", server.uri)
+        tracker = Tracker.open(config, Storage(), {"world_size": "1"})
+        steps = train_through_outage(tracker, config, server, OUTAGE_SECONDS)
+        run = assert_arrived(server, config, steps)
+        folder = s3.url("artifacts", run.info.experiment_id, run.info.run_id, "artifacts")
+        assert Storage(s3.config).read(f"{folder}/report.html") == b"<p>recorded while the server was away</p>"
+    finally:
+        server.kill()
+        postgres.stop()
+
+
+@pytest.mark.slow
+def test_server_with_login_needs_the_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flask_wtf", reason="mlflow's login needs the package Flask-WTF")
+    server = Server(tmp_path, login=True)
+    server.start()
+    config = config_of(tmp_path / "runs", server.uri)
+    folder = journal_folder(config.folder)
+    try:
+        tracker = Tracker.open(config, Storage())
+        record(tracker, config, 0, range(50))
+        tracker.finish()
+        tracker.close(timeout=5)
+        assert (folder / "uploader.log").exists()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", ADMIN)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+        assert MlflowClient(server.uri).get_experiment_by_name("vlmo") is None
+        assert sync(config.folder, caller=Caller.of(config))["points"] == 100
+        assert len(runs_of(server.uri, config)) == 2
+    finally:
+        server.kill()
+    assert not any(PASSWORD.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
