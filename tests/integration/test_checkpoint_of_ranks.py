@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +20,25 @@ from tests.support.ranks import run_ranks, start_ranks
 
 
 class FaultyStorage(Storage):
-    """A store that calls `trouble` before a rank's file is written."""
+    """A store that calls `trouble` before a rank's file is written, and counts the bytes read of each file."""
 
-    trouble: Any = staticmethod(lambda: None)
+    trouble: Callable[[], None] = staticmethod(lambda: None)
 
     def write_parts(self, url: str, size: int, part: PartReader) -> None:
         self.trouble()
         super().write_parts(url, size, part)
 
-
-class CountingStorage(Storage):
-    """A store that counts the bytes read of each file."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise AssertionError("counts are of one process")
-
     def read_range(self, url: str, start: int, stop: int, etag: str | None = None) -> bytes:
-        counts = self.__dict__.setdefault("counts", {})
-        name = url.rpartition("/")[2]
-        counts[name] = counts.get(name, 0) + stop - start
+        self.__dict__.setdefault("counts", Counter())[url.rpartition("/")[2]] += stop - start
         return super().read_range(url, start, stop, etag)
 
 
-def _store(storage: Storage, folder: str):
-    from pipeline.config.schema import CheckpointConfig
+def _store(folder: str, **storage: Any):
+    from pipeline.config.schema import CheckpointConfig, StorageConfig
     from pipeline.training.checkpoint import CheckpointStore
     from pipeline.training.collectives import Collectives
 
-    return CheckpointStore(storage, folder, Collectives(), CheckpointConfig())
+    return CheckpointStore(FaultyStorage(StorageConfig(**storage)), folder, Collectives(), CheckpointConfig())
 
 
 def _save(store, step: int) -> str:
@@ -59,16 +52,17 @@ def _save(store, step: int) -> str:
     return store.save([Fragment("a", start, {"weight": weight})], metadata)
 
 
-def _restored(store) -> tuple[int, bool]:
-    checkpoint, saved = store.latest()
-    return checkpoint.step, torch.equal(saved.read("a", "weight", 0, 3000), torch.arange(3000.0) + checkpoint.step)
+def _latest(folder: str) -> int:
+    """Return the step of the newest checkpoint, whose state must be exact."""
+    checkpoint, saved = _store(folder).latest()
+    assert torch.equal(saved.read("a", "weight", 0, 3000), torch.arange(3000.0) + checkpoint.step)
+    return checkpoint.step
 
 
 def _a_slow_rank(folder: str) -> tuple[float, str]:
-    storage = FaultyStorage()
-    store = _store(storage, folder)
+    store = _store(folder)
     if store.collectives.rank == 1:
-        storage.trouble = lambda: time.sleep(0.5)
+        store.storage.trouble = lambda: time.sleep(0.5)
     url = _save(store, 1)
     store.collectives.barrier()  # the trainer's own collectives continue during the write
     store.wait()
@@ -80,45 +74,45 @@ def test_rank_0_commits_once_the_slowest_rank_has_written(tmp_path: Path) -> Non
     assert min(first, second) > 0.45
     manifest = json.loads((Path(url) / MANIFEST).read_text(encoding="utf-8"))
     assert sorted(manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
-    assert run_ranks(_latest, 1, str(tmp_path)) == [(1, True)]
-    assert run_ranks(_latest, 3, str(tmp_path)) == [(1, True)] * 3
+    assert run_ranks(_latest, 1, str(tmp_path)) == [1]
+    assert run_ranks(_latest, 3, str(tmp_path)) == [1] * 3
 
 
-def _latest(folder: str) -> tuple[int, bool]:
-    return _restored(_store(Storage(), folder))
-
-
-def _a_rank_that_writes_nothing(folder: str) -> str:
-    from pipeline.config.schema import StorageConfig
-
-    storage = FaultyStorage(StorageConfig(retry_timeout_seconds=0.5))
-    store = _store(storage, folder)
+def _a_rank_that_writes_nothing(folder: str) -> bool:
+    store = _store(folder, retry_timeout_seconds=0.5)
     if store.collectives.rank == 1:
-        storage.trouble = lambda: time.sleep(8)
-    url = _save(store, 1)
-    if store.collectives.rank == 1:
+        store.storage.trouble = lambda: time.sleep(8)
+        _save(store, 1)
         store.close(0.0)
-        return ""
+        return False
+    url = _save(store, 1)
     with pytest.raises(TimeoutError, match="not committed: rank 1 wrote nothing"):
         store.wait()
-    assert not storage.exists(join(url, COMMIT))
-    return "told"
+    return store.storage.exists(join(url, COMMIT))
 
 
 def test_rank_that_writes_nothing_prevents_the_commit(tmp_path: Path) -> None:
-    assert run_ranks(_a_rank_that_writes_nothing, 2, str(tmp_path)) == ["told", ""]
+    assert run_ranks(_a_rank_that_writes_nothing, 2, str(tmp_path)) == [False, False]
 
 
-def _save_and_die(folder: str) -> str:
-    storage = FaultyStorage()
-    store = _store(storage, folder)
+def _save_and_die(folder: str) -> None:
+    store = _store(folder)
     _save(store, 1)
     store.wait()
     if store.collectives.rank == 1:
-        storage.trouble = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    url = _save(store, 2)
+        store.storage.trouble = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    _save(store, 2)
     store.close(2.0)
-    return url
+
+
+def _resume_and_save(folder: str) -> int:
+    """Resume from the newest checkpoint and save the step at which the attempt before died."""
+    store = _store(folder)
+    checkpoint, _ = store.latest()
+    store.remove_unfinished()
+    _save(store, checkpoint.step + 1)
+    store.wait()
+    return checkpoint.step
 
 
 def test_rank_killed_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
@@ -126,30 +120,24 @@ def test_rank_killed_while_writing_leaves_the_one_before(tmp_path: Path) -> None
     for process in ranks:
         process.join(120)
     assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
-    unfinished = sorted((tmp_path / "checkpoints").glob("step-00000002.*"))
-    assert len(unfinished) == 1
-    assert not (unfinished[0] / COMMIT).exists()
-    assert run_ranks(_resumed, 2, str(tmp_path)) == [1, 1]
-    assert not unfinished[0].exists()
-    assert run_ranks(_latest, 1, str(tmp_path)) == [(2, True)]
+    (unfinished,) = (tmp_path / "checkpoints").glob("step-00000002.*")
+    assert not (unfinished / COMMIT).exists()
+    assert run_ranks(_latest, 2, str(tmp_path)) == [1, 1]
+    assert run_ranks(_resume_and_save, 2, str(tmp_path)) == [1, 1]
+    assert not unfinished.exists()
+    assert run_ranks(_latest, 1, str(tmp_path)) == [2]
 
 
-def _resumed(folder: str) -> int:
-    """Resume from the newest checkpoint and save the step at which the attempt before died."""
-    store = _store(Storage(), folder)
-    step, right = _restored(store)
-    assert right
-    store.remove_unfinished()
-    _save(store, step + 1)
+def _save_committed(folder: str) -> None:
+    store = _store(folder)
+    _save(store, 1)
     store.wait()
-    return step
 
 
-def _read_own_half(folder: str) -> dict[str, int]:
-    storage = CountingStorage()
-    store = _store(storage, folder)
+def _bytes_read(folder: str) -> dict[str, int]:
+    store = _store(folder)
     store.latest()
-    return storage.__dict__["counts"]
+    return store.storage.counts
 
 
 def test_ranks_share_the_verification_of_files(tmp_path: Path) -> None:
@@ -157,12 +145,6 @@ def test_ranks_share_the_verification_of_files(tmp_path: Path) -> None:
     run_ranks(_save_committed, 4, str(tmp_path))
     (folder,) = (tmp_path / "checkpoints").iterdir()
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    for rank, counts in enumerate(run_ranks(_read_own_half, 2, str(tmp_path))):
+    for rank, counts in enumerate(run_ranks(_bytes_read, 2, str(tmp_path))):
         for number, (name, size) in enumerate(sorted(sizes.items())):
             assert counts[name] == size * (2 if number % 2 == rank else 1)
-
-
-def _save_committed(folder: str) -> None:
-    store = _store(Storage(), folder)
-    _save(store, 1)
-    store.wait()

@@ -30,8 +30,7 @@ from pipeline.tracking.locations import journal_folder
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable
 from pipeline.tracking.tracker import Tracker
-from tests.support.mlflow_server import ADMIN, PASSWORD, Server
-from tests.support.postgres import Postgres
+from tests.support.mlflow_server import ADMIN, PASSWORD, Postgres, Server
 from tests.support.short_run import NoUploader
 from tests.support.stores import S3
 from tests.support.tracked_run import PHOTOS, checkpoint, config_of, losses, record, weights
@@ -418,7 +417,7 @@ def test_run_without_server_is_uploaded_later(tmp_path: Path, server: Server) ->
 def test_outage_on_postgres_and_s3_loses_no_metric(s3: S3, tmp_path: Path) -> None:
     """Only the server has the credentials of the store and the database; the run has one URL."""
     pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed")
-    postgres = Postgres().start()
+    postgres = Postgres()
     environment = {**s3.environment, "MLFLOW_S3_ENDPOINT_URL": s3.endpoint}
     server = Server(tmp_path, postgres.uri, s3.url("artifacts"), environment)
     server.start()

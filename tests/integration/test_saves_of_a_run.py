@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from pipeline.data.storage import Storage
+from pipeline.tracking.journal import Journal
 from pipeline.training.checkpoint import load_weights, read_committed
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run of one short stage with a checkpoint every two steps."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "run.yaml").write_text(
-        f"name: saved\noutput: {folder}\ntracking: {{metrics_every: 1}}\n"
-        f"sources: {{texts: {{shards: {folder}/scenes, type: text, synthetic: {{scenes: 60, image_size: 16}}}}}}\n"
+def test_checkpoints_of_a_run_are_kept_recorded_and_loadable(tmp_path: Path) -> None:
+    """A run of one short stage saves a checkpoint every two steps."""
+    (tmp_path / "run.yaml").write_text(
+        f"name: saved\noutput: {tmp_path}\ntracking: {{metrics_every: 1}}\n"
+        f"sources: {{texts: {{shards: {tmp_path}/scenes, type: text, synthetic: {{scenes: 60, image_size: 16}}}}}}\n"
         "model: {width: 16, layers: 2, heads: 2, vision_language_layers: 1, image_size: 16, patch_size: 8}\n"
         "data: {streams: 2}\nengine: {precision: float32}\n"
         "checkpoint: {every: 2, keep: 1, keep_every: 4, keep_best: {metric: train/loss, mode: max}}\n"
@@ -31,41 +26,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"steps: {STEPS}, max_text_length: 16}}\n",
         encoding="utf-8",
     )
-    command = [sys.executable, "-m", "pipeline.training", str(folder / "run.yaml")]
+    command, root = [sys.executable, "-m", "pipeline.training", str(tmp_path / "run.yaml")], Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "saved"
+    run = tmp_path / "saved"
 
-
-def metrics(run: Path, name: str) -> dict[int, float]:
-    records = [
-        json.loads(line)
-        for file in sorted((run / "journal").glob("*.jsonl"))
-        for line in file.read_text(encoding="utf-8").splitlines()
-    ]
-    return {r["step"]: r["values"][name] for r in records if r["kind"] == "metrics" and name in r["values"]}
-
-
-def test_kept_checkpoints_exist_and_are_whole(run: Path) -> None:
-    losses = metrics(run, "train/loss")
-    saved = [step for step in losses if step % 2 == 0 and step < STEPS]
-    best = max(saved, key=lambda step: losses[step])
+    values: dict[str, dict[int, float]] = {}  # metric -> step -> value
+    for record in Journal(run / "journal").all_records():
+        for name, value in record.get("values", {}).items():
+            values.setdefault(name, {})[record["step"]] = value
+    losses = values["train/loss"]
+    best = max((step for step in losses if step % 2 == 0 and step < STEPS), key=lambda step: losses[step])
     manifests = [read_committed(Storage(), str(folder))[0] for folder in (run / "checkpoints").iterdir()]
     assert {manifest["step"] for manifest in manifests} == {4, 8, 10, best}
     for manifest in manifests:
         assert manifest["metrics"]["train/loss"] == losses[manifest["step"]]
-
-
-def test_every_save_records_its_stall_and_duration(run: Path) -> None:
     for name in ("ckpt/stall_s", "ckpt/wait_s", "ckpt/write_s"):
-        assert sorted(metrics(run, name)) == [2, 4, 6, 8, 10], name
-    stalls = metrics(run, "ckpt/stall_s")
-    assert all(waited <= stalls[step] for step, waited in metrics(run, "ckpt/wait_s").items())
+        assert sorted(values[name]) == [2, 4, 6, 8, 10], name
+    assert all(waited <= values["ckpt/stall_s"][step] for step, waited in values["ckpt/wait_s"].items())
 
-
-def test_checkpoint_loads_like_the_weights_of_a_stage(run: Path) -> None:
-    """Names, shapes, vocabulary and config are equal, so a stage may start from a checkpoint."""
+    # A checkpoint loads like the weights of a stage, so a stage may start from it.
     handed_over = load_weights(Storage(), str(run))
     (folder,) = (run / "checkpoints").glob("step-00000010.*")
     weights = load_weights(Storage(), str(folder))

@@ -1,15 +1,19 @@
-"""An MLflow server that tests can kill and start again with its data."""
+"""An MLflow server that tests can kill and start again with its data, and a PostgreSQL server for it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 from tests.support.ranks import free_port
 
@@ -31,40 +35,37 @@ class Server:
 
         `login`: use MLflow's basic auth with `ADMIN` and `PASSWORD`.
         """
-        self.port = free_port()
-        self.folder = folder
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.database = folder / "server.db"
+        port = free_port()
+        self.folder, self.uri = folder, f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes] | None = None
-        self._backend = backend or f"sqlite:///{self.database}"
-        self._artifacts = artifacts or str(folder / "files")
         self._environment = {**os.environ, **(environment or {}), "MLFLOW_DISABLE_TELEMETRY": "true"}
         self._environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-        self._login = login
+        self._command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", backend or f"sqlite:///{folder}/server.db",
+            "--artifacts-destination", artifacts or str(folder / "files"),
+        ]  # fmt: skip
         if login:
-            self._environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(_auth_config(folder))}
+            (folder / "auth.ini").write_text(
+                "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
+                f"database_uri = sqlite:///{folder}/auth.db\nadmin_username = {ADMIN}\nadmin_password = {PASSWORD}\n"
+                "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            )
+            self._environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini")}
             self._environment |= {"MLFLOW_FLASK_SERVER_SECRET_KEY": "a secret of the test's"}
+            self._command += ["--app-name", "basic-auth"]
 
     def start(self) -> None:
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", self._backend, "--artifacts-destination", self._artifacts,
-        ]  # fmt: skip
-        if self._login:
-            command += ["--app-name", "basic-auth"]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=self._environment, start_new_session=True, cwd=self.folder
+                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True, cwd=self.folder
             )
-        self._wait()
-
-    def _wait(self) -> None:
         for _ in range(1800):
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
                 return
             except OSError:
-                if self.process is None or self.process.poll() is not None:
+                if self.process.poll() is not None:
                     break
                 time.sleep(0.1)
         raise AssertionError((self.folder / "server.log").read_text())
@@ -76,11 +77,38 @@ class Server:
             self.process = None
 
 
-def _auth_config(folder: Path) -> Path:
-    path = folder / "auth.ini"
-    path.write_text(
-        "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
-        f"database_uri = sqlite:///{folder}/auth.db\nadmin_username = {ADMIN}\nadmin_password = {PASSWORD}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    return path
+class Postgres:
+    """`initdb` and then `postgres` in a temporary folder and on a free port; skips the test if they are not installed.
+
+    Root's tests run them as Debian's postgres user. Debian does not add the programs to PATH.
+    """
+
+    def __init__(self) -> None:
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+        if not programs:
+            pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+        self._folder = Path(tempfile.mkdtemp(prefix="mome-postgres-"))  # pytest's folders are closed to other users
+        options: dict[str, object] = {"cwd": self._folder}
+        if os.geteuid() == 0:
+            shutil.chown(self._folder, "postgres", "postgres")
+            options |= {"user": "postgres", "group": "postgres", "extra_groups": []}
+        port, binaries, data = str(free_port()), programs[-1].parent, str(self._folder / "data")
+        self.uri = f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+        # Test data reachable from this machine only, so neither a password nor durability is needed.
+        arguments = ["-D", data, "-U", "mlflow", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8"]
+        command = [str(binaries / "initdb"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stderr
+        arguments = ["-D", data, "-p", port, "-k", str(self._folder), "-h", "127.0.0.1", "-c", "fsync=off"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen([str(binaries / "postgres"), *arguments], **quiet, **options)  # type: ignore[call-overload]
+        deadline = time.monotonic() + 120
+        is_ready = [str(binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", port]
+        while subprocess.run(is_ready, check=False, cwd=self._folder).returncode != 0:
+            assert time.monotonic() < deadline, "PostgreSQL does not answer"
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)  # fast shutdown: clients are cut off
+        self._process.wait(60)
+        shutil.rmtree(self._folder)

@@ -22,7 +22,7 @@ from pipeline.training.ownership import Ownership
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.small_checkpoint import newest_weight, save, store_of
 
-Scenario = Callable[[Storage, str], None]
+Scenario = Callable[[Storage, str], object]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def claimed(storage: Storage, folder: str) -> CheckpointStore:
     return store_of(storage, folder, Ownership.take(storage, folder))
 
 
-def begin(folder: str) -> Ownership:
+def begin(_: Storage, folder: str) -> Ownership:
     """Write a run with checkpoints of steps 10 and 20 and an unfinished save by an attempt at step 20."""
     first = claimed(Storage(), folder)
     save(first, 10)
@@ -52,15 +52,15 @@ def committed_steps(folder: str) -> list[int]:
 
 
 def assert_all_failures(
-    scenario: Scenario, begin: Scenario, folder: Path, check: Callable[[FailingStorage, str], None]
+    scenario: Scenario, start: Scenario, folder: Path, check: Callable[[FailingStorage, str], None]
 ) -> None:
     """Let each storage call of the scenario fail in each way, and check the store after each."""
     clean = FailingStorage()
-    begin(Storage(), str(folder / "clean"))
+    start(Storage(), str(folder / "clean"))
     scenario(clean, str(folder / "clean"))
     for number, fault in enumerate(every_fault(clean.calls)):
         storage, run = FailingStorage(fault), str(folder / str(number))
-        begin(Storage(), run)
+        start(Storage(), run)
         with suppress(StorageError):
             scenario(storage, run)
         assert storage.num_failed, f"{fault} was not met"
@@ -73,9 +73,6 @@ def assert_all_failures(
 
 def test_failed_save_keeps_committed_checkpoints(tmp_path: Path) -> None:
     owners: dict[str, Ownership] = {}
-
-    def start(_: Storage, folder: str) -> None:
-        owners[folder] = begin(folder)
 
     def owned(storage: Storage, folder: str) -> CheckpointStore:
         return store_of(storage, folder, Ownership(storage, folder, owners[folder].claim, owners[folder].start))
@@ -95,7 +92,12 @@ def test_failed_save_keeps_committed_checkpoints(tmp_path: Path) -> None:
         assert committed_steps(folder) == [60, 70]
         assert len(Storage().list(successor.url)) == 2, "something was left"
 
-    assert_all_failures(lambda storage, folder: save(owned(storage, folder), 30) and None, start, tmp_path, check)
+    assert_all_failures(
+        lambda storage, folder: save(owned(storage, folder), 30),
+        lambda storage, folder: owners.update({folder: begin(storage, folder)}),
+        tmp_path,
+        check,
+    )
 
 
 def test_failed_restore_succeeds_when_repeated(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_failed_restore_succeeds_when_repeated(tmp_path: Path) -> None:
         storage.heal()
         restore(storage, folder)
 
-    assert_all_failures(restore, lambda _, folder: begin(folder) and None, tmp_path, check)
+    assert_all_failures(restore, begin, tmp_path, check)
 
 
 def test_failed_hand_over_is_atomic_and_can_be_repeated(tmp_path: Path) -> None:
@@ -118,18 +120,17 @@ def test_failed_hand_over_is_atomic_and_can_be_repeated(tmp_path: Path) -> None:
         if not is_committed(storage, url):
             save_weights(storage, url, {"a": torch.full((9,), value)}, ["a"], {}, ownership=owner)
 
-    def weights(folder: str) -> list[float]:
-        _, files = read_committed(Storage(), join(folder, "stages", "0-s"))
-        return safetensors.torch.load(files[WEIGHTS])["a"].tolist()
-
     def check(storage: FailingStorage, folder: str) -> None:
-        was_committed = is_committed(Storage(), join(folder, "stages", "0-s"))
-        if was_committed:
-            assert weights(folder) == [1.0] * 9
+        url = join(folder, "stages", "0-s")
+        expected = 2.0
+        if is_committed(Storage(), url):
+            expected = 1.0
+            read_committed(Storage(), url)
         storage.heal()
         hand_over(storage, folder, 2.0)
-        assert weights(folder) == [1.0 if was_committed else 2.0] * 9
-        if not was_committed:
-            assert len(Storage().list(join(folder, "stages", "0-s"))) == 4, "something was left"
+        weights = safetensors.torch.load(read_committed(Storage(), url)[1][WEIGHTS])
+        assert weights["a"].tolist() == [expected] * 9
+        if expected == 2.0:
+            assert len(Storage().list(url)) == 4, "something was left"
 
     assert_all_failures(hand_over, lambda storage, folder: None, tmp_path, check)

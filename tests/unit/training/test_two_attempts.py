@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 from contextlib import suppress
-from typing import Any
 
 import pytest
 import torch
@@ -34,68 +33,18 @@ def hand_over(storage: Storage, ownership: Ownership, mark: float) -> None:
         ownership.check()
 
 
-@pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.ERROR, "pipeline")
-
-
-class Attempts:
-    """Both attempts on one run, which starts with a checkpoint of step 100."""
-
-    def __init__(self, keep: int, old_hands_over: bool, new_hands_over: bool):
-        self._keep, self._old_hands_over, self._new_hands_over = keep, old_hands_over, new_hands_over
-        self._first: Ownership | None = None
-
-    def begin(self, storage: Storage) -> None:
-        self._first = Ownership.take(storage, RUN)
-        save(store_of(storage, RUN, self._first, self._keep), 100, OLD)
-
-    def old(self, storage: Storage) -> None:
-        assert self._first is not None
-        ownership = Ownership(storage, RUN, self._first.claim, self._first.start)
-        with suppress(Superseded, StorageError):  # both end the old attempt
-            if self._old_hands_over:
-                hand_over(storage, ownership, OLD)
-            else:
-                save(store_of(storage, RUN, ownership, self._keep), 110, OLD)
-
-    def new(self, storage: Storage) -> None:
-        for _ in range(3):  # a launcher restarts failed ranks
-            with suppress(StorageError):
-                self._start_anew(storage)
-                return
-        raise AssertionError("the new attempt failed three times")
-
-    def _start_anew(self, storage: Storage) -> None:
-        ownership = Ownership.take(storage, RUN, claim="of the new launcher")
-        if is_committed(storage, STAGE):
-            return
-        store = store_of(storage, RUN, ownership, self._keep)
-        found = store.latest()
-        assert found is not None, "the new attempt found no checkpoint"
-        step = found[0].step
-        store.remove_unfinished()
-        assert found[1].read("a.weight", "weight", 0, 1).tolist() in ([step + OLD], [step + NEW])
-        if self._new_hands_over:
-            hand_over(storage, ownership, NEW)
-        else:
-            save(store, step + 10 if step == 100 else 110, NEW)
-
-
 def committed(disk: Disk) -> dict[str, bool]:
     """Return whether each committed folder is complete."""
-
-    def matches(folder: str, name: str, record: dict[str, Any]) -> bool:
-        data = disk.objects.get(f"{folder}/{record.get('file', name)}")
-        return data is not None and hashlib.sha256(data).hexdigest() == record["sha256"]
-
     complete = {}
     for folder in [name.removesuffix(f"/{COMMIT}") for name in disk.objects if name.endswith(f"/{COMMIT}")]:
-        record = json.loads(disk.objects[f"{folder}/{COMMIT}"])["manifest"]
-        complete[folder] = matches(folder, MANIFEST, record)
-        if complete[folder]:
-            manifest = json.loads(disk.objects[f"{folder}/{record.get('file', MANIFEST)}"])
-            complete[folder] = all(matches(folder, name, file) for name, file in manifest["files"].items())
+        files = {MANIFEST: json.loads(disk.objects[f"{folder}/{COMMIT}"])["manifest"]}
+        manifest = disk.objects.get(f"{folder}/{files[MANIFEST].get('file', MANIFEST)}", b"{}")
+        files |= json.loads(manifest).get("files", {})
+        complete[folder] = all(
+            hashlib.sha256(disk.objects.get(f"{folder}/{record.get('file', name)}", b"")).hexdigest()
+            == record["sha256"]
+            for name, record in files.items()
+        )
     return complete
 
 
@@ -110,16 +59,48 @@ def check(disk: Disk) -> None:
     [(1, False, False, 2), (2, False, False, 2), (1, True, True, None), (1, False, True, None)],
 )
 def test_no_interleaving_of_two_attempts_loses_or_damages_data(
-    keep: int, old_hands_over: bool, new_hands_over: bool, max_switches: int | None
+    keep: int, old_hands_over: bool, new_hands_over: bool, max_switches: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Limit the longest scenarios to a few switches between the attempts by default (see MOME_FUZZ)."""
-    max_switches = None if fuzz_rounds(1) > 1 else max_switches
-    attempts = Attempts(keep, old_hands_over, new_hands_over)
+    caplog.set_level(logging.ERROR, "pipeline")
+    first: list[Ownership] = []
+
+    def begin(storage: Storage) -> None:
+        first[:] = [Ownership.take(storage, RUN)]
+        save(store_of(storage, RUN, first[0], keep), 100, OLD)
+
+    def old(storage: Storage) -> None:
+        ownership = Ownership(storage, RUN, first[0].claim, first[0].start)
+        with suppress(Superseded, StorageError):  # both end the old attempt
+            if old_hands_over:
+                hand_over(storage, ownership, OLD)
+            else:
+                save(store_of(storage, RUN, ownership, keep), 110, OLD)
+
+    def start_anew(storage: Storage) -> None:
+        ownership = Ownership.take(storage, RUN, claim="of the new launcher")
+        if is_committed(storage, STAGE):
+            return
+        store = store_of(storage, RUN, ownership, keep)
+        checkpoint, saved = store.latest() or pytest.fail("the new attempt found no checkpoint")
+        store.remove_unfinished()
+        assert saved.read("a.weight", "weight", 0, 1).tolist() in ([checkpoint.step + OLD], [checkpoint.step + NEW])
+        if new_hands_over:
+            hand_over(storage, ownership, NEW)
+        else:
+            save(store, 110, NEW)
+
+    def new(storage: Storage) -> None:
+        for _ in range(3):  # a launcher restarts failed ranks
+            with suppress(StorageError):
+                return start_anew(storage)
+        raise AssertionError("the new attempt failed three times")
 
     def check_end(disk: Disk) -> None:
         if old_hands_over or new_hands_over:
             assert STAGE in committed(disk)
 
-    explored = explore({"old": attempts.old, "new": attempts.new}, attempts.begin, check, check_end, max_switches)
+    max_switches = None if fuzz_rounds(1) > 1 else max_switches
+    explored = explore({"old": old, "new": new}, begin, check, check_end, max_switches)
     print(f"keep {keep}: {explored.interleavings:.3g} interleavings, {explored.states} states, {explored.runs} runs")
     assert explored.interleavings > 500
