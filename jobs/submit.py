@@ -108,7 +108,7 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
     """
     relative = {path: value for path, value in local_paths(config).items() if not Path(value).is_absolute()}
     if relative and not same_machine:
-        listing = "\n".join(f"{path}: {value}" for path, value in relative.items())
+        listing = "\n".join(f"{'.'.join(map(str, path))}: {value}" for path, value in relative.items())
         raise ConfigError(
             f"the cluster cannot see folders of this machine:\n{listing}\n"
             "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."

@@ -18,6 +18,7 @@ from pipeline.config.redaction import remember
 from pipeline.config.schema import MODEL_SECTIONS, RunConfig
 from pipeline.config.urls import is_local, local_path
 
+_MODEL_KINDS = [["model", kind] for kind in MODEL_SECTIONS]  # pydantic adds the kind, which is not a key, to paths
 _MERGE = "tag:yaml.org,2002:merge"
 _PART = re.compile(r'(?:^|\.)(?:"([^"]*)"|([^."]+))')
 _OVERRIDE = re.compile(r'(?P<path>(?:"[^"]*"|[^="\s.]+)(?:\.(?:"[^"]*"|[^=".]+))*)=(?P<value>.*)', re.DOTALL)
@@ -111,14 +112,13 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate_json(text)
     except ValidationError as error:
-        lines = []
-        for fault in (faults := error.errors()):
+        lines, faults = [], error.errors()
+        for fault in faults:
             at = fault["loc"]
             # A tuple is also reported as too short if its items failed.
-            if fault["type"] != "too_short" or not any(
-                len(other["loc"]) > len(at) and other["loc"][: len(at)] == at for other in faults
-            ):
-                lines += _describe(fault, values).splitlines()
+            if fault["type"] == "too_short" and any(at == other["loc"][: len(at)] != other["loc"] for other in faults):
+                continue
+            lines += _describe(fault, values).splitlines()
         count = "one fault" if len(lines) == 1 else f"{len(lines)} faults"
         raise ConfigError(f"{origin}: {count}\n" + "\n".join(lines)) from None
 
@@ -127,7 +127,7 @@ def _describe(fault: Any, values: dict[str, Any]) -> str:
     """Return the message for one of pydantic's faults in the plain `values`, which begins with the dotted path."""
     kind, given, location = fault["type"], fault["input"], [str(part) for part in fault["loc"] if part != "[key]"]
     shown = list(location)
-    if _names_model_kind(location):
+    if location[:2] in _MODEL_KINDS:
         del shown[1]
     elif location[:1] == ["stages"] and len(location) > 1 and location[1].isdigit() and location[2:] != ["name"]:
         names = [stage.get("name") if isinstance(stage, dict) else None for stage in values["stages"]]
@@ -161,21 +161,15 @@ def _describe(fault: Any, values: dict[str, Any]) -> str:
     return f"{path}: {message} (got {given!r}){hint}"
 
 
-def _names_model_kind(location: list[str]) -> bool:
-    """Return True if the second part is the model's kind, which pydantic adds for the union and is not a key."""
-    return len(location) > 1 and location[0] == "model" and location[1] in MODEL_SECTIONS
-
-
 def _walk(location: list[str]) -> tuple[list[FieldInfo], dict[str, FieldInfo]]:
     """Follow a path through the schema; return the fields on it, and the fields of the section where it ends."""
     model: Any = RunConfig
     on_path: list[FieldInfo] = []
     for index, part in enumerate(location):
-        fields = _fields(model)
-        if part in fields:
+        if part in (fields := _fields(model)):
             on_path.append(fields[part])
             model = fields[part].annotation
-        elif index == 1 and _names_model_kind(location):
+        elif location[: index + 1] in _MODEL_KINDS:
             model = MODEL_SECTIONS[part]
         elif get_origin(model) is dict and not part.isdigit():  # a key of a free-form mapping, such as a source's name
             model = get_args(model)[1]
@@ -184,11 +178,10 @@ def _walk(location: list[str]) -> tuple[list[FieldInfo], dict[str, FieldInfo]]:
 
 def _fields(annotation: Any) -> dict[str, FieldInfo]:
     """Return the fields of the section in an annotation such as tuple[StageConfig, ...] or X | None."""
-    if get_origin(annotation) is dict:
-        return {}
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation.model_fields
-    return next((fields for inner in get_args(annotation) if (fields := _fields(inner))), {})
+    inner = () if get_origin(annotation) is dict else get_args(annotation)
+    return next((fields for part in inner if (fields := _fields(part))), {})
 
 
 def resolve_secret(reference: str | None) -> str | None:
@@ -196,17 +189,14 @@ def resolve_secret(reference: str | None) -> str | None:
     if reference is None:
         return None
     kind, _, name = reference.partition(":")
-    if kind == "env":
-        if name not in os.environ:
-            raise ConfigError(f"secret '{reference}': the environment variable {name} is not set")
-        secret = os.environ[name]
-    else:
-        try:
-            secret = Path(name).expanduser().read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise ConfigError(f"secret '{reference}': the file is not UTF-8 text") from None
-        except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; an unknown home
-            raise ConfigError(f"secret '{reference}': the file cannot be read ({error})") from error
+    try:
+        secret = os.environ[name] if kind == "env" else Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except KeyError:
+        raise ConfigError(f"secret '{reference}': the environment variable {name} is not set") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"secret '{reference}': the file is not UTF-8 text") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; an unknown home
+        raise ConfigError(f"secret '{reference}': the file cannot be read ({error})") from error
     secret = secret.strip()  # files end in a newline, values of a Windows env file in \r
     if not secret:
         raise ConfigError(f"secret '{reference}': it is empty")
@@ -247,27 +237,8 @@ def is_changeable(path: str) -> bool:
     return any(isinstance(extra, dict) and extra.get("changeable") for extra in extras)
 
 
-def local_paths(config: RunConfig) -> dict[str, str]:
-    """Return the value of every key that names a local file or folder, by dotted path."""
-    return {".".join(map(str, key)): value for key, value in _local_keys(config).items()}
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Return the config with absolute local paths: a rank may have another working folder than the driver."""
-    values = config.model_dump(mode="json", exclude_unset=True)
-    places = _local_keys(config)
-    if config.data.cache.folder is not None:  # on each node's own disk, so not among the shared places
-        places["data", "cache", "folder"] = config.data.cache.folder
-    for (*parents, last), value in places.items():
-        target: Any = values
-        for part in parents:
-            target = target[part] if isinstance(part, int) else target.setdefault(part, {})
-        target[last] = str(local_path(value))
-    return validate(values, config.name)
-
-
-def _local_keys(config: RunConfig) -> dict[tuple[str | int, ...], str]:
-    """Return the local keys as tuples of path parts: a source's name may contain dots."""
+def local_paths(config: RunConfig) -> dict[tuple[str | int, ...], str]:
+    """Return the value of every key that names a local file or folder, by the key's parts: a name may contain dots."""
     places: dict[tuple[str | int, ...], str | None] = {
         ("output",): config.output,
         ("tokenizer", "vocabulary"): config.tokenizer.vocabulary,
@@ -282,6 +253,20 @@ def _local_keys(config: RunConfig) -> dict[tuple[str | int, ...], str]:
         if stage.image_tokenizer is not None:
             places["stages", index, "image_tokenizer", "weights"] = stage.image_tokenizer.weights
     return {key: value for key, value in places.items() if value is not None and is_local(value)}
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with absolute local paths: a rank may have another working folder than the driver."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    places = local_paths(config)
+    if config.data.cache.folder is not None:  # on each node's own disk, so not among the shared places
+        places["data", "cache", "folder"] = config.data.cache.folder
+    for (*parents, last), value in places.items():
+        target: Any = values
+        for part in parents:
+            target = target[part] if isinstance(part, int) else target.setdefault(part, {})
+        target[last] = str(local_path(value))
+    return validate(values, config.name)
 
 
 def parse_yaml(content: str | bytes, origin: str) -> Any:

@@ -91,12 +91,10 @@ def holds_secret(url: str) -> bool:
 
 def password_of(url: str) -> str | None:
     """Return the password in a URL as it is written, or None."""
-    match = _URL.match(url)
-    if match is None:
+    if (match := _URL.match(url)) is None:
         return None
     end = _end_of_user(match["scheme"], match["rest"])
-    _, colon, password = match["rest"][: max(end - 1, 0)].partition(":")
-    return password if colon and password else None
+    return match["rest"][: max(end - 1, 0)].partition(":")[2] or None
 
 
 def describe_error(error: BaseException) -> str:
@@ -138,22 +136,22 @@ def _redact_urls(text: str, depth: int = 0) -> str:
     """Return `text` without users, passwords and secret query parameters of its URLs, and of URLs nested in them."""
     if depth > _DEEPEST:
         return HIDDEN if "://" in text else text
-
-    def redacted(match: re.Match[str]) -> str:
-        url = match["rest"].rstrip(_CLOSING)
-        closing = match["rest"][len(url) :]
-        url = _redact_urls(url[_end_of_user(match["scheme"], url) :], depth + 1)
-        base, parts = re.match(r"([^?#]*)(.*)", url, re.DOTALL).groups()  # type: ignore[union-attr]
-        for part in re.findall(r"[?#][^?#]*", parts):
+    pieces, end = [], 0
+    for match in _URL.finditer(text):
+        whole = match["rest"].rstrip(_CLOSING)
+        closing = match["rest"][len(whole) :]
+        url = _redact_urls(whole[_end_of_user(match["scheme"], whole) :], depth + 1)
+        base, *parts = re.findall(r"^[^?#]*|[?#][^?#]*", url)
+        for part in parts:
             pairs = []
             for pair in re.split(r"[&;]", part[1:]):
                 name, equals, _ = pair.partition("=")
                 if not equals or _SECRET_NAME.fullmatch(unquote(name)) is None:
                     pairs.append(pair)
             base += part[0] + "&".join(pairs) if pairs else ""
-        return f"{match['scheme']}://{base}{closing}"
-
-    return _URL.sub(redacted, text)
+        pieces += [text[end : match.start()], f"{match['scheme']}://{base}{closing}"]
+        end = match.end()
+    return "".join([*pieces, text[end:]])
 
 
 def _end_of_user(scheme: str, rest: str) -> int:

@@ -53,19 +53,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     return folder, run_ranks(_train_and_save, 2, 2, folder)[0]
 
 
-def test_resume_at_the_same_world_size_is_bit_equal(saved: tuple[str, dict]) -> None:
-    folder, trained = saved
-    for resumed in run_ranks(_restore_and_train, 2, 2, folder):
-        assert resumed["exact"]
-        assert resumed["losses"] == trained["losses"]
-
-
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (3, 3), (3, 1)])
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(2, 2), (1, 0), (3, 3), (3, 1)])
 def test_state_is_restored_on_other_ranks_and_zero_stages(saved: tuple[str, dict], world_size: int, zero_stage: int):
+    """At the same world size the losses are bit-equal too."""
     folder, trained = saved
     for resumed in run_ranks(_restore_and_train, world_size, zero_stage, folder):
         assert resumed["exact"]
-        assert resumed["losses"] == pytest.approx(trained["losses"], rel=1e-5)
+        assert resumed["losses"] == pytest.approx(trained["losses"], rel=0 if world_size == 2 else 1e-5, abs=0)
 
 
 OFFLOADS: list[tuple[int, dict[str, Any]]] = [
@@ -152,19 +146,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
     return run_ranks(_averages, 2, str(tmp_path_factory.mktemp("none")), 2, range(5), False)[0]["average"]
 
 
-def test_average_of_a_resumed_run_is_bit_equal(tmp_path: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
-    run_ranks(_averages, 2, str(tmp_path), 2, range(3), True)
-    resumed = run_ranks(_averages, 2, str(tmp_path), 2, range(3, 5), False)[0]["average"]
-    for name, average in uninterrupted.items():
-        assert torch.equal(average, resumed[name]), name
-
-
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (1, 2), (3, 3)])
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(2, 2), (1, 0), (1, 2), (3, 3)])
 def test_average_is_equal_at_every_world_size_and_zero_stage(tmp_path, uninterrupted, world_size, zero_stage) -> None:
-    run_ranks(_averages, 2, str(tmp_path), 1, range(3), True)
+    """At the same world size it is bit-equal."""
+    run_ranks(_averages, 2, str(tmp_path), 2, range(3), True)
     resumed = run_ranks(_averages, world_size, str(tmp_path), zero_stage, range(3, 5), False)[0]["average"]
+    rtol, atol = (0.0, 0.0) if world_size == 2 else (1e-4, 1e-6)
     for name, average in uninterrupted.items():
-        torch.testing.assert_close(resumed[name], average, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(resumed[name], average, rtol=rtol, atol=atol, msg=name)
 
 
 def test_average_is_that_of_the_weights_of_every_step(tmp_path: Path) -> None:

@@ -46,25 +46,22 @@ def test_any_password_is_removed() -> None:
             assert redacted == f"{scheme}://host:1/x", password
 
 
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("https://server/api?token=abc", "https://server/api"),
-        ("https://store/x?sig=abc&sv=2020", "https://store/x?sv=2020"),
-        ("https://s3/x?X-Amz-Credential=AK%2F1&X-Amz-Date=1&X-Amz-Signature=ff", "https://s3/x?X-Amz-Date=1"),
-        ("https://s/x?page=2&access_token=abc#top", "https://s/x?page=2#top"),
-        ("https://s/#access_token=abc", "https://s/"),
-        ("postgresql://db/x?password=abc&sslmode=require", "postgresql://db/x?sslmode=require"),
-        ("postgresql://db/x?sslpassword=abc", "postgresql://db/x"),
-        ("https://s/x?api_key=abc", "https://s/x"),
-        ("https://s/x?api%5Fkey=abc", "https://s/x"),
-        ("https://user@server/x", "https://server/x"),
-        ("https://u:p@[::1]:5000/x", "https://[::1]:5000/x"),
-    ],
-)
-def test_secret_queries_and_users_are_dropped(url: str, shown: str) -> None:
-    assert redact(url) == shown
-    assert holds_secret(url)
+def test_secret_queries_and_users_are_dropped() -> None:
+    for url, shown in {
+        "https://server/api?token=abc": "https://server/api",
+        "https://store/x?sig=abc&sv=2020": "https://store/x?sv=2020",
+        "https://s3/x?X-Amz-Credential=AK%2F1&X-Amz-Date=1&X-Amz-Signature=ff": "https://s3/x?X-Amz-Date=1",
+        "https://s/x?page=2&access_token=abc#top": "https://s/x?page=2#top",
+        "https://s/#access_token=abc": "https://s/",
+        "postgresql://db/x?password=abc&sslmode=require": "postgresql://db/x?sslmode=require",
+        "postgresql://db/x?sslpassword=abc": "postgresql://db/x",
+        "https://s/x?api_key=abc": "https://s/x",
+        "https://s/x?api%5Fkey=abc": "https://s/x",
+        "https://user@server/x": "https://server/x",
+        "https://u:p@[::1]:5000/x": "https://[::1]:5000/x",
+    }.items():
+        assert redact(url) == shown
+        assert holds_secret(url)
 
 
 @pytest.mark.parametrize(

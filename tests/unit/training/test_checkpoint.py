@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pipeline.config.errors import StorageError
-from pipeline.data.storage import PartReader, Storage, join
+from pipeline.data.storage import PartReader, Storage
 from pipeline.training.checkpoint import COMMIT, CheckpointStore
 from pipeline.training.engine import Fragment
-from tests.support.small_checkpoint import metadata, save, store_of
+from tests.support.small_checkpoint import metadata, store_of
 
 
 class GatedStorage(Storage):
@@ -147,10 +147,3 @@ def test_close_abandons_a_save_that_does_not_end(store: CheckpointStore, storage
     thread.join(10)
     assert not thread.is_alive()
     assert storage.list(url) == []
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    store = store_of(Storage(), str(tmp_path), keep=2)
-    assert store.latest() is None, "an empty run has no checkpoint"
-    kept = [save(store, step) for step in (10, 20, 30)][1:]
-    assert sorted(join(store.url, name.rstrip("/")) for name in Storage().list(store.url)) == kept
