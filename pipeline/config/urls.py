@@ -54,7 +54,15 @@ def parse(url: str) -> tuple[str, str]:
         )
     protocol, separator, rest = url.partition("://")
     if not separator:
-        _check_path(url)
+        if _DRIVE.match(url):
+            raise ConfigError(f"{url!r}: Windows paths are not supported; give a path of this system")
+        for form in (_ONE_SLASH, _NO_SLASH, _NO_COLON, _INSIDE):
+            if match := form.fullmatch(url):
+                word, rest = match["word"].lower(), match["rest"].replace("\\", "/").lstrip("/")
+                right = f"file:///{rest}" if word == "file" else f"{word}://{rest}"
+                raise _wrong(url, f"this would be a local folder named '{match['word']}'", right)
+        if "/~/" in url or url.endswith("/~"):
+            raise _wrong(url, "~ means the home folder only at the beginning", f"~{url.rpartition('/~')[2]}")
         return "file", _with_home(url)
     if not _PROTOCOL.fullmatch(protocol):
         meant = re.sub(r"[^a-z0-9+-]", "", protocol.rpartition("/")[2].rpartition(":")[2].lower())
@@ -97,18 +105,6 @@ def absolute(url: str) -> str:
 def file_name_of(name: str) -> str:
     """Return a name from a config or record as a single path component: separators are escaped as %XX."""
     return re.sub(r"[/\\\x00-\x1f\x7f]", lambda match: f"%{ord(match.group()):02X}", name)
-
-
-def _check_path(path: str) -> None:
-    if _DRIVE.match(path):
-        raise ConfigError(f"{path!r}: Windows paths are not supported; give a path of this system")
-    for form in (_ONE_SLASH, _NO_SLASH, _NO_COLON, _INSIDE):
-        if match := form.fullmatch(path):
-            word, rest = match["word"].lower(), match["rest"].replace("\\", "/").lstrip("/")
-            right = f"file:///{rest}" if word == "file" else f"{word}://{rest}"
-            raise _wrong(path, f"this would be a local folder named '{match['word']}'", right)
-    if "/~/" in path or path.endswith("/~"):
-        raise _wrong(path, "~ means the home folder only at the beginning", f"~{path.rpartition('/~')[2]}")
 
 
 def _with_home(path: str) -> str:

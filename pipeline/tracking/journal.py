@@ -23,10 +23,8 @@ import re
 import secrets
 import threading
 from collections.abc import Iterable, Iterator
-from functools import reduce
-from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, Union
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
@@ -112,14 +110,12 @@ _KINDS: dict[str, dict[str, Any]] = {
     "run_end": {"stage": _Stage | None, "status": Literal["FINISHED", "FAILED", "KILLED"]},
 }  # fmt: skip
 _strict = with_config(ConfigDict(extra="allow", strict=True))
-_RECORD: Any = reduce(
-    or_,
-    (
-        _strict(TypedDict(kind, {"kind": Literal[kind], "at": _Count, **fields}))  # type: ignore[operator]
-        for kind, fields in _KINDS.items()
-    ),
-)
-_VALIDATOR: TypeAdapter[Any] = TypeAdapter(Annotated[_RECORD, Field(discriminator="kind")])
+_RECORDS = [
+    _strict(TypedDict(kind, {"kind": Literal[kind], "at": _Count, **fields}))  # type: ignore[operator]
+    for kind, fields in _KINDS.items()
+]
+_RECORD: Any = Annotated[Union[*_RECORDS], Field(discriminator="kind")]
+_VALIDATOR: TypeAdapter[Any] = TypeAdapter(_RECORD)
 
 
 def encode(record: Record) -> bytes:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config.errors import ConfigError, MomeError, TrackingError
+from pipeline.config.errors import MomeError, TrackingError
 from pipeline.config.load import resolve_secret
 from pipeline.config.redaction import remember
 from pipeline.config.schema import RunConfig, is_reference
@@ -45,9 +45,7 @@ def default_uri(output: str) -> str:
 def resolve_uri(uri: str) -> str:
     """Resolve an MLflow URI, which may be a reference 'env:NAME' or 'file:PATH'. Raises ConfigError if it is empty."""
     if is_reference(uri):
-        reference, uri = uri, (resolve_secret(uri) or "").strip()
-        if not uri:
-            raise ConfigError(f"tracking.uri: {reference} is empty; expected the URI of an MLflow server")
+        uri = resolve_secret(uri) or ""
     remember(uri)
     return uri
 
