@@ -161,9 +161,7 @@ class TransformerConfig(Section):
     max_text_length: Positive = fixed(40, "Number of text positions, including [CLS] and [SEP]")
     init_std: float = fixed(0.02, "Standard deviation of initial weights; about 1 / sqrt(width) suits small ones", gt=0)
     drop_path: Fraction = fixed(0.0, "Drop-path rate of the last layer, rising linearly from 0 in the first")
-    interpolation: Interpolation = fixed(
-        "bicubic", "Kernel for resizing images: bicubic in VLMo, ViLT and BEiT, bilinear in Hugging Face's ViT"
-    )
+    interpolation: Interpolation = fixed("bicubic", "Kernel for resizing images (Hugging Face's ViT: bilinear)")
 
     def architecture(self) -> dict[str, Any]:
         """Return the keys that determine which weights fit: sections that agree in these can share weights."""
@@ -240,9 +238,7 @@ class ViLTConfig(TransformerConfig):
     longest_side: Positive = fixed(640, "Longest allowed side of the input images in pixels")
     norm_eps: float = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's configs state 1e-12", gt=0)
     text_norm_eps: float = fixed(1e-12, "Epsilon of the layer norms of the text embedding and of the MLM head", gt=0)
-    max_visible_patches: Positive | None = fixed(
-        200, "Number of random patches per image in pretraining; null reads all"
-    )
+    max_visible_patches: Positive | None = fixed(200, "Number of random patches per image in training; null reads all")
 
 
 class ViTConfig(TransformerConfig):
@@ -335,9 +331,7 @@ class TokenizerConfig(Section):
 
     vocabulary: Url | None = fixed(None, "URL of a vocabulary file with one token per line")
     size: Positive = fixed(30522, "Maximum number of tokens of a trained vocabulary")
-    lowercase: bool | None = fixed(
-        None, "Lower-case and strip accents (default: true unless the vocabulary has capitals)"
-    )
+    lowercase: bool | None = fixed(None, "Lower-case, strip accents (default: true unless the vocabulary has capitals)")
 
 
 class SyntheticConfig(Section):
@@ -387,9 +381,7 @@ class AugmentConfig(Section):
     flip: bool = fixed(True, "Flip half of the images horizontally")
     skip_flip_for_left_right: bool = fixed(True, "Do not flip an image whose caption contains 'left' or 'right'")
     num_ops: NonNegative = fixed(2, "Number of RandAugment operations per image")
-    magnitude: Annotated[int, Field(ge=0, le=10)] = fixed(
-        7, "RandAugment's magnitude on a scale of 10 (ViLT's 9 of 30 is 3)"
-    )
+    magnitude: Annotated[int, Field(ge=0, le=10)] = fixed(7, "RandAugment's magnitude of 10 (ViLT's 9 of 30 is 3)")
 
 
 class CacheConfig(Section):
@@ -526,18 +518,12 @@ class StageConfig(Section):
     buckets: BucketsConfig | None = fixed(None, "Length bucketing (default: none)")
     image_target: ImageTarget = fixed("pixels", "Target of the mim objective")
     image_tokenizer: ImageTokenizerConfig | None = fixed(None, "Required by `image_target: visual_tokens`")
-    image_decoder: ImageDecoderConfig | None = fixed(
-        None, "Decoder for mim; the encoder then reads visible patches only"
-    )
+    image_decoder: ImageDecoderConfig | None = fixed(None, "Decoder for mim; the encoder then reads visible patches")
     num_negative_texts: Positive = fixed(15, "Number of negative texts per image in the ranking objective")
-    negatives: Literal["hard", "random"] = fixed(
-        "hard", "Negatives of itm: by itc similarity, or uniform in the source"
-    )
+    negatives: Literal["hard", "random"] = fixed("hard", "Negatives of itm: by itc similarity, or uniformly random")
     num_classes: Positive | None = fixed(None, "Number of classes; required by the classification objective")
     num_answers: Positive | None = fixed(None, "Number of answers; required by the vqa objective")
-    answer_list: Url | None = fixed(
-        None, "URL of a JSON list of answers (default: answers.json next to the first source)"
-    )
+    answer_list: Url | None = fixed(None, "URL of a JSON list of answers (default: answers.json of the first source)")
     freeze: tuple[str, ...] = fixed((), "Names of the model parts that are not trained")
     start_from: Url = fixed("previous", "Starting weights: 'previous', 'random', or URL of a run, stage or checkpoint")
     experts: ExpertsConfig = fixed(ExpertsConfig(), "Initialization of experts")
@@ -557,12 +543,8 @@ class EngineConfig(Section):
     micro_batch_size: Positive | Literal["auto"] | None = changeable(
         None, "Number of examples per forward; auto fits the memory of the smallest rank (default: no limit)"
     )
-    memory_gb: float | None = changeable(
-        None, "GB per rank for `micro_batch_size: auto` (default: all that is free)", gt=0
-    )
-    activation_checkpointing: bool = changeable(
-        False, "Recompute blocks in backward: a third more compute, less memory"
-    )
+    memory_gb: float | None = changeable(None, "GB per rank for `micro_batch_size: auto` (default: all free)", gt=0)
+    activation_checkpointing: bool = changeable(False, "Recompute blocks in backward: a third more time, less memory")
     compile: bool = changeable(False, "Compile the blocks with torch.compile (minutes at startup; not at ZeRO 3)")
     threads: Positive = fixed(1, "Number of CPU threads per rank for tensor operations")
     check_graph_every: Positive = changeable(100, "Number of steps between comparisons of the ranks' execution order")
