@@ -555,7 +555,7 @@ class ClusterConfig(Section):
 
     workers: Positive = changeable(1, "Number of ranks")
     min_workers: Positive | None = changeable(None, "Number of ranks to continue with if nodes are lost (default: all)")
-    placement: Literal["pack", "spread"] = changeable("pack", "Place ranks on as few, or on as many nodes as possible")
+    placement: Literal["pack", "spread"] = changeable("pack", "Use as few, or as many nodes as possible for the ranks")
     gpus_per_worker: NonNegativeFloat = changeable(0, "Number of GPUs per rank; below 1 to share")
     cpus_per_worker: PositiveFloat = changeable(1, "Number of CPUs reserved per rank")
     address: str | None = changeable(None, "Address of the Ray cluster (default: start a local Ray)")

@@ -67,9 +67,9 @@ class SavedWeights:
 
 
 class History:
-    """State that follows from a journal's records: those of earlier sessions, and those that this one appends.
+    """State derived from a journal's records, both of earlier sessions and of this one.
 
-    It tells replayed points from new ones. The points of a stage arrive in the order of their steps. A point at or
+    It separates replayed points from new ones. The points of a stage arrive in the order of their steps. A point at or
     below the highest step of its key is a replay, and since a resumed run equals the uninterrupted run (C4), the first
     point counts; a rewind lowers the highest step. Points outside stages (evaluations of any checkpoint, in any order)
     are replays only if step and value are equal.
