@@ -12,7 +12,6 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -29,30 +28,39 @@ FOUND = json.dumps({"experiment": {"experiment_id": "0"}})
 
 
 @contextlib.contextmanager
-def serving(answers: dict[str, tuple[int, str]], tls: Path | None = None) -> Iterator[str]:
-    """Serve these paths over HTTP, and 404 for all others."""
+def listening(answer: Callable[[socket.socket], None], tls: Path | None = None) -> Iterator[int]:
+    """Let `answer` serve all connections to a port, which is yielded."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body = answers.get(self.path.split("?")[0], (404, "<html>no</html>"))
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body.encode())))
-            self.end_headers()
-            self.wfile.write(body.encode())
+        def serve() -> None:
+            while True:
+                with contextlib.suppress(OSError), listener.accept()[0] as connection:
+                    if tls is None:
+                        answer(connection)
+                        continue
+                    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                    context.load_cert_chain(tls)
+                    with context.wrap_socket(connection, server_side=True) as encrypted:
+                        answer(encrypted)
+                if listener.fileno() < 0:
+                    return
 
-        def log_message(self, *_: object) -> None:
-            pass
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        if tls is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(tls)
-            http.socket = context.wrap_socket(http.socket, server_side=True)
-        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        try:
-            yield f"{'https' if tls else 'http'}://localhost:{http.server_port}"
-        finally:
-            http.shutdown()
+
+def http(answers: dict[str, tuple[int, str]]) -> Callable[[socket.socket], None]:
+    """Return an HTTP server of these paths, which answers 404 for all others."""
+
+    def answer(connection: socket.socket) -> None:
+        path = connection.recv(65536).split()[1].decode().partition("?")[0]
+        status, body = answers.get(path, (404, "<html>no</html>"))
+        connection.sendall(f"HTTP/1.1 {status} -\r\nContent-Length: {len(body.encode())}\r\n\r\n{body}".encode())
+
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -73,25 +81,10 @@ def serving(answers: dict[str, tuple[int, str]], tls: Path | None = None) -> Ite
     ],
 )
 def test_only_tracking_servers_are_accepted(answers: dict[str, tuple[int, str]], is_server: bool) -> None:
-    with serving(answers) as address:
-        for uri in (address, address + "/", address.replace("://", "://me:hunter2@")):
+    with listening(http(answers)) as port:
+        for uri in (f"http://localhost:{port}", f"http://localhost:{port}/", f"http://me:hunter2@localhost:{port}"):
             fault = find_fault(uri)
             assert fault is None if is_server else "is it an MLflow server?" in (fault or "")
-
-
-@contextlib.contextmanager
-def listening(answer: Callable[[socket.socket], None]) -> Iterator[int]:
-    """Let `answer` serve one connection to a port, which is yielded."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            with contextlib.suppress(OSError), listener.accept()[0] as connection:
-                answer(connection)
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield listener.getsockname()[1]
-        thread.join()
 
 
 @pytest.mark.parametrize(
@@ -195,7 +188,8 @@ def test_the_clients_tls_variables_are_used(tmp_path: Path, monkeypatch: pytest.
         check=True, capture_output=True,
     )  # fmt: skip
     certificate.write_text(certificate.read_text() + (tmp_path / "cert.pem").read_text())
-    with serving({HEALTH: (200, "OK")}, tls=certificate) as address:
+    with listening(http({HEALTH: (200, "OK")}), certificate) as port:
+        address = f"https://localhost:{port}"
         assert "CERTIFICATE_VERIFY_FAILED" in (find_fault(address) or "")
         monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "cert.pem"))
         assert find_fault(address) is None
