@@ -30,13 +30,13 @@ class RecordedLocation:
     tracking_uri: str | None
 
 
-def parse_config(data: bytes | str, where: str) -> RunConfig:
-    """Return the config in a file written by `mome`, without passwords, for display and comparison.
+def parse_config(data: Any, where: str) -> RunConfig:
+    """Return the config that `mome` wrote, as text or plain values, without passwords, for display and comparison.
 
     Raises ConfigError, naming `where` it was read from, for any other content.
     """
     try:
-        values = json.loads(data)
+        values = json.loads(data if isinstance(data, bytes | str) else json.dumps(data))
         for section, key in (("tracking", "uri"), ("storage", "endpoint_url")):
             keys = values.get(section) if isinstance(values, dict) else None
             if isinstance(keys, dict) and isinstance(keys.get(key), str):
@@ -57,11 +57,7 @@ def stored_config(values: Any, where: str, folder: str) -> tuple[RunConfig, Reco
     The run's folder becomes `folder`, wherever it was written. Endpoints, secrets, MLflow and Ray addresses are those
     of the environment; of the storage section only the retry timeout is kept. Raises ConfigError as `parse_config`.
     """
-    try:
-        text = json.dumps(values)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{where} is damaged: {type(error).__name__}: {error}") from error
-    config = parse_config(text, where)
+    config = parse_config(values, where)
     recorded = RecordedLocation(config.folder, config.tracking.uri)
     output, _, name = absolute(folder.rstrip("/") or "/").rpartition("/")
     located = config.model_copy(
