@@ -136,19 +136,15 @@ def test_known_secret_is_removed_however_it_is_quoted(monkeypatch: pytest.Monkey
     assert redact(f"login failed for '{secret}' ({quote(secret)})") == "login failed for '***' (***)"
 
 
-@pytest.mark.parametrize("kind", [MomeError, *MomeError.__subclasses__()], ids=lambda kind: kind.__name__)
-def test_errors_and_their_copies_contain_no_secret(kind: type[MomeError]) -> None:
-    error = kind("http://me:S3CRET@server refused: token=S3CRET")
-
-    for raised in (error, copy.copy(error)):
-        assert str(raised) == "http://server refused: token=***"
+def test_errors_and_their_copies_contain_no_secret() -> None:
+    for kind in (MomeError, *MomeError.__subclasses__()):
+        error = kind("http://me:S3CRET@server refused: token=S3CRET")
+        assert [str(error), str(copy.copy(error))] == ["http://server refused: token=***"] * 2
 
 
-@pytest.mark.parametrize(
-    "piece", ["http://", "http://u:S3CRET@", "a-", "a.", "x@", "token", "authorization ", "?a=b&", "'", "x-"]
-)
-def test_texts_of_any_length_are_redacted(piece: str) -> None:
-    assert "S3CRET" not in redact(piece * 3000)
+def test_texts_of_any_length_are_redacted() -> None:
+    for piece in ("http://", "http://u:S3CRET@", "a-", "a.", "x@", "token", "authorization ", "?a=b&", "'", "x-"):
+        assert "S3CRET" not in redact(piece * 3000), piece
 
 
 @pytest.mark.parametrize(
