@@ -15,7 +15,7 @@ import ray
 from pipeline.config.errors import MomeError
 from pipeline.data.batch import BatchBuffer
 from pipeline.data.examples.builder import LoaderSpec
-from pipeline.data.loading.worker import ThreadBackend
+from pipeline.data.loading.backends import ThreadBackend
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.storage import Storage
 

@@ -151,9 +151,7 @@ class Batch:
 
     def rows(self, which: slice | Tensor) -> Batch:
         """Return the chosen examples of every field; an index tensor is on the CPU."""
-        if isinstance(which, slice):
-            return self._map(lambda tensor: tensor[which])
-        return self._map(lambda tensor: tensor[which.to(tensor.device, non_blocking=True)])
+        return self._map(lambda t: t[which if isinstance(which, slice) else which.to(t.device, non_blocking=True)])
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, except `place`: the host reads it, and fetching it back would synchronise."""

@@ -14,25 +14,10 @@ from contextlib import contextmanager
 _ENTRY, _THREADS = 256, 64
 BYTES = _ENTRY * _THREADS
 
-_memory = mmap.mmap(-1, BYTES)  # written by this process
-_boards: list[mmap.mmap] = [_memory]  # read by `samples`
+# Memory of `BYTES` bytes each: the first is written by this process, the others by processes that it watches.
+boards: list[mmap.mmap] = [mmap.mmap(-1, BYTES)]
 _numbers = itertools.count()
 _thread = threading.local()
-
-
-def write_to(memory: mmap.mmap) -> None:
-    """Make this process write to `memory`, of `BYTES` bytes."""
-    global _memory
-    _memory = memory
-
-
-def watch(memory: mmap.mmap) -> None:
-    """Include in `samples` what another process writes to `memory`."""
-    _boards.append(memory)
-
-
-def forget(memory: mmap.mmap) -> None:
-    _boards[:] = [board for board in _boards if board is not memory]
 
 
 @contextmanager
@@ -41,18 +26,15 @@ def decoding(sample: str) -> Iterator[None]:
     if not hasattr(_thread, "start"):
         _thread.start = next(_numbers) % _THREADS * _ENTRY
     start, data = _thread.start, sample.encode("utf-8", "backslashreplace")[: _ENTRY - 1]
-    _memory[start : start + len(data) + 1] = data + b"\0"
+    boards[0][start : start + len(data) + 1] = data + b"\0"
     try:
         yield
     finally:
-        _memory[start] = 0
+        boards[0][start] = 0
 
 
 def samples() -> list[str]:
     """Return the samples being decoded by this process and by those it watches."""
-    names: list[str] = []
-    for board in list(_boards):
-        data = board[:]
-        entries = (data[start : start + _ENTRY].partition(b"\0")[0] for start in range(0, BYTES, _ENTRY))
-        names += [entry.decode("utf-8", "replace") for entry in entries if entry]
-    return names
+    data = [board[start : start + _ENTRY] for board in list(boards) for start in range(0, BYTES, _ENTRY)]
+    entries = [entry.partition(b"\0")[0] for entry in data]
+    return [entry.decode("utf-8", "replace") for entry in entries if entry]

@@ -259,13 +259,9 @@ class StreamOrder:
         position = start + ordinal - read_earlier
 
         pairs = epoch * len(self._counts) + source
-        distinct = dict.fromkeys(pairs.tolist())
         epochs = [
-            (
-                self._epoch(pair % len(self._counts), pair // len(self._counts)),
-                np.flatnonzero(pairs == pair) if len(distinct) > 1 else slice(None),
-            )
-            for pair in distinct
+            (self._epoch(pair % len(self._counts), pair // len(self._counts)), np.flatnonzero(pairs == pair))
+            for pair in np.unique(pairs).tolist()
         ]
         # The shuffle window of each sample is low … high-1, permuted under `key`.
         low, high, key = np.empty_like(start), np.empty_like(start), np.empty(len(start), dtype=np.uint64)

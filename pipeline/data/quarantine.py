@@ -64,7 +64,7 @@ class BadRecord:
 
 
 class Quarantine:
-    """Counts of the delivered samples per source: `seen` and `bad`.
+    """Counts of the delivered samples per source (`seen` and `bad`), and the records not yet logged (`new`).
 
     A bad sample is counted at the place that planned it, once per epoch; a bad candidate for a replacement is not
     counted again. The counts of all ranks therefore sum to the same at any world size.
@@ -74,35 +74,25 @@ class Quarantine:
         self.max_bad_rate = max_bad_rate
         self.seen: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
-        self._new: list[BadRecord] = []
+        self.new: list[BadRecord] = []
 
-    def deliver(self, sources: Iterable[str], records: Iterable[BadRecord]) -> None:
-        """Count a batch's examples by source and its bad samples. Raises DataError when a source's rate is too high."""
+    def deliver(self, sources: Iterable[str], records: Iterable[BadRecord], is_last: bool = False) -> None:
+        """Count a batch's examples by source and its bad samples. Raises DataError when a source's rate is too high.
+
+        With the last batch of a stage the rates are checked however few samples it read, except for single bad ones.
+        """
         self.seen.update(sources)
         for record in records:
             self.bad[record.source] += 1
-            self._new.append(record)
-        for source in self.bad:
-            self._check(source, MIN_SEEN)
-
-    def finish(self) -> None:
-        """Check the rates at the end of a stage, however few samples it read; a single bad sample is tolerated."""
-        for source in self.bad:
-            if self.bad[source] > 1:
-                self._check(source, 1)
-
-    def drain(self) -> list[BadRecord]:
-        """Return the records since the last call."""
-        new, self._new = self._new, []
-        return new
-
-    def _check(self, source: str, min_seen: int) -> None:
-        samples, bad = self.seen[source], self.bad[source]
-        if samples < min_seen or bad <= self.max_bad_rate * samples:
-            return
-        last = next((r for r in reversed(self._new) if r.source == source), None)
-        example = f" The last one: {last.key} in {last.shard}, {last.stage}: {last.reason}." if last else ""
-        raise DataError(
-            f"source '{source}': {bad} of {samples} samples are bad ({bad / samples:.1%}), more than data.max_bad_rate "
-            f"{self.max_bad_rate:.1%} allows.{example} Repair or rebuild its shards, or raise data.max_bad_rate."
-        )
+            self.new.append(record)
+        for source, bad in self.bad.items():
+            samples = self.seen[source]
+            is_meaningful = samples >= MIN_SEEN or (is_last and bad > 1)
+            if is_meaningful and bad > self.max_bad_rate * samples:
+                last = next((r for r in reversed(self.new) if r.source == source), None)
+                example = f" The last one: {last.key} in {last.shard}, {last.stage}: {last.reason}." if last else ""
+                raise DataError(
+                    f"source '{source}': {bad} of {samples} samples are bad ({bad / samples:.1%}), more than "
+                    f"data.max_bad_rate {self.max_bad_rate:.1%} allows.{example} Repair or rebuild its shards, or "
+                    "raise data.max_bad_rate."
+                )

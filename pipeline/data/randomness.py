@@ -107,22 +107,17 @@ def permuted(key: np.ndarray, n: np.ndarray, place: np.ndarray) -> np.ndarray:
     rows = np.ceil(np.sqrt(n)).astype(np.uint64)  # IEEE square roots are the same on every machine
     bound = n.astype(np.uint64)
     columns = (bound + rows - np.uint64(1)) // rows
-    cell = _feistel(key, rows, columns, place.astype(np.uint64))
-    outside = np.flatnonzero(cell >= bound)
+    cell, outside = place.astype(np.uint64), np.arange(len(n))
+    high = np.uint64(32)  # 32 bits of hash: their sum with a row cannot overflow, which would break the bijection
     while outside.size:
-        cell[outside] = _feistel(key[outside], rows[outside], columns[outside], cell[outside])
+        keys, height, width = key[outside], rows[outside], columns[outside]
+        row, column = np.divmod(cell[outside], width)
+        for turn in range(0, _ROUNDS, 2):
+            row = (row + (_mix_array(keys + (column ^ np.uint64(turn << 32))) >> high)) % height
+            column = (column + (_mix_array(keys + (row ^ np.uint64(turn + 1 << 32))) >> high)) % width
+        cell[outside] = row * width + column
         outside = outside[cell[outside] >= bound[outside]]
     return cell.astype(np.int64)
-
-
-def _feistel(key: np.ndarray, rows: np.ndarray, columns: np.ndarray, cell: np.ndarray) -> np.ndarray:
-    """Return the image of each cell under its key's bijection of 0 … rows * columns - 1. All (L,) uint64."""
-    row, column = np.divmod(cell, columns)
-    high = np.uint64(32)  # 32 bits of hash: their sum with a row cannot overflow, which would break the bijection
-    for turn in range(0, _ROUNDS, 2):
-        row = (row + (_mix_array(key + (column ^ np.uint64(turn << 32))) >> high)) % rows
-        column = (column + (_mix_array(key + (row ^ np.uint64(turn + 1 << 32))) >> high)) % columns
-    return row * columns + column
 
 
 def sample_random(seed: int, epoch: int, uid: int, purpose: str) -> CounterRandom:

@@ -161,7 +161,7 @@ def loader_killed(site: Site) -> Callable[[], bool]:
     def kill() -> None:
         with suppress(psutil.NoSuchProcess):
             children = [child for rank in site.ranks() for child in rank.children(recursive=True)]
-            if there := [child for child in children if "data.loading.worker" in _title(child)]:
+            if there := [child for child in children if "data.loading.backends" in _title(child)]:
                 site.draw.choice(there).kill()
 
     return until_missed(site, "a loader process died", AWAY, kill)

@@ -19,30 +19,22 @@ import psutil
 import pytest
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.contents.text import Tokenizer
-from pipeline.data.shards.manifest import index_shards
-from pipeline.data.storage import Storage, join
 from tests.support import data_stream
-from tests.support.data_stream import record, stream_config, whole_lines
+from tests.support.data_stream import caption_tokenizer, copy_shards, record, stream_config, whole_lines
 
 KILLS = int(os.environ.get("MOME_KILLS", "3"))
 WORLDS = (1, 2, 3, 4)
 SECONDS = 120.0
 
 
-@pytest.fixture
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
-
-
 class Run:
     """The process of a data stream and its record."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, folder: Path):
+    def __init__(self, config: RunConfig, folder: Path):
         self.record = folder / "record"
         self._config, self._vocabulary = folder / "config.json", folder / "vocab.txt"
         self._config.write_text(config.model_dump_json(), encoding="utf-8")
-        self._vocabulary.write_bytes(tokenizer.vocabulary_file)
+        self._vocabulary.write_bytes(caption_tokenizer().vocabulary_file)
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -67,20 +59,6 @@ class Run:
         _, alive = psutil.wait_procs(orphans, timeout=20)
         assert not alive, f"loader processes outlived their rank: {alive}"
 
-    def kill_loader_process(self, draw: random.Random) -> None:
-        """Send SIGKILL to one loader process; the stream must continue."""
-        victims = self.loader_processes()
-        if victims:
-            victim = draw.choice(victims)
-            victim.send_signal(signal.SIGKILL)
-
-
-def wait_for(condition, what: str) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"waited {SECONDS} s for {what}"
-        time.sleep(0.02)
-
 
 def shared_memory() -> set[str]:
     """Return the shared-memory files that no living process has mapped, so that other test processes' do not count."""
@@ -92,15 +70,10 @@ def shared_memory() -> set[str]:
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_killed_stream_equals_uninterrupted_stream(s3, make_pairs, tokenizer, tmp_path: Path):
-    folder, url = make_pairs("pairs", [17, 9, 24, 11, 30, 9]), s3.url("pairs")
-    index_shards(Storage(), folder)
-    for file in sorted(Path(folder).glob("*.tar")):
-        Storage(s3.config).upload(file, join(url, file.name))
-    index_shards(Storage(s3.config), url)
-    cache = tmp_path / "cache"
+def test_killed_stream_equals_uninterrupted_stream(s3, make_pairs, tmp_path: Path):
+    folder, cache = make_pairs("pairs", [17, 9, 24, 11, 30, 9]), tmp_path / "cache"
     loading = {"loader": {"num_workers": 2, "threads_per_worker": 2}, "cache": {"folder": str(cache)}}
-    run = Run(stream_config(url, s3.config, **loading), tokenizer, tmp_path)
+    run = Run(stream_config(copy_shards(folder, s3), s3.config, **loading), tmp_path)
     draw, before, killed = random.Random(11), shared_memory(), Counter()
     while killed.total() < KILLS:
         if run.process is None or run.process.poll() is not None:
@@ -108,14 +81,18 @@ def test_killed_stream_equals_uninterrupted_stream(s3, make_pairs, tokenizer, tm
             run.start(draw.choice(WORLDS))
         reached = run.steps
         if draw.random() < 0.8:  # else it may be killed while it starts
-            wait_for(lambda: run.steps > reached or run.process.poll() is not None, "a batch")  # noqa: B023
+            end = time.monotonic() + SECONDS
+            while run.steps == reached and run.process.poll() is None:
+                assert time.monotonic() < end, f"waited {SECONDS} s for a batch"
+                time.sleep(0.02)
         time.sleep(draw.uniform(0, 0.8))
         assert run.process.poll() is None, "the stream ended by itself"
         if draw.random() < 0.7:
             run.kill()
             killed["rank"] += 1
-        else:
-            run.kill_loader_process(draw)
+        else:  # of a loader process; the stream must continue
+            if victims := run.loader_processes():
+                draw.choice(victims).send_signal(signal.SIGKILL)
             killed["loader process"] += 1
     if run.process.poll() is None:
         run.kill()
@@ -124,7 +101,7 @@ def test_killed_stream_equals_uninterrupted_stream(s3, make_pairs, tokenizer, tm
     assert run.process.wait(timeout=SECONDS) == 0
     print(f"{dict(killed)} kills over {total} steps")
 
-    record(stream_config(folder), tokenizer, 1, range(total), tmp_path / "uninterrupted")
+    record(stream_config(folder), caption_tokenizer(), 1, range(total), tmp_path / "uninterrupted")
     assert whole_lines(run.record) == whole_lines(tmp_path / "uninterrupted")
     read = Counter(word for line in whole_lines(run.record) for word in line.split()[2:])
     assert set(read.values()) == {1}, "a sample was read twice in one epoch"

@@ -8,19 +8,15 @@ By default a set of cases in which every two settings meet. For the whole table 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import RunConfig
-from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.loader import fingerprint
 from pipeline.data.shards.manifest import index_shards
-from pipeline.data.storage import Storage, join
-from pipeline.objectives import batch_groups
-from tests.support.data_stream import stream_config
+from pipeline.data.storage import Storage
+from tests.support.data_stream import copy_shards, hash_of, stream_config
 
 WHOLE = os.environ.get("MOME_ORDER") == "whole"
 SETTINGS = {
@@ -52,11 +48,6 @@ MARKED = [pytest.param(*case, marks=[pytest.mark.slow] if case[0] * case[1] > 4 
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
-
-
-@pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("caches")
 
@@ -67,44 +58,19 @@ def expected() -> dict[str, str]:
     return {}
 
 
-def with_loading(config: RunConfig, workers: int, threads: int, cache: Path | None) -> RunConfig:
-    data = config.data.model_dump()
-    data["loader"] |= {"num_workers": workers, "threads_per_worker": threads}
-    data["cache"] |= {"folder": str(cache) if cache else None}
-    return config.model_copy(update={"data": type(config.data).model_validate(data)})
-
-
-@pytest.fixture
-def place(s3, make_pairs, caches: Path, tmp_path: Path) -> Callable[[str], tuple[RunConfig, Path | None]]:
-    """Return place(name): the config of a run that reads the same pairs from there, and its cache."""
-    folder = make_pairs("pairs", [9, 4, 10, 7, 12])
-    index_shards(Storage(), folder)
-
-    def choose(name: str) -> tuple[RunConfig, Path | None]:
-        if name == "local":
-            return stream_config(folder), None
-        storage, url = Storage(s3.config), s3.url("pairs")
-        for file in sorted(Path(folder).glob("*.tar")):
-            storage.upload(file, join(url, file.name))
-        index_shards(storage, url)
-        cache = {"s3": None, "s3, cold cache": tmp_path / "cache", "s3, warm cache": caches}[name]
-        return stream_config(url, s3.config), cache
-
-    return choose
-
-
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 @pytest.mark.parametrize(("world", "workers", "threads", "where"), MARKED)
 def test_data_order_is_the_same_everywhere(
-    place, tokenizer, expected, world: int, workers: int, threads: int, where: str
+    s3, make_pairs, caches: Path, tmp_path: Path, expected, world: int, workers: int, threads: int, where: str
 ):
-    config, cache = place(where)
+    folder = make_pairs("pairs", [9, 4, 10, 7, 12])
+    index_shards(Storage(), folder)
+    cache = {"s3, cold cache": tmp_path / "cache", "s3, warm cache": caches}.get(where)
+    caching = {"cache": {"folder": str(cache) if cache else None}}
+    config = stream_config(folder) if where == "local" else stream_config(copy_shards(folder, s3), s3.config, **caching)
 
     def read(world: int, workers: int, threads: int, steps: int = STEPS) -> str:
-        run = with_loading(config, workers, threads, cache)
-        return fingerprint(
-            run, run.stages[0], batch_groups(run, run.stages[0]), Storage(run.storage), tokenizer, range(steps), world
-        )
+        return hash_of(config, range(steps), world, num_workers=workers, threads_per_worker=threads)
 
     if where == "s3, warm cache":
         read(1, 0, 4, steps=6)  # more than an epoch: every shard

@@ -274,7 +274,7 @@ class Trouble(Callback):
 
 def _troubled(folder: str) -> list[str]:
     """Train with `Trouble` and slow data; return the logged alerts."""
-    from pipeline.data.loading.worker import ThreadBackend
+    from pipeline.data.loading.backends import ThreadBackend
     from pipeline.training.loop import train
 
     class SlowBackend(ThreadBackend):

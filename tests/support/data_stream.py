@@ -17,15 +17,20 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.loading.loader import Loader, fingerprint
-from pipeline.data.storage import Storage
+from pipeline.data.shards.manifest import index_shards
+from pipeline.data.storage import Storage, join
 from pipeline.objectives import batch_groups
+
+if TYPE_CHECKING:
+    from tests.support.stores import S3
 
 Values = dict[str, Any]
 VLMO = {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4}
@@ -74,10 +79,16 @@ def caption_tokenizer() -> Tokenizer:
     return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
 
 
-def open_loader(config: RunConfig, tokenizer: Tokenizer | None = None, rank: int = 0, world_size: int = 1) -> Loader:
+def open_loader(
+    config: RunConfig,
+    tokenizer: Tokenizer | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    backend: BackendFactory = local_backend,
+) -> Loader:
     """Return a loader of the first stage. Close it, or use it in `with`."""
-    stage, tokenizer = config.stages[0], tokenizer or caption_tokenizer()
-    return Loader(config, stage, batch_groups(config, stage), Storage(config.storage), tokenizer, rank, world_size)
+    stage, storage, tokenizer = config.stages[0], Storage(config.storage), tokenizer or caption_tokenizer()
+    return Loader(config, stage, batch_groups(config, stage), storage, tokenizer, rank, world_size, backend)
 
 
 def take(config: RunConfig, count: int = 1, start: int = 0, **loader: Any) -> list[Batch]:
@@ -91,6 +102,14 @@ def hash_of(config: RunConfig, steps: range, world_size: int = 1, **settings: in
     config, stage = with_loader(config, **settings), config.stages[0]
     groups = batch_groups(config, stage)
     return fingerprint(config, stage, groups, Storage(config.storage), caption_tokenizer(), steps, world_size)
+
+
+def copy_shards(folder: str, s3: S3, name: str = "pairs") -> str:
+    """Index a folder of shards, copy it to a store, and return its URL there."""
+    index_shards(Storage(), folder)
+    for file in sorted(Path(folder).iterdir()):
+        Storage(s3.config).upload(file, join(s3.url(name), file.name))
+    return s3.url(name)
 
 
 def stream_config(shards: str, storage: StorageConfig | None = None, **loading: dict[str, object]) -> RunConfig:

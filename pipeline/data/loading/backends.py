@@ -2,8 +2,9 @@
 
 Each loader process builds a fixed, contiguous part of the rank's places, and so reads its own streams only. The memory
 is anonymous (it has no name in any file system) and the processes communicate with their rank through sockets alone,
-so that after a SIGKILL of any process the kernel reclaims everything. A process that dies is noticed when its examples
-are next waited for, restarted, and given its unfinished steps again: their examples come out the same.
+so that after a SIGKILL of any process the kernel reclaims everything: when the rank dies, the socket closes and its
+processes exit. A process that dies is noticed when its examples are next waited for, restarted, and given its
+unfinished steps again: their examples come out the same.
 """
 
 from __future__ import annotations
@@ -17,28 +18,34 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from pipeline.config.errors import RunFailed
+import torch
+
+from pipeline.config.errors import MomeError, RunFailed
+from pipeline.config.redaction import configure_logging
 from pipeline.data import in_progress
-from pipeline.data.batch import BatchBuffer
-from pipeline.data.examples.builder import LoaderSpec
-from pipeline.data.loading.worker import Assignment, Done, Job, ThreadBackend
+from pipeline.data.batch import BatchBuffer, BatchSpec
+from pipeline.data.examples.builder import ExampleBuilder, LoaderSpec
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.storage import Storage
 
 log = logging.getLogger(__name__)
 
+MAX_RUN = 16  # examples of one thread's task at most: an error or a close takes effect after the running tasks
 MAX_RESTARTS = 3  # of one process within RESTART_STEPS: a cause that persists would restart it endlessly
 RESTART_STEPS = 100
 HELD = 2  # buffers that the consumer may hold while the processes fill the others
 END_SECONDS = 5.0  # for a process to exit by itself
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # examples are the unit of parallel work
-PROGRAM = "from pipeline.data.loading.worker import main; main()"  # not -m: its messages would be pickled as __main__'s
+PROGRAM = "from pipeline.data.loading.backends import main; main()"  # not -m: that would pickle messages as __main__'s
 
 
 class LoaderBackend(Protocol):
@@ -62,6 +69,63 @@ def local_backend(spec: LoaderSpec, storage: Storage) -> LoaderBackend:
     return ProcessBackend(spec, storage) if spec.config.data.loader.num_workers else ThreadBackend(spec, storage)
 
 
+class ThreadBackend:
+    """Threads that build the examples of a loader spec, a few examples per task.
+
+    In the trainer's own process they share its interpreter lock, so that a busy trainer slows them.
+    """
+
+    def __init__(self, spec: LoaderSpec, storage: Storage):
+        self._spec, self._builder = spec, ExampleBuilder(spec, storage)
+        self._num_threads = spec.config.data.loader.threads_per_worker
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="loader")
+        self._pending: dict[int, tuple[BatchBuffer, list[Future[list[BadRecord]]]]] = {}
+        self._is_prefetching = False
+
+    def submit(self, step: int, buffer: BatchBuffer | None = None, first: int | None = None) -> None:
+        """Start to build a step's examples, in memory of their own or in a buffer whose row 0 is place `first`."""
+        places = self._spec.places
+        if buffer is None or first is None:
+            buffer, first = BatchBuffer(self._spec.batch_spec), places.start
+        if not self._is_prefetching:
+            order = self._builder.order
+            self._builder.reader.start_prefetch(lambda later: order.samples(later, places), step)
+            self._is_prefetching = True
+        # Several examples per task: one by one, the hand-over would cost a twentieth of building them.
+        length = min(MAX_RUN, max(1, len(places) // (4 * self._num_threads)))
+        runs = [places[start : start + length] for start in range(0, len(places), length)]
+        futures = [self._pool.submit(self._builder.build, step, run, buffer, first) for run in runs]
+        self._pending[step] = buffer, futures
+
+    def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
+        """Wait for a step's examples; return them and what was replaced. Raises the first error in order of place."""
+        buffer, futures = self._pending.pop(step)
+        bad = [record for future in futures for record in future.result()]
+        self._builder.reader.finish_step(step)
+        return buffer, bad
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._builder.reader.close()
+
+
+class Assignment(NamedTuple):
+    """The first message to a loader process; all others are jobs: (step, offset of its buffer in the memory)."""
+
+    loader_spec: LoaderSpec  # of the process's own places
+    storage: Storage
+    batch_spec: BatchSpec  # of a whole buffer, which the rank's processes fill together
+    first: int  # the place of a buffer's row 0
+
+
+class Done(NamedTuple):
+    """The answer to a job: the replaced samples, or the error."""
+
+    step: int
+    bad: list[BadRecord]
+    error: Exception | None
+
+
 class ProcessBackend:
     """`loader.num_workers` processes of `loader.threads_per_worker` threads, which write into the trainer's memory.
 
@@ -77,6 +141,8 @@ class ProcessBackend:
         weakref.finalize(self, os.close, descriptor)
         self._memory = mmap.mmap(descriptor, self._spec.bytes * count)
         self._free: deque[int] = deque(range(count))
+        self._buffers: dict[int, int] = {}  # step -> index of its buffer
+        self._done: dict[int, list[Done]] = {}
         self._workers: list[_Worker] = []
         try:
             for part in spec.split(loader.num_workers):
@@ -85,13 +151,11 @@ class ProcessBackend:
         except BaseException:
             self.close()
             raise
-        self._buffers: dict[int, int] = {}  # step -> index of its buffer
-        self._done: dict[int, list[Done]] = {}
 
     def submit(self, step: int) -> None:
         self._buffers[step], self._done[step] = self._free.popleft(), []
         for worker in self._workers:
-            worker.send(Job(step, self._buffers[step] * self._spec.bytes))
+            worker.send(step, self._buffers[step] * self._spec.bytes)
 
     def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
         while len(self._done[step]) < len(self._workers):
@@ -116,7 +180,8 @@ class ProcessBackend:
         for worker in self._workers:
             worker.connection.close()
         for worker in self._workers:
-            worker.close()
+            worker.wait()
+            in_progress.boards.remove(worker.samples)
 
 
 class _Worker:
@@ -124,12 +189,12 @@ class _Worker:
 
     def __init__(self, assignment: Assignment, memory: int):
         self._assignment, self._memory = assignment, memory
-        self._progress = _anonymous_file(in_progress.BYTES)  # the names of the samples that the process is decoding
+        self._progress = _anonymous_file(in_progress.BYTES)
         weakref.finalize(self, os.close, self._progress)
-        self._samples = mmap.mmap(self._progress, in_progress.BYTES)
-        in_progress.watch(self._samples)
+        self.samples = mmap.mmap(self._progress, in_progress.BYTES)  # names of those that the process is decoding
+        in_progress.boards.append(self.samples)
         self._restarts = self._steps_since_restart = 0
-        self._jobs: dict[int, Job] = {}  # by step, in order
+        self._jobs: dict[int, int] = {}  # step -> offset of its buffer, in order
         self._start()
 
     def _start(self) -> None:
@@ -137,20 +202,21 @@ class _Worker:
         own_socket, worker_socket = socket.socketpair()
         with worker_socket:
             descriptors = (worker_socket.fileno(), self._memory, self._progress)
-            self._samples[:] = bytes(in_progress.BYTES)
+            self.samples[:] = bytes(in_progress.BYTES)
             self._process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *map(str, descriptors)],
                 pass_fds=descriptors,
                 env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self.connection = Connection(own_socket.detach())
-        for message in (self._assignment, *self._jobs.values()):
+        for message in (self._assignment, *self._jobs.items()):
             self.connection.send(message)
 
-    def send(self, job: Job) -> None:
-        self._jobs[job.step] = job
+    def send(self, step: int, offset: int) -> None:
+        """Request the process's examples of a step, in the buffer at `offset` of the shared memory."""
+        self._jobs[step] = offset
         try:
-            self.connection.send(job)
+            self.connection.send((step, offset))
         except ConnectionError:
             self._restart()
 
@@ -170,7 +236,7 @@ class _Worker:
     def _restart(self) -> None:
         """Start the process again. Raises RunFailed after MAX_RESTARTS in a short while."""
         self.connection.close()
-        status = self._wait()
+        status = self.wait()
         cause = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
         if self._restarts == MAX_RESTARTS:
             raise RunFailed(
@@ -181,18 +247,13 @@ class _Worker:
         log.warning("a loader process died (%s): restarting it (%d of %d)", cause, self._restarts, MAX_RESTARTS)
         self._start()
 
-    def _wait(self) -> int:
+    def wait(self) -> int:
         """Return the exit status of the process, whose socket is closed; kill it after END_SECONDS."""
         try:
             return self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
-
-    def close(self) -> None:
-        """End the process, whose socket is closed."""
-        self._wait()
-        in_progress.forget(self._samples)
 
 
 def _anonymous_file(size: int) -> int:
@@ -204,3 +265,49 @@ def _anonymous_file(size: int) -> int:
             descriptor = os.dup(file.fileno())
     os.ftruncate(descriptor, size)
     return descriptor
+
+
+def main() -> None:
+    """Run a loader process: build examples in memory that the rank shares, until it closes the socket.
+
+    Arguments: the descriptors of the socket, of the batches' memory, and of the names of samples being decoded.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the rank decides what ends
+    configure_logging()
+    torch.set_num_threads(1)
+    number, descriptor, progress = map(int, sys.argv[1:4])
+    in_progress.boards[0] = mmap.mmap(progress, in_progress.BYTES)
+    connection, memory = Connection(number), mmap.mmap(descriptor, 0)
+    threads: ThreadBackend | None = None
+
+    def answer(step: int, error: Exception | None) -> None:
+        """Send the result of a step, or the error that its submission met; one thread does so, in order of step."""
+        bad: list[BadRecord] = []
+        try:
+            if error is not None:
+                raise error
+            assert threads is not None
+            bad = threads.result(step)[1]
+        except MomeError as failure:
+            error = failure
+        except Exception as failure:  # others may not survive pickling
+            error = RunFailed(f"a loader process failed: {''.join(traceback.format_exception(failure))}")
+        with suppress(ConnectionError):  # when the rank has closed the socket, `recv` ends this process
+            connection.send(Done(step, bad, error))
+
+    try:
+        assignment: Assignment = connection.recv()
+        spec, answers = assignment.batch_spec, ThreadPoolExecutor(1)
+        while True:
+            step, offset = connection.recv()
+            failure: Exception | None = None
+            try:
+                if threads is None:
+                    threads = ThreadBackend(assignment.loader_spec, assignment.storage)
+                buffer = BatchBuffer(spec, memoryview(memory)[offset : offset + spec.bytes])
+                threads.submit(step, buffer, assignment.first)
+            except Exception as error:
+                failure = error
+            answers.submit(answer, step, failure)
+    except (EOFError, ConnectionError):
+        os._exit(0)  # the rank has gone or closed the socket: no thread may keep the process alive

@@ -25,7 +25,6 @@ from pipeline.data.examples.builder import LoaderSpec
 from pipeline.data.loading.backends import BackendFactory, LoaderBackend, local_backend
 from pipeline.data.order import rank_slice
 from pipeline.data.quarantine import Quarantine
-from pipeline.data.reading.cache import check_budget
 from pipeline.data.shards.source import Source, open_source, selection_url
 from pipeline.data.storage import Storage
 
@@ -61,8 +60,14 @@ class Loader:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and by Ray Train
             streams = min(data.streams, -(-data.streams * local_ranks // world_size) + 1)  # slices end inside streams
             remote = [source.manifest.shards for source in sources.values() if not is_local(source.url)]
-            shard_bytes = [[shard.bytes for shard in shards] for shards in remote]
-            check_budget(data.cache.max_bytes, shard_bytes, streams, data.shuffle_window)
+            sizes = [sorted((shard.bytes for shard in shards), reverse=True) for shards in remote]
+            needed = sum(sum(largest_first[: streams * data.shuffle_window]) for largest_first in sizes)
+            if needed > data.cache.max_bytes:
+                raise ConfigError(
+                    f"data.cache.max_bytes {data.cache.max_bytes} is below the {needed} bytes of the open windows of "
+                    f"{streams} streams: shards would be deleted while they are read. Raise it to at least {needed}, "
+                    "lower data.shuffle_window or data.streams, or unset data.cache.folder"
+                )
         places = rank_slice(stage.global_batch_size, rank, world_size)
         answers = load_choices(config, stage, storage, ANSWERS)
         self._spec = LoaderSpec(config, stage, tokenizer, sources, places, groups, answers)
@@ -94,12 +99,13 @@ class Loader:
                     buffer, bad = backend.result(step)
                 finally:
                     self.wait_seconds += time.perf_counter() - started
-                self._quarantine.deliver((self._names[number] for number in buffer["source"]), bad)
-                if step == self._stage.steps - 1:
-                    self._quarantine.finish()
+                names = [self._names[number] for number in buffer["source"]]
+                self._quarantine.deliver(names, bad, is_last=step == self._stage.steps - 1)
                 yield buffer.to_batch(step, self._spec.places)
         finally:
-            self._end(backend)
+            if backend in self._open:
+                self._open.remove(backend)
+                backend.close()
 
     def counts(self) -> dict[str, int | float]:
         """Return bad samples, samples and epochs of each source; summed over ranks they are the whole run's."""
@@ -113,23 +119,19 @@ class Loader:
 
     def quarantined(self) -> list[dict[str, str | int]]:
         """Return the records of bad samples replaced since the last call, for a JSONL log."""
-        return [asdict(record) for record in self._quarantine.drain()]
+        records, self._quarantine.new = self._quarantine.new, []
+        return [asdict(record) for record in records]
 
     def close(self) -> None:
         """Stop every thread and process. Iterators in use end at their next batch."""
-        for backend in list(self._open):
-            self._end(backend)
+        while self._open:
+            self._open.pop().close()
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _end(self, backend: LoaderBackend) -> None:
-        if backend in self._open:
-            self._open.remove(backend)
-            backend.close()
 
 
 def fingerprint(

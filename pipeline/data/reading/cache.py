@@ -28,14 +28,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pipeline.config.errors import ConfigError, StorageError
+from pipeline.config.errors import StorageError
 from pipeline.config.urls import local_path
 
 PIECE = 8 * 2**20  # minimum bytes of one request, unless the shard is smaller
 FOLDER = "mome-cache-1"
 _CACHE_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_OWN_FOLDER = "Each user needs their own cache: choose another data.cache.folder, or remove that one"
 _POLL_SECONDS = 0.02  # while another process downloads or has locked the cache
 
 Fetch = Callable[[Sequence[tuple[int, int]]], Iterable[bytes]]
@@ -50,28 +49,22 @@ class OpenShard:
 
     def __init__(self, descriptor: int, path: Path, is_cached: bool):
         self._descriptor, self.path, self._is_cached = descriptor, path, is_cached
-        self._touch()
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop), fewer if the file is shorter. Thread-safe."""
         return os.pread(self._descriptor, stop - start, start)
 
     def close(self) -> None:
-        """Close and unpin the file; no thread may be reading it."""
+        """Record the use, which the eviction goes by, and close the file. No thread may be reading it."""
         if self._descriptor >= 0:
-            self._touch()
+            if self._is_cached:
+                now = time.time_ns()  # explicit, because the kernel's own timestamps are milliseconds apart
+                with suppress(OSError):
+                    os.utime(self._descriptor, ns=(now, now))
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __del__(self) -> None:
-        self.close()
-
-    def _touch(self) -> None:
-        """Record a use, which the eviction goes by."""
-        if self._is_cached:
-            now = time.time_ns()  # explicit, because the kernel's own timestamps are milliseconds apart
-            with suppress(OSError):
-                os.utime(self._descriptor, ns=(now, now))
+    __del__ = close
 
 
 class NodeCache:
@@ -162,9 +155,8 @@ class NodeCache:
             missing = sum(status.st_size for _, status in entries) + size - self.max_bytes
             victims: list[Path] = []
             for path, status in entries:
-                if missing <= 0:
-                    break
-                if path.suffix == ".tar" and (lock := _lock(path, os.O_RDWR)) is not None:  # not pinned
+                # A lock shows that no reader pins the file.
+                if missing > 0 and path.suffix == ".tar" and (lock := _lock(path, os.O_RDWR)) is not None:
                     locks.callback(os.close, lock)
                     victims.append(path)
                     missing -= status.st_size
@@ -180,17 +172,17 @@ class NodeCache:
     def _sweep(self) -> list[tuple[Path, os.stat_result]]:
         """Delete the partial downloads of processes that died; return all other files. The cache must be locked."""
         entries = []
-        with os.scandir(self.folder) as items:
-            for item in items:
-                if not (_CACHE_FILE.fullmatch(item.name) and item.is_file(follow_symlinks=False)):
-                    continue
-                path = Path(item.path)
-                if path.suffix == ".part" and (part := _lock(path, os.O_RDWR)) is not None:
-                    path.unlink(missing_ok=True)
-                    os.close(part)
-                    continue
+        for path in self.folder.iterdir():
+            if _CACHE_FILE.fullmatch(path.name):
                 with suppress(FileNotFoundError):
-                    entries.append((path, item.stat(follow_symlinks=False)))
+                    status = path.lstat()
+                    if not stat.S_ISREG(status.st_mode):
+                        continue
+                    if path.suffix == ".part" and (part := _lock(path, os.O_RDWR)) is not None:
+                        path.unlink(missing_ok=True)
+                        os.close(part)
+                    else:
+                        entries.append((path, status))
         return entries
 
     def _make_folder(self) -> None:
@@ -198,14 +190,19 @@ class NodeCache:
         with suppress(FileExistsError):
             self.folder.mkdir(mode=0o700, parents=True)
         status = os.lstat(self.folder)
-        is_ours = status.st_uid == os.geteuid()
+        is_ours, is_shared, fault = status.st_uid == os.geteuid(), status.st_mode & _OTHERS_WRITE, None
         if not stat.S_ISDIR(status.st_mode):
-            raise StorageError(f"data.cache.folder: {self.folder} is not a folder. {_OWN_FOLDER}")
-        if not (is_ours or status.st_uid == 0):
-            raise StorageError(f"data.cache.folder: {self.folder} belongs to user {status.st_uid}. {_OWN_FOLDER}")
-        if status.st_mode & _OTHERS_WRITE:
-            if not is_ours:
-                raise StorageError(f"data.cache.folder: {self.folder} is writable for other users. {_OWN_FOLDER}")
+            fault = "is not a folder"
+        elif not (is_ours or status.st_uid == 0):
+            fault = f"belongs to user {status.st_uid}"
+        elif is_shared and not is_ours:
+            fault = "is writable for other users"
+        if fault:
+            raise StorageError(
+                f"data.cache.folder: {self.folder} {fault}. Each user needs their own cache: choose another "
+                "data.cache.folder, or remove that one"
+            )
+        if is_shared:
             self.folder.chmod(stat.S_IMODE(status.st_mode) & ~_OTHERS_WRITE)
 
     @contextmanager
@@ -217,20 +214,6 @@ class NodeCache:
             path.unlink(missing_ok=True)
         with FileLock(path, mode=0o600, poll_interval=_POLL_SECONDS):
             yield
-
-
-def check_budget(max_bytes: int, shard_bytes: Iterable[Iterable[int]], streams: int, window: int) -> None:
-    """Raise ConfigError if a cache of `max_bytes` is too small for the open windows of `streams` streams.
-
-    `shard_bytes` are the sizes of the shards of each source, `window` the shards in a window.
-    """
-    needed = sum(sum(sorted(sizes, reverse=True)[: streams * window]) for sizes in shard_bytes)
-    if needed > max_bytes:
-        raise ConfigError(
-            f"data.cache.max_bytes {max_bytes} is below the {needed} bytes of the open windows of {streams} streams: "
-            f"shards would be deleted while they are read. Raise it to at least {needed}, lower data.shuffle_window "
-            "or data.streams, or unset data.cache.folder"
-        )
 
 
 def _open(path: Path, flags: int) -> int:
@@ -252,22 +235,18 @@ def _open(path: Path, flags: int) -> int:
 
 def _lock(path: Path, flags: int) -> int | None:
     """Return the file at `path` with an exclusive lock; None if it does not exist or another process holds a lock."""
-    try:
-        descriptor = _open(path, flags)
-    except FileNotFoundError:
-        return None
-    try:
-        # Never wait for this lock: the file may be renamed and then pinned for hours.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(descriptor, path):
-            return descriptor
-    except BlockingIOError:
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
+    with ExitStack() as on_failure:
+        try:
+            descriptor = _open(path, flags)
+            on_failure.callback(os.close, descriptor)
+            # Never wait for this lock: the file may be renamed and then pinned for hours.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileNotFoundError, BlockingIOError):
+            return None
+        if not _is_at(descriptor, path):
+            return None
+        on_failure.pop_all()
+        return descriptor
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -27,12 +27,11 @@ _PURGE_EVERY = 16  # steps
 
 @dataclass(slots=True, eq=False)
 class _Entry(Generic[T]):
-    """Entry that is absent (no future), queued, being fetched (started), or held (the future is done)."""
+    """Entry that is absent (no future), queued (with a task), being fetched, or held (the future is done)."""
 
     size: int
     future: Future[T] | None = None
     task: Callable[[], None] | None = None
-    is_started: bool = False
     is_used: bool = False
     is_planned: bool = False  # in the prefetcher's queue
     last_step: int = -1  # last known step that needs it
@@ -72,7 +71,7 @@ class PrefetchCache(Generic[T]):
             entry.last_step = max(entry.last_step, self._finished_step)
             if entry.future is None:
                 self._queue(entry, fetch, force=True)
-            future, task = entry.future, None if entry.is_started else entry.task
+            future, task = entry.future, entry.task
         if task is not None:
             task()
         assert future is not None
@@ -98,20 +97,12 @@ class PrefetchCache(Generic[T]):
         """
         with self._lock:
             entry = self._entry(key, size)
-            entry.last_step = max(entry.last_step, step)
-            entry.reads = reads
+            entry.last_step, entry.reads = max(entry.last_step, step), reads
             entry.num_planned += 1
             if entry.future is not None or entry.is_planned:
                 return False
             entry.is_planned = True
             return True
-
-    def restart(self, step: int) -> None:
-        """Forget all planned reads; they will be registered again from `step` on."""
-        with self._lock:
-            self._finished_step = step - 1
-            for entry in self._entries.values():
-                entry.last_step, entry.num_planned, entry.is_planned = -1, 0, False
 
     def finish_step(self, step: int) -> None:
         """Mark all reads up to `step` as done."""
@@ -140,10 +131,10 @@ class PrefetchCache(Generic[T]):
         """Drop all entries. Waiting and later `get` calls raise RuntimeError, except for fetches in progress."""
         with self._lock:
             self._is_closed = True
-            waiting = [entry for entry in self._entries.values() if entry.future and not entry.is_started]
+            waiting = [entry for entry in self._entries.values() if entry.task is not None]
             self._entries.clear()
             for entry in waiting:
-                entry.is_started = True
+                entry.task = None
         for entry in waiting:
             assert entry.future is not None
             entry.future.set_exception(RuntimeError("closed"))
@@ -151,9 +142,7 @@ class PrefetchCache(Generic[T]):
     def _entry(self, key: Hashable, size: int) -> _Entry[T]:
         if self._is_closed:
             raise RuntimeError("closed")
-        if key not in self._entries:
-            self._entries[key] = _Entry(size)
-        return self._entries[key]
+        return self._entries.setdefault(key, _Entry(size))
 
     def _queue(self, entry: _Entry[T], fetch: Callable[[], T], force: bool) -> bool:
         """Queue the fetch of an absent entry, after evicting others until it fits.
@@ -176,16 +165,16 @@ class PrefetchCache(Generic[T]):
                 log.warning(self._shortage)
                 self._shortage = None
             self._drop(key)
-        entry.future, entry.is_started = Future(), False
+        entry.future = Future()
         entry.task = partial(self._fetch, entry, entry.future, fetch)
         self.size += entry.size
         return True
 
     def _fetch(self, entry: _Entry[T], future: Future[T], fetch: Callable[[], T]) -> None:
         with self._lock:
-            if entry.is_started or entry.future is not future:
+            if entry.task is None or entry.future is not future:
                 return  # a reader has taken the fetch over
-            entry.is_started, entry.task = True, None
+            entry.task = None
         try:
             value = fetch()
         except BaseException as error:
@@ -231,7 +220,6 @@ class Prefetcher(threading.Thread):
         self._finished_step = step - 1
         self._queue: deque[tuple[int, PrefetchRequest]] = deque()  # planned: (first step that needs it, request)
         self._submitted: deque[tuple[int, int]] = deque()  # (first step that needs it, bytes)
-        self._ahead = 0  # bytes, summed over `_submitted`
         self._is_blocked = False  # the next request finds no room until a step is finished
         self._is_closed = False
         self._changed = threading.Condition()
@@ -257,13 +245,14 @@ class Prefetcher(threading.Thread):
                 while True:
                     finished = self._finished_step
                     while self._submitted and self._submitted[0][0] <= finished:
-                        self._ahead -= self._submitted.popleft()[1]
+                        self._submitted.popleft()
                     while self._queue and self._queue[0][0] <= finished:
                         self._queue.popleft()  # its reader has fetched it
                     self._next_step = max(self._next_step, finished + 1)
                     has_room = bool(self._queue) and not self._is_blocked
-                    if has_room and self._ahead:  # a single entry may exceed the limit
-                        has_room = self._ahead + self._queue[0][1].bytes <= self._max_bytes
+                    if has_room and self._submitted:  # a single entry may exceed the limit
+                        ahead = sum(num_bytes for _, num_bytes in self._submitted)
+                        has_room = ahead + self._queue[0][1].bytes <= self._max_bytes
                     if self._is_closed:
                         return
                     if has_room or self._next_step <= finished + HORIZON:
@@ -273,9 +262,8 @@ class Prefetcher(threading.Thread):
                 if has_room:
                     step, request = self._queue[0]
                     if request.cache.prefetch(request.key, request.size, request.fetch, request.submit):
-                        self._queue.popleft()
                         self._submitted.append((step, request.bytes))
-                        self._ahead += request.bytes
+                        self._queue.popleft()
                     else:
                         with self._changed:
                             self._is_blocked = self._finished_step == finished

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -16,7 +17,7 @@ from pipeline.data.storage import Storage
 from pipeline.training.watchdog import Watchdog
 
 
-def test_every_thread_reports_the_sample_it_decodes() -> None:
+def test_samples_of_every_thread_and_of_any_name_are_reported() -> None:
     ready, over = threading.Barrier(4), threading.Event()
 
     def decode(number: int) -> None:
@@ -24,25 +25,19 @@ def test_every_thread_reports_the_sample_it_decodes() -> None:
             ready.wait(10)
             over.wait(10)
 
-    threads = [threading.Thread(target=decode, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    ready.wait(10)
-    assert sorted(in_progress.samples()) == [f"pairs: 00000.tar key{number}" for number in range(3)]
-    over.set()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        pool.map(decode, range(3))
+        ready.wait(10)
+        assert sorted(in_progress.samples()) == [f"pairs: 00000.tar key{number}" for number in range(3)]
+        over.set()
     assert in_progress.samples() == []
-
-
-@pytest.mark.parametrize("key", ["k" * 1000, "\ud83d", "é" * 300, ""])
-def test_names_of_any_length_and_script_are_reported(key: str) -> None:
-    with in_progress.decoding(f"pairs: {key}"), in_progress.decoding(f"pairs: {key}"):
-        (name,) = in_progress.samples()
-        assert name.startswith("pairs: ")
-    with pytest.raises(ValueError, match="of the decoder"), in_progress.decoding("pairs: key"):
-        raise ValueError("of the decoder")
-    assert in_progress.samples() == []
+    for key in ("k" * 1000, "\ud83d", "é" * 300, ""):
+        with in_progress.decoding(f"pairs: {key}"), in_progress.decoding(f"pairs: {key}"):
+            (name,) = in_progress.samples()
+            assert name.startswith("pairs: ")
+        with pytest.raises(ValueError, match="of the decoder"), in_progress.decoding("pairs: key"):
+            raise ValueError("of the decoder")
+        assert in_progress.samples() == []
 
 
 def test_watchdog_reports_samples_of_other_processes(tmp_path) -> None:
@@ -51,11 +46,11 @@ def test_watchdog_reports_samples_of_other_processes(tmp_path) -> None:
     memory = mmap.mmap(descriptor, in_progress.BYTES)
     stuck = (
         "import mmap, os, signal, sys; from pipeline.data import in_progress\n"
-        "in_progress.write_to(mmap.mmap(int(sys.argv[1]), in_progress.BYTES))\n"
+        "in_progress.boards[0] = mmap.mmap(int(sys.argv[1]), in_progress.BYTES)\n"
         "with in_progress.decoding('pairs: 00007.tar poison'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", stuck, str(descriptor)], pass_fds=(descriptor,), check=False)
-    in_progress.watch(memory)
+    in_progress.boards.append(memory)
 
     class Rank:
         rank, world_size, calls, inside = 0, 1, 0, ""
@@ -70,7 +65,7 @@ def test_watchdog_reports_samples_of_other_processes(tmp_path) -> None:
         watchdog._finish("rank 0 hangs")
     finally:
         watchdog.close()
-        in_progress.forget(memory)
+        in_progress.boards.remove(memory)
     assert ended == [75]
     (report,) = (tmp_path / "stacks").iterdir()
     assert "samples being decoded: pairs: 00007.tar poison" in report.read_text()

@@ -20,8 +20,7 @@ def test_counts_and_records_are_per_source():
     quarantine.deliver(["pairs"] * 6 + ["more"] * 2, [record(1), record(2), record(1, "more")])
     assert quarantine.bad == {"pairs": 2, "more": 1}
     assert quarantine.seen == {"pairs": 6, "more": 2}
-    assert [r.key for r in quarantine.drain()] == ["key1", "key2", "key1"]
-    assert quarantine.drain() == []
+    assert [r.key for r in quarantine.new] == ["key1", "key2", "key1"]
 
 
 def test_rate_above_the_bound_is_fatal_with_source_and_example():
@@ -35,42 +34,26 @@ def test_rate_above_the_bound_is_fatal_with_source_and_example():
 def test_rate_needs_a_minimum_of_samples_before_the_end():
     quarantine = Quarantine(max_bad_rate=0.01)
     quarantine.deliver(["pairs"] * 10, [record(1)])
-    quarantine.finish()
+    quarantine.deliver([], [], is_last=True)
     quarantine.deliver(["pairs"] * 10, [record(2)])
     with pytest.raises(DataError, match=r"2 of 20"):
-        quarantine.finish()
+        quarantine.deliver([], [], is_last=True)
 
 
-def test_bad_sample_crosses_processes():
-    error = pickle.loads(pickle.dumps(BadSample("image", "corrupt")))  # noqa: S301
-    assert (error.stage, error.reason) == ("image", "corrupt")
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        ValueError("no"),
-        RecursionError(),
-        KeyError(6),
-        AssertionError(),
-        UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "x"),
-    ],
-)
-def test_faults_of_the_sample_become_bad_samples(fault: Exception):
-    with pytest.raises(BadSample, match=type(fault).__name__) as raised, judging("image"):
-        raise fault
-    assert raised.value.stage == "image"
-    raised.value.reason.encode()
-
-
-@pytest.mark.parametrize(
-    "other",
-    [StorageError("away"), DataError("cut"), MemoryError(), KeyboardInterrupt(), BadSample("caption", "x")],
-)
-def test_other_faults_pass_unchanged(other: BaseException):
-    with pytest.raises(type(other)) as raised, judging("image"):
-        raise other
-    assert raised.value is other
+def test_only_faults_of_the_sample_become_bad_samples():
+    unicode = UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "x")
+    for fault in (ValueError("no"), RecursionError(), KeyError(6), AssertionError(), unicode):
+        with pytest.raises(BadSample, match=type(fault).__name__) as raised, judging("image"):
+            raise fault
+        assert raised.value.stage == "image"
+        raised.value.reason.encode()
+    bad = BadSample("caption", "x")
+    for other in (StorageError("away"), DataError("cut"), MemoryError(), KeyboardInterrupt(), bad):
+        with pytest.raises(type(other)) as unchanged, judging("image"):
+            raise other
+        assert unchanged.value is other
+    copy = pickle.loads(pickle.dumps(bad))  # noqa: S301
+    assert (copy.stage, copy.reason) == ("caption", "x")
 
 
 def test_reasons_are_reproducible_and_encodable():

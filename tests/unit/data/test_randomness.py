@@ -27,6 +27,9 @@ def test_hash_never_changes():
     assert hash64("crop", 7) == 0xADA709E8A50A17AF
     values = np.array([0, 1, 2**63, 2**64 - 1, 12345], dtype=np.uint64)
     assert hash64_array(99, values).tolist() == [hash64(99, int(value)) for value in values]
+    assert len({hash64(1, 2), hash64(2, 1), hash64("1", 2), hash64(1, "2"), hash64(12), hash64("12")}) == 6
+    assert hash64(-5) == hash64(2**64 - 5)
+    assert signed(2**64 - 5) == -5
 
 
 def test_counter_is_splitmix64():
@@ -34,12 +37,6 @@ def test_counter_is_splitmix64():
     random = CounterRandom(0)
     assert random.uniform() == (first >> 11) * 2.0**-53
     assert random.integer(2**64) == second
-
-
-def test_order_and_type_of_parts_matter():
-    assert len({hash64(1, 2), hash64(2, 1), hash64("1", 2), hash64(1, "2"), hash64(12), hash64("12")}) == 6
-    assert hash64(-5) == hash64(2**64 - 5)
-    assert signed(2**64 - 5) == -5
 
 
 def test_same_sample_draws_same_numbers_and_purposes_differ():
@@ -64,13 +61,6 @@ def test_numbers_are_uniform():
     assert many.max() < 1
 
 
-def test_permutation_contains_each_number_once():
-    for n in (0, 1, 2, 1000):
-        assert sorted(permutation(4, n).tolist()) == list(range(n))
-    random = CounterRandom(1)
-    assert random.permutation(100).tolist() != random.permutation(100).tolist()
-
-
 def order_of(key: int, n: int) -> np.ndarray:
     return permuted(np.full(n, key, dtype=np.uint64), np.full(n, n), np.arange(n))
 
@@ -86,7 +76,11 @@ def test_permuted_values_never_change():
     assert order_of(5, 40_000)[[0, 1, 39_999]].tolist() == [25846, 13676, 7238]
 
 
-def test_permuted_is_a_bijection():
+def test_permutations_contain_each_number_once():
+    for n in (0, 1, 2, 1000):
+        assert sorted(permutation(4, n).tolist()) == list(range(n))
+    random = CounterRandom(1)
+    assert random.permutation(100).tolist() != random.permutation(100).tolist()
     for n in [*range(1, 200), 1024, 1025, 40_000]:
         for key in (0, hash64(n)):
             assert np.array_equal(np.sort(order_of(key, n)), np.arange(n))

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import signal
+import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -35,8 +36,8 @@ def folder(request, tmp_path: Path) -> Iterator[str]:
     storage.delete(urls[request.param])
 
 
-def test_written_bytes_are_read_back(folder: str):
-    url = join(folder, "deep", "file.bin")
+def test_objects_are_written_read_listed_and_deleted(folder: str, tmp_path: Path):
+    url, data = join(folder, "deep", "file.bin"), os.urandom(100_000)
     storage.write(url, b"0123456789")
     assert storage.read(url) == b"0123456789"
     assert storage.read_range(url, 3, 7) == b"3456"
@@ -46,6 +47,34 @@ def test_written_bytes_are_read_back(folder: str):
         assert (stream.read(4), stream.read(), stream.read()) == (b"0123", b"456789", b"")
     storage.write(url, b"new")
     assert storage.read(url) == b"new"
+    (tmp_path / "source").write_bytes(data)
+    storage.upload(tmp_path / "source", url)
+    assert storage.read(url) == data
+    claim = join(folder, "deep", "claim")
+    assert [storage.create(claim, data) for data in (b"first", b"second")] == [True, False]
+    assert storage.read(claim) == b"first"
+    assert storage.list(join(folder, "deep")) == ["claim", "file.bin"]
+    storage.delete(join(folder, "deep"))
+    for name in ("b.tar", "a.tar", "inner/c.tar", "inner2/d.tar"):
+        storage.write(join(folder, name), b"x")
+    assert storage.list(folder) == ["a.tar", "b.tar", "inner", "inner2"]
+    assert {name: info.size for name, info in storage.list_info(folder).items()} == {"a.tar": 1, "b.tar": 1}
+    assert storage.list(join(folder, "absent")) == []
+    present = ["", "a.tar", "inner", "absent", "a.tar/below"]
+    assert [storage.exists(join(folder, name)) for name in present] == [True, True, True, False, False]
+    for _ in range(2):
+        storage.delete(join(folder, "inner"))
+        assert storage.list(folder) == ["a.tar", "b.tar", "inner2"]
+
+
+def test_missing_and_short_objects_are_named_without_retry(folder: str):
+    storage.write(join(folder, "short"), b"12345")
+    for call in (*READS, storage.info):
+        with pytest.raises(NotFound, match=r"none: .*does not exist.*Check the URL"):
+            call(join(folder, "none"))
+    for start in (2, 7):
+        with pytest.raises(StorageError, match=rf"short: .*too short: it holds 5 bytes, and bytes {start} to 9 "):
+            storage.read_range(join(folder, "short"), start, 9)
 
 
 def test_read_after_a_failed_read_skips_no_bytes(tmp_path: Path) -> None:
@@ -71,26 +100,6 @@ def test_read_after_a_failed_read_skips_no_bytes(tmp_path: Path) -> None:
     storage.delete(url)
 
 
-@pytest.mark.parametrize("endpoint", ["localhost:9000", "minio", "http://", "http://a b"])
-def test_endpoint_without_scheme_or_host_is_explained(endpoint: str) -> None:
-    with pytest.raises(ConfigError, match=r"expected http://host:port, got .*storage\.endpoint_url"):
-        Storage(StorageConfig(endpoint_url=endpoint)).exists("s3://bucket/key")
-
-
-def test_upload_copies_a_file(folder: str, tmp_path: Path):
-    data = os.urandom(100_000)
-    (tmp_path / "source").write_bytes(data)
-    storage.upload(tmp_path / "source", join(folder, "copy"))
-    assert storage.read(join(folder, "copy")) == data
-
-
-def test_create_succeeds_once(folder: str):
-    url = join(folder, "deep", "claim")
-    assert [storage.create(url, data) for data in (b"first", b"second")] == [True, False]
-    assert storage.read(url) == b"first"
-    assert storage.list(join(folder, "deep")) == ["claim"]
-
-
 @pytest.mark.parametrize("has_links", [True, False])
 def test_one_of_many_concurrent_creates_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool):
     def no_links(*_: str) -> None:
@@ -106,56 +115,19 @@ def test_one_of_many_concurrent_creates_succeeds(tmp_path: Path, monkeypatch: py
     assert storage.list(str(tmp_path)) == ["claim"]
 
 
-def test_listings_and_deletions_affect_one_folder(folder: str):
-    for name in ("b.tar", "a.tar", "inner/c.tar", "inner2/d.tar"):
-        storage.write(join(folder, name), b"x")
-    assert storage.list(folder) == ["a.tar", "b.tar", "inner", "inner2"]
-    assert {name: info.size for name, info in storage.list_info(folder).items()} == {"a.tar": 1, "b.tar": 1}
-    assert storage.list(join(folder, "absent")) == []
-    present = ["", "a.tar", "inner", "absent", "a.tar/below"]
-    assert [storage.exists(join(folder, name)) for name in present] == [True, True, True, False, False]
-    for _ in range(2):
-        storage.delete(join(folder, "inner"))
-        assert storage.list(folder) == ["a.tar", "b.tar", "inner2"]
-
-
-def test_list_skips_broken_links(tmp_path: Path):
-    (tmp_path / "a").write_bytes(b"x")
-    (tmp_path / "b").symlink_to(tmp_path / "absent")
-    (tmp_path / "c").mkdir()
-    assert storage.list(str(tmp_path)) == ["a", "c"]
-
-
-@pytest.mark.parametrize("call", [*READS, storage.info])
-def test_missing_object_error_names_the_url(folder: str, call):
-    with pytest.raises(NotFound, match=r"none: .*does not exist.*Check the URL"):
-        call(join(folder, "none"))
-
-
-@pytest.mark.parametrize("start", [2, 7])
-def test_range_past_the_end_is_an_error_without_retry(folder: str, start: int):
-    url = join(folder, "short")
-    storage.write(url, b"12345")
-    with pytest.raises(StorageError, match=rf"short: .*too short: it holds 5 bytes, and bytes {start} to 9 "):
-        storage.read_range(url, start, 9)
-
-
-@pytest.mark.parametrize("call", READS)
-def test_named_pipe_is_an_error_without_blocking(tmp_path: Path, call):
+def test_pipes_folders_and_broken_links_are_told_from_files(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.tar")
-    with pytest.raises(StorageError, match=f"{tmp_path}/pipe.tar: .* it is a pipe"):
-        call(str(tmp_path / "pipe.tar"))
-
-
-def test_shell_pipe_is_read():
+    for call in READS:  # without blocking
+        with pytest.raises(StorageError, match=f"{tmp_path}/pipe.tar: .* it is a pipe"):
+            call(str(tmp_path / "pipe.tar"))
+    os.unlink(tmp_path / "pipe.tar")
     reader, writer = os.pipe()
     os.write(writer, b"answers")
     os.close(writer)
-    assert storage.read(f"/dev/fd/{reader}") == b"answers"
+    with pytest.raises(StorageError, match="it is a pipe, which has no ranges"):
+        storage.read_range(f"/dev/fd/{reader}", 0, 3)
+    assert storage.read(f"/dev/fd/{reader}") == b"answers"  # a pipe of the shell
     os.close(reader)
-
-
-def test_folders_and_files_are_not_confused(tmp_path: Path):
     for call in (storage.read, lambda url: storage.write(url, b""), lambda url: storage.read_range(url, 0, 1)):
         with pytest.raises(StorageError, match=r"it is a folder, not a file"):
             call(str(tmp_path))
@@ -163,6 +135,13 @@ def test_folders_and_files_are_not_confused(tmp_path: Path):
     for write, name in ((storage.create, "inner"), (storage.write, "deep/inner")):
         with pytest.raises(NotFound):
             write(str(tmp_path / "file" / name), b"y")
+    (tmp_path / "broken").symlink_to(tmp_path / "absent")
+    (tmp_path / "inner").mkdir()
+    assert storage.list(str(tmp_path)) == ["file", "inner"]
+    assert not storage.exists(str(tmp_path / "broken"))
+    for name in ("bagpipe:1.tar", "pipe.tar", "a:b"):
+        storage.write(str(tmp_path / name), b"x")
+        assert storage.read(str(tmp_path / name)) == b"x"
 
 
 def test_changed_file_is_detected_by_its_tag(tmp_path: Path):
@@ -175,50 +154,32 @@ def test_changed_file_is_detected_by_its_tag(tmp_path: Path):
         storage.read_range(url, 0, 2, etag=tag)
 
 
-def test_failed_write_keeps_the_old_file(tmp_path: Path):
-    url = str(tmp_path / "file")
+def test_writes_are_atomic_and_have_default_permissions(tmp_path: Path):
+    url, texts = str(tmp_path / "file"), [bytes([65 + n]) * 10_000 for n in range(8)]
     storage.write(url, b"old")
     with pytest.raises(StorageError, match=r"uploading to"):
         storage.upload(tmp_path / "absent", url)
     with pytest.raises(TypeError):
         storage.write(url, "text, not bytes")  # type: ignore[arg-type]
     assert storage.read(url) == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_new_files_have_default_permissions(tmp_path: Path):
-    (tmp_path / "plain").write_bytes(b"")
-    storage.write(str(tmp_path / "ours"), b"")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_concurrent_writes_are_atomic(tmp_path: Path):
-    url, texts = str(tmp_path / "file"), [bytes([65 + n]) * 10_000 for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda text: storage.write(url, text), texts * 4))
     assert storage.read(url) in texts
     assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("url", ["pipe:cat x.tar", "pipe://cat x", "/data/pipe:cat x", "reference://x"])
-def test_urls_that_run_a_program_are_rejected(url: str):
-    for call in (*READS, storage.list):
-        with pytest.raises(ConfigError, match=r"this URL runs a program when it is read.*give the location of"):
-            call(url)
-
-
-def test_file_names_with_colons_are_read(tmp_path: Path):
-    for name in ("bagpipe:1.tar", "pipe.tar", "a:b"):
-        storage.write(str(tmp_path / name), b"x")
-        assert storage.read(str(tmp_path / name)) == b"x"
-
-
-def test_urls_join_and_split():
+def test_urls_join_split_and_run_no_program():
     assert join("s3://b/x/", "y", "z.tar") == "s3://b/x/y/z.tar"
     assert join("/", "x") == "/x"
     assert split("s3://b/x/y.tar") == ("s3://b/x", "y.tar")
     assert split("y.tar") == (".", "y.tar")
     assert [is_local(url) for url in ("/x", "x", "file:///x", "s3://b")] == [True, True, True, False]
+    for url in ("pipe:cat x.tar", "pipe://cat x", "/data/pipe:cat x", "reference://x"):
+        for call in (*READS, storage.list):
+            with pytest.raises(ConfigError, match=r"this URL runs a program when it is read.*give the location of"):
+                call(url)
 
 
 def test_storage_survives_pickling_and_forking(tmp_path: Path):
@@ -238,64 +199,51 @@ def test_storage_survives_pickling_and_forking(tmp_path: Path):
 # ---- retries
 
 
-class Failing:
-    """Request that fails with the given errors, then succeeds."""
+def retried(*errors: Exception, timeout: float = 300.0) -> int:
+    """Make a request that fails with the errors, then succeeds; return the number of attempts."""
+    remaining, attempts = list(errors), []
 
-    def __init__(self, *errors: Exception):
-        self.errors, self.calls = list(errors), 0
+    def request() -> int:
+        attempts.append(1)
+        if remaining:
+            raise remaining.pop(0)
+        return len(attempts)
 
-    def __call__(self) -> bytes:
-        self.calls += 1
-        if self.errors:
-            raise self.errors.pop(0)
-        return b"answer"
-
-    def retried(self, timeout: float = 300.0) -> bytes:
-        return RetryPolicy(timeout)("s3://bucket/key", self)
+    return RetryPolicy(timeout)("s3://bucket/key", request)
 
 
 def test_transient_errors_are_retried_with_jittered_backoff(clock):
     eio = OSError(errno.EIO, "x")
-    request = Failing(*[TransientError("slow down"), TimeoutError("late"), ConnectionResetError("reset"), eio] * 3)
-    assert request.retried() == b"answer"
-    assert request.calls == len(clock.slept) + 1 == 13
+    errors = [TransientError("slow down"), TimeoutError("late"), ConnectionResetError("reset"), eio] * 3
+    assert retried(*errors) == len(clock.slept) + 1 == 13
     assert all(0 <= wait <= min(10.0, 0.1 * 2**n) for n, wait in enumerate(clock.slept))
     assert len(set(clock.slept)) == 12
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        FileNotFoundError("gone"),
-        PermissionError("no"),
-        OSError(errno.ENOSPC, "full"),
-        OSError(errno.ELOOP, "x"),
-        TypeError("a bug"),
-    ],
-)
-def test_permanent_errors_are_not_retried(clock, error: Exception):
-    request = Failing(error)
-    with pytest.raises(type(error)) as raised:
-        request.retried()
-    assert raised.value is error
-    assert (request.calls, clock.slept) == (1, [])
+def test_permanent_errors_are_not_retried(clock):
+    permanent = [FileNotFoundError("gone"), PermissionError("no"), TypeError("a bug")]
+    permanent += [OSError(errno.ENOSPC, "full"), OSError(errno.ELOOP, "x"), ssl.SSLError("WRONG_VERSION_NUMBER")]
+    for error in permanent:
+        with pytest.raises(type(error)) as raised:
+            retried(error)
+        assert raised.value is error
+    assert clock.slept == []
 
 
 def test_last_attempt_is_made_at_the_timeout_and_the_outage_is_logged(clock, caplog: pytest.LogCaptureFixture):
-    request = Failing(*[TransientError("slow down")] * 1000)
     with caplog.at_level(logging.WARNING), pytest.raises(RetryTimeout) as raised:
-        request.retried()
+        retried(*[TransientError("slow down")] * 1000)
     assert clock.now == pytest.approx(300.0)
-    assert request.calls == len(clock.slept) + 1 > 30
+    assert len(clock.slept) > 29
     assert str(explain("s3://bucket/key", "reading", raised.value, "http://store")) == (
         "s3://bucket/key: reading failed: slow down at http://store. Check the URL, and that the store is healthy. "
-        f"Gave up after {request.calls} attempts in 300 s."
+        f"Gave up after {len(clock.slept) + 1} attempts in 300 s."
     )
     lines = [record.getMessage() for record in caplog.records]
     assert 15 < len(lines) <= 60
     assert all(line.startswith("s3://bucket/key: TransientError: slow down; retrying for ") for line in lines)
     caplog.clear()
-    Failing(TransientError("brief")).retried()
+    retried(TransientError("brief"))
     assert caplog.records == []
 
 
@@ -309,14 +257,10 @@ def test_default_timeout_outlasts_an_outage_of_a_minute(clock):
     assert 60.0 <= clock.now <= 70.0
 
 
-def test_retry_after_is_respected_within_the_timeout(clock):
-    request = Failing(TransientError("slow down", retry_after=7.0), TransientError("slow down", retry_after=3600.0))
-    assert request.retried() == b"answer"
+def test_retry_after_is_parsed_and_respected_within_the_timeout(clock):
+    retried(TransientError("slow down", retry_after=7.0), TransientError("slow down", retry_after=3600.0))
     assert 7.0 <= clock.slept[0] <= 7.1
     assert clock.now == 300.0
-
-
-def test_retry_after_is_parsed_as_seconds_and_date():
     assert _seconds_until(" 7 ") == 7.0
     soon = _seconds_until(format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True))
     assert soon is not None

@@ -24,7 +24,7 @@ from pipeline.data.examples import builder as module
 from pipeline.data.loading.loader import Loader
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from tests.support.data_stream import caption_tokenizer, data_config, hash_of, open_loader, take
+from tests.support.data_stream import caption_tokenizer, copy_shards, data_config, hash_of, open_loader, take
 
 KINDS = {"images": ("mim",), "text": ("mlm",), "pairs": ("itc", "itm", "mlm", "mim")}
 
@@ -59,16 +59,7 @@ def test_batches_do_not_depend_on_world_size_or_threads(folders, kind: str):
     assert len({hash_of(config, range(2, 8), world, threads_per_worker=threads) for world, threads in readers}) == 1
 
 
-def test_ranks_read_slices_of_the_global_batch(folders):
-    config = run_config(folders)
-    whole = row_hashes(take(config, 1, 4))
-    for world in (2, 3, 5):
-        parts = [take(config, 1, 4, rank=rank, world_size=world) for rank in range(world)]
-        assert [place for part in parts for place in part[0].place.tolist()] == list(range(10))
-        assert [row for part in parts for row in row_hashes(part)] == whole
-
-
-def test_restart_at_a_step_equals_the_uninterrupted_run(folders):
+def test_ranks_and_restarts_read_parts_of_the_uninterrupted_run(folders):
     config = run_config(folders)
     uninterrupted = take(config, 9)
     for start in (1, 5, 8):
@@ -76,6 +67,10 @@ def test_restart_at_a_step_equals_the_uninterrupted_run(folders):
             for field in fields(Batch):
                 one, other = getattr(batch, field.name), getattr(expected, field.name)
                 assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
+    for world in (2, 3, 5):
+        parts = [take(config, 1, 4, rank=rank, world_size=world) for rank in range(world)]
+        assert [place for part in parts for place in part[0].place.tolist()] == list(range(10))
+        assert [row for part in parts for row in row_hashes(part)] == row_hashes(uninterrupted[4:5])
 
 
 def test_every_sample_is_read_once_per_epoch(folders):
@@ -88,9 +83,12 @@ def test_every_sample_is_read_once_per_epoch(folders):
     assert len(set(read)) == len(read)
     assert Counter(epoch for epoch, _ in read) == dict.fromkeys(range(10), 23)
     assert len({uid for _, uid in read}) == 23
+    with open_loader(run_config({"one": folders["one"]})) as loader:
+        list(islice(loader.batches(23), 1))
+        assert loader.counts()["epochs/one"] == pytest.approx(10 + 10 / 23), "epochs continue after a restart"
 
 
-def test_batch_contains_what_the_objectives_read(folders):
+def test_batch_contains_what_the_objectives_read(folders, tmp_path: Path, make_tar):
     vision, language = (
         {"image", "patch_positions"},
         {"text", "text_keep", "masked_text", "mask_positions", "mask_labels"},
@@ -102,6 +100,13 @@ def test_batch_contains_what_the_objectives_read(folders):
         ("pairs", ("itc",)): {"image", "text", "text_keep"},
     }
     optional = {f.name for f in fields(Batch)} - {"step", "place", "uid", "image_id", "source"}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "0.tar").write_bytes(make_tar({str(n): {"txt": f"thing {n}".encode()} for n in range(12)}))
+    index_shards(Storage(), str(plain))
+    (batch,) = take(run_config({"one": str(plain)}, "text"))
+    assert batch.image is None
+    assert "thing" in caption_tokenizer().decode(batch.text[0].tolist())
     for (kind, objectives), names in expected.items():
         (batch,) = take(data_config(folders, objectives, kind))
         assert {name for name in optional if getattr(batch, name) is not None} == names
@@ -156,14 +161,6 @@ def test_image_id_identifies_equal_images(make_pairs, make_pair):
     assert torch.equal(texts.image_id, texts.uid)
 
 
-def test_plain_text_shards_are_read(tmp_path: Path, make_tar):
-    (tmp_path / "0.tar").write_bytes(make_tar({str(n): {"txt": f"thing {n}".encode()} for n in range(12)}))
-    index_shards(Storage(), str(tmp_path))
-    (batch,) = take(run_config({"one": str(tmp_path)}, "text"))
-    assert batch.image is None
-    assert "thing" in caption_tokenizer().decode(batch.text[0].tolist())
-
-
 PLANTED = {(0, 3): "image", (1, 2): "caption", (2, 0): "members", (2, 7): "members", (2, 9): "image"}
 
 
@@ -204,24 +201,16 @@ def test_bad_samples_are_counted_at_every_world_size(spoiled, world: int):
     )
     assert all(record["replaced_by"] not in {key for _, key, _ in expected} for record in records)
     assert {(record["step"], record["place"]) for record in records} == planned
+    assert hash_of(config, range(5), world, threads_per_worker=3) == hash_of(config, range(5), 1, threads_per_worker=1)
 
 
-def test_replacements_are_the_same_for_every_reader(spoiled):
-    config = run_config({"one": spoiled}, data={"max_pixels": 10_000})
-    readers = ((1, 1), (1, 3), (3, 1))
-    assert len({hash_of(config, range(5), world, threads_per_worker=threads) for world, threads in readers}) == 1
-
-
-def test_too_many_bad_samples_stop_the_run(spoiled):
+def test_too_many_bad_samples_stop_the_run(spoiled, make_pairs):
     config = run_config({"one": spoiled}, data={"max_pixels": 10_000, "max_bad_rate": 0.1})
     with open_loader(config) as loader:
         batches = loader.batches(0)
         list(islice(batches, 9))
         with pytest.raises(DataError, match=r"source 'one': .* bad .*max_bad_rate"):
             next(batches)  # the hundredth sample is in the tenth batch
-
-
-def test_source_of_bad_samples_only_is_rejected(make_pairs):
     folder = make_pairs("bad", [12], {(0, n): {"jpg": b"\xff\xd8 no image", "txt": b"thing"} for n in range(12)})
     index_shards(Storage(), folder)
     with pytest.raises(DataError, match=r"source 'one': .* is bad .*and so were 16 candidates"):
@@ -252,11 +241,7 @@ def test_data_changes_the_digest_and_loader_settings_do_not(folders, make_tar, m
     assert len(set(digests)) == len(digests)
 
 
-def loader_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")]
-
-
-def test_errors_are_raised_in_their_own_step(folders, monkeypatch: pytest.MonkeyPatch):
+def test_errors_are_raised_in_their_own_step_and_close_ends_every_thread(folders, monkeypatch: pytest.MonkeyPatch):
     config = run_config(folders, data={"loader": {"threads_per_worker": 3, "prefetch_batches": 4}})
     build = module.ExampleBuilder.build
 
@@ -265,29 +250,23 @@ def test_errors_are_raised_in_their_own_step(folders, monkeypatch: pytest.Monkey
             raise DataError("the store is gone")
         return build(builder, step, *rest)
 
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+    loader = open_loader(config)
+    batches = loader.batches(0)
+    next(batches)
+    assert threads()
+    assert 0 < loader.wait_seconds < 30
+    loader.close()
+    assert not threads()
+    assert list(batches) == []
     monkeypatch.setattr(module.ExampleBuilder, "build", failing)
     batches = open_loader(config).batches(0)
     assert [batch.step for batch in islice(batches, 3)] == [0, 1, 2]
     with pytest.raises(DataError, match=r"the store is gone"):
         next(batches)
-    assert not loader_threads()
-
-
-def test_close_ends_every_thread_and_iterator(folders):
-    loader = open_loader(run_config(folders))
-    batches = loader.batches(0)
-    next(batches)
-    assert loader_threads()
-    assert 0 < loader.wait_seconds < 30
-    loader.close()
-    assert not loader_threads()
-    assert list(batches) == []
-
-
-def test_epochs_continue_after_a_restart(folders):
-    with open_loader(run_config({"one": folders["one"]})) as loader:
-        list(islice(loader.batches(23), 1))
-        assert loader.counts()["epochs/one"] == pytest.approx(10 + 10 / 23)
+    assert not threads()
 
 
 def test_missing_folders_and_shards_are_named_at_the_start(folders, tmp_path):
@@ -314,9 +293,7 @@ def test_images_are_not_flipped_if_a_caption_names_a_side(
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 def test_cache_smaller_than_open_windows_is_rejected(s3, folders, tmp_path: Path):
-    storage, url = Storage(s3.config), s3.url("one")
-    for file in sorted(Path(folders["one"]).iterdir()):
-        storage.upload(file, f"{url}/{file.name}")
+    url = copy_shards(folders["one"], s3)
     sizes = sum(file.stat().st_size for file in Path(folders["one"]).glob("*.tar"))
 
     def loader(max_bytes: int) -> Loader:

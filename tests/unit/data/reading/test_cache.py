@@ -9,15 +9,15 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from pipeline.config.errors import ConfigError, StorageError
-from pipeline.data.reading.cache import FOLDER, CacheFull, NodeCache, OpenShard, check_budget
+from pipeline.config.errors import StorageError
+from pipeline.data.reading.cache import FOLDER, CacheFull, NodeCache, OpenShard
 from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked
 
 USER = Path(__file__).resolve().parents[3] / "support" / "cache_reader.py"
@@ -63,14 +63,11 @@ def test_object_is_downloaded_once_in_large_pieces(tmp_path: Path):
     assert shard.path == tmp_path / "new" / FOLDER / shard.path.name
     assert shard.path.name == hashlib.sha256(b"s3://bucket/cc3m/00000.tar\ntag").hexdigest() + ".tar"
     assert requested == [(0, 8 * 2**20), (8 * 2**20, 20 * 2**20)]
-
-
-def test_objects_of_other_urls_or_etags_are_other_files(tmp_path: Path):
     cache = NodeCache(tmp_path, 2**30)
     for name, tag in [("cc3m/0.tar", "old"), ("cc12m/0.tar", "old"), ("cc3m/0.tar", "new")] * 2:
         with opened(cache, name, f"{name} {tag}".encode(), tag) as shard:
             assert shard.read(0, 100) == f"{name} {tag}".encode()
-    assert len(names(cache)) == 3
+    assert len(names(cache)) == 3, "other URLs and ETags are other files"
 
 
 def test_least_recently_used_file_is_evicted_first(tmp_path: Path):
@@ -92,22 +89,14 @@ def test_pinned_file_is_never_evicted(tmp_path: Path):
     cache = NodeCache(tmp_path, 250)
     with opened(cache, "a", b"a" * 100) as pinned:
         for name in "bcd":
-            put(cache, name)
+            other = put(cache, name)
         assert pinned.path.read_bytes() == b"a" * 100
-    put(cache, "e")
-    put(cache, "f")
-    assert not pinned.path.exists()
-
-
-def test_no_room_raises_and_evicts_nothing(tmp_path: Path):
-    cache = NodeCache(tmp_path, 250)
-    other = put(cache, "other")
-    with opened(cache, "a") as pinned:
         with pytest.raises(CacheFull, match=r"s3://bucket/big: no room for its 200 bytes.*data.cache.max_bytes is 250"):
             put(cache, "big", 200)
-        assert names(cache) == {other, pinned.path.name}
+        assert names(cache) == {other, pinned.path.name}, "nothing is evicted in vain"
     put(cache, "big", 200)
     assert held_bytes(cache) == 200
+    assert not pinned.path.exists()
 
 
 def test_foreign_files_are_neither_counted_nor_deleted(tmp_path: Path):
@@ -126,35 +115,21 @@ def test_foreign_files_are_neither_counted_nor_deleted(tmp_path: Path):
     assert link.is_symlink()
 
 
-def test_failed_download_leaves_nothing(tmp_path: Path):
-    cache = NodeCache(tmp_path, 250)
-
-    def failing(pieces: Ranges) -> Iterator[bytes]:
-        raise StorageError("the store went away")
-        yield b""
-
-    with pytest.raises(StorageError, match="the store went away"):
-        cache.open("s3://bucket/a", 100, "tag", failing)
-    assert names(cache) == set()
-    put(cache, "a")
-
-
-@pytest.mark.parametrize("size", [0, 99, 101])
-def test_file_of_wrong_size_is_downloaded_again(tmp_path: Path, size: int):
-    cache = NodeCache(tmp_path, 2**20)
-    os.truncate(cache.folder / put(cache, "a"), size)
-    with opened(cache, "a", b"n" * 100) as shard:
-        assert shard.path.read_bytes() == b"n" * 100
-
-
-def test_discard_removes_only_that_version(tmp_path: Path):
+def test_lost_or_damaged_files_are_downloaded_again(tmp_path: Path):
     cache, requested = NodeCache(tmp_path, 2**20), []
+    for number, size in enumerate((0, 99, 101)):
+        os.truncate(cache.folder / put(cache, f"{number}"), size)
+        with opened(cache, f"{number}", b"n" * 100) as shard:
+            assert shard.path.read_bytes() == b"n" * 100
     with opened(cache, "a", b"bad") as bad, opened(cache, "a", b"bad", requested=requested) as also_bad:
         cache.discard(bad)
         with opened(cache, "a", b"new") as good:
-            cache.discard(also_bad)
+            cache.discard(also_bad)  # removes only that version
             assert good.path.read_bytes() == b"new"
     assert not requested
+    shutil.rmtree(cache.folder)
+    name = put(cache, "a")
+    assert names(cache) == {name}
 
 
 def test_concurrent_opens_download_once(tmp_path: Path):
@@ -170,20 +145,17 @@ def test_concurrent_opens_download_once(tmp_path: Path):
     assert requested == [(0, 1000)]
 
 
-def test_budget_below_the_open_windows_is_rejected():
-    sizes = [[50, 10, 30, 40], [50, 10]]
-    check_budget(180, sizes, streams=1, window=3)
-    message = r"max_bytes 179 is below the 180 bytes of the open windows of 1 streams.*at least 180"
-    with pytest.raises(ConfigError, match=message):
-        check_budget(179, sizes, streams=1, window=3)
+def test_failed_download_leaves_nothing(tmp_path: Path):
+    cache = NodeCache(tmp_path / "cache", 250)
 
+    def failing(pieces: Ranges) -> Iterator[bytes]:
+        raise StorageError("the store went away")
+        yield b""
 
-def test_deleted_folder_is_created_again(tmp_path: Path):
-    cache = NodeCache(tmp_path, 1000)
+    with pytest.raises(StorageError, match="the store went away"):
+        cache.open("s3://bucket/a", 100, "tag", failing)
+    assert names(cache) == set()
     put(cache, "a")
-    shutil.rmtree(cache.folder)
-    name = put(cache, "a")
-    assert names(cache) == {name}
 
 
 def test_full_disk_raises_and_leaves_nothing(tmp_path: Path):
@@ -226,31 +198,28 @@ def test_processes_share_the_cache_within_its_budget(tmp_path: Path):
     assert {path.read_bytes() for path in cache.folder.glob("*.tar")} <= contents
 
 
-@pytest.mark.parametrize("kind", ["symlink", "dangling symlink", "hard link", "pipe", "another user's"])
+PLANT: dict[str, Callable[[Path, Path], object]] = {
+    "symlink": lambda path, victim: path.symlink_to(victim),
+    "dangling symlink": lambda path, victim: path.symlink_to(victim.parent / "absent"),
+    "hard link": lambda path, victim: os.link(victim, path),
+    "pipe": lambda path, victim: os.mkfifo(path),
+    "another user's": lambda path, victim: (path.write_bytes(b"forged"), os.chown(path, 12345, 12345)),
+}
+
+
+@pytest.mark.parametrize("kind", PLANT)
 @pytest.mark.parametrize("suffix", [".part", ".tar", "lock"])
 def test_planted_files_are_neither_read_nor_written(tmp_path: Path, kind: str, suffix: str):
     """S7: a symbolic link in the cache's folder had the file it names overwritten."""
     if kind == "another user's" and os.geteuid() != 0:
         pytest.skip("only root gives files away")
-    victim, data = tmp_path / "victim", os.urandom(6)
+    victim, data, cache = tmp_path / "victim", os.urandom(6), NodeCache(tmp_path / "cache", 2**20)
     victim.write_bytes(b"mine!!")
-    cache = NodeCache(tmp_path / "cache", 2**20)
     put(cache, "first")
     digest = hashlib.sha256(b"s3://bucket/shard\ntag").hexdigest()
     path = cache.folder / ("lock" if suffix == "lock" else digest + suffix)
     path.unlink(missing_ok=True)
-    match kind:
-        case "symlink":
-            path.symlink_to(victim)
-        case "dangling symlink":
-            path.symlink_to(tmp_path / "absent")
-        case "hard link":
-            os.link(victim, path)
-        case "pipe":
-            os.mkfifo(path)
-        case _:
-            path.write_bytes(b"forged")
-            os.chown(path, 12345, 12345)
+    PLANT[kind](path, victim)
     with opened(NodeCache(tmp_path / "cache", 2**20), "shard", data) as shard:
         assert shard.read(0, len(data)) == data
     assert victim.read_bytes() == b"mine!!"
@@ -267,23 +236,30 @@ def test_folder_is_private_to_its_user(tmp_path: Path):
     assert all(path.stat().st_mode & 0o077 == 0 for path in cache.folder.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["symlink", "another user's", "file", "below a file"])
-def test_unusable_folder_is_rejected_by_name(tmp_path: Path, kind: str):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("symlink", "is not a folder.*choose another"),
+        ("another user's", "belongs to user 12345.*choose another"),
+        ("file", "is not a folder.*choose another"),
+        ("below a file", "cannot be used: Not a directory"),
+    ],
+)
+def test_unusable_folder_is_rejected_by_name(tmp_path: Path, kind: str, message: str):
     folder = tmp_path / "cache" / FOLDER
-    if kind != "below a file":
+    if kind == "below a file":
+        folder.parent.write_bytes(b"")
+    else:
         folder.parent.mkdir()
-    match kind:
-        case "symlink":
-            folder.symlink_to(tmp_path)
-        case "file":
-            folder.write_bytes(b"")
-        case "below a file":
-            folder.parent.write_bytes(b"")
-        case _ if os.geteuid() != 0:
+    if kind == "symlink":
+        folder.symlink_to(tmp_path)
+    elif kind == "file":
+        folder.write_bytes(b"")
+    elif kind == "another user's":
+        if os.geteuid() != 0:
             pytest.skip("only root gives folders away")
-        case _:
-            folder.mkdir()
-            os.chown(folder, 12345, 12345)
-    with pytest.raises(StorageError, match=r"data\.cache\.folder.*(cannot be used: Not a directory|choose another)"):
+        folder.mkdir()
+        os.chown(folder, 12345, 12345)
+    with pytest.raises(StorageError, match=rf"data\.cache\.folder.*{message}"):
         put(NodeCache(tmp_path / "cache", 2**20), "a")
     assert sorted(os.listdir(tmp_path)) == ["cache"]

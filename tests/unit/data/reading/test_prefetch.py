@@ -14,26 +14,23 @@ from pipeline.config.errors import DataError, StorageError
 from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, Prefetcher, PrefetchRequest
 
 
-def filled(max_size: int, keys: str = "") -> PrefetchCache[str]:
-    """Return a cache with an entry of size 1 for each key, whose steps begin at 0."""
-    cache: PrefetchCache[str] = PrefetchCache(max_size, "a shortage")
-    for key in keys:
-        put(cache, key)
-    cache.restart(0)
-    return cache
+class Letters(PrefetchCache[str]):
+    """A cache whose entries are their own keys and of size 1; it holds those of `keys` at first."""
 
+    def __init__(self, max_size: int, keys: str = ""):
+        super().__init__(max_size, "a shortage")
+        for key in keys:
+            self.put(key)
 
-def put(cache: PrefetchCache[str], key: str) -> None:
-    assert cache.get(key, 1, lambda: key) == key
+    def put(self, key: str) -> None:
+        assert self.get(key, 1, lambda: key) == key
 
+    def ahead(self, key: str) -> bool:
+        return self.prefetch(key, 1, lambda: key, lambda task: task())
 
-def prefetch(cache: PrefetchCache[str], key: str) -> bool:
-    return cache.prefetch(key, 1, lambda: key, lambda task: task())
-
-
-def held(cache: PrefetchCache[str]) -> str:
-    """Return the keys that are held, in alphabetical order."""
-    return "".join(sorted(str(key) for key, entry in cache._entries.items() if entry.is_held))
+    @property
+    def held(self) -> str:
+        return "".join(sorted(str(key) for key, entry in self._entries.items() if entry.is_held))
 
 
 def test_cache_keeps_the_newest_entries_within_its_bound():
@@ -45,99 +42,79 @@ def test_cache_keeps_the_newest_entries_within_its_bound():
     assert len(cache.get("big", 5000, lambda: bytes(5000))) == 5000
 
 
-def test_threads_wait_for_a_single_fetch():
-    cache: PrefetchCache[int] = PrefetchCache(10)
-    calls = []
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_wait_for_a_single_fetch_and_share_its_failure(fails: bool):
+    cache, started, calls = Letters(10), threading.Event(), []
 
-    def fetch() -> int:
-        time.sleep(0.05)
+    def fetch() -> str:
         calls.append(1)
-        return 7
-
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda _: cache.get("key", 1, fetch), range(8))) == [7] * 8
-    assert len(calls) == 1
-
-
-def test_failed_fetch_raises_in_every_waiter():
-    cache: PrefetchCache[bytes] = PrefetchCache(1000)
-    started = threading.Event()
-
-    def fail() -> bytes:
         started.set()
         time.sleep(0.05)
-        raise DataError("gone")
+        if fails:
+            raise DataError("gone")
+        return "value"
 
-    with ThreadPoolExecutor(2) as pool:
-        results = [pool.submit(cache.get, "key", 4, fail)]
+    with ThreadPoolExecutor(8) as pool:
+        results = [pool.submit(cache.get, "key", 4, fetch)]
         started.wait()
-        results.append(pool.submit(cache.get, "key", 4, fail))
-        assert all(isinstance(result.exception(), DataError) for result in results)
-    assert cache.size == 0
-    assert cache.get("key", 4, lambda: b"back") == b"back"
+        results += [pool.submit(cache.get, "key", 4, fetch) for _ in range(1 if fails else 7)]
+        assert {type(result.exception()) for result in results} == {DataError if fails else type(None)}
+    assert (len(calls), cache.size) == (1, 0 if fails else 4)
+    assert cache.get("key", 4, lambda: "again") == ("again" if fails else "value")
 
 
-def test_unneeded_entries_are_evicted_first():
-    cache = filled(4, "abcd")
+def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pytest.LogCaptureFixture):
+    cache = Letters(4, "abcd")
     for key, step in [("a", 5), ("b", 2), ("d", 3)]:
         cache.plan(key, 1, step)
     cache.finish_step(2)
-    put(cache, "e")
-    assert held(cache) == "abde"  # c was not planned
-    put(cache, "f")
-    assert held(cache) == "adef"  # b was planned up to step 2
-    assert prefetch(cache, "g")
-    assert held(cache) == "adfg"
-
-
-def test_exhausted_entries_are_evicted_first():
-    cache = filled(2, "ab")
-    for step in (0, 1):
-        cache.plan("b", 1, step, reads=2)
-    cache.plan("a", 1, 0, reads=2)
-    cache.finish_step(3)
-    put(cache, "c")
-    assert held(cache) == "ac"
+    cache.put("e")
+    assert cache.held == "abde"  # c was not planned
+    cache.put("f")
+    assert cache.held == "adef"  # b was planned up to step 2
+    assert cache.ahead("g")
+    assert cache.held == "adfg"
+    exhausted = Letters(2, "ab")
+    for key, step in [("b", 0), ("b", 1), ("a", 0)]:
+        exhausted.plan(key, 1, step, reads=2)
+    exhausted.finish_step(3)
+    exhausted.put("c")
+    assert exhausted.held == "ac"
+    unused = Letters(2)
+    for key in "ab":
+        unused.plan(key, 1, 3)
+        unused.ahead(key)
+    unused.put("b")
+    assert caplog.messages == []
+    unused.put("c")
+    assert unused.held == "ac"
+    assert caplog.messages == ["a shortage"]
 
 
 def test_prefetch_never_evicts_needed_entries(caplog: pytest.LogCaptureFixture):
-    cache = filled(2, "ab")
+    cache = Letters(2, "ab")
     cache.plan("a", 1, 3)
     cache.plan("b", 1, 4)
-    assert not prefetch(cache, "c")
-    assert (held(cache), caplog.messages) == ("ab", [])
+    assert not cache.ahead("c")
+    assert (cache.held, caplog.messages) == ("ab", [])
     for key in "cd":
-        put(cache, key)  # a reader's entry does
+        cache.put(key)  # a reader's entry does
         cache.plan(key, 1, 5)  # needed from now on, so that the next eviction is a shortage again
-    assert (len(held(cache)), caplog.messages) == (2, ["a shortage"])
+    assert (len(cache.held), caplog.messages) == (2, ["a shortage"])
 
 
-def test_prefetched_unused_entries_are_evicted_last():
-    cache = filled(2)
-    for key in "ab":
-        cache.plan(key, 1, 3)
-        prefetch(cache, key)
-    put(cache, "b")
-    put(cache, "c")
-    assert held(cache) == "ac"
-
-
-def test_reader_takes_over_a_queued_fetch():
-    cache, queued = filled(2), []
+def test_queued_and_evicted_entries_are_fetched_by_whoever_needs_them_first():
+    cache, queued = Letters(2), []
     assert cache.prefetch("a", 1, lambda: "a", queued.append)
     assert cache.get("a", 1, lambda: "another") == "a"
-    (task,) = queued
-    task()
-    assert (cache.size, held(cache)) == (1, "a")
-
-
-def test_planned_entries_are_prefetched_again_after_eviction():
-    cache = filled(1)
-    assert [cache.plan("a", 1, step) for step in (1, 2)] == [True, False]
-    prefetch(cache, "a")
-    assert not cache.plan("a", 1, 3)
-    put(cache, "b")
-    assert cache.plan("a", 1, 4)
+    queued[0]()
+    assert (cache.size, cache.held, len(queued)) == (1, "a", 1)
+    evicted = Letters(1)
+    assert [evicted.plan("a", 1, step) for step in (1, 2)] == [True, False]
+    evicted.ahead("a")
+    assert not evicted.plan("a", 1, 3)
+    evicted.put("b")
+    assert evicted.plan("a", 1, 4)
 
 
 def test_bad_value_is_invalidated_once():
@@ -149,27 +126,22 @@ def test_bad_value_is_invalidated_once():
         assert cache.get("a", 1, lambda: good) is good
 
 
-def test_release_drops_exhausted_and_unneeded_entries():
-    cache = filled(9, "abc")
-    cache.plan("a", 1, 1, reads=1)
-    cache.plan("b", 1, 2, reads=5)
-    cache.plan("c", 1, 60, reads=5)
+def test_finished_entries_are_released_and_purged():
+    cache = Letters(9, "abc")
+    for key, step, reads in [("a", 1, 1), ("b", 2, 5), ("c", 60, 5)]:
+        cache.plan(key, 1, step, reads)
     for finished, expected in [(2, "bc"), (12, "c")]:
         cache.finish_step(finished)
         cache.release(unneeded_steps=10)
-        assert held(cache) == expected
-
-
-def test_entries_never_fetched_are_purged():
-    cache = filled(1)
-    for step in range(1000):
+        assert cache.held == expected
+    for step in range(1000):  # entries that are never fetched
         cache.plan(step, 1, step)
         cache.finish_step(step)
     assert len(cache._entries) < 20
 
 
 def test_close_raises_in_waiting_and_later_calls():
-    cache, release = filled(2), threading.Event()
+    cache, release = Letters(2), threading.Event()
     cache.prefetch("a", 1, lambda: "a", lambda task: None)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(cache.get, "b", 1, lambda: release.wait(60) and "b")
@@ -180,7 +152,7 @@ def test_close_raises_in_waiting_and_later_calls():
         release.set()
         assert running.result(60) == "b"
     with pytest.raises(RuntimeError, match="closed"):
-        put(cache, "c")
+        cache.put("c")
 
 
 class Fetches:
@@ -189,10 +161,6 @@ class Fetches:
     def __init__(self, max_size: int = 10_000):
         self.started: list[str] = []
         self.cache: PrefetchCache[str] = PrefetchCache(max_size)
-        self.pool = ThreadPoolExecutor(1)
-
-    def request(self, key: str) -> PrefetchRequest:
-        return PrefetchRequest(self.cache, key, 10, 10, 0, lambda: self.fetch(key), self.pool.submit)
 
     def fetch(self, key: str) -> str:
         self.started.append(key)
@@ -200,14 +168,18 @@ class Fetches:
 
     @contextmanager
     def ahead(self, keys: Callable[[int], Iterable[str]], max_bytes: int, step: int = 0) -> Iterator[None]:
-        self.cache.restart(step)
-        self.prefetcher = Prefetcher(lambda later: map(self.request, keys(later)), step, max_bytes)
-        try:
-            yield
-        finally:
-            self.prefetcher.stop()
-            self.prefetcher.join()
-            self.pool.shutdown()
+        with ThreadPoolExecutor(1) as pool:
+
+            def requests(step: int) -> list[PrefetchRequest]:
+                parts = [(key, 10, 10, 0, lambda key=key: self.fetch(key), pool.submit) for key in keys(step)]
+                return [PrefetchRequest(self.cache, *part) for part in parts]
+
+            self.prefetcher = Prefetcher(requests, step, max_bytes)
+            try:
+                yield
+            finally:
+                self.prefetcher.stop()
+                self.prefetcher.join()
 
     def finish_step(self, step: int) -> None:
         self.cache.finish_step(step)
@@ -235,31 +207,18 @@ def test_entries_are_fetched_in_order_within_the_byte_limit():
         fetches.expect(*first, "shared2", "own5")
 
 
-def test_entry_above_the_byte_limit_is_fetched_alone():
-    fetches = Fetches()
-    with fetches.ahead(lambda step: [f"{step}"], max_bytes=1):
+@pytest.mark.parametrize(("max_size", "max_bytes", "num_at_once"), [(10_000, 1, 1), (20, 1000, 2)])
+def test_large_or_blocked_entry_is_fetched_when_a_step_finishes(max_size: int, max_bytes: int, num_at_once: int):
+    fetches = Fetches(max_size)
+    with fetches.ahead(lambda step: [f"{step}"], max_bytes):
         for step in range(3):
-            fetches.expect(*"012"[: step + 1])
+            fetches.expect(*"01234"[: step + num_at_once])
             fetches.finish_step(step)
-
-
-def test_blocked_entry_is_fetched_when_a_step_finishes():
-    fetches = Fetches(max_size=20)
-    with fetches.ahead(lambda step: [f"{step}"], max_bytes=1000):
-        fetches.expect("0", "1")
-        fetches.finish_step(0)
-        fetches.expect("0", "1", "2")
 
 
 def test_finished_steps_are_not_prefetched():
     fetches, slow = Fetches(), threading.Event()
-
-    def keys(step: int) -> list[str]:
-        if step == 0:
-            slow.wait(60)
-        return [f"{step}"]
-
-    with fetches.ahead(keys, max_bytes=30):
+    with fetches.ahead(lambda step: [f"{step}"] if step or slow.wait(60) else [], max_bytes=30):
         fetches.finish_step(99)
         slow.set()
         fetches.expect("100", "101", "102")

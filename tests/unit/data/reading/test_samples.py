@@ -26,15 +26,15 @@ from pipeline.config.schema import LoaderConfig, SourceConfig, StorageConfig
 from pipeline.data.order import DataOrder, OrderSource, SampleRef
 from pipeline.data.randomness import hash64, signed
 from pipeline.data.reading import cache as cache_module
-from pipeline.data.reading import shard_reader as module
+from pipeline.data.reading import samples as module
 from pipeline.data.reading.cache import NodeCache
-from pipeline.data.reading.samples import SampleReader, iter_captions, iter_samples
-from pipeline.data.reading.shard_reader import make_shard_view
+from pipeline.data.reading.samples import SampleReader, iter_captions, iter_samples, make_shard_view
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.shards.manifest import index_shards, load_index, load_manifest
 from pipeline.data.shards.source import Source, open_source
 from pipeline.data.storage import Storage, join
 from tests.support.cache_reader import held_bytes
+from tests.support.data_stream import copy_shards
 
 ON_MOTO = pytest.mark.parametrize("s3", ["moto"], indirect=True)
 SIZES = [40, 25, 33, 8, 40, 36, 21, 37]  # 240 samples
@@ -75,23 +75,17 @@ def folder(make_pairs) -> str:
     return folder
 
 
-def test_sample_has_the_packed_bytes(folder: str, make_pair):
-    sample = reader(folder).read(ref(1, 2))
+def test_sample_has_the_packed_bytes_and_an_identity_of_its_own(folder: str, make_pair):
+    sample, later = (reader(folder).read(SampleRef("pairs", epoch, 1, 2)) for epoch in (0, 5))
     assert sample.members == make_pair(8)
     assert (sample.shard, sample.key) == ("00001.tar", "pairs00008")
     data = Path(folder, "00001.tar").read_bytes()
     assert data[sample.offset : sample.offset + len(sample.members["jpg"])] == sample.members["jpg"]
-
-
-def test_uid_does_not_depend_on_the_reader(folder: str):
-    uid = reader(folder).read(SampleRef("pairs", 5, 1, 2)).uid
-    assert uid == signed(hash64(load_manifest(Storage(), folder).shards[1].digest, 2))
+    assert later.uid == sample.uid == signed(hash64(load_manifest(Storage(), folder).shards[1].digest, 2))
     uids = {sample.uid for sample in iter_samples(Storage(), folder)}
     assert len(uids) == 10
-    assert uid in uids
-
-
-def test_captions_are_in_order(folder: str):
+    assert sample.uid in uids
+    assert [sample.key for sample in iter_samples(Storage(), folder, 4, 7)] == [f"pairs0000{n}" for n in (4, 5, 6)]
     captions = list(iter_captions(Storage(), folder))
     assert len(captions) == 30
     assert captions[3] == "picture 1 shows a thing in way a"
@@ -138,21 +132,16 @@ def test_truncated_shard_is_rejected_by_name(folder: str, place: str):
         reader(folder)
 
 
-@pytest.mark.parametrize("is_open", [False, True])
-def test_shard_truncated_during_the_run_is_rejected_by_name(folder: str, is_open: bool):
-    opened = reader(folder)
-    if is_open:
-        opened.read(ref(0, 0))
+def test_shard_truncated_or_deleted_during_the_run_is_rejected_by_name(folder: str):
+    opened, others = reader(folder), [reader(folder) for _ in range(2)]
+    opened.read(ref(0, 0))
     cut(folder, "inside a member's data")
-    with pytest.raises(DataError, match=r"00000\.tar: the shard was truncated"):
-        opened.read(ref(0, 4))
-
-
-def test_missing_shard_is_rejected_by_name(folder: str):
-    opened = reader(folder)
+    for truncated in (opened, others[0]):
+        with pytest.raises(DataError, match=r"00000\.tar: the shard was truncated"):
+            truncated.read(ref(0, 4))
     os.unlink(f"{folder}/00000.tar")
     with pytest.raises(DataError, match=r"00000\.tar: the shard is missing, and was there at first"):
-        opened.read(ref(0, 4))
+        others[1].read(ref(0, 4))
     with pytest.raises(DataError, match=r"00000\.tar: the shard is missing"):
         reader(folder)
 
@@ -214,7 +203,7 @@ def remote_url(folder: str) -> Iterator[str]:
     Storage().delete("memory://samples")
 
 
-def test_remote_equals_local_and_each_chunk_is_fetched_once(folder: str, remote_url: str, monkeypatch):
+def test_remote_chunk_is_fetched_once_and_again_if_damaged(folder: str, remote_url: str, monkeypatch):
     fetches, fetch = [], module.ShardReader.fetch
 
     def slow(shards, shard, start, stop):
@@ -222,25 +211,20 @@ def test_remote_equals_local_and_each_chunk_is_fetched_once(folder: str, remote_
         time.sleep(0.05)
         return fetch(shards, shard, start, stop)
 
+    def damaged(shards, shard, start, stop):
+        data = bytearray(slow(shards, shard, start, stop))
+        data[10] ^= 255 * (len(fetches) == 1)
+        return bytes(data)
+
     refs = [ref(shard, sample) for shard, size in enumerate([6, 4]) for sample in range(size)]
     expected = [reader(folder).read(slot) for slot in refs]
     monkeypatch.setattr(module.ShardReader, "fetch", slow)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(reader(remote_url).read, refs)) == expected
     assert sorted(fetches) == [0, 1]
-
-
-def test_bytes_damaged_in_transit_are_read_again(folder: str, remote_url: str, monkeypatch):
-    fetches, fetch = [], module.ShardReader.fetch
-
-    def damaged(shards, shard, start, stop):
-        data = bytearray(fetch(shards, shard, start, stop))
-        fetches.append(shard)
-        data[10] ^= 255 * (len(fetches) == 1)
-        return bytes(data)
-
+    fetches.clear()
     monkeypatch.setattr(module.ShardReader, "fetch", damaged)
-    assert reader(remote_url).read(ref(0, 0)) == reader(folder).read(ref(0, 0))
+    assert reader(remote_url).read(ref(0, 0)) == expected[0]
     assert len(fetches) == 2
 
 
@@ -288,15 +272,8 @@ class Epoch:
 def epoch(s3, make_pairs, monkeypatch: pytest.MonkeyPatch) -> Epoch:
     monkeypatch.setattr(module, "CHUNK_BYTES", 16_000)
     monkeypatch.setattr(cache_module, "PIECE", 16_000)
-    folder, storage = make_pairs("pairs", SIZES), Storage(s3.config)
-    index_shards(Storage(), folder)
-    for name in sorted(os.listdir(folder)):
-        storage.upload(Path(folder, name), join(s3.url("pairs"), name))
-    return Epoch(folder, s3.url("pairs"))
-
-
-def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    folder = make_pairs("pairs", SIZES)
+    return Epoch(folder, copy_shards(folder, s3))
 
 
 ROOM = LoaderConfig(memory_bytes=2**20, read_ahead_bytes=30_000, max_concurrent_requests=4)
@@ -311,7 +288,7 @@ def test_epoch_from_a_store_fetches_each_chunk_once(s3, epoch: Epoch, caplog, is
     assert epoch.read(storage, loader) == epoch.expected
     assert len(epoch.chunks) > 30
     assert Counter(storage.ranges) == Counter(epoch.chunks)
-    assert warnings_in(caplog) == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @ON_MOTO
@@ -319,7 +296,7 @@ def test_too_little_memory_warns_once_and_changes_no_sample(s3, epoch: Epoch, ca
     storage = CountingStorage(s3.config)
     assert epoch.read(storage, ROOM.model_copy(update={"memory_bytes": 60_000})) == epoch.expected
     assert len(storage.ranges) > len(epoch.chunks) == len(set(storage.ranges))
-    assert warnings_in(caplog) == [
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
         "data.loader.memory_bytes 60000 is below what the open windows of this process need: chunks of shards are "
         "fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder"
     ]
@@ -349,14 +326,14 @@ def test_full_cache_warns_once_and_changes_no_sample(s3, epoch: Epoch, tmp_path:
     largest = max(shard.bytes for shard in epoch.source.manifest.shards)
     cache = NodeCache(tmp_path, largest * 3 // 2)
     assert epoch.read(Storage(s3.config), ROOM, cache) == epoch.expected
-    (message,) = warnings_in(caplog)
+    (message,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert "no room for its" in message
     assert f"data.cache.max_bytes is {cache.max_bytes}. Raise it; such shards are read over the network" in message
     assert held_bytes(cache) <= cache.max_bytes
 
 
 @ON_MOTO
-def test_damaged_cached_shard_is_downloaded_again(s3, epoch: Epoch, tmp_path: Path):
+def test_damaged_cached_shards_are_downloaded_again(s3, epoch: Epoch, tmp_path: Path):
     cache, storage = NodeCache(tmp_path, 2**30), CountingStorage(s3.config)
     epoch.read(Storage(s3.config), ROOM, cache)
     for path in cache.folder.glob("*.tar"):
@@ -365,15 +342,11 @@ def test_damaged_cached_shard_is_downloaded_again(s3, epoch: Epoch, tmp_path: Pa
         assert epoch.read(storage, ROOM, cache) == epoch.expected
         assert set(Counter(storage.ranges).values()) == downloads
         storage.ranges.clear()
-
-
-@ON_MOTO
-def test_cached_shard_truncated_during_reads_loses_no_sample(s3, epoch: Epoch, tmp_path: Path):
-    cache = NodeCache(tmp_path, 2**30)
-    with epoch.reader(Storage(s3.config), ROOM, cache) as remote:
+    other = NodeCache(tmp_path / "other", 2**30)
+    with epoch.reader(Storage(s3.config), ROOM, other) as remote:
         remote.read(ref(0, 0))
-        (cached,) = cache.folder.glob("*.tar")
-        os.truncate(cached, 1000)
+        (cached,) = other.folder.glob("*.tar")
+        os.truncate(cached, 1000)  # while it is read
         assert [remote.read(ref(0, sample)).key for sample in (39, 38)] == ["pairs00039", "pairs00038"]
     assert cached.stat().st_size == epoch.source.manifest.shards[0].bytes
 
@@ -395,40 +368,24 @@ def test_shard_replaced_in_the_store_is_rejected_by_name(s3, epoch: Epoch, tmp_p
 
 
 @ON_MOTO
-def test_prefetch_can_restart_at_another_step(s3, epoch: Epoch):
-    storage = CountingStorage(s3.config)
-    with epoch.reader(storage, ROOM) as remote:
-        for start in (15, 3):
-            remote.start_prefetch(epoch.refs, start)
-            for step in range(start, start + 10):
-                assert [remote.read(slot) for slot in epoch.refs(step)] == epoch.expected[step]
-                remote.finish_step(step)
-    assert set(Counter(storage.ranges).values()) == {1}
+def test_reader_owns_its_threads(s3, epoch: Epoch, folder: str, tmp_path: Path):
+    def threads() -> list[str]:
+        names = ("requests", "downloads", "read-ahead")
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
 
-
-def reader_threads() -> list[str]:
-    names = ("requests", "downloads", "read-ahead")
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
-
-
-@ON_MOTO
-def test_reader_owns_its_threads(s3, epoch: Epoch, tmp_path: Path):
-    with epoch.reader(Storage(s3.config), ROOM, NodeCache(tmp_path, 2**30)) as remote:
-        assert reader_threads() == []
-        remote.start_prefetch(epoch.refs, 0)
-        remote.read(epoch.order.batch(0)[0])
-        assert "read-ahead" in reader_threads()
-    assert reader_threads() == []
-    assert held_bytes(NodeCache(tmp_path, 1)) % 512 == 0
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_local_sources_start_no_thread(folder: str):
     local = reader(folder)
     local.start_prefetch(lambda step: [ref(0, 0)], 0)
     local.read(ref(0, 0))
     local.finish_step(0)
-    assert reader_threads() == []
+    assert threads() == [], "local files need no thread"
+    with epoch.reader(Storage(s3.config), ROOM, NodeCache(tmp_path, 2**30)) as remote:
+        assert threads() == []
+        remote.start_prefetch(epoch.refs, 0)
+        remote.read(epoch.order.batch(0)[0])
+        assert "read-ahead" in threads()
+    assert threads() == []
+    assert held_bytes(NodeCache(tmp_path, 1)) % 512 == 0
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
