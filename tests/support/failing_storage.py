@@ -11,19 +11,16 @@ First count the calls of a scenario, then repeat it with every one of them faili
         assert storage.num_failed                            # the fault was met
         check(Storage(), new_folder)                         # what must hold after any failure
 
-A call is one public call of `Storage` (after its retries). Its kind is one of KINDS. `fault.when` says how far it got:
+A call is one public call of `Storage`, after its retries. Its kind is one of KINDS. `fault.when` says how far it got:
 
 - "before": it had no effect.
-- "halfway": a folder lost half of its files; half the parts of an object were asked for, and nothing became visible.
+- "halfway": a folder lost half of its files; half the parts of an object were requested, and nothing became visible.
 - "after": it took effect, and its answer was lost.
 
 `fault.lasting` makes the later calls of the same kind fail as well, before any effect; with `kind=None` all later
-calls, as in an outage. `storage.heal()` ends it. `everywhere(fault)` does the same to every Storage of this process,
-for code that makes its own. Threads may share a FailingStorage. A copy sent to another process meets the same fault,
-counted in that process alone.
-
-`storage.calls` holds kind, URL and thread of every call, failed ones included: a test that a thread makes no storage
-call compares `call.thread` with `threading.get_ident()`.
+calls, as in an outage. `storage.heal()` ends it. Threads may share a FailingStorage. A copy sent to another process
+meets the same fault, counted in that process alone. `storage.calls` holds kind, URL and thread of every call, failed
+ones included.
 """
 
 from __future__ import annotations
@@ -31,10 +28,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
-from unittest import mock
 
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import StorageConfig
@@ -46,20 +42,17 @@ Kind = Literal["read", "look", "list", "write", "upload", "delete", "abandon"]
 When = Literal["before", "halfway", "after"]
 
 KINDS: dict[str, Kind] = {  # the action of Storage's message -> kind
-    "reading": "read",  # read, read_range
+    "reading": "read",
     "opening": "read",
-    "checking": "look",  # info
-    "checking for": "look",  # exists
-    "listing": "list",  # list, list_info
-    "writing": "write",  # write, write_parts
+    "checking": "look",
+    "checking for": "look",
+    "listing": "list",
+    "writing": "write",
     "uploading to": "upload",
     "deleting": "delete",
     "aborting uploads": "abandon",
 }
-WHEN: dict[Kind, tuple[When, ...]] = {  # a failure after a read equals one before it: nothing changed
-    "read": ("before",),
-    "look": ("before",),
-    "list": ("before",),
+WHEN: dict[Kind, tuple[When, ...]] = {  # others only fail before: a failure after a read equals one before it
     "write": ("before", "halfway", "after"),
     "upload": ("before", "after"),
     "delete": ("before", "halfway", "after"),
@@ -84,90 +77,59 @@ class Fault:
     lasting: bool = False
 
 
-def every_fault(calls: Iterable[Call], *, lasting: bool | None = None) -> Iterator[Fault]:
+def every_fault(calls: Iterable[Call], *, lasting: bool = False) -> Iterator[Fault]:
     """Yield each way in which a scenario of these calls can fail: once and for good, at every point of every call.
 
     Lasting faults are yielded twice: of all kinds (an outage) and of the call's own kind (such as a quota: reads
-    succeed and writes fail). `lasting` restricts to lasting faults (True) or single ones (False).
+    succeed and writes fail). With `lasting`, only these are yielded.
     """
     counts: Counter[Kind] = Counter()
     for number, call in enumerate(calls):
-        for when in WHEN[call.kind]:
-            if lasting is not True:
+        for when in WHEN.get(call.kind, ("before",)):
+            if not lasting:
                 yield Fault(number, when=when)
-            if lasting is not False:
-                yield Fault(number, when=when, lasting=True)
-                yield Fault(counts[call.kind], call.kind, when, lasting=True)
+            yield Fault(number, when=when, lasting=True)
+            yield Fault(counts[call.kind], call.kind, when, lasting=True)
         counts[call.kind] += 1
 
 
-class Injector:
-    """Counter of calls that decides which of them fail."""
-
-    def __init__(self, fault: Fault | None = None):
-        self.fault = fault
-        self.calls: list[Call] = []
-        self.num_failed = 0
-        self._counts: Counter[Kind | None] = Counter()
-        self._lock = threading.Lock()
-
-    def do(
-        self, original: Callable[..., Any], storage: Storage, url: str, action: str, call: Callable[[Backend, str], T]
-    ) -> T:
-        """Run `original`, which is `Storage._do`, with the injected fault."""
-        kind, when = KINDS[action], None
-        with self._lock:
-            self.calls.append(Call(kind, url, threading.get_ident()))
-            number = {None: self._counts[None], kind: self._counts[kind]}
-            self._counts.update((None, kind))
-            if self.fault is not None and self.fault.kind in number:
-                if number[self.fault.kind] == self.fault.number:
-                    when = self.fault.when
-                elif self.fault.lasting and number[self.fault.kind] > self.fault.number:
-                    when = "before"
-            self.num_failed += when is not None
-        if when is None:
-            return original(storage, url, action, call)
-        if when == "after":
-            original(storage, url, action, call)
-        elif when == "halfway":
-            original(storage, url, action, lambda backend, path: call(_Halfway(backend), path))
-        raise StorageError(f"{url}: {action} failed: injected fault ({when} its effect).")
-
-
 class FailingStorage(Storage):
-    """A Storage with one fault."""
+    """A Storage with one fault, and the calls that it received."""
 
     def __init__(self, fault: Fault | None = None, config: StorageConfig = StorageConfig()):
         super().__init__(config)
-        self._injector = Injector(fault)
-        self.calls = self._injector.calls
+        self._fault = fault
+        self.calls: list[Call] = []
+        self.num_failed = 0
+        self._counts: Counter[Kind | None] = Counter()
+        self._counting = threading.Lock()
 
-    @property
-    def num_failed(self) -> int:
-        return self._injector.num_failed
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FailingStorage, (self._fault, self.config)
 
     def heal(self) -> None:
         """Let all calls from now on succeed."""
-        self._injector.fault = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FailingStorage, (self._injector.fault, self.config)
+        self._fault = None
 
     def _do(self, url: str, action: str, call: Callable[[Backend, str], T]) -> T:
-        return self._injector.do(Storage._do, self, url, action, call)
-
-
-@contextmanager
-def everywhere(fault: Fault | None = None) -> Iterator[Injector]:
-    """Apply the fault to every Storage of this process, counted over all of them, while the block runs."""
-    injector, original = Injector(fault), Storage._do
-
-    def do(storage: Storage, url: str, action: str, call: Callable[[Backend, str], T]) -> T:
-        return injector.do(original, storage, url, action, call)
-
-    with mock.patch.object(Storage, "_do", do):
-        yield injector
+        kind, when, fault = KINDS[action], None, self._fault
+        with self._counting:
+            self.calls.append(Call(kind, url, threading.get_ident()))
+            number = {None: self._counts[None], kind: self._counts[kind]}
+            self._counts.update((None, kind))
+            if fault is not None and fault.kind in number:
+                if number[fault.kind] == fault.number:
+                    when = fault.when
+                elif fault.lasting and number[fault.kind] > fault.number:
+                    when = "before"
+            self.num_failed += when is not None
+        if when == "halfway":
+            super()._do(url, action, lambda backend, path: call(_Halfway(backend), path))
+        elif when != "before":
+            result = super()._do(url, action, call)
+            if when is None:
+                return result
+        raise StorageError(f"{url}: {action} failed: injected fault ({when} its effect).")
 
 
 class _Halfway:
