@@ -261,7 +261,7 @@ def embed(
     as_json: JsonOption = False,
 ) -> None:
     """Write the embeddings of every image and caption of SHARDS. The same command again continues where it stopped."""
-    from jobs.embed import embed as run_embed
+    from jobs.predict import embed as run_embed
 
     print_result(run_embed(shards, checkpoint, out, workers, _caller(config)), as_json)
 

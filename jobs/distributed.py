@@ -9,12 +9,13 @@ the restart every rank sees it and returns, and the driver raises it. Other work
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -194,10 +195,8 @@ def with_workers(config: RunConfig, workers: int) -> RunConfig:
     return validate(values, config.name)
 
 
-def on_workers(
-    work: Callable[[dict[str, str]], Result], config: RunConfig, workers: int, name: str, request: Mapping[str, Any]
-) -> Result:
-    """Run `work` on `workers` ranks placed by Ray and return rank 0's result; `run_request` reads `request` there.
+def on_workers(work: Callable[[Ranks], Any], config: RunConfig, workers: int, name: str) -> Any:
+    """Run `work(ranks)` on `workers` ranks placed by Ray and return rank 0's result; `work` is pickled.
 
     Lost ranks are restarted up to `cluster.max_failures` times. Raises MomeError with the first failure of any rank.
     """
@@ -209,21 +208,28 @@ def on_workers(
     cluster = config.cluster.model_copy(update={"loader_actors": 0})  # only training uses them
     config = config.model_copy(update={"cluster": cluster})
     budget = train_api.FailureConfig(max_failures=config.cluster.max_failures)
-    return run_on_cluster(work, config, name, {"request": json.dumps(request)}, failure_config=budget)
+    return run_on_cluster(functools.partial(_run_on_rank, work), config, name, failure_config=budget)["result"]
+
+
+def _run_on_rank(work: Callable[[Ranks], Any], loop_config: dict[str, str]) -> Result:
+    """Run `work` on a Ray Train worker; return its result or failure."""
+    try:
+        return {"result": work(Collectives())}
+    except MomeError as error:
+        return {"failure": {"message": str(error), "exit_status": error.exit_status}}
 
 
 def run_on_cluster(
     work: Callable[[dict[str, str]], Result],
     config: RunConfig,
     name: str,
-    arguments: Mapping[str, str] | None = None,
     **run: Any,
 ) -> Result:
     """Run `work` on the run's ranks, as `run_on_ranks`. Raises MomeError with the first failure of any rank."""
     config = for_ranks(config)
     connect(config.cluster)
     try:
-        result: Result = run_on_ranks(work, config, f"{config.name}-{name}", arguments, **run)
+        result: Result = run_on_ranks(work, config, f"{config.name}-{name}", **run)
     except MomeError:
         raise
     except Exception as error:
@@ -231,14 +237,6 @@ def run_on_cluster(
     if "failure" in result:
         raise error_from_json(result["failure"])
     return result
-
-
-def run_request(loop_config: dict[str, str], work: Callable[[Any, Ranks], Result]) -> Result:
-    """Run `work(request, ranks)` on a Ray Train worker, and return its result or failure."""
-    try:
-        return work(json.loads(loop_config["request"]), Collectives())
-    except MomeError as error:
-        return {"failure": {"message": str(error), "exit_status": error.exit_status}}
 
 
 def check_rank(loop_config: dict[str, str]) -> Result:

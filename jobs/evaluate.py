@@ -6,6 +6,7 @@ it replaces the evaluation of the same name, which is of the same data, and no o
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -13,28 +14,25 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from pydantic import TypeAdapter
-
 from jobs.caller import Caller, untracked_because
 from jobs.console import notify
-from jobs.distributed import device_of, on_workers, ranks_here, run_request
+from jobs.distributed import device_of, on_workers, ranks_here
 from jobs.output import check_output, write_output
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, SourceConfig, SourceType
 from pipeline.config.stored import check_stored_url
 from pipeline.config.urls import absolute, file_name_of
-from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.shards.manifest import load_manifest
-from pipeline.data.storage import join
+from pipeline.data.storage import Storage, join
+from pipeline.evaluation import report as eval_report
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.explain import alignment_examples
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
-from pipeline.evaluation.report import build_report_data, render_report
-from pipeline.evaluation.report_data import EvalKey, ReportData, headline, load_report_data, save_report_data
-from pipeline.inference import build_trained_model, load_usable_weights
+from pipeline.evaluation.report import EvalKey, ReportData
+from pipeline.inference import build_trained_model, load_usable_weights, tokenizer_of
 from pipeline.objectives import evaluated_source_types
-from pipeline.reports.run_folder import open_run, stages_of
+from pipeline.reports.run_folder import open_run, read_records
 from pipeline.tracking.locations import configured_uri
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import WeightsInfo, is_committed, stage_url, weights_info
@@ -48,28 +46,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
-class EvalRequest:
-    """An evaluation, resolved before any weights are loaded; every rank evaluates from these values."""
-
-    checkpoint: str
-    source: str  # of the run, or a URL of shards
-    limit: int | None  # number of samples (default: the config's)
-    rerank_best: int | None
-    probe: str | None  # labelled source, or a URL of shards, to train a linear classifier on
-    key: EvalKey
-    caller: Caller
-
-
-@dataclass(frozen=True)
-class EvalTarget:
-    """The weights and the config with the caller's stores and servers and the evaluated source."""
-
-    request: EvalRequest
-    info: WeightsInfo
-    config: RunConfig
-
-
-@dataclass(frozen=True)
 class EvalResult:
     """Result of an evaluation: what is written, printed and tracked."""
 
@@ -79,17 +55,14 @@ class EvalResult:
     warnings: list[str]
 
 
-_REQUEST = TypeAdapter(EvalRequest)
-
-
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """Evaluate the last stage of a run that was just trained, on Ray if its ranks have GPUs."""
     caller = Caller.of(config)
+    workers = config.cluster.workers if config.cluster.gpus_per_worker else None
     with add_time(caller.store(), config.folder, "evaluation"):
-        target = _resolve(caller, config.folder)
-        on_ray = config.cluster.gpus_per_worker
-        result = _evaluate_on_ray(target, config.cluster.workers) if on_ray else _evaluate(target.request)
-        return _deliver(result, target, track=True)
+        result = evaluate_checkpoint(config.folder, track=True, workers=workers, caller=caller)
+    assert result is not None
+    return result
 
 
 def evaluate_checkpoint(
@@ -108,54 +81,31 @@ def evaluate_checkpoint(
 ) -> dict[str, Any] | None:
     """Evaluate the weights of a run, a stage or a step; return what `mome evaluate --json` prints.
 
-    `source` is a source of the run, or a URL of shards. Results are stored next to the weights, and the report there or
-    at `report`; `against` is the folder of a run whose figures on the same data are shown for comparison. `track`
-    records the metrics in MLflow; None does so unless `untracked_because` objects. With `workers`, that many ranks on
-    Ray share the work; under torchrun its ranks do, and all but rank 0 get None.
+    `source` is a source of the run, or a URL of shards of `source_type` (default: the stage's type, or pairs; labelled
+    with a probe). Results are stored next to the weights, and the report there or at `report`; `against` is the folder
+    of a run whose figures on the same data are shown for comparison. `track` records the metrics in MLflow; None does
+    so unless `untracked_because` objects. With `workers`, that many ranks on Ray share the work; under torchrun its
+    ranks do, and all but rank 0 get None.
 
     Raises CheckpointError for a folder without finished weights, ConfigError and DataError for an invalid source,
-    ConfigError for a `name` of other data, and for an `against` that was not evaluated on these data.
+    ConfigError for a `name` of other data, and for an `against` that was not evaluated on these data, all before any
+    weights are loaded.
     """
+    storage, checkpoint = caller.store(), checkpoint.rstrip("/")
     if source_type is not None and source_type not in (expected := evaluated_source_types()):
         raise ConfigError(f"--type {source_type}: expected one of {', '.join(expected)}")
     if report is not None:
-        check_output(caller.store(), str(report), "--report")
-    target = _resolve(
-        caller, checkpoint.rstrip("/"), source, limit, rerank_best, cast(SourceType, source_type), probe, name
-    )
-    other = None if against is None else _evaluation_of(against, target)
-    if workers is not None:
-        return _deliver(_evaluate_on_ray(target, workers), target, track, other, report)
-    ranks = ranks_here()
-    result = _evaluate(target.request, ranks)
-    return _deliver(result, target, track, other, report) if ranks.rank == 0 else None
-
-
-def _resolve(
-    caller: Caller,
-    checkpoint: str,
-    source: str | None = None,
-    limit: int | None = None,
-    rerank_best: int | None = None,
-    source_type: SourceType | None = None,
-    probe: str | None = None,
-    name: str | None = None,
-) -> EvalTarget:
-    """Resolve a request. Raises ConfigError, CheckpointError or DataError before any weights are loaded.
-
-    `source_type` is that of a URL of shards (default: the stage's type, or pairs; labelled with a probe).
-    """
-    storage = caller.store()
+        check_output(storage, str(report), "--report")
     info = weights_info(storage, checkpoint)
     stored = info.config
-    for option, given in (("--source", source), ("--probe", probe)):
-        if given is not None and given not in stored.sources and "/" not in given:
+    for option, url in (("--source", source), ("--probe", probe)):
+        if url is not None and url not in stored.sources and "/" not in url:
             known = ", ".join(name for name, own in stored.sources.items() if own.type in evaluated_source_types())
-            raise ConfigError(f"{option} {given}: no source of this run; give one of {known}, or the URL of shards")
-    trained_type = stored.source_type_of(stored.stage_named(info.stage))
-    default_type = trained_type if trained_type in evaluated_source_types() else "pairs"
+            raise ConfigError(f"{option} {url}: no source of this run; give one of {known}, or the URL of shards")
     config = stored
     if source is not None:
+        trained_type = stored.source_type_of(stored.stage_named(info.stage))
+        default_type = trained_type if trained_type in evaluated_source_types() else "pairs"
         config = _with_source(stored, source, source_type or ("labelled" if probe else default_type))
     source = source or stored.evaluation.source
     if source is None:
@@ -176,17 +126,27 @@ def _resolve(
     step = info.step if info.is_checkpoint else None
     is_headline = (source, most, step) == (config.evaluation.source, usual, None)
     key = EvalKey(info.stage, step, "", manifest.digest, most, section.type, is_headline)
-    known_keys = [data.key for data in load_report_data(storage, config.folder)]
+    known_keys = [data.key for data in eval_report.load_report_data(storage, config.folder)]
     key = replace(key, name=_name(name, source, key, most != usual, stored, known_keys))
-    request = EvalRequest(checkpoint, source, limit, rerank_best, probe, key, caller)
-    return EvalTarget(request, info, caller.applied(config))
+    other = None if against is None else _evaluation_of(against, key, section.shards, storage)
+
+    config, ranks = caller.applied(config), SINGLE_PROCESS
+    if workers is None:
+        ranks = ranks_here()
+        result = _evaluate(checkpoint, source, limit, rerank_best, probe, key, caller, ranks)
+    else:  # ranks have other working folders
+        checkpoint, source = absolute(checkpoint), absolute(source) if "/" in source else source
+        probe = absolute(probe) if probe and "/" in probe else probe
+        work = functools.partial(_evaluate, checkpoint, source, limit, rerank_best, probe, key, caller)
+        result = on_workers(work, config, workers, "evaluation")
+    return _deliver(result, key, config, info, storage, track, other, report) if ranks.rank == 0 else None
 
 
-def _with_source(config: RunConfig, source: str, source_type: SourceType) -> RunConfig:
+def _with_source(config: RunConfig, source: str, source_type: str) -> RunConfig:
     """Add a source that is given as a URL of shards to the config."""
     if source in config.sources:
         return config
-    added = SourceConfig(shards=source, type=source_type)
+    added = SourceConfig(shards=source, type=cast(SourceType, source_type))
     return config.model_copy(update={"sources": {**config.sources, source: added}})
 
 
@@ -198,16 +158,12 @@ def _name(
     `config` is the stored one, `source` one of its sources or a URL. Raises ConfigError for a `name` that is taken.
     """
     of_same_weights = [k for k in known if (k.stage, k.step) == (key.stage, key.step)]
-
-    def is_free(candidate: str) -> bool:
-        own = config.sources.get(candidate)
-        others = (k for k in of_same_weights if k.name == candidate and not k.is_of_same_data(key))
-        return next(others, None) is None and (own is None or candidate == source or own.shards == source)
-
+    taken = {k.name for k in of_same_weights if not k.is_of_same_data(key)}
+    taken |= {other for other, own in config.sources.items() if source not in (other, own.shards)}
     if name is not None:
         if not NAME.fullmatch(name):
             raise ConfigError(f"--as {name}: expected up to 100 letters, digits, '_', '.' and '-'")
-        if not is_free(name):
+        if name in taken:
             raise ConfigError(
                 f"--as {name}: other data, or another number of samples, have this name; its results would be lost. "
                 "Give another name"
@@ -220,8 +176,8 @@ def _name(
         base += "-all" if key.limit is None else f"-first-{key.limit}"
     differs_in_type = any((k.name, k.digest) == (base, key.digest) for k in of_same_weights)
     apart = f"{base}-{key.source_type}" if differs_in_type else f"{base}-{key.digest[:8]}"
-    candidates = (base, apart, f"{base}-{key.source_type}-{key.digest[:8]}")
-    return next((candidate for candidate in candidates if is_free(candidate)), f"{base}-{key.source_type}-{key.digest}")
+    candidates = (base, apart, f"{base}-{key.source_type}-{key.digest[:8]}", f"{base}-{key.source_type}-{key.digest}")
+    return next((candidate for candidate in candidates if candidate not in taken), candidates[-1])
 
 
 def _label(key: EvalKey, config: RunConfig) -> str:
@@ -231,29 +187,23 @@ def _label(key: EvalKey, config: RunConfig) -> str:
     return file_name_of("@".join([key.name, *stage, *step]))
 
 
-def _evaluate_on_ray(target: EvalTarget, workers: int) -> EvalResult:
-    """Evaluate on `workers` ranks. Raises MomeError with the first failure, on whichever rank."""
-    request = target.request
-    source, probe = (url if url is None or "/" not in url else absolute(url) for url in (request.source, request.probe))
-    assert source is not None
-    request = replace(request, checkpoint=absolute(request.checkpoint), source=source, probe=probe)
-    payload = _REQUEST.dump_python(request, mode="json")
-    return EvalResult(**on_workers(_evaluate_rank, target.config, workers, "evaluation", payload))
-
-
-def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
-    """Evaluate on a Ray Train worker."""
-    return run_request(loop_config, lambda request, ranks: vars(_evaluate(_REQUEST.validate_python(request), ranks)))
-
-
-def _evaluate(request: EvalRequest, ranks: Ranks = SINGLE_PROCESS) -> EvalResult:
+def _evaluate(
+    checkpoint: str,
+    source: str,
+    limit: int | None,
+    rerank_best: int | None,
+    probe: str | None,
+    key: EvalKey,
+    caller: Caller,
+    ranks: Ranks,
+) -> EvalResult:
     """Evaluate on this rank; all ranks call it and get the same metrics, only rank 0 builds the report data."""
-    storage, key, device = request.caller.store(), request.key, device_of(ranks)
-    weights = load_usable_weights(storage, request.checkpoint)
-    config = _with_source(weights.config, request.source, cast(SourceType, key.source_type))
-    if request.probe is not None:
-        config = _with_source(config, request.probe, "labelled")
-    tokenizer = Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase)
+    storage, device = caller.store(), device_of(ranks)
+    weights = load_usable_weights(storage, checkpoint)
+    config = _with_source(weights.config, source, key.source_type)
+    if probe is not None:
+        config = _with_source(config, probe, "labelled")
+    tokenizer = tokenizer_of(weights)
     model = build_trained_model(weights).to(device)
     others = {}  # finished earlier stages, which evaluate the objectives that only they trained
     for index, stage in enumerate(config.stages):
@@ -266,21 +216,21 @@ def _evaluate(request: EvalRequest, ranks: Ranks = SINGLE_PROCESS) -> EvalResult
         tokenizer,
         config,
         storage,
-        request.source,
-        request.limit,
+        source,
+        limit,
         weights.stage,
         others,
-        request.rerank_best,
+        rerank_best,
         progress=lambda message: notify(f"evaluating: {message}", style="dim") if ranks.rank == 0 else None,
         choices=weights.choices,
         ranks=ranks,
-        probe=request.probe,
+        probe=probe,
     )
     result.source, result.checkpoint = key.name, weights.url
     data = None
     if ranks.rank == 0:
         alignments = alignment_examples(model, tokenizer, result.held_out, config, config.stage_named(result.stage))
-        data = build_report_data(result, config, tokenizer, alignments, key)
+        data = eval_report.build_report_data(result, config, tokenizer, alignments, key)
     result.held_out.close()
     warnings = []
     if result.trained_on:
@@ -295,18 +245,15 @@ def _evaluate(request: EvalRequest, ranks: Ranks = SINGLE_PROCESS) -> EvalResult
     return EvalResult(result.to_json(), result.metrics(), data, warnings)
 
 
-def _evaluation_of(run: str, target: EvalTarget) -> ReportData:
+def _evaluation_of(run: str, key: EvalKey, shards: str, storage: Storage) -> ReportData:
     """Return what another run has of the same data: of its headline if it can be. Raises ConfigError if it has none."""
-    key = target.request.key
-    opened = open_run(run, target.request.caller.store())
-    evaluations = load_report_data(opened.storage, opened.folder)
+    evaluations = eval_report.load_report_data(storage, open_run(run, storage).folder)
     if not evaluations:
         raise ConfigError(f"--against {run}: that run was never evaluated; run `mome evaluate {run}` first")
     same = [data for data in evaluations if data.key.is_of_same_data(key)]
     if same:
-        return headline(same)
-    available = "; ".join(f"{data.source}: {data.key.data}" for data in evaluations)
-    shards = target.config.sources[target.request.source].shards
+        return eval_report.headline(same)
+    available = "; ".join(f"{data.key.name}: {data.key.data}" for data in evaluations)
     raise ConfigError(
         f"--against {run}: that run was not evaluated on the same data, so that no figure can be compared.\n"
         f"Here: {key.name}: {key.data}. There: {available}.\n"
@@ -317,25 +264,27 @@ def _evaluation_of(run: str, target: EvalTarget) -> ReportData:
 
 def _deliver(
     result: EvalResult,
-    target: EvalTarget,
+    key: EvalKey,
+    config: RunConfig,
+    info: WeightsInfo,
+    storage: Storage,
     track: bool | None,
-    other: ReportData | None = None,
-    report: Path | None = None,
+    other: ReportData | None,
+    report: Path | None,
 ) -> dict[str, Any]:
     """Log warnings, store the results next to the weights, and track the metrics at the step of the weights."""
-    config, info, key, data = target.config, target.info, target.request.key, result.data
-    storage = target.request.caller.store()
+    data = result.data
     assert data is not None
     for warning in result.warnings:
         log.warning("%s", warning)
-    stages = stages_of(config, storage)
+    stages = read_records(config, storage).stages
     curves = {stage.name: [(step, loss) for _, step, loss in stage.series("train/loss")] for stage in stages}
-    page = render_report(data, config, curves, other).encode()
+    page = eval_report.render_report(data, config, curves, other).encode()
     try:
-        save_report_data(storage, config.folder, data)
-        evaluations = load_report_data(storage, config.folder)
+        eval_report.save_report_data(storage, config.folder, data)
+        evaluations = eval_report.load_report_data(storage, config.folder)
         links = [(evaluation, quote(f"report-{_label(evaluation.key, config)}.html")) for evaluation in evaluations]
-        main_page = render_report(headline(evaluations), config, curves, links=links)
+        main_page = eval_report.render_report(eval_report.headline(evaluations), config, curves, links=links)
         storage.write(join(config.folder, REPORT), main_page.encode())
     except StorageError as error:
         if report is None:

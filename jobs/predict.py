@@ -1,29 +1,29 @@
-"""`mome predict` and `mome explain`: a checkpoint's predictions for given images and texts, and how it aligns words."""
+"""Predictions of a checkpoint for given inputs (`mome predict`, `mome explain`) and for shards (`mome embed`)."""
 
 from __future__ import annotations
 
-import io
+import functools
+import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from PIL.PngImagePlugin import PngInfo
-
 from jobs.caller import Caller
 from jobs.configs import source_types
+from jobs.console import PLAIN_SECONDS, notify, poll
+from jobs.distributed import device_of, on_workers, ranks_here
 from jobs.output import write_output
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import MODEL_SECTIONS
-from pipeline.data.contents.text import SPECIALS, Tokenizer
-from pipeline.evaluation.explain import (
-    explain,
-    explanation_html,
-    explanation_png,
-    explanation_subject,
-    untrained_notes,
-)
-from pipeline.inference import build_trained_model, load_model, load_usable_weights, read_image
+from pipeline.config.urls import absolute
+from pipeline.data.shards.manifest import load_manifest
+from pipeline.data.storage import join
+from pipeline.evaluation.embedding import DONE, Embedder, embed_shards
+from pipeline.evaluation.explain import explain, render_explanation, untrained_notes
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
+from pipeline.inference import build_trained_model, load_model, load_usable_weights, read_image, tokenizer_of
 from pipeline.objectives import modules_for
-from pipeline.pages.page import signature
+from pipeline.training.checkpoint import COMMIT, weights_info
 
 FORMATS = (".html", ".png")
 
@@ -58,7 +58,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
     storage = caller.store()
     weights = load_usable_weights(storage, checkpoint.rstrip("/"))
-    config = weights.config
+    config, stage = weights.config, weights.config.stage_named(weights.stage)
     model = build_trained_model(weights)
     if modules_for(model, "wpa", "pairs") is None:
         able = ", ".join(kind for kind in MODEL_SECTIONS if source_types("wpa", kind))
@@ -66,33 +66,61 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
             f"{checkpoint}: a model of kind '{config.model.kind}' does not read words and patches together; "
             f"give a checkpoint of one that does ({able})"
         )
-    explanation = explain(
-        model,
-        Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase),
-        read_image(image, storage, config.data.max_pixels),
-        text,
-        config.stage_named(weights.stage).max_text_length,
-    )
+    tokenizer = tokenizer_of(weights)
+    pixels = read_image(image, storage, config.data.max_pixels)
+    explanation = explain(model, tokenizer, pixels, text, stage.max_text_length)
     notes = untrained_notes(config, weights.stage)
     heading = f"{weights.url}, stage {weights.stage}, step {weights.step}"
-    if Path(out).suffix == ".html":
-        drawing = explanation_html(explanation, text, heading, notes).encode()
-    else:
-        buffer, info = io.BytesIO(), PngInfo()
-        info.add_text("Software", signature(explanation_subject(explanation, text, heading)))
-        explanation_png(explanation, text, heading, notes).save(buffer, "PNG", optimize=True, pnginfo=info)
-        drawing = buffer.getvalue()
-    write_output(storage, out, drawing, "--out")
+    write_output(storage, out, render_explanation(explanation, text, heading, notes, Path(out).suffix), "--out")
     words = []
     for word in explanation.words:
         row, column = divmod(int(word.heat.argmax()), word.heat.shape[1])
-        conditions = {
-            name: {
-                "guesses": [{"word": guess.word, "probability": guess.probability} for guess in condition.guesses],
-                "truth_probability": condition.truth_probability,
-            }
-            for name, condition in (("with_image", word.with_image), ("without_image", word.without_image))
-        }
         hottest = {"row": row, "column": column, "share": word.heat.max().item()}
+        conditions = {name: asdict(getattr(word, name)) for name in ("with_image", "without_image")}
         words.append({"word": word.word, "hottest_patch": hottest, **conditions})
     return {"out": out, "distance": explanation.distance, "notes": notes, "words": words}
+
+
+def embed(
+    shards: str, checkpoint: str, out: str, workers: int | None = None, caller: Caller = Caller()
+) -> dict[str, Any] | None:
+    """Write the embeddings of all images and captions of a folder of shards; return what `mome embed --json` prints.
+
+    A repeated call continues where it stopped. With `workers`, that many ranks on Ray share the shards; under torchrun
+    its ranks do, and all but rank 0 get None. Raises ConfigError for a checkpoint that was not trained with ITC,
+    CheckpointError, DataError.
+    """
+    shards, checkpoint, out = (absolute(url.rstrip("/")) for url in (shards, checkpoint, out))
+    work = functools.partial(_embed, shards, checkpoint, out, caller)
+    ranks = ranks_here() if workers is None else SINGLE_PROCESS
+    if ranks.rank != 0:
+        work(ranks)
+        return None
+    storage, folder = caller.store(), join(out, DONE)
+    config = caller.applied(weights_info(storage, checkpoint).config)
+    total = len(load_manifest(storage, shards).shards)
+    before = last = storage.list_info(folder)
+
+    def show_progress() -> None:
+        """Print a line if any rank, wherever it runs, has written the record of a shard since the last call."""
+        nonlocal last
+        now = storage.list_info(folder)
+        if now != last:
+            last = now
+            new = sum(before.get(name) != info for name, info in now.items())
+            notify(f"embedding: {new} shards finished, of {total} in the folder", style="dim")
+
+    with poll(show_progress, PLAIN_SECONDS):
+        return work(ranks) if workers is None else on_workers(work, config, workers, "embedding")
+
+
+def _embed(shards: str, checkpoint: str, out: str, caller: Caller, ranks: Ranks) -> dict[str, Any]:
+    """Embed on this rank; all ranks call it."""
+    storage = caller.store()
+    weights = load_usable_weights(storage, checkpoint)
+    config, stage = weights.config, weights.config.stage_named(weights.stage)
+    tokenizer = tokenizer_of(weights)
+    digest = hashlib.sha256(storage.read(join(weights.url, COMMIT))).hexdigest()
+    embedder = Embedder(build_trained_model(weights).to(device_of(ranks)), tokenizer, config, stage, digest)
+    result = embed_shards(embedder, storage, shards, out, ranks, config.data.max_bad_rate)
+    return {"out": out, "checkpoint": weights.url, **asdict(result)}

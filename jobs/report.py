@@ -19,7 +19,7 @@ from pipeline.data.storage import join
 from pipeline.pages.formatting import significant
 from pipeline.reports.comparison import Comparison, compare, render_comparison
 from pipeline.reports.run_folder import open_run
-from pipeline.reports.run_report import collect_report, render_run_report
+from pipeline.reports.run_report import ALERT, OVER, collect_report, render_run_report
 from pipeline.tracking.locations import configured_uri, tracking_uri
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.prepare import RUN_FILE
@@ -68,7 +68,7 @@ def report(
         "goodput": opened.goodput,
         "restarts": opened.num_restarts,
         "bad_samples": summary.bad_samples,
-        "alerts": [alert.name for alert in summary.alerts if not alert.is_over],
+        "alerts": [tag.key.removeprefix(ALERT) for tag in summary.alerts if not tag.value.startswith(OVER)],
         "rank_hours": summary.cost.rank_hours if summary.cost else None,
         "cost": summary.cost.total if summary.cost and summary.cost.price else None,
     }

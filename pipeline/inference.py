@@ -17,9 +17,10 @@ Shapes: N images, M texts, P pairs, D embedding dimensions, H x W pixels.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,14 +33,14 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.contents.choices import CLASSES, Choices, answers_with
-from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
+from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.contents.text import CLS, MASK, SEP, SPECIALS, Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import NotFound, Storage
 from pipeline.evaluation.datasets import collate_inputs
-from pipeline.evaluation.retrieval import contrastive_features, embed_images, embed_texts, fusion_scores, run_forward
+from pipeline.evaluation.retrieval import contrastive_features, embed_images, embed_texts, run_forward
 from pipeline.models import build_model, skeleton
-from pipeline.models.forward import ForwardInput, Head
+from pipeline.models.forward import Head
 from pipeline.models.model import Model
 from pipeline.objectives import head_config, modules_for
 from pipeline.training.checkpoint import Weights, load_weights
@@ -120,6 +121,10 @@ def build_trained_model(weights: Weights) -> Model:
     return model
 
 
+def tokenizer_of(weights: Weights) -> Tokenizer:
+    return Tokenizer(weights.vocabulary or SPECIALS, weights.config.tokenizer.lowercase)
+
+
 NO_TEXT, TEXT, MASKED_TEXT = "no text", "a text", f"a text with {MASK}"
 # The head of each objective's prediction, and its inputs: in words, the number of images, and the kind of text.
 _PREDICTIONS: dict[str, tuple[Head, str, tuple[int, ...], str]] = {
@@ -159,18 +164,18 @@ class TrainedModel:
     ) -> TrainedModel:
         """Build the model on `device` (default: the GPU if there is one)."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = Tokenizer(weights.vocabulary or SPECIALS, weights.config.tokenizer.lowercase)
         stage = weights.config.stage_named(weights.stage)
         model = build_trained_model(weights).to(device).eval()
-        return cls(model, tokenizer, weights.config, stage, weights.choices, storage, weights.url)
+        return cls(model, tokenizer_of(weights), weights.config, stage, weights.choices, storage, weights.url)
 
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (N, D) in the space shared with `encode_texts`."""
         self._require("itc", "embeddings")
-        _require_images(images)
-        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
-        pixels = (torch.from_numpy(np.stack([self._pixels(image) for image in batch])) for batch in batches)
-        return torch.cat([embed_images(self.model, batch, batch_size) for batch in pixels])
+        vectors = []
+        for rows in _batches(len(images), batch_size):
+            pixels = torch.from_numpy(np.stack([self._pixels(image) for image in images[rows]]))
+            vectors.append(embed_images(self.model, pixels, batch_size))
+        return torch.cat(vectors)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (M, D) in the space shared with `encode_images`."""
@@ -185,21 +190,26 @@ class TrainedModel:
         """
         if len(images) != len(texts):
             raise ValueError(f"score_pairs got {len(images)} images and {len(texts)} texts; give one text per image")
-        is_ranking = "ranking" in self.stage.objectives
-        if not is_ranking:
-            self._require("itm", "pair scores")
-        _require_images(images)
-        scores = []
-        for start in range(0, len(images), batch_size):
-            batch = slice(start, start + batch_size)
-            tokens = [self._tokenize(text) for text in texts[batch]]
-            scores.append(self._score([self._pixels(image) for image in images[batch]], tokens, is_ranking))
-        return torch.cat(scores)
+        head: Head = "ranking" if "ranking" in self.stage.objectives else "itm"
+        self._require(head, "pair scores")
+        return self._score(images, texts, head, batch_size)
+
+    def _score(
+        self, images: Sequence[ImageInput], texts: Sequence[str], head: Head, batch_size: int = BATCH_SIZE
+    ) -> Tensor:
+        results = []
+        for rows in _batches(len(images), batch_size):
+            pixels = [(self._pixels(image),) for image in images[rows]]
+            token_ids = [self._tokenize(text) for text in texts[rows]]
+            pairs = collate_inputs(pixels, token_ids, self.tokenizer.pad_id, self.config.model, head)
+            scores = run_forward(self.model, pairs)[head].float().cpu()
+            results.append(scores if head == "ranking" else (scores[:, 1] - scores[:, 0]).sigmoid())
+        return torch.cat(results)
 
     def answer(self, image: ImageInput, question: str, top_k: int = 5) -> dict[str, float]:
         """Return the `top_k` most probable answers to a question about an image, the best first."""
         self._require("vqa", "answers")
-        answers: dict[str, float] = self._predict("vqa", (self._decode(image),), question, top_k)["answers"]
+        answers: dict[str, float] = self._predict("vqa", (self._pixels(image),), question, top_k)["answers"]
         return answers
 
     def fill_masks(self, text: str, image: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]:
@@ -208,50 +218,61 @@ class TrainedModel:
         The image is read only by a stage that trained masked language modelling with images.
         """
         self._require("mlm", "masked words")
-        return self._fill_masks(text, () if image is None else (self._decode(image),), top_k)
+        pixels = () if image is None else (self._pixels(image),)
+        words: list[dict[str, float]] = self._predict("mlm", pixels, text, top_k)["words"]
+        return words
 
     def predict(self, images: Sequence[ImageInput] = (), text: str | None = None, top_k: int = 5) -> Prediction:
         """Return every prediction that the stage was trained for and that these inputs allow, by name.
 
         Raises ConfigError listing the inputs that each prediction needs, if there is none.
         """
-        decoded = tuple(self._decode(image) for image in images)
+        pixels = tuple(self._pixels(image) for image in images)
         kind = NO_TEXT if text is None else MASKED_TEXT if MASK in text else TEXT
         trained = [objective for objective in self.stage.objectives if objective in _PREDICTIONS]
         predictions: Prediction = {}
         for objective in trained:
             _, _, counts, text_kind = _PREDICTIONS[objective]
-            if len(decoded) in counts and kind == text_kind:
-                predictions |= self._predict(objective, decoded, text, top_k)
+            if len(pixels) in counts and kind == text_kind:
+                predictions |= self._predict(objective, pixels, text, top_k)
         if predictions:
             return predictions
-        count = {0: "no image", 1: "one image", 2: "two images"}.get(len(decoded), f"{len(decoded)} images")
+        count = {0: "no image", 1: "one image", 2: "two images"}.get(len(pixels), f"{len(pixels)} images")
         needs = "; ".join(f"{objective} needs {_PREDICTIONS[objective][1]}" for objective in trained)
         raise ConfigError(
             f"nothing can be predicted from {count} and {kind}: stage {self.stage.name} was trained for "
             f"{needs or 'objectives without predictions: ' + ', '.join(self.stage.objectives)}"
         )
 
-    def _predict(self, objective: str, images: Sequence[np.ndarray], text: str | None, top_k: int) -> Prediction:
+    def _predict(self, objective: str, pixels: tuple[np.ndarray, ...], text: str | None, top_k: int) -> Prediction:
         """Return the prediction of one objective by name, from inputs as `_PREDICTIONS` lists them."""
-        if objective == "mlm":
-            assert text is not None
-            return {"words": self._fill_masks(text, images, top_k)}
-        answers = None
-        if objective == "vqa":
-            answers = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}").names
         head = _PREDICTIONS[objective][0]
-        pair = self._collate(images, [] if text is None else self._tokenize(text), head)
+        positions: list[int] = []
+        if objective == "mlm":
+            ids, positions = self.tokenize_masked(text or "")
+            if self.config.source_type_of(self.stage) != "pairs":
+                pixels = ()
+        else:
+            ids = [] if text is None else self._tokenize(text)
+        inputs = collate_inputs(
+            [pixels] if pixels else [], [ids] if ids else [], self.tokenizer.pad_id, self.config.model, head
+        )
         if objective == "itc":  # the mean cosine of the contrastive heads, from -1 to 1
-            of_image = contrastive_features(self.model, replace(pair, text=None, text_keep=None))
-            of_text = contrastive_features(self.model, replace(pair, image=None, image_size=None))
+            of_image = contrastive_features(self.model, replace(inputs, text=None, text_keep=None))
+            of_text = contrastive_features(self.model, replace(inputs, image=None, image_size=None))
             return {"similarity": (of_image @ of_text.T).item()}
-        output = run_forward(self.model, pair)[head][0].float().cpu()
+        if objective == "vqa":  # fails without the names of the head's outputs
+            answers = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}").names
+        if positions:
+            inputs = replace(inputs, mask_positions=torch.tensor([positions]))
+        output = run_forward(self.model, inputs)[head][0].float().cpu()
         if objective == "ranking":
             return {"ranking": output.item()}
-        if answers is not None:
+        if objective == "vqa":
             return {"answers": _top(output.sigmoid(), answers, top_k)}
-        probabilities = output.softmax(dim=0)
+        probabilities = output.softmax(dim=-1)
+        if objective == "mlm":
+            return {"words": [_top(row, self.tokenizer.tokens, top_k) for row in probabilities]}
         if objective == "classification":
             classes = self.choices.get(CLASSES)
             is_named = classes is not None and len(classes) == len(probabilities)
@@ -259,20 +280,10 @@ class TrainedModel:
             return {"classes": _top(probabilities, names, top_k)}
         return {"true" if objective == "nlvr2" else "matched": probabilities[1].item()}
 
-    def _fill_masks(self, text: str, images: Sequence[np.ndarray], top_k: int) -> list[dict[str, float]]:
-        ids, positions = self.tokenize_masked(text)
-        if not positions:
-            raise ConfigError(f"the text {text!r} has no {MASK}; write {MASK} in the place of each hidden word")
-        reads_images = self.config.source_type_of(self.stage) == "pairs"
-        forward_input = self._collate(images if reads_images else (), ids, "mlm")
-        forward_input = replace(forward_input, mask_positions=torch.tensor([positions]))
-        logits = run_forward(self.model, forward_input)["mlm"][0].float().cpu()
-        return [_top(row, self.tokenizer.tokens, top_k) for row in logits.softmax(dim=1)]
-
     def tokenize_masked(self, text: str) -> tuple[list[int], list[int]]:
         """Return token ids, with the mask token where `text` spells [MASK], and the positions of the masks.
 
-        The tokenizer itself would split the spelling into letters.
+        The tokenizer itself would split the spelling into letters. Raises ConfigError without a mask.
         """
         ids, positions = [self.tokenizer.tokens.index(CLS)], []
         for number, piece in enumerate(text.split(MASK)):
@@ -283,29 +294,9 @@ class TrainedModel:
         ids.append(self.tokenizer.tokens.index(SEP))
         if len(ids) > self.stage.max_text_length:
             raise ConfigError(f"the text has {len(ids)} tokens; the stage reads at most {self.stage.max_text_length}")
+        if not positions:
+            raise ConfigError(f"the text {text!r} has no {MASK}; write {MASK} in the place of each hidden word")
         return ids, positions
-
-    def _collate(self, images: Sequence[np.ndarray], ids: list[int], head: Head) -> ForwardInput:
-        resized = tuple(resize_for(image, self.config.model) for image in images)
-        rows = [ids] if ids else []
-        return collate_inputs([resized] if resized else [], rows, self.tokenizer.pad_id, self.config.model, head)
-
-    def _score(self, images: Sequence[np.ndarray], tokens: Sequence[Sequence[int]], is_ranking: bool) -> Tensor:
-        """Score resized images with token rows, pair by pair: probabilities, or ranking scores."""
-        canvases, sizes = on_one_canvas(images)
-        image_size = torch.from_numpy(sizes) if isinstance(shape_of(self.config.model), KeepAspectRatio) else None
-        pairs = torch.arange(len(images))[:, None].expand(-1, 2)
-        scores = fusion_scores(
-            self.model,
-            torch.from_numpy(canvases),
-            tokens,
-            self.tokenizer.pad_id,
-            pairs,
-            len(images),
-            image_size,
-            "ranking" if is_ranking else "itm",
-        )
-        return scores if is_ranking else scores.sigmoid()
 
     def _require(self, objective: str, purpose: str) -> None:
         if objective not in self.stage.objectives:
@@ -314,23 +305,27 @@ class TrainedModel:
                 f"trained for {', '.join(self.stage.objectives)}; give the checkpoint of a stage with {objective}"
             )
 
-    def _decode(self, image: ImageInput) -> np.ndarray:
-        if isinstance(image, pil.Image):
-            return np.array(image.convert("RGB"))
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ConfigError(f"an image of shape {image.shape}, {image.dtype}; expected (height, width, 3) uint8")
-            return image
-        return read_image(image, self.storage, self.config.data.max_pixels)
-
     def _pixels(self, image: ImageInput) -> np.ndarray:
-        return resize_for(self._decode(image), self.config.model)
+        """Return the image as the model reads it."""
+        if isinstance(image, pil.Image):
+            image = np.array(image.convert("RGB"))
+        elif not isinstance(image, np.ndarray):
+            image = read_image(image, self.storage, self.config.data.max_pixels)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ConfigError(f"an image of shape {image.shape}, {image.dtype}; expected (height, width, 3) uint8")
+        return resize_for(image, self.config.model)
 
     def _tokenize(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, self.stage.max_text_length).ids
         if len(ids) <= 2:
             raise ConfigError(f"no token is left of the text {text!r:.60}; give at least one word")
         return ids
+
+
+def _batches(num_images: int, size: int) -> Iterator[slice]:
+    if num_images == 0:
+        raise ValueError("no images are given; give at least one")
+    return (slice(start, start + size) for start in range(0, num_images, size))
 
 
 def _top(probabilities: Tensor, names: Sequence[str], k: int) -> dict[str, float]:
@@ -347,11 +342,6 @@ def read_image(image: str | Path | bytes, storage: Storage, max_pixels: int) -> 
         raise ConfigError(f"{name}: no such file; give the path or URL of a JPEG, PNG or WebP file") from error
     except BadSample as bad:
         raise DataError(f"{name}: {bad}; give a JPEG, PNG or WebP file") from bad
-
-
-def _require_images(images: Sequence[ImageInput]) -> None:
-    if not len(images):
-        raise ValueError("no images are given; give at least one")
 
 
 # MLflow's pyfunc ------------------------------------------------------------------------------------------------------
@@ -388,49 +378,40 @@ class PyfuncModel:
         import pandas as pd
 
         columns = [name for name in self.outputs if name != MATCHED or (params or {}).get("itm", True)]
-        results: dict[str, list[Any]] = {name: [] for name in columns}
+        results: dict[str, list[Any]] = {name: [None] * len(model_input) for name in columns}
+        trained, max_pixels = self.trained, self.trained.config.data.max_pixels
         for start in range(0, len(model_input), BATCH_SIZE):
             frame = model_input.iloc[start : start + BATCH_SIZE]
-            by_row = self._predict_batch(frame, start, columns)
-            for name in columns:
-                results[name] += [by_row[name].get(row) for row in range(len(frame))]
+            images: dict[int, np.ndarray] = {}  # by row
+            texts: dict[int, str] = {}
+            for column, row in itertools.product(("image", "text"), range(start, start + len(frame))):
+                value = frame[column].iloc[row - start] if column in frame else None
+                if value is None or isinstance(value, float):  # NaN
+                    continue
+                try:
+                    if column == "image":
+                        images[row] = read_image(bytes(value), trained.storage, max_pixels)
+                    else:
+                        texts[row] = str(value)
+                        trained._tokenize(texts[row])  # fails for a text without a token
+                except (ConfigError, DataError) as error:
+                    raise DataError(f"row {row}: {error}") from error
+            paired = [row for row in images if row in texts]
+            if "similarity" in columns:
+                image_of = dict(
+                    zip(images, trained.encode_images(list(images.values())) if images else (), strict=True)
+                )
+                text_of = dict(zip(texts, trained.encode_texts(list(texts.values())) if texts else (), strict=True))
+                for name, vectors in (("image_embedding", image_of), ("text_embedding", text_of)):
+                    for row, vector in vectors.items():
+                        results[name][row] = vector.tolist()
+                for row in paired:
+                    results["similarity"][row] = float(image_of[row] @ text_of[row])
+            if MATCHED in columns and paired:
+                scores = trained._score([images[row] for row in paired], [texts[row] for row in paired], "itm")
+                for row, score in zip(paired, scores.tolist(), strict=True):
+                    results[MATCHED][row] = score
         return pd.DataFrame(results, index=model_input.index, dtype=object)
-
-    def _predict_batch(self, frame: pd.DataFrame, first: int, columns: Sequence[str]) -> dict[str, dict[int, Any]]:
-        """Return column → row → result for some rows of the request, the first of which has number `first`."""
-
-        def read(column: str, parse: Callable[[Any], Any]) -> dict[int, Any]:
-            """Return the parsed values that are neither absent nor null (NaN), by row."""
-            values: dict[int, Any] = {}
-            for row, value in enumerate(frame.get(column, ())):
-                if value is not None and not isinstance(value, float):
-                    try:
-                        values[row] = parse(value)
-                    except (ConfigError, DataError) as error:
-                        raise DataError(f"row {first + row}: {error}") from error
-            return values
-
-        model, tokenizer = self.trained.model, self.trained.tokenizer
-        images = read("image", lambda data: self.trained._pixels(bytes(data)))
-        tokens = read("text", lambda text: self.trained._tokenize(str(text)))
-        paired = [row for row in images if row in tokens]
-        results: dict[str, dict[int, Any]] = {name: {} for name in columns}
-        if "similarity" in columns:
-            image_of: dict[int, Tensor] = {}
-            text_of: dict[int, Tensor] = {}
-            if images:
-                vectors = embed_images(model, torch.from_numpy(np.stack(list(images.values()))))
-                image_of = dict(zip(images, vectors, strict=True))
-            if tokens:
-                vectors = embed_texts(model, list(tokens.values()), tokenizer.pad_id)
-                text_of = dict(zip(tokens, vectors, strict=True))
-            results["similarity"] = {row: float(image_of[row] @ text_of[row]) for row in paired}
-            results["image_embedding"] = {row: vector.tolist() for row, vector in image_of.items()}
-            results["text_embedding"] = {row: vector.tolist() for row, vector in text_of.items()}
-        if MATCHED in columns and paired:
-            scores = self.trained._score([images[row] for row in paired], [tokens[row] for row in paired], False)
-            results[MATCHED] = dict(zip(paired, scores.tolist(), strict=True))
-        return results
 
 
 def _load_pyfunc(path: str) -> PyfuncModel:

@@ -1,17 +1,17 @@
 """Held-out samples in manifest order, whole and without augmentation: pairs, and annotated (labelled) samples.
 
 Memory is bounded for sources of any size: pairs keep captions, token ids and a bounded cache of decoded images, and
-annotated samples one batch at a time. Ranks share the reading.
+annotated samples one batch at a time. Ranks share the reading. Bad samples are counted and left out, never replaced.
 
-Shapes: N images, M captions of all images, B samples of a batch, L tokens, H x W the model's image size, or the tallest
-and widest image where the model keeps each image's own shape.
+Shapes: N images, M captions of all images, B samples of a batch, H x W the model's image size, or the tallest and
+widest image where the model keeps each image's own shape.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,18 +22,8 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig
+from pipeline.data.contents import members as contents
 from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
-from pipeline.data.contents.members import (
-    Question,
-    Statement,
-    both_images,
-    captions_of,
-    check_members,
-    class_of,
-    image_bytes,
-    question_of,
-    statement_of,
-)
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.prefetch import PrefetchCache
@@ -48,7 +38,7 @@ from pipeline.models.forward import ForwardInput, Head
 DECODED_BYTES = 256 * 2**20  # cache of decoded images: all of a small source, the most recent of a large one
 # Images of one sample (one or two, (H, W, 3) uint8), token ids [CLS] … [SEP] or none, and the annotation: a question, a
 # statement or the class of a labelled image.
-AnnotatedExample = tuple[tuple[np.ndarray, ...], list[int], Question | Statement | int]
+AnnotatedExample = tuple[tuple[np.ndarray, ...], list[int], contents.Question | contents.Statement | int]
 T = TypeVar("T")
 
 
@@ -74,7 +64,7 @@ class StoredImages:
 
         def resized() -> np.ndarray:
             members = (sample or self._reader.read(self._refs(position, position + 1)[0])).members
-            return resize_for(decode(image_bytes(members), self._max_pixels), self._model)
+            return resize_for(decode(contents.image_bytes(members), self._max_pixels), self._model)
 
         return self._decoded.get(position, self._image_bytes, resized)
 
@@ -121,26 +111,6 @@ class EvalPairs:
         if isinstance(self.images, StoredImages):
             self.images.close()
 
-    def token_ids(self) -> list[list[int]]:
-        """Return the token ids of all M captions, [CLS] … [SEP], without padding."""
-        return [tokens.ids for tokens in self.tokens]
-
-    def texts(self) -> list[str]:
-        """Return all M captions."""
-        return [caption for captions in self.captions for caption in captions]
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """One image with its captions, without pixels."""
-
-    position: int  # in the source
-    key: str
-    captions: tuple[str, ...]
-    tokens: list[Tokens]
-    image_id: int
-    size: tuple[int, int]
-
 
 def load_pairs(
     config: RunConfig,
@@ -151,7 +121,7 @@ def load_pairs(
     max_text_length: int,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> EvalPairs:
-    """Load the pairs among a source's first `limit` samples. Bad samples are counted and left out, never replaced.
+    """Load the pairs among a source's first `limit` samples.
 
     Each image is decoded once here, by one rank, so that all bad samples are known before anything is measured. Raises
     ConfigError when the source is unknown or has no pairs, DataError when no sample is usable, or more are bad than
@@ -164,45 +134,50 @@ def load_pairs(
     url = config.sources[source].shards
     opened = Source(url, load_manifest(storage, url))
     total = int(opened.counts.sum())
-    images = StoredImages(config, storage, opened)
+    stored = StoredImages(config, storage, opened)
     start, stop = ranks.shares(total if limit is None else min(limit, total))[ranks.rank]
 
-    def read() -> tuple[list[_Pair], Counter[str]]:
-        pairs: list[_Pair] = []
+    def read() -> tuple[list[tuple[Any, ...]], Counter[str]]:
+        pairs: list[tuple[Any, ...]] = []
         skipped: Counter[str] = Counter()
         for position, sample in enumerate(iter_samples(storage, opened, start, stop), start):
             try:
                 with judging("members"):
-                    texts = tuple(captions_of(sample.members))
-                    tokens = tokenizer.encode_batch(texts, max_text_length)
-                    for text, encoded in zip(texts, tokens, strict=True):
-                        if len(encoded.ids) <= 2:
-                            raise BadSample("caption", f"no token is left of {text[:40]!r}")
-                    height, width = images.load(position, sample).shape[:2]
+                    captions = tuple(contents.captions_of(sample.members))
+                    tokens = _encode(captions, tokenizer, max_text_length)
+                    size = stored.load(position, sample).shape[:2]
             except BadSample as bad:
                 skipped[str(bad)] += 1
                 continue
-            pairs.append(_Pair(position, sample.key, texts, tokens, sample.image_id, (height, width)))
+            pairs.append((position, sample.key, captions, tokens, sample.image_id, size))
         return pairs, skipped
 
     parts = run_on_all_ranks(ranks, read)
-    pairs: list[_Pair] = [pair for own, _ in parts for pair in own]
+    pairs = [pair for own, _ in parts for pair in own]
     skipped = sum((counts for _, counts in parts), Counter[str]())
     check_skipped(source, len(pairs), skipped, config.data.max_bad_rate)
-    images.positions = np.array([pair.position for pair in pairs], dtype=np.int64)
-    num_captions = torch.tensor([len(pair.captions) for pair in pairs])
-    sizes = torch.tensor([pair.size for pair in pairs], dtype=torch.int64)
+    positions, keys, captions, tokens, image_ids, sizes = zip(*pairs, strict=True)
+    stored.positions = np.array(positions, dtype=np.int64)
     return EvalPairs(
         skipped=dict(skipped),
         digest=opened.digest,
-        images=images,
-        captions=tuple(pair.captions for pair in pairs),
-        tokens=tuple(tokens for pair in pairs for tokens in pair.tokens),
-        caption_of=torch.arange(len(pairs)).repeat_interleave(num_captions),
-        image_id=torch.tensor([pair.image_id for pair in pairs], dtype=torch.int64),
-        keys=tuple(pair.key for pair in pairs),
-        image_size=sizes if isinstance(shape_of(config.model), KeepAspectRatio) else None,
+        images=stored,
+        captions=captions,
+        tokens=tuple(itertools.chain(*tokens)),
+        caption_of=torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(own) for own in captions])),
+        image_id=torch.tensor(image_ids, dtype=torch.int64),
+        keys=keys,
+        image_size=torch.tensor(sizes) if isinstance(shape_of(config.model), KeepAspectRatio) else None,
     )
+
+
+def _encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> list[Tokens]:
+    """Return the tokens of each text. Raises BadSample as training does."""
+    encoded = tokenizer.encode_batch(texts, max_length)
+    for text, tokens in zip(texts, encoded, strict=True):
+        if len(tokens.ids) <= 2:
+            raise BadSample("caption", f"no token is left of {text[:40]!r}")
+    return encoded
 
 
 def check_skipped(source: str, used: int, skipped: Counter[str], max_bad_rate: float) -> None:
@@ -218,10 +193,7 @@ def check_skipped(source: str, used: int, skipped: Counter[str], max_bad_rate: f
 
 
 class LabelledEvalSet:
-    """A source of questions, statements or labelled images. Bad samples are counted and left out, never replaced.
-
-    `map_ranks` raises DataError when no sample is usable, or more are bad than `data.max_bad_rate` allows.
-    """
+    """A source of questions, statements or labelled images."""
 
     def __init__(
         self,
@@ -241,23 +213,31 @@ class LabelledEvalSet:
         self._count = total if limit is None else min(limit, total)
         self.type: SourceType = config.sources[source].type
         self.digest = self._opened.digest
-        self.samples = 0  # read so far
-        self.skipped: Counter[str] = Counter()  # unusable samples so far, by reason
+        self.skipped: Counter[str] = Counter()  # unusable samples of the last call of `map_batches`, by reason
 
-    def map_ranks(self, read: Callable[[], T]) -> list[T]:
-        """Call `read`, which iterates `batches` once, on every rank, and return all ranks' results on each."""
-        self.samples, self.skipped = 0, Counter()
-        parts = run_on_all_ranks(self._ranks, lambda: (read(), self.samples, self.skipped))
-        self.samples = sum(samples for _, samples, _ in parts)
-        self.skipped = sum((skipped for _, _, skipped in parts), Counter[str]())
-        check_skipped(self._source, self.samples, self.skipped, self._config.data.max_bad_rate)
-        return [result for result, _, _ in parts]
+    def map_batches(self, head: Head, compute: Callable[[ForwardInput, list[Any]], Iterable[T]]) -> list[T]:
+        """Return the results of `compute` for all batches, in order, on every rank.
 
-    def batches(self, head: Head) -> Iterator[tuple[ForwardInput, list[Any]]]:
-        """Yield this rank's forward inputs for a head, with the annotations of their first examples.
-
-        Every rank gets equally many inputs; an input without a sample has one blank example and no annotation.
+        `compute` is called with the forward input for a head and the annotations of its first examples, equally often
+        on every rank; an input without a sample has one blank example and no annotation. Raises DataError when no
+        sample is usable, or more are bad than `data.max_bad_rate` allows.
         """
+
+        def read() -> tuple[list[T], int, Counter[str]]:
+            skipped, num_samples, results = Counter[str](), 0, list[T]()
+            for inputs, labels in self._batches(head, skipped):
+                num_samples += len(labels)
+                results += compute(inputs, labels)
+            return results, num_samples, skipped
+
+        parts = run_on_all_ranks(self._ranks, read)
+        self.skipped = sum((skipped for _, _, skipped in parts), Counter[str]())
+        num_samples = sum(count for _, count, _ in parts)
+        check_skipped(self._source, num_samples, self.skipped, self._config.data.max_bad_rate)
+        return [result for results, _, _ in parts for result in results]
+
+    def _batches(self, head: Head, skipped: Counter[str]) -> Iterator[tuple[ForwardInput, list[Any]]]:
+        """Yield this rank's inputs and annotations; count bad samples in `skipped` by reason."""
         model, pad = self._config.model, self._tokenizer.pad_id
         shape = shape_of(model)
         side = shape.shorter if isinstance(shape, KeepAspectRatio) else shape
@@ -275,30 +255,26 @@ class LabelledEvalSet:
                     with judging("members"):
                         batch.append(self._decode(sample))
                 except BadSample as bad:
-                    self.skipped[str(bad)] += 1
-            self.samples += len(batch)
-            examples = batch or [blank]
-            token_ids = [ids for _, ids, _ in examples if ids]
-            yield (
-                collate_inputs([images for images, _, _ in examples], token_ids, pad, model, head),
-                [annotation for _, _, annotation in batch],
-            )
+                    skipped[str(bad)] += 1
+            images, token_ids, _ = zip(*(batch or [blank]), strict=True)
+            annotations = [annotation for _, _, annotation in batch]
+            yield collate_inputs(images, [ids for ids in token_ids if ids], pad, model, head), annotations
 
     def _decode(self, sample: Sample) -> AnnotatedExample:
         """Raise BadSample for the same samples as training does."""
         members = sample.members
-        check_members(members, sample.is_duplicate)
-        encoded: tuple[bytes, ...] = both_images(members) if self.type == "statements" else (image_bytes(members),)
-        annotation: Question | Statement | int
+        contents.check_members(members, sample.is_duplicate)
+        encoded: tuple[bytes, ...] = (
+            contents.both_images(members) if self.type == "statements" else (contents.image_bytes(members),)
+        )
+        annotation: contents.Question | contents.Statement | int
         token_ids: list[int] = []
         if self.type == "labelled":
             trains = "classification" in self._stage.objectives
-            annotation = class_of(members, self._stage.num_classes if trains else None)
+            annotation = contents.class_of(members, self._stage.num_classes if trains else None)
         else:
-            annotation = question_of(members) if self.type == "questions" else statement_of(members)
-            token_ids = self._tokenizer.encode(annotation.text, self._stage.max_text_length).ids
-            if len(token_ids) <= 2:
-                raise BadSample("caption", f"no token is left of {annotation.text[:40]!r}")
+            annotation = contents.question_of(members) if self.type == "questions" else contents.statement_of(members)
+            token_ids = _encode([annotation.text], self._tokenizer, self._stage.max_text_length)[0].ids
         images = tuple(resize_for(decode(data, self._config.data.max_pixels), self._config.model) for data in encoded)
         return images, token_ids, annotation
 
@@ -312,18 +288,11 @@ def collate_inputs(
 ) -> ForwardInput:
     """Collate B examples of zero, one or two resized images, and of token ids if any, into one forward input."""
     text, keep = pad_token_ids(token_ids, pad) if token_ids else (None, None)
-    stacked: list[tuple[Tensor | None, Tensor | None]] = [(None, None), (None, None)]
-    for number in range(len(images[0]) if images else 0):
-        canvases, sizes = on_one_canvas([example[number] for example in images])
-        keeps_shape = isinstance(shape_of(model), KeepAspectRatio)
-        stacked[number] = torch.from_numpy(canvases), torch.from_numpy(sizes) if keeps_shape else None
-    (image, size), (second, second_size) = stacked
-    return ForwardInput(
-        heads=(head,),
-        image=image,
-        image_size=size,
-        second_image=second,
-        second_image_size=second_size,
-        text=text,
-        text_keep=keep,
-    )
+    keeps_shape = isinstance(shape_of(model), KeepAspectRatio)
+    inputs: dict[str, Any] = {}
+    for name, of_examples in zip(("image", "second_image"), zip(*images, strict=True), strict=False):
+        canvases, sizes = on_one_canvas(of_examples)
+        inputs[name] = torch.from_numpy(canvases)
+        if keeps_shape:
+            inputs[f"{name}_size"] = torch.from_numpy(sizes)
+    return ForwardInput(heads=(head,), text=text, text_keep=keep, **inputs)

@@ -7,8 +7,6 @@
 A shard whose record names the same checkpoint and content is skipped, so that an interrupted run resumes, and a bucket
 that has grown costs only its new shards. Batches are cut inside a shard: vectors depend neither on the rank nor on
 where a run was resumed. Ranks share the shards.
-
-Shapes: n images and m captions of a batch of samples, D embedding dimensions.
 """
 
 from __future__ import annotations
@@ -107,7 +105,7 @@ class Embedder:
         import pyarrow as pa
 
         samples = iter_samples(storage, source)
-        size, pad = self.config.evaluation.batch_size, self.tokenizer.pad_id
+        size = self.config.evaluation.batch_size
         with ThreadPoolExecutor(self.config.data.loader.threads_per_worker, "images") as threads:
             while batch := list(itertools.islice(samples, size)):
                 decoded = list(threads.map(self._decode, batch))
@@ -119,16 +117,16 @@ class Embedder:
                 token_ids = [tokens.ids for tokens in self.tokenizer.encode_batch(texts, self.max_text_length)]
                 pixels = torch.from_numpy(np.stack([image for _, image, _ in usable]))
                 of_images = embed_images(self.model, pixels, size)
-                of_texts = embed_texts(self.model, token_ids, pad, size) if token_ids else of_images[:0]
-                per_image = of_texts.split([len(captions) for _, _, captions in usable])
-                vectors = [torch.cat([image[None], own]) for image, own in zip(of_images, per_image, strict=True)]
-                rows = [
-                    (sample.key, sample.image_id, number)
-                    for sample, _, captions in usable
-                    for number in (None, *range(len(captions)))
-                ]
+                of_texts = of_images[:0]
+                if token_ids:
+                    of_texts = embed_texts(self.model, token_ids, self.tokenizer.pad_id, size)
+                rows, order = [], []  # vectors are taken from those of the images, followed by those of the texts
+                text_number = itertools.count(len(usable))
+                for number, (sample, _, captions) in enumerate(usable):
+                    rows += [(sample.key, sample.image_id, n) for n in (None, *range(len(captions)))]
+                    order += [number, *itertools.islice(text_number, len(captions))]
                 columns = [pa.array(c, t) for c, t in zip(zip(*rows, strict=True), self.schema.types, strict=False)]
-                flat = pa.array(torch.cat(vectors).contiguous().view(-1).numpy(), pa.float32())
+                flat = pa.array(torch.cat([of_images, of_texts])[order].view(-1).numpy(), pa.float32())
                 columns.append(pa.FixedSizeListArray.from_arrays(flat, of_images.shape[1]))
                 yield pa.Table.from_arrays(columns, schema=self.schema)
 
@@ -153,25 +151,25 @@ def embed_shards(
 ) -> EmbeddingSummary:
     """Embed the shards that are not embedded yet. All ranks call this together and get the same result.
 
-    Raises DataError for a folder without an index, a changed shard, or one with too many bad samples.
+    Raises ConfigError where `out` holds the files of other shards, DataError for a folder without an index, a changed
+    shard, or one with too many bad samples.
     """
     manifest = load_manifest(storage, url)
-    shards = manifest.shards
 
     def find() -> dict[str, EmbeddedShard]:
         if ranks.rank != 0:
             return {}
         _claim(storage, out, url, manifest)
-        return _finished(storage, out, shards, embedder.digest)
+        return _finished(storage, out, manifest.shards, embedder.digest)
 
     done = run_on_all_ranks(ranks, find)[0]
-    waiting = [shard for shard in shards if shard.name not in done][ranks.rank :: ranks.world_size]
+    waiting = [shard for shard in manifest.shards if shard.name not in done][ranks.rank :: ranks.world_size]
     parts = run_on_all_ranks(
         ranks, lambda: [_embed_shard(embedder, storage, url, shard, out, max_bad_rate) for shard in waiting]
     )
     records = [*done.values(), *itertools.chain(*parts)]
     return EmbeddingSummary(
-        shards=len(shards),
+        shards=len(manifest.shards),
         already_done=len(done),
         images=sum(record.images for record in records),
         captions=sum(record.captions for record in records),
@@ -199,12 +197,10 @@ def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
                 f"--out {out}: holds the vectors of {known_url}, and files of the same names would be lost; name "
                 f"another folder for those of {url}"
             )
-    elif parquet_files := [name for name in storage.list(out) if name.endswith(".parquet")]:
-        expected = {_file_name(name) for name in shards}
-        if not _finished(storage, out, manifest.shards, None) and set(parquet_files) & expected:
-            raise ConfigError(
-                f"--out {out}: holds {parquet_files[0]}, made from other shards than those of {url}; name another"
-            )
+    elif others := {_file_name(name) for name in shards} & set(storage.list(out)):
+        raise ConfigError(
+            f"--out {out}: holds {min(others)}, and no {SOURCE} that says of which shards it is; name another folder"
+        )
     storage.write(record_url, json.dumps({"url": url, "digest": manifest.digest, "shards": shards}, indent=1).encode())
 
 
@@ -231,30 +227,23 @@ def _embed_shard(
     return record
 
 
-def _finished(
-    storage: Storage, out: str, shards: Sequence[ShardRecord], digest: str | None
-) -> dict[str, EmbeddedShard]:
-    """Return the records, by shard name, of complete files made from this content and checkpoint.
-
-    `digest` identifies the checkpoint; None: any.
-    """
+def _finished(storage: Storage, out: str, shards: Sequence[ShardRecord], digest: str) -> dict[str, EmbeddedShard]:
+    """Return the records, by shard name, of complete files made from this content and the checkpoint `digest`."""
     files, known = storage.list_info(out), set(storage.list(join(out, DONE)))
-
-    def read(shard: ShardRecord) -> EmbeddedShard | None:
-        name = _file_name(shard.name, "json")
-        if name not in known:
-            return None
-        try:
-            record = EmbeddedShard(**json.loads(storage.read(join(out, DONE, name))))
-        except (ValueError, TypeError, RecursionError):  # a damaged record counts as missing
-            return None
-        file = files.get(_file_name(shard.name))
-        same = digest in (None, record.checkpoint) and record.shard == shard.digest
-        return record if same and file is not None and file.size == record.bytes else None
-
+    names = {shard: _file_name(shard.name, "json") for shard in shards}
+    urls = {shard: join(out, DONE, name) for shard, name in names.items() if name in known}
+    finished = {}
     with ThreadPoolExecutor(_READERS, "records") as threads:
-        records = dict(zip((shard.name for shard in shards), threads.map(read, shards), strict=True))
-    return {name: record for name, record in records.items() if record is not None}
+        for shard, data in zip(urls, threads.map(storage.read, urls.values()), strict=True):
+            try:
+                record = EmbeddedShard(**json.loads(data))
+            except (ValueError, TypeError, RecursionError):  # a damaged record counts as missing
+                continue
+            file = files.get(_file_name(shard.name))
+            same = (record.checkpoint, record.shard) == (digest, shard.digest)
+            if same and file is not None and file.size == record.bytes:
+                finished[shard.name] = record
+    return finished
 
 
 def _file_name(shard: str, suffix: str = "parquet") -> str:

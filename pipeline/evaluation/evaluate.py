@@ -12,7 +12,8 @@ evaluated, and the result says so (`trained_on`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,35 +24,136 @@ from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.contents.choices import Choices, answers_with, choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
+from pipeline.evaluation import labelled, masked, retrieval
 from pipeline.evaluation.datasets import EvalPairs, LabelledEvalSet, load_pairs
-from pipeline.evaluation.labelled import (
-    class_names,
-    class_vectors,
-    evaluate_classification,
-    evaluate_linear_probe,
-    evaluate_nlvr2,
-    evaluate_vqa,
-    evaluate_zero_shot,
-)
-from pipeline.evaluation.masked import masked_language, mismatched_images, predict_masked_tokens, reconstruct_images
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
-from pipeline.evaluation.results import Evaluation, MatchingResult
-from pipeline.evaluation.retrieval import (
-    KEPT,
-    FusedHead,
-    dot_products,
-    embed_images,
-    embed_texts,
-    fusion_scores,
-    rankings,
-    recall_at_k,
-    rerank,
-)
+from pipeline.evaluation.retrieval import BothDirections, FusedHead, Ranked, Recall
 from pipeline.objectives import evaluation_tasks
 
+COLLAPSED = 0.05  # a matching head with at most this accuracy on one class has learned only the class frequencies
 RERANK_BEST = 10  # candidates of each query that the fusion encoder reranks …
 RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each costs a forward of its own
 RECONSTRUCTED = 64  # images whose masked patches are filled in; the report shows the first few
+
+
+@dataclass(frozen=True)
+class MatchingResult:
+    """Accuracy of the matching head on every caption with its own image and with one of another `image_id`."""
+
+    accuracy_matched: float
+    accuracy_mismatched: float
+
+    @property
+    def accuracy(self) -> float:
+        return (self.accuracy_matched + self.accuracy_mismatched) / 2
+
+    @property
+    def is_collapsed(self) -> bool:
+        """Return True if the head gives nearly all pairs the same answer."""
+        return min(self.accuracy_matched, self.accuracy_mismatched) < COLLAPSED
+
+
+@dataclass
+class Evaluation:
+    """Results on one source, and the tensors behind its report. A member is None where the stage did not train it."""
+
+    source: str
+    stage: str
+    held_out: EvalPairs
+    rankings: BothDirections[Ranked] | None = None  # of all images and captions
+    retrieval: BothDirections[Recall] | None = None
+    retrieval_by: Literal["itc"] | FusedHead = "itc"  # head whose scores order the candidates
+    retrieval_images: int = 0  # number of images that take part
+    reranked: BothDirections[Recall] | None = None
+    reranked_best: int = 0  # candidates per query
+    itm: MatchingResult | None = None
+    mlm: masked.MaskedLanguage | None = None
+    # Text-only predictions of earlier stages, by name.
+    language_stages: dict[str, masked.MaskedTokenPredictions] = field(default_factory=dict)
+    reconstruction: masked.Reconstruction | None = None
+    reconstruction_stage: str = ""
+    vqa: labelled.VQAResult | None = None
+    nlvr2: labelled.NLVR2Result | None = None
+    classification: labelled.ClassificationResult | None = None
+    zero_shot: labelled.ClassificationResult | None = None
+    linear_probe: labelled.LinearProbeResult | None = None
+    trained_on: tuple[str, ...] = ()  # stages that trained on the same shards: the results are then not held out
+    checkpoint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object of `mome evaluate --json`: fractions, null where something was not trained."""
+        retrievals: dict[str, dict[str, Any] | None] = {}
+        for name, recalls, more in (
+            ("retrieval", self.retrieval, {"by": self.retrieval_by, "images": self.retrieval_images}),
+            ("reranked", self.reranked, {"best": self.reranked_best}),
+        ):
+            retrievals[name] = recalls and {
+                **{
+                    direction: {f"r{k}": round(fraction, 6) for k, fraction in recall.at.items()}
+                    | {"median_rank": recall.median_rank, "mean_rank": round(recall.mean_rank, 2)}
+                    for direction, recall in recalls._asdict().items()
+                },
+                "chance": {f"r{k}": round(max(recall.chance[k] for recall in recalls), 6) for k in retrieval.KS},
+                **more,
+            }
+        return {
+            "pairs": len(self.held_out),
+            "captions": len(self.held_out.tokens),
+            "skipped": sum(self.held_out.skipped.values()),
+            "source": self.source,
+            "source_digest": self.held_out.digest,
+            "stage": self.stage,
+            **retrievals,
+            **self._sections(),
+            "trained_on": list(self.trained_on),
+            "checkpoint": self.checkpoint,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Return the same results flat, as MLflow metrics: `eval/<source>/i2t_r1`, …"""
+        metrics = {"pairs": float(len(self.held_out))}
+        for prefix, recalls in (("", self.retrieval), ("reranked_", self.reranked)):
+            for name, recall in zip(("i2t", "t2i"), recalls or (), strict=False):
+                metrics |= {f"{prefix}{name}_r{k}": fraction for k, fraction in recall.at.items()}
+                metrics[f"{prefix}{name}_median_rank"] = recall.median_rank
+                metrics[f"{prefix}{name}_mean_rank"] = recall.mean_rank
+        for section, values in self._sections().items():
+            if section != "reconstruction":
+                metrics |= {f"{section}_{k}": v for k, v in (values or {}).items() if isinstance(v, float)}
+        for name, predictions in self.language_stages.items():
+            metrics[f"mlm_{name}_stage_text_only"] = predictions.accuracy
+        if self.reconstruction is not None:
+            metrics["reconstruction_error"] = self.reconstruction.error
+        return {f"eval/{self.source}/{name}": value for name, value in metrics.items()}
+
+    def _sections(self) -> dict[str, dict[str, Any] | None]:
+        """Return the results other than retrieval, by name, rounded."""
+        sections: dict[str, dict[str, Any] | None] = {"mlm": None, "itm": None, "reconstruction": None}
+        if self.mlm is not None:
+            accuracies = {
+                "accuracy": self.mlm.own_image,
+                "accuracy_other_image": self.mlm.other_image,
+                "accuracy_text_only": self.mlm.text_only,
+                "language_stage_text_only": next(reversed(self.language_stages.values()), None),
+            }
+            sections["mlm"] = {name: result and result.accuracy for name, result in accuracies.items()} | {
+                "masked_tokens": len(self.mlm.text_only.tokens)
+            }
+        if self.itm is not None:
+            sections["itm"] = {"accuracy": self.itm.accuracy, **asdict(self.itm)}
+        if self.reconstruction is not None:
+            sections["reconstruction"] = {
+                "error": self.reconstruction.error,
+                "error_without_model": self.reconstruction.error_without_model,
+                "stage": self.reconstruction_stage,
+            }
+        for name in ("vqa", "nlvr2", "classification", "zero_shot", "linear_probe"):
+            result = getattr(self, name)
+            sections[name] = None if result is None else asdict(result)
+        return {
+            name: values and {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+            for name, values in sections.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -112,7 +214,7 @@ def evaluate(
         trained = config.stage_named(name)
         if "mlm" in trained.objectives and result.mlm is not None:
             progress(f"predicting masked words from text with the stage '{name}'")
-            result.language_stages[name] = predict_masked_tokens(
+            result.language_stages[name] = masked.predict_masked_tokens(
                 other, result.mlm.masked, tokenizer.pad_id, batch=context.batch, ranks=ranks
             )
         if "mim" in trained.objectives and result.reconstruction is None:
@@ -121,19 +223,11 @@ def evaluate(
     return result
 
 
-def can_evaluate(config: RunConfig, source: str, stage: StageConfig) -> bool:
-    """Return True if some objective of the stage is evaluated on the source."""
-    return bool(evaluation_tasks(stage, config.sources[source].type))
-
-
 def stages_trained_on(config: RunConfig, source: str) -> tuple[str, ...]:
     """Return the stages that train on a source's shards, under whatever name."""
-    shards = config.sources[source].shards.rstrip("/") if source in config.sources else None
-    return tuple(
-        stage.name
-        for stage in config.stages
-        if any(config.sources[name].shards.rstrip("/") == shards for name in stage.sources)
-    )
+    shards = {name: section.shards.rstrip("/") for name, section in config.sources.items()}
+    own = shards.get(source)
+    return tuple(stage.name for stage in config.stages if own in [shards[name] for name in stage.sources])
 
 
 def _evaluate_labelled(
@@ -160,22 +254,22 @@ def _evaluate_labelled(
         progress("answering questions")
         choices = choices_of(config, [stage], context.storage) if choices is None else choices
         answers = answers_with(choices, stage.num_answers, f"stage {stage.name}")
-        result.vqa = evaluate_vqa(model, dataset, answers)
+        result.vqa = labelled.evaluate_vqa(model, dataset, answers)
     if "nlvr2" in tasks:
         progress("judging statements")
-        result.nlvr2 = evaluate_nlvr2(model, dataset)
+        result.nlvr2 = labelled.evaluate_nlvr2(model, dataset)
     if "classification" in tasks:
         progress("classifying images")
-        result.classification = evaluate_classification(model, dataset)
+        result.classification = labelled.evaluate_classification(model, dataset)
     if "zero_shot" in tasks:
         progress("classifying images by class names")
-        names, prompts = class_names(config, source, context.storage), config.evaluation.prompts
-        vectors = class_vectors(model, tokenizer, names, prompts, stage.max_text_length, context.batch, ranks)
-        result.zero_shot = evaluate_zero_shot(model, dataset, vectors)
+        names, prompts = labelled.class_names(config, source, context.storage), config.evaluation.prompts
+        vectors = labelled.embed_classes(model, tokenizer, names, prompts, stage.max_text_length, context.batch, ranks)
+        result.zero_shot = labelled.evaluate_classification(model, dataset, vectors)
     if probe is not None:
         progress("training a linear classifier on frozen features")
         training = LabelledEvalSet(config, context.storage, probe, stage, tokenizer, None, ranks)
-        result.linear_probe = evaluate_linear_probe(model, training, dataset)
+        result.linear_probe = labelled.evaluate_linear_probe(model, training, dataset)
     result.held_out.skipped.update(dataset.skipped)
     return result
 
@@ -183,29 +277,31 @@ def _evaluate_labelled(
 def _evaluate_pairs(result: Evaluation, model: nn.Module, stage: StageConfig, context: EvalContext) -> None:
     """Add the results of every objective that the stage trained and that pairs evaluate."""
     held_out, tasks = result.held_out, evaluation_tasks(stage, "pairs")
-    captions, ids, token_ids = held_out.caption_of, held_out.image_id, held_out.token_ids()
+    captions, ids, token_ids = held_out.caption_of, held_out.image_id, [tokens.ids for tokens in held_out.tokens]
     ranks, batch, pad, progress = context.ranks, context.batch, context.tokenizer.pad_id, context.progress
 
     def score(pairs: Tensor, head: FusedHead = "itm") -> Tensor:
         images, sizes = held_out.images, held_out.image_size
-        return fusion_scores(model, images, token_ids, pad, pairs, batch, sizes, head, ranks)
+        return retrieval.fusion_scores(model, images, token_ids, pad, pairs, batch, sizes, head, ranks)
 
     if "retrieval" in tasks:
         progress("retrieving images by captions and captions by images")
         device = next(model.parameters()).device
-        images = embed_images(model, held_out.images, batch, ranks).to(device)
-        texts = embed_texts(model, token_ids, pad, batch, ranks).to(device)
-        keep = max(KEPT, context.rerank_best or 0)
-        ranked = rankings(dot_products(images, texts), dot_products(texts, images), captions, ids, keep, ranks)
+        images = retrieval.embed_images(model, held_out.images, batch, ranks).to(device)
+        texts = retrieval.embed_texts(model, token_ids, pad, batch, ranks).to(device)
+        scores = retrieval.dot_products(images, texts), retrieval.dot_products(texts, images)
+        keep = max(retrieval.KEPT, context.rerank_best or 0)
+        ranked = retrieval.rankings(*scores, captions, ids, keep, ranks)
         result.rankings, result.retrieval_images = ranked, len(held_out)
-        result.retrieval = recall_at_k(ranked.image_to_text.rank, ranked.text_to_image.rank, captions, ids)
+        result.retrieval = retrieval.recall_at_k([direction.rank for direction in ranked], captions, ids)
 
     if "matching" in tasks:
         progress("matching captions and images")
         if len(ids.unique()) >= 2:
             numbers = torch.arange(len(token_ids))
             matched, mismatched = (
-                score(torch.stack([images, numbers], dim=1)) for images in (captions, mismatched_images(ids)[captions])
+                score(torch.stack([images, numbers], dim=1))
+                for images in (captions, masked.mismatched_images(ids)[captions])
             )
             accuracies = (matched > 0).double().mean().item(), (mismatched <= 0).double().mean().item()
             result.itm = MatchingResult(*accuracies)
@@ -213,8 +309,8 @@ def _evaluate_pairs(result: Evaluation, model: nn.Module, stage: StageConfig, co
         best = min(RERANK_BEST, affordable) if context.rerank_best is None else context.rerank_best
         # Random negatives need no contrast, and without one there is no ranking; one candidate has a single order.
         if result.rankings is not None and best >= 2:
-            new_ranks = rerank(result.rankings, best, score, captions, ids)
-            result.reranked, result.reranked_best = recall_at_k(*new_ranks, captions, ids), best
+            new_ranks = retrieval.rerank(result.rankings, best, score, captions, ids)
+            result.reranked, result.reranked_best = retrieval.recall_at_k(new_ranks, captions, ids), best
 
     head: FusedHead | None = "ranking" if "ranking" in tasks else "itm" if result.itm else None
     if head and result.retrieval is None and context.rerank_best != 0:
@@ -225,18 +321,17 @@ def _evaluate_pairs(result: Evaluation, model: nn.Module, stage: StageConfig, co
         if num_images >= 2:
             num_captions = int(captions_up_to[num_images - 1])
             pairs = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_captions))
-            scores = score(pairs, head).unflatten(0, (num_images, num_captions))
-            first_captions, first_ids = captions[:num_captions], ids[:num_images]
-            ranked = rankings(scores.__getitem__, scores.T.__getitem__, first_captions, first_ids, ranks=ranks)
+            matrix = score(pairs, head).unflatten(0, (num_images, num_captions))
+            first = captions[:num_captions], ids[:num_images]
+            ranked = retrieval.rankings(matrix.__getitem__, matrix.T.__getitem__, *first, ranks=ranks)
             result.rankings = ranked if num_images == len(held_out) else None
-            best_ranks = ranked.image_to_text.rank, ranked.text_to_image.rank
-            result.retrieval = recall_at_k(*best_ranks, first_captions, first_ids)
+            result.retrieval = retrieval.recall_at_k([direction.rank for direction in ranked], *first)
             result.retrieval_by, result.retrieval_images = head, num_images
 
     if "mlm" in tasks:
         progress("predicting masked words")
         fused = context.config.source_type_of(stage) == "pairs"
-        result.mlm = masked_language(model, held_out, stage.masking, context.tokenizer, fused, batch, ranks)
+        result.mlm = masked.masked_language(model, held_out, stage.masking, context.tokenizer, fused, batch, ranks)
     if "mim" in tasks:
         progress("filling in masked patches")
         _reconstruct(result, model, stage, context.config)
@@ -253,7 +348,7 @@ def _reconstruct(result: Evaluation, model: nn.Module, stage: StageConfig, confi
         resized = F.interpolate(channels, (size, size), mode="bicubic", antialias=True)
         images = resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     result.reconstruction_stage = stage.name
-    result.reconstruction = reconstruct_images(
+    result.reconstruction = masked.reconstruct_images(
         model,
         images,
         held_out.keys[:RECONSTRUCTED],

@@ -10,7 +10,6 @@ Shapes: H x W pixels as the model reads them, G x C rows and columns of patches,
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pipeline.config.errors import DataError
@@ -27,13 +27,13 @@ from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.masked import MaskedCaptions, predict_masked_tokens, words_of
-from pipeline.evaluation.report_data import AlignedCaption, Alignments
+from pipeline.evaluation.report import AlignedCaption, Alignments
 from pipeline.evaluation.retrieval import run_forward
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
 from pipeline.objectives import modules_for
 from pipeline.objectives.wpa import wpa_cost, wpa_plan
-from pipeline.pages.page import data_uri, render_page, thumbnail
+from pipeline.pages.page import data_uri, encode, render_page, signature, thumbnail
 
 PANEL = 224  # pixels of a panel's longer side
 LINE = 15  # pixels of a line of text below it
@@ -121,14 +121,14 @@ def explain(model: Model, tokenizer: Tokenizer, image: np.ndarray, text: str, ma
 
 def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:
     """Return a note for each part of an explanation that neither this stage nor an earlier one trained."""
-    index = config.stages.index(config.stage_named(stage_name))
-    before = config.stages[: index + 1]
+    before = config.stages[: config.stages.index(config.stage_named(stage_name)) + 1]
+    mlm = [stage for stage in before if "mlm" in stage.objectives]
     notes = []
     if not any("wpa" in stage.objectives for stage in before):
         notes.append("No stage trained wpa: the drawn alignment comes from features that were not trained for it.")
-    if not any("mlm" in stage.objectives for stage in before):
+    if not mlm:
         notes.append("No stage trained mlm: the guesses are those of an untrained head.")
-    elif not any("mlm" in s.objectives and config.source_type_of(s) == "pairs" for s in before):
+    elif all(config.source_type_of(stage) != "pairs" for stage in mlm):
         notes.append("No stage trained mlm with images: only the predictions without an image were trained.")
     return notes
 
@@ -154,32 +154,33 @@ def alignment_examples(
     return Alignments(captions, untrained_notes(config, stage.name))
 
 
-def explanation_subject(explanation: Explanation, text: str, heading: str) -> str:
-    """Return an identifier of an explanation: weights, image and text."""
-    return f"explanation {heading} {text} {hashlib.sha256(explanation.image.numpy().tobytes()).hexdigest()}"
+def render_explanation(explanation: Explanation, text: str, heading: str, notes: Sequence[str], suffix: str) -> bytes:
+    """Return an explanation as a file of type .html or .png; `notes` state what the checkpoint was not trained for.
 
-
-def explanation_html(explanation: Explanation, text: str, heading: str, notes: Sequence[str]) -> str:
-    """Render an HTML page; `notes` state what the checkpoint was not trained for."""
-    uris = []
-    for panel in (_enlarged(explanation), *(draw_heat_map(explanation, word) for word in explanation.words)):
-        buffer = io.BytesIO()
-        panel.save(buffer, "PNG", optimize=True)
-        uris.append(data_uri(buffer.getvalue(), "PNG"))
+    The file carries the signature of the weights, image and text that it explains.
+    """
+    image = hashlib.sha256(explanation.image.numpy().tobytes()).hexdigest()
+    subject = f"explanation {heading} {text} {image}"
+    if suffix == ".png":
+        information = PngInfo()
+        information.add_text("Software", signature(subject))
+        return encode(draw_explanation(explanation, text, heading, notes), "PNG", optimize=True, pnginfo=information)
+    panels = [_enlarged(explanation), *(draw_heat_map(explanation, word) for word in explanation.words)]
+    uris = [data_uri(encode(panel, "PNG", optimize=True), "PNG") for panel in panels]
     return render_page(
         "explain.html.j2",
         [Path(__file__).parent],
-        subject=explanation_subject(explanation, text, heading),
+        subject=subject,
         explanation=explanation,
         text=text,
         heading=heading,
         notes=notes,
         image=uris[0],
         panels=list(zip(explanation.words, uris[1:], strict=True)),
-    )
+    ).encode()
 
 
-def explanation_png(explanation: Explanation, text: str, heading: str, notes: Sequence[str]) -> Image.Image:
+def draw_explanation(explanation: Explanation, text: str, heading: str, notes: Sequence[str]) -> Image.Image:
     """Draw an explanation as one image: heat maps in rows, with each word and its predictions below."""
     font = ImageFont.load_default(12)
     panels = [(_enlarged(explanation), ["the image"])]

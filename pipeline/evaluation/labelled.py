@@ -9,8 +9,7 @@ belongs to the nearest class.
 Linear probe: features are the last layer's [CLS] concatenated with the mean of the patches, because masked-image
 training leaves [CLS] untrained and contrastive training the patches. They are standardised over the training images,
 and multinomial logistic regression is fitted by full-batch L-BFGS from zero, so that nothing is random and the number
-of ranks does not matter. The penalty is chosen on every fifth training image, and the final classifier uses all of
-them.
+of ranks does not matter. The penalty is chosen on every fifth training image, and the final classifier uses all.
 
 VQA: the answers' scores in the shards are the official evaluation's own average (see `data.building.answers`), so that
 their mean is VQA accuracy. An answer that annotators gave and the list lacks is never predicted and counts as an error.
@@ -18,16 +17,15 @@ their mean is VQA accuracy. An answer that annotators gave and the list lacks is
 NLVR2 shows each sentence with up to four pairs of images, named split-set-pair-sentence; a sentence is understood
 consistently if it is judged correctly with every pair (arXiv 1811.00491, section 5).
 
-Shapes: N images, C classes, T prompts, D features. Every `evaluate_…` evaluates its whole source and raises DataError
-as `LabelledEvalSet.map_ranks`.
+Shapes: N images, B examples of a batch, C classes, T prompts, D features. Every `evaluate_…` evaluates its whole source
+and raises DataError as `LabelledEvalSet.map_batches`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +35,14 @@ from torch import Tensor, nn
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.choices import CLASSES, Choices
+from pipeline.data.contents.members import Question, Statement
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import shard_folder
 from pipeline.data.storage import NotFound, Storage, join
 from pipeline.evaluation.datasets import LabelledEvalSet
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.retrieval import contrastive_features, embed_texts, run_forward
+from pipeline.models.forward import ForwardInput
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of half the squared weights, added to the mean loss per image
 VALIDATION_STRIDE = 5  # every fifth training image validates the choice of the penalty
@@ -58,13 +58,9 @@ class ClassificationResult:
 
 
 @dataclass(frozen=True)
-class LinearProbeResult:
-    images: int
+class LinearProbeResult(ClassificationResult):
     trained_on: int  # images
     penalty: float
-    top1: float
-    top5: float
-    chance: float
 
 
 @dataclass(frozen=True)
@@ -82,46 +78,43 @@ class NLVR2Result:
     consistency: float | None  # fraction of sentences always judged correctly; None where ids do not name sentences
 
 
-def evaluate_classification(model: nn.Module, source: LabelledEvalSet) -> ClassificationResult:
-    """Evaluate the trained head."""
-    outputs = ((run_forward(model, batch)["classes"], labels) for batch, labels in source.batches("classes"))
-    return classification_result(source.map_ranks(lambda: class_ranks(outputs)))
+def evaluate_classification(
+    model: nn.Module, source: LabelledEvalSet, class_vectors: Tensor | None = None
+) -> ClassificationResult:
+    """Evaluate the trained head, or zero-shot classification by class vectors (C, D).
 
-
-def evaluate_zero_shot(model: nn.Module, source: LabelledEvalSet, classes: Tensor) -> ClassificationResult:
-    """Classify by class vectors (C, D). Raises DataError for a label without a class too."""
-
-    def similarities() -> Iterable[tuple[Tensor, list[int]]]:
-        for batch, labels in source.batches("itc"):
-            scores = contrastive_features(model, batch) @ classes.T  # first: at ZeRO 3 every rank takes part in it
-            if max(labels, default=0) >= len(classes):
-                raise DataError(f"an image has label {max(labels)}, and there are {len(classes)} class names, from 0")
-            yield scores, labels
-
-    return classification_result(source.map_ranks(lambda: class_ranks(similarities())))
-
-
-def class_ranks(batches: Iterable[tuple[Tensor, list[int]]]) -> tuple[list[int], int]:
-    """Return the rank, from 1, of each image's label among the classes, and the number of classes.
-
-    A batch is the logits (B, C) and the labels of its first images. Among equal logits the label ranks last, and NaN
-    ranks before every label.
+    Raises DataError for a label without a class vector too.
     """
-    ranks: list[int] = []
-    classes = 0
-    for logits, labels in batches:
-        classes = logits.shape[1]
-        own = logits[: len(labels)].float().cpu()
-        label_logit = own.gather(1, torch.tensor(labels, dtype=torch.int64)[:, None])
-        ranks += (~(own < label_logit)).sum(dim=1).tolist()
-    return ranks, classes
+
+    def classify(batch: ForwardInput, labels: list[int]) -> list[tuple[int, int]]:
+        """Return the rank of each label and the number of classes."""
+        if class_vectors is None:
+            logits = run_forward(model, batch)["classes"]
+        else:  # before a label is rejected: at ZeRO 3 every rank takes part in the forward
+            logits = contrastive_features(model, batch) @ class_vectors.T
+            if max(labels, default=0) >= len(class_vectors):
+                raise DataError(
+                    f"an image has label {max(labels)}, and there are {len(class_vectors)} class names, from 0"
+                )
+        return [(rank, logits.shape[1]) for rank in label_ranks(logits, labels)]
+
+    results = source.map_batches("classes" if class_vectors is None else "itc", classify)
+    return ClassificationResult(len(results), *_top1_and_top5([rank for rank, _ in results]), 1 / results[0][1])
 
 
-def classification_result(parts: Sequence[tuple[list[int], int]]) -> ClassificationResult:
-    """Combine the ranks' results of `class_ranks`."""
-    ranks = [rank for own, _ in parts for rank in own]
-    top1, top5 = (sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5))
-    return ClassificationResult(len(ranks), top1, top5, 1 / parts[0][1])
+def label_ranks(logits: Tensor, labels: list[int]) -> list[int]:
+    """Return the rank, from 1, of the labels of the first images among the classes, from logits (B, C).
+
+    Among equal logits the label ranks last, and NaN ranks before every label.
+    """
+    own = logits[: len(labels)].float().cpu()
+    label_logit = own.gather(1, torch.tensor(labels, dtype=torch.int64)[:, None])
+    ranks: list[int] = (~(own < label_logit)).sum(dim=1).tolist()
+    return ranks
+
+
+def _top1_and_top5(ranks: list[int]) -> tuple[float, float]:
+    return sum(rank <= 1 for rank in ranks) / len(ranks), sum(rank <= 5 for rank in ranks) / len(ranks)
 
 
 def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, ...]:
@@ -136,7 +129,7 @@ def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, 
         ) from error
 
 
-def class_vectors(
+def embed_classes(
     model: nn.Module,
     tokenizer: Tokenizer,
     names: Sequence[str],
@@ -155,8 +148,8 @@ def class_vectors(
 def evaluate_linear_probe(model: nn.Module, training: LabelledEvalSet, held_out: LabelledEvalSet) -> LinearProbeResult:
     """Fit on one labelled source and evaluate on another."""
     device = next(model.parameters()).device
-    x, y = (tensor.to(device) for tensor in probe_features(model, training))
-    test_x, test_y = (tensor.to(device) for tensor in probe_features(model, held_out))
+    x, y = (tensor.to(device) for tensor in _probe_features(model, training))
+    test_x, test_y = (tensor.to(device) for tensor in _probe_features(model, held_out))
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
     x, test_x = (x - mean) / deviation, (test_x - mean) / deviation
     classes = 1 + int(torch.cat([y, test_y]).max())
@@ -169,25 +162,21 @@ def evaluate_linear_probe(model: nn.Module, training: LabelledEvalSet, held_out:
             losses[candidate] = F.cross_entropy(x[validation] @ weight + bias, y[validation]).item()
         penalty = min(losses, key=losses.__getitem__)
     weight, bias = fit_linear_probe(x, y, classes, penalty)
-    result = classification_result([class_ranks([(test_x @ weight + bias, test_y.tolist())])])
-    return LinearProbeResult(result.images, len(x), penalty, result.top1, result.top5, result.chance)
+    top1, top5 = _top1_and_top5(label_ranks(test_x @ weight + bias, test_y.tolist()))
+    return LinearProbeResult(len(test_x), top1, top5, 1 / classes, trained_on=len(x), penalty=penalty)
 
 
-def probe_features(model: nn.Module, source: LabelledEvalSet) -> tuple[Tensor, Tensor]:
+def _probe_features(model: nn.Module, source: LabelledEvalSet) -> tuple[Tensor, Tensor]:
     """Return the features (N, D) float64 and labels (N,) int64 of a whole source, in its order."""
 
-    def read() -> tuple[Tensor, Tensor]:
-        features: list[Tensor] = []
-        all_labels: list[int] = []
-        for batch, labels in source.batches("tokens"):
-            if batch.image_size is not None:
-                raise ConfigError("the linear probe needs images of one shape, and this model keeps each one's own")
-            tokens = run_forward(model, batch)["tokens"][: len(labels)].float()
-            features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).cpu())
-            all_labels += labels
-        return torch.cat(features), torch.tensor(all_labels, dtype=torch.int64)
+    def extract(batch: ForwardInput, labels: list[int]) -> list[tuple[Tensor, Tensor]]:
+        if batch.image_size is not None:
+            raise ConfigError("the linear probe needs images of one shape, and this model keeps each one's own")
+        tokens = run_forward(model, batch)["tokens"][: len(labels)].float()
+        features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).cpu()
+        return [(features, torch.tensor(labels, dtype=torch.int64))]
 
-    features, labels = (torch.cat(parts) for parts in zip(*source.map_ranks(read), strict=True))
+    features, labels = (torch.cat(parts) for parts in zip(*source.map_batches("tokens", extract), strict=True))
     return features.double(), labels
 
 
@@ -213,16 +202,13 @@ def fit_linear_probe(x: Tensor, y: Tensor, classes: int, penalty: float) -> tupl
 def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) -> VQAResult:
     """Evaluate the answers head, whose outputs are named by `choices`."""
 
-    def read() -> list[tuple[float, dict[str, float]]]:
+    def answer(batch: ForwardInput, questions: list[Question]) -> list[tuple[float, dict[str, float]]]:
         """Return for each question the score of the predicted answer, and all scored answers."""
-        results: list[tuple[float, dict[str, float]]] = []
-        for batch, questions in source.batches("answers"):
-            best = run_forward(model, batch)["answers"].argmax(dim=1).tolist()
-            answers = [dict(question.answers) for question in questions]
-            results += [(own.get(choices.names[b], 0.0), own) for own, b in zip(answers, best, strict=False)]
-        return results
+        best = run_forward(model, batch)["answers"].argmax(dim=1).tolist()
+        answers = [dict(question.answers) for question in questions]
+        return [(own.get(choices.names[b], 0.0), own) for own, b in zip(answers, best, strict=False)]
 
-    results = list(itertools.chain(*source.map_ranks(read)))
+    results = source.map_batches("answers", answer)
     totals = Counter[str]()
     for _, answers in results:
         totals.update(answers)
@@ -234,25 +220,22 @@ def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) ->
 def evaluate_nlvr2(model: nn.Module, source: LabelledEvalSet) -> NLVR2Result:
     """Evaluate the nlvr2 head."""
 
-    def read() -> list[tuple[str, bool, bool]]:
+    def judge(batch: ForwardInput, statements: list[Statement]) -> list[tuple[str, bool, bool]]:
         """Return each statement's id, its label, and whether the prediction is correct."""
-        results: list[tuple[str, bool, bool]] = []
-        for batch, statements in source.batches("nlvr2"):
-            predicted = run_forward(model, batch)["nlvr2"].argmax(dim=1).bool().tolist()
-            results += [(s.id, s.is_true, s.is_true == p) for s, p in zip(statements, predicted, strict=False)]
-        return results
+        predicted = run_forward(model, batch)["nlvr2"].argmax(dim=1).bool().tolist()
+        return [(s.id, s.is_true, s.is_true == p) for s, p in zip(statements, predicted, strict=False)]
 
-    ids, labels, correct = (list(column) for column in zip(*itertools.chain(*source.map_ranks(read)), strict=True))
+    ids, labels, correct = zip(*source.map_batches("nlvr2", judge), strict=True)
     count = len(correct)
     return NLVR2Result(count, sum(correct) / count, max(Counter(labels).values()) / count, consistency(ids, correct))
 
 
-def consistency(ids: list[str], correct: list[bool]) -> float | None:
+def consistency(ids: Sequence[str], correct: Sequence[bool]) -> float | None:
     """Return the fraction of sentences judged correctly throughout; None unless ids are split-set-pair-sentence."""
-    parts = [name.split("-") for name in ids]
-    if any(len(names) != 4 for names in parts):
-        return None
-    sentences: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
-    for (split, number, _, sentence), is_correct in zip(parts, correct, strict=True):
-        sentences[split, number, sentence].append(is_correct)
+    sentences: dict[tuple[str, ...], list[bool]] = defaultdict(list)
+    for name, is_correct in zip(ids, correct, strict=True):
+        parts = name.split("-")
+        if len(parts) != 4:
+            return None
+        sentences[parts[0], parts[1], parts[3]].append(is_correct)
     return sum(map(all, sentences.values())) / len(sentences)

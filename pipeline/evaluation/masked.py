@@ -9,12 +9,13 @@ Normalised pixels of patches are shown with each patch's own mean and standard d
 those two numbers come from the image, the pattern from the model. Mean colours need nothing of the image. The error is
 compared with a prediction without a model: the patch's mean for pixels, otherwise the visible patches' mean colour.
 
-Shapes: N images, M captions, T masked tokens of all captions, B examples, L tokens, K masked tokens of a caption or
-masked patches of an image, H x W pixels, P patches, p the patch side.
+Shapes: N images, M captions, T masked tokens of all captions, K masked patches of an image, H x W pixels, P patches,
+p the patch side.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def predict_masked_tokens(
 ) -> MaskedTokenPredictions:
     """Predict every masked token; `image_of` (M,) is the index of the image shown with each caption.
 
-    Without images the model reads the text alone. `image_size` (N, 2) is the extent of each image on its canvas.
+    Without `image_of` the model reads the text alone. `image_size` (N, 2) is the extent of each image on its canvas.
     """
 
     def predict(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,15 +181,22 @@ def masked_language(
     ranks: Ranks = SINGLE_PROCESS,
 ) -> MaskedLanguage:
     """Predict under all conditions of one model; `fused`: its stage trained masked words with images."""
-    masked, pad = mask_captions(held_out, masking, tokenizer), tokenizer.pad_id
-
-    def predict(image_of: Tensor | None) -> MaskedTokenPredictions:
-        images = None if image_of is None else held_out.images
-        return predict_masked_tokens(model, masked, pad, images, image_of, batch, held_out.image_size, ranks)
-
-    text_only = predict(None)
-    own = predict(held_out.caption_of) if fused else None
-    if own is None or len(held_out.image_id.unique()) < 2:
+    masked = mask_captions(held_out, masking, tokenizer)
+    predict = functools.partial(
+        predict_masked_tokens,
+        model,
+        masked,
+        tokenizer.pad_id,
+        held_out.images,
+        batch=batch,
+        image_size=held_out.image_size,
+        ranks=ranks,
+    )
+    text_only = predict()
+    if not fused:
+        return MaskedLanguage(masked, None, None, None, text_only)
+    own = predict(held_out.caption_of)
+    if len(held_out.image_id.unique()) < 2:
         return MaskedLanguage(masked, None, own, None, text_only)
     image_of_other = mismatched_images(held_out.image_id)[held_out.caption_of]
     return MaskedLanguage(masked, image_of_other, own, predict(image_of_other), text_only)

@@ -1,4 +1,8 @@
-"""The report of an evaluation: one self-contained HTML file.
+"""The report of an evaluation: its values and thumbnails as one JSON file in the run's folder, and its HTML page.
+
+The evaluation's own page is rendered at once; the run's report and comparisons with other runs are rendered from the
+file, without the weights and the held-out pairs. The file may come from an untrusted writer: images are data URIs,
+never addresses, and damaged files are skipped.
 
 Examples are chosen by rule: retrievals by the margin between the best right and the best wrong candidate, masked words
 by how much the right image changed the probability of the truth, both ends of each.
@@ -7,33 +11,33 @@ by how much the right image changed the probability of the truth, both ends of e
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.config.schema import RunConfig
+from pipeline.config.urls import file_name_of
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.storage import Storage, join
 from pipeline.evaluation.datasets import EvalPairs
+from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.masked import MaskedLanguage, MaskedTokenPredictions, words_of
-from pipeline.evaluation.report_data import (
-    Alignments,
-    CaptionsOfImage,
-    EvalKey,
-    ImagesOfCaption,
-    MaskedCaption,
-    MaskedWord,
-    MeasureRow,
-    RecallRow,
-    ReportData,
-)
-from pipeline.evaluation.results import Evaluation
-from pipeline.evaluation.retrieval import Rankings
+from pipeline.evaluation.retrieval import BothDirections, Ranked
 from pipeline.pages.charts import Measure, Series, line_chart
 from pipeline.pages.formatting import percent
 from pipeline.pages.page import LOSSLESS, render_page, thumbnail
 from pipeline.tracking.describe import config_yaml
 
+log = logging.getLogger(__name__)
+
 HERE = Path(__file__).parent  # of the templates
+FOLDER = "evaluations"
+LATEST = 4_000_000_000_000  # milliseconds since 1970: the year 2096
 SHOWN = 4  # retrievals at each end
 CANDIDATES = 5  # of each retrieval
 MASKED_SHOWN = 4  # captions of each kind
@@ -42,7 +46,165 @@ REASONS_SHOWN = 8
 OTHER = "another image"
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
-Conditions = Sequence[tuple[str, MaskedTokenPredictions]]  # of the masked-word predictions, by name
+Conditions = Mapping[str, MaskedTokenPredictions]  # of the masked-word predictions, by name
+ImageUri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class EvalKey:
+    """The identity of an evaluation: its weights, and its data under a name."""
+
+    stage: str
+    step: int | None  # of a checkpoint; None: the final weights of the stage
+    name: str
+    digest: str  # of the data
+    limit: int | None = None  # number of samples; None: all
+    source_type: str = "pairs"
+    is_headline: bool = False  # of the run's own held-out source, as its config asks for it, with the last weights
+
+    def is_of_same_data(self, other: EvalKey) -> bool:
+        return (self.digest, self.limit, self.source_type) == (other.digest, other.limit, other.source_type)
+
+    @property
+    def data(self) -> str:
+        """Describe the data."""
+        extent = "all samples" if self.limit is None else f"the first {self.limit} samples"
+        return f"digest {self.digest[:12]}…, {extent}, of type {self.source_type}"
+
+
+@dataclass(frozen=True)
+class RecallRow:
+    """A row of the retrieval table: recall compared with chance."""
+
+    direction: str
+    scores: str
+    cells: Annotated[list[tuple[int, Number, Number]], Field(min_length=1)]  # k, recall, chance
+    median_rank: Number
+    candidates: int
+
+
+@dataclass(frozen=True)
+class MeasureRow:
+    """Another measure: a fraction with a note, and the baseline that is marked on its bar."""
+
+    name: str
+    value: Number
+    note: str = ""
+    baseline: Number | None = None
+
+
+@dataclass(frozen=True)
+class CaptionsOfImage:
+    image: ImageUri
+    rank: int
+    candidates: list[tuple[str, bool, Number]]  # caption, is right, similarity
+    truth: list[str]  # its own captions, if none was retrieved
+
+
+@dataclass(frozen=True)
+class ImagesOfCaption:
+    caption: str
+    rank: int
+    candidates: list[tuple[ImageUri, bool, Number]]  # image, is right, similarity
+    truth: ImageUri | None  # its own image, if it was not retrieved
+
+
+@dataclass(frozen=True)
+class Retrievals:
+    best_images: list[CaptionsOfImage]
+    worst_images: list[CaptionsOfImage]
+    best_captions: list[ImagesOfCaption]
+    worst_captions: list[ImagesOfCaption]
+
+
+@dataclass(frozen=True)
+class MaskedWord:
+    truth: str
+    number: int
+    predictions: list[tuple[str, str, Number, bool]]  # condition, prediction, probability, is right
+
+
+@dataclass(frozen=True)
+class MaskedCaption:
+    image: ImageUri
+    other_image: ImageUri | None
+    pieces: list[tuple[str, int | None]]  # words; the number of the masked one, or None
+    words: list[MaskedWord]
+
+
+@dataclass(frozen=True)
+class AlignedCaption:
+    """An image and the patches that each word of its caption aligns to."""
+
+    image: ImageUri
+    caption: str
+    words: list[tuple[str, ImageUri, Number]]  # word, heat map, fraction of the hottest patch
+
+
+@dataclass(frozen=True)
+class Alignments:
+    captions: list[AlignedCaption] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # objectives that the weights were not trained for
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """The contents of one report. A list is empty where the stage did not train its objective."""
+
+    run: str  # name
+    key: EvalKey
+    checkpoint: str
+    at: Annotated[int, Field(ge=0, le=LATEST)]  # milliseconds since 1970
+    pairs: int
+    captions: int
+    trained_on: list[str]
+    metrics: dict[str, Number]  # as MLflow has them, without `eval/<source>/`
+    small_images: bool  # drawn enlarged, with visible pixels
+    retrieval_by: str
+    retrieval_images: int
+    reranked_best: int  # candidates a query; 0: none were reranked
+    recall: list[RecallRow]
+    measures: list[MeasureRow]
+    retrievals: Retrievals | None
+    masked: dict[str, list[MaskedCaption]]  # helped, misled, even
+    reconstruction_stage: str
+    reconstructions: list[tuple[ImageUri, ImageUri, ImageUri]]  # original, masked, filled in
+    alignments: Alignments
+    skipped: list[tuple[str, int]]  # held-out samples left out: reason, count
+
+
+_JSON = TypeAdapter(ReportData)
+
+
+def save_report_data(storage: Storage, folder: str, data: ReportData) -> None:
+    """Write the data next to the weights, replacing an earlier evaluation of the same weights and name."""
+    step = "" if data.key.step is None else f"@step-{data.key.step}"
+    name = file_name_of(f"{data.key.stage}-{data.key.name}{step}.json")
+    storage.write(join(folder, FOLDER, name), _JSON.dump_json(data))
+
+
+def load_report_data(storage: Storage, folder: str) -> list[ReportData]:
+    """Load the run's evaluations, newest first; skip damaged files and other versions with a warning."""
+    evaluations = []
+    for name in storage.list(join(folder, FOLDER)):
+        if name.endswith(".json"):
+            url = join(folder, FOLDER, name)
+            try:
+                evaluations.append(_JSON.validate_json(storage.read(url)))
+            except ValidationError as error:
+                fault = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
+                log.warning("%s: damaged, or written by another version; skipped (%s)", url, fault)
+    return sorted(evaluations, key=lambda data: -data.at)
+
+
+def headline(evaluations: Sequence[ReportData]) -> ReportData:
+    """Return the evaluation that represents the run, out of several with the newest first.
+
+    This is the one that the run's config defines; one of fewer samples, other data or other weights never replaces it.
+    """
+    complete = [data for data in evaluations if data.key.limit is None and data.key.step is None]
+    return next((data for data in evaluations if data.key.is_headline), (complete or evaluations)[0])
 
 
 def build_report_data(
@@ -53,30 +215,23 @@ def build_report_data(
     key: EvalKey | None = None,
 ) -> ReportData:
     """Select and draw what the report shows. `key` defaults to that of an evaluation of all pairs of a source."""
-    key = key or EvalKey(result.stage, None, result.source, result.held_out.digest, None, "pairs", False)
-    held_out, prefix = result.held_out, f"eval/{result.source}/"
-
-    recall_rows = []
+    held_out = result.held_out
+    recall = []
     num_captions = int((held_out.caption_of < result.retrieval_images).sum())
-    for scores, retrieval in (
+    for scores, recalls in (
         (str(result.retrieval_by), result.retrieval),
         (f"best {result.reranked_best} reranked", result.reranked),
     ):
-        if retrieval is not None:
-            for direction, recall, candidates in (
-                ("Image → text", retrieval.image_to_text, num_captions),
-                ("Text → image", retrieval.text_to_image, result.retrieval_images),
-            ):
-                cells = [(fraction, recall.chance[k]) for k, fraction in recall.at.items()]
-                recall_rows.append(RecallRow(direction, scores, cells, recall.median_rank, candidates))
+        sizes = (("Image → text", num_captions), ("Text → image", result.retrieval_images))
+        for (direction, candidates), own in zip(sizes, recalls or (), strict=False):
+            cells = [(k, fraction, own.chance[k]) for k, fraction in own.at.items()]
+            recall.append(RecallRow(direction, scores, cells, own.median_rank, candidates))
 
-    conditions: list[tuple[str, MaskedTokenPredictions]] = []
-    masked: dict[str, list[MaskedCaption]] = {}
+    conditions: dict[str, MaskedTokenPredictions] = {}
     if (mlm := result.mlm) is not None:
         named = {"own image": mlm.own_image, OTHER: mlm.other_image, "text only": mlm.text_only}
         named |= {f"text only, {name} stage": predictions for name, predictions in result.language_stages.items()}
-        conditions = [(name, predictions) for name, predictions in named.items() if predictions is not None]
-        masked = _masked_captions(mlm, held_out, conditions, tokenizer)
+        conditions = {name: predictions for name, predictions in named.items() if predictions is not None}
 
     reconstructions = []
     if (patches := result.reconstruction) is not None:
@@ -84,38 +239,27 @@ def build_report_data(
         for original, hidden, filled in itertools.islice(rows, RECONSTRUCTIONS_SHOWN):
             reconstructions.append((thumbnail(original), thumbnail(hidden), thumbnail(filled)))
 
-    images, sentences = ({}, {}) if result.rankings is None else _galleries(result.rankings, held_out)
     return ReportData(
-        name=config.name,
-        stage=result.stage,
-        source=result.source,
-        digest=held_out.digest,
+        run=config.name,
+        key=key or EvalKey(result.stage, None, result.source, held_out.digest),
         checkpoint=result.checkpoint,
         at=time.time_ns() // 1_000_000,
         pairs=len(held_out),
         captions=len(held_out.tokens),
         trained_on=list(result.trained_on),
-        metrics={name.removeprefix(prefix): value for name, value in result.metrics().items()},
+        metrics={name.removeprefix(f"eval/{result.source}/"): value for name, value in result.metrics().items()},
         small_images=config.model.image_size <= LOSSLESS,
         retrieval_by=result.retrieval_by,
         retrieval_images=result.retrieval_images,
         reranked_best=result.reranked_best if result.reranked else 0,
-        ks=list(result.retrieval.image_to_text.at) if result.retrieval else [],
-        recall=recall_rows,
-        fine_tuned=_fine_tuned_rows(result),
-        masked_rows=_masked_rows(result, conditions),
-        images=images,
-        sentences=sentences,
-        conditions=[name for name, _ in conditions],
-        masked=masked,
+        recall=recall,
+        measures=_measures(result, conditions),
+        retrievals=None if result.rankings is None else _retrievals(result.rankings, held_out),
+        masked={} if mlm is None else _masked_captions(mlm, held_out, conditions, tokenizer),
         reconstruction_stage=result.reconstruction_stage,
         reconstructions=reconstructions,
         alignments=alignments,
         skipped=sorted(held_out.skipped.items(), key=lambda entry: -entry[1])[:REASONS_SHOWN],
-        step=key.step,
-        limit=key.limit,
-        source_type=key.source_type,
-        is_headline=key.is_headline,
     )
 
 
@@ -130,18 +274,13 @@ def render_report(
 
     The page of a link is relative to this one.
     """
-    listed = []  # every evaluation with its page and its first metrics
-    for evaluation, page in links:
-        recalls = [f"{row.direction} R@{evaluation.ks[0]} {percent(row.cells[0][0])}" for row in evaluation.recall[:2]]
-        others = [f"{row.name} {percent(row.value)}" for row in (evaluation.fine_tuned + evaluation.masked_rows)[:1]]
-        listed.append((evaluation, page, ", ".join(recalls or others)))
     common = {} if against is None else {name: data.metrics[name] for name in data.metrics if name in against.metrics}
     return render_page(
         "report.html.j2",
         [HERE],
         subject=f"evaluation {config.folder} {data.key}",
         shown=data,
-        links=listed,
+        links=links,
         config=config,
         curves=[
             (name, max(points), line_chart([Measure("loss", [Series(0, sorted(points))], 130)], width=350))
@@ -155,13 +294,31 @@ def render_report(
     )
 
 
-def _masked_rows(result: Evaluation, conditions: Conditions) -> list[MeasureRow]:
-    """Return the rows of masked words, matching and masked patches."""
+def _measures(result: Evaluation, conditions: Conditions) -> list[MeasureRow]:
+    """Return the rows of everything but retrieval."""
     rows = []
-    for number, (name, predictions) in enumerate(conditions):
-        note = f"{len(predictions.tokens)} masked tokens, the same for every row" if number == 0 else ""
-        if name == OTHER:
-            note = f"own image {100 * (conditions[0][1].accuracy - predictions.accuracy):+z.1f} points"
+    if (vqa := result.vqa) is not None:
+        note = f"{vqa.questions} questions; {percent(vqa.accuracy_without_model)} by one answer to all"
+        rows.append(MeasureRow("Questions answered (VQA accuracy)", vqa.accuracy, note))
+    if (nlvr2 := result.nlvr2) is not None:
+        note = f"{nlvr2.statements} statements; {percent(nlvr2.accuracy_without_model)} by the frequent label"
+        rows.append(MeasureRow("Statements judged rightly", nlvr2.accuracy, note))
+        if nlvr2.consistency is not None:
+            note = "correct for all images of a sentence"
+            rows.append(MeasureRow("Sentences judged rightly throughout", nlvr2.consistency, note))
+    for prefix, classes in (("Top", result.classification), ("Zero-shot top", result.zero_shot)):
+        if classes is not None:
+            note = f"{classes.images} images; chance {percent(classes.chance)}"
+            rows.append(MeasureRow(f"{prefix}-1 accuracy", classes.top1, note))
+            rows.append(MeasureRow(f"{prefix}-5 accuracy", classes.top5))
+    if (probe := result.linear_probe) is not None:
+        note = f"{probe.images} images, trained on {probe.trained_on}; chance {percent(probe.chance)}"
+        rows.append(MeasureRow("Linear probe top-1 accuracy", probe.top1, note))
+    first = next(iter(conditions.values()), None)
+    for name, predictions in conditions.items():
+        note = f"{len(predictions.tokens)} masked tokens, the same for every row" if predictions is first else ""
+        if name == OTHER and first is not None:
+            note = f"own image {100 * (first.accuracy - predictions.accuracy):+z.1f} points"
         rows.append(MeasureRow(f"Masked words guessed, {name}", predictions.accuracy, note))
     if (matching := result.itm) is not None:
         matched, mismatched = percent(matching.accuracy_matched), percent(matching.accuracy_mismatched)
@@ -174,38 +331,14 @@ def _masked_rows(result: Evaluation, conditions: Conditions) -> list[MeasureRow]
     return rows
 
 
-def _fine_tuned_rows(result: Evaluation) -> list[MeasureRow]:
-    """Return the rows of fine-tuned objectives."""
-    rows: list[tuple[str, float, str]] = []
-    if (vqa := result.vqa) is not None:
-        note = f"{vqa.questions} questions; {percent(vqa.accuracy_without_model)} by one answer to all"
-        rows.append(("Questions answered (VQA accuracy)", vqa.accuracy, note))
-    if (nlvr2 := result.nlvr2) is not None:
-        note = f"{nlvr2.statements} statements; {percent(nlvr2.accuracy_without_model)} by the frequent label"
-        rows.append(("Statements judged rightly", nlvr2.accuracy, note))
-        if nlvr2.consistency is not None:
-            note = "correct for all images of a sentence"
-            rows.append(("Sentences judged rightly throughout", nlvr2.consistency, note))
-    for name, classes in (("Top-{k}", result.classification), ("Zero-shot top-{k}", result.zero_shot)):
-        if classes is not None:
-            note = f"{classes.images} images; chance {percent(classes.chance)}"
-            rows.append((f"{name.format(k=1)} accuracy", classes.top1, note))
-            rows.append((f"{name.format(k=5)} accuracy", classes.top5, ""))
-    if (probe := result.linear_probe) is not None:
-        note = f"{probe.images} images, trained on {probe.trained_on}; chance {percent(probe.chance)}"
-        rows.append(("Linear probe top-1 accuracy", probe.top1, note))
-    return [MeasureRow(*row) for row in rows]
-
-
-def _galleries(
-    ranked: Rankings, held_out: EvalPairs
-) -> tuple[dict[str, list[CaptionsOfImage]], dict[str, list[ImagesOfCaption]]]:
+def _retrievals(ranked: BothDirections[Ranked], held_out: EvalPairs) -> Retrievals:
     """Return the clearest successes and failures of both directions, at most one of each image."""
-    texts, image_id, caption_of = held_out.texts(), held_out.image_id, held_out.caption_of.tolist()
+    texts = [text for own in held_out.captions for text in own]
+    image_id, caption_of = held_out.image_id, held_out.caption_of.tolist()
     caption_id = image_id[held_out.caption_of]
+    of_image, of_caption = ranked
 
     def captions_of(image: int) -> CaptionsOfImage:
-        of_image = ranked.image_to_text
         best = of_image.best[image, :CANDIDATES]
         right = (caption_id[best] == image_id[image]).tolist()
         listed = zip([texts[i] for i in best.tolist()], right, of_image.score[image].tolist(), strict=False)
@@ -213,38 +346,34 @@ def _galleries(
         return CaptionsOfImage(thumbnail(held_out.image(image)), int(of_image.rank[image]), list(listed), truth)
 
     def images_of(caption: int) -> ImagesOfCaption:
-        of_caption, own = ranked.text_to_image, caption_of[caption]
-        best = of_caption.best[caption, :CANDIDATES]
+        own, best = caption_of[caption], of_caption.best[caption, :CANDIDATES]
         right = (image_id[best] == image_id[own]).tolist()
         images = [thumbnail(held_out.image(i)) for i in best.tolist()]
         listed = list(zip(images, right, of_caption.score[caption].tolist(), strict=False))
         truth = None if any(right) else thumbnail(held_out.image(own))
         return ImagesOfCaption(texts[caption], int(of_caption.rank[caption]), listed, truth)
 
-    by_image, by_caption = (
-        direction.margin.argsort(descending=True, stable=True).tolist()
-        for direction in (ranked.image_to_text, ranked.text_to_image)
-    )
-    images = _ends(by_image, by_image)
-    captions = _ends(by_caption, [caption_of[caption] for caption in by_caption])
-    return (
-        {end: [captions_of(image) for image in chosen] for end, chosen in images.items()},
-        {end: [images_of(caption) for caption in chosen] for end, chosen in captions.items()},
+    by_image, by_caption = (direction.margin.argsort(descending=True, stable=True).tolist() for direction in ranked)
+    best_images, worst_images = _ends(by_image, by_image)
+    best_captions, worst_captions = _ends(by_caption, [caption_of[caption] for caption in by_caption])
+    return Retrievals(
+        [captions_of(image) for image in best_images],
+        [captions_of(image) for image in worst_images],
+        [images_of(caption) for caption in best_captions],
+        [images_of(caption) for caption in worst_captions],
     )
 
 
-def _ends(order: list[int], group_of: list[int]) -> dict[str, list[int]]:
+def _ends(order: list[int], group_of: list[int]) -> tuple[list[int], list[int]]:
     """Return the first and last few of `order`, at most one of each group, none in both."""
     firsts: dict[int, int] = {}
-    lasts: dict[int, int] = {}
     for query, group in zip(order, group_of, strict=True):
         firsts.setdefault(group, query)
-    for query, group in zip(reversed(order), reversed(group_of), strict=True):
-        lasts.setdefault(group, query)
-    best = list(firsts.items())[: min(SHOWN, (len(firsts) + 1) // 2)]
-    groups = {group for group, _ in best}
-    worst = [query for group, query in lasts.items() if group not in groups][:SHOWN]
-    return {"best": [query for _, query in best], "worst": worst}
+    lasts = dict(zip(group_of, order, strict=True))  # the last of each group
+    best_groups = list(firsts)[: min(SHOWN, (len(firsts) + 1) // 2)]
+    from_the_end = dict.fromkeys(reversed(group_of))
+    worst = [lasts[group] for group in from_the_end if group not in best_groups][:SHOWN]
+    return [firsts[group] for group in best_groups], worst
 
 
 def _masked_captions(
@@ -259,22 +388,19 @@ def _masked_captions(
         numbers = {word: number for number, word in enumerate(masked_words, 1)}
         words = []
         for word, places in masked_words.items():
-            predictions = []
             rows = [first[caption] + place for place in places]
-            for _, condition in conditions:  # the best token of each masked piece, and their joint probability
+            predictions = []
+            for name, condition in conditions.items():  # the best token of each masked piece, their joint probability
                 best, probability = condition.tokens[rows, 0], condition.probabilities[rows, 0].prod().item()
-                predictions.append((tokenizer.decode(best.tolist()), probability, bool((best == truth[rows]).all())))
+                is_right = bool((best == truth[rows]).all())
+                predictions.append((name, tokenizer.decode(best.tolist()), probability, is_right))
             words.append(MaskedWord(tokenizer.decode(truth[rows].tolist()), numbers[word], predictions))
+        pieces = [
+            (tokenizer.decode([tokens.ids[place] for place in places]), numbers.get(word))
+            for word, places in words_of(tokens.word_of).items()
+        ]
         other = None if mlm.image_of_other is None else thumbnail(held_out.image(int(mlm.image_of_other[caption])))
-        return MaskedCaption(
-            image=thumbnail(held_out.image(caption_of[caption])),
-            other_image=other,
-            pieces=[
-                (tokenizer.decode([tokens.ids[place] for place in places]), numbers.get(word))
-                for word, places in words_of(tokens.word_of).items()
-            ],
-            words=words,
-        )
+        return MaskedCaption(thumbnail(held_out.image(caption_of[caption])), other, pieces, words)
 
     order = list(range(len(held_out.tokens)))
     if mlm.own_image is None or mlm.other_image is None:
@@ -283,9 +409,9 @@ def _masked_captions(
         gain = mlm.own_image.truth_probability - mlm.other_image.truth_probability
         of_caption = [gain[start:stop].mean().item() for start, stop in itertools.pairwise(first)]
         order.sort(key=lambda caption: -of_caption[caption])
-        ends = _ends(order, [caption_of[caption] for caption in order])
-        shown = {caption_of[caption] for caption in ends["best"] + ends["worst"]}
+        helped, misled = _ends(order, [caption_of[caption] for caption in order])
+        shown = {caption_of[caption] for caption in helped + misled}
         rest = [caption for caption in range(len(order)) if caption_of[caption] not in shown]
         even = rest[:: max(1, len(rest) // MASKED_SHOWN)][:MASKED_SHOWN]
-        chosen = {"helped": ends["best"], "misled": ends["worst"], "even": even}
+        chosen = {"helped": helped, "misled": misled, "even": even}
     return {kind: [card(caption) for caption in captions] for kind, captions in chosen.items()}

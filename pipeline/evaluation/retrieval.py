@@ -3,7 +3,7 @@
 The dual encoder scores every pair by the mean cosine of its contrastive heads: `itc`, and `itc_vl` of a VLMo with two
 contrasts. VLMo's release scores by the first alone, as does a model with one (`model.contrasts: 1`), such as its
 checkpoints fine-tuned for retrieval. A stage that trained matching lets the fusion encoder rerank each query's best
-candidates (`reranked`); a model without a contrast scores every pair by fusion.
+candidates; a model without a contrast scores every pair by fusion.
 
 Ties are resolved pessimistically: a wrong candidate with the score of the best right one ranks before it, so that a
 collapsed model, which scores all pairs equally, recalls nothing. Candidates with the query's `image_id` are right.
@@ -16,9 +16,10 @@ Shapes: N images, M captions, P pairs, Q queries, C candidates, K best candidate
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ KS = (1, 5, 10)
 KEPT = 10  # best candidates kept per query by default
 FusedHead = Literal["itm", "ranking"]
 Scores = Callable[[slice], Tensor]  # some queries' scores of all candidates: (rows, C)
+T = TypeVar("T")
 _ROWS = 256  # queries ranked at once
 
 
@@ -42,20 +44,19 @@ class Images(Protocol):
     def __getitem__(self, index: Any) -> Tensor: ...
 
 
+class BothDirections(NamedTuple, Generic[T]):
+    image_to_text: T
+    text_to_image: T
+
+
 @dataclass(frozen=True)
 class Recall:
-    """One direction: the fraction of queries with a right candidate among the first k, and statistics of the ranks."""
+    """The fraction of queries with a right candidate among the first k, and statistics of the ranks."""
 
     at: dict[int, float]
     chance: dict[int, float]  # expected for a random order
     median_rank: float
     mean_rank: float
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    image_to_text: Recall
-    text_to_image: Recall
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,10 @@ class Ranked:
     score: Tensor  # (Q, K) float32: their scores
 
 
-@dataclass(frozen=True)
-class Rankings:
-    image_to_text: Ranked
-    text_to_image: Ranked
-
-
 def run_forward(model: nn.Module, forward_input: ForwardInput) -> dict[str, Tensor]:
     """Return the outputs of one forward on the model's device, in evaluation mode and without gradients."""
     device, was_training = next(model.parameters()).device, model.training
-    members = {name: value for name, value in vars(forward_input).items() if isinstance(value, Tensor)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in members.items()}
+    moved: dict[str, Any] = {k: v.to(device) for k, v in vars(forward_input).items() if isinstance(v, Tensor)}
     model.eval()
     try:
         with torch.no_grad():
@@ -94,8 +88,15 @@ def pad_token_ids(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tens
     return text, torch.arange(text.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
 
 
+def contrastive_features(model: nn.Module, forward_input: ForwardInput) -> Tensor:
+    """Return unit vectors (B, HD) on the CPU; their dot products are the mean of the H contrastive heads' cosines."""
+    outputs = run_forward(model, forward_input)
+    heads = [outputs[name] for name in ("itc", "itc_vl") if name in outputs]
+    return (torch.cat(heads, dim=1).float() / len(heads) ** 0.5).cpu()
+
+
 def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
-    """Return unit vectors (N, HD) of images (N, H, W, 3) uint8; dot products are the mean of the H heads' cosines."""
+    """Return the unit vectors (N, HD) of images (N, H, W, 3) uint8."""
 
     def embed(rows: slice) -> tuple[Tensor]:
         return (contrastive_features(model, ForwardInput(heads=("itc",), image=images[rows])),)
@@ -106,20 +107,13 @@ def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks
 def embed_texts(
     model: nn.Module, token_ids: Sequence[Sequence[int]], pad: int, batch: int = 64, ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:
-    """Return unit vectors (M, HD) of token ids ([CLS] … [SEP], without padding)."""
+    """Return the unit vectors (M, HD) of token ids ([CLS] … [SEP], without padding)."""
 
     def embed(rows: slice) -> tuple[Tensor]:
         text, keep = pad_token_ids(token_ids[rows], pad)
         return (contrastive_features(model, ForwardInput(heads=("itc",), text=text, text_keep=keep)),)
 
     return compute_batches(len(token_ids), batch, ranks, embed)[0]
-
-
-def contrastive_features(model: nn.Module, forward_input: ForwardInput) -> Tensor:
-    """Return unit vectors (B, HD): the concatenated features of all contrastive heads, on the CPU."""
-    outputs = run_forward(model, forward_input)
-    heads = [outputs[name] for name in ("itc", "itc_vl") if name in outputs]
-    return (torch.cat(heads, dim=1).float() / len(heads) ** 0.5).cpu()
 
 
 def dot_products(queries: Tensor, candidates: Tensor) -> Scores:
@@ -139,66 +133,50 @@ def rankings(
     image_id: Tensor,
     keep: int = KEPT,
     ranks: Ranks = SINGLE_PROCESS,
-) -> Rankings:
+) -> BothDirections[Ranked]:
     """Rank both directions, from the images' scores of captions and the captions' scores of images.
 
-    `caption_of` (M,) is the image of each caption, `image_id` (N,) the images' ids.
+    `caption_of` (M,) is the image of each caption, `image_id` (N,) the images' ids. Raises ValueError for a NaN score,
+    which would otherwise make a model look perfect or hopeless.
     """
     caption_id = image_id[caption_of]
-    return Rankings(
-        image_to_text=rank_candidates(image_scores, image_id, caption_id, keep, ranks),
-        text_to_image=rank_candidates(text_scores, caption_id, image_id, keep, ranks),
+    of_image = functools.partial(_rank_block, image_scores, image_id, caption_id, keep)
+    of_caption = functools.partial(_rank_block, text_scores, caption_id, image_id, keep)
+    return BothDirections(
+        Ranked(*compute_batches(len(image_id), _ROWS, ranks, of_image)),
+        Ranked(*compute_batches(len(caption_id), _ROWS, ranks, of_caption)),
     )
 
 
-def rank_candidates(
-    scores: Scores, query_id: Tensor, candidate_id: Tensor, keep: int = KEPT, ranks: Ranks = SINGLE_PROCESS
-) -> Ranked:
-    """Rank every candidate for every query; candidates with the query's id are right.
-
-    Raises ValueError for a NaN score, which would otherwise make a model look perfect or hopeless.
-    """
-
-    def rank(rows: slice) -> tuple[Tensor, ...]:
-        block = scores(rows)
-        if torch.isnan(block).any():
-            raise ValueError("similarities are NaN: the model's features are not finite; evaluate another checkpoint")
-        right = (query_id[rows, None] == candidate_id[None]).to(block.device)
-        best_right = block.masked_fill(~right, -torch.inf).amax(dim=1)
-        best_wrong = block.masked_fill(right, -torch.inf).amax(dim=1)
-        position = 1 + ((block >= best_right[:, None]) & ~right).sum(dim=1)
-        best = first_few(block, min(keep, block.shape[1]))
-        return tuple(t.cpu() for t in (position, best_right - best_wrong, best, block.gather(1, best)))
-
-    return Ranked(*compute_batches(len(query_id), _ROWS, ranks, rank))
-
-
-def first_few(scores: Tensor, k: int) -> Tensor:
-    """Return the k best candidates of each row (Q, C) by descending score: (Q, k) int64, among equals by index.
-
-    `topk` alone leaves the choice among equals open.
-    """
-    last = scores.topk(k, dim=1).values[:, -1:]
-    above, level = scores > last, scores == last
-    missing = k - above.sum(dim=1, keepdim=True)
-    chosen = (above | (level & (level.cumsum(dim=1) <= missing))).nonzero()[:, 1].view(-1, k)
-    order = scores.gather(1, chosen).argsort(dim=1, descending=True, stable=True)
-    return chosen.gather(1, order)
+def _rank_block(
+    scores: Scores, query_id: Tensor, candidate_id: Tensor, keep: int, rows: slice
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the members of `Ranked` for a block of queries."""
+    block = scores(rows)
+    if torch.isnan(block).any():
+        raise ValueError("similarities are NaN: the model's features are not finite; evaluate another checkpoint")
+    right = (query_id[rows, None] == candidate_id[None]).to(block.device)
+    best_right = block.masked_fill(~right, -torch.inf).amax(dim=1)
+    best_wrong = block.masked_fill(right, -torch.inf).amax(dim=1)
+    position = 1 + ((block >= best_right[:, None]) & ~right).sum(dim=1)
+    # The best candidates by descending score; among equals, where `topk` leaves the choice open, by index.
+    num_best = min(keep, block.shape[1])
+    last = block.topk(num_best, dim=1).values[:, -1:]
+    above, level = block > last, block == last
+    missing = num_best - above.sum(dim=1, keepdim=True)
+    chosen = (above | (level & (level.cumsum(dim=1) <= missing))).nonzero()[:, 1].view(-1, num_best)
+    best = chosen.gather(1, block.gather(1, chosen).argsort(dim=1, descending=True, stable=True))
+    return position.cpu(), (best_right - best_wrong).cpu(), best.cpu(), block.gather(1, best).cpu()
 
 
-def recall_at_k(image_ranks: Tensor, caption_ranks: Tensor, caption_of: Tensor, image_id: Tensor) -> Retrieval:
+def recall_at_k(ranks: Sequence[Tensor], caption_of: Tensor, image_id: Tensor) -> BothDirections[Recall]:
     """Return recall in both directions from the ranks of each image's (N,) and caption's (M,) best right candidate."""
-    caption_id = image_id[caption_of]
-
-    def recall(ranks: Tensor, query_id: Tensor, candidate_id: Tensor) -> Recall:
-        return Recall(
-            at={k: (ranks <= k).double().mean().item() for k in KS},
-            chance={k: chance_level(query_id, candidate_id, k) for k in KS},
-            median_rank=ranks.double().quantile(0.5).item(),
-            mean_rank=ranks.double().mean().item(),
-        )
-
-    return Retrieval(recall(image_ranks, image_id, caption_id), recall(caption_ranks, caption_id, image_id))
+    caption_id, recalls = image_id[caption_of], []
+    for rank, (query_id, candidate_id) in zip(ranks, ((image_id, caption_id), (caption_id, image_id)), strict=True):
+        at = {k: (rank <= k).double().mean().item() for k in KS}
+        chance = {k: chance_level(query_id, candidate_id, k) for k in KS}
+        recalls.append(Recall(at, chance, rank.double().quantile(0.5).item(), rank.double().mean().item()))
+    return BothDirections(*recalls)
 
 
 def chance_level(query_id: Tensor, candidate_id: Tensor, k: int) -> float:
@@ -212,8 +190,7 @@ def chance_level(query_id: Tensor, candidate_id: Tensor, k: int) -> float:
         for j in range(min(k, total)):
             missed *= max(total - right - j, 0) / (total - j)
         chance[right] = 1.0 - missed
-    queries = query_id.tolist()
-    return sum(chance[num_right.get(query, 0)] for query in queries) / len(queries)
+    return sum(chance[num_right.get(query, 0)] for query in query_id.tolist()) / len(query_id)
 
 
 def fusion_scores(
@@ -247,29 +224,26 @@ def fusion_scores(
 
 
 def rerank(
-    ranked: Rankings, k: int, score: Callable[[Tensor], Tensor], caption_of: Tensor, image_id: Tensor
-) -> tuple[Tensor, Tensor]:
+    ranked: BothDirections[Ranked], k: int, score: Callable[[Tensor], Tensor], caption_of: Tensor, image_id: Tensor
+) -> list[Tensor]:
     """Return the ranks (N,) and (M,) after ordering each query's first k candidates by `score`, the others behind.
 
     `score` maps indices (P, 2) of image and caption to scores (P,). A pair that is a candidate in both directions is
-    scored once. `ranked` holds at least k candidates of each query, or all.
+    scored once. `ranked` holds at least k candidates of each query, or all. A query without a right candidate among
+    its first k keeps its rank.
     """
     captions, images = ranked.image_to_text.best[:, :k], ranked.text_to_image.best[:, :k]
-    num_captions = len(caption_of)
+    num_captions, caption_id = len(caption_of), image_id[caption_of]
     of_images = torch.arange(len(image_id))[:, None] * num_captions + captions  # a pair as one number
     of_captions = images * num_captions + torch.arange(num_captions)[:, None]
     pairs = torch.cat([of_images.flatten(), of_captions.flatten()]).unique()
     scores = score(torch.stack([pairs // num_captions, pairs % num_captions], dim=1))
-    caption_id = image_id[caption_of]
-
-    def new_ranks(old: Ranked, candidates: Tensor, candidate_id: Tensor, query_id: Tensor) -> Tensor:
-        """Return new ranks; a query without a right candidate among its first k keeps its rank."""
+    new_ranks = []
+    for old, candidates, right in (
+        (ranked.image_to_text, of_images, caption_id[captions] == image_id[:, None]),
+        (ranked.text_to_image, of_captions, image_id[images] == caption_id[:, None]),
+    ):
         own = scores[torch.searchsorted(pairs, candidates)]
-        right = candidate_id == query_id[:, None]
         best = own.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        return torch.where(right.any(dim=1), 1 + ((own >= best) & ~right).sum(dim=1), old.rank)
-
-    return (
-        new_ranks(ranked.image_to_text, of_images, caption_id[captions], image_id),
-        new_ranks(ranked.text_to_image, of_captions, image_id[images], caption_id),
-    )
+        new_ranks.append(torch.where(right.any(dim=1), 1 + ((own >= best) & ~right).sum(dim=1), old.rank))
+    return new_ranks

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 34, 22  # margins: stage names and marks above, the axis below
 GAP = 26  # between panels, for a panel's name
@@ -34,8 +35,7 @@ class Measure:
     height: int = 90
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """An event at `x`: a restart, a spike, an alert or an evaluation."""
 
     x: float
@@ -44,28 +44,14 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Polyline:
-    stage: int
-    points: str  # 'x,y x,y …'
-
-
-@dataclass(frozen=True)
 class Panel:
     name: str
     top: float
     bottom: float
-    lines: list[Polyline]
+    lines: list[tuple[int, str]]  # stage, 'x,y x,y …'
     dots: list[tuple[int, float, float]]  # (stage, x, y) of series with a single point
     ticks: list[tuple[float, str]]  # (y, label)
     is_logarithmic: bool
-
-
-@dataclass(frozen=True)
-class Band:
-    stage: int
-    x: float
-    width: float
-    name: str  # empty if it does not fit
 
 
 @dataclass(frozen=True)
@@ -75,8 +61,8 @@ class Chart:
     left: int
     right: int
     panels: list[Panel]
-    bands: list[Band]
-    marks: list[tuple[float, str, str]]  # (x, kind, text)
+    bands: list[tuple[float, float, str]]  # (x, width, name) of each stage; the name is empty if it does not fit
+    marks: list[Mark]
     ticks: list[tuple[float, str]]  # (x, label)
 
 
@@ -116,11 +102,11 @@ def line_chart(
         panels.append(_panel(measure, x_of, top + GAP))
         top = panels[-1].bottom
     bands = []
-    for number, (name, first, last) in enumerate(stages):
+    for name, first, last in stages:
         start, length = x_of(first), x_of(last) - x_of(first)
         room = length / 6.5  # in letters
         label = name if len(name) <= room else f"{name[: int(room) - 1]}…" if room >= 4 else ""
-        bands.append(Band(number, round(start, 1), round(length, 1), label))
+        bands.append((round(start, 1), round(length, 1), label))
     unit, suffix = 1.0, ""
     if in_seconds:
         unit, suffix = next((unit, f" {name}") for limit, unit, name in TIME_UNITS if high - low <= limit)
@@ -132,7 +118,7 @@ def line_chart(
         right=RIGHT,
         panels=panels,
         bands=bands,
-        marks=[(round(x_of(mark.x), 1), mark.kind, mark.text) for mark in marks],
+        marks=[mark._replace(x=round(x_of(mark.x), 1)) for mark in marks],
         ticks=[(round(x_of(tick * unit), 1), f"{tick:,g}{suffix}") for tick in ticks],
     )
 
@@ -157,7 +143,7 @@ def _panel(measure: Measure, x_of: Axis, top: float) -> Panel:
         if len(placed) == 1:
             dots.append((stage, *placed[0]))
         elif placed:
-            lines.append(Polyline(stage, " ".join(f"{x:g},{y:g}" for x, y in placed)))
+            lines.append((stage, " ".join(f"{x:g},{y:g}" for x, y in placed)))
     labels = [(round(y_of(tick), 1), f"{tick:g}") for tick in ticks]
     return Panel(measure.name, top, top + measure.height, lines, dots, labels, is_logarithmic)
 

@@ -21,11 +21,6 @@ def significant(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def money(value: float) -> str:
-    """Return two decimals, without a currency."""
-    return f"{value:,.2f}"
-
-
 def duration(seconds: float) -> str:
     """Return `1 h 02 min`, `3 min 05 s` or `12 s`; one decimal below ten seconds."""
     if 0 < seconds < 9.95:

@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from pipeline.pages.formatting import duration, moment, money, number, percent, significant
+from pipeline.pages.formatting import duration, moment, number, percent, significant
 
 THUMBNAIL = 160  # maximum side in pixels
 LOSSLESS = 96  # images up to this side are stored losslessly
@@ -44,7 +44,7 @@ def _environment(folders: tuple[Path, ...]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (percent, number, significant, money, duration, moment)
+    filters = (percent, number, significant, duration, moment)
     environment.filters |= {function.__name__: function for function in filters}
     return environment
 
@@ -54,9 +54,14 @@ def thumbnail(pixels: Any, side: int = THUMBNAIL) -> str:
     image = Image.fromarray(np.asarray(pixels))
     image.thumbnail((side, side))
     kind, options = ("PNG", {"optimize": True}) if max(image.size) <= LOSSLESS else ("JPEG", {"quality": 80})
+    return data_uri(encode(image, kind, **options), kind)
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """Return an image as a file; `kind` is PNG or JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
-    return data_uri(buffer.getvalue(), kind)
+    return buffer.getvalue()
 
 
 def data_uri(encoded: bytes, kind: str) -> str:

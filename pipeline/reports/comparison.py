@@ -11,14 +11,13 @@ from typing import Any
 
 from pipeline.config.load import flatten
 from pipeline.config.redaction import redact
-from pipeline.evaluation.report_data import load_report_data
+from pipeline.evaluation.report import load_report_data
 from pipeline.pages.charts import Measure, Series, line_chart
 from pipeline.pages.page import render_page
-from pipeline.reports.run_folder import RunFolder
+from pipeline.reports.run_folder import QUARANTINE, RunFolder
 from pipeline.tracking.journal import EVALUATION
 
 Result = float | str | None
-Losses = list[tuple[int, float]]  # (step since the stage's start, loss)
 IGNORED_KEYS = ("name",)  # differ between any two runs
 WIDTH, HEIGHT = 350, 130  # of a loss chart
 
@@ -40,7 +39,7 @@ class Comparison:
     runs: list[str]  # names of the runs, or their folders if names are equal
     config: dict[str, dict[str, Any]]  # dotted path -> run -> value; runs without the key are missing
     results: dict[str, list[Row]]  # by group
-    losses: dict[str, list[tuple[int, Losses]]]  # stage -> (index of the run, curve)
+    losses: dict[str, list[Series]]  # stage -> curve of each run over the steps since the stage's start
     folders: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -59,19 +58,18 @@ def compare(runs: Sequence[RunFolder]) -> Comparison:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [run.folder for run in runs]
-    losses: dict[str, list[tuple[int, Losses]]] = {}
-    rows: dict[tuple[str, str], list[Result]] = {}
+    losses: dict[str, list[Series]] = {}
+    rows: dict[str, dict[str, Row]] = {}
     for number, run in enumerate(runs):
         for index, record in enumerate(run.stages):
             first = run.config.stage_start(index)
             if series := record.series("train/loss"):
-                curve = [(step - first, value) for _, step, value in series]
-                losses.setdefault(record.name, []).append((number, curve))
+                curve = [(float(step - first), value) for _, step, value in series]
+                losses.setdefault(record.name, []).append(Series(number, curve))
         for group, name, value in _results_of(run):
-            rows.setdefault((group, name), [None] * len(runs))[number] = value
-    results: dict[str, list[Row]] = {}
-    for (group, name), values in rows.items():
-        results.setdefault(group, []).append(Row(name, values))
+            row = rows.setdefault(group, {}).setdefault(name, Row(name, [None] * len(runs)))
+            row.values[number] = value
+    results = {group: list(by_name.values()) for group, by_name in rows.items()}
     config = differences(dict(zip(names, runs, strict=True)))
     return Comparison(names, config, results, losses, [run.folder for run in runs])
 
@@ -81,21 +79,17 @@ def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
 
     In a section that only some runs have, such as a stage, keys with default values are not differences.
     """
-    flat = {
-        name: {path: redact(v) if isinstance(v, str) else v for path, v in flatten(_by_name(run.values)).items()}
-        for name, run in runs.items()
-    }
-    explicit = {
-        path
-        for run in runs.values()
-        for path in flatten(_by_name(run.recorded_config().model_dump(mode="json", exclude_defaults=True)))
-    }
-    paths = dict.fromkeys(path for values in flat.values() for path in values if path not in IGNORED_KEYS)
-    by_path = {path: {run: values[path] for run, values in flat.items() if path in values} for path in paths}
+    by_path: dict[str, dict[str, Any]] = {}
+    explicit: set[str] = set()
+    for name, run in runs.items():
+        for path, value in flatten(_by_name(run.values)).items():
+            by_path.setdefault(path, {})[name] = redact(value) if isinstance(value, str) else value
+        explicit |= flatten(_by_name(run.recorded_config().model_dump(mode="json", exclude_defaults=True))).keys()
     return {
         path: values
         for path, values in by_path.items()
-        if len({json.dumps(value) for value in values.values()}) > 1 or (len(values) < len(flat) and path in explicit)
+        if path not in IGNORED_KEYS
+        and (len({json.dumps(v) for v in values.values()}) > 1 or (len(values) < len(runs) and path in explicit))
     }
 
 
@@ -113,18 +107,18 @@ def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
     yield "Run", "status", run.status or "unfinished"
     yield "Run", "steps", float(run.reached)
     yield "Run", "restarts", float(run.num_restarts)
-    yield "Run", "bad samples replaced", float(len(run.quarantined()))
+    yield "Run", "bad samples replaced", float(sum(1 for _ in run.records(*QUARANTINE)))
     for record in run.stages:
         yield "Last loss", record.name, record.last("train/loss")
     for record in run.stages:
         yield "Samples per second (median)", record.name, record.samples_per_second
     evaluations = load_report_data(run.storage, run.folder)
-    last = run.config.stages[-1].name
     for data in reversed(evaluations):
-        weights = "" if (data.stage, data.step) == (last, None) else f" of {data.stage}"
-        weights += "" if data.step is None else f" at step {data.step}"
+        key = data.key
+        weights = "" if (key.stage, key.step) == (run.config.stages[-1].name, None) else f" of {key.stage}"
+        weights += "" if key.step is None else f" at step {key.step}"
         for name, value in data.metrics.items():
-            yield f"Evaluation {data.source}{weights} ({data.key.data})", f"{EVALUATION}{data.source}/{name}", value
+            yield f"Evaluation {key.name}{weights} ({key.data})", f"{EVALUATION}{key.name}/{name}", value
     if not evaluations:  # only the metrics recorded during training are known: show each source's last ones
         latest: dict[str, dict[str, float]] = {}
         for point in run.evaluations:
@@ -149,11 +143,12 @@ def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
 
 def render_comparison(comparison: Comparison) -> str:
     """Return the comparison as an HTML page, with a chart of losses for each stage and one line per run."""
-    charts = {
-        stage: line_chart([Measure("loss", [Series(number, points) for number, points in curves], HEIGHT)], WIDTH)
-        for stage, curves in comparison.losses.items()
-    }
-    subject = f"comparison {' '.join(comparison.folders)}"
     return render_page(
-        "comparison.html.j2", [Path(__file__).parent], subject, comparison=comparison, loss_charts=charts
+        "comparison.html.j2",
+        [Path(__file__).parent],
+        subject=f"comparison {' '.join(comparison.folders)}",
+        comparison=comparison,
+        loss_charts={
+            stage: line_chart([Measure("loss", curves, HEIGHT)], WIDTH) for stage, curves in comparison.losses.items()
+        },
     )

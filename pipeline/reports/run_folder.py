@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,19 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.config.stored import RecordedLocation, parse_config, stored_config
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.journal import EVALUATION, Journal, Record
+from pipeline.tracking.journal import EVALUATION, Record
 from pipeline.tracking.lease import is_held
 from pipeline.tracking.locations import read_journal
 from pipeline.training import goodput
 from pipeline.training.prepare import RUN_FILE
 
 MAX_SECONDS = 1e12  # of one phase; more is damage
+# Folders of records of training, with the types of their values.
+RESTARTS: tuple[str, Mapping[str, Any]] = ("restarts", {"time": (int, float), "cause": str, "message": str})
+QUARANTINE: tuple[str, Mapping[str, Any]] = (
+    "quarantine",
+    {"source": str, "shard": str, "key": str, "offset": int, "stage": str, "reason": str},
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +103,7 @@ class JournalContents:
     evaluations: list[MetricPoint] = field(default_factory=list)  # of any checkpoint, in the order they were made
     run: str = ""  # value of the MLflow tag `mome.run`; empty before the first start
     status: str = ""  # FINISHED, FAILED or KILLED; empty while the last process has not ended
+    is_live: bool = False  # a process on this machine is writing the journal
 
 
 @dataclass(kw_only=True)
@@ -108,17 +115,12 @@ class RunFolder(JournalContents):
     config: RunConfig
     recorded: RecordedLocation
     values: Values
-    is_live: bool  # a process on this machine is writing the journal
     seconds: dict[str, float]  # by phase (`pipeline.training.goodput`); empty if unknown
 
     @property
     def name(self) -> str:
         """The run's name in its config; the folder may have been renamed."""
         return str(self.values["name"])
-
-    def recorded_config(self) -> RunConfig:
-        """Return the config as stored, for display."""
-        return parse_config(json.dumps(self.values), join(self.folder, RUN_FILE))
 
     @property
     def reached(self) -> int:
@@ -135,23 +137,18 @@ class RunFolder(JournalContents):
         total = sum(self.seconds.values())
         return self.seconds["training"] / total if total else None
 
-    def restarts(self) -> list[Values]:
-        """Return {time, cause, message} of every restart that the driver recorded, in order."""
-        return list(self._objects("restarts", ".json", time=(int, float), cause=str, message=str))
+    def recorded_config(self) -> RunConfig:
+        """Return the config as stored, for display."""
+        return parse_config(json.dumps(self.values), join(self.folder, RUN_FILE))
 
-    def quarantined(self) -> list[Values]:
-        """Return a record of every replaced bad sample, in order."""
-        texts = dict.fromkeys(("source", "shard", "key", "stage", "reason"), str)
-        return list(self._objects("quarantine", ".jsonl", offset=int, **texts))
-
-    def _objects(self, folder: str, suffix: str, **types: Any) -> Iterator[Values]:
+    def records(self, folder: str, types: Mapping[str, Any]) -> Iterator[Values]:
         """Yield the JSON objects in a folder's files (one per line in .jsonl) that have values of these types."""
         url = join(self.folder, folder)
         for name in self.storage.list(url):
-            if not name.endswith(suffix):
+            if not name.endswith((".json", ".jsonl")):
                 continue
             data = self.storage.read(join(url, name))
-            for line in data.splitlines() if suffix == ".jsonl" else [data]:
+            for line in data.splitlines() if name.endswith(".jsonl") else [data]:
                 try:
                     values = json.loads(line)
                 except (ValueError, RecursionError):
@@ -186,29 +183,24 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
         and "training" in seconds
         and all(isinstance(v, int | float) and 0 <= v < MAX_SECONDS for v in seconds.values())
     )
-    journal = read_journal(folder, storage)
     return RunFolder(
-        **vars(_read_records(journal, config)),
+        **vars(read_records(config, storage)),
         folder=folder,
         storage=storage,
         config=config,
         recorded=recorded,
         values=values,
-        is_live=any(is_held(journal.path(session)) for session in journal.sessions()),
         seconds=seconds if seconds is not None and is_valid else {},
     )
 
 
-def stages_of(config: RunConfig, storage: Storage) -> list[StageRecord]:
-    """Return the records of each stage of a run, which are empty if there is no journal."""
-    return _read_records(read_journal(config.folder, storage), config).stages
-
-
-def _read_records(journal: Journal, config: RunConfig) -> JournalContents:
-    """Collect a journal's records by stage, without damaged ones."""
+def read_records(config: RunConfig, storage: Storage) -> JournalContents:
+    """Collect the records of a run's journal by stage, without damaged ones; empty if there is no journal."""
+    journal = read_journal(config.folder, storage)
     contents = JournalContents([StageRecord(stage.name) for stage in config.stages])
     known = (None, *range(len(config.stages)))  # the journal may be another run's, with more stages
     for session in journal.sessions():
+        contents.is_live |= is_held(journal.path(session))
         records = [record for _, record in journal.records(session)]
         records = [record for record in records if record["kind"] != "damaged" and record["stage"] in known]
         if any(record["kind"] == "stage" for record in records):

@@ -1,20 +1,20 @@
 """Report of a run as one HTML page: curves on one axis, events, data, time and cost, evaluations, lineage.
 
 Everything is read from the run's folder, except the shards' manifests, which show whether the data has changed since,
-and a few quarantined samples.
+and a few quarantined samples. The template reads the run's records (`reports.run_folder`) directly.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pipeline.config.errors import DataError, MomeError
 from pipeline.config.redaction import redact
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.config.stored import check_stored_url
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_bytes
@@ -22,13 +22,12 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.shards.manifest import load_index, load_manifest, shard_folder
 from pipeline.data.shards.source import open_source, selection_url
 from pipeline.data.storage import Storage, join
-from pipeline.evaluation.report import HERE as EVALUATION_TEMPLATES
-from pipeline.evaluation.report_data import ReportData, headline, load_report_data
+from pipeline.evaluation import report as eval_report
 from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart
 from pipeline.pages.formatting import significant
 from pipeline.pages.page import render_page, thumbnail
 from pipeline.reports.comparison import Comparison
-from pipeline.reports.run_folder import RunFolder, StageRecord
+from pipeline.reports.run_folder import QUARANTINE, RESTARTS, RunFolder, StageRecord, Tag
 from pipeline.tracking.describe import config_yaml
 from pipeline.tracking.journal import EVALUATION
 from pipeline.tracking.locations import absolute_uri, default_uri, experiment_name, journal_folder
@@ -54,71 +53,33 @@ MEASURES = (
 )
 RETRIEVAL = ("i2t_r1", "t2i_r1")
 
-EventKind = Literal["begun", "restart", "spike", "alert", "evaluation"]
-
 
 @dataclass(frozen=True)
 class Event:
     at: int  # milliseconds since 1970
     step: int | None  # global; None before the first
-    kind: EventKind
+    kind: Literal["begun", "restart", "spike", "alert", "evaluation"]
     text: str
 
 
 @dataclass(frozen=True)
-class Alert:
-    """A problem that training reported, with its remedy."""
+class SourceState:
+    """The data of a stage's source at the stage's start and now."""
 
-    name: str
-    at: int
-    step: int | None
-    stage: str | None
-    text: str
-
-    @property
-    def is_over(self) -> bool:
-        return self.text.startswith(OVER)
+    digest: str  # at the start; empty before
+    num_shards: int | None = None  # now; None if unreadable
+    num_samples: int | None = None
+    change: str = ""  # why the data differs from what was trained on; empty if it does not
 
 
 @dataclass(frozen=True)
-class SourceSummary:
-    """A source of a stage: its data at the start, its data now, and what the stage has read."""
-
-    name: str
-    shards: str
-    weight: float
-    digest: str  # at the stage's start; empty before
-    num_shards: int | None  # now; None if unreadable
-    num_samples: int | None
-    change: str  # why the data differs from what was trained on; empty if it does not
-    read: float  # samples
-    bad: float  # samples
-    epochs: float
-
-
-@dataclass(frozen=True)
-class StageSummary:
-    name: str
-    steps: int
+class StageReport:
+    config: StageConfig
+    record: StageRecord
     reached: int  # completed steps
-    status: str
-    objectives: list[str]
     start_from: str
-    sources: list[SourceSummary]
-    loss: float | None  # last
-    losses: dict[str, float]  # last, by objective
-    samples_per_second: float | None
     seconds: float  # from the start to the last point, interruptions included
-
-
-@dataclass(frozen=True)
-class PhaseTime:
-    """Time and cost of one phase (`pipeline.training.goodput`)."""
-
-    phase: str
-    seconds: float
-    fraction: float
-    cost: float
+    sources: dict[str, SourceState]
 
 
 @dataclass(frozen=True)
@@ -131,8 +92,7 @@ class Cost:
     total: float
 
 
-@dataclass(frozen=True)
-class QuarantinedSample:
+class QuarantinedSample(NamedTuple):
     """A bad sample and the reason that training recorded."""
 
     source: str
@@ -148,16 +108,8 @@ class InspectedSample:
     """A bad sample read again: its image as a data URI, or None and the `error` that prevents showing it."""
 
     sample: QuarantinedSample
-    times: int  # how often it was replaced, over all epochs and stages
     image: str | None
     error: str
-
-
-@dataclass(frozen=True)
-class QuarantineReport:
-    total: int  # replaced samples, repetitions included
-    by_reason: list[tuple[str, str, str, int, int]]  # source, stage, reason, distinct samples, times
-    samples: list[InspectedSample]  # a few of each reason
 
 
 @dataclass(frozen=True)
@@ -166,20 +118,17 @@ class RunReport:
     status: str
     started: int | None  # milliseconds since 1970
     ended: int | None  # time of the last point
-    stages: list[StageSummary]
+    stages: list[StageReport]
     events: list[Event]
-    alerts: list[Alert]
-    time: list[PhaseTime]
+    alerts: list[Tag]  # the last state of each; active ones first
+    time: dict[str, float]  # seconds by phase (`pipeline.training.goodput`)
     cost: Cost | None
-    evaluations: list[ReportData]  # newest first
-    quarantine: QuarantineReport
+    evaluations: list[eval_report.ReportData]  # newest first
+    bad_samples: float  # replaced; the quarantine may lag behind by the steps since the last checkpoint
+    quarantine_counts: list[tuple[str, str, str, int, int]]  # source, stage, reason, distinct samples, times
+    quarantine: list[InspectedSample]  # a few of each reason
     lineage: dict[str, str]
     mlflow_page: str  # URL of the run in MLflow's web interface; empty if unknown
-
-    @property
-    def bad_samples(self) -> float:
-        """Replaced samples. The quarantine may lag behind by the steps since the last checkpoint."""
-        return sum(source.bad for stage in self.stages for source in stage.sources)
 
 
 def collect_report(run: RunFolder, price: float | None = None, server: str | None = None) -> RunReport:
@@ -188,17 +137,22 @@ def collect_report(run: RunFolder, price: float | None = None, server: str | Non
     `server` is the reader's MLflow URI, to which the page may link.
     """
     started = min((session.start for session in run.sessions), default=None)
-    cost = _cost(run, run.config.cluster.price if price is None else price)
-    total = sum(run.seconds.values())
-    per_second = cost.total / total if cost and total else 0.0
-    time = [
-        PhaseTime(phase, seconds, seconds / total, seconds * per_second)
-        for phase in PHASES
-        if (seconds := run.seconds.get(phase))
+    # Ranks are occupied during all of the time; their number is the mean over the training time.
+    cost, total = None, sum(run.seconds.values())
+    sizes = [(float(s.tags["world_size"]), max(s.end - s.start, 1)) for s in run.sessions if "world_size" in s.tags]
+    if sizes and total:
+        ranks = sum(size * length for size, length in sizes) / sum(length for _, length in sizes)
+        hours = ranks * total / 3600
+        price = run.config.cluster.price if price is None else price
+        cost = Cost(ranks, hours, price, hours * price)
+    latest = {(tag.stage, tag.key): tag for tag in run.tags if tag.key.startswith(ALERT)}
+    alerts = sorted(latest.values(), key=lambda tag: (tag.value.startswith(OVER), tag.at))
+    bad = [
+        record.last(f"data/bad/{name}") or 0.0
+        for stage, record in zip(run.config.stages, run.stages, strict=True)
+        for name in stage.sources
     ]
-    latest = {(tag.stage, tag.key): tag for tag in run.tags if tag.key.startswith(ALERT)}  # the last state of each
-    tags = sorted(latest.values(), key=lambda tag: tag.at)
-    alerts = [Alert(tag.key.removeprefix(ALERT), tag.at, tag.step, tag.stage, tag.value) for tag in tags]
+    counts, inspected = inspect_quarantine(run.config, run.storage, list(run.records(*QUARANTINE)))
     lineage, mlflow_page = _lineage(run, server)
     return RunReport(
         run=run,
@@ -207,82 +161,61 @@ def collect_report(run: RunFolder, price: float | None = None, server: str | Non
         ended=max((point.at for record in run.stages for point in record.points), default=None),
         stages=[_stage(run, index) for index in range(len(run.config.stages))],
         events=_events(run),
-        alerts=sorted(alerts, key=lambda alert: alert.is_over),  # active ones first
-        time=time,
+        alerts=alerts,
+        time={phase: run.seconds[phase] for phase in PHASES if run.seconds.get(phase)},
         cost=cost,
-        evaluations=load_report_data(run.storage, run.folder),
-        quarantine=inspect_quarantine(run.config, run.storage, run.quarantined()),
+        evaluations=eval_report.load_report_data(run.storage, run.folder),
+        bad_samples=sum(bad),
+        quarantine_counts=counts,
+        quarantine=inspected,
         lineage=lineage,
         mlflow_page=mlflow_page,
     )
 
 
-def _stage(run: RunFolder, index: int) -> StageSummary:
+def _stage(run: RunFolder, index: int) -> StageReport:
     stage, record = run.config.stages[index], run.stages[index]
     digests = {dataset["name"]: dataset["digest"] for start in record.starts for dataset in start["datasets"]}
-    losses = {name: record.last(f"train/loss_{name}") for name in stage.objectives}
     first = run.config.stage_start(index)
     start_from = record.tags.get("start_from", stage.start_from)
     for number, other in enumerate(run.config.stages):  # name an earlier stage of this run instead of its URL
         if start_from.endswith(f"/{run.name}/stages/{number}-{other.name}"):
             start_from = f"stage {other.name}"
-    return StageSummary(
-        name=stage.name,
-        steps=stage.steps,
+    sources = {}
+    for name in stage.sources:
+        config, digest = run.config.sources[name], digests.get(name, "")
+        try:
+            for key, url in (("shards", config.shards), ("opt_out", config.opt_out)):
+                if url is not None:
+                    check_stored_url(url, f"sources.{name}.{key}")
+            source = open_source(run.storage, config, selection_url(run.config, name))
+            is_changed = digest and source.digest != digest
+            change = f"the shards have changed since: digest {source.digest[:12]}…" if is_changed else ""
+            sources[name] = SourceState(digest, len(source.manifest.shards), int(source.counts.sum()), change)
+        except MomeError as error:
+            sources[name] = SourceState(digest, change=f"cannot be read now: {error}")
+    return StageReport(
+        config=stage,
+        record=record,
         reached=(record.reached or first) - first,
-        status=record.status or ("running" if record.starts else "not started"),
-        objectives=list(stage.objectives),
         start_from=start_from,
-        sources=[_source(run, record, name, w, digests.get(name, "")) for name, w in stage.sources.items()],
-        loss=record.last("train/loss"),
-        losses={name: value for name, value in losses.items() if value is not None},
-        samples_per_second=record.samples_per_second,
         seconds=(record.points[-1].at - record.starts[0]["at"]) / 1000 if record.points and record.starts else 0.0,
-    )
-
-
-def _source(run: RunFolder, record: StageRecord, name: str, weight: float, digest: str) -> SourceSummary:
-    config, num_shards, num_samples, change = run.config.sources[name], None, None, ""
-    try:
-        for key, url in (("shards", config.shards), ("opt_out", config.opt_out)):
-            if url is not None:
-                check_stored_url(url, f"sources.{name}.{key}")
-        source = open_source(run.storage, config, selection_url(run.config, name))
-        num_shards, num_samples = len(source.manifest.shards), int(source.counts.sum())
-        if digest and source.digest != digest:
-            change = f"the shards have changed since: digest {source.digest[:12]}…"
-    except MomeError as error:
-        change = f"cannot be read now: {error}"
-    return SourceSummary(
-        name=name,
-        shards=config.shards,
-        weight=weight,
-        digest=digest,
-        num_shards=num_shards,
-        num_samples=num_samples,
-        change=change,
-        read=record.last(f"data/samples/{name}") or 0.0,
-        bad=record.last(f"data/bad/{name}") or 0.0,
-        epochs=record.last(f"data/epochs/{name}") or 0.0,
+        sources=sources,
     )
 
 
 def _events(run: RunFolder) -> list[Event]:
     """Return starts, restarts with their recorded causes, spikes, alerts and evaluations, in order of time."""
-    kinds: tuple[tuple[str, EventKind], ...] = ((SPIKE, "spike"), (ALERT, "alert"))
-    events = [
-        Event(tag.at, tag.step, kind, tag.value)
-        for prefix, kind in kinds
-        for tag in run.tags
-        if tag.key.startswith(prefix)
-    ]
+    events = [Event(tag.at, tag.step, "spike", tag.value) for tag in run.tags if tag.key.startswith(SPIKE)]
+    events += [Event(tag.at, tag.step, "alert", tag.value) for tag in run.tags if tag.key.startswith(ALERT)]
     for point in run.evaluations:  # its recalls, or else its first metrics
         values = {name.removeprefix(EVALUATION): v for name, v in point.values.items() if name.startswith(EVALUATION)}
         recalls = {name: value for name, value in values.items() if name.endswith(("/i2t_r1", "/t2i_r1"))}
         shown = recalls or {name: value for name, value in values.items() if not name.endswith("/pairs")}
         text = ", ".join(f"{name} {significant(value)}" for name, value in list(shown.items())[:4])
         events.append(Event(point.at, point.step, "evaluation", text))
-    causes = [(1000 * entry["time"], f"{entry['cause']}: {entry['message']}") for entry in run.restarts()]
+    restarts = run.records(*RESTARTS)
+    causes = [(1000 * entry["time"], f"{entry['cause']}: {entry['message']}") for entry in restarts]
     starts = [start for record in run.stages for start in record.starts]
     previous = 0
     for number, session in enumerate(run.sessions):
@@ -297,17 +230,6 @@ def _events(run: RunFolder) -> list[Event]:
             events.append(Event(session.start, step, "restart", "; ".join([resumed, text, *cause[-1:]])))
         previous = session.start
     return sorted(events, key=lambda event: event.at)
-
-
-def _cost(run: RunFolder, price: float) -> Cost | None:
-    """Compute the cost. Ranks are occupied during all of the time; their number is the mean over the training time."""
-    seconds = sum(run.seconds.values())
-    sizes = [(float(s.tags["world_size"]), max(s.end - s.start, 1)) for s in run.sessions if "world_size" in s.tags]
-    if not sizes or not seconds:
-        return None
-    ranks = sum(size * length for size, length in sizes) / sum(length for _, length in sizes)
-    hours = ranks * seconds / 3600
-    return Cost(ranks, hours, price, hours * price)
 
 
 def _lineage(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
@@ -339,10 +261,11 @@ def _lineage(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
     return lineage | ({"In MLflow": f"the run tagged mome.run = '{run.run}'"} if run.run else {}), ""
 
 
-def inspect_quarantine(config: RunConfig, storage: Storage, records: Sequence[dict[str, Any]]) -> QuarantineReport:
-    """Summarize a run's quarantine and read a few samples of each reason again."""
-    names = [entry.name for entry in fields(QuarantinedSample)]
-    times = Counter(QuarantinedSample(**{name: record[name] for name in names}) for record in records)
+def inspect_quarantine(
+    config: RunConfig, storage: Storage, records: Sequence[dict[str, Any]]
+) -> tuple[list[tuple[str, str, str, int, int]], list[InspectedSample]]:
+    """Count a run's quarantined samples by reason (`RunReport.quarantine_counts`) and read a few of each again."""
+    times = Counter(QuarantinedSample(*(record[name] for name in QuarantinedSample._fields)) for record in records)
     kinds: dict[tuple[str, str, str], list[QuarantinedSample]] = {}
     for sample in times:
         kinds.setdefault((sample.source, sample.stage, sample.reason), []).append(sample)
@@ -359,8 +282,8 @@ def inspect_quarantine(config: RunConfig, storage: Storage, records: Sequence[di
             error = bad.reason
         except (MomeError, KeyError) as failure:
             error = f"not read again: {failure}"
-        inspected.append(InspectedSample(sample, times[sample], image, error))
-    return QuarantineReport(len(records), sorted(counts, key=lambda row: -row[-1]), inspected)
+        inspected.append(InspectedSample(sample, image, error))
+    return sorted(counts, key=lambda row: -row[-1]), inspected
 
 
 def _read_members(storage: Storage, url: str, sample: QuarantinedSample) -> dict[str, bytes]:
@@ -381,22 +304,22 @@ def render_run_report(report: RunReport, comparison: Comparison | None = None) -
     """Return the report as an HTML page, with a comparison with other runs if given."""
     return render_page(
         "run_report.html.j2",
-        [HERE, EVALUATION_TEMPLATES],
+        [HERE, eval_report.HERE],
         subject=f"report {report.run.folder}",
         report=report,
         run=report.run,
         curves={
-            axis: [_chart(report, width, axis == "time") for width in (WIDE, NARROW)] for axis in ("steps", "time")
+            axis: [draw_curves(report, width, axis == "time") for width in (WIDE, NARROW)] for axis in ("steps", "time")
         },
-        shown=headline(report.evaluations) if report.evaluations else None,
-        listed=report.events[:MAX_EVENTS],
-        unlisted=max(len(report.events) - MAX_EVENTS, 0),
+        shown=eval_report.headline(report.evaluations) if report.evaluations else None,
+        max_events=MAX_EVENTS,
+        over=OVER,
         comparison=comparison,
         yaml=config_yaml(report.run.recorded_config(), exclude_defaults=True),
     )
 
 
-def _chart(report: RunReport, width: int, in_seconds: bool) -> Chart:
+def draw_curves(report: RunReport, width: int, in_seconds: bool) -> Chart:
     """Lay out all curves over steps, or over seconds since the first start."""
 
     def x_of(at: int, step: int | None) -> float:

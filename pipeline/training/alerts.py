@@ -12,7 +12,7 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Iterator
 
-from pipeline.evaluation.results import COLLAPSED
+from pipeline.evaluation.evaluate import COLLAPSED
 from pipeline.models.heads import MAX_SCALE
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.callbacks import Callback, StageState

@@ -13,8 +13,9 @@ import torch
 
 from pipeline.data.loading.loader import Loader
 from pipeline.evaluation.datasets import EvalPairs
-from pipeline.evaluation.evaluate import can_evaluate, evaluate
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.labelled import class_names
+from pipeline.objectives import evaluation_tasks
 from pipeline.tracking.tracker import DatasetInput
 from pipeline.training.callbacks import Callback, Progress, RunContext, StageState, StepEvent
 from pipeline.training.checkpoint import finished_stage
@@ -198,7 +199,7 @@ class EvaluationCallback(Callback):
         run, source = stage.run, stage.run.evaluation.source
         self._is_enabled = False
         if run.evaluation.every is not None and source is not None:
-            self._is_enabled = can_evaluate(run, source, stage.config)
+            self._is_enabled = bool(evaluation_tasks(stage.config, run.sources[source].type))
             if run.sources[source].type == "labelled" and "itc" in stage.config.objectives:
                 class_names(run, source, context.storage)  # fails before the stage trains
 

@@ -25,60 +25,42 @@ SHARDS = 60
 AFTER = (5, 20)  # number of records after which each process is killed
 
 
-class Embedding:
-    """A `mome embed` process."""
-
-    def __init__(self, shards: str, checkpoint: str, out: Path):
-        command = [sys.executable, "-m", "jobs.cli", "embed", shards, "--checkpoint", checkpoint, "--out", str(out)]
-        self._out = out
-        self.process = subprocess.Popen(
-            [*command, "--json"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def records(self) -> int:
-        return len(list((self._out / DONE).glob("*.json")))
-
-    def kill_at(self, records: int) -> int:
-        """Send SIGKILL once `records` shards are done; return the number done in the end."""
-        deadline = time.monotonic() + SECONDS
-        while self.records() < records and self.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
-        return self.records()
-
-    def result(self) -> dict[str, Any]:
-        out, log = self.process.communicate(timeout=SECONDS)
-        assert self.process.returncode == 0, log
+def _embed(shards: str, checkpoint: str, out: Path, kill_after: int | None = None) -> dict[str, Any] | int:
+    """Run `mome embed`; return its result, or the number of shards done by a process killed after so many."""
+    command = [sys.executable, "-m", "jobs.cli", "embed", shards, "--checkpoint", checkpoint, "--out", str(out)]
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    process = subprocess.Popen([*command, "--json"], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    if kill_after is None:
+        printed, log = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0, log
         assert "shards finished, of" in log
-        return json.loads(out)
+        return json.loads(printed)
+    deadline = time.monotonic() + SECONDS
+    while (
+        len(list((out / DONE).glob("*.json"))) < kill_after and process.poll() is None and time.monotonic() < deadline
+    ):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return len(list((out / DONE).glob("*.json")))
 
 
 @pytest.mark.slow
 def test_killed_embedding_resumes_to_equal_files(tmp_path: Path) -> None:
     config, checkpoint = untrained_weights(tmp_path)
-    samples = (
-        {"__key__": sample.key, **sample.members} for sample in iter_samples(Storage(), config.sources["scenes"].shards)
-    )
+    samples = iter_samples(Storage(), config.sources["scenes"].shards)
     shards = str(tmp_path / "shards")
-    write_shards(Storage(), samples, shards, 1)
-    whole = Embedding(shards, checkpoint, tmp_path / "whole").result()
+    write_shards(Storage(), ({"__key__": sample.key, **sample.members} for sample in samples), shards, 1)
+    whole = _embed(shards, checkpoint, tmp_path / "whole")
     done = 0
     for records in AFTER:
-        done = Embedding(shards, checkpoint, tmp_path / "killed").kill_at(records)
+        done = _embed(shards, checkpoint, tmp_path / "killed", records)
         assert records <= done < SHARDS, "killed in the middle"
-    resumed = Embedding(shards, checkpoint, tmp_path / "killed").result()
+    resumed = _embed(shards, checkpoint, tmp_path / "killed")
     assert (whole["shards"], whole["already_done"], resumed["already_done"]) == (SHARDS, 0, done)
-    files = sorted(file.name for file in (tmp_path / "whole").glob("*.parquet"))
+    names, killed = (sorted(file.name for file in (tmp_path / out).iterdir()) for out in ("whole", "killed"))
+    assert killed == names, "nothing is left over"
+    files = [name for name in names if name.endswith(".parquet")]
     assert len(files) == SHARDS
-    whole_names, killed_names = (
-        sorted(file.name for file in (tmp_path / folder).iterdir()) for folder in ("whole", "killed")
-    )
-    assert killed_names == whole_names, "nothing is left over"
     for name in files:
         assert parquet.read_table(tmp_path / "killed" / name) == parquet.read_table(tmp_path / "whole" / name)

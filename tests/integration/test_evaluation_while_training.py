@@ -1,12 +1,14 @@
-"""Evaluation during training changes no loss, and gives the metrics that the checkpoint gives afterwards."""
+"""Evaluation during training changes no loss and equals that of the checkpoint; ranks on Ray equal one process."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import pytest
 
+from tests.support.finished_run import untrained_weights
 from tests.support.ranks import run_ranks
 from tests.support.short_run import journal, losses, train_short, without_mlflow
 
@@ -16,22 +18,15 @@ STEPS, EVERY = 6, 2
 def _both_runs(folder: str, zero_stage: int) -> None:
     """Train without and with evaluation: twelve images in batches of five, so the ranks have unequal batches."""
     without_mlflow()
+    stage: dict[str, Any] = {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": {"itc": {}, "mlm": {}}}
+    stage |= {"steps": STEPS, "global_batch_size": 8, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
     shared: dict[str, Any] = {
         "engine__zero_stage": zero_stage,
         "sources": {
             "scenes": {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}},
             "unseen": {"shards": f"{folder}/unseen", "synthetic": {"scenes": 13, "image_size": 24, "seed": 9}},
         },
-        "stages": [
-            {
-                "name": "pairs",
-                "sources": {"scenes": 1.0},
-                "objectives": {"itc": {}, "mlm": {}},
-                "steps": STEPS,
-                "global_batch_size": 8,
-                "optimizer": {"lr": 1e-3, "warmup_steps": 1},
-            }
-        ],
+        "stages": [stage],
     }
     train_short(folder, "plain", **shared, checkpoint__every=EVERY)
     best = {"metric": "eval/unseen/i2t_mean_rank", "mode": "min"}
@@ -46,7 +41,9 @@ def _both_runs(folder: str, zero_stage: int) -> None:
 
 # At ZeRO 3 every forward gathers weights from all ranks: what disturbs nothing there does so nowhere.
 @pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_evaluation_changes_no_loss(tmp_path: Path, zero_stage: int) -> None:
+def test_evaluation_changes_no_loss_and_equals_that_of_the_checkpoint(tmp_path: Path, zero_stage: int) -> None:
+    from jobs.evaluate import evaluate_checkpoint
+
     run_ranks(_both_runs, 2, str(tmp_path), zero_stage)
     assert losses(tmp_path, "evaluating") == losses(tmp_path, "plain")
     assert len(losses(tmp_path, "plain")) == STEPS
@@ -56,20 +53,34 @@ def test_evaluation_changes_no_loss(tmp_path: Path, zero_stage: int) -> None:
     assert {"eval/unseen/t2i_mean_rank", "eval/unseen/mlm_accuracy"} <= metrics[4].keys()
     seconds = [record["values"]["time/evaluation_s"] for record in points if "time/evaluation_s" in record["values"]]
     assert seconds[0] == 0 < seconds[-1]
-    _assert_equal_to_checkpoint(tmp_path, metrics)
 
-
-def _assert_equal_to_checkpoint(folder: Path, metrics: dict[int, dict[str, float]]) -> None:
-    """Evaluate the checkpoint of a step with `mome evaluate` and compare."""
-    from jobs.evaluate import evaluate_checkpoint
-
-    kept = {
-        int(folder_of_step.name[5:13]): folder_of_step
-        for folder_of_step in (folder / "evaluating" / "checkpoints").iterdir()
-    }
+    kept = {int(path.name[5:13]): path for path in (tmp_path / "evaluating" / "checkpoints").iterdir()}
     ranks = {step: values["eval/unseen/i2t_mean_rank"] for step, values in metrics.items()}
     assert set(kept) == {4, min(ranks, key=lambda step: (ranks[step], -step))}, "the last, and the best by evaluation"
-    result = evaluate_checkpoint(str(kept[4]), limit=12, track=False, report=folder / "r.html", rerank_best=0)
+    result = evaluate_checkpoint(str(kept[4]), limit=12, track=False, report=tmp_path / "r.html", rerank_best=0)
     assert result is not None
     assert result["retrieval"]["image_to_text"]["mean_rank"] == round(ranks[4], 2)
     assert result["mlm"]["accuracy"] == round(metrics[4]["eval/unseen/mlm_accuracy"], 6)
+
+
+@pytest.mark.slow
+def test_evaluation_and_embedding_on_ray_equal_one_process(tmp_path: Path) -> None:
+    from jobs.evaluate import evaluate_checkpoint
+    from jobs.predict import embed
+
+    config, url = untrained_weights(tmp_path)
+    report = tmp_path / "report.html"
+    alone = evaluate_checkpoint(url, track=False, report=report)
+    page = report.read_bytes()
+    assert evaluate_checkpoint(url, track=False, report=report, workers=2) == alone
+    assert alone is not None
+    assert (alone["pairs"], alone["trained_on"]) == (22, ["vision", "pairs"])
+    assert report.read_bytes().count(b"<img") == page.count(b"<img")
+    shards = config.sources["scenes"].shards
+    one, two = (embed(shards, url, str(tmp_path / f"{workers}"), workers) for workers in (None, 2))
+    assert one is not None
+    assert two == {**one, "out": str(tmp_path / "2")}
+    files = sorted(file.name for file in (tmp_path / "None").glob("*.parquet"))
+    assert files
+    for name in files:
+        assert parquet.read_table(tmp_path / "None" / name) == parquet.read_table(tmp_path / "2" / name)

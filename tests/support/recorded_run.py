@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import apply_override, validate
-from pipeline.config.schema import RunConfig
 from pipeline.data.quarantine import BadRecord
-from pipeline.data.shards.manifest import index_shards
-from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal, JournalWriter
 from pipeline.tracking.tracker import DatasetInput
-from tests.support.bad_shards import Planted, plant
+from tests.support.bad_shards import Planted
+from tests.support.finished_run import SECTION
 
 START = 1_790_000_000_000  # milliseconds since 1970
 STEPS = 10  # steps of each stage
@@ -27,19 +25,14 @@ SPIKE = "step 12: loss 9, median 2; back to step 10 without batches 0 to 2 of th
 ALERT = "matching is right for 3 % of the true pairs: raise stages.pairs.objectives.itm.weight"
 
 
-def plant_pairs(folder: Path) -> Planted:
-    planted = plant(folder)
-    index_shards(Storage(), planted.folder)
-    return planted
-
-
-def config_of(folder: Path, shards: str, name: str, *overrides: str) -> RunConfig:
+def record_run(folder: Path, planted: Planted, name: str = "recorded", *overrides: str) -> None:
+    """Write `<folder>/<name>`."""
     stage = {"steps": STEPS, "global_batch_size": 8, "max_text_length": 12}
     values: dict[str, Any] = {
         "name": name,
         "output": str(folder),
-        "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 32, "patch_size": 8},
-        "sources": {"pictures": {"shards": shards, "type": "images"}, "pairs": {"shards": shards}},
+        "model": {**SECTION},
+        "sources": {"pictures": {"shards": planted.folder, "type": "images"}, "pairs": {"shards": planted.folder}},
         "data": {"max_bad_rate": 1.0, "streams": 4},
         "stages": [
             {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}, **stage},
@@ -49,51 +42,18 @@ def config_of(folder: Path, shards: str, name: str, *overrides: str) -> RunConfi
     }
     for override in overrides:
         apply_override(values, override)
-    return validate(values, name)
-
-
-class _Session:
-    """The records of one process, a second apart."""
-
-    def __init__(self, journal: Journal, at: int):
-        self.writer: JournalWriter = journal.start_session()
-        self.at = at
-
-    def append(self, kind: str, stage: int | None = None, **values: Any) -> None:
-        self.writer.append({"kind": kind, "at": self.at, "stage": stage, **values})
-        self.at += 1000
-
-    def steps(self, stage: int, first: int, last: int, **more: float) -> None:
-        """Record metrics of the global steps `first` to `last`."""
-        for step in range(first, last + 1):
-            values = {
-                "train/loss": 8.0 / step,
-                "train/grad_norm": 1.0 + step,
-                "train/lr": 1e-3,
-                "perf/samples_per_s": 40.0,
-            }
-            values |= {"train/loss_itc": 5.0 / step, "train/loss_itm": 3.0 / step} if stage else {}
-            source = "pairs" if stage else "pictures"
-            values |= {f"data/samples/{source}": 8.0 * step, f"data/bad/{source}": 1.0, f"data/epochs/{source}": 0.1}
-            self.append("metrics", stage, step=step, values=values | more)
-
-
-def record_run(folder: Path, planted: Planted, name: str = "recorded", *overrides: str) -> RunConfig:
-    """Write `<folder>/<name>` and return the run's config."""
-    config = config_of(folder, planted.folder, name, *overrides)
-    place = folder / name
-    place.mkdir(parents=True)
-    (place / "run.json").write_text(config.model_dump_json(), encoding="utf-8")
-    _record_journal(place, planted)
-    account = {"at": START / 1000 + 800, "seconds": SECONDS | {"evaluation": 0.0}, "restarts": 1, "ended": True}
-    (place / "time.json").write_text(json.dumps(account), encoding="utf-8")
-    (place / "restarts").mkdir()
     cause = {"time": START / 1000 + 99.0, "cause": "failed", "message": "rank 1: killed"}
-    (place / "restarts" / "0.json").write_text(json.dumps(cause), encoding="utf-8")
-    (place / "quarantine").mkdir()
-    lines = [json.dumps(asdict(record)) for record in bad_records(planted)]
-    (place / "quarantine" / "1-pairs-00000020.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return config
+    account = {"at": START / 1000 + 800, "seconds": SECONDS | {"evaluation": 0.0}, "restarts": 1, "ended": True}
+    for file, text in {
+        "run.json": validate(values, name).model_dump_json(),
+        "time.json": json.dumps(account),
+        "restarts/0.json": json.dumps(cause),
+        "quarantine/1-pairs-00000020.jsonl": "\n".join(json.dumps(asdict(r)) for r in bad_records(planted)) + "\n",
+    }.items():
+        path = folder / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    _record_journal(folder / name, planted)
 
 
 def bad_records(planted: Planted) -> list[BadRecord]:
@@ -103,6 +63,28 @@ def bad_records(planted: Planted) -> list[BadRecord]:
         for number, (kind, bad) in enumerate((kind, bad) for kind, all_bad in planted.bad.items() for bad in all_bad)
     ]
     return [*records, records[0]]
+
+
+class _Session:
+    """The records of one process, a second apart."""
+
+    def __init__(self, journal: Journal, at: int, **tags: str):
+        self.writer: JournalWriter = journal.start_session()
+        self.at = at
+        self.append("run", run="f00d", params={}, tags=tags, datasets=[])
+
+    def append(self, kind: str, stage: int | None = None, **values: Any) -> None:
+        self.writer.append({"kind": kind, "at": self.at, "stage": stage, **values})
+        self.at += 1000
+
+    def steps(self, stage: int, first: int, last: int) -> None:
+        """Record metrics of the global steps `first` to `last`."""
+        source = "pairs" if stage else "pictures"
+        for step in range(first, last + 1):
+            values = {"train/loss": 8.0 / step, "train/grad_norm": 1.0 + step, "train/lr": 1e-3}
+            values |= {"train/loss_itc": 5.0 / step, "train/loss_itm": 3.0 / step} if stage else {}
+            values |= {f"data/samples/{source}": 8.0 * step, f"data/bad/{source}": 1.0, f"data/epochs/{source}": 0.1}
+            self.append("metrics", stage, step=step, values=values | {"perf/samples_per_s": 40.0})
 
 
 def _record_journal(place: Path, planted: Planted) -> None:
@@ -116,8 +98,7 @@ def _record_journal(place: Path, planted: Planted) -> None:
         read = asdict(DatasetInput(("pictures", "pairs")[stage], planted.folder, digest))
         session.append("stage", stage, name=name, params={}, tags={"start_from": origin, **more}, datasets=[read])
 
-    first = _Session(journal, START)
-    first.append("run", run="f00d", params={}, tags=tags, datasets=[])
+    first = _Session(journal, START, **tags)
     begin(first, 0)
     first.steps(0, 1, STEPS)
     first.append("stage_end", 0, status="FINISHED")
@@ -126,19 +107,20 @@ def _record_journal(place: Path, planted: Planted) -> None:
     first.steps(1, STEPS + 1, RESUMED_AT + 2)
     first.writer.close()
 
-    second = _Session(journal, START + 100_000)
-    second.append("run", run="f00d", params={}, tags=tags, datasets=[])
+    second = _Session(journal, START + 100_000, **tags)
     begin(second, 1, resumed_at=str(RESUMED_AT))
     second.steps(1, RESUMED_AT + 3, 2 * STEPS)
-    second.append("tag", 1, key="mome.alert.matching_collapsed", value=ALERT)
-    second.append("tag", 1, key="mome.alert.starved", value="since step 18: the loader is slow: add workers")
-    second.append("tag", 1, key="mome.alert.starved", value="over at step 19; since step 18: the loader is slow")
+    for key, value in (
+        ("matching_collapsed", ALERT),
+        ("starved", "since step 18: the loader is slow: add workers"),
+        ("starved", "over at step 19; since step 18: the loader is slow"),
+    ):
+        second.append("tag", 1, key=f"mome.alert.{key}", value=value)
     second.append("stage_end", 1, status="FINISHED")
     second.append("run_end", status="FINISHED")
     second.writer.close()
 
     evaluation = _Session(journal, START + 200_000)
-    evaluation.append("run", run="f00d", params={}, tags={}, datasets=[])
     for recall in (0.25, 0.5):
         values = {"eval/pairs/pairs": 64.0, "eval/pairs/i2t_r1": recall, "eval/pairs/t2i_r1": recall / 2}
         evaluation.append("metrics", step=2 * STEPS, values=values)

@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig, SourceType
-from pipeline.evaluation.evaluate import stages_trained_on
-from pipeline.evaluation.results import MatchingResult
+from pipeline.evaluation.evaluate import MatchingResult, stages_trained_on
 from pipeline.models.forward import ForwardInput
 from pipeline.training.collectives import Collectives
 from tests.support.trial import begin, tiny_run

@@ -10,8 +10,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.evaluation.datasets import EvalPairs, load_pairs
-from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.results import Evaluation
+from pipeline.evaluation.evaluate import Evaluation, evaluate
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig
 from pipeline.models.vlmo import VLMo

@@ -1,4 +1,4 @@
-"""The evaluation of a tiny model has the documented JSON and equal metrics for every batch size."""
+"""The evaluation of a tiny model has the documented JSON, equal for every batch size and number of ranks."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ import json
 import pytest
 import torch
 
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import DualEncoderConfig, ObjectiveConfig
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_on_all_ranks
 from pipeline.evaluation.retrieval import fusion_scores
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
+from pipeline.models.model import HeadConfig
+from tests.support.ranks import run_ranks
 
 KS = {"r1", "r5", "r10"}
 
 
-@pytest.fixture
-def matching_only(config):
-    """Return the run with ITM as the only objective of its last stage, which then gives no ranking by ITC."""
-    changes = {"objectives": {"itm": ObjectiveConfig()}, "negatives": "random"}
-    stages = (*config.stages[:-1], config.stages[-1].model_copy(update=changes))
-    return config.model_copy(update={"stages": stages})
-
-
-def test_json_has_the_documented_keys(evaluation):
+def test_json_and_metrics_have_the_documented_keys(evaluation):
     result = json.loads(json.dumps(evaluation.to_json()))
     assert (result["pairs"], result["captions"]) == (24, 48)
     for direction in ("image_to_text", "text_to_image", "chance"):
@@ -35,9 +32,6 @@ def test_json_has_the_documented_keys(evaluation):
     assert mlm.keys() >= {"accuracy", "accuracy_other_image", "accuracy_text_only", "language_stage_text_only"}
     assert mlm["language_stage_text_only"] == mlm["accuracy_text_only"]  # the language stage has the same weights
     assert result["reconstruction"]["stage"] == "vision"
-
-
-def test_metrics_are_flat_numbers_under_the_source(evaluation):
     metrics = evaluation.metrics()
     assert all(name.startswith("eval/unseen/") and isinstance(value, float) for name, value in metrics.items())
     assert metrics["eval/unseen/i2t_r1"] == pytest.approx(evaluation.retrieval.image_to_text.at[1])
@@ -77,11 +71,14 @@ def test_results_of_untrained_objectives_are_null(stage, null, present, model, c
     assert (result["mlm"] or {"accuracy": None})["accuracy"] is None
 
 
-def test_single_pair_has_no_comparisons(model, config, storage, tokenizer):
+def test_single_pairs_and_unknown_stages(model, config, storage, tokenizer):
     result = evaluate(model, tokenizer, config, storage, limit=1).to_json()
     assert result["mlm"]["accuracy_other_image"] is None
     assert result["itm"] is None
     assert result["retrieval"]["text_to_image"]["r1"] == result["retrieval"]["chance"]["r1"] == 1.0
+    known = "no stage 'visoin' in this run; its stages: vision, language, vision_language"
+    with pytest.raises(ConfigError, match=known):
+        evaluate(model, tokenizer, config, storage, stage="visoin")
 
 
 def test_dual_encoder_is_evaluated_by_its_single_itc_head(config, storage, tokenizer):
@@ -95,31 +92,74 @@ def test_dual_encoder_is_evaluated_by_its_single_itc_head(config, storage, token
     assert all(values[name] is None for name in ("reranked", "itm", "mlm", "reconstruction"))
 
 
-def test_itm_without_itc_ranks_by_scoring_every_pair(model, matching_only, storage, tokenizer):
-    result = evaluate(model, tokenizer, matching_only, storage)
+def test_itm_without_itc_ranks_by_scoring_every_pair_of_the_first_images(
+    model, config, storage, tokenizer, monkeypatch
+):
+    changes = {"objectives": {"itm": ObjectiveConfig()}, "negatives": "random"}
+    stages = (*config.stages[:-1], config.stages[-1].model_copy(update=changes))
+    config = config.model_copy(update={"stages": stages})
+    result = evaluate(model, tokenizer, config, storage)
     held_out = result.held_out
-    assert result.itm is not None
-    assert result.reranked is None
+    assert (result.itm is None, result.reranked) == (False, None)
     assert (result.retrieval_by, result.retrieval_images) == ("itm", len(held_out))
     pairs = torch.cartesian_prod(torch.arange(len(held_out)), torch.arange(len(held_out.tokens)))
-    odds = fusion_scores(model, held_out.images, held_out.token_ids(), tokenizer.pad_id, pairs)
+    token_ids = [tokens.ids for tokens in held_out.tokens]
+    odds = fusion_scores(model, held_out.images, token_ids, tokenizer.pad_id, pairs)
     best = odds.view(len(held_out), -1).topk(10, dim=1).values
     torch.testing.assert_close(result.rankings.image_to_text.score, best)
-    assert evaluate(model, tokenizer, matching_only, storage, rerank_best=0).retrieval is None
+    assert evaluate(model, tokenizer, config, storage, rerank_best=0).retrieval is None
 
-
-def test_fused_retrieval_scores_only_the_first_images_of_many(model, matching_only, storage, tokenizer, monkeypatch):
     monkeypatch.setattr("pipeline.evaluation.evaluate.RERANK_PAIRS", 30)
-    result = evaluate(model, tokenizer, matching_only, storage)
-    images = result.retrieval_images
-    captions = int((result.held_out.caption_of < images).sum())
-    assert 1 < images < len(result.held_out)
-    assert images * captions <= 30
-    assert result.rankings is None
-    assert result.retrieval is not None
+    part = evaluate(model, tokenizer, config, storage)
+    captions = int((part.held_out.caption_of < part.retrieval_images).sum())
+    assert 1 < part.retrieval_images < len(part.held_out)
+    assert part.retrieval_images * captions <= 30
+    assert (part.rankings, part.retrieval is None) == (None, False)
 
 
-def test_unknown_stage_is_rejected_with_the_known_stages(model, config, storage, tokenizer):
-    known = "no stage 'visoin' in this run; its stages: vision, language, vision_language"
-    with pytest.raises(ConfigError, match=known):
-        evaluate(model, tokenizer, config, storage, stage="visoin")
+class One(Ranks):
+    """One of several ranks, without collective calls."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size = rank, world_size
+
+    def shares(self, count):
+        return [(r * count // self.world_size, (r + 1) * count // self.world_size) for r in range(self.world_size)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 50, 64])
+@pytest.mark.parametrize("world_size", [1, 2, 9])
+def test_rows_are_computed_once_with_equal_forward_counts(count, world_size):
+    turns = [list(rank_batches(count, 7, One(rank, world_size))) for rank in range(world_size)]
+    own = [row for of_rank in turns for rows, is_own in of_rank if is_own for row in range(count)[rows]]
+    assert own == list(range(count))
+    assert len({len(of_rank) for of_rank in turns}) == 1
+    assert all(0 < rows.stop - rows.start <= 7 for of_rank in turns for rows, _ in of_rank)
+
+
+def test_an_error_of_one_rank_is_raised_on_all(monkeypatch):
+    ranks = One(0, 2)
+    monkeypatch.setattr(ranks, "gather_objects", lambda value: [value, (None, DataError("shard 3 changed"))])
+    with pytest.raises(DataError, match="shard 3 changed"):
+        run_on_all_ranks(ranks, lambda: 1)
+
+
+def evaluated(config, ranks=None):
+    """Return all results of one rank: metrics, ranks, best candidates, predictions."""
+    from pipeline.training.collectives import Collectives
+
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer.train(["a red square", "two blue circles and a green star"], 200)
+    model = build_model(config.model, tokenizer.size, HeadConfig("pixels"), seed=3)
+    result = evaluate(model, tokenizer, config, Storage(), others={"language": model}, ranks=ranks or Collectives())
+    tensors = [tensor for direction in result.rankings for tensor in vars(direction).values()]
+    tensors += [result.mlm.own_image.truth_probability, result.mlm.text_only.tokens]
+    return result.to_json(), result.metrics(), tensors
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_results_do_not_depend_on_the_number_of_ranks(config, world_size):
+    values, metrics, tensors = evaluated(config, SINGLE_PROCESS)
+    for own_values, own_metrics, own_tensors in run_ranks(evaluated, world_size, config):
+        assert (own_values, own_metrics) == (values, metrics)
+        assert all(torch.equal(mine, other) for mine, other in zip(own_tensors, tensors, strict=True))

@@ -1,18 +1,26 @@
-"""Explanations by tiny models with random weights show the transport plan and each word's masked prediction."""
+"""Explanations show the transport plan and each word's masked prediction; `mome explain` draws them."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
-from pipeline.config.errors import DataError
+from jobs.cli import app
+from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.text import Tokenizer
-from pipeline.evaluation.explain import draw_heat_map, explain, explanation_html, explanation_png
+from pipeline.data.storage import Storage
+from pipeline.evaluation.explain import draw_explanation, draw_heat_map, explain, render_explanation, untrained_notes
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
+from pipeline.objectives import head_config
 from pipeline.objectives.wpa import wpa_cost, wpa_plan
-from tests.support.trial import tiny_section
+from pipeline.training.checkpoint import save_weights
+from tests.support.trial import Cell, tiny_section, trial_config
 
 TEXT = "a red circle above blsquare"  # the last word has two tokens
 TOKENIZER = Tokenizer.train(["a red circle above a square", "a blue square", "a bl square"], 60)
@@ -36,7 +44,8 @@ def test_heat_is_the_normalised_transport_plan_of_each_word(model, explanation):
     pair = ForwardInput(heads=("alignment",), image=explanation.image[None], text=torch.tensor([tokens.ids]))
     with torch.no_grad():
         out = model({"x": pair})["x"]
-        plan = wpa_plan(wpa_cost(out["words"], out["patches"]), out["words_keep"], out["patches_keep"])[0]
+        cost = wpa_cost(out["words"], out["patches"])
+        plan = wpa_plan(cost, out["words_keep"], out["patches_keep"])[0]
     assert [word.word for word in explanation.words] == TEXT.split()
     for number, word in enumerate(explanation.words):
         places = [place for place, of in enumerate(tokens.word_of) if of == number]
@@ -44,7 +53,7 @@ def test_heat_is_the_normalised_transport_plan_of_each_word(model, explanation):
         moved = plan[places].sum(dim=0)
         assert word.heat.shape == (rows, columns)
         torch.testing.assert_close(word.heat.flatten(), moved / moved.sum(), rtol=1e-4, atol=1e-6)
-    assert explanation.distance == pytest.approx((plan * wpa_cost(out["words"], out["patches"])[0]).sum().item())
+    assert explanation.distance == pytest.approx((plan * cost[0]).sum().item())
 
 
 def test_guesses_are_those_of_the_model_with_the_word_masked(model, explanation):
@@ -52,12 +61,11 @@ def test_guesses_are_those_of_the_model_with_the_word_masked(model, explanation)
     for number in (2, 4):
         word = explanation.words[number]
         places = [place for place, of in enumerate(tokens.word_of) if of == number]
-        masked = [TOKENIZER.mask_id if place in places else token for place, token in enumerate(tokens.ids)]
-        truth = torch.tensor([tokens.ids[place] for place in places])
+        text = torch.tensor([[TOKENIZER.mask_id if place in places else t for place, t in enumerate(tokens.ids)]])
+        truth = [tokens.ids[place] for place in places]
         for image, condition in ((explanation.image[None], word.with_image), (None, word.without_image)):
+            one = ForwardInput(heads=("mlm",), image=image, text=text, mask_positions=torch.tensor([places]))
             with torch.no_grad():
-                text, positions = torch.tensor([masked]), torch.tensor([places])
-                one = ForwardInput(heads=("mlm",), image=image, text=text, mask_positions=positions)
                 odds = model({"x": one})["x"]["mlm"][0].softmax(-1)
             expected = odds[torch.arange(len(truth)), truth].prod().item()
             assert condition.truth_probability == pytest.approx(expected, rel=1e-4)
@@ -67,30 +75,73 @@ def test_guesses_are_those_of_the_model_with_the_word_masked(model, explanation)
             assert all(guess.is_right == (guess.word == word.word) for guess in condition.guesses)
 
 
-def test_panel_is_reddest_at_the_hottest_patch(explanation):
+def test_drawings_are_complete_and_escape_the_text(explanation):
     word = explanation.words[0]
     drawn = np.asarray(draw_heat_map(explanation, word)).astype(int)
     redness = torch.from_numpy(drawn[:, :, 0] - drawn[:, :, 1]).float()
     of_patch = torch.nn.functional.adaptive_avg_pool2d(redness[None], word.heat.shape)
-    assert int(of_patch.argmax()) == int(word.heat.argmax())
-
-
-def test_page_is_complete_and_escapes_the_text(explanation):
-    page = explanation_html(explanation, "<b>words</b>", "checkpoint", ["a note"])
-    assert "<b>words</b>" not in page
+    assert int(of_patch.argmax()) == int(word.heat.argmax()), "the hottest patch is the reddest"
+    page = render_explanation(explanation, "<b>words</b>", "checkpoint", ["a note"], ".html").decode()
     assert page.count("data:image/png;base64,") == 1 + len(explanation.words)
-    assert "http:" not in page
-    assert "https:" not in page
+    assert not any(part in page for part in ("<b>words</b>", "http:", "https:"))
     guesses = [guess.word for word in explanation.words for guess in word.with_image.guesses]
     assert all(guess in page or not guess.isalnum() for guess in guesses)
-
-
-def test_image_has_a_panel_for_every_word(explanation):
-    pixels = np.asarray(explanation_png(explanation, TEXT, "checkpoint", []))
+    pixels = np.asarray(draw_explanation(explanation, TEXT, "checkpoint", []))
     assert pixels.shape[1] >= 16 + 4 * (224 + 16)
     assert (pixels == 255).all(axis=2).mean() < 0.9
 
 
-def test_text_without_a_word_is_rejected(model):
-    with pytest.raises(DataError, match="at least one word"):
-        explain(model, TOKENIZER, IMAGE, " ", 12)
+@pytest.fixture
+def command(tmp_path):
+    """Return a function that runs `mome explain` on the untrained weights of a trial and returns its JSON."""
+    photo = tmp_path / "photo.png"
+    Image.fromarray(IMAGE).save(photo)
+
+    def command(cell, out, text="a red circle", image=photo):
+        config = trial_config(cell)
+        model = build_model(config.model, TOKENIZER.size, head_config(config, 0), seed=1)
+        metadata = {"config": config.model_dump(mode="json"), "stage": "trial", "step": 30}
+        url = f"{tmp_path}/run/stages/0-trial"
+        save_weights(Storage(), url, dict(model.state_dict()), list(TOKENIZER.tokens), metadata)
+        arguments = ["--image", str(image), "--text", text, "--out", str(tmp_path / out), "--json"]
+        done = CliRunner().invoke(app, ["explain", str(tmp_path / "run"), *arguments])
+        if done.exception is not None:
+            raise done.exception
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("kind", "out", "start"), [("vlmo", "drawn.html", b"<!doctype html>"), ("vilt", "drawn.png", b"\x89PNG")]
+)
+def test_command_renders_the_alignment_of_a_checkpoint(kind, out, start, command, tmp_path):
+    result = command(Cell("wpa", kind, "pairs"), out)
+    assert [word["word"] for word in result["words"]] == ["a", "red", "circle"]
+    for word in result["words"]:
+        assert len(word["with_image"]["guesses"]) == len(word["without_image"]["guesses"]) == 3
+        assert 0 < word["hottest_patch"]["share"] <= 1
+    assert (tmp_path / out).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("objective", "source_type", "parts"),
+    [("wpa", "pairs", ["mlm"]), ("mlm", "pairs", ["wpa"]), ("mlm", "text", ["wpa", "with images"])],
+)
+def test_notes_name_objectives_that_were_not_trained(objective, source_type, parts):
+    notes = untrained_notes(trial_config(Cell(objective, "vlmo", source_type)), "trial")
+    assert len(notes) == len(parts)
+    assert all(part in note for part, note in zip(parts, notes, strict=True))
+
+
+def test_unusable_models_files_and_texts_are_rejected_by_name(command, tmp_path):
+    wpa, damaged = Cell("wpa", "vlmo", "pairs"), tmp_path / "damaged.jpg"
+    damaged.write_bytes(b"\xff\xd8 no image")
+    for arguments, error, message in (
+        ((Cell("itc", "dual_encoder", "pairs"), "drawn.html"), ConfigError, r"dual_encoder.*vlmo, vilt"),
+        ((wpa, "drawn.pdf"), ConfigError, r"drawn\.pdf.*\.html or \.png"),
+        ((wpa, "drawn.png", "a", damaged), DataError, r"damaged\.jpg.*JPEG, PNG or WebP"),
+        ((wpa, "drawn.png", " "), DataError, "at least one word"),
+    ):
+        with pytest.raises(error, match=message):
+            command(*arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,78 +16,68 @@ from PIL import Image
 from torch import nn
 
 from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.load import validate
 from pipeline.config.schema import SourceConfig
 from pipeline.data.building.importers import write_shards
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_samples
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.evaluation import datasets
 from pipeline.evaluation.datasets import load_pairs
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.masked import mask_captions, predict_masked_tokens
+from pipeline.evaluation.report import build_report_data, render_report
+from pipeline.evaluation.retrieval import fusion_scores
+from pipeline.models import build_model
+from pipeline.models.model import HeadConfig
 from tests.support.ranks import run_ranks
 
 IMAGES, CAPTIONS, SIDE, WIDTH = 5_000, 5, 384, 512
 GIB = 2**30
 
 
-def test_every_pair_is_read_in_the_order_of_the_manifest(config, storage, held_out):
+def test_pairs_are_read_in_the_order_of_the_manifest_up_to_a_limit(config, storage, tokenizer, held_out):
     assert held_out.keys == tuple(s.key for s in iter_samples(storage, config.sources["unseen"].shards))
-    assert held_out.images[:].shape == (24, 32, 32, 3)
-    assert held_out.images[3].dtype == torch.uint8
+    assert (held_out.images[:].shape, held_out.images[3].dtype) == ((24, 32, 32, 3), torch.uint8)
     assert held_out.caption_of.tolist() == [image for image in range(24) for _ in range(2)]
-    assert held_out.texts() == [held_out.captions[image][number] for image in range(24) for number in range(2)]
-    assert len(held_out.tokens) == 48
+    texts = [text for own in held_out.captions for text in own]
+    assert [tokens.ids for tokens in held_out.tokens] == [tokenizer.encode(text, 40).ids for text in texts]
     assert held_out.skipped == {}
-
-
-def test_a_limit_keeps_the_first_pairs(config, storage, tokenizer, held_out):
     few = load_pairs(config, storage, "unseen", 5, tokenizer, max_text_length=40)
     assert few.keys == held_out.keys[:5]
     assert torch.equal(few.images[:], held_out.images[:5])
     assert torch.equal(few.image_id, held_out.image_id[:5])
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
+def test_unknown_sources_and_sources_without_pairs_are_rejected(config, storage, tokenizer):
+    for source, message in (
         ("nowhere", "'nowhere' is not a source of this run; sources with pairs: unseen"),
         ("images", "'images' has no pairs"),
-    ],
-)
-def test_unknown_sources_and_sources_without_pairs_are_rejected(source, message, config, storage, tokenizer):
-    with pytest.raises(ConfigError, match=message):
-        load_pairs(config, storage, source, None, tokenizer, max_text_length=40)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_pairs(config, storage, source, None, tokenizer, max_text_length=40)
 
 
-@pytest.fixture
-def mixed(config, storage, tmp_path, tokenizer):
-    """Return a function that loads ten pairs, the first few of which have no readable image."""
-
-    def mixed(num_bad):
-        samples = []
-        for number in range(10):
-            buffer = io.BytesIO()
-            Image.new("RGB", (20, 30), (number, 0, 0)).save(buffer, "PNG")
-            record = {"captions": ["a red square", "two circles"], "image_id": number // 2}
-            image = b"no image" if number < num_bad else buffer.getvalue()
-            samples.append({"__key__": f"{number:03d}", "png": image, "json": json.dumps(record).encode()})
-        write_shards(storage, iter(samples), str(tmp_path), 4)
-        run = config.model_copy(update={"sources": {"mixed": SourceConfig(shards=str(tmp_path))}})
-        return load_pairs(run, storage, "mixed", None, tokenizer, max_text_length=40)
-
-    return mixed
-
-
-def test_a_bad_sample_is_left_out_and_counted(mixed):
-    pairs = mixed(num_bad=1)
+@pytest.mark.parametrize("num_bad", [1, 5])
+def test_bad_samples_are_counted_and_too_many_are_fatal(num_bad, config, storage, tmp_path, tokenizer):
+    samples = []
+    for number in range(10):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 30), (number, 0, 0)).save(buffer, "PNG")
+        record = {"captions": ["a red square", "two circles"], "image_id": number // 2}
+        image = b"no image" if number < num_bad else buffer.getvalue()
+        samples.append({"__key__": f"{number:03d}", "png": image, "json": json.dumps(record).encode()})
+    write_shards(storage, iter(samples), str(tmp_path), 4)
+    run = config.model_copy(update={"sources": {"mixed": SourceConfig(shards=str(tmp_path))}})
+    if num_bad == 5:
+        with pytest.raises(DataError, match=r"5 of 10 samples are bad: image: .*max_bad_rate"):
+            load_pairs(run, storage, "mixed", None, tokenizer, max_text_length=40)
+        return
+    pairs = load_pairs(run, storage, "mixed", None, tokenizer, max_text_length=40)
     assert (len(pairs), list(pairs.skipped.values())) == (9, [1])
     assert "image: " in next(iter(pairs.skipped))
     assert pairs.image_id[1] == pairs.image_id[2] != pairs.image_id[3]
-
-
-def test_too_many_bad_samples_are_fatal_with_their_reasons(mixed):
-    with pytest.raises(DataError, match=r"5 of 10 samples are bad: image: .*max_bad_rate"):
-        mixed(num_bad=5)
 
 
 def test_bounded_image_cache_returns_the_same_images(config, storage, tokenizer, held_out, monkeypatch):
@@ -152,3 +143,54 @@ def test_5000_images_and_25000_captions_take_less_than_4_gib(config, tmp_path):
     assert (result["pairs"], result["captions"]) == (IMAGES, IMAGES * CAPTIONS)
     print(f"peak {result['peak'] / GIB:.2f} GiB")
     assert result["peak"] < 4 * GIB
+
+
+def test_the_canvas_around_images_of_own_shape_changes_no_result(make_pairs, make_pair):
+    """A ViLT reads each image in its own shape."""
+    planted = {}
+    for number, shape in enumerate([(24, 40), (40, 24), (24, 24), (20, 50), (33, 24), (24, 31)]):
+        pixels = np.random.default_rng(number).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        planted[0, number] = make_pair(number) | {"jpg": simplejpeg.encode_jpeg(pixels, 90, "RGB", "444")}
+    shards = make_pairs("shaped", [len(planted)], planted)
+    index_shards(Storage(), shards)
+    sizes = {"width": 32, "layers": 2, "heads": 2, "image_size": 24, "longest_side": 40, "patch_size": 8}
+    plain = {"sources": {"pairs": 1.0}, "negatives": "random", "steps": 4, "global_batch_size": 4}
+    stage = {"name": "pairs", "objectives": {"mlm": {}, "itm": {}, "mim": {}}, "max_text_length": 20, **plain}
+    values = {
+        "name": "shaped",
+        "model": {"kind": "vilt", **sizes, "init_std": 0.3},
+        "sources": {"pairs": {"shards": shards}},
+        "data": {"streams": 2},
+        "stages": [stage, {**stage, "name": "ranked", "objectives": {"ranking": {}}}],
+        "evaluation": {"source": "pairs", "batch_size": 5},
+    }
+    run = validate(values, "shaped")
+    tokenizer = Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(9) for way in "abc"], 99)
+    model = build_model(run.model, tokenizer.size, HeadConfig("pixels", ranking=True), seed=3)
+    held_out = load_pairs(run, Storage(), "pairs", None, tokenizer, 20)
+    assert held_out.image_size.tolist() == [[24, 40], [40, 24], [24, 24], [16, 40], [32, 24], [24, 24]]
+    assert (held_out.images[:].shape, held_out.image(3).shape) == ((6, 40, 40, 3), (16, 40, 3))
+
+    larger = replace(held_out, images=F.pad(held_out.images[:], (0, 0, 0, 8, 0, 16), value=99))
+    masked = mask_captions(held_out, run.stages[0].masking, tokenizer)
+    pairs, token_ids = torch.cartesian_prod(torch.arange(6), torch.arange(5)), [t.ids for t in held_out.tokens]
+    results, pad = [], tokenizer.pad_id
+    for part in (held_out, larger):
+        words = predict_masked_tokens(model, masked, pad, part.images, part.caption_of, 4, part.image_size)
+        scores = [
+            fusion_scores(model, part.images, token_ids, pad, pairs, 7, part.image_size, head)
+            for head in ("itm", "ranking")
+        ]
+        results.append((words.truth_probability, *scores))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(results[0][1], results[0][2])
+
+    result = evaluate(model, tokenizer, run, Storage(), stage="pairs")
+    values = result.to_json()
+    assert None not in (values["mlm"]["accuracy"], values["mlm"]["accuracy_text_only"], values["itm"]["accuracy"])
+    assert (values["retrieval"]["by"], values["retrieval"]["images"]) == ("itm", 6)
+    assert values["reconstruction"] is None
+    assert "itm" in render_report(build_report_data(result, run, tokenizer), run, {})
+    ranked = evaluate(model, tokenizer, run, Storage(), stage="ranked")
+    assert (ranked.retrieval_by, ranked.rankings.text_to_image.best.shape) == ("ranking", (18, 6))

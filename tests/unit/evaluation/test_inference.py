@@ -37,6 +37,8 @@ def encoded(image):
 
 
 def test_loaded_run_encodes_images_and_texts_as_evaluation_does(model, config, held_out, tokenizer, tmp_path):
+    with pytest.raises(CheckpointError, match="no finished stage"):
+        load_model(tmp_path)
     config = config.model_copy(update={"output": str(tmp_path)})
     metadata = {"config": config.model_dump(mode="json"), "stage": "vision_language", "step": 4, "absent": []}
     url = f"{tmp_path}/tiny/stages/2-vision_language"
@@ -74,18 +76,16 @@ def test_pair_predictions_are_the_heads_outputs(trained, model, image, held_out,
     assert cosine.item() == pytest.approx(prediction["similarity"], abs=1e-6)
 
 
-def test_masked_words_depend_on_the_image(trained, image):
+def test_spelled_masks_become_mask_tokens_and_words_depend_on_the_image(trained, tokenizer, image):
     text = "a large [MASK] circle above a [MASK] square"
+    ids, positions = trained.tokenize_masked(text)
+    assert [ids[p] for p in positions] == [tokenizer.mask_id] * 2
+    unmasked = tokenizer.encode("a large circle above a square", 40).ids
+    assert [token for token in ids if token != tokenizer.mask_id] == unmasked
     alone, with_image = trained.fill_masks(text, top_k=3), trained.fill_masks(text, image, top_k=3)
     assert [len(words) for words in alone] == [len(words) for words in with_image] == [3, 3]
     assert alone != with_image
     assert trained.predict([image], text, top_k=3) == {"words": with_image}
-
-
-def test_spelled_mask_becomes_the_mask_token(trained, tokenizer):
-    ids, positions = trained.tokenize_masked("a large [MASK] circle")
-    assert [ids[p] for p in positions] == [tokenizer.mask_id]
-    assert [token for token in ids if token != tokenizer.mask_id] == tokenizer.encode("a large circle", 40).ids
 
 
 def test_answers_are_the_listed_ones_by_probability(config, tokenizer, image):
@@ -129,8 +129,3 @@ def test_stage_without_predictions_is_rejected(trained, config, image):
         vision.predict([image])
     with pytest.raises(ConfigError, match="embeddings need objective itc"):
         vision.encode_images([image])
-
-
-def test_folder_without_weights_is_rejected(tmp_path):
-    with pytest.raises(CheckpointError, match="no finished stage"):
-        load_model(tmp_path)

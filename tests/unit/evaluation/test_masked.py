@@ -9,63 +9,47 @@ import torch
 from torch import nn
 
 from pipeline.config.schema import MaskingConfig
-from pipeline.evaluation.masked import (
-    mask_captions,
-    masked_language,
-    mismatched_images,
-    predict_masked_tokens,
-    reconstruct_images,
-    words_of,
-)
+from pipeline.evaluation import masked as evaluation
 from pipeline.models.forward import ForwardInput
 from pipeline.objectives.mim import patch_targets, patchify
 
 
-def test_whole_words_are_replaced_by_mask_tokens_with_original_labels(held_out, tokenizer):
-    masked = mask_captions(held_out, MaskingConfig(), tokenizer)
+@pytest.fixture
+def masked(held_out, tokenizer):
+    return evaluation.mask_captions(held_out, MaskingConfig(), tokenizer)
+
+
+def test_whole_words_of_each_caption_are_masked_whatever_the_limit(masked, held_out, tokenizer):
     captions = zip(held_out.tokens, masked.rows, masked.positions, masked.labels, strict=True)
     for tokens, row, positions, labels in captions:
-        assert positions
         assert {row[p] for p in positions} == {tokenizer.mask_id}
         original = dict(zip(positions, labels, strict=True))
         assert [original.get(p, token) for p, token in enumerate(row)] == list(tokens.ids)
-        for word, places in words_of(tokens.word_of[position] for position in positions).items():
+        for word, places in evaluation.words_of(tokens.word_of[position] for position in positions).items():
             assert len(places) == tokens.word_of.count(word)
-
-
-def test_masks_do_not_depend_on_the_limit(held_out, tokenizer):
     few = replace(held_out, keys=held_out.keys[:3], captions=held_out.captions[:3], tokens=held_out.tokens[:6])
-    whole, part = (mask_captions(pairs, MaskingConfig(), tokenizer) for pairs in (held_out, few))
-    assert (part.rows, part.positions) == (whole.rows[:6], whole.positions[:6])
+    part = evaluation.mask_captions(few, MaskingConfig(), tokenizer)
+    assert (part.rows, part.positions) == (masked.rows[:6], masked.positions[:6])
 
 
-@pytest.mark.parametrize(
-    "ids", [[1, 2], [1, 1, 2, 2], [5, 4, 3, 2, 1], [1, 1, 2, 3, 4], [1, 1, 1, 2], [3, 1, 3, 2, 3, 9]]
-)
-def test_other_image_never_has_equal_content(ids):
-    image_id = torch.tensor(ids)
-    other = mismatched_images(image_id)
-    assert (image_id[other] != image_id).all()
-    if 2 * max(ids.count(i) for i in ids) <= len(ids):
-        assert sorted(other.tolist()) == list(range(len(ids)))
-
-
-def test_one_image_alone_has_no_other():
+def test_other_image_never_has_equal_content():
+    for ids in ([1, 2], [1, 1, 2, 2], [5, 4, 3, 2, 1], [1, 1, 2, 3, 4], [1, 1, 1, 2], [3, 1, 3, 2, 3, 9]):
+        image_id = torch.tensor(ids)
+        other = evaluation.mismatched_images(image_id)
+        assert (image_id[other] != image_id).all()
+        if 2 * max(ids.count(i) for i in ids) <= len(ids):
+            assert sorted(other.tolist()) == list(range(len(ids)))
     with pytest.raises(ValueError, match="no other image"):
-        mismatched_images(torch.tensor([4, 4, 4]))
+        evaluation.mismatched_images(torch.tensor([4, 4, 4]))
 
 
-def test_predictions_equal_those_of_one_caption_at_a_time(model, held_out, tokenizer):
-    masked = mask_captions(held_out, MaskingConfig(), tokenizer)
-    batched = predict_masked_tokens(model, masked, tokenizer.pad_id, held_out.images, held_out.caption_of, batch=7)
+def test_predictions_equal_those_of_one_caption_at_a_time(model, masked, held_out, tokenizer):
+    pad, images, image_of = tokenizer.pad_id, held_out.images, held_out.caption_of
+    batched = evaluation.predict_masked_tokens(model, masked, pad, images, image_of, batch=7)
     single = []
-    for row, positions, image in zip(masked.rows, masked.positions, held_out.caption_of, strict=True):
-        one = ForwardInput(
-            heads=("mlm",),
-            image=held_out.images[image][None],
-            text=torch.tensor([row]),
-            mask_positions=torch.tensor([positions]),
-        )
+    for row, positions, image in zip(masked.rows, masked.positions, image_of, strict=True):
+        text, mask = torch.tensor([row]), torch.tensor([positions])
+        one = ForwardInput(heads=("mlm",), image=images[image][None], text=text, mask_positions=mask)
         with torch.no_grad():
             single.append(model.eval()({"x": one})["x"]["mlm"][0].softmax(-1))
     expected, truth = torch.cat(single), masked.truth()
@@ -77,7 +61,7 @@ def test_predictions_equal_those_of_one_caption_at_a_time(model, held_out, token
 
 def test_stage_without_fusion_predicts_from_text_alone_and_keeps_the_mode(model, held_out, tokenizer):
     model.train()
-    result = masked_language(model, held_out, MaskingConfig(), tokenizer, fused=False)
+    result = evaluation.masked_language(model, held_out, MaskingConfig(), tokenizer, fused=False)
     assert model.training
     model.eval()
     assert result.own_image is result.other_image is None
@@ -108,8 +92,8 @@ class Knowing(nn.Module):
     ids=["pixels", "decoder", "colours within half a class"],
 )
 def test_true_predictions_restore_the_image(target, decoded, error, held_out):
-    images = held_out.images[:]
-    result = reconstruct_images(Knowing(target, decoded), images, held_out.keys, 8, 0.4, target, 5, decoded)
+    images, model = held_out.images[:], Knowing(target, decoded)
+    result = evaluation.reconstruct_images(model, images, held_out.keys, 8, 0.4, target, 5, decoded)
     assert result.error <= error
     assert result.error < result.error_without_model
     if target == "pixels":
@@ -119,11 +103,11 @@ def test_true_predictions_restore_the_image(target, decoded, error, held_out):
 @pytest.mark.parametrize("fraction", [0.25, 0.5])
 def test_only_masked_patches_change_and_follow_the_key_alone(held_out, model, fraction):
     images, keys = held_out.images[:], held_out.keys
-    whole = reconstruct_images(model, images, keys, 8, fraction, "pixels")
+    whole = evaluation.reconstruct_images(model, images, keys, 8, fraction, "pixels")
     before, masked, after = (patchify(image, 8) for image in (whole.original, whole.masked, whole.filled))
     is_masked = (masked == 128).all(dim=-1)
     assert (is_masked.sum(dim=1) == round(fraction * 16)).all()
     assert torch.equal(before[~is_masked], after[~is_masked])
     assert torch.equal(before[~is_masked], masked[~is_masked])
-    part = reconstruct_images(model, images[3:5], keys[3:5], 8, fraction, "pixels", batch=1)
+    part = evaluation.reconstruct_images(model, images[3:5], keys[3:5], 8, fraction, "pixels", batch=1)
     assert torch.equal(whole.masked[3:5], part.masked)

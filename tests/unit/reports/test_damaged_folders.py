@@ -12,8 +12,7 @@ import pytest
 
 from pipeline.config.errors import MomeError
 from pipeline.data.storage import Storage
-from pipeline.evaluation.report import render_report
-from pipeline.evaluation.report_data import headline, load_report_data, save_report_data
+from pipeline.evaluation.report import Retrievals, headline, load_report_data, render_report, save_report_data
 from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import open_run
 from pipeline.reports.run_report import collect_report, render_run_report
@@ -24,6 +23,14 @@ from tests.support.full_report import fullest
 from tests.support.fuzz import fuzz_rounds, mutate
 
 ODD = [None, True, -1, 0, 2**70, 1e308, "", "\ud800", "x" * 5000, [], {}, [[]], {"a": 1}, "NaN", "../../x", "\x00"]
+OTHER_FILES = {
+    "time.json": {"at": 1.0, "seconds": {"training": 2.0, "startup": 1.0}, "restarts": 0, "ended": True},
+    "restarts/0.json": {"time": 1.0, "cause": "failed", "message": "killed"},
+    "quarantine/0-pairs.jsonl": {
+        "source": "pairs", "shard": "0.tar", "key": "k", "offset": 0, "stage": "image", "reason": "bad",
+    },
+    "tracking.json": {"run": "c0ffee", "name": "run"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,42 +52,34 @@ def restored(*files):
             file.unlink(missing_ok=True) if data is None else file.write_bytes(data)
 
 
-def with_odd_value(data, rng):
-    """Return the JSON with one value replaced, removed or added."""
-    values = place = json.loads(data)
-    while keys := list(place) if isinstance(place, dict) else list(range(len(place))):
-        key = rng.choice(keys)
-        if isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
-            place = place[key]
-            continue
-        if rng.random() < 0.3 and isinstance(place, dict):
-            del place[key]
-        else:
-            place[key] = rng.choice(ODD)
-        break
-    return json.dumps(values).encode()
-
-
 def count_rejected(data, read, rounds, seed):
-    """Return how many damaged copies raised a MomeError; any other exception fails the test."""
+    """Return how many damaged copies raised a MomeError; any other exception fails the test.
+
+    A copy has damaged bytes, or one of its JSON values replaced, removed or added.
+    """
     rng = random.Random(seed)
     rejected = 0
     for _ in range(fuzz_rounds(rounds)):
+        if rng.random() < 0.7:
+            values = place = json.loads(data)
+            while keys := list(place) if isinstance(place, dict) else list(range(len(place))):
+                key = rng.choice(keys)
+                if isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
+                    place = place[key]
+                    continue
+                if rng.random() < 0.3 and isinstance(place, dict):
+                    del place[key]
+                else:
+                    place[key] = rng.choice(ODD)
+                break
+            damaged = json.dumps(values).encode()
+        else:
+            damaged = mutate(data, rng)
         try:
-            read(with_odd_value(data, rng) if rng.random() < 0.7 else mutate(data, rng))
+            read(damaged)
         except MomeError:
             rejected += 1
     return rejected
-
-
-OTHER_FILES = {
-    "time.json": {"at": 1.0, "seconds": {"training": 2.0, "startup": 1.0}, "restarts": 0, "ended": True},
-    "restarts/0.json": {"time": 1.0, "cause": "failed", "message": "killed"},
-    "quarantine/0-pairs.jsonl": {
-        "source": "pairs", "shard": "0.tar", "key": "k", "offset": 0, "stage": "image", "reason": "bad",
-    },
-    "tracking.json": {"run": "c0ffee", "name": "run"},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["run.json", *OTHER_FILES])
@@ -105,19 +104,18 @@ def test_damaged_files_of_a_run_are_skipped_or_rejected(run, name):
 def test_damaged_evaluations_are_skipped_and_reported(run, caplog):
     whole = fullest()
     few = {
-        name: {end: cards[:1] for end, cards in getattr(whole, name).items()}
-        for name in ("images", "sentences", "masked")
+        "retrievals": Retrievals(**{end: cards[:1] for end, cards in vars(whole.retrievals).items()}),
+        "masked": {kind: cards[:1] for kind, cards in whole.masked.items()},
+        "reconstructions": whole.reconstructions[:1],
     }
-    save_report_data(Storage(), str(run), replace(whole, reconstructions=whole.reconstructions[:1], **few))
+    save_report_data(Storage(), str(run), replace(whole, **few))
     (file,) = (run / "evaluations").iterdir()
-    config = open_run(str(run)).config
-    num_skipped = 0
+    config, skipped = open_run(str(run)).config, []
 
     def read(data):
-        nonlocal num_skipped
         file.write_bytes(data)
         evaluations = load_report_data(Storage(), str(run))
-        num_skipped += not evaluations
+        skipped.append(not evaluations)
         if evaluations:
             shown = headline(evaluations)
             render_report(shown, config, {}, shown, [(shown, "page.html")])
@@ -127,29 +125,23 @@ def test_damaged_evaluations_are_skipped_and_reported(run, caplog):
     file.unlink()
     with restored(file):
         assert count_rejected(data, read, 100, 3) == 0
-    assert num_skipped > 20
+    assert sum(skipped) > 20
     assert "skipped" in caplog.text
 
 
 @pytest.mark.parametrize(
     "address",
     [
-        "http://host/beacon",
-        "//host/beacon",
-        "data:text/html;base64,AAAA",
-        "data:image/svg+xml;base64,AAAA",
-        'data:image/png;base64,AAAA" onerror="alert(1)',
-        "javascript:alert(1)",
-        "",
-        "file:///etc/passwd",
+        "http://host/beacon", "//host/beacon", "data:text/html;base64,AAAA", "data:image/svg+xml;base64,AAAA",
+        'data:image/png;base64,AAAA" onerror="alert(1)', "javascript:alert(1)", "", "file:///etc/passwd",
     ],
-)
+)  # fmt: skip
 def test_images_of_a_stored_evaluation_are_data_uris_only(tmp_path, address):
     whole = fullest()
-    card = replace(whole.images["best"][0], image=address)
+    card = replace(whole.retrievals.best_images[0], image=address)
     heat = replace(whole.alignments.captions[0], words=[("a", address, 0.5)])
     for hostile in (
-        replace(whole, images=whole.images | {"best": [card]}),
+        replace(whole, retrievals=replace(whole.retrievals, best_images=[card])),
         replace(whole, reconstructions=[(address, address, address)]),
         replace(whole, alignments=replace(whole.alignments, captions=[heat])),
     ):
@@ -157,19 +149,15 @@ def test_images_of_a_stored_evaluation_are_data_uris_only(tmp_path, address):
         assert load_report_data(Storage(), str(tmp_path)) == []
 
 
-def commit_again(folder, manifest):
-    """Write a manifest together with a matching COMMIT.json, as an attacker could."""
-    record = {"bytes": len(manifest), "sha256": hashlib.sha256(manifest).hexdigest()}
-    (folder / "MANIFEST.json").write_bytes(manifest)
-    (folder / "COMMIT.json").write_bytes(json.dumps({"manifest": record}).encode())
-
-
-def test_damaged_manifests_are_rejected(run):
+def test_damaged_manifests_and_names_outside_the_folder_are_rejected(run):
     folder = run / "stages" / "0-pairs"
     manifest, commit = folder / "MANIFEST.json", folder / "COMMIT.json"
 
     def read_manifest(data):
-        commit_again(folder, data)
+        """Read a manifest with a matching COMMIT.json, as an attacker could write it."""
+        record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest.write_bytes(data)
+        commit.write_bytes(json.dumps({"manifest": record}).encode())
         weights_info(Storage(), str(run))
         load_weights(Storage(), str(run))
 
@@ -179,16 +167,10 @@ def test_damaged_manifests_are_rejected(run):
 
     with restored(manifest, commit) as whole:
         assert count_rejected(whole[manifest], read_manifest, 120, 4) > 20
-        commit_again(folder, whole[manifest])
+        read_manifest(whole[manifest])
         assert count_rejected(whole[commit], read_commit, 60, 5) > 20
-
-
-@pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "a/b", "..", ""])
-def test_manifests_may_list_only_files_of_their_folder(run, name):
-    folder = run / "stages" / "0-pairs"
-    with restored(folder / "MANIFEST.json", folder / "COMMIT.json"):
-        values = json.loads((folder / "MANIFEST.json").read_bytes())
-        values["files"][name] = {"bytes": 1, "sha256": "0" * 64}
-        commit_again(folder, json.dumps(values).encode())
-        with pytest.raises(MomeError, match="not a file name of this folder"):
-            load_weights(Storage(), str(run))
+        for name in ("../../../secret", "/etc/passwd", "a/b", "..", ""):
+            values = json.loads(whole[manifest])
+            values["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+            with pytest.raises(MomeError, match="not a file name of this folder"):
+                read_manifest(json.dumps(values).encode())

@@ -1,0 +1,299 @@
+"""Reports of runs show what is in their folders, comparisons what differs, and every page renders completely."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import botocore.session
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from jobs.cli import app, main
+from pipeline.data.contents.images import decode
+from pipeline.data.shards.manifest import index_shards
+from pipeline.data.storage import Storage, join
+from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, Guess, render_explanation
+from pipeline.evaluation.report import load_report_data, render_report, save_report_data
+from pipeline.pages.formatting import significant
+from pipeline.pages.page import thumbnail
+from pipeline.reports.comparison import compare, render_comparison
+from pipeline.reports.run_folder import QUARANTINE, open_run
+from pipeline.reports.run_report import MAX_SAMPLES, THUMBNAIL, WIDE, collect_report, draw_curves, render_run_report
+from pipeline.tracking.committed import CommittedJournal
+from pipeline.tracking.journal import Journal
+from tests.support.bad_shards import plant
+from tests.support.chromium import browser, installed
+from tests.support.full_report import fullest
+from tests.support.recorded_run import ALERT, RESUMED_AT, SECONDS, SPIKE, STEPS, bad_records, record_run
+
+MAX_BYTES = 5_000_000
+PHONE, DESKTOP = 390, 1280
+KINDS = pytest.mark.parametrize("kind", ["evaluation", "run", "comparison", "explanation"])
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    planted = plant(tmp_path_factory.mktemp("planted") / "pairs")
+    index_shards(Storage(), planted.folder)
+    return planted
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, planted):
+    """Record a run, and another that differs in three config keys; return their folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    record_run(folder, planted)
+    record_run(folder, planted, "other", "seed=5", "stages.pairs.global_batch_size=16", "model.width=64")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    return open_run(str(runs / "recorded"))
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return collect_report(run, price=2.5)
+
+
+# The report of a run -------------------------------------------------------------------------------------------------
+
+
+def test_events_are_in_order_and_alerts_precede_everything_else(report):
+    assert [(event.kind, event.step) for event in report.events] == [
+        ("begun", None),
+        ("spike", STEPS),
+        ("restart", RESUMED_AT),
+        *[("alert", 2 * STEPS)] * 3,
+        *[("evaluation", 2 * STEPS)] * 2,
+    ]
+    assert "failed: rank 1: killed" in report.events[2].text
+    assert "pairs/i2t_r1 0.25" in report.events[6].text
+    alerts = [(alert.key, alert.stage, alert.value.startswith("over at step 19")) for alert in report.alerts]
+    assert alerts == [("mome.alert.matching_collapsed", "pairs", False), ("mome.alert.starved", "pairs", True)]
+    page = render_run_report(report)
+    assert page.index(ALERT) < page.index("<h2>")
+    assert SPIKE in page
+
+
+@pytest.mark.parametrize("in_seconds", [False, True])
+def test_every_point_is_drawn_and_no_line_crosses_a_restart(report, in_seconds):
+    chart = draw_curves(report, WIDE, in_seconds)
+    assert len(chart.bands) == 2
+    assert {mark.kind for mark in chart.marks} == {"spike", "restart", "alert", "evaluation"}
+    loss = chart.panels[0]
+    lines = [[tuple(map(float, point.split(","))) for point in points.split()] for _, points in loss.lines]
+    assert [len(line) for line in lines] == [STEPS, RESUMED_AT + 2 - STEPS, 2 * STEPS - RESUMED_AT - 2]
+    points = [point for line in lines for point in line]
+    assert all(chart.left <= x <= WIDE - chart.right and loss.top <= y <= loss.bottom for x, y in points)
+
+
+def test_time_cost_stages_and_sources_are_shown(report, planted, tmp_path):
+    total = sum(SECONDS.values())
+    assert report.time == SECONDS
+    assert report.run.goodput == SECONDS["training"] / total
+    assert report.cost.total == pytest.approx(4 * total / 3600 * 2.5)
+    record_run(tmp_path, planted, "priced", "cluster.price=3")
+    assert collect_report(open_run(str(tmp_path / "priced"))).cost.price == 3, "the configured price is the default"
+    vision, pairs = report.stages
+    assert (vision.start_from, pairs.start_from) == ("random", "stage vision")
+    assert (vision.reached, pairs.reached) == (STEPS, STEPS)
+    source = pairs.sources["pairs"]
+    assert (source.num_samples, source.num_shards, source.change) == (120, 5, "")
+    page = render_run_report(report)
+    assert f"itc {significant(5.0 / (2 * STEPS))}, itm {significant(3.0 / (2 * STEPS))}" in page
+    assert f'data-label="samples read">{8 * 2 * STEPS}<' in page
+
+
+def test_bad_samples_show_their_image_or_an_error(report, planted):
+    counts = [(samples, times) for *_, samples, times in report.quarantine_counts]
+    assert sum(times for _, times in counts) == len(bad_records(planted))
+    assert sum(samples for samples, _ in counts) == len(planted.expected)
+    assert max(times - samples for samples, times in counts) == 1
+    assert len(report.quarantine) == MAX_SAMPLES
+    for inspected in report.quarantine:
+        assert (inspected.image is None) == bool(inspected.error)
+        if inspected.sample.reason in ("the truncated JPEG", "the PNG bomb", "the missing picture"):
+            assert inspected.image is None
+    shown = next(entry for entry in report.quarantine if entry.sample.reason == "the missing caption")
+    with Path(planted.folder, shown.sample.shard).open("rb") as shard:
+        shard.seek(shown.sample.offset)
+        data = shard.read(100_000)
+    end = data.index(b"\xff\xd9") + 2
+    assert shown.image == thumbnail(decode(data[:end], 10_000), THUMBNAIL)
+
+
+def test_missing_and_changed_shards_are_reported(planted, tmp_path):
+    moved = tmp_path / "pairs"
+    shutil.copytree(planted.folder, moved)
+    record_run(tmp_path, replace(planted, folder=str(moved)), "changed")
+    for file in moved.glob("00000.tar*"):
+        file.unlink()
+    index_shards(Storage(), str(moved))
+    changed = collect_report(open_run(str(tmp_path / "changed")))
+    assert "have changed since" in changed.stages[1].sources["pairs"].change
+    shutil.rmtree(moved)
+    gone = collect_report(open_run(str(tmp_path / "changed")))
+    assert "cannot be read now" in gone.stages[1].sources["pairs"].change
+    assert all("not read again" in sample.error for sample in gone.quarantine)
+    assert "cannot be read now" in render_run_report(gone)
+
+
+def test_a_run_that_never_started_has_a_report(planted, tmp_path):
+    record_run(tmp_path, planted, "waiting")
+    for part in ("journal", "time.json", "restarts", "quarantine"):
+        place = tmp_path / "waiting" / part
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    waiting = collect_report(open_run(str(tmp_path / "waiting")))
+    assert (waiting.status, waiting.run.reached, waiting.cost) == ("NOT STARTED", 0, None)
+    assert "Nothing was recorded yet" in render_run_report(waiting)
+
+
+def test_a_remote_run_is_read_from_its_committed_journal(run, moto_store, tmp_path, monkeypatch):
+    more = {"MOME_CACHE": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in (moto_store.environment | more).items():
+        monkeypatch.setenv(name, value)
+    client = botocore.session.get_session().create_client("s3", endpoint_url=moto_store.endpoint)
+    client.create_bucket(Bucket="recorded-run")
+    storage, url, own = Storage(), "s3://recorded-run/recorded", Path(run.folder)
+    for path in own.rglob("*"):
+        if path.is_file() and "journal" not in path.parts:
+            storage.write(join(url, str(path.relative_to(own))), path.read_bytes())
+    CommittedJournal(storage, f"{url}/journal").commit(Journal(own / "journal"))
+    remote = open_run(url)
+    for name in ("stages", "sessions", "tags", "evaluations", "status"):
+        assert getattr(remote, name) == getattr(run, name)
+    assert list(remote.records(*QUARANTINE)) == list(run.records(*QUARANTINE))
+
+
+# Comparisons ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_changed_keys_differ_and_runs_of_equal_name_are_identified_by_folder(runs, planted, tmp_path):
+    comparison = compare([open_run(str(runs / "recorded")), open_run(str(runs / "other"))])
+    assert comparison.config == {
+        "seed": {"recorded": 0, "other": 5},
+        "model.width": {"recorded": 32, "other": 64},
+        "stages.pairs.global_batch_size": {"recorded": 8, "other": 16},
+    }
+    assert not [row.name for rows in comparison.results.values() for row in rows if row.differs]
+    record_run(tmp_path, planted)
+    comparison = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "recorded"))])
+    assert comparison.runs == [str(runs / "recorded"), str(tmp_path / "recorded")]
+    assert set(comparison.config) == {"output"}
+
+
+def test_a_missing_stage_shows_only_its_explicit_keys(runs, planted, tmp_path):
+    record_run(tmp_path, planted, "shorter")
+    path = tmp_path / "shorter" / "run.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"stages": config["stages"][1:]}))
+    for session in (tmp_path / "shorter" / "journal").glob("*.jsonl"):
+        session.unlink()
+    comparison = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "shorter"))])
+    own = {path: values for path, values in comparison.config.items() if path.startswith("stages.vision.")}
+    names = {path.removeprefix("stages.vision.") for path in own}
+    assert names == {"sources.pictures", "steps", "global_batch_size", "max_text_length"}
+    assert all("shorter" not in values for values in own.values())
+
+
+def test_compare_prints_json_and_a_table_and_writes_a_page(runs, tmp_path):
+    page = tmp_path / "comparison.html"
+    arguments = ["compare", str(runs / "recorded"), str(runs / "other"), "--html", str(page), "--json"]
+    printed = json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1])
+    assert printed["runs"] == ["recorded", "other"]
+    results = printed["results"]
+    assert results["vision"]["recorded"] is not None
+    assert results["eval/pairs/i2t_r1"] == {"recorded": 0.5, "other": 0.5}
+    assert results["steps"]["other"] == 2 * STEPS
+    assert results["goodput"]["other"] == SECONDS["training"] / sum(SECONDS.values())
+    table = CliRunner().invoke(app, arguments[:3]).stdout
+    assert "stages.pairs.global_batch_size" in page.read_text()
+    assert "stages.pairs.global_batch_size" in table
+    assert "model.layers" not in table
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_folder_without_a_run_exits_with_status_2(command, runs, tmp_path, monkeypatch, capsys):
+    others = [str(runs / "recorded")] if command == "compare" else []
+    monkeypatch.setattr("sys.argv", ["mome", command, *others, str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"{tmp_path}: no run there" in capsys.readouterr().err
+
+
+# Pages ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pages(report, run, runs):
+    """Return each kind of page with as much content as possible."""
+    data, comparison = fullest(), compare([run, open_run(str(runs / "other"))])
+    against = replace(data, key=replace(data.key, digest="e" * 64))
+    curves = {"vision": [(step, 1.0 / step) for step in range(1, 500)]}
+    guesses = Guess("of-the-longest-kind", 0.5, True), Guess("b", 0.25, False), Guess("c", 0.2, False)
+    heat, condition = torch.arange(12.0).reshape(3, 4) / 66, Condition(guesses, 0.5)
+    words = [ExplainedWord(word, heat, condition, condition) for word in ("short", "incomprehensibilities", "a")]
+    explanation = Explanation(torch.zeros(24, 32, 3, dtype=torch.uint8), tuple(words), 0.5)
+    about = "unpronounceable" * 4, "s3://bucket/" + "run/" * 30, ["a note"]
+    return {
+        "evaluation": render_report(data, run.config, curves, against=against),
+        "run": render_run_report(replace(report, evaluations=[data]), comparison),
+        "comparison": render_comparison(comparison),
+        "explanation": render_explanation(explanation, *about, ".html").decode(),
+    }
+
+
+@KINDS
+def test_pages_are_single_small_files_without_scripts(pages, kind):
+    page = pages[kind]
+    assert len(page.encode()) < MAX_BYTES
+    assert not re.search(r"<script|@import|url\(|https?://|<link rel=.stylesheet", page)
+    assert all(address.startswith("data:") for address in re.findall(r'(?:src|href)="([^"]*)"', page))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if installed() is None:
+        pytest.skip("no Chromium here (apt-get install chromium): how pages look in a browser is not tested")
+    with browser() as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+@KINDS
+def test_pages_render_in_a_browser_without_errors_or_overflow(pages, chromium, tmp_path, kind, width, dark):
+    path = tmp_path / f"{kind}.html"
+    path.write_text(pages[kind], encoding="utf-8")
+    open_details = "document.querySelectorAll('details').forEach(details => details.open = true)"
+    page = chromium.open(path.as_uri(), width, dark, first=open_details)
+    assert (page.faults, page.requests) == ([], [])
+    assert page.width == width  # nothing sticks out of the page
+
+
+def test_pages_show_no_password(planted, tmp_path):
+    for name, password in (("one", "secret-one"), ("two", "secret-two")):
+        record_run(tmp_path, planted, name, f"sources.pairs.opt_out=http://user:{password}@server:5000")
+    one, two = (open_run(str(tmp_path / name)) for name in ("one", "two"))
+    page = render_run_report(collect_report(one))
+    assert "server:5000" in page
+    for shown in (page, render_comparison(compare([one, two])), render_report(fullest(), one.config, {})):
+        assert "secret" not in shown
+
+
+def test_stored_report_data_is_read_back_unchanged(tmp_path):
+    older = fullest()
+    newer = replace(older, key=replace(older.key, stage="vision"), at=older.at + 1)
+    for data in (newer, older):
+        save_report_data(Storage(), str(tmp_path), data)
+    assert load_report_data(Storage(), str(tmp_path)) == [newer, older]
+    (tmp_path / "evaluations" / "vision-pairs.json").write_text('{"name": "of another version"}')
+    assert load_report_data(Storage(), str(tmp_path)) == [older]
