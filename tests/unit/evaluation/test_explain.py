@@ -101,10 +101,10 @@ def command(tmp_path):
         config = trial_config(cell)
         model = build_model(config.model, TOKENIZER.size, head_config(config, 0), seed=1)
         metadata = {"config": config.model_dump(mode="json"), "stage": "trial", "step": 30}
-        url = f"{tmp_path}/run/stages/0-trial"
-        save_weights(Storage(), url, dict(model.state_dict()), list(TOKENIZER.tokens), metadata)
+        run = tmp_path / str(cell)
+        save_weights(Storage(), f"{run}/stages/0-trial", dict(model.state_dict()), list(TOKENIZER.tokens), metadata)
         arguments = ["--image", str(image), "--text", text, "--out", str(tmp_path / out), "--json"]
-        done = CliRunner().invoke(app, ["explain", str(tmp_path / "run"), *arguments])
+        done = CliRunner().invoke(app, ["explain", str(run), *arguments])
         if done.exception is not None:
             raise done.exception
         return json.loads(done.stdout.splitlines()[-1])

@@ -165,7 +165,7 @@ def test_a_remote_run_is_read_from_its_committed_journal(run, moto_store, tmp_pa
     for path in own.rglob("*"):
         if path.is_file() and "journal" not in path.parts:
             storage.write(join(url, str(path.relative_to(own))), path.read_bytes())
-    CommittedJournal(storage, f"{url}/journal").commit(Journal(own / "journal"))
+    CommittedJournal(storage, url).commit(Journal(own / "journal"))
     remote = open_run(url)
     for name in ("stages", "sessions", "tags", "evaluations", "status"):
         assert getattr(remote, name) == getattr(run, name)
