@@ -29,7 +29,7 @@ from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError
 from pipeline.config.load import validate
 from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import ClusterConfig, RunConfig
-from pipeline.data.loading.backends import BackendFactory, local_backend
+from pipeline.data.loading.backends import local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
@@ -61,6 +61,8 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
     """
     import ray.train
 
+    from jobs.loader_actors import RayBackend
+
     configure_logging()
     config = RunConfig.model_validate_json(loop_config["config"])
     storage = Storage(config.storage)
@@ -69,10 +71,10 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
         return None
     context, mail = ray.train.get_context(), Mailbox(loop_config["start"])
     signal = RankPreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
-    progress = ProgressFile(config, storage)
+    progress, backend = ProgressFile(config, storage), RayBackend if config.cluster.loader_actors else local_backend
     with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
         try:
-            train(config, progress, _loader_backend(config), preempted=signal, claim=ownership.claim)
+            train(config, progress, backend, preempted=signal, claim=ownership.claim)
         except Preempted as error:
             log.warning("%s", error)
             return signal.reason or PREEMPTED
@@ -90,15 +92,6 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
             progress.close()
             signal.close()
     return None
-
-
-def _loader_backend(config: RunConfig) -> BackendFactory:
-    """Return the backend that builds this rank's batches: its own processes, or Ray actors."""
-    if not config.cluster.loader_actors:
-        return local_backend
-    from jobs.loader_actors import RayBackend
-
-    return RayBackend
 
 
 def error_from_json(values: Result) -> RunFailed:
@@ -241,9 +234,11 @@ def run_on_cluster(
 
 def check_rank(loop_config: dict[str, str]) -> Result:
     """Run the preflight checks on a Ray Train worker; return details and seconds by check."""
+    from jobs.loader_actors import RayBackend
+
     config = RunConfig.model_validate_json(loop_config["config"])
     try:
-        checks = preflight(config, lambda _: None, _loader_backend(config))
+        checks = preflight(config, lambda _: None, RayBackend if config.cluster.loader_actors else local_backend)
     except MomeError as error:
         return {"failure": {"message": str(error), "exit_status": error.exit_status}}
     return {check.name: {"told": check.message, "seconds": check.seconds} for check in checks}

@@ -50,7 +50,7 @@ def run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     checks: list[tuple[str, Callable[[], str]]] = [
         ("packages", machine.packages),
-        ("accelerator", lambda: machine.accelerator(config, machine.driver())),
+        ("accelerator", lambda: machine.accelerator(config)),
         ("NCCL", lambda: machine.collective("NCCL", count)),
         ("gloo", lambda: machine.collective("gloo")),
         ("DeepSpeed operators", machine.operators),

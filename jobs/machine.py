@@ -193,20 +193,15 @@ def rendezvous() -> str:
 # ---- accelerators, collectives, operators
 
 
-def driver() -> list[str]:
-    """Return `name, memory, driver version` of each accelerator that the driver sees; [] without a driver."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
-
-
-def accelerator(config: RunConfig | None, gpus: list[str]) -> str:
-    """Check that torch can use `gpus`, which the driver sees, and that they suffice for a run on this machine."""
+def accelerator(config: RunConfig | None) -> str:
+    """Check that torch can use the GPUs that the driver sees, and that they suffice for a run on this machine."""
     import torch
 
+    gpus: list[str] = []  # name, memory, driver version
+    with suppress(OSError, subprocess.SubprocessError):  # no driver, or one that fails
+        command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        gpus = [line for line in done.stdout.splitlines() if line.strip()]
     built, is_usable = torch.version.cuda, torch.cuda.is_available()
     if gpus and not is_usable:
         reason, remedy = f"for CUDA {built} cannot use it", "update the driver, or install torch for an older CUDA; "

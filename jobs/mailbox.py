@@ -43,7 +43,7 @@ class Mailbox:
     def get(self, name: str) -> str | None:
         """Return a value; None if there is none or the cluster does not answer."""
         value = self._call("get", name)
-        return None if value is None else value.decode()
+        return None if value is None else value.decode(errors="replace")  # another program may write here
 
     def receive(self) -> list[Message]:
         """Return the messages since the last call, oldest first."""
@@ -53,7 +53,7 @@ class Mailbox:
             value = self.get(name)
             if value is None or self._call("del", name, False) is None:
                 break  # the next call tries again
-            with suppress(ValueError):  # another program may write to this namespace
+            with suppress(ValueError):
                 messages.append(json.loads(value))
         return messages
 

@@ -42,9 +42,6 @@ class PlacementCallback(WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         Mailbox(self._start).put(NUM_PLACED, len(worker_group.get_workers()))
 
-    def before_worker_group_start(self, worker_group_context: Any) -> None:
-        Mailbox(self._start).put(NUM_PLACED, 0)
-
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         Mailbox(self._start).put(NUM_PLACED, 0)
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -127,16 +128,8 @@ def clients_of(target: ReadTarget) -> tuple[dict[str, Reader], dict[str, Lister]
             while data := stream.read(READ_BYTES):
                 yield data
 
-    def own_ranges() -> Iterator[bytes]:
-        tag = storage.info(url).etag
-        return concurrently(lambda start, stop: storage.read_range(url, start, stop, etag=tag))
-
-    def list_fsspec() -> list[str]:
-        file_system.invalidate_cache()
-        return [entry["name"].rpartition("/")[2] for entry in file_system.ls(f"{path}/many", detail=True)]
-
     readers: dict[str, Reader] = {
-        "mome": own_ranges,
+        "mome": lambda: concurrently(partial(storage.read_range, url, etag=storage.info(url).etag)),
         "mome.open": lambda: streamed(storage.open(url)),
         "fsspec.cat_ranges": lambda: file_system.cat_ranges(
             [f"{path}/object"] * len(starts), starts, stops, on_error="raise", **ranges
@@ -145,7 +138,9 @@ def clients_of(target: ReadTarget) -> tuple[dict[str, Reader], dict[str, Lister]
     }
     listers: dict[str, Lister] = {
         "mome": lambda: list(storage.list_info(join(folder, "many"))),
-        "fsspec.ls": list_fsspec,
+        "fsspec.ls": lambda: [
+            entry["name"].rpartition("/")[2] for entry in file_system.ls(f"{path}/many", detail=True, refresh=True)
+        ],
     }
     if not is_s3:
         return readers, listers
@@ -164,10 +159,9 @@ def clients_of(target: ReadTarget) -> tuple[dict[str, Reader], dict[str, Lister]
     bucket, _, prefix = rest.partition("/")
     place, pages = {"Bucket": bucket, "Key": f"{prefix}/object"}, client.get_paginator("list_objects_v2")
 
-    def read_botocore(start: int, stop: int) -> bytes:
-        return client.get_object(**place, Range=f"bytes={start}-{stop - 1}")["Body"].read()
-
-    readers["botocore.ranges"] = lambda: concurrently(read_botocore)
+    readers["botocore.ranges"] = lambda: concurrently(
+        lambda start, stop: client.get_object(**place, Range=f"bytes={start}-{stop - 1}")["Body"].read()
+    )
     readers["botocore.open"] = lambda: streamed(client.get_object(**place)["Body"])
     listers["botocore.list_objects_v2"] = lambda: [
         item["Key"].rpartition("/")[2]

@@ -182,7 +182,8 @@ def test_fitting_request_misses_no_resources(requested: dict[str, Any], nodes: l
         ({"gpus_per_worker": 1}, [{"CPU": 9}, {"GPU": 2, "CPU": 1}], "there is room for 1"),
         ({"gpus_per_worker": 0.6, "workers": 3}, [{"CPU": 9, "GPU": 2}], "there is room for 2"),
         ({"gpus_per_worker": 0.4, "workers": 5}, [{"CPU": 9, "GPU": 2}], "there is room for 4"),
-        (LOADERS, [{"CPU": 9}], "2 ranks need 0.002 of 'loader', which"),
+        ({**LOADERS, "loader_actors": 3}, [{"CPU": 9}], "2 ranks need 0.006 of 'loader', which"),
+        ({"loader_actors": 3, "loader_cpus": 0.5}, [{"CPU": 4}], "2 ranks need 5 CPUs; this cluster has 4"),
         ({"loader_actors": 4}, [{"CPU": 8}], "2 ranks need 10 CPUs"),
         ({**LOADERS, "loader_actors": 2}, [{"CPU": 9}, {"CPU": 1, "loader": 1}], "on nodes that offer 'loader'"),
         ({}, [], "2 ranks need 2 CPUs; this cluster has 0"),
@@ -195,11 +196,6 @@ def test_missing_resources_are_reported_with_their_keys(
     assert missing is not None
     assert message in missing
     assert "cluster." in missing
-
-
-def test_loader_actors_are_counted() -> None:
-    config = ranks(loader_actors=3, loader_cpus=0.5, loader_resource="loader", gpus_per_worker=1)
-    assert cluster.requested_resources(config, 2) == {"CPU": 5.0, "GPU": 2.0, "loader": 0.006}
 
 
 # ---- waiting for ranks to be placed

@@ -56,19 +56,13 @@ def test_ranks_in_another_folder_use_the_same_files_and_mlflow(
     assert for_ranks(settled) == settled
 
 
-def test_server_reference_reaches_the_ranks_unresolved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_references_stay_unresolved_and_recorded_passwords_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SERVER", raising=False)  # set only on the cluster's nodes
     config = load_config(DEMO, ["tracking.uri=env:SERVER"])
     assert for_ranks(config).tracking.uri == "env:SERVER"
     assert for_cluster(config, same_machine=True).tracking.uri == "env:SERVER"
-
-
-def test_min_workers_above_workers_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"cluster\.min_workers: 3 is above cluster\.workers 2"):
         load_config(DEMO, ["cluster.min_workers=3"])
-
-
-def test_password_recorded_by_an_earlier_version_is_dropped() -> None:
     values = json.loads(load_config(DEMO).model_dump_json())
     values["tracking"]["uri"] = "http://me:hunter2@server:5000"
     values["storage"]["endpoint_url"] = "http://me:hunter2@store:9000"
@@ -215,19 +209,16 @@ def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> Non
         pytest.fail("the driver went on after a signal")
 
 
-def test_ranks_are_requested_to_save_until_they_receive_it(config: RunConfig, printed: list[str]) -> None:
+def test_placed_ranks_are_requested_to_save_until_they_receive_it(config: RunConfig, printed: list[str]) -> None:
+    mail, started = Mail(), time.monotonic()
+    drive(config, mail, ranks=0, seconds=60)  # no rank could save
+    assert (mail.requests, printed) == (0, [])
+    assert time.monotonic() - started < 30
     for lost in (0, 1):
         mail = Mail(lost)
         drive(config, mail, ranks=2)
         assert mail.requests == lost + 1
     assert [message.partition(" after")[0] for message in printed] == 2 * ["SIGTERM: the ranks save"]
-
-
-def test_driver_stops_at_once_before_ranks_are_placed(config: RunConfig, printed: list[str]) -> None:
-    mail, started = Mail(), time.monotonic()
-    drive(config, mail, ranks=0, seconds=60)
-    assert mail.requests == 0
-    assert time.monotonic() - started < 30
 
 
 AWAY = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
