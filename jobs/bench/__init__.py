@@ -6,37 +6,39 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from jobs.console import Config, JsonOption, Overrides, local_file, print_result, status
 
-app = typer.Typer(no_args_is_help=True, help="Measure loader, store, training step and checkpoints on this machine.")
-
 PEERS = ("webdataset_pil",)  # of our loader: webdataset and Pillow
 MIB = 2**20
+Rounds = Annotated[int, Option(min=1, help="Number of rounds; everything is measured once per round.")]
+
+app = typer.Typer(no_args_is_help=True, help="Measure loader, store, training step and checkpoints on this machine.")
 
 
 @app.command()
 def loader(
     shards: Annotated[
-        str | None, typer.Option(help="Local folder of indexed shards of pairs (default: synthetic images).")
+        str | None, Option(help="Local folder of indexed shards of pairs (default: synthetic images).")
     ] = None,
     photos: Annotated[
         list[Path] | None,
-        typer.Option(parser=local_file, help="Folder of captioned photos to build shards from; may be repeated."),
+        Option(parser=local_file, help="Folder of captioned photos to build shards from; may be repeated."),
     ] = None,
     vocabulary: Annotated[
-        Path | None, typer.Option(parser=local_file, help="A vocab.txt (default: trained on the captions).")
+        Path | None, Option(parser=local_file, help="A vocab.txt (default: trained on the captions).")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of samples that each loader loads per round.")] = 2048,
-    workers: Annotated[int, typer.Option(min=0, help="Number of our processes; 0 uses threads of the trainer.")] = 1,
+    samples: Annotated[int, Option(min=1, help="Number of samples that each loader loads per round.")] = 2048,
+    workers: Annotated[int, Option(min=0, help="Number of our processes; 0 uses threads of the trainer.")] = 1,
     threads: Annotated[
-        int, typer.Option(min=1, help="Number of threads per process; peers use workers x threads processes.")
+        int, Option(min=1, help="Number of threads per process; peers use workers x threads processes.")
     ] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Number of samples per batch.")] = 64,
-    rand_augment: Annotated[bool, typer.Option(help="Measure with and without RandAugment, or only without.")] = True,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; every loader is measured once per round.")] = 3,
+    batch: Annotated[int, Option(min=1, help="Number of samples per batch.")] = 64,
+    rand_augment: Annotated[bool, Option(help="Measure with and without RandAugment, or only without.")] = True,
+    rounds: Rounds = 3,
     peer: Annotated[
-        list[str] | None, typer.Option(help=f"Loader to compare with: {' or '.join(PEERS)} (default: all).")
+        list[str] | None, Option(help=f"Loader to compare with: {' or '.join(PEERS)} (default: all).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -56,13 +58,13 @@ def loader(
 @app.command()
 def storage(
     url: Annotated[
-        str | None, typer.Argument(help="Folder or URL to write to and read from (default: a local S3 server).")
+        str | None, Argument(help="Folder or URL to write to and read from (default: a local S3 server).")
     ] = None,
-    object_mib: Annotated[int, typer.Option(min=1, help="Size of the object, in MiB.")] = 128,
-    range_mib: Annotated[int, typer.Option(min=1, help="Size of one request, in MiB.")] = 8,
-    in_flight: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 4,
-    objects: Annotated[int, typer.Option(min=1, help="Number of objects of the listed folder.")] = 500,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; every client is measured once per round.")] = 3,
+    object_mib: Annotated[int, Option(min=1, help="Size of the object, in MiB.")] = 128,
+    range_mib: Annotated[int, Option(min=1, help="Size of one request, in MiB.")] = 8,
+    in_flight: Annotated[int, Option(min=1, help="Number of concurrent requests.")] = 4,
+    objects: Annotated[int, Option(min=1, help="Number of objects of the listed folder.")] = 500,
+    rounds: Rounds = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how fast a store is read and listed by our client, by fsspec and by botocore."""
@@ -84,13 +86,13 @@ def storage(
 @app.command()
 def checkpoint(
     config: Annotated[
-        Path | None, typer.Argument(parser=local_file, help="Config whose model is saved (default: VLMo base).")
+        Path | None, Argument(parser=local_file, help="Config whose model is saved (default: VLMo base).")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Folder or URL to save in (default: a temporary folder).")] = None,
+    url: Annotated[str | None, Option(help="Folder or URL to save in (default: a temporary folder).")] = None,
     mb_per_second: Annotated[
-        float, typer.Option(min=0, help="Write bandwidth of the simulated store, in MB/s; 0 uses the real bandwidth.")
+        float, Option(min=0, help="Write bandwidth of the simulated store, in MB/s; 0 uses the real bandwidth.")
     ] = 50.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of saves of each kind.")] = 1,
+    rounds: Rounds = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how long asynchronous and synchronous saves stall training on a slow store.
@@ -100,7 +102,7 @@ def checkpoint(
     from jobs.bench.checkpoint import bench_checkpoint
 
     with status("starting") as update:
-        result = bench_checkpoint(config, url, mb_per_second=mb_per_second, rounds=rounds, progress=update)
+        result = bench_checkpoint(config, url, mb_per_second, rounds, update)
     print_result(result, as_json)
 
 
@@ -108,11 +110,9 @@ def checkpoint(
 def step(
     config: Config,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="Name of the stage (default: the last one).")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks on this machine, one per GPU if it has any.")] = 1,
-    steps: Annotated[
-        int, typer.Option(min=0, help="Number of timed steps; 0 runs only the step that measures memory.")
-    ] = 5,
+    stage: Annotated[str | None, Option(help="Name of the stage (default: the last one).")] = None,
+    ranks: Annotated[int, Option(min=1, help="Number of ranks on this machine, one per GPU if it has any.")] = 1,
+    steps: Annotated[int, Option(min=0, help="Number of timed steps; 0 runs only the step that measures memory.")] = 5,
     as_json: JsonOption = False,
 ) -> None:
     """Measure time and memory of a stage's training steps, next to the estimate of `mome plan`.

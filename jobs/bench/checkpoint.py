@@ -29,20 +29,18 @@ from pipeline.training.engine import Fragment
 
 VOCABULARY = 30522
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-_STEPS_ALONE = 50  # of "training" while nothing is saved
-
-Progress = Callable[[str], None]
+STEPS_ALONE = 50  # of "training" while nothing is saved
 
 
 class ThrottledStorage(Storage):
-    """Store whose writers together are limited to a number of bytes per second."""
+    """Store whose writers together are limited to `bytes_per_second`; 0 does not limit them."""
 
     def __init__(self, config: StorageConfig, bytes_per_second: float):
         super().__init__(config)
         self._rate, self._turn, self._free = bytes_per_second, threading.Lock(), 0.0
 
     def write_parts(self, url: str, size: int, part: PartReader) -> None:
-        def slowly(start: int, stop: int) -> bytes:
+        def read_slowly(start: int, stop: int) -> bytes:
             with self._turn:
                 self._free = max(self._free, time.monotonic()) + (stop - start) / self._rate
                 ready = self._free
@@ -50,16 +48,11 @@ class ThrottledStorage(Storage):
             time.sleep(max(ready - time.monotonic(), 0.0))
             return data
 
-        super().write_parts(url, size, slowly)
+        super().write_parts(url, size, read_slowly if self._rate else part)
 
 
 def bench_checkpoint(
-    config: Path | None = None,
-    url: str | None = None,
-    *,
-    mb_per_second: float = 50.0,
-    rounds: int = 1,
-    progress: Progress = lambda message: None,
+    config: Path | None, url: str | None, mb_per_second: float, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Save the state of the model of `config` (VLMo base without one) into the folder `url` (a temporary one without).
 
@@ -76,23 +69,28 @@ def bench_checkpoint(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mome-bench-"))
         else:
             folder = join(url, "mome-bench-checkpoint")
-        settings = StorageConfig()
-        storage = ThrottledStorage(settings, mb_per_second * 1e6) if mb_per_second else Storage(settings)
+        storage = ThrottledStorage(StorageConfig(), mb_per_second * 1e6)
         store = CheckpointStore(storage, folder, Collectives(), CheckpointConfig(keep=1))
         stack.callback(storage.delete, store.url)
         stack.callback(store.close)
         started = time.perf_counter()
-        store.host_copy.reserve(fragments)
+        store.reserve(fragments)
         reserved = time.perf_counter() - started
-        alone = _train(lambda step: step < _STEPS_ALONE)
-        synchronous, stalls, overlapping = [], [], []
-        for number in range(rounds):
-            progress(f"round {number + 1} of {rounds}: a synchronous save")
-            synchronous.append(_save(store, fragments, 2 * number, wait=True))
-            progress(f"round {number + 1} of {rounds}: an asynchronous save")
-            stalls.append(_save(store, fragments, 2 * number + 1, wait=False))
-            overlapping.append(_train(lambda _: not store.is_written()))
-            store.wait()
+        alone = _train(lambda step: step < STEPS_ALONE)
+        seconds: dict[str, list[float]] = {"synchronous": [], "asynchronous": []}  # until training may continue
+        overlapping = []
+        for step in range(2 * rounds):
+            kind = "asynchronous" if step % 2 else "synchronous"
+            progress(f"round {step // 2 + 1} of {rounds}: {kind} save")
+            metadata = {"step": step, "stage": "bench", "stage_step": step, "plan_digest": "", "zero_stage": 0}
+            started = time.perf_counter()
+            store.save(fragments, {**metadata, "data_counts": {}})
+            if kind == "synchronous":
+                store.wait()
+            seconds[kind].append(time.perf_counter() - started)
+            if kind == "asynchronous":
+                overlapping.append(_train(lambda _: not store.is_written()))
+                store.wait()
         progress("restoring")
         started = time.perf_counter()
         latest = store.latest()
@@ -106,38 +104,28 @@ def bench_checkpoint(
         if not all(same):
             raise CheckpointError(f"{store.url}: {same.count(False)} restored tensors differ from the saved ones")
         restored = time.perf_counter() - started
+    synchronous, stall = median(seconds["synchronous"]), median(seconds["asynchronous"])
     return {
-        "parameters": sum(len(fragment.values["weight"]) for fragment in fragments),
+        "parameters": sum(sizes.values()),
         "bytes": sum(value.nbytes for fragment in fragments for value in fragment.values.values()),
         "store_mb_per_second": mb_per_second or None,
         "rounds": rounds,
         "reserve_seconds": reserved,
-        "synchronous_seconds": median(synchronous),
-        "stall_seconds": median(stalls),
-        "ratio": median(stalls) / median(synchronous),
+        "synchronous_seconds": synchronous,
+        "stall_seconds": stall,
+        "ratio": stall / synchronous,
         "step_seconds": {"alone": alone, "beside_a_save": median(overlapping)},
         "restore_seconds": restored,
     }
 
 
-def _save(store: CheckpointStore, fragments: list[Fragment], step: int, wait: bool) -> float:
-    """Save and return the seconds until training may continue."""
-    metadata = {"step": step, "stage": "bench", "stage_step": step, "plan_digest": "", "zero_stage": 0}
-    started = time.perf_counter()
-    store.save(fragments, {**metadata, "data_counts": {}})
-    if wait:
-        store.wait()
-    return time.perf_counter() - started
-
-
 def _train(go_on: Callable[[int], bool]) -> float:
-    """Return the median seconds of a step."""
+    """Return the median seconds of a step, of one at least; `go_on` receives the number of steps."""
     matrix = torch.rand(512, 512)
-    seconds, step = [], 0
-    while go_on(step):
+    seconds = list[float]()
+    while not seconds or go_on(len(seconds)):
         started = time.perf_counter()
         for _ in range(3):
             matrix = torch.softmax(matrix @ matrix, dim=1)
         seconds.append(time.perf_counter() - started)
-        step += 1
     return median(seconds)
