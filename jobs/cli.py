@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 TRAIN, EVALUATE, DATA = "Train", "Evaluate and use a model", "Data"
 RESULTS, CONFIGS, CLUSTER = "Results", "Configs and planning", "Machine and cluster"
+FORMAT_HELP = "Naming scheme of the tensors: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (mome's own)."
 STOP_SECONDS = 60.0  # for a job to stop
 
 Checkpoint = Annotated[str, Argument(help="Folder of a run, of a stage or of a checkpoint (path or URL).")]
@@ -56,9 +57,7 @@ Track = Annotated[
         help="Record the result in MLflow (default: only if the folder is not a copy and its run was tracked there).",
     ),
 ]
-Format = Annotated[
-    str, Option(help="Naming scheme of the tensors: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (mome's own).")
-]
+Format = Annotated[str, Option(help=FORMAT_HELP)]
 StageName = Annotated[str | None, Option("--stage", help="Name of the stage (default: the last one).")]
 Address = Annotated[
     str, Option(help="URL of the cluster's dashboard, such as http://head:8265.", envvar="RAY_API_SERVER_ADDRESS")
