@@ -66,9 +66,9 @@ def notify(message: str, style: str = "") -> None:
     console.print(Text(printable(message), style))
 
 
-def echo(text: str, newline: bool = True) -> None:
-    """Print a result on standard output."""
-    typer.echo(printable(text), nl=newline)
+def echo(text: str, err: bool = False, newline: bool = True) -> None:
+    """Print a result on standard output, or on standard error with `err`."""
+    typer.echo(printable(text), err=err, nl=newline)
 
 
 @contextmanager

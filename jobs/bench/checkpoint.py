@@ -74,7 +74,7 @@ def bench_checkpoint(
         stack.callback(storage.delete, store.url)
         stack.callback(store.close)
         started = time.perf_counter()
-        store.reserve(fragments)
+        store.host_copy.reserve(fragments)
         reserved = time.perf_counter() - started
         alone = _train(lambda step: step < STEPS_ALONE)
         seconds: dict[str, list[float]] = {"synchronous": [], "asynchronous": []}  # until training may continue

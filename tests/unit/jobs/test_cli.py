@@ -117,7 +117,7 @@ def test_text_omits_missing_values_and_json_is_complete(
 def test_values_from_data_never_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     hostile = {"caption": "\x1b]52;c;eA==\x07\x9b2J\u202e", "key": "\ud83d\x7f"}
     print_result(hostile, as_json=False)
-    echo(hostile["caption"])
+    echo(hostile["caption"], err=True)
     notify(hostile["caption"])
     shown = "".join(capsys.readouterr())
     assert not set(shown) & set("\x1b\x07\x9b\u202e\x7f\ud83d")
