@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline.config.background import in_background
@@ -44,8 +44,6 @@ class Checkpoint:
     stage: str
     stage_step: int  # steps done in the stage
     plan_digest: str
-    world_size: int
-    zero_stage: int
     data_counts: dict[str, float]  # of the stage so far, by metric
     time_account: dict[str, float] = field(default_factory=dict)  # seconds of the run so far, by phase
     spikes: dict[str, Any] = field(default_factory=dict)  # state of the SpikeGuard
@@ -192,23 +190,21 @@ class CheckpointStore:
                 results = dict(zip(missing, pool.map(read, missing), strict=True))
                 records |= {_PART.format(rank): record for rank, record in results.items() if record is not None}
                 missing = [rank for rank, record in results.items() if record is None]
-                if missing and time.monotonic() > deadline:
+                if not missing:
+                    break
+                if time.monotonic() > deadline:
                     ranks = ", ".join(map(str, missing))
                     raise TimeoutError(
                         f"{url}: not committed: rank {ranks} wrote nothing within {timeout:.0f} s. "
                         "Check that the rank is alive and that every node sees the same folder."
                     )
-                if missing:
-                    self._abandoned.wait(pause)
-                    self._stop_if_abandoned()
+                self._abandoned.wait(pause)
+                self._stop_if_abandoned()
                 pause = min(2 * pause, _MAX_POLL)
         return dict(sorted(records.items()))
 
     def latest(self) -> tuple[Checkpoint, SavedState] | None:
-        """Return the newest complete checkpoint, verified and the same on every rank; damaged ones are skipped.
-
-        Skipped checkpoints are logged.
-        """
+        """Return the newest complete checkpoint, verified and the same on every rank; damaged ones are logged."""
         # An attempt that this start supersedes may still commit one checkpoint and delete the one examined here. A
         # second search then finds that commit, after which the old attempt deletes nothing more.
         for _ in range(2):
@@ -216,9 +212,8 @@ class CheckpointStore:
             for url in self.collectives.broadcast_json(urls):
                 manifest, files = self._verify(url)
                 if manifest is not None:
-                    names = ("step", "stage", "stage_step", "plan_digest", "world_size", "zero_stage", "data_counts")
-                    optional = {name: manifest.get(name, {}) for name in ("time_account", "spikes")}
-                    checkpoint = Checkpoint(url=url, **{name: manifest[name] for name in names}, **optional)
+                    names = {field.name for field in fields(Checkpoint)} & manifest.keys()
+                    checkpoint = Checkpoint(**{name: manifest[name] for name in names} | {"url": url})
                     self._newest = CheckpointInfo.of(url, manifest)
                     return checkpoint, SavedState(self.storage, url, files, checkpoint.stage_step)
         return None
