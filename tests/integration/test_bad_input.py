@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import simplejpeg
 
 from jobs.submit import for_cluster
 from jobs.train import pretrain
@@ -24,6 +20,7 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.training.checkpoint import save_weights
 from pipeline.training.prepare import prepare
+from tests.support.pairs import pair, tar_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -47,16 +44,12 @@ def refuse(config: RunConfig, kind: type[MomeError] = DataError, status: int = 1
 
 def write_tar(path: Path, count: int, corrupt: tuple[int, ...] = ()) -> None:
     """Write and index pairs, of which the images of some are cut in half."""
+    samples = {f"{number:04d}": pair(number) for number in range(count)}
+    for number in corrupt:
+        sample = samples[f"{number:04d}"]
+        sample["jpg"] = sample["jpg"][: len(sample["jpg"]) // 2]
     path.parent.mkdir()
-    with tarfile.open(path, "w") as tar:
-        for number in range(count):
-            pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-            image = simplejpeg.encode_jpeg(pixels)
-            image = image[: len(image) // 2] if number in corrupt else image
-            for name, data in ((f"{number:04d}.jpg", image), (f"{number:04d}.txt", f"picture {number}".encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    path.write_bytes(tar_bytes(samples))
     index_shards(Storage(), str(path.parent))
 
 

@@ -1,4 +1,4 @@
-"""Image-text pairs and the tars that hold them, as bytes."""
+"""Image-text pairs and the tars that hold them, as bytes, and a storage that records what is read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,37 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
 
 from pipeline.data.shards.index import ShardIndex, index_tar
 from pipeline.data.shards.tar import Tar
+from pipeline.data.storage import Storage
 
 Members = dict[str, bytes]  # extension -> content
+
+
+class Watched(Storage):
+    """Storage that records the files that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    @property
+    def tars(self) -> list[str]:
+        return sorted(name for name in self.names if name.endswith(".tar"))
+
+    def open(self, url: str) -> BinaryIO:
+        self.names.append(Path(url).name)
+        return super().open(url)
+
+    def read(self, url: str) -> bytes:
+        self.names.append(Path(url).name)
+        return super().read(url)
 
 
 def picture(number: int, size: int = 24) -> bytes:

@@ -54,13 +54,13 @@ def vqa_samples(job: Import) -> Iterator[Sample]:
     form = "'questions' (question_id, image_id, question)"
     read_question = inputs.fields(question_id=int, image_id=int, question=str)
     questions = inputs.entries_of(file, "questions", content["questions"], read_question, job.problems, form)
-    answer_of = inputs.fields(answer=str)
+    id_of, answer_of = inputs.fields(question_id=int), inputs.fields(answer=str)
 
     def read_annotation(entry: Any) -> tuple[int, str, list[str]]:
         people = [text for answer in entry["answers"] for text in answer_of(answer)]
         most_frequent = Counter(people).most_common(1)[0][0] if people else ""
         chosen = entry.get("multiple_choice_answer") or most_frequent
-        return *inputs.fields(question_id=int)(entry), *(answer_of({"answer": chosen}) if chosen else [""]), people
+        return *id_of(entry), *(answer_of({"answer": chosen}) if chosen else [""]), people
 
     scores: dict[int, dict[str, float]] = {}
     chosen: list[str] = []

@@ -32,27 +32,7 @@ from pipeline.data.shards.manifest import (
 )
 from pipeline.data.storage import Storage
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.pairs import pair, tar_bytes, tar_of
-
-
-class Watched(Storage):
-    """Storage that records the files that are read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    @property
-    def tars(self) -> list[str]:
-        return sorted(name for name in self.names if name.endswith(".tar"))
-
-    def open(self, url: str):
-        self.names.append(Path(url).name)
-        return super().open(url)
-
-    def read(self, url: str) -> bytes:
-        self.names.append(Path(url).name)
-        return super().read(url)
+from tests.support.pairs import Watched, pair, tar_bytes, tar_of
 
 
 def sizes(manifest: Manifest) -> list[int]:

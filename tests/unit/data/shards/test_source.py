@@ -19,7 +19,7 @@ from pipeline.data.shards.index import normal_url
 from pipeline.data.shards.manifest import index_shards, load_index
 from pipeline.data.shards.source import Source, open_source
 from pipeline.data.storage import Storage
-from tests.support.pairs import pair, tar_bytes
+from tests.support.pairs import Watched, pair, tar_bytes
 
 ROWS = [  # two shards of five and four samples
     {"score": 0.1, "tongue": "en", "url": "http://x/0", "caption": "a"},
@@ -154,28 +154,19 @@ def test_digest_depends_on_the_selection_and_survives_pickling(folder: str, tmp_
     assert selected(copy) == selected(source) == [["k2"], ["k5", "k7", "k8"]]
 
 
-class Counting(Storage):
-    """Storage that counts the index files it reads."""
-
-    read_indexes = 0
-
-    def read(self, url: str) -> bytes:
-        self.read_indexes += url.endswith(".index.npz")
-        return super().read(url)
-
-
 def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Path) -> None:
     saved, calls = tmp_path / "counts" / "pairs.json", []
     half, more = config(folder, score={"min": 0.5}), config(folder, score={"min": 0.6})
-    storage = Counting()
+    storage, indexes = Watched(), ["0.tar.index.npz", "1.tar.index.npz"]
     first = open_source(storage, half, str(saved), lambda *progress: calls.append(progress[:2]))
     assert calls == [(1, 2), (2, 2)]
-    assert storage.read_indexes == 2
+    assert sorted(storage.names) == [*indexes, "manifest.json", "pairs.json"]
+    storage.names.clear()
     again = open_source(storage, half, str(saved))
-    assert storage.read_indexes == 2
+    assert storage.names == ["manifest.json", "pairs.json"]
     assert (again.digest, again.counts.tolist()) == (first.digest, first.counts.tolist())
     assert open_source(storage, more, str(saved)).counts.tolist() == [1, 3]
-    assert storage.read_indexes == 4
+    assert set(indexes) < set(storage.names)
     stale = json.loads(saved.read_text()) | {"counts": [1, 1]}
     del stale["version"]  # version 1 compared opt-out lists byte by byte
     for content in ("{", json.dumps(stale)):
