@@ -51,7 +51,7 @@ class Alerts(Callback):
             length = self._run_length[name]
             self._run_length[name] = length = max(length, 0) + 1 if name in met else min(length, 0) - 1
             if length >= CONSECUTIVE and name not in self._raised:
-                self._raise(name, snapshot.step, met[name])
+                self.on_fault(step + 1, name, met[name])
             elif length <= -CONSECUTIVE and name in self._raised:
                 text = f"over at step {snapshot.step}; {self._raised.pop(name)}"
                 extra = {"alert": f"{self._stage.name}/{name}", "over": True}
@@ -72,11 +72,8 @@ class Alerts(Callback):
         self._losses.append(loss)
 
     def on_fault(self, step: int, name: str, message: str) -> None:
-        self._raise(name, self._stage.global_step(step), message)
-
-    def _raise(self, name: str, step: int, message: str) -> None:
         """Raise an alert; `message` states the observation and the remedy."""
-        self._raised[name] = text = f"since step {step}: {message}"
+        self._raised[name] = text = f"since step {self._stage.global_step(step)}: {message}"
         source = f"{self._stage.name}/{name}"
         log.warning("stage %s: ALERT %s, %s", self._stage.name, name, text, extra={"alert": source})
         self._tracker.tag(f"mome.alert.{name}", text)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from pipeline.training.prepare import Coverage
     from pipeline.training.step import TrainingStep
     from pipeline.training.supervisor import RankSupervisor
-
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -144,31 +143,17 @@ class Callback:
         """Release resources; called whenever the stage ends."""
 
 
-def _forwarded(hook: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Callbacks, P], None]:
-    def forward(self: Callbacks, *arguments: P.args, **named: P.kwargs) -> None:
-        for callback in self.members:
-            getattr(callback, hook.__name__)(*arguments, **named)
-
-    return forward
-
-
 class Callbacks(Callback):
     """Forwards every hook to several callbacks in order; `close` in reverse order, whatever the others raise."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()):
         self.members = tuple(callbacks)
+        for hook in [name for name in vars(Callback) if name.startswith(("on_", "before_", "after_"))]:
+            setattr(self, hook, partial(self._forward, hook))
 
-    on_model_built = _forwarded(Callback.on_model_built)
-    on_stage_start = _forwarded(Callback.on_stage_start)
-    before_batch = _forwarded(Callback.before_batch)
-    before_step = _forwarded(Callback.before_step)
-    after_backward = _forwarded(Callback.after_backward)
-    on_health = _forwarded(Callback.on_health)
-    on_fault = _forwarded(Callback.on_fault)
-    after_step = _forwarded(Callback.after_step)
-    on_metrics = _forwarded(Callback.on_metrics)
-    on_evaluation = _forwarded(Callback.on_evaluation)
-    on_stage_end = _forwarded(Callback.on_stage_end)
+    def _forward(self, hook: str, *arguments: Any) -> None:
+        for callback in self.members:
+            getattr(callback, hook)(*arguments)
 
     def close(self) -> None:
         with ExitStack() as stack:

@@ -60,7 +60,7 @@ def evaluate(alerts: Alerts, start: int, count: int, **changed: Any) -> None:
     case = HEALTHY | changed
     values = diagnostic_metrics(case.pop("diagnostics"), case["data_wait"], case["forward_seconds"])
     for step in range(start, start + count):
-        alerts.on_metrics(step, MetricsSnapshot(step, {}, values, 1.0, **case))
+        alerts.on_metrics(step - 1, MetricsSnapshot(step, {}, values, 1.0, **case))
 
 
 @pytest.mark.parametrize("name", CAUSES)
@@ -113,10 +113,10 @@ def test_steps_in_the_profile_window_are_traced_and_logged(
     assert len([event for event in trace["traceEvents"] if event.get("name") == "aten::mul"]) == traced[1] - traced[0]
 
 
-@pytest.mark.parametrize("text", ["5", "5:5", "7:5", "a:b"])
-def test_malformed_profile_window_is_rejected(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected A:B"):
-        profile_override(text)
+def test_malformed_profile_window_is_rejected() -> None:
+    for window in ("5", "5:5", "7:5", "a:b"):
+        with pytest.raises(ConfigError, match="expected A:B"):
+            profile_override(window)
 
 
 class StepGuard(Callback):
