@@ -4,43 +4,39 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 
-from pipeline.objectives import Objective
-from pipeline.objectives.mlm import MLM
-from pipeline.objectives.moc import MOC
-from pipeline.objectives.mrfr import MRFR
+from pipeline.objectives import Objective, objective_type
 from pipeline.training.collectives import Collectives
 from tests.support.trial import ROWS, TrialState, begin, tiny_run
 
-OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
-
 
 def trial(collectives: Collectives, dropout: float = 0.0) -> TrialState:
-    objectives = {name: {} for name in OBJECTIVES}
+    objectives = {name: {} for name in ("itm", "mlm", "moc", "mrfr")}
     return begin(tiny_run("imagebert", "regions", objectives, {"dropout": dropout}, negatives="random"), collectives)
 
 
-def test_masked_objectives_share_one_forward_with_zeroed_regions(collectives: Collectives) -> None:
+def test_trap_06_masked_objectives_share_one_forward_of_true_pairs_with_zeroed_regions(
+    collectives: Collectives,
+) -> None:
+    """The paper's conditional mask: MLM, MOC and MRFR read matched pairs only, so they swap no rows."""
     begun = trial(collectives)
     batch = begun.batch
     begun.step(batch)
-    forwards = begun.engine.forwards
-    assert {name: forward.heads for name, forward in forwards.items()} == {
-        "masked": ("mlm", "moc", "mrfr"),
-        "pair": ("itm",),
-    }
-    hidden, shown = forwards["masked"].regions, forwards["pair"].regions
-    zeroed = (hidden.features == 0).all(dim=-1)
+    masked, pair = (begun.engine.forwards[name] for name in ("masked", "pair"))
+    assert begun.engine.forwards.keys() == {"masked", "pair"}
+    assert (masked.heads, pair.heads) == (("mlm", "moc", "mrfr"), ("itm",))
+    zeroed = (masked.regions.features == 0).all(dim=-1)
     assert torch.equal(zeroed[batch.region_keep], batch.region_hidden[batch.region_keep])
-    assert not (shown.features[shown.keep] == 0).any()
+    assert not (pair.regions.features[pair.regions.keep] == 0).any()
+    assert torch.equal(masked.text, batch.masked_text)
+    for name in ("mlm", "moc", "mrfr"):
+        assert objective_type(name).swaps is Objective.swaps
 
 
 def test_negative_has_the_caption_or_regions_of_another_row(collectives: Collectives) -> None:
     begun = trial(collectives)
-    batch = begun.batch
-    exchanged = {"caption": 0, "regions": 0}
+    batch, swapped = begun.batch, {"caption": 0, "regions": 0}
     for number in range(20):
         begun.step(replace(batch, step=number))
         pair = begun.engine.forwards["pair"]
@@ -48,15 +44,9 @@ def test_negative_has_the_caption_or_regions_of_another_row(collectives: Collect
         other_regions = (pair.regions.location != batch.region_location).flatten(1).any(dim=1)
         assert not (other_text & other_regions).any()
         assert int((other_text | other_regions).sum()) == ROWS / 2
-        exchanged["caption"] += int(other_text.sum())
-        exchanged["regions"] += int(other_regions.sum())
-    assert min(exchanged.values()) > 0.3 * sum(exchanged.values())
-
-
-@pytest.mark.parametrize("objective", [MLM, MOC, MRFR])
-def test_trap_06_only_itm_reads_negatives(objective: type[Objective]) -> None:
-    """The paper's conditional mask: MLM, MOC and MRFR read matched pairs only, so they swap no rows."""
-    assert objective.swaps is Objective.swaps
+        swapped["caption"] += int(other_text.sum())
+        swapped["regions"] += int(other_regions.sum())
+    assert min(swapped.values()) > 0.3 * sum(swapped.values())
 
 
 def test_dropout_depends_on_the_step_alone(collectives: Collectives) -> None:

@@ -17,7 +17,7 @@ from pipeline.config.schema import OptimizerConfig, RunConfig
 from pipeline.models import skeleton
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
-from pipeline.objectives.itc import Contrast, global_contrast
+from pipeline.objectives.itc import global_contrast
 from pipeline.training import release
 from pipeline.training.engine import parameter_groups
 from tests.support.engines import gradients_and_losses, tiny_model
@@ -40,9 +40,6 @@ def gradients(reproduces: bool, *changes: Any) -> tuple[dict[str, Tensor], dict[
     return gradients_and_losses(switched(reproduces, *changes), plain=True)
 
 
-# ---- contrast
-
-
 def released_gradients(image: Tensor, text: Tensor, log_scale: Tensor) -> list[Tensor]:
     """Return the gradients of VLMo's release, written out step by step.
 
@@ -50,7 +47,7 @@ def released_gradients(image: Tensor, text: Tensor, log_scale: Tensor) -> list[T
     backward; then DDP's mean over ranks, each of which holds its own rows.
     """
     size = len(image) // RANKS
-    found: list[list[Tensor]] = []
+    gradients_of_ranks: list[list[Tensor]] = []
     for rank in range(RANKS):
         own = slice(rank * size, (rank + 1) * size)
         leaves = [t.detach().clone().requires_grad_() for t in (image, text, log_scale)]
@@ -59,21 +56,17 @@ def released_gradients(image: Tensor, text: Tensor, log_scale: Tensor) -> list[T
         logits = leaves[2].exp() * gathered[0] @ gathered[1].T
         target = torch.arange(len(image))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        found.append(list(torch.autograd.grad(loss, leaves)))
-    return [torch.stack(each).sum(dim=0) / RANKS for each in zip(*found, strict=True)]
-
-
-def contrast(image: Tensor, text: Tensor, scale: Tensor) -> Contrast:
-    batch = replace(tiny_batch(tiny_config(), 0, 0, 1, ROWS), image_id=torch.arange(ROWS))
-    outputs = {"image": {"itc": image, "scale": scale}, "text": {"itc": text}}
-    return global_contrast(outputs, batch, 1.0, lambda rows: rows.detach().clone(), slice(None))
+        gradients_of_ranks.append(list(torch.autograd.grad(loss, leaves)))
+    return [torch.stack(each).sum(dim=0) / RANKS for each in zip(*gradients_of_ranks, strict=True)]
 
 
 def test_trap_01_faithful_itc_has_the_gradient_of_the_release() -> None:
     draw = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(ROWS, WIDTH, generator=draw), dim=1) for _ in range(2))
     log_scale = torch.tensor(2.0)
-    whole = contrast(image, text, log_scale.exp())
+    batch = replace(tiny_batch(tiny_config(), 0, 0, 1, ROWS), image_id=torch.arange(ROWS))
+    outputs = {"image": {"itc": image, "scale": log_scale.exp()}, "text": {"itc": text}}
+    whole = global_contrast(outputs, batch, 1.0, lambda rows: rows.detach().clone(), slice(None))
     cut = release.scale_gradients(whole, RANKS)
     expected_image, expected_text, expected_scale = released_gradients(image, text, log_scale)
     torch.testing.assert_close(cut.gradients["image", "itc"], expected_image)
@@ -83,44 +76,33 @@ def test_trap_01_faithful_itc_has_the_gradient_of_the_release() -> None:
 
 
 def test_trap_01_only_faithful_runs_scale_the_itc_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _ = gradients(False, {"itc": {}})
-    same, _ = gradients(True, {"itc": {}})  # equal on one rank
+    ours, same = (gradients(reproduces, {"itc": {}})[0] for reproduces in (False, True))  # equal on one rank
     assert all(torch.equal(ours[name], same[name]) for name in ours)
     world_sizes: list[int] = []
-    real = release.scale_gradients
-    monkeypatch.setattr(release, "scale_gradients", lambda c, size: (world_sizes.append(size), real(c, RANKS))[1])
+    scale = release.scale_gradients
+    monkeypatch.setattr(release, "scale_gradients", lambda c, size: (world_sizes.append(size), scale(c, RANKS))[1])
     cut, _ = gradients(True, {"itc": {}})
     assert world_sizes == [1]
     for name in ours:
-        share = 1 if "log_scale" in name else RANKS
-        torch.testing.assert_close(share * cut[name], ours[name], rtol=1e-5, atol=1e-7)
+        factor = 1 if "log_scale" in name else RANKS
+        torch.testing.assert_close(factor * cut[name], ours[name], rtol=1e-5, atol=1e-7)
 
 
-# ---- masked words
-
-
-@pytest.mark.parametrize(("index", "share"), [(2, 0.25), (1, 1.0)], ids=["pairs", "text"])
-def test_mlm_on_pairs_has_weight_025_and_is_reported_unweighted(index: int, share: float) -> None:
+@pytest.mark.parametrize(("index", "factor"), [(2, 0.25), (1, 1.0)], ids=["pairs", "text"])
+def test_mlm_on_pairs_has_weight_025_and_is_reported_unweighted(index: int, factor: float) -> None:
     ours, our_losses = gradients(False, {"mlm": {}}, index)
     theirs, their_losses = gradients(True, {"mlm": {}}, index)
-    torch.testing.assert_close(theirs, {name: share * gradient for name, gradient in ours.items()})
+    torch.testing.assert_close(theirs, {name: factor * gradient for name, gradient in ours.items()})
     assert their_losses["mlm"] == our_losses["mlm"]
-    assert their_losses["loss"] == pytest.approx(share * our_losses["loss"])
+    assert their_losses["loss"] == pytest.approx(factor * our_losses["loss"])
 
 
-# ---- logit scales
-
-
-@pytest.mark.parametrize(("reproduces", "expected"), [(False, 100.0), (True, math.exp(5.0))])
-def test_trap_10_logit_scales_are_bounded_unless_faithful(reproduces: bool, expected: float) -> None:
-    model = tiny_model(switched(reproduces))
-    with torch.no_grad():
-        model.itc_head.log_scale.fill_(5.0)
+def test_trap_10_logit_scales_are_bounded_unless_faithful() -> None:
     forward = ForwardInput(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
-    assert model({"image": forward})["image"]["scale"].item() == pytest.approx(expected)
-
-
-# ---- weight decay
+    for reproduces, expected in ((False, 100.0), (True, math.exp(5.0))):
+        model = tiny_model(switched(reproduces))
+        torch.nn.init.constant_(model.itc_head.log_scale, 5.0)
+        assert model({"image": forward})["image"]["scale"].item() == pytest.approx(expected)
 
 
 # Parameter names, and whether the release applies weight decay to them.
@@ -154,28 +136,27 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize(("name", "decayed"), RELEASED.items())
-def test_trap_08_release_decays_by_name_fragments(name: str, decayed: bool) -> None:
-    assert release.decays(name) == decayed
-
-
-def test_trap_08_we_decay_matrices_only() -> None:
+def test_trap_08_release_decays_by_name_fragments_and_we_decay_matrices_only() -> None:
+    assert {name: release.decays(name) for name in RELEASED} == RELEASED
     model = skeleton(tiny_config().model, 11, HeadConfig(answers=3))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-
-    def decayed(reproduce_vlmo_release: bool) -> set[str]:
-        groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1), reproduce_vlmo_release)
-        return {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
-
-    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
-    assert decayed(False) == matrices
-    assert decayed(True) - matrices == {
+    ours, theirs = (
+        {
+            names[id(parameter)]
+            for group in parameter_groups(model, OptimizerConfig(weight_decay=0.1), reproduces)
+            if group["weight_decay"]
+            for parameter in group["params"]
+        }
+        for reproduces in (False, True)
+    )
+    assert ours == {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    assert theirs - ours == {
         name
         for name in names.values()
         if name.endswith(("gamma", "log_scale", "log_scale_vl", "cls", "modality", "vqa_head.norm.weight"))
         or (".experts." in name and name.endswith("norm.weight"))
     }
-    assert matrices - decayed(True) == {"positions.image", "positions.cross", "positions.text"}
+    assert ours - theirs == {"positions.image", "positions.cross", "positions.text"}
 
 
 def test_reproduce_vlmo_release_requires_vlmo() -> None:

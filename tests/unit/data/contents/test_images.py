@@ -16,36 +16,14 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from pipeline.config.schema import ViTConfig
-from pipeline.data.contents.images import (
-    FORMATS,
-    RATIO,
-    ImageSize,
-    KeepAspectRatio,
-    decode,
-    draw_crop,
-    measure,
-    random_resized_crop,
-    resize,
-    resize_for,
-)
+from pipeline.data.contents import images
+from pipeline.data.contents.images import FORMATS, ImageSize, KeepAspectRatio, decode, measure, resize
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom, hash64
+from tests.support.encoded_images import chunk, encoded, picture, rotation
 from tests.support.fuzz import fuzz_rounds, mutate
 
 LIMIT = 1_000_000
-
-
-def picture(height: int = 60, width: int = 90) -> np.ndarray:
-    """Return a smooth image without symmetry, so that every rotation gives a different image."""
-    y, x = np.mgrid[0:height, 0:width]
-    image = np.stack([255 * x / width, 255 * y / height, 127 + 120 * np.sin(x / 9) * np.cos(y / 7)], axis=2)
-    return image.astype(np.uint8)
-
-
-def encoded(image: Image.Image | np.ndarray, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -99,10 +77,9 @@ def test_every_colour_mode_becomes_rgb(kind, mode):
     else:
         image = source.convert(mode)
         expected = np.array(image.convert("RGB"))
-    found = decode(encoded(image, kind), LIMIT)
-    assert found.shape == (60, 90, 3)
-    assert found.dtype == np.uint8
-    assert psnr(found, expected) > (20 if kind == "GIF" and mode == "RGB" else 30)
+    decoded = decode(encoded(image, kind), LIMIT)
+    assert (decoded.shape, decoded.dtype) == ((60, 90, 3), np.uint8)
+    assert psnr(decoded, expected) > (20 if kind == "GIF" and mode == "RGB" else 30)
 
 
 def test_pixels_of_unknown_range_are_bad():
@@ -111,28 +88,24 @@ def test_pixels_of_unknown_range_are_bad():
             decode(encoded(Image.fromarray(picture()).convert(mode), "TIFF"), LIMIT)
 
 
-def test_transparent_colour_of_a_16_bit_png_is_white():
-    grey = np.array([[0, 300, 65535], [300, 301, 40000]], dtype=np.uint16)
-    found = decode(encoded(Image.fromarray(grey), "PNG", transparency=300), LIMIT)
-    assert (found[:, :, 0] == [[0, 255, 255], [255, 1, 156]]).all()
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {}), ("AVIF", {"quality": 100})],
-)
-def test_transparent_pixels_become_white(kind, options):
+def test_transparent_pixels_become_white():
     pixels = np.dstack([np.zeros((10, 10, 3), np.uint8), np.full((10, 10), 255, np.uint8)])
     pixels[:, :5, 3] = 0
-    found = decode(encoded(Image.fromarray(pixels), kind, **options), LIMIT)
-    assert (found[:, :5] == 255).all()
-    assert (found[:, 5:] <= (2 if kind == "AVIF" else 0)).all()
-
-
-def test_transparent_palette_colour_is_white():
-    image = Image.fromarray(np.zeros((4, 4), np.uint8), "P")
-    image.putpalette([0, 0, 0, 9, 9, 9])
-    assert (decode(encoded(image, "PNG", transparency=0), LIMIT) == 255).all()
+    for kind, options in (
+        ("PNG", {}),
+        ("WEBP", {"lossless": True, "exact": True}),
+        ("TIFF", {}),
+        ("AVIF", {"quality": 100}),
+    ):
+        decoded = decode(encoded(Image.fromarray(pixels), kind, **options), LIMIT)
+        assert (decoded[:, :5] == 255).all()
+        assert (decoded[:, 5:] <= (2 if kind == "AVIF" else 0)).all()
+    palette = Image.fromarray(np.zeros((4, 4), np.uint8), "P")
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    assert (decode(encoded(palette, "PNG", transparency=0), LIMIT) == 255).all()
+    grey = np.array([[0, 300, 65535], [300, 301, 40000]], dtype=np.uint16)
+    decoded = decode(encoded(Image.fromarray(grey), "PNG", transparency=300), LIMIT)
+    assert (decoded[:, :, 0] == [[0, 255, 255], [255, 1, 156]]).all()
 
 
 @pytest.mark.parametrize(
@@ -141,9 +114,7 @@ def test_transparent_palette_colour_is_white():
 )
 def test_exif_orientation_is_applied(kind, options):
     for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        data = encoded(picture(), kind, exif=exif, **options)
+        data = encoded(picture(), kind, exif=rotation(orientation), **options)
         upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
         image, size = decode(data, LIMIT), measure(data)
         assert (size.height, size.width, 3) == image.shape == upright.shape
@@ -152,13 +123,16 @@ def test_exif_orientation_is_applied(kind, options):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_truncated_files_are_bad(kind):
+def test_truncated_and_too_large_images_are_bad(kind):
     data = encoded(picture(300, 300), kind)
-    for share in (0.02, 0.3, 0.9):
+    for fraction in (0.02, 0.3, 0.9):
         with pytest.raises(BadSample) as error:
-            decode(data[: int(len(data) * share)], LIMIT)
+            decode(data[: int(len(data) * fraction)], LIMIT)
         assert error.value.stage == "image"
         assert error.value.reason
+    assert decode(data, 90_000).shape == (300, 300, 3)
+    with pytest.raises(BadSample, match="bomb"):
+        decode(data, 89_999)
 
 
 @pytest.mark.parametrize(
@@ -175,24 +149,10 @@ def test_non_images_are_bad_to_decoder_and_index(data):
             judge()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_images_above_the_pixel_limit_are_bad(kind):
-    data = encoded(picture(100, 100), kind)
-    assert decode(data, 10_000).shape == (100, 100, 3)
-    with pytest.raises(BadSample, match="bomb"):
-        decode(data, 9_999)
-
-
-def chunk(name: bytes, data: bytes, is_intact: bool = True) -> bytes:
-    checksum = zlib.crc32(name + data) ^ (0 if is_intact else 1)
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
-
-
 def test_bombs_are_rejected_from_the_header():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 9_000, 9_000, 8, 2, 0, 0, 0))
-    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"never read")
     with pytest.raises(BadSample, match="bomb"):
-        decode(png, LIMIT)
+        decode(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"never read"), LIMIT)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
@@ -271,19 +231,9 @@ def test_pngs_with_damaged_metadata_are_decoded(oddity, place):
         decode(odd[:at] + b"damaged" + odd[at + 7 :], LIMIT)
 
 
-@pytest.mark.parametrize("behind", [b"A" * 100, b"\0\0\0\1ABCDEFGH", b"\0\0\0\0IDAT\0\0\0\0", bytes(2000)])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
-def test_trailing_bytes_are_ignored(behind, kind):
-    data = encoded(picture(), kind)
-    assert (decode(data + behind, LIMIT) == decode(data, LIMIT)).all()
-    assert measure(data + behind) == measure(data)
-
-
 def test_repaired_png_keeps_transparency_and_orientation():
-    exif = Image.Exif()
-    exif[0x0112] = 6
     grey = np.arange(60, dtype=np.uint8).reshape(6, 10)
-    data = encoded(Image.fromarray(grey), "PNG", transparency=7, exif=exif)
+    data = encoded(Image.fromarray(grey), "PNG", transparency=7, exif=rotation(6))
     odd = data[:33] + ODD_CHUNKS["wrong checksum of text"] + data[33:]
     assert (decode(odd, LIMIT) == decode(data, LIMIT)).all()
     assert decode(odd, LIMIT).shape == (10, 6, 3)
@@ -293,18 +243,23 @@ def test_repaired_png_keeps_transparency_and_orientation():
 @pytest.mark.parametrize("exif", DAMAGED_EXIF)
 def test_webps_with_damaged_metadata_are_decoded(exif):
     alpha = np.dstack([picture(), np.full((60, 90), 200, np.uint8)])
+    damaged = b"EXIF" + struct.pack("<I", len(exif)) + exif + bytes(len(exif) % 2)
     for image, lossless in ((picture(), False), (picture(), True), (alpha, False), (alpha, True)):
         plain = encoded(image, "WEBP", lossless=lossless, exact=True)
         whole = encoded(image, "WEBP", lossless=lossless, exact=True, exif=b"Exif\0\0II*\0", icc_profile=b"none")
-        odd = whole.replace(b"EXIF\x0a\0\0\0Exif\0\0II*\0", webp_chunk(b"EXIF", exif))
+        odd = whole.replace(b"EXIF\x0a\0\0\0Exif\0\0II*\0", damaged)
         odd = odd[:4] + struct.pack("<I", len(odd) - 8) + odd[8:]
         assert measure(odd) == ImageSize(60, 90)
         for data in (odd, odd[:-3]):  # whole, and cut inside of the last chunk, which is metadata
             assert (decode(data, LIMIT) == decode(plain, LIMIT)).all()
 
 
-def webp_chunk(name: bytes, data: bytes) -> bytes:
-    return name + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+@pytest.mark.parametrize("behind", [b"A" * 100, b"\0\0\0\1ABCDEFGH", b"\0\0\0\0IDAT\0\0\0\0", bytes(2000)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+def test_trailing_bytes_are_ignored(behind, kind):
+    data = encoded(picture(), kind)
+    assert (decode(data + behind, LIMIT) == decode(data, LIMIT)).all()
+    assert measure(data + behind) == measure(data)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -316,37 +271,31 @@ def test_animations_give_their_first_frame_and_are_marked(kind):
     assert not measure(encoded(frames[0], kind)).is_animated
 
 
-def test_every_exception_of_a_decoder_is_a_bad_sample(monkeypatch):
-    data = {kind: encoded(picture(), kind) for kind in FORMATS if kind not in ("WEBP", "AVIF")}
-    raised = (KeyError(6), SyntaxError("x"), struct.error("x"), RuntimeError("x"), OverflowError("x"), RecursionError())
-    for error in raised:  # the plugins of WebP and AVIF load the pixels themselves
+@pytest.mark.parametrize(
+    "raised",
+    [KeyError(6), SyntaxError("x"), struct.error("x"), RuntimeError("x"), OverflowError("x"), RecursionError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_exception_of_a_decoder_is_a_bad_sample(monkeypatch, raised):
+    def fails(*_, **__):
+        raise raised
 
-        def fails(*_, error=error, **__):
-            raise error
-
-        monkeypatch.setattr("simplejpeg.decode_jpeg", fails)
-        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fails)
-        for image in data.values():
-            with pytest.raises(BadSample) as found:
-                decode(image, LIMIT)
-            assert found.value.stage == "image"
+    monkeypatch.setattr("simplejpeg.decode_jpeg", fails)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fails)
+    for kind in FORMATS.keys() - {"WEBP", "AVIF"}:  # whose plugins load the pixels themselves
+        with pytest.raises(BadSample) as error:
+            decode(encoded(picture(), kind), LIMIT)
+        assert error.value.stage == "image"
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_mutated_images_raise_only_bad_samples(kind):
-    rng = random.Random(kind)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    small = Image.fromarray(picture(24, 40))
-    kept = {} if kind == "BMP" else {"exif": exif}
-    whole = [
-        encoded(small, kind, **({} if kind == "GIF" else kept)),
-        encoded(small.convert("L"), kind),
-        encoded(small, kind, **({"save_all": True, "append_images": [small] * 2} if kind in ("GIF", "TIFF") else {})),
-    ]
+    rng, small = random.Random(kind), Image.fromarray(picture(24, 40))
+    frames = {"save_all": True, "append_images": [small] * 2} if kind in ("GIF", "TIFF") else {}
+    exif = {} if kind in ("BMP", "GIF") else {"exif": rotation(6)}
+    whole = [encoded(small, kind, **exif), encoded(small.convert("L"), kind), encoded(small, kind, **frames)]
     decoded = 0
-    rounds = fuzz_rounds(150)
-    for _ in range(rounds):
+    for _ in range(fuzz_rounds(150)):
         data = mutate(rng.choice(whole), rng)
         if kind == "PNG" and rng.random() < 0.7:
             data = with_right_checksums(data)
@@ -382,45 +331,38 @@ def test_resizing_equals_pillows_rows_before_columns(height, width, shape, inter
     kernel = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
     noise = np.random.default_rng(0).integers(0, 2, (height, width, 3)).astype(np.uint8) * 255
     for image in (noise, picture(height, width)):
-        found = resize(image, shape, interpolation)
-        rows = Image.fromarray(image).resize((found.shape[1], height), kernel)
-        expected = np.array(rows.resize((found.shape[1], found.shape[0]), kernel))
-        assert np.abs(found.astype(int) - expected).max() <= 2
-        assert found.dtype == np.uint8
-        assert found.flags.c_contiguous
+        resized = resize(image, shape, interpolation)
+        rows = Image.fromarray(image).resize((resized.shape[1], height), kernel)
+        expected = np.array(rows.resize((resized.shape[1], resized.shape[0]), kernel))
+        assert np.abs(resized.astype(int) - expected).max() <= 2
+        assert resized.dtype == np.uint8
+        assert resized.flags.c_contiguous
 
 
-def test_model_reads_images_by_its_own_interpolation():
-    image = picture(90, 70)
+def test_model_reads_images_and_views_of_them_by_its_own_interpolation():
+    image, view = picture(90, 70), picture(200, 300)[20:150, 31:222]
     for interpolation in ("bicubic", "bilinear"):
         model = ViTConfig(image_size=32, interpolation=interpolation)
-        assert (resize_for(image, model) == resize(image, 32, interpolation)).all()
+        assert (images.resize_for(image, model) == resize(image, 32, interpolation)).all()
+        assert (resize(view, 64, interpolation) == resize(view.copy(), 64, interpolation)).all()
     assert (resize(image, 32, "bicubic") != resize(image, 32, "bilinear")).any()
-
-
-def test_crops_of_views_resize_like_copies():
-    view = picture(200, 300)[20:150, 31:222]
-    assert (resize(view, 64) == resize(view.copy(), 64)).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (224, 224)])
 def test_crops_respect_scale_and_ratio(height, width):
     for key in range(500):
-        top, left, crop_height, crop_width = draw_crop(height, width, (0.5, 1.0), CounterRandom(hash64(key)))
-        assert 0 <= top <= height - crop_height
-        assert 0 <= left <= width - crop_width
-        assert RATIO[0] * 0.98 <= crop_width / crop_height <= RATIO[1] * 1.02
-        assert 0.49 <= crop_height * crop_width / (height * width) <= 1.0
+        top, left, rows, columns = images.draw_crop(height, width, (0.5, 1.0), CounterRandom(hash64(key)))
+        assert 0 <= top <= height - rows
+        assert 0 <= left <= width - columns
+        assert images.RATIO[0] * 0.98 <= columns / rows <= images.RATIO[1] * 1.02
+        assert 0.49 <= rows * columns / (height * width) <= 1.0
 
 
-def test_images_of_any_shape_are_cropped():
+def test_images_of_any_shape_are_cropped_by_the_key_alone():
+    def crop(image: np.ndarray, key: int) -> np.ndarray:
+        return images.random_resized_crop(image, 32, (0.2, 1.0), CounterRandom(key))
+
     for height, width in ((1, 1), (1, 500), (500, 1), (7, 3), (20, 2000)):
-        for key in range(20):
-            crop = random_resized_crop(picture(height, width), 32, (0.5, 1.0), CounterRandom(key))
-            assert crop.shape == (32, 32, 3)
-
-
-def test_crops_depend_on_the_key_alone():
-    one, again, other = (random_resized_crop(picture(), 32, (0.2, 1.0), CounterRandom(key)) for key in (5, 5, 6))
-    assert (one == again).all()
-    assert (one != other).any()
+        assert all(crop(picture(height, width), key).shape == (32, 32, 3) for key in range(20))
+    assert (crop(picture(), 5) == crop(picture(), 5)).all()
+    assert (crop(picture(), 5) != crop(picture(), 6)).any()

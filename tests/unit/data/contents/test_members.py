@@ -1,69 +1,102 @@
-"""The members of a sample: captions, images and identifiers are found, and unsafe samples are rejected."""
+"""The members of a sample are parsed, and missing, malformed or unsafe ones rejected with a reason."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 
-from pipeline.data.contents.members import captions_of, check_members, image_bytes, image_id_of
+from pipeline.data.contents import members
+from pipeline.data.contents.members import captions_of, class_of, image_id_of, question_of, statement_of, texts_of
 from pipeline.data.quarantine import BadSample
 
 
+def with_json(**record: Any) -> dict[str, bytes]:
+    return {"jpg": b"", "json": json.dumps(record).encode()}
+
+
 @pytest.mark.parametrize(
-    ("members", "captions"),
+    ("sample", "captions"),
     [
         ({"json": b'{"captions": ["one", " two "]}'}, ["one", "two"]),
         ({"json": b'{"captions": ["one"]}', "txt": b"other"}, ["one"]),
         ({"json": b'{"caption": "one", "url": "x"}', "txt": b"one"}, ["one"]),  # img2dataset
         ({"json": b'{"caption": null, "url": "x"}', "txt": b"one\n"}, ["one"]),
         ({"txt": "Straße".encode()}, ["Straße"]),
+        ({"txt": b"\xef\xbb\xbfone"}, ["one"]),
     ],
 )
-def test_captions_are_found_in_every_layout(members: dict[str, bytes], captions: list[str]):
-    assert captions_of(members) == captions
+def test_captions_are_read_in_every_layout(sample: dict[str, bytes], captions: list[str]) -> None:
+    assert captions_of(sample) == captions
+
+
+def test_questions_statements_and_classes_are_read() -> None:
+    question = question_of(with_json(question=" why? ", answers={"so": 1, "no": 0.3}, question_id=7))
+    assert (question.text, question.answers, question.id) == ("why?", {"so": 1, "no": 0.3}, "7")
+    for label in (True, 1, False, 0):
+        statement = statement_of(with_json(sentence="it is red", label=label, id="dev-1-0-0"))
+        assert (statement.text, statement.is_true, statement.id) == ("it is red", bool(label), "dev-1-0-0")
+    assert class_of({"cls": b" 3\n"}, 4) == 3
+    assert texts_of(with_json(question="why?", answers={})) == ["why?"]
+    assert texts_of(with_json(sentence="it is")) == ["it is"]
+    assert texts_of(with_json(captions=["one"], question="why?")) == ["one"]
+    assert members.image_bytes({"seg.png": b"mask", "webp": b"picture"}) == b"picture"
+    assert members.both_images({"0.jpg": b"a", "1.png": b"b"}) == (b"a", b"b")
+    assert members.both_images({"right.jpg": b"b", "left.webp": b"a"}) == (b"a", b"b")
+
+
+_check = partial(members.check_members, is_duplicate=False)
+_class = partial(class_of, classes=4)
+SO = {"so": 1}
 
 
 @pytest.mark.parametrize(
-    ("members", "reason"),
+    ("parse", "sample", "reason"),
     [
-        ({"jpg": b""}, "no caption"),
-        ({"json": b"{}"}, "no caption"),
-        ({"txt": b"  \n"}, "caption 1 of 1 is empty"),
-        ({"json": b'{"captions": ["one", ""]}'}, "caption 2 of 2 is empty"),
-        ({"json": b'{"captions": []}'}, "list of captions is empty"),
-        ({"json": b'{"captions": [1]}'}, "not a list of strings"),
-        ({"json": b'{"captions": "one"}'}, "not a list of strings"),
-        ({"json": b'{"captions": '}, "json cannot be read"),
-        ({"json": b"[1]"}, "not an object but a list"),
-        ({"txt": b"caf\xe9"}, "not UTF-8"),
-        ({"json": b'{"caption": "caf\xe9"}'}, "not UTF-8"),
-        ({"pkl": b"", "pth": b""}, "it has pkl, pth"),
+        (captions_of, {"jpg": b""}, "no caption"),
+        (captions_of, {"json": b"{}"}, "no caption"),
+        (captions_of, {"txt": b"  \n"}, "caption 1 of 1 is empty"),
+        (captions_of, {"json": b'{"captions": ["one", ""]}'}, "caption 2 of 2 is empty"),
+        (captions_of, {"json": b'{"captions": []}'}, "list of captions is empty"),
+        (captions_of, {"json": b'{"captions": [1]}'}, "not a list of strings"),
+        (captions_of, {"json": b'{"captions": "one"}'}, "not a list of strings"),
+        (captions_of, {"json": b'{"captions": '}, "json cannot be read"),
+        (captions_of, {"json": b"[1]"}, "not an object but a list"),
+        (captions_of, {"txt": b"caf\xe9"}, "not UTF-8"),
+        (captions_of, {"json": b'{"caption": "caf\xe9"}'}, "not UTF-8"),
+        (captions_of, {"pkl": b"", "pth": b""}, "it has pkl, pth"),
+        (question_of, with_json(question="why?"), "no answers"),
+        (question_of, with_json(question="why?", answers={}), "no answers"),
+        (question_of, with_json(question="why?", answers={"so": 1.5}), "not a number in 0 … 1"),
+        (question_of, with_json(question="why?", answers={"so": "1"}), "not a number in 0 … 1"),
+        (question_of, with_json(question="why?", answers=dict.fromkeys("abcdefghijk", 0.3)), "11 answers; expected at"),
+        (question_of, with_json(question=" ", answers=SO), "no question"),
+        (question_of, with_json(answers=SO), "no question"),
+        (statement_of, with_json(sentence="red"), "neither true nor false"),
+        (statement_of, with_json(sentence="red", label="True"), "neither true nor false"),
+        (statement_of, with_json(label=True), "no sentence"),
+        (_class, {"jpg": b""}, "no class"),
+        (_class, {"cls": b"4"}, "class is 4; expected 0 to 3"),
+        *((_class, {"cls": text}, "not a class number") for text in (b"cat", b"-1", b"1.5", b"", b"\xc2\xb2", b"1 2")),
+        (members.image_bytes, {"seg.png": b"mask"}, r"no image.*it has seg\.png"),
+        (members.both_images, {"0.jpg": b"a"}, r"no image 1.jpg or right.jpg .*; it has 0.jpg"),
+        *((_check, {"jpg": b"", name: b""}, "executes code") for name in ("pkl", "pth", "pickle", "features.pt")),
+        (partial(members.check_members, is_duplicate=True), {"jpg": b""}, "occurs twice"),
     ],
 )
-def test_missing_empty_and_unreadable_captions_are_bad_samples(members: dict[str, bytes], reason: str):
+def test_bad_members_are_reported_with_a_reason(
+    parse: Callable[..., object], sample: dict[str, bytes], reason: str
+) -> None:
     with pytest.raises(BadSample, match=reason):
-        captions_of(members)
+        parse(sample)
 
 
-def test_image_is_found_by_its_exact_extension():
-    assert image_bytes({"seg.png": b"mask", "webp": b"picture"}) == b"picture"
-    with pytest.raises(BadSample, match=r"no image.*it has seg\.png"):
-        image_bytes({"seg.png": b"mask"})
-
-
-def test_equal_images_have_equal_ids():
+def test_equal_images_have_equal_ids() -> None:
     assert image_id_of({"jpg": b"x"}) == image_id_of({"png": b"x", "txt": b"a"}) != image_id_of({"jpg": b"y"})
     named = [image_id_of({"jpg": picture, "json": b'{"image_id": 7}'}) for picture in (b"x", b"y")]
     assert named[0] == named[1] == image_id_of({"jpg": b"z", "json": b'{"image_id": "7"}'})
     assert -(2**63) <= named[0] < 2**63
-
-
-@pytest.mark.parametrize("extension", ["pkl", "pth", "pickle", "features.pt"])
-def test_samples_with_executable_members_are_bad(extension: str):
-    with pytest.raises(BadSample, match=r"executes code when it is loaded"):
-        check_members({"jpg": b"", extension: b""}, is_duplicate=False)
-    check_members({"jpg": b"", "json": b"", "npz": b""}, is_duplicate=False)
-
-
-def test_duplicate_keys_are_rejected():
-    with pytest.raises(BadSample, match=r"occurs twice"):
-        check_members({"jpg": b""}, is_duplicate=True)
+    members.check_members({"jpg": b"", "json": b"", "npz": b""}, is_duplicate=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,6 @@ PAPER, RELEASE = KeepAspectRatio(384, 640, 32), KeepAspectRatio(384, 639, 32)
 SHAPES = [(24, 24), (24, 40), (40, 24), (24, 30), (8, 60), (60, 8), (33, 24), (24, 37), (48, 24), (24, 48), (31, 50)]
 
 
-# ---- sizes
-
-
 def test_sizes_are_those_of_hugging_faces_processor() -> None:
     """The default is the rule of ViLT's release, whose longest side is int(1333 / 800 * 384)."""
     for height, width in np.random.default_rng(0).integers(150, 1200, (300, 2)).tolist():
@@ -37,10 +35,7 @@ def test_sizes_are_those_of_hugging_faces_processor() -> None:
         for shape in (PAPER, RELEASE):
             expected = get_resize_output_image_size(blank, shape.shorter, shape.longest, 32, "channels_last")
             assert shape.sides(height, width) == expected, (height, width)
-
-
-def test_largest_image_has_240_patches_and_228_in_the_release() -> None:
-    for shape, most in ((PAPER, (384, 640)), (RELEASE, (384, 608))):
+    for shape, most in ((PAPER, (384, 640)), (RELEASE, (384, 608))):  # 240 and 228 patches
         assert max(shape.sides(300, width) for width in range(300, 900)) == most
         assert shape.canvas == most[1]
         assert shape.num_patches == most[0] * most[1] // 32**2
@@ -56,19 +51,8 @@ def test_trap_thin_images_keep_at_least_one_patch_per_side(height: int, width: i
     assert resize(np.zeros((height, width, 3), dtype=np.uint8), PAPER).shape == (rows, columns, 3)
 
 
-# ---- augmentation
-
-
 def noise(height: int, width: int, number: int = 0) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def test_without_augmentation_images_are_only_resized() -> None:
-    plain, shape = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, num_ops=0), KeepAspectRatio(64, 96, 16)
-    image = noise(300, 420)
-    for key in range(3):
-        augmented = augment(image, plain, shape, CounterRandom(key), allow_flip=True)
-        assert (augmented == resize(image, shape)).all()
 
 
 def test_crops_keep_aspect_ratio_and_area_fraction() -> None:
@@ -77,8 +61,11 @@ def test_crops_keep_aspect_ratio_and_area_fraction() -> None:
     for key in range(20):
         crop = random_resized_crop(ramp, shape, (0.25, 1.0), CounterRandom(key))
         assert crop.shape[:2] == shape.sides(200, 150)
-        share = (int(crop[-1, 0, 0]) - int(crop[0, 0, 0]) + 4) / 200  # of the height; 4 rows make up one of the crop's
-        assert 0.45 <= share <= 1.03
+        fraction = (int(crop[-1, 0, 0]) - int(crop[0, 0, 0]) + 4) / 200  # 4 of the image's rows make up one of these
+        assert 0.45 <= fraction <= 1.03
+    plain, image = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, num_ops=0), noise(300, 420)
+    for key in range(3):
+        assert (augment(image, plain, shape, CounterRandom(key), allow_flip=True) == resize(image, shape)).all()
 
 
 def test_images_are_padded_at_the_bottom_and_right() -> None:
@@ -86,13 +73,9 @@ def test_images_are_padded_at_the_bottom_and_right() -> None:
     canvases, sizes = on_one_canvas(images)
     assert canvases.shape == (3, 16, 24, 3)
     assert sizes.tolist() == [[8, 24], [16, 8], [8, 8]]
-    for image, canvas, (height, width) in zip(images, canvases, sizes.tolist(), strict=True):
-        assert (canvas[:height, :width] == image).all()
-        assert not canvas[height:].any()
-        assert not canvas[:, width:].any()
-
-
-# ---- batches
+    for image, canvas in zip(images, canvases, strict=True):
+        height, width = image.shape[:2]
+        assert (canvas == np.pad(image, ((0, 16 - height), (0, 24 - width), (0, 0)))).all()
 
 
 def encode(number: int) -> bytes:
@@ -102,9 +85,9 @@ def encode(number: int) -> bytes:
 @pytest.fixture
 def folder(make_pairs, make_pair) -> str:
     planted = {divmod(number, 11): make_pair(number) | {"jpg": encode(number)} for number in range(33)}
-    made = make_pairs("shaped", [11, 11, 11], planted)
-    index_shards(Storage(), made)
-    return made
+    folder = make_pairs("shaped", [11, 11, 11], planted)
+    index_shards(Storage(), folder)
+    return folder
 
 
 def run_config(
@@ -115,42 +98,28 @@ def run_config(
     return data_config({"pairs": folder}, objectives, source_type, vilt, stage={"negatives": "random"} | stage)
 
 
-def test_batches_are_cut_to_the_largest_image(folder: str) -> None:
-    for batch in take(run_config(folder), 6):
+def test_batches_are_cut_to_the_largest_image_and_to_visible_patches(folder: str) -> None:
+    visible_of = defaultdict[int, set[tuple[int, ...]]](set)
+    for batch in take(run_config(folder, masking={"image_mask_ratio": 0.3}), 12):
         assert batch.image.shape[1:3] == tuple(batch.image_size.max(dim=0).values.tolist())
         assert (batch.image_size % 8 == 0).all()
-        counts = (batch.image_size // 8).prod(dim=1)
-        read = batch.visible_patches >= 0
-        assert torch.equal(read.sum(dim=1), counts.clamp(max=10))
-        assert read.any(dim=0).all()
+        counts, is_visible = (batch.image_size // 8).prod(dim=1), batch.visible_patches >= 0
+        assert torch.equal(is_visible.sum(dim=1), counts.clamp(max=10))
+        assert is_visible.any(dim=0).all()
         for row, count in enumerate(counts.tolist()):
-            mine = batch.visible_patches[row][read[row]]
-            assert (mine.diff() > 0).all()
-            assert mine.max() < count
+            visible = batch.visible_patches[row][is_visible[row]]
+            assert (visible.diff() > 0).all()
+            assert visible.max() < count
             height, width = batch.image_size[row].tolist()
             assert not batch.image[row, height:].any()
             assert not batch.image[row, :, width:].any()
-
-
-def test_masked_fraction_of_visible_patches_is_constant(folder: str) -> None:
-    for batch in take(run_config(folder, masking={"image_mask_ratio": 0.3}), 3):
-        for row in range(len(batch)):
-            masked, read = set(batch.patch_positions[row].tolist()), set(batch.visible_patches[row].tolist())
-            assert masked - {-1} <= read
-            assert len(masked - {-1}) == max(1, round(0.3 * len(read - {-1})))
-
-
-def test_visible_patches_differ_between_epochs(folder: str) -> None:
-    seen: dict[int, set[tuple[int, ...]]] = {}
-    for batch in take(run_config(folder), 12):
-        for row in range(len(batch)):
-            if (batch.image_size[row] // 8).prod() > 10:
-                seen.setdefault(int(batch.uid[row]), set()).add(tuple(batch.visible_patches[row].tolist()))
-    assert seen
-    assert all(len(choices) > 1 for choices in seen.values())
-
-
-def test_without_limit_every_patch_is_visible(folder: str) -> None:
+            masked = set(batch.patch_positions[row].tolist()) - {-1}
+            assert masked <= set(visible.tolist())
+            assert len(masked) == max(1, round(0.3 * len(visible)))  # the same fraction of the visible patches
+            if count > 10:
+                visible_of[int(batch.uid[row])].add(tuple(visible.tolist()))
+    assert visible_of
+    assert all(len(drawn) > 1 for drawn in visible_of.values())  # they differ between epochs
     (batch,) = take(run_config(folder, {"max_visible_patches": None}))
     assert torch.equal((batch.visible_patches >= 0).sum(dim=1), (batch.image_size // 8).prod(dim=1))
 
@@ -161,25 +130,24 @@ def test_mim_examples_include_text_where_there_is_one(folder: str) -> None:
     assert texts[1] is None
 
 
-def test_batches_do_not_depend_on_world_size(folder: str) -> None:
+def test_batches_do_not_depend_on_world_size_and_every_field_enters_the_fingerprint(folder: str) -> None:
     config = run_config(folder, masking={"mask_token_prob": 0.8, "random_patch_prob": 0.1})
     assert len({hash_of(config, range(2, 6), world) for world in (1, 2, 5)}) == 1
-
-
-@pytest.mark.parametrize("member", ["image", "image_size", "visible_patches", "patch_positions"])
-def test_fingerprint_depends_on_every_field(folder: str, member: str) -> None:
     (batch,) = take(run_config(folder))
-    changed = getattr(batch, member).clone()
-    changed.view(-1)[0] += 8 if member == "image_size" else 1
-    digests = hashlib.sha256(), hashlib.sha256()
-    batch.hash_into(digests[0])
-    replace(batch, **{member: changed}).hash_into(digests[1])
-    assert digests[0].hexdigest() != digests[1].hexdigest()
+    fields, digests = ("image", "image_size", "visible_patches", "patch_positions"), set()
+    for name in (None, *fields):
+        changed, digest = batch, hashlib.sha256()
+        if name is not None:
+            values = getattr(batch, name).clone()
+            values.view(-1)[0] += 8 if name == "image_size" else 1
+            changed = replace(batch, **{name: values})
+        changed.hash_into(digest)
+        digests.add(digest.hexdigest())
+    assert len(digests) == 1 + len(fields)
 
 
 def test_image_shape_enters_the_digest(folder: str) -> None:
-    changes = [{}, {"longest_side": 48}, {"max_visible_patches": 9}, {"image_size": 32}]
-    digests = set()
+    digests, changes = set(), [{}, {"longest_side": 48}, {"max_visible_patches": 9}, {"image_size": 32}]
     for model in changes:
         with open_loader(run_config(folder, model)) as loader:
             digests.add(loader.digest)

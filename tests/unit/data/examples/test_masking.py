@@ -23,36 +23,21 @@ def masked_many(tokenizer: Tokenizer, tokens: Tokens, times: int = 400, probabil
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_trap_05_every_caption_with_a_word_gets_a_masked_word(tokenizer, caption):
+def test_trap_05_every_caption_gets_whole_masked_words_with_their_labels(tokenizer, caption):
     tokens = tokenizer.encode(caption, 40)
-    assert all(len(masked.positions) > 0 for masked in masked_many(tokenizer, tokens))
-
-
-def test_text_without_words_gets_no_mask(tokenizer):
-    masked = next(masked_many(tokenizer, tokenizer.encode("", 40)))
-    assert len(masked.positions) == len(masked.labels) == 0
-    assert masked.ids.tolist() == [tokenizer.cls_id, tokenizer.sep_id]
-
-
-@pytest.mark.parametrize("caption", CAPTIONS)
-def test_trap_05_a_word_is_masked_whole_or_not_at_all(tokenizer, caption):
-    tokens = tokenizer.encode(caption, 40)
-    words = np.array(tokens.word_of)
+    words, before = np.array(tokens.word_of), np.array(tokens.ids)
     assert len(set(words)) < len(words)  # some word has several tokens
     for masked in masked_many(tokenizer, tokens):
         hidden = set(words[masked.positions])
+        assert hidden
         assert -1 not in hidden  # neither [CLS] nor [SEP]
         assert masked.positions.tolist() == np.flatnonzero(np.isin(words, list(hidden))).tolist()
-
-
-def test_labels_are_the_original_tokens(tokenizer):
-    tokens = tokenizer.encode(CAPTIONS[3], 40)
-    before = np.array(tokens.ids)
-    for masked in masked_many(tokenizer, tokens):
         assert (masked.labels == before[masked.positions]).all()
         rest = np.setdiff1d(np.arange(len(before)), masked.positions)
         assert (masked.ids[rest] == before[rest]).all()
         assert masked.ids.dtype == masked.positions.dtype == masked.labels.dtype == np.int64
+    repeated = (next(masked_many(tokenizer, tokens)) for _ in range(2))
+    assert len({masked.ids.tobytes() + masked.positions.tobytes() for masked in repeated}) == 1
 
 
 def test_trap_05_all_tokens_of_a_word_are_replaced_equally(tokenizer):
@@ -65,16 +50,28 @@ def test_trap_05_all_tokens_of_a_word_are_replaced_equally(tokenizer):
             assert (now == before[words == word]).all() or len(now) == 1 or (now != before[words == word]).any()
 
 
+def test_texts_without_words_and_single_tokens_are_masked_as_requested(tokenizer):
+    masked = next(masked_many(tokenizer, tokenizer.encode("", 40)))
+    assert len(masked.positions) == len(masked.labels) == 0
+    assert masked.ids.tolist() == [tokenizer.cls_id, tokenizer.sep_id]
+    tokens = tokenizer.encode("hippopotamus", 40)
+    assert {len(masked.positions) for masked in masked_many(tokenizer, tokens, 20, whole=False)} <= {1, 2, 3}
+    assert {len(masked.positions) for masked in masked_many(tokenizer, tokens, 20)} == {len(tokens.ids) - 2}
+
+
 def test_eight_words_in_ten_become_masks_and_one_in_ten_stays(tokenizer):
     tokens = tokenizer.encode("a b c d e f g h i j", 40)
-    fates = {"mask": 0, "kept": 0, "random": 0}
+    fates, counts = {"mask": 0, "kept": 0, "random": 0}, np.zeros(len(tokens.ids))
     for masked in masked_many(tokenizer, tokens, 5000, probability=0.1):
         now = masked.ids[masked.positions]
         assert (now > tokenizer.mask_id).sum() + (now == tokenizer.mask_id).sum() == 1  # random ids: never special
         fates["mask" if now == tokenizer.mask_id else "kept" if now == masked.labels else "random"] += 1
+        counts[masked.positions] += 1
     assert abs(fates["mask"] / 5000 - 0.8) < 0.02
     assert abs(fates["kept"] / 5000 - 0.1 - 0.1 / len(tokenizer.ordinary_ids)) < 0.02
     assert abs(fates["random"] / 5000 - 0.1) < 0.02
+    assert counts[0] == counts[-1] == 0
+    assert np.abs(counts[1:-1] / 5000 - 0.1).max() < 0.02  # the same for every word
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -100,28 +97,6 @@ def test_masking_does_not_depend_on_pieces_or_text_length(tokenizer, whole):
     assert abs(np.mean(fractions) - 0.15) < 0.003
 
 
-def test_single_token_words_are_masked_uniformly(tokenizer):
-    tokens = tokenizer.encode("a b c d e f g h i j", 40)
-    counts = np.zeros(len(tokens.ids))
-    for masked in masked_many(tokenizer, tokens, 4000, probability=0.2):
-        counts[masked.positions] += 1
-    assert counts[0] == counts[-1] == 0
-    assert np.abs(counts[1:-1] / 4000 - 0.2).max() < 0.03
-
-
-def test_without_whole_words_single_tokens_are_masked(tokenizer):
-    tokens = tokenizer.encode("hippopotamus", 40)
-    assert {len(masked.positions) for masked in masked_many(tokenizer, tokens, 20, whole=False)} <= {1, 2, 3}
-    assert {len(masked.positions) for masked in masked_many(tokenizer, tokens, 20)} == {len(tokens.ids) - 2}
-
-
-def test_masks_depend_on_the_key_alone(tokenizer):
-    tokens = tokenizer.encode(CAPTIONS[3], 40)
-    for one, other in zip(masked_many(tokenizer, tokens, 20), masked_many(tokenizer, tokens, 20), strict=True):
-        assert one.ids.tolist() == other.ids.tolist()
-        assert one.positions.tolist() == other.positions.tolist()
-
-
 @pytest.mark.parametrize(
     ("draw", "patches", "expected"),
     [
@@ -138,25 +113,19 @@ def test_number_of_masked_patches_is_fixed(draw, patches, expected):
     assert len({p.tobytes() for p in drawn}) > 1 or expected == patches
 
 
-def test_every_patch_is_masked_sometimes():
+def test_blocks_are_compact_and_all_positions_are_masked_sometimes():
+    fractions = {}  # of the masked patches' inner borders, those between two masked patches
+    for blocks in (True, False):
+        drawn = [mask_patches(196, 0.4, CounterRandom(hash64(key)), blocks) for key in range(400)]
+        masks = np.zeros((400, 14, 14), dtype=bool)
+        np.put_along_axis(masks.reshape(400, 196), np.stack(drawn), True, axis=1)
+        pairs = (masks[:, 1:] & masks[:, :-1]).sum() + (masks[:, :, 1:] & masks[:, :, :-1]).sum()
+        fractions[blocks] = pairs / (2 * masks.sum())
+        assert masks.sum(axis=0).min() > 8  # corners are rare among blocks, which lie wholly inside
+    assert fractions[True] > 0.75
+    assert fractions[False] < 0.45
     counts = np.bincount(np.concatenate([mask_patches(16, 0.5, CounterRandom(hash64(k))) for k in range(1000)]))
     assert np.abs(counts / 1000 - 0.5).max() < 0.06
-
-
-def neighbours(positions, grid):
-    """Return the fraction of masked patches' inner borders between two masked patches."""
-    masked = np.zeros((grid, grid), dtype=bool)
-    masked[positions // grid, positions % grid] = True
-    return ((masked[1:] & masked[:-1]).sum() + (masked[:, 1:] & masked[:, :-1]).sum()) / (2 * len(positions))
-
-
-def test_blocks_are_compact_and_cover_all_positions():
-    blocks = [mask_patches(196, 0.4, CounterRandom(hash64(key)), blocks=True) for key in range(400)]
-    scattered = [mask_patches(196, 0.4, CounterRandom(hash64(key))) for key in range(400)]
-    assert np.mean([neighbours(p, 14) for p in blocks]) > 0.75
-    assert np.mean([neighbours(p, 14) for p in scattered]) < 0.45
-    counts = np.bincount(np.concatenate(blocks), minlength=196)
-    assert counts.min() > 8  # corners are rare, because blocks lie wholly inside
 
 
 def test_trap_section_3_patch_replacement_has_three_branches():
@@ -169,11 +138,6 @@ def test_trap_section_3_patch_replacement_has_three_branches():
     swapped = drawn[~is_covered & ~is_kept]
     assert len(swapped) / drawn.size == pytest.approx(0.1, abs=0.01)
     assert set(swapped.tolist()) == set(range(196))
-
-
-def test_patch_replacements_have_the_configured_fractions():
-    positions = np.arange(8)
-    assert (patch_replacements(positions, 16, 1.0, 0.0, CounterRandom(1)) == COVERED).all()
-    assert (patch_replacements(positions, 16, 0.0, 0.0, CounterRandom(1)) == positions).all()
-    swapped = patch_replacements(positions, 16, 0.0, 1.0, CounterRandom(1))
-    assert ((swapped != positions) & (swapped >= 0) & (swapped < 16)).all()
+    assert (patch_replacements(positions, 196, 1.0, 0.0, CounterRandom(1)) == COVERED).all()
+    assert (patch_replacements(positions, 196, 0.0, 0.0, CounterRandom(1)) == positions).all()
+    assert (patch_replacements(positions, 196, 0.0, 1.0, CounterRandom(1)) != positions).all()

@@ -1,4 +1,4 @@
-"""The training step on images: masked, partly visible or decoded patches, visual tokens, and classes."""
+"""The training step on images: masked, partly visible or decoded patches, visual tokens, classes, and ViLT's pairs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.objectives import head_config
+from pipeline.objectives.itm import matched_examples
+from pipeline.objectives.wpa import wpa_loss
 from pipeline.training.collectives import Collectives
 from pipeline.training.stages import check_stages
-from tests.support.trial import ROWS, VISUAL_TOKENS, begin, tiny_run
+from tests.support.trial import ROWS, VISUAL_TOKENS, TrialState, begin, invented_batch, tiny_run
 
 SIDE, PATCH = 24, 8
 MASKING = {"image_mask_ratio": 0.3, "mask_token_prob": 0.5, "random_patch_prob": 0.3}
@@ -29,12 +31,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def run_config(kind: str, variant: str = "", micro_batch_size: int | None = None, **stage: Any) -> RunConfig:
-    is_classified = variant == "classified"
-    objectives: dict[str, Any] = {"classification": {}} if is_classified else {"mim": {}}
+    source_type, objective = ("labelled", "classification") if variant == "classified" else ("images", "mim")
     model = {"drop_path": 0.3} | ({} if kind == "vilt" else {"image_size": SIDE})
     engine = {"micro_batch_size": micro_batch_size}
-    source_type = "labelled" if is_classified else "images"
-    return tiny_run(kind, source_type, objectives, model, engine, **VARIANTS.get(variant, {}), **stage)
+    return tiny_run(kind, source_type, {objective: {}}, model, engine, **VARIANTS.get(variant, {}), **stage)
 
 
 def gradients(config: RunConfig, collectives: Collectives) -> tuple[dict[str, Tensor], float]:
@@ -43,10 +43,8 @@ def gradients(config: RunConfig, collectives: Collectives) -> tuple[dict[str, Te
     if config.stages[0].masking.mask_token_prob < 1:  # some masked patches show another patch
         shown = torch.randint(0, 9, batch.patch_positions.shape, generator=torch.Generator().manual_seed(3))
         batch = replace(batch, patch_replacements=shown.index_fill(1, torch.tensor([0]), -1))
-    loss = begun.step(batch)["loss"]
-    return {name: gradient / begun.step.accumulation for name, gradient in begun.engine.gradients().items()}, float(
-        loss
-    )
+    loss = float(begun.step(batch)["loss"])
+    return {name: gradient / begun.step.accumulation for name, gradient in begun.engine.gradients().items()}, loss
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -68,9 +66,6 @@ def test_encoder_reads_no_patch_that_the_decoder_predicts(collectives: Collectiv
     (forward,) = begun.engine.forwards.values()
     both = torch.cat([forward.visible_patches, forward.patch_positions], dim=1)
     assert torch.equal(both.sort(dim=1).values, torch.arange(9).expand(ROWS, -1))
-
-
-def test_heads_of_a_stage_follow_its_image_target() -> None:
     assert head_config(run_config("vit", "named by tokens"), 0).visual_tokens == VISUAL_TOKENS
     assert head_config(run_config("vit", "decoded"), 0).image_decoder is not None
     for kind in ("vlmo", "vit"):
@@ -91,3 +86,43 @@ def test_heads_of_a_stage_follow_its_image_target() -> None:
 def test_unsupported_stage_is_rejected(kind: str, variant: str, keys: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         check_stages(run_config(kind, variant, **keys))
+
+
+def vilt_trial(collectives: Collectives, objectives: dict[str, Any], **stage: Any) -> TrialState:
+    """Begin a trial on a batch in which every example is another one."""
+    config = tiny_run("vilt", "pairs", objectives, negatives="random", **stage)
+    return replace(begin(config, collectives), batch=invented_batch(config.model, "pairs", 1, ROWS))
+
+
+def test_wpa_reads_the_forward_of_itm(collectives: Collectives) -> None:
+    begun = vilt_trial(collectives, {"itm": {}, "wpa": {"weight": 0.1}})
+    outputs: list[Any] = []
+    hook = begun.engine.model.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    losses = begun.step(begun.batch)
+    hook.remove()
+    matched = matched_examples(begun.batch, begun.step.stage.config)
+    aligned = {name: outputs[0]["pair"][name] for name in ("words", "patches", "words_keep", "patches_keep")}
+    torch.testing.assert_close(losses["wpa"], wpa_loss(**aligned, matched=matched).detach() / ROWS)
+    swapped = begun.engine.forwards["pair"].image != begun.batch.image
+    assert torch.equal(swapped.flatten(1).any(dim=1), ~matched)
+    torch.testing.assert_close(losses["loss"], losses["itm"] + 0.1 * losses["wpa"])
+    none, objectives = begun.batch.rows(slice(0, 0)), begun.step.objectives
+    loss = objectives["wpa"].loss(begun.engine({"pair": objectives["itm"].fusion_forward(none, "pair")}), none)
+    loss.backward()  # every rank takes part
+    assert loss == 0
+    assert len(outputs) == 1
+
+
+def test_masked_patches_are_read_with_their_text(collectives: Collectives) -> None:
+    begun = vilt_trial(collectives, {"mim": {}}, image_target="mean_colour")
+    mim, batch = begun.step.objectives["mim"], begun.batch
+    assert mim.forwards(batch)["hidden"].text is batch.text
+    assert int(mim.count(batch)) == int((batch.patch_positions >= 0).sum())
+    size, colours = begun.engine.model.config.patch_size, torch.zeros_like(batch.patch_positions)
+    for row, place in torch.nonzero(batch.patch_positions >= 0).tolist():
+        down, across = divmod(int(batch.patch_positions[row, place]), int(batch.image_size[row, 1]) // size)
+        patch = batch.image[row, size * down :, size * across :][:size, :size]
+        red, green, blue = (patch.float().mean(dim=(0, 1)).long() // 32).tolist()
+        colours[row, place] = 64 * red + 8 * green + blue
+    confident = 50.0 * torch.nn.functional.one_hot(colours, 512)
+    assert mim.loss({"hidden": {"mim": confident}}, batch) < 1e-3
