@@ -132,7 +132,11 @@ class Objective:
 
     def fusion_forward(self, examples: Batch, name: str) -> ForwardInput:
         """Return a forward over everything that the examples have: text and images or regions."""
-        masked = self.reads_masked
+        masked, regions, features = self.reads_masked, None, examples.region_features
+        if features is not None:
+            if masked and examples.region_hidden is not None:
+                features = features.masked_fill(examples.region_hidden.unsqueeze(-1), 0.0)
+            regions = Regions(features, require(examples.region_location), require(examples.region_keep))
         return ForwardInput(
             heads=self.heads,
             image=examples.image,
@@ -140,7 +144,7 @@ class Objective:
             visible_patches=examples.visible_patches,
             second_image=examples.second_image,
             second_image_size=examples.second_image_size,
-            regions=regions_of(examples, masked),
+            regions=regions,
             text=examples.masked_text if masked and examples.masked_text is not None else examples.text,
             text_keep=examples.text_keep,
             mask_positions=examples.mask_positions if masked else None,
@@ -165,16 +169,6 @@ class MaskedRegionObjective(Objective):
         sharing = [name for name in ("mlm", "moc", "mrfr") if name in stage.objectives]
         if len({stage.objectives[name].every for name in sharing}) > 1:
             yield f"objectives: {', '.join(sharing)} share one forward over masked examples; set the same `every`"
-
-
-def regions_of(examples: Batch, masked: bool = False) -> Regions | None:
-    """Return the regions of the examples, masked ones zeroed if `masked`; None if the source has none."""
-    features = examples.region_features
-    if features is None:
-        return None
-    if masked and examples.region_hidden is not None:
-        features = features.masked_fill(examples.region_hidden.unsqueeze(-1), 0.0)
-    return Regions(features, require(examples.region_location), require(examples.region_keep))
 
 
 def require(tensor: Tensor | None) -> Tensor:

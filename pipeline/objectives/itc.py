@@ -119,19 +119,19 @@ def global_contrast(
             return torch.stack(parts)
 
         loss = losses().sum() / (len(heads) * len(image_id))
-        gradients = torch.autograd.grad(loss * weight, [*features.values(), *scales.values()])
+        gradients = iter(torch.autograd.grad(loss * weight, [*features.values(), *scales.values()]))
     by_source = None
     if num_sources:
         source = gather(batch.source)
-        chosen = [torch.nonzero(source == number).flatten() for number in range(num_sources)]
+        pairs = [torch.nonzero(source == number).flatten() for number in range(num_sources)]
         with torch.no_grad():
-            sums = [(losses(pairs).mean(), loss.new_tensor(float(len(pairs)))) for pairs in chosen]
-        by_source = torch.stack([torch.stack(pair) for pair in sums])
+            sums = [torch.stack([losses(rows).mean(), loss.new_tensor(float(len(rows)))]) for rows in pairs]
+        by_source = torch.stack(sums)
     return Contrast(
         loss=loss.detach(),
         weight=weight,
-        gradients={name: g[own] for name, g in zip(features, gradients[: len(features)], strict=True)},
-        scale_gradients=dict(zip(scales, gradients[len(features) :], strict=True)),
+        gradients={name: next(gradients)[own] for name in features},
+        scale_gradients={name: next(gradients) for name in scales},
         image=features["image", "itc"].detach(),
         text=features["text", "itc"].detach(),
         scale=scales["scale"].detach(),

@@ -75,23 +75,29 @@ class ITM(Objective):
     def swaps(self, examples: Batch, pool: NegativePool) -> dict[str, list[RowSwap]]:
         own = examples.place.to(pool.image_id.device)
 
-        def draw(scores: Tensor, purpose: str) -> Tensor:
-            uniform = self._uniform(examples, purpose).to(scores.device)
-            return draw_negatives(scores, pool.image_id[own], pool.image_id, uniform)
+        def uniform(purpose: str) -> Tensor:
+            """Return one number in [0, 1) per example, (n,) float32: a function of seed, step, place and purpose."""
+            numbers = uniform_array(hash64(self.context.seed, examples.step, purpose), examples.place.numpy())
+            return torch.from_numpy(numbers).to(torch.float32)
 
         if self.needs_similarity:
             image, text, scale = require(pool.image), require(pool.text), require(pool.scale)
-            return {
-                "wrong_image": [RowSwap(VISUAL, draw(scale * text[own] @ image.T, "negative image"))],
-                "wrong_text": [RowSwap(TEXT, draw(scale * image[own] @ text.T, "negative text"))],
-            }
+            swaps = {}
+            for name, fields, scores, purpose in (
+                ("wrong_image", VISUAL, scale * text[own] @ image.T, "negative image"),
+                ("wrong_text", TEXT, scale * image[own] @ text.T, "negative text"),
+            ):
+                places = draw_negatives(scores, pool.image_id[own], pool.image_id, uniform(purpose).to(scores.device))
+                swaps[name] = [RowSwap(fields, places)]
+            return swaps
         # Another example of the same source, with another image; if there is none, any with another image.
-        is_same_source = pool.source[own, None] == pool.source[None, :]
-        other = draw(torch.where(is_same_source, 0.0, float("-inf")), "random negative").cpu()
+        scores = torch.where(pool.source[own, None] == pool.source[None, :], 0.0, float("-inf"))
+        random = uniform("random negative").to(scores.device)
+        other = draw_negatives(scores, pool.image_id[own], pool.image_id, random).cpu()
         other = other.masked_fill(matched_examples(examples, self.stage), -1)
         if self.context.source_type != "regions":
             return {"pair": [RowSwap(VISUAL, other)]}
-        swap_text = self._uniform(examples, "which is wrong") < 0.5
+        swap_text = uniform("which is wrong") < 0.5
         return {"pair": [RowSwap(VISUAL, other.masked_fill(swap_text, -1)), RowSwap(TEXT, other.where(swap_text, -1))]}
 
     def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
@@ -107,11 +113,6 @@ class ITM(Objective):
             "itm_mismatched": (~matched).sum(),
             "itm_mismatched_correct": (~matched & ~predicted).sum(),
         }
-
-    def _uniform(self, examples: Batch, purpose: str) -> Tensor:
-        """Return one number in [0, 1) per example, (n,) float32: a function of seed, step, place and purpose."""
-        numbers = uniform_array(hash64(self.context.seed, examples.step, purpose), examples.place.numpy())
-        return torch.from_numpy(numbers).to(torch.float32)
 
     def _logits(self, outputs: ForwardOutput, examples: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of all pairs (m, 2) and whether each pair is matched (m,) bool."""

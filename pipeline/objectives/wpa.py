@@ -56,8 +56,10 @@ def wpa_plan(
         for _ in range(outer):
             step = kernel * plan
             for _ in range(inner):
-                patch_scale = _inverse(num_patches * torch.einsum("blp, bl -> bp", step, word_scale), patches_keep)
-                word_scale = _inverse(num_words * torch.einsum("blp, bp -> bl", step, patch_scale), words_keep)
+                mass = num_patches * torch.einsum("blp, bl -> bp", step, word_scale)
+                patch_scale = torch.where(patches_keep & (mass > 0), 1 / mass.where(mass > 0, 1), 0)
+                mass = num_words * torch.einsum("blp, bp -> bl", step, patch_scale)
+                word_scale = torch.where(words_keep & (mass > 0), 1 / mass.where(mass > 0, 1), 0)
             plan = word_scale[:, :, None] * step * patch_scale[:, None, :]
         return plan
 
@@ -71,11 +73,6 @@ def wpa_loss(words: Tensor, patches: Tensor, words_keep: Tensor, patches_keep: T
     cost = wpa_cost(words, patches)
     distance = (cost * wpa_plan(cost.detach(), words_keep, patches_keep)).sum(dim=(1, 2))
     return torch.where(matched, distance, -distance).sum()
-
-
-def _inverse(marginal: Tensor, keep: Tensor) -> Tensor:
-    """Return 1 / marginal at kept positions, 0 elsewhere."""
-    return torch.where(keep & (marginal > 0), 1 / marginal.where(marginal > 0, 1), 0)
 
 
 class WPA(Objective):

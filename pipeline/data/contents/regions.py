@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import io
 import math
+import zipfile
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from pipeline.data.contents.members import REGIONS, Members, names_of
-from pipeline.data.contents.npz import Npz
+from pipeline.data.contents.npz import read_array
 from pipeline.data.quarantine import BadSample
 
 MAX_BYTES = 64 * 2**20  # of one array: 8,192 regions of 2,048 numbers; a larger one is a bomb
@@ -95,8 +96,9 @@ def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> Reg
     `image_size` (height, width) is used for a member without its own.
     """
     try:
-        npz = Npz(data)
-        arrays = {name: npz.read(name, kinds, MAX_BYTES) for name, kinds in _KINDS.items() if name in npz}
+        npz = zipfile.ZipFile(io.BytesIO(data))
+        stored = [name for name in _KINDS if f"{name}.npy" in npz.namelist()]
+        arrays = {name: read_array(npz, name, _KINDS[name], MAX_BYTES) for name in stored}
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes reach zipfile's and numpy's parsers in every shape

@@ -12,6 +12,7 @@ import json
 import re
 import string
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from isal import isal_zlib
 
 from pipeline.data.contents.images import EXTENSIONS, ImageSize, measure
 from pipeline.data.contents.members import Members, image_id_of, record_of, texts_of
-from pipeline.data.contents.npz import Npz
+from pipeline.data.contents.npz import read_array
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.tar import BLOCK, Tar, TarSample, clean_name
 
@@ -149,8 +150,8 @@ class ShardIndex:
         """
         with _open_sidecar(data) as (npz, facts):
             limit = _FACTS_BYTES + _MAX_RATIO * facts.bytes
-            names = json.loads(npz.read("names", "u", limit).tobytes())
-            numbers, texts = npz.read("numbers", "f", limit), npz.read("texts", "u", limit)
+            names = json.loads(read_array(npz, "names", "u", limit).tobytes())
+            numbers, texts = read_array(npz, "numbers", "f", limit), read_array(npz, "texts", "u", limit)
             columns = dict(zip(names["numbers"], numbers, strict=True))
             for (name, values), codes in zip(names["texts"].items(), texts, strict=True):
                 columns[name] = np.array(values, dtype=str)[codes]
@@ -158,7 +159,7 @@ class ShardIndex:
                 raise ValueError("its keys and extensions are not texts")
             if len(names["keys"]) != facts.samples:
                 raise ValueError(f"{len(names['keys'])} keys for {facts.samples} samples")
-            arrays = {name: npz.read(name, np.dtype(dtype).kind, limit) for name, dtype in _ARRAYS.items()}
+            arrays = {name: read_array(npz, name, np.dtype(dtype).kind, limit) for name, dtype in _ARRAYS.items()}
             members = len(arrays["offset"])
             lengths = {"first": facts.samples + 1} | dict.fromkeys(("extension", "size", "offset"), members)
             for name, array in arrays.items():
@@ -192,10 +193,10 @@ def _open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[Npz, ShardRecor
     try:
         if not data.startswith(b"PK\x03\x04"):
             raise ValueError("no zip archive")
-        npz = Npz(data)
-        if "facts" not in npz:
+        npz = zipfile.ZipFile(io.BytesIO(data))
+        if "facts.npy" not in npz.namelist():
             raise ValueError("of an earlier version")
-        facts = json.loads(npz.read("facts", "u", _FACTS_BYTES).tobytes())
+        facts = json.loads(read_array(npz, "facts", "u", _FACTS_BYTES).tobytes())
         if facts["version"] != VERSION:
             raise ValueError(f"version {facts['version']}, expected {VERSION}")
         record = ShardRecord(name, facts["samples"], facts["bytes"], facts["digest"], facts["etag"])

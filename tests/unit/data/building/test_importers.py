@@ -25,7 +25,8 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
-from pipeline.objectives import batch_groups, regions_of
+from pipeline.models.forward import Regions
+from pipeline.objectives import batch_groups
 from tests.support.imports import captions_in, read, record_of, save_image, write_lines
 
 LOWEST, LONGEST = 800, 1333  # sides to which torchvision's Faster R-CNN resizes images
@@ -233,7 +234,8 @@ def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
     assert len(set(batch.image_id.tolist())) == 12
     with torch.no_grad():
         region_embedding = build_model(config.model, tokenizer.size).eval().region_embedding
-        assert region_embedding(regions_of(batch), torch.zeros(32)).isfinite().all()
+        regions = Regions(batch.region_features, batch.region_location, batch.region_keep)
+        assert region_embedding(regions, torch.zeros(32)).isfinite().all()
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
