@@ -68,23 +68,16 @@ def mask_whole_words(
 def mask_patches(num_patches: int, fraction: float, random: CounterRandom, blocks: bool = False) -> np.ndarray:
     """Return ascending positions (K,) int64 of masked patches or regions; K depends on the fraction and is at least 1.
 
-    With `blocks` rectangles of a square grid are masked, else single patches.
+    With `blocks`, rectangles of a square grid are masked instead of single patches, as by BEiT's block-wise masking
+    (arXiv 2106.08254, algorithm 1): rectangles of at least 16 patches and of aspect 0.3 to 3.3 are placed anywhere,
+    possibly overlapping, until enough is covered. BEiT's release stops short of the count where no rectangle fits; here
+    the last one is cut, row by row, so that all images have the same number.
     """
-    count = min(num_patches, max(1, round(fraction * num_patches)))
-    if blocks:
-        return mask_blocks(math.isqrt(num_patches), count, random)
-    return np.sort(random.permutation(num_patches)[:count]).astype(np.int64)
-
-
-def mask_blocks(grid: int, count: int, random: CounterRandom) -> np.ndarray:
-    """Return ascending positions (count,) int64 of exactly `count` patches, covered by rectangles of a square grid.
-
-    BEiT's block-wise masking (arXiv 2106.08254, algorithm 1): rectangles of at least 16 patches and of aspect 0.3 to
-    3.3 are placed anywhere, possibly overlapping, until enough is covered. BEiT's release stops short of the count
-    where no rectangle fits; here the last one is cut, row by row, so that all images have the same number.
-    """
+    remaining = min(num_patches, max(1, round(fraction * num_patches)))
+    if not blocks:
+        return np.sort(random.permutation(num_patches)[:remaining]).astype(np.int64)
+    grid = math.isqrt(num_patches)
     masked = np.zeros((grid, grid), dtype=bool)
-    remaining = count
     while remaining:
         area = BLOCK_AREA + random.uniform() * max(0, remaining - BLOCK_AREA)
         stretch = math.exp((2 * random.uniform() - 1) * math.log(BLOCK_ASPECT))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.contents.text import Tokenizer, Tokens
-from pipeline.data.examples.masking import COVERED, mask_blocks, mask_patches, mask_whole_words, patch_replacements
+from pipeline.data.examples.masking import COVERED, mask_patches, mask_whole_words, patch_replacements
 from pipeline.data.randomness import CounterRandom, hash64
 
 CAPTIONS = ["a zebra", "dogs", "an antelope overtakes the hippopotamus quickly", "a man in a red shirt rides a horse"]
@@ -98,19 +98,19 @@ def test_masking_does_not_depend_on_pieces_or_text_length(tokenizer, whole):
 
 
 @pytest.mark.parametrize(
-    ("draw", "patches", "expected"),
+    ("patches", "expected", "blocks"),
     [
-        *((lambda random, n=n, f=f: mask_patches(n, f, random), n, k)
-          for n, f, k in ((196, 0.4, 78), (36, 0.4, 14), (4, 0.01, 1), (4, 0.99, 4))),
-        *((lambda random, grid=grid, k=k: mask_blocks(grid, k, random), grid**2, k)
-          for grid, k in ((14, 78), (14, 75), (14, 1), (4, 6), (4, 15), (3, 9))),
+        *((n, k, False) for n, k in ((196, 78), (36, 14), (4, 1), (4, 4))),
+        *((grid**2, k, True) for grid, k in ((14, 78), (14, 75), (14, 1), (4, 6), (4, 15), (3, 9))),
     ],
-)  # fmt: skip
-def test_number_of_masked_patches_is_fixed(draw, patches, expected):
-    drawn = [draw(CounterRandom(hash64(key))) for key in range(50)]
+)
+def test_number_of_masked_patches_is_fixed(patches, expected, blocks):
+    drawn = [mask_patches(patches, expected / patches, CounterRandom(hash64(key)), blocks) for key in range(50)]
     assert {len(np.unique(positions)) for positions in drawn} == {expected}
     assert all((np.diff(p) > 0).all() and p[0] >= 0 and p[-1] < patches and p.dtype == np.int64 for p in drawn)
     assert len({p.tobytes() for p in drawn}) > 1 or expected == patches
+    for fraction, count in ((0.01, max(1, round(patches / 100))), (1.0, patches)):
+        assert len(mask_patches(patches, fraction, CounterRandom(1), blocks)) == count
 
 
 def test_blocks_are_compact_and_all_positions_are_masked_sometimes():
