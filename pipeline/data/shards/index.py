@@ -188,7 +188,7 @@ class ShardIndex:
 
 
 @contextmanager
-def _open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[Npz, ShardRecord]]:
+def _open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[zipfile.ZipFile, ShardRecord]]:
     """Open a sidecar and parse its description of the shard. Every error in the block becomes a ValueError."""
     try:
         if not data.startswith(b"PK\x03\x04"):
