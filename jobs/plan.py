@@ -31,25 +31,9 @@ from pipeline.data.storage import Storage, join
 from pipeline.pages.charts import Axis
 from pipeline.pages.formatting import duration
 from pipeline.pages.page import render_page
-from pipeline.planning.estimate import (
-    CONTEXT_BYTES,
-    Assumptions,
-    Point,
-    StageEstimate,
-    StageSettings,
-    curve,
-    estimate,
-    usable_bytes,
-)
-from pipeline.planning.hardware import (
-    ACCELERATORS,
-    INTRA_EFFICIENCY,
-    NETWORKS,
-    TERA,
-    Accelerator,
-    Network,
-    hardware_named,
-)
+from pipeline.planning import hardware
+from pipeline.planning.estimate import CONTEXT_BYTES, Assumptions, StageEstimate, StageSettings, estimate, usable_bytes
+from pipeline.planning.hardware import TERA, Accelerator, Network
 from pipeline.training.deepspeed_setup import sharding_of
 from pipeline.training.prepare import VOCABULARY
 from pipeline.training.stages import Stage, check_stages
@@ -58,6 +42,8 @@ from pipeline.training.workload import work_of
 ZERO_STAGES = (0, 1, 2, 3)
 GB = 1e9
 CATEGORIES = ("states", "gradients", "buffers", "loader", "activations", "backward", "update", "total")
+SIZES = tuple(2**k for k in range(11))  # accelerators in the scaling curve: 1 to 1,024
+SCALING_KEYS = ("gpus", "samples_per_second", "step_seconds", "micro_batch_size", "fits", "hours", "cost")
 
 CHART = {"width": 900, "left": 90, "top": 50, "right": 200, "bottom": 390}  # of the plot, in pixels
 LINE_CHARACTERS, LINE_HEIGHT = 120, 14  # of the assumptions below the plot, at 10 px
@@ -82,7 +68,12 @@ class StagePlan:
     chosen: StageEstimate
     assumptions: Assumptions
     by_zero_stage: dict[str, StageEstimate]
-    scaling: list[Point]
+    scaling: list[StageEstimate]  # on 1, 2, 4, … accelerators
+
+    def efficiency(self, point: StageEstimate) -> float:
+        """Return the speed at a point of the scaling curve, relative to ideal scaling from its first."""
+        first = self.scaling[0]
+        return point.samples_per_second / point.gpus / (first.samples_per_second / first.gpus)
 
 
 def plan_command(
@@ -102,13 +93,13 @@ def plan_command(
         check_output(Storage(), str(scaling), "--scaling")
     assumptions = replace(assumptions, price=config.cluster.price if price is None else price)
     config = with_workers(config, gpus or config.cluster.workers)
-    hardware = hardware_named("--accelerator", ACCELERATORS, accelerator)
-    interconnect = hardware_named("--network", NETWORKS, network)
-    target = Target(hardware, interconnect, config.cluster.workers, assumptions, text_tokens)
+    device = hardware.hardware_named("--accelerator", hardware.ACCELERATORS, accelerator)
+    interconnect = hardware.hardware_named("--network", hardware.NETWORKS, network)
+    target = Target(device, interconnect, config.cluster.workers, assumptions, text_tokens)
     with status("planning") as update:
         plans = plan_run(config, target, scaling is not None, update)
     if scaling is not None:
-        title = f"{config.name} on {hardware.name}, {interconnect.name}"
+        title = f"{config.name} on {device.name}, {interconnect.name}"
         write_output(Storage(), str(scaling), scaling_svg(plans, target, title).encode(), "--scaling")
     return as_json_object(plans, target), as_text(plans, target)
 
@@ -139,8 +130,17 @@ def plan_run(
 
 def _plan_stage(stage: Stage, vocabulary: int, target: Target, scaling: bool) -> StagePlan:
     engine, assumptions = stage.run.engine, target.assumptions
-    if (sample_bytes := _mean_sample_bytes(stage)) is not None:
-        assumptions = replace(assumptions, sample_bytes=sample_bytes)
+    sources, read = stage.config.sources, 0.0
+    try:  # the mean bytes of the sources' samples, by weight, if all manifests are on this machine
+        for name, weight in sources.items():
+            url = stage.run.sources[name].shards
+            if not is_local(url):
+                raise OSError(f"{url} is on another machine")
+            shards = load_manifest(Storage(stage.run.storage), url).shards
+            read += weight * sum(shard.bytes for shard in shards) / max(1, sum(shard.samples for shard in shards))
+        assumptions = replace(assumptions, sample_bytes=read / sum(sources.values()))
+    except (MomeError, OSError):
+        pass
     works = {
         recomputed: work_of(
             stage.with_engine(activation_checkpointing=recomputed), vocabulary, "cuda", target.text_tokens
@@ -170,34 +170,17 @@ def _plan_stage(stage: Stage, vocabulary: int, target: Target, scaling: bool) ->
         return estimate(described, sharding, target.accelerator, target.network, assumptions, most)
 
     alternatives = {}  # the table of ZeRO stages: plain, offloaded, recomputed, and both
-    for zero in ZERO_STAGES:
-        if zero == 0 and engine.precision == "bfloat16":
-            continue  # DeepSpeed would keep no float32 weights there
-        for offloaded in (False, True) if zero else (False,):
-            for recomputed in (False, True):
-                words = [f"ZeRO {zero}", *["offload"] * offloaded, *["recomputed"] * recomputed]
-                keys = {"offload_optimizer": offloaded, "offload_parameters": offloaded and zero == 3}
-                alternatives[", ".join(words)] = estimate_at(target.gpus, False, recomputed, zero_stage=zero, **keys)
+    for zero, offloaded, recomputed in itertools.product(ZERO_STAGES, (False, True), (False, True)):
+        if zero == 0 and (offloaded or engine.precision == "bfloat16"):
+            continue  # in bfloat16, DeepSpeed would keep no float32 weights there
+        words = [f"ZeRO {zero}", *["offload"] * offloaded, *["recomputed"] * recomputed]
+        keys = {"offload_optimizer": offloaded, "offload_parameters": offloaded and zero == 3}
+        alternatives[", ".join(words)] = estimate_at(target.gpus, False, recomputed, zero_stage=zero, **keys)
     # 'auto', and the scaling curve, take the largest micro-batch that fits.
     chosen = estimate_at(target.gpus, largest=engine.micro_batch_size == "auto")
-    takes_largest = settings.micro_batch_size is None
-    points = curve(lambda gpus: estimate_at(gpus, takes_largest), settings.global_batch_size) if scaling else []
+    sizes = [gpus for gpus in SIZES if gpus <= settings.global_batch_size] if scaling else []
+    points = [estimate_at(gpus, settings.micro_batch_size is None) for gpus in sizes]
     return StagePlan(chosen, assumptions, alternatives, points)
-
-
-def _mean_sample_bytes(stage: Stage) -> float | None:
-    """Return the mean bytes of the sources' samples, by weight; None unless all manifests are on this machine."""
-    read = 0.0
-    for name, weight in stage.config.sources.items():
-        url = stage.run.sources[name].shards
-        if not is_local(url):
-            return None
-        try:
-            shards = load_manifest(Storage(stage.run.storage), url).shards
-        except (MomeError, OSError):
-            return None
-        read += weight * sum(shard.bytes for shard in shards) / max(1, sum(shard.samples for shard in shards))
-    return read / sum(stage.config.sources.values())
 
 
 def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
@@ -219,10 +202,14 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
             }
             for name, alternative in plan.by_zero_stage.items()
         }
+        scaling = [
+            {key: getattr(point, key) for key in SCALING_KEYS} | {"efficiency": plan.efficiency(point)}
+            for point in plan.scaling
+        ]
         stages.append(
             asdict(plan.chosen)
             | {"memory": plan.chosen.memory.as_json(), "sample_bytes": plan.assumptions.sample_bytes}
-            | {"by_zero_stage": alternatives, "scaling": [asdict(point) for point in plan.scaling]}
+            | {"by_zero_stage": alternatives, "scaling": scaling}
         )
     return {
         "parameters": max(stage.parameters.total for stage in chosen),
@@ -246,7 +233,7 @@ def as_text(plans: list[StagePlan], target: Target) -> str:
     hours, cost = (sum(getattr(plan.chosen, name) for plan in plans) for name in ("hours", "cost"))
     priced = f", cost {cost:,.0f}" if target.assumptions.price else " (give --price for a cost)"
     lines.append(f"all stages: {hours:,.1f} h on {target.gpus} x {target.accelerator.name}{priced}")
-    return "\n".join([*lines, "", *_assumption_lines(plans, target)])
+    return "\n".join([*lines, "", "assumed:", *(f"  {line}" for line in _assumption_lines(plans, target))])
 
 
 def _stage_lines(plan: StagePlan, target: Target) -> Iterator[str]:
@@ -280,7 +267,7 @@ def _stage_lines(plan: StagePlan, target: Target) -> Iterator[str]:
         yield "  GPUs   samples/s   efficiency   step ms   micro-batch       hours        cost"
     for point in plan.scaling:
         yield (
-            f"  {point.gpus:>4}{point.samples_per_second:>12,.0f}{point.efficiency:>12.0%}"
+            f"  {point.gpus:>4}{point.samples_per_second:>12,.0f}{plan.efficiency(point):>12.0%}"
             f"{point.step_seconds * 1000:>11,.0f}{point.micro_batch_size:>14}{point.hours:>12,.1f}{point.cost:>12,.0f}"
             + ("" if point.fits else "  does not fit")
         )
@@ -289,20 +276,19 @@ def _stage_lines(plan: StagePlan, target: Target) -> Iterator[str]:
 
 def _assumption_lines(plans: list[StagePlan], target: Target) -> Iterator[str]:
     accelerator, network = target.accelerator, target.network
-    yield "assumed:"
     yield (
-        f"  {accelerator.name}: {accelerator.flops / TERA:,.0f} TFLOPS dense bfloat16, "
+        f"{accelerator.name}: {accelerator.flops / TERA:,.0f} TFLOPS dense bfloat16, "
         f"{accelerator.memory_bytes / GB:,.0f} GB, {accelerator.per_node} a node, joined inside it at "
-        f"{accelerator.inside_bandwidth / GB:,.0f} GB/s x {INTRA_EFFICIENCY}"
+        f"{accelerator.inside_bandwidth / GB:,.0f} GB/s x {hardware.INTRA_EFFICIENCY}"
     )
     speed = f"{network.bandwidth / GB:,.2f} GB/s for each GPU x {network.efficiency}"
-    yield f"  {network.name}: {speed}, {network.latency * 1e6:.0f} us"
+    yield f"{network.name}: {speed}, {network.latency * 1e6:.0f} us"
     known = {plan.assumptions.sample_bytes for plan in plans}
     for name, value in asdict(target.assumptions).items():
         shown = " or ".join(f"{size:,.0f}" for size in sorted(known)) if name == "sample_bytes" else f"{value:g}"
-        yield f"  {name} {shown}"
-    yield "  texts as long as the stage allows, unless --text-tokens says otherwise"
-    yield f"  {CONTEXT_BYTES / GB} GB for CUDA and NCCL"
+        yield f"{name} {shown}"
+    yield "texts as long as the stage allows, unless --text-tokens says otherwise"
+    yield f"{CONTEXT_BYTES / GB} GB for CUDA and NCCL"
 
 
 def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
@@ -314,7 +300,8 @@ def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
     low, high = min(speeds) / 1.5, max(*speeds, *ideals) * 1.2
     x_of = Axis(1, max(2, *(point.gpus for point in points)), left, width - right, is_logarithmic=True)
     y_of = Axis(low, max(high, low * 2), bottom, top, is_logarithmic=True)
-    lines = [part for line in _assumption_lines(plans, target) for part in textwrap.wrap(line.strip(), LINE_CHARACTERS)]
+    assumed = ["assumed:", *_assumption_lines(plans, target)]
+    lines = [part for line in assumed for part in textwrap.wrap(line, LINE_CHARACTERS)]
     powers = range(math.ceil(math.log10(y_of.low)), math.floor(math.log10(y_of.high)) + 1)
     return render_page(
         "scaling.svg.j2",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeline.planning.hardware import INTRA_EFFICIENCY, INTRA_LATENCY, Accelerator, Network
@@ -16,7 +15,6 @@ from pipeline.planning.memory import FLOAT32, MOMENTS, Memory, Parameters, Shard
 
 CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL buffers and cuBLAS workspace
 PARAMETERS_OF_A_MODULE = 2  # gathered together by ZeRO 3: typically a weight and its bias
-SIZES = tuple(2**k for k in range(11))  # accelerators in the scaling curve: 1 to 1,024
 
 
 @dataclass(frozen=True)
@@ -107,21 +105,19 @@ def estimate(
     micro_batch_size: int | None = None,
 ) -> StageEstimate:
     """Return the estimate on `sharding.world_size` accelerators. `micro_batch_size` overrides the stage's."""
-    work, ranks = stage.work, sharding.world_size
-    share = largest_share(stage.global_batch_size, ranks)
+    work, ranks, batch = stage.work, sharding.world_size, stage.global_batch_size
+    share = largest_share(batch, ranks)
     room = usable_bytes(accelerator, assumptions)
-    largest = largest_micro_batch(work, sharding, share, room)
     accumulation = math.ceil(share / max(1, min(share, micro_batch_size or stage.micro_batch_size or share)))
     examples = math.ceil(share / accumulation)
     memory = memory_at(work, sharding, share, examples)
     flops = work.step_flops(share, accumulation)
     compute = flops / (accelerator.flops * assumptions.mfu)
-    moved, communication = _communication(work, sharding, accelerator, network, accumulation, stage.global_batch_size)
+    moved, communication = _communication(work, sharding, accelerator, network, accumulation, batch)
     step = compute + max(0.0, communication - assumptions.overlap * compute)
-    samples = stage.global_batch_size / step
+    samples = batch / step
     checkpoint = FLOAT32 * work.parameters.total + MOMENTS * work.parameters.trained
     checkpoint += FLOAT32 * work.parameters.trained if sharding.averages else 0
-    bandwidth = assumptions.checkpoint_bandwidth
     hours = stage.steps * step / assumptions.goodput / 3600
     return StageEstimate(
         name=stage.name,
@@ -132,9 +128,9 @@ def estimate(
         accumulation=accumulation,
         memory=memory,
         fits=memory.total <= room,
-        largest_micro_batch=largest,
-        flops_per_step=flops * stage.global_batch_size / share,
-        tokens_per_step=work.tokens.at(stage.global_batch_size),
+        largest_micro_batch=largest_micro_batch(work, sharding, share, room),
+        flops_per_step=flops * batch / share,
+        tokens_per_step=work.tokens.at(batch),
         compute_seconds=compute,
         communication_seconds=communication,
         communication_bytes=moved,
@@ -143,7 +139,7 @@ def estimate(
         storage_bytes_per_second=samples * assumptions.sample_bytes,
         loader_cores=samples * assumptions.cpu_milliseconds / 1000 * stage.images,
         checkpoint_bytes=checkpoint,
-        checkpoint_seconds=checkpoint / bandwidth,
+        checkpoint_seconds=checkpoint / assumptions.checkpoint_bandwidth,
         hours=hours,
         cost=hours * ranks * assumptions.price,
     )
@@ -180,36 +176,3 @@ def _communication(
         bandwidth, latency = network.bandwidth * network.efficiency, network.latency
     # With NCCL's trees the latency grows with the logarithm of the number of nodes.
     return sent, sent / bandwidth + messages * latency * math.log2(ranks)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of the scaling curve."""
-
-    gpus: int
-    samples_per_second: float
-    efficiency: float  # relative to ideal scaling from the first point
-    step_seconds: float
-    micro_batch_size: int
-    fits: bool
-    hours: float
-    cost: float
-
-
-def curve(at: Callable[[int], StageEstimate], batch: int) -> list[Point]:
-    """Return the scaling curve of a stage; `at` gives the estimate for a number of accelerators, at most `batch`."""
-    estimates = [at(gpus) for gpus in SIZES if gpus <= batch]
-    first = estimates[0].samples_per_second / estimates[0].gpus if estimates else 0.0
-    return [
-        Point(
-            e.gpus,
-            e.samples_per_second,
-            e.samples_per_second / e.gpus / first,
-            e.step_seconds,
-            e.micro_batch_size,
-            e.fits,
-            e.hours,
-            e.cost,
-        )
-        for e in estimates
-    ]

@@ -9,7 +9,7 @@ the larger of two moments:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 FLOAT32 = 4
@@ -125,79 +125,47 @@ def memory_of(
     parameters: Parameters, sharding: Sharding, activations: float = 0.0, workspace: float = 0.0, loader: float = 0.0
 ) -> Memory:
     """Return the memory of one rank. `workspace` are the bytes that backward allocates besides the activations."""
-    engine = {0: _zero_0, 1: _zero_1_and_2, 2: _zero_1_and_2, 3: _zero_3}[sharding.zero_stage](parameters, sharding)
-    average = FLOAT32 * sharding.part(parameters.trained) if sharding.averages else 0.0
-    return replace(
-        engine,
-        states=engine.states + average,
-        buffers=engine.buffers + parameters.buffers,
+    stage, element = sharding.zero_stage, sharding.element
+    trained, part = parameters.trained, sharding.part(parameters.trained)
+    is_float32 = element == FLOAT32
+    # torch's per-tensor loop takes two float32 copies of the largest tensor; one fused kernel takes none.
+    adam = 0 if sharding.fused_update else 2 * FLOAT32
+    weights, optimizer, gradients = float(element * parameters.total), (FLOAT32 + MOMENTS) * part, FLOAT32 * part
+    buffers = backward = host = 0.0
+    update = adam * part
+    bucket = min(sharding.reduce_bucket, trained)
+    if stage == 0:  # everything on every rank; gradients are summed in one flat copy
+        optimizer = ((0 if is_float32 else FLOAT32) + MOMENTS) * trained
+        gradients = (FLOAT32 + (0 if is_float32 else element)) * trained
+        flat_copy = FLOAT32 * min(trained, WHOLE_BUCKET) if sharding.world_size > 1 else 0.0
+        update = max(flat_copy, adam * parameters.largest)
+    elif stage == 1 and sharding.precision == "bfloat16" and not sharding.offload_optimizer:
+        # Whole, flat weights. Gradients are whole: in bfloat16 and, summed over micro-batches, in float32.
+        gradients = (FLOAT32 + element) * trained
+    elif stage in (1, 2):  # whole, flat weights; master weights, moments and gradients partitioned
+        # Buckets of bfloat16 are summed as float32, the engine's communication type.
+        backward = sharding.reduce_bucket * element + (0 if is_float32 else FLOAT32 * bucket)
+        update = FLOAT32 * part + adam * part
+        if sharding.offload_optimizer:
+            host, optimizer = optimizer + (FLOAT32 + element) * part, 0.0
+            gradients, update = element * parameters.largest, 0.0
+    else:  # everything partitioned; weights are gathered for use, and kept up to `max_live` elements
+        weights, buffers = element * sharding.part(parameters.total), sharding.reduce_bucket * FLOAT32
+        # A bucket's copy in rank order and, if its type differs, the gradients it was filled from.
+        scattered = (FLOAT32 + (0 if is_float32 else element)) * bucket
+        backward = element * min(parameters.total, sharding.max_live) + scattered
+        if sharding.offload_optimizer:
+            host, optimizer, gradients, update = optimizer + gradients, 0.0, 0.0, 0.0
+        if sharding.offload_parameters:
+            host, weights = host + weights, 0.0
+    average = FLOAT32 * part if sharding.averages else 0.0
+    return Memory(
+        states=weights + optimizer + average,
+        gradients=gradients,
+        buffers=buffers + parameters.buffers,
         activations=activations,
-        backward=engine.backward + workspace,
+        backward=backward + workspace,
+        update=update,
         loader=loader,
-    )
-
-
-def _zero_0(parameters: Parameters, sharding: Sharding) -> Memory:
-    """Everything on every rank; gradients are summed in one flat copy."""
-    trained, element = parameters.trained, sharding.element
-    is_float32 = sharding.precision == "float32"
-    flat_copy = FLOAT32 * min(trained, WHOLE_BUCKET) if sharding.world_size > 1 else 0.0
-    return Memory(
-        states=element * parameters.total + (0 if is_float32 else FLOAT32 * trained) + MOMENTS * trained,
-        gradients=FLOAT32 * trained + (0 if is_float32 else element * trained),
-        update=max(flat_copy, _adam_temporaries(sharding, parameters.largest)),
-    )
-
-
-def _zero_1_and_2(parameters: Parameters, sharding: Sharding) -> Memory:
-    """Whole, flat weights; master weights and moments partitioned."""
-    element, part = sharding.element, sharding.part(parameters.trained)
-    if sharding.zero_stage == 1 and sharding.precision == "bfloat16" and not sharding.offload_optimizer:
-        # Gradients are whole: in bfloat16 and, summed over micro-batches, in float32.
-        return Memory(
-            states=element * parameters.total + (FLOAT32 + MOMENTS) * part,
-            gradients=(FLOAT32 + element) * parameters.trained,
-            update=_adam_temporaries(sharding, part),
-        )
-    optimizer, host = (FLOAT32 + MOMENTS) * part, 0.0
-    # Buckets of bfloat16 are summed as float32, the engine's communication type.
-    float32_bucket = FLOAT32 * min(sharding.reduce_bucket, parameters.trained) if element != FLOAT32 else 0
-    gradients, update = FLOAT32 * part, FLOAT32 * part + _adam_temporaries(sharding, part)
-    if sharding.offload_optimizer:
-        host, optimizer = optimizer + (FLOAT32 + element) * part, 0.0
-        gradients, update = element * parameters.largest, 0.0
-    return Memory(
-        states=element * parameters.total + optimizer,
-        gradients=gradients,
-        backward=sharding.reduce_bucket * element + float32_bucket,
-        update=update,
         host=host,
     )
-
-
-def _zero_3(parameters: Parameters, sharding: Sharding) -> Memory:
-    """Everything partitioned; weights are gathered for use, and kept up to `max_live` elements."""
-    element, part = sharding.element, sharding.part(parameters.trained)
-    weights = element * sharding.part(parameters.total)
-    optimizer, gradients = (FLOAT32 + MOMENTS) * part, FLOAT32 * part
-    host, update = 0.0, _adam_temporaries(sharding, part)
-    if sharding.offload_optimizer:
-        host, optimizer, gradients, update = optimizer + gradients, 0.0, 0.0, 0.0
-    if sharding.offload_parameters:
-        host, weights = host + weights, 0.0
-    gathered = element * min(parameters.total, sharding.max_live)
-    # A bucket's copy in rank order and, if its type differs, the gradients it was filled from.
-    scattered = (FLOAT32 + (0 if element == FLOAT32 else element)) * min(sharding.reduce_bucket, parameters.trained)
-    return Memory(
-        states=weights + optimizer,
-        gradients=gradients,
-        buffers=sharding.reduce_bucket * FLOAT32,
-        backward=gathered + scattered,
-        update=update,
-        host=host,
-    )
-
-
-def _adam_temporaries(sharding: Sharding, elements: float) -> float:
-    """Return the bytes of torch's per-tensor loop for the largest tensor: two float32 copies."""
-    return 0.0 if sharding.fused_update else 2 * FLOAT32 * elements
