@@ -52,6 +52,14 @@ def test_scaling_chart_is_complete_and_its_assumptions_are_legible(plans):
     assert all(float(line.attrib["x"]) + 6.5 * len(line.text or "") < width for line in lines)  # wide letters
 
 
+def test_scaling_curve_ends_where_a_rank_would_have_no_example(plans):
+    for plan in plans:
+        assert [point.gpus for point in plan.scaling] == [1, 2, 4, 8]  # of batches of 12
+        assert plan.efficiency(plan.scaling[0]) == 1
+        speeds = [point.samples_per_second for point in plan.scaling]
+        assert len(set(speeds)) == 4
+
+
 def test_more_gpus_than_examples_are_rejected():
     target = Target(TARGET.accelerator, TARGET.network, 16, TARGET.assumptions)
     with pytest.raises(ConfigError, match="12 rows only"):

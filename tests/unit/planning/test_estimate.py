@@ -1,15 +1,13 @@
-"""Estimates of memory, time and cost follow from the stage's workload and the hardware."""
+"""Estimates of memory, time and cost follow from the stage's workload, its ZeRO stage and the hardware."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 
 from pipeline.config.errors import ConfigError
-from pipeline.planning.estimate import Assumptions, StageSettings, curve, estimate, largest_micro_batch, memory_at
+from pipeline.planning.estimate import Assumptions, StageSettings, estimate, largest_micro_batch, memory_at
 from pipeline.planning.hardware import ACCELERATORS, NETWORKS, accelerator_like, hardware_named
-from pipeline.planning.memory import Line, Parameters, Sharding, Work
+from pipeline.planning.memory import Line, Parameters, Sharding, Work, memory_of
 
 WORK = Work(
     parameters=Parameters(trained=200_000_000, frozen=0, buffers=0, largest=20_000_000, tensors=300),
@@ -24,24 +22,53 @@ WORK = Work(
     contrast_width=1536,
 )
 STAGE = StageSettings("pairs", steps=1000, global_batch_size=1024, images=1, micro_batch_size=None, work=WORK)
+SIZE = Parameters(trained=8_000_000, frozen=2_000_000, buffers=0, largest=1_000_000)
 H100, IB = ACCELERATORS["h100"], NETWORKS["ib-400"]
 
 
-def sharding(ranks: int, zero_stage: int = 1) -> Sharding:
-    return Sharding(zero_stage, ranks, "bfloat16", 50_000_000, 1_000_000_000)
+def sharding(ranks: int, zero_stage: int = 1, precision: str = "bfloat16", **more) -> Sharding:
+    return Sharding(zero_stage, ranks, precision, 50_000_000, 1_000_000_000, **more)  # type: ignore[arg-type]
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(("zero_stage", "weights"), [(2, 10_000_000), (3, 2_500_000)])
+def test_bfloat16_states_take_2_bytes_and_12_sharded_bytes(zero_stage: int, weights: int) -> None:
+    states = memory_of(SIZE, sharding(4, zero_stage)).states
+    assert states == 2 * weights + 12 * 2_000_000
+    averaged = memory_of(SIZE, sharding(4, zero_stage, averages=True)).states
+    assert averaged == states + 4 * 2_000_000, "a moving average adds one sharded float32 copy"
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_more_ranks_and_offloading_need_less_memory_on_each(zero_stage):
+    for precision in ("float32", "bfloat16"):
+        few, many = (memory_of(SIZE, sharding(ranks, zero_stage, precision)) for ranks in (2, 64))
+        assert many.states < few.states
+        assert many.total < few.total
+    kept, offloaded = (memory_of(SIZE, sharding(4, zero_stage, offload_optimizer=choice)) for choice in (False, True))
+    assert kept.host == 0
+    assert offloaded.host >= 12 * 2_000_000
+    assert offloaded.states == kept.states - 12 * 2_000_000
+
+
+def test_total_is_the_larger_of_backward_and_update():
+    idle, crowded = (memory_of(SIZE, sharding(4, 2), activations=activations) for activations in (0.0, 1e9))
+    assert crowded.total > idle.total
+    assert crowded.total == crowded.states + crowded.gradients + crowded.buffers + 1e9 + crowded.backward
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_one_example_above_the_largest_micro_batch_does_not_fit(zero_stage):
-    room = 40e9
-    rows = largest_micro_batch(WORK, sharding(4, zero_stage), 256, room)
+    room, cut = 40e9, sharding(4, zero_stage)
+    rows = largest_micro_batch(WORK, cut, 256, room)
     assert 0 < rows < 256
-    assert memory_at(WORK, sharding(4, zero_stage), 256, rows).total <= room
-    assert memory_at(WORK, sharding(4, zero_stage), 256, rows + 1).total > room
+    assert memory_at(WORK, cut, 256, rows).total <= room < memory_at(WORK, cut, 256, rows + 1).total
+    assert largest_micro_batch(WORK, cut, 16, 1e8) == 0, "the states alone are too large"
 
 
-def test_no_micro_batch_fits_if_the_states_are_too_large():
-    assert largest_micro_batch(WORK, sharding(1), 16, 1e9) == 0
+# ---- time and cost
 
 
 def test_single_accelerator_has_no_communication() -> None:
@@ -62,35 +89,21 @@ def test_time_and_cost_follow_the_assumptions() -> None:
 
 def test_network_affects_only_runs_on_several_nodes():
     slow = NETWORKS["ethernet-25"]
-    inside = [estimate(STAGE, sharding(8), H100, net, Assumptions()).step_seconds for net in (IB, slow)]
-    between = [estimate(STAGE, sharding(64), H100, net, Assumptions()).step_seconds for net in (IB, slow)]
+    inside, between = (
+        [estimate(STAGE, sharding(ranks), H100, net, Assumptions()).step_seconds for net in (IB, slow)]
+        for ranks in (8, 64)
+    )
     assert inside[0] == inside[1]
     assert between[1] > 5 * between[0]
 
 
 def test_accumulation_adds_the_second_itc_forward():
-    cut = estimate(STAGE, sharding(8), H100, IB, Assumptions(), micro_batch_size=32)
+    cut, whole = (estimate(STAGE, sharding(8), H100, IB, Assumptions(), micro_batch_size=size) for size in (32, None))
     assert (cut.accumulation, cut.micro_batch_size) == (4, 32)
-    whole = estimate(STAGE, sharding(8), H100, IB, Assumptions())
     assert cut.compute_seconds / whole.compute_seconds == pytest.approx(6.5 / 6.0, rel=1e-3)
 
 
-def test_scaling_curve_ends_where_a_rank_would_have_no_example():
-    def at(stage: StageSettings):
-        return lambda gpus: estimate(stage, sharding(gpus), H100, IB, Assumptions(), micro_batch_size=1)
-
-    points = curve(at(STAGE), STAGE.global_batch_size)
-    assert [point.gpus for point in points] == [2**k for k in range(11)]
-    assert points[0].efficiency == 1
-    speeds = [point.samples_per_second for point in points]
-    assert speeds == sorted(speeds)
-    small = replace(STAGE, global_batch_size=48)
-    assert [point.gpus for point in curve(at(small), 48)][-1] == 32
-
-
-def test_unknown_accelerator_gets_a_suggestion():
-    with pytest.raises(ConfigError, match="did you mean 'h100'"):
-        hardware_named("--accelerator", ACCELERATORS, "h1000")
+# ---- hardware
 
 
 @pytest.mark.parametrize(
@@ -103,7 +116,7 @@ def test_unknown_accelerator_gets_a_suggestion():
         ("NVIDIA L40S", "l40s"),
     ],
 )
-def test_accelerator_is_found_by_the_name_of_its_driver(device, name):
-    found = accelerator_like(device)
-    assert found is not None
-    assert found.name == name
+def test_accelerators_are_known_by_the_names_of_their_drivers(device, name):
+    assert accelerator_like(device) is ACCELERATORS[name]
+    with pytest.raises(ConfigError, match="did you mean 'h100'"):
+        hardware_named("--accelerator", ACCELERATORS, "h1000")
