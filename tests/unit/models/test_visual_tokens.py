@@ -45,14 +45,14 @@ def read(folder: Path) -> tuple[bytes, bytes, str]:
     return (folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes(), str(folder)
 
 
-def pictures(side: int) -> Tensor:
+def images(side: int) -> Tensor:
     colours = torch.randint(0, 256, (3, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     return colours.repeat_interleave(side // 4, dim=1).repeat_interleave(side // 4, dim=2)
 
 
 def test_tokens_equal_hugging_face(theirs: FlavaImageCodebook, folder: Path) -> None:
     tokenizer = read_tokenizer(*read(folder))
-    image = pictures(32)
+    image = images(32)
     mapped = (image.permute(0, 3, 1, 2) / 255) * 0.8 + 0.1  # DALL-E's pixel transform
     found = tokenizer(image, 4)
     assert torch.equal(found, theirs.get_codebook_indices(mapped).flatten(1))
@@ -65,7 +65,7 @@ def test_tokens_equal_hugging_face(theirs: FlavaImageCodebook, folder: Path) -> 
 def test_image_is_resized_to_eight_pixels_per_patch(folder: Path) -> None:
     """A 14 x 14 grid of 16-pixel patches is tokenised from 112 pixels, as in BEiT."""
     tokenizer = read_tokenizer(*read(folder))
-    small = pictures(16)
+    small = images(16)
     large = small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     assert tokenizer(large, 4).shape == (3, 16)
     assert (tokenizer(large, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to the blur of smoothing
@@ -79,18 +79,14 @@ def test_names_of_dall_e_are_read(folder: Path) -> None:
     assert "blocks.group_1.block_1.res_path.conv_1.w" in published
     config, _, origin = read(folder)
     own, other = read_tokenizer(*read(folder)), read_tokenizer(config, save(published), origin)
-    assert torch.equal(own(pictures(32), 4), other(pictures(32), 4))
+    assert torch.equal(own(images(32), 4), other(images(32), 4))
 
 
-def test_no_gradient_and_no_randomness(folder: Path) -> None:
+def test_examples_are_independent_without_gradient_or_randomness(folder: Path) -> None:
     before = torch.get_rng_state()
-    tokenizer = read_tokenizer(*read(folder))
+    tokenizer, image = read_tokenizer(*read(folder)), images(32)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
-
-
-def test_examples_are_independent(folder: Path) -> None:
-    tokenizer, image = read_tokenizer(*read(folder)), pictures(32)
     assert torch.equal(tokenizer(image, 4), torch.cat([tokenizer(image[:1], 4), tokenizer(image[1:], 4)]))
     assert tokenizer(image[:0], 4).shape == (0, 16)
     assert tokenizer(image[:0], 2).shape == (0, 4)
@@ -124,14 +120,7 @@ def test_mutated_tokenizers_raise_only_checkpoint_errors(folder: Path) -> None:
 
 
 def stage(**keys: object) -> StageConfig:
-    values = {
-        "name": "v",
-        "sources": {"a": 1.0},
-        "objectives": {"mim": {}},
-        "steps": 1,
-        "global_batch_size": 16,
-        **keys,
-    }
+    values = {"name": "v", "sources": {"a": 1.0}, "objectives": {"mim": {}}, "steps": 1, "global_batch_size": 16} | keys
     config = {"name": "t", "model": {}, "sources": {"a": {"shards": "x", "type": "images"}}, "stages": [values]}
     return validate(config, "test").stages[0]
 

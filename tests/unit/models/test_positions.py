@@ -1,0 +1,195 @@
+"""Relative positions of images and texts, and each rule for resizing positions against an independent computation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.interpolate import RectBivariateSpline
+from scipy.ndimage import zoom
+from torch import Tensor
+
+from pipeline.config.errors import ConfigError
+from pipeline.models.embeddings import RelativePositions
+from pipeline.models.resize import cut_text_positions, resize_grid, resize_relative_grid, resize_text_distances
+
+GRID, TEXT, LAYERS, HEADS = 3, 6, 2, 2
+GRIDS = [(14, 24), (14, 30), (24, 14), (7, 12), (3, 4)]
+
+
+# ---- relative positions
+
+
+@pytest.fixture
+def module() -> RelativePositions:
+    module = RelativePositions(LAYERS, HEADS, GRID, TEXT)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) + 1000 * parameter.numel())
+    return module
+
+
+def image_index(grid: int) -> Tensor:
+    return RelativePositions(1, 1, grid, 2).image_index
+
+
+def text_index(length: int) -> Tensor:
+    return RelativePositions(1, 1, 1, length).text_index
+
+
+def test_pairs_of_equal_offset_share_a_row_and_cls_has_its_own() -> None:
+    patches, words = image_index(GRID), text_index(TEXT)
+    assert patches.shape == (10, 10)
+    assert patches[1, 2] == patches[4, 5] == patches[8, 9] != patches[2, 1]
+    assert patches[1, 4] == patches[6, 9]
+    assert patches[1:, 1:].unique().tolist() == list(range(25))
+    assert words[1, 3] == words[2, 4] == words[1, 2] + 1
+    assert words[1:, 1:].unique().tolist() == list(range(9))
+    for index, first in ((patches, 25), (words, 9)):
+        assert set(index[0, 1:].tolist()) == {first}
+        assert set(index[1:, 0].tolist()) == {first + 1}
+        assert index[0, 0] == first + 2
+
+
+def test_longer_text_keeps_the_bias_of_the_shorter(module: RelativePositions) -> None:
+    assert torch.equal(module(6, False)[:, :, :4, :4], module(4, False))
+    long, short = module(6, True), module(4, True)
+    kept = torch.tensor([0, 1, 2, 3, *range(6, 16)])
+    assert torch.equal(long[:, :, kept][:, :, :, kept], short)
+
+
+def test_fused_bias_has_one_value_per_cross_direction(module: RelativePositions) -> None:
+    bias = module(4, True)
+    assert bias.shape == (LAYERS, HEADS, 14, 14)
+    assert torch.equal(bias[:, :, :4, :4], module(4, False))
+    assert torch.equal(bias[:, :, 4:, 4:], module(0, True))
+    to_image, to_text = module.cross.view(2, LAYERS, HEADS)
+    assert (bias[:, :, :4, 4:] == to_image[:, :, None, None]).all()
+    assert (bias[:, :, 4:, :4] == to_text[:, :, None, None]).all()
+    assert torch.equal(module(1, False)[1, :, 0, 0], module.text[-1, HEADS:]), "columns are layers, then heads"
+
+
+# ---- absolute grids
+
+
+def positions(grid: int, width: int = 3) -> Tensor:
+    return torch.randn(1 + grid**2, width, generator=torch.Generator().manual_seed(grid))
+
+
+def table(grid: int, columns: int = 4) -> Tensor:
+    return torch.randn((2 * grid - 1) ** 2 + 3, columns, generator=torch.Generator().manual_seed(grid))
+
+
+def square(rows: Tensor) -> np.ndarray:
+    side = math.isqrt(len(rows))
+    return rows.reshape(side, side, -1).double().numpy()
+
+
+def close(actual: Tensor, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual.numpy(), expected.reshape(actual.shape), rtol=1e-5, atol=1e-5)
+
+
+def bicubic(image: np.ndarray, new: int, a: float = -0.75) -> np.ndarray:
+    """Interpolate between pixel centres with repeated borders, one tap of Keys's kernel (torch's `a`) at a time."""
+    old = len(image)
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = np.zeros((new, old))
+    for row, place in enumerate(places):
+        for tap in range(math.floor(place) - 1, math.floor(place) + 3):
+            d = abs(place - tap)
+            near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            weights[row, min(max(tap, 0), old - 1)] += near if d <= 1 else far if d < 2 else 0.0
+    return np.einsum("ay,bx,yxd->abd", weights, weights, image)
+
+
+@pytest.mark.parametrize(("old", "new"), GRIDS)
+def test_grids_equal_keys_kernel_and_ndimage_zoom_of_order_1(old: int, new: int) -> None:
+    before = positions(old)
+    after = resize_grid(before, new, "bicubic")
+    close(after[1:], bicubic(square(before[1:]), new))
+    assert torch.equal(after[0], before[0])
+    close(resize_grid(before, new, "bilinear")[1:], zoom(square(before[1:]), (new / old, new / old, 1), order=1))
+
+
+def test_a_grid_need_not_stay_square() -> None:
+    before = positions(4)
+    close(resize_grid(before, (3, 6), "bilinear")[1:], zoom(square(before[1:]), (3 / 4, 6 / 4, 1), order=1))
+
+
+# ---- relative tables
+
+
+def geometric_by_roots(old: int, new: int) -> np.ndarray:
+    """Return BEiT's progression, with its ratio from a polynomial's root instead of bisection.
+
+    The root is rounded to the middle of the cell that bisection reaches in its 19th step.
+    """
+    steps, reach = old // 2, new // 2
+    roots = np.roots([*np.ones(steps - 1), 1 - reach])
+    root = next(root.real for root in roots if abs(root.imag) < 1e-9 and root.real > 0)
+    cell = (1.5 - 1.01) / 2**18
+    ratio = 1.01 + (min(max(math.floor((root - 1.01) / cell), 0), 2**18 - 1) + 0.5) * cell
+    away = [sum(ratio**power for power in range(n + 1)) for n in range(steps)]
+    return np.array([-distance for distance in reversed(away)] + [0.0] + away)
+
+
+@pytest.mark.parametrize(("old", "new"), GRIDS)
+def test_relative_table_equals_fitpacks_bivariate_spline(old: int, new: int) -> None:
+    """`interp2d(kind='cubic')` on a grid called the FITPACK routine that RectBivariateSpline calls (regrid_smth)."""
+    before = table(old)
+    after = resize_relative_grid(before, new)
+    assert after.shape == ((2 * new - 1) ** 2 + 3, before.shape[1])
+    places, wanted = geometric_by_roots(2 * old - 1, 2 * new - 1), np.arange(-(new - 1), new - 1 + 0.1, 1.0)
+    for column in range(before.shape[1]):
+        spline = RectBivariateSpline(places, places, square(before[:-3])[..., column], kx=3, ky=3, s=0)
+        np.testing.assert_allclose(after[:-3, column].numpy(), spline(wanted, wanted).ravel(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(after[-3:], before[-3:])
+
+
+def test_smooth_function_of_distance_is_preserved() -> None:
+    """A bias that is a function of distance is the same function on the new grid; the largest distance stays so."""
+    old, new = 14, 24
+    places = geometric_by_roots(2 * old - 1, 2 * new - 1)
+    assert places[-1] == pytest.approx(23, abs=1e-3)
+    falling = np.exp(-np.abs(places) / 5)
+    rows = torch.from_numpy(np.outer(falling, falling).ravel()).unsqueeze(1)
+    after = resize_relative_grid(torch.cat([rows, torch.zeros(3, 1)]), new)
+    down, across = torch.arange(new).repeat_interleave(new), torch.arange(new).repeat(new)
+    distance = (down[:, None] - down).abs() + (across[:, None] - across).abs()
+    bias = after[image_index(new)[1:, 1:]].squeeze(-1)
+    assert (bias - torch.exp(-distance / 5)).abs().max() < 0.06  # a cubic cannot represent the kink at 0
+
+
+def test_small_tables_and_equal_sizes() -> None:
+    for old, new in ((2, 3), (1, 4), (2, 1)):  # too small for a cubic
+        after = resize_relative_grid(table(old), new)
+        assert len(after) == (2 * new - 1) ** 2 + 3
+        assert after.isfinite().all()
+    for size in (1, 2, 5):
+        words = torch.arange(2.0 * size + 4)[:, None]
+        assert torch.equal(resize_relative_grid(table(size), size), table(size))
+        assert torch.equal(resize_grid(positions(size), size, "bicubic"), positions(size))
+        assert torch.equal(resize_text_distances(words, size + 2), words)
+
+
+# ---- texts
+
+
+@pytest.mark.parametrize(("old", "new"), [(12, 7), (7, 12), (5, 9)])
+def test_words_keep_the_bias_of_their_distance(old: int, new: int) -> None:
+    before = torch.randn(2 * old, 4)
+    read_before, read_after = before[text_index(old)], resize_text_distances(before, new)[text_index(new)]
+    shared = min(old, new)
+    assert torch.equal(read_before[:shared, :shared], read_after[:shared, :shared])
+    if new > old:  # unknown distances have the bias of the largest known
+        assert torch.equal(read_after[1, new - 1], read_before[1, old - 1])
+        assert torch.equal(read_after[new - 1, 1], read_before[old - 1, 1])
+
+
+def test_absolute_text_positions_are_cut_but_not_extended() -> None:
+    before = positions(3)
+    assert torch.equal(cut_text_positions(before, 4), before[:4])
+    with pytest.raises(ConfigError, match=r"max_text_length: 11, but the weights have absolute positions of 10 tokens"):
+        cut_text_positions(before, 11)
