@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from jobs.cli import FORMAT_HELP, app
+from jobs.cli import Format, app
 from jobs.convert import export_weights, import_weights
 from jobs.predict import predict
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
@@ -594,4 +594,4 @@ def test_both_commands_work_from_the_command_line(tmp_path: Path, vocabulary: st
     second = CliRunner().invoke(app, ["export", out, "--format", "vlmo", "--out", back, "--json"])
     assert json.loads(second.stdout)["path"] == back
     assert equal(safetensors.torch.load_file(back), vlmo())
-    assert set(re.findall(r"[a-z]+(?:-hf)?", FORMAT_HELP.partition(":")[2])) >= set(FORMATS)
+    assert set(re.findall(r"[a-z]+(?:-hf)?", Format.__metadata__[0].help.partition(":")[2])) >= set(FORMATS)
