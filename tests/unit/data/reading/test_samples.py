@@ -368,11 +368,12 @@ def test_shard_replaced_in_the_store_is_rejected_by_name(s3, epoch: Epoch, tmp_p
 
 
 @ON_MOTO
-def test_reader_owns_its_threads(s3, epoch: Epoch, folder: str, tmp_path: Path):
+def test_reader_owns_its_threads(s3, epoch: Epoch, make_pairs, tmp_path: Path):
     def threads() -> list[str]:
         names = ("requests", "downloads", "read-ahead")
         return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
 
+    index_shards(Storage(), folder := make_pairs("local", [6]))
     local = reader(folder)
     local.start_prefetch(lambda step: [ref(0, 0)], 0)
     local.read(ref(0, 0))
