@@ -108,8 +108,9 @@ def _run_probes() -> Probed:
     from pipeline.training.collectives import Collectives
 
     collectives = Collectives()
-    in_turn = {name: _through_engine(collectives, steps, LAYOUTS) for name, steps in SCENARIOS.items()}
-    return Probed(in_turn, _diverging(collectives, GUARDED), _vlmo_in_turn(collectives))
+    in_turn = {name: [_in_turn(collectives, steps, layout) for layout in LAYOUTS] for name, steps in SCENARIOS.items()}
+    stopped = [_diverging(collectives, experts, layout) for layout in GUARDED for experts in DIVERGING]
+    return Probed(in_turn, stopped, _vlmo_in_turn(collectives))
 
 
 @pytest.fixture(scope="module")
@@ -117,75 +118,59 @@ def probed() -> list[Probed]:
     return run_ranks(_run_probes, 2)
 
 
-def _through_engine(collectives: Any, steps: list[list[str]], layouts: list[dict[str, Any]]) -> list[list[Step]]:
+def _in_turn(collectives: Any, steps: list[list[str]], layout: dict[str, Any]) -> list[Step]:
+    """Return the steps of an engine whose experts are used in turn."""
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.stages import Stage
 
-    results = []
-    for layout in layouts:
-        config = tiny_config(micro_batch_size=12 // collectives.world_size // len(steps[0]), **layout)
-        engine = DeepSpeedEngine(Experts(), Stage(config, 0), collectives)
-        results.append([_step(engine, collectives, number, experts) for number, experts in enumerate(steps)])
-        engine.close()
+    config = tiny_config(micro_batch_size=12 // collectives.world_size // len(steps[0]), **layout)
+    engine, results = DeepSpeedEngine(Experts(), Stage(config, 0), collectives), []
+    for number, micro_batches in enumerate(steps):
+        scale = collectives.world_size * len(micro_batches)  # DeepSpeed divides by both
+        for k, experts in enumerate(micro_batches):
+            outputs = engine(_passes(number, k, collectives.rank, experts))
+            loss = torch.stack(list(outputs.values())).sum()
+            engine.backward(loss * scale, last=k == len(micro_batches) - 1)
+        gradients = engine.gradients()
+        engine.step(RATE)
+        results.append(Step(gradients, engine.gradient_norm(), engine.weights() or {}))
+    engine.close()
     return results
-
-
-def _step(engine: Any, collectives: Any, number: int, micro_batches: list[str]) -> Step:
-    scale = collectives.world_size * len(micro_batches)  # DeepSpeed divides by both
-    for k, experts in enumerate(micro_batches):
-        outputs = engine(_passes(number, k, collectives.rank, experts))
-        engine.backward(torch.stack(list(outputs.values())).sum() * scale, last=k == len(micro_batches) - 1)
-    gradients = engine.gradients()
-    engine.step(RATE)
-    return Step(gradients, engine.gradient_norm(), engine.weights() or {})
-
-
-def _differences(right: Step, got: Step) -> list[str]:
-    """Return what differs from autograd, each with its relative error."""
-    pairs = {
-        **{f"gradient of {name}": (g, got.gradients[name]) for name, g in right.gradients.items()},
-        **{f"weight {name}": (w, got.weights[name]) for name, w in right.weights.items()},
-        "norm": (torch.tensor(right.norm), torch.tensor(got.norm)),
-    }
-    errors = {what: float((got - good).norm() / good.norm().clamp(min=1e-3)) for what, (good, got) in pairs.items()}
-    return [f"{what} {error:.1e}" for what, error in errors.items() if error > 1e-5]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_probe_experts_used_in_turn_equal_autograd(probed, scenario: str) -> None:
     expected = _expected(SCENARIOS[scenario], 2)
-    wrong = {
-        f"{layout}, step {number}": differences
-        for layout, got in zip(LAYOUTS, probed[0].in_turn[scenario], strict=True)
-        for number, (right, step) in enumerate(zip(expected, got, strict=True))
-        if (differences := _differences(right, step))
-    }
-    assert not wrong, "\n".join(f"{where}: {differences}" for where, differences in wrong.items())
+    for layout, steps in zip(LAYOUTS, probed[0].in_turn[scenario], strict=True):
+        for number, (right, got) in enumerate(zip(expected, steps, strict=True)):
+            pairs = {
+                **{f"gradient of {name}": (g, got.gradients[name]) for name, g in right.gradients.items()},
+                **{f"weight {name}": (w, got.weights[name]) for name, w in right.weights.items()},
+                "norm": (torch.tensor(right.norm), torch.tensor(got.norm)),
+            }
+            for what, (good, value) in pairs.items():
+                error = float((value - good).norm() / good.norm().clamp(min=1e-3))
+                assert error <= 1e-5, f"{layout}, step {number}: {what} {error:.1e}"
 
 
-def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
-    """Return the error that stops each guarded step; no step may reduce gradients."""
+def _diverging(collectives: Any, experts: tuple[str, str], layout: dict[str, Any]) -> str:
+    """Return the error that stops a guarded step; it may not reduce gradients."""
     from pipeline.config.errors import RunFailed
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.health import ExecutionOrderCheck
     from pipeline.training.stages import Stage
 
-    errors = []
-    for layout in layouts:
-        for experts in DIVERGING:
-            config = tiny_config(**layout)
-            model = Experts()
-            check = ExecutionOrderCheck(collectives, every=10, first_step=70)
-            check.on_model_built(model)  # type: ignore[arg-type]
-            engine = DeepSpeedEngine(model, Stage(config, 0), collectives)  # type: ignore[arg-type]
-            check.before_step(0)
-            try:
-                outputs = engine(_passes(0, 0, collectives.rank, experts[collectives.rank]))
-                engine.backward(torch.stack(list(outputs.values())).sum(), last=True)
-                errors.append("reduced the gradients of different experts")
-            except RunFailed as error:
-                errors.append(str(error))
-    return errors
+    model = Experts()
+    check = ExecutionOrderCheck(collectives, every=10, first_step=70)
+    check.on_model_built(model)
+    engine = DeepSpeedEngine(model, Stage(tiny_config(**layout), 0), collectives)
+    check.before_step(0)
+    try:
+        outputs = engine(_passes(0, 0, collectives.rank, experts[collectives.rank]))
+        engine.backward(torch.stack(list(outputs.values())).sum(), last=True)
+    except RunFailed as error:
+        return str(error)
+    return "reduced the gradients of different experts"
 
 
 def test_probe_diverging_ranks_stop_before_reduction(probed) -> None:
