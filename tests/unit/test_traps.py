@@ -3,7 +3,7 @@
 Every test is named after its trap (`test_trap_NN_…`); this module has those that belong to no other module.
 
     trap                                                        tests
-     1  gather and averaging give 1/W of ITC's gradient         training/test_release; integration/test_scaled_gradients
+     1  gather and averaging give 1/W of ITC's gradient         training/test_release; integration/test_world_size
      2  a confident softmax leaves no negative to draw          objectives/test_itm
      3  captions of one image are each other's negatives        objectives/test_itc, test_itm
      4  ITM settles at the label frequencies unnoticed          here; floors: training/test_every_objective
