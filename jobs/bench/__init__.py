@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from jobs.console import Config, JsonOption, Overrides, local_file, print_result, status
 
-PEERS = ("webdataset_pil",)  # of our loader: webdataset and Pillow
+PEERS = ("webdataset_pil", "open_clip_composition")  # loaders of other projects, see `bench.loader.peer_batches`
 MIB = 2**20
 Rounds = Annotated[int, Option(min=1, help="Number of rounds; everything is measured once per round.")]
 

@@ -1,4 +1,4 @@
-"""`mome bench loader`: CPU time per sample of our loader and of webdataset's on the same shards.
+"""`mome bench loader`: CPU time per sample of our loader and of other projects' on the same shards.
 
 Every loader runs in a fresh process (`python -m jobs.bench.loader JOB.json RESULT.json`) with one thread per worker.
 Counting starts after a warm-up and includes every process the loader started.
@@ -243,7 +243,7 @@ def measure(job: BenchJob) -> Measurement:
             simplejpeg.decode_jpeg(jpeg, "RGB")
         return {"samples": len(data), "cpu_seconds": max(time.thread_time() - started, 1e-9)}
     if job.contender in PEERS:
-        return _count(webdataset_pil(job), job.samples)
+        return _count(peer_batches(job), job.samples)
     config, storage = job.config(), Storage()
     tokenizer = Tokenizer.load(storage, job.vocabulary)
     with Loader(config, config.stages[0], batch_groups(config, config.stages[0]), storage, tokenizer, 0, 1) as loader:
@@ -277,12 +277,14 @@ def tree_cpu_seconds(pid: int) -> float:
     return total
 
 
-# ---- webdataset, Pillow and torch's DataLoader, as their documentation shows, with equal augmentation
+# ---- other projects' loaders, as their documentation shows, on Pillow and with equal augmentation
 
 
-def webdataset_pil(job: BenchJob) -> Batches:
-    """Yield batches of webdataset's tutorial loader without end: its reader and shuffle, and torch's DataLoader.
+def peer_batches(job: BenchJob) -> Batches:
+    """Yield batches of another loader without end.
 
+    `webdataset_pil` is webdataset's tutorial: its reader and shuffle, and torch's DataLoader. `open_clip_composition`
+    is the pipeline of open_clip's training data: a seeded shuffle of shards, larger buffers, batches made by workers.
     Images are (B, 3, S, S) float32 in [-1, 1]; text is (B, 3, L) int64: the tokens, the masked tokens and the labels.
     """
     config = job.config()
@@ -328,10 +330,24 @@ def webdataset_pil(job: BenchJob) -> Batches:
         ids, labels = masked["input_ids"], masked["labels"]
         return torch.stack(images), torch.stack([torch.where(labels == IGNORED, ids, labels), ids, labels], dim=1)
 
-    # A larger shuffle buffer than a worker's samples would never fill.
-    buffer = min(1000, max(1, sum(shard.samples for shard in shards) // workers))
     urls = [join(job.shards, shard.name) for shard in shards]
-    dataset = webdataset.WebDataset(urls, shardshuffle=100, seed=config.seed).shuffle(buffer).map(example).repeat()
+    # A larger shuffle buffer than a worker's samples would never fill.
+    available = max(1, sum(shard.samples for shard in shards) // workers)
+    if job.contender == "open_clip_composition":
+        stages = (
+            webdataset.SimpleShardList(urls * 20),  # an incomplete batch at the end of the list is dropped
+            webdataset.detshuffle(bufsize=2000, initial=500, seed=config.seed),
+            webdataset.split_by_node,
+            webdataset.split_by_worker,
+            webdataset.tarfile_to_samples(),
+            webdataset.shuffle(min(5000, available), initial=min(1000, available)),
+            webdataset.map(example),
+            webdataset.batched(stage.global_batch_size, collation_fn=collate, partial=False),
+        )
+        pipeline = webdataset.DataPipeline(*stages).repeat()
+        return iter(webdataset.WebLoader(pipeline, None, False, num_workers=workers, persistent_workers=True))
+    dataset = webdataset.WebDataset(urls, shardshuffle=100, seed=config.seed)
+    dataset = dataset.shuffle(min(1000, available)).map(example).repeat()
     return iter(DataLoader(dataset, stage.global_batch_size, num_workers=workers, collate_fn=collate))
 
 

@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from jobs.bench import app
+from jobs.bench import PEERS, app
 from jobs.bench.loader import (
     HEIGHT,
     IGNORED,
     OPERATIONS,
     WIDTH,
     BenchJob,
+    peer_batches,
     run_job,
     synthetic_photos,
     tree_cpu_seconds,
-    webdataset_pil,
     write_photos,
 )
 from pipeline.config.errors import ConfigError, DataError, RunFailed
@@ -71,12 +71,15 @@ def test_loaders_are_measured_with_and_without_rand_augment(photos: Path) -> Non
     assert measured["settings"]["outputs"] == {"mome": "uint8 224x224x3", "webdataset_pil": "float32 3x224x224"}
 
 
-def test_webdataset_delivers_the_pairs_of_the_shards_and_its_failure_is_reported(tmp_path: Path, photos: Path) -> None:
+@pytest.mark.parametrize("peer", PEERS)
+def test_peer_delivers_the_pairs_of_the_shards_and_its_failure_is_reported(
+    tmp_path: Path, photos: Path, peer: str
+) -> None:
     storage, shards, vocabulary = Storage(), str(tmp_path / "shards"), str(tmp_path / "vocabulary.txt")
     write_photos(storage, (photos,), shards, samples=32, min_shards=2)
     storage.write(vocabulary, Tokenizer.train(iter_captions(storage, shards), 200).vocabulary_file)
-    job = BenchJob("webdataset_pil", shards, vocabulary, 16, 8, workers=0, threads=1, num_ops=2)
-    image, text = next(webdataset_pil(job))
+    job = BenchJob(peer, shards, vocabulary, 16, 8, workers=0, threads=1, num_ops=2)
+    image, text = next(peer_batches(job))
     assert (image.dtype, tuple(image.shape)) == (torch.float32, (8, 3, 224, 224))
     tokenizer = Tokenizer.load(storage, vocabulary)
     captions = {tokenizer.decode(tokenizer.encode(caption, 40).ids) for caption in iter_captions(storage, shards)}
@@ -86,7 +89,7 @@ def test_webdataset_delivers_the_pairs_of_the_shards_and_its_failure_is_reported
     assert masked.any()
     assert torch.equal(labels[masked], ids[masked])
     assert torch.equal(inputs[~masked], ids[~masked])
-    with pytest.raises(RunFailed, match=r"(?s)webdataset_pil ended.*nowhere"):
+    with pytest.raises(RunFailed, match=rf"(?s){peer} ended.*nowhere"):
         run_job(replace(job, shards="/nowhere"), tmp_path)
 
 
