@@ -42,7 +42,7 @@ def loader(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the CPU time per sample of our loader, and of webdataset with Pillow.
+    """Measure the CPU time per sample of our loader, and of webdataset and open_clip's pipeline with Pillow.
 
     All processes of a loader count, after its warm-up.
     """
