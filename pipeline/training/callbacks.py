@@ -133,6 +133,9 @@ class Callback:
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
         """Called when metrics have been collected after a step."""
 
+    def on_checkpoint(self, num_steps: int, url: str) -> None:
+        """Called when the state after `num_steps` steps has been copied and is being written to `url`."""
+
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Called when the model has been evaluated after a step."""
 

@@ -55,12 +55,13 @@ class Checkpointer(Callback):
                     "metrics": self._metrics,
                     "shapes": state.shapes,
                 }
-                state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
+                url = state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
                 stall = time.perf_counter() - started
                 context.tracker.metrics(step, {"ckpt/stall_s": stall, "ckpt/wait_s": state.checkpoints.waited})
                 self._record_finished_saves()
                 if event.preempted:
                     state.checkpoints.wait()
+            state.callbacks.on_checkpoint(num_steps, url)
         state.checkpoints.check()
 
     def on_stage_end(self, result: StageResult) -> None:

@@ -127,6 +127,7 @@ class StepGuard(Callback):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.calls = 0  # calls by other threads between steps
+        self.saves: list[tuple[int, bool]] = []  # steps done, and whether the URL is in the run's checkpoints
         self._is_stepping = False
         self._thread = threading.get_ident()
         do, evaluate = Storage._do, EvaluationCallback.evaluate
@@ -149,6 +150,9 @@ class StepGuard(Callback):
 
     def before_step(self, step: int, batch: Batch) -> None:
         self._is_stepping = True
+
+    def on_checkpoint(self, num_steps: int, url: str) -> None:
+        self.saves.append((num_steps, "/checkpoints/step-" in url))
 
     def after_step(self, event: StepEvent) -> None:
         if event.preempted or event.step + 1 == STEPS:
@@ -178,6 +182,7 @@ def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, mon
     finally:
         progress.close()
         Collectives.close()
+    assert guard.saves == [(3, True), (6, True), (7, True), (3, True), (6, True)], "7: preempted in the first stage"
     assert guard.calls > 0, "no other thread wrote checkpoints or progress between steps"
     assert len(losses(tmp_path)) == config.total_steps
     folder = Path(config.folder)
