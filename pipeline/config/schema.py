@@ -159,7 +159,9 @@ class TransformerConfig(Section):
     image_size: Positive = fixed(224, "Side of the square input images in pixels; a multiple of `patch_size`")
     patch_size: Positive = fixed(16, "Side of an image patch in pixels")
     max_text_length: Positive = fixed(40, "Number of text positions, including [CLS] and [SEP]")
-    init_std: float = fixed(0.02, "Standard deviation of initial weights; about 1 / sqrt(width) suits small ones", gt=0)
+    init_std: float = fixed(
+        0.02, "Standard deviation of initial weights; about 1 / sqrt(width) suits small widths", gt=0
+    )
     drop_path: Fraction = fixed(0.0, "Drop-path rate of the last layer, rising linearly from 0 in the first")
     interpolation: Interpolation = fixed("bicubic", "Kernel for resizing images (Hugging Face's ViT: bilinear)")
 
@@ -238,7 +240,9 @@ class ViLTConfig(TransformerConfig):
     longest_side: Positive = fixed(640, "Longest allowed side of the input images in pixels")
     norm_eps: float = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's configs state 1e-12", gt=0)
     text_norm_eps: float = fixed(1e-12, "Epsilon of the layer norms of the text embedding and of the MLM head", gt=0)
-    max_visible_patches: Positive | None = fixed(200, "Number of random patches per image in training; null reads all")
+    max_visible_patches: Positive | None = fixed(
+        200, "Most patches of an image that training reads, at random; null reads all"
+    )
 
 
 class ViTConfig(TransformerConfig):
@@ -408,7 +412,9 @@ class DataConfig(Section):
     streams: Positive = fixed(16, "Number of streams each source is divided into; must divide the global batch sizes")
     shuffle_window: Positive = fixed(4, "Number of shards that a stream shuffles together")
     max_bad_rate: Fraction = changeable(0.01, "Fraction of bad samples above which the run fails")
-    max_pixels: Positive = fixed(25_000_000, "Pixels of the largest image; others are bad samples (8 bytes per pixel)")
+    max_pixels: Positive = fixed(
+        25_000_000, "Pixels of the largest image; larger ones are bad samples (8 bytes per pixel)"
+    )
     augment: AugmentConfig = fixed(AugmentConfig(), "Image augmentation")
     loader: LoaderConfig = changeable(LoaderConfig(), "Loader resources")
     cache: CacheConfig = changeable(CacheConfig(), "Node-local disk cache")
@@ -433,7 +439,7 @@ class MaskingConfig(Section):
     image_mask_ratio: OpenFraction = fixed(0.4, "Fraction of image patches that are masked")
     patch_shape: Literal["scattered", "blocks"] = fixed("scattered", "Independent, or rectangles of 16 patches or more")
     mask_token_prob: Fraction = fixed(1.0, "Fraction of masked patches replaced by the mask embedding (ViT: 0.8)")
-    random_patch_prob: Fraction = fixed(0.0, "Fraction of them replaced by another patch (ViT: 0.1); the rest stay")
+    random_patch_prob: Fraction = fixed(0.0, "Fraction of masked patches replaced by another patch (ViT: 0.1)")
 
 
 class BucketsConfig(Section):
@@ -518,9 +524,13 @@ class StageConfig(Section):
     buckets: BucketsConfig | None = fixed(None, "Length bucketing (default: none)")
     image_target: ImageTarget = fixed("pixels", "Target of the mim objective")
     image_tokenizer: ImageTokenizerConfig | None = fixed(None, "Required by `image_target: visual_tokens`")
-    image_decoder: ImageDecoderConfig | None = fixed(None, "Decoder for mim; the encoder then reads visible patches")
+    image_decoder: ImageDecoderConfig | None = fixed(
+        None, "Decoder for mim; the encoder then reads visible patches only"
+    )
     num_negative_texts: Positive = fixed(15, "Number of negative texts per image in the ranking objective")
-    negatives: Literal["hard", "random"] = fixed("hard", "Negatives of itm: by itc similarity, or uniformly random")
+    negatives: Literal["hard", "random"] = fixed(
+        "hard", "Negatives of itm: by itc similarity, or random of the same source"
+    )
     num_classes: Positive | None = fixed(None, "Number of classes; required by the classification objective")
     num_answers: Positive | None = fixed(None, "Number of answers; required by the vqa objective")
     answer_list: Url | None = fixed(None, "URL of a JSON list of answers (default: answers.json of the first source)")
@@ -554,7 +564,7 @@ class ClusterConfig(Section):
     """Placement of the ranks on a Ray cluster. If `address` is not set, a local Ray is started."""
 
     workers: Positive = changeable(1, "Number of ranks")
-    min_workers: Positive | None = changeable(None, "Number of ranks to continue with if nodes are lost (default: all)")
+    min_workers: Positive | None = changeable(None, "Fewest ranks to continue with if nodes are lost (default: all)")
     placement: Literal["pack", "spread"] = changeable("pack", "Use as few, or as many nodes as possible for the ranks")
     gpus_per_worker: NonNegativeFloat = changeable(0, "Number of GPUs per rank; below 1 to share")
     cpus_per_worker: PositiveFloat = changeable(1, "Number of CPUs reserved per rank")
@@ -563,7 +573,9 @@ class ClusterConfig(Section):
     max_preemptions: NonNegative | None = changeable(None, "Number of restarts after preemptions (default: unlimited)")
     start_seconds: Seconds = changeable(60.0, "Seconds to place the ranks; then fewer are tried, down to min_workers")
     grow_seconds: Seconds = changeable(60.0, "Seconds that room for more ranks must last before a smaller run restarts")
-    loader_actors: NonNegative = changeable(0, "Number of remote loader actors per rank; 0 loads in the rank itself")
+    loader_actors: NonNegative = changeable(
+        0, "Number of remote loader actors per rank; 0 loads on the rank's own node"
+    )
     loader_cpus: NonNegativeFloat = changeable(1, "Number of CPUs per loader actor")
     loader_resource: str | None = changeable(None, "Ray resource of nodes that host loader actors (default: any)")
     price: float = changeable(0.0, "Price per rank and hour in any currency, for `mome plan` and reports", ge=0)

@@ -57,6 +57,8 @@ def stored_config(values: Any, where: str, folder: str) -> tuple[RunConfig, Reco
     The run's folder becomes `folder`, wherever it was written. Endpoints, secrets, MLflow and Ray addresses are those
     of the environment; of the storage section only the retry timeout is kept. Raises ConfigError as `parse_config`.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is damaged: expected a config, got {type(values).__name__}")
     config = parse_config(values, where)
     recorded = RecordedLocation(config.folder, config.tracking.uri)
     output, _, name = absolute(folder.rstrip("/") or "/").rpartition("/")

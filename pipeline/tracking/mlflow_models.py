@@ -36,10 +36,13 @@ class LoggedModels:
     """The LoggedModels of one run on one server. A model from which a later run starts becomes that run's input."""
 
     def __init__(self, client: MlflowClient, experiment: str, run_record: Record, journal: Journal):
-        self._client, self._experiment = client, experiment
+        self._client, self._experiment, self._journal = client, experiment, journal
         self._run, self._name = run_record["run"], run_record.get("name", "run")
-        # URLs of weights that have been deleted since: logging a model only to delete it later is avoided.
-        self._deleted = {record["url"] for record in journal.all_records() if record["kind"] == "model_gone"}
+
+    @cached_property
+    def _deleted(self) -> set[str]:
+        """URLs of weights deleted before the first was logged: logging a model only to delete it later is avoided."""
+        return {record["url"] for record in self._journal.all_records() if record["kind"] == "model_gone"}
 
     @cached_property
     def _by_url(self) -> dict[str, LoggedModel]:

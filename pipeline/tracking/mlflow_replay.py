@@ -130,14 +130,16 @@ class MlflowUploader:
         self._run_record = request(lambda: self._journal.run_records()[0])  # a damaged journal is tried again
         name = self._run_record.get("experiment", "Default")
         experiment = request(mlflow_server.experiment_id, client, self._uri, name)
-        self._client, self._experiment = client, experiment
-        self._models = LoggedModels(client, experiment, self._run_record, self._journal)
+        self._client, self._models = client, LoggedModels(client, experiment, self._run_record, self._journal)
+        self._experiment = experiment  # last: a connection that fails before is made again
 
     def _upload_records(self) -> None:
         self._points = []
         for session in self._journal.sessions():
             start = self._cursor.offset(self._journal, session)
             for offset, record in self._journal.records(session, start):
+                if self._experiment and record["kind"] == "run" and record["run"] != self._run_record["run"]:
+                    self._experiment, self._runs = "", {}  # the folder was deleted and holds another run now
                 if not self._experiment:
                     self._connect()
                 if record["kind"] == "metrics":

@@ -185,6 +185,7 @@ def upload_until_closed(
                 if down_since is None:
                     down_since = time.monotonic()
                     report(f"tracking: {redact(uri)} is unavailable; records are kept and sent later ({error})"[:500])
+                    logger.warning("the upload waits", exc_info=error)
                 commands.wait(retry_seconds)
                 retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from mlflow import MlflowClient
@@ -102,6 +104,34 @@ def sync_without_cursor(config: RunConfig) -> dict[str, Any]:
 
 
 # ---- crashes
+
+
+def test_run_that_replaces_another_in_its_folder_is_uploaded_as_its_own(tmp_path: Path, uri: str, by_hand) -> None:
+    """The uploader of a killed trainer may still run when the folder is deleted and the run started anew."""
+    config = config_of(tmp_path, uri, "replaced")
+    uploader, parents = MlflowUploader(journal_folder(config.folder), uri, print), []
+    for _ in range(2):
+        tracker = Tracker.open(config, Storage())
+        record(tracker, config, 0, range(5))
+        tracker.close()
+        uploader.upload()
+        parents.append(runs_of(uri, config)["replaced"].info.run_id)
+        shutil.rmtree(config.folder)
+    assert len(set(parents)) == 2
+
+
+def test_connection_that_failed_halfway_is_made_again(tmp_path: Path, uri: str, by_hand, monkeypatch) -> None:
+    config = config_of(tmp_path, uri, "halfway")
+    tracker = Tracker.open(config, Storage())
+    record(tracker, config, 0, range(5))
+    tracker.close()
+    uploader = MlflowUploader(journal_folder(config.folder), uri, print)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.tracking.mlflow_replay.LoggedModels", Mock(side_effect=OSError("EIO")))
+        with pytest.raises(ServerUnavailable, match="EIO"):
+            uploader.upload()
+    uploader.upload()
+    assert len(points(uri, runs_of(uri, config)["vision"])) == 5
 
 
 def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, database: Path, uri: str) -> None:
@@ -420,8 +450,8 @@ def test_outage_on_postgres_and_s3_loses_no_metric(s3: S3, tmp_path: Path) -> No
     postgres = Postgres()
     environment = {**s3.environment, "MLFLOW_S3_ENDPOINT_URL": s3.endpoint}
     server = Server(tmp_path, postgres.uri, s3.url("artifacts"), environment)
-    server.start()
     try:
+        server.start()
         config = config_of(tmp_path / "runs", server.uri)
         tracker = Tracker.open(config, Storage(), {"world_size": "1"})
         steps = train_through_outage(tracker, config, server, OUTAGE_SECONDS)
