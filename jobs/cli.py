@@ -78,14 +78,21 @@ jobs_app = typer.Typer(
 )
 
 
-@app.callback(invoke_without_command=True)
-def _options(show_version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False) -> None:
-    if show_version:
+def _print_version(value: bool) -> None:
+    if value:
         try:
             echo(f"mome {version('mome')}")
         except PackageNotFoundError:
             echo("mome (from source, not installed)")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...
 
 
 def _caller(config: Path | None, uri: str | None = None) -> Caller:

@@ -39,7 +39,7 @@ from pipeline.models.checkpoints.conversion import Format, State
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
 from pipeline.objectives import head_config, modules_for
-from pipeline.training.checkpoint import is_file_of_weights, load_weights, save_weights
+from pipeline.training.checkpoint import COMMIT, is_file_of_weights, load_weights, save_weights
 from pipeline.training.stages import check_fit
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def import_weights(
     Raises ConfigError for an invalid request, CheckpointError for a file that does not fit.
     """
     storage, chosen = Storage(), format_named(format_name)
-    if existing := [name for name in storage.list(out) if is_file_of_weights(name)]:
+    if existing := [name for name in storage.list(out) if is_file_of_weights(name) or name == COMMIT]:
         raise ConfigError(
             f"--out {out}: holds {existing[0]}, which would be lost; name another folder, or delete it first"
         )

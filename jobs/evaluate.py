@@ -60,7 +60,8 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     caller = Caller.of(config)
     workers = config.cluster.workers if config.cluster.gpus_per_worker else None
     with add_time(caller.store(), config.folder, "evaluation"):
-        result = evaluate_checkpoint(config.folder, track=True, workers=workers, caller=caller)
+        # Not the ranks that a launcher's environment names: Ray's ranks have ended, and this is the driver.
+        result = evaluate_checkpoint(config.folder, track=True, workers=workers, caller=caller, ranks=SINGLE_PROCESS)
     assert result is not None
     return result
 
@@ -78,14 +79,15 @@ def evaluate_checkpoint(
     probe: str | None = None,
     name: str | None = None,
     caller: Caller = Caller(),
+    ranks: Ranks | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate the weights of a run, a stage or a step; return what `mome evaluate --json` prints.
 
     `source` is a source of the run, or a URL of shards of `source_type` (default: the stage's type, or pairs; labelled
     with a probe). Results are stored next to the weights, and the report there or at `report`; `against` is the folder
     of a run whose figures on the same data are shown for comparison. `track` records the metrics in MLflow; None does
-    so unless `untracked_because` objects. With `workers`, that many ranks on Ray share the work; under torchrun its
-    ranks do, and all but rank 0 get None.
+    so unless `untracked_because` objects. With `workers`, that many ranks on Ray share the work; else `ranks` do (under
+    torchrun its ranks, by default), and all but rank 0 get None.
 
     Raises CheckpointError for a folder without finished weights, ConfigError and DataError for an invalid source,
     ConfigError for a `name` of other data, and for an `against` that was not evaluated on these data, all before any
@@ -130,9 +132,9 @@ def evaluate_checkpoint(
     key = replace(key, name=_name(name, source, key, most != usual, stored, known_keys))
     other = None if against is None else _evaluation_of(against, key, section.shards, storage)
 
-    config, ranks = caller.applied(config), SINGLE_PROCESS
+    config = caller.applied(config)
+    ranks = SINGLE_PROCESS if workers else ranks or ranks_here()
     if workers is None:
-        ranks = ranks_here()
         result = _evaluate(checkpoint, source, limit, rerank_best, probe, key, caller, ranks)
     else:  # ranks have other working folders
         checkpoint, source = absolute(checkpoint), absolute(source) if "/" in source else source
@@ -249,7 +251,9 @@ def _evaluation_of(run: str, key: EvalKey, shards: str, storage: Storage) -> Rep
     """Return what another run has of the same data: of its headline if it can be. Raises ConfigError if it has none."""
     evaluations = eval_report.load_report_data(storage, open_run(run, storage).folder)
     if not evaluations:
-        raise ConfigError(f"--against {run}: that run was never evaluated; run `mome evaluate {run}` first")
+        raise ConfigError(
+            f"--against {run}: that run was never evaluated, or by another version; run `mome evaluate {run}` first"
+        )
     same = [data for data in evaluations if data.key.is_of_same_data(key)]
     if same:
         return eval_report.headline(same)

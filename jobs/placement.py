@@ -39,6 +39,9 @@ class PlacementCallback(WorkerGroupCallback):
     def __init__(self, start: str):
         self._start = start
 
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        Mailbox(self._start).put(NUM_PLACED, 0)  # the shutdown's may be lost, and a failed start has none
+
     def after_worker_group_start(self, worker_group: Any) -> None:
         Mailbox(self._start).put(NUM_PLACED, len(worker_group.get_workers()))
 

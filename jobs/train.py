@@ -106,10 +106,7 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
         try:
             _train(config, storage, ownership, mail, open_alerts, interrupts)
         finally:
-            show_messages(mail, open_alerts)
-            for text in open_alerts.values():
-                notify(f"alert not over: {text}", "yellow")
-            mail.clear()
+            show_last_messages(mail, open_alerts)
     _raise_failure(config, storage, ownership)
     unfinished = _unfinished(config, storage)
     if unfinished is not None:
@@ -118,6 +115,14 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
             "cluster's nodes do not share that folder, give an `output` that all of them see"
         )
     return True
+
+
+def show_last_messages(mail: Mailbox, open_alerts: dict[str, str]) -> None:
+    """Show what the ranks sent last, and the alerts that are not over."""
+    show_messages(mail, open_alerts)
+    for text in open_alerts.values():
+        notify(f"alert not over: {text}", "yellow")
+    mail.clear()
 
 
 def _unfinished(config: RunConfig, storage: Storage) -> str | None:

@@ -192,19 +192,17 @@ class TrainedModel:
             raise ValueError(f"score_pairs got {len(images)} images and {len(texts)} texts; give one text per image")
         head: Head = "ranking" if "ranking" in self.stage.objectives else "itm"
         self._require(head, "pair scores")
-        return self._score(images, texts, head, batch_size)
-
-    def _score(
-        self, images: Sequence[ImageInput], texts: Sequence[str], head: Head, batch_size: int = BATCH_SIZE
-    ) -> Tensor:
         results = []
         for rows in _batches(len(images), batch_size):
-            pixels = [(self._pixels(image),) for image in images[rows]]
-            token_ids = [self._tokenize(text) for text in texts[rows]]
-            pairs = collate_inputs(pixels, token_ids, self.tokenizer.pad_id, self.config.model, head)
-            scores = run_forward(self.model, pairs)[head].float().cpu()
-            results.append(scores if head == "ranking" else (scores[:, 1] - scores[:, 0]).sigmoid())
+            results.append(self._score([self._pixels(image) for image in images[rows]], texts[rows], head))
         return torch.cat(results)
+
+    def _score(self, pixels: Sequence[np.ndarray], texts: Sequence[str], head: Head) -> Tensor:
+        token_ids = [self._tokenize(text) for text in texts]
+        images = [(image,) for image in pixels]
+        pairs = collate_inputs(images, token_ids, self.tokenizer.pad_id, self.config.model, head)
+        scores = run_forward(self.model, pairs)[head].float().cpu()
+        return scores if head == "ranking" else (scores[:, 1] - scores[:, 0]).sigmoid()
 
     def answer(self, image: ImageInput, question: str, top_k: int = 5) -> dict[str, float]:
         """Return the `top_k` most probable answers to a question about an image, the best first."""
@@ -379,10 +377,10 @@ class PyfuncModel:
 
         columns = [name for name in self.outputs if name != MATCHED or (params or {}).get("itm", True)]
         results: dict[str, list[Any]] = {name: [None] * len(model_input) for name in columns}
-        trained, max_pixels = self.trained, self.trained.config.data.max_pixels
+        trained = self.trained
         for start in range(0, len(model_input), BATCH_SIZE):
             frame = model_input.iloc[start : start + BATCH_SIZE]
-            images: dict[int, np.ndarray] = {}  # by row
+            images: dict[int, np.ndarray] = {}  # by row, resized: originals may have many megapixels
             texts: dict[int, str] = {}
             for column, row in itertools.product(("image", "text"), range(start, start + len(frame))):
                 value = frame[column].iloc[row - start] if column in frame else None
@@ -390,7 +388,7 @@ class PyfuncModel:
                     continue
                 try:
                     if column == "image":
-                        images[row] = read_image(bytes(value), trained.storage, max_pixels)
+                        images[row] = trained._pixels(bytes(value))
                     else:
                         texts[row] = str(value)
                         trained._tokenize(texts[row])  # fails for a text without a token
@@ -398,9 +396,9 @@ class PyfuncModel:
                     raise DataError(f"row {row}: {error}") from error
             paired = [row for row in images if row in texts]
             if "similarity" in columns:
-                image_of = dict(
-                    zip(images, trained.encode_images(list(images.values())) if images else (), strict=True)
-                )
+                pixels = torch.from_numpy(np.stack(list(images.values()))) if images else None
+                image_vectors = () if pixels is None else embed_images(trained.model, pixels, BATCH_SIZE)
+                image_of = dict(zip(images, image_vectors, strict=True))
                 text_of = dict(zip(texts, trained.encode_texts(list(texts.values())) if texts else (), strict=True))
                 for name, vectors in (("image_embedding", image_of), ("text_embedding", text_of)):
                     for row, vector in vectors.items():

@@ -154,9 +154,9 @@ class Callbacks(Callback):
         for hook in [name for name in vars(Callback) if name.startswith(("on_", "before_", "after_"))]:
             setattr(self, hook, partial(self._forward, hook))
 
-    def _forward(self, hook: str, *arguments: Any) -> None:
+    def _forward(self, hook: str, *arguments: Any, **named: Any) -> None:
         for callback in self.members:
-            getattr(callback, hook)(*arguments)
+            getattr(callback, hook)(*arguments, **named)
 
     def close(self) -> None:
         with ExitStack() as stack:

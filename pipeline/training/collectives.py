@@ -41,11 +41,11 @@ def _counted(method: Callable[Concatenate[Collectives, P], R]) -> Callable[Conca
     @functools.wraps(method)
     def call(self: Collectives, *arguments: P.args, **named: P.kwargs) -> R:
         self.calls += 1
-        self.inside = method.__name__
+        outer, self.inside = self.inside, self.inside or method.__name__
         try:
             return method(self, *arguments, **named)
         finally:
-            self.inside = ""
+            self.inside = outer
 
     return call
 
@@ -96,6 +96,7 @@ class Collectives(Ranks):
             dist.all_reduce(tensor)
         return tensor
 
+    @_counted
     def gather_rows(self, rows: Tensor, batch: int) -> Tensor:
         """Gather every rank's rows (n, …) into the global batch's order: (B, …)."""
         return self.gather_parts(rows, [stop - start for start, stop in self.shares(batch)])
@@ -142,7 +143,7 @@ class Collectives(Ranks):
                 return fetch(rows.view(torch.uint8)).view(torch.bool)
             sent = rows[(torch.cat(requested) - start).to(rows.device)]
             if self.world_size == 1:
-                return sent
+                return sent.detach()
             received = rows.new_empty(len(own_sources), *rows.shape[1:])
             dist.all_to_all_single(received, sent, counts, [len(part) for part in requested])
             result = torch.empty_like(received)
@@ -151,6 +152,7 @@ class Collectives(Ranks):
 
         return fetch
 
+    @_counted
     def gather_json(self, value: Any) -> list[Any]:
         """Gather a JSON-serialisable value from every rank, in rank order. Tuples arrive as lists."""
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

@@ -158,4 +158,5 @@ def _try_stage(
     if not math.isfinite(loss + norm):
         raise RunFailed(f"stage {stage.name}: the first step's loss is {loss}, its gradient norm {norm}")
     rows = f"{stage.config.global_batch_size} rows = {collectives.world_size} ranks x {step.accumulation} micro-batches"
-    return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, peak memory {largest_peak / GB:.2f} GB per rank"
+    memory = f"peak memory{'' if on_cuda else ' so far'} {largest_peak / GB:.2f} GB per rank"
+    return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, {memory}"

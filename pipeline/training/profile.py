@@ -169,9 +169,11 @@ class MeasuredEngine:
             return tensor
 
         self._is_measuring = True
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-        self._is_measuring = False
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                yield
+        finally:
+            self._is_measuring = False
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         return self._engine(passes)

@@ -51,19 +51,22 @@ DAMAGES: dict[str, tuple[str, Callable[[Storage, str], None]]] = {
 }
 
 
+@pytest.mark.parametrize("place", ["local", "remote"])
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_reported_and_skipped(
-    local: CheckpointStore, damage: str, caplog: pytest.LogCaptureFixture
+    s3, local: CheckpointStore, remote: CheckpointStore, place: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    store = local if place == "local" else remote
     message, inflict = DAMAGES[damage]
-    first, second = save(local, 10), save(local, 20)
-    assert newest_weight(local) == [20, 21, 22, 23]
-    inflict(local.storage, second)
+    first, second = save(store, 10), save(store, 20)
+    assert newest_weight(store) == [20, 21, 22, 23]
+    inflict(store.storage, second)
     with caplog.at_level(logging.WARNING):
-        assert newest_weight(local) == [10, 11, 12, 13]
+        assert newest_weight(store) == [10, 11, 12, 13]
     assert re.search(rf"skipped: {re.escape(second)}: {message}", caplog.text)
-    inflict(local.storage, first)
-    assert local.latest() is None, "all are damaged"
+    inflict(store.storage, first)
+    assert store.latest() is None, "all are damaged"
 
 
 def test_any_flipped_byte_of_commit_or_manifest_is_detected(local: CheckpointStore) -> None:

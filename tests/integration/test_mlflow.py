@@ -389,7 +389,7 @@ def train_through_outage(tracker: Tracker, config: RunConfig, server: Server, se
             slowest, steps = max(slowest, time.perf_counter() - began), steps + 1
             time.sleep(0.01)
 
-    while "vision" not in runs_of(server.uri, config):
+    while not (run := runs_of(server.uri, config).get("vision")) or not points(server.uri, run):
         train(time.monotonic() + 1)
     server.kill()
     train(time.monotonic() + seconds / 2)

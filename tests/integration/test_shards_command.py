@@ -101,6 +101,8 @@ def test_counts_of_another_tool_need_trust_counts(pairs: Path, tmp_path: Path) -
     trusted = facts_of("index", out, "--trust-counts")
     assert (trusted["num_samples"], trusted["trusted"], list(out.glob("*.npz"))) == (12, 3, [])
     assert "counted by another tool" in run_shards("index", out, "--trust-counts").stdout
+    assert facts_of("check", out, "--workers", 1)["num_samples"] == 12
+    assert list(out.glob("*.npz")) == [], "the check wrote an index"
     assert facts_of("show", out, "--samples", 1)["samples"][0]["captions"] == ["picture 0", "a grey one, 0"]
     assert [path.name for path in out.glob("*.npz")] == ["000000.tar.index.npz"]
     whole = facts_of("index", out)

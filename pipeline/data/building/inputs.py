@@ -287,11 +287,17 @@ def entries_of(
     if not isinstance(entries, list):
         raise DataError(f"{file}: {what} is not a list but a {type(entries).__name__}. Expected {expected}")
     results: list[T] = []
+    reason = ""  # of the last fault
     for number, entry in enumerate(entries):
-        with problems.skipping(f"{file}, {what} {number}"), expecting(expected):
-            results.append(read(entry))
+        with problems.skipping(f"{file}, {what} {number}"):
+            try:
+                with expecting(expected):
+                    results.append(read(entry))
+            except Unusable as error:
+                reason = str(error)
+                raise
     if entries and not results:
-        raise DataError(f"{file}: none of its {what} can be used. Expected {expected}")
+        raise DataError(f"{file}: none of its {what} can be used{reason.removeprefix('cannot be used')}")
     return results
 
 

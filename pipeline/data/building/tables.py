@@ -202,7 +202,10 @@ def parquet_records(job: Import) -> Iterator[Record]:
                 except (ValueError, OverflowError, NotImplementedError) as error:  # such as a time beyond the year 9999
                     raise Unusable(f"a value cannot be read ({error})") from error
                 if isinstance(image, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
-                    image = image.get("path") if image.get("bytes") is None else image["bytes"]
+                    data = image.get("bytes")
+                    if data is not None and not isinstance(data, bytes):
+                        raise Unusable(f"its image is not bytes but a {type(data).__name__}")
+                    image = image.get("path") if data is None else data
                 if not isinstance(image, str | bytes) or not image.strip():
                     raise Unusable(f"it has no image ({image!r:.50}); expected bytes, a path, or a struct of both")
                 name = image if isinstance(image, str) else f"{file.stem}-{row:07d}"

@@ -220,6 +220,7 @@ class Prefetcher(threading.Thread):
         self._finished_step = step - 1
         self._queue: deque[tuple[int, PrefetchRequest]] = deque()  # planned: (first step that needs it, request)
         self._submitted: deque[tuple[int, int]] = deque()  # (first step that needs it, bytes)
+        self._ahead = 0  # bytes, summed over `_submitted`
         self._is_blocked = False  # the next request finds no room until a step is finished
         self._is_closed = False
         self._changed = threading.Condition()
@@ -245,14 +246,13 @@ class Prefetcher(threading.Thread):
                 while True:
                     finished = self._finished_step
                     while self._submitted and self._submitted[0][0] <= finished:
-                        self._submitted.popleft()
+                        self._ahead -= self._submitted.popleft()[1]
                     while self._queue and self._queue[0][0] <= finished:
                         self._queue.popleft()  # its reader has fetched it
                     self._next_step = max(self._next_step, finished + 1)
                     has_room = bool(self._queue) and not self._is_blocked
-                    if has_room and self._submitted:  # a single entry may exceed the limit
-                        ahead = sum(num_bytes for _, num_bytes in self._submitted)
-                        has_room = ahead + self._queue[0][1].bytes <= self._max_bytes
+                    if has_room and self._ahead:  # a single entry may exceed the limit
+                        has_room = self._ahead + self._queue[0][1].bytes <= self._max_bytes
                     if self._is_closed:
                         return
                     if has_room or self._next_step <= finished + HORIZON:
@@ -263,6 +263,7 @@ class Prefetcher(threading.Thread):
                     step, request = self._queue[0]
                     if request.cache.prefetch(request.key, request.size, request.fetch, request.submit):
                         self._submitted.append((step, request.bytes))
+                        self._ahead += request.bytes
                         self._queue.popleft()
                     else:
                         with self._changed:

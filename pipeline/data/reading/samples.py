@@ -136,17 +136,22 @@ class ShardReader:
         self._retry_at: dict[int, float] = {}  # shard without room in the cache -> when to try it again
         self._has_warned = False
 
-    def view(self, shard: int, step: int | None = None) -> ShardView:
-        """Return the view of a shard, loaded from its index unless it is in memory, where `step` needs it."""
+    def view(self, shard: int) -> ShardView:
+        """Return the view of a shard, loaded from its index unless it is in memory."""
+        return self._shared.memory.get((self._name, shard), self._view_bytes(shard), partial(self._load_view, shard))
 
-        def load() -> ShardView:
-            index = load_index(self._storage, self._source.url, self.records[shard])
-            return make_shard_view(index, self._source.selected(index))
+    def prefetch_view(self, shard: int, step: int) -> None:
+        """Load the view that `step` needs in a thread, unless it is in memory."""
+        key, size = (self._name, shard), self._view_bytes(shard)
+        if self._shared.memory.plan(key, size, step):
+            self._shared.memory.prefetch(key, size, partial(self._load_view, shard), self._shared.requests.submit)
 
-        key, size = (self._name, shard), _VIEW_BYTES + _INDEX_BYTES * self.records[shard].samples
-        if step is not None:
-            self._shared.memory.plan(key, size, step)
-        return self._shared.memory.get(key, size, load)
+    def _view_bytes(self, shard: int) -> int:
+        return _VIEW_BYTES + _INDEX_BYTES * self.records[shard].samples
+
+    def _load_view(self, shard: int) -> ShardView:
+        index = load_index(self._storage, self._source.url, self.records[shard])
+        return make_shard_view(index, self._source.selected(index))
 
     def read(self, shard: int, view: ShardView, number: int) -> tuple[Members, Callable[[], None]]:
         """Return a sample's members, and a function to call if they are damaged, before the sample is read again.
@@ -330,13 +335,16 @@ class SampleReader:
             """
             remote = [ref for ref in refs(step) if not self._shards[ref.source].is_local]
             keys = dict.fromkeys((ref.source, ref.shard) for ref in remote)
-            loads = {key: self._shared.requests.submit(self._shards[key[0]].view, key[1], step) for key in keys}
-            for ref in remote:
+            for source, shard in keys:
+                self._shards[source].prefetch_view(shard, step)
+            views = {}
+            for source, shard in keys:  # here and not in the pool, whose threads may all be fetching samples
                 try:
-                    view = loads[ref.source, ref.shard].result()
+                    views[source, shard] = self._shards[source].view(shard)
                 except Exception as error:
                     log.debug("prefetching an index failed: %s", error)
-                else:
+            for ref in remote:
+                if (view := views.get((ref.source, ref.shard))) is not None:
                     yield self._shards[ref.source].prefetch(ref.shard, view, view.number(ref.sample))
 
         assert self._prefetcher is None

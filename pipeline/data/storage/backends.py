@@ -199,6 +199,10 @@ class FsspecBackend:
         self._call(self._fs.pipe_file, path, part(0, size))
         return True
 
+    def upload(self, local: str, path: str) -> None:
+        """Copy a file of this machine to an object in constant memory, which `write` cannot do."""
+        self._call(self._fs.put_file, local, path)
+
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         return 0  # fsspec does not list them
 

@@ -256,7 +256,10 @@ class S3Backend:
             elif response["ResponseMetadata"]["HTTPStatusCode"] == 206:
                 raise TransientError(f"{length} bytes of no stated range arrived for bytes {start} to {stop}")
             else:  # the whole object: as requested, or from a store that does not serve ranges
-                size, skip = self._head(query).size if length is None else length, start
+                info = self._head(query) if length is None else ObjectInfo(length, received)
+                if received is not None and info.etag not in (received, None):
+                    raise TransientError("the object was replaced between two requests")
+                size, skip = info.size, start
             if stop is not None and size < stop:
                 raise retry.ObjectTooShort(size, start, stop)
         except BaseException:
@@ -285,8 +288,13 @@ class S3Backend:
             except FileNotFoundError as error:  # an earlier attempt may have completed it, and the response been lost
                 with suppress(FileNotFoundError):
                     info = self.info(path)
-                    if info.size == size and all(self.read(path, *s, info.etag) == part(*s) for s in spans):
-                        return
+
+                    def is_equal(span: tuple[int, int]) -> bool:
+                        return self.read(path, *span, info.etag) == part(*span)
+
+                    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+                        if info.size == size and all(pool.map(is_equal, spans)):
+                            return
                 raise PermanentError(
                     "the upload was removed before it was complete",
                     "Another process resumed this run, or the store removes incomplete uploads too early.",

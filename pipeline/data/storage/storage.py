@@ -104,9 +104,20 @@ class Storage:
         """Copy a local file to `url` atomically."""
 
         def copy(backend: Backend, path: str) -> None:
+            if isinstance(backend, FsspecBackend):
+                return backend.upload(os.fspath(local_path), path)
             with open(local_path, "rb") as file:
-                number, size = file.fileno(), os.fstat(file.fileno()).st_size
-                backend.write(path, size, lambda start, stop: os.pread(number, stop - start, start))
+
+                def part(start: int, stop: int) -> bytes:
+                    pieces = []
+                    while start < stop:  # one call returns at most 2 GiB
+                        if not (piece := os.pread(file.fileno(), min(stop - start, _BUFFER_BYTES), start)):
+                            raise EOFError(f"{local_path} became shorter while it was copied")
+                        pieces.append(piece)
+                        start += len(piece)
+                    return b"".join(pieces)
+
+                backend.write(path, os.fstat(file.fileno()).st_size, part)
 
         self._do(url, "uploading to", copy)
 
@@ -165,9 +176,9 @@ class _RemoteStream(io.RawIOBase):
         return len(data)
 
     def readall(self) -> bytes:  # the base class would read 8 KiB at a time
-        buffer = bytearray(self._info.size - self._position)
-        self.readinto(buffer)
-        return bytes(buffer)
+        data = self._storage.read_range(self._url, self._position, self._info.size, self._info.etag)
+        self._position = self._info.size
+        return data
 
 
 def join(url: str, *parts: str) -> str:

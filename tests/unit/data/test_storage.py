@@ -154,6 +154,16 @@ def test_changed_file_is_detected_by_its_tag(tmp_path: Path):
         storage.read_range(url, 0, 2, etag=tag)
 
 
+def test_upload_copies_all_bytes_of_short_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "long").write_bytes(bytes(range(100)))
+    read = os.pread
+    with monkeypatch.context() as patch:  # one call may return fewer bytes: at most 2 GiB on Linux
+        patch.setattr("os.pread", lambda number, count, start: read(number, min(count, 7), start))
+        for url in (str(tmp_path / "copy"), "memory://copies/of-short-reads"):
+            storage.upload(tmp_path / "long", url)
+            assert storage.read(url) == bytes(range(100))
+
+
 def test_writes_are_atomic_and_have_default_permissions(tmp_path: Path):
     url, texts = str(tmp_path / "file"), [bytes([65 + n]) * 10_000 for n in range(8)]
     storage.write(url, b"old")

@@ -451,7 +451,7 @@ def test_unusable_tokens_and_labels_are_rejected_or_dropped(tmp_path: Path) -> N
 
 def test_import_replaces_no_file(tmp_path: Path) -> None:
     case, _, path, folder = publish("BERT, masked words", tmp_path)
-    for name in ("weights.safetensors", "vocab.txt", "MANIFEST.json", "answers.json"):
+    for name in ("weights.safetensors", "vocab.txt", "MANIFEST.json", "answers.json", "COMMIT.json"):
         out = tmp_path / name.replace(".", "_")
         out.mkdir()
         (out / name).write_text("mine")
@@ -594,4 +594,9 @@ def test_both_commands_work_from_the_command_line(tmp_path: Path, vocabulary: st
     second = CliRunner().invoke(app, ["export", out, "--format", "vlmo", "--out", back, "--json"])
     assert json.loads(second.stdout)["path"] == back
     assert equal(safetensors.torch.load_file(back), vlmo())
+    Path(back).write_bytes(b"other")
+    third = CliRunner().invoke(app, ["export", out, "--format", "vlmo", "--out", back])
+    assert isinstance(third.exception, ConfigError)
+    assert "overwrite another file" in str(third.exception)
+    assert Path(back).read_bytes() == b"other"
     assert set(re.findall(r"[a-z]+(?:-hf)?", Format.__metadata__[0].help.partition(":")[2])) >= set(FORMATS)

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from jobs import interrupts, mailbox, train
 from jobs.cluster import for_ranks
 from jobs.interrupts import Interrupts, Stopped
 from jobs.mailbox import NUM_PLACED, STOP, Mailbox, forwarded_warnings
+from jobs.placement import PlacementCallback
 from jobs.submit import for_cluster
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
@@ -153,7 +155,8 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
     printed: list[str] = []
     received = [
         [alert("itm_collapse", "collapsed"), alert("itc_clamp", "clamped")],
-        [{"level": "WARNING", "text": "resuming stage vision at step 130"}, alert("itc_clamp", "over", over=True)],
+        [{"level": "WARNING", "text": "resuming stage vision at step 130"}],
+        [alert("itc_clamp", "over", over=True)],
     ]
     monkeypatch.setattr(train, "notify", lambda text, *_: printed.append(text))
     monkeypatch.setattr(Mailbox, "receive", lambda _: received.pop(0))
@@ -161,10 +164,21 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
     train.show_messages(mail, open_alerts)
     assert open_alerts == {"vision/itm_collapse": "collapsed", "vision/itc_clamp": "clamped"}
     train.show_messages(mail, open_alerts)
-    assert printed == [
-        f"WARNING {text}" for text in ("collapsed", "clamped", "resuming stage vision at step 130", "over")
-    ]
-    assert open_alerts == {"vision/itm_collapse": "collapsed"}
+    monkeypatch.setattr(Mailbox, "clear", lambda _: printed.append("cleared"))
+    train.show_last_messages(mail, open_alerts)
+    warnings = [f"WARNING {text}" for text in ("collapsed", "clamped", "resuming stage vision at step 130", "over")]
+    assert printed == [*warnings, "alert not over: collapsed", "cleared"]
+
+
+def test_new_group_of_ranks_counts_none_until_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message of a shutdown may be lost, and a group whose start fails is never shut down."""
+    sent: list[tuple[str, int]] = []
+    monkeypatch.setattr(Mailbox, "put", lambda _, name, value: sent.append((name, value)))
+    callback = PlacementCallback("start")
+    callback.before_worker_group_start(None)
+    callback.after_worker_group_start(SimpleNamespace(get_workers=lambda: [1, 2]))
+    callback.before_worker_group_shutdown(None)
+    assert sent == [(NUM_PLACED, 0), (NUM_PLACED, 2), (NUM_PLACED, 0)]
 
 
 # ---- signals

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from jobs.distributed import with_workers
-from jobs.plan import Target, as_json_object, as_text, plan_run, scaling_svg
+from jobs.plan import SIZES, Target, as_json_object, as_text, plan_run, scaling_svg
 from pipeline.config.errors import ConfigError
 from pipeline.planning.estimate import Assumptions
 from pipeline.planning.hardware import ACCELERATORS, NETWORKS
@@ -55,9 +55,10 @@ def test_scaling_chart_is_complete_and_its_assumptions_are_legible(plans):
 def test_scaling_curve_ends_where_a_rank_would_have_no_example(plans):
     for plan in plans:
         assert [point.gpus for point in plan.scaling] == [1, 2, 4, 8]  # of batches of 12
-        assert plan.efficiency(plan.scaling[0]) == 1
-        speeds = [point.samples_per_second for point in plan.scaling]
-        assert len(set(speeds)) == 4
+        first, last = plan.scaling[0], plan.scaling[-1]
+        assert plan.efficiency(last) == pytest.approx(last.samples_per_second / (8 * first.samples_per_second))
+        assert len({point.samples_per_second for point in plan.scaling}) == 4
+    assert SIZES[-1] == 1024
 
 
 def test_more_gpus_than_examples_are_rejected():

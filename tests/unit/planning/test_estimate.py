@@ -30,6 +30,13 @@ def sharding(ranks: int, zero_stage: int = 1, precision: str = "bfloat16", **mor
     return Sharding(zero_stage, ranks, precision, 50_000_000, 1_000_000_000, **more)  # type: ignore[arg-type]
 
 
+def test_speed_rises_with_the_number_of_accelerators() -> None:
+    assumptions = Assumptions()
+    ranks = [2**k for k in range(11)]
+    speeds = [estimate(STAGE, sharding(n), H100, IB, assumptions, 1).samples_per_second for n in ranks]
+    assert speeds == sorted(set(speeds))
+
+
 # ---- memory
 
 

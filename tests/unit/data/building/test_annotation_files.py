@@ -66,6 +66,14 @@ def test_listed_answers_are_those_of_all_annotation_files(tmp_path: Path) -> Non
     assert "none of its answers is listed" in problems.first[0]
 
 
+def test_questions_that_are_all_unusable_are_named_with_the_reason(tmp_path: Path) -> None:
+    file = vqa_files(tmp_path)
+    content = json.loads(file.read_text())
+    write_lines(file, content | {"questions": [entry | {"image_id": "x1"} for entry in content["questions"]]})
+    with pytest.raises(DataError, match=r"none of its questions can be used \(.*x1.*\); expected 'questions'"):
+        read(file, Problems())
+
+
 def test_missing_inputs_are_reported_per_question(tmp_path: Path) -> None:
     file = vqa_files(tmp_path)
     (tmp_path / "COCO_train2014_000000000002.jpg").unlink()

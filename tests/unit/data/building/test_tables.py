@@ -134,6 +134,9 @@ def test_parquet_may_contain_paths_bytes_or_both(folder: Path) -> None:
         samples = list(read(write_parquet(folder / f"{name}.parquet", **columns)).samples)
         assert [sample["jpg"] for sample in samples] == data
         assert [record_of(sample)["captions"] for sample in samples] == texts
+    text = write_parquet(folder / "text.parquet", image=[{"bytes": "a.jpg", "path": "x"}], caption=["a dog"])
+    assert list(read(text, problems := Problems()).samples) == []
+    assert "its image is not bytes but a str" in problems.first[0]
     for number in range(3):
         write_parquet(folder / "many" / f"{number}.parquet", image=data, caption=["one", "two"])
     assert find_kind(folder / "many") == "parquet"
