@@ -6,7 +6,7 @@ Everything that builds a model, engine and training step from a config for a tes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ class EngineOnRank:
 
     def batch(self, step: int) -> Batch:
         """Return this rank's examples of the tiny batch of a step."""
-        return tiny_batch(
-            self.config, step, self.collectives.rank, self.collectives.world_size, self.stage.global_batch_size
-        )
+        ranks = (self.collectives.rank, self.collectives.world_size)
+        batch = tiny_batch(self.config, step, *ranks, self.stage.global_batch_size)
+        return replace(batch, image=None) if self.config.source_type_of(self.stage) == "text" else batch
 
     def losses(self, batch: Batch) -> dict[str, float]:
         """Run forward and backward on this rank's examples and return the losses of the global batch."""
