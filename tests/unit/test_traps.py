@@ -17,7 +17,7 @@ Every test is named after its trap (`test_trap_NN_…`); this module has those t
     12  accumulation shrinks ITC's batch                        here
     13  the text stage changes what images share                training/test_stages, test_image_recipes
     14  masked images and ITC in one stage                      training/test_image_recipes
-    15  ranks with unequal examples wait for each other         integration/test_uneven_ranks
+    15  ranks with unequal examples wait for each other         integration/test_rank_agreement
 """
 
 from __future__ import annotations
