@@ -64,6 +64,7 @@ class BEiTFormat(Format):
         sizes=conversion.SIZES | conversion.IMAGE_SIZES,
     )
     image_target: ClassVar = "visual_tokens"
+    prefix: ClassVar = "beit."
     outside: ClassVar = conversion.hugging_face_image_names("beit.embeddings") | {
         "norm": NORMS[0],
         "mim_head.predict": "lm_head",
@@ -137,8 +138,8 @@ class BEiTFormat(Format):
                     name = re.sub(pattern, replacement, name)
                 renamed[name] = tensor
             state = renamed
-        elif not any(name.startswith("beit.") for name in state):
-            state = {f"beit.{name}": tensor for name, tensor in state.items()}
+        else:
+            state = super().prepare(state)
         norm = next((name for name in NORMS if f"{name}.weight" in state), NORMS[0])
         return {re.sub(rf"^{re.escape(norm)}\.", f"{NORMS[0]}.", name): tensor for name, tensor in state.items()}
 

@@ -47,6 +47,8 @@ class BERTFormat(Format):
     }
     layers: ClassVar = "bert.encoder.layer."
     optional: ClassVar = ("mlm_head",)
+    prefix: ClassVar = "bert."
+    unprefixed: ClassVar = ("cls.",)
     unused: ClassVar = (
         r"^bert\.pooler\.|^cls\.seq_relationship\.|^bert\.embeddings\.position_ids|^cls\.predictions\.decoder\.bias$"
     )
@@ -82,11 +84,9 @@ class BERTFormat(Format):
         return published | ({_BIAS_AGAIN: published[_BIAS].clone()} if _BIAS in published else {})
 
     def prepare(self, state: State) -> State:
-        """Add the prefix `bert.` that BertModel lacks, and rename older files' LayerNorm gamma and beta."""
-        state = {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name)): state[name] for name in state}
-        if any(name.startswith("bert.") for name in state):
-            return state
-        return {name if name.startswith("cls.") else f"bert.{name}": tensor for name, tensor in state.items()}
+        """Prepare as for every format, and rename older files' LayerNorm gamma and beta."""
+        state = super().prepare(state)
+        return {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name)): state[name] for name in state}
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """Return the published names: ImageBERT's encoder and text embedding are Hugging Face's own modules."""

@@ -131,6 +131,8 @@ class Format:
     layer: ClassVar[Mapping[str, str | tuple[str, ...]]] = HUGGING_FACE_LAYER
     expert: ClassVar[str] = "vision"  # of which every checkpoint has tensors
     optional: ClassVar[tuple[str, ...]] = ()  # parts that a checkpoint may lack, and is then read and written without
+    prefix: ClassVar[str] = ""  # of the names of a model inside a class with heads; a model without them lacks it
+    unprefixed: ClassVar[tuple[str, ...]] = ()  # how the names of the heads begin
     unused: ClassVar[str] = r"(?!)"  # expression for tensors that have no counterpart and are dropped
     tables: ClassVar[tuple[str, ...]] = ()  # of relative positions, one of which shows that they are relative
 
@@ -189,7 +191,9 @@ class Format:
 
     def prepare(self, state: State) -> State:
         """Return a published state under the names of the tables."""
-        return dict(state)
+        if any(name.startswith(self.prefix) for name in state):
+            return dict(state)
+        return {name if name.startswith(self.unprefixed) else self.prefix + name: state[name] for name in state}
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """Return the published names of a parameter by its own entry in a table, or by its module's; () for none."""

@@ -73,6 +73,7 @@ class ViLTHuggingFaceFormat(ViLTFormat):
         **{n: f"classifier.{t[-1]}" for n, t in RELEASE.items() if n.startswith(("vqa_head.", "nlvr2_head."))},
     }
     layers: ClassVar = "vilt.encoder.layer."
+    prefix: ClassVar = "vilt."
     layer: ClassVar = {  # those of ViT
         name.replace("experts.vision", f"experts.{EXPERT}"): published
         for name, published in conversion.HUGGING_FACE_LAYER.items()
@@ -95,10 +96,8 @@ class ViLTHuggingFaceFormat(ViLTFormat):
         return super().write(state, config)
 
     def prepare(self, state: State) -> State:
-        """Add the prefix `vilt.` that ViltModel lacks, and drop the duplicate decoder bias of older MaskedLM files."""
-        if not any(name.startswith("vilt.") for name in state):
-            return {f"vilt.{name}": tensor for name, tensor in state.items()}
-        state = dict(state)
+        """Prepare as for every format, and drop the duplicate decoder bias of older MaskedLM files."""
+        state = super().prepare(state)
         if (bias := state.pop("mlm_score.bias", None)) is not None:
             state.setdefault(f"{_DECODER}.bias", bias)
         return state

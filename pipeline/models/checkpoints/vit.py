@@ -15,7 +15,6 @@ from pipeline.models.checkpoints.conversion import (
     SIZES,
     ConfigFile,
     Format,
-    State,
     hugging_face_image_names,
 )
 
@@ -36,9 +35,6 @@ class ViTFormat(Format):
     }
     layers: ClassVar = "vit.encoder.layer."
     optional: ClassVar = ("classification_head",)
+    prefix: ClassVar = "vit."
+    unprefixed: ClassVar = ("classifier.",)
     unused: ClassVar = r"^vit\.pooler\.dense\."
-
-    def prepare(self, state: State) -> State:
-        if any(name.startswith("vit.") for name in state):
-            return dict(state)
-        return {name if name.startswith("classifier.") else f"vit.{name}": tensor for name, tensor in state.items()}
