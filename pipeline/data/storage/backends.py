@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +42,17 @@ def open_file(path: str) -> BinaryIO:
     if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith(("/dev/", "/proc/")):
         raise PermanentError("it is a pipe, not a file", "Pass the path of a file.")
     return open(path, "rb")
+
+
+def read_at(descriptor: int, start: int, stop: int) -> bytes:
+    """Return the bytes [start, stop) of an open file. Raises EOFError if it has become shorter."""
+    pieces = []
+    while start < stop:  # one call returns at most 2 GiB
+        if not (piece := os.pread(descriptor, min(stop - start, _COPY_BYTES), start)):
+            raise EOFError(f"the file that is uploaded became shorter: {start} bytes are left")
+        pieces.append(piece)
+        start += len(piece)
+    return b"".join(pieces)
 
 
 class LocalBackend:
@@ -115,6 +127,11 @@ class LocalBackend:
                 raise
             return False
         return True
+
+    def upload(self, local: str, path: str) -> None:
+        """Copy a file of this machine to an object."""
+        with open(local, "rb") as file:
+            self.write(path, os.fstat(file.fileno()).st_size, partial(read_at, file.fileno()))
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         """Abort the unfinished uploads of objects in a folder whose name there satisfies `match`; return the number."""
@@ -200,8 +217,7 @@ class FsspecBackend:
         return True
 
     def upload(self, local: str, path: str) -> None:
-        """Copy a file of this machine to an object in constant memory, which `write` cannot do."""
-        self._call(self._fs.put_file, local, path)
+        self._call(self._fs.put_file, local, path)  # in constant memory, which `write` cannot do
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         return 0  # fsspec does not list them

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http.client import BadStatusLine, RemoteDisconnected
 from time import time
 from typing import Any
@@ -35,7 +36,7 @@ from pipeline.config.load import resolve_secret
 from pipeline.config.redaction import printable, redact, remember
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import retry
-from pipeline.data.storage.backends import ObjectInfo, PartReader
+from pipeline.data.storage.backends import ObjectInfo, PartReader, read_at
 from pipeline.data.storage.retry import BucketNotFound, PermanentError, PreconditionFailed, TransientError
 
 PAGE_SIZE = 1000  # objects in one page of a listing
@@ -145,6 +146,10 @@ class S3Backend:
                 return False
             self._put(path, size, part, {})
         return True
+
+    def upload(self, local: str, path: str) -> None:
+        with open(local, "rb") as file:
+            self.write(path, os.fstat(file.fileno()).st_size, partial(read_at, file.fileno()))
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         bucket, prefix = _bucket_prefix(path)

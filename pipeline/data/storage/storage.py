@@ -102,24 +102,8 @@ class Storage:
 
     def upload(self, local_path: str | os.PathLike[str], url: str) -> None:
         """Copy a local file to `url` atomically."""
-
-        def copy(backend: Backend, path: str) -> None:
-            if isinstance(backend, FsspecBackend):
-                return backend.upload(os.fspath(local_path), path)
-            with open(local_path, "rb") as file:
-
-                def part(start: int, stop: int) -> bytes:
-                    pieces = []
-                    while start < stop:  # one call returns at most 2 GiB
-                        if not (piece := os.pread(file.fileno(), min(stop - start, _BUFFER_BYTES), start)):
-                            raise EOFError(f"{local_path} became shorter while it was copied")
-                        pieces.append(piece)
-                        start += len(piece)
-                    return b"".join(pieces)
-
-                backend.write(path, os.fstat(file.fileno()).st_size, part)
-
-        self._do(url, "uploading to", copy)
+        local = os.fspath(local_path)
+        self._do(url, "uploading to", lambda backend, path: backend.upload(local, path))
 
     def abort_uploads(self, url: str, match: Callable[[str], bool] = lambda name: True) -> int:
         """Abort incomplete multipart uploads in a folder, and return their number. Only S3 keeps such uploads.
