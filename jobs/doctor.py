@@ -74,8 +74,7 @@ def run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
     if config is None:
         yield Diagnosis("storage", "skipped", "give --config to check a run's output and sources")
     else:
-        deadline = min(RETRY_SECONDS, config.storage.retry_timeout_seconds)
-        storage = Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
+        storage = Storage(config.storage).within(RETRY_SECONDS)
         yield diagnose("output", lambda: output(config, storage))
         users: dict[str, list[str]] = defaultdict(list)
         for name, source_config in config.sources.items():

@@ -43,9 +43,8 @@ class Interrupts:
     first. At the end, a message says how to resume."""
 
     def __init__(self, config: RunConfig):
-        deadline = min(ANSWER_SECONDS, config.storage.retry_timeout_seconds)
         self._config = config
-        self._storage = Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
+        self._storage = Storage(config.storage).within(ANSWER_SECONDS)
         self._number: signal.Signals | None = None
         self._deferred = False
         self._last_answer = 0.0  # of the store, after the ranks were asked to save

@@ -91,8 +91,7 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
     taken = Ownership.take(storage, config.folder)
     ownership = Ownership(storage, config.folder, taken.claim)  # without the rank start, which restarts change
     mail, open_alerts = Mailbox(str(taken.start)), dict[str, str]()
-    deadline = min(PROGRESS_RETRY_SECONDS, config.storage.retry_timeout_seconds)
-    impatient = Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
+    impatient = storage.within(PROGRESS_RETRY_SECONDS)
     last = b""
 
     def show_progress() -> None:

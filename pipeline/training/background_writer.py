@@ -23,10 +23,8 @@ class BackgroundWriter:
 
     def __init__(self, storage: Storage, retry_timeout_seconds: float | None = None, level: int = logging.WARNING):
         """`retry_timeout_seconds`: how long one write may take (default: the storage's); `level`: of logged faults."""
-        if retry_timeout_seconds is not None:
-            shorter = min(retry_timeout_seconds, storage.config.retry_timeout_seconds)
-            storage = Storage(storage.config.model_copy(update={"retry_timeout_seconds": shorter}))
-        self._storage, self._level = storage, level
+        self._storage = storage if retry_timeout_seconds is None else storage.within(retry_timeout_seconds)
+        self._level = level
         self._changed = threading.Condition()
         self._pending: dict[str, bytes] = {}
         self._is_writing = self._is_closed = False

@@ -42,6 +42,11 @@ class Storage:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.config,)
 
+    def within(self, seconds: float) -> Storage:
+        """Return access of the same configuration whose retries end after at most `seconds`."""
+        shorter = min(seconds, self.config.retry_timeout_seconds)
+        return Storage(self.config.model_copy(update={"retry_timeout_seconds": shorter}))
+
     def read(self, url: str) -> bytes:
         """Return the whole object."""
         return self._do(url, "reading", lambda backend, path: backend.read(path, 0, None, None))
