@@ -86,11 +86,12 @@ def visual_genome_samples(job: Import) -> Iterator[Sample]:
     file, content = job.source, inputs.json_of(job.source)
     form = "a list of images with 'id' and 'qas' (qa_id, question, answer)"
     images = inputs.entries_of(file, "images", content, inputs.fields(id=int, qas=list), job.problems, form)
-    entries = [entry for _, qas in images for entry in qas]
+    entries = []
     for image, qas in images:
         for entry in qas:
             if isinstance(entry, dict):  # others are reported below
                 entry["image"] = image
+            entries.append(entry)
     read_question = inputs.fields(image=int, qa_id=int, question=str, answer=str)
     questions = inputs.entries_of(file, "questions", entries, read_question, job.problems, "qa_id, question, answer")
     folders = ("", "VG_100K/", "VG_100K_2/")
