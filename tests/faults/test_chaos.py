@@ -12,11 +12,10 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +27,7 @@ from pipeline.data.storage import join
 from tests.support.fault_proxy import FaultProxy
 from tests.support.mlflow_server import Server
 from tests.support.ray_nodes import Cluster, Node, raylets, wait_until
+from tests.support.small_disk import fill_disk, small_disk
 from tests.support.train_process import STAGES, TrainProcess, assert_same_losses, paced
 
 FAULTS = int(os.environ.get("MOME_CHAOS", "3"))  # about a minute each
@@ -200,16 +200,10 @@ def disk_full(site: Site) -> Callable[[], bool]:
     for copy in site.cache.rglob("*.tar"):
         copy.unlink(missing_ok=True)
     filling = site.cache / "filling"
-
-    def fill() -> None:
-        with suppress(OSError), filling.open("ab", buffering=0) as file:
-            while True:
-                file.write(bytes(2**12))
-
-    fill()
+    fill_disk(filling)
     site.strike(signal.SIGKILL)
     # And again at once: copies that the ranks still had open leave room when these end.
-    noticed = until_missed(site, "such shards are read over the network", 0.0, fill)
+    noticed = until_missed(site, "such shards are read over the network", 0.0, lambda: fill_disk(filling))
     filling.unlink()
     return noticed
 
@@ -230,20 +224,6 @@ def _title(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path | None]:
-    """Mount a file system of 8 MiB; yield None where this process may not mount one."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "mome-test", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
 
 
 def schedule(draw: random.Random, kinds: list[Callable[[Site], Callable[[], bool]]]) -> list[tuple[int, str]]:

@@ -19,7 +19,16 @@ from pipeline.data.storage import Storage
 from pipeline.training.ownership import OWNER_FILE, Ownership
 from tests.support.ranks import SECONDS, redirect_stderr, run_ranks, start_ranks
 from tests.support.ray_nodes import wait_until
-from tests.support.short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
+from tests.support.short_run import (
+    STEPS,
+    BeforeStep,
+    committed,
+    journal,
+    losses,
+    short_config,
+    train_short,
+    without_mlflow,
+)
 from tests.support.train_process import TrainProcess
 
 ALLOWED = 3.0  # seconds that a step may take in the tests of hung ranks
@@ -183,8 +192,7 @@ def _superseded(folder: str) -> None:
     for step, expected in {4: ["step-00000003"], STEPS - 1: ["step-00000003", "step-00000006"]}.items():
         with pytest.raises(Superseded, match="owned by a later start"):
             train(config, lambda progress: None, callbacks=[BeforeStep(step, take)])
-        saved = sorted(file.parent.name.partition(".")[0] for file in Path(config.folder).glob("*/*/COMMIT.json"))
-        assert saved == expected
+        assert committed(config.folder) == expected
     ended = [record for record in journal(folder) if record["kind"] in ("stage_end", "run_end")]
     assert not ended, "how the run ends is for its owner to say"
     train(config, lambda progress: None)

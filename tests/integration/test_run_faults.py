@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,17 @@ import torch
 from pipeline.training.alerts import CONSECUTIVE
 from pipeline.training.callbacks import Callback
 from tests.support.ranks import run_ranks
-from tests.support.short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
-
-
-def committed(run: str | Path) -> list[str]:
-    """Return the names of a run's committed checkpoints and stages, without their suffixes."""
-    return sorted(file.parent.name.partition(".")[0] for file in Path(run).glob("*/*/COMMIT.json"))
+from tests.support.short_run import (
+    STEPS,
+    BeforeStep,
+    committed,
+    journal,
+    losses,
+    short_config,
+    train_short,
+    without_mlflow,
+)
+from tests.support.small_disk import fill_disk, small_disk
 
 
 class Killed(Exception):
@@ -225,17 +229,9 @@ def _fill_the_disk(folder: str, disk: str) -> str:
     scenes = {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}}
     sources = {"scenes": scenes, "pictures": {"shards": f"{folder}/scenes", "type": "images"}}
 
-    def fill(_: object) -> None:
-        with ballast.open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-            except OSError:
-                pass
-
     train_short(folder, "whole")
     with pytest.raises(RunFailed) as caught:
-        train_short(disk, callbacks=[BeforeStep(4, fill)], sources=sources)
+        train_short(disk, callbacks=[BeforeStep(4, lambda _: fill_disk(ballast))], sources=sources)
     assert committed(Path(disk, "run")) == ["step-00000003"]
     ballast.unlink()
     train_short(disk, sources=sources)
@@ -243,18 +239,12 @@ def _fill_the_disk(folder: str, disk: str) -> str:
 
 
 def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk") as disk:
+        if disk is None:
+            pytest.skip("no file system may be mounted here")
         (message,) = run_ranks(_fill_the_disk, 1, str(tmp_path), str(disk))
         assert len(losses(disk)) == 2 * STEPS
         assert losses(disk) == losses(tmp_path, "whole")
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
     for part in (f"{disk}/run/checkpoints/step-00000006", "no space left", "Committed checkpoints are kept"):
         assert part in message
 

@@ -82,6 +82,11 @@ def journal(folder: str | Path, name: str = "run") -> list[dict[str, Any]]:
     return list(Journal(Path(folder, name, "journal")).all_records())
 
 
+def committed(run: str | Path) -> list[str]:
+    """Return the names of a run's committed checkpoints and stages, without their suffixes."""
+    return sorted(file.parent.name.partition(".")[0] for file in Path(run).glob("*/*/COMMIT.json"))
+
+
 class BeforeStep(Callback):
     """Callback that calls `act(state)` before the forward over the batch `step` of any stage."""
 
