@@ -90,13 +90,16 @@ def test_missing_objects_need_no_second_attempt(s3, storage, monkeypatch: pytest
             storage.read_range(s3.url("folder", "key"), 2, 9)
         with pytest.raises(NotFound, match=r"no-such-bucket.* does not exist"):
             storage.info("s3://no-such-bucket/key")  # a response without a body does not name the bucket
-        for call in (storage.list, storage.read, storage.exists, lambda url: storage.write(url, b"x")):
+        for call in (storage.list, storage.read, storage.exists):
             with pytest.raises(NotFound, match=r"bucket 'no-such-bucket' does not exist at http"):
                 call("s3://no-such-bucket/x")
         assert storage.exists(s3.url("folder"))
         assert storage.read(s3.url("folder", "key")) == b"12345"
     with pytest.raises(DataError, match=r"empty: no such folder of shards"):
         load_manifest(storage, s3.url("empty"))
+    # Last, because Swift closes the connection after a rejected body, and the next request may notice it too late.
+    with pytest.raises(NotFound, match=r"bucket 'no-such-bucket' does not exist at http"):
+        storage.write("s3://no-such-bucket/x", b"x")
 
 
 def test_listings_and_deletions_span_pages(s3, storage, monkeypatch: pytest.MonkeyPatch):
