@@ -36,6 +36,7 @@ REST = 0.3  # seconds that ranks rest after each step
 SECONDS = 900
 AWAY = 5.0
 STORE_AWAY = 15.0  # retries are logged only after five seconds
+Fault = Callable[["Site"], Callable[[], bool]]
 HEALTH = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
 
 
@@ -161,8 +162,9 @@ def loader_killed(site: Site) -> Callable[[], bool]:
     def kill() -> None:
         with suppress(psutil.NoSuchProcess):
             children = [child for rank in site.ranks() for child in rank.children(recursive=True)]
-            if there := [child for child in children if "data.loading.backends" in _title(child)]:
-                site.draw.choice(there).kill()
+            loaders = [child for child in children if any("data.loading.backends" in word for word in child.cmdline())]
+            if loaders:
+                site.draw.choice(loaders).kill()
 
     return until_missed(site, "a loader process died", AWAY, kill)
 
@@ -177,7 +179,7 @@ def checkpoint_damaged(site: Site) -> Callable[[], bool]:
     site.wait_for(lambda: len(site.run.checkpoints()) > 1 and bool(site.ranks()), "two checkpoints")
     ranks = site.ranks()
     site.strike(signal.SIGKILL)
-    site.wait_for(lambda: not any(_runs(rank) for rank in ranks), "the ranks to end")
+    site.wait_for(lambda: not psutil.wait_procs(ranks, timeout=0.1)[1], "the ranks to end")
     url = site.run.checkpoints()[-1]
     name = next(name for name in site.run.storage.list(url) if name.endswith(".safetensors"))
     data = bytearray(site.run.storage.read(join(url, name)))
@@ -214,36 +216,16 @@ KINDS = [
 ]  # fmt: skip
 
 
-def _runs(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def _title(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
-def schedule(draw: random.Random, kinds: list[Callable[[Site], Callable[[], bool]]]) -> list[tuple[int, str]]:
+def schedule(draw: random.Random, kinds: list[Fault]) -> list[tuple[int, Fault]]:
     """Return (step, kind) of each fault: a random moment of each equal part of the run, every kind before any repeats.
 
     The last part of the run has no fault: one that happens just before the end may go unnoticed.
     """
     part = len(STAGES) * STEPS / (FAULTS + 1)
-    order = [kind.__name__ for kind in kinds[:FAULTS]]
+    order = kinds[:FAULTS]
     while len(order) < FAULTS:
-        order += [kind.__name__ for kind in draw.sample(kinds, len(kinds))]
+        order += draw.sample(kinds, len(kinds))
     return [(int(part * (number + draw.uniform(0.1, 0.6))), order[number]) for number in range(FAULTS)]
-
-
-def report(times: dict[str, list[float]], wall: float) -> None:
-    spent = sum(map(sum, times.values()))
-    print(f"\n{sum(map(len, times.values()))} faults of {len(times)} kinds in {wall:.0f} s")
-    for kind, seconds in sorted(times.items()):
-        print(f"  {kind:<20} {len(seconds)}  recovered in {median(seconds):.0f} s (longest {max(seconds):.0f} s)")
-    print(f"  goodput {max(0.0, 1 - spent / wall):.0%}")
 
 
 @pytest.mark.slow
@@ -264,11 +246,8 @@ def test_run_with_every_fault_equals_uninterrupted_run(s3, tmp_path: Path) -> No
             keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
             keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1"]
             keys += [f"cluster.max_failures={2 * FAULTS}", f"tracking.uri={server.uri}", "tracking.required=false"]
-            keys += ["tracking.flush_seconds=1"]
-            keys += [
-                f"storage={{endpoint_url: '{proxy.endpoint}', retry_timeout_seconds: 120}}",
-                "data.loader.num_workers=1",
-            ]
+            keys += [f"storage={{endpoint_url: '{proxy.endpoint}', retry_timeout_seconds: 120}}"]
+            keys += ["tracking.flush_seconds=1", "data.loader.num_workers=1"]
             keys += [f"data.cache={{folder: '{cache}', max_bytes: 4000000}}"] if cache else []
             run = TrainProcess(
                 tmp_path, "chaos", STEPS, *keys,
@@ -278,18 +257,22 @@ def test_run_with_every_fault_equals_uninterrupted_run(s3, tmp_path: Path) -> No
             kinds = [kind for kind in KINDS if cache or kind is not disk_full]
             began = time.monotonic()
             with paced(run, site.ranks, REST):
-                for step, name in schedule(draw, kinds):
+                for step, strike in schedule(draw, kinds):
+                    name = strike.__name__
                     site.wait_for(lambda: run.step() >= step and bool(site.ranks()), f"step {step}")  # noqa: B023
                     assert run.running(), f"ended before {name}: {run.log_text()[-2000:]}"
                     at, reached = time.monotonic(), run.step()
-                    noticed = {kind.__name__: kind for kind in KINDS}[name](site)
+                    noticed = strike(site)
                     site.wait_for(lambda: run.step() > reached, f"a step after {name}")  # noqa: B023
                     times[name].append(time.monotonic() - at)
                     print(f"{name} at step {reached}: a step again after {times[name][-1]:.0f} s", flush=True)
                     site.wait_for(noticed, f"{name} to be noticed")
                     assert noticed(), f"{name} at step {reached}: the run ended without evidence that it was noticed"
             run.finish()
-            report(times, time.monotonic() - began)
+            wall, spent = time.monotonic() - began, sum(map(sum, times.values()))
+            for kind, seconds in sorted(times.items()):
+                print(f"{kind:<20} {len(seconds)}  recovered in {median(seconds):.0f} s (longest {max(seconds):.0f} s)")
+            print(f"{FAULTS} faults in {wall:.0f} s: goodput {max(0.0, 1 - spent / wall):.0%}")
             assert_same_losses(run.losses(), whole.losses())
     finally:
         server.kill()

@@ -14,22 +14,10 @@ import torch
 
 from pipeline.training.alerts import CONSECUTIVE
 from pipeline.training.callbacks import Callback
+from tests.support import short_run
 from tests.support.ranks import run_ranks
-from tests.support.short_run import (
-    STEPS,
-    BeforeStep,
-    committed,
-    journal,
-    losses,
-    short_config,
-    train_short,
-    without_mlflow,
-)
+from tests.support.short_run import STEPS, BeforeStep, committed, journal, losses, train_short
 from tests.support.small_disk import fill_disk, small_disk
-
-
-class Killed(Exception):
-    """Simulated end of the process, which the package must not catch."""
 
 
 def _batches(folder: str, name: str, killed_at: int | None = None, planted: tuple[int, ...] = (4,)) -> list[int]:
@@ -44,7 +32,7 @@ def _batches(folder: str, name: str, killed_at: int | None = None, planted: tupl
         if self.stage.name != "vision":
             return original(self, batch, **options)
         if batch.step == killed_at:
-            raise Killed
+            raise KeyboardInterrupt  # simulated end of the process, which the package must not catch
         read.append(batch.step)
         result = original(self, batch, **options)
         return result | {"loss": result["loss"] * 100} if batch.step in planted else result
@@ -52,9 +40,9 @@ def _batches(folder: str, name: str, killed_at: int | None = None, planted: tupl
     spike = {"factor": 3.0, "window": 2, "skip": 1, "max_rollbacks": 2}
     TrainingStep.__call__ = call  # type: ignore[method-assign]
     try:
-        train(short_config(folder, name, guards__spike=spike), lambda progress: None)
-    except Killed:
-        pass
+        train(short_run.short_config(folder, name, guards__spike=spike), lambda progress: None)
+    except KeyboardInterrupt:
+        assert killed_at is not None
     finally:
         TrainingStep.__call__ = original  # type: ignore[method-assign]
     return read
@@ -63,7 +51,7 @@ def _batches(folder: str, name: str, killed_at: int | None = None, planted: tupl
 def _spiked(folder: str) -> dict[str, Any]:
     from pipeline.config.errors import RunFailed
 
-    without_mlflow()
+    short_run.without_mlflow()
     batches: dict[str, Any] = {"whole": _batches(folder, "whole")}
     # Killed before the next checkpoint (6 steps: batches 0 1 2 6 7 8) and after it.
     for name, killed_at in {"before": 8, "after": 10}.items():
@@ -126,7 +114,7 @@ def _spoil(folder: str) -> dict[tuple[str, int, str], tuple[str, bool]]:
     """Return each run's error and whether its weights are those before the step."""
     from pipeline.config.errors import RunFailed
 
-    without_mlflow()
+    short_run.without_mlflow()
     results = {}
     for case in SPOILT:
         spoiler, engine = Spoiler(case[0]), {"engine__zero_stage": case[1], "engine__precision": case[2]}
@@ -159,7 +147,7 @@ def _preempt(folder: str) -> None:
     from pipeline.config.errors import Preempted
     from pipeline.training.loop import train
 
-    without_mlflow()
+    short_run.without_mlflow()
     train_short(folder, "whole")
     for name, (kind, rank, step) in PREEMPTED.items():
         announced: list[bool] = []
@@ -173,7 +161,7 @@ def _preempt(folder: str) -> None:
         handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
         with pytest.raises(Preempted, match="Re-run the same command") as caught:
             train(
-                short_config(folder, name),
+                short_run.short_config(folder, name),
                 lambda progress: None,
                 preempted=lambda announced=announced: bool(announced),
                 callbacks=[BeforeStep(step, act)],
@@ -200,7 +188,7 @@ def _allocate_too_much(folder: str) -> dict[str, str]:
         def on_model_built(self, model: Any) -> None:
             torch.empty(10**15)
 
-    without_mlflow()
+    short_run.without_mlflow()
     messages = {}
     callbacks = {"step": BeforeStep(2, lambda _: torch.empty(10**15)), "build": AllocateWhileBuilding()}
     for name, callback in callbacks.items():
@@ -224,7 +212,7 @@ def _fill_the_disk(folder: str, disk: str) -> str:
     """Train on a disk that is full from the fifth step on, then again with room; return the first run's message."""
     from pipeline.config.errors import RunFailed
 
-    without_mlflow()
+    short_run.without_mlflow()
     ballast = Path(disk, "ballast")
     scenes = {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}}
     sources = {"scenes": scenes, "pictures": {"shards": f"{folder}/scenes", "type": "images"}}
@@ -277,10 +265,10 @@ def _troubled(folder: str) -> list[str]:
             lines.append(record.getMessage())
 
     lines: list[str] = []
-    without_mlflow()
+    short_run.without_mlflow()
     logging.getLogger("pipeline.training.alerts").addHandler(Lines())
     stages = {"stages.pairs.objectives": {"itc": {}, "itm": {}}, "stages.pairs.global_batch_size": 8}
-    config = short_config(folder, data__streams=8, **stages)
+    config = short_run.short_config(folder, data__streams=8, **stages)
     train(config, lambda progress: None, loader_backend=SlowBackend, callbacks=[Trouble()])
     return lines
 

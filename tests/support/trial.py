@@ -1,8 +1,7 @@
 """Trials: every objective with every kind of model that learns it, trained for thirty steps on one synthetic batch.
 
 The combinations come from the models, so a new kind or objective is included automatically. A loss that falls far, and
-below what a model that ignores its input can reach, shows that the objective's whole path works. A trial says nothing
-about learning from real data.
+below what a model that ignores its input can reach, shows that the objective's whole path works.
 
 Shapes: B examples, H x W pixels, L tokens, P patches, K masked positions per example, R regions, F features per region.
 """
@@ -12,28 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from jobs.configs import source_types
+from pipeline.config import schema
 from pipeline.config.load import validate
-from pipeline.config.schema import (
-    MODEL_SECTIONS,
-    ImageBERTConfig,
-    ImageTarget,
-    RunConfig,
-    SourceType,
-    StageConfig,
-    TransformerConfig,
-    ViLTConfig,
-    objective_names,
-)
+from pipeline.config.schema import MODEL_SECTIONS, RunConfig, SourceType, TransformerConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
-from pipeline.objectives import ImageTokenizer
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import learning_rate
 from pipeline.training.stages import Stage, build_stage_model
@@ -103,28 +92,22 @@ class Trial:
 
 
 def cells() -> Iterator[Cell]:
-    """Yield every combination that can be trained, in the order of the objectives."""
-    for objective in objective_names():
+    """Yield every combination that can be trained, with the stage keys that select each variant of an objective."""
+    for objective in schema.objective_names():
         for kind in MODEL_SECTIONS:
             for source_type in source_types(objective, kind):
-                for keys in _choices(objective, kind, source_type):
-                    yield Cell(objective, kind, source_type, keys)
-
-
-def _choices(objective: str, kind: str, source_type: SourceType) -> Iterator[dict[str, Any]]:
-    """Yield the stage keys that select each variant of an objective."""
-    if objective == "itm":
-        yield {"negatives": "random"}
-        if source_type in source_types("itc", kind):
-            yield {"negatives": "hard"}
-    elif objective == "mim":
-        for target in get_args(ImageTarget):
-            if (target, kind) != ("visual_tokens", "vilt"):  # visual tokens require square images
-                yield {"image_target": target}
-        if kind in ("vlmo", "vit"):
-            yield {"image_target": "pixels", "image_decoder": {"width": 16, "layers": 1, "heads": 2}}
-    else:
-        yield {}
+                choices: list[dict[str, Any]] = [{}]
+                if objective == "itm":
+                    choices = [{"negatives": "random"}]
+                    choices += [{"negatives": "hard"}] if source_type in source_types("itc", kind) else []
+                elif objective == "mim":
+                    choices = [{"image_target": target} for target in get_args(schema.ImageTarget)]
+                    if kind == "vilt":  # visual tokens require square images
+                        choices.remove({"image_target": "visual_tokens"})
+                    if kind in ("vlmo", "vit"):
+                        decoder = {"width": 16, "layers": 1, "heads": 2}
+                        choices.append({"image_target": "pixels", "image_decoder": decoder})
+                yield from (Cell(objective, kind, source_type, keys) for keys in choices)
 
 
 def tiny_section(kind: str) -> TransformerConfig:
@@ -177,8 +160,7 @@ def trial_config(cell: Cell) -> RunConfig:
     return tiny_run(cell.kind, cell.source_type, objectives, **keys)
 
 
-@dataclass(frozen=True)
-class TrialState:
+class TrialState(NamedTuple):
     """A trial before its first step."""
 
     engine: PlainEngine
@@ -188,11 +170,21 @@ class TrialState:
 
 def begin(config: RunConfig, collectives: Collectives) -> TrialState:
     """Build the model, the step and the batch of a run's only stage."""
-    stage = Stage(config, 0)
+    stage, tokenizer = Stage(config, 0), None
+    if stage.config.image_target == "visual_tokens":
+        # Random weights: its tokens are arbitrary, but equal for equal patches. Imported here, because transformers
+        # takes seconds to load.
+        from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+
+        from pipeline.models.visual_tokens import VisualTokenizer
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            sizes = FlavaImageCodebookConfig(hidden_size=4, num_blocks_per_group=1, vocab_size=VISUAL_TOKENS)
+            tokenizer = VisualTokenizer(FlavaImageCodebook(sizes))
     engine = PlainEngine(build_stage_model(stage, Storage(), VOCABULARY), stage.config.optimizer)
-    step = TrainingStep(engine, stage, collectives, _image_tokenizer(stage.config))
-    half = stage.config.global_batch_size // 2
-    return TrialState(engine, step, twice(invented_batch(stage.run.model, stage.source_type, 0, half)))
+    half = invented_batch(stage.run.model, stage.source_type, 0, stage.config.global_batch_size // 2)
+    return TrialState(engine, TrainingStep(engine, stage, collectives, tokenizer), twice(half))
 
 
 def train(cell: Cell, collectives: Collectives) -> Trial:
@@ -205,54 +197,41 @@ def train(cell: Cell, collectives: Collectives) -> Trial:
     return Trial(cell, losses)
 
 
-def _image_tokenizer(stage: StageConfig) -> ImageTokenizer | None:
-    """Return a tokenizer with random weights: its tokens are arbitrary, but equal for equal patches."""
-    if stage.image_target != "visual_tokens":
-        return None
-    # Imported here because transformers takes seconds to load, and most trials do not need it.
-    from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
-
-    from pipeline.models.visual_tokens import VisualTokenizer
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = FlavaImageCodebookConfig(hidden_size=4, num_blocks_per_group=1, vocab_size=VISUAL_TOKENS)
-        return VisualTokenizer(FlavaImageCodebook(sizes))
-
-
 # ---- synthetic data
 
 
 def invented_batch(section: TransformerConfig, source_type: SourceType, step: int, size: int) -> Batch:
     """Return a global batch as a source of that type gives it; a function of the arguments alone."""
-    draw = torch.Generator().manual_seed(1000 + step)
+    draw, rows = torch.Generator().manual_seed(1000 + step), torch.arange(size)
     members: dict[str, Tensor] = {}
+    short, long = section.image_size, getattr(section, "longest_side", section.image_size)
+    sides = torch.tensor([(short, short), (short, long), (long, short)]).repeat(-(-size // 3), 1)[:size]  # of ViLT
+    is_vilt = isinstance(section, schema.ViLTConfig)
     if source_type in ("pairs", "images", "labelled", "questions", "statements"):
-        members |= _images(section, size, draw)
+        if is_vilt:
+            members["image"] = _smooth(size, long, draw)
+            members |= _patches_of_shapes(members["image"], sides, section.patch_size, draw)
+        else:
+            orders = [torch.randperm(section.num_patches, generator=draw)[:2] for _ in range(size)]
+            members |= {"patch_positions": torch.stack(orders), "image": _smooth(size, long, draw)}
     if source_type in ("pairs", "text", "regions", "questions", "statements"):
         members |= _texts(size, draw)
     if source_type == "regions":
-        assert isinstance(section, ImageBERTConfig), "no other kind reads regions"
+        assert isinstance(section, schema.ImageBERTConfig), "no other kind reads regions"
         members |= _regions(section, size, draw)
     if source_type == "statements":
-        members |= _second_images(section, size, draw)
+        members |= {"second_image": _smooth(size, long, draw), "label": rows % 2}
+        members |= {"second_image_size": sides.flip(1)} if is_vilt else {}
         members.pop("visible_patches", None)  # pairs of images use all patches
-        members["label"] = torch.arange(size) % 2
     if source_type == "labelled":
-        members["label"] = torch.arange(size) % CLASSES
-    if source_type == "questions":
-        members["answers"] = torch.stack([torch.arange(size) % ANSWERS, torch.arange(1, size + 1) % ANSWERS], dim=1)
+        members["label"] = rows % CLASSES
+    if source_type == "questions":  # every second example has a single answer
+        members["answers"] = torch.stack([rows % ANSWERS, (rows + 1) % ANSWERS], dim=1)
         members["answers"][::2, 1] = -1
         members["answer_scores"] = torch.tensor([[1.0, 0.3]]).expand(size, 2).clone()
         members["answer_scores"][::2, 1] = 0.0
-    return Batch(
-        step=step,
-        place=torch.arange(size),
-        uid=torch.arange(size) + 100 * step,
-        image_id=torch.arange(size),
-        source=torch.zeros(size, dtype=torch.int64),
-        **members,
-    )
+    keys = {"place": rows, "uid": rows + 100 * step, "image_id": rows, "source": torch.zeros_like(rows)}
+    return Batch(step=step, **keys, **members)
 
 
 def twice(batch: Batch) -> Batch:
@@ -261,48 +240,26 @@ def twice(batch: Batch) -> Batch:
     return replace(rows, place=torch.arange(len(rows)))
 
 
-def _images(section: TransformerConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Return images and two masked patches of each; models that keep the aspect ratio skip one patch per image."""
-    if isinstance(section, ViLTConfig):
-        return _images_of_shapes(section, size, draw)
-    positions = torch.stack([torch.randperm(section.num_patches, generator=draw)[:2] for _ in range(size)])
-    return {"image": _smooth(size, section.image_size, draw), "patch_positions": positions}
-
-
-def _images_of_shapes(section: ViLTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Return square, wide and tall images in turn, at the top left of a square canvas."""
-    sides = _sides(section, size)
-    image = _smooth(size, section.longest_side, draw)
-    for row, (height, width) in enumerate(sides.tolist()):
-        image[row, height:] = 0
-        image[row, :, width:] = 0
-    counts = (sides // section.patch_size).prod(dim=1).tolist()
-    orders = [torch.randperm(count, generator=draw) for count in counts]
-    read = torch.full((size, max(counts) - 1), -1)
-    for row, order in enumerate(orders):
-        read[row, : len(order) - 1] = order[:-1].sort().values
-    positions = torch.stack([order[:2] for order in orders])
-    positions[::4, 1] = -1
-    return {"image": image, "image_size": sides, "visible_patches": read, "patch_positions": positions}
-
-
-def _sides(section: ViLTConfig, size: int) -> Tensor:
-    short, long = section.image_size, section.longest_side
-    return torch.tensor([(short, short), (short, long), (long, short)]).repeat(-(-size // 3), 1)[:size]
-
-
-def _second_images(section: TransformerConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
-    if isinstance(section, ViLTConfig):
-        image = _smooth(size, section.longest_side, draw)
-        return {"second_image": image, "second_image_size": _sides(section, size).flip(1)}
-    return {"second_image": _smooth(size, section.image_size, draw)}
-
-
 def _smooth(size: int, side: int, draw: torch.Generator) -> Tensor:
     """Return smooth images (B, H, W, 3) uint8, in which the neighbourhood of a patch helps to predict it."""
     coarse = torch.randint(0, 256, (size, 3, 3, 3), generator=draw).float()
     fine = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
     return fine.permute(0, 2, 3, 1).round().to(torch.uint8).contiguous()
+
+
+def _patches_of_shapes(image: Tensor, sides: Tensor, patch_size: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Crop the images in place to `sides`, at the top left of their canvas; one patch of each is not visible."""
+    for row, (height, width) in enumerate(sides.tolist()):
+        image[row, height:] = 0
+        image[row, :, width:] = 0
+    counts = (sides // patch_size).prod(dim=1).tolist()
+    orders = [torch.randperm(count, generator=draw) for count in counts]
+    visible = torch.full((len(counts), max(counts) - 1), -1)
+    for row, order in enumerate(orders):
+        visible[row, : len(order) - 1] = order[:-1].sort().values
+    positions = torch.stack([order[:2] for order in orders])
+    positions[::4, 1] = -1
+    return {"image_size": sides, "visible_patches": visible, "patch_positions": positions}
 
 
 def _texts(size: int, draw: torch.Generator) -> dict[str, Tensor]:
@@ -323,7 +280,7 @@ def _texts(size: int, draw: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def _regions(section: ImageBERTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
+def _regions(section: schema.ImageBERTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
     """Return four regions per image, three in every second; one or two are masked, and only the first is hidden."""
     count = 4
     keep = torch.ones(size, count, dtype=torch.bool)
