@@ -17,18 +17,10 @@ import pytest
 from pipeline.config.errors import Superseded
 from pipeline.data.storage import Storage
 from pipeline.training.ownership import OWNER_FILE, Ownership
+from tests.support import short_run
 from tests.support.ranks import SECONDS, redirect_stderr, run_ranks, start_ranks
 from tests.support.ray_nodes import wait_until
-from tests.support.short_run import (
-    STEPS,
-    BeforeStep,
-    committed,
-    journal,
-    losses,
-    short_config,
-    train_short,
-    without_mlflow,
-)
+from tests.support.short_run import STEPS, BeforeStep, committed, journal, losses, train_short
 from tests.support.train_process import TrainProcess
 
 ALLOWED = 3.0  # seconds that a step may take in the tests of hung ranks
@@ -66,14 +58,7 @@ def _stuck(folder: str, how: str, victim: int) -> None:
     collectives.barrier()
     is_victim = collectives.rank == victim
     watchdog.enter("data_wait" if is_victim and how == "waits for data" else "training", 7)
-    if is_victim:
-        _misbehave(how)
-    collectives.barrier()
-    watchdog.close()
-
-
-def _misbehave(how: str) -> None:
-    match how:
+    match how if is_victim else "":
         case "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "holds the interpreter":
@@ -81,9 +66,11 @@ def _misbehave(how: str) -> None:
             ctypes.PyDLL(None).sleep(600)
         case "waits for data":
             time.sleep(3 * ALLOWED)
+    collectives.barrier()
+    watchdog.close()
 
 
-@pytest.mark.parametrize("victim", [1, 0], ids=["", "and-it-holds-the-board"])
+@pytest.mark.parametrize("victim", [1, 0])  # rank 0 holds the board of heartbeats
 def test_stopped_rank_is_named_in_the_stacks_of_the_others(tmp_path: Path, victim: int) -> None:
     other = 1 - victim
     assert exit_codes(_stuck, 2, str(tmp_path), "stopped", victim, of=other)[other] == 75
@@ -98,7 +85,7 @@ def test_stopped_rank_is_named_in_the_stacks_of_the_others(tmp_path: Path, victi
 def test_rank_that_holds_the_gil_writes_its_stacks(tmp_path: Path) -> None:
     assert exit_codes(_stuck, 2, str(tmp_path), "holds the interpreter", 1) == [75, 1]
     assert "rank(s) 1" in _stacks(tmp_path)[0]  # not reached by it, or already without a sign of life
-    assert "_misbehave" in (tmp_path / "log-1").read_text(encoding="utf-8")
+    assert "_stuck" in (tmp_path / "log-1").read_text(encoding="utf-8")
 
 
 def test_ranks_wait_for_one_within_its_own_limit(tmp_path: Path) -> None:
@@ -107,7 +94,7 @@ def test_ranks_wait_for_one_within_its_own_limit(tmp_path: Path) -> None:
 
 
 def _sleeping(folder: str) -> None:
-    without_mlflow()
+    short_run.without_mlflow()
     redirect_stderr(f"{folder}/log-{os.environ['RANK']}")
     hang = BeforeStep(3, lambda _: time.sleep(600) if os.environ["RANK"] == "1" else None)
     train_short(folder, guards__hang_seconds=5 * ALLOWED, callbacks=[hang])
@@ -132,7 +119,7 @@ def _slow(folder: str, killed_at: int) -> None:
     """Train one rank with steps of some length; kill it before the step `killed_at`."""
     from pipeline.training import goodput, loop  # noqa: F401 - importing is not part of the measured run
 
-    without_mlflow()
+    short_run.without_mlflow()
     goodput.HEARTBEAT_SECONDS = BEAT_SECONDS
     slow = [BeforeStep(step, lambda _: time.sleep(STEP_SECONDS)) for step in range(STEPS)]
     kill = BeforeStep(killed_at, lambda _: os.kill(os.getpid(), signal.SIGKILL))
@@ -157,9 +144,7 @@ def test_every_second_of_a_resumed_run_is_accounted_for(tmp_path: Path) -> None:
     assert seconds["restart"] >= 3.0
     assert seconds["startup"] > 0
     assert seconds["checkpoint"] > 0
-    points: dict[str, float] = {}
-    for record in journal(tmp_path):
-        points |= record["values"] if record["kind"] == "metrics" else {}
+    points = {key: value for r in journal(tmp_path) if r["kind"] == "metrics" for key, value in r["values"].items()}
     assert points["time/lost_work_s"] == pytest.approx(seconds["lost_work"])
     assert 0 < points["perf/goodput"] < 1
 
@@ -180,9 +165,9 @@ def _superseded(folder: str) -> None:
     """Take the run away in the middle of a stage and in its last steps, then resume it."""
     from pipeline.training.loop import train
 
-    without_mlflow()
+    short_run.without_mlflow()
     train_short(folder, "whole", cluster__workers=1)
-    config = short_config(folder, "run", cluster__workers=1)
+    config = short_run.short_config(folder, "run", cluster__workers=1)
 
     def take(state: Any) -> None:
         state.checkpoints.wait()  # the checkpoint before this step is committed

@@ -56,29 +56,22 @@ class TrainProcess:
         self.url, self.storage = join(output or str(folder), name), Storage(storage)
         self.arguments = [str(ROOT / "configs" / "demo.yaml"), *overrides(output or folder, name, steps), *more]
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOME_CACHE": str(folder), **(environment or {})}
+        self.log = folder / f"{name}.log"
         self.journal = folder / name / "journal"
         if output is not None:
             self.journal = folder / hashlib.sha256(self.url.encode()).hexdigest()[:16] / "journal"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> TrainProcess:
+    def start(self, command: tuple[str, ...] = ("jobs.cli", "train")) -> TrainProcess:
         """Start `mome train`."""
-        return self._start("-m", "jobs.cli", "train")
+        with self.log.open("ab") as log:
+            words = [sys.executable, "-m", *command, *self.arguments]
+            self.process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=self.environment)
+        return self
 
     def start_alone(self) -> TrainProcess:
         """Start the run in one process, without Ray."""
-        return self._start("-m", "pipeline.training")
-
-    def _start(self, *command: str) -> TrainProcess:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *command, *self.arguments], cwd=ROOT, stdout=log, stderr=log, env=self.environment
-            )
-        return self
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.name}.log"
+        return self.start(("pipeline.training",))
 
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
