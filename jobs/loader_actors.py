@@ -66,7 +66,8 @@ class RayBackend:
         buffer, bad = BatchBuffer(self._spec.batch_spec), []
         for part, (memory, replaced) in zip(self._parts, results, strict=True):
             first = part.places.start - self._spec.places.start
-            buffer.copy_rows(range(first, first + len(part.places)), BatchBuffer(part.batch_spec, memory))
+            for name, array in BatchBuffer(part.batch_spec, memory).items():
+                buffer[name][first : first + len(part.places)] = array
             bad += replaced
         return buffer, bad
 

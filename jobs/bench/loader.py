@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import gcd
@@ -246,7 +247,9 @@ def measure(job: BenchJob) -> Measurement:
         return _count(peer_batches(job), job.samples)
     config, storage = job.config(), Storage()
     tokenizer = Tokenizer.load(storage, job.vocabulary)
-    with Loader(config, config.stages[0], batch_groups(config, config.stages[0]), storage, tokenizer, 0, 1) as loader:
+    with closing(
+        Loader(config, config.stages[0], batch_groups(config, config.stages[0]), storage, tokenizer, 0, 1)
+    ) as loader:
         return _count(((batch.image, batch.text) for batch in loader.batches(0)), job.samples)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -151,16 +150,18 @@ class Batch:
 
     def rows(self, which: slice | Tensor) -> Batch:
         """Return the chosen examples of every field; an index tensor is on the CPU."""
-        return self._map(lambda t: t[which if isinstance(which, slice) else which.to(t.device, non_blocking=True)])
+        rows: dict[str, Any] = {}
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                index = which if isinstance(which, slice) else which.to(tensor.device, non_blocking=True)
+                rows[name] = tensor[index]
+        return replace(self, **rows)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, except `place`: the host reads it, and fetching it back would synchronise."""
-        return replace(self._map(lambda tensor: tensor.to(device, non_blocking=True)), place=self.place)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
-        return replace(self, **changed)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "place"}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
     def hash_into(self, digest: hashlib._Hash) -> None:
         """Feed every example to a hash, without its padding, so that the result does not depend on the world size."""
@@ -182,12 +183,6 @@ def field_specs(batch_type: type[Batch] = Batch) -> dict[str, FieldSpec]:
     return {f.name: f.metadata["spec"] for f in dataclasses.fields(batch_type) if "spec" in f.metadata}
 
 
-def swapped_fields(modality: Modality) -> dict[str, float]:
-    """Return the fields that move together when an example gets another's image or text, with their padding."""
-    specs = field_specs().items()
-    return {name: spec.padding or 0 for name, spec in specs if spec.modality == modality}
-
-
 def _real_lengths(values: Values, padding: float | None) -> Values:
     """Return (B, axes): an example's sizes themselves (padding None), or its number of values that are not padding."""
     return values if padding is None else (values != padding).sum(1)[:, None]
@@ -202,19 +197,16 @@ class BatchSpec:
     sizes: BatchSizes
     batch_type: type[Batch] = Batch
 
-    @property
-    def fields(self) -> list[tuple[str, tuple[int, ...], np.dtype[Any]]]:
-        """Return name, shape and type of every array."""
+    def layout(self) -> tuple[dict[str, tuple[tuple[int, ...], np.dtype[Any], int]], int]:
+        """Return shape, type and offset of every array by field name, and the bytes of all."""
         sizes: dict[Any, Any] = dataclasses.asdict(self.sizes)
-        return [
-            (name, (self.num_examples, *(sizes.get(axis, axis) for axis in spec.shape)), np.dtype(spec.dtype))
-            for name, spec in field_specs(self.batch_type).items()
-            if spec.group is None or spec.group in self.groups
-        ]
-
-    @property
-    def bytes(self) -> int:
-        return sum(_aligned(shape, dtype) for _, shape, dtype in self.fields)
+        arrays, offset = {}, 0
+        for name, spec in field_specs(self.batch_type).items():
+            if spec.group is None or spec.group in self.groups:
+                shape = (self.num_examples, *(sizes.get(axis, axis) for axis in spec.shape))
+                arrays[name] = shape, np.dtype(spec.dtype), offset
+                offset += -(-math.prod(shape) * np.dtype(spec.dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+        return arrays, offset
 
 
 class BatchBuffer(dict[str, np.ndarray]):
@@ -226,23 +218,17 @@ class BatchBuffer(dict[str, np.ndarray]):
 
     def __init__(self, spec: BatchSpec, memory: Any = None):
         super().__init__()
-        self.spec, self.memory = spec, np.empty(spec.bytes, dtype=np.uint8) if memory is None else memory
+        arrays, num_bytes = spec.layout()
+        self.spec, self.memory = spec, np.empty(num_bytes, dtype=np.uint8) if memory is None else memory
         self._specs = field_specs(spec.batch_type)
-        offset = 0
-        for name, shape, dtype in spec.fields:
+        for name, (shape, dtype, offset) in arrays.items():
             self[name] = np.ndarray(shape, dtype, self.memory, offset)
-            offset += _aligned(shape, dtype)
 
     def write(self, name: str, row: int, values: np.ndarray, padding: float | None = None) -> None:
         """Set one example of a field, padded to its size with `padding` (default: the field's own)."""
         array = self[name]
         array[row, : len(values)] = values
         array[row, len(values) :] = self._specs[name].padding if padding is None else padding
-
-    def copy_rows(self, rows: range, source: BatchBuffer) -> None:
-        """Copy all examples of a smaller buffer into `rows` of this one."""
-        for name, array in self.items():
-            array[rows.start : rows.stop] = source[name]
 
     def to_batch(self, step: int, places: range) -> Batch:
         """Return the examples as tensors over the same memory, every axis cut to the longest example."""
@@ -254,7 +240,3 @@ class BatchBuffer(dict[str, np.ndarray]):
                 array = array[(slice(None), *(slice(int(length)) for length in longest))]
             tensors[name] = torch.from_numpy(array)
         return self.spec.batch_type(step=step, place=torch.arange(places.start, places.stop), **tensors)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -85,9 +85,8 @@ class DataOrder:
     ):
         if batch_size % num_streams:
             raise ConfigError(
-                f"data.streams {num_streams} does not divide the global batch size {batch_size}; every stream "
-                "contributes the same number of samples. Choose a divisor of the batch size, e.g. "
-                f"{math.gcd(num_streams, batch_size)}"
+                f"data.streams {num_streams} does not divide the global batch size {batch_size}; each stream gives the "
+                f"same number of samples. Choose a divisor of the batch size, e.g. {math.gcd(num_streams, batch_size)}"
             )
         for name, source in sources.items():
             samples = int(source.counts.sum())
@@ -103,47 +102,35 @@ class DataOrder:
                 )
         self.names = tuple(sorted(sources))
         self.num_streams, self.batch_size = num_streams, batch_size
-        self.parts = weight_parts([sources[name].weight for name in self.names])
-        counts = {name: sources[name].counts for name in self.names}
-        self._streams = StreamOrder(counts, num_streams, shuffle_window, seed)
+        self._seed, self._shuffle_window, self._buckets = seed, shuffle_window, buckets
+        self._per_stream = batch_size // num_streams
+        self._counts = [np.asarray(sources[name].counts, dtype=np.int64) for name in self.names]
+        self._totals = np.array([counts.sum() for counts in self._counts])  # (K,) int64
+        self.parts, cycle = mixing_cycle([sources[name].weight for name in self.names])
         source_facts = [
-            [name, sources[name].digest, hashlib.sha256(counts[name].astype("<i8").tobytes()).hexdigest(), part]
-            for name, part in zip(self.names, self.parts, strict=True)
+            [name, sources[name].digest, hashlib.sha256(counts.astype("<i8").tobytes()).hexdigest(), part]
+            for name, counts, part in zip(self.names, self._counts, self.parts, strict=True)
         ]
         settings = [num_streams, shuffle_window, seed, batch_size, list(extra), buckets.batches if buckets else None]
         self.digest = hashlib.sha256(json.dumps([_VERSION, source_facts, *settings]).encode()).hexdigest()
-        self._cycle = np.array(mixing_cycle(self.parts), dtype=np.int64)
+        self._cycle = np.array(cycle, dtype=np.int64)
         occurrences = np.cumsum(self._cycle == np.arange(len(self.names))[:, None], axis=1)
         self._before = np.pad(occurrences, ((0, 0), (1, 0)))  # (K, M+1): occurrences among the first t of the cycle
-        self._starts = np.array([hash64(seed, "cycle", stream) % len(self._cycle) for stream in range(num_streams)])
-        self._per_stream = batch_size // num_streams
-        self._seed, self._buckets = seed, buckets
+        self._starts = np.array([hash64(seed, "cycle", stream) % len(cycle) for stream in range(num_streams)])
+        self._epoch = lru_cache(4 * len(self.names))(self._permute_shards)
         self._lock = threading.RLock()  # threads that need the same block look up its lengths once
         self._groups = lru_cache(max(64, 3 * num_streams))(self._sort_block)
 
-    def samples(self, step: int, places: range) -> list[SampleRef]:
-        """Return the samples planned at several places of a global batch, at little more than the cost of one."""
-        return self._read(*self._positions(step, places))
+    def samples(self, step: int, places: range | None = None, attempt: int | None = None) -> list[SampleRef]:
+        """Return the samples planned at places of global batch `step` (default: all), at little more than one's cost.
 
-    def batch(self, step: int) -> list[SampleRef]:
-        """Return the samples of global batch `step`, in order of place."""
-        return self.samples(step, range(self.batch_size))
-
-    def replacement(self, step: int, place: int, attempt: int) -> SampleRef:
-        """Return a candidate to replace a bad sample: from the same window, drawn by a hash of the attempt."""
-        return self._read(*self._positions(step, range(place, place + 1)), attempt)[0]
-
-    def epochs(self, step: int) -> dict[str, float]:
-        """Return the epochs of each source read before `step`, averaged over the streams."""
-        cycles = step * self.batch_size / sum(self.parts)
-        totals = self._streams.totals.tolist()
-        return {n: cycles * part / total for n, part, total in zip(self.names, self.parts, totals, strict=True)}
-
-    def _positions(self, step: int, places: range) -> tuple[np.ndarray, np.ndarray]:
-        """Return the streams (L,) int64 and the positions (L,) in their mixed sequences at these places."""
+        With an `attempt`, return candidates to replace them: from the same shuffle windows, drawn by a hash of the
+        attempt.
+        """
+        places = range(self.batch_size) if places is None else places
         stream, offset = np.divmod(np.arange(places.start, places.stop, places.step), self._per_stream)
         if self._buckets is None:
-            return stream, step * self._per_stream + offset
+            return self._look_up(stream, step * self._per_stream + offset, attempt)
         batches = self._buckets.batches
         block, in_block = divmod(step, batches)
         # All streams share one permutation: a global batch takes the group of the same length rank of each.
@@ -152,27 +139,84 @@ class DataOrder:
         with self._lock:
             groups = np.array([self._groups(number, block)[group] for number in read.tolist()], dtype=np.int64)
         in_stream = groups.reshape(len(read), self._per_stream)[which, offset]
-        return stream, block * batches * self._per_stream + in_stream
+        return self._look_up(stream, block * batches * self._per_stream + in_stream, attempt)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Return the epochs of each source read before `step`, averaged over the streams."""
+        cycles = step * self.batch_size / sum(self.parts)
+        totals = self._totals.tolist()
+        return {n: cycles * part / total for n, part, total in zip(self.names, self.parts, totals, strict=True)}
 
     def _sort_block(self, stream: int, block: int) -> np.ndarray:
         """Return (batches, B/C) int32: a block's positions, relative to its first, grouped by similar length."""
         assert self._buckets is not None
         positions = np.arange(self._buckets.batches * self._per_stream)
-        samples = self._read(np.full(len(positions), stream), block * len(positions) + positions)
+        samples = self._look_up(np.full(len(positions), stream), block * len(positions) + positions)
         lengths = np.array([self._buckets.length(sample) for sample in samples])
         groups = np.argsort(lengths, kind="stable").reshape(self._buckets.batches, self._per_stream)
         return np.sort(groups, axis=1).astype(np.int32)  # inside a group the stream's own order is kept
 
-    def _read(self, stream: np.ndarray, position: np.ndarray, attempt: int | None = None) -> list[SampleRef]:
-        """Return the samples at the positions of mixed streams, or with an `attempt` their replacements."""
-        start = self._starts[stream]
-        cycles, offset = np.divmod(start + position, len(self._cycle))
+    def _look_up(self, stream: np.ndarray, position: np.ndarray, attempt: int | None = None) -> list[SampleRef]:
+        """Return the samples at positions (L,) of mixed streams, or with an `attempt` their replacements.
+
+        Before epoch e, stream c has read as many of a source's samples as there are integers below eN that are c modulo
+        C: streams never differ by more than one sample, in an epoch or in total, and the odd samples of an epoch go to
+        the streams after those of the epoch before.
+        """
+        starts = self._starts[stream]
+        cycles, offset = np.divmod(starts + position, len(self._cycle))
         source = self._cycle[offset]
-        # The ordinal of each sample among its stream's samples of the source.
-        ordinal = cycles * self._before[source, -1] + self._before[source, offset] - self._before[source, start]
-        numbers = self._streams.samples(source, stream, ordinal, attempt)
+        # The ordinal of each sample among its stream's samples of the source, through all epochs.
+        ordinal = cycles * self._before[source, -1] + self._before[source, offset] - self._before[source, starts]
+
+        # In an epoch's permuted samples, a stream has the positions start … stop-1. With `counted` as the number of
+        # integers below each bound that are less than the stream (or the next stream) modulo C:
+        total = self._totals[source]
+        epoch = (ordinal * self.num_streams + stream) // total
+        before = epoch * total
+        ends = np.stack([stream, stream + 1])
+        rounds, rest = np.divmod(np.stack([before, before + total])[:, None], self.num_streams)
+        counted = rounds * ends + np.minimum(rest, ends)  # (2 bounds, 2 ends, L)
+        start, stop = counted[1] - counted[0]
+        read_earlier = (before + self.num_streams - 1 - stream) // self.num_streams  # by the stream, in other epochs
+        place = start + ordinal - read_earlier
+
+        pairs = epoch * len(self.names) + source
+        epochs = [
+            (self._epoch(pair % len(self.names), pair // len(self.names)), np.flatnonzero(pairs == pair))
+            for pair in np.unique(pairs).tolist()
+        ]
+        # The shuffle window of each sample is low … high-1, permuted under `key`.
+        low, high, key = np.empty_like(start), np.empty_like(start), np.empty(len(start), dtype=np.uint64)
+        for (bounds, shards, epoch_key), at in epochs:
+            first = np.searchsorted(bounds, start[at], side="right") - 1  # the shard in which the stream begins
+            piece = np.searchsorted(bounds, place[at], side="right") - 1 - first
+            opening = first + piece // self._shuffle_window * self._shuffle_window
+            closing = np.minimum(opening + self._shuffle_window, len(shards))
+            low[at] = np.maximum(start[at], bounds[opening])
+            high[at] = np.minimum(stop[at], bounds[closing])
+            key[at] = hash64_array(epoch_key, low[at])
+        if attempt is None:
+            chosen = low + permuted(key, high - low, place - low)
+        else:
+            drawn = hash64_array(hash64("replacement", attempt), key ^ place.astype(np.uint64))
+            chosen = low + (drawn % (high - low).astype(np.uint64)).astype(np.int64)
+        shard, sample = np.empty_like(chosen), np.empty_like(chosen)
+        for (bounds, shards, _), at in epochs:
+            piece = np.searchsorted(bounds, chosen[at], side="right") - 1
+            shard[at], sample[at] = shards[piece], chosen[at] - bounds[piece]
         names = [self.names[number] for number in source.tolist()]
-        return list(map(SampleRef, names, *(values.tolist() for values in numbers)))
+        return list(map(SampleRef, names, epoch.tolist(), shard.tolist(), sample.tolist()))
+
+    def _permute_shards(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return a source's shards in one epoch: the i-th, shards[i], has the samples bounds[i] … bounds[i+1]-1.
+
+        bounds (S'+1,) and shards (S',) are int64, without empty shards; then comes the key of the epoch's windows.
+        """
+        sizes, seed = self._counts[source], hash64(self._seed, "source", self.names[source])
+        shards = permutation(hash64(seed, "shards", epoch), len(sizes))
+        shards = shards[sizes[shards] > 0]
+        return np.concatenate([[0], np.cumsum(sizes[shards])]), shards, hash64(seed, "window", epoch)
 
 
 def rank_slice(batch: int, rank: int, world: int) -> range:
@@ -180,8 +224,13 @@ def rank_slice(batch: int, rank: int, world: int) -> range:
     return range(rank * batch // world, (rank + 1) * batch // world)
 
 
-def weight_parts(weights: Sequence[float]) -> list[int]:
-    """Return the weights as integer parts of `WEIGHT_PARTS` (at least 1 each), in lowest terms for a short cycle."""
+def mixing_cycle(weights: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Return the weights as integer parts (K), and one period of M = sum(parts) source numbers.
+
+    The parts are multiples of 1/`WEIGHT_PARTS` (at least 1 each), in lowest terms for a short cycle. Every prefix of
+    the cycle is within 1 - 1/(2K-2) of the weights by Tijdeman's rule: among the sources that lag by at least
+    1/(2K-2), take the one whose deadline comes first.
+    """
     total = math.fsum(weights)
     exact = [weight / total * WEIGHT_PARTS for weight in weights]
     parts = [max(1, math.floor(value)) for value in exact]
@@ -191,19 +240,10 @@ def weight_parts(weights: Sequence[float]) -> list[int]:
     while sum(parts) > WEIGHT_PARTS:  # many tiny weights were raised to 1: take it from the largest
         parts[parts.index(max(parts))] -= 1
     common = math.gcd(*parts)
-    return [part // common for part in parts]
-
-
-def mixing_cycle(parts: Sequence[int]) -> list[int]:
-    """Return one period of M = sum(parts) source numbers; every prefix is within 1 - 1/(2K-2) of the weights.
-
-    Tijdeman's rule: among the sources that lag by at least 1/(2K-2), take the one whose deadline comes first.
-    """
-    length, bound = sum(parts), 2 * len(parts) - 2
+    parts = [part // common for part in parts]
     if len(parts) == 1:
-        return [0]
-    counts = [0] * len(parts)
-    cycle = []
+        return parts, [0]
+    length, bound, counts, cycle = sum(parts), 2 * len(parts) - 2, [0] * len(parts), list[int]()
     for turn in range(1, length + 1):
         lags = [part * turn - length * count for part, count in zip(parts, counts, strict=True)]  # in 1/length
         ready = [i for i, lag in enumerate(lags) if lag * bound >= length]
@@ -211,86 +251,4 @@ def mixing_cycle(parts: Sequence[int]) -> list[int]:
         chosen = min(ready, key=lambda i: (Fraction(length * (bound - 1) - bound * lags[i], parts[i]), i))
         counts[chosen] += 1
         cycle.append(chosen)
-    return cycle
-
-
-class _Epoch(NamedTuple):
-    """A source's shards in one epoch: the i-th is shard[i] and holds the samples bounds[i] … bounds[i+1]-1."""
-
-    bounds: np.ndarray  # (S'+1,) int64, without empty shards
-    shard: np.ndarray  # (S',) int64
-    key: int
-
-    def piece(self, position: np.ndarray) -> np.ndarray:
-        """Return the index i of the shard that contains each position."""
-        return np.searchsorted(self.bounds, position, side="right") - 1
-
-
-class StreamOrder:
-    """Each source's samples, stream by stream and epoch by epoch. Sources are numbered in the order of `counts`.
-
-    `ordinal` numbers a stream's samples of a source through all epochs, from 0. Before epoch e, stream c has read as
-    many samples as there are integers below eN that are c modulo C: streams never differ by more than one sample, in
-    an epoch or in total, and the odd samples of an epoch go to the streams after those of the epoch before.
-    """
-
-    def __init__(self, counts: Mapping[str, np.ndarray], num_streams: int, shuffle_window: int, seed: int):
-        self._seeds = [hash64(seed, "source", name) for name in counts]
-        self._counts = [np.asarray(sizes, dtype=np.int64) for sizes in counts.values()]
-        self._num_streams, self._shuffle_window = num_streams, shuffle_window
-        self.totals = np.array([sizes.sum() for sizes in self._counts])  # (K,) int64
-        self._epoch = lru_cache(4 * len(counts))(self._permute_shards)
-
-    def samples(
-        self, source: np.ndarray, stream: np.ndarray, ordinal: np.ndarray, attempt: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return epoch, shard and sample, (L,) int64 each, of each stream's `ordinal`-th sample of a source.
-
-        With an `attempt`, return another sample of the same shuffle window, drawn by a hash of position and attempt.
-        """
-        # Positions count an epoch's permuted samples; a stream has the positions start … stop-1.
-        total = self.totals[source]
-        epoch = (ordinal * self._num_streams + stream) // total
-        before = epoch * total
-        start, stop = (
-            self._before_stream(before + total, end) - self._before_stream(before, end) for end in (stream, stream + 1)
-        )
-        read_earlier = (before + self._num_streams - 1 - stream) // self._num_streams  # by the stream, in other epochs
-        position = start + ordinal - read_earlier
-
-        pairs = epoch * len(self._counts) + source
-        epochs = [
-            (self._epoch(pair % len(self._counts), pair // len(self._counts)), np.flatnonzero(pairs == pair))
-            for pair in np.unique(pairs).tolist()
-        ]
-        # The shuffle window of each sample is low … high-1, permuted under `key`.
-        low, high, key = np.empty_like(start), np.empty_like(start), np.empty(len(start), dtype=np.uint64)
-        for shards, at in epochs:
-            first = shards.piece(start[at])  # the shard in which the stream begins
-            piece = shards.piece(position[at]) - first
-            opening = first + piece // self._shuffle_window * self._shuffle_window
-            closing = np.minimum(opening + self._shuffle_window, len(shards.shard))
-            low[at] = np.maximum(start[at], shards.bounds[opening])
-            high[at] = np.minimum(stop[at], shards.bounds[closing])
-            key[at] = hash64_array(shards.key, low[at])
-        if attempt is None:
-            chosen = low + permuted(key, high - low, position - low)
-        else:
-            drawn = hash64_array(hash64("replacement", attempt), key ^ position.astype(np.uint64))
-            chosen = low + (drawn % (high - low).astype(np.uint64)).astype(np.int64)
-        shard, sample = np.empty_like(chosen), np.empty_like(chosen)
-        for shards, at in epochs:
-            piece = shards.piece(chosen[at])
-            shard[at], sample[at] = shards.shard[piece], chosen[at] - shards.bounds[piece]
-        return epoch, shard, sample
-
-    def _before_stream(self, bound: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """Return how many integers below `bound` are less than `stream` modulo C."""
-        rounds, rest = np.divmod(bound, self._num_streams)
-        return rounds * stream + np.minimum(rest, stream)
-
-    def _permute_shards(self, source: int, epoch: int) -> _Epoch:
-        sizes, seed = self._counts[source], self._seeds[source]
-        order = permutation(hash64(seed, "shards", epoch), len(sizes))
-        order = order[sizes[order] > 0]
-        return _Epoch(np.concatenate([[0], np.cumsum(sizes[order])]), order, hash64(seed, "window", epoch))
+    return parts, cycle

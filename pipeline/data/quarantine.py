@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.config.errors import DataError, MomeError
 
@@ -23,10 +23,9 @@ class BadSample(Exception):
 
     def __init__(self, stage: str, reason: str):
         # Logs, reports and MLflow reject lone surrogates; memory addresses would differ between readers.
-        reason = re.sub(r" at 0x[0-9a-f]+", "", reason.encode("utf-8", "backslashreplace").decode())
-        super().__init__(f"{stage}: {reason}")
         self.stage = stage
-        self.reason = reason
+        self.reason = re.sub(r" at 0x[0-9a-f]+", "", reason.encode("utf-8", "backslashreplace").decode())
+        super().__init__(f"{stage}: {self.reason}")
 
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
         return BadSample, (self.stage, self.reason)
@@ -63,6 +62,7 @@ class BadRecord:
     replaced_by: str
 
 
+@dataclass
 class Quarantine:
     """Counts of the delivered samples per source (`seen` and `bad`), and the records not yet logged (`new`).
 
@@ -70,25 +70,22 @@ class Quarantine:
     counted again. The counts of all ranks therefore sum to the same at any world size.
     """
 
-    def __init__(self, max_bad_rate: float):
-        self.max_bad_rate = max_bad_rate
-        self.seen: Counter[str] = Counter()
-        self.bad: Counter[str] = Counter()
-        self.new: list[BadRecord] = []
+    max_bad_rate: float
+    seen: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+    new: list[BadRecord] = field(default_factory=list)
 
-    def deliver(self, sources: Iterable[str], records: Iterable[BadRecord], is_last: bool = False) -> None:
+    def deliver(self, sources: Iterable[str], records: Sequence[BadRecord], is_last: bool = False) -> None:
         """Count a batch's examples by source and its bad samples. Raises DataError when a source's rate is too high.
 
         With the last batch of a stage the rates are checked however few samples it read, except for single bad ones.
         """
         self.seen.update(sources)
-        for record in records:
-            self.bad[record.source] += 1
-            self.new.append(record)
+        self.new += records
+        self.bad.update(record.source for record in records)
         for source, bad in self.bad.items():
             samples = self.seen[source]
-            is_meaningful = samples >= MIN_SEEN or (is_last and bad > 1)
-            if is_meaningful and bad > self.max_bad_rate * samples:
+            if (samples >= MIN_SEEN or (is_last and bad > 1)) and bad > self.max_bad_rate * samples:
                 last = next((r for r in reversed(self.new) if r.source == source), None)
                 example = f" The last one: {last.key} in {last.shard}, {last.stage}: {last.reason}." if last else ""
                 raise DataError(

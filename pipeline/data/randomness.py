@@ -7,14 +7,13 @@ changing a constant here changes the data of every run.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 _MASK = (1 << 64) - 1
-_STEP = 0x9E3779B97F4A7C15
-_FIRST = 0xBF58476D1CE4E5B9
-_SECOND = 0x94D049BB133111EB
+_STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _UNIT = 2.0**-53
 _STEP_WORD, *_FACTORS = (np.uint64(word) for word in (_STEP, _FIRST, _SECOND))
 _SHIFTS = tuple(np.uint64(bits) for bits in (30, 27, 31))
@@ -66,29 +65,29 @@ def uniform_array(key: int, values: np.ndarray) -> np.ndarray:
     return (hash64_array(key, values) >> np.uint64(11)).astype(np.float64) * _UNIT
 
 
+@dataclass
 class CounterRandom:
-    """A stream of random numbers: the n-th is a hash of the key and n."""
+    """A stream of random numbers: the n-th is a hash of the key and n.
 
-    def __init__(self, key: int):
-        self._key = key & _MASK
-        self._counter = 0
+    The key of a sample's crop, caption or masks is `hash64(seed, epoch, uid, purpose)`.
+    """
 
-    def _next(self) -> int:
-        self._counter += 1
-        return _mix(self._key + self._counter * _STEP)
+    key: int
+    counter: int = 0
+
+    def integer(self, n: int = 1 << 64) -> int:
+        """Return an integer in [0, n)."""
+        assert n > 0
+        self.counter += 1
+        return (_mix(self.key + self.counter * _STEP) * n) >> 64  # the bias is below n / 2^64
 
     def uniform(self) -> float:
         """Return a float in [0, 1)."""
-        return (self._next() >> 11) * _UNIT
-
-    def integer(self, n: int) -> int:
-        """Return an integer in [0, n)."""
-        assert n > 0
-        return (self._next() * n) >> 64  # the bias is below n / 2^64
+        return (self.integer() >> 11) * _UNIT
 
     def permutation(self, n: int) -> np.ndarray:
         """Return the numbers 0 … n-1 (int64) in random order."""
-        return permutation(self._next(), n)
+        return permutation(self.integer(), n)
 
 
 def permutation(key: int, n: int) -> np.ndarray:
@@ -118,8 +117,3 @@ def permuted(key: np.ndarray, n: np.ndarray, place: np.ndarray) -> np.ndarray:
         cell[outside] = row * width + column
         outside = outside[cell[outside] >= bound[outside]]
     return cell.astype(np.int64)
-
-
-def sample_random(seed: int, epoch: int, uid: int, purpose: str) -> CounterRandom:
-    """Return the randomness of one sample in one epoch for one purpose (crop, caption, masks)."""
-    return CounterRandom(hash64(seed, epoch, uid, purpose))

@@ -23,14 +23,18 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig, objective_names
-from pipeline.data.batch import Batch, swapped_fields
+from pipeline.data.batch import Batch, field_specs
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind, Regions
 from pipeline.models.model import HeadConfig, Model
 
 ImageTokenizer = Callable[[Tensor, int], Tensor]  # images (n, H, W, 3) uint8 and the grid's side -> (n, P) token ids
 DropPathMask = Callable[[Batch, str], Tensor | None]  # examples and a forward's name -> the branches to keep
 
-VISUAL, TEXT = swapped_fields("vision"), swapped_fields("language")
+# The fields that move together when an example gets another's image or text, with their padding.
+VISUAL, TEXT = (
+    {name: spec.padding or 0 for name, spec in field_specs().items() if spec.modality == modality}
+    for modality in ("vision", "language")
+)
 SOURCE_INPUTS: dict[SourceType, frozenset[InputKind]] = {
     "text": frozenset({"text"}),
     "images": frozenset({"image"}),

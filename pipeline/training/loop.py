@@ -213,7 +213,7 @@ def build_step(
     with ExitStack() as stack:
         stack.callback(gc.collect)
         loader = Loader(run, config, groups, storage, tokenizer, rank, world_size, loader_backend)
-        stack.enter_context(loader)
+        stack.callback(loader.close)
         with guards.permanent_failures_explained(stage, collectives):
             image_tokenizer = load_image_tokenizer(config, storage, collectives.device)
             model = build_stage_model(stage, storage, tokenizer.size)

@@ -280,13 +280,13 @@ def full_batch(
     def positions(count: int, total: int) -> np.ndarray:
         return np.stack([random.permutation(total)[:count] for _ in range(rows)])
 
-    for name, shape, dtype in spec.fields:
-        if dtype == np.uint8:
-            buffer[name][...] = random.integers(0, 256, shape, dtype=np.uint8)
-        elif dtype == np.float32:
-            buffer[name][...] = random.random(shape, dtype=np.float32)
+    for array in buffer.values():
+        if array.dtype == np.uint8:
+            array[...] = random.integers(0, 256, array.shape, dtype=np.uint8)
+        elif array.dtype == np.float32:
+            array[...] = random.random(array.shape, dtype=np.float32)
         else:
-            buffer[name][...] = 0
+            array[...] = 0
     values: dict[str, object] = {
         "uid": np.arange(rows),
         "image_id": np.arange(rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,9 @@ def _fine_tuning_gradients(folder: str, zero_stage: int, micro_batch_size: int |
         tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
         stage_model = build_stage_model(Stage(config, 0), storage, tokenizer.size)
         built = build_engine(config, collectives=collectives, model=stage_model)
-        with Loader(config, built.stage, batch_groups(config, built.stage), storage, tokenizer, *ranks) as loader:
+        with closing(
+            Loader(config, built.stage, batch_groups(config, built.stage), storage, tokenizer, *ranks)
+        ) as loader:
             losses = built.losses(next(loader.batches(0)))
         results[source_type] = built.engine.gradients(), losses
         built.engine.close()

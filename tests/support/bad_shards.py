@@ -9,6 +9,7 @@ import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -186,7 +187,7 @@ def read_epoch(folder: object, samples: int, source_type: SourceType = "pairs", 
     )
     tokenizer = Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
     groups = batch_groups(config, config.stages[0])
-    with Loader(config, config.stages[0], groups, Storage(), tokenizer, rank=0, world_size=1) as loader:
+    with closing(Loader(config, config.stages[0], groups, Storage(), tokenizer, rank=0, world_size=1)) as loader:
         assert sum(len(rows) for rows in islice(loader.batches(0), samples // batch)) == samples
         records = loader.quarantined()
         counts = loader.counts()

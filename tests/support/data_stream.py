@@ -14,7 +14,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,10 +85,11 @@ def open_loader(
     rank: int = 0,
     world_size: int = 1,
     backend: BackendFactory = local_backend,
-) -> Loader:
-    """Return a loader of the first stage. Close it, or use it in `with`."""
+) -> closing[Loader]:
+    """Return a loader of the first stage, to use in `with`."""
     stage, storage, tokenizer = config.stages[0], Storage(config.storage), tokenizer or caption_tokenizer()
-    return Loader(config, stage, batch_groups(config, stage), storage, tokenizer, rank, world_size, backend)
+    loader = Loader(config, stage, batch_groups(config, stage), storage, tokenizer, rank, world_size, backend)
+    return closing(loader)
 
 
 def take(config: RunConfig, count: int = 1, start: int = 0, **loader: Any) -> list[Batch]:
@@ -130,7 +131,7 @@ def record(config: RunConfig, tokenizer: Tokenizer, world_size: int, steps: rang
                 batch = next(stream)
                 batch.hash_into(digest)
                 uids += batch.uid.tolist()
-            epochs = [sample.epoch for sample in loaders[0].order.batch(step)]
+            epochs = [sample.epoch for sample in loaders[0].order.samples(step)]
             read = " ".join(f"{epoch}:{uid}" for epoch, uid in zip(epochs, uids, strict=True))
             file.write(f"{step} {digest.hexdigest()} {read}\n")
             file.flush()

@@ -28,7 +28,7 @@ from pipeline.data.examples.augment import SIDES, augment
 from pipeline.data.examples.masking import ZEROED, mask_patches, mask_whole_words, patch_replacements
 from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, rank_slice
 from pipeline.data.quarantine import BadRecord, BadSample, judging
-from pipeline.data.randomness import CounterRandom, hash64, sample_random
+from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import Sample, SampleReader
 from pipeline.data.shards.source import Source
@@ -181,7 +181,7 @@ class ExampleBuilder:
     ) -> BadRecord:
         """Write another example in the place of a bad sample, and return the record of both."""
         for attempt in range(MAX_TRIES):
-            other_ref = self.order.replacement(step, place, attempt)
+            other_ref = self.order.samples(step, range(place, place + 1), attempt)[0]
             other = self.reader.read(other_ref)
             try:
                 example = self._parse(other_ref, other)
@@ -222,11 +222,11 @@ class ExampleBuilder:
             if "text" not in self._groups:
                 return PendingExample(ref, sample)
             captions = members.captions_of(sample.members)
-            drawn = sample_random(self._seed, ref.epoch, sample.uid, "caption").integer(len(captions))
+            drawn = CounterRandom(hash64(self._seed, ref.epoch, sample.uid, "caption")).integer(len(captions))
             return PendingExample(ref, sample, captions[drawn])
 
     def _random(self, example: PendingExample, purpose: str) -> CounterRandom:
-        return sample_random(self._seed, example.ref.epoch, example.sample.uid, purpose)
+        return CounterRandom(hash64(self._seed, example.ref.epoch, example.sample.uid, purpose))
 
     def _write(self, pending: Mapping[int, PendingExample], buffer: BatchBuffer) -> dict[int, BadSample]:
         """Write examples by row; return the fault of each row that could not be written.

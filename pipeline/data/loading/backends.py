@@ -24,9 +24,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from pipeline.config.errors import MomeError, RunFailed
@@ -55,7 +57,7 @@ class LoaderBackend(Protocol):
         """Start to build the examples of a step. Steps are submitted in order."""
 
     def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
-        """Wait for the examples of the earliest step submitted. Raises what went wrong with them."""
+        """Wait for the examples of the earliest step submitted; return them with the records of replaced samples."""
 
     def close(self) -> None:
         """Stop all threads and processes. Buffers that were returned stay usable."""
@@ -98,7 +100,7 @@ class ThreadBackend:
         self._pending[step] = buffer, futures
 
     def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
-        """Wait for a step's examples; return them and what was replaced. Raises the first error in order of place."""
+        """Wait for a step's examples. Raises the first error in order of place."""
         buffer, futures = self._pending.pop(step)
         bad = [record for future in futures for record in future.result()]
         self._builder.reader.finish_step(step)
@@ -126,6 +128,20 @@ class Done(NamedTuple):
     error: Exception | None
 
 
+@dataclass(eq=False)
+class _Worker:
+    """One loader process, its socket, and the jobs it has not finished."""
+
+    assignment: Assignment
+    progress: int  # descriptor of `samples`
+    samples: mmap.mmap  # names of those that the process is decoding
+    jobs: dict[int, int] = field(default_factory=dict)  # step -> offset of its buffer, in order
+    restarts: int = 0
+    steps_since_restart: int = 0
+    process: subprocess.Popen[bytes] = field(init=False)
+    connection: Connection = field(init=False)
+
+
 class ProcessBackend:
     """`loader.num_workers` processes of `loader.threads_per_worker` threads, which write into the trainer's memory.
 
@@ -135,19 +151,22 @@ class ProcessBackend:
 
     def __init__(self, spec: LoaderSpec, storage: Storage):
         loader = spec.config.data.loader
-        self._spec = spec.batch_spec
-        count = loader.prefetch_batches + 1 + HELD
-        descriptor = _anonymous_file(self._spec.bytes * count)
-        weakref.finalize(self, os.close, descriptor)
-        self._memory = mmap.mmap(descriptor, self._spec.bytes * count)
+        self._spec, count = spec.batch_spec, loader.prefetch_batches + 1 + HELD
+        self._bytes = self._spec.layout()[1]  # of one buffer
+        self._descriptor = _anonymous_file(self, self._bytes * count)
+        self._memory = mmap.mmap(self._descriptor, self._bytes * count)
         self._free: deque[int] = deque(range(count))
         self._buffers: dict[int, int] = {}  # step -> index of its buffer
         self._done: dict[int, list[Done]] = {}
         self._workers: list[_Worker] = []
         try:
             for part in spec.split(loader.num_workers):
-                assignment = Assignment(part, storage, self._spec, spec.places.start)
-                self._workers.append(_Worker(assignment, descriptor))
+                progress = _anonymous_file(self, in_progress.BYTES)
+                samples = mmap.mmap(progress, in_progress.BYTES)
+                worker = _Worker(Assignment(part, storage, self._spec, spec.places.start), progress, samples)
+                self._start(worker)
+                self._workers.append(worker)
+                in_progress.boards.append(samples)
         except BaseException:
             self.close()
             raise
@@ -155,114 +174,90 @@ class ProcessBackend:
     def submit(self, step: int) -> None:
         self._buffers[step], self._done[step] = self._free.popleft(), []
         for worker in self._workers:
-            worker.send(step, self._buffers[step] * self._spec.bytes)
+            worker.jobs[step] = self._buffers[step] * self._bytes
+            try:
+                worker.connection.send((step, worker.jobs[step]))
+            except ConnectionError:
+                self._restart(worker)
 
     def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
         while len(self._done[step]) < len(self._workers):
             ready = wait([worker.connection for worker in self._workers])
             for worker in self._workers:
-                if worker.connection in ready and (done := worker.receive()) is not None:
+                if worker.connection in ready:
+                    try:
+                        done: Done = worker.connection.recv()
+                    except (EOFError, ConnectionError):
+                        self._restart(worker)
+                        continue
+                    del worker.jobs[done.step]
+                    worker.steps_since_restart += 1
+                    if worker.steps_since_restart >= RESTART_STEPS:
+                        worker.restarts = 0
                     self._done[done.step].append(done)
         index, parts = self._buffers.pop(step), self._done.pop(step)
-        memory = (ctypes.c_char * self._spec.bytes).from_buffer(self._memory, index * self._spec.bytes)
+        memory = (ctypes.c_char * self._bytes).from_buffer(self._memory, index * self._bytes)
         weakref.finalize(memory, self._free.append, index).atexit = False
-        buffer = BatchBuffer(self._spec, memory)
         for part in parts:
             if part.error is not None:
                 raise part.error
-        if not self._free:  # the consumer holds more batches than HELD: it gets this one as a copy
-            shared, buffer = buffer, BatchBuffer(self._spec)
-            buffer.copy_rows(range(self._spec.num_examples), shared)
-        bad = [record for part in parts for record in part.bad]
-        return buffer, sorted(bad, key=lambda record: record.place)
+        bad = sorted((record for part in parts for record in part.bad), key=lambda record: record.place)
+        # If none is free, the consumer holds more batches than HELD: it gets this one as a copy.
+        return BatchBuffer(self._spec, memory if self._free else np.frombuffer(memory, dtype=np.uint8).copy()), bad
 
     def close(self) -> None:
         for worker in self._workers:
             worker.connection.close()
         for worker in self._workers:
-            worker.wait()
+            _wait_or_kill(worker.process)
             in_progress.boards.remove(worker.samples)
 
-
-class _Worker:
-    """One loader process, its socket, and the jobs it has not finished."""
-
-    def __init__(self, assignment: Assignment, memory: int):
-        self._assignment, self._memory = assignment, memory
-        self._progress = _anonymous_file(in_progress.BYTES)
-        weakref.finalize(self, os.close, self._progress)
-        self.samples = mmap.mmap(self._progress, in_progress.BYTES)  # names of those that the process is decoding
-        in_progress.boards.append(self.samples)
-        self._restarts = self._steps_since_restart = 0
-        self._jobs: dict[int, int] = {}  # step -> offset of its buffer, in order
-        self._start()
-
-    def _start(self) -> None:
-        """Start the process with its unfinished jobs."""
+    def _start(self, worker: _Worker) -> None:
+        """Start a process with its unfinished jobs."""
         own_socket, worker_socket = socket.socketpair()
         with worker_socket:
-            descriptors = (worker_socket.fileno(), self._memory, self._progress)
-            self.samples[:] = bytes(in_progress.BYTES)
-            self._process = subprocess.Popen(
+            descriptors = (worker_socket.fileno(), self._descriptor, worker.progress)
+            worker.samples[:] = bytes(in_progress.BYTES)
+            worker.process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *map(str, descriptors)],
                 pass_fds=descriptors,
                 env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        self.connection = Connection(own_socket.detach())
-        for message in (self._assignment, *self._jobs.items()):
-            self.connection.send(message)
+        worker.connection = Connection(own_socket.detach())
+        for message in (worker.assignment, *worker.jobs.items()):
+            worker.connection.send(message)
 
-    def send(self, step: int, offset: int) -> None:
-        """Request the process's examples of a step, in the buffer at `offset` of the shared memory."""
-        self._jobs[step] = offset
-        try:
-            self.connection.send((step, offset))
-        except ConnectionError:
-            self._restart()
-
-    def receive(self) -> Done | None:
-        """Return the next answer; None if the process died and was started again."""
-        try:
-            done: Done = self.connection.recv()
-        except (EOFError, ConnectionError):
-            self._restart()
-            return None
-        del self._jobs[done.step]
-        self._steps_since_restart += 1
-        if self._steps_since_restart >= RESTART_STEPS:
-            self._restarts = 0
-        return done
-
-    def _restart(self) -> None:
-        """Start the process again. Raises RunFailed after MAX_RESTARTS in a short while."""
-        self.connection.close()
-        status = self.wait()
+    def _restart(self, worker: _Worker) -> None:
+        """Start a process that died again. Raises RunFailed after MAX_RESTARTS in a short while."""
+        worker.connection.close()
+        status = _wait_or_kill(worker.process)
         cause = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        if self._restarts == MAX_RESTARTS:
+        if worker.restarts == MAX_RESTARTS:
             raise RunFailed(
                 f"a loader process died {MAX_RESTARTS + 1} times in a short while, the last time {cause}. If the "
                 "machine is short of memory, lower data.loader.num_workers, memory_bytes or read_ahead_bytes"
             )
-        self._restarts, self._steps_since_restart = self._restarts + 1, 0
-        log.warning("a loader process died (%s): restarting it (%d of %d)", cause, self._restarts, MAX_RESTARTS)
-        self._start()
-
-    def wait(self) -> int:
-        """Return the exit status of the process, whose socket is closed; kill it after END_SECONDS."""
-        try:
-            return self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        worker.restarts, worker.steps_since_restart = worker.restarts + 1, 0
+        log.warning("a loader process died (%s): restarting it (%d of %d)", cause, worker.restarts, MAX_RESTARTS)
+        self._start(worker)
 
 
-def _anonymous_file(size: int) -> int:
-    """Return the descriptor of a file of `size` bytes that has no name."""
+def _wait_or_kill(process: subprocess.Popen[bytes]) -> int:
+    """Return the exit status of a process whose socket is closed; kill it after END_SECONDS."""
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(END_SECONDS)
+    process.kill()
+    return process.wait()
+
+
+def _anonymous_file(owner: object, size: int) -> int:
+    """Return the descriptor of a file of `size` bytes that has no name, closed when `owner` is deleted."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("mome-batches")
     else:  # systems without Linux's call
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
+    weakref.finalize(owner, os.close, descriptor)
     os.ftruncate(descriptor, size)
     return descriptor
 
@@ -297,15 +292,14 @@ def main() -> None:
 
     try:
         assignment: Assignment = connection.recv()
-        spec, answers = assignment.batch_spec, ThreadPoolExecutor(1)
+        loader_spec, storage, batch_spec, first = assignment
+        size, answers = batch_spec.layout()[1], ThreadPoolExecutor(1)
         while True:
             step, offset = connection.recv()
             failure: Exception | None = None
             try:
-                if threads is None:
-                    threads = ThreadBackend(assignment.loader_spec, assignment.storage)
-                buffer = BatchBuffer(spec, memoryview(memory)[offset : offset + spec.bytes])
-                threads.submit(step, buffer, assignment.first)
+                threads = threads or ThreadBackend(loader_spec, storage)
+                threads.submit(step, BatchBuffer(batch_spec, memoryview(memory)[offset : offset + size]), first)
             except Exception as error:
                 failure = error
             answers.submit(answer, step, failure)

@@ -12,7 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 
 from pipeline.config.errors import ConfigError
@@ -33,7 +33,7 @@ class Loader:
     """One rank's batches of one stage. Steps count from the stage's start.
 
     `groups` are the groups of batch fields that the stage reads (see `objectives.batch_groups`). Raises ConfigError,
-    DataError or StorageError when a source cannot be used. Close it, or use it in `with`.
+    DataError or StorageError when a source cannot be used. Close it after use.
     """
 
     def __init__(
@@ -111,10 +111,9 @@ class Loader:
         """Return bad samples, samples and epochs of each source; summed over ranks they are the whole run's."""
         counts: dict[str, int | float] = {}
         for name, size in self._sizes.items():
-            samples = self._quarantine.seen[name]
-            counts[f"bad/{name}"] = self._quarantine.bad[name]
-            counts[f"samples/{name}"] = samples
-            counts[f"epochs/{name}"] = self._epochs_before[name] + samples / size
+            samples, epochs = self._quarantine.seen[name], self._epochs_before[name]
+            counts |= {f"bad/{name}": self._quarantine.bad[name], f"samples/{name}": samples}
+            counts[f"epochs/{name}"] = epochs + samples / size
         return counts
 
     def quarantined(self) -> list[dict[str, str | int]]:
@@ -126,12 +125,6 @@ class Loader:
         """Stop every thread and process. Iterators in use end at their next batch."""
         while self._open:
             self._open.pop().close()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def fingerprint(
@@ -151,7 +144,7 @@ def fingerprint(
     digest = hashlib.sha256()
     with ExitStack() as stack:
         loaders = [Loader(config, stage, groups, storage, tokenizer, rank, world_size) for rank in range(world_size)]
-        streams = [stack.enter_context(loader).batches(steps.start) for loader in loaders]
+        streams = [stack.enter_context(closing(loader)).batches(steps.start) for loader in loaders]
         for _ in steps:
             for stream in streams:
                 next(stream).hash_into(digest)

@@ -20,7 +20,6 @@ from pipeline.data.order import (
     SampleRef,
     mixing_cycle,
     rank_slice,
-    weight_parts,
 )
 
 
@@ -43,7 +42,7 @@ def by_stream(order: DataOrder, steps: int) -> dict[int, list[SampleRef]]:
     share = order.batch_size // order.num_streams
     streams = defaultdict(list)
     for step in range(steps):
-        for place, sample in enumerate(order.batch(step)):
+        for place, sample in enumerate(order.samples(step)):
             streams[place // share].append(sample)
     return streams
 
@@ -51,7 +50,7 @@ def by_stream(order: DataOrder, steps: int) -> dict[int, list[SampleRef]]:
 @pytest.mark.parametrize(("streams", "window"), [(1, 2), (2, 1), (8, 2), (8, 100), (32, 1)])
 def test_every_sample_occurs_exactly_once_per_epoch(streams: int, window: int):
     order = data_order(streams, window=window)
-    read = Counter(sample for step in range(60) for sample in order.batch(step))
+    read = Counter(sample for step in range(60) for sample in order.samples(step))
     assert set(read.values()) == {1}
     for source, size in {"a": 41, "b": 111}.items():
         last = min(epochs_reached(order, source, 60))
@@ -98,8 +97,8 @@ def test_source_counts_vary_less_than_independent_draws():
     times the variance of B/C positions from a random offset of the cycle."""
     streams, share, steps = 64, 16, WEIGHT_PARTS // 16
     order = DataOrder(TWENTY, streams, shuffle_window=2, seed=5, batch_size=streams * share)
-    counts = [Counter(sample.source for sample in order.batch(step)) for step in range(steps)]
-    cycle = np.array(mixing_cycle(order.parts))
+    counts = [Counter(sample.source for sample in order.samples(step)) for step in range(steps)]
+    cycle = np.array(mixing_cycle([source.weight for source in TWENTY.values()])[1])
     deviations, ratios = [], []
     for number, (name, part) in enumerate(zip(order.names, order.parts, strict=True)):
         before = np.concatenate([[0], np.cumsum(np.tile(cycle, 2) == number)])
@@ -122,7 +121,7 @@ def test_unequal_shards_fill_192_streams_equally():
     epochs = Counter()
     read = [set(), set()]
     for step in range(2 * total // order.batch_size + 2):
-        for place, sample in enumerate(order.batch(step)):
+        for place, sample in enumerate(order.samples(step)):
             if sample.epoch < 2:
                 epochs[sample.epoch, place // 32] += 1
                 read[sample.epoch].add((sample.shard, sample.sample))
@@ -147,8 +146,7 @@ def test_number_of_ranks_per_stream_follows_the_formula(streams: int):
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 1], [0.3, 0.5, 0.2], [1, 2, 3, 4, 5, 6, 7], [1000, 1], [0.1] * 20])
 def test_cycle_keeps_tijdemans_bound_and_is_periodic(weights: list[float]):
-    parts = weight_parts(weights)
-    cycle = mixing_cycle(parts)
+    parts, cycle = mixing_cycle(weights)
     assert len(cycle) == sum(parts) <= WEIGHT_PARTS
     assert math.gcd(*parts) == 1
     assert [cycle.count(source) for source in range(len(parts))] == parts
@@ -167,11 +165,11 @@ def test_cycle_keeps_tijdemans_bound_and_is_periodic(weights: list[float]):
 def test_batch_is_a_function_of_its_step():
     sources = {"a": shards(41), "b": shards(99, weight=2.0)}
     first, second = DataOrder(sources, 4, 2, 0, 8), DataOrder(dict(reversed(sources.items())), 4, 2, 0, 8)
-    first.batch(0), first.batch(77)
+    first.samples(0), first.samples(77)
     assert first.digest == second.digest
-    assert [first.batch(step) for step in (5, 3)] == [second.batch(step) for step in (5, 3)]
+    assert [first.samples(step) for step in (5, 3)] == [second.samples(step) for step in (5, 3)]
     order = data_order()
-    batch = order.batch(7)
+    batch = order.samples(7)
     assert len(batch) == 32
     assert order.samples(7, range(5, 29)) == batch[5:29]
     assert order.samples(7, range(3, 32, 4)) == batch[3::4]
@@ -180,7 +178,7 @@ def test_batch_is_a_function_of_its_step():
         slices = [rank_slice(32, rank, world) for rank in range(world)]
         assert [place for rows in slices for place in rows] == list(range(32))
         assert max(map(len, slices)) - min(map(len, slices)) <= 1
-    distant = order.batch(10**9)
+    distant = order.samples(10**9)
     assert len(distant) == 32
     assert all(sample.epoch > 10**7 for sample in distant)
     assert DataOrder({"a": shards(64), "b": shards(32)}, 4, 2, 0, 8).epochs(16) == {"a": 1.0, "b": 2.0}
@@ -207,7 +205,7 @@ def test_every_input_changes_the_digest():
 
 def test_epochs_and_streams_are_shuffled():
     order = DataOrder({"a": shards(*[20] * 10)}, 4, 2, 0, 8)
-    epochs = [[(s.shard, s.sample) for step in range(25) for s in order.batch(25 * e + step)] for e in range(3)]
+    epochs = [[(s.shard, s.sample) for step in range(25) for s in order.samples(25 * e + step)] for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2]
     in_order = sum(later == (now[0], now[1] + 1) for now, later in zip(epochs[0], epochs[0][1:], strict=False))
@@ -216,13 +214,13 @@ def test_epochs_and_streams_are_shuffled():
 
 def test_replacement_is_drawn_from_the_same_window_of_three_shards():
     order = DataOrder({"a": shards(*[20] * 12)}, 1, 3, 0, 1)
-    read = [order.batch(step)[0].shard for step in range(240)]
+    read = [order.samples(step)[0].shard for step in range(240)]
     assert [len(set(read[first : first + 60])) for first in range(0, 240, 60)] == [3, 3, 3, 3]
     window = set(read[:60])
-    candidates = [order.replacement(17, 0, attempt) for attempt in range(16)]
+    candidates = [order.samples(17, range(1), attempt)[0] for attempt in range(16)]
     assert {sample.shard for sample in candidates} <= window
     assert len(set(candidates)) > 8
-    assert candidates == [order.replacement(17, 0, attempt) for attempt in range(16)]
+    assert candidates == [order.samples(17, range(1), attempt)[0] for attempt in range(16)]
     assert {sample.epoch for sample in candidates} == {0}
 
 
@@ -244,7 +242,7 @@ def test_memory_does_not_grow_with_the_number_of_samples():
         tracemalloc.start()
         order = DataOrder({"a": shards(*[samples] * 5000)}, num_streams=512, shuffle_window=4, seed=0, batch_size=4096)
         for step in (0, 10**6):
-            order.batch(step)
+            order.samples(step)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return peak
@@ -264,7 +262,7 @@ def bucketed(batches: int = 8, **changed) -> DataOrder:
 
 def padding(order: DataOrder, steps: int) -> float:
     """Return the fraction of padding among the tokens of global batches."""
-    lengths = np.array([[caption_length(sample) for sample in order.batch(step)] for step in range(steps)])
+    lengths = np.array([[caption_length(sample) for sample in order.samples(step)] for step in range(steps)])
     return 1 - lengths.mean() / lengths.max(axis=1).mean()
 
 
@@ -276,8 +274,8 @@ def test_buckets_more_than_halve_the_padding():
 
 def test_every_sample_occurs_once_per_epoch_with_buckets():
     order, plain = bucketed(), data_order(batch=64)
-    read = Counter(sample for step in range(64) for sample in order.batch(step))
-    without = Counter(sample for step in range(64) for sample in plain.batch(step))
+    read = Counter(sample for step in range(64) for sample in order.samples(step))
+    without = Counter(sample for step in range(64) for sample in plain.samples(step))
     assert read == without, "eight whole blocks hold the same samples, and no sample twice"
     assert set(read.values()) == {1}
     assert {sample.epoch for sample in read if sample.source == "a"} >= {0, 1, 2}, "blocks reach over the end of epochs"
@@ -304,7 +302,7 @@ def test_bucketed_batch_does_not_depend_on_ranks_or_first_step(world: int):
     together = bucketed()
     for step in (1003, 2):
         apart = [bucketed().samples(step, rank_slice(64, rank, world)) for rank in range(world)]
-        assert [sample for rows in apart for sample in rows] == together.batch(step)
+        assert [sample for rows in apart for sample in rows] == together.samples(step)
 
 
 def test_lengths_are_read_once_and_only_of_streams_in_use():
@@ -329,8 +327,10 @@ def test_replacement_of_a_bucketed_sample_is_from_its_window():
     data = {"a": shards(*[40] * 12)}
     order = DataOrder(data, 1, 3, 0, 4, buckets=LengthBuckets(20, caption_length))
     plain = DataOrder(data, 1, 3, 0, 4)
-    windows = [{sample.shard for step in range(30 * w, 30 * w + 30) for sample in plain.batch(step)} for w in range(4)]
+    windows = [
+        {sample.shard for step in range(30 * w, 30 * w + 30) for sample in plain.samples(step)} for w in range(4)
+    ]
     assert [len(window) for window in windows] == [3] * 4
     for step in range(0, 60):
-        planned, instead = order.batch(step)[2], order.replacement(step, 2, attempt=1)
+        planned, instead = order.samples(step)[2], order.samples(step, range(2, 3), attempt=1)[0]
         assert [planned.shard in window for window in windows] == [instead.shard in window for window in windows]

@@ -13,7 +13,6 @@ from pipeline.data.randomness import (
     hash64_array,
     permutation,
     permuted,
-    sample_random,
     signed,
     uniform_array,
 )
@@ -40,7 +39,7 @@ def test_counter_is_splitmix64():
 
 
 def test_same_sample_draws_same_numbers_and_purposes_differ():
-    crop, again, words = (sample_random(1, 2, 3, purpose) for purpose in ("crop", "crop", "words"))
+    crop, again, words = (CounterRandom(hash64(1, 2, 3, purpose)) for purpose in ("crop", "crop", "words"))
     drawn = [crop.uniform() for _ in range(5)]
     assert drawn == [again.uniform() for _ in range(5)]
     assert drawn != [words.uniform() for _ in range(5)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -225,7 +226,9 @@ def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
     data = {"streams": 1, "max_bad_rate": 0.0}
     config = validate({"name": "real", "model": model, "sources": sources, "data": data, "stages": [stage]}, "real")
     tokenizer = Tokenizer.train([line["captions"][0] for line in lines], 100)
-    with Loader(config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1) as loader:
+    with closing(
+        Loader(config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1)
+    ) as loader:
         (batch,) = islice(loader.batches(0), 1)
     assert batch.region_features.shape == (12, 40, 1024)
     kept = sorted(batch.region_keep.sum(dim=1).tolist())

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from collections import Counter
+from contextlib import closing
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_every_sample_is_read_once_per_epoch(folders):
         read = [
             (sample.epoch, uid)
             for batch in islice(loader.batches(0), 23)
-            for sample, uid in zip(loader.order.batch(batch.step), batch.uid.tolist(), strict=True)
+            for sample, uid in zip(loader.order.samples(batch.step), batch.uid.tolist(), strict=True)
         ]
     assert len(set(read)) == len(read)
     assert Counter(epoch for epoch, _ in read) == dict.fromkeys(range(10), 23)
@@ -152,7 +153,7 @@ def test_image_id_identifies_equal_images(make_pairs, make_pair):
     index_shards(Storage(), folder)
     with open_loader(run_config({"one": folder})) as loader:
         batch = next(loader.batches(0))
-        samples = [sample.sample for sample in loader.order.batch(0)]
+        samples = [sample.sample for sample in loader.order.samples(0)]
     ids = dict(zip(samples, batch.image_id.tolist(), strict=True))
     assert ids[0] == ids[1]
     assert ids[2] == ids[3]
@@ -191,7 +192,7 @@ def test_bad_samples_are_counted_at_every_world_size(spoiled, world: int):
             records += loader.quarantined()
             counts.update(loader.counts())
             assert loader.quarantined() == []
-            order = [(step, place, s) for step in range(23) for place, s in enumerate(loader.order.batch(step))]
+            order = [(step, place, s) for step in range(23) for place, s in enumerate(loader.order.samples(step))]
             planned |= {(step, place) for step, place, s in order if (s.shard, s.sample) in PLANTED}
     assert counts == {"bad/one": 50, "samples/one": 230, "epochs/one": pytest.approx(10)}
     first = [0, 9, 13]
@@ -253,7 +254,7 @@ def test_errors_are_raised_in_their_own_step_and_close_ends_every_thread(folders
     def threads() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")]
 
-    loader = open_loader(config)
+    loader = open_loader(config).thing
     batches = loader.batches(0)
     next(batches)
     assert threads()
@@ -262,7 +263,7 @@ def test_errors_are_raised_in_their_own_step_and_close_ends_every_thread(folders
     assert not threads()
     assert list(batches) == []
     monkeypatch.setattr(module.ExampleBuilder, "build", failing)
-    batches = open_loader(config).batches(0)
+    batches = open_loader(config).thing.batches(0)
     assert [batch.step for batch in islice(batches, 3)] == [0, 1, 2]
     with pytest.raises(DataError, match=r"the store is gone"):
         next(batches)
@@ -296,7 +297,7 @@ def test_cache_smaller_than_open_windows_is_rejected(s3, folders, tmp_path: Path
     url = copy_shards(folders["one"], s3)
     sizes = sum(file.stat().st_size for file in Path(folders["one"]).glob("*.tar"))
 
-    def loader(max_bytes: int) -> Loader:
+    def loader(max_bytes: int) -> closing[Loader]:
         cache = {"folder": str(tmp_path / "cache"), "max_bytes": max_bytes}
         return open_loader(run_config({"one": url}, data={"cache": cache}, storage=s3.config.model_dump()))
 

@@ -240,7 +240,7 @@ class Epoch:
         self.order = DataOrder(sources, num_streams=2, shuffle_window=1, seed=3, batch_size=8)
         self.steps = range(30)
         local = reader(folder)
-        self.expected = [[local.read(slot) for slot in self.order.batch(step)] for step in self.steps]
+        self.expected = [[local.read(slot) for slot in self.order.samples(step)] for step in self.steps]
         self.chunks = {
             (record.name, chunk.start, chunk.stop)
             for record in self.source.manifest.shards
@@ -382,7 +382,7 @@ def test_reader_owns_its_threads(s3, epoch: Epoch, make_pairs, tmp_path: Path):
     with epoch.reader(Storage(s3.config), ROOM, NodeCache(tmp_path, 2**30)) as remote:
         assert threads() == []
         remote.start_prefetch(epoch.refs, 0)
-        remote.read(epoch.order.batch(0)[0])
+        remote.read(epoch.order.samples(0)[0])
         assert "read-ahead" in threads()
     assert threads() == []
     assert held_bytes(NodeCache(tmp_path, 1)) % 512 == 0
