@@ -39,7 +39,7 @@ class ThrottledStorage(Storage):
         super().__init__(config)
         self._rate, self._turn, self._free = bytes_per_second, threading.Lock(), 0.0
 
-    def write_parts(self, url: str, size: int, part: PartReader) -> None:
+    def write_parts(self, url: str, size: int, part: PartReader, create: bool = False) -> bool:
         def read_slowly(start: int, stop: int) -> bytes:
             with self._turn:
                 self._free = max(self._free, time.monotonic()) + (stop - start) / self._rate
@@ -48,7 +48,7 @@ class ThrottledStorage(Storage):
             time.sleep(max(ready - time.monotonic(), 0.0))
             return data
 
-        super().write_parts(url, size, read_slowly if self._rate else part)
+        return super().write_parts(url, size, read_slowly if self._rate else part, create)
 
 
 def bench_checkpoint(

@@ -206,8 +206,8 @@ def test_object_is_created_once(s3, monkeypatch, parts: int):
     """Whole and in parts; stores without conditional requests are among the quirky ones."""
     monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     storage, data = Storage(s3.config), DATA[:1] * ((parts - 1) * 5 * 2**20 + 10)
-    assert storage.create_parts(s3.url("a"), len(data), lambda start, stop: data[start:stop])
-    assert not storage.create_parts(s3.url("a"), len(data), lambda start, stop: b"x" * (stop - start))
+    assert storage.write(s3.url("a"), data, create=True)
+    assert not storage.write(s3.url("a"), b"x" * len(data), create=True)
     assert storage.read(s3.url("a")) == data
     assert storage.abort_uploads(s3.url()) == 0
 

@@ -35,7 +35,7 @@ from typing import Any, Literal, TypeVar
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import PartReader, Storage
-from pipeline.data.storage.backends import LocalBackend as Backend
+from pipeline.data.storage.backends import Backend
 
 T = TypeVar("T")
 Kind = Literal["read", "look", "list", "write", "upload", "delete", "abandon"]
@@ -141,7 +141,7 @@ class _Halfway:
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: None  # these calls cannot stop halfway: no effect
 
-    def write(self, path: str, size: int, part: PartReader, create: bool = False) -> None:
+    def write(self, path: str, size: int, part: PartReader, create: bool) -> None:
         for start in range(0, size // 2, 2**20):
             part(start, min(start + 2**20, size))
 
@@ -150,7 +150,7 @@ class _Halfway:
         while folders:
             folder = folders.pop()
             with suppress(NotADirectoryError):
-                for name, info in self._backend.entries(folder).items():
+                for name, info in self._backend.entries(folder):
                     (folders if info is None else files).append(f"{folder.rstrip('/')}/{name}")
         for file in sorted(files)[: len(files) // 2]:
             self._backend.delete(file)

@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from pipeline.config.errors import MomeError, RunFailed
@@ -203,7 +202,7 @@ class ProcessBackend:
                 raise part.error
         bad = sorted((record for part in parts for record in part.bad), key=lambda record: record.place)
         # If none is free, the consumer holds more batches than HELD: it gets this one as a copy.
-        return BatchBuffer(self._spec, memory if self._free else np.frombuffer(memory, dtype=np.uint8).copy()), bad
+        return BatchBuffer(self._spec, memory if self._free else bytearray(memory)), bad
 
     def close(self) -> None:
         for worker in self._workers:

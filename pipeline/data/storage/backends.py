@@ -1,8 +1,4 @@
-"""Storage backends for the local file system, and for any other store through fsspec.
-
-A backend offers the operations of `LocalBackend` with the store's own paths, and raises the failures of
-`storage.retry`. If `retries` is set, it retries each of its requests, so that `Storage` need not repeat the operation.
-"""
+"""Storage backends for the local file system, and for any other store through fsspec."""
 
 from __future__ import annotations
 
@@ -10,10 +6,9 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,34 +32,56 @@ class ObjectInfo:
 PartReader = Callable[[int, int], bytes]
 
 
-def open_file(path: str) -> BinaryIO:
-    """Open a file for reading. A pipe is refused unless the shell made it (`<(…)`), because opening it would block."""
-    if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith(("/dev/", "/proc/")):
-        raise PermanentError("it is a pipe, not a file", "Pass the path of a file.")
-    return open(path, "rb")
+class Backend:
+    """Operations on a store with the store's own paths, which raise the failures of `storage.retry`."""
+
+    retries = False  # True if each request is retried, so that `Storage` need not repeat the operation
+    # (path, start, stop, etag) -> the bytes [start, stop) (stop None: the whole object) of the version `etag` (None:
+    # any), or an error instead of fewer bytes.
+    read: Callable[[str, int, int | None, str | None], bytes]
+    info: Callable[[str], ObjectInfo]  # FileNotFoundError or IsADirectoryError for anything but an object
+    # The objects directly in a folder and its folders (None), by name; none if it does not exist.
+    entries: Callable[[str], Iterator[tuple[str, ObjectInfo | None]]]
+    # (path, size, part, create) -> True; with `create`, write nothing and return False if the object exists.
+    write: Callable[[str, int, PartReader, bool], bool]
+    delete: Callable[[str], None]  # an object, or a folder with all that it contains, if it exists
+
+    def exists(self, path: str) -> bool:
+        """Return True for an object and for a folder that is not empty."""
+        try:
+            self.info(path)
+        except NotADirectoryError:
+            return False
+        except FileNotFoundError:
+            return any(True for _ in self.entries(path))
+        except IsADirectoryError:
+            pass
+        return True
+
+    def upload(self, local: str, path: str) -> None:
+        """Copy a file of this machine to an object."""
+        with open(local, "rb") as file:
+
+            def part(start: int, stop: int) -> bytes:
+                pieces = []
+                while start < stop:  # one call returns at most 2 GiB
+                    if not (piece := os.pread(file.fileno(), min(stop - start, _COPY_BYTES), start)):
+                        raise EOFError(f"the file that is uploaded became shorter: {start} bytes are left")
+                    pieces.append(piece)
+                    start += len(piece)
+                return b"".join(pieces)
+
+            self.write(path, os.fstat(file.fileno()).st_size, part, False)
+
+    def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
+        """Abort the unfinished uploads of objects in a folder whose name there satisfies `match`; return the number."""
+        return 0  # local partial files are in the folder itself, and fsspec lists no uploads
 
 
-def read_at(descriptor: int, start: int, stop: int) -> bytes:
-    """Return the bytes [start, stop) of an open file. Raises EOFError if it has become shorter."""
-    pieces = []
-    while start < stop:  # one call returns at most 2 GiB
-        if not (piece := os.pread(descriptor, min(stop - start, _COPY_BYTES), start)):
-            raise EOFError(f"the file that is uploaded became shorter: {start} bytes are left")
-        pieces.append(piece)
-        start += len(piece)
-    return b"".join(pieces)
-
-
-class LocalBackend:
+class LocalBackend(Backend):
     """Local file system. Files are replaced atomically, so that readers never see a partial file."""
 
-    retries = False
-
     def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
-        """Return the bytes [start, stop) of the version `etag` (None: any), or an error instead of fewer.
-
-        With `stop` None, return the whole object.
-        """
         with open_file(path) as file:
             info = _stat_info(os.fstat(file.fileno()))
             if etag is not None and info.etag != etag:
@@ -80,31 +97,19 @@ class LocalBackend:
             return data
 
     def info(self, path: str) -> ObjectInfo:
-        """Return size and tag of an object; raise FileNotFoundError or IsADirectoryError for anything else."""
-        if os.path.isdir(path):
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
-        return _stat_info(os.stat(path))
+        return _stat_info(status)
 
-    def exists(self, path: str) -> bool:
-        """Return True for an object and for a folder."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            os.stat(path)
-            return True
-        return False
-
-    def entries(self, path: str) -> dict[str, ObjectInfo | None]:
-        """Return the objects directly in a folder, and its folders (None), by name; {} if it does not exist."""
-        entries: dict[str, ObjectInfo | None] = {}
+    def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
         with suppress(FileNotFoundError), os.scandir(path) as items:
             for item in items:
                 if not is_temporary(item.name):
                     with suppress(FileNotFoundError):  # deleted since the listing, or a broken link
-                        entries[item.name] = None if item.is_dir() else _stat_info(item.stat())
-        return entries
+                        yield item.name, None if item.is_dir() else _stat_info(item.stat())
 
-    def write(self, path: str, size: int, part: PartReader, create: bool = False) -> bool:
-        """Write an object from `part`. With `create`, write nothing and return False if it exists."""
-
+    def write(self, path: str, size: int, part: PartReader, create: bool) -> bool:
         def link(temporary: str, path: str) -> None:
             """Rename `temporary` to `path`. Raise FileExistsError if `path` exists."""
             try:
@@ -128,34 +133,29 @@ class LocalBackend:
             return False
         return True
 
-    def upload(self, local: str, path: str) -> None:
-        """Copy a file of this machine to an object."""
-        with open(local, "rb") as file:
-            self.write(path, os.fstat(file.fileno()).st_size, partial(read_at, file.fileno()))
-
-    def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
-        """Abort the unfinished uploads of objects in a folder whose name there satisfies `match`; return the number."""
-        return 0  # partial files are in the folder itself
-
     def delete(self, path: str) -> None:
-        """Delete an object, or a folder with all that it contains, if it exists."""
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         else:
             Path(path).unlink(missing_ok=True)
 
 
+def open_file(path: str) -> BinaryIO:
+    """Open a file for reading. A pipe is refused unless the shell made it (`<(…)`), because opening it would block."""
+    if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith(("/dev/", "/proc/")):
+        raise PermanentError("it is a pipe, not a file", "Pass the path of a file.")
+    return open(path, "rb")
+
+
 def _stat_info(status: os.stat_result) -> ObjectInfo:
     return ObjectInfo(status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
 
 
-class FsspecBackend:
+class FsspecBackend(Backend):
     """Any store that fsspec supports (gs://, az://, hf://, memory://, …). Paths are whole URLs.
 
     Raises StorageError if no file system of the protocol is installed.
     """
-
-    retries = False
 
     def __init__(self, protocol: str):
         import fsspec  # a local run does not need it
@@ -188,28 +188,19 @@ class FsspecBackend:
             raise PermanentError("the store does not report the object's size", "Copy it to a local folder or s3://.")
         return ObjectInfo(info["size"], info.get("etag") or info.get("ETag"))
 
-    def exists(self, path: str) -> bool:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            self._call(self._fs.info, path)
-            return True
-        return self._call(self._fs.isdir, path)
-
-    def entries(self, path: str) -> dict[str, ObjectInfo | None]:
+    def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
         items: list[dict[str, Any]] = []
         with suppress(FileNotFoundError):
             items = self._call(self._fs.ls, path, detail=True)
-        entries: dict[str, ObjectInfo | None] = {}
         for item in items:
-            name = item["name"].rstrip("/").rpartition("/")[2]
-            if item["type"] == "directory":
-                entries[name] = None
-            elif isinstance(item.get("size"), int):
-                entries[name] = ObjectInfo(item["size"], item.get("etag") or item.get("ETag"))
-            else:  # listings of web servers have no sizes
-                entries[name] = self.info(item["name"])
-        return entries
+            info = None
+            if item["type"] != "directory":
+                etag = item.get("etag") or item.get("ETag")
+                is_sized = isinstance(item.get("size"), int)  # in listings of web servers it is not
+                info = ObjectInfo(item["size"], etag) if is_sized else self.info(item["name"])
+            yield item["name"].rstrip("/").rpartition("/")[2], info
 
-    def write(self, path: str, size: int, part: PartReader, create: bool = False) -> bool:
+    def write(self, path: str, size: int, part: PartReader, create: bool) -> bool:
         if create and self._call(self._fs.exists, path):  # not atomic: fsspec has no conditional writes
             return False
         # In one piece: fsspec cannot abort an upload of which a part failed.
@@ -218,9 +209,6 @@ class FsspecBackend:
 
     def upload(self, local: str, path: str) -> None:
         self._call(self._fs.put_file, local, path)  # in constant memory, which `write` cannot do
-
-    def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
-        return 0  # fsspec does not list them
 
     def delete(self, path: str) -> None:
         if self._call(self._fs.exists, path):

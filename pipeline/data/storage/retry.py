@@ -14,7 +14,7 @@ import re
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pipeline.config.errors import MomeError, StorageError
@@ -41,11 +41,9 @@ class NoSpace(StorageError):
 
 
 class TransientError(Exception):
-    """Failure that a retry may resolve; `retry_after` is the wait in seconds that the store requested."""
+    """Failure that a retry may resolve."""
 
-    def __init__(self, message: str, retry_after: float = 0.0):
-        super().__init__(message)
-        self.retry_after = retry_after
+    retry_after = 0.0  # seconds to wait that the store requested
 
 
 class ConnectionFailed(TransientError):
@@ -65,10 +63,7 @@ class PreconditionFailed(Exception):
 
 
 class ObjectTooShort(EOFError):
-    """The object ends before the requested bytes."""
-
-    def __init__(self, size: int, start: int, stop: int):
-        super().__init__(f"it holds {size} bytes, and bytes {start} to {stop} were requested")
+    """The object ends before the requested bytes; the arguments are its size, and their start and stop."""
 
 
 class BucketNotFound(FileNotFoundError):
@@ -86,15 +81,10 @@ class RetryTimeout(Exception):
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _PERMANENT_ERRNO = {errno.EINVAL, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.ELOOP, errno.EFBIG}
 _NEVER_TRANSIENT = (
-    MomeError,
-    FileNotFoundError,
-    PermissionError,
-    NotADirectoryError,
-    IsADirectoryError,
-    FileExistsError,
-)
+    MomeError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError,
+)  # fmt: skip
 # TLS failures of a broken connection. All others are permanent: a plain HTTP port, a certificate, a TLS version.
-_BROKEN_TLS = re.compile(r"EOF|BAD_RECORD_MAC|timed? ?out|reset|shutdown", re.IGNORECASE)
+BROKEN_TLS = re.compile(r"EOF|BAD_RECORD_MAC|timed? ?out|reset|shutdown", re.IGNORECASE)
 TLS_HINT = (
     "Check that the address (storage.endpoint_url, AWS_ENDPOINT_URL or the URL) has the store's scheme and port: "
     "http:// if the store does not speak TLS. For a custom certificate, set AWS_CA_BUNDLE or SSL_CERT_FILE."
@@ -102,6 +92,12 @@ TLS_HINT = (
 # Error -> the class to raise for the user, and the reason; the first match counts.
 _REASONS: list[tuple[type[Exception] | tuple[type[Exception], ...], type[StorageError], str]] = [
     (PreconditionFailed, ObjectChanged, "the object was replaced while it was in use. Do not change what a run reads."),
+    (
+        ObjectTooShort,
+        StorageError,
+        "the object is too short: it holds {error.args[0]} bytes, and bytes {error.args[1]} to {error.args[2]} were "
+        "requested. It was truncated or replaced; write it again.",
+    ),
     (EOFError, StorageError, "the object is too short: {error}. It was truncated or replaced; write it again."),
     (BucketNotFound, NotFound, "bucket '{bucket}' does not exist{where}. Create it, or correct the URL."),
     ((FileNotFoundError, NotADirectoryError), NotFound, "it does not exist{where}. Check the URL."),
@@ -125,11 +121,6 @@ _REASONS: list[tuple[type[Exception] | tuple[type[Exception], ...], type[Storage
 ]
 
 
-def is_broken_tls(error: Exception) -> bool:
-    """Return True for a TLS error of a broken connection, which a new connection may avoid."""
-    return _BROKEN_TLS.search(str(error)) is not None
-
-
 def explain(url: str, action: str, error: BaseException, endpoint: str | None) -> StorageError | None:
     """Return the exception to raise for the user; None if neither the user nor the store caused the error."""
     retries = ""
@@ -137,7 +128,7 @@ def explain(url: str, action: str, error: BaseException, endpoint: str | None) -
         retries = f" Gave up after {error}."
         error = error.__cause__
     name, where = type(error).__name__, f" at {endpoint}" if endpoint and url.startswith("s3") else ""
-    if isinstance(error, ssl.SSLError) and not is_broken_tls(error):
+    if isinstance(error, ssl.SSLError) and not BROKEN_TLS.search(str(error)):
         error = PermanentError(f"{name}: {error}", TLS_HINT)
     kinds = [(kind, reason) for errors, kind, reason in _REASONS if isinstance(error, errors)]
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
@@ -166,41 +157,44 @@ class RetryPolicy:
                 budget.wait(error)
 
 
+@dataclass
 class RetryBudget:
     """Remaining time for the attempts of one request."""
 
-    def __init__(self, policy: RetryPolicy, url: str):
-        self._policy, self._url = policy, url
-        self._start = time.monotonic()
-        self._attempts = self._failures = self._received = 0  # failures: in a row, without a byte received
+    policy: RetryPolicy
+    url: str
+    start: float = field(default_factory=lambda: time.monotonic())
+    attempts: int = 0
+    failures: int = 0  # in a row, without a byte received
+    received: int = 0
 
     def add_progress(self, num_bytes: int) -> None:
         """Record received bytes, which reset the backoff. Raise TransientError after the timeout."""
-        self._failures = 0
-        self._received += num_bytes
-        if self._received >= PROGRESS_BYTES:
-            self._start, self._attempts, self._received = time.monotonic(), 0, 0
-        elif time.monotonic() - self._start >= self._policy.timeout:
+        self.failures = 0
+        self.received += num_bytes
+        if self.received >= PROGRESS_BYTES:
+            self.start, self.attempts, self.received = time.monotonic(), 0, 0
+        elif time.monotonic() - self.start >= self.policy.timeout:
             raise TransientError("the response arrived too slowly")
 
     def wait(self, error: Exception) -> None:
         """Sleep before the next attempt. Raise `error` if it is permanent, RetryTimeout after the timeout."""
         is_transient = isinstance(error, (TransientError, OSError)) and not isinstance(error, _NEVER_TRANSIENT)
         if isinstance(error, OSError):
-            is_transient = is_transient and error.errno not in _PERMANENT_ERRNO | _NO_SPACE
-            is_transient = is_transient and (not isinstance(error, ssl.SSLError) or is_broken_tls(error))
+            is_permanent_tls = isinstance(error, ssl.SSLError) and not BROKEN_TLS.search(str(error))
+            is_transient &= error.errno not in _PERMANENT_ERRNO | _NO_SPACE and not is_permanent_tls
         if not is_transient:
             raise error
-        self._attempts += 1
+        self.attempts += 1
         now = time.monotonic()
-        elapsed, remaining = now - self._start, self._start + self._policy.timeout - now
+        elapsed, remaining = now - self.start, self.start + self.policy.timeout - now
         if remaining <= 0:
-            raise RetryTimeout(f"{self._attempts} attempts in {elapsed:.0f} s") from error
-        if elapsed > _WARN_AFTER and now - self._policy.last_warning >= _WARN_AFTER:
-            self._policy.last_warning = now
-            log.warning("%s: %s: %s; retrying for %.0f s more", self._url, type(error).__name__, error, remaining)
+            raise RetryTimeout(f"{self.attempts} attempts in {elapsed:.0f} s") from error
+        if elapsed > _WARN_AFTER and now - self.policy.last_warning >= _WARN_AFTER:
+            self.policy.last_warning = now
+            log.warning("%s: %s: %s; retrying for %.0f s more", self.url, type(error).__name__, error, remaining)
         # The jitter is added to Retry-After because all clients received the same value.
         retry_after = error.retry_after if isinstance(error, TransientError) else 0.0
-        pause = retry_after + _jitter.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(self._failures, 16)))
+        pause = retry_after + _jitter.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(self.failures, 16)))
         time.sleep(min(remaining, pause))  # the last attempt is made at the timeout
-        self._failures += 1
+        self.failures += 1

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from functools import partial
 from http.client import BadStatusLine, RemoteDisconnected
 from time import time
 from typing import Any
@@ -36,7 +35,7 @@ from pipeline.config.load import resolve_secret
 from pipeline.config.redaction import printable, redact, remember
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import retry
-from pipeline.data.storage.backends import ObjectInfo, PartReader, read_at
+from pipeline.data.storage.backends import Backend, ObjectInfo, PartReader
 from pipeline.data.storage.retry import BucketNotFound, PermanentError, PreconditionFailed, TransientError
 
 PAGE_SIZE = 1000  # objects in one page of a listing
@@ -57,6 +56,15 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 _TRANSIENT = {408, 409, 429, "RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 # Permanent errors with a status of 500 and more: not implemented, HTTP version, network login required.
 _PERMANENT = {501, 505, 510, 511, "NotImplemented"}
+_TRANSIENT_ERRORS = (
+    ResponseParserError,  # throttling proxies answer with pages that are not XML
+    botocore_errors.HTTPClientError,
+    botocore_errors.ConnectionError,
+    botocore_errors.CredentialRetrievalError,
+    botocore_errors.MetadataRetrievalError,
+    urllib3.exceptions.HTTPError,  # from the body of an error
+    OSError,
+)
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NO_SPACE = re.compile(r"quota|storage_?full|insufficient_?storage|(storage|cap).{0,20}exceeded", re.IGNORECASE)
 _HINTS = {
@@ -79,7 +87,7 @@ _HEADER = re.compile(
 _MAX_MESSAGE = 300  # characters of a library's or store's message that are repeated
 
 
-class S3Backend:
+class S3Backend(Backend):
     """S3 API; paths are bucket/key. Create one per process, after any fork."""
 
     retries = True
@@ -113,25 +121,17 @@ class S3Backend:
     def info(self, path: str) -> ObjectInfo:
         return self._policy(f"s3://{path}", lambda: self._head(_bucket_key(path)))
 
-    def exists(self, path: str) -> bool:
-        with suppress(FileNotFoundError):
-            self.info(path)
-            return True
-        return any(page["Contents"] for page in self._pages("list_objects_v2", path, MaxKeys=1))
-
-    def entries(self, path: str) -> dict[str, ObjectInfo | None]:
+    def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
         prefix = _bucket_prefix(path)[1]
-        entries: dict[str, ObjectInfo | None] = {}
         for page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE, Delimiter="/"):
             for folder in page.get("CommonPrefixes", []):
-                entries[_require(folder, "Prefix")[len(prefix) :].rstrip("/")] = None
+                yield _require(folder, "Prefix")[len(prefix) :].rstrip("/"), None
             for item in page["Contents"]:
                 name, _, deeper = item["Key"][len(prefix) :].partition("/")
-                entries[name] = None if deeper else ObjectInfo(_require(item, "Size"), _etag(item))
-        entries.pop("", None)  # the folder's own marker object
-        return entries
+                if name:  # not the folder's own marker object
+                    yield name, None if deeper else ObjectInfo(_require(item, "Size"), _etag(item))
 
-    def write(self, path: str, size: int, part: PartReader, create: bool = False) -> bool:
+    def write(self, path: str, size: int, part: PartReader, create: bool) -> bool:
         try:
             self._put(path, size, part, {"IfNoneMatch": "*"} if create else {})
         except PreconditionFailed:
@@ -146,10 +146,6 @@ class S3Backend:
                 return False
             self._put(path, size, part, {})
         return True
-
-    def upload(self, local: str, path: str) -> None:
-        with open(local, "rb") as file:
-            self.write(path, os.fstat(file.fileno()).st_size, partial(read_at, file.fileno()))
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         bucket, prefix = _bucket_prefix(path)
@@ -293,13 +289,8 @@ class S3Backend:
             except FileNotFoundError as error:  # an earlier attempt may have completed it, and the response been lost
                 with suppress(FileNotFoundError):
                     info = self.info(path)
-
-                    def is_equal(span: tuple[int, int]) -> bool:
-                        return self.read(path, *span, info.etag) == part(*span)
-
-                    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-                        if info.size == size and all(pool.map(is_equal, spans)):
-                            return
+                    if info.size == size and all(self.read(path, *span, info.etag) == part(*span) for span in spans):
+                        return
                 raise PermanentError(
                     "the upload was removed before it was complete",
                     "Another process resumed this run, or the store removes incomplete uploads too early.",
@@ -426,13 +417,14 @@ def _translate(error: Exception, message: str, is_http: bool) -> Exception:
     named = f"{type(error).__name__}: {message}"
     match error:
         case botocore_errors.ClientError():
-            return _translate_response(error, message)
+            return _translate_response(error.response, message)
         case botocore_errors.NoCredentialsError() | botocore_errors.PartialCredentialsError():
             return retry.NoCredentials(message)
         case botocore_errors.EndpointConnectionError() | botocore_errors.ConnectTimeoutError():
             return retry.ConnectionFailed(message)
         case botocore_errors.SSLError():
-            return TransientError(named) if retry.is_broken_tls(error) else PermanentError(named, retry.TLS_HINT)
+            is_broken = retry.BROKEN_TLS.search(str(error))
+            return TransientError(named) if is_broken else PermanentError(named, retry.TLS_HINT)
         case RecursionError():
             return PermanentError("the store's redirects form a loop", _ENDPOINT_HINT)
         case botocore_errors.ConnectionClosedError() if is_other_protocol and not is_http:
@@ -443,38 +435,25 @@ def _translate(error: Exception, message: str, is_http: bool) -> Exception:
             return PermanentError(named, _ENDPOINT_HINT)  # nothing was sent
         case UnicodeError():
             return PermanentError("a key, token or region has a character that no header can have", _KEYS_HINT)
-        case (
-            ResponseParserError()  # throttling proxies answer with pages that are not XML
-            | botocore_errors.HTTPClientError()
-            | botocore_errors.ConnectionError()
-            | botocore_errors.CredentialRetrievalError()
-            | botocore_errors.MetadataRetrievalError()
-            | urllib3.exceptions.HTTPError()  # from the body of an error
-            | OSError()
-        ):
-            return TransientError(named)
-    return PermanentError(named)
+    return (TransientError if isinstance(error, _TRANSIENT_ERRORS) else PermanentError)(named)
 
 
-def _translate_response(error: botocore_errors.ClientError, message: str) -> Exception:
-    body = error.response.get("Error", {})
-    code = str(body.get("Code", ""))
-    meta = error.response.get("ResponseMetadata", {})
-    status, headers = int(meta.get("HTTPStatusCode", 0)), meta.get("HTTPHeaders", {})
-    if code == "NoSuchBucket":
-        return BucketNotFound(errno.ENOENT, message)
-    if status == 404:
-        return FileNotFoundError(errno.ENOENT, message)
-    if status == 412:
-        return PreconditionFailed()
-    if status == 416:
-        return _OutOfRange(message)
+def _translate_response(response: dict[str, Any], message: str) -> Exception:
+    body, meta = response.get("Error", {}), response.get("ResponseMetadata", {})
+    code, status = str(body.get("Code", "")), int(meta.get("HTTPStatusCode", 0))
+    headers = meta.get("HTTPHeaders", {})
+    if status == 404 or code == "NoSuchBucket":
+        return (BucketNotFound if code == "NoSuchBucket" else FileNotFoundError)(errno.ENOENT, message)
+    if status in (412, 416):
+        return PreconditionFailed() if status == 412 else _OutOfRange(message)
     if status in _REDIRECTS:
         return _redirect_error(status, headers)
     is_full = status == 507 or (status < 500 and _NO_SPACE.search(f"{code} {body.get('Message')}"))
     is_failing = not 300 <= status < 500 and not {status, code} & _PERMANENT
     if {status, code} & _TRANSIENT or (is_failing and not is_full):
-        return TransientError(message, max(0.0, _seconds_until(headers.get("retry-after", "")) or 0.0))
+        transient = TransientError(message)
+        transient.retry_after = max(0.0, _seconds_until(headers.get("retry-after", "")) or 0.0)
+        return transient
     if is_full:
         return OSError(errno.EDQUOT, message)
     if status == 403 and code in ("", "403", "AccessDenied", "SignatureDoesNotMatch") and "date" in headers:

@@ -7,17 +7,12 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pipeline.config.schema import StorageConfig
 from pipeline.config.urls import is_local, parse
-from pipeline.data.storage.backends import FsspecBackend, LocalBackend, ObjectInfo, PartReader, open_file
+from pipeline.data.storage.backends import Backend, FsspecBackend, LocalBackend, ObjectInfo, PartReader, open_file
 from pipeline.data.storage.retry import RetryPolicy, explain
-
-if TYPE_CHECKING:
-    from pipeline.data.storage.s3 import S3Backend
-
-    Backend: TypeAlias = LocalBackend | FsspecBackend | S3Backend  # all have the operations of LocalBackend
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # (calls done, total, name of the last)
@@ -73,37 +68,31 @@ class Storage:
 
     def list(self, url: str) -> list[str]:
         """Return the sorted names of the objects and folders directly in a folder; [] if it does not exist."""
-        return sorted(self._do(url, "listing", lambda backend, path: backend.entries(path)))
+        return sorted(self._do(url, "listing", lambda backend, path: dict(backend.entries(path))))
 
     def list_info(self, url: str) -> dict[str, ObjectInfo]:
         """Return name and info of every object directly in a folder, from one listing."""
-        entries = self._do(url, "listing", lambda backend, path: backend.entries(path))
+        entries = self._do(url, "listing", lambda backend, path: dict(backend.entries(path)))
         return {name: info for name, info in sorted(entries.items()) if info is not None}
 
-    def write(self, url: str, data: bytes) -> None:
-        """Write an object atomically: readers see the old content or the new."""
-        self._do(url, "writing", lambda backend, path: backend.write(path, len(data), lambda a, b: data[a:b]))
+    def write(self, url: str, data: bytes, create: bool = False) -> bool:
+        """Write an object atomically: readers see the old content or the new. Return True if it was written.
 
-    def write_parts(self, url: str, size: int, part: PartReader) -> None:
-        """Write `size` bytes, read as ranges from `part(start, stop)`, atomically.
+        With `create` it is not if the object exists, and at most one of several concurrent calls succeeds. This is
+        atomic in local folders and in S3; stores without conditional writes are checked first. A retry after a lost
+        response may find the object that the first attempt wrote, and return False: compare the content where that
+        matters.
+        """
+        size = len(data)
+        return self._do(url, "writing", lambda backend, path: backend.write(path, size, lambda a, b: data[a:b], create))
+
+    def write_parts(self, url: str, size: int, part: PartReader, create: bool = False) -> bool:
+        """Do as `write` with `size` bytes, read as ranges from `part(start, stop)`.
 
         S3 uploads several parts at once, retries each on its own, and holds only those in memory. An exception of
         `part` ends the upload, and nothing is written.
         """
-        self._do(url, "writing", lambda backend, path: backend.write(path, size, part))
-
-    def create(self, url: str, data: bytes) -> bool:
-        """Write an object unless it exists; return True if it was written.
-
-        At most one of several concurrent calls succeeds. This is atomic in local folders and in S3; stores without
-        conditional writes are checked first. A retry after a lost response may find the object that the first attempt
-        wrote, and return False: compare the content where that matters.
-        """
-        return self.create_parts(url, len(data), lambda start, stop: data[start:stop])
-
-    def create_parts(self, url: str, size: int, part: PartReader) -> bool:
-        """Do as `create` with `size` bytes read as ranges from `part(start, stop)` (see `write_parts`)."""
-        return self._do(url, "writing", lambda backend, path: backend.write(path, size, part, create=True))
+        return self._do(url, "writing", lambda backend, path: backend.write(path, size, part, create))
 
     def upload(self, local_path: str | os.PathLike[str], url: str) -> None:
         """Copy a local file to `url` atomically."""

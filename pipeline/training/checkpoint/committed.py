@@ -47,20 +47,20 @@ def commit(
     record = file_record(manifest)
     if other_name is None:
         storage.write(join(url, MANIFEST), manifest)
-    elif not storage.create(join(url, MANIFEST), manifest):
+    elif not storage.write(join(url, MANIFEST), manifest, create=True):
         record["file"] = other_name(MANIFEST)
         storage.write(join(url, record["file"]), manifest)
     if missing := describe_missing(storage, url, {**files, MANIFEST: record}):
         raise StorageError(f"{url}: not committed: {missing}. Another attempt on this run may have removed it")
     before()
     data = json.dumps({"manifest": record}).encode()
-    return storage.create(join(url, COMMIT), data) or storage.read(join(url, COMMIT)) == data
+    return storage.write(join(url, COMMIT), data, create=True) or storage.read(join(url, COMMIT)) == data
 
 
 def seal(storage: Storage, url: str, decision: str) -> bool:
     """Seal a folder; return whether `decision`, unique to this attempt, is the one in effect."""
     data = json.dumps({"sealed": decision}).encode()
-    return storage.create(join(url, SEAL), data) or storage.read(join(url, SEAL)) == data
+    return storage.write(join(url, SEAL), data, create=True) or storage.read(join(url, SEAL)) == data
 
 
 def describe_missing(storage: Storage, url: str, files: Mapping[str, Record]) -> str:

@@ -109,7 +109,7 @@ def save_weights(
 
     weights = TensorFile(tensors)
     records = {WEIGHTS: weights.record()}
-    if not storage.create_parts(join(url, WEIGHTS), weights.size, weights.read):
+    if not storage.write_parts(join(url, WEIGHTS), weights.size, weights.read, create=True):
         records[WEIGHTS]["file"] = other_name(WEIGHTS)
         storage.write_parts(join(url, renamed[WEIGHTS]), weights.size, weights.read)
     lists = {
@@ -118,7 +118,7 @@ def save_weights(
     }
     for name, data in lists.items():
         records[name] = file_record(data)
-        if not storage.create(join(url, name), data):
+        if not storage.write(join(url, name), data, create=True):
             records[name]["file"] = other_name(name)
             storage.write(join(url, renamed[name]), data)
     is_ours = commit(storage, url, records, metadata, check, other_name)

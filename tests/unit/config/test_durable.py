@@ -44,7 +44,7 @@ WRITES = {
     "write_durably": lambda path: write_durably(path, b"x"),
     "write": lambda path: Storage().write(path, b"x"),
     "write_parts": lambda path: Storage().write_parts(path, 1, lambda start, stop: b"x"),
-    "create": lambda path: Storage().create(path, b"x"),
+    "create": lambda path: Storage().write(path, b"x", create=True),
     "upload": lambda path: Storage().upload("/proc/self/cmdline", path),
 }
 

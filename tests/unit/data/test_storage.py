@@ -51,7 +51,7 @@ def test_objects_are_written_read_listed_and_deleted(folder: str, tmp_path: Path
     storage.upload(tmp_path / "source", url)
     assert storage.read(url) == data
     claim = join(folder, "deep", "claim")
-    assert [storage.create(claim, data) for data in (b"first", b"second")] == [True, False]
+    assert [storage.write(claim, data, create=True) for data in (b"first", b"second")] == [True, False]
     assert storage.read(claim) == b"first"
     assert storage.list(join(folder, "deep")) == ["claim", "file.bin"]
     storage.delete(join(folder, "deep"))
@@ -109,7 +109,7 @@ def test_one_of_many_concurrent_creates_succeeds(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(os, "link", no_links)
     url = str(tmp_path / "claim")
     with ThreadPoolExecutor(8 if has_links else 1) as pool:
-        created = list(pool.map(lambda number: storage.create(url, b"%d" % number), range(32)))
+        created = list(pool.map(lambda number: storage.write(url, b"%d" % number, create=True), range(32)))
     assert storage.read(url) == b"%d" % created.index(True)
     assert created.count(True) == 1
     assert storage.list(str(tmp_path)) == ["claim"]
@@ -132,9 +132,9 @@ def test_pipes_folders_and_broken_links_are_told_from_files(tmp_path: Path):
         with pytest.raises(StorageError, match=r"it is a folder, not a file"):
             call(str(tmp_path))
     (tmp_path / "file").write_bytes(b"x")
-    for write, name in ((storage.create, "inner"), (storage.write, "deep/inner")):
+    for name, create in (("inner", True), ("deep/inner", False)):
         with pytest.raises(NotFound):
-            write(str(tmp_path / "file" / name), b"y")
+            storage.write(str(tmp_path / "file" / name), b"y", create)
     (tmp_path / "broken").symlink_to(tmp_path / "absent")
     (tmp_path / "inner").mkdir()
     assert storage.list(str(tmp_path)) == ["file", "inner"]
@@ -268,7 +268,9 @@ def test_default_timeout_outlasts_an_outage_of_a_minute(clock):
 
 
 def test_retry_after_is_parsed_and_respected_within_the_timeout(clock):
-    retried(TransientError("slow down", retry_after=7.0), TransientError("slow down", retry_after=3600.0))
+    errors = [TransientError("slow down"), TransientError("slow down")]
+    errors[0].retry_after, errors[1].retry_after = 7.0, 3600.0
+    retried(*errors)
     assert 7.0 <= clock.slept[0] <= 7.1
     assert clock.now == 300.0
     assert _seconds_until(" 7 ") == 7.0

@@ -89,12 +89,12 @@ OPERATIONS: dict[str, tuple[Callable[[Storage, Path], object], object]] = {
         lambda s, _: {k: v.size for k, v in s.list_info(FOLDER).items()},
         {"a.tar": 100_000, "b.tar": 100_000},
     ),
-    "write": (lambda s, _: s.write(NEW, b"new"), None),
-    "write_parts": (lambda s, _: s.write_parts(NEW, len(DATA), lambda a, b: DATA[a:b]), None),
+    "write": (lambda s, _: s.write(NEW, b"new"), True),
+    "write_parts": (lambda s, _: s.write_parts(NEW, len(DATA), lambda a, b: DATA[a:b]), True),
     "upload": (_upload, None),
-    "create": (lambda s, _: s.create(NEW, b"new"), True),
-    "create_parts": (lambda s, _: s.create_parts(NEW, len(DATA), lambda a, b: DATA[a:b]), True),
-    "create_present": (lambda s, _: s.create(OBJECT, b"new"), False),
+    "create": (lambda s, _: s.write(NEW, b"new", create=True), True),
+    "create_parts": (lambda s, _: s.write_parts(NEW, len(DATA), lambda a, b: DATA[a:b], create=True), True),
+    "create_present": (lambda s, _: s.write(OBJECT, b"new", create=True), False),
     "delete": (lambda s, _: s.delete(FOLDER), None),
     "delete_one": (lambda s, _: s.delete(OBJECT), None),
     "delete_absent": (lambda s, _: s.delete(NEW), None),
@@ -113,10 +113,8 @@ HOLDS = {  # contents of the folder afterwards
 WRITES = {"write", "write_parts", "upload", "create", "create_parts", "create_present"}
 LISTS = {"list", "list_info", "delete", "delete_one", "delete_absent"}
 NO_SPACE = ("quota_403", "quota_413", "quota_507", "full")
-CONCERNS = dict.fromkeys(NO_SPACE, WRITES) | {"endless_listing": LISTS}
-CONCERNS |= dict.fromkeys(
-    ("endless_empty_listing", "endless_folders", "listing_in_html", "listing_of_nothing"), LISTS | {"exists_folder"}
-)
+CONCERNS = dict.fromkeys(NO_SPACE, WRITES) | dict.fromkeys(("endless_listing", "endless_folders"), LISTS)
+CONCERNS |= dict.fromkeys(("endless_empty_listing", "listing_in_html", "listing_of_nothing"), LISTS | {"exists_folder"})
 # Operations that may fail because they need what the quirk removes.
 MAY_FAIL = {("no_etag", "write_parts"), ("no_etag", "create_parts")}
 
