@@ -23,6 +23,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,25 +45,27 @@ class CacheFull(StorageError):
     """No room for a shard: the cached shards are in use, or other data fills the disk."""
 
 
+@dataclass(eq=False)
 class OpenShard:
     """Open file of a shard, closed with the last reference. A file of the cache is not evicted before that."""
 
-    def __init__(self, descriptor: int, path: Path, is_cached: bool):
-        self._descriptor, self.path, self._is_cached = descriptor, path, is_cached
+    descriptor: int
+    path: Path
+    is_cached: bool
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop), fewer if the file is shorter. Thread-safe."""
-        return os.pread(self._descriptor, stop - start, start)
+        return os.pread(self.descriptor, stop - start, start)
 
     def close(self) -> None:
         """Record the use, which the eviction goes by, and close the file. No thread may be reading it."""
-        if self._descriptor >= 0:
-            if self._is_cached:
+        if self.descriptor >= 0:
+            if self.is_cached:
                 now = time.time_ns()  # explicit, because the kernel's own timestamps are milliseconds apart
                 with suppress(OSError):
-                    os.utime(self._descriptor, ns=(now, now))
-            os.close(self._descriptor)
-            self._descriptor = -1
+                    os.utime(self.descriptor, ns=(now, now))
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     __del__ = close
 
@@ -108,7 +111,7 @@ class NodeCache:
     def discard(self, shard: OpenShard) -> None:
         """Delete a damaged file. Readers that have it open keep it."""
         with self._locked():
-            if _is_at(shard._descriptor, shard.path):
+            if _is_at(shard.descriptor, shard.path):
                 shard.path.unlink()
 
     def _pin(self, path: Path, size: int) -> OpenShard | None:
@@ -116,8 +119,8 @@ class NodeCache:
             shard = OpenShard(_open(path, os.O_RDONLY), path, is_cached=True)
         except FileNotFoundError:
             return None
-        fcntl.flock(shard._descriptor, fcntl.LOCK_SH)
-        status = os.fstat(shard._descriptor)
+        fcntl.flock(shard.descriptor, fcntl.LOCK_SH)
+        status = os.fstat(shard.descriptor)
         if status.st_nlink and status.st_size == size:
             return shard
         if status.st_nlink:  # truncated by a crash of the machine or by another program
@@ -132,7 +135,25 @@ class NodeCache:
                 temporary.unlink()
                 os.close(part)
                 return shard
-            self._reserve(part, url, size)
+            with self._locked(), ExitStack() as locks:
+                # Make room and give the part its full size, so that concurrent downloads stay within the budget.
+                entries = sorted(self._sweep(), key=lambda entry: entry[1].st_mtime_ns)  # the least recently used first
+                missing = sum(status.st_size for _, status in entries) + size - self.max_bytes
+                victims: list[Path] = []
+                for cached, status in entries:
+                    # A lock shows that no reader pins the file.
+                    if missing > 0 and cached.suffix == ".tar" and (lock := _lock(cached, os.O_RDWR)) is not None:
+                        locks.callback(os.close, lock)
+                        victims.append(cached)
+                        missing -= status.st_size
+                if missing > 0:
+                    raise CacheFull(
+                        f"{url}: no room for its {size} bytes in {self.folder.parent}: the cached shards are in use, "
+                        f"and data.cache.max_bytes is {self.max_bytes}. Raise it"
+                    )
+                for victim in victims:
+                    victim.unlink()
+                os.ftruncate(part, size)
             pieces = list(pairwise([*range(0, max(1, size - PIECE + 1), PIECE), size]))
             for (start, stop), data in zip(pieces, fetch(pieces), strict=True):
                 assert len(data) == stop - start, f"{len(data)} bytes arrived for bytes {start} to {stop}"
@@ -147,27 +168,6 @@ class NodeCache:
             temporary.unlink(missing_ok=True)  # before the lock is released, because then it may be another process's
             os.close(part)
             raise
-
-    def _reserve(self, part: int, url: str, size: int) -> None:
-        """Make room and give the part its full size, so that concurrent downloads stay within the budget together."""
-        with self._locked(), ExitStack() as locks:
-            entries = sorted(self._sweep(), key=lambda entry: entry[1].st_mtime_ns)  # the least recently used first
-            missing = sum(status.st_size for _, status in entries) + size - self.max_bytes
-            victims: list[Path] = []
-            for path, status in entries:
-                # A lock shows that no reader pins the file.
-                if missing > 0 and path.suffix == ".tar" and (lock := _lock(path, os.O_RDWR)) is not None:
-                    locks.callback(os.close, lock)
-                    victims.append(path)
-                    missing -= status.st_size
-            if missing > 0:
-                raise CacheFull(
-                    f"{url}: no room for its {size} bytes in {self.folder.parent}: the cached shards are in use, and "
-                    f"data.cache.max_bytes is {self.max_bytes}. Raise it"
-                )
-            for path in victims:
-                path.unlink()
-            os.ftruncate(part, size)
 
     def _sweep(self) -> list[tuple[Path, os.stat_result]]:
         """Delete the partial downloads of processes that died; return all other files. The cache must be locked."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -193,8 +193,7 @@ class PrefetchCache(Generic[T]):
             del self._entries[key]
 
 
-@dataclass(frozen=True)
-class PrefetchRequest:
+class PrefetchRequest(NamedTuple):
     """Cache entry that one sample needs."""
 
     cache: PrefetchCache[Any]

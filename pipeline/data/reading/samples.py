@@ -13,10 +13,10 @@ import resource
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -44,6 +44,9 @@ _VIEW_BYTES, _INDEX_BYTES = 4096, 256  # approximate memory of a shard's view, a
 _RETRY_CACHE_SECONDS = 10.0  # for which a shard without room in the cache is read in chunks
 _DOWNLOADS = 2  # concurrent prefetches of whole shards into the cache
 _BATCH = 16  # samples of a step when a source is iterated
+_CHANGED = (
+    "{}: the shard was changed: {}. Restore it, or index the folder again (mome shards index) and start a new run"
+)
 
 Members = list[tuple[str, bytes]]  # (extension, content), in the tar's order
 
@@ -104,167 +107,20 @@ def make_shard_view(index: ShardIndex, selected: np.ndarray | None = None) -> Sh
     return ShardView(replace(index, columns={}), selected, bounds, chunks)
 
 
-@dataclass
-class SharedResources:
-    """Memory, open files and threads that a reader's sources share."""
+@dataclass(eq=False)
+class _OpenSource:
+    """A source and what is known of its shards."""
 
-    memory: PrefetchCache[Any]  # views and chunks, bounded in bytes
-    files: PrefetchCache[OpenShard]  # bounded in number
-    requests: ThreadPoolExecutor
-    downloads: ThreadPoolExecutor  # of whole shards into the cache
-    cache: NodeCache | None
-    requests_per_download: int
+    name: str
+    source: Source
+    folder: str
+    is_local: bool
+    etags: list[str | None]  # a remote shard is pinned to its version; a local one is identified by its checksums alone
+    retry_at: dict[int, float] = field(default_factory=dict)  # shard without room in the cache -> when to try it again
+    has_warned: bool = False
 
-
-class ShardReader:
-    """Reads of one source's shards by shard and sample number. Shared by threads.
-
-    Raises DataError, naming the shard, if a shard is missing, truncated or replaced, and StorageError if the store
-    fails. The constructor asks the store unless the source knows its objects.
-    """
-
-    def __init__(self, name: str, storage: Storage, source: Source, shared: SharedResources):
-        self._name, self._storage, self._source, self._shared = name, storage, source, shared
-        self._folder = shard_folder(source.url)
-        self.is_local = is_local(source.url)
-        self.records = source.manifest.shards
-        objects = source.objects
-        if objects is None:
-            objects = check_present(storage, source.url, source.manifest)
-        # A remote shard is pinned to its present version; a local one is identified by its checksums alone.
-        self._etags = [None if self.is_local else objects[shard.name].etag for shard in self.records]
-        self._retry_at: dict[int, float] = {}  # shard without room in the cache -> when to try it again
-        self._has_warned = False
-
-    def view(self, shard: int) -> ShardView:
-        """Return the view of a shard, loaded from its index unless it is in memory."""
-        return self._shared.memory.get((self._name, shard), self._view_bytes(shard), partial(self._load_view, shard))
-
-    def prefetch_view(self, shard: int, step: int) -> None:
-        """Load the view that `step` needs in a thread, unless it is in memory."""
-        key, size = (self._name, shard), self._view_bytes(shard)
-        if self._shared.memory.plan(key, size, step):
-            self._shared.memory.prefetch(key, size, partial(self._load_view, shard), self._shared.requests.submit)
-
-    def _view_bytes(self, shard: int) -> int:
-        return _VIEW_BYTES + _INDEX_BYTES * self.records[shard].samples
-
-    def _load_view(self, shard: int) -> ShardView:
-        index = load_index(self._storage, self._source.url, self.records[shard])
-        return make_shard_view(index, self._source.selected(index))
-
-    def read(self, shard: int, view: ShardView, number: int) -> tuple[Members, Callable[[], None]]:
-        """Return a sample's members, and a function to call if they are damaged, before the sample is read again.
-
-        A local shard is read sample by sample, because the operating system caches and prefetches its pages.
-        """
-        places, file = list(view.index.members(number)), None
-        if self._has_file(shard):
-            with suppress(OSError if self.is_local else CacheFull):
-                file = self._shared.files.get((self._name, shard), 1, partial(self._open, shard))
-        if file is not None:
-            discard = partial(self._discard, shard, file)
-            with suppress(OSError):
-                members = [(name, file.read(at, at + size)) for name, at, size in places]
-                if [len(data) for _, data in members] == [size for _, _, size in places]:
-                    return members, discard
-            discard()
-        if self.is_local:  # Storage retries a file that fails or is too short, and explains the failure
-            return [(name, self.fetch(shard, at, at + size)) for name, at, size in places], lambda: None
-        start, stop, _ = view.chunk(number)
-        key, memory = (self._name, shard, start, stop), self._shared.memory
-        chunk: bytes = memory.get(key, stop - start, partial(self.fetch, shard, start, stop))
-        members = [(name, chunk[at - start : at - start + size]) for name, at, size in places]
-        return members, partial(memory.invalidate, key, chunk)
-
-    def prefetch(self, shard: int, view: ShardView, number: int) -> PrefetchRequest:
-        """Return the request that prefetches a sample of a remote shard: its chunk, or the shard into the cache."""
-        if self._has_file(shard):
-            return PrefetchRequest(
-                cache=self._shared.files,
-                key=(self._name, shard),
-                size=1,
-                bytes=view.index.bytes,
-                reads=len(view.index) if view.selected is None else len(view.selected),
-                fetch=partial(self._open, shard),
-                submit=self._shared.downloads.submit,
-            )
-        start, stop, num_selected = view.chunk(number)
-        return PrefetchRequest(
-            cache=self._shared.memory,
-            key=(self._name, shard, start, stop),  # chunks with hard links may have the same start
-            size=stop - start,
-            bytes=stop - start,
-            reads=num_selected,
-            fetch=partial(self.fetch, shard, start, stop),
-            submit=self._shared.requests.submit,
-        )
-
-    def fetch(self, shard: int, start: int, stop: int) -> bytes:
-        """Return the bytes [start, stop) of a shard from its store."""
-        location = join(self._folder, self.records[shard].name)
-        try:
-            return self._storage.read_range(location, start, stop, self._etags[shard])
-        except ObjectChanged as error:
-            raise self.changed(shard, "it was replaced while the run read it") from error
-        except NotFound as error:
-            raise DataError(f"{location}: the shard is missing, and was there at first. Put it back") from error
-        except StorageError:
-            check_size(location, self.records[shard], self._storage.info(location).size)
-            raise
-
-    def changed(self, shard: int, reason: str) -> DataError:
-        return DataError(
-            f"{join(self._folder, self.records[shard].name)}: the shard was changed: {reason}. "
-            "Restore it, or index the folder again (mome shards index) and start a new run"
-        )
-
-    def _has_file(self, shard: int) -> bool:
-        """Return True if the shard is read from a file: a local one, or one that the cache may have room for."""
-        if self.is_local:
-            return True
-        return self._shared.cache is not None and self._retry_at.get(shard, 0.0) <= time.monotonic()
-
-    def _open(self, shard: int) -> OpenShard:
-        """Open the shard's local file, or its file in the cache after a download. Raise CacheFull without room."""
-        record = self.records[shard]
-        location = join(self._folder, record.name)
-        if self.is_local:
-            path = local_path(location)
-            return OpenShard(os.open(path, os.O_RDONLY), path, is_cached=False)
-
-        def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-            """Yield the bytes of each [start, stop) in order, with several requests in flight."""
-            in_flight: deque[Future[bytes]] = deque()
-            try:
-                for start, stop in pieces:
-                    if len(in_flight) == self._shared.requests_per_download:
-                        yield in_flight.popleft().result()
-                    in_flight.append(self._shared.requests.submit(self.fetch, shard, start, stop))
-                while in_flight:
-                    yield in_flight.popleft().result()
-            finally:
-                for request in in_flight:
-                    request.cancel()
-
-        assert self._shared.cache is not None
-        version = self._etags[shard] or record.digest
-        with suppress(CacheFull):
-            return self._shared.cache.open(location, record.bytes, version, fetch)
-        self._shared.files.release()
-        try:
-            return self._shared.cache.open(location, record.bytes, version, fetch)
-        except CacheFull as error:
-            self._retry_at[shard] = time.monotonic() + _RETRY_CACHE_SECONDS
-            if not self._has_warned:
-                self._has_warned = True
-                log.warning("%s; such shards are read over the network in chunks", error)
-            raise
-
-    def _discard(self, shard: int, file: OpenShard) -> None:
-        if self._shared.cache is not None and not self.is_local:
-            self._shared.cache.discard(file)
-        self._shared.files.invalidate((self._name, shard), file)
+    def location(self, shard: int) -> str:
+        return join(self.folder, self.source.manifest.shards[shard].name)
 
 
 class SampleReader:
@@ -281,48 +137,54 @@ class SampleReader:
         loader: LoaderConfig = LoaderConfig(),
         cache: NodeCache | None = None,
     ):
-        self._loader = loader
+        self._storage, self._loader, self._cache = storage, loader, cache
+        self._sources: dict[str, _OpenSource] = {}
+        for name, source in sources.items():
+            objects, local = source.objects, is_local(source.url)
+            if objects is None:
+                objects = check_present(storage, source.url, source.manifest)
+            etags = [None if local else objects[shard.name].etag for shard in source.manifest.shards]
+            self._sources[name] = _OpenSource(name, source, shard_folder(source.url), local, etags)
         shortage = (
             f"data.loader.memory_bytes {loader.memory_bytes} is below what the open windows of this process need: "
             "chunks of shards are fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder"
         )
-        self._shared = SharedResources(
-            memory=PrefetchCache(loader.memory_bytes, shortage),
-            files=PrefetchCache(max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)),
-            requests=ThreadPoolExecutor(loader.max_concurrent_requests, thread_name_prefix="requests"),
-            downloads=ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads"),
-            cache=cache,
-            requests_per_download=max(2, loader.max_concurrent_requests // 2),
+        self._memory: PrefetchCache[Any] = PrefetchCache(loader.memory_bytes, shortage)  # views and chunks, in bytes
+        self._files: PrefetchCache[OpenShard] = PrefetchCache(
+            max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         )
-        self._shards = {name: ShardReader(name, storage, source, self._shared) for name, source in sources.items()}
+        self._requests = ThreadPoolExecutor(loader.max_concurrent_requests, thread_name_prefix="requests")
+        self._downloads = ThreadPoolExecutor(
+            _DOWNLOADS, thread_name_prefix="downloads"
+        )  # of whole shards into the cache
         self._prefetcher: Prefetcher | None = None
 
     def read(self, ref: SampleRef) -> Sample:
         """Return a sample. Raise DataError if its shard changed, StorageError if it cannot be read."""
-        shards = self._shards[ref.source]
-        view = shards.view(ref.shard)
+        source = self._sources[ref.source]
+        view: ShardView = self._memory.get(*self._view_entry(source, ref.shard))
         index, number = view.index, view.number(ref.sample)
-        members, invalidate = shards.read(ref.shard, view, number)
-        if checksum(data for _, data in members) != index.crc[number]:
-            invalidate()  # the cached bytes may have been damaged in transit: read again
-            members, _ = shards.read(ref.shard, view, number)
-            if checksum(data for _, data in members) != index.crc[number]:
-                raise shards.changed(ref.shard, f"sample '{index.keys[number]}' is not the one that was indexed")
-        record = shards.records[ref.shard]
-        return Sample(
-            source=ref.source,
-            shard=record.name,
-            key=index.keys[number],
-            offset=index.first_offset(number),
-            uid=signed(hash64(record.digest, number)),
-            image_id=int(index.image_id[number]),
-            is_duplicate=bool(index.duplicate[number]),
-            members=dict(members),
-        )
+        for _ in range(2):  # the cached bytes may have been damaged in transit: read again
+            members, invalidate = self._read_members(source, ref.shard, view, number)
+            if checksum(data for _, data in members) == index.crc[number]:
+                record = source.source.manifest.shards[ref.shard]
+                return Sample(
+                    source=ref.source,
+                    shard=record.name,
+                    key=index.keys[number],
+                    offset=index.first_offset(number),
+                    uid=signed(hash64(record.digest, number)),
+                    image_id=int(index.image_id[number]),
+                    is_duplicate=bool(index.duplicate[number]),
+                    members=dict(members),
+                )
+            invalidate()
+        reason = f"sample '{index.keys[number]}' is not the one that was indexed"
+        raise DataError(_CHANGED.format(source.location(ref.shard), reason))
 
     def index(self, ref: SampleRef) -> tuple[ShardIndex, int]:
         """Return the index of a sample's shard and the sample's number in it."""
-        view = self._shards[ref.source].view(ref.shard)
+        view: ShardView = self._memory.get(*self._view_entry(self._sources[ref.source], ref.shard))
         return view.index, view.number(ref.sample)
 
     def start_prefetch(self, refs: Callable[[int], Iterable[SampleRef]], step: int) -> None:
@@ -333,44 +195,149 @@ class SampleReader:
 
             A shard whose index cannot be loaded is skipped; its reader meets the failure.
             """
-            remote = [ref for ref in refs(step) if not self._shards[ref.source].is_local]
-            keys = dict.fromkeys((ref.source, ref.shard) for ref in remote)
-            for source, shard in keys:
-                self._shards[source].prefetch_view(shard, step)
+            remote = [ref for ref in refs(step) if not self._sources[ref.source].is_local]
+            entries = {(r.source, r.shard): self._view_entry(self._sources[r.source], r.shard) for r in remote}
+            for key, size, load in entries.values():
+                if self._memory.plan(key, size, step):
+                    self._memory.prefetch(key, size, load, self._requests.submit)
             views = {}
-            for source, shard in keys:  # here and not in the pool, whose threads may all be fetching samples
+            for place, entry in entries.items():  # here and not in the pool, whose threads may all be fetching samples
                 try:
-                    views[source, shard] = self._shards[source].view(shard)
+                    views[place] = self._memory.get(*entry)
                 except Exception as error:
                     log.debug("prefetching an index failed: %s", error)
             for ref in remote:
                 if (view := views.get((ref.source, ref.shard))) is not None:
-                    yield self._shards[ref.source].prefetch(ref.shard, view, view.number(ref.sample))
+                    yield self._request(self._sources[ref.source], ref.shard, view, view.number(ref.sample))
 
         assert self._prefetcher is None
-        if not all(shards.is_local for shards in self._shards.values()):
+        if not all(source.is_local for source in self._sources.values()):
             self._prefetcher = Prefetcher(requests, step, self._loader.read_ahead_bytes)
 
     def finish_step(self, step: int) -> None:
         """Mark all samples up to those of `step` as read, and release what no later step needs."""
         if self._prefetcher is not None:
-            self._shared.memory.finish_step(step)
-            self._shared.files.finish_step(step)
-            self._shared.files.release(HORIZON)
+            self._memory.finish_step(step)
+            self._files.finish_step(step)
+            self._files.release(HORIZON)
             self._prefetcher.finish_step(step)
 
     def close(self) -> None:
         """End all threads after the requests in flight, and drop all cached data."""
         if self._prefetcher is not None:
             self._prefetcher.stop()
-        for cache in (self._shared.memory, self._shared.files):
-            cache.close()
+        self._memory.close()
+        self._files.close()
         for wait in (False, True):
-            for pool in (self._shared.downloads, self._shared.requests):
+            for pool in (self._downloads, self._requests):
                 pool.shutdown(wait, cancel_futures=True)
         if self._prefetcher is not None:
             self._prefetcher.join()
             self._prefetcher = None
+
+    def _view_entry(self, source: _OpenSource, shard: int) -> tuple[Hashable, int, Callable[[], ShardView]]:
+        """Return key, approximate bytes and fetch of a shard's view, which is loaded from the shard's index."""
+        record = source.source.manifest.shards[shard]
+
+        def load() -> ShardView:
+            index = load_index(self._storage, source.source.url, record)
+            return make_shard_view(index, source.source.selected(index))
+
+        return (source.name, shard), _VIEW_BYTES + _INDEX_BYTES * record.samples, load
+
+    def _request(
+        self, source: _OpenSource, shard: int, view: ShardView, number: int, in_chunks: bool = False
+    ) -> PrefetchRequest:
+        """Return the request for a sample's file, or with `in_chunks` or without room in the cache for its chunk."""
+        is_cached = self._cache is not None and source.retry_at.get(shard, 0.0) <= time.monotonic()
+        if not in_chunks and (source.is_local or is_cached):
+            reads = len(view.index) if view.selected is None else len(view.selected)
+            fetch = partial(self._open, source, shard)
+            return PrefetchRequest(
+                self._files, (source.name, shard), 1, view.index.bytes, reads, fetch, self._downloads.submit
+            )
+        start, stop, num_selected = view.chunk(number)
+        key = (source.name, shard, start, stop)  # chunks with hard links may have the same start
+        read = partial(self._fetch, source, shard, start, stop)
+        return PrefetchRequest(self._memory, key, stop - start, stop - start, num_selected, read, self._requests.submit)
+
+    def _read_members(
+        self, source: _OpenSource, shard: int, view: ShardView, number: int
+    ) -> tuple[Members, Callable[[], None]]:
+        """Return a sample's members, and a function to call if they are damaged, before the sample is read again.
+
+        A local shard is read sample by sample, because the operating system caches and prefetches its pages.
+        """
+        places, request = list(view.index.members(number)), self._request(source, shard, view, number)
+        if request.cache is self._files:
+            with suppress(OSError if source.is_local else CacheFull):
+                file: OpenShard = self._files.get(request.key, request.size, request.fetch)
+
+                def discard() -> None:
+                    if self._cache is not None and not source.is_local:
+                        self._cache.discard(file)
+                    self._files.invalidate(request.key, file)
+
+                with suppress(OSError):
+                    members = [(name, file.read(at, at + size)) for name, at, size in places]
+                    if [len(data) for _, data in members] == [size for _, _, size in places]:
+                        return members, discard
+                discard()
+            if source.is_local:  # Storage retries a file that fails or is too short, and explains the failure
+                return [(name, self._fetch(source, shard, at, at + size)) for name, at, size in places], lambda: None
+            request = self._request(source, shard, view, number, in_chunks=True)
+        chunk: bytes = self._memory.get(request.key, request.size, request.fetch)
+        start = view.chunk(number).start
+        members = [(name, chunk[at - start : at - start + size]) for name, at, size in places]
+        return members, partial(self._memory.invalidate, request.key, chunk)
+
+    def _fetch(self, source: _OpenSource, shard: int, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of a shard from its store."""
+        location = source.location(shard)
+        try:
+            return self._storage.read_range(location, start, stop, source.etags[shard])
+        except ObjectChanged as error:
+            raise DataError(_CHANGED.format(location, "it was replaced while the run read it")) from error
+        except NotFound as error:
+            raise DataError(f"{location}: the shard is missing, and was there at first. Put it back") from error
+        except StorageError:
+            check_size(location, source.source.manifest.shards[shard], self._storage.info(location).size)
+            raise
+
+    def _open(self, source: _OpenSource, shard: int) -> OpenShard:
+        """Open the shard's local file, or its file in the cache after a download. Raise CacheFull without room."""
+        record, location = source.source.manifest.shards[shard], source.location(shard)
+        if source.is_local:
+            path = local_path(location)
+            return OpenShard(os.open(path, os.O_RDONLY), path, is_cached=False)
+
+        def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+            """Yield the bytes of each [start, stop) in order, with several requests in flight."""
+            in_flight: deque[Future[bytes]] = deque()
+            try:
+                for start, stop in pieces:
+                    if len(in_flight) == max(2, self._loader.max_concurrent_requests // 2):
+                        yield in_flight.popleft().result()
+                    in_flight.append(self._requests.submit(self._fetch, source, shard, start, stop))
+                while in_flight:
+                    yield in_flight.popleft().result()
+            finally:
+                for request in in_flight:
+                    request.cancel()
+
+        assert self._cache is not None
+        version = source.etags[shard] or record.digest
+        with suppress(CacheFull):
+            return self._cache.open(location, record.bytes, version, fetch)
+        self._files.release()
+        try:
+            return self._cache.open(location, record.bytes, version, fetch)
+        except CacheFull as error:
+            source.retry_at[shard] = time.monotonic() + _RETRY_CACHE_SECONDS
+            if not source.has_warned:
+                source.has_warned = True
+                log.warning("%s; such shards are read over the network in chunks", error)
+            raise
 
 
 def sample_refs(source: Source) -> Callable[[int, int], list[SampleRef]]:

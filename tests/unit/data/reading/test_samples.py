@@ -204,26 +204,26 @@ def remote_url(folder: str) -> Iterator[str]:
 
 
 def test_remote_chunk_is_fetched_once_and_again_if_damaged(folder: str, remote_url: str, monkeypatch):
-    fetches, fetch = [], module.ShardReader.fetch
+    fetches, fetch = [], module.SampleReader._fetch
 
-    def slow(shards, shard, start, stop):
+    def slow(reader, source, shard, start, stop):
         fetches.append(shard)
         time.sleep(0.05)
-        return fetch(shards, shard, start, stop)
+        return fetch(reader, source, shard, start, stop)
 
-    def damaged(shards, shard, start, stop):
-        data = bytearray(slow(shards, shard, start, stop))
+    def damaged(reader, source, shard, start, stop):
+        data = bytearray(slow(reader, source, shard, start, stop))
         data[10] ^= 255 * (len(fetches) == 1)
         return bytes(data)
 
     refs = [ref(shard, sample) for shard, size in enumerate([6, 4]) for sample in range(size)]
     expected = [reader(folder).read(slot) for slot in refs]
-    monkeypatch.setattr(module.ShardReader, "fetch", slow)
+    monkeypatch.setattr(module.SampleReader, "_fetch", slow)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(reader(remote_url).read, refs)) == expected
     assert sorted(fetches) == [0, 1]
     fetches.clear()
-    monkeypatch.setattr(module.ShardReader, "fetch", damaged)
+    monkeypatch.setattr(module.SampleReader, "_fetch", damaged)
     assert reader(remote_url).read(ref(0, 0)) == expected[0]
     assert len(fetches) == 2
 
