@@ -15,6 +15,7 @@ Its config names the objectives whose heads the file contains, with a source tha
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -34,10 +35,10 @@ from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.text import Tokenizer, stated_lowercase
 from pipeline.data.storage import NotFound, Storage, join, split
 from pipeline.models import skeleton
-from pipeline.models.checkpoints import format_named
 from pipeline.models.checkpoints.conversion import Format, State
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
-from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
+from pipeline.models.checkpoints.formats import FORMATS
+from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget
 from pipeline.objectives import head_config, modules_for
 from pipeline.training.checkpoint import COMMIT, is_file_of_weights, load_weights, save_weights
 from pipeline.training.stages import check_fit
@@ -78,12 +79,12 @@ def import_weights(
     patterns of tensors that may be missing, unexpected or of another shape. `answers` lists the answers of a VQA head.
     Raises ConfigError for an invalid request, CheckpointError for a file that does not fit.
     """
-    storage, chosen = Storage(), format_named(format_name)
+    storage, chosen = Storage(), _format(format_name)
     if existing := [name for name in storage.list(out) if is_file_of_weights(name) or name == COMMIT]:
         raise ConfigError(
             f"--out {out}: holds {existing[0]}, which would be lost; name another folder, or delete it first"
         )
-    published, folder = read_published(storage, path, hugging_face=chosen.config is not None)
+    published, folder = read_published(storage, path, is_hugging_face=bool(chosen.prefix))
     try:
         section = _section(published, chosen, model, overrides)
         # Copies, because a file may hold one memory under two names (tied embeddings), and ours may not.
@@ -91,17 +92,17 @@ def import_weights(
         image_target = chosen.image_target
         if (stated := json.loads(published.metadata.get(IMAGE_TARGET_KEY, "null"))) is not None:
             image_target = TypeAdapter(ImageTarget).validate_python(stated)
+        heads = _heads(state, section.patch_size, image_target)
         # The vocabulary's size is the number of rows of whatever grows with it; 0 for a model that reads no text.
         small, large = (dict(skeleton(section, size).named_parameters()) for size in (1, 2))
         grows = [name for name in small if small[name].shape != large[name].shape and name in state]
         num_words = len(state[grows[0]]) if grows else 0
-        heads = _heads(state, section.patch_size, image_target)
         full = skeleton(section, max(num_words, 1), heads)
-        absent = {full.part_of(name) for name in full.state_dict() if name not in state} - set(full.HEAD_PARTS)
+        head_parts, lacking = set(full.HEAD_PARTS), {full.part_of(n) for n in full.state_dict() if n not in state}
+        absent = lacking - head_parts
         check_fit(full, state, f"{path}: the model", frozenset(absent))
         # Integers of a quantised model are no weights without their scales.
-        others = {name: tensor.dtype for name, tensor in state.items() if not tensor.is_floating_point()}
-        if others:
+        if others := {name: tensor.dtype for name, tensor in state.items() if not tensor.is_floating_point()}:
             name, dtype = next(iter(others.items()))
             raise CheckpointError(
                 f"{path}: {len(others)} of {len(state)} tensors hold {str(dtype).removeprefix('torch.')} ({name}); "
@@ -114,12 +115,17 @@ def import_weights(
             f"{path}: its tensors are not those of a model in the format {format_name} "
             f"({type(error).__name__}: {str(error)[:200]})"
         ) from error
-    tokenizer = _tokenizer(storage, vocabulary, folder if chosen.config is not None else None, num_words)
-    tokens = list(tokenizer.tokens) if tokenizer is not None else []
+    tokenizer = _tokenizer(storage, vocabulary, folder if chosen.prefix else None, num_words) if num_words else None
     choices = _choices(storage, published, heads, answers)
+    # A head that would be drawn in part serves no objective.
+    complete = head_parts & {full.part_of(name) for name in state} - lacking
+    uses: dict[SourceType, list[str]] = {}
+    for source_type, objective in itertools.product(USES, objective_names()):
+        parts = head_parts & (modules_for(full, objective, source_type) or frozenset())
+        if parts and parts <= complete:
+            uses.setdefault(source_type, []).append(objective)
     sizes = section.model_dump(mode="json")
-    uses, max_text_length = _uses(full, state), min(section.max_text_length, MAX_TEXT)
-    config = _config(out, sizes, tokenizer, uses, heads, max_text_length)
+    config = _config(out, sizes, uses, heads, tokenizer, min(section.max_text_length, MAX_TEXT))
     metadata = {
         "config": config.model_dump(mode="json"),
         "stage": config.stages[-1].name,
@@ -127,7 +133,7 @@ def import_weights(
         "absent": sorted(absent),
         "imported": {"from": path, "format": format_name},
     }
-    save_weights(storage, out, state, tokens, metadata, choices)
+    save_weights(storage, out, state, list(tokenizer.tokens) if tokenizer else [], metadata, choices)
     return {
         "checkpoint": out,
         "model": sizes,
@@ -144,7 +150,7 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
     The file's header lets it be imported without sizes and with equal predictions. Raises CheckpointError for a
     checkpoint that is none, ConfigError for a format that cannot hold its model.
     """
-    storage, chosen = Storage(), format_named(format_name)
+    storage, chosen = Storage(), _format(format_name)
     weights = load_weights(storage, checkpoint.rstrip("/"))
     config, section = weights.config, weights.config.model
     if chosen.kinds is not None and section.kind not in chosen.kinds:
@@ -173,14 +179,16 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
     }
 
 
-# ---- a published file or folder
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ConfigError(f"--format {name}: unknown; known: {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
-def read_published(storage: Storage, path: str, hugging_face: bool) -> tuple[Published, str]:
-    """Return the tensors at a path and their folder.
+def read_published(storage: Storage, path: str, is_hugging_face: bool) -> tuple[Published, str]:
+    """Return the tensors at a path and their folder, with Hugging Face's config.json and image processor's config.
 
-    For `hugging_face` formats, config.json and the image processor's config in the folder are read too. Raises
-    CheckpointError for missing or damaged files.
+    Raises CheckpointError for missing or damaged files.
     """
     file, folder = path, path.rstrip("/")
     if (inside := next((join(path, name) for name in WEIGHTS if storage.exists(join(path, name))), None)) is not None:
@@ -212,7 +220,7 @@ def read_published(storage: Storage, path: str, hugging_face: bool) -> tuple[Pub
         if missing := sorted(files.keys() - tensors.keys()):
             raise CheckpointError(f"{file}: names {', '.join(missing[:4])}, which its files do not hold")
         published = Published(tensors)
-    if not hugging_face:
+    if not is_hugging_face:
         return published, folder
     processor = _json(storage, folder, PROCESSOR)
     if processor is None:  # newer transformers store all processors in one file
@@ -226,9 +234,6 @@ def _json(storage: Storage, folder: str, name: str) -> dict[str, Any] | None:
     return read_json(storage.read(url), url) if storage.exists(url) else None
 
 
-# ---- the config stored with imported weights
-
-
 def _section(published: Published, chosen: Format, model: Path | None, overrides: Iterable[str]) -> TransformerConfig:
     """Return the model section of a checkpoint, with the sizes that `import_weights` describes."""
     defined: dict[str, Any] = {}
@@ -237,14 +242,19 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
         defined = own if "kind" in own else {}
     if model is not None:
         defined = load_config(model).model.model_dump(mode="json")
-    elif not defined and chosen.config is not None:
-        defined = chosen.config.section(published.config, published.processor or {})
+    elif not defined and chosen.prefix:
+        defined = chosen.section(published.config or {}, published.processor or {})
     for override in overrides:
         apply_override(defined, override)
     inferred = chosen.infer(published.tensors, defined)
-    if chosen.config is not None and published.config is not None:
-        chosen.config.check(published.config, inferred)
-    section = _config("imported", inferred).model
+    for key, theirs in chosen.sizes.items():
+        size = (published.config or {}).get(theirs)
+        if isinstance(size, int) and key in inferred and size != inferred[key]:
+            raise ConfigError(
+                f"config.json: {theirs} is {size}, the tensors have {inferred[key]}: it is another model's. "
+                "Give the folder in which both were published, or the weights file alone"
+            )
+    section = _config("imported", inferred, {"images": ["mim"]}).model
     if chosen.kinds is not None and section.kind not in chosen.kinds:
         raise ConfigError(f"the format holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
     layers = max(value for key, value in section.model_dump().items() if key in ("layers", "text_layers"))
@@ -256,9 +266,9 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
 def _config(
     out: str,
     section: dict[str, Any],
-    tokenizer: Tokenizer | None = None,
-    uses: Mapping[SourceType, list[str]] | None = None,
+    uses: Mapping[SourceType, list[str]],
     heads: HeadConfig = HeadConfig(),
+    tokenizer: Tokenizer | None = None,
     max_text_length: int = 1,
 ) -> RunConfig:
     """Return the config stored with imported weights: a stage for each source type in `uses`, with its objectives.
@@ -296,28 +306,13 @@ def _config(
     return validate(values, "imported weights")
 
 
-def _uses(model: Model, state: State) -> dict[SourceType, list[str]]:
-    """Return the objectives that complete heads of the weights serve, for every use of data that they serve."""
-    absent = {model.part_of(name) for name in model.state_dict() if name not in state}
-    present = {model.part_of(name) for name in state} - absent  # a head that would be drawn in part serves nothing
-    uses: dict[SourceType, list[str]] = {}
-    for source_type in USES:
-        for objective in objective_names():
-            parts = (modules_for(model, objective, source_type) or frozenset()) & set(model.HEAD_PARTS)
-            if parts and parts <= present:
-                uses.setdefault(source_type, []).append(objective)
-    return uses
-
-
 def _heads(state: State, patch_size: int, target: ImageTarget | None) -> HeadConfig:
     """Return the heads contained in weights of ours, as a stage would configure them.
 
     `target` is the masked-image head's target; if None, it is inferred from the number of the head's outputs.
     """
-    outputs, classes, answers = (
-        len(state[name]) if name in state else 0
-        for name in ("mim_head.predict.bias", "classification_head.classify.bias", "vqa_head.classify.bias")
-    )
+    biases = ("mim_head.predict.bias", "classification_head.classify.bias", "vqa_head.classify.bias")
+    outputs, classes, answers = (len(state.get(name, ())) for name in biases)
     known: dict[int, ImageTarget] = {COLOUR_CLASSES: "mean_colour", 3 * patch_size**2: "pixels"}
     image_target = None if not outputs else target or known.get(outputs, "visual_tokens")
     return HeadConfig(
@@ -330,50 +325,37 @@ def _heads(state: State, patch_size: int, target: ImageTarget | None) -> HeadCon
     )
 
 
-# ---- vocabulary, and what the heads choose among
+def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, num_words: int) -> Tokenizer:
+    """Return the tokenizer of the file `vocabulary`, else of a Hugging Face folder, whose case it keeps.
 
-
-def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, num_words: int) -> Tokenizer | None:
-    """Return the tokenizer of a vocabulary file, else of the weights' folder: one token per row of the word embedding.
-
-    None for weights without word embeddings.
+    Raises ConfigError unless it has `num_words` tokens, one per row of the word embedding.
     """
-    if not num_words:
-        return None
     if vocabulary is not None:
         tokenizer, where = Tokenizer.load(storage, vocabulary), f"--vocabulary {vocabulary}"
-    else:
-        bundled, where = folder and _bundled_tokenizer(storage, folder), f"the vocabulary in {folder}"
-        if not bundled:
-            raise ConfigError(
-                f"the weights know {num_words} tokens, but not which; name the vocabulary file they were trained with, "
-                "one token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt)"
+    elif folder and storage.exists(join(folder, VOCABULARY)):
+        tokenizer, where = Tokenizer.load(storage, join(folder, VOCABULARY)), f"the vocabulary in {folder}"
+    elif folder and (content := _json(storage, folder, TOKENIZER)) is not None:
+        where, model, normalizer = f"the vocabulary in {folder}", content.get("model"), content.get("normalizer")
+        is_wordpiece = isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece"
+        numbers = model.get("vocab") if isinstance(model, dict) and is_wordpiece else None
+        is_numbered = isinstance(numbers, dict) and all(type(number) is int for number in numbers.values())
+        tokens = {number: token for token, number in numbers.items()} if is_numbered and numbers else {}
+        if not tokens or set(tokens) != set(range(len(tokens))):
+            raise CheckpointError(
+                f"{join(folder, TOKENIZER)}: holds no WordPiece vocabulary; name a vocab.txt with --vocabulary"
             )
-        tokenizer = bundled
+        lowercase = stated_lowercase(storage, folder)
+        if lowercase is None and isinstance(normalizer, dict) and isinstance(normalizer.get("lowercase"), bool):
+            lowercase = normalizer["lowercase"]
+        tokenizer = Tokenizer([tokens[number] for number in range(len(tokens))], lowercase)
+    else:
+        raise ConfigError(
+            f"the weights know {num_words} tokens, but not which; name the vocabulary file they were trained with, "
+            "one token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt)"
+        )
     if tokenizer.size != num_words:
         raise ConfigError(f"{where}: has {tokenizer.size} tokens, the weights have {num_words}")
     return tokenizer
-
-
-def _bundled_tokenizer(storage: Storage, folder: str) -> Tokenizer | None:
-    """Return a Hugging Face folder's tokenizer, of its case; None where there is none. CheckpointError if damaged."""
-    url = join(folder, VOCABULARY)
-    if storage.exists(url):
-        return Tokenizer.load(storage, url)
-    if (tokenizer := _json(storage, folder, TOKENIZER)) is None:
-        return None
-    model, normalizer = tokenizer.get("model"), tokenizer.get("normalizer")
-    numbers = model.get("vocab") if isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece" else None
-    is_numbered = isinstance(numbers, dict) and all(type(number) is int for number in numbers.values())
-    tokens = {number: token for token, number in numbers.items()} if is_numbered and numbers else {}
-    if not tokens or set(tokens) != set(range(len(tokens))):
-        raise CheckpointError(
-            f"{join(folder, TOKENIZER)}: holds no WordPiece vocabulary; name a vocab.txt with --vocabulary"
-        )
-    lowercase = stated_lowercase(storage, folder)
-    if lowercase is None and isinstance(normalizer, dict) and isinstance(normalizer.get("lowercase"), bool):
-        lowercase = normalizer["lowercase"]
-    return Tokenizer([tokens[number] for number in range(len(tokens))], lowercase)
 
 
 def _choices(storage: Storage, published: Published, heads: HeadConfig, answers_file: str | None) -> dict[str, Choices]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.config.schema import SourceType
-from pipeline.models.checkpoints import FORMATS
+from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.objectives.itc import Contrast
 
 MLM_FACTOR = 0.25

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.config.schema import VLMoConfig
-from pipeline.models.checkpoints import FORMATS
+from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
 from pipeline.objectives.itc import itc_loss

@@ -25,7 +25,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.retrieval import embed_images, embed_texts, fusion_scores
 from pipeline.inference import build_trained_model, load_model, pyfunc_outputs
 from pipeline.models import build_model
-from pipeline.models.checkpoints import FORMATS
+from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import load_weights
 from tests.support.pairs import picture

@@ -38,23 +38,6 @@ class Published:
     processor: Mapping[str, Any] | None = None  # of its preprocessor_config.json
 
 
-def read_tensors(data: bytes, origin: str) -> Published:
-    """Read the tensors of a file's bytes from any known container; floating-point ones as float32.
-
-    Prefixes of wrappers (DataParallel, torch.compile) are removed. Raises CheckpointError naming `origin` for a damaged
-    file, one without named tensors, and one that needs code to be read.
-    """
-    try:
-        return _read(data, origin)
-    except CheckpointError:
-        raise
-    except Exception as error:  # parsers of damaged files raise everything: struct.error, KeyError, AssertionError, …
-        raise CheckpointError(
-            f"{origin}: neither safetensors nor a file that torch saved can be read from its {len(data)} bytes; it is "
-            f"damaged or cut off ({type(error).__name__}: {str(error)[:200]}). Download or copy it again"
-        ) from error
-
-
 def read_json(data: bytes, origin: str) -> dict[str, Any]:
     """Read the object in a JSON file. Raises CheckpointError naming `origin` for anything else."""
     try:
@@ -85,61 +68,69 @@ def write_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str
     return file.getvalue()
 
 
-def _read(data: bytes, origin: str) -> Published:
-    metadata: Any = None
-    if data[_HEADER_LENGTH : _HEADER_LENGTH + 1] == b"{":
-        loaded: Any = safetensors.torch.load(data)  # first: it bounds the header and checks every tensor's range
-        header = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")])
-        metadata = header.get("__metadata__")
-    else:
-        loaded = _load(data, origin)
-        metadata = loaded.get(METADATA) if isinstance(loaded, dict) else None
-        # Containers may be nested: the innermost one holds the tensors.
-        while isinstance(loaded, dict):
-            inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
-            if inner is None:
-                break
-            loaded = inner
-        loaded = loaded if isinstance(loaded, dict) else {}
-    others = sorted(str(name) for name, value in loaded.items() if not _is_plain(value))
-    if not loaded or others:
-        contents = f"also holds {', '.join(others[:4])}" if loaded else "holds none"
-        raise CheckpointError(
-            f"{origin}: expected tensors by name, bare or under one of {', '.join(CONTAINERS)}; it {contents}"
-        )
-    if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > MAX_SHARING * len(data):
-        raise CheckpointError(
-            f"{origin}: its tensors are many times larger than the file, unlike any published checkpoint's"
-        )
-    tensors: dict[str, Tensor] = {}
-    for published, tensor in loaded.items():
-        # Wrappers' prefixes: `module.` in front, the others anywhere in a name.
-        name = re.sub(r"^(module\.)+", "", _WRAPPERS.sub("", str(published)))
-        if name in tensors:
+def read_tensors(data: bytes, origin: str) -> Published:
+    """Read the tensors of a file's bytes from any known container; floating-point ones as float32.
+
+    Prefixes of wrappers (DataParallel, torch.compile) are removed. Raises CheckpointError naming `origin` for a damaged
+    file, one without named tensors, and one that needs code to be read.
+    """
+    try:
+        loaded, metadata = _load(data, origin)
+        others = [
+            str(name)
+            for name, value in loaded.items()  # all but dense CPU tensors whose memory holds every element
+            if not isinstance(value, Tensor)
+            or (value.layout, value.device.type, value.is_quantized) != (torch.strided, "cpu", False)
+            or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+        ]
+        if not loaded or others:
+            contents = f"also holds {', '.join(sorted(others)[:4])}" if loaded else "holds none"
             raise CheckpointError(
-                f"{origin}: names the tensor {name} more than once, with and without a wrapper's prefix"
+                f"{origin}: expected tensors by name, bare or under one of {', '.join(CONTAINERS)}; it {contents}"
             )
-        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
-    texts = metadata.items() if isinstance(metadata, dict) else ()
-    return Published(tensors, {k: v for k, v in texts if isinstance(k, str) and isinstance(v, str)})
+        if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > MAX_SHARING * len(data):
+            raise CheckpointError(
+                f"{origin}: its tensors are many times larger than the file, unlike any published checkpoint's"
+            )
+        tensors: dict[str, Tensor] = {}
+        for published, tensor in loaded.items():
+            # Wrappers' prefixes: `module.` in front, the others anywhere in a name.
+            name = re.sub(r"^(module\.)+", "", _WRAPPERS.sub("", str(published)))
+            if name in tensors:
+                raise CheckpointError(
+                    f"{origin}: names the tensor {name} more than once, with and without a wrapper's prefix"
+                )
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+        texts = metadata.items() if isinstance(metadata, dict) else ()
+        return Published(tensors, {k: v for k, v in texts if isinstance(k, str) and isinstance(v, str)})
+    except CheckpointError:
+        raise
+    except Exception as error:  # parsers of damaged files raise everything: struct.error, KeyError, AssertionError, …
+        raise CheckpointError(
+            f"{origin}: neither safetensors nor a file that torch saved can be read from its {len(data)} bytes; it is "
+            f"damaged or cut off ({type(error).__name__}: {str(error)[:200]}). Download or copy it again"
+        ) from error
 
 
-def _load(data: bytes, origin: str) -> Any:
-    """Return the content of a file that torch saved, without running code that it names."""
+def _load(data: bytes, origin: str) -> tuple[dict[Any, Any], Any]:
+    """Return the values by name in a file's innermost container, and its metadata, without running code it names."""
+    if data[_HEADER_LENGTH : _HEADER_LENGTH + 1] == b"{":
+        tensors = safetensors.torch.load(data)  # first: it bounds the header and checks every tensor's range
+        header = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")])
+        return tensors, header.get("__metadata__")
     if not data.startswith(TORCH_BEGINNINGS):
         raise ValueError(f"it begins with {data[:8]!r}")
-    if data.startswith(b"PK"):
-        # Compressed entries could unpack to any size.
+    if data.startswith(b"PK"):  # compressed entries could unpack to any size
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
         compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
         if compressed or sum(entry.file_size for entry in entries) > len(data):
+            names = ", ".join(compressed[:3])
             raise CheckpointError(
-                f"{origin}: holds compressed entries ({', '.join(compressed[:3])}), which torch never writes; save it "
-                "with torch.save"
+                f"{origin}: holds compressed entries ({names}), which torch never writes; save it with torch.save"
             )
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         called = ", ".join(dict.fromkeys(re.findall(r"GLOBAL ([\w.]+)", str(error))))
         if not called:
@@ -150,14 +141,10 @@ def _load(data: bytes, origin: str) -> Any:
             "save its tensors alone, where it was made: torch.save({k: v for k, v in torch.load(FILE, "
             f"weights_only=False).items() if k in ({containers}) or torch.is_tensor(v)}}, NEW_FILE)"
         ) from error
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether a value is a dense CPU tensor whose memory holds every element."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-    )
+    metadata = loaded.get(METADATA) if isinstance(loaded, dict) else None
+    while isinstance(loaded, dict):  # containers may be nested
+        inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
+        if inner is None:
+            return loaded, metadata
+        loaded = inner
+    return {}, None

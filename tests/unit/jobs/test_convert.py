@@ -32,7 +32,7 @@ from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.storage import Storage
 from pipeline.inference import build_trained_model, load_usable_weights
 from pipeline.models import build_model, skeleton
-from pipeline.models.checkpoints import FORMATS
+from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
 from pipeline.objectives import modules_for
@@ -190,7 +190,7 @@ CASES = {
 }
 # Every case as a file; Hugging Face's also as a folder, and one in its rarer forms.
 LAYOUTS = [(name, "file") for name in CASES]
-LAYOUTS += [(name, "folder") for name, case in CASES.items() if FORMATS[case.format].config is not None]
+LAYOUTS += [(name, "folder") for name, case in CASES.items() if bool(FORMATS[case.format].prefix)]
 LAYOUTS += [("BERT, masked words", "bin"), ("BERT, masked words", "shards"), ("ViLT of Hugging Face, VQA", "shards")]
 
 
@@ -232,7 +232,7 @@ def test_imported_checkpoint_predicts_like_the_original(
     name: str, layout: str, tmp_path: Path, vocabulary: str, photo: str
 ) -> None:
     case, model, path, _ = publish(name, tmp_path, layout)
-    out, is_hugging_face = f"{tmp_path}/imported", FORMATS[case.format].config is not None
+    out, is_hugging_face = f"{tmp_path}/imported", bool(FORMATS[case.format].prefix)
     (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
     answers = f"{tmp_path}/answers.json" if case.needs_answers else None
     import_weights(

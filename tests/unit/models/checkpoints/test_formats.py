@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ViLTConfig, VLMoConfig
 from pipeline.models import build_model, skeleton
-from pipeline.models.checkpoints import FORMATS
+from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.model import HeadConfig
 from tests.support.forwards import MODELS, VOCABULARY
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ImageBERTConfig, TransformerConfig, ViLTConfig, ViTConfig, VLMoConfig
 from pipeline.models import build_model
-from pipeline.models.checkpoints import FORMATS
+from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.model import HeadConfig
 from pipeline.objectives import modules_for

@@ -1,0 +1,424 @@
+"""Published checkpoint formats by the names that `mome import` and `mome export` know them by.
+
+Each task has its own published checkpoint: a head that is wholly absent is left out of the result. All other tensors
+are required, with the right shape, except those that a format states as unused.
+
+Shapes: R rows of a table, H heads, g grid side, T longest text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.schema import ImageBERTConfig
+from pipeline.models.checkpoints import conversion
+from pipeline.models.checkpoints.conversion import MASK, MODALITIES, Format, Names, Shape, State, Table, assumed
+from pipeline.models.resize import cut_text_positions
+from pipeline.models.vilt import EXPERT
+
+LONGER_TO_SHORTER = 1333 / 800  # sides of images, in ViLT's release and in Hugging Face's processor
+PUBLISHED_MAX_TEXT = 196  # of every published relative table of VLMo
+TEXT_POSITIONS = "text_embeddings.position_embeddings.weight"
+# VLMo's release (microsoft/unilm, vlmo) outside the layers, which grew from ViLT's (dandelin/ViLT); ours on the left.
+RELEASE = {
+    "text_embedding.word": "text_embeddings.word_embeddings",
+    "text_embedding.token_type": "text_embeddings.token_type_embeddings.weight",
+    "text_embedding.positions": TEXT_POSITIONS,
+    "text_embedding.norm": "text_embeddings.LayerNorm",
+    "image_embedding.patch": "transformer.patch_embed.proj",
+    "image_embedding.cls": "transformer.cls_token",
+    "image_embedding.positions": "transformer.pos_embed",
+    **dict.fromkeys(("positions.image", "positions.cross", "positions.text"), "relative_position_bias_table"),
+    **dict.fromkeys(MODALITIES, "token_type_embeddings.weight"),
+    "norm": "transformer.norm",
+    "pooler.dense": "pooler.dense",
+    "itc_head.image": "itc_image_proj.fc",
+    "itc_head.text": "itc_text_proj.fc",
+    "itc_head.image_vl": "itc_vl_image_proj.fc",
+    "itc_head.text_vl": "itc_vl_text_proj.fc",
+    "itc_head.log_scale": "logit_scale",
+    "itc_head.log_scale_vl": "logit_vl_scale",
+    "itm_head.classify": "itm_score.fc",
+    "mlm_head.dense": "mlm_score.transform.dense",
+    "mlm_head.norm": "mlm_score.transform.LayerNorm",
+    "mlm_head.decode": "mlm_score.decoder",
+    "mlm_head.decode.bias": "mlm_score.bias",
+    "ranking_head.score": "rank_output",
+} | {
+    f"{head}_head.{module}": f"{head}_classifier.{number}"
+    for head in ("vqa", "nlvr2")
+    for module, number in (("expand", 0), ("norm", 1), ("classify", 3))
+}
+HUGGING_FACE_IMAGE = {  # the image embedding of its ViT, BEiT and ViLT
+    "image_embedding.patch": "embeddings.patch_embeddings.projection",
+    "image_embedding.cls": "embeddings.cls_token",
+    MASK: "embeddings.mask_token",
+    "image_embedding.positions": "embeddings.position_embeddings",
+}
+
+
+class VLMoFormat(Format):
+    """VLMo's release; position indices and, with a relative table, the absolute text positions are unused."""
+
+    title: ClassVar = "VLMo"
+    kinds: ClassVar = ("vlmo",)
+    outside: ClassVar[Table] = RELEASE
+    layers: ClassVar = "transformer.blocks."
+    layer: ClassVar[Table] = {
+        "norm": "norm1",
+        "attention.weight": "attn.qkv.weight",
+        "attention.query_bias": "attn.q_bias",
+        "attention.value_bias": "attn.v_bias",
+        "attention.projection": "attn.proj",
+        "attention_gamma": "gamma_1",
+        "expert_gamma": "gamma_2",
+    } | {
+        f"experts.{ours}.{module}": name.format(theirs)
+        for ours, theirs in (("vision", "imag"), ("language", "text"), ("vision_language", "vl"))
+        for module, name in (("norm", "norm2_{}"), ("expand", "mlp_{}.fc1"), ("contract", "mlp_{}.fc2"))
+    }
+    optional: ClassVar = (
+        *("vision_language_expert", "pooler", "itc_head", "itm_head", "mlm_head", "vqa_head", "nlvr2_head"),
+    )
+    unused: ClassVar = r"^(text_|text_imag_)?relative_position_index$|^text_embeddings\.position_ids$"
+    table: ClassVar = RELEASE["positions.image"]
+
+    def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().infer(state, overrides)
+        contrasts = [name for name in state if name.startswith(("itc_", "logit_"))]
+        if contrasts and not any(name.startswith(("itc_vl_", "logit_vl_")) for name in contrasts):
+            section["contrasts"] = 1  # of retrieval; pretraining has two
+        table = state.get(self.table)
+        if table is None or {"image_size", "max_text_length"} <= overrides.keys():
+            return section | dict(overrides)
+        # The rows of the table are (2g - 1)² + 3 of images and 2 T + 2 of texts, which do not show both sizes.
+        texts = [PUBLISHED_MAX_TEXT]
+        texts += [len(state[name]) for name in ("text_relative_position_index", TEXT_POSITIONS) if name in state]
+        for text in [overrides["max_text_length"]] if "max_text_length" in overrides else texts:
+            distances = len(table) - 5 - 2 * text
+            side = round(max(distances, 0) ** 0.5)
+            if side % 2 and side**2 == distances:
+                sizes = {"image_size": (side + 1) // 2 * section["patch_size"], "max_text_length": text}
+                return section | sizes | dict(overrides)
+        raise ConfigError(
+            f"{self.table} has {len(table)} rows, which fit several text lengths and image sizes; "
+            "give image_size=… and max_text_length=…"
+        )
+
+    def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
+        if config.positions == "relative":
+            state = {name: tensor for name, tensor in state.items() if name != TEXT_POSITIONS}
+        return super().read(state, config, allowed)
+
+
+class ViLTFormat(Format):
+    """The `state_dict` of the release's Lightning file.
+
+    BERT's second sentence type is never used, but kept for an exact round trip. Masked patches did not work in the
+    release, and are in no checkpoint. The longer side of images is at most int(1333 / 800 * shorter side), which is 639
+    for 384, as in Hugging Face's processor; the paper's 640 is our default.
+    """
+
+    title: ClassVar = "ViLT"
+    kinds: ClassVar = ("vilt",)
+    outside: ClassVar[Table] = RELEASE
+    layers: ClassVar = "transformer.blocks."
+    layer: ClassVar[Table] = {
+        "norm": "norm1",
+        "attention.weight": "attn.qkv.weight",
+        **{f"attention.{part}_bias": "attn.qkv.bias" for part in ("query", "key", "value")},
+        "attention.projection": "attn.proj",
+        f"experts.{EXPERT}.norm": "norm2",
+        f"experts.{EXPERT}.expand": "mlp.fc1",
+        f"experts.{EXPERT}.contract": "mlp.fc2",
+    }
+    expert: ClassVar = EXPERT
+    optional: ClassVar = ("pooler", "itm_head", "mlm_head", "vqa_head", "nlvr2_head", "ranking_head")
+    unused: ClassVar = r"text_embeddings\.position_ids$"
+
+    def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        section = super().infer(state, overrides)
+        return {"longest_side": int(LONGER_TO_SHORTER * section["image_size"])} | section
+
+
+class ViLTHuggingFaceFormat(ViLTFormat):
+    """The state of a ViltModel with or without a head.
+
+    `classifier` is the VQA or the NLVR2 head, and the matching head has no name. A file without a decoder implies that
+    it is the word embedding, to which ViltForMaskedLM ties it.
+    """
+
+    outside: ClassVar[Table] = {
+        **{n: f"embeddings.{theirs}" for n, theirs in RELEASE.items() if n.startswith("text_embedding.")},
+        **dict.fromkeys(MODALITIES, "embeddings.token_type_embeddings.weight"),
+        **{n: theirs for n, theirs in HUGGING_FACE_IMAGE.items() if n != MASK},
+        "norm": "layernorm",
+        **{n: RELEASE[n] for n in ("pooler.dense", "ranking_head.score", "mlm_head.dense", "mlm_head.norm")},
+        "mlm_head.decode": RELEASE["mlm_head.decode"],
+        **{n: f"classifier.{t[-1]}" for n, t in RELEASE.items() if n.startswith(("vqa_head.", "nlvr2_head."))},
+    }
+    layers: ClassVar = Format.layers
+    prefix: ClassVar = "vilt."
+    unprefixed: ClassVar = ("mlm_score.", "rank_output.", "classifier.")
+    layer: ClassVar[Table] = {
+        name.replace("experts.vision", f"experts.{EXPERT}"): theirs for name, theirs in Format.layer.items()
+    }
+    keys: ClassVar = Format.keys | {"text_norm_eps": "layer_norm_eps"}
+    computed: ClassVar = Format.computed | {"num_images": (-1, 1, 2)}
+    sizes: ClassVar = Format.sizes | {"max_text_length": "max_position_embeddings"}
+
+    def write(self, state: State, config: Any) -> State:
+        """Convert as for every format; CheckpointError for both the VQA and the NLVR2 head, which share one name."""
+        if len({name.split(".")[0] for name in state} & {"vqa_head", "nlvr2_head"}) > 1:
+            raise CheckpointError(
+                "Hugging Face's ViLT has one classifier, and these weights have both a VQA and an NLVR2 head; "
+                "export them in the release's format"
+            )
+        return super().write(state, config)
+
+    def prepare(self, state: State) -> State:
+        """Prepare as for every format, drop the duplicate decoder bias of older files, and copy a tied decoder."""
+        state, (decoder,), words = super().prepare(state), self.names("mlm_head.decode"), "text_embedding.word.weight"
+        if (bias := state.pop("mlm_score.bias", None)) is not None:
+            state.setdefault(f"{decoder}.bias", bias)
+        if f"{decoder}.bias" in state and (tied := state.get(self.names(words)[0])) is not None:
+            state.setdefault(f"{decoder}.weight", tied.clone())  # files of tensors do not hold one memory twice
+        return state
+
+    def layout(self, config: Any, state: State) -> tuple[Names, dict[str, Shape]]:
+        """Return the layout without the head that a published classifier is not: NLVR2's reads twice the width."""
+        names, shapes = super().layout(config, state)
+        if any(name.startswith("classifier.") for name in state):
+            classifier = state.get("classifier.0.weight")
+            is_nlvr2 = classifier is not None and classifier.shape[-1] == 2 * config.width
+            other = "vqa_head." if is_nlvr2 else "nlvr2_head."
+            names = {name: parts for name, parts in names.items() if not name.startswith(other)}
+        return names, {name: shapes[name] for name in names}
+
+
+class ViTFormat(Format):
+    """Hugging Face's ViTModel and ViTForImageClassification; the pooler is unused.
+
+    Its LayerNorms have an epsilon of 1e-12 (`model.norm_eps`), the JAX release's, and ours by default, 1e-6: no hidden
+    vector of a trained ViT is small enough for a difference above 1e-5.
+    """
+
+    title: ClassVar = "ViT"
+    kinds: ClassVar = ("vit",)
+    outside: ClassVar[Table] = HUGGING_FACE_IMAGE | {"norm": "layernorm", "classification_head.classify": "classifier"}
+    optional: ClassVar = ("classification_head",)
+    prefix: ClassVar = "vit."
+    unprefixed: ClassVar = ("classifier.",)
+    unused: ClassVar = r"^vit\.pooler\.dense\."
+    resample: ClassVar = conversion.BILINEAR
+
+
+# The final norm's names in a BeitModel without a pooler, in BeitForMaskedImageModeling, and in a BeitModel with one.
+NORMS = ("beit.layernorm", "layernorm", "beit.pooler.layernorm")
+SHARED_TABLE = "beit.encoder.relative_position_bias.relative_position_bias_table"
+LAYER_TABLE = "beit.encoder.layer.{}.attention.attention.relative_position_bias.relative_position_bias_table"
+MODALITY = "image_embedding.modality"
+# BEiT's release (microsoft/unilm, beit) on the left; `attn.qkv.weight` is also split in three.
+BEIT_RELEASE = (
+    (r"^(cls_token|mask_token)$", r"beit.embeddings.\1"),
+    (r"^pos_embed$", "beit.embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "beit.embeddings.patch_embeddings.projection."),
+    (r"^rel_pos_bias\.relative_position", "beit.encoder.relative_position_bias.relative_position"),
+    (r"^norm\.", "layernorm."),
+    (r"^fc_norm\.", "beit.pooler.layernorm."),
+    (r"^head\.", "classifier."),
+    (r"^blocks\.", "beit.encoder.layer."),
+    (r"\.gamma_([12])$", r".lambda_\1"),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.q_bias$", ".attention.attention.query.bias"),
+    (r"\.attn\.v_bias$", ".attention.attention.value.bias"),
+    (r"\.attn\.relative_position", ".attention.attention.relative_position_bias.relative_position"),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+class BEiTFormat(Format):
+    """BEiT as VLMo's vision stage, and back: Hugging Face's names, and those of BEiT's own release.
+
+    A BEiT provides the image embedding, attention, the vision expert and its part of the relative table, and with a
+    head for visual tokens that head too. Pretraining checkpoints have one relative table (R, H) for all layers,
+    fine-tuned ones a table for each, as VLMo does. VLMo's image modality vector starts as zeros, and is exported by
+    adding it to the tensors it is added to. Position indices are dropped, as is the classifier, which reads the mean of
+    all patches. The pooler's norm was trained for that mean as well, and is the closest that such models have.
+    """
+
+    title: ClassVar = "BEiT"
+    kinds: ClassVar = ("vlmo",)
+    exact: ClassVar = False
+    image_target: ClassVar = "visual_tokens"
+    outside: ClassVar[Table] = HUGGING_FACE_IMAGE | {"norm": "layernorm", "mim_head.predict": "lm_head"}
+    optional: ClassVar = ("mim_head",)
+    prefix: ClassVar = "beit."
+    unprefixed: ClassVar = ("lm_head",)
+    unused: ClassVar = r"relative_position_index$|^classifier\."
+    table: ClassVar = LAYER_TABLE.format(0)
+
+    def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
+        return super().read(state, config, allowed) | {MODALITY: torch.zeros(config.width)}
+
+    def write(self, state: State, config: Any) -> State:
+        """Convert the vision part to a BEiT that computes the same from images.
+
+        A state that predicts visual tokens becomes a pretraining checkpoint, any other a BeitModel. Equal relative
+        tables are written as one, which Hugging Face's class for pretraining reads
+        (`use_shared_relative_position_bias`). Tables of zeros say nothing about sharing; a BeitModel then has one per
+        layer.
+        """
+        if (modality := state.get(MODALITY)) is not None:  # BEiT has none: fold it into what begins an image token
+            folded = ("image_embedding.cls", "image_embedding.patch.bias", MASK)
+            state = {name: t + modality if name in folded else t for name, t in state.items()}
+        published = super().write(state, config)
+        is_pretrained = "mim_head.predict.bias" in state
+        if is_pretrained:
+            for last in ("weight", "bias"):
+                published[f"{NORMS[1]}.{last}"] = published.pop(f"{NORMS[0]}.{last}")
+        names = [name for layer in range(config.layers) if (name := LAYER_TABLE.format(layer)) in published]
+        is_shared = all(torch.equal(published[name], published[names[0]]) for name in names)
+        if names and is_shared and (is_pretrained or published[names[0]].any()):
+            return {n: t for n, t in published.items() if n not in names} | {SHARED_TABLE: published[names[0]]}
+        return published
+
+    def prepare(self, state: State) -> State:
+        """Return Hugging Face's names, one of them for the final norm and a table for each layer, of every form."""
+        if "patch_embed.proj.weight" in state:  # the release
+            renamed: State = {}
+            for name, tensor in state.items():
+                if joint := re.match(r"^blocks\.(\d+)\.attn\.qkv\.weight$", name):
+                    for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                        renamed[f"beit.encoder.layer.{joint[1]}.attention.attention.{part}.weight"] = rows
+                    continue
+                for pattern, replacement in BEIT_RELEASE:
+                    name = re.sub(pattern, replacement, name)
+                renamed[name] = tensor
+            state = renamed
+        else:
+            state = super().prepare(state)
+        norm = next((name for name in NORMS if f"{name}.weight" in state), NORMS[0])
+        state = {re.sub(rf"^{re.escape(norm)}\.", f"{NORMS[0]}.", name): tensor for name, tensor in state.items()}
+        if (shared := state.pop(SHARED_TABLE, None)) is not None:
+            numbers = [match[1] for name in state if (match := re.match(r"beit\.encoder\.layer\.(\d+)\.", name))]
+            state |= {LAYER_TABLE.format(number): shared for number in numbers}
+        return state
+
+    def layout(self, config: Any, state: State) -> tuple[Names, dict[str, Shape]]:
+        """Return the layout with the tables (R, H) of the layers, which side by side are VLMo's (R, layers * H)."""
+        names, shapes = super().layout(config, state)
+        if config.positions == "relative":
+            names["positions.image"] = tuple(LAYER_TABLE.format(layer) for layer in range(config.layers))
+            shapes["positions.image"] = ((2 * config.grid - 1) ** 2 + 3, config.layers * config.heads)
+        return names, shapes
+
+
+WORDS, POSITIONS = (f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
+DECODER, BIAS = "cls.predictions.decoder.weight", "cls.predictions.bias"
+BIAS_AGAIN = "cls.predictions.decoder.bias"  # the same tensor, saved twice by some versions of transformers
+MAX_TEXT = ImageBERTConfig.model_fields["max_text_length"].default
+
+
+class BERTFormat(Format):
+    """Hugging Face's BertModel, BertForPreTraining or BertForMaskedLM as the start of ImageBERT, and back.
+
+    BERT has no regions: the parts that read or predict them, and the matching head, are absent from the result, and a
+    stage that starts from BERT draws them at random. BERT's pooler and next-sentence head are dropped. BERT ties the
+    masked-word decoder to the word embedding; ImageBERT's starts as a copy and is trained separately, so that Hugging
+    Face's classes read exported weights only with `tie_word_embeddings=False`. Positions beyond `model.max_text_length`
+    are cut off (BERT has 512), which is all that a round trip loses.
+    """
+
+    title: ClassVar = "BERT"
+    kinds: ClassVar = ("imagebert",)
+    outside: ClassVar[Table] = {  # ImageBERT's encoder and text embedding are Hugging Face's own modules
+        "text_embedding": "embeddings",
+        "encoder": "encoder",
+        "mlm_head.dense": "cls.predictions.transform.dense",
+        "mlm_head.norm": "cls.predictions.transform.LayerNorm",
+        "mlm_head.decode.weight": DECODER,
+        "mlm_head.decode.bias": BIAS,
+    }
+    optional: ClassVar = ("mlm_head",)
+    prefix: ClassVar = "bert."
+    unprefixed: ClassVar = ("cls.",)
+    unused: ClassVar = (
+        r"^bert\.pooler\.|^cls\.seq_relationship\.|^bert\.embeddings\.position_ids|^cls\.predictions\.decoder\.bias$"
+    )
+    computed: ClassVar = {
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute",),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    }
+    sizes: ClassVar = conversion.SIZES
+
+    def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Infer the sizes that BERT has; those that it lacks, such as regions', are ImageBERT's defaults."""
+        state = self.prepare(state)
+        expand = state.get("bert.encoder.layer.0.intermediate.dense.weight")
+        if WORDS not in state or POSITIONS not in state or expand is None:
+            raise ConfigError("no BERT checkpoint: the word embedding, positions or layer 0 are missing")
+        width = state[WORDS].shape[1]
+        return {
+            "kind": "imagebert",
+            "width": width,
+            "layers": conversion.layer_count(state, self.prefix + self.layers),
+            "heads": assumed("heads", max(1, width // conversion.HEAD_WIDTH), "width/64", overrides),
+            "mlp_ratio": len(expand) // width,
+            "max_text_length": min(len(state[POSITIONS]), MAX_TEXT),
+        } | dict(overrides)
+
+    def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
+        """Convert as for every format; ConfigError for a `max_text_length` above the number of BERT's positions."""
+        state = self.prepare(state)
+        if POSITIONS in state:
+            state[POSITIONS] = cut_text_positions(state[POSITIONS], config.max_text_length)
+        return super().read(state, config, allowed)
+
+    def write(self, state: State, config: Any) -> State:
+        published = super().write(state, config)
+        return published | ({BIAS_AGAIN: published[BIAS].clone()} if BIAS in published else {})
+
+    def prepare(self, state: State) -> State:
+        """Prepare as for every format, rename older files' LayerNorm gamma and beta, and copy a tied decoder."""
+        state = super().prepare(state)
+        state = {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name)): state[name] for name in state}
+        if BIAS in state and WORDS in state:  # a copy, because files of tensors do not hold one memory twice
+            state[DECODER] = state.get(DECODER, state[WORDS]).clone()
+        return state
+
+
+class PlainFormat(Format):
+    """Our own names, of every kind of model."""
+
+    def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        if not overrides:
+            raise ConfigError("plain tensors do not identify their model; give a config with --model")
+        return dict(overrides)
+
+    def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
+        return dict(state)
+
+    def write(self, state: State, config: Any) -> State:
+        return dict(state)
+
+
+FORMATS: dict[str, Format] = {
+    "vlmo": VLMoFormat(),
+    "vilt": ViLTFormat(),
+    "vilt-hf": ViLTHuggingFaceFormat(),
+    "vit": ViTFormat(),
+    "beit": BEiTFormat(),
+    "bert": BERTFormat(),
+    "safetensors": PlainFormat(),
+}
