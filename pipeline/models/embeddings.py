@@ -1,7 +1,7 @@
 """Token embeddings of texts and images, and their absolute or relative positions.
 
-Shapes: B examples, L tokens, P patches, I = 1 + P image tokens ([CLS] in front; 1 + K where K patches are visible),
-T longest text, D width, H heads, N layers, p side of a patch.
+Shapes: B examples, L tokens, P patches (of the canvas), I = 1 + P image tokens ([CLS] in front; 1 + K where K patches
+are visible), T longest text, D width, H heads, N layers, p side of a patch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pipeline.config.schema import TransformerConfig
+from pipeline.models.model import HeadConfig
 from pipeline.models.multiway import TEXT_EPSILON, gather
 from pipeline.models.packing import PackedInputs
+from pipeline.models.resize import resized_positions
 
 
 class TextEmbedding(nn.Module):
@@ -21,7 +24,7 @@ class TextEmbedding(nn.Module):
     positions: nn.Parameter | None
 
     def __init__(
-        self, vocabulary: int, width: int, max_text_length: int, absolute: bool, epsilon: float = TEXT_EPSILON
+        self, vocabulary: int, width: int, max_text_length: int, absolute: bool = True, epsilon: float = TEXT_EPSILON
     ) -> None:
         super().__init__()
         self.word = nn.Embedding(vocabulary, width)
@@ -39,7 +42,11 @@ class TextEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Patch projection with [CLS], positions, and a modality vector in models that also read text."""
+    """Patch projection with [CLS], positions, and a modality vector in models that also read text.
+
+    Images are square, or with `any_shape` (ViLT) at the top left of a canvas as large as the largest of a batch; their
+    extent is given, never guessed from pixels, and the square grid of positions is resized to each image.
+    """
 
     positions: nn.Parameter | None
     mask: nn.Parameter | None
@@ -48,75 +55,92 @@ class ImageEmbedding(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        patch_size: int,
-        width: int,
-        absolute: bool,
-        maskable: bool,
-        second: bool = False,
+        config: TransformerConfig,
+        heads: HeadConfig,
+        absolute: bool = True,
         modality: bool = True,
+        any_shape: bool = False,
     ) -> None:
         super().__init__()
-        self.image_size, self.patch_size = image_size, patch_size
-        self.patch = nn.Linear(3 * patch_size**2, width)
-        self.cls = nn.Parameter(torch.empty(width))
-        count = 1 + (image_size // patch_size) ** 2
-        self.register_parameter("positions", nn.Parameter(torch.empty(count, width)) if absolute else None)
-        # Part of the masked-image head, but owned by its user: ZeRO-3 gathers a parameter only for its owner.
-        self.register_parameter("mask", nn.Parameter(torch.empty(width)) if maskable else None)
-        self.register_parameter("modality", nn.Parameter(torch.empty(width)) if modality else None)
-        # The modality vector of the second image of a pair (NLVR2).
-        self.register_parameter("second", nn.Parameter(torch.empty(width)) if second else None)
+        self.image_size, self.patch_size, self.any_shape = config.image_size, config.patch_size, any_shape
+        self.patch = nn.Linear(3 * config.patch_size**2, config.width)
+        self.cls = nn.Parameter(torch.empty(config.width))
+        # The mask embedding is part of the masked-image head, and the modality vector of a pair's second image of
+        # NLVR2's, but owned by their user: ZeRO-3 gathers a parameter only for its owner. With an image decoder the
+        # encoder never reads masked patches.
+        is_masked = heads.image_target is not None and heads.image_decoder is None
+        parameters = {"mask": is_masked, "modality": modality, "second": modality and heads.nlvr2}
+        positions = nn.Parameter(torch.empty(1 + config.num_patches, config.width)) if absolute else None
+        self.register_parameter("positions", positions)
+        for name, exists in parameters.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(config.width)) if exists else None)
 
-    def forward(self, packed: PackedInputs) -> Tensor:
-        """Embed square images: (B, I, D).
+    def forward(self, packed: PackedInputs) -> tuple[Tensor, Tensor]:
+        """Embed images: (B, I, D), and a bool mask (B, I) of the real tokens.
 
         With visible patches, only those become tokens, in that order; the output where they are padding is meaningless.
         """
-        image, visible = packed.image, packed.visible_patches
+        image, visible, side = packed.image, packed.visible_patches, self.patch_size
         assert image is not None
-        if image.shape[1:] != (self.image_size, self.image_size, 3):
+        if not self.any_shape and image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"an image batch of shape {tuple(image.shape)} does not fit the model, which expects "
                 f"(batch, {self.image_size}, {self.image_size}, 3); resize the images or change model.image_size"
             )
-        patches = self.patchify(image)
-        masked, replacements = packed.masking(patches.shape[1])
+        if image.dim() != 4 or image.shape[3] != 3 or any(pixels % side for pixels in image.shape[1:3]):
+            raise ValueError(
+                f"an image batch of shape {tuple(image.shape)} does not fit the model, which expects (batch, height, "
+                f"width, 3) with sides that are multiples of {side}; crop or pad the images"
+            )
+        height, width = (pixels // side for pixels in image.shape[1:3])
+        grid = torch.tensor([[height, width]], device=image.device).expand(len(image), 2)
+        if packed.image_size is not None:
+            grid = packed.image_size // side
+        masked, shown = packed.masking(height * width)
+        if self.any_shape and visible is None:
+            visible = torch.arange(height * width, device=image.device).expand(len(image), -1)
+        keep = torch.ones(len(image), height * width, dtype=torch.bool, device=image.device)
         if visible is not None:
-            visible = visible.clamp(min=0)
-            replacements = visible if replacements is None else replacements.gather(1, visible)
+            keep = (visible >= 0) & (visible < grid.prod(dim=1, keepdim=True))
+            visible = visible.where(keep, 0)
+            shown = visible if shown is None else shown.gather(1, visible)
             masked = None if masked is None else masked.gather(1, visible)
-        if replacements is not None:
-            patches = gather(patches, replacements)
-        x = self.project(patches, masked)
-        x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
-        if self.positions is not None:
-            positions = self.positions if visible is None else F.embedding(F.pad(visible + 1, (1, 0)), self.positions)
-            x = x + positions
-        return self.add_modality(x, packed.is_second)
-
-    def patchify(self, image: Tensor) -> Tensor:
-        """(B, H, W, 3) -> (B, P, 3 p²) without a change of type: moving bytes costs a quarter of moving floats."""
-        return rearrange(image, "b (h p) (w q) c -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
-
-    def project(self, patches: Tensor, masked: Tensor | None) -> Tensor:
-        """Patches (B, P, 3 p²), uint8 or floats in [-1, 1] -> (B, P, D), the mask embedding where `masked` (B, P)."""
-        pixels = patches.to(self.cls.dtype)
-        x = self.patch(pixels / 127.5 - 1.0 if patches.dtype == torch.uint8 else pixels)
-        if masked is None:
-            return x
-        if self.mask is None:
-            raise ValueError("patches can be masked only in a model built with an image target")
-        return torch.where(masked.unsqueeze(-1), self.mask, x)
-
-    def add_modality(self, x: Tensor, is_second: Tensor | None) -> Tensor:
-        """Add the image's modality vector to each token (B, I, D); `is_second` (B,) bool marks second images."""
+        # Moving bytes costs a quarter of moving floats.
+        x = rearrange(image, "b (h p) (w q) c -> b (h w) (c p q)", p=side, q=side)
+        if shown is not None:
+            x = gather(x, canvas_patches(shown, grid, width) if self.any_shape else shown)
+        pixels = x.to(self.cls.dtype)
+        x = self.patch(pixels / 127.5 - 1.0 if x.dtype == torch.uint8 else pixels)
+        if masked is not None:
+            if self.mask is None:
+                raise ValueError("patches can be masked only in a model built with an image target")
+            x = torch.where(masked.unsqueeze(-1), self.mask, x)
+        if self.any_shape:
+            assert self.positions is not None
+            assert visible is not None
+            x = x + resized_positions(self.positions[1:], visible, grid)
+            x = torch.cat([(self.cls + self.positions[0]).expand(len(x), 1, -1), x], dim=1)
+        else:
+            x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
+            if self.positions is not None:
+                places = None if visible is None else F.pad(visible + 1, (1, 0))
+                x = x + (self.positions if places is None else F.embedding(places, self.positions))
+        keep = F.pad(keep, (1, 0), value=True)
         if self.modality is None:
-            return x
-        if is_second is None:
-            return x + self.modality
+            return x, keep
+        if packed.is_second is None:
+            return x + self.modality, keep
         assert self.second is not None, "two images need a model built with nlvr2"
-        return x + torch.where(is_second[:, None, None], self.second, self.modality)
+        return x + torch.where(packed.is_second[:, None, None], self.second, self.modality), keep
+
+
+def canvas_patches(patches: Tensor, grid: Tensor, width: int) -> Tensor:
+    """Convert patch numbers over an image to numbers over its canvas, which is `width` patches wide: (B, K) int64.
+
+    patches (B, K) are numbers of real patches, grid (B, 2) each image's rows and columns of patches.
+    """
+    columns = grid[:, 1:]
+    return torch.div(patches, columns, rounding_mode="floor") * width + patches % columns
 
 
 class RelativePositions(nn.Module):

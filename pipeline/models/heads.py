@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.schema import ImageDecoderConfig
-from pipeline.models.multiway import EPSILON, TEXT_EPSILON, MultiwayBlock, run_blocks, visible_padding
+from pipeline.models.multiway import EPSILON, MultiwayBlock, key_padding, run_blocks
 
 MAX_SCALE = 100.0  # CLIP's bound
 INITIAL_SCALE = 1 / 0.07
@@ -31,23 +31,6 @@ class FloatHead(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(features).float()
-
-
-def pooler(width: int) -> nn.Sequential:
-    """Build BERT's pooler: [CLS] (B, D) -> (B, D)."""
-    return nn.Sequential(OrderedDict(dense=nn.Linear(width, width), tanh=nn.Tanh()))
-
-
-def masked_language_head(width: int, vocabulary: int, epsilon: float = TEXT_EPSILON) -> FloatHead:
-    """Build BERT's transform and a decoder with weights of its own: (B, K, D) -> logits (B, K, V)."""
-    norm = nn.LayerNorm(width, eps=epsilon)
-    return FloatHead(dense=nn.Linear(width, width), gelu=nn.GELU(), norm=norm, decode=nn.Linear(width, vocabulary))
-
-
-def pooled_head(width: int, hidden: int, targets: int) -> FloatHead:
-    """Build ViLT's and VLMo's head for VQA and NLVR2: pooled features (B, D) -> logits (B, targets)."""
-    expand, classify = nn.Linear(width, hidden), nn.Linear(hidden, targets)
-    return FloatHead(expand=expand, norm=nn.LayerNorm(hidden), gelu=nn.GELU(), classify=classify)
 
 
 class ContrastiveHead(nn.Module):
@@ -116,6 +99,6 @@ class ImageDecoder(nn.Module):
         positions = self.positions.to(encoded.dtype)
         known = encoded + F.embedding(F.pad(visible.clamp(min=0) + 1, (1, 0)), positions)
         x = torch.cat([known, self.mask + F.embedding(masked + 1, positions)], dim=1)
-        padding = F.pad(visible_padding(visible, x.dtype), (0, masked.shape[1]))
+        padding = key_padding(F.pad(visible >= 0, (1, masked.shape[1]), value=True), x.dtype)
         outputs = torch.arange(known.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
         return self.predict(self.norm(run_blocks(self.blocks, x, "vision", padding, None, outputs))).float()

@@ -19,7 +19,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, 
 
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models.forward import Regions
-from pipeline.models.heads import FloatHead, masked_language_head
+from pipeline.models.heads import FloatHead
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import gather, key_padding
 from pipeline.models.packing import PackedInputs
@@ -58,6 +58,7 @@ class ImageBERT(Model):
     BLOCK: ClassVar = BertLayer
 
     config: ImageBERTConfig
+    text_embedding: BertEmbeddings
 
     def __init__(self, config: ImageBERTConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
@@ -78,12 +79,15 @@ class ImageBERT(Model):
         self.text_embedding = BertEmbeddings(bert)
         self.region_embedding = RegionEmbedding(config.region_features, width, config.dropout, epsilon)
         self.encoder = BertEncoder(bert)
-        # Logits (0, z) of (not matched, matched): their cross-entropy is the binary one of z, the paper's loss.
-        self.itm_head = FloatHead(classify=nn.Linear(width, 1), pad=nn.ConstantPad1d((1, 0), 0.0))
-        # Not tied to the word embedding: each parameter has one owner, for which ZeRO-3 gathers it.
-        self.mlm_head = masked_language_head(width, vocabulary, epsilon)
-        self.moc_head = nn.Linear(width, config.region_classes)
-        self.mrfr_head = nn.Linear(width, config.region_features)
+        self.build_heads(
+            vocabulary,
+            epsilon,
+            region_embedding=self.region_embedding,
+            # Logits (0, z) of (not matched, matched): their cross-entropy is the binary one of z, the paper's loss.
+            itm_head=FloatHead(classify=nn.Linear(width, 1), pad=nn.ConstantPad1d((1, 0), 0.0)),
+            moc_head=nn.Linear(width, config.region_classes),
+            mrfr_head=nn.Linear(width, config.region_features),
+        )
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, None]:
         if packed.image is not None or packed.text is None or packed.text_keep is None:
@@ -96,7 +100,8 @@ class ImageBERT(Model):
             x = torch.cat([x, self.region_embedding(packed.regions, segment)], dim=1)
             keep = torch.cat([keep, packed.regions.keep], dim=1)
         padding = key_padding(keep, x.dtype)
-        if not len(packed):  # BERT cannot view an empty batch, and every rank must run the same graph (contract C3)
+        count = len(x)
+        if not count:  # BERT cannot view an empty batch, and every rank must run the same graph (contract C3)
             x, padding = F.pad(x, (0, 0, 0, 0, 0, 1)), F.pad(padding, (0, 0, 0, 1))
-        x = self.encoder(x, attention_mask=padding[:, None, None, :]).last_hidden_state[: len(packed)]
+        x = self.encoder(x, attention_mask=padding[:, None, None, :]).last_hidden_state[:count]
         return (x if packed.output_positions is None else gather(x, packed.output_positions)), None

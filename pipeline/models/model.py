@@ -1,7 +1,7 @@
 """The interface of every kind of model: named forward inputs in, named outputs out, parameters in named parts.
 
 A subclass says which parts each objective trains and how packed inputs become features. Packing several inputs into few
-runs of the encoder, and applying the heads, is shared.
+runs of the encoder, and building and applying the heads, is shared.
 
 Shapes: B examples, L tokens, I image tokens, K positions that a head reads, D width.
 """
@@ -9,12 +9,12 @@ Shapes: B examples, L tokens, I image tokens, K positions that a head reads, D w
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import ImageDecoderConfig, ImageTarget, TransformerConfig
+from pipeline.models import resize
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind
-from pipeline.models.heads import INITIAL_SCALE, FloatHead, ImageDecoder
-from pipeline.models.multiway import MultiwayBlock
-from pipeline.models.packing import PackedInputs, group_inputs
+from pipeline.models.heads import FloatHead, ImageDecoder
+from pipeline.models.multiway import TEXT_EPSILON, MultiwayBlock
+from pipeline.models.packing import PackedInputs
 
 COLOUR_CLASSES = 512  # three bits per channel
 # The modules of heads that are not called after them.
@@ -46,11 +47,6 @@ class HeadConfig:
     ranking: bool = False
     bounds_scales: bool = True  # clamp the logit scales; commented out in VLMo's release
 
-    @property
-    def covers_patches(self) -> bool:
-        """Return whether the encoder reads a mask embedding; with an image decoder it never reads masked patches."""
-        return self.image_target is not None and self.image_decoder is None
-
 
 class Model(nn.Module, ABC):
     # A name in `freeze` also selects the parts that begin with it and a dot: "vision_expert" freezes both halves.
@@ -63,18 +59,65 @@ class Model(nn.Module, ABC):
     ENCODER_PARTS: ClassVar[dict[frozenset[InputKind], frozenset[str]]]  # by the inputs of a forward
     HEADS: ClassVar[tuple[Head, ...]]  # besides "tokens", which trains nothing
     RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` can change
-    # Parameters that another image size or text length changes -> their published rule, given the new section.
-    RESIZE_RULES: ClassVar[dict[str, Callable[[Tensor, Any], Tensor]]] = {}
+    GRID_RULE: ClassVar[resize.GridRule] = "bilinear"  # of absolute positions of patches at another image size
     BLOCK: ClassVar[type[nn.Module]] = MultiwayBlock
+
+    text_embedding: nn.Module
+    image_embedding: nn.Module
 
     def __init__(self, config: TransformerConfig, heads: HeadConfig) -> None:
         super().__init__()
         self.config, self.heads = config, heads
 
+    def build_heads(self, vocabulary: int = 0, text_epsilon: float = TEXT_EPSILON, **own: nn.Module) -> None:
+        """Build the modules of HEAD_PARTS, in that order; those in `own` are the model's, None those a stage lacks."""
+        heads, width = self.heads, self.config.width
+        for part in self.HEAD_PARTS:
+            module: nn.Module | None = own.get(part)
+            if module is not None:
+                pass
+            elif part == "pooler":  # BERT's
+                module = nn.Sequential(OrderedDict(dense=nn.Linear(width, width), tanh=nn.Tanh()))
+            elif part == "itm_head":
+                module = FloatHead(classify=nn.Linear(width, 2))  # (not matched, matched)
+            elif part == "mlm_head":  # BERT's transform, and a decoder with weights of its own
+                dense, norm = nn.Linear(width, width), nn.LayerNorm(width, eps=text_epsilon)
+                module = FloatHead(dense=dense, gelu=nn.GELU(), norm=norm, decode=nn.Linear(width, vocabulary))
+            elif part == "mim_head" and heads.image_target is not None:
+                pixels = 3 * self.config.patch_size**2
+                sizes = {"mean_colour": COLOUR_CLASSES, "pixels": pixels, "visual_tokens": heads.visual_tokens}
+                targets = sizes[heads.image_target]
+                if heads.image_decoder is not None:
+                    module = ImageDecoder(width, self.config.grid, targets, heads.image_decoder)
+                else:
+                    module = FloatHead(predict=nn.Linear(width, targets))
+            elif part == "classification_head" and heads.classes:
+                module = FloatHead(classify=nn.Linear(width, heads.classes))
+            elif (part == "vqa_head" and heads.answers) or (part == "nlvr2_head" and heads.nlvr2):
+                # NLVR2's reads the pooled features of both images.
+                inputs, outputs = (width, heads.answers or 0) if part == "vqa_head" else (2 * width, 2)
+                expand, classify = nn.Linear(inputs, 2 * width), nn.Linear(2 * width, outputs)
+                module = FloatHead(expand=expand, norm=nn.LayerNorm(2 * width), gelu=nn.GELU(), classify=classify)
+            elif part == "ranking_head" and heads.ranking:
+                module = FloatHead(score=nn.Linear(width, 1), flatten=nn.Flatten(0))
+            self.register_module(part, module)
+
     def forward(self, inputs: dict[str, ForwardInput]) -> ForwardOutput:
-        """Run all inputs and return each one's head outputs under its name; `ForwardInput` lists them."""
+        """Run all inputs and return each one's head outputs under its name; `ForwardInput` lists them.
+
+        Inputs share a run if they have the same modalities, image shape and branching, and drop path in all or none.
+        """
+        groups: dict[tuple, dict[str, ForwardInput]] = {}
+        for name, forward_input in inputs.items():
+            image = None
+            if forward_input.image is not None:  # images with a size are padded to one shape
+                shape = None if forward_input.image_size is not None else forward_input.image.shape[1:]
+                image = (shape, forward_input.image.dtype, forward_input.visible_patches is None)
+            members = (forward_input.regions, forward_input.text, forward_input.drop_path_mask)
+            key = (image, *(member is None for member in members), "itc" in forward_input.heads)
+            groups.setdefault(key, {})[name] = forward_input
         outputs: ForwardOutput = {name: {} for name in inputs}
-        for group in group_inputs(inputs):
+        for group in groups.values():
             packed = PackedInputs(list(group.values()))
             length, most = 0 if packed.text is None else packed.text.shape[1], self.config.max_text_length
             if length > most:
@@ -94,17 +137,15 @@ class Model(nn.Module, ABC):
     def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Return final features (B, K, D) at `packed.output_positions` (None: everywhere), and a second branch's."""
 
-    def build_mim_head(self) -> FloatHead | ImageDecoder | None:
-        """Build the head that predicts masked patches; None for a stage that masks no images."""
-        config, heads = self.config, self.heads
-        if heads.image_target is None:
-            return None
-        pixels = 3 * config.patch_size**2
-        sizes = {"mean_colour": COLOUR_CLASSES, "pixels": pixels, "visual_tokens": heads.visual_tokens}
-        targets = sizes[heads.image_target]
-        if heads.image_decoder is None:
-            return FloatHead(predict=nn.Linear(config.width, targets))
-        return ImageDecoder(config.width, config.grid, targets, heads.image_decoder)
+    def embed(self, packed: PackedInputs) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, L, D) of the text followed by the image, or of one alone, and which are real (B, L)."""
+        tokens = []
+        if packed.text is not None and packed.text_keep is not None:
+            tokens.append((self.text_embedding(packed.text), packed.text_keep))
+        if packed.image is not None:
+            tokens.append(self.image_embedding(packed))
+        x, keep = (torch.cat(parts, dim=1) for parts in zip(*tokens, strict=True))
+        return x, keep
 
     def head_outputs(
         self, head: Head, inputs: ForwardInput, features: Tensor, branch: Tensor | None
@@ -173,33 +214,39 @@ class Model(nn.Module, ABC):
             raise ConfigError(
                 f"the weights are of another architecture ({values}); give the same `model` section, or other weights"
             )
-        rules = self.RESIZE_RULES
-        resized = {name: rules[name](t, self.config) if name in rules else t for name, t in state.items()}
+        grid, length, resized = self.config.grid, self.config.max_text_length, dict(state)
+        for name, tensor in state.items():
+            if name == "positions.image":
+                resized[name] = resize.resize_relative_grid(tensor, grid)
+            elif name == "positions.text":
+                resized[name] = resize.resize_text_distances(tensor, length)
+            elif name == "image_embedding.positions":
+                resized[name] = resize.resize_grid(tensor, grid, self.GRID_RULE)
+            elif name == "text_embedding.positions":
+                resized[name] = resize.cut_text_positions(tensor, length)
         if self.heads.nlvr2 and "image_embedding.modality" in resized:
             resized.setdefault("image_embedding.second", resized["image_embedding.modality"].clone())
         return resized
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Initialize every parameter from the seed and its name, so that another head or layer changes no other."""
-        for name, parameter in self.named_parameters():
-            self.initialize_parameter(name, parameter, seed)
+        """Draw truncated normal weights as BERT and BEiT do; biases 0, norms 1.
 
-    def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
-        """Draw truncated normal weights as BERT and BEiT do; biases 0, norms 1, logit scales CLIP's."""
-        last = name.rpartition(".")[2]
-        if name.endswith(("norm.weight", "LayerNorm.weight")):
-            nn.init.ones_(parameter)
-        elif last.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif last.startswith("log_scale"):
-            nn.init.constant_(parameter, math.log(INITIAL_SCALE))
-        else:
-            # A generator of its own, seeded with a hash of the name, and values truncated at two deviations.
-            key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-            values, std = torch.empty(parameter.shape), self.config.init_std
-            nn.init.trunc_normal_(values, 0.0, std, -2 * std, 2 * std, torch.Generator().manual_seed(key))
-            parameter.copy_(values)
+        Logit scales (CLIP's), LayerScale gammas and relative positions keep the values they were built with. Each draw
+        depends on the seed and the parameter's name, so that another head or layer changes no other.
+        """
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            last = name.rpartition(".")[2]
+            if name.endswith(("norm.weight", "LayerNorm.weight")):
+                nn.init.ones_(parameter)
+            elif last.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif not last.startswith("log_scale") and not last.endswith("gamma") and not name.startswith("positions."):
+                # A generator of its own, seeded with a hash of the name, and values truncated at two deviations.
+                key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+                values, generator = torch.empty(parameter.shape), torch.Generator().manual_seed(key)
+                parameter.copy_(nn.init.trunc_normal_(values, 0.0, std, -2 * std, 2 * std, generator))
 
 
 def alignment_outputs(inputs: ForwardInput, features: Tensor, patch_size: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ Shapes: B examples, L tokens (text first, then image), K output positions, D wid
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Literal
 
@@ -43,11 +44,6 @@ def key_padding(keep: Tensor, dtype: torch.dtype) -> Tensor:
     It is finite, so that an example of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
     """
     return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min / 2)
-
-
-def visible_padding(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the attention padding (B, 1 + K) of [CLS] and the patches `visible` (B, K), where -1 is padding."""
-    return key_padding(F.pad(visible >= 0, (1, 0), value=True), dtype)
 
 
 class Attention(nn.Module):
@@ -93,21 +89,11 @@ class Attention(nn.Module):
         return self.projection(rearrange(mixed, "b h l d -> b l (h d)"))
 
 
-class FeedForward(nn.Module):
-    """An expert: a feed-forward network with the norm before it."""
-
-    def __init__(self, width: int, ratio: int, epsilon: float = EPSILON) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=epsilon)
-        self.expand = nn.Linear(width, ratio * width)
-        self.contract = nn.Linear(ratio * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(self.norm(x))))
-
-
 class MultiwayBlock(nn.Module):
-    """Pre-norm block. Attention, its norm and the LayerScale gammas are shared; the feed-forward part is routed."""
+    """Pre-norm block. Attention, its norm and the LayerScale gammas are shared; the feed-forward part is routed.
+
+    An expert is a feed-forward network with the norm before it.
+    """
 
     attention_gamma: nn.Parameter | None
     expert_gamma: nn.Parameter | None
@@ -127,10 +113,14 @@ class MultiwayBlock(nn.Module):
         self.drop_path = drop_path
         self.norm = nn.LayerNorm(width, eps=epsilon)
         self.attention = Attention(width, heads, key_bias)
-        self.experts = nn.ModuleDict({name: FeedForward(width, ratio, epsilon) for name in experts})
-        for name in ("attention_gamma", "expert_gamma"):
-            gamma = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
-            self.register_parameter(name, gamma)
+        self.experts = nn.ModuleDict()
+        for name in experts:
+            norm, hidden = nn.LayerNorm(width, eps=epsilon), ratio * width
+            expand, contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
+            self.experts[name] = nn.Sequential(OrderedDict(norm=norm, expand=expand, gelu=nn.GELU(), contract=contract))
+        for gamma in ("attention_gamma", "expert_gamma"):
+            scale = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+            self.register_parameter(gamma, scale)
 
     def forward(
         self,

@@ -19,26 +19,15 @@ ALL_POSITIONS = ("tokens", "alignment", "decoded_image")  # heads that read ever
 FIRST_POSITION = ("itc", "itm", "classes", "answers", "nlvr2", "ranking")  # heads that read the [CLS] in front
 
 
-def group_inputs(inputs: dict[str, ForwardInput]) -> list[dict[str, ForwardInput]]:
-    """Group inputs that can share a run: the same modalities, image shape and branching, drop path in all or none."""
-    groups: dict[tuple, dict[str, ForwardInput]] = {}
-    for name, forward in inputs.items():
-        image = None
-        if forward.image is not None:
-            shape = None if forward.image_size is not None else forward.image.shape[1:]  # images with a size are padded
-            image = (shape, forward.image.dtype, forward.visible_patches is None)
-        absent = (forward.regions is None, forward.text is None, forward.drop_path_mask is None)
-        groups.setdefault((image, *absent, "itc" in forward.heads), {})[name] = forward
-    return list(groups.values())
-
-
 class PackedInputs:
-    """The examples of several inputs, padded to the longest text and largest image; two images are two pieces."""
+    """The examples of several inputs, padded to the longest text and largest image; two images are two pieces.
+
+    Raises ValueError where an input's members do not serve its heads.
+    """
 
     def __init__(self, inputs: list[ForwardInput]) -> None:
         pieces: list[ForwardInput] = []
         self._pieces_of: list[range] = []  # by input
-        is_second: list[bool] = []  # by piece
         for forward in inputs:
             _check(forward)
             own = [replace(forward, second_image=None, second_image_size=None)]
@@ -46,7 +35,6 @@ class PackedInputs:
                 own.append(replace(own[0], image=forward.second_image, image_size=forward.second_image_size))
             self._pieces_of.append(range(len(pieces), len(pieces) + len(own)))
             pieces += own
-            is_second += [False, True][: len(own)]
         self._pieces = pieces
         members = [m for p in pieces if (m := p.image if p.text is None else p.text) is not None]  # one of each piece
         self._sizes, self._device = [len(member) for member in members], members[0].device
@@ -61,9 +49,10 @@ class PackedInputs:
             self.image_size = torch.cat([w if own is None else own for own, w in zip(sizes, whole, strict=True)])
         self.visible_patches = _join((piece.visible_patches for piece in pieces), padding=-1)
         self.is_second: Tensor | None = None  # (B,) bool: the second image of a statement
-        if any(is_second):
-            flags = zip(self._sizes, is_second, strict=True)
-            self.is_second = torch.cat([torch.full((size,), flag, device=self._device) for size, flag in flags])
+        if len(pieces) > len(inputs):
+            first = {numbers[0] for numbers in self._pieces_of}
+            sizes_of = enumerate(self._sizes)
+            self.is_second = torch.cat([torch.full((n,), i not in first, device=self._device) for i, n in sizes_of])
         self.text = _join(piece.text for piece in pieces)
         self.text_keep = _join(
             torch.ones_like(piece.text, dtype=torch.bool) if piece.text_keep is None else piece.text_keep
@@ -74,18 +63,25 @@ class PackedInputs:
         joined = [_join(getattr(own, name) for own in regions) for name in ("features", "location", "keep")]
         self.regions = Regions(*(member for member in joined if member is not None)) if regions else None
         self.drop_path_mask = _join(piece.drop_path_mask for piece in pieces)
+
+        # (B, K) by piece and head: positions that the head reads in a sequence of text, then image or regions.
         text = 0 if self.text is None else self.text.shape[1]
-        self._positions = [
-            {head: _positions(piece, head, text) for head in piece.heads if head not in ALL_POSITIONS}
-            for piece in pieces
-        ]
+        self._positions: list[dict[Head, Tensor]] = []
+        for piece, member in zip(pieces, members, strict=True):
+            positions: dict[str, Tensor | None] = {"mlm": piece.mask_positions}
+            positions |= dict.fromkeys(FIRST_POSITION, member.new_zeros(len(member), 1, dtype=torch.int64))
+            if "mim" in piece.heads and (patches := piece.patch_positions) is not None:
+                if (visible := piece.visible_patches) is not None:
+                    patches = (visible[:, None, :] == patches[:, :, None]).int().argmax(dim=2)
+                positions["mim"] = patches.clamp(min=0) + 1 + text
+            if piece.region_positions is not None:
+                positions["moc"] = positions["mrfr"] = piece.region_positions.clamp(min=0) + text
+            read = {head: positions[head] for head in piece.heads if head not in ALL_POSITIONS}
+            self._positions.append({head: tensor for head, tensor in read.items() if tensor is not None})
         # (B, K): positions of the sequence that the heads read; None where a head reads all of them.
         self.output_positions: Tensor | None = None
         if not any(head in ALL_POSITIONS for piece in pieces for head in piece.heads):
             self.output_positions = _join(torch.cat(list(own.values()), dim=1) for own in self._positions if own)
-
-    def __len__(self) -> int:
-        return sum(self._sizes)
 
     def masking(self, num_patches: int) -> tuple[Tensor | None, Tensor | None]:
         """Return where the mask embedding replaces a patch, (B, P) bool, and the patch shown at each place, (B, P).
@@ -131,24 +127,6 @@ class PackedInputs:
                 own = own[:, column : column + positions[head].shape[1]]
             selected.append(own)
         return torch.cat(selected, dim=1)
-
-
-def _positions(piece: ForwardInput, head: Head, text: int) -> Tensor:
-    """Return the positions (B, K) that a head reads in a packed sequence, in which `text` tokens precede the image."""
-    if head == "mlm":
-        positions = piece.mask_positions
-    elif head == "mim":
-        positions = piece.patch_positions
-        if positions is not None and (visible := piece.visible_patches) is not None:
-            positions = (visible[:, None, :] == positions[:, :, None]).int().argmax(dim=2)
-        positions = None if positions is None else positions.clamp(min=0) + 1 + text
-    elif head in FIRST_POSITION:
-        member = piece.image if piece.text is None else piece.text
-        positions = None if member is None else torch.zeros(len(member), 1, dtype=torch.int64, device=member.device)
-    else:
-        positions = None if piece.region_positions is None else piece.region_positions.clamp(min=0) + text
-    assert positions is not None  # see `_check`
-    return positions
 
 
 def _check(inputs: ForwardInput) -> None:

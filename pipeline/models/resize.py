@@ -1,6 +1,7 @@
 """Resize positions that were learned at another image size or text length, by each published model's own rule.
 
-Shapes: g old grid side, h x w new grid, D width, C columns (one per layer and head), T longest text.
+Shapes: B images, K patches, g old grid side, h x w new grid, D width, C columns (one per layer and head),
+T longest text.
 """
 
 from __future__ import annotations
@@ -35,6 +36,25 @@ def resize_grid(positions: Tensor, grid: int | tuple[int, int], rule: GridRule) 
     square = rearrange(positions[1:], "(h w) d -> 1 d h w", h=side)
     resized = F.interpolate(square, (height, width), mode=rule, align_corners=rule == "bilinear")
     return torch.cat([positions[:1], rearrange(resized, "1 d h w -> (h w) d")])
+
+
+def resized_positions(positions: Tensor, patches: Tensor, grid: Tensor) -> Tensor:
+    """Interpolate a square grid of positions (g², D) at `patches` (B, K) of images with `grid` (B, 2): (B, K, D).
+
+    Bilinear with aligned corners (as `resize_grid`), for images of all shapes at once: a patch is between four
+    points of the square and weighs each by a hat function of its distance.
+    """
+    side, columns = round(len(positions) ** 0.5), grid[:, 1:]
+    points = torch.arange(side, device=positions.device)
+    hats = []  # (B, K, g): weights of the rows and of the columns of points
+    for index, count in (
+        (torch.div(patches, columns, rounding_mode="floor"), grid[:, :1]),
+        (patches % columns, columns),
+    ):
+        position = index * ((side - 1) / (count - 1).clamp(min=1))
+        hats.append((1 - (position.unsqueeze(-1) - points).abs()).clamp(min=0))
+    weights = (hats[0].unsqueeze(-1) * hats[1].unsqueeze(-2)).flatten(2)  # (B, K, g²)
+    return weights.to(positions.dtype) @ positions
 
 
 def resize_relative_grid(table: Tensor, grid: int) -> Tensor:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import VLMoConfig
-from pipeline.models import heads as model_heads
 from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding
 from pipeline.models.forward import Head, InputKind
+from pipeline.models.heads import MAX_SCALE, ContrastiveHead
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import Expert, MultiwayBlock, Route, gather_bias, key_padding
 from pipeline.models.packing import PackedInputs
-from pipeline.models.resize import cut_text_positions, resize_grid, resize_relative_grid, resize_text_distances
 
 # "attention" has its norm, and both LayerScale gammas, which all experts share.
 _SHARED, _UPPER = {"attention", "norm"}, {"vision_expert.upper", "language_expert.upper"}
@@ -44,25 +43,16 @@ class VLMo(Model):
     }
     HEADS: ClassVar = ("itc", "itm", "mlm", "mim", "alignment", "classes", "answers", "nlvr2")
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
-    RESIZE_RULES: ClassVar = {
-        "positions.image": lambda table, config: resize_relative_grid(table, config.grid),
-        "positions.text": lambda table, config: resize_text_distances(table, config.max_text_length),
-        "image_embedding.positions": lambda positions, config: resize_grid(positions, config.grid, "bicubic"),
-        "text_embedding.positions": lambda positions, config: cut_text_positions(positions, config.max_text_length),
-    }
+    GRID_RULE: ClassVar = "bicubic"
 
     config: VLMoConfig
 
     def __init__(self, config: VLMoConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
-        width, absolute = config.width, config.positions == "absolute"
-        self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length, absolute)
-        self.image_embedding = ImageEmbedding(
-            config.image_size, config.patch_size, width, absolute, heads.covers_patches, second=heads.nlvr2
-        )
-        self.positions = (
-            None if absolute else RelativePositions(config.layers, config.heads, config.grid, config.max_text_length)
-        )
+        width, length, absolute = config.width, config.max_text_length, config.positions == "absolute"
+        self.text_embedding = TextEmbedding(vocabulary, width, length, absolute)
+        self.image_embedding = ImageEmbedding(config, heads, absolute)
+        self.positions = None if absolute else RelativePositions(config.layers, config.heads, config.grid, length)
         self.first_fused = config.layers - config.vision_language_layers
         self.blocks = nn.ModuleList()
         for layer, rate in enumerate(config.drop_path_rates):
@@ -73,38 +63,18 @@ class VLMo(Model):
             block = MultiwayBlock(width, config.heads, config.mlp_ratio, experts, scale, rate, epsilon=epsilon)
             self.blocks.append(block)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.pooler = model_heads.pooler(width)
-        max_scale = model_heads.MAX_SCALE if heads.bounds_scales else math.inf
-        self.itc_head = model_heads.ContrastiveHead(width, max_scale, config.contrasts)
-        self.itm_head = model_heads.FloatHead(classify=nn.Linear(width, 2))  # (not matched, matched)
-        self.mlm_head = model_heads.masked_language_head(width, vocabulary)
-        self.mim_head = self.build_mim_head()
-        self.classification_head = None
-        if heads.classes:
-            self.classification_head = model_heads.FloatHead(classify=nn.Linear(width, heads.classes))
-        self.vqa_head = model_heads.pooled_head(width, 2 * width, heads.answers) if heads.answers else None
-        self.nlvr2_head = model_heads.pooled_head(2 * width, 2 * width, 2) if heads.nlvr2 else None
+        max_scale = MAX_SCALE if heads.bounds_scales else math.inf
+        self.build_heads(vocabulary, itc_head=ContrastiveHead(width, max_scale, config.contrasts))
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Return normalised features, and those of the vision-language branch where the contrast needs them.
 
         The branch leaves below the first vision-language layer and goes through that expert instead of its own.
         """
+        if packed.image is not None and packed.image_size is not None:
+            raise ValueError("VLMo reads whole square images; use ViLT for images of their own shape")
         text, visible = 0 if packed.text is None else packed.text.shape[1], packed.visible_patches
-        tokens, keeps = [], []
-        if packed.text is not None and packed.text_keep is not None:
-            tokens.append(self.text_embedding(packed.text))
-            keeps.append(packed.text_keep)
-        if packed.image is not None:
-            if packed.image_size is not None:
-                raise ValueError("VLMo reads whole square images; use ViLT for images of their own shape")
-            image = self.image_embedding(packed)
-            tokens.append(image)
-            keep = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
-            if visible is not None:
-                keep[:, 1:] = visible >= 0
-            keeps.append(keep)
-        x = torch.cat(tokens, dim=1)
+        x, keep = self.embed(packed)
         bias = None if self.positions is None else self.positions(text, packed.image is not None)
         biases = [None] * len(self.blocks) if bias is None else bias.unbind(0)
         places = None  # (B, text + 1 + K): positions in the whole sequence of the tokens that are read
@@ -112,17 +82,17 @@ class VLMo(Model):
             before = torch.arange(text + 1, device=x.device).expand(len(x), -1)
             places = torch.cat([before, visible.clamp(min=0) + text + 1], dim=1)
         # Whole images have no padding.
-        padding = None if packed.text is None and visible is None else key_padding(torch.cat(keeps, dim=1), x.dtype)
+        padding = None if packed.text is None and visible is None else key_padding(keep, x.dtype)
 
         def run(x: Tensor, layers: range, route: Route) -> Tensor:
             for layer in layers:
-                keep = None if packed.drop_path_mask is None else packed.drop_path_mask[:, layer]
+                mask = None if packed.drop_path_mask is None else packed.drop_path_mask[:, layer]
                 positions = packed.output_positions if layer == len(self.blocks) - 1 else None
                 bias = biases[layer]  # (H, L, L)
                 if bias is not None and places is not None:  # between the tokens that are read: (B, H, K, K)
                     rows = gather_bias(bias.unsqueeze(0), places)
                     bias = rows.gather(3, places[:, None, None, :].expand(*rows.shape[:3], -1))
-                x = self.blocks[layer](x, route, bias, padding, keep, positions)
+                x = self.blocks[layer](x, route, bias, padding, mask, positions)
             return x
 
         fused: Route = {"vision_language": slice(None)}
@@ -158,22 +128,10 @@ class VLMo(Model):
             parts |= {"vision_language_expert"}
         return parts if parts is None or self.config.positions == "relative" else parts - {"positions.cross"}
 
-    def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
-        if name.endswith("gamma"):
-            assert self.config.layer_scale is not None
-            nn.init.constant_(parameter, self.config.layer_scale)
-        elif name.startswith("positions."):
-            nn.init.zeros_(parameter)
-        else:
-            super().initialize_parameter(name, parameter, seed)
-
 
 def copy_expert(
     state: dict[str, Tensor], source: Literal["vision", "language"], target: Literal["language", "vision_language"]
 ) -> dict[str, Tensor]:
     """Return a copy of a state in which each `target` expert equals the `source` expert of its layer."""
-    copied = dict(state)
-    for name in state:
-        if f".experts.{target}." in name:
-            copied[name] = state[name.replace(f".experts.{target}.", f".experts.{source}.")].clone()
-    return copied
+    before, after = f".experts.{source}.", f".experts.{target}."
+    return {name: state[name.replace(after, before)].clone() if after in name else state[name] for name in state}

@@ -18,8 +18,8 @@ from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig
 from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.storage import NotFound, Storage, join
+from pipeline.models.embeddings import canvas_patches
 from pipeline.models.forward import ForwardInput, ForwardOutput, InputKind, drop_masked_patches
-from pipeline.models.vilt import canvas_patches
 from pipeline.objectives import Objective, require
 
 if TYPE_CHECKING:

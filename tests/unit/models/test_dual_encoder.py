@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.models import build_model, skeleton
-from pipeline.models.dual_encoder import DualEncoder
+from pipeline.models.towers import DualEncoder
 from pipeline.objectives import modules_for
 from tests.support.forwards import LAYERS, MODELS, ROWS, VOCABULARY, forwards, gradients, lively_model, run
 

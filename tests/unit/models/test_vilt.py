@@ -17,10 +17,11 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import ViLTConfig, ViTConfig
 from pipeline.models import build_model, skeleton
+from pipeline.models.embeddings import canvas_patches
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.model import HeadConfig
-from pipeline.models.resize import resize_grid
-from pipeline.models.vilt import ViLT, canvas_patches, resized_positions
+from pipeline.models.resize import resize_grid, resized_positions
+from pipeline.models.vilt import ViLT
 from tests.support.forwards import (
     LENGTH,
     MODELS,
