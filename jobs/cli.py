@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -15,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 from typer import Argument, Option
 
 from jobs.bench import app as bench_app
-from jobs.console import Config, JsonOption, Overrides, console, echo, local_file, print_result, status
+from jobs.console import Config, JsonOption, Overrides, Stopped, aligned, echo, local_file, notify, print_result, status
 from jobs.shards import app as shards_app
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
-from pipeline.config.redaction import configure_logging, printable, show_exception
+from pipeline.config.redaction import configure_logging, show_exception
 
 if TYPE_CHECKING:
     from jobs.caller import Caller
@@ -30,41 +30,23 @@ if TYPE_CHECKING:
 TRAIN, EVALUATE, DATA = "Train", "Evaluate and use a model", "Data"
 RESULTS, CONFIGS, CLUSTER = "Results", "Configs and planning", "Machine and cluster"
 FORMAT_HELP = "Naming scheme of the tensors: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (mome's own)."
+OWN_CONFIG_HELP = (
+    "Your own config, whose storage, MLflow and Ray addresses are used; those in the run's folder never are (default: "
+    "the environment, AWS_*, MLFLOW_TRACKING_URI and RAY_ADDRESS)."
+)
+TRACK_HELP = "Record the result in MLflow (default: only if the folder is not a copy and its run was tracked there)."
 STOP_SECONDS = 60.0  # for a job to stop
 
 Checkpoint = Annotated[str, Argument(help="Folder of a run, of a stage or of a checkpoint (path or URL).")]
 Run = Annotated[str, Argument(help="Folder of a run (path or URL).")]
-Workers = Annotated[
-    int | None, Option(min=1, help="Number of ranks on the run's Ray cluster (default: this process alone).")
-]
-OwnConfig = Annotated[
-    Path | None,
-    Option(
-        "--config",
-        parser=local_file,
-        help="Your own config, whose storage, MLflow and Ray addresses are used; those in the run's folder never are "
-        "(default: the environment, AWS_*, MLFLOW_TRACKING_URI and RAY_ADDRESS).",
-    ),
-]
-TrackingUri = Annotated[
-    str | None,
-    Option("--uri", help="URL of the MLflow server (default: MLFLOW_TRACKING_URI, or SQLite next to the run)."),
-]
-Track = Annotated[
-    bool | None,
-    Option(
-        "--track/--no-track",
-        help="Record the result in MLflow (default: only if the folder is not a copy and its run was tracked there).",
-    ),
-]
+Workers = Annotated[int | None, Option(min=1, help="Number of ranks on the run's Ray cluster (default: this process).")]
+OwnConfig = Annotated[Path | None, Option("--config", parser=local_file, help=OWN_CONFIG_HELP)]
+TrackingUri = Annotated[str | None, Option("--uri", help="MLflow server (default: MLFLOW_TRACKING_URI, or SQLite).")]
+Track = Annotated[bool | None, Option("--track/--no-track", help=TRACK_HELP)]
 Format = Annotated[str, Option(help=FORMAT_HELP)]
 StageName = Annotated[str | None, Option("--stage", help="Name of the stage (default: the last one).")]
-Address = Annotated[
-    str, Option(help="URL of the cluster's dashboard, such as http://head:8265.", envvar="RAY_API_SERVER_ADDRESS")
-]
-Token = Annotated[
-    str | None, Option(help="Reference to the cluster's token: env:NAME or file:PATH (default: Ray's own).")
-]
+Address = Annotated[str, Option(help="Cluster's dashboard: http://head:8265.", envvar="RAY_API_SERVER_ADDRESS")]
+Token = Annotated[str | None, Option(help="Reference to the cluster's token: env:NAME or file:PATH (default: Ray's).")]
 Job = Annotated[str, Argument(help="Id of the job, as printed by `mome submit` and `mome jobs list`.")]
 
 app = typer.Typer(
@@ -73,26 +55,19 @@ app = typer.Typer(
     help="Staged vision-language pretraining on a Ray cluster, from image-text tars in object storage.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="List and show the recipes of this package; print the schema.")
-jobs_app = typer.Typer(
-    no_args_is_help=True, help="List jobs submitted to a cluster, show their status and logs, stop them."
-)
+jobs_app = typer.Typer(no_args_is_help=True, help="List jobs submitted to a cluster, show status and logs, stop them.")
 
 
-def _print_version(value: bool) -> None:
-    if value:
+@app.callback(invoke_without_command=True)
+def _options(
+    show_version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show_version:
         try:
             echo(f"mome {version('mome')}")
         except PackageNotFoundError:
             echo("mome (from source, not installed)")
         raise typer.Exit
-
-
-@app.callback()
-def _options(
-    show_version: Annotated[
-        bool, Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None: ...
 
 
 def _caller(config: Path | None, uri: str | None = None) -> Caller:
@@ -111,9 +86,28 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Generate scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
-    from jobs.train import run_demo
+    from jobs.configs import configs_folder
+    from jobs.train import run_and_evaluate
+    from pipeline.config.load import load_config
+    from pipeline.config.redaction import redact
+    from pipeline.tracking.locations import tracking_uri
 
-    print_result(run_demo(overrides or [], fresh), as_json)
+    config = load_config(configs_folder() / "demo.yaml", overrides or [])
+    if fresh:
+        shutil.rmtree(config.folder, ignore_errors=True)
+    notify(f"mome demo: {len(config.stages)} stages on generated scenes, in {config.folder}", style="bold")
+    result = run_and_evaluate(config, "`mome demo --fresh` trains again")
+    retrieval, mlm = result["retrieval"], result["mlm"]
+    notify(
+        f"\nResults on {result['pairs']} held-out scenes, by contrastive scores:\n"
+        f"  image-to-text R@1 {retrieval['image_to_text']['r1']:.1%}, "
+        f"text-to-image R@1 {retrieval['text_to_image']['r1']:.1%} (chance {retrieval['chance']['r1']:.1%})\n"
+        f"  masked words predicted with their image {mlm['accuracy']:.1%}, "
+        f"with another image {mlm['accuracy_other_image']:.1%}, from the text alone {mlm['accuracy_text_only']:.1%}\n\n"
+        f"Report      {result['report']}\nCheckpoint  {result['checkpoint']}\n"
+        f"MLflow      mlflow ui --backend-store-uri {redact(tracking_uri(config))}"
+    )
+    print_result(result, as_json)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -121,7 +115,7 @@ def train(
     config: Config,
     overrides: Overrides = None,
     preflight: Annotated[
-        bool, Option("--preflight", help="Check one full step of each stage on every rank, storage and MLflow; exit.")
+        bool, Option("--preflight", help="Check one step per stage, all ranks, storage and MLflow.")
     ] = False,
     profile: Annotated[str | None, Option(help="Global steps A:B (B excluded) to record a profiler trace of.")] = None,
     as_json: JsonOption = False,
@@ -149,16 +143,13 @@ def submit(
     address: Address = "",
     token: Token = None,
     follow: Annotated[bool, Option(help="Stream the job's output until it ends.")] = True,
-    submission_id: Annotated[
-        str | None, Option(help="Id of the job; a known id is not submitted again (default: derived from the config).")
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run CONFIG as a Ray job: `mome train` on the cluster's head, with this checkout's code."""
     from jobs.submit import submit as submit_job
     from pipeline.config.load import load_config
 
-    print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id, token), as_json)
+    print_result(submit_job(load_config(config, overrides or []), address, follow, token), as_json)
 
 
 # ---- evaluate and use a model
@@ -167,35 +158,21 @@ def submit(
 @app.command(rich_help_panel=EVALUATE)
 def evaluate(
     checkpoint: Checkpoint,
-    source: Annotated[
-        str | None, Option(help="Source of the run's config, or URL of shards (default: evaluation.source).")
-    ] = None,
+    source: Annotated[str | None, Option(help="Source of the run, or URL (default: evaluation.source).")] = None,
     limit: Annotated[int | None, Option(min=1, help="Maximum number of images, for a partial evaluation.")] = None,
     report: Annotated[
-        Path | None,
-        Option(parser=local_file, help="Path of the HTML report (default: report-NAME.html next to the weights)."),
+        Path | None, Option(parser=local_file, help="HTML report (default: report-NAME.html next to the weights).")
     ] = None,
     track: Track = None,
-    name: Annotated[
-        str | None, Option("--as", metavar="NAME", help="Name of the evaluation (default: the source's name).")
-    ] = None,
+    name: Annotated[str | None, Option("--as", metavar="NAME", help="Name (default: that of the source).")] = None,
     workers: Workers = None,
-    rerank: Annotated[
-        int | None,
-        Option(min=0, help="Candidates per query that the fusion encoder re-ranks (default: evaluation.rerank)."),
-    ] = None,
-    against: Annotated[
-        str | None, Option(help="Folder of another evaluated run, whose figures the report compares.")
-    ] = None,
+    rerank: Annotated[int | None, Option(min=0, help="Candidates to re-rank (default: evaluation.rerank).")] = None,
+    against: Annotated[str | None, Option(help="Folder of another evaluated run, to compare in the report.")] = None,
     source_type: Annotated[
         str | None,
-        Option(
-            "--type", help="Type of a URL's source: pairs, labelled, questions or statements (default: the stage's)."
-        ),
+        Option("--type", help="Type of a URL: pairs, labelled, questions, statements (default: the stage's)."),
     ] = None,
-    probe: Annotated[
-        str | None, Option(help="Labelled source to train a linear classifier on; --source measures it.")
-    ] = None,
+    probe: Annotated[str | None, Option(help="Labelled source to train a linear classifier on.")] = None,
     config: OwnConfig = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -227,9 +204,7 @@ def evaluate(
 def predict(
     checkpoint: Checkpoint,
     image: Annotated[str | None, Option(help="Path or URL of an image.")] = None,
-    second_image: Annotated[
-        str | None, Option(help="Path or URL of the second image, for a statement about two images.")
-    ] = None,
+    second_image: Annotated[str | None, Option(help="Path or URL of the second image of a statement.")] = None,
     text: Annotated[str | None, Option(help="A question, a statement, a caption, or a text with [MASK].")] = None,
     top: Annotated[int, Option(help="Maximum number of answers, classes or words to print.", min=1)] = 5,
     config: OwnConfig = None,
@@ -278,24 +253,15 @@ def import_(
     format: Format,
     out: Annotated[str, Option(help="New folder (path or URL), for `start_from` and `mome evaluate`.")],
     overrides: Annotated[
-        list[str] | None,
-        Argument(
-            help="Model sizes that cannot be inferred from the tensors: heads=16 image_size=384", metavar="KEY=VALUE"
-        ),
+        list[str] | None, Argument(help="Sizes that no tensor tells: heads=16 image_size=384", metavar="KEY=VALUE")
     ] = None,
-    model: Annotated[
-        Path | None, Option(parser=local_file, help="Config whose model section describes the weights.")
-    ] = None,
-    vocabulary: Annotated[
-        str | None, Option(help="Vocabulary file of the weights, one token per line (path or URL).")
-    ] = None,
+    model: Annotated[Path | None, Option(parser=local_file, help="Config of the model.")] = None,
+    vocabulary: Annotated[str | None, Option(help="Vocabulary file, one token per line (path or URL).")] = None,
     may_differ: Annotated[
         list[str] | None,
-        Option(help="Name or pattern of tensors that may be missing, unexpected or of another shape; may be repeated."),
+        Option(help="Pattern of tensors that may be missing or differ; repeatable."),
     ] = None,
-    answers: Annotated[
-        str | None, Option(help="Answers of a VQA head: a JSON list, or one answer per line (path or URL).")
-    ] = None,
+    answers: Annotated[str | None, Option(help="VQA answers: a JSON list, or one per line (path or URL).")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Convert published weights to weights that a stage can start from. Only tensors are loaded, never code."""
@@ -346,9 +312,7 @@ def fingerprint(
     stage: StageName = None,
     steps: Annotated[str, Option(help="Steps A:B of the stage (B excluded).")] = "0:10",
     world_size: Annotated[int, Option(help="Number of ranks that read the batches.", min=1)] = 1,
-    workers: Annotated[
-        int, Option(help="Number of loader processes per rank; 0 loads in the rank's threads.", min=0)
-    ] = 0,
+    workers: Annotated[int, Option(help="Loader processes per rank; 0 loads in the rank's threads.", min=0)] = 0,
     threads: Annotated[int, Option(help="Number of loader threads per process.", min=1)] = 2,
     as_json: JsonOption = False,
 ) -> None:
@@ -363,12 +327,8 @@ def fingerprint(
 @app.command(rich_help_panel=RESULTS)
 def report(
     run: Run,
-    out: Annotated[
-        Path | None, Option(parser=local_file, help="Path of the HTML page (default: in the run's folder).")
-    ] = None,
-    price: Annotated[
-        float | None, Option(min=0, help="Price per rank-hour (default: cluster.price of the run).")
-    ] = None,
+    out: Annotated[Path | None, Option(parser=local_file, help="HTML page (default: RUN/run_report.html).")] = None,
+    price: Annotated[float | None, Option(min=0, help="Price per rank-hour (default: cluster.price).")] = None,
     against: Annotated[list[str] | None, Option(help="Folder of another run to compare with; may be repeated.")] = None,
     track: Track = None,
     config: OwnConfig = None,
@@ -416,9 +376,12 @@ def list_configs(as_json: JsonOption = False) -> None:
 @config_app.command("show")
 def show_config(name: Annotated[str, Argument(help="Name of a recipe: demo or finetune/vilt_b32_vqa.")]) -> None:
     """Print a recipe, for example to start your own config from it."""
-    from jobs.configs import read_recipe
+    from jobs.configs import configs_folder, list_recipes
 
-    echo(read_recipe(name), newline=False)
+    recipes, name = list_recipes(), name.removeprefix("configs/").removesuffix(".yaml")
+    if name not in recipes:
+        raise ConfigError(f"no recipe {name!r}; expected one of {', '.join(recipes)}")
+    echo((configs_folder() / f"{name}.yaml").read_text(encoding="utf-8"), newline=False)
 
 
 @config_app.command("schema")
@@ -436,40 +399,26 @@ app.add_typer(config_app, name="config", rich_help_panel=CONFIGS)
 def plan(
     config: Config,
     overrides: Overrides = None,
-    accelerator: Annotated[
-        str, Option(help="GPU model: h100, h200, b200, a100-80, a100-40, l40s or another of pipeline.planning.")
-    ] = "h100",
-    network: Annotated[
-        str, Option(help="Network between nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100 or ethernet-25.")
-    ] = "ib-400",
+    accelerator: Annotated[str, Option(help="GPU: h100, h200, b200, a100-80, a100-40, l40s …")] = "h100",
+    network: Annotated[str, Option(help="Of nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, -25.")] = "ib-400",
     gpus: Annotated[int | None, Option(min=1, help="Number of GPUs (default: cluster.workers).")] = None,
     price: Annotated[float | None, Option(min=0, help="Price per GPU-hour (default: cluster.price).")] = None,
     mfu: Annotated[float, Option(min=0.01, max=1, help="Model FLOPs utilization, as a fraction.")] = 0.35,
-    overlap: Annotated[
-        float, Option(min=0, max=1, help="Fraction of the arithmetic that communication overlaps with.")
-    ] = 0.0,
-    goodput: Annotated[
-        float, Option(min=0.01, max=1, help="Fraction of the wall-clock time spent on training.")
-    ] = 0.97,
-    cpu_milliseconds: Annotated[
-        float, Option(min=0, help="CPU time to prepare an image, in ms of one core; see `mome bench loader`.")
-    ] = 2.7,
-    sample_bytes: Annotated[
-        float, Option(min=0, help="Stored size of a sample in bytes, for sources without a local manifest.")
-    ] = 1.1e5,
+    overlap: Annotated[float, Option(min=0, max=1, help="Fraction of the arithmetic that hides communication.")] = 0.0,
+    goodput: Annotated[float, Option(min=0.01, max=1, help="Fraction of the wall-clock time spent training.")] = 0.97,
+    cpu_milliseconds: Annotated[float, Option(min=0, help="CPU time to prepare an image, in ms of one core.")] = 2.7,
+    sample_bytes: Annotated[float, Option(min=0, help="Bytes of a sample, without a local manifest.")] = 1.1e5,
     store_bandwidth: Annotated[float, Option(min=1, help="Write bandwidth of the checkpoint store, in bytes/s.")] = 1e9,
-    text_tokens: Annotated[
-        int | None, Option(min=4, help="Tokens per text (default: the maximum that the stage allows).")
-    ] = None,
-    scaling: Annotated[
-        Path | None, Option(parser=local_file, help="Also plan 1 to 1,024 GPUs: print a table and write this SVG file.")
-    ] = None,
+    text_tokens: Annotated[int | None, Option(min=4, help="Tokens per text (default: the stage's maximum).")] = None,
+    scaling: Annotated[Path | None, Option(parser=local_file, help="Also plan 1 to 1,024 GPUs, in this SVG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate memory by ZeRO stage, time, communication, storage and cost of CONFIG. Needs no cluster and no data."""
     from jobs.plan import plan_command
+    from pipeline.config.load import load_config
     from pipeline.planning.estimate import Assumptions
 
+    settings = load_config(config, overrides or [])
     assumptions = Assumptions(
         mfu=mfu,
         overlap=overlap,
@@ -477,20 +426,24 @@ def plan(
         sample_bytes=sample_bytes,
         checkpoint_bandwidth=store_bandwidth,
         goodput=goodput,
+        price=settings.cluster.price if price is None else price,
     )
-    result, text = plan_command(
-        config, overrides or [], accelerator, network, gpus, price, assumptions, text_tokens, scaling
-    )
+    result, text = plan_command(settings, accelerator, network, gpus, assumptions, text_tokens, scaling)
     print_result(result, as_json, text)
 
 
 @app.command(rich_help_panel=CONFIGS)
 def objectives(as_json: JsonOption = False) -> None:
     """List the objectives that each kind of model learns, and the source types it learns them from."""
-    from jobs.configs import objectives_table
+    from jobs.configs import source_types
+    from pipeline.config.schema import MODEL_SECTIONS, objective_names
 
-    table, text = objectives_table()
-    print_result({"objectives": table}, as_json, text)
+    table, lines = {}, [["objective", *MODEL_SECTIONS]]
+    for objective in objective_names():
+        types = {kind: source_types(kind)[objective] for kind in MODEL_SECTIONS}
+        table[objective] = {kind: names for kind, names in types.items() if names}
+        lines.append([objective, *(", ".join(names) or "·" for names in types.values())])
+    print_result({"objectives": table}, as_json, aligned(lines))
 
 
 # ---- machine and cluster
@@ -499,27 +452,26 @@ def objectives(as_json: JsonOption = False) -> None:
 @app.command(rich_help_panel=CLUSTER)
 def doctor(
     overrides: Overrides = None,
-    config: Annotated[
-        Path | None,
-        Option(parser=local_file, help="Config of a run whose storage, sources and servers are checked too."),
-    ] = None,
+    config: Annotated[Path | None, Option(parser=local_file, help="Config of a run to check.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine and the services a run needs, with a remedy for each failure. Exit status 1 on a failure."""
-    from jobs.doctor import as_text, run_checks
+    from jobs.doctor import run_checks
     from pipeline.config.load import load_config
 
     if overrides and config is None:
         raise ConfigError("KEY=VALUE changes a config; give one with --config")
     settings = load_config(config, overrides or []) if config else None
-    results = []
+    results, lines = [], []
     with status("checking") as update:
         for result in run_checks(settings):
             results.append(result)
             update(f"checked: {result.name}")
+            lines.append([result.status, result.name, result.detail])
+            lines += [["", "", f"→ {result.remedy}"]] * bool(result.remedy)
     is_healthy = not any(result.status == "failed" for result in results)
     checks = {"passed": is_healthy, "checks": [vars(result) for result in results]}
-    print_result(checks, as_json, as_text(results))
+    print_result(checks, as_json, aligned(lines))
     if not is_healthy:
         raise typer.Exit(1)
 
@@ -531,20 +483,20 @@ app.add_typer(jobs_app, name="jobs", rich_help_panel=CLUSTER)
 @jobs_app.command("list")
 def list_jobs(address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
     """List all jobs of the cluster, newest first."""
-    from jobs.dashboard import describe_job, open_dashboard
+    from jobs.submit import describe_job, open_dashboard
 
     jobs = open_dashboard(address, token).list_jobs()
     jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
     rows = [describe_job(job) for job in jobs if job.submission_id]
-    lines = [f"{row['job']:<40}  {row['status']:<9}  {row['started'] or '-':<20}  {row['run'] or '-'}" for row in rows]
+    lines = [[row[key] or "-" for key in ("job", "status", "started", "run")] for row in rows]
     if as_json or lines:
-        print_result({"jobs": rows}, as_json, "\n".join(lines))
+        print_result({"jobs": rows}, as_json, aligned(lines))
 
 
 @jobs_app.command("status")
 def job_status(job: Job, address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
     """Show the status of a job, and the progress of its run if the run's folder is readable from here."""
-    from jobs.dashboard import open_job
+    from jobs.submit import open_job
 
     _, info = open_job(job, address, token)
     if folder := info["checkpoint"]:
@@ -568,7 +520,7 @@ def logs(
     as_json: JsonOption = False,
 ) -> None:
     """Print the output of a job."""
-    from jobs.dashboard import open_job, stream_logs
+    from jobs.submit import open_job, stream_logs
 
     client, _ = open_job(job, address, token)
     if follow:
@@ -582,7 +534,7 @@ def logs(
 @jobs_app.command()
 def stop(job: Job, address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
     """Stop a job. Its run keeps its last checkpoint and resumes from it when submitted again."""
-    from jobs.dashboard import open_job
+    from jobs.submit import open_job
 
     client, _ = open_job(job, address, token)
     client.stop_job(job)
@@ -603,16 +555,15 @@ def main() -> None:
     try:
         app()
     except MomeError as error:
-        console.print(Text.assemble(("error: ", "red"), printable(str(error))))
+        notify(f"error: {error}", "red")
         sys.exit(error.exit_status)
-    except BaseException as error:
-        interrupts = sys.modules.get("jobs.interrupts")
-        if interrupts is None or not isinstance(error, interrupts.Stopped):
-            sys.excepthook = show_exception  # typer has installed its own
-            raise
+    except Stopped as stopped:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(error.exit_status)  # without waiting for threads that talk to a store or a cluster
+        os._exit(stopped.args[0])  # without waiting for threads that talk to a store or a cluster
+    except BaseException:
+        sys.excepthook = show_exception  # typer has installed its own
+        raise
 
 
 if __name__ == "__main__":

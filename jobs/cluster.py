@@ -11,12 +11,11 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.dashboard import token_file
 from pipeline.config.background import in_background
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import validate, with_absolute_paths
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TOKEN_FILE = "~/.ray/auth_token"
 CONNECT_SECONDS = 5.0
 HEAD_SECONDS = 15.0  # limit for a head to answer a health check
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
@@ -56,48 +56,51 @@ def connect(cluster: ClusterConfig) -> None:
     without_ray = "torchrun --nproc-per-node N -m pipeline.training CONFIG"
     try:
         import ray
+        import ray._private.utils as ray_utils
     except ImportError as error:
-        raise ConfigError(
-            f"Ray is not installed here: pip install 'mome[ray]', or train without it: {without_ray}"
-        ) from error
-
+        message = f"Ray is not installed here: pip install 'mome[ray]', or train without it: {without_ray}"
+        raise ConfigError(message) from error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Train reads these in the driver and passes them to its controller and ranks.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HEALTH_SECONDS))
     if ray.is_initialized():
         return
+    address, origin = address_of(cluster) or (None, "")
+    if address is None:
+        keep_token_private()
+    # Ray would replace this process's handlers for good, by ones that end it with status 15 or print a C++ stack.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    set_handler, ray_utils.set_sigterm_handler = ray_utils.set_sigterm_handler, lambda _: None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if (known := address_of(cluster)) is not None:
-        address, origin = known
-        try:
-            with _own_signal_handlers():
-                if address != "auto":
-                    _find_head(address)
-                ray.init(address=address, **quiet)
-        except Exception as error:  # Ray raises exceptions of many types
+    try:
+        if address is not None:
+            if address != "auto":
+                _find_head(address)
+            ray.init(address=address, **quiet)
+        else:
+            num_cpus = int(cluster.workers * (cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus))
+            ray.init("local", num_cpus=max(os.cpu_count() or 1, num_cpus + 1), include_dashboard=False, **quiet)
+    except Exception as error:  # Ray raises exceptions of many types, a bare Exception among them
+        if address is not None:
             raise RunFailed(
                 f"{origin} {address}: no Ray cluster answers ({root_cause(error)}). Start one (ray start --head), "
                 "correct the address (host:6379), or leave it out to run on this machine."
             ) from error
-        return
-    num_cpus = int(cluster.workers * (cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus)) + 1
-    keep_token_private()
-    try:
-        with _own_signal_handlers():
-            ray.init("local", num_cpus=max(os.cpu_count() or 1, num_cpus), include_dashboard=False, **quiet)
-    except Exception as error:  # a bare Exception among them
         ray.shutdown()
         remedy = (
-            "If the machine is busy, try again; `mome doctor` checks its disk, memory and limits; "
+            f"The folder of temporary files, {tempfile.gettempdir()}, has a path too long for sockets: set TMPDIR or "
+            "RAY_TMPDIR to a short one, such as /tmp"
+            if "AF_UNIX" in str(error)
+            else "If the machine is busy, try again; `mome doctor` checks its disk, memory and limits; "
             f"`{without_ray}` needs no Ray"
         )
-        if "AF_UNIX" in str(error):
-            remedy = (
-                f"The folder of temporary files, {tempfile.gettempdir()}, has a path too long for sockets: set TMPDIR "
-                "or RAY_TMPDIR to a short one, such as /tmp"
-            )
         raise RunFailed(f"Ray did not start on this machine ({root_cause(error)}). {remedy}.") from error
+    finally:
+        ray_utils.set_sigterm_handler = set_handler
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def address_of(cluster: ClusterConfig) -> tuple[str, str] | None:
@@ -108,29 +111,10 @@ def address_of(cluster: ClusterConfig) -> tuple[str, str] | None:
     return None if named in (None, "local") else (named, "cluster.address")
 
 
-@contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Keep this process's handlers of SIGTERM and SIGINT, which Ray would replace for good.
-
-    Ray's handlers end the process with status 15, or print a C++ stack.
-    """
-    import ray._private.utils as ray_utils
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    set_handler, ray_utils.set_sigterm_handler = ray_utils.set_sigterm_handler, lambda _: None
-    try:
-        yield
-    finally:
-        ray_utils.set_sigterm_handler = set_handler
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in previous.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-
 def _find_head(address: str) -> None:
     """Check within seconds that a Ray head answers at host:port; Ray itself would wait for minutes.
 
-    Raises OSError or ValueError with what was found instead.
+    Raises OSError or ValueError with what answers instead.
     """
     import grpc
 
@@ -139,8 +123,8 @@ def _find_head(address: str) -> None:
     match = HOST_AND_PORT.fullmatch(address)
     if match is None or int(match[3]) > 65535:
         raise ValueError("expected host:port, with an IPv6 host as in [::1]:6379")
-    host, port = match[1] or match[2], int(match[3])
-    socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    port = int(match[3])
+    socket.create_connection((match[1] or match[2], port), timeout=CONNECT_SECONDS).close()
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
@@ -152,6 +136,14 @@ def _find_head(address: str) -> None:
                 raise OSError(f"the process at port {port} is no Ray head{hint}") from error
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                 raise OSError(f"port {port} belongs to another service{hint}") from error
+
+
+def token_file() -> Path | None:
+    """Return where Ray keeps this user's token; None for a user without a home."""
+    try:
+        return Path(TOKEN_FILE).expanduser()
+    except RuntimeError:
+        return None
 
 
 def keep_token_private() -> None:
@@ -180,10 +172,15 @@ def keep_token_private() -> None:
 # ---- running ranks
 
 
-def for_ranks(config: RunConfig) -> RunConfig:
-    """Return the config with absolute local paths and MLflow file, for ranks in any working folder."""
+def for_ranks(config: RunConfig, **cluster: object) -> RunConfig:
+    """Return the config with absolute local paths and MLflow file, for ranks in any working folder.
+
+    `cluster` holds changed keys of that section. Raises ConfigError if the config does not allow them.
+    """
     values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
     values["tracking"] = {**values.get("tracking", {}), "uri": absolute_uri(configured_uri(config))}
+    if cluster:
+        values["cluster"] = {**values.get("cluster", {}), **cluster}
     return validate(values, config.name)
 
 
@@ -203,7 +200,6 @@ def run_on_ranks(
     Ray Train's RunConfig. Raises Ray Train's error when it gives up, and RunFailed if the ranks can never be placed.
     """
     import ray
-    import ray.train
     import ray.train.torch
     from ray._private.state import state
 
@@ -218,50 +214,37 @@ def run_on_ranks(
     minimum, maximum = cluster.min_workers or cluster.workers, cluster.workers
     if minimum < maximum and state.get_draining_nodes():
         maximum = min(maximum, max(minimum, available_ranks(cluster, occupied=False)))
-    trainer = train.torch.TorchTrainer(
-        function,
-        train_loop_config={"config": config.model_dump_json(), **(arguments or {})},
-        torch_config=train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        scaling_config=train.ScalingConfig(
-            num_workers=maximum if minimum == cluster.workers else (minimum, maximum),
-            use_gpu=bool(cluster.gpus_per_worker),
-            resources_per_worker=rank_resources(cluster),
-            placement_strategy=cluster.placement.upper(),
-            # Ray's own growth restarts from the last checkpoint at any moment; ours saves first (jobs.distributed).
-            elastic_resize_monitor_interval_s=DISABLED_SECONDS,
-        ),
-        run_config=train.RunConfig(
-            # Ray Train would resume a known name; our own checkpoints determine where a run resumes.
-            name=f"{name}-{secrets.token_hex(4)}",
-            storage_path=private_folder("mome-ray-train"),
-            callbacks=[*callbacks, placement.callback],
-            **run,
-        ),
-    )
-    result = in_background(trainer.fit, "Ray Train")  # this thread checks the ranks and handles signals
-    try:
-        while not wait([result], CHECK_SECONDS).done:
-            placement.check()
-            check()
-    except BaseException:
-        ray.shutdown()
-        wait([result], CHECK_SECONDS)
-        raise
-    return result.result().return_value
-
-
-def private_folder(name: str) -> str:
-    """Return a temporary folder for this user only: `name` with the user id, or a new one if that is taken."""
-    folder = os.path.join(tempfile.gettempdir(), f"{name}-{os.getuid()}")
-    try:
-        os.mkdir(folder, 0o700)
-    except FileExistsError:
-        status = os.lstat(folder)
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            return tempfile.mkdtemp(prefix=f"{name}-")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            os.chmod(folder, 0o700)
-    return folder
+    with tempfile.TemporaryDirectory(prefix="mome-ray-train-", ignore_cleanup_errors=True) as folder:
+        trainer = train.torch.TorchTrainer(
+            function,
+            train_loop_config={"config": config.model_dump_json(), **(arguments or {})},
+            torch_config=train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+            scaling_config=train.ScalingConfig(
+                num_workers=maximum if minimum == cluster.workers else (minimum, maximum),
+                use_gpu=bool(cluster.gpus_per_worker),
+                resources_per_worker=rank_resources(cluster),
+                placement_strategy=cluster.placement.upper(),
+                # Ray's own growth restarts from the last checkpoint at any moment; ours (jobs.distributed) saves first.
+                elastic_resize_monitor_interval_s=DISABLED_SECONDS,
+            ),
+            run_config=train.RunConfig(
+                # Ray Train would resume a known name; our own checkpoints determine where a run resumes.
+                name=f"{name}-{secrets.token_hex(4)}",
+                storage_path=folder,
+                callbacks=[*callbacks, placement.callback],
+                **run,
+            ),
+        )
+        result = in_background(trainer.fit, "Ray Train")  # this thread checks the ranks and handles signals
+        try:
+            while not wait([result], CHECK_SECONDS).done:
+                placement.check()
+                check()
+        except BaseException:
+            ray.shutdown()
+            wait([result], CHECK_SECONDS)
+            raise
+        return result.result().return_value
 
 
 def root_cause(error: BaseException) -> str:
@@ -322,52 +305,45 @@ def requested_resources(cluster: ClusterConfig, ranks: int) -> dict[str, float]:
     return total
 
 
-def total_resources(nodes: Sequence[Resources]) -> dict[str, float]:
-    """Return what all nodes have in total."""
-    return {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in {kind for node in nodes for kind in node}}
-
-
 def missing_resources(cluster: ClusterConfig, nodes: Sequence[Resources]) -> str | None:
     """Return a message on the first resource that empty nodes lack for the minimum number of ranks; None if they fit.
 
     The message states what is requested, what exists, and which keys change it.
     """
-    ranks, existing = cluster.min_workers or cluster.workers, total_resources(nodes)
+    ranks, loader = cluster.min_workers or cluster.workers, cluster.loader_resource
     fewer = "cluster.min_workers" if cluster.min_workers else "cluster.workers"
     for kind, number in requested_resources(cluster, ranks).items():
-        if number <= existing.get(kind, 0.0):
+        existing = sum(node.get(kind, 0.0) for node in nodes)
+        if number <= existing:
             continue
-        needs = f"{ranks} {'rank needs' if ranks == 1 else 'ranks need'} {number:g}"
-        has = f"this cluster has {existing.get(kind, 0.0):g}"
-        if kind == cluster.loader_resource:
+        needs, has = f"{ranks} {'rank needs' if ranks == 1 else 'ranks need'}", f"this cluster has {existing:g}"
+        if kind == loader:
             return (
-                f"{needs} of '{kind}', which cluster.loader_resource names; {has}. Start nodes that offer it "
-                f"(ray start --resources='{{\"{kind}\": 1}}'), or leave cluster.loader_resource out"
+                f"{needs} {number:g} of '{kind}', which cluster.loader_resource names; {has}. Start nodes that offer "
+                f"it (ray start --resources='{{\"{kind}\": 1}}'), or leave cluster.loader_resource out"
             )
+        loaders = ", cluster.loader_actors" if cluster.loader_actors else ""
+        remedy = f"{KEYS[kind]}{loaders} or {fewer} lower"
         if kind == "GPU":
-            remedy = f"Set cluster.gpus_per_worker=0 to train on CPU, set {fewer} lower"
-        else:
-            loaders = ", cluster.loader_actors" if cluster.loader_actors else ""
-            remedy = f"Set {KEYS[kind]}{loaders} or {fewer} lower"
-        return f"{needs} {plural(kind, number)}; {has}. {remedy}, or use a larger cluster"
+            remedy = f"cluster.gpus_per_worker=0 to train on CPU, set {fewer} lower"
+        return f"{needs} {quantity(number, kind)}; {has}. Set {remedy}, or use a larger cluster"
     per_rank = rank_resources(cluster)
     room = sum(ranks_on_node(node, per_rank) for node in nodes)
     if room < ranks:
-        needs = " and ".join(f"{amount:g} {plural(kind, amount)}" for kind, amount in per_rank.items())
+        needs = " and ".join(quantity(amount, kind) for kind, amount in per_rank.items())
         largest = ", ".join(f"{max(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in per_rank)
         return (
             f"each of {ranks} ranks needs {needs} on one node; there is room for {room} (most on a node: {largest}). "
             f"Set {' or '.join(KEYS[kind] for kind in per_rank)} or cluster.workers lower, or use larger nodes"
         )
     # Loader actors are placed one by one, on any node with a free CPU and the named resource.
-    actors, name = ranks * cluster.loader_actors, cluster.loader_resource
-    if actors and name is not None:
-        cpus = sum(node.get("CPU", 0.0) for node in nodes if node.get(name, 0.0) >= LOADER_AMOUNT)
-        if cpus < actors * cluster.loader_cpus:
-            return (
-                f"{actors} loader actors need {actors * cluster.loader_cpus:g} CPUs on nodes that offer '{name}'; "
-                f"those have {cpus:g}. Set cluster.loader_actors or cluster.loader_cpus lower, or add such nodes"
-            )
+    actors = ranks * cluster.loader_actors if loader is not None else 0
+    cpus = sum(node.get("CPU", 0.0) for node in nodes if node.get(loader or "", 0.0) >= LOADER_AMOUNT)
+    if cpus < actors * cluster.loader_cpus:
+        return (
+            f"{actors} loader actors need {actors * cluster.loader_cpus:g} CPUs on nodes that offer '{loader}'; those "
+            f"have {cpus:g}. Set cluster.loader_actors or cluster.loader_cpus lower, or add such nodes"
+        )
     return None
 
 
@@ -381,6 +357,6 @@ def ranks_on_node(node: Resources, per_rank: Resources) -> int:
     return min(room)
 
 
-def plural(kind: str, number: float) -> str:
-    """Return "CPU" or "CPUs", "GPU" or "GPUs"; other resources have no plural."""
-    return kind if number == 1 or kind not in KEYS else f"{kind}s"
+def quantity(number: float, kind: str) -> str:
+    """Return "1 CPU" or "2 CPUs"; resources other than CPU and GPU have no plural."""
+    return f"{number:g} {kind}{'s' if number != 1 and kind in KEYS else ''}"

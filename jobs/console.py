@@ -1,4 +1,4 @@
-"""Options that commands share, and terminal output: results on standard output, the rest on standard error.
+"""Options that commands share, terminal output (results on standard output, the rest on standard error), output files.
 
 Imports neither torch nor the training package, so that `mome --help` starts quickly.
 """
@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from pipeline.config.background import PeriodicThread
+from pipeline.config.durable import atomic_write
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.redaction import printable
 from pipeline.config.urls import parse
@@ -26,14 +28,26 @@ from pipeline.pages.formatting import duration
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from pipeline.data.storage import Storage
     from pipeline.training.callbacks import Progress
 
 log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # between progress lines where standard error is not a terminal
+HEAD = 8192  # bytes of a page or image that contain its signature (`pipeline.pages.page.signature`)
+SIGNATURE = re.compile(rb"mome [0-9a-f]{32}")
+REMEDY = "give another name, or delete it"
+FINDING = {"shard", "key", "stage", "reason"}  # keys of each line of a list of bad samples
 
 # Text from data is never interpreted as markup, and files receive whole lines.
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+class Stopped(BaseException):
+    """A signal ended the command; the argument is the exit status.
+
+    Not an Exception, so that no handler on the way out mistakes it for a fault.
+    """
 
 
 # ---- arguments and options that several commands share
@@ -58,7 +72,7 @@ Overrides = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
-# ---- output
+# ---- terminal
 
 
 def notify(message: str, style: str = "") -> None:
@@ -137,16 +151,15 @@ def print_result(result: dict[str, Any] | None, as_json: bool, text: str | None 
     if result is None:  # under torchrun, rank 0 prints
         return
     if text is None:
-        lines, pending = {}, list(result.items())
+        lines, pending = [], list(result.items())
         while pending:
             key, value = pending.pop(0)
             if isinstance(value, dict):
                 pending = [(f"{key}.{name}", inner) for name, inner in value.items()] + pending
             elif value is not None:
                 items = value if isinstance(value, list) else [value]
-                lines[key] = ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in items)
-        width = max(map(len, lines), default=0)
-        text = "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+                lines.append([key, ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in items)])
+        text = aligned(lines)
     echo(json.dumps(result) if as_json else text)
 
 
@@ -156,3 +169,55 @@ def aligned(lines: list[list[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+# ---- output files named on the command line, which never overwrite an unrelated file
+
+
+def write_output(storage: Storage, url: str, data: bytes, option: str) -> None:
+    """Write a page or image of ours to `url`, which `option` named; it may replace an older version of itself.
+
+    Raises ConfigError if another file is there: one that `mome` did not write, or that shows something else.
+    """
+    check_output(storage, url, option, data)
+    storage.write(url, data)
+
+
+def check_output(storage: Storage, url: str, option: str, data: bytes | None = None) -> None:
+    """Raise ConfigError if `write_output` would; without `data`, check what is known before they are computed."""
+    if not storage.exists(url):
+        return
+    stored = SIGNATURE.search(storage.read(url)[:HEAD])
+    own = stored if data is None else SIGNATURE.search(data[:HEAD])
+    if own is None or stored is None or own[0] != stored[0]:
+        kind = "a file that mome did not write" if stored is None else "a page or image of something else"
+        raise ConfigError(f"{option} {url}: would overwrite {kind}; {REMEDY}")
+
+
+@contextmanager
+def list_of_findings(path: Path, option: str) -> Iterator[BinaryIO]:
+    """Yield the file for a list of bad samples, one JSON object per line; it is complete only if the block succeeds.
+
+    It replaces an earlier list. Raises ConfigError before the block if another file is there.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; give the name of a file")
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+        with path.open("wb") as device:
+            yield device
+        return
+    if path.exists():
+        with path.open("rb") as earlier:
+            line = earlier.readline(2**20)
+        try:
+            is_own = not line or json.loads(line).keys() >= FINDING
+        except (ValueError, AttributeError, RecursionError):
+            is_own = False
+        if not is_own:
+            raise ConfigError(f"{option} {path}: would overwrite a file that mome did not write; {REMEDY}")
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(atomic_write(path))
+        except OSError as error:
+            raise ConfigError(f"{option} {path}: cannot be written ({error}); give another name") from error
+        yield file

@@ -9,7 +9,6 @@ the restart every rank sees it and returns, and the driver raises it. Other work
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -26,7 +25,6 @@ from jobs.cluster import available_ranks, connect, for_ranks, root_cause, run_on
 from jobs.mailbox import STOP, Mailbox, forwarded_warnings
 from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
-from pipeline.config.load import validate
 from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.loading.backends import local_backend
@@ -47,8 +45,6 @@ PROGRESS_SECONDS = 1.0
 PROGRESS_CLOSE_SECONDS = 5.0  # for the last progress file to be written
 PREEMPTED, GROWN, STOPPED = "preempted", "grown", "stopped"
 CHECK_SECONDS = 1.0
-
-Result = dict[str, Any]
 
 
 # ---- training on a rank
@@ -79,7 +75,7 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
             log.warning("%s", error)
             return signal.reason or PREEMPTED
         except Exception as error:
-            failure: Result | None = None  # of an error that a restart would only repeat
+            failure: dict[str, Any] | None = None  # of an error that a restart would only repeat
             if is_out_of_memory(error):
                 remedy = "Set engine.micro_batch_size lower, or engine.zero_stage higher."
                 failure = {"message": f"out of memory: {redact(str(error))}. {remedy}", "exit_status": 1}
@@ -89,12 +85,12 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
                 storage.write(join(config.folder, FAILURE_FILE), json.dumps(failure).encode())
             raise
         finally:
-            progress.close()
-            signal.close()
+            progress.writer.close(PROGRESS_CLOSE_SECONDS)
+            signal.thread.stop(timeout=0.0)
     return None
 
 
-def error_from_json(values: Result) -> RunFailed:
+def error_from_json(values: dict[str, Any]) -> RunFailed:
     """Return the error that a rank reported, to be raised by the driver."""
     error = RunFailed(values["message"])
     error.exit_status = values["exit_status"]
@@ -105,18 +101,14 @@ class ProgressFile:
     """Progress report of rank 0: a small file in the run's folder, written in the background at most once a second."""
 
     def __init__(self, config: RunConfig, storage: Storage):
-        self._url = join(config.folder, PROGRESS_FILE)
-        self._writer = BackgroundWriter(storage, DEADLINE_SECONDS, logging.DEBUG)
-        self._last = 0.0
+        self.writer = BackgroundWriter(storage, DEADLINE_SECONDS, logging.DEBUG)
+        self._url, self._last = join(config.folder, PROGRESS_FILE), 0.0
 
     def __call__(self, progress: Progress) -> None:
         last_of_stage = progress.stage_step == progress.stage_steps
         if last_of_stage or time.monotonic() - self._last >= PROGRESS_SECONDS:
             self._last = time.monotonic()
-            self._writer.write(self._url, json.dumps(asdict(progress)).encode())
-
-    def close(self) -> None:
-        self._writer.close(PROGRESS_CLOSE_SECONDS)
+            self.writer.write(self._url, json.dumps(asdict(progress)).encode())
 
 
 class RankPreemptionSignal:
@@ -124,7 +116,7 @@ class RankPreemptionSignal:
 
     Each rank calls its own signal at every step, and the training loop makes the ranks agree. Ray's public function,
     `ray.train.get_preemption_info()`, is a barrier among the ranks and too slow for every step; Ray's watcher stores
-    the same information in each rank's own context.
+    the same information in each rank's own context. `thread`, on rank 0, looks for room and for the driver's request.
     """
 
     def __init__(self, cluster: ClusterConfig, rank: int, world_size: int, mail: Mailbox):
@@ -132,9 +124,9 @@ class RankPreemptionSignal:
         self._cluster, self._mail = cluster, mail
         self._num_missing = cluster.workers - world_size
         self._room_since: float | None = None
-        self._thread = PeriodicThread(self._check, CHECK_SECONDS, "preemption")
+        self.thread = PeriodicThread(self._check, CHECK_SECONDS, "preemption")
         if rank == 0 and self.reason is None:
-            self._thread.start()
+            self.thread.start()
 
     def __call__(self) -> bool:
         from ray.train.v2._internal.execution.context import get_train_context
@@ -142,9 +134,6 @@ class RankPreemptionSignal:
         if self.reason is None and get_train_context().preemption_context.preemption_info is not None:
             self.reason = PREEMPTED
         return self.reason is not None
-
-    def close(self) -> None:
-        self._thread.stop(timeout=0.0)
 
     def _check(self) -> bool:
         """Look for a request of the driver and for room; return False once there is a reason to stop."""
@@ -181,64 +170,47 @@ def device_of(ranks: Ranks) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def with_workers(config: RunConfig, workers: int) -> RunConfig:
-    """Return the config with this number of ranks, validated."""
-    values = config.model_dump(mode="json", exclude_unset=True)
-    values["cluster"] = {**values.get("cluster", {}), "workers": workers, "min_workers": None}
-    return validate(values, config.name)
-
-
 def on_workers(work: Callable[[Ranks], Any], config: RunConfig, workers: int, name: str) -> Any:
-    """Run `work(ranks)` on `workers` ranks placed by Ray and return rank 0's result; `work` is pickled.
-
-    Lost ranks are restarted up to `cluster.max_failures` times. Raises MomeError with the first failure of any rank.
-    """
+    """Run `work(ranks)` on `workers` ranks, as `run_on_cluster`; lost ranks restart `cluster.max_failures` times."""
     import ray.train
 
     train_api: Any = ray.train  # Ray's annotations are those of Train v1
     job_name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.name).strip("-._") or "weights"  # folders may have any name
-    config = with_workers(config.model_copy(update={"name": job_name}), workers)
-    cluster = config.cluster.model_copy(update={"loader_actors": 0})  # only training uses them
-    config = config.model_copy(update={"cluster": cluster})
+    config = config.model_copy(update={"name": job_name})
+    # Only training uses loader actors.
+    config = for_ranks(config, workers=workers, min_workers=None, loader_actors=0, loader_resource=None)
     budget = train_api.FailureConfig(max_failures=config.cluster.max_failures)
-    return run_on_cluster(functools.partial(_run_on_rank, work), config, name, failure_config=budget)["result"]
+    return run_on_cluster(lambda _: work(Collectives()), config, name, failure_config=budget)
 
 
-def _run_on_rank(work: Callable[[Ranks], Any], loop_config: dict[str, str]) -> Result:
-    """Run `work` on a Ray Train worker; return its result or failure."""
-    try:
-        return {"result": work(Collectives())}
-    except MomeError as error:
-        return {"failure": {"message": str(error), "exit_status": error.exit_status}}
+def run_on_cluster(work: Callable[[RunConfig], Any], config: RunConfig, name: str, **run: Any) -> Any:
+    """Run `work(config)`, which is pickled, on ranks placed by Ray, as `run_on_ranks`; return rank 0's result.
 
+    Raises MomeError with the first failure of any rank.
+    """
 
-def run_on_cluster(
-    work: Callable[[dict[str, str]], Result],
-    config: RunConfig,
-    name: str,
-    **run: Any,
-) -> Result:
-    """Run `work` on the run's ranks, as `run_on_ranks`. Raises MomeError with the first failure of any rank."""
+    def on_rank(loop_config: dict[str, str]) -> dict[str, Any]:
+        try:
+            return {"result": work(RunConfig.model_validate_json(loop_config["config"]))}
+        except MomeError as error:
+            return {"failure": {"message": str(error), "exit_status": error.exit_status}}
+
     config = for_ranks(config)
     connect(config.cluster)
     try:
-        result: Result = run_on_ranks(work, config, f"{config.name}-{name}", **run)
+        result = run_on_ranks(on_rank, config, f"{config.name}-{name}", **run)
     except MomeError:
         raise
     except Exception as error:
         raise RunFailed(f"{name}: a rank was lost: {root_cause(error)}") from error
     if "failure" in result:
         raise error_from_json(result["failure"])
-    return result
+    return result["result"]
 
 
-def check_rank(loop_config: dict[str, str]) -> Result:
-    """Run the preflight checks on a Ray Train worker; return details and seconds by check."""
+def check_rank(config: RunConfig) -> dict[str, Any]:
+    """Run the preflight checks on a rank; return details and seconds by check."""
     from jobs.loader_actors import RayBackend
 
-    config = RunConfig.model_validate_json(loop_config["config"])
-    try:
-        checks = preflight(config, lambda _: None, RayBackend if config.cluster.loader_actors else local_backend)
-    except MomeError as error:
-        return {"failure": {"message": str(error), "exit_status": error.exit_status}}
+    checks = preflight(config, lambda _: None, RayBackend if config.cluster.loader_actors else local_backend)
     return {check.name: {"told": check.message, "seconds": check.seconds} for check in checks}

@@ -1,33 +1,43 @@
-"""`mome doctor`: checks of this machine (`jobs.machine`) and of the services that a run uses, each with a remedy.
+"""`mome doctor`: checks of this machine and of the services that a run uses, each with a remedy.
 
 The checks change nothing, except that DeepSpeed's operators are built if necessary, and that a small object is written
 to the run's output and deleted. `mome train --preflight` checks the ranks and stages of a run.
+
+A check returns a description, or raises Failed or Skipped. What may hang, crash or occupy the accelerator runs in
+processes of its own (`python -m jobs.doctor collective|operators|cluster CONFIG`) with a time limit: the last line of
+standard output is the result; after a failure, the last line of standard error is the reason.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
+import resource
 import secrets
+import shutil
+import socket
 import stat
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Literal
 
-from jobs import machine
-from jobs.cluster import address_of, requested_resources
-from jobs.dashboard import TOKEN_FILE, is_loopback, token_file
-from jobs.machine import Diagnosis, Failed, Skipped, diagnose, run_probes
-from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
+from jobs.cluster import TOKEN_FILE, address_of, connect, requested_resources, token_file
+from jobs.submit import is_loopback
+from pipeline.config.errors import ConfigError, DataError, MomeError, StorageError, TrackingError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.config.urls import is_local, local_path
@@ -35,12 +45,41 @@ from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_nam
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import configured_uri, journal_folder, tracking_uri
 from pipeline.tracking.mlflow_server import HTTP_ERRORS, check_server, http_get
-from pipeline.training.preflight import check_storage
+from pipeline.training.deepspeed_setup import load_extensions, use_own_folder
 
+CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+SHARED_MEMORY = Path("/dev/shm")
+INFINIBAND = Path("/sys/class/infiniband")
+REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[\w,]+\])?>=([\d.]+)$")  # as pyproject.toml writes them
+GIB = 2**30
+FREE_BYTES, FREE_SHARE = GIB, 0.05  # Ray stops putting objects on a disk that is 95 % full
+NCCL_BYTES = GIB  # of shared memory, for eight ranks of a node
+OPEN_FILES = 4096
+COLLECTIVE_SECONDS = 90.0
+BUILD_SECONDS = 300.0
+OLDEST_COMPILER = 9  # of g++, for DeepSpeed's operators
 RETRY_SECONDS = 20.0  # for the store; a run retries for storage.retry_timeout_seconds
 ANSWER_SECONDS = 5.0
 CLUSTER_SECONDS = 90.0
 SKEW_SECONDS = 60.0  # S3 refuses requests that are 15 minutes off
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Result of one check; `remedy` is set if it failed."""
+
+    name: str
+    status: Literal["passed", "failed", "skipped"]
+    detail: str
+    remedy: str = ""
+
+
+class Failed(Exception):
+    """Failure of a check that a run on this machine, or the given config's run, needs: description and remedy."""
+
+
+class Skipped(Exception):
+    """A check that is not needed, or whose target is unknown."""
 
 
 def run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
@@ -49,55 +88,257 @@ def run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("packages", machine.packages),
-        ("accelerator", lambda: machine.accelerator(config)),
-        ("NCCL", lambda: machine.collective("NCCL", count)),
-        ("gloo", lambda: machine.collective("gloo")),
-        ("DeepSpeed operators", machine.operators),
-        ("shared memory", lambda: machine.shared_memory(machine.shared_memory_of(config, count))),
-        ("temporary disk", lambda: machine.disk(Path(tempfile.gettempdir()))),  # mostly Ray's
+        ("packages", packages),
+        ("accelerator", partial(accelerator, config)),
+        ("NCCL", partial(collective, "NCCL", count)),
+        ("gloo", partial(collective, "gloo")),
+        ("DeepSpeed operators", operators),
+        ("shared memory", partial(shared_memory, shared_memory_of(config, count))),
+        ("temporary disk", partial(disk, Path(tempfile.gettempdir()))),  # mostly Ray's
     ]
     if config is not None:
         is_here, cache = is_local(config.output), config.data.cache.folder
         folder = local_path(config.output) if is_here else journal_folder(config.folder)
-        checks.append(("output disk" if is_here else "journal disk", partial(machine.disk, folder)))
+        checks.append(("output disk" if is_here else "journal disk", partial(disk, folder)))
         if cache is not None:
-            checks.append(("cache disk", partial(machine.disk, local_path(cache))))
+            checks.append(("cache disk", partial(disk, local_path(cache))))
     checks += [
-        ("open files", machine.open_files),
-        ("locked memory", machine.locked_memory),
-        ("rendezvous", machine.rendezvous),
-        ("Ray", lambda: ray_cluster(config)),
-        ("Ray token", lambda: ray_token(config)),
+        ("limits", limits),
+        ("rendezvous", rendezvous),
+        ("Ray", partial(ray_cluster, config)),
+        ("Ray token", partial(ray_token, config)),
     ]
-    yield from (diagnose(name, check) for name, check in checks)
-    if config is None:
-        yield Diagnosis("storage", "skipped", "give --config to check a run's output and sources")
-    else:
+    if config is not None:
         storage = Storage(config.storage).within(RETRY_SECONDS)
-        yield diagnose("output", lambda: output(config, storage))
+        checks.append(("output", partial(output, config, storage)))
         users: dict[str, list[str]] = defaultdict(list)
         for name, source_config in config.sources.items():
             users[source_config.shards].append(name)
-        for url, names in users.items():
-            yield diagnose(f"source {', '.join(names)}", partial(source, config, storage, url))
-    yield diagnose("MLflow", lambda: mlflow(config))
-    yield diagnose("clock", lambda: clock(config))
+        checks += [
+            (f"source {', '.join(names)}", partial(source, config, storage, url)) for url, names in users.items()
+        ]
+    checks += [("MLflow", partial(mlflow, config)), ("clock", partial(clock, config))]
+    yield from (diagnose(name, check) for name, check in checks)
+    if config is None:
+        yield Diagnosis("storage", "skipped", "give --config to check a run's output and sources")
 
 
-def as_text(results: list[Diagnosis]) -> str:
-    """Format one line per check, followed by the remedy of a failed one."""
-    width = max(len(result.name) for result in results)
-    lines = []
-    for result in results:
-        lines.append(f"{result.status:<9}  {result.name:<{width}}  {result.detail}")
-        if result.remedy:
-            lines.append(f"{'':<9}  {'':<{width}}  → {result.remedy}")
-    return "\n".join(lines)
+def diagnose(name: str, check: Callable[[], str]) -> Diagnosis:
+    """Run a check and return its result."""
+    try:
+        return Diagnosis(name, "passed", check())
+    except Failed as failure:
+        return Diagnosis(name, "failed", *failure.args)
+    except Skipped as reason:
+        return Diagnosis(name, "skipped", *reason.args)
+
+
+def packages(requirements: Iterable[str] | None = None, tested: Path = CONSTRAINTS) -> str:
+    """Check that the required packages are installed and recent enough; list those that differ from the tested ones.
+
+    `requirements`: by default those of mome's metadata without extras; none if it is not installed as a package.
+    """
+    installed, problems = {}, []
+    if requirements is None:
+        with suppress(PackageNotFoundError):
+            requirements = [line for line in requires("mome") or [] if ";" not in line]
+    for name, minimum in [match.groups() for match in map(REQUIREMENT.match, requirements or ()) if match]:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            problems.append(f"{name} is missing")
+            continue
+        if _numbers(installed[name]) < _numbers(minimum):
+            problems.append(f"{name} {installed[name]} is older than {minimum}")
+    if problems:
+        raise Failed("; ".join(problems), "pip install --constraint constraints.txt '.[ray]'")
+    lines = tested.read_text(encoding="utf-8").splitlines() if tested.is_file() else []
+    pairs = [line.split("==", 1) for line in lines if "==" in line and not line.startswith("#")]
+    pinned = {name.lower(): number for name, number in pairs}
+    differing = [name for name, has in installed.items() if _numbers(has) != _numbers(pinned.get(name, has))]
+    others = [f"{name} {installed[name]} (tested: {pinned[name]})" for name in differing]
+    versions = f"; not as tested: {', '.join(others)}" if others else ", all as tested" if pinned else ""
+    return f"Python {'.'.join(map(str, sys.version_info[:3]))}, {len(installed)} packages{versions}"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return (2, 13) for `2.13.0+cpu`: builds of a version are equal, and so are 3.1 and 3.1.0."""
+    release = re.sub(r"(\D0+)+$", "", version.split("+")[0])
+    return tuple(int(number) for number in re.findall(r"\d+", release))
+
+
+# ---- disks, memory, limits, network
+
+
+def disk(folder: Path, needed: int = FREE_BYTES) -> str:
+    """Check that the disk of `folder`, which may not exist yet, has `needed` bytes free and is not nearly full."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise Failed(f"{existing} is not a writable folder", "use another folder, or change its permissions")
+    usage = shutil.disk_usage(existing)
+    detail = f"{folder}: {usage.free / GIB:.1f} GiB of {usage.total / GIB:.1f} GiB free"
+    enough = max(needed, FREE_SHARE * usage.total)
+    if usage.free < enough:
+        raise Failed(detail, f"free {enough / GIB:.1f} GiB there, or use another folder")
+    return detail
+
+
+def shared_memory(needed: int, place: Path = SHARED_MEMORY) -> str:
+    """Check that `needed` bytes of shared memory are free: otherwise loader processes and NCCL die of a bus error."""
+    if not place.is_dir():
+        raise Failed(f"{place} is missing", "mount a tmpfs there")
+    free = shutil.disk_usage(place).free
+    detail = f"{place}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB needed"
+    if free < needed:
+        remedy = (
+            "containers have 64 MiB by default: docker run --shm-size=…, in Kubernetes an emptyDir of medium Memory at "
+            "/dev/shm; or reduce data.loader.num_workers"
+        )
+        raise Failed(detail, remedy)
+    return detail
+
+
+def shared_memory_of(config: RunConfig | None, accelerators: int) -> int:
+    """Return the bytes of shared memory that a run needs on one node: NCCL's, and the loader processes' batches.
+
+    Assumes one rank per accelerator of this machine; without accelerators, all ranks of the run.
+    """
+    needed = NCCL_BYTES if accelerators else 0
+    if config is None or not config.data.loader.num_workers:
+        return needed
+    ranks = min(accelerators or config.cluster.workers, config.cluster.workers)
+    sizes = [(stage.image_size or config.model.image_size, stage.global_batch_size) for stage in config.stages]
+    pixels = max(3 * side**2 * batch for side, batch in sizes)
+    return needed + (config.data.loader.prefetch_batches + 1) * pixels * ranks // config.cluster.workers
+
+
+def limits(adapters: Path = INFINIBAND) -> str:
+    """Check the limits of open files (shards, connections, Ray's sockets) and, for InfiniBand, of locked memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    detail = f"{soft} files may be open, the hard limit is {'none' if hard == resource.RLIM_INFINITY else hard}"
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+        raise Failed(detail, "ulimit -n 65536 in the shell that starts Ray or the ranks")
+    names = ", ".join(sorted(path.name for path in adapters.iterdir())) if adapters.is_dir() else ""
+    lockable, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if names and lockable != resource.RLIM_INFINITY:
+        remedy = "ulimit -l unlimited; docker run --ulimit memlock=-1 --cap-add IPC_LOCK"
+        raise Failed(f"{names}, and only {lockable} bytes may be locked", remedy)
+    return f"{detail}; {names or 'no InfiniBand or EFA adapter'} here"
+
+
+def rendezvous() -> str:
+    """Report the address where ranks of several machines meet, with a warning if it is public."""
+    host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    try:
+        addresses = sorted({str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)})
+    except OSError as error:
+        raise Skipped(f"{host} has no address: {error}") from error
+    public = [address for address in addresses if ipaddress.ip_address(address).is_global]
+    if not public:
+        return f"{host} is {', '.join(addresses)}, not a public address"
+    return (
+        f"{host} is {', '.join(public)}: WARNING, a public address. Ranks accept commands from any machine that "
+        "reaches their ports: keep the nodes in a private network or behind a firewall"
+    )
+
+
+# ---- accelerators, collectives, operators
+
+
+def accelerator(config: RunConfig | None) -> str:
+    """Check that torch can use the GPUs that the driver sees, and that they suffice for a run on this machine."""
+    import torch
+
+    gpus: list[str] = []  # name, memory, driver version
+    with suppress(OSError, subprocess.SubprocessError):  # no driver, or one that fails
+        command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        gpus = [line for line in done.stdout.splitlines() if line.strip()]
+    built, is_usable = torch.version.cuda, torch.cuda.is_available()
+    if gpus and not is_usable:
+        reason, remedy = f"for CUDA {built} cannot use it", "update the driver, or install torch for an older CUDA; "
+        remedy += "give a container access to the GPUs"
+        if built is None:
+            reason = f"{torch.__version__} has no CUDA"
+            remedy = "install torch's CUDA build: pip install --force-reinstall torch, from an index that has it"
+        raise Failed(f"the driver sees {len(gpus)} ({gpus[0]}); torch {reason}", remedy)
+    per_rank = config.cluster.gpus_per_worker if config else 0.0
+    is_here = config is not None and address_of(config.cluster) is None  # where the run's ranks are placed
+    if not is_usable:
+        if per_rank and is_here:
+            remedy = "run on a machine with GPUs, give cluster.address, or set cluster.gpus_per_worker=0"
+            raise Failed("none, but cluster.gpus_per_worker is not 0", remedy)
+        raise Skipped(f"none here; {'the run uses those of its cluster' if per_rank else 'ranks run on CPU'}")
+    count, (major, minor) = torch.cuda.device_count(), torch.cuda.get_device_capability()
+    detail = f"{count} x {torch.cuda.get_device_name()}, compute {major}.{minor}, CUDA {built}"
+    detail += f", driver {gpus[0].split(',')[-1].strip()}" if gpus else ""
+    if config is not None and config.engine.precision == "bfloat16" and not torch.cuda.is_bf16_supported(False):
+        raise Failed(f"{detail}: no bfloat16", "set engine.precision=float32")
+    if config is not None and is_here and config.cluster.workers * per_rank > count:
+        remedy = f"set cluster.workers={int(count / per_rank)}, or give cluster.address"
+        raise Failed(f"{detail}: the run needs {config.cluster.workers * per_rank:g}", remedy)
+    return detail
+
+
+def collective(name: Literal["gloo", "NCCL"], gpus: int = 0) -> str:
+    """Sum a tensor: with gloo over two CPU ranks, with NCCL over up to two ranks, each on its own GPU."""
+    if name == "NCCL" and not gpus:
+        raise Skipped("no usable accelerator")
+    ranks, hidden = (2, {"CUDA_VISIBLE_DEVICES": ""}) if name == "gloo" else (min(gpus, 2), {})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **hidden}
+    environments = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(ranks)]
+    try:
+        result = run_probes(["collective"], COLLECTIVE_SECONDS, environments)
+    except RuntimeError as error:
+        remedy = "NCCL_DEBUG=INFO shows more; " if name == "NCCL" else ""
+        remedy += f"{name.upper()}_SOCKET_IFNAME must name an existing interface, if it is set (see ip link)"
+        raise Failed(f"{ranks} rank(s) on this machine could not sum a tensor: {error}", remedy) from error
+    return f"{ranks} rank(s) on this machine, {result}"
+
+
+def operators() -> str:
+    """Load DeepSpeed's operators for CPU ranks, building them if necessary; a failure names a fault of the compiler."""
+    try:
+        installed = version("deepspeed")
+    except PackageNotFoundError as error:
+        remedy = "pip install --constraint constraints.txt deepspeed"
+        raise Failed("DeepSpeed is not installed", remedy) from error
+    folder, began = Path(use_own_folder()), time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        remedy = "set TORCH_EXTENSIONS_DIR to a folder that allows writing and execution"
+        raise Failed(f"{folder} cannot be written ({error.strerror})", remedy) from error
+    try:
+        run_probes(["operators"], BUILD_SECONDS)
+    except RuntimeError as error:
+        compiler, number = os.environ.get("CXX", "c++"), ""
+        if shutil.which(compiler):
+            done = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=False)
+            number = "" if done.returncode else done.stdout.strip().split(".")[0]
+        fault, remedy = str(error), f"delete {folder} and try again; see the compiler's output"
+        if not number.isdigit():
+            fault, remedy = f"no C++ compiler ({compiler})", "apt-get install g++, or set CXX"
+        elif "clang" not in compiler and int(number) < OLDEST_COMPILER:
+            fault = f"{compiler} has version {number}, expected {OLDEST_COMPILER} or newer"
+            remedy = "install a newer g++ and set CXX"
+        elif not (shutil.which("ninja") or (Path(sys.executable).parent / "ninja").exists()):
+            fault, remedy = "ninja is missing", "pip install ninja"
+        raise Failed(f"{installed} in {folder}: {fault}", remedy) from error
+    return f"{installed}, loaded from {folder} in {time.monotonic() - began:.0f} s"
+
+
+# ---- storage and services
 
 
 def output(config: RunConfig, storage: Storage) -> str:
     """Write, read, list and delete a small object in the run's output folder."""
+    from pipeline.training.preflight import check_storage  # heavy, and not needed by the probes' processes
+
     started = time.monotonic()
     try:
         check_storage(storage, config.output, f"mome-doctor-{secrets.token_hex(4)}", num_bytes=1024)
@@ -110,7 +351,6 @@ def output(config: RunConfig, storage: Storage) -> str:
 
 def source(config: RunConfig, storage: Storage, url: str) -> str:
     """Check a folder's manifest and the first bytes of its first shard; a generated folder may be missing."""
-    generated = f"{url}: generated when the run starts"
     is_generated = any(s.shards == url and s.synthetic is not None for s in config.sources.values())
     try:
         folder = shard_folder(url)
@@ -123,16 +363,14 @@ def source(config: RunConfig, storage: Storage, url: str) -> str:
             if not shards:
                 raise
             detail = f"{url}: {len(shards)} tars, not indexed yet: the run will index them"
-        if not shards and is_generated:
-            return generated
         if shards and not storage.read_range(join(folder, shards[0]), 0, 512):
             raise Failed(f"{url}: {shards[0]} is empty", "run `mome shards check`")
     except (StorageError, ConfigError, DataError) as error:
-        if is_generated:
-            return generated
-        remedy = "correct sources.….shards, or use `mome shards build` and `mome shards check`"
-        raise Failed(str(error), remedy) from error
-    return detail
+        if not is_generated:
+            remedy = "correct sources.….shards, or use `mome shards build` and `mome shards check`"
+            raise Failed(str(error), remedy) from error
+        shards = []
+    return detail if shards or not is_generated else f"{url}: generated when the run starts"
 
 
 def mlflow(config: RunConfig | None) -> str:
@@ -195,12 +433,12 @@ def ray_cluster(config: RunConfig | None) -> str:
     if not address:
         raise Skipped(f"{installed}; no cluster is configured, so a run starts its own")
     try:
-        found = json.loads(run_probes(["cluster", cluster.model_dump_json()], CLUSTER_SECONDS))
+        state = json.loads(run_probes(["cluster", cluster.model_dump_json()], CLUSTER_SECONDS))
     except RuntimeError as error:
         raise Failed(f"{address}: {error}", "run ray start --head there, with this Ray version and token") from error
-    offered = found["resources"]
+    offered = state["resources"]
     has = ", ".join(f"{offered.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
-    detail = f"{address}: {found['nodes']} node(s) with {has}, version {found['ray']}"
+    detail = f"{address}: {state['nodes']} node(s) with {has}, version {state['ray']}"
     needed = requested_resources(cluster, cluster.workers) if config else {}
     missing = [f"{number:g} {kind}" for kind, number in needed.items() if number > offered.get(kind, 0)]
     if missing:
@@ -231,3 +469,67 @@ def ray_token(config: RunConfig | None) -> str:
     if everybody or group:
         raise Failed(f"{path} is readable by other users ({mode:o})", f"chmod 600 {path}")
     return f"{path}, readable only by its owner"
+
+
+# ---- checks in their own processes
+
+
+def run_probes(task: Sequence[str], seconds: float, environments: Sequence[Mapping[str, str]] = ({},)) -> str:
+    """Run `main(*task)` in one process per environment, at the same time; return the first one's result.
+
+    Raises RuntimeError with the reason of the first that failed; those that hang are killed.
+    """
+    own = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command, deadline = [sys.executable, "-m", "jobs.doctor", *task], time.monotonic() + seconds
+    processes = [
+        subprocess.Popen(command, env={**own, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for more in environments
+    ]
+    results, failures = list[str](), list[str]()
+    for process in processes:
+        try:
+            output, errors = process.communicate(timeout=max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            failures.append("it did not finish in time and was killed")
+            continue
+        lines = (errors or output if process.returncode else output).strip().splitlines()
+        last = lines[-1] if lines else f"it ended with status {process.returncode}"
+        (failures if process.returncode else results).append(last)
+    if failures:
+        raise RuntimeError(failures[0])
+    return results[0]
+
+
+def main(task: str, *arguments: str) -> None:
+    """Sum a tensor over all ranks, load DeepSpeed's operators, or describe a Ray cluster as JSON."""
+    try:
+        if task == "collective":
+            import torch
+
+            from pipeline.training.collectives import Collectives
+
+            ranks = Collectives(timeout_seconds=60.0)
+            total = ranks.sum(torch.full((1024,), float(ranks.rank + 1), device=ranks.device))
+            expected = ranks.world_size * (ranks.world_size + 1) / 2
+            if not bool((total == expected).all()):
+                raise SystemExit(f"the sum is {total[0]:g}, expected {expected:g}")
+            nccl = f"{'.'.join(map(str, torch.cuda.nccl.version()))}, " if ranks.device.type == "cuda" else ""
+            ranks.close()
+            print(f"{nccl}all-reduce verified")
+        elif task == "operators":
+            load_extensions()
+            print("loaded")
+        elif task == "cluster":
+            import ray
+
+            connect(ClusterConfig.model_validate_json(*arguments))
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            print(json.dumps({"nodes": len(nodes), "resources": ray.cluster_resources(), "ray": ray.__version__}))
+    except MomeError as error:
+        raise SystemExit(" ".join(str(error).split())) from None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -15,9 +15,8 @@ from typing import Any, cast
 from urllib.parse import quote
 
 from jobs.caller import Caller, untracked_because
-from jobs.console import notify
+from jobs.console import check_output, notify, write_output
 from jobs.distributed import device_of, on_workers, ranks_here
-from jobs.output import check_output, write_output
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, SourceConfig, SourceType

@@ -7,6 +7,7 @@ each call names the step. The price is network traffic: decoded pixels (150 kB a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,20 @@ from pipeline.data.storage import Storage
 RESTARTS = 3  # of an actor whose node is lost; its unfinished steps are submitted again
 
 
+@dataclass
 class ExampleActor:
     """An actor that builds one contiguous part of a rank's places, step by step."""
 
-    def __init__(self, spec: LoaderSpec, storage: Storage):
-        self._spec, self._storage = spec, storage
-        self._threads: ThreadBackend | None = None
+    spec: LoaderSpec
+    storage: Storage
+    threads: ThreadBackend | None = None
 
     def build(self, step: int) -> tuple[np.ndarray, list[BadRecord]]:
         """Return the part's examples of a step, as the memory of a batch buffer, and what was replaced."""
-        if self._threads is None:  # an error in the constructor would reach the caller as an ActorDiedError only
-            self._threads = ThreadBackend(self._spec, self._storage)
-        self._threads.submit(step)
-        buffer, bad = self._threads.result(step)
+        if self.threads is None:  # an error in the constructor would reach the caller as an ActorDiedError only
+            self.threads = ThreadBackend(self.spec, self.storage)
+        self.threads.submit(step)
+        buffer, bad = self.threads.result(step)
         return buffer.memory, bad
 
 

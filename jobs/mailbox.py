@@ -38,33 +38,29 @@ class Mailbox:
 
     def put(self, name: str, value: object) -> bool:
         """Set a value, as text; return whether the cluster accepted it."""
-        return self._call("put", name, str(value).encode(), True) is not None
+        return self.call("put", name, str(value).encode(), True) is not None
 
     def get(self, name: str) -> str | None:
         """Return a value; None if there is none or the cluster does not answer."""
-        value = self._call("get", name)
+        value = self.call("get", name)
         return None if value is None else value.decode(errors="replace")  # another program may write here
 
     def receive(self) -> list[Message]:
         """Return the messages since the last call, oldest first."""
         messages = []
-        for key in sorted(self._call("keys", "messages/") or ()):
+        for key in sorted(self.call("keys", "messages/") or ()):
             name = key.decode().removeprefix(f"{self.start}/")
             value = self.get(name)
-            if value is None or self._call("del", name, False) is None:
+            if value is None or self.call("del", name, False) is None:
                 break  # the next call tries again
             with suppress(ValueError):
                 messages.append(json.loads(value))
         return messages
 
-    def clear(self) -> None:
-        """Delete all values and messages."""
-        self._call("del", "", True)
-
-    def _call(self, operation: str, name: str, *arguments: Any) -> Any:
+    def call(self, operation: str, name: str, *arguments: Any) -> Any:
         """Call the key-value store; return None if it has no value or does not answer.
 
-        Ray's public functions for it have no timeout.
+        `call("del", "", True)` deletes all values and messages. Ray's public functions for it have no timeout.
         """
         from ray.experimental.internal_kv import internal_kv_get_gcs_client
 

@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -33,20 +34,20 @@ FAILED = "failed"
 MAX_MESSAGE = 400  # characters of an error that are recorded
 
 
+@dataclass(eq=False)
 class PlacementCallback(WorkerGroupCallback):
-    """Ray Train callback that reports the number of running ranks to the driver."""
+    """Ray Train callback that reports the number of running ranks to the driver of the start `start`."""
 
-    def __init__(self, start: str):
-        self._start = start
-
-    def before_worker_group_start(self, worker_group_context: Any) -> None:
-        Mailbox(self._start).put(NUM_PLACED, 0)  # the shutdown's may be lost, and a failed start has none
+    start: str
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        Mailbox(self._start).put(NUM_PLACED, len(worker_group.get_workers()))
+        Mailbox(self.start).put(NUM_PLACED, len(worker_group.get_workers()))
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        Mailbox(self._start).put(NUM_PLACED, 0)
+        Mailbox(self.start).put(NUM_PLACED, 0)
+
+    # The message of the shutdown may be lost, and a failed start has no shutdown.
+    before_worker_group_start = before_worker_group_shutdown  # type: ignore[assignment]
 
 
 class Placement:
@@ -64,10 +65,10 @@ class Placement:
         """Prepare for ranks to be placed. Raises RunFailed if a local Ray can never place them."""
         self._mail.put(NUM_PLACED, 0)
         self.ranks, self._waiting_since, self._last_message = 0, self._clock(), None
-        is_local = resources.address_of(self._cluster) is None
-        nodes = list(resources.usable_nodes().values()) if is_local else []
-        if is_local and (missing := resources.missing_resources(self._cluster, nodes)):
-            raise RunFailed(f"{missing}. {REMEDY}")
+        if resources.address_of(self._cluster) is None:
+            missing = resources.missing_resources(self._cluster, list(resources.usable_nodes().values()))
+            if missing:
+                raise RunFailed(f"{missing}. {REMEDY}")
 
     def check(self) -> None:
         """Update `ranks` and report waiting ranks; call it every second. Raises RunFailed if they waited too long."""
@@ -105,15 +106,15 @@ class Placement:
         except Exception as error:
             log.debug("free resources not known: %s", error)
             free = {}
-        requested = resources.requested_resources(cluster, cluster.workers)
-        existing = resources.total_resources(nodes)
-        lacking = {kind: number for kind, number in requested.items() if number > existing.get(kind, 0.0)}
-        parts = [
-            f"{number:g} {resources.plural(kind, number)} requested, {existing.get(kind, 0.0):g} in the cluster"
-            + (f", {free.get(kind, 0.0):g} free" if existing.get(kind, 0.0) >= number else "")
-            for kind, number in (lacking or requested).items()
-        ]
-        notify(f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(parts)}")
+        lacking, present = [], []  # descriptions of what the cluster is too small for, and of what it has
+        for kind, number in resources.requested_resources(cluster, cluster.workers).items():
+            existing = sum(node.get(kind, 0.0) for node in nodes)
+            text = f"{resources.quantity(number, kind)} requested, {existing:g} in the cluster"
+            if number > existing:
+                lacking.append(text)
+            else:
+                present.append(f"{text}, {free.get(kind, 0.0):g} free")
+        notify(f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(lacking or present)}")
 
 
 class Restarts(UserCallback):

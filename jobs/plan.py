@@ -3,9 +3,6 @@
 It runs the stages' own training step on models without memory (`pipeline.training.workload`), and puts the result on
 the hardware's data sheets (`pipeline.planning`). Neither data nor a cluster is needed; a manifest on this machine
 replaces the assumed bytes of a sample.
-
-The scaling curve is one self-contained SVG: GPUs on x, samples per second on y, both logarithmic; the dashed line is
-ideal scaling from one GPU, and a hollow point does not fit.
 """
 
 from __future__ import annotations
@@ -13,16 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.console import status
-from jobs.distributed import with_workers
-from jobs.output import check_output, write_output
+from jobs.cluster import for_ranks
+from jobs.console import check_output, status, write_output
 from pipeline.config.errors import ConfigError, MomeError
-from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local
 from pipeline.data.contents.text import Tokenizer
@@ -77,22 +72,18 @@ class StagePlan:
 
 
 def plan_command(
-    path: Path,
-    overrides: list[str],
+    config: RunConfig,
     accelerator: str,
     network: str,
     gpus: int | None,
-    price: float | None,
     assumptions: Assumptions,
     text_tokens: int | None,
     scaling: Path | None,
 ) -> tuple[dict[str, Any], str]:
-    """Plan the config at `path`; return the plan as JSON and as text, and write the scaling curve to `scaling`."""
-    config = load_config(path, overrides)
+    """Plan the run; return the plan as JSON and as text, and write the scaling curve to `scaling`."""
     if scaling is not None:
         check_output(Storage(), str(scaling), "--scaling")
-    assumptions = replace(assumptions, price=config.cluster.price if price is None else price)
-    config = with_workers(config, gpus or config.cluster.workers)
+    config = for_ranks(config, workers=gpus or config.cluster.workers, min_workers=None)
     device = hardware.hardware_named("--accelerator", hardware.ACCELERATORS, accelerator)
     interconnect = hardware.hardware_named("--network", hardware.NETWORKS, network)
     target = Target(device, interconnect, config.cluster.workers, assumptions, text_tokens)
@@ -141,12 +132,8 @@ def _plan_stage(stage: Stage, vocabulary: int, target: Target, scaling: bool) ->
         assumptions = replace(assumptions, sample_bytes=read / sum(sources.values()))
     except (MomeError, OSError):
         pass
-    works = {
-        recomputed: work_of(
-            stage.with_engine(activation_checkpointing=recomputed), vocabulary, "cuda", target.text_tokens
-        )
-        for recomputed in (False, True)
-    }
+    checkpointing = {on: stage.with_engine(activation_checkpointing=on) for on in (False, True)}
+    works = {on: work_of(variant, vocabulary, "cuda", target.text_tokens) for on, variant in checkpointing.items()}
     settings = StageSettings(
         name=stage.name,
         steps=stage.steps,
@@ -190,32 +177,27 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
     """
     chosen = [plan.chosen for plan in plans]
     steps = [stage.hours / stage.step_seconds for stage in chosen]
-    total = sum(steps)
-    stages = []
-    for plan in plans:
-        alternatives = {
-            name: {
-                "memory_bytes": alternative.memory.as_json(),
-                "fits": alternative.fits,
-                "largest_micro_batch": alternative.largest_micro_batch,
-                "step_seconds": alternative.step_seconds,
-            }
-            for name, alternative in plan.by_zero_stage.items()
+    stages = [
+        asdict(plan.chosen)
+        | {"memory": plan.chosen.memory.as_json(), "sample_bytes": plan.assumptions.sample_bytes}
+        | {
+            "by_zero_stage": {
+                name: {"memory_bytes": alternative.memory.as_json()}
+                | {key: getattr(alternative, key) for key in ("fits", "largest_micro_batch", "step_seconds")}
+                for name, alternative in plan.by_zero_stage.items()
+            },
+            "scaling": [
+                {key: getattr(point, key) for key in SCALING_KEYS} | {"efficiency": plan.efficiency(point)}
+                for point in plan.scaling
+            ],
         }
-        scaling = [
-            {key: getattr(point, key) for key in SCALING_KEYS} | {"efficiency": plan.efficiency(point)}
-            for point in plan.scaling
-        ]
-        stages.append(
-            asdict(plan.chosen)
-            | {"memory": plan.chosen.memory.as_json(), "sample_bytes": plan.assumptions.sample_bytes}
-            | {"by_zero_stage": alternatives, "scaling": scaling}
-        )
+        for plan in plans
+    ]
     return {
         "parameters": max(stage.parameters.total for stage in chosen),
-        "flops_per_step": sum(stage.flops_per_step * n for stage, n in zip(chosen, steps, strict=True)) / total,
+        "flops_per_step": sum(stage.flops_per_step * n for stage, n in zip(chosen, steps, strict=True)) / sum(steps),
         "memory_bytes_per_gpu": max(chosen, key=lambda stage: stage.memory.total).memory.as_json(),
-        "step_seconds": sum(stage.step_seconds * n for stage, n in zip(chosen, steps, strict=True)) / total,
+        "step_seconds": sum(stage.step_seconds * n for stage, n in zip(chosen, steps, strict=True)) / sum(steps),
         "hours": sum(stage.hours for stage in chosen),
         "cost": sum(stage.cost for stage in chosen),
         "fits": all(stage.fits for stage in chosen),
@@ -229,70 +211,74 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
 
 def as_text(plans: list[StagePlan], target: Target) -> str:
     """Return the plan as text: every stage with its table of ZeRO stages, the run's time and cost, the assumptions."""
-    lines = [line for plan in plans for line in _stage_lines(plan, target)]
-    hours, cost = (sum(getattr(plan.chosen, name) for plan in plans) for name in ("hours", "cost"))
-    priced = f", cost {cost:,.0f}" if target.assumptions.price else " (give --price for a cost)"
-    lines.append(f"all stages: {hours:,.1f} h on {target.gpus} x {target.accelerator.name}{priced}")
-    return "\n".join([*lines, "", "assumed:", *(f"  {line}" for line in _assumption_lines(plans, target))])
-
-
-def _stage_lines(plan: StagePlan, target: Target) -> Iterator[str]:
-    stage = plan.chosen
-    yield (
-        f"stage {stage.name}: {stage.parameters.total / 1e6:,.1f} M parameters, {stage.parameters.trained / 1e6:,.1f} "
-        f"M trained; {stage.gpus} GPUs x {stage.accumulation} x {stage.micro_batch_size} rows"
-    )
-    rows = {
-        "step": f"{stage.step_seconds * 1000:,.0f} ms: arithmetic {stage.compute_seconds * 1000:,.0f}, communication "
-        f"{stage.communication_seconds * 1000:,.0f} ({stage.communication_bytes / GB:,.2f} GB sent by each GPU)",
-        "arithmetic": f"{stage.flops_per_step / TERA:,.1f} TFLOP a step, {stage.tokens_per_step:,.0f} tokens a step",
-        "speed": f"{stage.samples_per_second:,.0f} samples/s",
-        "needs": f"{stage.storage_bytes_per_second / GB:,.2f} GB/s of storage, "
-        f"{stage.loader_cores:,.0f} cores to prepare",
-        "checkpoint": f"{stage.checkpoint_bytes / GB:,.2f} GB, {duration(stage.checkpoint_seconds)} to the store",
-        "time": f"{stage.hours:,.1f} h" + (f", cost {stage.cost:,.0f}" if target.assumptions.price else ""),
-    }
-    yield from (f"  {name:<10}  {value}" for name, value in rows.items())
+    lines = []
     room = usable_bytes(target.accelerator, target.assumptions) / GB
-    names = "".join(f"{name:>12}" for name in CATEGORIES)
-    yield f"  GB of each GPU, {room:,.1f} usable{' ' * 8}{names}  largest micro-batch"
-    for name, alternative in {"as configured": stage, **plan.by_zero_stage}.items():
-        memory = alternative.memory.as_json()
-        values = "".join(f"{memory[category] / GB:>12,.2f}" for category in CATEGORIES)
-        largest = f"{alternative.largest_micro_batch or 'none fits'}"
-        if alternative.largest_micro_batch and not alternative.fits:
-            largest += f"; {alternative.micro_batch_size} do not fit"
-        yield f"  {name:<36}{values}  {largest}"
-    if plan.scaling:
-        yield "  GPUs   samples/s   efficiency   step ms   micro-batch       hours        cost"
-    for point in plan.scaling:
-        yield (
+    heading = f"  GB of each GPU, {room:,.1f} usable{' ' * 8}{''.join(f'{name:>12}' for name in CATEGORIES)}"
+    for plan in plans:
+        stage = plan.chosen
+        lines.append(
+            f"stage {stage.name}: {stage.parameters.total / 1e6:,.1f} M parameters, "
+            f"{stage.parameters.trained / 1e6:,.1f} M trained; "
+            f"{stage.gpus} GPUs x {stage.accumulation} x {stage.micro_batch_size} rows"
+        )
+        rows = {
+            "step": f"{stage.step_seconds * 1000:,.0f} ms: arithmetic {stage.compute_seconds * 1000:,.0f}, "
+            f"communication {stage.communication_seconds * 1000:,.0f} "
+            f"({stage.communication_bytes / GB:,.2f} GB sent by each GPU)",
+            "arithmetic": f"{stage.flops_per_step / TERA:,.1f} TFLOP, {stage.tokens_per_step:,.0f} tokens a step",
+            "speed": f"{stage.samples_per_second:,.0f} samples/s",
+            "needs": f"{stage.storage_bytes_per_second / GB:,.2f} GB/s of storage, "
+            f"{stage.loader_cores:,.0f} cores to prepare",
+            "checkpoint": f"{stage.checkpoint_bytes / GB:,.2f} GB, {duration(stage.checkpoint_seconds)} to the store",
+            "time": f"{stage.hours:,.1f} h" + (f", cost {stage.cost:,.0f}" if target.assumptions.price else ""),
+        }
+        lines += [f"  {name:<10}  {value}" for name, value in rows.items()]
+        lines.append(f"{heading}  largest micro-batch")
+        for name, alternative in {"as configured": stage, **plan.by_zero_stage}.items():
+            memory = alternative.memory.as_json()
+            values = "".join(f"{memory[category] / GB:>12,.2f}" for category in CATEGORIES)
+            largest = f"{alternative.largest_micro_batch or 'none fits'}"
+            if alternative.largest_micro_batch and not alternative.fits:
+                largest += f"; {alternative.micro_batch_size} do not fit"
+            lines.append(f"  {name:<36}{values}  {largest}")
+        if plan.scaling:
+            lines.append("  GPUs   samples/s   efficiency   step ms   micro-batch       hours        cost")
+        lines += [
             f"  {point.gpus:>4}{point.samples_per_second:>12,.0f}{plan.efficiency(point):>12.0%}"
             f"{point.step_seconds * 1000:>11,.0f}{point.micro_batch_size:>14}{point.hours:>12,.1f}{point.cost:>12,.0f}"
             + ("" if point.fits else "  does not fit")
-        )
-    yield ""
+            for point in plan.scaling
+        ]
+        lines.append("")
+    hours, cost = (sum(getattr(plan.chosen, name) for plan in plans) for name in ("hours", "cost"))
+    priced = f", cost {cost:,.0f}" if target.assumptions.price else " (give --price for a cost)"
+    lines += [f"all stages: {hours:,.1f} h on {target.gpus} x {target.accelerator.name}{priced}", "", "assumed:"]
+    return "\n".join([*lines, *(f"  {line}" for line in _assumption_lines(plans, target))])
 
 
-def _assumption_lines(plans: list[StagePlan], target: Target) -> Iterator[str]:
+def _assumption_lines(plans: list[StagePlan], target: Target) -> list[str]:
     accelerator, network = target.accelerator, target.network
-    yield (
+    known = {plan.assumptions.sample_bytes for plan in plans}
+    assumptions = {name: f"{value:g}" for name, value in asdict(target.assumptions).items()}
+    assumptions["sample_bytes"] = " or ".join(f"{size:,.0f}" for size in sorted(known))
+    return [
         f"{accelerator.name}: {accelerator.flops / TERA:,.0f} TFLOPS dense bfloat16, "
         f"{accelerator.memory_bytes / GB:,.0f} GB, {accelerator.per_node} a node, joined inside it at "
-        f"{accelerator.inside_bandwidth / GB:,.0f} GB/s x {hardware.INTRA_EFFICIENCY}"
-    )
-    speed = f"{network.bandwidth / GB:,.2f} GB/s for each GPU x {network.efficiency}"
-    yield f"{network.name}: {speed}, {network.latency * 1e6:.0f} us"
-    known = {plan.assumptions.sample_bytes for plan in plans}
-    for name, value in asdict(target.assumptions).items():
-        shown = " or ".join(f"{size:,.0f}" for size in sorted(known)) if name == "sample_bytes" else f"{value:g}"
-        yield f"{name} {shown}"
-    yield "texts as long as the stage allows, unless --text-tokens says otherwise"
-    yield f"{CONTEXT_BYTES / GB} GB for CUDA and NCCL"
+        f"{accelerator.inside_bandwidth / GB:,.0f} GB/s x {hardware.INTRA_EFFICIENCY}",
+        f"{network.name}: {network.bandwidth / GB:,.2f} GB/s for each GPU x {network.efficiency}, "
+        f"{network.latency * 1e6:.0f} us",
+        *(f"{name} {value}" for name, value in assumptions.items()),
+        "texts as long as the stage allows, unless --text-tokens says otherwise",
+        f"{CONTEXT_BYTES / GB} GB for CUDA and NCCL",
+    ]
 
 
 def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
-    """Draw every stage's scaling curve, with the assumptions below it."""
+    """Draw every stage's scaling curve as one self-contained SVG, with the assumptions below it.
+
+    GPUs are on x and samples per second on y, both logarithmic; the dashed line is ideal scaling from one GPU, and a
+    hollow point does not fit.
+    """
     width, left, top, right, bottom = CHART.values()
     points = [point for plan in plans for point in plan.scaling]
     speeds = [point.samples_per_second for point in points]

@@ -10,9 +10,8 @@ from typing import Any
 
 from jobs.caller import Caller
 from jobs.configs import source_types
-from jobs.console import PLAIN_SECONDS, notify, poll
+from jobs.console import PLAIN_SECONDS, notify, poll, write_output
 from jobs.distributed import device_of, on_workers, ranks_here
-from jobs.output import write_output
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import MODEL_SECTIONS
 from pipeline.config.urls import absolute
@@ -61,7 +60,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     config, stage = weights.config, weights.config.stage_named(weights.stage)
     model = build_trained_model(weights)
     if modules_for(model, "wpa", "pairs") is None:
-        able = ", ".join(kind for kind in MODEL_SECTIONS if source_types("wpa", kind))
+        able = ", ".join(kind for kind in MODEL_SECTIONS if source_types(kind)["wpa"])
         raise ConfigError(
             f"{checkpoint}: a model of kind '{config.model.kind}' does not read words and patches together; "
             f"give a checkpoint of one that does ({able})"

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.caller import Caller, untracked_because
-from jobs.console import aligned, notify
-from jobs.output import write_output
+from jobs.console import aligned, notify, write_output
 from pipeline.config.errors import ConfigError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig

@@ -1,54 +1,101 @@
-"""`mome submit`: the same run as a Ray job. The job's driver is `mome train` on the cluster's head.
+"""`mome submit` and `mome jobs`: a run as a Ray job, whose driver is `mome train` on the cluster's head.
 
 The checkout's code and the resolved config travel in the job's working folder; the packages must be installed on the
 cluster (see `infra/`). Secrets never travel: the config names them, the cluster's nodes hold them. Submitting is
 idempotent: a job's id follows from the run's name and config, so that the same run is never two jobs at once.
+
+A Ray dashboard without authentication runs whatever anyone sends it, so that one is used on this machine alone. The
+token of one with authentication is named, never given: by `--token env:NAME` or `--token file:PATH`, or by Ray's own
+RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import http.client
+import ipaddress
+import json
+import os
+import re
 import shlex
 import shutil
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import yaml
 
-from jobs.cluster import for_ranks
+from jobs.cluster import TOKEN_FILE, for_ranks, token_file
 from jobs.configs import configs_folder
 from jobs.console import notify
-from jobs.dashboard import dashboard_address, first_line, is_loopback, open_dashboard, stream_logs
+from pipeline.config.background import within
 from pipeline.config.errors import ConfigError, RunFailed
-from pipeline.config.load import local_paths, validate
+from pipeline.config.load import local_paths, resolve_secret
+from pipeline.config.redaction import printable
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.describe import job_environment
 from pipeline.tracking.locations import configured_uri
 
 ROOT = Path(__file__).parent.parent
 POLL_SECONDS = 2.0
-START_SECONDS = 60.0
+START_SECONDS = 60.0  # for a head that has just started to take a job
+ANSWER_SECONDS = 20.0  # that the dashboard may be silent in an answer
+LIST_SECONDS = 60.0  # that the list of jobs may take
+LONGEST_LIST = 2**28  # bytes of the list of jobs
+UNREACHABLE_SECONDS = 120.0  # how long the dashboard may be unreachable while logs are followed
+SILENT_SECONDS = 60.0  # without output, after which the status is requested: a dead connection is silent too
+OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # with these Ray's client replaces the address it was given
+EXPECTED = "expected the cluster's dashboard, such as http://head:8265"
+OTHER_PORTS = {6379: "where Ray's nodes and `cluster.address` connect", 10001: "the port of ray:// clients"}
+GIVE_TOKEN = (
+    "Name the cluster's token: --token file:PATH or --token env:NAME, or RAY_AUTH_TOKEN_PATH, or put it into "
+    "~/.ray/auth_token."
+)
 
 
-def submit(
-    config: RunConfig, address: str, follow: bool, submission_id: str | None, token: str | None = None
-) -> dict[str, Any]:
+# ---- submitting a run
+
+
+def submit(config: RunConfig, address: str, follow: bool, token: str | None = None) -> dict[str, Any]:
     """Submit the run, and with `follow` stream the job's output until it ends; `token` names the cluster's token.
 
     Raises ConfigError for a config the cluster could not run or an address that must not be used, RunFailed when the
-    cluster does not answer or the job fails.
+    cluster does not answer or the job fails. The job runs this interpreter if the head has it, otherwise `python`: a
+    loopback address does not imply this machine, because it may be the end of a tunnel.
     """
     address = dashboard_address(address)
     config = for_cluster(config, is_loopback(address))
     client = open_dashboard(address, token)
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
-    job = submission_id or job_id(config, states)
-    if job not in states:
-        _send(client, job, config)
+    job = job_id(config, states)
+    python, deadline = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"', time.monotonic() + START_SECONDS
+    with tempfile.TemporaryDirectory() as folder:
+        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
+            shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
+        values = config.model_dump(mode="json", exclude_unset=True)
+        (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        while job not in states:
+            try:
+                states[job] = client.submit_job(
+                    entrypoint=f"{python} -m jobs.cli train run.yaml --json",
+                    runtime_env={"working_dir": folder, "env_vars": job_environment(job)},
+                    submission_id=job,
+                    metadata={"run": config.name, "checkpoint": config.folder},
+                )
+            except RuntimeError as error:
+                if "already exists" in str(error):  # someone submitted the same run in this moment
+                    break
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
+                time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
     token_option = f" --token {token}" if token else ""
     notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{token_option}` shows its output")
     status = "SUBMITTED"
@@ -58,34 +105,10 @@ def submit(
         except KeyboardInterrupt:
             raise RunFailed(f"stopped following; job {job} is still running: `mome jobs stop {job}` ends it") from None
     if status not in ("SUCCEEDED", "SUBMITTED"):
-        info = client.get_job_info(job)
-        raise RunFailed(f"job {job} ended as {status}: {info.message or 'see its output above'}")
+        reason = client.get_job_info(job).message or ""
+        # Ray's message repeats the end of the output, which is shown already.
+        raise RunFailed(f"job {job} ended as {status}: {reason.partition(', last available logs')[0] or 'see above'}")
     return {"job": job, "status": status, "checkpoint": config.folder}
-
-
-def _send(client: Any, job: str, config: RunConfig) -> None:
-    """Send the job with this installation's code. Raises RunFailed when the cluster does not take it."""
-    with tempfile.TemporaryDirectory() as folder:
-        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
-            shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
-        values = config.model_dump(mode="json", exclude_unset=True)
-        (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                client.submit_job(
-                    entrypoint=f"{interpreter()} -m jobs.cli train run.yaml --json",
-                    runtime_env={"working_dir": folder, "env_vars": job_environment(job)},
-                    submission_id=job,
-                    metadata={"run": config.name, "checkpoint": config.folder},
-                )
-                return
-            except RuntimeError as error:
-                if "already exists" in str(error):  # someone submitted the same run in this moment
-                    return
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
-                time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
 
 
 def job_id(config: RunConfig, states: Mapping[str, str]) -> str:
@@ -116,14 +139,247 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
     uri = configured_uri(config)
     if not same_machine and uri.startswith("sqlite:"):
         raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
-    values = for_ranks(config).model_dump(mode="json", exclude_unset=True)
-    values["cluster"] = {**values.get("cluster", {}), "address": "auto"}
-    return validate(values, "the config as submitted")
+    return for_ranks(config, address="auto")
 
 
-def interpreter() -> str:
-    """Return shell code for the job's Python: this interpreter if the head has it, otherwise `python`.
+# ---- jobs of a cluster
 
-    A loopback address does not imply this machine: it may be the end of a tunnel.
+
+def open_job(job: str, address: str, token: str | None) -> tuple[Any, dict[str, Any]]:
+    """Return the dashboard's client and the description of a job. Raises ConfigError for an unknown job."""
+    client = open_dashboard(address, token)
+    try:
+        return client, describe_job(client.get_job_info(job))
+    except RuntimeError as error:
+        raise ConfigError(f"job {job}: {first_line(error)} `mome jobs list` lists the cluster's jobs") from error
+
+
+def describe_job(job: Any) -> dict[str, Any]:
+    """Return Ray's details of a job as `mome jobs` prints them."""
+    metadata = job.metadata or {}
+    started, ended = (
+        datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else None
+        for milliseconds in (job.start_time, job.end_time)
+    )
+    return {
+        "job": job.submission_id,
+        "run": metadata.get("run"),
+        "status": getattr(job.status, "value", job.status),
+        "started": started,
+        "ended": ended,
+        "message": job.message,
+        "checkpoint": metadata.get("checkpoint"),
+    }
+
+
+def stream_logs(client: Any, job: str) -> str:
+    """Stream a job's output to standard error until the job ends; return the status it ended with.
+
+    A broken connection is re-established, and each character is shown once. Raises RunFailed when the cluster is
+    unreachable for `UNREACHABLE_SECONDS`.
     """
-    return f'"$(command -v {shlex.quote(sys.executable)} || echo python)"'
+    num_shown, last_reached = 0, time.monotonic()
+
+    async def show_new() -> None:
+        """Print new output until the job or the connection ends, or no output came for `SILENT_SECONDS`."""
+        nonlocal num_shown
+        num_received, chunks = 0, client.tail_job_logs(job)
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(chunks), SILENT_SECONDS)
+            except (StopAsyncIteration, TimeoutError):
+                return
+            new = chunk[max(0, num_shown - num_received) :]
+            num_received += len(chunk)
+            if new:
+                sys.stderr.write(printable(new))
+                sys.stderr.flush()
+                num_shown = num_received
+
+    while True:
+        try:
+            asyncio.run(show_new())
+            status = client.get_job_status(job)
+        except Exception as error:  # HTTP and websocket libraries raise many types when a head goes away
+            if time.monotonic() - last_reached > UNREACHABLE_SECONDS:
+                raise RunFailed(
+                    f"job {job}: the cluster has not answered for {UNREACHABLE_SECONDS:.0f} s ({first_line(error)}). "
+                    "If its head is lost, submit again to the new one: the run resumes."
+                ) from error
+        else:
+            last_reached = time.monotonic()
+            if status.is_terminal():
+                asyncio.run(show_new())
+                return str(status.value)
+        time.sleep(POLL_SECONDS)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or else its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- a cluster's dashboard: its address, its token, and whether it may be trusted
+
+
+def open_dashboard(address: str, token: str | None = None) -> Any:
+    """Return Ray's JobSubmissionClient of the dashboard at `address`; `token` is a reference. Nothing is sent before it
+    is known that the cluster asks everyone for a token, or is on this machine; and nothing to any other address.
+
+    Raises ConfigError for an address that must not be used, RunFailed when it does not answer or does not let us in.
+    """
+    address = dashboard_address(address)
+    secret = find_token(token)
+    guarded = _is_guarded(address, None)
+    if not guarded and not is_loopback(address):
+        raise ConfigError(
+            f"--address {address}: refused, because it lets anyone run code there. Start the cluster with "
+            "RAY_AUTH_MODE=token and a token on every node, or open a tunnel to it and give this machine's end of it."
+        )
+    if guarded and secret is None:
+        raise RunFailed(f"--address {address}: the cluster asks for a token, and none is known here. {GIVE_TOKEN}")
+    if guarded and _is_guarded(address, secret):
+        raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}")
+    overriding = {name: os.environ.pop(name) for name in OVERRIDING if name in os.environ}
+    try:
+        client = _client_class()(address, headers={"Authorization": f"Bearer {secret}"} if guarded else None)
+    except (ConnectionError, RuntimeError) as error:
+        raise RunFailed(f"--address {address}: the dashboard takes no jobs ({first_line(error)})") from error
+    finally:
+        os.environ.update(overriding)
+    if client.get_address() != address:
+        raise RunFailed(f"--address {address}: Ray's client would use {client.get_address()} instead; nothing was sent")
+    return client
+
+
+def dashboard_address(address: str) -> str:
+    """Return `scheme://host:port` of what a user gives as a dashboard's address, its page in a browser included.
+
+    Raises ConfigError for what cannot be one.
+    """
+    if not address:
+        raise ConfigError("--address: give the cluster's dashboard, such as http://head:8265")
+    if "@" in address.partition("#")[0]:
+        raise ConfigError(f"--address: has a user name or a password before the host. {GIVE_TOKEN}")
+    try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError as error:
+        raise ConfigError(f"--address {address}: is not an address ({error}); {EXPECTED}") from error
+    if parts.scheme not in ("http", "https") or not re.fullmatch(r"[\w.:%-]+", host):
+        hint = " (ray:// is for clients of another kind)" if parts.scheme == "ray" else ""
+        raise ConfigError(f"--address {address}: {EXPECTED}{hint}")
+    server = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}"
+    return server + (f":{port}" if port is not None else "") + parts.path.rstrip("/")
+
+
+def find_token(reference: str | None) -> str | None:
+    """Return the token behind `env:NAME` or `file:PATH`, else where Ray looks for it; None if there is none.
+
+    Raises ConfigError, which does not show it, for a token that no HTTP header can carry.
+    """
+    if reference is not None:
+        if not reference.startswith(("env:", "file:")):
+            raise ConfigError("--token: is a secret and must be a reference: env:NAME or file:PATH")
+        origin, token = f"--token {reference}", resolve_secret(reference)
+    elif (token := os.environ.get("RAY_AUTH_TOKEN")) is not None:
+        origin = "RAY_AUTH_TOKEN"
+    elif (path := os.environ.get("RAY_AUTH_TOKEN_PATH")) is not None:
+        origin, token = f"RAY_AUTH_TOKEN_PATH {path}", resolve_secret(f"file:{path}")
+    elif (file := token_file()) is not None and os.path.lexists(file):
+        origin, token = TOKEN_FILE, resolve_secret(f"file:{file}")
+    else:
+        return None
+    token = (token or "").strip()
+    if not re.fullmatch(r"[\x20-\x7e]+", token):
+        raise ConfigError(f"{origin}: expected a token, one line of printable ASCII characters")
+    return token
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address, with or without a scheme, is a loopback address of this machine."""
+    host = urlsplit(address if "://" in address else f"http://{address}").hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class DashboardError(RunFailed, RuntimeError):
+    """Error of the dashboard; also a RuntimeError, as Ray's client raises it."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """An answer that names another place is an error: the token must not go there."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _is_guarded(address: str, secret: str | None) -> bool:
+    """Return whether the dashboard refuses to list jobs with this token, or without one.
+
+    Raises RunFailed if the address is not that of a Ray dashboard.
+    """
+    port = urlsplit(address).port or 0
+    hint = "Start a head with `ray start --head`, or open a tunnel to the cluster's port 8265."
+    if port in OTHER_PORTS:
+        hint = f"Port {port} is {OTHER_PORTS[port]}; the dashboard's port is 8265. {hint}"
+    headers = {"Authorization": f"Bearer {secret}"} if secret is not None else {}
+    request = urllib.request.Request(f"{address}/api/jobs/", headers=headers)
+    handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
+    if is_loopback(address):  # a proxy would connect to its own loopback
+        handlers.append(urllib.request.ProxyHandler({}))
+
+    opener = urllib.request.build_opener(*handlers)
+    try:
+        jobs = json.loads(
+            within(LIST_SECONDS, lambda: opener.open(request, timeout=ANSWER_SECONDS).read(LONGEST_LIST), "dashboard")
+        )
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return True
+        where = error.headers.get("Location", "")
+        answer = f"it redirects to {where}" if 300 <= error.code < 400 and where else f"it answers with {error.code}"
+        raise RunFailed(f"--address {address}: no Ray dashboard ({answer}). {hint}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise RunFailed(f"--address {address}: no Ray dashboard answers there ({first_line(error)}). {hint}") from error
+    except (ValueError, RecursionError):
+        jobs = None  # a web page
+    if not (isinstance(jobs, list) and all(isinstance(job, dict) and "status" in job for job in jobs)):
+        raise RunFailed(f"--address {address}: a web server answers there that is no Ray dashboard. {hint}")
+    return False
+
+
+def _client_class() -> Any:
+    """Return Ray's client, with a limit on how long an answer may take, without redirects, and one message a fault."""
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            address = self.get_address()
+            options |= {"timeout": ANSWER_SECONDS, "allow_redirects": False}
+            if is_loopback(address):
+                options["proxies"] = {"http": "", "https": ""}
+            try:
+                response = super()._do_request(method, endpoint, **options)
+                if response.status_code == 200 and response.content:  # packages are answered with nothing
+                    response.json()
+            except AuthenticationError as error:
+                raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}") from error
+            except (requests.RequestException, ValueError) as error:
+                message = f"the dashboard gave no answer to {endpoint} ({first_line(error)})"
+                raise RunFailed(f"--address {address}: {message}") from error
+            if 300 <= response.status_code < 400:
+                self._raise_error(response)
+            return response
+
+        def _raise_error(self, r: Any) -> NoReturn:
+            lines = [line.strip() for line in r.text.splitlines() if line.strip()]  # of a traceback, often
+            detail = f": {lines[-1]}" if lines else ""
+            raise DashboardError(f"--address {self.get_address()}: the dashboard answers with {r.status_code}{detail}")
+
+    return Client

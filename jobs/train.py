@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 from jobs.cluster import connect, for_ranks, root_cause, run_on_ranks
-from jobs.configs import configs_folder
 from jobs.console import notify, poll, progress_display
 from jobs.distributed import FAILURE_FILE, PREEMPTED, PROGRESS_FILE, PROGRESS_SECONDS, error_from_json, run_rank
 from jobs.evaluate import evaluate_run
@@ -23,11 +20,8 @@ from jobs.interrupts import Interrupts
 from jobs.mailbox import Mailbox
 from jobs.report import reported
 from pipeline.config.errors import MomeError, RunFailed
-from pipeline.config.load import load_config
-from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.locations import tracking_uri
 from pipeline.tracking.mlflow_server import check_server
 from pipeline.training.callbacks import Progress
 from pipeline.training.checkpoint import is_committed, stage_url
@@ -44,33 +38,13 @@ def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start an
 
     `remedy` is the advice printed if all stages are finished already.
     """
-    with reported(config), Interrupts(config) as interrupts:
+    interrupts = Interrupts(config)
+    with reported(config), interrupts.handled():
         with progress_display() as show:
             trained = pretrain(config, show, interrupts)
         if not trained:
             notify(f"{config.folder}: every stage is finished already; {remedy}")
         return evaluate_run(config) if config.evaluation.source else {"checkpoint": config.folder}
-
-
-def run_demo(overrides: list[str], fresh: bool) -> dict[str, Any]:
-    """Train and evaluate the demo's three stages on generated scenes, and print a summary."""
-    config = load_config(configs_folder() / "demo.yaml", overrides)
-    if fresh:
-        shutil.rmtree(config.folder, ignore_errors=True)
-    notify(f"mome demo: {len(config.stages)} stages on generated scenes, in {config.folder}", style="bold")
-    result = run_and_evaluate(config, "`mome demo --fresh` trains again")
-    retrieval, mlm = result["retrieval"], result["mlm"]
-    notify(
-        f"\nResults on {result['pairs']} held-out scenes, by contrastive scores:\n"
-        f"  image-to-text R@1 {retrieval['image_to_text']['r1']:.1%}, "
-        f"text-to-image R@1 {retrieval['text_to_image']['r1']:.1%} (chance {retrieval['chance']['r1']:.1%})\n"
-        f"  masked words predicted with their image {mlm['accuracy']:.1%}, "
-        f"with another image {mlm['accuracy_other_image']:.1%}, from the text alone {mlm['accuracy_text_only']:.1%}\n\n"
-        f"Report      {result['report']}\n"
-        f"Checkpoint  {result['checkpoint']}\n"
-        f"MLflow      mlflow ui --backend-store-uri {redact(tracking_uri(config))}"
-    )
-    return result
 
 
 def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: Interrupts | None = None) -> bool:
@@ -91,8 +65,7 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
     taken = Ownership.take(storage, config.folder)
     ownership = Ownership(storage, config.folder, taken.claim)  # without the rank start, which restarts change
     mail, open_alerts = Mailbox(str(taken.start)), dict[str, str]()
-    impatient = storage.within(PROGRESS_RETRY_SECONDS)
-    last = b""
+    impatient, last = storage.within(PROGRESS_RETRY_SECONDS), b""
 
     def show_progress() -> None:
         """Show the progress file if it has changed; rank 0 writes it, wherever it is."""
@@ -103,9 +76,12 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
 
     with poll(show_progress, PROGRESS_SECONDS):
         try:
-            _train(config, storage, ownership, mail, open_alerts, interrupts)
+            _train(config, storage, ownership, mail, open_alerts, interrupts or Interrupts(config))
         finally:
-            show_last_messages(mail, open_alerts)
+            show_messages(mail, open_alerts)
+            for text in open_alerts.values():
+                notify(f"alert not over: {text}", "yellow")
+            mail.call("del", "", True)
     _raise_failure(config, storage, ownership)
     unfinished = _unfinished(config, storage)
     if unfinished is not None:
@@ -114,14 +90,6 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
             "cluster's nodes do not share that folder, give an `output` that all of them see"
         )
     return True
-
-
-def show_last_messages(mail: Mailbox, open_alerts: dict[str, str]) -> None:
-    """Show what the ranks sent last, and the alerts that are not over."""
-    show_messages(mail, open_alerts)
-    for text in open_alerts.values():
-        notify(f"alert not over: {text}", "yellow")
-    mail.clear()
 
 
 def _unfinished(config: RunConfig, storage: Storage) -> str | None:
@@ -136,7 +104,7 @@ def _train(
     ownership: Ownership,
     mail: Mailbox,
     open_alerts: dict[str, str],
-    interrupts: Interrupts | None,
+    interrupts: Interrupts,
 ) -> None:
     """Run Ray Train until the stages are finished: again after preemption, growth or a failure of its controller.
 
@@ -153,13 +121,12 @@ def _train(
 
     def check() -> None:
         show_messages(mail, open_alerts)
-        if interrupts is not None:
-            interrupts.check(mail, placement.ranks)
+        interrupts.check(mail, placement.ranks)
 
     while True:
         failures_left = cluster.max_failures - restarts.count(FAILED)
         try:
-            with interrupts.deferred() if interrupts else nullcontext():
+            with interrupts.deferred():
                 stopped: str | None = run_on_ranks(
                     run_rank,
                     config,

@@ -19,47 +19,35 @@ app = typer.Typer(no_args_is_help=True, help="Measure loader, store, training st
 
 @app.command()
 def loader(
-    shards: Annotated[
-        str | None, Option(help="Local folder of indexed shards of pairs (default: synthetic images).")
-    ] = None,
+    shards: Annotated[str | None, Option(help="Local indexed shards of pairs (default: synthetic).")] = None,
     photos: Annotated[
         list[Path] | None,
-        Option(parser=local_file, help="Folder of captioned photos to build shards from; may be repeated."),
-    ] = None,
-    vocabulary: Annotated[
-        Path | None, Option(parser=local_file, help="A vocab.txt (default: trained on the captions).")
+        Option(parser=local_file, help="Folder of captioned photos to build shards of; repeatable."),
     ] = None,
     samples: Annotated[int, Option(min=1, help="Number of samples that each loader loads per round.")] = 2048,
     workers: Annotated[int, Option(min=0, help="Number of our processes; 0 uses threads of the trainer.")] = 1,
-    threads: Annotated[
-        int, Option(min=1, help="Number of threads per process; peers use workers x threads processes.")
-    ] = 1,
+    threads: Annotated[int, Option(min=1, help="Threads per process; peers use workers x threads processes.")] = 1,
     batch: Annotated[int, Option(min=1, help="Number of samples per batch.")] = 64,
-    rand_augment: Annotated[bool, Option(help="Measure with and without RandAugment, or only without.")] = True,
     rounds: Rounds = 3,
-    peer: Annotated[
-        list[str] | None, Option(help=f"Loader to compare with: {' or '.join(PEERS)} (default: all).")
-    ] = None,
+    peer: Annotated[list[str] | None, Option(help=f"Loader to compare: {', '.join(PEERS)} (default: all).")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the CPU time per sample of our loader, and of webdataset and open_clip's pipeline with Pillow.
 
-    All processes of a loader count, after its warm-up.
+    All processes of a loader count, after its warm-up. Loaders are measured with RandAugment and without.
     """
     from jobs.bench.loader import BenchJob, bench_loader
 
-    job = BenchJob("mome", "", "", samples, batch, workers, threads, num_ops=2 if rand_augment else 0)
-    words, peers = str(vocabulary) if vocabulary else None, PEERS if peer is None else tuple(peer)
+    job = BenchJob("mome", "", "", samples, batch, workers, threads, num_ops=2)
+    peers = PEERS if peer is None else tuple(peer)
     with status("starting") as update:
-        result = bench_loader(shards, tuple(photos or ()), words, job, rounds, peers, update)
+        result = bench_loader(shards, tuple(photos or ()), job, rounds, peers, update)
     print_result(result, as_json)
 
 
 @app.command()
 def storage(
-    url: Annotated[
-        str | None, Argument(help="Folder or URL to write to and read from (default: a local S3 server).")
-    ] = None,
+    url: Annotated[str | None, Argument(help="Folder or URL to use (default: a local S3 server).")] = None,
     object_mib: Annotated[int, Option(min=1, help="Size of the object, in MiB.")] = 128,
     range_mib: Annotated[int, Option(min=1, help="Size of one request, in MiB.")] = 8,
     in_flight: Annotated[int, Option(min=1, help="Number of concurrent requests.")] = 4,
@@ -85,12 +73,10 @@ def storage(
 
 @app.command()
 def checkpoint(
-    config: Annotated[
-        Path | None, Argument(parser=local_file, help="Config whose model is saved (default: VLMo base).")
-    ] = None,
+    config: Annotated[Path | None, Argument(parser=local_file, help="Config (default: VLMo base).")] = None,
     url: Annotated[str | None, Option(help="Folder or URL to save in (default: a temporary folder).")] = None,
     mb_per_second: Annotated[
-        float, Option(min=0, help="Write bandwidth of the simulated store, in MB/s; 0 uses the real bandwidth.")
+        float, Option(min=0, help="MB/s that the simulated store writes; 0: the real store.")
     ] = 50.0,
     rounds: Rounds = 1,
     as_json: JsonOption = False,

@@ -7,6 +7,7 @@ timed with and without a concurrent save.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 import time
@@ -20,7 +21,7 @@ import torch
 
 from pipeline.config.errors import CheckpointError
 from pipeline.config.load import load_config
-from pipeline.config.schema import CheckpointConfig, StorageConfig, VLMoConfig
+from pipeline.config.schema import CheckpointConfig, VLMoConfig
 from pipeline.data.storage import PartReader, Storage, join
 from pipeline.models import skeleton
 from pipeline.training.checkpoint import CheckpointStore
@@ -33,22 +34,20 @@ STEPS_ALONE = 50  # of "training" while nothing is saved
 
 
 class ThrottledStorage(Storage):
-    """Store whose writers together are limited to `bytes_per_second`; 0 does not limit them."""
+    """Store whose writers together are limited to `bytes_per_second`."""
 
-    def __init__(self, config: StorageConfig, bytes_per_second: float):
-        super().__init__(config)
-        self._rate, self._turn, self._free = bytes_per_second, threading.Lock(), 0.0
+    bytes_per_second = math.inf
+    _turn, _free = threading.Lock(), 0.0
 
     def write_parts(self, url: str, size: int, part: PartReader, create: bool = False) -> bool:
         def read_slowly(start: int, stop: int) -> bytes:
             with self._turn:
-                self._free = max(self._free, time.monotonic()) + (stop - start) / self._rate
-                ready = self._free
+                self._free = ready = max(self._free, time.monotonic()) + (stop - start) / self.bytes_per_second
             data = part(start, stop)
             time.sleep(max(ready - time.monotonic(), 0.0))
             return data
 
-        return super().write_parts(url, size, read_slowly if self._rate else part, create)
+        return super().write_parts(url, size, read_slowly, create)
 
 
 def bench_checkpoint(
@@ -69,7 +68,8 @@ def bench_checkpoint(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mome-bench-"))
         else:
             folder = join(url, "mome-bench-checkpoint")
-        storage = ThrottledStorage(StorageConfig(), mb_per_second * 1e6)
+        storage = ThrottledStorage()
+        storage.bytes_per_second = mb_per_second * 1e6 or math.inf
         store = CheckpointStore(storage, folder, Collectives(), CheckpointConfig(keep=1))
         stack.callback(storage.delete, store.url)
         stack.callback(store.close)

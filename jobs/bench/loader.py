@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import gcd
@@ -39,8 +39,9 @@ from torch.utils.data import DataLoader
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from jobs.bench import PEERS
-from pipeline.config import schema
 from pipeline.config.errors import ConfigError, DataError, RunFailed
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local
 from pipeline.data.building import importers
 from pipeline.data.building.inputs import Problems, Sample
@@ -94,34 +95,25 @@ class BenchJob:
     num_ops: int  # of RandAugment; 0 disables it
     seed: int = 0
 
-    def config(self) -> schema.RunConfig:
+    def config(self) -> RunConfig:
         """Return the work as a run: one vision-language stage over the shards."""
-        stage = schema.StageConfig(
-            name="bench",
-            sources={"photos": 1.0},
-            objectives={"itc": schema.ObjectiveConfig(), "mlm": schema.ObjectiveConfig()},
-            steps=10**9,
-            global_batch_size=self.batch_size,
-        )
-        data = schema.DataConfig(
-            streams=gcd(self.batch_size, 16),
-            augment=schema.AugmentConfig(num_ops=self.num_ops),
-            loader=schema.LoaderConfig(num_workers=self.workers, threads_per_worker=self.threads),
-        )
-        return schema.RunConfig(
-            name="bench",
-            seed=self.seed,
-            model=schema.VLMoConfig(),
-            sources={"photos": schema.SourceConfig(shards=self.shards)},
-            data=data,
-            stages=(stage,),
-        )
+        stage = {"name": "bench", "sources": {"photos": 1.0}, "objectives": {"itc": {}, "mlm": {}}, "steps": 10**9}
+        loader = {"num_workers": self.workers, "threads_per_worker": self.threads}
+        streams = gcd(self.batch_size, 16)
+        values = {
+            "name": "bench",
+            "seed": self.seed,
+            "model": {"kind": "vlmo"},
+            "sources": {"photos": {"shards": self.shards}},
+            "data": {"streams": streams, "augment": {"num_ops": self.num_ops}, "loader": loader},
+            "stages": [stage | {"global_batch_size": self.batch_size}],
+        }
+        return validate(values, "bench")
 
 
 def bench_loader(
     shards: str | None,
     photos: tuple[Path, ...],
-    vocabulary: str | None,
     job: BenchJob,
     rounds: int,
     peers: tuple[str, ...],
@@ -129,7 +121,7 @@ def bench_loader(
 ) -> dict[str, Any]:
     """Measure all loaders on `shards`, on shards of `photos` (folders), or on synthetic images.
 
-    `job` holds the load; shards and vocabulary are filled in. With RandAugment, loaders are also measured without it.
+    `job` holds the load; shards and vocabulary are filled in. Loaders are also measured without RandAugment.
     Figures are medians of `rounds`, in which the contenders take turns. Raises ConfigError for unusable settings,
     RunFailed when a contender fails.
     """
@@ -149,15 +141,12 @@ def bench_loader(
                 f"{shards} has {num_shards} shards; the peers need one for each of {num_processes} processes. "
                 "Use fewer workers"
             )
-        if vocabulary is None:
-            progress("training a vocabulary")
-            vocabulary = join(folder, "vocabulary.txt")
-            trained = Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE)
-            storage.write(vocabulary, trained.vocabulary_file)
-        job = replace(job, shards=shards, vocabulary=vocabulary)
+        progress("training a vocabulary")
+        job = replace(job, shards=shards, vocabulary=join(folder, "vocabulary.txt"))
+        trained = Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE)
+        storage.write(job.vocabulary, trained.vocabulary_file)
         jobs = {name: replace(job, contender=name) for name in ("mome", DECODE, *peers)}
-        if job.num_ops:
-            jobs |= {f"{name}/off": replace(jobs[name], num_ops=0) for name in ("mome", *peers)}
+        jobs |= {f"{name}/off": replace(jobs[name], num_ops=0) for name in ("mome", *peers)}
         measured: dict[str, list[Measurement]] = {label: [] for label in jobs}
         for number in range(rounds):
             labels = list(jobs)
@@ -166,18 +155,13 @@ def bench_loader(
                 measured[label].append(run_job(jobs[label], Path(folder)))
     result = _table({name: measured[name] for name in ("mome", *peers)})
     result["decode_limit"] = median(run["samples"] / run["cpu_seconds"] for run in measured[DECODE])
-    if job.num_ops:
-        result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
+    result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
     processors = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    result["settings"] = {
+    load = {key: getattr(job, key) for key in ("samples", "batch_size", "workers", "threads")}
+    result["settings"] = load | {
         "data": ", ".join(map(str, photos)) or shards,
-        "samples": job.samples,
-        "batch": job.batch_size,
         "rounds": rounds,
-        "workers": job.workers,
-        "threads": job.threads,
         "peer_processes": num_processes,
-        "rand_augment": bool(job.num_ops),
         "outputs": {name: measured[name][0]["output"] for name in ("mome", *peers)},
         "cores": os.cpu_count(),
         "processor": processors[0].strip() if processors else platform.machine(),
@@ -189,20 +173,15 @@ def bench_loader(
 
 def _table(measured: dict[str, list[Measurement]]) -> dict[str, Any]:
     """Return the figures of some contenders, and how many times faster ours is than each peer."""
-    cost = {name: [1000 * run["cpu_seconds"] / run["samples"] for run in runs] for name, runs in measured.items()}
-    rate = {name: [1000 / seconds for seconds in costs] for name, costs in cost.items()}
+    rate = {name: [run["samples"] / run["cpu_seconds"] for run in runs] for name, runs in measured.items()}
+    speeds = {name: median(run["samples"] / run["seconds"] for run in runs) for name, runs in measured.items()}
+    ratios = {name: [our / their for our, their in zip(rate["mome"], rate[name], strict=True)] for name in rate}
     return {
         "samples_per_core_second": {name: median(rates) for name, rates in rate.items()},
-        "cpu_seconds_per_1000": {name: median(costs) for name, costs in cost.items()},
+        "cpu_seconds_per_1000": {name: median(1000 / speed for speed in rates) for name, rates in rate.items()},
         "spread": {name: [min(rates), max(rates)] for name, rates in rate.items()},
-        "samples_per_second": {
-            name: median(run["samples"] / run["seconds"] for run in runs) for name, runs in measured.items()
-        },
-        "times_faster": {
-            name: median(our / their for our, their in zip(rate["mome"], rates, strict=True))
-            for name, rates in rate.items()
-            if name != "mome"
-        },
+        "samples_per_second": speeds,
+        "times_faster": {name: median(ratios[name]) for name in ratios if name != "mome"},
     }
 
 
@@ -256,27 +235,23 @@ def measure(job: BenchJob) -> Measurement:
 def _count(batches: Batches, samples: int) -> Measurement:
     for _ in itertools.islice(batches, WARM_UP_BATCHES):
         pass
-    before, started, counted = tree_cpu_seconds(os.getpid()), time.perf_counter(), 0
+    before, started, counted = tree_cpu_seconds(), time.perf_counter(), 0
     while counted < samples:
         image, _ = next(batches)
         counted += len(image)
     seconds = time.perf_counter() - started
     resolution = 1 / os.sysconf("SC_CLK_TCK")  # of CPU times; so few samples may have been loaded during the warm-up
-    cpu_seconds = max(tree_cpu_seconds(os.getpid()) - before, resolution)
+    cpu_seconds = max(tree_cpu_seconds() - before, resolution)
     output = f"{str(image.dtype).removeprefix('torch.')} {'x'.join(str(side) for side in image.shape[1:])}"
     return {"samples": counted, "seconds": seconds, "cpu_seconds": cpu_seconds, "output": output}
 
 
-def tree_cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds of a process and its descendants; children that ended are counted by their parents."""
-    root = psutil.Process(pid)
-    total = 0.0
-    for process in (root, *root.children(recursive=True)):
-        try:
-            times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
+def tree_cpu_seconds() -> float:
+    """Return the CPU seconds of this process and its descendants; parents count their children that ended."""
+    own, total = psutil.Process(), 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # user and system, its own and of its children
     return total
 
 

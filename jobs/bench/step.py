@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,20 +33,6 @@ from pipeline.training.step import TrainingStep
 from pipeline.training.workload import full_batch, with_micro_batch, work_of
 
 WARM_STEPS = 2
-Numbers = dict[str, int]
-
-
-@dataclass(frozen=True)
-class StepBench:
-    """Measurement of one stage: times of all ranks together, bytes of the rank with the largest allocation."""
-
-    pairs_per_second: float
-    step_seconds: float
-    tflops: float  # per rank
-    mfu: float  # fraction of the data sheet's peak, or on a CPU of the speed of a large matrix product
-    peak_memory_bytes: int
-    measured: Numbers
-    predicted: Numbers
 
 
 def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks: int, steps: int) -> dict[str, Any]:
@@ -69,10 +54,12 @@ def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks:
     return result
 
 
-def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> StepBench:
+def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[str, Any]:
     """Measure steps of a stage; all ranks must call it together.
 
-    Memory is measured in a separate step; with `steps` 0 it is the only step, and also the timed one.
+    Memory is measured in a separate step; with `steps` 0 it is the only step, and also the timed one. Times are of all
+    ranks together, TFLOPS of one rank, bytes of the rank with the largest allocation. `mfu` is a fraction of the data
+    sheet's peak, or on a CPU of the speed of a large matrix product.
     """
     torch.set_num_threads(stage.run.engine.threads)
     device, vocabulary = collectives.device, stage.run.tokenizer.size
@@ -132,15 +119,15 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> StepBe
     ).as_json()
     total, *parts = collectives.largest([peak, *categories.values()])
     flops = work.step_flops(num_rows, step.accumulation)
-    return StepBench(
-        pairs_per_second=batch_size / seconds,
-        step_seconds=seconds,
-        tflops=flops / seconds / TERA,
-        mfu=flops / seconds / _reachable(device),
-        peak_memory_bytes=total,
-        measured=dict(zip(categories, parts, strict=True)) | {"total": total},
-        predicted={name: memory[name] for name in (*categories, "total")},
-    )
+    return {
+        "pairs_per_second": batch_size / seconds,
+        "step_seconds": seconds,
+        "tflops": flops / seconds / TERA,
+        "mfu": flops / seconds / _reachable(device),
+        "peak_memory_bytes": total,
+        "measured": dict(zip(categories, parts, strict=True)) | {"total": total},
+        "predicted": {name: memory[name] for name in (*categories, "total")},
+    }
 
 
 def _reachable(device: torch.device) -> float:
@@ -173,9 +160,9 @@ def main(
         collectives = Collectives()
         result = bench_step(Stage(run, run.stages.index(chosen)), collectives, steps)
         if collectives.rank == 0:
-            ratio = {name: round(result.predicted[name] / size, 4) for name, size in result.measured.items()}
+            ratio = {name: round(result["predicted"][name] / size, 4) for name, size in result["measured"].items()}
             place = {"stage": chosen.name, "world_size": collectives.world_size}
-            print(json.dumps({**place, **vars(result), "predicted_to_measured": ratio}), flush=True)
+            print(json.dumps({**place, **result, "predicted_to_measured": ratio}), flush=True)
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_status) from error

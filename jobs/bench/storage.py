@@ -19,7 +19,6 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -27,7 +26,7 @@ from unittest.mock import patch
 
 import fsspec
 
-from pipeline.config.errors import ConfigError, StorageError
+from pipeline.config.errors import StorageError
 from pipeline.config.load import resolve_secret
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage, join
@@ -39,20 +38,7 @@ KEY_VARIABLE = "MOME_BENCH_KEY"  # holds the key for moto, which accepts any
 
 Progress = Callable[[str], None]
 Figures = dict[str, float]
-Reader = Callable[[], Iterable[bytes]]
-Lister = Callable[[], list[str]]
-
-
-@dataclass(frozen=True)
-class ReadTarget:
-    """An object of `size` bytes at `folder`/object, read in ranges of `range_bytes` with `in_flight` requests at a
-    time, and objects to list in `folder`/many."""
-
-    storage: Storage
-    folder: str
-    size: int
-    range_bytes: int
-    in_flight: int
+Client = Callable[[], Iterable[bytes | str]]  # reads the object, or lists the folder
 
 
 def bench_storage(
@@ -73,9 +59,6 @@ def bench_storage(
     the caller's hands, and HTTP requests (0 where the store is not reached by S3).
     """
     counts = {"object_bytes": object_bytes, "range_bytes": range_bytes, "in_flight": in_flight}
-    for name, value in (counts | {"objects": objects, "rounds": rounds}).items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
     with ExitStack() as stack:
         kind = "given"
         if url is None:
@@ -84,7 +67,6 @@ def bench_storage(
         folder = join(url, f"mome-bench-{secrets.token_hex(6)}")
         stack.callback(storage.delete, folder)
         progress(f"writing {object_bytes / MIB:.0f} MiB and {objects} objects")
-        target = ReadTarget(storage, folder, object_bytes, range_bytes, in_flight)
         with tempfile.NamedTemporaryFile(prefix="mome-bench-") as file:
             for offset in range(0, object_bytes, MIB):
                 file.write(os.urandom(min(MIB, object_bytes - offset)))  # no store can compress it
@@ -92,7 +74,7 @@ def bench_storage(
             storage.upload(file.name, join(folder, "object"))
         with ThreadPoolExecutor(in_flight) as threads:
             list(threads.map(lambda number: storage.write(join(folder, "many", f"{number:06d}"), b"x"), range(objects)))
-        readers, listers = clients_of(target)
+        readers, listers = clients_of(storage, folder, object_bytes, range_bytes, in_flight)
         read = _medians(readers, object_bytes, f"{folder}/object: {{}} of {{}} bytes were read", rounds, progress)
         listed = _medians(listers, objects, f"{folder}/many: {{}} of {{}} objects were listed", rounds, progress)
     for figures in read.values():
@@ -105,22 +87,26 @@ def bench_storage(
     return {**result, "read": read, "list": {"objects": objects, **listed}}
 
 
-def clients_of(target: ReadTarget) -> tuple[dict[str, Reader], dict[str, Lister]]:
-    """Return ways to read the whole object (each call reads it once) and to list the folder with sizes, by client."""
-    storage, config, url, folder = target.storage, target.storage.config, f"{target.folder}/object", target.folder
-    starts = list(range(0, target.size, target.range_bytes))
-    stops = [*starts[1:], target.size]
-    protocol, _, rest = target.folder.partition("://")
+def clients_of(
+    storage: Storage, folder: str, size: int, range_bytes: int, in_flight: int
+) -> tuple[dict[str, Client], dict[str, Client]]:
+    """Return ways to read `folder`/object, of `size` bytes, and to list `folder`/many with sizes, by client.
+
+    Each call reads the whole object, in ranges of `range_bytes` with `in_flight` requests at a time.
+    """
+    config, url, starts = storage.config, f"{folder}/object", list(range(0, size, range_bytes))
+    stops = [*starts[1:], size]
+    protocol, _, rest = folder.partition("://")
     is_s3 = protocol in ("s3", "s3a")
     options: dict[str, Any] = {}
     if is_s3:
         options = {"key": resolve_secret(config.key), "secret": resolve_secret(config.secret)}
         options |= {"endpoint_url": config.endpoint_url, "skip_instance_cache": True}
-    file_system, path = fsspec.core.url_to_fs(target.folder, **options)
-    ranges = {"batch_size": target.in_flight} if file_system.async_impl else {}
+    file_system, path = fsspec.core.url_to_fs(folder, **options)
+    ranges = {"batch_size": in_flight} if file_system.async_impl else {}
 
     def concurrently(read: Callable[[int, int], bytes]) -> Iterator[bytes]:
-        with ThreadPoolExecutor(target.in_flight) as threads:
+        with ThreadPoolExecutor(in_flight) as threads:
             yield from threads.map(read, starts, stops)
 
     def streamed(stream: Any) -> Iterator[bytes]:
@@ -128,7 +114,7 @@ def clients_of(target: ReadTarget) -> tuple[dict[str, Reader], dict[str, Lister]
             while data := stream.read(READ_BYTES):
                 yield data
 
-    readers: dict[str, Reader] = {
+    readers: dict[str, Client] = {
         "mome": lambda: concurrently(partial(storage.read_range, url, etag=storage.info(url).etag)),
         "mome.open": lambda: streamed(storage.open(url)),
         "fsspec.cat_ranges": lambda: file_system.cat_ranges(
@@ -136,7 +122,7 @@ def clients_of(target: ReadTarget) -> tuple[dict[str, Reader], dict[str, Lister]
         ),
         "fsspec.open": lambda: streamed(file_system.open(f"{path}/object", "rb")),
     }
-    listers: dict[str, Lister] = {
+    listers: dict[str, Client] = {
         "mome": lambda: list(storage.list_info(join(folder, "many"))),
         "fsspec.ls": lambda: [
             entry["name"].rpartition("/")[2] for entry in file_system.ls(f"{path}/many", detail=True, refresh=True)
@@ -158,7 +144,6 @@ def clients_of(target: ReadTarget) -> tuple[dict[str, Reader], dict[str, Lister]
     )
     bucket, _, prefix = rest.partition("/")
     place, pages = {"Bucket": bucket, "Key": f"{prefix}/object"}, client.get_paginator("list_objects_v2")
-
     readers["botocore.ranges"] = lambda: concurrently(
         lambda start, stop: client.get_object(**place, Range=f"bytes={start}-{stop - 1}")["Body"].read()
     )
@@ -172,42 +157,19 @@ def clients_of(target: ReadTarget) -> tuple[dict[str, Reader], dict[str, Lister]
 
 
 def _medians(
-    clients: dict[str, Any], expected: int, shortfall: str, rounds: int, progress: Progress
+    clients: dict[str, Client], expected: int, shortfall: str, rounds: int, progress: Progress
 ) -> dict[str, Figures]:
     """Return the medians of each client's figures; the order rotates, so that no client is always first.
 
-    Raises StorageError with `shortfall` when a client returns other than `expected` bytes or names.
+    Counts the HTTP requests that this process sends through botocore or aiobotocore. Raises StorageError with
+    `shortfall` when a client returns other than `expected` bytes or names.
     """
-    names = list(clients)
-    measured: dict[str, list[Figures]] = {name: [] for name in names}
-    orders = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
-    for number, order in enumerate([names, *orders]):  # round 0 makes connections and imports, and does not count
-        for name in order:
-            progress(f"round {number} of {rounds}: {name}" if number else f"connecting: {name}")
-            count, first = 0, None
-            with _counting_requests() as requests:
-                cpu, started = time.process_time(), time.perf_counter()
-                for item in clients[name]():
-                    first = first or time.perf_counter()
-                    count += len(item) if isinstance(item, bytes) else 1
-                seconds, spent = time.perf_counter() - started, time.process_time() - cpu
-            if first is None or count != expected:
-                raise StorageError(shortfall.format(count, expected))
-            figures = {"seconds": seconds, "cpu_seconds": spent, "first_byte_seconds": first - started}
-            measured[name].append(figures | {"requests": len(requests)})
-    return {
-        name: {key: median(figures[key] for figures in samples[1:]) for key in samples[0]}
-        for name, samples in measured.items()
-    }
-
-
-@contextmanager
-def _counting_requests() -> Iterator[list[str]]:
-    """Yield the methods of the HTTP requests that this process sends through botocore or aiobotocore."""
     from aiobotocore.httpsession import AIOHTTPSession
     from botocore.httpsession import URLLib3Session
 
-    sent: list[str] = []
+    names, sent = list(clients), list[str]()
+    measured: dict[str, list[Figures]] = {name: [] for name in names}
+    orders = [names[number % len(names) :] + names[: number % len(names)] for number in range(rounds)]
     with ExitStack() as stack:
         for session in (AIOHTTPSession, URLLib3Session):
 
@@ -216,7 +178,24 @@ def _counting_requests() -> Iterator[list[str]]:
                 return send(self, request)
 
             stack.enter_context(patch.object(session, "send", counted))
-        yield sent
+        for number, order in enumerate([names, *orders]):  # round 0 makes connections and imports, and does not count
+            for name in order:
+                progress(f"round {number} of {rounds}: {name}" if number else f"connecting: {name}")
+                count, first = 0, None
+                sent.clear()
+                cpu, started = time.process_time(), time.perf_counter()
+                for item in clients[name]():
+                    first = first or time.perf_counter()
+                    count += len(item) if isinstance(item, bytes) else 1
+                seconds, spent = time.perf_counter() - started, time.process_time() - cpu
+                if first is None or count != expected:
+                    raise StorageError(shortfall.format(count, expected))
+                figures = {"seconds": seconds, "cpu_seconds": spent, "first_byte_seconds": first - started}
+                measured[name].append(figures | {"requests": len(sent)})
+    return {
+        name: {key: median(figures[key] for figures in samples[1:]) for key in samples[0]}
+        for name, samples in measured.items()
+    }
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from jobs.console import echo
-from jobs.output import list_of_findings
+from jobs.console import echo, list_of_findings
 from jobs.shards.report import ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
 from pipeline.config.schema import ClusterConfig

@@ -17,8 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from jobs.console import echo
-from jobs.output import check_output, list_of_findings, write_output
+from jobs.console import check_output, echo, list_of_findings, write_output
 from pipeline.config.schema import DataConfig, SourceType
 from pipeline.data.contents.images import EXTENSIONS, decode
 from pipeline.data.contents.members import record_of

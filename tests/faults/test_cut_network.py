@@ -7,8 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.network import network
-from tests.support.ray_nodes import raylets, wait_until
+from tests.support.ray_nodes import network, raylets, wait_until
 from tests.support.train_process import TrainProcess, assert_same_losses, paced
 
 pytestmark = pytest.mark.slow

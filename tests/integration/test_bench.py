@@ -1,7 +1,8 @@
-"""`mome bench`: each command measures a small load, and the loaders it compares do the same work."""
+"""`mome bench`: each command measures a small load, what it compares does the same work, and no files stay behind."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,11 +32,19 @@ from jobs.bench.loader import (
     tree_cpu_seconds,
     write_photos,
 )
-from pipeline.config.errors import ConfigError, DataError, RunFailed
+from jobs.bench.storage import MIB, bench_storage, clients_of
+from pipeline.config.errors import ConfigError, DataError, RunFailed, StorageError
+from pipeline.config.schema import StorageConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples import augment
 from pipeline.data.reading.samples import iter_captions
-from pipeline.data.storage import Storage
+from pipeline.data.storage import Storage, join
+
+module = importlib.import_module("jobs.bench.storage")  # the package's attribute of this name is the command
+READ = {"mb_per_second", "cpu_seconds_per_gib", "first_byte_seconds", "requests"}
+LIST = {"seconds", "cpu_seconds", "objects_per_second", "requests"}
+LOCAL = {"mome", "mome.open", "fsspec.cat_ranges", "fsspec.open"}
+SIZE = 3 * MIB + 5  # the last range is shorter
 
 
 def run(*arguments: object) -> Result:
@@ -106,15 +116,15 @@ def test_other_loaders_draw_the_same_operations_as_ours(sign: float) -> None:
 
 
 def test_cpu_time_includes_children_that_run_and_that_ended() -> None:
-    before = tree_cpu_seconds(os.getpid())
+    before = tree_cpu_seconds()
     program = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True)\ninput()"
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()
-    while_running = tree_cpu_seconds(os.getpid()) - before
+    while_running = tree_cpu_seconds() - before
     child.communicate(b"\n")
     assert while_running > 0.15
-    assert tree_cpu_seconds(os.getpid()) - before >= while_running - 0.02
+    assert tree_cpu_seconds() - before >= while_running - 0.02
 
 
 def test_synthetic_photos_are_deterministic_and_of_real_size() -> None:
@@ -135,9 +145,7 @@ def test_unusable_settings_are_rejected_by_name(tmp_path: Path) -> None:
     assert isinstance(run("loader", "--photos", tmp_path).exception, DataError)
 
 
-def test_store_and_stall_of_saves_are_measured(tmp_path: Path) -> None:
-    measured = figures("storage", tmp_path, "--object-mib", 1, "--range-mib", 1, "--objects", 3, "--rounds", 1)
-    assert {"mome", "fsspec.cat_ranges"} <= set(measured["read"])
+def test_stall_of_saves_is_measured(tmp_path: Path) -> None:
     demo = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
     measured = figures("checkpoint", demo, "--mb-per-second", 20, "--url", tmp_path)
     assert measured["bytes"] == 12 * measured["parameters"]
@@ -145,3 +153,47 @@ def test_store_and_stall_of_saves_are_measured(tmp_path: Path) -> None:
     assert measured["ratio"] == pytest.approx(measured["stall_seconds"] / measured["synchronous_seconds"])
     assert measured["ratio"] < 0.5
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# ---- stores
+
+
+@pytest.mark.parametrize("place", ["bucket", "folder"])
+def test_every_client_reads_an_object_and_lists_a_folder(place: str, tmp_path: Path, s3: Any) -> None:
+    url, config = (s3.url("measured"), s3.config) if place == "bucket" else (str(tmp_path), StorageConfig())
+    storage, data = Storage(config), os.urandom(SIZE)
+    for name in ("object", "many/one", "many/other"):
+        storage.write(join(url, name), data)
+    readers, listers = clients_of(storage, url, SIZE, MIB, in_flight=2)
+    assert all(b"".join(read()) == data for read in readers.values())
+    assert all(sorted(names()) == ["one", "other"] for names in listers.values())
+
+
+def test_results_count_requests_and_leave_no_files(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"object_bytes": SIZE, "range_bytes": MIB, "objects": 3}
+    result = bench_storage(s3.url("measured"), s3.config, **small, rounds=2)
+    read, listing = result["read"], result["list"]
+    assert (result["url"], result["object_bytes"], listing.pop("objects")) == (s3.url("measured"), SIZE, 3)
+    assert set(read) == LOCAL | {"botocore.ranges", "botocore.open"}
+    assert all(set(figures) == READ for figures in read.values())
+    assert read["botocore.ranges"]["requests"] == read["fsspec.cat_ranges"]["requests"] == 4
+    assert read["mome"]["requests"] >= 4
+    assert read["botocore.open"]["requests"] == 1
+    assert set(listing) == {"mome", "fsspec.ls", "botocore.list_objects_v2"}
+    assert all(set(figures) == LIST and figures["requests"] >= 1 for figures in listing.values())
+    assert Storage(s3.config).list(s3.url()) == []
+    local = figures("storage", tmp_path, "--object-mib", 1, "--range-mib", 1, "--objects", 3, "--rounds", 1)["read"]
+    assert {name: figures["requests"] for name, figures in local.items()} == dict.fromkeys(LOCAL, 0)
+    monkeypatch.setattr(module, "clients_of", lambda *_: ({"short": lambda: iter([b"1"])}, {}))
+    with pytest.raises(StorageError, match=rf"object: 1 of {SIZE} bytes were read"):
+        bench_storage(str(tmp_path), object_bytes=SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_url_a_store_is_started_and_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    started, popen = [], module.subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    assert bench_storage(object_bytes=MIB, objects=2, rounds=1)["store"] == "moto"
+    assert [server.poll() is not None for server in started] == [True]

@@ -41,7 +41,7 @@ def _measure(configs: list[RunConfig], index: int) -> list[tuple[dict[str, int],
     from pipeline.training.stages import Stage
 
     results = [bench_step(Stage(config, index), Collectives(), steps=0) for config in configs]
-    return [(result.predicted, result.measured) for result in results]
+    return [(result["predicted"], result["measured"]) for result in results]
 
 
 @pytest.mark.parametrize("zero_stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])

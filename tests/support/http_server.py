@@ -16,24 +16,16 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, answer: Answer):
         self.seen: list[tuple[str, str, str | None]] = []
-        seen = self.seen
 
-        class Handler(BaseHTTPRequestHandler):
-            def handle_any(self) -> None:
-                seen.append((self.command, self.path, self.headers.get("Authorization")))
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                answer(self)
+        def handle_any(handler: BaseHTTPRequestHandler) -> None:
+            self.seen.append((handler.command, handler.path, handler.headers.get("Authorization")))
+            handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+            answer(handler)
 
-            do_GET = do_POST = do_PUT = handle_any
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        methods = {f"do_{method}": handle_any for method in ("GET", "POST", "PUT")}
+        handler = type("Handler", (BaseHTTPRequestHandler,), {**methods, "log_message": lambda *_: None})
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Several Ray nodes on one machine, each a raylet in a session of its own.
+"""Several Ray nodes on one machine, each a raylet in a session of its own, and a network whose links can be cut.
 
 Every node has its own address, ports and processes. Losing a node sends SIGKILL to all its processes at once. Only
 processes started here are ended.
@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,9 @@ HEALTH = {
 
 def free_ports(count: int) -> list[int]:
     """Return different ports on which no process listens."""
-    sockets = [socket.socket() for _ in range(count)]
-    for item in sockets:
-        item.bind(("127.0.0.1", 0))
-    ports = [item.getsockname()[1] for item in sockets]
-    for item in sockets:
-        item.close()
-    return ports
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 def tree(pid: int) -> list[psutil.Process]:
@@ -80,24 +76,11 @@ class Node:
     attempts: int = 0
 
     def start(self) -> None:
+        """Start the node; `ray start --block` receives SIGTERM when this process ends (prctl's PR_SET_PDEATHSIG)."""
+        options: dict[str, Any] = {"cwd": ROOT, "env": self.environment, "start_new_session": True}
+        options["preexec_fn"] = lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=ROOT,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
-
-    def restart_if_ended(self) -> None:
-        """Start the node again if it ended: a loaded machine may exceed the half minute that `ray start` allows."""
-        if self.process is not None and self.process.poll() is not None:
-            self.attempts += 1
-            assert self.attempts < ATTEMPTS, self.log.read_text(encoding="utf-8")[-3000:]
-            self.lose()
-            self.start()
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, **options)
 
     def processes(self) -> list[psutil.Process]:
         """Return the node's processes, including workers that outlive their raylet for a while."""
@@ -141,58 +124,58 @@ class Cluster:
         self.environment |= environment or {}
         # Not 127.0.0.1, which Ray replaces by the machine's own. Each test process of pytest-xdist has its own network.
         subnet = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-        self.hosts = hosts or [Host(f"127.0.{subnet}.{number + 2}") for number in range(len(cpus))]
-        self.port, self.dashboard_port, client = free_ports(3)
-        head = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
-        head += [f"--dashboard-port={self.dashboard_port}", f"--include-dashboard={str(dashboard).lower()}"]
-        self._listening = [self.address, *([self.dashboard.removeprefix("http://")] if dashboard else [])]
-        self.head = self._node(0, cpus[0], head)
-        self.others = [self._node(i, count, [f"--address={self.address}"]) for i, count in enumerate(cpus[1:], start=1)]
-
-    @property
-    def address(self) -> str:
-        return f"{self.hosts[0].address}:{self.port}"
-
-    @property
-    def dashboard(self) -> str:
-        return f"http://127.0.0.1:{self.dashboard_port}"
-
-    @property
-    def nodes(self) -> list[Node]:
-        return [self.head, *self.others]
-
-    def _node(self, number: int, cpus: int, options: list[str]) -> Node:
-        agent, grpc, runtime, metrics = free_ports(4)
-        host = self.hosts[number]
-        command = [*host.prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
-        command += [f"--node-ip-address={host.address}", f"--num-cpus={cpus}", f"--object-store-memory={MEMORY}"]
-        command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
-        command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
-        # One per node, because a node that unpacks a job's code clears the target folder.
-        command += [f"--temp-dir={self.folder / str(number)}", "--disable-usage-stats", "--include-log-monitor=false"]
-        environment = {**self.environment, **dict(host.environment)}
-        return Node(command, environment, self.folder / f"node{number}.log", host.address)
+        hosts = hosts or [Host(f"127.0.{subnet}.{number + 2}") for number in range(len(cpus))]
+        port, self.dashboard_port, client = free_ports(3)
+        self.address, self.dashboard = f"{hosts[0].address}:{port}", f"http://127.0.0.1:{self.dashboard_port}"
+        self._listening = [self.address, *[self.dashboard.removeprefix("http://")] * dashboard]
+        joining = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
+        joining += [f"--dashboard-port={self.dashboard_port}", f"--include-dashboard={str(dashboard).lower()}"]
+        self.nodes: list[Node] = []
+        for number, (host, count) in enumerate(zip(hosts, cpus, strict=False)):
+            agent, grpc, runtime, metrics = free_ports(4)
+            command = [*host.prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *joining]
+            command += [f"--node-ip-address={host.address}", f"--num-cpus={count}", f"--object-store-memory={MEMORY}"]
+            command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
+            command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
+            # One per node, because a node that unpacks a job's code clears the target folder.
+            command += [f"--temp-dir={folder / str(number)}", "--disable-usage-stats", "--include-log-monitor=false"]
+            own = {**self.environment, **dict(host.environment)}
+            self.nodes.append(Node(command, own, folder / f"node{number}.log", host.address))
+            joining = [f"--address={self.address}"]
+        self.head, *self.others = self.nodes
 
     def start(self) -> None:
         self.head.start()
-        self._wait_for_head()
+        self._wait(self._is_listening)
         self.wait_for_nodes(1)  # a node that joins before the head has registered exits
         for node in self.others:
             node.start()
         self.wait_for_nodes(len(self.nodes))
 
-    def _wait_for_head(self) -> None:
-        end = time.monotonic() + SECONDS
+    def _is_listening(self) -> bool:
         for address in self._listening:
-            while True:
-                try:
-                    host, _, port = address.partition(":")
-                    socket.create_connection((host, int(port)), timeout=1).close()
-                    break
-                except OSError:
-                    assert time.monotonic() < end, self.log_text()
-                    self.head.restart_if_ended()
-                    time.sleep(0.1)
+            host, _, port = address.partition(":")
+            with socket.socket() as probe:
+                probe.settimeout(1)
+                if probe.connect_ex((host, int(port))):
+                    return False
+        return True
+
+    def wait_for_nodes(self, count: int) -> None:
+        self._wait(lambda: len(self.alive()) == count)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Wait, and start nodes again: a loaded machine may exceed the half minute that `ray start` allows."""
+        end = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < end, self.log_text()
+            for node in self.nodes:
+                if node.process is not None and node.process.poll() is not None:
+                    node.attempts += 1
+                    assert node.attempts < ATTEMPTS, node.log.read_text(encoding="utf-8")[-3000:]
+                    node.lose()
+                    node.start()
+            time.sleep(0.2)
 
     def alive(self) -> dict[str, str]:
         """Return address -> id of every node that the head considers alive."""
@@ -203,28 +186,18 @@ class Cluster:
                 f"nodes = GcsClient(address={self.address!r}).get_all_node_info(timeout=20).values(); "
                 "print(json.dumps({n.node_manager_address: n.node_id.hex() for n in nodes if n.state == 0}))"
             )
-            command = [sys.executable, "-c", script]
-            environment: Any = {"cwd": ROOT, "env": self.environment, "timeout": SECONDS}
-            done = subprocess.run(command, capture_output=True, text=True, check=False, **environment)
+            options: Any = {"cwd": ROOT, "env": self.environment, "timeout": SECONDS, "check": False}
+            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, **options)
             return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
-        try:
+        with suppress(Exception):  # the head is lost, or has not started yet
             nodes = self._state().get_all_node_info(timeout=5).values()
-        except Exception:  # the head is lost, or has not started yet
-            return {}
-        return {node.node_manager_address: node.node_id.hex() for node in nodes if node.state == 0}
+            return {node.node_manager_address: node.node_id.hex() for node in nodes if node.state == 0}
+        return {}
 
     def _state(self) -> Any:
         from ray._raylet import GcsClient
 
         return GcsClient(address=self.address)
-
-    def wait_for_nodes(self, count: int) -> None:
-        end = time.monotonic() + SECONDS
-        while len(self.alive()) != count:
-            assert time.monotonic() < end, self.log_text()
-            for node in self.nodes:
-                node.restart_if_ended()
-            time.sleep(0.2)
 
     def announce_preemption(self, node: Node, seconds: int) -> None:
         """Announce, as a cloud's autoscaler does, that a node will be preempted in `seconds`."""
@@ -248,15 +221,10 @@ class Cluster:
 
 
 @contextmanager
-def raylets(
-    cpus: list[int],
-    environment: dict[str, str] | None = None,
-    dashboard: bool = False,
-    hosts: list[Host] | None = None,
-) -> Iterator[Cluster]:
-    """Run a cluster in a temporary folder with a short name, because sockets are created in it."""
+def raylets(cpus: list[int], environment: dict[str, str] | None = None, **options: Any) -> Iterator[Cluster]:
+    """Run a Cluster in a temporary folder with a short name, because sockets are created in it."""
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
-    cluster = Cluster(folder, cpus, environment, dashboard, hosts)
+    cluster = Cluster(folder, cpus, environment, **options)
     try:
         cluster.start()
         yield cluster
@@ -265,13 +233,78 @@ def raylets(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_with_parent() -> None:
-    """Send SIGTERM to `ray start --block` when the test process ends (prctl's PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 def wait_until(condition: Any, what: str, seconds: float = SECONDS) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
         time.sleep(0.1)
+
+
+# ---- a network
+
+
+class Network:
+    """Network of `count` machines: the first is this process's own network, the others are network namespaces.
+
+    Needs the right to create namespaces (root, or CAP_SYS_ADMIN and CAP_NET_ADMIN) and `ip`.
+    """
+
+    def __init__(self, count: int):
+        self._tag, self._others = f"m{os.getpid() % 100000}", range(1, count)
+        subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
+        # Gloo would choose the interface by host name, which is the same in every namespace.
+        own = Host(f"{subnet}.1", (), (("GLOO_SOCKET_IFNAME", f"{self._tag}b"),))
+        self.hosts = [own] + [
+            Host(
+                f"{subnet}.{number + 1}",
+                ("ip", "netns", "exec", f"{self._tag}n{number}"),
+                (("GLOO_SOCKET_IFNAME", f"{self._tag}e{number}"),),
+            )
+            for number in self._others
+        ]
+
+    def build(self) -> None:
+        """Join the namespaces by a bridge. Raises OSError or CalledProcessError where they are not permitted."""
+        bridge = f"{self._tag}b"
+        commands = [f"link add {bridge} type bridge", f"addr add {self.hosts[0].address}/24 dev {bridge}"]
+        commands.append(f"link set {bridge} up")
+        for number in self._others:
+            space, inside, outside = (f"{self._tag}{kind}{number}" for kind in "nev")
+            commands += [
+                f"netns add {space}",
+                f"link add {outside} type veth peer name {inside}",
+                f"link set {inside} netns {space}",
+                f"link set {outside} master {bridge} up",
+                f"-n {space} addr add {self.hosts[number].address}/24 dev {inside}",
+                f"-n {space} link set {inside} up",
+                f"-n {space} link set lo up",
+            ]
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+    def cut(self, number: int) -> None:
+        """Drop all packets of a machine without closing its connections."""
+        subprocess.run(["ip", "link", "set", f"{self._tag}v{number}", "down"], check=True, capture_output=True)
+
+    def remove(self) -> None:
+        names = [
+            f"{kind} del {self._tag}{end}{n}" for n in self._others for kind, end in (("netns", "n"), ("link", "v"))
+        ]
+        for command in [*names, f"link del {self._tag}b"]:
+            with suppress(FileNotFoundError):
+                subprocess.run(["ip", *command.split()], check=False, capture_output=True)
+
+
+@contextmanager
+def network(count: int) -> Iterator[Network | None]:
+    """Build the network and yield it; yield None where namespaces are not permitted."""
+    machines = Network(count)
+    try:
+        try:
+            machines.build()
+        except (OSError, subprocess.CalledProcessError):
+            yield None
+            return
+        yield machines
+    finally:
+        machines.remove()

@@ -95,11 +95,11 @@ def cells() -> Iterator[Cell]:
     """Yield every combination that can be trained, with the stage keys that select each variant of an objective."""
     for objective in schema.objective_names():
         for kind in MODEL_SECTIONS:
-            for source_type in source_types(objective, kind):
+            for source_type in source_types(kind)[objective]:
                 choices: list[dict[str, Any]] = [{}]
                 if objective == "itm":
                     choices = [{"negatives": "random"}]
-                    choices += [{"negatives": "hard"}] if source_type in source_types("itc", kind) else []
+                    choices += [{"negatives": "hard"}] if source_type in source_types(kind)["itc"] else []
                 elif objective == "mim":
                     choices = [{"image_target": target} for target in get_args(schema.ImageTarget)]
                     if kind == "vilt":  # visual tokens require square images

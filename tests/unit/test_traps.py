@@ -89,13 +89,10 @@ def test_trap_06_masked_objectives_read_matched_pairs_only(
     else:
         own = batch.region_features.masked_fill(batch.region_hidden.unsqueeze(-1), 0)  # type: ignore[union-attr]
         assert torch.equal(seen["masked"].regions.features, own)
+    own_image = batch.image if source_type == "pairs" else batch.region_features
     other_pairs = [
         not torch.equal(inputs.text, batch.text)
-        or (
-            not torch.equal(inputs.image, batch.image)
-            if inputs.regions is None
-            else not torch.equal(inputs.regions.features, batch.region_features)
-        )
+        or not torch.equal(inputs.image if inputs.regions is None else inputs.regions.features, own_image)
         for inputs in seen.values()
         if "itm" in inputs.heads
     ]

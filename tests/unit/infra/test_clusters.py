@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ KUBERAY, RAY = INFRA / "kuberay", sorted(INFRA.glob("ray/*.yaml"))
 KINDS = {"raycluster": "rayclusters", "rayjob": "rayjobs"}
 FILES = sorted([*KUBERAY.glob("*.yaml"), *RAY])
 SECRET = re.compile(r"password|secret|token|access_key", re.IGNORECASE)
-both_kinds = pytest.mark.parametrize("name", KINDS)
 
 
 # ---- rendering
@@ -68,13 +66,11 @@ def test_arguments_override_settings_and_missing_or_invalid_ones_are_named(
 # ---- KubeRay
 
 
-def cluster_spec(name: str) -> dict[str, Any]:
-    spec = rendered(KUBERAY / f"{name}.yaml")[0]["spec"]
-    return spec.get("rayClusterSpec", spec)
-
-
-def pod_specs(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    return [group["template"]["spec"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
+@pytest.fixture(params=KINDS)
+def spec(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Return the specification of the cluster in each kind of manifest."""
+    cluster = rendered(KUBERAY / f"{request.param}.yaml")[0]["spec"]
+    return cluster.get("rayClusterSpec", cluster)
 
 
 @cache
@@ -94,23 +90,15 @@ def definition(kind: str, folder: Path) -> dict[str, Any]:
     return schema
 
 
-def faults(manifest: dict[str, Any], kind: str, shared: Path) -> list[str]:
+def test_manifests_are_valid_for_kuberay_and_wrong_keys_and_values_are_not(shared: Path) -> None:
     folder = shared / "schemas" / "kuberay"
     if not folder.is_dir():
         pytest.skip("../shared/schemas/kuberay is absent: it holds KubeRay's definitions")
-    validator = jsonschema.Draft202012Validator(definition(kind, folder))
-    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
-
-
-@both_kinds
-def test_manifests_are_valid_for_kuberay(name: str, shared: Path) -> None:
-    (manifest,) = rendered(KUBERAY / f"{name}.yaml")
-    assert faults(manifest, KINDS[name], shared) == []
-
-
-def test_the_validation_finds_wrong_keys_and_values(shared: Path) -> None:
-    (valid,) = rendered(KUBERAY / "rayjob.yaml")
-    for path, value in {
+    for name, kind in KINDS.items():
+        (valid,) = rendered(KUBERAY / f"{name}.yaml")
+        validator = jsonschema.Draft202012Validator(definition(kind, folder))
+        assert list(validator.iter_errors(valid)) == []
+    for path, value in {  # of the job, the last one
         "spec.backoffLimits": 3,
         "spec.backoffLimit": "three",
         "spec.rayClusterSpec.authOptions.mode": "password",
@@ -122,14 +110,13 @@ def test_the_validation_finds_wrong_keys_and_values(shared: Path) -> None:
         for parent in parents:
             place = place[parent]
         place[key] = value
-        assert len(faults(manifest, "rayjobs", shared)) == 1, path
+        assert len(list(validator.iter_errors(manifest))) == 1, path
 
 
-@both_kinds
-def test_rays_autoscaler_parses_the_groups(name: str) -> None:
+def test_rays_autoscaler_parses_the_groups(spec: dict[str, Any]) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
 
-    read = derive({"metadata": {"name": "mome", "namespace": "mome"}, "spec": cluster_spec(name)})
+    read = derive({"metadata": {"name": "mome", "namespace": "mome"}, "spec": spec})
     types = {name: (kind["max_workers"], kind["resources"]) for name, kind in read["available_node_types"].items()}
     assert types["headgroup"] == (0, {"CPU": 0, "memory": 16 * 2**30})
     assert types["gpu"] == (4, {"CPU": 96, "GPU": 8, "memory": 800 * 2**30})
@@ -141,9 +128,7 @@ def test_rays_autoscaler_parses_the_groups(name: str) -> None:
     assert read["idle_timeout_minutes"] == 10
 
 
-@both_kinds
-def test_access_needs_a_token_and_a_network_policy(name: str) -> None:
-    spec = cluster_spec(name)
+def test_access_needs_a_token_and_containers_have_limits_and_never_run_as_root(spec: dict[str, Any]) -> None:
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["networkPolicy"]["mode"] in ("DenyAll", "DenyAllIngress")
     for rule in spec["networkPolicy"]["head"]["ingressRules"]:
@@ -151,16 +136,11 @@ def test_access_needs_a_token_and_a_network_policy(name: str) -> None:
         assert [port["port"] for port in rule["ports"]] == [8265]
     assert "serviceType" not in spec["headGroupSpec"]  # ClusterIP: reached by kubectl port-forward
     assert spec["rayVersion"] == pins()["ray"]
-
-
-@both_kinds
-def test_containers_have_limits_no_kubernetes_token_and_never_run_as_root(name: str) -> None:
-    spec = cluster_spec(name)
     (mount,) = spec["autoscalerOptions"]["volumeMounts"]
     assert mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount"
     assert mount["name"] in {volume["name"] for volume in spec["headGroupSpec"]["template"]["spec"]["volumes"]}
     contexts = [spec["autoscalerOptions"]["securityContext"]]
-    for pod in pod_specs(spec):
+    for pod in [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]:
         mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]} - {mount["name"]}
         assert pod["automountServiceAccountToken"] is False
@@ -177,20 +157,17 @@ def test_containers_have_limits_no_kubernetes_token_and_never_run_as_root(name: 
         assert context["capabilities"] == {"drop": ["ALL"]}
 
 
-def variables_of(node: object) -> Iterator[dict[str, Any]]:
-    if isinstance(node, dict) and set(node) in ({"name", "value"}, {"name", "valueFrom"}):
-        yield node
-    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from variables_of(inner)
-
-
-@pytest.mark.parametrize("path", sorted(KUBERAY.glob("*.yaml")), ids=lambda path: path.name)
-def test_secrets_are_references_only(path: Path) -> None:
-    documents = rendered(path)
-    assert not any(document.get("kind") == "Secret" for document in documents)
-    for variable in variables_of(documents):
-        if SECRET.search(variable["name"]):
-            assert set(variable["valueFrom"]) == {"secretKeyRef"}, variable["name"]
+def test_secrets_are_references_only() -> None:
+    pending: list[Any] = [document for path in KUBERAY.glob("*.yaml") for document in rendered(path)]
+    assert "Secret" not in {document.get("kind") for document in pending}
+    secrets = []
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict) and set(node) in ({"name", "value"}, {"name", "valueFrom"}):
+            secrets += [node] if SECRET.search(node["name"]) else []
+        pending += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    assert len(secrets) > 5
+    assert all(set(variable.get("valueFrom", ())) == {"secretKeyRef"} for variable in secrets)
 
 
 def test_a_job_is_retried_with_its_claim_and_cleans_up() -> None:
@@ -222,7 +199,7 @@ def test_the_job_runs_an_existing_command(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     (job,) = rendered(KUBERAY / "rayjob.yaml")
     env, _, program, command, config, *rest = job["spec"]["entrypoint"].split()
-    head = pod_specs(job["spec"]["rayClusterSpec"])[0]
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "run")
     assert (env, program, config) == ("env", "mome", f"{mount['mountPath']}/run.yaml")
     trained = []
@@ -235,15 +212,10 @@ def test_the_job_runs_an_existing_command(monkeypatch: pytest.MonkeyPatch, tmp_p
 # ---- Ray's launcher
 
 
-def launched(path: Path, **changes: str) -> dict[str, Any]:
-    (config,) = rendered(path, **changes)
-    return config
-
-
 @pytest.mark.parametrize("path", RAY, ids=lambda path: path.stem)
 def test_rays_launcher_accepts_the_file_and_starts_a_secured_ray(path: Path) -> None:
     """Run the steps of `ray up` before it contacts a cloud; Ray 2.60 has no dry run."""
-    config, prepared = launched(path), prepare_config(launched(path))
+    (config,), prepared = rendered(path), prepare_config(rendered(path)[0])
     validate_config(prepared)
     with pytest.raises(jsonschema.ValidationError, match="dockers"):
         validate_config(prepared | {"dockers": {}})
@@ -262,11 +234,11 @@ def test_rays_launcher_accepts_the_file_and_starts_a_secured_ray(path: Path) -> 
 
 def test_groups_and_machines_come_from_the_settings() -> None:
     for name in ("aws", "gcp"):
-        types = launched(INFRA / "ray" / f"{name}.yaml", GPU_NODES="12", LOADER_NODES="34")["available_node_types"]
+        types = rendered(INFRA / "ray" / f"{name}.yaml", GPU_NODES="12", LOADER_NODES="34")[0]["available_node_types"]
         assert (types["gpu"]["max_workers"], types["loader"]["max_workers"]) == (12, 34)
         assert (types["gpu"]["resources"]["GPU"], types["loader"]["resources"]["loader"]) == (8, 1)
         assert types["head"]["resources"] == {"CPU": 0}
-    config = launched(INFRA / "ray" / "on_premise.yaml", WORKER_IPS="10.1.1.1, 10.1.1.2, 10.1.1.3")
+    (config,) = rendered(INFRA / "ray" / "on_premise.yaml", WORKER_IPS="10.1.1.1, 10.1.1.2, 10.1.1.3")
     assert config["provider"]["worker_ips"] == ["10.1.1.1", "10.1.1.2", "10.1.1.3"]
 
 
@@ -277,7 +249,7 @@ def test_on_premise_cpu_machines_offer_the_loader_resource(
     for name, script in {"nvidia-smi": f"exit {0 if has_gpu else 1}", "ray": 'printf "%s\\n" "$@"'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    command = launched(INFRA / "ray" / "on_premise.yaml")["worker_start_ray_commands"][-1]
+    command = rendered(INFRA / "ray" / "on_premise.yaml")[0]["worker_start_ray_commands"][-1]
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RAY_HEAD_IP": "10.0.0.10"}
     # The hard limit of the test process may be lower than the container's.
     command = command.replace("ulimit -n 65536", "true")

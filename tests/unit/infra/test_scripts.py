@@ -31,9 +31,9 @@ def start(tmp_path: Path) -> Start:
 
     def begin(srun: str, **environment: str) -> subprocess.Popen[str]:
         commands = {
-            "srun": f'printf "%s " srun "$@" >> {tmp_path}/asked; echo >> {tmp_path}/asked\n{srun}',
-            "scancel": f'echo scancel "$@" >> {tmp_path}/asked; kill -USR1 $(cat {tmp_path}/ranks)',
-            "scontrol": f'[ "$1" = show ] && {{ echo node7; echo node8; }} || echo scontrol "$@" >> {tmp_path}/asked',
+            "srun": f'printf "%s " srun "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n{srun}',
+            "scancel": f'echo scancel "$@" >> {tmp_path}/calls; kill -USR1 $(cat {tmp_path}/ranks)',
+            "scontrol": f'[ "$1" = show ] && {{ echo node7; echo node8; }} || echo scontrol "$@" >> {tmp_path}/calls',
         }
         for name, script in commands.items():
             (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -51,16 +51,12 @@ def start(tmp_path: Path) -> Start:
     return begin
 
 
-def asked(folder: Path) -> list[str]:
-    return (folder / "asked").read_text().splitlines()
-
-
 def test_torchrun_starts_on_every_node_with_the_arguments(start: Start, tmp_path: Path) -> None:
     from torch.distributed.run import get_args_parser
 
     job = start('printf "%s\\n" "${@: -3}" > ' + str(tmp_path / "last"), SLURM_GPUS_ON_NODE="8")
     assert job.wait(30) == 0
-    (step,) = asked(tmp_path)
+    (step,) = (tmp_path / "calls").read_text().splitlines()
     for expected in ("--nnodes 2", "--nproc-per-node 8", "--rdzv-endpoint node7:29400", "-m pipeline.training"):
         assert expected in step
     last = (tmp_path / "last").read_text().splitlines()
@@ -73,22 +69,22 @@ def test_torchrun_starts_on_every_node_with_the_arguments(start: Start, tmp_path
 
 
 def test_failed_job_is_retried_within_bounds_and_keeps_the_last_status(start: Start, tmp_path: Path) -> None:
-    job = start(f"[ $(wc -l < {tmp_path}/asked) = 3 ]")  # the third attempt succeeds
+    job = start(f"[ $(wc -l < {tmp_path}/calls) = 3 ]")  # the third attempt succeeds
     assert job.wait(30) == 0
-    steps = asked(tmp_path)
+    steps = (tmp_path / "calls").read_text().splitlines()
     assert len(steps) == 3
     assert len({step.split("--rdzv-id ")[1].split()[0] for step in steps}) == 3  # each attempt has its own rendezvous
-    (tmp_path / "asked").unlink()
+    (tmp_path / "calls").unlink()
     job = start("exit 7", MOME_MAX_FAILURES="1")
     output, _ = job.communicate(timeout=30)
     assert job.returncode == 7
-    assert len(asked(tmp_path)) == 2
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
     assert "failed 2 times, the last with status 7" in output
 
 
 @pytest.mark.parametrize("sent", ["USR1", "TERM"])
 def test_preemption_is_passed_to_the_ranks_and_requeues_the_job(sent: str, start: Start, tmp_path: Path) -> None:
-    saves = f"trap 'echo saved >> {tmp_path}/asked; exit 1' USR1"
+    saves = f"trap 'echo saved >> {tmp_path}/calls; exit 1' USR1"
     job = start(f"{saves}; echo $$ > {tmp_path}/ranks; while :; do sleep 0.1; done")
     deadline = time.monotonic() + 30
     while not (tmp_path / "ranks").exists():
@@ -96,7 +92,11 @@ def test_preemption_is_passed_to_the_ranks_and_requeues_the_job(sent: str, start
         time.sleep(0.05)
     os.kill(job.pid, getattr(signal, f"SIG{sent}"))  # to the script alone, as --signal=B: does
     output, _ = job.communicate(timeout=30)
-    assert asked(tmp_path)[1:] == [f"scancel --signal={sent} 17", "saved", "scontrol requeue 17"], output
+    assert (tmp_path / "calls").read_text().splitlines()[1:] == [
+        f"scancel --signal={sent} 17",
+        "saved",
+        "scontrol requeue 17",
+    ], output
     assert job.returncode == 0
 
 
@@ -130,16 +130,14 @@ def test_scripts_are_valid_bash_and_explain_a_missing_environment_or_argument(tm
         assert message in done.stderr
 
 
-@pytest.mark.parametrize("restart", ["0", "3"])
-def test_superseded_job_is_not_retried(start: Start, tmp_path: Path, restart: str) -> None:
+def test_superseded_job_is_not_retried(start: Start, tmp_path: Path) -> None:
     """Retries share a claim; another start of the same job has its own."""
-    (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "%s " "$MOME_CLAIM" "$@" >> {tmp_path}/owner\nexit 76\n')
+    (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "%s " "$MOME_CLAIM" "$@" > {tmp_path}/owner\nexit 76\n')
     (tmp_path / "python").chmod(0o755)
-    job = start("exit 1", SLURM_RESTART_COUNT=restart)
-    output, _ = job.communicate(timeout=30)
-    assert job.returncode == 76, output
-    assert len([line for line in asked(tmp_path) if line.startswith("srun")]) == 1
-    claim = f"slurm--17-{restart}"
-    assert (
-        (tmp_path / "owner").read_text().startswith(f"{claim} -m pipeline.training.ownership configs/demo.yaml name=a")
-    )
+    for number, restart in enumerate(("0", "3"), start=1):
+        job = start("exit 1", SLURM_RESTART_COUNT=restart)
+        output, _ = job.communicate(timeout=30)
+        assert job.returncode == 76, output
+        assert (tmp_path / "calls").read_text().count("srun") == number
+        claim = f"slurm--17-{restart} -m pipeline.training.ownership configs/demo.yaml name=a"
+        assert (tmp_path / "owner").read_text().startswith(claim)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from rich.text import Text
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from jobs import cli
 from jobs.cli import app
-from jobs.configs import fingerprint_of, list_recipes, read_recipe
+from jobs.configs import fingerprint_of, list_recipes
 from jobs.console import echo, local_file, notify, print_result
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import with_absolute_paths
@@ -30,6 +31,8 @@ from pipeline.training.prepare import RUN_FILE, prepare
 from tests.support.finished_run import contents
 from tests.support.short_run import short_config
 from tests.support.trial import cells
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -100,18 +103,12 @@ def test_every_path_argument_is_parsed_as_a_local_file() -> None:
     ]
 
 
-RESULT = {"pairs": 3, "mlm": {"accuracy": 0.123456, "accuracy_text_only": None}, "stages": ["a", "b"]}
-
-
-@pytest.mark.parametrize(
-    ("as_json", "expected"),
-    [(False, "pairs         3\nmlm.accuracy  0.1235\nstages        a, b\n"), (True, json.dumps(RESULT) + "\n")],
-)
-def test_text_omits_missing_values_and_json_is_complete(
-    as_json: bool, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    print_result(RESULT, as_json)
-    assert capsys.readouterr().out == expected
+def test_text_omits_missing_values_and_json_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"pairs": 3, "mlm": {"accuracy": 0.123456, "accuracy_text_only": None}, "stages": ["a", "b"]}
+    print_result(result, as_json=False)
+    assert capsys.readouterr().out == "pairs         3\nmlm.accuracy  0.1235\nstages        a, b\n"
+    print_result(result, as_json=True)
+    assert capsys.readouterr().out == json.dumps(result) + "\n"
 
 
 def test_values_from_data_never_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,17 +122,14 @@ def test_values_from_data_never_control_the_terminal(capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out) == hostile
 
 
-@pytest.mark.parametrize("message", [r"C:\[/bold]", "[red]", "a [link=http://x]b[/link]", r"\[x]"])
 def test_error_text_with_markup_is_printed_verbatim(
-    message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail() -> None:
-        raise RunFailed(message)
-
-    monkeypatch.setattr(cli, "app", fail)
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert capsys.readouterr().err == f"error: {message}\n"
+    for message in (r"C:\[/bold]", "[red]", "a [link=http://x]b[/link]", r"\[x]"):
+        monkeypatch.setattr(cli, "app", Mock(side_effect=RunFailed(message)))
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert capsys.readouterr().err == f"error: {message}\n"
 
 
 # ---- configs
@@ -155,16 +149,15 @@ def test_fingerprint_equals_that_of_the_run_and_changes_no_file(tmp_path: Path) 
     assert fingerprint_of(other, "pairs", "0:2", 1, 0, 1) != before
 
 
-def test_fingerprint_rejects_a_config_that_training_rejects(tmp_path: Path) -> None:
+def test_fingerprint_rejects_what_training_rejects_and_accepts_relative_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(short_config(str(tmp_path)), Storage())
     with pytest.raises(ConfigError, match="seed: was 7, now 9"):
         fingerprint_of(short_config(str(tmp_path), seed=9), None, "0:1", 1, 0, 1)
     (tmp_path / "run" / RUN_FILE).write_text('{"name": null}', encoding="utf-8")
     with pytest.raises(ConfigError, match="not a config of this version"):
         fingerprint_of(short_config(str(tmp_path)), None, "0:1", 1, 0, 1)
-
-
-def test_fingerprint_accepts_a_run_with_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tokenizer = prepare(with_absolute_paths(short_config("runs")), Storage())
     Storage().write("vocab.txt", tokenizer.vocabulary_file)
@@ -178,9 +171,11 @@ def test_recipes_are_listed_and_shown_in_full_and_the_schema_describes_them() ->
     assert recipes["demo"] == "vlmo: vision → language → vision_language"
     assert "finetune/vilt_b32_vqa" in recipes
     assert recipes == list_recipes()
-    assert run("config", "show", "configs/demo.yaml") == read_recipe("demo")
-    with pytest.raises(ConfigError, match=r"no recipe 'dmeo'; expected one of demo, "):
-        read_recipe("dmeo")
+    demo = (ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8")
+    assert run("config", "show", "configs/demo.yaml") == run("config", "show", "demo") == demo
+    unknown = CliRunner().invoke(app, ["config", "show", "dmeo"]).exception
+    assert isinstance(unknown, ConfigError)
+    assert str(unknown).startswith("no recipe 'dmeo'; expected one of demo, ")
     assert {"name", "model", "sources", "stages"} <= json.loads(run("config", "schema"))["properties"].keys()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import ray
 from ray._private.state import state
 
 from jobs import cluster, placement
-from jobs.cluster import connect, keep_token_private, missing_resources, private_folder
+from jobs.cluster import connect, keep_token_private, missing_resources
 from jobs.placement import Placement
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import ClusterConfig
@@ -42,9 +41,8 @@ def joined(address: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("named", "variable", "expected"),
-    [
+def test_address_is_returned_with_its_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: list[tuple[str | None, str | None, tuple[str, str] | None]] = [
         (None, None, None),
         (None, "local", None),
         ("head:6379", None, ("head:6379", "cluster.address")),
@@ -53,14 +51,12 @@ def joined(address: str) -> str:
         ("auto", "other:6379", ("other:6379", "RAY_ADDRESS")),
         ("auto", None, ("auto", "cluster.address")),
         ("local", "", None),
-    ],
-)
-def test_address_is_returned_with_its_origin(
-    named: str | None, variable: str | None, expected: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if variable is not None:
-        monkeypatch.setenv("RAY_ADDRESS", variable)
-    assert cluster.address_of(ClusterConfig(address=named)) == expected
+    ]
+    for named, variable, expected in cases:
+        monkeypatch.setenv("RAY_ADDRESS", variable or "")
+        if variable is None:
+            monkeypatch.delenv("RAY_ADDRESS")
+        assert cluster.address_of(ClusterConfig(address=named)) == expected
 
 
 def test_hosts_may_be_ipv6_addresses_and_malformed_addresses_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,47 +129,22 @@ def test_token_is_private_before_ray_starts(tmp_path: Path, monkeypatch: pytest.
         assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
-def test_temporary_files_are_in_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = private_folder("mome-ray-train")
-    assert folder == private_folder("mome-ray-train")
-    os.chmod(folder, 0o755)
-    assert stat.S_IMODE(os.stat(private_folder("mome-ray-train")).st_mode) == 0o700
-    os.rmdir(folder)
-    (tmp_path / "elsewhere").mkdir()
-    os.symlink(tmp_path / "elsewhere", folder)
-    assert private_folder("mome-ray-train") != folder, "a foreign symbolic link was followed"
-
-
 # ---- resources
-
-
-def ranks(**values: object) -> ClusterConfig:
-    return ClusterConfig.model_validate({"workers": 2, **values})
 
 
 LOADERS = {"loader_actors": 1, "loader_resource": "loader"}
 
 
 @pytest.mark.parametrize(
-    ("requested", "nodes"),
-    [
-        ({}, [{"CPU": 1}, {"CPU": 1}]),
-        ({"gpus_per_worker": 0.5}, [{"CPU": 2, "GPU": 1}]),
-        ({"gpus_per_worker": 0.6}, [{"CPU": 2, "GPU": 2}]),
-        ({"gpus_per_worker": 0.25, "workers": 8}, [{"CPU": 8, "GPU": 2}]),
-        ({"cpus_per_worker": 0.1, "workers": 10}, [{"CPU": 1}]),
-        ({"gpus_per_worker": 1, "workers": 4, "min_workers": 1}, [{"CPU": 8, "GPU": 1}]),
-        (LOADERS, [{"CPU": 2}, {"CPU": 2, "loader": 1}]),
-    ],
-)
-def test_fitting_request_misses_no_resources(requested: dict[str, Any], nodes: list[dict[str, float]]) -> None:
-    assert missing_resources(ranks(**requested), nodes) is None
-
-
-@pytest.mark.parametrize(
     ("requested", "nodes", "message"),
     [
+        ({}, [{"CPU": 1}, {"CPU": 1}], None),
+        ({"gpus_per_worker": 0.5}, [{"CPU": 2, "GPU": 1}], None),
+        ({"gpus_per_worker": 0.6}, [{"CPU": 2, "GPU": 2}], None),
+        ({"gpus_per_worker": 0.25, "workers": 8}, [{"CPU": 8, "GPU": 2}], None),
+        ({"cpus_per_worker": 0.1, "workers": 10}, [{"CPU": 1}], None),
+        ({"gpus_per_worker": 1, "workers": 4, "min_workers": 1}, [{"CPU": 8, "GPU": 1}], None),
+        (LOADERS, [{"CPU": 2}, {"CPU": 2, "loader": 1}], None),
         ({"gpus_per_worker": 1}, [{"CPU": 4}], "2 ranks need 2 GPUs; this cluster has 0. Set cluster.gpus_per_worker"),
         ({"gpus_per_worker": 1, "workers": 1}, [{"CPU": 4}], "1 rank needs 1 GPU; this cluster has 0"),
         ({"workers": 9, "min_workers": 3}, [{"CPU": 2}], "3 ranks need 3 CPUs; this cluster has 2. Set cluster.cpus"),
@@ -190,12 +161,13 @@ def test_fitting_request_misses_no_resources(requested: dict[str, Any], nodes: l
     ],
 )
 def test_missing_resources_are_reported_with_their_keys(
-    requested: dict[str, Any], nodes: list[dict[str, float]], message: str
+    requested: dict[str, Any], nodes: list[dict[str, float]], message: str | None
 ) -> None:
-    missing = missing_resources(ranks(**requested), nodes)
-    assert missing is not None
-    assert message in missing
-    assert "cluster." in missing
+    missing = missing_resources(ClusterConfig.model_validate({"workers": 2, **requested}), nodes)
+    assert (missing is None) == (message is None)
+    if message is not None:
+        assert message in missing
+        assert "cluster." in missing
 
 
 # ---- waiting for ranks to be placed
@@ -212,8 +184,8 @@ class World:
         self.autoscaler_limits: dict[str, float] | None = None
 
     def placement(self, **values: object) -> Placement:
-        config = ranks(start_seconds=60, **{"address": "head:6379", **values})
-        started = Placement(config, "claim", clock=lambda: self.now)
+        keys = {"workers": 2, "start_seconds": 60, "address": "head:6379", **values}
+        started = Placement(ClusterConfig.model_validate(keys), "claim", clock=lambda: self.now)
         started.start()
         return started
 
@@ -247,7 +219,7 @@ def test_waiting_for_a_cluster_is_reported_until_the_timeout(world: World) -> No
         world.pass_seconds(waiting, 10)
 
 
-def test_nodes_that_join_in_time_are_used(world: World) -> None:
+def test_nodes_that_join_in_time_or_that_an_autoscaler_may_add_are_awaited(world: World) -> None:
     waiting = world.placement(gpus_per_worker=1)
     world.pass_seconds(waiting, 50)
     world.node = {"CPU": 4.0, "GPU": 2.0}
@@ -258,10 +230,7 @@ def test_nodes_that_join_in_time_are_used(world: World) -> None:
     waiting.check()
     assert world.printed[-1] == "2 of 2 workers placed"
     assert waiting.ranks == 2
-
-
-def test_driver_waits_for_an_autoscaler_with_enough_nodes(world: World) -> None:
-    world.autoscaler_limits = {"CPU": 64, "GPU": 8}
+    world.node, world.ranks, world.autoscaler_limits = {"CPU": 4.0}, 0, {"CPU": 64, "GPU": 8}
     world.pass_seconds(world.placement(gpus_per_worker=1), 1000)
     world.autoscaler_limits = {"CPU": 64, "GPU": 1}
     with pytest.raises(RunFailed, match="this cluster has 0"):

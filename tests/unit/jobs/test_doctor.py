@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from email.utils import formatdate
 from importlib.metadata import version
@@ -21,9 +21,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from jobs import doctor, machine
+from jobs import doctor
 from jobs.cli import app
-from jobs.machine import Diagnosis, diagnose
+from jobs.doctor import Diagnosis, diagnose
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.shards.manifest import ensure_indexed
@@ -34,8 +34,6 @@ from tests.support.ray_nodes import free_ports, raylets
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 PATIENCE = 300.0  # includes starting Ray on a busy machine
 TORCH = torch.__version__.split("+")[0]
-needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has an accelerator")
-Serve = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
@@ -44,46 +42,34 @@ def no_cluster_or_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Return a function `serve({"/path": "body"}, date=…)` that starts an HTTP server and returns its URL."""
-    with ExitStack() as stack:
+def start(stack: ExitStack, pages: dict[str, str], date: float | None = None) -> str:
+    """Start an HTTP server of these pages, which states the date; return its URL."""
 
-        def start(pages: dict[str, str], date: float | None = None) -> str:
-            def answer(handler: Any) -> None:
-                stamp = formatdate(time.time() if date is None else date, usegmt=True)
-                give(pages.get(handler.path, ""), 200 if handler.path in pages else 404, Date=stamp)(handler)
+    def answer(handler: Any) -> None:
+        stamp = formatdate(time.time() if date is None else date, usegmt=True)
+        give(pages.get(handler.path, ""), 200 if handler.path in pages else 404, Date=stamp)(handler)
 
-            return stack.enter_context(serving(answer)).url
-
-        yield start
+    return stack.enter_context(serving(answer)).url
 
 
 def demo(tmp_path: Path, *overrides: str) -> RunConfig:
     return load_config(DEMO, [f"output={tmp_path}/runs", *overrides])
 
 
-def result_of(check: Callable[..., str], *arguments: Any) -> Diagnosis:
+def result_of(status: str, check: Callable[..., str], *arguments: Any) -> Diagnosis:
+    """Return the result of a check that ends with `status`, with a remedy if it failed."""
     result = diagnose("check", lambda: check(*arguments))
-    assert bool(result.remedy) == (result.status == "failed")
+    assert result.status == status, result
+    assert bool(result.remedy) == (status == "failed")
     return result
 
 
 def passes(check: Callable[..., str], *arguments: Any) -> str:
-    result = result_of(check, *arguments)
-    assert result.status == "passed", result
-    return result.detail
-
-
-def skips(check: Callable[..., str], *arguments: Any) -> bool:
-    return result_of(check, *arguments).status == "skipped"
+    return result_of("passed", check, *arguments).detail
 
 
 def fails(check: Callable[..., str], *arguments: Any) -> str:
-    """Return the detail of a check that fails with a remedy."""
-    result = result_of(check, *arguments)
-    assert result.status == "failed", result
-    return result.detail
+    return result_of("failed", check, *arguments).detail
 
 
 # ---- the machine
@@ -102,56 +88,55 @@ def test_packages_are_compared_with_required_and_tested_versions(
     requirement: str, tested: str, outcome: Callable[..., str], expected: str, tmp_path: Path
 ) -> None:
     (tmp_path / "constraints.txt").write_text(f"# tested\n{tested}\n")
-    assert expected in outcome(machine.packages, ["pydantic>=2.10", requirement], tmp_path / "constraints.txt")
-    count = re.search(r"(\d+) packages", passes(machine.packages))  # of the package's metadata
+    assert expected in outcome(doctor.packages, ["pydantic>=2.10", requirement], tmp_path / "constraints.txt")
+    count = re.search(r"(\d+) packages", passes(doctor.packages))  # of the package's metadata
     assert count is not None
     assert int(count[1]) > 15
 
 
 def test_full_disks_impossible_folders_and_low_limits_fail(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    (tmp_path / "mlx5_0").mkdir()
-    assert "free" in passes(machine.disk, tmp_path / "runs" / "demo", 1)
-    assert "free" in fails(machine.disk, tmp_path / "runs" / "demo", 2**60)
-    assert "is not a writable folder" in fails(machine.disk, tmp_path / "file" / "runs")
-    checks = {
-        resource.RLIMIT_NOFILE: (1024, "1024 may be open", (machine.open_files,)),
-        resource.RLIMIT_MEMLOCK: (65536, "mlx5_0", (machine.locked_memory, tmp_path)),
-    }
-    for limit, (most, expected, check) in checks.items():
+    assert "free" in passes(doctor.disk, tmp_path / "runs" / "demo", 1)
+    assert "free" in fails(doctor.disk, tmp_path / "runs" / "demo", 2**60)
+    assert "is not a writable folder" in fails(doctor.disk, tmp_path / "file" / "runs")
+    (tmp_path / "adapters" / "mlx5_0").mkdir(parents=True)
+    cases = (
+        (resource.RLIMIT_NOFILE, 1024, "1024 files may be open", tmp_path / "none"),
+        (resource.RLIMIT_MEMLOCK, 65536, "mlx5_0", tmp_path / "adapters"),
+    )
+    for limit, most, expected, adapters in cases:
         soft, hard = resource.getrlimit(limit)
         resource.setrlimit(limit, (min(most, soft) if soft > 0 else most, hard))
         try:
-            assert expected in fails(*check)
+            assert expected in fails(doctor.limits, adapters)
+            if limit == resource.RLIMIT_MEMLOCK:  # which only InfiniBand needs
+                assert "no InfiniBand" in passes(doctor.limits, tmp_path / "none")
         finally:
             resource.setrlimit(limit, (soft, hard))
-    assert skips(machine.locked_memory, tmp_path / "none"), "only InfiniBand needs it"
 
 
 def test_shared_memory_must_hold_the_batches_of_loader_processes_and_nccl(tmp_path: Path) -> None:
-    assert "needed" in passes(machine.shared_memory, 0, tmp_path)
-    assert "needed" in fails(machine.shared_memory, 2**60, tmp_path)
-    assert "is missing" in fails(machine.shared_memory, 0, tmp_path / "shm")
+    assert "needed" in passes(doctor.shared_memory, 0, tmp_path)
+    assert "needed" in fails(doctor.shared_memory, 2**60, tmp_path)
+    assert "is missing" in fails(doctor.shared_memory, 0, tmp_path / "shm")
     processes = demo(tmp_path, "data.loader.num_workers=2", "data.loader.prefetch_batches=3")
     batch = 64 * 3 * 48 * 48  # the examples of the largest stage as uint8 images
-    assert machine.shared_memory_of(demo(tmp_path), accelerators=0) == 0
-    assert machine.shared_memory_of(processes, accelerators=0) == 4 * batch
-    assert machine.shared_memory_of(processes, accelerators=1) == machine.NCCL_BYTES + 4 * batch // 2
-    assert machine.shared_memory_of(None, accelerators=8) == machine.NCCL_BYTES
+    assert doctor.shared_memory_of(demo(tmp_path), accelerators=0) == 0
+    assert doctor.shared_memory_of(processes, accelerators=0) == 4 * batch
+    assert doctor.shared_memory_of(processes, accelerators=1) == doctor.NCCL_BYTES + 4 * batch // 2
+    assert doctor.shared_memory_of(None, accelerators=8) == doctor.NCCL_BYTES
 
 
-@pytest.mark.parametrize(
-    ("address", "warned"),
-    [("10.1.2.3", False), ("127.0.0.1", False), ("8.8.8.8", True), ("2001:4860:4860::8888", True), ("fe80::1", False)],
-)
-def test_a_public_rendezvous_address_is_warned_about(monkeypatch, address: str, warned: bool) -> None:
-    monkeypatch.setenv("MASTER_ADDR", address)
-    assert ("WARNING, a public address" in passes(machine.rendezvous)) == warned
+def test_a_public_rendezvous_address_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    public = {"10.1.2.3": False, "127.0.0.1": False, "8.8.8.8": True, "2001:4860:4860::8888": True, "fe80::1": False}
+    for address, is_warned in public.items():
+        monkeypatch.setenv("MASTER_ADDR", address)
+        assert ("WARNING, a public address" in passes(doctor.rendezvous)) == is_warned
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
-    assert skips(machine.rendezvous)
+    result_of("skipped", doctor.rendezvous)
 
 
-@needs_no_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has an accelerator")
 def test_an_accelerator_fails_if_torch_cannot_use_it_or_a_local_run_needs_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,44 +144,35 @@ def test_an_accelerator_fails_if_torch_cannot_use_it_or_a_local_run_needs_one(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     program.write_text(f"#!/bin/sh\necho '{h100}'\n")
     program.chmod(0o755)
-    assert re.search(rf"the driver sees 1 \({h100}\); torch", fails(machine.accelerator, None))
+    assert re.search(rf"the driver sees 1 \({h100}\); torch", fails(doctor.accelerator, None))
     program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     gpus = "cluster.gpus_per_worker=1"
-    assert skips(machine.accelerator, None)
-    assert skips(machine.accelerator, demo(tmp_path))
-    assert skips(machine.accelerator, demo(tmp_path, gpus, "cluster.address=head:6379"))
-    assert "cluster.gpus_per_worker" in fails(machine.accelerator, demo(tmp_path, gpus))
+    for config in (None, demo(tmp_path), demo(tmp_path, gpus, "cluster.address=head:6379")):
+        result_of("skipped", doctor.accelerator, config)
+    assert "cluster.gpus_per_worker" in fails(doctor.accelerator, demo(tmp_path, gpus))
 
 
-def test_ranks_that_cannot_communicate_or_hang_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert skips(machine.collective, "NCCL"), "there is no accelerator"
+def test_ranks_that_cannot_communicate_or_hang_and_operators_that_cannot_be_built_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result_of("skipped", doctor.collective, "NCCL")  # there is no accelerator
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    assert re.search("could not sum a tensor.*nosuch0", fails(machine.collective, "gloo"))
+    assert re.search("could not sum a tensor.*nosuch0", fails(doctor.collective, "gloo"))
     with pytest.raises(RuntimeError, match="did not finish in time and was killed"):
-        machine.run_probes(["collective"], 0.1, [{"RANK": "0", "WORLD_SIZE": "2"}])
-
-
-def test_operators_need_a_writable_folder_and_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        doctor.run_probes(["collective"], 0.1, [{"RANK": "0", "WORLD_SIZE": "2"}])
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
-    assert "cannot be written" in fails(machine.operators)
+    assert "cannot be written" in fails(doctor.operators)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no C++ compiler (no-such-compiler)" in fails(machine.operators)
+    assert "no C++ compiler (no-such-compiler)" in fails(doctor.operators)
 
 
 # ---- services
 
 
-class Forgetful(Storage):
-    """Storage that accepts writes and lists nothing."""
-
-    def list(self, url: str) -> list[str]:
-        return []
-
-
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_only_a_usable_output_passes_and_stays_empty(s3: Any, tmp_path: Path) -> None:
+def test_only_a_usable_output_passes_and_stays_empty(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local, store = demo(tmp_path), Storage(s3.config.model_copy(update={"retry_timeout_seconds": 20.0}))
     bucket = local.model_copy(update={"output": s3.url("runs"), "storage": s3.config})
     passes(doctor.output, local, Storage())
@@ -204,16 +180,17 @@ def test_only_a_usable_output_passes_and_stays_empty(s3: Any, tmp_path: Path) ->
     assert list((tmp_path / "runs").iterdir()) == store.list(s3.url("runs")) == []
     other = bucket.model_copy(update={"output": "s3://no-such-bucket/runs"})
     assert "no-such-bucket" in fails(doctor.output, other, store)
-    assert "does not list" in fails(doctor.output, demo(tmp_path / "listed"), Forgetful())
     (tmp_path / "file").write_text("a file")
     assert str(tmp_path) in fails(doctor.output, local.model_copy(update={"output": f"{tmp_path}/file"}), Storage())
+    monkeypatch.setattr(Storage, "list", lambda *_: [])
+    assert "does not list" in fails(doctor.output, demo(tmp_path / "listed"), Storage())
 
 
 def test_sources_need_a_manifest_or_tars_and_all_their_shards(tmp_path: Path, make_pairs: Callable[..., str]) -> None:
     def source(url: object, key: str = "pictures") -> tuple[Callable[..., str], RunConfig, Storage, str]:
         return doctor.source, demo(tmp_path, f"sources.{key}.shards={url}"), Storage(), str(url)
 
-    folder = make_pairs("pairs", [3, 2])
+    folder, unseen = make_pairs("pairs", [3, 2]), f"{tmp_path}/unseen"
     (tmp_path / "bare").mkdir()
     fails(*source(tmp_path / "bare"))
     assert str(tmp_path / "absent") in fails(*source(tmp_path / "absent"))
@@ -223,39 +200,38 @@ def test_sources_need_a_manifest_or_tars_and_all_their_shards(tmp_path: Path, ma
     assert passes(*source(folder)) == f"{folder}: 5 samples in 2 shards"
     (Path(folder) / "00000.tar").unlink()
     assert "00000.tar" in fails(*source(folder))
-    unseen = f"{tmp_path}/unseen"
     assert passes(*source(unseen, "unseen")) == f"{unseen}: generated when the run starts"
 
 
-def test_mlflow_must_respond_with_the_clients_major_version(tmp_path: Path, serve: Serve) -> None:
-    def mlflow(uri: str) -> tuple[Callable[..., str], RunConfig]:
-        return doctor.mlflow, demo(tmp_path, f"tracking.uri={uri}", "tracking.required=false")
-
-    assert skips(doctor.mlflow, None)
-    assert "is writable" in passes(doctor.mlflow, demo(tmp_path)), "SQLite"
-    assert "answers" in passes(*mlflow(serve({"/health": "OK", "/version": version("mlflow")})))
-    assert "has version 2.9.1" in fails(*mlflow(serve({"/health": "OK", "/version": "2.9.1"})))
-    assert "does not answer" in fails(*mlflow(f"http://127.0.0.1:{free_ports(1)[0]}"))
-
-
-def test_the_clock_is_compared_with_the_first_server_that_responds(
-    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+def test_mlflow_must_respond_with_the_clients_major_version_and_the_clocks_must_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def config(uri: str, *overrides: str) -> RunConfig:
+        return demo(tmp_path, f"tracking.uri={uri}", "tracking.required=false", *overrides)
+
     def clock(store: str, uri: str = "sqlite:///x.db") -> tuple[Callable[..., str], RunConfig]:
-        return doctor.clock, demo(tmp_path, f"tracking.uri={uri}", f"storage.endpoint_url={store}")
+        return doctor.clock, config(uri, f"storage.endpoint_url={store}")
 
     now, silent = time.time(), f"http://127.0.0.1:{free_ports(1)[0]}"
-    assert skips(doctor.clock, None)
-    assert skips(*clock(silent))
-    passes(*clock(serve({"/": ""}), silent))
-    assert "behind" in fails(*clock(silent, serve({}, date=now + 3600)))
-    assert "ahead of" in fails(*clock(serve({}, date=now - 3600)))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", serve({}, date=now + 3600))
-    assert "behind" in fails(doctor.clock, None)
+    with ExitStack() as stack:
+        server = start(stack, {"/health": "OK", "/version": version("mlflow")})
+        old, late = start(stack, {"/health": "OK", "/version": "2.9.1"}), start(stack, {}, date=now + 3600)
+        result_of("skipped", doctor.mlflow, None)
+        assert "is writable" in passes(doctor.mlflow, demo(tmp_path)), "SQLite"
+        assert "answers" in passes(doctor.mlflow, config(server))
+        assert "has version 2.9.1" in fails(doctor.mlflow, config(old))
+        assert "does not answer" in fails(doctor.mlflow, config(silent))
+        result_of("skipped", doctor.clock, None)
+        result_of("skipped", *clock(silent))
+        passes(*clock(start(stack, {"/": ""}), silent))
+        assert "behind" in fails(*clock(silent, late))  # the first server that responds counts
+        assert "ahead of" in fails(*clock(start(stack, {}, date=now - 3600)))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", late)
+        assert "behind" in fails(doctor.clock, None)
 
 
 def test_a_configured_cluster_is_compared_with_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert skips(doctor.ray_cluster, demo(tmp_path))
+    result_of("skipped", doctor.ray_cluster, demo(tmp_path))
     closed = f"cluster.address=127.0.0.1:{free_ports(1)[0]}"
     assert "no Ray cluster answers" in fails(doctor.ray_cluster, demo(tmp_path, closed))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -267,37 +243,30 @@ def test_a_configured_cluster_is_compared_with_the_request(tmp_path: Path, monke
     assert "the run needs 4 CPU" in detail
 
 
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return a home folder that other users may enter, unlike pytest's temporary folders."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        (Path(folder) / ".ray").mkdir(mode=0o755)
-        monkeypatch.setenv("HOME", folder)
-        yield Path(folder)
-
-
-@pytest.mark.parametrize(("mode", "status"), [(0o644, "failed"), (0o640, "failed"), (0o600, "passed")])
-def test_a_token_readable_by_others_fails(mode: int, status: str, home: Path) -> None:
-    token = home / ".ray" / "auth_token"
-    token.write_text("a token")
-    token.chmod(mode)
-    result = result_of(doctor.ray_token, None)
-    assert (result.status, result.remedy) == (status, "" if status == "passed" else f"chmod 600 {token}")
-    home.chmod(0o700)
-    passes(doctor.ray_token, None)  # nobody else can enter the home folder
-
-
-def test_a_token_is_needed_for_a_remote_cluster_and_must_exist_where_it_is_named(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_token_is_private_needed_for_a_remote_cluster_and_exists_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "not on this machine" in fails(doctor.ray_token, demo(tmp_path, "cluster.address=head:6379"))
-    assert skips(doctor.ray_token, demo(tmp_path, "cluster.address=127.0.0.1:6379"))
-    assert skips(doctor.ray_token, demo(tmp_path, "cluster.address=auto"))
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
-    assert "is not a file" in fails(doctor.ray_token, None)
-    (home / "token").write_text("\n")
-    assert "is empty" in fails(doctor.ray_token, None)
+    with tempfile.TemporaryDirectory() as folder:  # other users may enter it, unlike pytest's temporary folders
+        home, token = Path(folder), Path(folder) / ".ray" / "auth_token"
+        home.chmod(0o755)
+        token.parent.mkdir(mode=0o755)
+        monkeypatch.setenv("HOME", folder)
+        assert "not on this machine" in fails(doctor.ray_token, demo(tmp_path, "cluster.address=head:6379"))
+        for address in ("127.0.0.1:6379", "auto"):
+            result_of("skipped", doctor.ray_token, demo(tmp_path, f"cluster.address={address}"))
+        token.write_text("a token")
+        for mode in (0o644, 0o640):
+            token.chmod(mode)
+            assert result_of("failed", doctor.ray_token, None).remedy == f"chmod 600 {token}"
+        home.chmod(0o700)  # nobody else can enter the home folder
+        passes(doctor.ray_token, None)
+        home.chmod(0o755)
+        token.chmod(0o600)
+        passes(doctor.ray_token, None)
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
+        assert "is not a file" in fails(doctor.ray_token, None)
+        (home / "token").write_text("\n")
+        assert "is empty" in fails(doctor.ray_token, None)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a token")
     passes(doctor.ray_token, None)
 
@@ -316,22 +285,17 @@ def test_the_exit_status_reflects_failed_checks(monkeypatch: pytest.MonkeyPatch)
     assert "--config" in str(CliRunner().invoke(app, ["doctor", "name=other"]).exception), "overrides need a config"
 
 
-def test_the_command_runs_on_this_machine(tmp_path: Path, serve: Serve) -> None:
-    server = serve({"/health": "OK", "/version": version("mlflow")})
-    command = [sys.executable, "-m", "jobs.cli", "doctor", "--json", "--config", str(DEMO)]
-    overrides = [f"output={tmp_path}/runs", f"tracking.uri={server}"]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False)
+def test_the_command_runs_on_this_machine(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        server = start(stack, {"/health": "OK", "/version": version("mlflow")})
+        command = [sys.executable, "-m", "jobs.cli", "doctor", "--json", "--config", str(DEMO)]
+        overrides = [f"output={tmp_path}/runs", f"tracking.uri={server}"]
+        done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False)
     result = json.loads(done.stdout.splitlines()[-1])
     statuses = {check["name"]: check["status"] for check in result["checks"]}
     works_here = {"packages", "gloo", "DeepSpeed operators", "output", "MLflow", "clock"}
     assert {name for name in works_here if statuses[name] == "passed"} == works_here, result
-    assert {
-        "source scenes, pictures, sentences",
-        "accelerator",
-        "NCCL",
-        "output disk",
-        "source unseen",
-        "rendezvous",
-    } <= statuses.keys()
+    other = {"accelerator", "NCCL", "limits", "output disk", "rendezvous", "source unseen"}
+    assert {*other, "source scenes, pictures, sentences"} <= statuses.keys()
     assert result["passed"] == ("failed" not in statuses.values())
     assert done.returncode == (0 if result["passed"] else 1)

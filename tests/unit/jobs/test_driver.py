@@ -22,7 +22,8 @@ from ray.experimental import internal_kv
 
 from jobs import interrupts, mailbox, train
 from jobs.cluster import for_ranks
-from jobs.interrupts import Interrupts, Stopped
+from jobs.console import Stopped
+from jobs.interrupts import Interrupts
 from jobs.mailbox import NUM_PLACED, STOP, Mailbox, forwarded_warnings
 from jobs.placement import PlacementCallback
 from jobs.submit import for_cluster
@@ -37,9 +38,6 @@ DEMO = ROOT / "configs" / "demo.yaml"
 ours = logging.getLogger("pipeline.training.alerts")
 
 
-# ---- the config that the ranks receive
-
-
 @pytest.mark.parametrize("override", ["output=runs", "output=s3://bucket/runs", "tracking.uri=sqlite:///mine.db"])
 def test_ranks_in_another_folder_use_the_same_files_and_mlflow(
     override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -47,8 +45,7 @@ def test_ranks_in_another_folder_use_the_same_files_and_mlflow(
     (tmp_path / "rank").mkdir()
     monkeypatch.chdir(tmp_path)
     config = load_config(DEMO, [override])
-    expected = absolute_uri(tracking_uri(config))
-    settled = for_ranks(config)
+    expected, settled = absolute_uri(tracking_uri(config)), for_ranks(config)
     monkeypatch.chdir(tmp_path / "rank")
     assert tracking_uri(settled) == expected
     assert settled.sources["scenes"].shards == str(tmp_path / "runs/demo-data/scenes")
@@ -64,7 +61,7 @@ def test_references_stay_unresolved_and_recorded_passwords_are_dropped(monkeypat
     assert for_ranks(config).tracking.uri == "env:SERVER"
     assert for_cluster(config, same_machine=True).tracking.uri == "env:SERVER"
     with pytest.raises(ConfigError, match=r"cluster\.min_workers: 3 is above cluster\.workers 2"):
-        load_config(DEMO, ["cluster.min_workers=3"])
+        for_ranks(config, min_workers=3)
     values = json.loads(load_config(DEMO).model_dump_json())
     values["tracking"]["uri"] = "http://me:hunter2@server:5000"
     values["storage"]["endpoint_url"] = "http://me:hunter2@store:9000"
@@ -75,32 +72,28 @@ def test_references_stay_unresolved_and_recorded_passwords_are_dropped(monkeypat
 # ---- messages
 
 
-class KeyValues:
-    """Key-value store of a Ray cluster, which may be unavailable."""
+class KeyValues(dict[bytes, bytes]):
+    """Key-value store of a Ray cluster, which may be unavailable: then reaching its methods fails."""
 
-    def __init__(self) -> None:
-        self._values: dict[bytes, bytes] = {}
-        self.is_away = False
+    is_away = False
 
-    @property
-    def values(self) -> dict[bytes, bytes]:
-        if self.is_away:
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("internal_kv") and self.is_away:
             raise RuntimeError("the head does not answer")
-        return self._values
+        return super().__getattribute__(name)
 
-    def internal_kv_get(self, key: bytes, namespace: bytes, timeout: float) -> bytes | None:
-        return self.values.get(key)
+    def internal_kv_get(self, key: bytes, *_: object) -> bytes | None:
+        return self.get(key)
 
-    def internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes, timeout: float) -> int:
-        self.values[key] = value
+    def internal_kv_put(self, key: bytes, value: bytes, *_: object) -> int:
+        self[key] = value
         return 1
 
-    def internal_kv_keys(self, prefix: bytes, namespace: bytes, timeout: float) -> list[bytes]:
-        return [key for key in self.values if key.startswith(prefix)][::-1]
+    def internal_kv_keys(self, prefix: bytes, *_: object) -> list[bytes]:
+        return [key for key in self if key.startswith(prefix)][::-1]
 
-    def internal_kv_del(self, key: bytes, by_prefix: bool, namespace: bytes, timeout: float) -> int:
-        doomed = [name for name in self.values if name == key or (by_prefix and name.startswith(key))]
-        return len([self.values.pop(name) for name in doomed])
+    def internal_kv_del(self, key: bytes, by_prefix: bool, *_: object) -> int:
+        return len([self.pop(name) for name in list(self) if name == key or (by_prefix and name.startswith(key))])
 
 
 @pytest.fixture
@@ -135,10 +128,15 @@ def test_values_are_exchanged_within_one_start_and_an_unavailable_head_blocks_ne
     assert rank.get(STOP) is None
     assert driver.put(STOP, 1)
     assert (rank.get(STOP), another.get(STOP)) == ("1", None)
+    callback = PlacementCallback("claim")
+    for event, expected in ((callback.after_worker_group_start, "2"), (callback.before_worker_group_shutdown, "0")):
+        event(SimpleNamespace(get_workers=lambda: [1, 2]))
+        assert driver.get(NUM_PLACED) == expected
     assert rank.put(NUM_PLACED, 3)
-    assert driver.get(NUM_PLACED) == "3"
-    driver.clear()
-    assert store.values == {}
+    callback.before_worker_group_start(None)
+    assert driver.get(NUM_PLACED) == "0", "the message of a shutdown may be lost; a failed start has no shutdown"
+    driver.call("del", "", True)
+    assert store == {}
     store.is_away = True
     assert (driver.get(NUM_PLACED), driver.put(STOP, 1), driver.receive()) == (None, False, [])
     with forwarded_warnings(rank):
@@ -155,8 +153,7 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
     printed: list[str] = []
     received = [
         [alert("itm_collapse", "collapsed"), alert("itc_clamp", "clamped")],
-        [{"level": "WARNING", "text": "resuming stage vision at step 130"}],
-        [alert("itc_clamp", "over", over=True)],
+        [{"level": "WARNING", "text": "resuming stage vision at step 130"}, alert("itc_clamp", "over", over=True)],
     ]
     monkeypatch.setattr(train, "notify", lambda text, *_: printed.append(text))
     monkeypatch.setattr(Mailbox, "receive", lambda _: received.pop(0))
@@ -164,21 +161,9 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
     train.show_messages(mail, open_alerts)
     assert open_alerts == {"vision/itm_collapse": "collapsed", "vision/itc_clamp": "clamped"}
     train.show_messages(mail, open_alerts)
-    monkeypatch.setattr(Mailbox, "clear", lambda _: printed.append("cleared"))
-    train.show_last_messages(mail, open_alerts)
-    warnings = [f"WARNING {text}" for text in ("collapsed", "clamped", "resuming stage vision at step 130", "over")]
-    assert printed == [*warnings, "alert not over: collapsed", "cleared"]
-
-
-def test_new_group_of_ranks_counts_none_until_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message of a shutdown may be lost, and a group whose start fails is never shut down."""
-    sent: list[tuple[str, int]] = []
-    monkeypatch.setattr(Mailbox, "put", lambda _, name, value: sent.append((name, value)))
-    callback = PlacementCallback("start")
-    callback.before_worker_group_start(None)
-    callback.after_worker_group_start(SimpleNamespace(get_workers=lambda: [1, 2]))
-    callback.before_worker_group_shutdown(None)
-    assert sent == [(NUM_PLACED, 0), (NUM_PLACED, 2), (NUM_PLACED, 0)]
+    assert open_alerts == {"vision/itm_collapse": "collapsed"}
+    texts = ("collapsed", "clamped", "resuming stage vision at step 130", "over")
+    assert printed == [f"WARNING {text}" for text in texts]
 
 
 # ---- signals
@@ -196,11 +181,6 @@ class Mail:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
-    return load_config(DEMO, [f"output={tmp_path}"])
-
-
-@pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
     monkeypatch.setattr(interrupts, "notify", messages.append)
@@ -214,7 +194,7 @@ def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> Non
     with suppress(Stopped):
         with handlers.deferred():
             handlers.check(mail, ranks)
-            handlers._on_signal(signal.SIGTERM, None)
+            handlers.on_signal(signal.SIGTERM, None)
             for _ in range(5):
                 handlers.check(mail, ranks)
             while time.monotonic() < end:
@@ -223,8 +203,13 @@ def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> Non
         pytest.fail("the driver went on after a signal")
 
 
-def test_placed_ranks_are_requested_to_save_until_they_receive_it(config: RunConfig, printed: list[str]) -> None:
-    mail, started = Mail(), time.monotonic()
+AWAY = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+
+
+def test_placed_ranks_are_requested_to_save_while_the_store_answers(
+    tmp_path: Path, printed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, mail, started = load_config(DEMO, [f"output={tmp_path}"]), Mail(), time.monotonic()
     drive(config, mail, ranks=0, seconds=60)  # no rank could save
     assert (mail.requests, printed) == (0, [])
     assert time.monotonic() - started < 30
@@ -233,14 +218,6 @@ def test_placed_ranks_are_requested_to_save_until_they_receive_it(config: RunCon
         drive(config, mail, ranks=2)
         assert mail.requests == lost + 1
     assert [message.partition(" after")[0] for message in printed] == 2 * ["SIGTERM: the ranks save"]
-
-
-AWAY = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-
-
-def test_wait_for_an_unavailable_store_is_bounded(
-    config: RunConfig, printed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(interrupts, "UNREACHABLE_SECONDS", 0.2)
     for name, value in AWAY.items():
         monkeypatch.setenv(name, value)
@@ -257,7 +234,7 @@ from pipeline.config.load import load_config
 
 interrupts.END_SECONDS, interrupts.ANSWER_SECONDS = float(sys.argv[2]), 0.2
 try:
-    with interrupts.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])):
+    with interrupts.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])).handled():
         try:
             print("ready", flush=True)
             time.sleep(60)
@@ -265,7 +242,7 @@ try:
             time.sleep(float(sys.argv[3]))  # a store that is away
 except interrupts.Stopped as stopped:
     sys.stderr.flush()
-    os._exit(stopped.exit_status)
+    os._exit(stopped.args[0])
 """
 # Another thread receives the signal, and no Python signal handler runs.
 BLOCKED = SCRIPT.replace(

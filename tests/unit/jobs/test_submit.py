@@ -16,16 +16,18 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ray.job_submission import JobStatus
 
-from jobs import dashboard
-from jobs.dashboard import dashboard_address, find_token, is_loopback, open_dashboard
-from jobs.submit import interpreter, job_id
+from jobs import submit as module
+from jobs.submit import dashboard_address, find_token, is_loopback, job_id, open_dashboard, submit
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
 from pipeline.config.load import load_config
-from tests.support.http_server import Answer, give, serving
+from tests.support.http_server import give, serving
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -33,13 +35,15 @@ TOKEN = "a-token"
 
 
 def ray_dashboard(handler: BaseHTTPRequestHandler) -> None:
-    """Answer as a Ray dashboard that requires the token."""
+    """Answer as a Ray dashboard that requires the token; uploads of packages are answered with an empty body."""
     if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
         give("no token", 401)(handler)
-    elif handler.path == "/api/version":
-        give({"ray_version": "2.60.0"})(handler)
+    elif handler.path.startswith("/api/packages/"):
+        give("", 404 if handler.command == "GET" else 200)(handler)
+    elif handler.command == "POST":
+        give({"job_id": "job", "submission_id": "job"})(handler)
     else:
-        give([])(handler)
+        give({"ray_version": "2.60.0"} if handler.path == "/api/version" else [])(handler)
 
 
 @pytest.fixture(autouse=True)
@@ -52,19 +56,19 @@ def own_token(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the address
 
 
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("head:8265", "http://head:8265"),
-        ("http://head:8265/", "http://head:8265"),
-        ("http://head:8265/#/overview", "http://head:8265"),
-        ("head:8265/#/jobs/mome-demo?tab=logs", "http://head:8265"),
-        ("http://[::1]:8265", "http://[::1]:8265"),
-        ("https://HEAD.example.org/ray/", "https://head.example.org/ray"),
-    ],
-)
-def test_address_may_be_copied_from_a_browser(address: str, expected: str) -> None:
-    assert dashboard_address(address) == dashboard_address(expected) == expected
+def test_address_may_be_copied_from_a_browser_and_only_loopback_is_this_machine() -> None:
+    for address, expected in {
+        "head:8265": "http://head:8265",
+        "http://head:8265/": "http://head:8265",
+        "http://head:8265/#/overview": "http://head:8265",
+        "head:8265/#/jobs/mome-demo?tab=logs": "http://head:8265",
+        "http://[::1]:8265": "http://[::1]:8265",
+        "https://HEAD.example.org/ray/": "https://head.example.org/ray",
+    }.items():
+        assert dashboard_address(address) == dashboard_address(expected) == expected
+    own = ["127.0.0.1", "localhost", "http://127.0.0.1:8265", "http://[::1]:8265"]
+    others = ["10.0.0.1", "head", "http://head:8265", "http://127.0.0.1.evil.com:8265"]
+    assert [address for address in own + others if is_loopback(address)] == own
 
 
 @pytest.mark.parametrize(
@@ -79,18 +83,11 @@ def test_invalid_dashboard_address_is_one_message(address: str) -> None:
     assert "secret" not in str(error.value)
 
 
-def test_only_loopback_addresses_are_this_machine() -> None:
-    own = ["127.0.0.1", "localhost", "http://127.0.0.1:8265", "http://[::1]:8265"]
-    others = ["10.0.0.1", "head", "http://head:8265", "http://127.0.0.1.evil.com:8265"]
-    assert [address for address in own + others if is_loopback(address)] == own
-
-
 def test_dashboard_of_another_machine_without_authentication_is_rejected_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dashboard, "is_loopback", lambda address: False)
+    monkeypatch.setattr(module, "is_loopback", lambda address: False)
     with serving(give([])) as server:
-        with pytest.raises(ConfigError, match="lets anyone run code") as error:
+        with pytest.raises(ConfigError, match="lets anyone run code"):
             open_dashboard(server.url)
-        assert error.value.exit_status == 2
         assert server.seen == [("GET", "/api/jobs/", None)], "more than the question was sent, or the token with it"
 
 
@@ -142,28 +139,18 @@ def test_token_is_not_sent_to_a_redirect_target(redirected: str, status: int) ->
         assert target.seen == []
 
 
-def drop(handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(b"\x00\x00\x12\x04 this is not HTTP\r\n")  # the response of Ray's gRPC ports
+def test_server_that_is_no_dashboard_is_detected_and_its_port_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drop(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"\x00\x00\x12\x04 this is not HTTP\r\n")  # the response of Ray's gRPC ports
 
-
-@pytest.mark.parametrize(
-    "answer",
-    [drop, give("<html>"), give({"jobs": []}), give([1]), give("[" * 100_000), give("no", 404), give("oh", 500)],
-    ids=["not-http", "html", "object", "numbers", "deep", "404", "500"],
-)
-def test_server_that_is_not_a_dashboard_is_detected(answer: Answer) -> None:
-    with serving(answer) as server, pytest.raises(RunFailed, match="no Ray dashboard"):
-        open_dashboard(server.url)
-
-
-@pytest.mark.parametrize(("port", "hint"), [(6379, "cluster.address"), (10001, "ray://"), (8265, "tunnel")])
-def test_rejected_connection_names_the_dashboard_port(port: int, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionRefusedError("refused")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    with pytest.raises(RunFailed, match=rf"no Ray dashboard answers.*{hint}.*8265"):
-        open_dashboard(f"127.0.0.1:{port}")
+    pages = (give("<html>"), give({"jobs": []}), give([1]), give("[" * 100_000), give("no", 404), give("oh", 500))
+    for answer in (drop, *pages):
+        with serving(answer) as server, pytest.raises(RunFailed, match="no Ray dashboard"):
+            open_dashboard(server.url)
+    monkeypatch.setattr(socket, "create_connection", Mock(side_effect=ConnectionRefusedError("refused")))
+    for port, hint in ((6379, "cluster.address"), (10001, "ray://"), (8265, "tunnel")):
+        with pytest.raises(RunFailed, match=rf"no Ray dashboard answers.*{hint}.*8265"):
+            open_dashboard(f"127.0.0.1:{port}")
 
 
 @pytest.mark.parametrize("header", [b"X-Slow: ", b"Content-Length: 1000000\r\n\r\n"])
@@ -176,23 +163,21 @@ def test_endless_response_times_out(header: bytes, monkeypatch: pytest.MonkeyPat
                 handler.wfile.write(b" ")
                 time.sleep(0.02)
 
-    monkeypatch.setattr(dashboard, "LIST_SECONDS", 0.3)
+    monkeypatch.setattr(module, "LIST_SECONDS", 0.3)
     with serving(drip) as server, pytest.raises(RunFailed, match="no complete response"):
         open_dashboard(server.url)
 
 
-def test_unresponsive_dashboard_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A timeout applies both before the client is created and after."""
-    monkeypatch.setattr(dashboard, "ANSWER_SECONDS", 0.2)
+def test_unresponsive_dashboard_times_out_before_the_client_is_created_and_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(RunFailed, match="no Ray dashboard answers"):
         open_dashboard(f"http://127.0.0.1:{silent.getsockname()[1]}")
     over = threading.Event()
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        if handler.path == "/api/jobs/job":
-            over.wait(20)
-        else:
-            ray_dashboard(handler)
+        over.wait(20) if handler.path == "/api/jobs/job" else ray_dashboard(handler)
 
     with serving(answer) as server:
         client = open_dashboard(server.url)
@@ -201,68 +186,67 @@ def test_unresponsive_dashboard_times_out(monkeypatch: pytest.MonkeyPatch) -> No
         over.set()
 
 
-@pytest.mark.parametrize("token", ["two\nlines", "caf\xe9", "", "nul\0"])
-def test_token_invalid_in_a_header_is_rejected_but_not_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dashboard, "resolve_secret", lambda reference: token)
-    with pytest.raises(ConfigError, match="expected a token") as error:
-        find_token("env:SECRET")
-    assert not token.strip() or token not in str(error.value)
-
-
-def test_token_is_given_by_reference_and_a_user_without_a_home_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless(_: object) -> None:
-        raise RuntimeError("Could not determine home directory.")
-
+def test_token_is_given_by_reference_fits_a_header_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="env:NAME or file:PATH"):
         find_token("the-token-itself")
+    for token in ("two\nlines", "caf\xe9", "", "nul\0"):
+        monkeypatch.setattr(module, "resolve_secret", lambda reference, token=token: token)
+        with pytest.raises(ConfigError, match="expected a token") as error:
+            find_token("env:SECRET")
+        assert not token.strip() or token not in str(error.value)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
-    monkeypatch.setattr("pathlib.Path.expanduser", homeless)
+    monkeypatch.setattr("pathlib.Path.expanduser", Mock(side_effect=RuntimeError))  # of a user without a home
     assert find_token(None) is None
 
 
 # ---- the job
 
 
-def test_job_and_its_code_are_submitted(tmp_path: Path) -> None:
-    """The dashboard answers uploads of packages with an empty body."""
-
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        if handler.path.startswith("/api/packages/"):
-            give("", 404 if handler.command == "GET" else 200)(handler)
-        elif handler.command == "POST":
-            give({"job_id": "job", "submission_id": "job"})(handler)
-        else:
-            ray_dashboard(handler)
-
+def test_job_and_its_code_are_submitted_with_an_id_of_the_config_and_its_failed_attempts(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: run")
-    with serving(answer) as server:
+    with serving(ray_dashboard) as server:
         client = open_dashboard(server.url)
         assert client.submit_job(entrypoint="true", runtime_env={"working_dir": str(tmp_path)}) == "job"
         assert [method for method, *_ in server.seen[-3:]] == ["GET", "PUT", "POST"]
-
-
-@pytest.mark.parametrize(
-    ("states", "expected"),
-    [
+    base = job_id(load_config(DEMO), {"another": "FAILED"})
+    assert base.startswith("mome-demo-")
+    assert base != job_id(load_config(DEMO, ["stages.vision.steps=81"]), {})
+    for states, suffix in (
         ({}, ""),
         ({"": "RUNNING"}, ""),
         ({"": "SUCCEEDED"}, ""),
         ({"": "FAILED"}, "-2"),
         ({"": "FAILED", "-2": "STOPPED"}, "-3"),
         ({"": "FAILED", "-2": "PENDING"}, "-2"),
-    ],
-)
-def test_job_id_follows_from_the_config_and_its_failed_attempts(states: dict[str, str], expected: str) -> None:
-    base = job_id(load_config(DEMO), {"another": "FAILED"})
-    assert base.startswith("mome-demo-")
-    assert base != job_id(load_config(DEMO, ["stages.vision.steps=81"]), {})
-    assert job_id(load_config(DEMO), {base + suffix: status for suffix, status in states.items()}) == base + expected
+    ):
+        assert job_id(load_config(DEMO), {base + known: status for known, status in states.items()}) == base + suffix
+
+
+def test_job_uses_this_interpreter_if_the_head_has_it_and_a_failure_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[dict[str, Any]] = []
+    ended = "Job entrypoint command failed with exit code 1"
+    client = SimpleNamespace(
+        list_jobs=list,
+        submit_job=lambda **job: sent.append(job) or "job",
+        get_job_info=lambda job: SimpleNamespace(message=f"{ended}, last available logs (truncated):\nerror: no data"),
+    )
+    monkeypatch.setattr(module, "open_dashboard", lambda *_: client)
+    monkeypatch.setattr(module, "stream_logs", lambda *_: "FAILED")
+    for python, expected in ((sys.executable, sys.executable), ("/no such/python", "python")):
+        monkeypatch.setattr(sys, "executable", python)
+        with pytest.raises(RunFailed, match=rf"ended as FAILED: {ended}$"):
+            submit(load_config(DEMO), "127.0.0.1:8265", True)
+        program, _, arguments = sent.pop()["entrypoint"].partition(" -m ")
+        assert arguments == "jobs.cli train run.yaml --json"
+        assert subprocess.check_output(["bash", "-c", f"echo {program}"], text=True).strip() == expected
 
 
 def test_submitting_needs_neither_cuda_nor_training_libraries() -> None:
     """A laptop has no GPU, and importing DeepSpeed searches for one and for its compiler."""
     script = (
-        "import sys, jobs.cli, jobs.submit, jobs.dashboard\n"
+        "import sys, jobs.cli, jobs.submit\n"
         "loaded = {name for name in ('deepspeed', 'mlflow', 'transformers') if name in sys.modules}\n"
         "import torch\n"
         "assert not loaded, loaded\n"
@@ -270,12 +254,6 @@ def test_submitting_needs_neither_cuda_nor_training_libraries() -> None:
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
-
-
-def test_job_uses_this_interpreter_if_the_head_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for python, expected in ((sys.executable, sys.executable), ("/no such/python", "python")):
-        monkeypatch.setattr(sys, "executable", python)
-        assert subprocess.check_output(["bash", "-c", f"echo {interpreter()}"], text=True).strip() == expected
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -299,7 +277,7 @@ def test_followed_output_is_shown_once(
         def get_job_status(self, job: str) -> JobStatus:
             return JobStatus.SUCCEEDED if self.num_calls > 1 else JobStatus.RUNNING
 
-    monkeypatch.setattr(dashboard, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(dashboard, "SILENT_SECONDS", 0.2)
-    assert dashboard.stream_logs(Client(), "job") == "SUCCEEDED"
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(module, "SILENT_SECONDS", 0.2)
+    assert module.stream_logs(Client(), "job") == "SUCCEEDED"
     assert capsys.readouterr().err == "one two\n"

@@ -180,7 +180,7 @@ def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, mon
             train(config, progress, preempted=noticed.is_set, callbacks=[preempt, guard])
         train(config, progress, callbacks=[guard])
     finally:
-        progress.close()
+        progress.writer.close(5.0)
         Collectives.close()
     assert guard.saves == [(3, True), (6, True), (7, True), (3, True), (6, True)], "7: preempted in the first stage"
     assert guard.calls > 0, "no other thread wrote checkpoints or progress between steps"
