@@ -3,13 +3,13 @@
 An objective is a loss function (arithmetic on tensors) and one subclass of `Objective`, known by its module's name. To
 add one, add a module here: the config schema lists this folder, and the loader, the models, the training step and the
 evaluation read the class's declarations. An objective with one forward, whose loss compares its head's output with
-fields of the batch, consists of declarations alone (`vqa`).
+fields of the batch, consists of declarations alone (`vqa`). Objectives of one stage may use the same forward, which
+then runs once with all their heads.
 
 An objective sums its loss over the examples that it reads and divides by nothing: the step divides by the counts of the
-whole global batch (contract C2). Objectives of one stage may use the same forward, which then runs once with all their
-heads.
+whole global batch (contract C2).
 
-Shapes: n examples of this rank, B global batch, D feature width.
+Shapes: n examples of this rank, B global batch, C classes, D feature width.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar, get_args
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig, objective_names
-from pipeline.data.batch import Batch, field_specs
+from pipeline.data.batch import IGNORED, Batch, field_specs
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind, Regions
 from pipeline.models.model import HeadConfig, Model
 
@@ -37,9 +38,8 @@ VISUAL, TEXT = (
 )
 SOURCE_INPUTS: dict[SourceType, frozenset[InputKind]] = {
     "text": frozenset({"text"}),
-    "images": frozenset({"image"}),
-    "labelled": frozenset({"image"}),
     "regions": frozenset({"regions", "text"}),
+    **dict.fromkeys(("images", "labelled"), frozenset({"image"})),
     **dict.fromkeys(("pairs", "questions", "statements"), frozenset({"image", "text"})),
 }
 
@@ -75,6 +75,18 @@ class RowSwap:
     places: Tensor  # (n,) int64
 
 
+def require(tensor: Tensor | None) -> Tensor:
+    """Return a batch field that the loader must have filled."""
+    assert tensor is not None, "the loader fills the batch fields that the stage's objectives declare"
+    return tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy summed over all labels except -100; logits (…, C), labels (…) int64 or bool."""
+    flat, targets = logits.float().flatten(0, -2), labels.flatten().long()
+    return F.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum")
+
+
 class Objective:
     """One objective of a stage. `examples` are those that it reads in a step."""
 
@@ -86,10 +98,10 @@ class Objective:
     required: ClassVar[dict[str, str]] = {}  # keys that the stage must set -> what they are
     forward_name: ClassVar[str] = ""  # of the one forward over all inputs; empty: see `forwards`
     reads_masked: ClassVar[bool] = False  # that forward reads masked text and regions
-    loss_function: ClassVar[Callable[..., Tensor]]  # of the head's output and the batch fields `targets`
-    targets: ClassVar[tuple[str, ...]] = ()
+    loss_function: ClassVar[Callable[..., Tensor]] = staticmethod(cross_entropy)  # of the head's output and `targets`
+    targets: ClassVar[tuple[str, ...]] = ()  # batch fields
     counted: ClassVar[str] = ""  # batch field whose numbers from 0 are the loss's summands; empty: the examples
-    compares_similarity: ClassVar[bool] = False  # hard negatives are drawn by ITC similarity
+    compares_similarity: ClassVar[bool] = False  # hard negatives, two per example, are drawn by ITC similarity
 
     def __init__(self, context: ObjectiveContext):
         self.context, self.stage = context, context.stage
@@ -108,14 +120,14 @@ class Objective:
 
     @classmethod
     def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
-        """Yield what the objective lacks in a stage, as 'KEY: message' relative to the stage."""
-        for key, meaning in cls.required.items():
-            if getattr(stage, key) is None:
-                yield f"{key}: required by the {cls.__module__.rpartition('.')[2]} objective; set {meaning}"
+        """Yield what the stage lacks or contradicts besides `required`, as 'KEY: message' relative to the stage."""
+        yield from ()
 
     def count(self, examples: Batch) -> Tensor | int:
         """Return the number of summands of the loss."""
-        return (require(getattr(examples, self.counted)) >= 0).sum() if self.counted else len(examples)
+        if self.counted:
+            return (require(getattr(examples, self.counted)) >= 0).sum()
+        return 3 * len(examples) if self.needs_similarity else len(examples)
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
         """Return the forwards over the examples by name. A forward's name seeds its drop-path mask."""
@@ -168,18 +180,6 @@ class MaskedRegionObjective(Objective):
     fields = frozenset({"masked_regions"})
     forward_name, reads_masked, counted = "masked", True, "region_positions"
 
-    @classmethod
-    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
-        sharing = [name for name in ("mlm", "moc", "mrfr") if name in stage.objectives]
-        if len({stage.objectives[name].every for name in sharing}) > 1:
-            yield f"objectives: {', '.join(sharing)} share one forward over masked examples; set the same `every`"
-
-
-def require(tensor: Tensor | None) -> Tensor:
-    """Return a batch field that the loader must have filled."""
-    assert tensor is not None, "the loader fills the batch fields that the stage's objectives declare"
-    return tensor
-
 
 # ---- derived from the declarations
 
@@ -198,8 +198,7 @@ def objective_types(stage: StageConfig) -> dict[str, type[Objective]]:
 
 def batch_groups(config: RunConfig, stage: StageConfig) -> frozenset[str]:
     """Return the groups of batch fields that the stage's objectives read."""
-    source_type = config.source_type_of(stage)
-    kinds = objective_types(stage).values()
+    source_type, kinds = config.source_type_of(stage), objective_types(stage).values()
     groups = frozenset[str]().union(*(kind.fields.union(*kind.inputs(source_type, config.model)) for kind in kinds))
     replaces = "masked_patches" in groups and stage.masking.mask_token_prob < 1
     return groups | {"patch_replacements"} if replaces else groups
@@ -257,20 +256,23 @@ def check_objectives(config: RunConfig) -> None:
     """Raise ConfigError listing every objective that its stage's sources or other keys do not support."""
     faults = []
     for stage in config.stages:
-        source_type = config.source_type_of(stage)
-        for name, kind in objective_types(stage).items():
+        source_type, kinds, prefix = config.source_type_of(stage), objective_types(stage), f"stages.{stage.name}"
+        for name, kind in kinds.items():
             if source_type not in kind.source_types:
-                faults.append(
-                    f"stages.{stage.name}.objectives: {name} needs sources of type "
-                    f"{' or '.join(sorted(kind.source_types))}, and the stage's are of type {source_type}"
-                )
-            faults += [f"stages.{stage.name}.{fault}" for fault in kind.faults(config, stage)]
+                expected = " or ".join(sorted(kind.source_types))
+                needs = f"{name} needs sources of type {expected}, and the stage's are of type {source_type}"
+                faults.append(f"{prefix}.objectives: {needs}")
+            missing = [(key, meaning) for key, meaning in kind.required.items() if getattr(stage, key) is None]
+            faults += [f"{prefix}.{key}: required by the {name} objective; set {meaning}" for key, meaning in missing]
+            faults += [f"{prefix}.{fault}" for fault in kind.faults(config, stage)]
+        masked = [name for name, kind in kinds.items() if kind.forward_name == "masked"]
+        if len({stage.objectives[name].every for name in masked}) > 1:
+            sharing = f"{', '.join(masked)} share one forward over masked examples"
+            faults.append(f"{prefix}.objectives: {sharing}; set the same `every`")
     held_out, evaluated = config.evaluation.source, evaluated_source_types()
-    if held_out is not None and config.sources[held_out].type not in evaluated:
-        faults.append(
-            f"evaluation.source: '{held_out}' is of type {config.sources[held_out].type}; expected a source of type "
-            f"{', '.join(evaluated)}"
-        )
+    if held_out is not None and (kind_of := config.sources[held_out].type) not in evaluated:
+        expected = f"expected a source of type {', '.join(evaluated)}"
+        faults.append(f"evaluation.source: '{held_out}' is of type {kind_of}; {expected}")
     if faults:
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise ConfigError(f"{config.name}: {count}\n" + "\n".join(faults))

@@ -10,7 +10,7 @@ Shapes: B global batch, n examples of this rank, D feature width, S sources.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -26,9 +26,10 @@ from pipeline.objectives import Objective
 CONTRASTS = {"itc": "scale", "itc_vl": "scale_vl"}
 
 
-def itc_loss(
-    image: Tensor, text: Tensor, scale: Tensor, image_id: Tensor, rows: slice | Tensor = slice(None)
-) -> Tensor:
+WHOLE = slice(None)
+
+
+def itc_loss(image: Tensor, text: Tensor, scale: Tensor, image_id: Tensor, rows: slice | Tensor = WHOLE) -> Tensor:
     """Return the symmetric cross-entropy summed over the pairs in `rows` against all B candidates.
 
     image and text (B, D) are unit vectors; row i of both is one pair. Pairs of equal `image_id` (B,) are never each
@@ -56,12 +57,11 @@ class ITC(Objective):
         return frozenset({"image"}), frozenset({"text"})
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        forwards = {
-            "image": ForwardInput(("itc",), image=examples.image, image_size=examples.image_size),
-            "text": ForwardInput(("itc",), text=examples.text, text_keep=examples.text_keep),
+        image, text = (self.context.drop_path_mask(examples, name) for name in ("image", "text"))
+        return {
+            "image": ForwardInput(self.heads, examples.image, examples.image_size, drop_path_mask=image),
+            "text": ForwardInput(self.heads, text=examples.text, text_keep=examples.text_keep, drop_path_mask=text),
         }
-        mask = self.context.drop_path_mask
-        return {name: replace(forward, drop_path_mask=mask(examples, name)) for name, forward in forwards.items()}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class Contrast:
     """The loss of the global batch and its gradient in this rank's features. All tensors are detached."""
 
     loss: Tensor  # unweighted mean over the global batch
-    weight: float
     gradients: dict[tuple[str, str], Tensor]  # (forward, feature) -> (n, D) gradient of the weighted loss
     scale_gradients: dict[str, Tensor]
     image: Tensor  # (B, D) features of the first contrast, from which negatives are drawn
@@ -102,34 +101,28 @@ def global_contrast(
     `num_sources` the loss of each source is computed too.
     """
     heads = [head for head in CONTRASTS if head in outputs["image"]]
+    names = [(name, head) for head in heads for name in ("image", "text")]
     with torch.enable_grad():
-        features = {
-            (name, head): gather(outputs[name][head].float()).requires_grad_()
-            for head in heads
-            for name in ("image", "text")
-        }
+        features = {(name, head): gather(outputs[name][head].float()).requires_grad_() for name, head in names}
         scales = {CONTRASTS[h]: outputs["image"][CONTRASTS[h]].detach().float().requires_grad_() for h in heads}
         image_id = gather(batch.image_id)
 
-        def losses(rows: slice | Tensor = slice(None)) -> Tensor:
-            parts = [
-                itc_loss(features["image", head], features["text", head], scales[CONTRASTS[head]], image_id, rows)
-                for head in heads
-            ]
-            return torch.stack(parts)
+        def losses(rows: slice | Tensor = WHOLE) -> Tensor:
+            pairs = [(features["image", head], features["text", head], scales[CONTRASTS[head]]) for head in heads]
+            return torch.stack([itc_loss(image, text, scale, image_id, rows) for image, text, scale in pairs])
 
         loss = losses().sum() / (len(heads) * len(image_id))
         gradients = iter(torch.autograd.grad(loss * weight, [*features.values(), *scales.values()]))
     by_source = None
     if num_sources:
         source = gather(batch.source)
-        pairs = [torch.nonzero(source == number).flatten() for number in range(num_sources)]
+        own_pairs = [torch.nonzero(source == number).flatten() for number in range(num_sources)]
         with torch.no_grad():
-            sums = [torch.stack([losses(rows).mean(), loss.new_tensor(float(len(rows)))]) for rows in pairs]
-        by_source = torch.stack(sums)
+            by_source = torch.stack(
+                [torch.stack([losses(r).mean(), loss.new_tensor(float(len(r)))]) for r in own_pairs]
+            )
     return Contrast(
         loss=loss.detach(),
-        weight=weight,
         gradients={name: next(gradients)[own] for name in features},
         scale_gradients={name: next(gradients) for name in scales},
         image=features["image", "itc"].detach(),

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.storage import NotFound, Storage, join
 from pipeline.models.embeddings import canvas_patches
 from pipeline.models.forward import ForwardInput, ForwardOutput, InputKind, drop_masked_patches
-from pipeline.objectives import Objective, require
+from pipeline.objectives import Objective, cross_entropy, require
 
 if TYPE_CHECKING:
     from pipeline.models.visual_tokens import VisualTokenizer
@@ -65,10 +64,7 @@ def mim_loss(prediction: Tensor, target: Tensor, is_masked: Tensor | None = None
     if target.is_floating_point():
         errors = (prediction.float() - target).square().mean(dim=-1)
         return (errors if is_masked is None else errors * is_masked).sum()
-    if is_masked is not None:
-        target = target.masked_fill(~is_masked, IGNORED)
-    logits = prediction.float().flatten(0, 1)
-    return F.cross_entropy(logits, target.flatten(), ignore_index=IGNORED, reduction="sum")
+    return cross_entropy(prediction, target if is_masked is None else target.masked_fill(~is_masked, IGNORED))
 
 
 def reconstruct(image: Tensor, positions: Tensor, prediction: Tensor, patch_size: int) -> Tensor:

@@ -5,10 +5,9 @@ Shapes: n examples, R regions, K masked regions per example (padded with -1), C 
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.objectives import MaskedRegionObjective
+from pipeline.objectives import MaskedRegionObjective, cross_entropy
 
 
 def moc_loss(logits: Tensor, classes: Tensor, positions: Tensor) -> Tensor:
@@ -17,8 +16,7 @@ def moc_loss(logits: Tensor, classes: Tensor, positions: Tensor) -> Tensor:
     logits (n, K, C), classes (n, R) int64, positions (n, K) int64 with -1 at padding.
     """
     is_masked = positions >= 0
-    expected = classes.gather(1, positions.clamp(min=0))[is_masked]
-    return F.cross_entropy(logits[is_masked].float(), expected, reduction="sum")
+    return cross_entropy(logits[is_masked], classes.gather(1, positions.clamp(min=0))[is_masked])
 
 
 class MOC(MaskedRegionObjective):

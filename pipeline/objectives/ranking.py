@@ -9,19 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.forward import ForwardOutput
-from pipeline.objectives import TEXT, NegativePool, Objective, RowSwap
-
-
-def ranking_loss(scores: Tensor) -> Tensor:
-    """Return the cross-entropy of the first of N texts being the image's own, summed over examples; scores (n, N)."""
-    target = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-    return F.cross_entropy(scores.float(), target, reduction="sum")
+from pipeline.objectives import TEXT, NegativePool, Objective, RowSwap, cross_entropy
 
 
 def draw_distinct_negatives(keys: Tensor, row_id: Tensor, column_id: Tensor, count: int) -> Tensor:
@@ -38,12 +31,14 @@ def draw_distinct_negatives(keys: Tensor, row_id: Tensor, column_id: Tensor, cou
 
 
 class Ranking(Objective):
-    """Score of each image with its own text above those with `num_negative_texts` texts of the global batch."""
+    """Score of each image with its own text above those with `num_negative_texts` texts of the global batch.
+
+    The loss is the cross-entropy of the first of N texts being the image's own.
+    """
 
     source_types = frozenset({"pairs"})
     head = "ranking"
     evaluations: ClassVar = {"pairs": "ranking"}
-
     head_options = staticmethod(lambda stage: {"ranking": True})
     forward_name = "ranked"
 
@@ -57,4 +52,5 @@ class Ranking(Objective):
 
     def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
         names = ["ranked", *(f"wrong_text_{k}" for k in range(self.stage.num_negative_texts))]
-        return ranking_loss(torch.stack([outputs[name]["ranking"] for name in names], dim=1))
+        scores = torch.stack([outputs[name]["ranking"] for name in names], dim=1)
+        return cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.int64))

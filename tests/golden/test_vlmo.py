@@ -15,8 +15,8 @@ from pipeline.config.schema import VLMoConfig
 from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
+from pipeline.objectives import cross_entropy
 from pipeline.objectives.itc import itc_loss
-from pipeline.objectives.mlm import mlm_loss
 
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 PUBLISHED_MLM_WEIGHT = 0.25
@@ -101,7 +101,7 @@ def losses(golden: Golden) -> tuple[Tensor, Tensor]:
     contrast = itc_loss(image["itc"], text["itc"], image["scale"], apart)
     contrast = contrast + itc_loss(image["itc_vl"], text["itc_vl"], image["scale_vl"], apart)
     labels = golden.input["text_labels_mlm"]
-    masked = mlm_loss(out["masked"]["mlm"], labels) / (labels >= 0).sum()
+    masked = cross_entropy(out["masked"]["mlm"], labels) / (labels >= 0).sum()
     return contrast / 2 / rows, PUBLISHED_MLM_WEIGHT * masked
 
 
@@ -158,5 +158,5 @@ def test_language_stage_equals_the_release() -> None:
         )
     assert golden.missing == {"vision_language_expert", "itc_head", "itm_head"}
     agree(out["text"]["tokens"], golden.output["text_feats"])
-    loss = mlm_loss(out["masked"]["mlm"], labels) / (labels >= 0).sum()
+    loss = cross_entropy(out["masked"]["mlm"], labels) / (labels >= 0).sum()
     agree(loss, golden.output["textmlm_loss"])

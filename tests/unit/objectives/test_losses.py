@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.objectives.classification import classification_loss
-from pipeline.objectives.itm import itm_loss
+from pipeline.objectives import cross_entropy
 from pipeline.objectives.mim import mim_loss
-from pipeline.objectives.mlm import mlm_loss
 from pipeline.objectives.moc import moc_loss
 from pipeline.objectives.mrfr import mrfr_loss
-from pipeline.objectives.nlvr2 import nlvr2_loss
 from pipeline.objectives.vqa import vqa_loss
 
 LABEL = torch.tensor([0, 3, 1, 2, 2, 0])
@@ -40,16 +37,16 @@ def normal(*shape: int) -> Tensor:
 # The loss, the head's output, its other arguments, and the definition of the sum.
 Case = tuple[Callable[..., Tensor], Tensor, tuple[Tensor, ...], Callable[..., Tensor]]
 CASES: dict[str, Case] = {
-    "classification": (classification_loss, normal(7), (LABEL,), lambda x, y: 6 * F.cross_entropy(x, y)),
-    "nlvr2": (nlvr2_loss, normal(2), (LABEL % 2,), lambda x, y: -x.log_softmax(1).gather(1, y[:, None]).sum()),
-    "itm": (itm_loss, normal(2), (LABEL > 1,), lambda x, y: -torch.where(y, *x.log_softmax(1).T.flip(0)).sum()),
+    "classification": (cross_entropy, normal(7), (LABEL,), lambda x, y: 6 * F.cross_entropy(x, y)),
+    "nlvr2": (cross_entropy, normal(2), (LABEL % 2,), lambda x, y: -x.log_softmax(1).gather(1, y[:, None]).sum()),
+    "itm": (cross_entropy, normal(2), (LABEL > 1,), lambda x, y: -torch.where(y, *x.log_softmax(1).T.flip(0)).sum()),
     "vqa": (
         vqa_loss,
         normal(7),
         (ANSWERS, SCORES),
         lambda x, *_: F.binary_cross_entropy_with_logits(x, SOFT_TARGETS) * 7 * len(x),
     ),
-    "mlm": (mlm_loss, normal(2, 7), (WORDS,), lambda x, y: F.cross_entropy(x[y >= 0], y[y >= 0]) * (y >= 0).sum()),
+    "mlm": (cross_entropy, normal(2, 7), (WORDS,), lambda x, y: F.cross_entropy(x[y >= 0], y[y >= 0]) * (y >= 0).sum()),
     "mim": (mim_loss, normal(2, 7), (CLASSES[:, :2],), lambda x, y: 12 * F.cross_entropy(x.flatten(0, 1), y.flatten())),
     "moc": (
         moc_loss,
