@@ -260,7 +260,7 @@ class TrainedModel:
             of_text = contrastive_features(self.model, replace(inputs, image=None, image_size=None))
             return {"similarity": (of_image @ of_text.T).item()}
         if objective == "vqa":  # fails without the names of the head's outputs
-            answers = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}").names
+            answers = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}")
         if positions:
             inputs = replace(inputs, mask_positions=torch.tensor([positions]))
         output = run_forward(self.model, inputs)[head][0].float().cpu()
@@ -272,9 +272,8 @@ class TrainedModel:
         if objective == "mlm":
             return {"words": [_top(row, self.tokenizer.tokens, top_k) for row in probabilities]}
         if objective == "classification":
-            classes = self.choices.get(CLASSES)
-            is_named = classes is not None and len(classes) == len(probabilities)
-            names = classes.names if is_named and classes else [str(number) for number in range(len(probabilities))]
+            classes, numbers = self.choices.get(CLASSES, ()), range(len(probabilities))
+            names = classes if len(classes) == len(numbers) else [str(number) for number in numbers]
             return {"classes": _top(probabilities, names, top_k)}
         return {"true" if objective == "nlvr2" else "matched": probabilities[1].item()}
 

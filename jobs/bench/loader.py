@@ -282,7 +282,7 @@ def peer_batches(job: BenchJob) -> Batches:
         with Image.open(io.BytesIO(next(sample[name] for name in IMAGES if sample.get(name)))) as opened:
             image = opened.convert("RGB")
         counter = CounterRandom(random.getrandbits(64))
-        top, left, height, width = draw_crop(image.height, image.width, augmentation.crop_scale, counter)
+        top, left, height, width = draw_crop(image.height, image.width, size, augmentation.crop_scale, counter)
         image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

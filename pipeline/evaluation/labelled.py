@@ -121,7 +121,7 @@ def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, 
     """Return the class names of a labelled source in label order. Raises ConfigError where its shards list none."""
     url = join(shard_folder(config.sources[source].shards), CLASSES)
     try:
-        return Choices.from_bytes(storage.read(url), url).names
+        return Choices.from_bytes(storage.read(url), url)
     except NotFound as error:
         raise ConfigError(
             f"source '{source}' is labelled, and {url} with its class names is missing; write it: a JSON list of names "
@@ -206,7 +206,7 @@ def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) ->
         """Return for each question the score of the predicted answer, and all scored answers."""
         best = run_forward(model, batch)["answers"].argmax(dim=1).tolist()
         answers = [dict(question.answers) for question in questions]
-        return [(own.get(choices.names[b], 0.0), own) for own, b in zip(answers, best, strict=False)]
+        return [(own.get(choices[b], 0.0), own) for own, b in zip(answers, best, strict=False)]
 
     results = source.map_batches("answers", answer)
     totals = Counter[str]()

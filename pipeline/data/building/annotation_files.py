@@ -113,7 +113,7 @@ def _with_answers(
             f"{job.source}: no answer is frequent enough to be listed; pass --min-count below the published 9, or all "
             "annotation files with --annotations"
         )
-    job.choices[choices.ANSWERS] = known = Choices(listed)
+    job.choices[choices.ANSWERS], known = Choices(listed), frozenset(listed)
 
     def samples() -> Iterator[Sample]:
         for question in questions:
@@ -121,7 +121,7 @@ def _with_answers(
             with job.problems.skipping(where):
                 if not question.answers:
                     raise Unusable(unanswered)
-                if job.options.listed_only and known.numbers.keys().isdisjoint(question.answers):
+                if job.options.listed_only and known.isdisjoint(question.answers):
                     job.problems.leave_out(where, "none of its answers is listed")
                     continue
                 record = {"question": question.text, "answers": question.answers, "question_id": question.id}

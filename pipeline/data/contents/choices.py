@@ -14,8 +14,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
@@ -25,21 +23,13 @@ from pipeline.data.storage import NotFound, Storage, join
 ANSWERS, CLASSES = "answers.json", "classes.json"
 
 
-@dataclass(frozen=True)
-class Choices:
+class Choices(tuple[str, ...]):
     """A list of distinct texts; each is numbered by its index."""
 
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @cached_property
-    def numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.names)}
+    __slots__ = ()
 
     def to_bytes(self) -> bytes:
-        return json.dumps(self.names, ensure_ascii=False, indent=0).encode()
+        return json.dumps(self, ensure_ascii=False, indent=0).encode()
 
     @staticmethod
     def from_bytes(data: bytes, where: str) -> Choices:
@@ -57,7 +47,7 @@ class Choices:
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ConfigError(f"{where}: {twice!r} is listed more than once")
-        return Choices(tuple(names))
+        return Choices(names)
 
 
 def answers_with(choices: Mapping[str, Choices], num_outputs: int | None, where: str) -> Choices:

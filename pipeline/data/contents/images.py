@@ -1,16 +1,13 @@
-"""Image decoding to uint8 pixels, random crops, and resizing to a square or with the aspect ratio kept.
-
-Images are (H, W, 3) RGB.
+"""Image decoding to uint8 pixels (H, W, 3) RGB, random crops, and resizing to a square or at the own aspect ratio.
 
 JPEGs are decoded by simplejpeg (libjpeg-turbo, strict: a corrupt file raises instead of decoding to noise). Where it
 fails, the file is decoded again without its metadata: damaged metadata does not make an image bad, damaged pixels do.
 The rare chroma samplings that simplejpeg refuses, and other formats, are decoded by Pillow; of several frames the first
-is used. `measure` reads the size of what `decode` returns from the header alone.
+is used.
 
 Resizing is torch's antialiased bicubic or bilinear on uint8, five times as fast as Pillow's. Rows are resized before
-columns, as Pillow does up to version 12, whose pixels ours equal within 2 grey levels. Pillow 13 resizes columns first
-where that is cheaper, for many portrait images: rounding and clipping between the two passes then differ, by up to 5
-levels in photos and more at sharp edges.
+columns, as Pillow does up to version 12, whose pixels ours equal within 2 grey levels. (Pillow 13 resizes columns first
+where that is cheaper, which differs by up to 5 levels in photos and more at sharp edges.)
 """
 
 from __future__ import annotations
@@ -37,11 +34,7 @@ from pipeline.data.randomness import CounterRandom
 FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's names with their file extensions, the usual one first
     "JPEG": ("jpg", "jpeg", "jfif", "jpe", "pjpeg", "pjp"),
     "PNG": ("png", "apng"),
-    "WEBP": ("webp",),
-    "GIF": ("gif",),
-    "BMP": ("bmp", "dib"),
-    "TIFF": ("tif", "tiff"),
-    "AVIF": ("avif", "avifs"),
+    **{"WEBP": ("webp",), "GIF": ("gif",), "BMP": ("bmp", "dib"), "TIFF": ("tif", "tiff"), "AVIF": ("avif", "avifs")},
 }
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 MAX_SIDE = 65_500  # pixels; a JPEG has at most 65,535
@@ -126,11 +119,6 @@ class KeepAspectRatio:
         """The side of the square that holds every image."""
         return self.longest // self.patch * self.patch
 
-    @property
-    def num_patches(self) -> int:
-        """The number of patches of the largest image."""
-        return (self.shorter // self.patch) * (self.longest // self.patch)
-
     def sides(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width that an image is resized to."""
         scale = min(self.shorter / min(height, width), self.longest / max(height, width))
@@ -173,54 +161,34 @@ def on_one_canvas(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     return canvases, sizes
 
 
-def random_resized_crop(
-    image: np.ndarray,
-    shape: Shape,
-    scale: tuple[float, float],
-    random: CounterRandom,
-    interpolation: Interpolation = "bicubic",
-) -> np.ndarray:
-    """Return a random crop of the image in a shape; `scale` bounds the crop's fraction of the area.
+def draw_crop(
+    height: int, width: int, shape: Shape, scale: tuple[float, float], random: CounterRandom
+) -> tuple[int, int, int, int]:
+    """Draw (top, left, rows, columns) of a crop for a shape: fraction of the area uniform in `scale`, place uniform.
 
-    For a square the crop's aspect ratio is in 3/4 … 4/3; with the aspect ratio kept it is that of the image, and a
-    scale of (1, 1) crops nothing.
-    """
-    image_height, image_width = image.shape[:2]
-    if isinstance(shape, KeepAspectRatio):
-        side = math.sqrt(scale[0] + (scale[1] - scale[0]) * random.uniform())
-        height, width = max(1, round(side * image_height)), max(1, round(side * image_width))
-        top, left = random.integer(image_height - height + 1), random.integer(image_width - width + 1)
-    else:
-        top, left, height, width = draw_crop(image_height, image_width, scale, random)
-    return resize(image[top : top + height, left : left + width], shape, interpolation)
-
-
-def draw_crop(height: int, width: int, scale: tuple[float, float], random: CounterRandom) -> tuple[int, int, int, int]:
-    """Draw (top, left, height, width): area uniform in `scale`, ratio log-uniform in 3/4 … 4/3, position uniform.
-
-    A crop that does not fit is drawn again; after ten tries the largest centred crop of an allowed ratio is returned.
+    For a square the crop's aspect ratio is log-uniform in 3/4 … 4/3. A crop that does not fit is drawn again; after ten
+    tries the largest centred crop of an allowed ratio is returned. With the aspect ratio kept it is that of the image.
     """
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     for _ in range(CROP_ATTEMPTS):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * random.uniform())
-        ratio = math.exp(low + (high - low) * random.uniform())
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top, left = random.integer(height - crop_height + 1), random.integer(width - crop_width + 1)
-            return top, left, crop_height, crop_width
-    crop_width = min(width, max(1, round(height * RATIO[1])))
-    crop_height = min(height, max(1, round(width / RATIO[0])))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+        fraction = scale[0] + (scale[1] - scale[0]) * random.uniform()
+        if isinstance(shape, KeepAspectRatio):
+            side = math.sqrt(fraction)
+            rows, columns = max(1, round(side * height)), max(1, round(side * width))
+        else:
+            area, ratio = height * width * fraction, math.exp(low + (high - low) * random.uniform())
+            columns, rows = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < columns <= width and 0 < rows <= height:
+            return random.integer(height - rows + 1), random.integer(width - columns + 1), rows, columns
+    rows, columns = min(height, max(1, round(width / RATIO[0]))), min(width, max(1, round(height * RATIO[1])))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
 _Stored = tuple[ImageSize, object, np.ndarray | None]  # size and pixels as stored, and the EXIF orientation
 
 
 def _read(data: bytes, max_pixels: int | None) -> _Stored:
-    """Read an encoded image, without its pixels if `max_pixels` is None.
-
-    Every exception becomes a BadSample: damaged files make decoders fail in many ways.
-    """
+    """Read an encoded image, without its pixels if `max_pixels` is None. Every exception becomes a BadSample."""
     kind = format_of(data)
     if kind is None:
         raise BadSample("image", f"not a {', '.join(FORMATS)} (begins with {data[:8]!r})")
@@ -349,8 +317,7 @@ def _rgb(picture: Image.Image) -> np.ndarray:
     """Return (H, W, 3) uint8 of an image of any mode, converted in strips to bound the memory for copies."""
     picture.load()
     width, height = picture.size
-    image = np.empty((height, width, 3), dtype=np.uint8)
-    rows = max(1, STRIP // width)
+    image, rows = np.empty((height, width, 3), dtype=np.uint8), max(1, STRIP // width)
     for top in range(0, height, rows):
         strip = picture.crop((0, top, width, min(height, top + rows)))
         if strip.mode.startswith("I;16"):
@@ -361,8 +328,7 @@ def _rgb(picture: Image.Image) -> np.ndarray:
             image[top : top + rows] = grey[:, :, None]
             continue
         if strip.mode in ("I", "F"):
-            reason = "its pixels are 32-bit numbers of unknown range; expected 8 or 16 bits per channel"
-            raise BadSample("image", reason)
+            raise BadSample("image", "pixels are 32-bit numbers of unknown range; expected 8 or 16 bits per channel")
         if strip.has_transparency_data:
             strip = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip)

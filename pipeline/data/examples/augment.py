@@ -1,8 +1,6 @@
 """Training-time augmentation: random-resized crop, flip, RandAugment on uint8 pixels. Images are (H, W, 3) RGB.
 
-RandAugment (arXiv 1909.13719) over the ten operations that leave colours as captions name them: no colour
-inversion, solarizing, posterizing, contrast, saturation or cutout (VLMo, section 4). All randomness is counter-based.
-
+RandAugment (arXiv 1909.13719) over the ten operations that leave colours as captions name them (VLMo, section 4).
 Magnitudes range to 10, as in VLMo's recipe. ViLT's range to 30 over the same strengths, so that its 9 is 3 here; but
 its translations reach 100 pixels at any size, and it applies every operation that it draws. VLMo's release overflows
 uint8 in AutoContrast and Sharpness; this implementation clips.
@@ -17,7 +15,7 @@ import cv2
 import numpy as np
 
 from pipeline.config.schema import AugmentConfig, Interpolation
-from pipeline.data.contents.images import Shape, random_resized_crop
+from pipeline.data.contents.images import Shape, draw_crop, resize
 from pipeline.data.randomness import CounterRandom
 
 MAX_MAGNITUDE = 10
@@ -29,8 +27,6 @@ SHEAR = 0.3  # of the other coordinate
 TRANSLATE = 10 / 224  # of the side: the published 10 pixels at 224, the same fraction at every resolution
 ROTATE = 30.0  # degrees
 ENHANCE = (0.1, 1.9)  # brightness and sharpness factors at magnitude 0 and 10; 1 leaves the image unchanged
-
-_VALUES = np.arange(256)  # of a channel
 # In a caption that mirroring the image may make false.
 SIDES = re.compile(r"\b(left|right)(most|ward|wards|hand|side)?\b", re.IGNORECASE)
 
@@ -44,14 +40,16 @@ def augment(
     interpolation: Interpolation = "bicubic",
 ) -> np.ndarray:
     """Return a random crop of the image in a shape, flipped and augmented: (H, W, 3) uint8."""
-    image = random_resized_crop(image, shape, config.crop_scale, random, interpolation)
+    height, width = image.shape[:2]
+    top, left, rows, columns = draw_crop(height, width, shape, config.crop_scale, random)
+    image = resize(image[top : top + rows, left : left + columns], shape, interpolation)
     if random.uniform() < 0.5 and config.flip and allow_flip:
         image = cv2.flip(image, 1)
     for _ in range(config.num_ops):
-        name = NAMES[random.integer(len(NAMES))]
+        operation = OPERATIONS[NAMES[random.integer(len(NAMES))]]
         is_applied, sign = random.uniform() < APPLIED, 1.0 if random.uniform() < 0.5 else -1.0
         if is_applied:
-            image = OPERATIONS[name](image, config.magnitude / MAX_MAGNITUDE, sign)
+            image = operation(image, config.magnitude / MAX_MAGNITUDE, sign)
     return image
 
 
@@ -66,7 +64,7 @@ def auto_contrast(image: np.ndarray) -> np.ndarray:
     for channel in cv2.split(image):
         low, high, _, _ = cv2.minMaxLoc(channel)
         if low < high and high - low < 255:
-            table = np.rint((_VALUES - low) * (255.0 / (high - low))).clip(0, 255)
+            table = np.rint((np.arange(256) - low) * (255.0 / (high - low))).clip(0, 255)
             channel = cv2.LUT(channel, table.astype(np.uint8))
         channels.append(channel)
     return cv2.merge(channels)

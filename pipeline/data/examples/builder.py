@@ -7,7 +7,7 @@ candidate of the same shuffle window, drawn by a hash, so that the replacement t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -44,18 +44,15 @@ def batch_spec(config: RunConfig, stage: StageConfig, groups: frozenset[str], nu
     model, masking, shape = config.model, stage.masking, shape_of(config.model)
     if isinstance(shape, KeepAspectRatio):
         assert isinstance(model, ViLTConfig)
-        side, patches = shape.canvas, min(shape.num_patches, model.max_visible_patches or shape.num_patches)
+        side, most = shape.canvas, (shape.shorter // shape.patch) * (shape.longest // shape.patch)
+        patches = min(most, model.max_visible_patches or most)
         groups |= {f"{name}_size" for name in ("image", "second_image") if name in groups}
         if "image" in groups and "second_image" not in groups:  # models read all patches of two images
             groups |= {"visible_patches"}
     else:
         side, patches = shape, model.num_patches
-    sizes = BatchSizes(
-        text=stage.max_text_length,
-        image_side=side,
-        visible_patches=patches,
-        masked_patches=len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0))),
-    )
+    masked = len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0)))
+    sizes = BatchSizes(text=stage.max_text_length, image_side=side, visible_patches=patches, masked_patches=masked)
     if "regions" in groups:
         assert isinstance(model, ImageBERTConfig), "the schema accepts regions for no other kind of model"
         masked = len(mask_patches(model.max_regions, masking.region_mask_ratio, CounterRandom(0)))
@@ -135,6 +132,7 @@ class PendingExample:
 
     ref: SampleRef
     sample: Sample
+    random: Callable[[str], CounterRandom]  # of a purpose; different in every epoch
     text: str = ""  # the drawn caption, the question or the statement
     answers: Mapping[str, float] = field(default_factory=dict)
     label: int = 0
@@ -151,6 +149,7 @@ class ExampleBuilder:
         self._config, self._stage, self._model = spec.config, spec.stage, spec.config.model
         self._source_type, self._shape = spec.config.source_type_of(spec.stage), shape_of(spec.config.model)
         self._source_numbers = {name: number for number, name in enumerate(sorted(spec.sources))}
+        self._answer_numbers = {answer: number for number, answer in enumerate(spec.answers or ())}
         self.reader = SampleReader(storage, spec.sources, spec.config.data.loader, cache)
         self.order = spec.order(self.reader)
         # The order of all places of a step costs little more than that of the few places of one thread's task.
@@ -172,61 +171,48 @@ class ExampleBuilder:
                 pending[place - first] = self._parse(ref, sample)
             except BadSample as fault:
                 bad.append((place - first, ref, sample, fault))
-        faults = sorted(self._write(pending, buffer).items())
-        bad += [(row, pending[row].ref, pending[row].sample, fault) for row, fault in faults]
-        return [self._replace(step, first + row, ref, sample, fault, buffer, row) for row, ref, sample, fault in bad]
+        written = sorted(self._write(pending, buffer).items())
+        bad += [(row, pending[row].ref, pending[row].sample, defect) for row, defect in written]
 
-    def _replace(
-        self, step: int, place: int, ref: SampleRef, sample: Sample, fault: BadSample, buffer: BatchBuffer, row: int
-    ) -> BadRecord:
-        """Write another example in the place of a bad sample, and return the record of both."""
-        for attempt in range(MAX_TRIES):
-            other_ref = self.order.samples(step, range(place, place + 1), attempt)[0]
-            other = self.reader.read(other_ref)
-            try:
-                example = self._parse(other_ref, other)
-            except BadSample:
-                continue  # it is counted at the place that planned it
-            if not self._write({row: example}, buffer):
-                return BadRecord(
-                    source=ref.source,
-                    shard=sample.shard,
-                    key=sample.key,
-                    offset=sample.offset,
-                    epoch=ref.epoch,
-                    step=step,
-                    place=place,
-                    stage=fault.stage,
-                    reason=fault.reason,
-                    replaced_by=other.key,
+        records = []
+        for row, ref, sample, defect in bad:
+            for attempt in range(MAX_TRIES):
+                place = first + row
+                other_ref = self.order.samples(step, range(place, place + 1), attempt)[0]
+                other = self.reader.read(other_ref)
+                try:
+                    example = self._parse(other_ref, other)
+                except BadSample:
+                    continue  # it is counted at the place that planned it
+                if not self._write({row: example}, buffer):
+                    origin = (ref.source, sample.shard, sample.key, sample.offset, ref.epoch)
+                    records.append(BadRecord(*origin, step, place, defect.stage, defect.reason, other.key))
+                    break
+            else:
+                raise DataError(
+                    f"source '{ref.source}': {sample.key} in {sample.shard} is bad ({defect.stage}: {defect.reason}), "
+                    f"and so were {MAX_TRIES} candidates around it. The shards do not hold what the source's `type` "
+                    "says, or were built wrongly: check them with `mome shards check`"
                 )
-        raise DataError(
-            f"source '{ref.source}': {sample.key} in {sample.shard} is bad ({fault.stage}: {fault.reason}), and so "
-            f"were {MAX_TRIES} candidates around it. The shards do not hold what the source's `type` says, or were "
-            "built wrongly: check them with `mome shards check`"
-        )
+        return records
 
     def _parse(self, ref: SampleRef, sample: Sample) -> PendingExample:
         """Read a sample's members, except its images. Raises BadSample."""
+        example = PendingExample(ref, sample, partial(sample_random, self._seed, ref.epoch, sample.uid))
         with judging("members"):
             members.check_members(sample.members, sample.is_duplicate)
             if self._source_type == "questions":
                 question = members.question_of(sample.members)
-                return PendingExample(ref, sample, question.text, question.answers)
+                return replace(example, text=question.text, answers=question.answers)
             if self._source_type == "statements":
                 statement = members.statement_of(sample.members)
-                return PendingExample(ref, sample, statement.text, label=int(statement.is_true))
+                return replace(example, text=statement.text, label=int(statement.is_true))
             if self._source_type == "labelled":
-                label = members.class_of(sample.members, self._stage.num_classes)
-                return PendingExample(ref, sample, label=label)
-            if "text" not in self._groups:
-                return PendingExample(ref, sample)
-            captions = members.captions_of(sample.members)
-            drawn = CounterRandom(hash64(self._seed, ref.epoch, sample.uid, "caption")).integer(len(captions))
-            return PendingExample(ref, sample, captions[drawn])
-
-    def _random(self, example: PendingExample, purpose: str) -> CounterRandom:
-        return CounterRandom(hash64(self._seed, example.ref.epoch, example.sample.uid, purpose))
+                return replace(example, label=members.class_of(sample.members, self._stage.num_classes))
+            if "text" in self._groups:
+                captions = members.captions_of(sample.members)
+                return replace(example, text=captions[example.random("caption").integer(len(captions))])
+        return example
 
     def _write(self, pending: Mapping[int, PendingExample], buffer: BatchBuffer) -> dict[int, BadSample]:
         """Write examples by row; return the fault of each row that could not be written.
@@ -247,7 +233,7 @@ class ExampleBuilder:
                 buffer.write("text", row, np.array(tokens.ids, dtype=np.int64), tokenizer.pad_id)
                 buffer.write("text_keep", row, np.ones(len(tokens.ids), dtype=np.bool_))
                 if "masked_text" in self._groups:
-                    random = self._random(example, "words")
+                    random = example.random("words")
                     masked = mask_whole_words(tokens, random, masking.mlm_probability, masking.whole_word, tokenizer)
                     buffer.write("masked_text", row, masked.ids, tokenizer.pad_id)
                     buffer.write("mask_positions", row, masked.positions)
@@ -276,12 +262,11 @@ class ExampleBuilder:
         return faults
 
     def _write_images(self, example: PendingExample, images: list[np.ndarray], buffer: BatchBuffer, row: int) -> None:
-        settings, model = self._config.data.augment, self._model
+        settings, interpolation = self._config.data.augment, self._model.interpolation
         says_side = settings.skip_flip_for_left_right and any(map(SIDES.search, (example.text, *example.answers)))
         purposes = {"image": "augment", "second_image": "augment second"}
         for image, (name, purpose) in zip(images, purposes.items(), strict=False):
-            random = self._random(example, purpose)
-            augmented = augment(image, settings, self._shape, random, not says_side, model.interpolation)
+            augmented = augment(image, settings, self._shape, example.random(purpose), not says_side, interpolation)
             canvas, (height, width) = buffer[name][row], augmented.shape[:2]
             if isinstance(self._shape, KeepAspectRatio):
                 buffer[f"{name}_size"][row] = height, width
@@ -291,18 +276,16 @@ class ExampleBuilder:
     def _write_others(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
         """Write everything but the text and the images. Raises BadSample without regions that fit the model."""
         sample, groups, masking, model = example.sample, self._groups, self._stage.masking, self._model
-        buffer["uid"][row] = sample.uid
-        shows_image = "image" in groups or "regions" in groups
-        # The two images of a statement have no common id.
-        buffer["image_id"][row] = (sample.image_id or sample.uid) if shows_image else sample.uid
+        buffer["uid"][row] = buffer["image_id"][row] = sample.uid
+        if sample.image_id and not groups.isdisjoint(("image", "regions")):  # two images have no common id
+            buffer["image_id"][row] = sample.image_id
         buffer["source"][row] = self._source_numbers[example.ref.source]
         if "label" in groups:
             buffer["label"][row] = example.label
         if "answers" in groups:  # a question without a listed answer has only wrong ones
-            assert self._spec.answers is not None
-            numbers = self._spec.answers.numbers
-            listed = {numbers[answer]: score for answer, score in example.answers.items() if answer in numbers}
-            buffer.write("answers", row, np.array(list(listed), dtype=np.int64))
+            listed = {answer: score for answer, score in example.answers.items() if answer in self._answer_numbers}
+            numbers = [self._answer_numbers[answer] for answer in listed]
+            buffer.write("answers", row, np.array(numbers, dtype=np.int64))
             buffer.write("answer_scores", row, np.array(list(listed.values()), dtype=np.float32))
 
         count = model.num_patches
@@ -311,14 +294,14 @@ class ExampleBuilder:
         visible = np.arange(count)
         if "visible_patches" in buffer:
             if count > (limit := buffer["visible_patches"].shape[1]):
-                visible = np.sort(self._random(example, "patches read").permutation(count)[:limit])
+                visible = np.sort(example.random("patches read").permutation(count)[:limit])
             buffer.write("visible_patches", row, visible)
         if "masked_patches" in groups:  # the same fraction of every image's patches, or of its visible ones
-            blocks, random = masking.patch_shape == "blocks", self._random(example, "patches")
+            blocks, random = masking.patch_shape == "blocks", example.random("patches")
             positions = visible[mask_patches(len(visible), masking.image_mask_ratio, random, blocks)]
             buffer.write("patch_positions", row, positions)
             if "patch_replacements" in groups:
-                random = self._random(example, "stand-ins")
+                random = example.random("stand-ins")
                 shown = patch_replacements(positions, count, masking.mask_token_prob, masking.random_patch_prob, random)
                 buffer.write("patch_replacements", row, shown)
 
@@ -332,7 +315,7 @@ class ExampleBuilder:
             if "region_class" in groups and regions.classes is not None:
                 buffer.write("region_class", row, regions.classes)
             if "masked_regions" in groups:
-                random = self._random(example, "regions")
+                random = example.random("regions")
                 positions = mask_patches(len(regions), masking.region_mask_ratio, random)
                 is_zeroed = [random.uniform() < ZEROED for _ in positions]
                 buffer.write("region_positions", row, positions)

@@ -488,7 +488,7 @@ def test_answers_are_read_in_every_common_format_and_checked(tmp_path: Path) -> 
         model = build_model(RELEASED_VILT, len(TOKENS), HeadConfig(answers=answers))
         state = FORMATS["vilt"].write(model.state_dict(), RELEASED_VILT)
         weights = imported(state, folder, format_name="vilt", answers=f"{folder}/answers")
-        return list(weights.choices["answers.json"].names)
+        return list(weights.choices["answers.json"])
 
     for content in (
         json.dumps(ANSWERS),

@@ -27,7 +27,6 @@ from tests.support.fine_tuning_data import COLOURS, run_config, write_set
 def test_choices_round_trip_and_number_listed_names_only() -> None:
     choices = Choices(("ja", "neïn", "2"))
     assert Choices.from_bytes(choices.to_bytes(), "there") == choices
-    assert choices.numbers == {"ja": 0, "neïn": 1, "2": 2}
 
 
 @pytest.mark.parametrize(

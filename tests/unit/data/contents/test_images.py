@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from pipeline.config.schema import ViTConfig
+from pipeline.config.schema import AugmentConfig, ViTConfig
 from pipeline.data.contents import images
 from pipeline.data.contents.images import FORMATS, ImageSize, KeepAspectRatio, decode, measure, resize
+from pipeline.data.examples.augment import augment
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom, hash64
 from tests.support.encoded_images import chunk, encoded, picture, rotation
@@ -351,7 +352,7 @@ def test_model_reads_images_and_views_of_them_by_its_own_interpolation():
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (224, 224)])
 def test_crops_respect_scale_and_ratio(height, width):
     for key in range(500):
-        top, left, rows, columns = images.draw_crop(height, width, (0.5, 1.0), CounterRandom(hash64(key)))
+        top, left, rows, columns = images.draw_crop(height, width, 32, (0.5, 1.0), CounterRandom(hash64(key)))
         assert 0 <= top <= height - rows
         assert 0 <= left <= width - columns
         assert images.RATIO[0] * 0.98 <= columns / rows <= images.RATIO[1] * 1.02
@@ -360,7 +361,8 @@ def test_crops_respect_scale_and_ratio(height, width):
 
 def test_images_of_any_shape_are_cropped_by_the_key_alone():
     def crop(image: np.ndarray, key: int) -> np.ndarray:
-        return images.random_resized_crop(image, 32, (0.2, 1.0), CounterRandom(key))
+        plain = AugmentConfig(crop_scale=(0.2, 1.0), flip=False, num_ops=0)
+        return augment(image, plain, 32, CounterRandom(key), allow_flip=False)
 
     for height, width in ((1, 1), (1, 500), (500, 1), (7, 3), (20, 2000)):
         assert all(crop(picture(height, width), key).shape == (32, 32, 3) for key in range(20))
