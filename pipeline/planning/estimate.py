@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipeline.planning.hardware import INTRA_EFFICIENCY, INTRA_LATENCY, Accelerator, Network
 from pipeline.planning.memory import FLOAT32, MOMENTS, Memory, Parameters, Sharding, Work, memory_of
@@ -71,19 +71,11 @@ class StageEstimate:
     cost: float
 
 
-def largest_share(batch: int, ranks: int) -> int:
-    """Return the examples of the rank with most; shares differ by at most one."""
-    return -(-batch // ranks)
-
-
 def memory_at(work: Work, sharding: Sharding, share: int, examples: int) -> Memory:
     """Return the memory of a rank with `share` examples of the batch, in micro-batches of `examples`."""
-    cut = replace(sharding, accumulates=examples < share)
-    workspace = work.workspace.at(examples)
-    contrast = max(0.0, work.contrast_bytes - workspace)  # ITC and a backward are never alive together
-    return memory_of(
-        work.parameters, cut, work.activations.at(examples), workspace + contrast, work.batch_bytes_per_example * share
-    )
+    workspace = max(work.workspace.at(examples), work.contrast_bytes)  # ITC and a backward are never alive together
+    loader = work.batch_bytes_per_example * share
+    return memory_of(work.parameters, sharding, work.activations.at(examples), workspace, loader)
 
 
 def largest_micro_batch(work: Work, sharding: Sharding, share: int, room: float) -> int:
@@ -106,8 +98,7 @@ def estimate(
 ) -> StageEstimate:
     """Return the estimate on `sharding.world_size` accelerators. `micro_batch_size` overrides the stage's."""
     work, ranks, batch = stage.work, sharding.world_size, stage.global_batch_size
-    share = largest_share(batch, ranks)
-    room = usable_bytes(accelerator, assumptions)
+    share, room = math.ceil(batch / ranks), usable_bytes(accelerator, assumptions)
     accumulation = math.ceil(share / max(1, min(share, micro_batch_size or stage.micro_batch_size or share)))
     examples = math.ceil(share / accumulation)
     memory = memory_at(work, sharding, share, examples)
@@ -120,29 +111,18 @@ def estimate(
     checkpoint += FLOAT32 * work.parameters.trained if sharding.averages else 0
     hours = stage.steps * step / assumptions.goodput / 3600
     return StageEstimate(
-        name=stage.name,
-        parameters=work.parameters,
-        gpus=ranks,
-        share=share,
-        micro_batch_size=examples,
-        accumulation=accumulation,
-        memory=memory,
-        fits=memory.total <= room,
+        name=stage.name, parameters=work.parameters,
+        gpus=ranks, share=share, micro_batch_size=examples, accumulation=accumulation,
+        memory=memory, fits=memory.total <= room,
         largest_micro_batch=largest_micro_batch(work, sharding, share, room),
-        flops_per_step=flops * batch / share,
-        tokens_per_step=work.tokens.at(batch),
-        compute_seconds=compute,
-        communication_seconds=communication,
-        communication_bytes=moved,
-        step_seconds=step,
-        samples_per_second=samples,
+        flops_per_step=flops * batch / share, tokens_per_step=work.tokens.at(batch),
+        compute_seconds=compute, communication_seconds=communication, communication_bytes=moved,
+        step_seconds=step, samples_per_second=samples,
         storage_bytes_per_second=samples * assumptions.sample_bytes,
         loader_cores=samples * assumptions.cpu_milliseconds / 1000 * stage.images,
-        checkpoint_bytes=checkpoint,
-        checkpoint_seconds=checkpoint / assumptions.checkpoint_bandwidth,
-        hours=hours,
-        cost=hours * ranks * assumptions.price,
-    )
+        checkpoint_bytes=checkpoint, checkpoint_seconds=checkpoint / assumptions.checkpoint_bandwidth,
+        hours=hours, cost=hours * ranks * assumptions.price,
+    )  # fmt: skip
 
 
 def _communication(

@@ -1,8 +1,7 @@
 """Accelerators and networks by name, from their manufacturers' data sheets.
 
-Peaks are dense bfloat16 FLOPS, without sparsity. Bandwidths are per accelerator in one direction: InfiniBand and EFA
-have a card per accelerator, Ethernet one for the eight of a node. The fraction that real runs reach is an assumption,
-printed with every estimate.
+Peaks are dense bfloat16 FLOPS. Bandwidths are per accelerator in one direction: InfiniBand and EFA have a card per
+accelerator, Ethernet one for the eight of a node.
 """
 
 from __future__ import annotations

@@ -25,12 +25,6 @@ class Line:
     fixed: float
     per_example: float
 
-    @classmethod
-    def through(cls, first: tuple[int, float], second: tuple[int, float]) -> Line:
-        """Return the line through two points (examples, value)."""
-        slope = (second[1] - first[1]) / (second[0] - first[0])
-        return cls(first[1] - slope * first[0], slope)
-
     def at(self, examples: float) -> float:
         return max(0.0, self.fixed + self.per_example * examples)
 
@@ -84,7 +78,6 @@ class Sharding:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     averages: bool = False  # whether an exponential moving average of the weights exists
-    accumulates: bool = False  # whether a step has several micro-batches
     fused_update: bool = True  # whether Adam is one kernel without temporaries (CUDA)
 
     @property
@@ -127,16 +120,15 @@ def memory_of(
     """Return the memory of one rank. `workspace` are the bytes that backward allocates besides the activations."""
     stage, element = sharding.zero_stage, sharding.element
     trained, part = parameters.trained, sharding.part(parameters.trained)
-    is_float32 = element == FLOAT32
+    # Bytes of a float32 copy of a weight, and of a second gradient, that only bfloat16 weights have.
+    extra_copy, extra_gradient = (0, 0) if element == FLOAT32 else (FLOAT32, element)
     # torch's per-tensor loop takes two float32 copies of the largest tensor; one fused kernel takes none.
     adam = 0 if sharding.fused_update else 2 * FLOAT32
     weights, optimizer, gradients = float(element * parameters.total), (FLOAT32 + MOMENTS) * part, FLOAT32 * part
     buffers = backward = host = 0.0
-    update = adam * part
-    bucket = min(sharding.reduce_bucket, trained)
+    update, bucket = adam * part, min(sharding.reduce_bucket, trained)
     if stage == 0:  # everything on every rank; gradients are summed in one flat copy
-        optimizer = ((0 if is_float32 else FLOAT32) + MOMENTS) * trained
-        gradients = (FLOAT32 + (0 if is_float32 else element)) * trained
+        optimizer, gradients = (extra_copy + MOMENTS) * trained, (FLOAT32 + extra_gradient) * trained
         flat_copy = FLOAT32 * min(trained, WHOLE_BUCKET) if sharding.world_size > 1 else 0.0
         update = max(flat_copy, adam * parameters.largest)
     elif stage == 1 and sharding.precision == "bfloat16" and not sharding.offload_optimizer:
@@ -144,7 +136,7 @@ def memory_of(
         gradients = (FLOAT32 + element) * trained
     elif stage in (1, 2):  # whole, flat weights; master weights, moments and gradients partitioned
         # Buckets of bfloat16 are summed as float32, the engine's communication type.
-        backward = sharding.reduce_bucket * element + (0 if is_float32 else FLOAT32 * bucket)
+        backward = sharding.reduce_bucket * element + extra_copy * bucket
         update = FLOAT32 * part + adam * part
         if sharding.offload_optimizer:
             host, optimizer = optimizer + (FLOAT32 + element) * part, 0.0
@@ -152,20 +144,11 @@ def memory_of(
     else:  # everything partitioned; weights are gathered for use, and kept up to `max_live` elements
         weights, buffers = element * sharding.part(parameters.total), sharding.reduce_bucket * FLOAT32
         # A bucket's copy in rank order and, if its type differs, the gradients it was filled from.
-        scattered = (FLOAT32 + (0 if is_float32 else element)) * bucket
-        backward = element * min(parameters.total, sharding.max_live) + scattered
+        backward = element * min(parameters.total, sharding.max_live) + (FLOAT32 + extra_gradient) * bucket
         if sharding.offload_optimizer:
             host, optimizer, gradients, update = optimizer + gradients, 0.0, 0.0, 0.0
         if sharding.offload_parameters:
             host, weights = host + weights, 0.0
-    average = FLOAT32 * part if sharding.averages else 0.0
-    return Memory(
-        states=weights + optimizer + average,
-        gradients=gradients,
-        buffers=buffers + parameters.buffers,
-        activations=activations,
-        backward=backward + workspace,
-        update=update,
-        loader=loader,
-        host=host,
-    )
+    states = weights + optimizer + (FLOAT32 * part if sharding.averages else 0.0)
+    buffers += parameters.buffers
+    return Memory(states, gradients, buffers, activations, backward + workspace, update, loader, host)

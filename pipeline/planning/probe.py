@@ -1,8 +1,7 @@
 """Measurement of running code: the bytes that its tensors occupy, and its FLOPs.
 
 Storages are tracked from allocation to release, so that tensors saved by autograd, dropped by checkpointing and
-temporary in backward are counted without naming any layer. It works on the meta device as on real tensors; only the
-attention kernel of the target device must be given.
+temporary in backward are counted without naming any layer, on the meta device as with real tensors.
 
 Shapes: B examples, H heads, Q queries, K keys, D width of a head.
 """
@@ -42,10 +41,9 @@ class Probe(TorchDispatchMode):
         self._kernels = kernels
         self._known = [tensor.untyped_storage() for tensor in known]  # kept alive, so that no address is reused
         self._followed: dict[int, Any] = {storage._cdata: None for storage in self._known}
-        self._plain_attention: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def __enter__(self) -> Self:
-        self._plain_attention = F.scaled_dot_product_attention
+        self._plain_attention: Callable[..., Tensor] = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = self._attend  # type: ignore[assignment]
         return super().__enter__()
 
@@ -60,16 +58,17 @@ class Probe(TorchDispatchMode):
         result = function(*args, **kwargs)
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._follow(leaf)
+                self.follow(leaf)
         formula = flop_registry.get(function._overloadpacket)  # type: ignore[attr-defined]
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         return result
 
-    def _follow(self, tensor: Tensor) -> None:
+    def follow(self, tensor: Tensor, counted: bool = True) -> None:
+        """Track a tensor's storage; do not count it, nor its views, if it was made unwatched."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._followed or not size:
+        key, size = storage._cdata, storage.nbytes() if counted else 0
+        if key in self._followed or (counted and not size):
             return
 
         def released(_: Any) -> None:
@@ -79,12 +78,6 @@ class Probe(TorchDispatchMode):
         self._followed[key] = weakref.ref(storage, released)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-
-    def leave_out(self, tensor: Tensor) -> None:
-        """Exclude a tensor that was made unwatched, and its views."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        self._followed[key] = weakref.ref(storage, lambda _: self._followed.pop(key, None))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any

@@ -84,7 +84,6 @@ def sharding_of(stage: Stage, world_size: int, on_cuda: bool) -> Sharding:
         offload_optimizer="offload_optimizer" in zero,
         offload_parameters="offload_param" in zero,
         averages=stage.config.optimizer.ema_decay is not None,
-        accumulates=settings["gradient_accumulation_steps"] > 1,
         fused_update=on_cuda,
     )
 

@@ -27,7 +27,7 @@ from pipeline.models.forward import ForwardInput, ForwardOutput, Regions
 from pipeline.models.model import Model
 from pipeline.objectives import batch_groups
 from pipeline.objectives.itc import CONTRASTS, itc_loss
-from pipeline.planning.estimate import largest_micro_batch, largest_share, memory_at
+from pipeline.planning.estimate import largest_micro_batch, memory_at
 from pipeline.planning.hardware import accelerator_like
 from pipeline.planning.memory import Line, Parameters, Work
 from pipeline.planning.probe import Kernels, Probe, unwatched
@@ -71,7 +71,7 @@ def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) ->
             unsplit = stage.with_engine(micro_batch_size=None)
             work = work_of(unsplit, vocabulary, "cuda" if on_cuda else "cpu")
             sharding = sharding_of(unsplit, collectives.world_size, on_cuda)
-            share = largest_share(stage.config.global_batch_size, collectives.world_size)
+            share = math.ceil(stage.config.global_batch_size / collectives.world_size)
             rows = largest_micro_batch(work, sharding, share, room)
             if rows:
                 needed = memory_at(work, sharding, share, rows).total
@@ -96,7 +96,7 @@ def peak_step_seconds(gpu: str, stage: Stage, vocabulary: int, world_size: int) 
     """
     if (accelerator := accelerator_like(gpu)) is None:
         return None
-    share = largest_share(stage.config.global_batch_size, world_size)
+    share = math.ceil(stage.config.global_batch_size / world_size)
     return work_of(stage, vocabulary, "cuda").step_flops(share, stage.num_micro_batches(world_size)) / accelerator.flops
 
 
@@ -115,10 +115,10 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
         return run_step(model, cut.with_engine(micro_batch_size=micro_batch_size), vocabulary, kernels, text_tokens)
 
     single, double, split = run(rows), run(2 * rows), run(2 * rows, rows)  # the last one in two micro-batches
-    flops, activations, workspace, tokens = (
-        Line.through((rows, getattr(single, name)), (2 * rows, getattr(double, name)))
-        for name in ("flops", "activations", "workspace", "tokens")
-    )
+    lines = {}
+    for name in ("flops", "activations", "workspace", "tokens"):
+        slope = (getattr(double, name) - getattr(single, name)) / rows
+        lines[name] = Line(getattr(single, name) - slope * rows, slope)
     contrast_flops = contrast_bytes = 0
     if single.contrast_widths:  # ITC over the whole global batch, which every rank computes
         size = stage.config.global_batch_size
@@ -141,15 +141,12 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
     )
     return Work(
         parameters=parameters,
-        flops=flops,
         flops_per_example_accumulated=split.flops / (2 * rows),
-        activations=activations,
-        workspace=workspace,
-        tokens=tokens,
         batch_bytes_per_example=single.batch_bytes / rows,
         contrast_flops=contrast_flops,
         contrast_bytes=contrast_bytes,
         contrast_width=2 * sum(single.contrast_widths),
+        **lines,
     )
 
 
@@ -229,7 +226,7 @@ class _ProbedEngine:
             for key, output in heads.items():
                 with unwatched():
                     zeros = torch.zeros(output.shape, dtype=output.dtype)
-                self._probe.leave_out(zeros)
+                self._probe.follow(zeros, counted=False)
                 if output.requires_grad:
                     self._outputs.append((output, zeros.requires_grad_()))
                 replaced[name][key] = zeros

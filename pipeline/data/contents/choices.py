@@ -73,7 +73,7 @@ def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: 
     if objective not in stage.objectives:
         return None
     shards = config.sources[next(iter(stage.sources))].shards
-    url = (stage.answer_list if is_answers else None) or join(shard_folder(shards), file)
+    url = (is_answers and stage.answer_list) or join(shard_folder(shards), file)
     try:
         choices = Choices.from_bytes(storage.read(url), url)
     except NotFound as error:

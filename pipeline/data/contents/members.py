@@ -1,15 +1,15 @@
 """Parsing of a sample's members: its images, captions, question, statement, class and image id.
 
-A pair is an image (`images.FORMATS`: jpg, png, webp, …) with `json` ({"captions": […]} or {"caption": "…"}, and an
-optional "image_id") or `txt`; the output of img2dataset is read unchanged. A `txt` is one caption, however many lines
-it has: most tools wrap long captions. Other members are ignored and never unpickled.
+- pairs: an image (`images.FORMATS`: jpg, png, webp, …) with `json` ({"captions": […]} or {"caption": "…"}, and an
+  optional "image_id") or `txt`; the output of img2dataset is read unchanged. A `txt` is one caption, however many lines
+  it has: most tools wrap long captions.
+- questions: an image with json {"question": "…", "answers": {"text": score in 0 … 1}, "question_id": …}.
+- statements: two images, `0.jpg` and `1.jpg` or `left.jpg` and `right.jpg` (or another format), with json
+  {"sentence": "…", "label": true, "id": "…"}.
 
-A sample of `questions` is an image with json {"question": "…", "answers": {"text": score}, "question_id": …}; scores
-are 0 … 1 (see `choices`). A sample of `statements` is two images, members `0.jpg` and `1.jpg` or `left.jpg` and
-`right.jpg` (or another format), with json {"sentence": "…", "label": true, "id": "…"}.
-
-Text leaves this module as clean Unicode: UTF-8 with or without a byte order mark, no lone surrogates, and at least one
-visible character. Anything else is a BadSample, and so is a missing member.
+Other members are ignored and never unpickled. Text leaves this module as clean Unicode: UTF-8 with or without a byte
+order mark, no lone surrogates, and at least one visible character. Anything else is a BadSample, and so is a missing
+member.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ REGIONS = "npz"  # the extension of a detector's regions (see `contents.regions`
 EXECUTABLE = frozenset({"pickle", "pkl", "pth", "pt", "pyd", "pyc", "joblib", "dill"})
 MAX_DIGITS = 18  # of a class number: any such number fits an int64
 MAX_ANSWERS = 10  # different answers to a question: VQA asks ten people
-SIDES = (("0", "left"), ("1", "right"))  # member names of a statement's first and second image
 _normalizer = BertNormalizer(lowercase=True)
 
 
@@ -66,33 +65,26 @@ def names_of(members: Members) -> str:
     return ", ".join(sorted(members)) or "none"
 
 
-def image_bytes(members: Members) -> bytes:
-    """Return the encoded image."""
-    for extension in EXTENSIONS:
-        if extension in members:
-            return members[extension]
-    raise BadSample("members", f"no image ({', '.join(EXTENSIONS)}); it has {names_of(members)}")
+def image_bytes(members: Members, prefixes: tuple[str, ...] = ("",)) -> bytes:
+    """Return the encoded image, whose member is an image's extension with one of the prefixes."""
+    for name in (f"{prefix}{extension}" for prefix in prefixes for extension in EXTENSIONS):
+        if name in members:
+            return members[name]
+    expected = " or ".join(f"{prefix}jpg" for prefix in prefixes)
+    raise BadSample("members", f"no image {expected} (or {', '.join(EXTENSIONS[1:])}); it has {names_of(members)}")
 
 
 def both_images(members: Members) -> tuple[bytes, bytes]:
     """Return the encoded first and second image of a statement."""
-    images = []
-    for names in SIDES:
-        candidates = [f"{name}.{extension}" for name in names for extension in EXTENSIONS]
-        image = next((members[name] for name in candidates if name in members), None)
-        if image is None:
-            expected = " or ".join(f"{name}.jpg" for name in names)
-            raise BadSample("members", f"no image {expected} (or png, webp, …); it has {names_of(members)}")
-        images.append(image)
-    return images[0], images[1]
+    return image_bytes(members, ("0.", "left.")), image_bytes(members, ("1.", "right."))
 
 
 def captions_of(members: Members) -> list[str]:
     """Return all captions of a pair, or the text of a text sample."""
     record = record_of(members)
     captions = record.get("captions")
-    if captions is None and (caption := record.get("caption")) is not None:
-        captions = [caption]
+    if captions is None and record.get("caption") is not None:
+        captions = [record["caption"]]
     if captions is None and "txt" in members:
         try:
             captions = [members["txt"].decode("utf-8-sig")]
@@ -103,9 +95,9 @@ def captions_of(members: Members) -> list[str]:
         raise BadSample("members", f"no caption ({expected}); it has {names_of(members)}")
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise BadSample("caption", "the captions are not a list of strings")
-    captions = [caption.strip() for caption in captions]
     if not captions:
         raise BadSample("caption", "the list of captions is empty")
+    captions = [caption.strip() for caption in captions]
     for number, caption in enumerate(captions, 1):
         if not is_visible(caption):
             reason = "has no visible character" if caption else "is empty"
@@ -183,8 +175,7 @@ def image_id_of(members: Members) -> int:
         return signed(hash64("image_id", unicodedata.normalize("NFC", str(named))))
     has_image = not members.keys().isdisjoint(EXTENSIONS)
     shown = members[REGIONS] if REGIONS in members and not has_image else image_bytes(members)
-    digest = hashlib.blake2b(shown, digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(shown, digest_size=8).digest(), "little", signed=True)
 
 
 def record_of(members: Members) -> dict[str, Any]:

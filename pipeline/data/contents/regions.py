@@ -22,7 +22,6 @@ from functools import partial
 import numpy as np
 
 from pipeline.data.contents.members import REGIONS, Members, names_of
-from pipeline.data.contents.npz import read_array
 from pipeline.data.quarantine import BadSample
 
 MAX_BYTES = 64 * 2**20  # of one array: 8,192 regions of 2,048 numbers; a larger one is a bomb
@@ -32,6 +31,34 @@ LOCATION = 5  # numbers of a region's location
 
 _fault = partial(BadSample, "regions")
 _KINDS = {"features": "f", "boxes": "fiu", "image_size": "iu", "classes": "iu", "confidences": "f"}  # of numpy's dtypes
+_PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods may allocate memory beyond the content's size
+
+
+def read_array(npz: zipfile.ZipFile, name: str, kinds: str, max_bytes: int) -> np.ndarray:
+    """Return an array of a file of `numpy.savez`, whose dtype is one of numpy's `kinds` with at most 8 bytes a number.
+
+    Raises KeyError when it is missing, ValueError for another dtype or more than `max_bytes` bytes, and exceptions of
+    any type, from zipfile and numpy, for damaged bytes.
+    """
+    entry = npz.getinfo(f"{name}.npy")
+    if entry.file_size > max_bytes:
+        raise ValueError(f"{name} has {entry.file_size} bytes; expected at most {max_bytes}")
+    if entry.compress_type not in _PLAIN:
+        raise ValueError(f"{name} is compressed by a method that numpy does not use")
+    with npz.open(entry) as packed:
+        content = packed.read(entry.file_size)  # with a size, zipfile unpacks no more than that
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"{name} has version {version} of the npy format; expected 1.0 or 2.0")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    if dtype.kind not in kinds or dtype.itemsize > 8:
+        raise ValueError(f"{name} has dtype {dtype}; expected numpy's kind {' or '.join(kinds)}")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+        raise ValueError(f"{name} declares shape {shape}, but has {len(content) - stream.tell()} bytes of {dtype}")
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,25 +130,21 @@ def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> Reg
         raise
     except Exception as error:  # damaged bytes reach zipfile's and numpy's parsers in every shape
         raise _fault(f"it cannot be read as an npz: {error}") from error
-    if "features" in arrays and arrays["features"].itemsize > 4:
-        raise _fault(f"features have dtype {arrays['features'].dtype}; expected float32 or float16")
     if image_size is not None:
         arrays.setdefault("image_size", np.array(image_size, np.int64))
-    for name in ("features", "boxes"):
-        if name not in arrays:
-            raise _fault(f"no array '{name}'; it has {', '.join(sorted(arrays)) or 'no known array'}")
-
+    if missing := [name for name in ("features", "boxes") if name not in arrays]:
+        raise _fault(f"no array '{missing[0]}'; it has {', '.join(sorted(arrays)) or 'no known array'}")
     features, boxes = arrays["features"], arrays["boxes"]
+    if features.itemsize > 4:
+        raise _fault(f"features have dtype {features.dtype}; expected float32 or float16")
     if features.ndim != 2 or not features.shape[1]:
         raise _fault(f"features have shape {features.shape}; expected (regions, features)")
-    count = len(features)
-    if not count:
+    if not (count := len(features)):
         raise _fault("there is no region")
     shapes = {"boxes": (count, 4), "image_size": (2,), "classes": (count,), "confidences": (count,)}
-    for name, shape in shapes.items():
-        if name in arrays and arrays[name].shape != shape:
-            raise _fault(f"{name} have shape {arrays[name].shape}; expected {shape} for features of {features.shape}")
     for name, array in arrays.items():
+        if array.shape != (shape := shapes.get(name, features.shape)):
+            raise _fault(f"{name} have shape {array.shape}; expected {shape} for features of {features.shape}")
         if not np.isfinite(array).all():
             raise _fault(f"{name} contain a number that is not finite")
 

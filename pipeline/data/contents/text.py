@@ -1,7 +1,6 @@
 """BERT's WordPiece tokenizer, on the `tokenizers` library, with the word that each token belongs to.
 
-A vocabulary is a list of tokens; a token's id is its index. On disk it is BERT's `vocab.txt`, one token per line. Text
-is lower-cased and stripped of accents first, unless the vocabulary is cased.
+A vocabulary is a list of tokens; a token's id is its index. On disk it is BERT's `vocab.txt`, one token per line.
 """
 
 from __future__ import annotations
@@ -39,14 +38,11 @@ class Tokens:
 
 
 class Tokenizer:
-    """A WordPiece tokenizer, picklable. Equal vocabularies give equal tokenizers.
+    """A WordPiece tokenizer, picklable. Raises DataError when the tokens are not a vocabulary.
 
-    `lowercase`: lower-case text and strip its accents (default: unless the vocabulary is cased). Raises DataError when
-    the tokens are not a vocabulary.
-
-    `is_cased`: the vocabulary has words with capital letters, which lower-cased text never matches. `vocabulary_file`:
-    the content of its vocab.txt. `digest` identifies vocabulary and case. `ordinary_ids` (N,) int64: the tokens that
-    occur in text, neither special nor one of BERT's [unused…].
+    `lowercase`: lower-case text and strip its accents (default: unless `is_cased`: words of the vocabulary have capital
+    letters, which lower-cased text never matches). `vocabulary_file`: the content of its vocab.txt. `digest` identifies
+    vocabulary and case. `ordinary_ids` (N,) int64: the tokens that occur in text, neither special nor BERT's [unused…].
     """
 
     def __init__(self, tokens: Sequence[str], lowercase: bool | None = None):
@@ -75,7 +71,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
-        """Read a `vocab.txt`; a byte order mark and blank lines at its end are ignored.
+        """Read a `vocab.txt`.
 
         `lowercase` defaults to `do_lower_case` of Hugging Face's tokenizer_config.json next to the file, if there is
         one. Raises DataError naming the file when it is not a vocabulary.
@@ -90,10 +86,6 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], size: int, lowercase: bool = True) -> Tokenizer:
         """Train a vocabulary of at most `size` tokens, a function of the captions alone.
 
-        WordPiece merges the most frequent pair, over an alphabet of the most frequent characters. The alphabet takes as
-        much of the size as it needs: a character outside it makes its whole word [UNK]. Only beyond the first 1,000
-        characters are the rarest left out (stray characters of a large collection).
-
         The library numbers characters in hash-table order and breaks ties between merges by number, so that the same
         captions would give a different vocabulary each time. Passing the characters as special tokens in sorted order
         makes the result a function of the captions.
@@ -107,18 +99,13 @@ class Tokenizer:
         counts = Counter(character for line in lines for character in line if not character.isspace())
         if not counts:
             raise DataError("cannot train a vocabulary: no caption has a visible character")
-        alphabet = choose_alphabet(counts, size - len(SPECIALS), normalizer)
-        if not alphabet:
+        if not (alphabet := choose_alphabet(counts, size - len(SPECIALS), normalizer)):
             raise DataError(f"a vocabulary of {size} tokens has no room for characters; set at least 64")
         known = {piece.removeprefix(CONTINUES) or piece for piece in alphabet}
         spelled = str.maketrans(dict.fromkeys(counts.keys() - known, " "))
         pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK), lowercase)
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=size,
-            special_tokens=[*SPECIALS, *alphabet],
-            limit_alphabet=len(known),
-            show_progress=False,
-        )
+        first = [*SPECIALS, *alphabet]
+        trainer = trainers.WordPieceTrainer(size, special_tokens=first, limit_alphabet=len(known), show_progress=False)
         pieces.train_from_iterator((line.translate(spelled) for line in lines), trainer)
         vocabulary = pieces.get_vocab()
         return cls(sorted(vocabulary, key=lambda token: vocabulary[token]), lowercase)
@@ -136,7 +123,7 @@ class Tokenizer:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                where = f"{error.object[error.start]!r} at character {error.start}"
+                where = f"{text[error.start]!r} at character {error.start}"
                 raise DataError(f"the text {text[:40]!r} is not valid Unicode ({where}); give it as UTF-8") from error
         # Not by enable_truncation, which changes the state of a tokenizer that threads share.
         room = max_length - 2
@@ -196,20 +183,18 @@ def _bert_pieces(model: models.Model, lowercase: bool) -> tokenizers.Tokenizer:
 def choose_alphabet(counts: Counter[str], room: int, normalizer: normalizers.Normalizer) -> list[str]:
     """Return at most `room` single-character tokens: first those that begin a word, then those that continue one.
 
-    Punctuation and Chinese characters are words of their own and never continue a word.
+    The alphabet takes as much room as it needs, the most frequent characters first: one outside it makes its whole word
+    [UNK]. Only beyond the first 1,000 are the rarest left out (stray characters of a large collection). Punctuation and
+    Chinese characters are words of their own and never continue a word.
     """
-    splitter = pre_tokenizers.BertPreTokenizer()
+    splitter, total = pre_tokenizers.BertPreTokenizer(), counts.total()
     begins: list[str] = []
     continues: list[str] = []
-    total = counts.total()
     for place, character in enumerate(sorted(counts, key=lambda c: (-counts[c], c))):
         is_word = len(splitter.pre_tokenize_str(normalizer.normalize_str(f"a{character}"))) > 1
-        needed = 1 if is_word else 2
-        if len(begins) + len(continues) + needed > room:
-            break
-        if place >= MIN_ALPHABET and counts[character] < RARE * total:
+        is_stray = place >= MIN_ALPHABET and counts[character] < RARE * total
+        if is_stray or len(begins) + len(continues) + (1 if is_word else 2) > room:
             break
         begins.append(character)
-        if not is_word:
-            continues.append(f"{CONTINUES}{character}")
+        continues += [] if is_word else [f"{CONTINUES}{character}"]
     return [*sorted(begins), *sorted(continues)]

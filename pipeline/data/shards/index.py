@@ -25,7 +25,7 @@ from isal import isal_zlib
 
 from pipeline.data.contents.images import EXTENSIONS, ImageSize, measure
 from pipeline.data.contents.members import Members, image_id_of, record_of, texts_of
-from pipeline.data.contents.npz import read_array
+from pipeline.data.contents.regions import read_array
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.tar import BLOCK, Tar, TarSample, clean_name
 

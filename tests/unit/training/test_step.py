@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,6 @@ from pipeline.config.schema import OptimizerConfig
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig, Model
-from pipeline.planning.estimate import largest_share
 from pipeline.planning.memory import Work
 from pipeline.training import workload
 from pipeline.training.engine import parameter_groups
@@ -142,7 +142,7 @@ def test_peak_step_time_scales_with_the_gpu() -> None:
         workload.peak_step_seconds(gpu, stage, VOCABULARY, 3)
         for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA L40S", "A GPU of next year")
     )
-    share = largest_share(stage.config.global_batch_size, 3)
+    share = math.ceil(stage.config.global_batch_size / 3)
     assert h100 == pytest.approx(work(2).step_flops(share, 1) / 989e12)
     assert l40s == pytest.approx(h100 * 989 / 362)
     assert unknown is None
