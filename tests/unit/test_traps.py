@@ -8,7 +8,7 @@ Every test is named after its trap (`test_trap_NN_…`); this module has those t
      3  captions of one image are each other's negatives        objectives/test_itc, test_itm
      4  ITM settles at the label frequencies unnoticed          here; floors: training/test_every_objective
      5  whole-word masking masks padding, halves or nothing     data/examples/test_masking
-     6  words are predicted with a mismatched image             here; training/test_region_objectives
+     6  words are predicted with a mismatched image             here; training/test_image_objectives
      7  loss "weights" only switch losses on                    here
      8  weight decay is chosen by fragments of names            training/test_release
      9  a model is selected by its test results                 here; evaluation/test_labelled

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -104,8 +105,8 @@ class Tokenizer:
         known = {piece.removeprefix(CONTINUES) or piece for piece in alphabet}
         spelled = str.maketrans(dict.fromkeys(counts.keys() - known, " "))
         pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK), lowercase)
-        first = [*SPECIALS, *alphabet]
-        trainer = trainers.WordPieceTrainer(size, special_tokens=first, limit_alphabet=len(known), show_progress=False)
+        options: dict[str, Any] = {"special_tokens": [*SPECIALS, *alphabet], "limit_alphabet": len(known)}
+        trainer = trainers.WordPieceTrainer(vocab_size=size, show_progress=False, **options)
         pieces.train_from_iterator((line.translate(spelled) for line in lines), trainer)
         vocabulary = pieces.get_vocab()
         return cls(sorted(vocabulary, key=lambda token: vocabulary[token]), lowercase)

@@ -32,7 +32,7 @@ def test_sharded_batch_has_the_same_sum_and_gradient(ranks: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(actual, cut), torch.autograd.grad(expected, whole))
 
 
-def test_distinct_images_give_the_plain_symmetric_cross_entropy_in_any_order() -> None:
+def test_distinct_images_give_the_plain_symmetric_cross_entropy_in_any_order_and_in_float32() -> None:
     image, text, scale = features()
     logits, target = scale * image @ text.T, torch.arange(PAIRS)
     plain = (F.cross_entropy(logits, target, reduction="sum") + F.cross_entropy(logits.T, target, reduction="sum")) / 2
@@ -42,11 +42,14 @@ def test_distinct_images_give_the_plain_symmetric_cross_entropy_in_any_order() -
     torch.testing.assert_close(shuffled, itc_loss(image, text, scale, REPEATED))
     same = torch.ones(PAIRS, WIDTH) / WIDTH**0.5
     assert itc_loss(same, same, scale, DISTINCT).item() == pytest.approx(PAIRS * math.log(PAIRS), rel=1e-5)
+    rounded = [tensor.bfloat16() for tensor in (image, text, scale)]
+    loss = itc_loss(*rounded, DISTINCT)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, itc_loss(*(tensor.float() for tensor in rounded), DISTINCT))
 
 
 def test_trap_03_equal_images_are_never_negatives() -> None:
-    image, text, scale = features()
-    total = 0.0
+    (image, text, scale), total = features(), 0.0
     for i in range(PAIRS):
         others = [j for j in range(PAIRS) if j == i or REPEATED[j] != REPEATED[i]]
         for query, candidates in ((image[i], text), (text[i], image)):
@@ -55,10 +58,3 @@ def test_trap_03_equal_images_are_never_negatives() -> None:
     of_one_image = itc_loss(image, text, scale, torch.zeros(PAIRS, dtype=torch.int64))
     assert of_one_image == 0
     assert not any(gradient.any() for gradient in torch.autograd.grad(of_one_image, [image, text]))
-
-
-def test_half_precision_features_are_compared_in_float32() -> None:
-    rounded = [tensor.bfloat16() for tensor in features()]
-    loss = itc_loss(*rounded, DISTINCT)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, itc_loss(*(tensor.float() for tensor in rounded), DISTINCT))

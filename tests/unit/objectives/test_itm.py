@@ -32,18 +32,15 @@ def test_negatives_follow_the_softmax_over_other_images_if_it_is_finite(poison: 
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0, 1e30])
-@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-24, 1 - 2**-53])
-def test_trap_03_equal_image_is_never_drawn(scale: float, uniform: float) -> None:
+def test_trap_02_and_03_equal_image_is_never_drawn_and_confident_rows_still_draw(scale: float) -> None:
     image_id, row_id = torch.arange(50) // 3, torch.arange(40) // 3
-    drawn = draw_negatives(logits(40, 50, scale), row_id, image_id, torch.full((40,), uniform, dtype=torch.float64))
-    assert (image_id[drawn] != row_id).all()
-
-
-def test_trap_02_confident_row_and_batch_of_one_image_still_draw() -> None:
+    for uniform in (0.0, 0.3, 1 - 2**-24, 1 - 2**-53):
+        drawn = draw_negatives(logits(40, 50, scale), row_id, image_id, torch.full((40,), uniform, dtype=torch.float64))
+        assert (image_id[drawn] != row_id).all()
     similarity = torch.tensor([[-1e4, -1e4, 1e4, -1e4]])
     assert draw_negatives(similarity, torch.tensor([2]), torch.arange(4), torch.tensor([0.9])).item() == 3
-    drawn = draw_negatives(logits(3, 3), torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 0.5, 0.999]))
-    assert ((drawn >= 0) & (drawn < 3)).all()
+    drawn = draw_negatives(logits(3, 3, scale), torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 0.5, 0.999]))
+    assert ((drawn >= 0) & (drawn < 3)).all(), "a batch of one image draws among all"
 
 
 def test_sharded_batch_draws_the_same_negatives() -> None:
@@ -54,33 +51,24 @@ def test_sharded_batch_draws_the_same_negatives() -> None:
     assert torch.equal(drawn, draw_negatives(similarity, ids, ids, uniform))
 
 
-@pytest.fixture
-def batch() -> Batch:
-    return tiny_batch(tiny_config(), 3, 0, 1, 12)
+def test_random_negative_has_the_same_source_and_another_image_whatever_else_the_rank_reads() -> None:
+    batch = tiny_batch(tiny_config(), 3, 0, 1, 12)
 
+    def random_negatives(seed: int, examples: Batch, source: Tensor = batch.source) -> Tensor:
+        """Return the examples whose image replaces each example's; -1 where a pair stays matched."""
+        objective = ITM(ObjectiveContext(STAGE, "pairs", seed, 8, None, lambda *_: None))
+        return objective.swaps(examples, NegativePool(batch.image_id, source))["pair"][0].places
 
-def random_negatives(seed: int, examples: Batch, source: Tensor, image_id: Tensor) -> Tensor:
-    """Return the examples whose image replaces each example's; -1 where a pair stays matched."""
-    objective = ITM(ObjectiveContext(STAGE, "pairs", seed, 8, None, lambda *_: None))
-    (swap,) = objective.swaps(examples, NegativePool(image_id, source))["pair"]
-    return swap.places
-
-
-def test_random_negative_has_the_same_source_and_another_image(batch: Batch) -> None:
-    drawn = torch.stack([random_negatives(seed, batch, batch.source, batch.image_id) for seed in range(200)])
+    drawn = torch.stack([random_negatives(seed, batch) for seed in range(200)])
     is_matched = matched_examples(batch, STAGE)
     assert (drawn[:, is_matched] == -1).all()
     for row in torch.nonzero(~is_matched).flatten():
         allowed = (batch.source == batch.source[row]) & (batch.image_id != batch.image_id[row])
         assert set(drawn[:, row].tolist()) == set(torch.nonzero(allowed).flatten().tolist())
         alone = torch.ones(12, dtype=torch.int64).index_fill(0, row, 7)
-        assert random_negatives(1, batch, alone, batch.image_id)[row] not in (-1, row)
-
-
-def test_half_stay_matched_and_no_draw_depends_on_other_examples_of_the_rank(batch: Batch) -> None:
+        assert random_negatives(1, batch, alone)[row] not in (-1, row)
+    assert torch.equal(random_negatives(1, batch)[5:9], random_negatives(1, batch.rows(slice(5, 9))))
     for step in range(6):
         indices = torch.nonzero((batch.place + step) % 2 == 0).flatten()
         examples = replace(batch.rows(indices), step=step)
         assert matched_examples(examples, STAGE).sum() == len(examples) / 2
-    part = random_negatives(1, batch.rows(slice(5, 9)), batch.source, batch.image_id)
-    assert torch.equal(random_negatives(1, batch, batch.source, batch.image_id)[5:9], part)

@@ -13,27 +13,20 @@ IMAGE = torch.randint(0, 256, (ROWS, SIDE, SIDE, 3), generator=_random).to(torch
 POSITIONS = torch.rand(ROWS, 9, generator=_random).argsort(dim=1)[:, :MASKED]
 
 
-def test_cutting_and_joining_gives_the_image() -> None:
+def test_targets_are_the_colour_class_or_the_normalized_pixels_of_a_patch() -> None:
     assert torch.equal(unpatchify(patchify(IMAGE, PATCH), PATCH), IMAGE)
     assert torch.equal(patchify(IMAGE, PATCH)[0, 5].view(PATCH, PATCH, 3), IMAGE[0, 4:8, 8:12])
-
-
-def test_colour_class_is_the_three_highest_bits_per_channel_of_the_mean() -> None:
     image = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
-    image[0, :4, :4] = torch.tensor([255, 31, 32])
-    image[0, :4, 4:8] = torch.tensor([0, 255, 128])
+    image[0, :4, :4], image[0, :4, 4:8] = torch.tensor([255, 31, 32]), torch.tensor([0, 255, 128])
     image[0, 4:6, :4] = 255
-    targets = patch_targets(image, torch.tensor([[0, 1, 2, 3]]), PATCH, "mean_colour")
-    assert targets.tolist() == [[0o701, 0o074, 0, 0o333]]
-
-
-def test_pixels_have_mean_zero_and_variance_one_unless_a_patch_has_one_colour() -> None:
-    targets = patch_targets(IMAGE, POSITIONS, PATCH, "pixels")
-    assert (targets.shape, targets.dtype) == ((ROWS, MASKED, 48), torch.float32)
-    torch.testing.assert_close(targets.mean(dim=-1), torch.zeros(ROWS, MASKED), rtol=0, atol=1e-5)
-    torch.testing.assert_close(targets.var(dim=-1), torch.ones(ROWS, MASKED), rtol=1e-4, atol=0)
-    image = torch.full((1, SIDE, SIDE, 3), 77, dtype=torch.uint8)
-    assert patch_targets(image, torch.tensor([[3]]), PATCH, "pixels").abs().max() < 1e-3
+    classes = patch_targets(image, torch.tensor([[0, 1, 2, 3]]), PATCH, "mean_colour")
+    assert classes.tolist() == [[0o701, 0o074, 0, 0o333]], "the three highest bits per channel of the mean"
+    pixels = patch_targets(IMAGE, POSITIONS, PATCH, "pixels")
+    assert (pixels.shape, pixels.dtype) == ((ROWS, MASKED, 48), torch.float32)
+    torch.testing.assert_close(pixels.mean(dim=-1), torch.zeros(ROWS, MASKED), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pixels.var(dim=-1), torch.ones(ROWS, MASKED), rtol=1e-4, atol=0)
+    of_one_colour = torch.full((1, SIDE, SIDE, 3), 77, dtype=torch.uint8)
+    assert patch_targets(of_one_colour, torch.tensor([[3]]), PATCH, "pixels").abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(("kind", "width"), [("pixels", 48), ("mean_colour", 512)])

@@ -1,4 +1,4 @@
-"""The training step on images: masked, partly visible or decoded patches, visual tokens, classes, and ViLT's pairs."""
+"""The training step on images and regions: masked, decoded or classified patches, ViLT's pairs, ImageBERT's regions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.objectives import head_config
+from pipeline.objectives import Objective, head_config, objective_type
 from pipeline.objectives.itm import matched_examples
 from pipeline.objectives.wpa import wpa_loss
 from pipeline.training.collectives import Collectives
 from pipeline.training.stages import check_stages
 from tests.support.trial import ROWS, VISUAL_TOKENS, TrialState, begin, invented_batch, tiny_run
 
-SIDE, PATCH = 24, 8
 MASKING = {"image_mask_ratio": 0.3, "mask_token_prob": 0.5, "random_patch_prob": 0.3}
 TOKENIZER = {"weights": "nowhere", "tokens": VISUAL_TOKENS}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -32,19 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def run_config(kind: str, variant: str = "", micro_batch_size: int | None = None, **stage: Any) -> RunConfig:
     source_type, objective = ("labelled", "classification") if variant == "classified" else ("images", "mim")
-    model = {"drop_path": 0.3} | ({} if kind == "vilt" else {"image_size": SIDE})
+    model = {"drop_path": 0.3} | ({} if kind == "vilt" else {"image_size": 24})
     engine = {"micro_batch_size": micro_batch_size}
     return tiny_run(kind, source_type, {objective: {}}, model, engine, **VARIANTS.get(variant, {}), **stage)
-
-
-def gradients(config: RunConfig, collectives: Collectives) -> tuple[dict[str, Tensor], float]:
-    begun = begin(config, collectives)
-    batch = begun.batch
-    if config.stages[0].masking.mask_token_prob < 1:  # some masked patches show another patch
-        shown = torch.randint(0, 9, batch.patch_positions.shape, generator=torch.Generator().manual_seed(3))
-        batch = replace(batch, patch_replacements=shown.index_fill(1, torch.tensor([0]), -1))
-    loss = float(begun.step(batch)["loss"])
-    return {name: gradient / begun.step.accumulation for name, gradient in begun.engine.gradients().items()}, loss
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -52,8 +41,17 @@ def gradients(config: RunConfig, collectives: Collectives) -> tuple[dict[str, Te
 def test_micro_batches_have_the_whole_gradient_of_the_trained_parameters(
     kind: str, variant: str, collectives: Collectives
 ) -> None:
-    whole, loss = gradients(run_config(kind, variant), collectives)
-    parts, loss_of_parts = gradients(run_config(kind, variant, micro_batch_size=5), collectives)
+    def gradients(config: RunConfig) -> tuple[dict[str, Tensor], float]:
+        begun = begin(config, collectives)
+        batch = begun.batch
+        if config.stages[0].masking.mask_token_prob < 1:  # some masked patches show another patch
+            shown = torch.randint(0, 9, batch.patch_positions.shape, generator=torch.Generator().manual_seed(3))
+            batch = replace(batch, patch_replacements=shown.index_fill(1, torch.tensor([0]), -1))
+        loss = float(begun.step(batch)["loss"])
+        return {name: g / begun.step.accumulation for name, g in begun.engine.gradients().items()}, loss
+
+    whole, loss = gradients(run_config(kind, variant))
+    parts, loss_of_parts = gradients(run_config(kind, variant, micro_batch_size=5))
     assert loss_of_parts == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
     model = begin(run_config(kind, variant), collectives).engine.model
@@ -78,6 +76,7 @@ def test_encoder_reads_no_patch_that_the_decoder_predicts(collectives: Collectiv
         ("vit", "", {"image_decoder": {}, "masking": MASKING}, "reads no masked patch"),
         ("vilt", "", {"image_decoder": {}}, "supported by models of kind vlmo and vit"),
         ("vilt", "", {"masking": {"patch_shape": "blocks"}}, "blocks are defined on square images"),
+        ("vilt", "", {"image_target": "visual_tokens"}, "image_target: visual_tokens are defined on square images"),
         ("vit", "classified", {"num_classes": None}, "num_classes: required"),
         ("vit", "", {"masking": {"mask_token_prob": 0.8, "random_patch_prob": 0.3}}, "exceeds 1"),
         ("vit", "", {"image_decoder": {"heads": 7}}, "multiple of heads 7"),
@@ -95,13 +94,12 @@ def vilt_trial(collectives: Collectives, objectives: dict[str, Any], **stage: An
 
 
 def test_wpa_reads_the_forward_of_itm(collectives: Collectives) -> None:
-    begun = vilt_trial(collectives, {"itm": {}, "wpa": {"weight": 0.1}})
-    outputs: list[Any] = []
+    begun, outputs = vilt_trial(collectives, {"itm": {}, "wpa": {"weight": 0.1}}), list[Any]()
     hook = begun.engine.model.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     losses = begun.step(begun.batch)
     hook.remove()
-    matched = matched_examples(begun.batch, begun.step.stage.config)
-    aligned = {name: outputs[0]["pair"][name] for name in ("words", "patches", "words_keep", "patches_keep")}
+    (output,), matched = outputs, matched_examples(begun.batch, begun.step.stage.config)
+    aligned = {name: output["pair"][name] for name in ("words", "patches", "words_keep", "patches_keep")}
     torch.testing.assert_close(losses["wpa"], wpa_loss(**aligned, matched=matched).detach() / ROWS)
     swapped = begun.engine.forwards["pair"].image != begun.batch.image
     assert torch.equal(swapped.flatten(1).any(dim=1), ~matched)
@@ -110,7 +108,6 @@ def test_wpa_reads_the_forward_of_itm(collectives: Collectives) -> None:
     loss = objectives["wpa"].loss(begun.engine({"pair": objectives["itm"].fusion_forward(none, "pair")}), none)
     loss.backward()  # every rank takes part
     assert loss == 0
-    assert len(outputs) == 1
 
 
 def test_masked_patches_are_read_with_their_text(collectives: Collectives) -> None:
@@ -126,3 +123,44 @@ def test_masked_patches_are_read_with_their_text(collectives: Collectives) -> No
         colours[row, place] = 64 * red + 8 * green + blue
     confident = 50.0 * torch.nn.functional.one_hot(colours, 512)
     assert mim.loss({"hidden": {"mim": confident}}, batch) < 1e-3
+
+
+def region_trial(collectives: Collectives, dropout: float = 0.0) -> TrialState:
+    objectives = {name: {} for name in ("itm", "mlm", "moc", "mrfr")}
+    return begin(tiny_run("imagebert", "regions", objectives, {"dropout": dropout}, negatives="random"), collectives)
+
+
+def test_trap_06_masked_objectives_share_one_forward_of_true_pairs_and_a_negative_swaps_text_or_regions(
+    collectives: Collectives,
+) -> None:
+    """The paper's conditional mask: MLM, MOC and MRFR read matched pairs only, so they swap no rows."""
+    begun = region_trial(collectives)
+    batch, swapped = begun.batch, torch.zeros(2)
+    begun.step(batch)
+    masked, pair = (begun.engine.forwards[name] for name in ("masked", "pair"))
+    assert begun.engine.forwards.keys() == {"masked", "pair"}
+    assert (masked.heads, pair.heads) == (("mlm", "moc", "mrfr"), ("itm",))
+    zeroed = (masked.regions.features == 0).all(dim=-1)
+    assert torch.equal(zeroed[batch.region_keep], batch.region_hidden[batch.region_keep])
+    assert not (pair.regions.features[pair.regions.keep] == 0).any()
+    assert torch.equal(masked.text, batch.masked_text)
+    assert all(objective_type(name).swaps is Objective.swaps for name in ("mlm", "moc", "mrfr"))
+    for number in range(20):
+        begun.step(replace(batch, step=number))
+        pair = begun.engine.forwards["pair"]
+        other_text = (pair.text != batch.text).any(dim=1)
+        other_regions = (pair.regions.location != batch.region_location).flatten(1).any(dim=1)
+        assert not (other_text & other_regions).any()
+        assert int((other_text | other_regions).sum()) == ROWS / 2
+        swapped += torch.stack([other_text.sum(), other_regions.sum()])
+    assert swapped.min() > 0.3 * swapped.sum()
+
+
+def test_dropout_depends_on_the_step_alone(collectives: Collectives) -> None:
+    begun = region_trial(collectives, dropout=0.1)
+    begun.engine.model.train()
+    torch.manual_seed(1)
+    first = begun.step(begun.batch)
+    torch.manual_seed(2)
+    torch.testing.assert_close(begun.step(begun.batch), first, rtol=0, atol=0)
+    assert begun.step(replace(begun.batch, step=1))["mlm"] != first["mlm"]

@@ -59,10 +59,8 @@ def run_config(shards: str, objectives: Any = OBJECTIVES, bad_rate: float = 1.0,
 
 
 def test_examples_contain_their_samples_regions(shards: str) -> None:
-    expected = {}
-    for number in range(23):
-        best = record(number).most_confident(MOST)
-        expected[best.features.tobytes()] = best
+    best_of = [record(number).most_confident(MOST) for number in range(23)]
+    expected = {best.features.tobytes(): best for best in best_of}
     ids, masks, hidden, masked = dict[bytes, int](), defaultdict[bytes, set[bytes]](set), 0, 0
     for batch in take(run_config(shards), 40):
         assert batch.image is None
@@ -83,24 +81,19 @@ def test_examples_contain_their_samples_regions(shards: str) -> None:
             assert ids.setdefault(key, int(batch.image_id[row])) == int(batch.image_id[row])
     assert abs(hidden / masked - 0.9) < 3 * (0.09 / masked) ** 0.5  # 10 % of the masked regions keep their features
     assert len(set(ids.values())) == len(ids) > 10
-    assert max(len(seen) for seen in masks.values()) > 1  # they change from epoch to epoch
+    assert max(len(drawn) for drawn in masks.values()) > 1  # they change from epoch to epoch
 
 
 @pytest.mark.parametrize("objectives", [OBJECTIVES, ("mlm",), ("mrfr",)])
-def test_batches_do_not_depend_on_the_reader(shards: str, objectives: tuple[str, ...]) -> None:
+def test_batches_depend_on_the_objectives_and_not_on_the_reader(shards: str, objectives: tuple[str, ...]) -> None:
     config = run_config(shards, objectives)
     readers = ((1, 0), (2, 0), (3, 0), (1, 1))
     assert len({hash_of(config, range(2, 5), world, num_workers=workers) for world, workers in readers}) == 1
-
-
-def test_batches_contain_only_what_objectives_read(shards: str) -> None:
-    (batch,) = take(run_config(shards, ("mrfr",)))
-    assert batch.text is not None
-    assert batch.region_positions is not None
-    assert batch.region_class is batch.masked_text is None
-    (batch,) = take(run_config(shards, ("itm",)))
-    assert batch.region_features is not None
-    assert batch.region_positions is batch.region_hidden is None
+    (batch,) = take(config)
+    names = ("text", "region_features", "masked_text", "region_positions", "region_hidden", "region_class")
+    masks_regions = "mrfr" in objectives
+    is_filled = (True, True, "mlm" in objectives, masks_regions, masks_regions, "moc" in objectives)
+    assert {name: getattr(batch, name) is not None for name in names} == dict(zip(names, is_filled, strict=True))
 
 
 def test_bad_regions_are_replaced_and_reported(tmp_path: Path, make_tar) -> None:
