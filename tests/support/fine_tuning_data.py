@@ -6,7 +6,6 @@ Each is a folder of tars with the files that `mome shards build` writes next to 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,10 @@ SHAPES = ("circle", "square")
 
 def write_set(folder: Path, source_type: str, count: int, seed: int = 0) -> str:
     """Write `count` samples of a source type in shards of 20, and return their folder."""
-    draw = {"questions": _question, "statements": _statement, "labelled": _labelled}[source_type]
-
-    def samples() -> Iterator[dict[str, Any]]:
-        for number in range(count):
-            sample = draw(CounterRandom(hash64("drawn", source_type, seed, number)))
-            if "json" in sample:
-                sample["json"] = json.dumps(sample["json"]).encode()
-            yield {"__key__": f"drawn{number:05d}"} | sample
-
+    randoms = [CounterRandom(hash64("drawn", source_type, seed, number)) for number in range(count)]
+    samples = ({"__key__": f"drawn{n:05d}"} | _sample(source_type, random) for n, random in enumerate(randoms))
     url, storage = str(folder / f"{source_type}-{seed}"), Storage()
-    write_shards(storage, samples(), url, samples_per_shard=20)
+    write_shards(storage, samples, url, samples_per_shard=20)
     if source_type == "questions":
         storage.write(f"{url}/answers.json", json.dumps([*COLOURS, "yes", "no"]).encode())
     if source_type == "labelled":
@@ -80,52 +72,35 @@ def run_config(
     return validate(values, "tiny")
 
 
-def _thing(random: CounterRandom, colour: str | None = None) -> Thing:
-    colour = colour or COLOURS[random.integer(len(COLOURS))]
-    return Thing("large", colour, SHAPES[random.integer(len(SHAPES))])
-
-
-def _image(left: Thing, right: Thing, random: CounterRandom) -> bytes:
+def _image(colour: str, random: CounterRandom) -> bytes:
+    """Return an image of two shapes of a colour."""
+    left, right = (Thing("large", colour, SHAPES[random.integer(len(SHAPES))]) for _ in range(2))
     return simplejpeg.encode_jpeg(draw_image(Description((left, right), True), SIDE, random), 95, "RGB", "444")
 
 
-def _question(random: CounterRandom) -> dict[str, Any]:
-    """Return a question about the colour of two shapes of one colour."""
-    thing = _thing(random)
-    other = _thing(random, thing.colour)
-    record = {
-        "question": "what colour are the shapes?",
-        "answers": {thing.colour: 1.0, f"dark {thing.colour}": 0.3},
-        "question_id": random.integer(10**6),
-    }
-    return {"jpg": _image(thing, other, random), "json": record}
-
-
-def _statement(random: CounterRandom) -> dict[str, Any]:
-    """Return an image of red shapes, one of blue shapes, and a statement about the first."""
-    first, second = ("red", "blue") if random.uniform() < 0.5 else ("blue", "red")
-    is_true = random.uniform() < 0.5
-    said = first if is_true else second
-    images = [_image(_thing(random, colour), _thing(random, colour), random) for colour in (first, second)]
-    record = {"sentence": f"the first picture is {said}", "label": is_true, "id": f"drawn-{random.integer(1000)}-0-0"}
-    return {"0.jpg": images[0], "1.jpg": images[1], "json": record}
-
-
-def _labelled(random: CounterRandom) -> dict[str, Any]:
-    thing = _thing(random)
-    image = _image(thing, _thing(random, thing.colour), random)
-    return {"jpg": image, "cls": str(COLOURS.index(thing.colour)).encode()}
+def _sample(source_type: str, random: CounterRandom) -> dict[str, Any]:
+    """Return a question about a colour, a statement about the first of two images, or a classified image."""
+    if source_type == "statements":
+        first, second = ("red", "blue") if random.uniform() < 0.5 else ("blue", "red")
+        is_true, images = random.uniform() < 0.5, [_image(colour, random) for colour in (first, second)]
+        sentence = f"the first picture is {first if is_true else second}"
+        record: dict[str, Any] = {"sentence": sentence, "label": is_true, "id": f"drawn-{random.integer(1000)}-0-0"}
+        return {"0.jpg": images[0], "1.jpg": images[1], "json": json.dumps(record).encode()}
+    colour = COLOURS[random.integer(len(COLOURS))]
+    if source_type == "labelled":
+        return {"jpg": _image(colour, random), "cls": str(COLOURS.index(colour)).encode()}
+    record = {"question": "what colour are the shapes?", "question_id": random.integer(10**6)}
+    record["answers"] = {colour: 1.0, f"dark {colour}": 0.3}
+    return {"jpg": _image(colour, random), "json": json.dumps(record).encode()}
 
 
 def image_of_sides() -> bytes:
     """Return an image that is black on the left and white on the right."""
-    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
-    pixels[:, SIDE // 2 :] = 255
-    return simplejpeg.encode_jpeg(pixels, 95, "RGB", "444")
+    pixels = np.repeat(np.uint8([0, 255]), SIDE // 2)[None, :, None]
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(np.broadcast_to(pixels, (SIDE, SIDE, 3))), 95, "RGB", "444")
 
 
 def write_image(path: Path, colour: str) -> Path:
     """Write an image of two shapes of a colour, which is in none of the data sets."""
-    things = (Thing("large", colour, "circle"), Thing("large", colour, "square"))
-    path.write_bytes(_image(*things, CounterRandom(hash64("another picture", colour))))
+    path.write_bytes(_image(colour, CounterRandom(hash64("another picture", colour))))
     return path

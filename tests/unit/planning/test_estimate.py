@@ -30,13 +30,6 @@ def sharding(ranks: int, zero_stage: int = 1, precision: str = "bfloat16", **mor
     return Sharding(zero_stage, ranks, precision, 50_000_000, 1_000_000_000, **more)  # type: ignore[arg-type]
 
 
-def test_speed_rises_with_the_number_of_accelerators() -> None:
-    assumptions = Assumptions()
-    ranks = [2**k for k in range(11)]
-    speeds = [estimate(STAGE, sharding(n), H100, IB, assumptions, 1).samples_per_second for n in ranks]
-    assert speeds == sorted(set(speeds))
-
-
 # ---- memory
 
 
@@ -78,23 +71,22 @@ def test_one_example_above_the_largest_micro_batch_does_not_fit(zero_stage):
 # ---- time and cost
 
 
-def test_single_accelerator_has_no_communication() -> None:
+def test_time_and_cost_follow_the_assumptions_and_the_number_of_accelerators() -> None:
     alone = estimate(STAGE, sharding(1), H100, IB, Assumptions(mfu=0.5, goodput=1.0), micro_batch_size=1024)
     assert alone.communication_seconds == 0
     assert alone.step_seconds == pytest.approx((1024 * 6e11 + 1e10) / (0.5 * 989e12))
     assert alone.hours == pytest.approx(1000 * alone.step_seconds / 3600)
-
-
-def test_time_and_cost_follow_the_assumptions() -> None:
     base, late = (
         estimate(STAGE, sharding(8), H100, IB, Assumptions(price=price, goodput=goodput))
         for price, goodput in ((2.0, 1.0), (4.0, 0.5))
     )
     assert base.cost == pytest.approx(base.hours * 8 * 2.0)
     assert late.cost == pytest.approx(4 * base.cost)
+    speeds = [estimate(STAGE, sharding(2**k), H100, IB, Assumptions(), 1).samples_per_second for k in range(11)]
+    assert speeds == sorted(set(speeds))
 
 
-def test_network_affects_only_runs_on_several_nodes():
+def test_network_affects_only_runs_on_several_nodes_and_accumulation_adds_the_second_itc_forward():
     slow = NETWORKS["ethernet-25"]
     inside, between = (
         [estimate(STAGE, sharding(ranks), H100, net, Assumptions()).step_seconds for net in (IB, slow)]
@@ -102,9 +94,6 @@ def test_network_affects_only_runs_on_several_nodes():
     )
     assert inside[0] == inside[1]
     assert between[1] > 5 * between[0]
-
-
-def test_accumulation_adds_the_second_itc_forward():
     cut, whole = (estimate(STAGE, sharding(8), H100, IB, Assumptions(), micro_batch_size=size) for size in (32, None))
     assert (cut.accumulation, cut.micro_batch_size) == (4, 32)
     assert cut.compute_seconds / whole.compute_seconds == pytest.approx(6.5 / 6.0, rel=1e-3)
@@ -113,17 +102,11 @@ def test_accumulation_adds_the_second_itc_forward():
 # ---- hardware
 
 
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", "h100-pcie"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40"),
-        ("NVIDIA A100-SXM4-80GB", "a100-80"),
-        ("NVIDIA L40S", "l40s"),
-    ],
-)
-def test_accelerators_are_known_by_the_names_of_their_drivers(device, name):
-    assert accelerator_like(device) is ACCELERATORS[name]
+def test_accelerators_are_known_by_the_names_of_their_drivers():
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA L40S": "l40s",
+        "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100-80",
+    }  # fmt: skip
+    assert {device: accelerator_like(device) for device in names} == {d: ACCELERATORS[n] for d, n in names.items()}
     with pytest.raises(ConfigError, match="did you mean 'h100'"):
         hardware_named("--accelerator", ACCELERATORS, "h1000")

@@ -18,22 +18,16 @@ def with_json(**record: Any) -> dict[str, bytes]:
     return {"jpg": b"", "json": json.dumps(record).encode()}
 
 
-@pytest.mark.parametrize(
-    ("sample", "captions"),
-    [
+def test_captions_questions_statements_classes_and_images_are_read_in_every_layout() -> None:
+    for sample, captions in (
         ({"json": b'{"captions": ["one", " two "]}'}, ["one", "two"]),
         ({"json": b'{"captions": ["one"]}', "txt": b"other"}, ["one"]),
         ({"json": b'{"caption": "one", "url": "x"}', "txt": b"one"}, ["one"]),  # img2dataset
         ({"json": b'{"caption": null, "url": "x"}', "txt": b"one\n"}, ["one"]),
         ({"txt": "Straße".encode()}, ["Straße"]),
         ({"txt": b"\xef\xbb\xbfone"}, ["one"]),
-    ],
-)
-def test_captions_are_read_in_every_layout(sample: dict[str, bytes], captions: list[str]) -> None:
-    assert captions_of(sample) == captions
-
-
-def test_questions_statements_and_classes_are_read() -> None:
+    ):
+        assert captions_of(sample) == captions
     question = question_of(with_json(question=" why? ", answers={"so": 1, "no": 0.3}, question_id=7))
     assert (question.text, question.answers, question.id) == ("why?", {"so": 1, "no": 0.3}, "7")
     for label in (True, 1, False, 0):

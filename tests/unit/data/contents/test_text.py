@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers.normalizers import BertNormalizer
@@ -51,15 +52,17 @@ def test_texts_are_framed_truncated_and_their_words_numbered(tokenizer: Tokenize
     assert cut.word_of == [*whole.word_of[:6], -1]
     assert tokenizer.encode_batch([*CAPTIONS, "  "], 12) == [tokenizer.encode(text, 12) for text in [*CAPTIONS, "  "]]
     assert tokenizer.encode("  ", 12).ids == [tokenizer.cls_id, tokenizer.sep_id]
+    for invalid in ("caf\udce9", "nice \ud83d", "\ude00\ud83d"):
+        with pytest.raises(DataError, match="is not valid Unicode"):
+            tokenizer.encode_batch(["fine", invalid], 8)
 
 
-def test_case_accents_and_spelt_special_tokens_do_not_matter(tokenizer: Tokenizer) -> None:
+def test_case_accents_and_spelt_special_tokens_do_not_matter_and_decoding_returns_the_words(
+    tokenizer: Tokenizer,
+) -> None:
     assert tokenizer.encode("CAFÉ élégant", 40) == tokenizer.encode("cafe elegant", 40)
     specials = {tokenizer.mask_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id}
     assert not specials & set(tokenizer.encode("a [MASK] on the [CLS] [PAD] [SEP]", 40).ids[1:-1])
-
-
-def test_decoding_returns_the_words_and_shows_masks(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a large red circle", 40).ids
     assert tokenizer.decode(ids) == "a large red circle"
     ids[3] = tokenizer.mask_id
@@ -77,17 +80,12 @@ def test_trained_vocabularies_start_with_specials_and_keep_size(tokenizer: Token
         Tokenizer.train(["", "  "], 100)
 
 
-def test_vocabulary_training_is_deterministic() -> None:
-    code = (
-        "import json, sys; from pipeline.data.contents.text import Tokenizer;"
-        "print(Tokenizer.train(json.load(sys.stdin) * 20, 160).digest)"
-    )
-    command, captions = [sys.executable, "-c", code], json.dumps(CAPTIONS)
-    digests = {
-        subprocess.run(command, input=captions, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-        for _ in range(2)
-    }
-    assert digests == {Tokenizer.train(CAPTIONS * 20, 160).digest}
+def test_vocabulary_training_is_deterministic(tokenizer: Tokenizer) -> None:
+    code = "import json, sys; from pipeline.data.contents.text import Tokenizer;"
+    code += "print(Tokenizer.train(json.load(sys.stdin) * 20, 160).digest)"
+    options: dict[str, Any] = {"input": json.dumps(CAPTIONS), "capture_output": True, "text": True, "cwd": ROOT}
+    runs = [subprocess.run([sys.executable, "-c", code], check=True, **options) for _ in range(2)]
+    assert {run.stdout.strip() for run in runs} == {tokenizer.digest}
 
 
 def test_saved_and_pickled_tokenizers_are_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -98,25 +96,16 @@ def test_saved_and_pickled_tokenizers_are_the_same(tokenizer: Tokenizer, tmp_pat
         assert copy.encode(CAPTIONS[1], 40) == tokenizer.encode(CAPTIONS[1], 40)
 
 
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        ("a\nb\n", "does not contain [PAD]"),
-        ("\n".join(SPECIALS) + "\nred\nred\n", "'red' more than once"),
-        ("", "does not contain [PAD]"),
-    ],
-)
-def test_malformed_vocabularies_are_rejected_by_name(tmp_path: Path, content: str, fault: str) -> None:
-    with pytest.raises(DataError, match=r"vocab\.txt") as error:
-        Tokenizer.load(Storage(), written(tmp_path, content))
-    assert fault in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["\ufeff{}", "{}\n", "{}\n\n", "{}\r\n\r\n", "\ufeff{}\n\n\n"])
-def test_byte_order_mark_and_blank_last_lines_are_ignored(tmp_path: Path, content: str) -> None:
+def test_vocabulary_files_are_rejected_by_name_or_read_without_mark_and_blank_last_lines(tmp_path: Path) -> None:
+    repeated = "\n".join(SPECIALS) + "\nred\nred\n"
+    faults = {"a\nb\n": r"does not contain \[PAD\]", repeated: "'red' more than once", "": r"does not contain \[PAD\]"}
+    for content, fault in faults.items():
+        with pytest.raises(DataError, match=rf"vocab\.txt.*{fault}"):
+            Tokenizer.load(Storage(), written(tmp_path, content))
     tokens = [*SPECIALS, "red", "##s"]
-    loaded = Tokenizer.load(Storage(), written(tmp_path, content.format("\n".join(tokens))))
-    assert (loaded.tokens, loaded.digest) == (tuple(tokens), Tokenizer(tokens).digest)
+    for content in ("\ufeff{}", "{}\n", "{}\n\n", "{}\r\n\r\n", "\ufeff{}\n\n\n"):
+        loaded = Tokenizer.load(Storage(), written(tmp_path, content.format("\n".join(tokens))))
+        assert (loaded.tokens, loaded.digest) == (tuple(tokens), Tokenizer(tokens).digest)
 
 
 def test_published_vocabulary_encodes_as_transformers_does() -> None:
@@ -135,12 +124,6 @@ def test_published_vocabulary_encodes_as_transformers_does() -> None:
     assert not any(ours.tokens[i].startswith("[unused") for i in ours.ordinary_ids)
 
 
-@pytest.mark.parametrize("text", ["caf\udce9", "nice \ud83d", "\ude00\ud83d"])
-def test_invalid_unicode_is_a_data_error(tokenizer: Tokenizer, text: str) -> None:
-    with pytest.raises(DataError, match="is not valid Unicode"):
-        tokenizer.encode_batch(["fine", text], 8)
-
-
 def test_cased_vocabulary_keeps_capitals_and_accents(tmp_path: Path) -> None:
     cased, lower = Tokenizer(CASED), Tokenizer(CASED, lowercase=True)
     words = [[t.tokens[i] for i in t.encode("the Rome RED é", 9).ids[1:-1]] for t in (cased, lower)]
@@ -156,17 +139,14 @@ def test_cased_vocabulary_keeps_capitals_and_accents(tmp_path: Path) -> None:
     assert "R" in trained.tokens
 
 
-@pytest.mark.parametrize("stated", [True, False])
-def test_case_follows_hugging_faces_tokenizer_config(tmp_path: Path, stated: bool) -> None:
-    url = written(tmp_path, "\n".join(CASED), json.dumps({"do_lower_case": stated}))
-    assert Tokenizer.load(Storage(), url).lowercase is stated
-    assert Tokenizer.load(Storage(), url, lowercase=not stated).lowercase is not stated
-
-
-@pytest.mark.parametrize("config", ["[]", "{", "[" * 20_000, '"x"'])
-def test_damaged_tokenizer_config_is_a_data_error(tmp_path: Path, config: str) -> None:
-    with pytest.raises(DataError, match=r"tokenizer_config\.json"):
-        Tokenizer.load(Storage(), written(tmp_path, "\n".join(CASED), config))
+def test_case_follows_hugging_faces_tokenizer_config_unless_that_is_damaged(tmp_path: Path) -> None:
+    for stated in (True, False):
+        url = written(tmp_path, "\n".join(CASED), json.dumps({"do_lower_case": stated}))
+        assert Tokenizer.load(Storage(), url).lowercase is stated
+        assert Tokenizer.load(Storage(), url, lowercase=not stated).lowercase is not stated
+    for config in ("[]", "{", "[" * 20_000, '"x"'):
+        with pytest.raises(DataError, match=r"tokenizer_config\.json"):
+            Tokenizer.load(Storage(), written(tmp_path, "\n".join(CASED), config))
 
 
 def test_alphabet_grows_with_the_size_of_the_vocabulary() -> None:
@@ -178,6 +158,9 @@ def test_alphabet_grows_with_the_size_of_the_vocabulary() -> None:
     assert small.size == 2000
     assert 0.2 < small.unknown_share(captions) < 0.5
     assert set(characters[:100]) <= set(small.tokens)
+    two_words = Tokenizer([*SPECIALS, "a", "cat"])
+    assert two_words.unknown_share(["a cat", "a dog", ""]) == 0.25
+    assert two_words.unknown_share([]) == two_words.unknown_share([" "]) == 0
     for frequent, kept in ((10_000_000, 1100), (2, 1200)):  # rare ones beyond a thousand are dropped
         counts = Counter({character: frequent if n < 1100 else 2 for n, character in enumerate(characters[:1200])})
         assert len(choose_alphabet(counts, 30_000, BertNormalizer())) == kept
@@ -192,9 +175,3 @@ def test_overlong_words_are_dropped_from_training(character: str) -> None:
     assert whole.encode("x" * 101, 9).ids[1:-1] == [whole.unk_id]
     assert whole.unk_id not in whole.encode("x" * 100, 9).ids
     assert "word" in Tokenizer.train(["/".join(["word"] * 60)], 200).tokens
-
-
-def test_unknown_share_is_a_fraction_of_all_tokens() -> None:
-    tokenizer = Tokenizer([*SPECIALS, "a", "cat"])
-    assert tokenizer.unknown_share(["a cat", "a dog", ""]) == 0.25
-    assert tokenizer.unknown_share([]) == tokenizer.unknown_share([" "]) == 0
