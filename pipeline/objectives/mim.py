@@ -70,8 +70,7 @@ def mim_loss(prediction: Tensor, target: Tensor, is_masked: Tensor | None = None
 def reconstruct(image: Tensor, positions: Tensor, prediction: Tensor, patch_size: int) -> Tensor:
     """Return the image with the selected patches replaced by their predictions: (n, H, W, 3) uint8, for display.
 
-    Classes are shown as the centre of their colour bin. Pixels are denormalized with the true patch's mean and
-    deviation.
+    Classes are shown as the centre of their colour bin; pixels with the true patch's mean and deviation.
     """
     patches = patchify(image, patch_size)
     index = positions.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
@@ -124,11 +123,9 @@ class MIM(Objective):
                 yield "masking.mask_token_prob: must be 1 with image_decoder, whose encoder reads no masked patch"
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        masked = replace(
-            self.fusion_forward(examples, "hidden"),
-            patch_positions=require(examples.patch_positions),
-            patch_replacements=examples.patch_replacements,
-        )
+        positions, replacements = require(examples.patch_positions), examples.patch_replacements
+        forward = self.fusion_forward(examples, "hidden")
+        masked = replace(forward, patch_positions=positions, patch_replacements=replacements)
         if examples.image_size is None:  # only ViLT reads the text
             masked = replace(masked, text=None, text_keep=None)
         if self.stage.image_decoder is not None:

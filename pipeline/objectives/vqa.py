@@ -18,8 +18,8 @@ def vqa_loss(logits: Tensor, answers: Tensor, scores: Tensor) -> Tensor:
 
     logits (n, A); answers (n, K) int64 indices into the list, -1 at padding; scores (n, K) in [0, 1].
     """
-    targets = scores.new_zeros(logits.shape)
-    targets = targets.scatter_add(1, answers.clamp(min=0), scores.where(answers >= 0, scores.new_zeros(())))
+    listed = scores.where(answers >= 0, scores.new_zeros(()))
+    targets = scores.new_zeros(logits.shape).scatter_add(1, answers.clamp(min=0), listed)
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
 
 

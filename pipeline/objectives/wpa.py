@@ -1,10 +1,9 @@
 """Word-patch alignment (WPA): optimal transport of words to image patches (UNITER, ViLT).
 
 The transport plan comes from IPOT (arXiv 1802.04307), an inexact proximal point method: `OUTER` steps of a
-Sinkhorn-like scaling with `INNER` iterations each. The plan is a constant in backward; the gradient flows through the
-costs alone. Everything is float32, also under autocast. Padding is excluded by masks instead of large costs, so that a
-caption without words, or an image without patches, has an empty plan and costs nothing (the published code divides by
-zero).
+Sinkhorn-like scaling with `INNER` iterations each. Everything is float32, also under autocast. Padding is excluded by
+masks instead of large costs, so that a caption without words, or an image without patches, costs nothing (the published
+code divides by zero).
 
 Shapes: n examples, L words, P patches, D width.
 """
@@ -32,8 +31,7 @@ NORM_EPSILON = 1e-5  # smallest norm a feature is divided by
 def wpa_cost(words: Tensor, patches: Tensor) -> Tensor:
     """Return 1 - cosine of every word (n, L, D) with every patch (n, P, D): (n, L, P) float32."""
     with torch.autocast(words.device.type, enabled=False):
-        unit_words = F.normalize(words.float(), dim=-1, eps=NORM_EPSILON)
-        unit_patches = F.normalize(patches.float(), dim=-1, eps=NORM_EPSILON)
+        unit_words, unit_patches = (F.normalize(x.float(), dim=-1, eps=NORM_EPSILON) for x in (words, patches))
         return 1 - unit_words @ unit_patches.transpose(1, 2)
 
 

@@ -1,10 +1,8 @@
 """Work and memory of one rank: a training step's requirements, and DeepSpeed 0.19's allocations at each ZeRO stage.
 
 The model of DeepSpeed was derived from its sources and is verified on running engines (`mome bench step`). The peak is
-the larger of two moments:
-
-- backward: the activations and the buckets that reduce gradients;
-- the update: gradients as float32 partitions and Adam's temporaries.
+the larger of two moments: backward (activations, and buckets that reduce gradients) and the update (gradients as
+float32 partitions, and Adam's temporaries).
 """
 
 from __future__ import annotations

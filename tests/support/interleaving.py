@@ -17,8 +17,7 @@ import errno
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -46,17 +45,10 @@ class Disk:
     retries = False
     faults: list[str] = field(default_factory=list)  # objects of "new" that "old" changed or deleted
 
-    def digest(self) -> bytes:
-        digest = hashlib.sha256()
-        for name in sorted(self.objects):
-            digest.update(f"{name}\0{self.writers[name]}\0{len(self.objects[name])}\0".encode() + self.objects[name])
-        return digest.digest()
-
     def read(self, path: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
-        try:
-            return self.objects[path][start:stop]
-        except KeyError:
-            raise FileNotFoundError(errno.ENOENT, "not there", path) from None
+        if path not in self.objects:
+            raise FileNotFoundError(errno.ENOENT, "not there", path)
+        return self.objects[path][start:stop]
 
     def info(self, path: str) -> ObjectInfo:
         data = self.read(path)
@@ -93,31 +85,35 @@ class Disk:
             self.faults.append(path)
 
 
-class DiskStorage(Storage):
-    def __init__(self, disk: Disk):
+class TurnStorage(Storage):
+    """The Storage of one attempt, whose calls wait for their turn; without `turns` they are made at once."""
+
+    def __init__(self, disk: Disk, turns: _Turns | None = None, name: str = ""):
         super().__init__(StorageConfig(retry_timeout_seconds=1e-3))
-        self._disk = disk
+        self._disk, self._turns, self._name = disk, turns, name
 
     def _backend(self, url: str) -> tuple[Any, str]:
         return self._disk, url
 
-
-class TurnStorage(DiskStorage):
-    """The Storage of one attempt, whose calls wait for their turn."""
-
-    def __init__(self, turns: _Turns, name: str):
-        super().__init__(turns.disk)
-        self._turns, self._name = turns, name
-
     def _do(self, url: str, action: str, call: Callable[[Any, str], T]) -> T:
-        with self._turns.turn(self._name) as record:
-            try:
-                result = super()._do(url, action, call)
-            except Exception as error:
-                record(f"{action} {url}: {type(error).__name__}: {error}")
-                raise
-            record(f"{action} {url}: {result!r}")
+        if (turns := self._turns) is None:
+            return super()._do(url, action, call)
+        if not turns.is_killed:
+            turns.stopped.release()
+            turns.go[self._name].acquire()
+        if turns.is_killed:
+            raise Killed
+        self._disk.who, outcome = self._name, ""
+        try:
+            result = super()._do(url, action, call)
+            outcome = repr(result)
             return result
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            received = turns.history[self._name] + f"{action} {url}: {outcome}".encode()
+            turns.history[self._name] = hashlib.sha256(received).digest()
 
     def delete(self, url: str) -> None:
         """Delete a folder's objects one by one, as object stores do."""
@@ -132,73 +128,41 @@ class _Turns:
     """
 
     def __init__(self, attempts: Mapping[str, Callable[[Storage], None]], disk: Disk):
-        self.disk = disk
-        self.running = "begin"
+        self.disk, self.running, self.is_killed = disk, "begin", False
         self.history = dict.fromkeys(attempts, b"")  # digest of the results that each attempt has received
         self.errors: list[BaseException] = []
-        self.finished: set[str] = set()
+        self.unfinished = list(attempts)
+        self.go = {name: threading.Semaphore(0) for name in attempts}
+        self.stopped = threading.Semaphore(0)
         self._attempts = attempts
-        self._go = {name: threading.Semaphore(0) for name in attempts}
-        self._stopped = threading.Semaphore(0)
         self._counters = {name: itertools.count(1000 * i + 1) for i, name in enumerate(("begin", *attempts))}
-        self._is_killed = False
-        self._threads: list[threading.Thread] = []
-
-    def start(self) -> None:
-        """Let every attempt run up to its first call."""
-        for name in self._attempts:
-            self.running = name
-            thread = threading.Thread(target=self._run, args=(name,), daemon=True)
-            self._threads.append(thread)
-            thread.start()
-            self._wait()
+        self._threads = {name: threading.Thread(target=self._run, args=(name,), daemon=True) for name in attempts}
 
     def _run(self, name: str) -> None:
         try:
-            self._attempts[name](TurnStorage(self, name))
-        except Killed:
-            pass
+            self._attempts[name](TurnStorage(self.disk, self, name))
         except BaseException as error:
-            if not self._is_killed:
+            if not self.is_killed:
                 self.errors.append(error)
-        self.finished.add(name)
-        self._stopped.release()
-
-    def _wait(self) -> None:
-        assert self._stopped.acquire(timeout=SECONDS), f"{self.running} came to no call and to no end"
-
-    @contextmanager
-    def turn(self, name: str) -> Iterator[Callable[[str], None]]:
-        if self._is_killed:
-            raise Killed
-        self._stopped.release()
-        self._go[name].acquire()
-        if self._is_killed:
-            raise Killed
-        self.disk.who = name
-
-        def record(text: str) -> None:
-            self.history[name] = hashlib.sha256(self.history[name] + text.encode()).digest()
-
-        yield record
+        self.unfinished.remove(name)
+        self.stopped.release()
 
     def step(self, name: str) -> None:
-        """Let an attempt make its next call and stop before the one after."""
+        """Let an attempt start or make its next call, and stop before the one after."""
         self.running = name
-        self._go[name].release()
-        self._wait()
-
-    def enabled(self) -> list[str]:
-        return [name for name in self._attempts if name not in self.finished]
+        if self._threads[name].ident is None:
+            self._threads[name].start()
+        else:
+            self.go[name].release()
+        assert self.stopped.acquire(timeout=SECONDS), f"{name} came to no call and to no end"
 
     def number(self) -> int:
         return next(self._counters[self.running])
 
     def kill(self) -> None:
-        self._is_killed = True
-        for name in self.enabled():
-            self._go[name].release()
-        for thread in self._threads:
+        self.is_killed = True
+        for name, thread in self._threads.items():
+            self.go[name].release()
             thread.join(SECONDS)
 
 
@@ -223,48 +187,52 @@ def explore(
     successors: dict[bytes, dict[str, bytes]] = {}  # state -> attempt that continues -> next state
     frontier: list[tuple[str, ...]] = [()]
     runs = 0
+    clock = mock.Mock(now=lambda tz: datetime(2000, 1, 1, tzinfo=UTC))
     while frontier:
         schedule = list(frontier.pop())
         runs += 1
         turns = _Turns(attempts, Disk())
 
-        def num_switches(schedule: list[str] = schedule) -> int:
-            return sum(before != after for before, after in itertools.pairwise(schedule))
-
-        def key(turns: _Turns = turns, schedule: list[str] = schedule) -> bytes:
-            """Return the identity of the state; equal states have equal continuations."""
-            digest = hashlib.sha256(b"".join([turns.disk.digest(), *turns.history.values()])).digest()
-            return digest if max_switches is None else digest + f"{schedule[-1:]}{num_switches(schedule)}".encode()
+        def state_of(turns: _Turns = turns, schedule: list[str] = schedule) -> tuple[bytes, int]:
+            """Return the identity of the state, whose equals have equal continuations, and the number of switches."""
+            disk, switches = turns.disk, sum(before != after for before, after in itertools.pairwise(schedule))
+            objects = [(name, disk.writers[name], disk.objects[name]) for name in sorted(disk.objects)]
+            identity = repr((objects, turns.history, () if max_switches is None else (schedule[-1:], switches)))
+            return hashlib.sha256(identity.encode()).digest(), switches
 
         with (
             mock.patch("secrets.token_hex", lambda size, turns=turns: f"{turns.number():0{2 * size}x}"),
             mock.patch("time.time_ns", lambda turns=turns: turns.number() * 1_000_000),
-            mock.patch("pipeline.training.ownership.datetime", _Moment),
+            mock.patch("pipeline.training.ownership.datetime", clock),
         ):
-            begin(DiskStorage(turns.disk))
-            turns.start()
+            begin(TurnStorage(turns.disk))
             try:
-                for name in schedule[:-1]:
+                for name in (*attempts, *schedule[:-1]):
                     turns.step(name)
                 pending = schedule.pop() if schedule else None
                 while True:
-                    state = key()
+                    state, switches = state_of()
                     if pending is None:
                         if state in successors:
                             break
-                        _check(turns, check, check_end)
+                        if turns.errors:
+                            raise AssertionError(f"an attempt ended with {turns.errors[0]!r}") from turns.errors[0]
+                        faults = turns.disk.faults
+                        assert not faults, f"the superseded attempt changed what its successor wrote: {faults}"
+                        check(turns.disk)
                         successors[state] = {}
-                        # The attempt that made the last call continues first.
-                        names = sorted(turns.enabled(), key=lambda name, last=schedule[-1:]: name not in last)
-                        if max_switches is not None and num_switches() >= max_switches:
-                            names = names[:1]
-                        if not names:
+                        if not turns.unfinished:
+                            check_end(turns.disk)
                             break
-                        pending, *others = names
+                        # The attempt that made the last call continues first.
+                        names = [n for n in attempts if n in turns.unfinished]
+                        names.sort(key=lambda name, last=schedule[-1:]: name not in last)
+                        limited = max_switches is not None and switches >= max_switches
+                        pending, *others = names[:1] if limited else names
                         frontier += [(*schedule, other) for other in others]
                     schedule.append(pending)
                     turns.step(pending)
-                    successors[state][pending] = key()
+                    successors[state][pending], _ = state_of()
                     pending = None
             except AssertionError as error:
                 calls = ", ".join(f"{name} x {len(list(group))}" for name, group in itertools.groupby(schedule))
@@ -280,18 +248,3 @@ def explore(
     for state in reversed(successors):  # later states first: no deep recursion
         num_paths(state)
     return Explored(num_paths(next(iter(successors))), len(successors), runs)
-
-
-def _check(turns: _Turns, check: Callable[[Disk], None], check_end: Callable[[Disk], None]) -> None:
-    if turns.errors:
-        raise AssertionError(f"an attempt ended with {turns.errors[0]!r}") from turns.errors[0]
-    assert not turns.disk.faults, f"the superseded attempt changed what its successor wrote: {turns.disk.faults}"
-    check(turns.disk)
-    if not turns.enabled():
-        check_end(turns.disk)
-
-
-class _Moment(datetime):
-    @classmethod
-    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
-        return datetime(2000, 1, 1, tzinfo=UTC)

@@ -131,9 +131,13 @@ Shape = int | KeepAspectRatio  # the side of a square that images are stretched 
 
 def shape_of(model: TransformerConfig) -> Shape:
     """Return the shape in which a model reads images."""
-    if isinstance(model, ViLTConfig):
-        return KeepAspectRatio(model.image_size, model.longest_side, model.patch_size)
-    return model.image_size
+    keeps_ratio = isinstance(model, ViLTConfig)
+    return KeepAspectRatio(model.image_size, model.longest_side, model.patch_size) if keeps_ratio else model.image_size
+
+
+def resize_for(image: np.ndarray, model: TransformerConfig) -> np.ndarray:
+    """Return the whole image in the shape and with the interpolation that a model reads."""
+    return resize(image, shape_of(model), model.interpolation)
 
 
 def resize(image: np.ndarray, shape: Shape, interpolation: Interpolation = "bicubic") -> np.ndarray:
@@ -145,11 +149,6 @@ def resize(image: np.ndarray, shape: Shape, interpolation: Interpolation = "bicu
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     resized = F.interpolate(pixels, sides, mode=interpolation, align_corners=False, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
-
-
-def resize_for(image: np.ndarray, model: TransformerConfig) -> np.ndarray:
-    """Return the whole image in the shape and with the interpolation that a model reads."""
-    return resize(image, shape_of(model), model.interpolation)
 
 
 def on_one_canvas(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -257,20 +256,18 @@ def _read_jpeg(data: bytes, max_pixels: int | None) -> _Stored:
 def _read_with_pillow(data: bytes, kind: str, max_pixels: int | None) -> _Stored:
     with Image.open(io.BytesIO(data), formats=(kind,)) as picture:
         width, height = picture.size
+        size, orientation = ImageSize(height, width), 1
         if max_pixels is None:
             try:
-                is_animated = bool(getattr(picture, "is_animated", False))
+                size = replace(size, is_animated=bool(getattr(picture, "is_animated", False)))
             except Exception:  # a damaged second frame
-                is_animated = True
-            size = ImageSize(height, width, is_animated)
+                size = replace(size, is_animated=True)
         else:
-            size = ImageSize(height, width)
             _refuse_costly(size, max_pixels)
             for name, _, is_intact in _png_chunks(data) if kind == "PNG" else ():
                 if name[:1].isupper() and not is_intact:  # Pillow ignores the checksums of pixels and returns noise
                     fault = f"the checksum of its {name.decode('latin-1')} is wrong, or it is cut"
                     raise BadSample("image", f"corrupt PNG: {fault}")
-        orientation = 1
         if kind != "TIFF":  # Pillow rotates TIFFs itself
             with suppress(Exception):  # damaged metadata
                 orientation = picture.getexif().get(ORIENTATION, 1)

@@ -1,8 +1,4 @@
-"""The structure of a JPEG file: its segments, its header, and the same image without metadata.
-
-A strict decoder stops at the first warning, whether the metadata or the pixels are damaged. `without_metadata` removes
-what cannot affect the pixels, so that the rest can be decoded strictly.
-"""
+"""The structure of a JPEG file: its segments, its header, and the same image without metadata."""
 
 from __future__ import annotations
 
@@ -84,10 +80,8 @@ def read_header(data: bytes) -> Header:
     except ValueError:
         if not frame:
             raise
-    if not frame:
-        raise ValueError("no frame header before the end of the file")
     if len(frame) < 7 or len(frame) != 7 + 3 * frame[6]:
-        raise ValueError("the frame header has a wrong length")
+        raise ValueError("the frame header is missing or has a wrong length")
     if frame[1] != 8:
         raise ValueError(f"{frame[1]} bits per sample; expected 8")
     height, width = int.from_bytes(frame[2:4], "big"), int.from_bytes(frame[4:6], "big")
@@ -108,10 +102,10 @@ def refuse_many_scans(data: bytes) -> None:
 def without_metadata(data: bytes) -> bytes:
     """Return the same image without metadata, junk between segments, and fields that decoders ignore.
 
-    What decides the colour space (JFIF, Adobe) is kept, as libjpeg reads it. A missing end marker stays missing.
+    A strict decoder stops at the first warning, whether metadata or pixels are damaged: the result can be decoded
+    strictly. What decides the colour space (JFIF, Adobe) is kept, as libjpeg reads it; a missing end marker stays so.
     """
-    parts = [SOI]
-    num_components = frame = 0
+    parts, num_components, frame = [SOI], 0, 0
     for marker, start, end, stop in segments(data):
         payload = data[start:end]
         if marker == EOI[1]:

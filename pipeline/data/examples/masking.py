@@ -1,13 +1,10 @@
-"""Masking of whole words of a text, and of patches or regions of an image.
-
-A text is masked before padding, so that neither padding nor [CLS] and [SEP] is ever chosen (the published collators
-pad first, which leaves short captions without a masked word).
-"""
+"""Masking of whole words of a text, before it is padded, and of patches or regions of an image."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -40,28 +37,22 @@ def mask_whole_words(
     All tokens of a chosen word become [MASK], or all become random ordinary tokens, or all stay.
     """
     words: list[list[int]] = []  # the token positions of each word (of each token, unless `whole_word`)
-    before = -1
-    for position, word in enumerate(tokens.word_of):
+    for position, (before, word) in enumerate(pairwise([-1, *tokens.word_of])):
         if word >= 0 and whole_word and word == before:
             words[-1].append(position)
         elif word >= 0:
             words.append([position])
-        before = word
     order = random.permutation(len(words))
     count = max(1, math.floor(probability * len(words) + random.uniform()))
-    original = np.array(tokens.ids, dtype=np.int64)
-    ids = original.copy()
-    chosen: list[int] = []
-    for number in order[:count]:
-        places = words[number]
-        chosen += places
+    original, ordinary = np.array(tokens.ids, dtype=np.int64), tokenizer.ordinary_ids
+    ids, chosen = original.copy(), [words[number] for number in order[:count]]
+    for places in chosen:
         draw = random.uniform()
         if draw < REPLACED:
             ids[places] = tokenizer.mask_id
         elif draw >= KEPT:
-            ordinary = tokenizer.ordinary_ids
             ids[places] = [ordinary[random.integer(len(ordinary))] for _ in places]
-    positions = np.array(sorted(chosen), dtype=np.int64)
+    positions = np.array(sorted(chain.from_iterable(chosen)), dtype=np.int64)
     return Masked(ids, positions, original[positions])
 
 
