@@ -176,8 +176,8 @@ class ExampleBuilder:
 
         records = []
         for row, ref, sample, defect in bad:
+            place = first + row
             for attempt in range(MAX_TRIES):
-                place = first + row
                 other_ref = self.order.samples(step, range(place, place + 1), attempt)[0]
                 other = self.reader.read(other_ref)
                 try:
