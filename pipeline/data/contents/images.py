@@ -131,8 +131,9 @@ Shape = int | KeepAspectRatio  # the side of a square that images are stretched 
 
 def shape_of(model: TransformerConfig) -> Shape:
     """Return the shape in which a model reads images."""
-    keeps_ratio = isinstance(model, ViLTConfig)
-    return KeepAspectRatio(model.image_size, model.longest_side, model.patch_size) if keeps_ratio else model.image_size
+    if isinstance(model, ViLTConfig):
+        return KeepAspectRatio(model.image_size, model.longest_side, model.patch_size)
+    return model.image_size
 
 
 def resize_for(image: np.ndarray, model: TransformerConfig) -> np.ndarray:

@@ -7,7 +7,7 @@ candidate of the same shuffle window, drawn by a hash, so that the replacement t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -132,10 +132,14 @@ class PendingExample:
 
     ref: SampleRef
     sample: Sample
-    random: Callable[[str], CounterRandom]  # of a purpose; different in every epoch
+    seed: int
     text: str = ""  # the drawn caption, the question or the statement
     answers: Mapping[str, float] = field(default_factory=dict)
     label: int = 0
+
+    def random(self, purpose: str) -> CounterRandom:
+        """Return random numbers for a purpose, which differ between epochs."""
+        return CounterRandom(hash64(self.seed, self.ref.epoch, self.sample.uid, purpose))
 
 
 class ExampleBuilder:
@@ -145,7 +149,7 @@ class ExampleBuilder:
         cv2.setNumThreads(0)  # examples are the unit of parallel work; OpenCV's own threads would only contend
         settings = spec.config.data.cache
         cache = NodeCache(settings.folder, settings.max_bytes) if settings.folder else None
-        self._spec, self._groups, self._seed = spec, spec.groups, spec.seed
+        self._spec, self._groups = spec, spec.groups
         self._config, self._stage, self._model = spec.config, spec.stage, spec.config.model
         self._source_type, self._shape = spec.config.source_type_of(spec.stage), shape_of(spec.config.model)
         self._source_numbers = {name: number for number, name in enumerate(sorted(spec.sources))}
@@ -198,7 +202,7 @@ class ExampleBuilder:
 
     def _parse(self, ref: SampleRef, sample: Sample) -> PendingExample:
         """Read a sample's members, except its images. Raises BadSample."""
-        example = PendingExample(ref, sample, partial(sample_random, self._seed, ref.epoch, sample.uid))
+        example = PendingExample(ref, sample, self._spec.seed)
         with judging("members"):
             members.check_members(sample.members, sample.is_duplicate)
             if self._source_type == "questions":
