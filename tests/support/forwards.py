@@ -12,15 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import (
-    DualEncoderConfig,
-    ImageBERTConfig,
-    ImageDecoderConfig,
-    TransformerConfig,
-    ViLTConfig,
-    ViTConfig,
-    VLMoConfig,
-)
+from pipeline.config import schema
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, Regions, drop_masked_patches
 from pipeline.models.model import HeadConfig, Model
@@ -29,26 +21,20 @@ ROWS, LENGTH, VOCABULARY, PATCH, LAYERS = 4, 7, 23, 8, 4
 SIZES = torch.tensor([[32, 48], [48, 32], [32, 32], [8, 48]])  # pixels of ViLT's images, on canvases of 48 x 48
 _SIZES: dict[str, Any] = {"width": 24, "layers": LAYERS, "heads": 3, "mlp_ratio": 2}
 _IMAGE: dict[str, Any] = _SIZES | {"image_size": 16, "patch_size": PATCH, "drop_path": 0.3}
-_VLMO = VLMoConfig(**_IMAGE, max_text_length=12, vision_language_layers=2, layer_scale=0.5)
+_VLMO = schema.VLMoConfig(**_IMAGE, max_text_length=12, vision_language_layers=2, layer_scale=0.5)
+_ABSOLUTE = _VLMO.model_copy(update={"positions": "absolute", "layer_scale": None})
+_VILT = schema.ViLTConfig(**_IMAGE | {"image_size": 32}, longest_side=48, max_text_length=12)
+_REGIONS: dict[str, Any] = {"region_features": 6, "region_classes": 5, "dropout": 0.0}
 _FINE_TUNED: dict[str, Any] = {"image_target": "mean_colour", "answers": 4, "nlvr2": True}
-_DECODED = HeadConfig("pixels", image_decoder=ImageDecoderConfig(width=16, layers=2, heads=2), classes=3)
-MODELS: dict[str, tuple[TransformerConfig, HeadConfig]] = {
+_DECODED = HeadConfig("pixels", image_decoder=schema.ImageDecoderConfig(width=16, layers=2, heads=2), classes=3)
+MODELS: dict[str, tuple[schema.TransformerConfig, HeadConfig]] = {
     "vlmo": (_VLMO, HeadConfig(**_FINE_TUNED, classes=3)),
-    "vlmo_absolute": (
-        _VLMO.model_copy(update={"positions": "absolute", "layer_scale": None}),
-        HeadConfig(**_FINE_TUNED, classes=3),
-    ),
-    "vilt": (
-        ViLTConfig(**_IMAGE | {"image_size": 32}, longest_side=48, max_text_length=12),
-        HeadConfig(**_FINE_TUNED, ranking=True),
-    ),
-    "vit": (ViTConfig(**_IMAGE), HeadConfig("mean_colour", classes=3)),
-    "vit_decoded": (ViTConfig(**_IMAGE), _DECODED),
-    "dual_encoder": (DualEncoderConfig(**_IMAGE, max_text_length=12, text_layers=2, embedding=10), HeadConfig()),
-    "imagebert": (
-        ImageBERTConfig(**_SIZES, max_text_length=12, region_features=6, region_classes=5, dropout=0.0),
-        HeadConfig(),
-    ),
+    "vlmo_absolute": (_ABSOLUTE, HeadConfig(**_FINE_TUNED, classes=3)),
+    "vilt": (_VILT, HeadConfig(**_FINE_TUNED, ranking=True)),
+    "vit": (schema.ViTConfig(**_IMAGE), HeadConfig("mean_colour", classes=3)),
+    "vit_decoded": (schema.ViTConfig(**_IMAGE), _DECODED),
+    "dual_encoder": (schema.DualEncoderConfig(**_IMAGE, max_text_length=12, text_layers=2, embedding=10), HeadConfig()),
+    "imagebert": (schema.ImageBERTConfig(**_SIZES, max_text_length=12, **_REGIONS), HeadConfig()),
 }
 
 

@@ -36,41 +36,22 @@ def test_trap_14_mim_and_itc_share_no_stage_images_follow_text(path: Path) -> No
             assert following != "text"
 
 
-def test_vit_base_has_the_published_size() -> None:
+def test_vit_has_the_published_size_and_masking_and_its_alternatives_can_be_built(tmp_path: Path) -> None:
     """ViT-B/16 has 86 M parameters (table 1); 86,567,656 with the head of ImageNet's 1,000 classes."""
-    config = load_config(CONFIGS / "vit_b16.yaml")
-    model = skeleton(config.model, heads=HeadConfig(classes=1000))
+    plain, masked = (load_config(CONFIGS / f"{name}.yaml") for name in ("vit_b16", "vit_b16_masked_patches"))
+    model = skeleton(plain.model, heads=HeadConfig(classes=1000))
     assert sum(parameter.numel() for parameter in model.parameters()) == 86_567_656
-
-
-@pytest.mark.parametrize("name", ["vit_b16", "vit_b16_masked_patches"])
-def test_vit_stages_can_be_built_and_read_no_text(name: str, tmp_path: Path) -> None:
-    config = load_config(CONFIGS / f"{name}.yaml")
-    check_stages(config)
-    sizes = [stage_skeleton(Stage(config, index)).config.image_size for index in range(len(config.stages))]
-    assert sizes == [224, 384]
-    config = config.model_copy(update={"output": str(tmp_path)})
-    assert choose_tokenizer(config, Storage()).tokens == SPECIALS
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        (),
-        ("masking={image_mask_ratio: 0.75}", "image_decoder={}", "image_target=pixels"),
-        (
-            "masking={image_mask_ratio: 0.4, patch_shape: blocks}",
-            "image_target=visual_tokens",
-            "image_tokenizer={weights: nowhere}",
-        ),
-    ],
-    ids=["paper", "MAE", "BEiT"],
-)
-def test_masked_patch_prediction_follows_the_paper_and_alternatives_can_be_built(keys: tuple[str, ...]) -> None:
-    overrides = [f"stages.masked_patches.{key}" for key in keys]
-    config = load_config(CONFIGS / "vit_b16_masked_patches.yaml", overrides)
-    check_stages(config)
-    if not keys:
-        masking = config.stages[0].masking
-        assert (masking.image_mask_ratio, masking.mask_token_prob, masking.random_patch_prob) == (0.5, 0.8, 0.1)
-        assert config.stages[0].image_target == "mean_colour"
+    for config in (plain, masked):
+        check_stages(config)
+        sizes = [stage_skeleton(Stage(config, index)).config.image_size for index in range(len(config.stages))]
+        assert sizes == [224, 384]
+        config = config.model_copy(update={"output": str(tmp_path)})
+        assert choose_tokenizer(config, Storage()).tokens == SPECIALS, "the stages read no text"
+    stage = masked.stages[0]
+    probabilities = (stage.masking.image_mask_ratio, stage.masking.mask_token_prob, stage.masking.random_patch_prob)
+    assert (probabilities, stage.image_target) == ((0.5, 0.8, 0.1), "mean_colour")
+    mae = ("masking={image_mask_ratio: 0.75}", "image_decoder={}", "image_target=pixels")
+    blocks, tokenizer = "masking={image_mask_ratio: 0.4, patch_shape: blocks}", "image_tokenizer={weights: nowhere}"
+    for keys in (mae, (blocks, tokenizer, "image_target=visual_tokens")):  # the latter is BEiT
+        overrides = [f"stages.masked_patches.{key}" for key in keys]
+        check_stages(load_config(CONFIGS / "vit_b16_masked_patches.yaml", overrides))
