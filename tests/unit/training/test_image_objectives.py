@@ -90,7 +90,7 @@ def test_unsupported_stage_is_rejected(kind: str, variant: str, keys: dict[str, 
 def vilt_trial(collectives: Collectives, objectives: dict[str, Any], **stage: Any) -> TrialState:
     """Begin a trial on a batch in which every example is another one."""
     config = tiny_run("vilt", "pairs", objectives, negatives="random", **stage)
-    return replace(begin(config, collectives), batch=invented_batch(config.model, "pairs", 1, ROWS))
+    return begin(config, collectives)._replace(batch=invented_batch(config.model, "pairs", 1, ROWS))
 
 
 def test_wpa_reads_the_forward_of_itm(collectives: Collectives) -> None:
