@@ -4,13 +4,9 @@
         Storage(StorageConfig(endpoint_url=store.endpoint, ...)).read("s3://bucket/key")
         assert store.requests
 
-QUIRKS names the deviations and says what to expect of a client:
-
-- "works": every operation gives its usual result.
-- "lasts": every operation the quirk concerns fails at once, by a StorageError.
-- "passes": the store may recover, so a client asks again until its deadline.
-
-Any bucket exists. Signatures are not checked; `unsigned_only` refuses requests that carry one.
+QUIRKS names the deviations and what to expect of a client: "works" (every operation gives its usual result), "lasts"
+(every operation the quirk concerns fails at once, by a StorageError) or "passes" (the store may recover, so a client
+retries until its deadline). Any bucket exists. Signatures are not checked; `unsigned_only` refuses requests with one.
 """
 
 from __future__ import annotations
@@ -18,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-import socket
+import socketserver
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,30 +43,22 @@ class Request:
     headers: dict[str, str]
     body: bytes
 
-    @property
-    def query(self) -> dict[str, str]:
-        return dict(parse_qsl(urlsplit(self.target).query, keep_blank_values=True))
-
-    @property
-    def path(self) -> tuple[str, str]:
-        bucket, _, key = unquote(urlsplit(self.target).path).lstrip("/").partition("/")
-        return bucket, key
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.target)
+        self.query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        self.bucket, _, self.key = unquote(parts.path).lstrip("/").partition("/")
 
 
-def _error(status: int, code: str, message: str = "Said by the store.", **headers: str) -> Answer:
+def _error(status: int, code: str, message: str = "Said by the store.") -> Answer:
     text = f"<Error><Code>{code}</Code><Message>{escape(message)}</Message></Error>"
-    return Answer(status, text.encode(), {"Content-Type": "application/xml"} | headers)
+    return Answer(status, text.encode(), {"Content-Type": "application/xml"})
 
 
-def _listing(xml: str) -> Answer:
-    return Answer(200, f"<ListBucketResult>{xml}</ListBucketResult>".encode())
-
-
-def _another_page(xml: str) -> Callable[[Request], Answer]:
+def _endless(xml: str) -> tuple[Expectation, str, Callable[[Request], Answer]]:
     """Return listings that never end: each page contains `xml` and names another page."""
-    token = "<IsTruncated>true</IsTruncated><NextContinuationToken>{}</NextContinuationToken>"
+    page = f"<ListBucketResult>{xml}<IsTruncated>true</IsTruncated><NextContinuationToken>%d</NextContinuationToken>"
     numbers = itertools.count()
-    return lambda _: _listing(xml + token.format(next(numbers)))
+    return "lasts", "listing", lambda _: Answer(200, f"{page}</ListBucketResult>".encode() % next(numbers))
 
 
 CONCERNED: dict[str, Callable[[Request], bool]] = {
@@ -96,31 +85,22 @@ REFUSALS: dict[str, tuple[Expectation, str, Answer | Callable[[Request], Answer]
     "quota_413": ("lasts", "write", _error(413, "EntityTooLarge", "Upload exceeds quota.")),
     "quota_507": ("lasts", "write", _error(507, "InsufficientStorage")),
     "full": ("lasts", "write", _error(507, "XMinioStorageFull")),
-    "endless_listing": (
-        "lasts",
-        "listing",
-        _another_page("<Contents><Key>folder/a.tar</Key><Size>9</Size></Contents>"),
-    ),
-    "endless_empty_listing": ("lasts", "listing", _another_page("")),
-    "endless_folders": (
-        "lasts",
-        "listing",
-        _another_page("<CommonPrefixes><Prefix>folder/in/</Prefix></CommonPrefixes>"),
-    ),
+    "endless_listing": _endless("<Contents><Key>folder/a.tar</Key><Size>9</Size></Contents>"),
+    "endless_empty_listing": _endless(""),
+    "endless_folders": _endless("<CommonPrefixes><Prefix>folder/in/</Prefix></CommonPrefixes>"),
     "listing_in_html": ("passes", "listing", Answer(200, b"<html>Log in</html>")),
     "listing_of_nothing": ("passes", "listing", Answer(200)),
     "broken": ("passes", "any", _error(500, "InternalError")),
     "gateway": ("passes", "any", Answer(502, b"<html>Bad gateway")),
     "unavailable": ("passes", "any", _error(503, "SlowDown")),
     "throttled": ("passes", "any", _error(429, "TooManyRequests")),
-} | {
-    f"redirect_{status}": (
+}
+for _status in (301, 302, 303, 307, 308):
+    REFUSALS[f"redirect_{_status}"] = (
         "lasts",
         "any",
-        lambda request, status=status: Answer(status, b"", {"Location": f"https://store.example{request.target}"}),
+        lambda request, status=_status: Answer(status, b"", {"Location": f"https://store.example{request.target}"}),
     )
-    for status in (301, 302, 303, 307, 308)
-}
 # Modification of the response to an executed request.
 MANNERS: dict[str, Expectation] = {
     "none": "works",
@@ -154,13 +134,10 @@ class QuirkyStore:
         self.edit: Callable[[bytes], bytes] | None = None  # applied to each response as transmitted
         self.clock = 0.0  # seconds by which the store's clock is ahead
 
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
-
     def __enter__(self) -> QuirkyStore:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.store = self
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         return self
@@ -179,17 +156,13 @@ class QuirkyStore:
                     return refusal if isinstance(refusal, Answer) else refusal(request)
             if self.quirk == "unsigned_only" and "authorization" in request.headers:
                 return _error(403, "InvalidAccessKeyId")
-            return self._of_bucket(request) if not request.path[1] else self._of_object(request)
-
-    def _of_bucket(self, request: Request) -> Answer:
-        bucket, query = request.path[0], request.query
-        if "uploads" in query:
-            parts = [(name, key) for name, ((where, key), _) in self.uploads.items() if where == bucket]
-            xml = "".join(
-                f"<Upload><Key>{escape(key)}</Key><UploadId>{name}</UploadId></Upload>" for name, key in parts
-            )
+            if request.key:
+                return self._of_object(request)
+            if "uploads" not in request.query:
+                return self._listing(request.bucket, request.query)
+            keys = [(name, key) for name, ((bucket, key), _) in self.uploads.items() if bucket == request.bucket]
+            xml = "".join(f"<Upload><Key>{escape(key)}</Key><UploadId>{name}</UploadId></Upload>" for name, key in keys)
             return Answer(200, f"<ListMultipartUploadsResult>{xml}</ListMultipartUploadsResult>".encode())
-        return self._listing(bucket, query)
 
     def _listing(self, bucket: str, query: dict[str, str]) -> Answer:
         prefix = "" if self.quirk == "no_prefix" else query.get("prefix", "")
@@ -213,10 +186,10 @@ class QuirkyStore:
         more = bool(shown) and any(name > shown[-1] for name in names)
         xml += f"<IsTruncated>{str(more).lower()}</IsTruncated><EncodingType>url</EncodingType>"
         xml += f"<NextContinuationToken>{escape(shown[-1])}</NextContinuationToken>" if more else ""
-        return _listing(xml)
+        return Answer(200, f"<ListBucketResult>{xml}</ListBucketResult>".encode())
 
     def _of_object(self, request: Request) -> Answer:
-        where, query = request.path, request.query
+        where, query = (request.bucket, request.key), request.query
         if "uploads" in query or "uploadId" in query:
             return self._of_upload(request, where, query)
         if "if-none-match" in request.headers and where in self.objects:
@@ -307,30 +280,18 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Babbler:
-    """A port of 127.0.0.1 that sends `says` on every connection and closes it: not an HTTP server."""
+@contextmanager
+def babbler(says: bytes) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the address of a port that sends `says` on every connection and closes it, and the list of its clients."""
+    clients: list[Any] = []
 
-    def __init__(self, says: bytes):
-        self._says = says
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            clients.append(self.client_address)
+            self.request.recv(2**16)
+            self.request.sendall(says)
 
-    def __enter__(self) -> Babbler:
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
-        self.num_connections = 0
-        threading.Thread(target=self._serve, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection = self._socket.accept()[0]
-            except OSError:
-                return
-            self.num_connections += 1
-            with connection:
-                connection.recv(2**16)
-                connection.sendall(self._says)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}", clients
+        server.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import pickle
@@ -14,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from urllib3.exceptions import HTTPError
@@ -40,8 +42,7 @@ def test_objects_are_written_read_listed_and_deleted(folder: str, tmp_path: Path
     url, data = join(folder, "deep", "file.bin"), os.urandom(100_000)
     storage.write(url, b"0123456789")
     assert storage.read(url) == b"0123456789"
-    assert storage.read_range(url, 3, 7) == b"3456"
-    assert storage.read_range(url, 4, 4) == b""
+    assert [storage.read_range(url, start, stop) for start, stop in ((3, 7), (4, 4))] == [b"3456", b""]
     assert storage.info(url).size == 10
     with storage.open(url) as stream:
         assert (stream.read(4), stream.read(), stream.read()) == (b"0123", b"456789", b"")
@@ -78,35 +79,20 @@ def test_missing_and_short_objects_are_named_without_retry(folder: str):
 
 
 def test_read_after_a_failed_read_skips_no_bytes(tmp_path: Path) -> None:
-    class Failing(Storage):
-        calls = 0
-
-        def read_range(self, url: str, start: int, stop: int, etag: str | None = None) -> bytes:
-            self.calls += 1
-            if self.calls in (2, 4):
-                raise StorageError("away")
-            return super().read_range(url, start, stop, etag)
-
     url = f"memory://{tmp_path.name}/object"
     storage.write(url, b"0123456789")
-    raw = Failing().open(url).raw  # unbuffered
-    assert raw.read(4) == b"0123"
-    with pytest.raises(StorageError):
-        raw.read(4)
-    assert raw.read(2) == b"45"
-    with pytest.raises(StorageError):
-        raw.read()
-    assert raw.read() == b"6789"
+    raw = storage.open(url).raw  # unbuffered
+    for read, expected in ((lambda: raw.read(4), b"0123"), (lambda: raw.read(2), b"45"), (raw.read, b"6789")):
+        with mock.patch.object(storage, "read_range", side_effect=StorageError("away")), pytest.raises(StorageError):
+            read()
+        assert read() == expected
     storage.delete(url)
 
 
 @pytest.mark.parametrize("has_links", [True, False])
 def test_one_of_many_concurrent_creates_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool):
-    def no_links(*_: str) -> None:
-        raise OSError(errno.EPERM, "no hard links here")
-
     if not has_links:
-        monkeypatch.setattr(os, "link", no_links)
+        monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(errno.EPERM, "no hard links here")))
     url = str(tmp_path / "claim")
     with ThreadPoolExecutor(8 if has_links else 1) as pool:
         created = list(pool.map(lambda number: storage.write(url, b"%d" % number, create=True), range(32)))
@@ -144,40 +130,32 @@ def test_pipes_folders_and_broken_links_are_told_from_files(tmp_path: Path):
         assert storage.read(str(tmp_path / name)) == b"x"
 
 
-def test_changed_file_is_detected_by_its_tag(tmp_path: Path):
-    url = str(tmp_path / "file")
+def test_writes_are_atomic_complete_and_change_the_tag(tmp_path: Path):
+    url, texts = str(tmp_path / "file"), [bytes([65 + n]) * 10_000 for n in range(8)]
     storage.write(url, b"12345")
     tag = storage.info(url).etag
     assert storage.read_range(url, 0, 2, etag=tag) == b"12"
     storage.write(url, b"123456")
     with pytest.raises(ObjectChanged, match=r"file: .*replaced"):
         storage.read_range(url, 0, 2, etag=tag)
-
-
-def test_upload_copies_all_bytes_of_short_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "long").write_bytes(bytes(range(100)))
-    read = os.pread
-    with monkeypatch.context() as patch:  # one call may return fewer bytes: at most 2 GiB on Linux
-        patch.setattr("os.pread", lambda number, count, start: read(number, min(count, 7), start))
-        for url in (str(tmp_path / "copy"), "memory://copies/of-short-reads"):
-            storage.upload(tmp_path / "long", url)
-            assert storage.read(url) == bytes(range(100))
-
-
-def test_writes_are_atomic_and_have_default_permissions(tmp_path: Path):
-    url, texts = str(tmp_path / "file"), [bytes([65 + n]) * 10_000 for n in range(8)]
-    storage.write(url, b"old")
     with pytest.raises(StorageError, match=r"uploading to"):
         storage.upload(tmp_path / "absent", url)
     with pytest.raises(TypeError):
         storage.write(url, "text, not bytes")  # type: ignore[arg-type]
-    assert storage.read(url) == b"old"
+    assert storage.read(url) == b"123456"
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda text: storage.write(url, text), texts * 4))
     assert storage.read(url) in texts
     assert os.listdir(tmp_path) == ["file"]
-    (tmp_path / "plain").write_bytes(b"")
+    (tmp_path / "plain").write_bytes(bytes(range(100)))
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    read = os.pread
+    with mock.patch(
+        "os.pread", lambda number, count, start: read(number, min(count, 7), start)
+    ):  # at most 2 GiB a call
+        for url in (str(tmp_path / "copy"), "memory://copies/of-short-reads"):
+            storage.upload(tmp_path / "plain", url)
+            assert storage.read(url) == bytes(range(100))
 
 
 def test_urls_join_split_and_run_no_program():
@@ -209,40 +187,28 @@ def test_storage_survives_pickling_and_forking(tmp_path: Path):
 # ---- retries
 
 
-def retried(*errors: Exception, timeout: float = 300.0) -> int:
-    """Make a request that fails with the errors, then succeeds; return the number of attempts."""
-    remaining, attempts = list(errors), []
-
-    def request() -> int:
-        attempts.append(1)
-        if remaining:
-            raise remaining.pop(0)
-        return len(attempts)
-
-    return RetryPolicy(timeout)("s3://bucket/key", request)
+def retried(*errors: Exception, timeout: float = StorageConfig().retry_timeout_seconds) -> None:
+    """Make a request that fails with the errors, then succeeds."""
+    RetryPolicy(timeout)("s3://bucket/key", mock.Mock(side_effect=[*errors, None]))
 
 
-def test_transient_errors_are_retried_with_jittered_backoff(clock):
+def test_only_transient_errors_are_retried_with_jittered_backoff(clock):
     eio = OSError(errno.EIO, "x")
-    errors = [TransientError("slow down"), TimeoutError("late"), ConnectionResetError("reset"), eio] * 3
-    assert retried(*errors) == len(clock.slept) + 1 == 13
+    retried(*[TransientError("slow down"), TimeoutError("late"), ConnectionResetError("reset"), eio] * 3)
+    assert len(clock.slept) == len(set(clock.slept)) == 12
     assert all(0 <= wait <= min(10.0, 0.1 * 2**n) for n, wait in enumerate(clock.slept))
-    assert len(set(clock.slept)) == 12
-
-
-def test_permanent_errors_are_not_retried(clock):
     permanent = [FileNotFoundError("gone"), PermissionError("no"), TypeError("a bug")]
     permanent += [OSError(errno.ENOSPC, "full"), OSError(errno.ELOOP, "x"), ssl.SSLError("WRONG_VERSION_NUMBER")]
     for error in permanent:
         with pytest.raises(type(error)) as raised:
             retried(error)
         assert raised.value is error
-    assert clock.slept == []
+    assert len(clock.slept) == 12
 
 
 def test_last_attempt_is_made_at_the_timeout_and_the_outage_is_logged(clock, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING), pytest.raises(RetryTimeout) as raised:
-        retried(*[TransientError("slow down")] * 1000)
+        retried(*[TransientError("slow down")] * 1000, timeout=300.0)
     assert clock.now == pytest.approx(300.0)
     assert len(clock.slept) > 29
     assert str(explain("s3://bucket/key", "reading", raised.value, "http://store")) == (
@@ -257,7 +223,7 @@ def test_last_attempt_is_made_at_the_timeout_and_the_outage_is_logged(clock, cap
     assert caplog.records == []
 
 
-def test_default_timeout_outlasts_an_outage_of_a_minute(clock):
+def test_default_timeout_outlasts_an_outage_of_a_minute_and_respects_retry_after(clock):
     def request() -> str:
         if clock.now < 60.0:
             raise TransientError("away")
@@ -265,32 +231,25 @@ def test_default_timeout_outlasts_an_outage_of_a_minute(clock):
 
     assert RetryPolicy(StorageConfig().retry_timeout_seconds)("s3://bucket/key", request) == "back"
     assert 60.0 <= clock.now <= 70.0
-
-
-def test_retry_after_is_parsed_and_respected_within_the_timeout(clock):
+    clock.now = 0.0
+    clock.slept.clear()
     errors = [TransientError("slow down"), TransientError("slow down")]
     errors[0].retry_after, errors[1].retry_after = 7.0, 3600.0
-    retried(*errors)
+    retried(*errors, timeout=300.0)
     assert 7.0 <= clock.slept[0] <= 7.1
     assert clock.now == 300.0
     assert _seconds_until(" 7 ") == 7.0
     soon = _seconds_until(format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True))
-    assert soon is not None
     assert 90 < soon <= 100
     assert _seconds_until("soon") is _seconds_until("") is None
 
 
-class Body:
+class Body(io.BytesIO):
     """Response body that yields each piece in a call of `read1`, and raises those that are errors."""
 
     def __init__(self, *pieces: bytes | Exception, on_read: Callable[[], None] = lambda: None):
+        super().__init__()
         self._pieces, self._on_read = list(pieces), on_read
-
-    def __enter__(self) -> Body:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pieces = []
 
     def read1(self, size: int) -> bytes:
         self._on_read()
@@ -301,42 +260,32 @@ class Body:
         return piece
 
 
-class Responses(S3Backend):
-    """S3 backend whose requests for ranges are answered by `respond`."""
-
-    def __init__(self, respond: Callable[..., tuple[Any, int, int, str | None]]):
-        self._policy, self._get = RetryPolicy(300.0), respond  # type: ignore[method-assign]
+def backend_of(get: Callable[..., tuple[Any, int, int, str | None]]) -> S3Backend:
+    """Return an S3 backend whose requests for ranges are answered by `get`."""
+    backend = S3Backend.__new__(S3Backend)
+    backend._policy, backend._get = RetryPolicy(300.0), get  # type: ignore[method-assign]
+    return backend
 
 
 def test_interrupted_body_resumes_at_the_next_byte(clock):
-    cut, requests = TransientError("cut"), []
+    cut = TransientError("cut")
     bodies = [Body(b"ab", cut), Body(cut), Body(b"c"), Body(b"de", HTTPError("broken")), Body(b"f")]
-
-    def respond(path: str, *what: Any) -> tuple[Any, int, int, str | None]:
-        requests.append(what)
-        return bodies.pop(0), 0, 6, "tag"
-
-    assert Responses(respond).read("b/k", 0, None, None) == b"abcdef"
-    assert requests == [(0, None, None), (2, 6, "tag"), (2, 6, "tag"), (3, 6, "tag"), (5, 6, "tag")]
+    get = mock.Mock(side_effect=[(body, 0, 6, "tag") for body in bodies])
+    assert backend_of(get).read("b/k", 0, None, None) == b"abcdef"
+    ranges = [call.args[1:] for call in get.call_args_list]
+    assert ranges == [(0, None, None), (2, 6, "tag"), (2, 6, "tag"), (3, 6, "tag"), (5, 6, "tag")]
 
 
-def slow_get(clock, piece: bytes, size: int) -> bytes:
-    """Read an object of `size` bytes of which a piece arrives each second."""
+def test_slow_body_fails_at_the_timeout_which_restarts_every_16_mib(clock):
+    def slow_get(piece: bytes, size: int) -> bytes:
+        """Read an object of `size` bytes of which a piece arrives each second."""
+        body = Body(*[piece] * min(1024, size // len(piece)), on_read=lambda: setattr(clock, "now", clock.now + 1.0))
+        return backend_of(lambda *_: (body, 0, size, None)).read("b/k", 0, size, None)
 
-    def tick() -> None:
-        clock.now += 1.0
-
-    body = Body(*[piece] * min(1024, size // len(piece)), on_read=tick)
-    return Responses(lambda *_: (body, 0, size, None)).read("b/k", 0, size, None)
-
-
-def test_slow_body_fails_at_the_timeout(clock):
     with pytest.raises(RetryTimeout, match="1 attempts in 300 s") as raised:
-        slow_get(clock, b"x", 2**40)
+        slow_get(b"x", 2**40)
     assert "too slowly" in str(raised.value.__cause__)
-
-
-def test_timeout_restarts_every_16_mib(clock):
+    clock.now = 0.0
     size = 4 * retry.PROGRESS_BYTES
-    assert len(slow_get(clock, bytes(retry.PROGRESS_BYTES // 256), size)) == size
+    assert len(slow_get(bytes(retry.PROGRESS_BYTES // 256), size)) == size
     assert clock.now == 4 * 256

@@ -7,7 +7,6 @@ import io
 import json
 import threading
 from collections import Counter
-from contextlib import closing
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,6 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples import builder as module
-from pipeline.data.loading.loader import Loader
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from tests.support.data_stream import caption_tokenizer, copy_shards, data_config, hash_of, open_loader, take
@@ -31,26 +29,30 @@ KINDS = {"images": ("mim",), "text": ("mlm",), "pairs": ("itc", "itm", "mlm", "m
 
 
 @pytest.fixture
-def folders(make_pairs) -> dict[str, str]:
-    """Return two sources of 23 and 14 pairs."""
-    made = {"one": make_pairs("one", [9, 4, 10]), "two": make_pairs("two", [6, 8])}
-    for folder in made.values():
+def indexed_pairs(make_pairs):
+    """Return make_pairs, which also indexes the folder."""
+
+    def make(*arguments) -> str:
+        folder = make_pairs(*arguments)
         index_shards(Storage(), folder)
-    return made
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def folders(indexed_pairs) -> dict[str, str]:
+    """Return two sources of 23 and 14 pairs."""
+    return {"one": indexed_pairs("one", [9, 4, 10]), "two": indexed_pairs("two", [6, 8])}
 
 
 def run_config(folders: dict[str, str], kind: str = "pairs", **changes) -> RunConfig:
     return data_config(folders, KINDS[kind], kind, **changes)
 
 
-def row_hashes(batches: list[Batch]) -> list[str]:
-    hashes = []
-    for batch in batches:
-        for row in range(len(batch)):
-            digest = hashlib.sha256()
-            batch.rows(slice(row, row + 1)).hash_into(digest)
-            hashes.append(digest.hexdigest())
-    return hashes
+def digest_of(config: RunConfig, tokenizer: Tokenizer | None = None) -> str:
+    with open_loader(config, tokenizer) as loader:
+        return loader.digest
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,18 +65,25 @@ def test_batches_do_not_depend_on_world_size_or_threads(folders, kind: str):
 def test_ranks_and_restarts_read_parts_of_the_uninterrupted_run(folders):
     config = run_config(folders)
     uninterrupted = take(config, 9)
+
+    def row_hashes(batch: Batch) -> list[str]:
+        digests = [hashlib.sha256() for _ in range(len(batch))]
+        for row, digest in enumerate(digests):
+            batch.rows(slice(row, row + 1)).hash_into(digest)
+        return [digest.hexdigest() for digest in digests]
+
     for start in (1, 5, 8):
         for batch, expected in zip(take(config, 9 - start, start), uninterrupted[start:], strict=True):
             for field in fields(Batch):
                 one, other = getattr(batch, field.name), getattr(expected, field.name)
                 assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
     for world in (2, 3, 5):
-        parts = [take(config, 1, 4, rank=rank, world_size=world) for rank in range(world)]
-        assert [place for part in parts for place in part[0].place.tolist()] == list(range(10))
-        assert [row for part in parts for row in row_hashes(part)] == row_hashes(uninterrupted[4:5])
+        parts = [take(config, 1, 4, rank=rank, world_size=world)[0] for rank in range(world)]
+        assert [place for part in parts for place in part.place.tolist()] == list(range(10))
+        assert [row for part in parts for row in row_hashes(part)] == row_hashes(uninterrupted[4])
 
 
-def test_every_sample_is_read_once_per_epoch(folders):
+def test_every_sample_is_read_once_per_epoch_and_epochs_continue_after_a_restart(folders):
     with open_loader(run_config({"one": folders["one"]})) as loader:
         read = [
             (sample.epoch, uid)
@@ -85,39 +94,34 @@ def test_every_sample_is_read_once_per_epoch(folders):
     assert Counter(epoch for epoch, _ in read) == dict.fromkeys(range(10), 23)
     assert len({uid for _, uid in read}) == 23
     with open_loader(run_config({"one": folders["one"]})) as loader:
-        list(islice(loader.batches(23), 1))
-        assert loader.counts()["epochs/one"] == pytest.approx(10 + 10 / 23), "epochs continue after a restart"
+        next(loader.batches(23))
+        assert loader.counts()["epochs/one"] == pytest.approx(10 + 10 / 23)
 
 
 def test_batch_contains_what_the_objectives_read(folders, tmp_path: Path, make_tar):
-    vision, language = (
-        {"image", "patch_positions"},
-        {"text", "text_keep", "masked_text", "mask_positions", "mask_labels"},
-    )
-    expected = {
-        ("images", ("mim",)): vision,
-        ("text", ("mlm",)): language,
-        ("pairs", KINDS["pairs"]): vision | language,
-        ("pairs", ("itc",)): {"image", "text", "text_keep"},
-    }
+    vision = {"image", "patch_positions"}
+    language = {"text", "text_keep", "masked_text", "mask_positions", "mask_labels"}
     optional = {f.name for f in fields(Batch)} - {"step", "place", "uid", "image_id", "source"}
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    (plain / "0.tar").write_bytes(make_tar({str(n): {"txt": f"thing {n}".encode()} for n in range(12)}))
-    index_shards(Storage(), str(plain))
-    (batch,) = take(run_config({"one": str(plain)}, "text"))
-    assert batch.image is None
-    assert "thing" in caption_tokenizer().decode(batch.text[0].tolist())
-    for (kind, objectives), names in expected.items():
+    for kind, objectives, names in [
+        ("images", ("mim",), vision),
+        ("text", ("mlm",), language),
+        ("pairs", KINDS["pairs"], vision | language),
+        ("pairs", ("itc",), {"image", "text", "text_keep"}),
+    ]:
         (batch,) = take(data_config(folders, objectives, kind))
         assert {name for name in optional if getattr(batch, name) is not None} == names
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/0.tar").write_bytes(make_tar({str(n): {"txt": f"thing {n}".encode()} for n in range(12)}))
+    index_shards(Storage(), str(tmp_path / "plain"))
+    (batch,) = take(run_config({"one": str(tmp_path / "plain")}, "text"))
+    assert batch.image is None
+    assert "thing" in caption_tokenizer().decode(batch.text[0].tolist())
 
 
 def test_shapes_types_and_padding(folders):
     (batch,) = take(run_config(folders))
     tokenizer = caption_tokenizer()
-    assert batch.image.shape == (10, 16, 16, 3)
-    assert batch.image.dtype == torch.uint8
+    assert (batch.image.shape, batch.image.dtype) == ((10, 16, 16, 3), torch.uint8)
     assert batch.patch_positions.shape == (10, 6)  # 0.4 of 16 patches
     assert batch.text.shape == batch.text_keep.shape == batch.masked_text.shape
     assert batch.text.shape[1] <= 12
@@ -146,11 +150,10 @@ def test_augmentation_differs_between_epochs(folders):
         assert sum(len({epoch[part] for epoch in epochs}) > 1 for epochs in seen.values()) > 20
 
 
-def test_image_id_identifies_equal_images(make_pairs, make_pair):
+def test_image_id_identifies_equal_images(indexed_pairs, make_pair):
     named = {"json": b'{"captions": ["a thing"], "image_id": 9}'}
     planted = {(0, 1): make_pair(0), (0, 2): make_pair(5) | named, (0, 3): make_pair(6) | named}
-    folder = make_pairs("equal", [10], planted)
-    index_shards(Storage(), folder)
+    folder = indexed_pairs("equal", [10], planted)
     with open_loader(run_config({"one": folder})) as loader:
         batch = next(loader.batches(0))
         samples = [sample.sample for sample in loader.order.samples(0)]
@@ -162,29 +165,26 @@ def test_image_id_identifies_equal_images(make_pairs, make_pair):
     assert torch.equal(texts.image_id, texts.uid)
 
 
-PLANTED = {(0, 3): "image", (1, 2): "caption", (2, 0): "members", (2, 7): "members", (2, 9): "image"}
-
-
 @pytest.fixture
-def spoiled(make_pairs, make_pair) -> str:
-    """Return a source of 23 pairs, five of them bad in different ways."""
+def spoiled(indexed_pairs, make_pair) -> tuple[str, dict[tuple[int, int], str]]:
+    """Return a source of 23 pairs, and the failing stage of the five that are bad in different ways."""
     big, good = io.BytesIO(), make_pair(99)
     Image.new("RGB", (400, 400)).save(big, "PNG")
     planted = {
-        (0, 3): good | {"jpg": good["jpg"][: len(good["jpg"]) // 2]},
-        (1, 2): good | {"json": json.dumps({"captions": ["fine", " "]}).encode()},
-        (2, 0): {"json": good["json"]},
-        (2, 7): {"jpg": good["jpg"]},
-        (2, 9): {"png": big.getvalue(), "json": good["json"]},
+        (0, 3): ("image", good | {"jpg": good["jpg"][: len(good["jpg"]) // 2]}),
+        (1, 2): ("caption", good | {"json": json.dumps({"captions": ["fine", " "]}).encode()}),
+        (2, 0): ("members", {"json": good["json"]}),
+        (2, 7): ("members", {"jpg": good["jpg"]}),
+        (2, 9): ("image", {"png": big.getvalue(), "json": good["json"]}),
     }
-    folder = make_pairs("spoiled", [9, 4, 10], planted)
-    index_shards(Storage(), folder)
-    return folder
+    folder = indexed_pairs("spoiled", [9, 4, 10], {place: members for place, (_, members) in planted.items()})
+    return folder, {place: stage for place, (stage, _) in planted.items()}
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_bad_samples_are_counted_at_every_world_size(spoiled, world: int):
-    config = run_config({"one": spoiled}, data={"max_pixels": 10_000})
+    folder, faults = spoiled
+    config = run_config({"one": folder}, data={"max_pixels": 10_000})
     records, counts, planned = [], Counter(), set()
     for rank in range(world):
         with open_loader(config, rank=rank, world_size=world) as loader:
@@ -193,47 +193,36 @@ def test_bad_samples_are_counted_at_every_world_size(spoiled, world: int):
             counts.update(loader.counts())
             assert loader.quarantined() == []
             order = [(step, place, s) for step in range(23) for place, s in enumerate(loader.order.samples(step))]
-            planned |= {(step, place) for step, place, s in order if (s.shard, s.sample) in PLANTED}
+            planned |= {(step, place) for step, place, s in order if (s.shard, s.sample) in faults}
     assert counts == {"bad/one": 50, "samples/one": 230, "epochs/one": pytest.approx(10)}
     first = [0, 9, 13]
-    expected = {(f"0000{s}.tar", f"spoiled{first[s] + n:05d}", stage) for (s, n), stage in PLANTED.items()}
-    assert Counter((record["shard"], record["key"], record["stage"]) for record in records) == dict.fromkeys(
-        expected, 10
-    )
-    assert all(record["replaced_by"] not in {key for _, key, _ in expected} for record in records)
+    expected = {(f"0000{s}.tar", f"spoiled{first[s] + n:05d}", stage) for (s, n), stage in faults.items()}
+    read = Counter((record["shard"], record["key"], record["stage"]) for record in records)
+    assert read == dict.fromkeys(expected, 10)
+    assert {record["replaced_by"] for record in records}.isdisjoint(key for _, key, _ in expected)
     assert {(record["step"], record["place"]) for record in records} == planned
     assert hash_of(config, range(5), world, threads_per_worker=3) == hash_of(config, range(5), 1, threads_per_worker=1)
 
 
-def test_too_many_bad_samples_stop_the_run(spoiled, make_pairs):
-    config = run_config({"one": spoiled}, data={"max_pixels": 10_000, "max_bad_rate": 0.1})
-    with open_loader(config) as loader:
+def test_too_many_bad_samples_stop_the_run(spoiled, indexed_pairs):
+    with open_loader(run_config({"one": spoiled[0]}, data={"max_pixels": 10_000, "max_bad_rate": 0.1})) as loader:
         batches = loader.batches(0)
         list(islice(batches, 9))
         with pytest.raises(DataError, match=r"source 'one': .* bad .*max_bad_rate"):
             next(batches)  # the hundredth sample is in the tenth batch
-    folder = make_pairs("bad", [12], {(0, n): {"jpg": b"\xff\xd8 no image", "txt": b"thing"} for n in range(12)})
-    index_shards(Storage(), folder)
+    folder = indexed_pairs("bad", [12], {(0, n): {"jpg": b"\xff\xd8 no image", "txt": b"thing"} for n in range(12)})
     with pytest.raises(DataError, match=r"source 'one': .* is bad .*and so were 16 candidates"):
         take(run_config({"one": folder}))
-
-
-def digest_of(config: RunConfig, tokenizer: Tokenizer | None = None) -> str:
-    with open_loader(config, tokenizer) as loader:
-        return loader.digest
 
 
 def test_data_changes_the_digest_and_loader_settings_do_not(folders, make_tar, make_pair):
     base = digest_of(run_config(folders))
     assert digest_of(run_config(folders, data={"loader": {"threads_per_worker": 7, "prefetch_batches": 5}})) == base
     changes = [
-        {"data": {"augment": {"magnitude": 3}}},
-        {"data": {"max_pixels": 1000}},
-        {"stage": {"masking": {"mlm_probability": 0.3}}},
-        {"stage": {"max_text_length": 9}},
-        {"seed": 4},
+        {"data": {"augment": {"magnitude": 3}}}, {"data": {"max_pixels": 1000}}, {"seed": 4},
+        {"stage": {"masking": {"mlm_probability": 0.3}}}, {"stage": {"max_text_length": 9}},
         {"stage": {"name": "other"}},
-    ]
+    ]  # fmt: skip
     digests = [base, *(digest_of(run_config(folders, **change)) for change in changes)]
     digests.append(digest_of(run_config(folders), Tokenizer.train(["other words"], 100)))
     Path(folders["one"], "00001.tar").write_bytes(make_tar({str(n): make_pair(n + 40) for n in range(4)}))
@@ -254,12 +243,11 @@ def test_errors_are_raised_in_their_own_step_and_close_ends_every_thread(folders
     def threads() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")]
 
-    loader = open_loader(config).thing
-    batches = loader.batches(0)
-    next(batches)
-    assert threads()
-    assert 0 < loader.wait_seconds < 30
-    loader.close()
+    with open_loader(config) as loader:
+        batches = loader.batches(0)
+        next(batches)
+        assert threads()
+        assert 0 < loader.wait_seconds < 30
     assert not threads()
     assert list(batches) == []
     monkeypatch.setattr(module.ExampleBuilder, "build", failing)
@@ -270,7 +258,15 @@ def test_errors_are_raised_in_their_own_step_and_close_ends_every_thread(folders
     assert not threads()
 
 
-def test_missing_folders_and_shards_are_named_at_the_start(folders, tmp_path):
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_missing_data_and_a_small_cache_are_rejected_at_the_start(s3, folders, tmp_path: Path):
+    sizes = sum(file.stat().st_size for file in Path(folders["one"]).glob("*.tar"))
+    cache = {"folder": str(tmp_path / "cache"), "max_bytes": sizes - 1}
+    remote = {"one": copy_shards(folders["one"], s3)}, {"cache": cache}, s3.config.model_dump()
+    with pytest.raises(ConfigError, match=rf"max_bytes {sizes - 1} is below the {sizes} bytes of the open windows"):
+        open_loader(run_config(remote[0], data=remote[1], storage=remote[2]))
+    cache["max_bytes"] = sizes
+    assert len(take(run_config(remote[0], data=remote[1], storage=remote[2]))[0]) == 10
     with pytest.raises(DataError, match=r"absent: no such folder of shards"):
         open_loader(run_config(folders | {"one": str(tmp_path / "absent")}))
     Path(folders["two"], "00001.tar").unlink()
@@ -280,69 +276,50 @@ def test_missing_folders_and_shards_are_named_at_the_start(folders, tmp_path):
 
 @pytest.mark.parametrize(("caption", "may_flip"), [("a thing at left", False), ("a thing", True)])
 def test_images_are_not_flipped_if_a_caption_names_a_side(
-    make_pairs, make_pair, monkeypatch: pytest.MonkeyPatch, caption: str, may_flip: bool
+    indexed_pairs, make_pair, monkeypatch: pytest.MonkeyPatch, caption: str, may_flip: bool
 ):
-    captions = json.dumps({"captions": [caption]}).encode()
-    folder = make_pairs("sides", [10], {(0, n): make_pair(n) | {"json": captions} for n in range(10)})
-    index_shards(Storage(), folder)
-    allowed = set()
-    augment = module.augment
+    captions, allowed, augment = json.dumps({"captions": [caption]}).encode(), set(), module.augment
+    folder = indexed_pairs("sides", [10], {(0, n): make_pair(n) | {"json": captions} for n in range(10)})
     monkeypatch.setattr(module, "augment", lambda *args: allowed.add(args[4]) or augment(*args))
     take(run_config({"one": folder}))
     assert allowed == {may_flip}
 
 
-@pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_cache_smaller_than_open_windows_is_rejected(s3, folders, tmp_path: Path):
-    url = copy_shards(folders["one"], s3)
-    sizes = sum(file.stat().st_size for file in Path(folders["one"]).glob("*.tar"))
-
-    def loader(max_bytes: int) -> closing[Loader]:
-        cache = {"folder": str(tmp_path / "cache"), "max_bytes": max_bytes}
-        return open_loader(run_config({"one": url}, data={"cache": cache}, storage=s3.config.model_dump()))
-
-    with pytest.raises(ConfigError, match=rf"max_bytes {sizes - 1} is below the {sizes} bytes of the open windows"):
-        loader(sizes - 1)
-    with loader(sizes) as enough:
-        assert len(next(enough.batches(0))) == 10
-
-
 @pytest.fixture
-def wordy(make_pairs, make_pair) -> str:
-    """Return a source of forty pairs with captions of 1 to 20 words; odd ones score 0.1, the others 0.9."""
+def wordy(indexed_pairs, make_pair):
+    """Return wordy(stage, source), the config of forty pairs of 1 to 20 words; odd ones score 0.1, the others 0.9."""
     planted = {}
     for number in range(40):
         caption = " ".join(["thing"] * (1 + number * 7 % 20))
         described = {"captions": [caption], "score": 0.1 if number % 2 else 0.9}
         planted[divmod(number, 20)] = make_pair(number) | {"json": json.dumps(described).encode()}
-    folder = make_pairs("wordy", [20, 20], planted)
-    index_shards(Storage(), folder)
-    return folder
+    folder = indexed_pairs("wordy", [20, 20], planted)
 
+    def make(stage: dict, source: dict, **changes) -> RunConfig:
+        stage = {"max_text_length": 30, "global_batch_size": 5, **stage}
+        config = run_config({"wordy": folder}, stage=stage, data={"shuffle_window": 4}, **changes)
+        values = config.model_dump(mode="json", exclude_unset=True)
+        values["sources"]["wordy"] |= source
+        return validate(values, "test")
 
-def wordy_config(folder: str, stage: dict, source: dict | None = None, **changes) -> RunConfig:
-    stage = {"max_text_length": 30, "global_batch_size": 5, **stage}
-    config = run_config({"wordy": folder}, stage=stage, data={"shuffle_window": 4}, **changes)
-    values = config.model_dump(mode="json", exclude_unset=True)
-    values["sources"]["wordy"] |= source or {}
-    return validate(values, "test")
+    return make
 
 
 def test_buckets_group_captions_of_similar_length(wordy):
-    bucketed = wordy_config(wordy, {"buckets": {"by": "caption", "batches": 8}})
+    plain, bucketed = wordy({}, {}), wordy({"buckets": {"by": "caption", "batches": 8}}, {})
     readers = ((1, 0), (3, 0), (1, 2))
     assert len({hash_of(bucketed, range(9), world, num_workers=workers) for world, workers in readers}) == 1
-    epoch = {kind: take(config, 8) for kind, config in (("plain", wordy_config(wordy, {})), ("bucketed", bucketed))}
-    padding = {kind: sum(int((~batch.text_keep).sum()) for batch in epoch[kind]) for kind in epoch}
-    assert padding["bucketed"] < padding["plain"] / 2
-    uids = {kind: sorted(uid for batch in epoch[kind] for uid in batch.uid.tolist()) for kind in epoch}
-    assert uids["bucketed"] == uids["plain"], "a block of one epoch holds the same samples in another order"
+    epochs = [take(config, 8) for config in (plain, bucketed)]
+    padding = [sum(int((~batch.text_keep).sum()) for batch in epoch) for epoch in epochs]
+    assert padding[1] < padding[0] / 2
+    uids = [sorted(uid for batch in epoch for uid in batch.uid.tolist()) for epoch in epochs]
+    assert uids[0] == uids[1], "a block of one epoch holds the same samples in another order"
 
 
 def test_filters_and_opt_outs_are_respected(wordy, tmp_path: Path):
     (tmp_path / "opt_out.txt").write_text("wordy00004\nwordy00020\n")
     source = {"filters": {"score": {"min": 0.5}}, "opt_out": str(tmp_path / "opt_out.txt")}
-    config, whole = wordy_config(wordy, {}, source, output=str(tmp_path / "runs")), wordy_config(wordy, {})
+    config, whole = wordy({}, source, output=str(tmp_path / "runs")), wordy({}, {})
     chosen = [uid for batch in take(config, 18) for uid in batch.uid.tolist()]
     assert set(Counter(chosen).values()) == {5}, "18 batches of 5 are five epochs of 18 samples"
     assert len(set(chosen)) == 18

@@ -19,11 +19,11 @@ class Letters(PrefetchCache[str]):
 
     def __init__(self, max_size: int, keys: str = ""):
         super().__init__(max_size, "a shortage")
-        for key in keys:
-            self.put(key)
+        self.put(keys)
 
-    def put(self, key: str) -> None:
-        assert self.get(key, 1, lambda: key) == key
+    def put(self, keys: str) -> None:
+        for key in keys:
+            assert self.get(key, 1, lambda key=key: key) == key
 
     def ahead(self, key: str) -> bool:
         return self.prefetch(key, 1, lambda: key, lambda task: task())
@@ -87,23 +87,20 @@ def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pyt
     unused.put("b")
     assert caplog.messages == []
     unused.put("c")
-    assert unused.held == "ac"
-    assert caplog.messages == ["a shortage"]
-
-
-def test_prefetch_never_evicts_needed_entries(caplog: pytest.LogCaptureFixture):
-    cache = Letters(2, "ab")
-    cache.plan("a", 1, 3)
-    cache.plan("b", 1, 4)
-    assert not cache.ahead("c")
-    assert (cache.held, caplog.messages) == ("ab", [])
+    assert (unused.held, caplog.messages) == ("ac", ["a shortage"])
+    caplog.clear()
+    needed = Letters(2, "ab")
+    needed.plan("a", 1, 3)
+    needed.plan("b", 1, 4)
+    assert not needed.ahead("c"), "a prefetch evicts no needed entry"
+    assert (needed.held, caplog.messages) == ("ab", [])
     for key in "cd":
-        cache.put(key)  # a reader's entry does
-        cache.plan(key, 1, 5)  # needed from now on, so that the next eviction is a shortage again
-    assert (len(cache.held), caplog.messages) == (2, ["a shortage"])
+        needed.put(key)  # a reader's entry does
+        needed.plan(key, 1, 5)  # needed from now on, so that the next eviction is a shortage again
+    assert (len(needed.held), caplog.messages) == (2, ["a shortage"])
 
 
-def test_queued_and_evicted_entries_are_fetched_by_whoever_needs_them_first():
+def test_queued_evicted_and_invalidated_entries_are_fetched_when_next_needed():
     cache, queued = Letters(2), []
     assert cache.prefetch("a", 1, lambda: "a", queued.append)
     assert cache.get("a", 1, lambda: "another") == "a"
@@ -115,15 +112,12 @@ def test_queued_and_evicted_entries_are_fetched_by_whoever_needs_them_first():
     assert not evicted.plan("a", 1, 3)
     evicted.put("b")
     assert evicted.plan("a", 1, 4)
-
-
-def test_bad_value_is_invalidated_once():
-    cache: PrefetchCache[list] = PrefetchCache(3)
+    lists: PrefetchCache[list] = PrefetchCache(3)
     bad, good = ["bad"], ["good"]
-    cache.get("a", 1, lambda: bad)
+    lists.get("a", 1, lambda: bad)
     for _ in range(2):
-        cache.invalidate("a", bad)
-        assert cache.get("a", 1, lambda: good) is good
+        lists.invalidate("a", bad)
+        assert lists.get("a", 1, lambda: good) is good
 
 
 def test_finished_entries_are_released_and_purged():
@@ -164,6 +158,8 @@ class Fetches:
 
     def fetch(self, key: str) -> str:
         self.started.append(key)
+        if key == "bad" or (key == "once" and self.started.count(key) == 1):
+            raise StorageError(f"no {key}")
         return key
 
     @contextmanager
@@ -199,12 +195,17 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_entries_are_fetched_in_order_within_the_byte_limit():
+def test_entries_of_unfinished_steps_are_fetched_in_order_within_the_byte_limit():
     fetches, first = Fetches(), ("own2", "shared1", "own3", "own4")
     with fetches.ahead(lambda step: [f"own{step}", f"shared{step // 2}"], max_bytes=40, step=2):
         fetches.expect(*first)
         fetches.finish_step(2)
         fetches.expect(*first, "shared2", "own5")
+    fetches, slow = Fetches(), threading.Event()
+    with fetches.ahead(lambda step: [f"{step}"] if step or slow.wait(60) else [], max_bytes=30):
+        fetches.finish_step(99)
+        slow.set()
+        fetches.expect("100", "101", "102")
 
 
 @pytest.mark.parametrize(("max_size", "max_bytes", "num_at_once"), [(10_000, 1, 1), (20, 1000, 2)])
@@ -214,14 +215,6 @@ def test_large_or_blocked_entry_is_fetched_when_a_step_finishes(max_size: int, m
         for step in range(3):
             fetches.expect(*"01234"[: step + num_at_once])
             fetches.finish_step(step)
-
-
-def test_finished_steps_are_not_prefetched():
-    fetches, slow = Fetches(), threading.Event()
-    with fetches.ahead(lambda step: [f"{step}"] if step or slow.wait(60) else [], max_bytes=30):
-        fetches.finish_step(99)
-        slow.set()
-        fetches.expect("100", "101", "102")
 
 
 def test_walk_stays_within_the_horizon():
@@ -237,22 +230,15 @@ def test_walk_stays_within_the_horizon():
 def test_prefetch_failure_is_left_to_the_reader():
     fetches = Fetches()
 
-    def fetch(key: str) -> str:
-        fetches.started.append(key)
-        if key == "4" or (key == "1" and fetches.started.count("1") == 1):
-            raise StorageError(f"no {key}")
-        return key
-
     def keys(step: int) -> list[str]:
         if step == 3:
             raise StorageError("the index cannot be read")
-        return [f"{step}"]
+        return [{1: "once", 4: "bad"}.get(step, f"{step}")]
 
-    fetches.fetch = fetch
     with fetches.ahead(keys, max_bytes=1000):
         until(lambda: "9" in fetches.started)
-        for key in "13":
-            assert fetches.cache.get(key, 10, lambda key=key: fetch(key)) == key
-        assert fetches.started.count("1") == 2
-        with pytest.raises(StorageError, match="no 4"):
-            fetches.cache.get("4", 10, lambda: fetch("4"))
+        for key in ("once", "3"):
+            assert fetches.cache.get(key, 10, lambda key=key: fetches.fetch(key)) == key
+        assert fetches.started.count("once") == 2
+        with pytest.raises(StorageError, match="no bad"):
+            fetches.cache.get("bad", 10, lambda: fetches.fetch("bad"))
