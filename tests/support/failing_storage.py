@@ -11,16 +11,12 @@ First count the calls of a scenario, then repeat it with every one of them faili
         assert storage.num_failed                            # the fault was met
         check(Storage(), new_folder)                         # what must hold after any failure
 
-A call is one public call of `Storage`, after its retries. Its kind is one of KINDS. `fault.when` says how far it got:
-
-- "before": it had no effect.
-- "halfway": a folder lost half of its files; half the parts of an object were requested, and nothing became visible.
-- "after": it took effect, and its answer was lost.
-
-`fault.lasting` makes the later calls of the same kind fail as well, before any effect; with `kind=None` all later
-calls, as in an outage. `storage.heal()` ends it. Threads may share a FailingStorage. A copy sent to another process
-meets the same fault, counted in that process alone. `storage.calls` holds kind, URL and thread of every call, failed
-ones included.
+A call is one public call of `Storage`, after its retries; `storage.calls` holds kind, URL and thread of every call,
+failed ones included. `fault.when` says how far the call got: "before" (no effect), "halfway" (a folder lost half of its
+files; half the parts of an object were requested, and nothing became visible) or "after" (it took effect, and its
+answer was lost). `fault.lasting` makes the later calls of the same kind fail as well, before any effect; with
+`kind=None` all later calls, as in an outage; `storage.heal()` ends it. Threads may share a FailingStorage. A copy sent
+to another process meets the same fault, counted in that process alone.
 """
 
 from __future__ import annotations
@@ -115,13 +111,11 @@ class FailingStorage(Storage):
         kind, when, fault = KINDS[action], None, self._fault
         with self._counting:
             self.calls.append(Call(kind, url, threading.get_ident()))
-            number = {None: self._counts[None], kind: self._counts[kind]}
+            if fault is not None and fault.kind in (None, kind):
+                number = self._counts[fault.kind]
+                if number == fault.number or (fault.lasting and number > fault.number):
+                    when = fault.when if number == fault.number else "before"
             self._counts.update((None, kind))
-            if fault is not None and fault.kind in number:
-                if number[fault.kind] == fault.number:
-                    when = fault.when
-                elif fault.lasting and number[fault.kind] > fault.number:
-                    when = "before"
             self.num_failed += when is not None
         if when == "halfway":
             super()._do(url, action, lambda backend, path: call(_Halfway(backend), path))

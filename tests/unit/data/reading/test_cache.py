@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,19 +22,12 @@ from pipeline.data.reading.cache import FOLDER, CacheFull, NodeCache, OpenShard
 from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked
 
 USER = Path(__file__).resolve().parents[3] / "support" / "cache_reader.py"
-Ranges = Sequence[tuple[int, int]]
 
 
-def opened(
-    cache: NodeCache,
-    name: str,
-    data: bytes = bytes(100),
-    tag: str = "tag",
-    requested: list[tuple[int, int]] | None = None,
-) -> closing[OpenShard]:
-    """Open an object with this content; `requested` receives the downloaded ranges."""
+def opened(cache: NodeCache, name: str, data=bytes(100), tag: str = "tag", requested=None) -> closing[OpenShard]:
+    """Open an object with this content; the list `requested` receives the downloaded ranges."""
 
-    def fetch(pieces: Ranges) -> Iterator[bytes]:
+    def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         for start, stop in pieces:
             if requested is not None:
                 requested.append((start, stop))
@@ -132,7 +126,7 @@ def test_lost_or_damaged_files_are_downloaded_again(tmp_path: Path):
     assert names(cache) == {name}
 
 
-def test_concurrent_opens_download_once(tmp_path: Path):
+def test_concurrent_opens_download_once_and_a_failed_download_leaves_nothing(tmp_path: Path):
     data, requested, started = os.urandom(1000), [], threading.Barrier(8)
 
     def open_and_read(number: int) -> bytes:
@@ -143,17 +137,9 @@ def test_concurrent_opens_download_once(tmp_path: Path):
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(open_and_read, range(8))) == {data}
     assert requested == [(0, 1000)]
-
-
-def test_failed_download_leaves_nothing(tmp_path: Path):
     cache = NodeCache(tmp_path / "cache", 250)
-
-    def failing(pieces: Ranges) -> Iterator[bytes]:
-        raise StorageError("the store went away")
-        yield b""
-
     with pytest.raises(StorageError, match="the store went away"):
-        cache.open("s3://bucket/a", 100, "tag", failing)
+        cache.open("s3://bucket/a", 100, "tag", mock.Mock(side_effect=StorageError("the store went away")))
     assert names(cache) == set()
     put(cache, "a")
 
@@ -226,7 +212,7 @@ def test_planted_files_are_neither_read_nor_written(tmp_path: Path, kind: str, s
     assert sorted(os.listdir(tmp_path)) == ["cache", "victim"]
 
 
-def test_folder_is_private_to_its_user(tmp_path: Path):
+def test_folder_is_private_to_its_user_and_an_unusable_one_is_rejected_by_name(tmp_path: Path):
     cache = NodeCache(tmp_path, 2**20)
     put(cache, "a")
     assert cache.folder.stat().st_mode & 0o777 == 0o700
@@ -234,32 +220,18 @@ def test_folder_is_private_to_its_user(tmp_path: Path):
     put(cache, "b")
     assert cache.folder.stat().st_mode & 0o022 == 0
     assert all(path.stat().st_mode & 0o077 == 0 for path in cache.folder.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("symlink", "is not a folder.*choose another"),
-        ("another user's", "belongs to user 12345.*choose another"),
-        ("file", "is not a folder.*choose another"),
-        ("below a file", "cannot be used: Not a directory"),
-    ],
-)
-def test_unusable_folder_is_rejected_by_name(tmp_path: Path, kind: str, message: str):
-    folder = tmp_path / "cache" / FOLDER
-    if kind == "below a file":
-        folder.parent.write_bytes(b"")
-    else:
-        folder.parent.mkdir()
-    if kind == "symlink":
-        folder.symlink_to(tmp_path)
-    elif kind == "file":
-        folder.write_bytes(b"")
-    elif kind == "another user's":
-        if os.geteuid() != 0:
-            pytest.skip("only root gives folders away")
-        folder.mkdir()
-        os.chown(folder, 12345, 12345)
-    with pytest.raises(StorageError, match=rf"data\.cache\.folder.*{message}"):
-        put(NodeCache(tmp_path / "cache", 2**20), "a")
-    assert sorted(os.listdir(tmp_path)) == ["cache"]
+    faults: list[tuple[str, str, Callable[[Path], object]]] = [
+        ("symlink", "is not a folder.*choose another", lambda folder: folder.symlink_to(tmp_path)),
+        ("file", "is not a folder.*choose another", lambda folder: folder.write_bytes(b"")),
+        ("below", "cannot be used: Not a directory", lambda folder: folder.parent.rmdir() or folder.parent.touch()),
+        (
+            "owner",
+            "belongs to user 12345.*choose another",
+            lambda folder: folder.mkdir() or os.chown(folder, 12345, -1),
+        ),
+    ]
+    for name, message, plant in faults[: None if os.geteuid() == 0 else -1]:  # only root gives folders away
+        (tmp_path / name).mkdir()
+        plant(tmp_path / name / FOLDER)
+        with pytest.raises(StorageError, match=rf"data\.cache\.folder.*{message}"):
+            put(NodeCache(tmp_path / name, 2**20), "a")
