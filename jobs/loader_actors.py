@@ -16,7 +16,7 @@ import ray
 from pipeline.config.errors import MomeError
 from pipeline.data.batch import BatchBuffer
 from pipeline.data.examples.builder import LoaderSpec
-from pipeline.data.loading.backends import ThreadBackend
+from pipeline.data.loading.backends import LoaderBackend, ThreadBackend
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.storage import Storage
 
@@ -40,7 +40,7 @@ class ExampleActor:
         return buffer.memory, bad
 
 
-class RayBackend:
+class RayBackend(LoaderBackend):
     """`cluster.loader_actors` actors for one rank. Raises what they raise."""
 
     def __init__(self, spec: LoaderSpec, storage: Storage):

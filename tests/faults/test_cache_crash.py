@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,35 +11,33 @@ import pytest
 
 from pipeline.data.reading import cache as module
 from pipeline.data.reading.cache import NodeCache
-from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked, read_files
+from tests.support.cache_reader import SIZE, fill, held_bytes, open_checked, read_files, start_reader
 
 FILES = 12
-USER = Path(__file__).resolve().parents[1] / "support" / "cache_reader.py"
 
 
-def start(cache: NodeCache, store: Path, seed: int) -> subprocess.Popen:
-    command = [sys.executable, str(USER), str(cache.folder.parent), str(cache.max_bytes), str(store), str(seed)]
-    return subprocess.Popen([*command, "100000"])
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module, "PIECE", 2_000)
+    fill(tmp_path / "store", FILES)
+    return tmp_path / "store"
 
 
-def wait_for_part(cache: NodeCache) -> Path:
+def wait_for_part(cache: NodeCache) -> None:
     """Wait until a download is in progress."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if parts := list(cache.folder.glob("*.part")):
-            return parts[0]
-    raise AssertionError("no download began")
+    while not list(cache.folder.glob("*.part")):
+        assert time.monotonic() < deadline, "no download began"
 
 
-def test_next_process_cleans_up_a_killed_download(tmp_path: Path):
-    store, cache = tmp_path / "store", NodeCache(tmp_path / "cache", 4 * SIZE)
-    fill(store, FILES)
+def test_next_process_cleans_up_a_killed_download(tmp_path: Path, store: Path):
+    cache = NodeCache(tmp_path / "cache", 4 * SIZE)
     for seed in range(3):
-        process = start(cache, store, seed)
+        process = start_reader(cache, store, seed)
         wait_for_part(cache)
-        os.kill(process.pid, signal.SIGSTOP)  # probably in the middle of a download
+        process.send_signal(signal.SIGSTOP)  # probably in the middle of a download
         partial = list(cache.folder.glob("*.part"))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
         next_one = NodeCache(tmp_path / "cache", 4 * SIZE)
         open_checked(next_one, store, "0").close()
@@ -53,12 +48,10 @@ def test_next_process_cleans_up_a_killed_download(tmp_path: Path):
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_cache_is_consistent_after_random_kills(tmp_path: Path, processes: int):
+def test_cache_is_consistent_after_random_kills(tmp_path: Path, store: Path, processes: int):
     """Other processes keep reading, and the whole budget can be used after the last kill."""
-    store, cache = tmp_path / "store", NodeCache(tmp_path / "cache", 8 * SIZE)
-    fill(store, FILES)
-    chance = random.Random(processes)
-    running = [start(cache, store, seed) for seed in range(processes)]
+    cache, chance = NodeCache(tmp_path / "cache", 8 * SIZE), random.Random(processes)
+    running = [start_reader(cache, store, seed) for seed in range(processes)]
     for kill in range(8):
         wait_for_part(cache)
         time.sleep(chance.uniform(0, 0.1))
@@ -67,7 +60,7 @@ def test_cache_is_consistent_after_random_kills(tmp_path: Path, processes: int):
         victim.kill()
         victim.wait()
         assert held_bytes(cache) <= cache.max_bytes
-        running.append(start(cache, store, 100 + kill))
+        running.append(start_reader(cache, store, 100 + kill))
         if processes == 1:
             read_files(NodeCache(tmp_path / "cache", 8 * SIZE), store, kill, 5)
     time.sleep(0.5)
@@ -81,9 +74,3 @@ def test_cache_is_consistent_after_random_kills(tmp_path: Path, processes: int):
     assert {path.name for path in last.folder.iterdir()} == {"lock", *(shard.path.name for shard in shards)}
     for shard in shards:
         shard.close()
-
-
-@pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", 2_000)
-    assert len(content("0")) == SIZE

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,28 +30,23 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: Path):
         self.record = folder / "record"
-        self._config, self._vocabulary = folder / "config.json", folder / "vocab.txt"
-        self._config.write_text(config.model_dump_json(), encoding="utf-8")
-        self._vocabulary.write_bytes(caption_tokenizer().vocabulary_file)
-        self.process: subprocess.Popen[bytes] | None = None
+        self._files = folder / "config.json", folder / "vocab.txt"
+        self._files[0].write_text(config.model_dump_json(), encoding="utf-8")
+        self._files[1].write_bytes(caption_tokenizer().vocabulary_file)
+        self.process: psutil.Popen | None = None
 
     @property
     def steps(self) -> int:
         return len(whole_lines(self.record))
 
     def start(self, world: int, last: int = 1_000_000) -> None:
-        arguments = [self._config, self._vocabulary, world, self.steps, last, self.record]
+        arguments = [data_stream.__file__, *self._files, world, self.steps, last, self.record]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, data_stream.__file__, *map(str, arguments)], env=environment)
-
-    def loader_processes(self) -> list[psutil.Process]:
-        assert self.process is not None
-        return psutil.Process(self.process.pid).children(recursive=True)
+        self.process = psutil.Popen([sys.executable, *map(str, arguments)], env=environment)
 
     def kill(self) -> None:
         """Send SIGKILL to the process; its loader processes must notice and end."""
-        assert self.process is not None
-        orphans = self.loader_processes()
+        orphans = self.process.children(recursive=True)
         self.process.kill()
         self.process.wait()
         _, alive = psutil.wait_procs(orphans, timeout=20)
@@ -91,8 +84,8 @@ def test_killed_stream_equals_uninterrupted_stream(s3, make_pairs, tmp_path: Pat
             run.kill()
             killed["rank"] += 1
         else:  # of a loader process; the stream must continue
-            if victims := run.loader_processes():
-                draw.choice(victims).send_signal(signal.SIGKILL)
+            if victims := run.process.children(recursive=True):
+                draw.choice(victims).kill()
             killed["loader process"] += 1
     if run.process.poll() is None:
         run.kill()

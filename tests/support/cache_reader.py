@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,12 @@ def fill(store: Path, files: int) -> None:
         (store / f"{number}").write_bytes(content(f"{number}"))
 
 
+def start_reader(cache: NodeCache, store: Path, seed: int, rounds: int = 100_000) -> subprocess.Popen:
+    """Start this program as a process that shares the cache's folder."""
+    arguments = [cache.folder.parent, cache.max_bytes, store, seed, rounds]
+    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)])
+
+
 def held_bytes(cache: NodeCache) -> int:
     """Return the bytes of all cached files, with the full size of those being downloaded."""
     with cache._locked():
@@ -55,8 +62,7 @@ def open_checked(cache: NodeCache, store: Path, name: str) -> module.OpenShard:
 
 def read_files(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
     """Open a random file each round and keep the one before pinned."""
-    names, chance = sorted(os.listdir(store)), random.Random(seed)
-    before = None
+    names, chance, before = sorted(os.listdir(store)), random.Random(seed), None
     for _ in range(rounds):
         name = chance.choice(names)
         shard = open_checked(cache, store, name)
@@ -68,11 +74,7 @@ def read_files(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
         before = shard, name
 
 
-def main() -> None:
-    module.PIECE = PIECE
-    folder, max_bytes, store, seed, rounds = sys.argv[1:]
-    read_files(NodeCache(folder, int(max_bytes)), Path(store), int(seed), int(rounds))
-
-
 if __name__ == "__main__":
-    main()
+    module.PIECE = PIECE
+    folder, max_bytes, *rest = sys.argv[1:]
+    read_files(NodeCache(folder, int(max_bytes)), Path(rest[0]), int(rest[1]), int(rest[2]))

@@ -26,7 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -49,17 +49,13 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # exa
 PROGRAM = "from pipeline.data.loading.backends import main; main()"  # not -m: that would pickle messages as __main__'s
 
 
-class LoaderBackend(Protocol):
+class LoaderBackend:
     """Builds the batches of one rank ahead of need. It decides when examples are ready, never what they contain."""
 
-    def submit(self, step: int) -> None:
-        """Start to build the examples of a step. Steps are submitted in order."""
-
-    def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
-        """Wait for the examples of the earliest step submitted; return them with the records of replaced samples."""
-
-    def close(self) -> None:
-        """Stop all threads and processes. Buffers that were returned stay usable."""
+    submit: Callable[[int], None]  # start to build the examples of a step; steps are submitted in order
+    # Wait for the examples of the earliest step submitted; return them with the records of replaced samples.
+    result: Callable[[int], tuple[BatchBuffer, list[BadRecord]]]
+    close: Callable[[], None]  # stop all threads and processes; buffers that were returned stay usable
 
 
 BackendFactory = Callable[[LoaderSpec, Storage], LoaderBackend]
@@ -70,7 +66,7 @@ def local_backend(spec: LoaderSpec, storage: Storage) -> LoaderBackend:
     return ProcessBackend(spec, storage) if spec.config.data.loader.num_workers else ThreadBackend(spec, storage)
 
 
-class ThreadBackend:
+class ThreadBackend(LoaderBackend):
     """Threads that build the examples of a loader spec, a few examples per task.
 
     In the trainer's own process they share its interpreter lock, so that a busy trainer slows them.
@@ -141,7 +137,7 @@ class _Worker:
     connection: Connection = field(init=False)
 
 
-class ProcessBackend:
+class ProcessBackend(LoaderBackend):
     """`loader.num_workers` processes of `loader.threads_per_worker` threads, which write into the trainer's memory.
 
     They share equal buffers of anonymous memory. A buffer that was returned is free again when nothing refers to it

@@ -1,12 +1,10 @@
 """Node cache: remote shards as files of one node, within a byte budget, shared by all its processes.
 
-A cached file is named by the hash of its URL and ETag, so that shards of the same name in two datasets do not collide
-and a replaced shard is another file. Only files with such names, in the cache's own folder, are counted or deleted.
-
-The only other state is the kernel's file locks, which do not survive a crash. A reader holds a shared lock on a file,
-which pins it; a downloader holds an exclusive lock on its `.part`; a `.part` without a lock was left by a process that
-died. These locks are on the data files, which must be neither created nor truncated by locking them and need a shared
-mode, so they are plain flock calls; filelock provides the lock of the folder.
+A cached file is named by the hash of its URL and ETag, so that a replaced shard is another file. Only files with such
+names, in the cache's own folder, are counted or deleted. The only other state is the kernel's file locks, which do not
+survive a crash: a reader holds a shared lock on a file, which pins it; a downloader holds an exclusive lock on its
+`.part`; a `.part` without a lock was left by a process that died. These need a shared mode and must not create or
+truncate the files, so they are plain flock calls; filelock provides the lock of the folder.
 
 The folder belongs to one user. Files that other users could have written are neither read nor written to, because a
 shard's checksums do not protect against forgery.

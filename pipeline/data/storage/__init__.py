@@ -10,14 +10,6 @@ from pipeline.data.storage.retry import NoSpace, NotFound, ObjectChanged
 from pipeline.data.storage.storage import Progress, Storage, in_parallel, join, split
 
 __all__ = [
-    "NoSpace",
-    "NotFound",
-    "ObjectChanged",
-    "ObjectInfo",
-    "PartReader",
-    "Progress",
-    "Storage",
-    "in_parallel",
-    "join",
-    "split",
-]
+    "NoSpace", "NotFound", "ObjectChanged", "ObjectInfo", "PartReader", "Progress", "Storage",
+    "in_parallel", "join", "split",
+]  # fmt: skip

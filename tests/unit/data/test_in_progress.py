@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import mmap
-import os
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 
-from pipeline.config.schema import StorageConfig
 from pipeline.data import in_progress
 from pipeline.data.storage import Storage
 from pipeline.training.watchdog import Watchdog
@@ -41,26 +40,20 @@ def test_samples_of_every_thread_and_of_any_name_are_reported() -> None:
 
 
 def test_watchdog_reports_samples_of_other_processes(tmp_path) -> None:
-    descriptor = os.memfd_create("samples") if hasattr(os, "memfd_create") else pytest.skip("no anonymous memory")
-    os.ftruncate(descriptor, in_progress.BYTES)
-    memory = mmap.mmap(descriptor, in_progress.BYTES)
+    file = (tmp_path / "samples").open("w+b")
+    file.truncate(in_progress.BYTES)
+    memory = mmap.mmap(file.fileno(), in_progress.BYTES)
     stuck = (
         "import mmap, os, signal, sys; from pipeline.data import in_progress\n"
         "in_progress.boards[0] = mmap.mmap(int(sys.argv[1]), in_progress.BYTES)\n"
         "with in_progress.decoding('pairs: 00007.tar poison'): os.kill(os.getpid(), signal.SIGKILL)"
     )
-    subprocess.run([sys.executable, "-c", stuck, str(descriptor)], pass_fds=(descriptor,), check=False)
+    subprocess.run([sys.executable, "-c", stuck, str(file.fileno())], pass_fds=(file.fileno(),), check=False)
     in_progress.boards.append(memory)
 
-    class Rank:
-        rank, world_size, calls, inside = 0, 1, 0, ""
-
-        def key_value_store(self) -> None:
-            raise RuntimeError("no store")
-
-    ended: list[int] = []
-    storage = Storage(StorageConfig())
-    watchdog = Watchdog(Rank(), storage, str(tmp_path), {"startup": 1.0}, ended.append)  # type: ignore[arg-type]
+    no_store = mock.Mock(side_effect=RuntimeError("no store"))
+    rank, ended = mock.Mock(rank=0, world_size=1, calls=0, inside="", key_value_store=no_store), []
+    watchdog = Watchdog(rank, Storage(), str(tmp_path), {"startup": 1.0}, ended.append)
     try:
         watchdog._finish("rank 0 hangs")
     finally:

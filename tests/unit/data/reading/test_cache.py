@@ -19,9 +19,7 @@ import pytest
 
 from pipeline.config.errors import StorageError
 from pipeline.data.reading.cache import FOLDER, CacheFull, NodeCache, OpenShard
-from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked
-
-USER = Path(__file__).resolve().parents[3] / "support" / "cache_reader.py"
+from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked, start_reader
 
 
 def opened(cache: NodeCache, name: str, data=bytes(100), tag: str = "tag", requested=None) -> closing[OpenShard]:
@@ -169,8 +167,7 @@ def test_processes_share_the_cache_within_its_budget(tmp_path: Path):
     store, cache = tmp_path / "store", NodeCache(tmp_path / "cache", 8 * SIZE)
     fill(store, 20)
     open_checked(cache, store, "0").close()
-    command = [sys.executable, str(USER), str(tmp_path / "cache"), str(cache.max_bytes), str(store)]
-    users = [subprocess.Popen([*command, str(seed), "60"]) for seed in range(4)]
+    users = [start_reader(cache, store, seed, 60) for seed in range(4)]
     sizes = []
     while any(user.poll() is None for user in users):
         with open(cache.folder / "lock", "rb") as lock:  # shared, so that the users wait less

@@ -227,7 +227,7 @@ class Epoch:
     def refs(self, step: int, places: range = range(8)) -> list[SampleRef]:
         return self.order.samples(step, places) if step in self.steps else []
 
-    def read(self, storage: Storage, loader: LoaderConfig, cache: NodeCache | None = None, places: range = range(8)):
+    def read(self, storage: Storage, loader: LoaderConfig, places: range = range(8), cache: NodeCache | None = None):
         """Return the samples of each step, read by four threads two batches ahead."""
         samples = []
         with self.reader(storage, loader, cache) as remote, ThreadPoolExecutor(4) as pool:
@@ -258,22 +258,16 @@ ROOM = LoaderConfig(memory_bytes=2**20, read_ahead_bytes=30_000, max_concurrent_
 
 
 @ON_MOTO
-@pytest.mark.parametrize("is_scarce", [False, True])
-def test_epoch_from_a_store_fetches_each_chunk_once(s3, epoch: Epoch, caplog, is_scarce: bool):
-    """Also with memory for the open windows and the prefetch only."""
-    storage, total = CountingStorage(s3.config), sum(stop - start for _, start, stop in epoch.chunks)
-    loader = ROOM.model_copy(update={"memory_bytes": total * 6 // 10}) if is_scarce else ROOM
-    assert epoch.read(storage, loader) == epoch.expected
+def test_epoch_from_a_store_fetches_each_chunk_once_unless_memory_is_too_small(s3, epoch: Epoch, caplog):
+    total = sum(stop - start for _, start, stop in epoch.chunks)
     assert len(epoch.chunks) > 30
-    assert Counter(storage.ranges) == Counter(epoch.chunks)
-    assert warnings_of(caplog) == []
-
-
-@ON_MOTO
-def test_too_little_memory_warns_once_and_changes_no_sample(s3, epoch: Epoch, caplog: pytest.LogCaptureFixture):
-    storage = CountingStorage(s3.config)
+    for memory_bytes in (2**20, total * 6 // 10):  # the second suffices for the open windows and the prefetch only
+        storage = CountingStorage(s3.config)
+        assert epoch.read(storage, ROOM.model_copy(update={"memory_bytes": memory_bytes})) == epoch.expected
+        assert Counter(storage.ranges) == Counter(epoch.chunks)
+        assert warnings_of(caplog) == []
     assert epoch.read(storage, ROOM.model_copy(update={"memory_bytes": 60_000})) == epoch.expected
-    assert len(storage.ranges) > len(epoch.chunks) == len(set(storage.ranges))
+    assert len(storage.ranges) > 2 * len(epoch.chunks) == 2 * len(set(storage.ranges))
     assert warnings_of(caplog) == [
         "data.loader.memory_bytes 60000 is below what the open windows of this process need: chunks of shards are "
         "fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder"
@@ -281,45 +275,25 @@ def test_too_little_memory_warns_once_and_changes_no_sample(s3, epoch: Epoch, ca
 
 
 @ON_MOTO
-def test_readers_of_one_node_share_the_cache(s3, epoch: Epoch, tmp_path: Path):
-    cache = NodeCache(tmp_path / "cache", 2**30)
-    first, second, warm = (CountingStorage(s3.config) for _ in range(3))
+def test_readers_of_one_node_share_the_cache_and_download_damaged_shards_again(s3, epoch: Epoch, tmp_path: Path):
+    cache, halves = NodeCache(tmp_path / "cache", 2**30), (range(4), range(4, 8))
+    storages = [CountingStorage(s3.config) for _ in range(3)]
     with ThreadPoolExecutor(2) as pool:
-        halves = [
-            pool.submit(epoch.read, storage, ROOM, cache, places)
-            for storage, places in ((first, range(4)), (second, range(4, 8)))
+        reads = [
+            pool.submit(epoch.read, *pair, cache=cache) for pair in zip(storages, [ROOM] * 2, halves, strict=False)
         ]
-        batches = [a + b for a, b in zip(*(half.result() for half in halves), strict=True)]
+        batches = [a + b for a, b in zip(*(read.result() for read in reads), strict=True)]
     assert batches == epoch.expected
-    pieces = Counter(first.ranges) + Counter(second.ranges)
+    pieces = Counter(storages[0].ranges) + Counter(storages[1].ranges)
     assert set(pieces.values()) == {1}
     covered = sum(stop - start for _, start, stop in pieces)
     assert covered == sum(shard.bytes for shard in epoch.source.manifest.shards) == held_bytes(cache)
-    assert epoch.read(warm, ROOM, cache) == epoch.expected
-    assert warm.ranges == []
-
-
-@ON_MOTO
-def test_full_cache_warns_once_and_changes_no_sample(s3, epoch: Epoch, tmp_path: Path, caplog):
-    largest = max(shard.bytes for shard in epoch.source.manifest.shards)
-    cache = NodeCache(tmp_path, largest * 3 // 2)
-    assert epoch.read(Storage(s3.config), ROOM, cache) == epoch.expected
-    (message,) = warnings_of(caplog)
-    assert "no room for its" in message
-    assert f"data.cache.max_bytes is {cache.max_bytes}. Raise it; such shards are read over the network" in message
-    assert held_bytes(cache) <= cache.max_bytes
-
-
-@ON_MOTO
-def test_damaged_cached_shards_are_downloaded_again(s3, epoch: Epoch, tmp_path: Path):
-    cache, storage = NodeCache(tmp_path, 2**30), CountingStorage(s3.config)
-    epoch.read(Storage(s3.config), ROOM, cache)
-    for path in cache.folder.glob("*.tar"):
-        path.write_bytes(bytes(path.stat().st_size))
-    for downloads in ({1}, set()):
-        assert epoch.read(storage, ROOM, cache) == epoch.expected
-        assert set(Counter(storage.ranges).values()) == downloads
-        storage.ranges.clear()
+    for damages, downloads in ((False, set()), (True, {1}), (False, set())):
+        for path in cache.folder.glob("*.tar") if damages else ():
+            path.write_bytes(bytes(path.stat().st_size))
+        assert epoch.read(storages[2], ROOM, cache=cache) == epoch.expected
+        assert set(Counter(storages[2].ranges).values()) == downloads
+        storages[2].ranges.clear()
     other = NodeCache(tmp_path / "other", 2**30)
     with epoch.reader(Storage(s3.config), ROOM, other) as remote:
         remote.read(ref(0, 0))
@@ -327,6 +301,17 @@ def test_damaged_cached_shards_are_downloaded_again(s3, epoch: Epoch, tmp_path: 
         os.truncate(cached, 1000)  # while it is read
         assert [remote.read(ref(0, sample)).key for sample in (39, 38)] == ["pairs00039", "pairs00038"]
     assert cached.stat().st_size == epoch.source.manifest.shards[0].bytes
+
+
+@ON_MOTO
+def test_full_cache_warns_once_and_changes_no_sample(s3, epoch: Epoch, tmp_path: Path, caplog):
+    largest = max(shard.bytes for shard in epoch.source.manifest.shards)
+    cache = NodeCache(tmp_path, largest * 3 // 2)
+    assert epoch.read(Storage(s3.config), ROOM, cache=cache) == epoch.expected
+    (message,) = warnings_of(caplog)
+    assert "no room for its" in message
+    assert f"data.cache.max_bytes is {cache.max_bytes}. Raise it; such shards are read over the network" in message
+    assert held_bytes(cache) <= cache.max_bytes
 
 
 @ON_MOTO
