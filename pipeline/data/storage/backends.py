@@ -188,6 +188,12 @@ class FsspecBackend(Backend):
             raise PermanentError("the store does not report the object's size", "Copy it to a local folder or s3://.")
         return ObjectInfo(info["size"], info.get("etag") or info.get("ETag"))
 
+    def exists(self, path: str) -> bool:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            self._call(self._fs.info, path)  # the object's size may be unknown
+            return True
+        return self._call(self._fs.isdir, path)
+
     def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
         items: list[dict[str, Any]] = []
         with suppress(FileNotFoundError):

@@ -125,7 +125,8 @@ class S3Backend(Backend):
         prefix = _bucket_prefix(path)[1]
         for page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE, Delimiter="/"):
             for folder in page.get("CommonPrefixes", []):
-                yield _require(folder, "Prefix")[len(prefix) :].rstrip("/"), None
+                if name := _require(folder, "Prefix")[len(prefix) :].rstrip("/"):
+                    yield name, None
             for item in page["Contents"]:
                 name, _, deeper = item["Key"][len(prefix) :].partition("/")
                 if name:  # not the folder's own marker object
