@@ -15,7 +15,6 @@ from pipeline.config.schema import ClusterConfig, RunConfig, Section, StorageCon
 from pipeline.config.stored import RecordedLocation
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage
-from pipeline.tracking.committed import Store
 from pipeline.tracking.locations import absolute_uri, configured_uri, default_uri, read_run_id
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -61,7 +60,7 @@ class Caller(Section):
         )
 
 
-def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: Store) -> str | None:
+def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: Storage) -> str | None:
     """Return why results of a folder are not recorded in MLflow unless the caller asks for it; None where they are.
 
     `config` is as `Caller.applied` makes it. What is recorded without being asked for goes to the run that it is of,

@@ -41,7 +41,7 @@ from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import local_paths, resolve_secret
 from pipeline.config.redaction import printable
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.describe import job_environment
+from pipeline.tracking import describe
 from pipeline.tracking.locations import configured_uri
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +77,8 @@ def submit(config: RunConfig, address: str, follow: bool, token: str | None = No
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
     job = job_id(config, states)
     python, deadline = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"', time.monotonic() + START_SECONDS
+    tags = describe.code_tags() | {"ray.submission_id": job}
+    environment = {describe.PROPAGATED_TAGS[tag]: value for tag, value in tags.items()}
     with tempfile.TemporaryDirectory() as folder:
         for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
             shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -86,7 +88,7 @@ def submit(config: RunConfig, address: str, follow: bool, token: str | None = No
             try:
                 states[job] = client.submit_job(
                     entrypoint=f"{python} -m jobs.cli train run.yaml --json",
-                    runtime_env={"working_dir": folder, "env_vars": job_environment(job)},
+                    runtime_env={"working_dir": folder, "env_vars": environment},
                     submission_id=job,
                     metadata={"run": config.name, "checkpoint": config.folder},
                 )

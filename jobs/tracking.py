@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import logging
@@ -11,23 +12,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from jobs.caller import URI_VARIABLE, Caller
 from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import redact, redact_values
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage, split
-from pipeline.inference import drop_untrained_objectives, pyfunc_outputs
 from pipeline.tracking import locations
-from pipeline.tracking.mlflow_models import Export, register
-from pipeline.tracking.mlflow_replay import MlflowUploader, exclusive_upload, pending_bytes
+from pipeline.tracking.lease import InUse, Lease
+from pipeline.tracking.mlflow_models import register
+from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable
-from pipeline.training.checkpoint import load_weights, save_weights
 
 logger = logging.getLogger("mome.tracking")
 
-CODE = (Path(__file__).resolve().parents[1] / "pipeline",)
+PACKAGE = Path(__file__).resolve().parents[1] / "pipeline"
 # What `pipeline.inference` imports, and nothing that only training needs.
 SERVING = (
     "botocore", "einops", "fsspec", "numpy", "opencv-python-headless", "pandas", "pillow", "pydantic",
@@ -44,10 +42,16 @@ def register_checkpoint(
     folder without complete weights, ConfigError for weights that give neither embeddings nor matching scores,
     TrackingError for what MLflow refuses.
     """
+    import pandas as pd  # here, with torch: `sync` starts in half a second
+    from PIL import Image
+
+    from pipeline.inference import drop_untrained_objectives, pyfunc_outputs
+    from pipeline.training.checkpoint import load_weights, save_weights
+
     storage = caller.store()
     weights = load_weights(storage, checkpoint.rstrip("/"))
     config = caller.applied(weights.config)
-    stage = config.stage_named(weights.stage)
+    stage, step = config.stage_named(weights.stage), str(weights.step)
     image = io.BytesIO()
     Image.new("RGB", (32, 32), (128, 128, 128)).save(image, "PNG")
     with tempfile.TemporaryDirectory() as folder:
@@ -61,21 +65,24 @@ def register_checkpoint(
             "absent": sorted(weights.absent),
         }
         save_weights(Storage(), folder, weights.tensors, weights.vocabulary, metadata, weights.choices)
-        export = Export(
-            folder=Path(folder),
-            loader="pipeline.inference",
-            code=CODE,
-            requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
-            outputs=pyfunc_outputs(drop_untrained_objectives(weights)),
-            example={"image": image.getvalue(), "text": "a grey square"},
-            step=weights.step,
-            params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},
-            tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": str(weights.step)},
+        server = locations.absolute_uri(locations.tracking_uri(config))
+        done = register(
+            server,
+            locations.experiment_name(config),
+            name,
+            alias,
             run=locations.read_run_id(config, storage),
             stage_index=config.stages.index(stage),
+            step=weights.step,
+            outputs=pyfunc_outputs(drop_untrained_objectives(weights)),
+            params={"stage": stage.name, "step": step, "model": config.model.kind},
+            tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": step},
+            loader_module="pipeline.inference",
+            data_path=folder,
+            code_paths=[str(PACKAGE)],
+            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
+            input_example=pd.DataFrame([{"image": image.getvalue(), "text": "a grey square"}]),
         )
-        server = locations.absolute_uri(locations.tracking_uri(config))
-        done = register(server, locations.experiment_name(config), name, alias, export)
     return done | {"tracking_uri": redact(server), "checkpoint": weights.url}
 
 
@@ -101,15 +108,15 @@ def sync(run: str, caller: Caller = Caller()) -> dict[str, Any]:
             f"{run}: its journal says that it was tracked at {redact(known)}; to ship it there, give --uri, name the "
             f"config that it was trained with (--config), or set {URI_VARIABLE}"
         )
-    with locations.journal_write_errors(journal), exclusive_upload(journal.folder) as is_alone:
-        if not is_alone:
-            raise TrackingError(f"{run}: another process is uploading this journal; the run seems to be active")
-        pending = pending_bytes(journal.folder, target)
-        uploader = MlflowUploader(journal.folder, target, logger.warning)
-        try:
+    try:
+        with locations.journal_write_errors(journal), contextlib.closing(Lease(journal.upload_lock)):
+            pending = pending_bytes(journal.folder, target)
+            uploader = MlflowUploader(journal.folder, target, logger.warning)
             uploader.upload()
-        except ServerUnavailable as error:
-            raise TrackingError(
-                f"{redact(target)}: the server is unavailable ({error}); start it, or name another with --uri"
-            ) from error
+    except InUse:
+        raise TrackingError(f"{run}: another process is uploading this journal; the run seems to be active") from None
+    except ServerUnavailable as error:
+        raise TrackingError(
+            f"{redact(target)}: the server is unavailable ({error}); start it, or name another with --uri"
+        ) from error
     return {"uri": redact(target), "pending_bytes": pending, "points": uploader.num_points}

@@ -81,9 +81,7 @@ def objective_names() -> tuple[str, ...]:
 # ---- value types
 
 
-def is_reference(value: str) -> bool:
-    """Return True for 'env:NAME' and 'file:PATH', which name a secret; 'file://…' is a URL."""
-    return value.startswith(("env:", "file:")) and not value.startswith("file://")
+REFERENCE = re.compile(r"env:|file:(?!//)")  # of 'env:NAME' and 'file:PATH', which name a secret; 'file://…' is a URL
 
 
 def parse_steps(value: str) -> tuple[int, int]:
@@ -127,7 +125,7 @@ LocalFolder = Annotated[str, _require(is_local, _NOT_LOCAL)]
 SecretReference = Annotated[str, _require(re.compile(r"(env|file):.+").match, _NOT_SECRET)]
 Endpoint = Annotated[str, _require(lambda value: not holds_secret(value), _HOLDS_SECRET + _ENDPOINT)]
 TrackingUri = Annotated[
-    str, _require(lambda value: is_reference(value) or not holds_secret(value), _HOLDS_SECRET + _URI)
+    str, _require(lambda value: REFERENCE.match(value) or not holds_secret(value), _HOLDS_SECRET + _URI)
 ]
 Steps = Annotated[str, _require(parse_steps)]
 Prompt = Annotated[str, _require(lambda value: value.count("{}") == 1, _PROMPT)]

@@ -6,6 +6,7 @@ and a few quarantined samples. The template reads the run's records (`reports.ru
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from pipeline.reports.run_folder import QUARANTINE, RESTARTS, RunFolder, StageRe
 from pipeline.tracking.describe import config_yaml
 from pipeline.tracking.journal import EVALUATION
 from pipeline.tracking.locations import absolute_uri, default_uri, experiment_name, journal_folder
-from pipeline.tracking.mlflow_replay import uploaded_run
+from pipeline.tracking.mlflow_replay import Cursor
 from pipeline.training.goodput import PHASES
 
 HERE = Path(__file__).parent  # folder of the templates
@@ -254,10 +255,11 @@ def _lineage(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
     own = absolute_uri(server or default_uri(run.config.output))
     others = [] if run.recorded.tracking_uri is None else [absolute_uri(run.recorded.tracking_uri)]
     for uri in dict.fromkeys([own, *others]):
-        if (ids := uploaded_run(journal_folder(run.folder), uri)) is not None:
+        ids = Cursor.load(journal_folder(run.folder), uri)
+        if re.fullmatch(r"[0-9a-f]{32}", ids.run) and re.fullmatch(r"\d{1,32}", ids.experiment):
             has_page = uri == own and uri.startswith(("http://", "https://"))
-            page = f"{redact(uri).rstrip('/')}/#/experiments/{ids[1]}/runs/{ids[0]}" if has_page else ""
-            return lineage | {"MLflow run": ids[0]}, page
+            page = f"{redact(uri).rstrip('/')}/#/experiments/{ids.experiment}/runs/{ids.run}" if has_page else ""
+            return lineage | {"MLflow run": ids.run}, page
     return lineage | ({"In MLflow": f"the run tagged mome.run = '{run.run}'"} if run.run else {}), ""
 
 

@@ -11,13 +11,15 @@ import io
 import logging
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from pipeline.config.durable import write_durably
 from pipeline.config.urls import is_local
-from pipeline.tracking.journal import SESSION_NAME, Journal, complete_length, parse_records
+from pipeline.tracking.journal import SESSION_NAME, Journal, parse_records
 from pipeline.tracking.lease import is_held
+
+if TYPE_CHECKING:
+    from pipeline.data.storage import Storage
 
 logger = logging.getLogger("mome.tracking")
 
@@ -29,16 +31,7 @@ _TRAINING = re.compile(rb'"stage":[0-9]')
 Segment = tuple[int, int, str]  # the bytes [start, end) of a session, and the name of the object that holds them
 
 
-class Store(Protocol):
-    """The object store operations that the journal uses (implemented by `pipeline.data.storage.Storage`)."""
-
-    def read(self, url: str) -> bytes: ...
-    def write(self, url: str, data: bytes) -> object: ...
-    def list_info(self, url: str) -> Mapping[str, Any]: ...  # values have a `size` in bytes
-    def exists(self, url: str) -> bool: ...
-
-
-def committed_segments(store: Store, url: str) -> dict[str, list[Segment]]:
+def committed_segments(store: Storage, url: str) -> dict[str, list[Segment]]:
     """Return, for each session, the segments that cover its longest available prefix; neighbours may overlap.
 
     A session can also be one whole file, if a local run's folder was copied to the store.
@@ -64,7 +57,7 @@ def committed_segments(store: Store, url: str) -> dict[str, list[Segment]]:
 class CommittedJournal:
     """Commits a journal to the run's `folder` and restores it from there; a local run's journal is there already."""
 
-    def __init__(self, store: Store, folder: str):
+    def __init__(self, store: Storage, folder: str):
         self._store = store
         self._url = None if is_local(folder) else f"{folder.rstrip('/')}/journal"
         self._ends: dict[str, int] = {}  # session -> number of committed bytes
@@ -131,24 +124,22 @@ class CommittedJournal:
             self._ends = {session: chain[-1][1] for session, chain in committed_segments(self._store, url).items()}
         self._uncertain = True
         for session in journal.sessions():
-            path, start = journal.path(session), self._ends.get(session, 0)
-            if path.stat().st_size <= start or is_held(path, elsewhere=True) or (end := complete_length(path)) <= start:
+            start = self._ends.get(session, 0)
+            if is_held(journal.path(session), elsewhere=True) or not (data := journal.tail(session, start)):
                 continue
-            for _, record in journal.records(session, start):
+            for _, record in parse_records(io.BytesIO(data), session, start):
                 if record["kind"] != "artifact" or (name := record["file"]) in self._files:
                     continue
                 if (artifact := journal.file(name)) is not None:
                     try:
-                        data = artifact.read_bytes()
+                        content = artifact.read_bytes()
                     except OSError as error:  # must not prevent the commit of the records
                         message = "the artifact %s cannot be read (%s); committing the journal without it"
                         logger.warning(message, artifact, error)
                         continue
-                    self._store.write(f"{url}/files/{name}", data)
+                    self._store.write(f"{url}/files/{name}", content)
                     self._files.add(name)
-            with path.open("rb") as file:
-                file.seek(start)
-                data = file.read(end - start)
+            end = start + len(data)
             self._store.write(f"{url}/{session}.{start:012d}-{end:012d}.jsonl", data)
             self._ends[session] = end
         self._uncertain = False

@@ -34,55 +34,43 @@ PROPAGATED_TAGS = {
 _INVALID_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # characters that MLflow rejects in names of metrics, params and tags
 CONFIG_TAG = "config."  # prefix of the tags of config keys that may change on resume
 # Config sections without influence on what is learnt: names, locations, machines, monitoring.
-NOT_OF_RECIPE = ("name", "output", "seed", "storage", "cluster", "guards", "checkpoint", "tracking", "evaluation")
+NOT_OF_RECIPE = {"name", "output", "seed", "storage", "cluster", "guards", "checkpoint", "tracking", "evaluation"}
 
 
 def run_tags(config: RunConfig) -> dict[str, str]:
-    """Return the recipe hash, equal for runs that differ in names, seeds and machines only, and a Markdown summary.
+    """Return the tags of the parent run: user, host, versions, commit, recipe hash, and a summary in Markdown.
 
-    MLflow shows the summary above the tags.
+    The recipe hash is equal for runs that differ in names, seeds and machines only. MLflow shows the summary above the
+    tags.
     """
-    recipe: dict[str, Any] = config.model_dump(mode="json", exclude=set(NOT_OF_RECIPE))
-    for source in recipe["sources"].values():
-        del source["shards"]  # the location; the data digest covers the content
-    for key in ("loader", "cache"):
-        del recipe["data"][key]
-    recipe["engine"] = {"precision": recipe["engine"]["precision"]}
-    lines = [f"**{config.name}**: {config.model.kind}, {config.total_steps:,} steps in {config.folder}", ""]
-    lines += ["| stage | objectives | sources | steps | batch | starts from |", "|---|---|---|---|---|---|"]
-    for stage in config.stages:
-        reads = f"{stage.name} | {', '.join(stage.objectives)} | {_sources(stage)}"
-        lines.append(f"| {reads} | {stage.steps:,} | {stage.global_batch_size:,} | {stage.start_from} |")
-    return {
-        "recipe_hash": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12],
-        "mlflow.note.content": redact("\n".join(lines)),
-    }
-
-
-def note_of_stage(stage: StageConfig, origin: str) -> str:
-    """Return a stage's summary in Markdown; `origin` is the URL of its initial weights, or 'random'."""
-    return (
-        f"**{stage.name}**: {', '.join(stage.objectives)} from {_sources(stage)}; {stage.steps:,} steps of "
-        f"{stage.global_batch_size:,} samples. Started from {'random weights' if origin == 'random' else origin}."
-    )
-
-
-def _sources(stage: StageConfig) -> str:
-    total = sum(stage.sources.values())
-    if len(stage.sources) == 1:
-        return next(iter(stage.sources))
-    return ", ".join(f"{weight / total:.0%} {name}" for name, weight in stage.sources.items())
-
-
-def environment_tags() -> dict[str, str]:
-    """Return tags of this process: user, host, commit and package versions."""
     tags = {"mlflow.source.name": "mome", "mlflow.source.type": "JOB", "mome.host": socket.gethostname()}
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no entry in the password database
         tags["mlflow.user"] = getpass.getuser()
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             tags[f"version.{package}"] = importlib.metadata.version(package)
-    return tags | code_tags() | {tag: os.environ[name] for tag, name in PROPAGATED_TAGS.items() if os.environ.get(name)}
+    tags |= code_tags() | {tag: os.environ[name] for tag, name in PROPAGATED_TAGS.items() if os.environ.get(name)}
+    recipe: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_OF_RECIPE)
+    for source in recipe["sources"].values():
+        del source["shards"]  # the location; the data digest covers the content
+    for key in ("loader", "cache"):
+        del recipe["data"][key]
+    recipe["engine"] = {"precision": recipe["engine"]["precision"]}
+    tags["recipe_hash"] = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    lines = [f"**{config.name}**: {config.model.kind}, {config.total_steps:,} steps in {config.folder}", ""]
+    lines += ["| stage | objectives | sources | steps | batch | starts from |", "|---|---|---|---|---|---|"]
+    for stage in config.stages:
+        reads = f"{stage.name} | {', '.join(stage.objectives)} | {sources_text(stage)}"
+        lines.append(f"| {reads} | {stage.steps:,} | {stage.global_batch_size:,} | {stage.start_from} |")
+    return tags | {"mlflow.note.content": redact("\n".join(lines))}
+
+
+def sources_text(stage: StageConfig) -> str:
+    """Return the names of a stage's sources with their fractions of the examples."""
+    total = sum(stage.sources.values())
+    if len(stage.sources) == 1:
+        return next(iter(stage.sources))
+    return ", ".join(f"{weight / total:.0%} {name}" for name, weight in stage.sources.items())
 
 
 def code_tags() -> dict[str, str]:
@@ -96,12 +84,6 @@ def code_tags() -> dict[str, str]:
             outputs.append("")
     commit, changes = outputs or ("", "")
     return {COMMIT: commit, DIRTY: str(bool(changes)).lower()} if commit else {}
-
-
-def job_environment(submission_id: str) -> dict[str, str]:
-    """Return environment variables that describe this checkout and submission to the ranks of a Ray job."""
-    tags = code_tags() | {"ray.submission_id": submission_id}
-    return {PROPAGATED_TAGS[tag]: value for tag, value in tags.items()}
 
 
 def config_yaml(config: RunConfig, exclude_defaults: bool = False) -> str:

@@ -18,7 +18,6 @@ import contextlib
 import json
 import logging
 import os
-import posixpath
 import re
 import secrets
 import threading
@@ -26,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Union
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from pipeline.config.durable import sync_folder
@@ -40,37 +39,16 @@ CHECKPOINT, FINAL_WEIGHTS = "checkpoint", "final_weights"  # roles in model reco
 EVALUATION = "eval/"  # prefix of the metrics of held-out data
 RUN_ID = "[0-9A-Za-z_.-]{1,64}"
 SESSION_NAME = r"(?P<session>[0-9]{6}-[0-9a-f]{1,32})"
-_ARTIFACT_FILE = re.compile(r"[0-9a-f]{16}/[^/\0]{1,255}")
-_MAX_ARTIFACT_NAME = 1000
-_BLOCK = 2**16
-
-
-def check_file_name(name: str) -> str:
-    """Return `name` if it is the path of an artifact inside a journal, '<16 hex digits>/<name>'; raise ValueError.
-
-    Every file name read from a record passes this check before it becomes a path, because a journal's author must not
-    be able to read or write files elsewhere on this machine.
-    """
-    base = posixpath.basename(name)
-    # The limit of file systems is in bytes.
-    if not _ARTIFACT_FILE.fullmatch(name) or base in (".", "..") or len(base.encode(errors="replace")) > 255:
-        raise ValueError("an artifact's file must be '<16 hex digits>/<name>'")
-    return name
-
-
-def check_artifact_name(name: str) -> str:
-    """Return `name` if it is a safe relative path in MLflow's artifact folder; raise ValueError otherwise."""
-    if "\0" in name or "\\" in name or not 0 < len(name) <= _MAX_ARTIFACT_NAME:
-        raise ValueError("an artifact's name must be a relative path")
-    if name.startswith("/") or name != posixpath.normpath(name) or name.split("/")[0] in (".", ".."):
-        raise ValueError("an artifact's name must be a relative path without '..'")
-    return name
-
+# Files of artifacts, and their names in MLflow's artifact folder: relative paths without empty, '.' and '..' parts,
+# because a journal's author must not be able to read or write files elsewhere on this machine.
+ARTIFACT_FILE = re.compile(r"\A[0-9a-f]{16}/(?!\.{1,2}\Z)[^/\0]{1,255}\Z")
+ARTIFACT_NAME = re.compile(r"\A(?!(?:.*/)?\.{0,2}(?:/|\Z))[^\0\\]{1,1000}\Z", re.DOTALL)
 
 _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Step = Annotated[int, Field(ge=-(2**53), le=2**53)]
 _Stage = Annotated[int, Field(ge=0, lt=10_000)]
 _Number = float | Literal["nan", "inf", "-inf"]
+_Status = Literal["FINISHED", "FAILED", "KILLED"]
 _Texts = dict[str, str]
 
 
@@ -81,7 +59,7 @@ class _Dataset(TypedDict):
     context: str
 
 
-class _ModelMetric(TypedDict):
+class _Point(TypedDict):
     stage: _Stage | None
     key: str
     value: _Number
@@ -101,13 +79,13 @@ _KINDS: dict[str, dict[str, Any]] = {
     "rewind": {"stage": _Stage, "step": _Step},
     "tag": {"stage": _Stage | None, "key": str, "value": str},
     "artifact": {
-        "stage": _Stage | None, "name": Annotated[str, AfterValidator(check_artifact_name)],
-        "file": Annotated[str, AfterValidator(check_file_name)],
+        "stage": _Stage | None, "name": Annotated[str, Field(pattern=ARTIFACT_NAME)],
+        "file": Annotated[str, Field(pattern=ARTIFACT_FILE)],
     },
-    "model": {"stage": _Stage, "step": _Step, "url": str, "role": str, "points": list[_ModelMetric]},
+    "model": {"stage": _Stage, "step": _Step, "url": str, "role": str, "points": list[_Point]},
     "model_gone": {"stage": _Stage | None, "url": str},
-    "stage_end": {"stage": _Stage | None, "status": Literal["FINISHED", "FAILED", "KILLED"]},
-    "run_end": {"stage": _Stage | None, "status": Literal["FINISHED", "FAILED", "KILLED"]},
+    "stage_end": {"stage": _Stage | None, "status": _Status},
+    "run_end": {"stage": _Stage | None, "status": _Status},
 }  # fmt: skip
 _strict = with_config(ConfigDict(extra="allow", strict=True))
 _RECORDS = [
@@ -140,61 +118,6 @@ def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Itera
         yield offset, record
 
 
-def complete_length(path: Path) -> int:
-    """Return the number of bytes up to the end of the last complete line, reading backwards from the end."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(end - _BLOCK, 0)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-            end = start
-    return 0
-
-
-class JournalWriter:
-    """Appends records to one session.
-
-    `append` hands a record to the operating system at once, so that killing this process loses none. `sync` makes the
-    records survive a power failure; it is called periodically, outside the training thread.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        self._lease = Lease(path)  # shows other processes that this session is being written
-        sync_folder(path.parent)
-        self._lock = threading.Lock()
-        self._pending = b""
-        self._failing = False
-
-    def append(self, record: Record) -> None:
-        """Append one record. On a full disk the record is kept in memory and written later; nothing is raised."""
-        with self._lock:
-            self._pending += encode(record)
-            try:
-                while self._pending:
-                    self._pending = self._pending[os.write(self._fd, self._pending) :]
-                self._failing = False
-            except OSError as error:
-                if not self._failing:
-                    logger.warning(
-                        "cannot write the tracking journal in %s (%s); records are kept in memory until it works again",
-                        self._path.parent, error,
-                    )  # fmt: skip
-                self._failing = True
-
-    def sync(self) -> None:
-        os.fsync(self._fd)
-
-    def close(self) -> None:
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._lease.release()
-
-
 class Journal:
     """A folder of sessions, with the artifacts that their records name under `files/`."""
 
@@ -202,6 +125,7 @@ class Journal:
         self.folder = folder
         # Marker: part was downloaded from the run's storage, and no run has continued it on this machine.
         self.restored = folder / "restored"
+        self.upload_lock = folder / "uploader.lock"  # held while a process uploads the journal
 
     def sessions(self) -> list[str]:
         names = (path.stem for path in self.folder.glob("*.jsonl") if path.is_file())
@@ -212,13 +136,21 @@ class Journal:
 
     def file(self, name: str) -> Path | None:
         """Return the path of an artifact; None, with a warning, when it is not a regular file inside `files/`."""
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # a loop of symbolic links, or a hostile name
-            path = self.folder / "files" / check_file_name(name)
-            inside = path.resolve().is_relative_to(self.folder.resolve() / "files")
-            if inside and (path.is_file() or not path.exists()):  # opening a named pipe would block
-                return path
+        path = self.folder / "files" / name
+        if ARTIFACT_FILE.match(name) and len(path.name.encode(errors="replace")) <= 255:  # the limit of file systems
+            with contextlib.suppress(OSError, RuntimeError):  # a loop of symbolic links
+                inside = path.resolve().is_relative_to(self.folder.resolve() / "files")
+                if inside and (path.is_file() or not path.exists()):  # opening a named pipe would block
+                    return path
         logger.warning("%s: skipped %r, which is not a file of this journal", self.folder, name[:200])
         return None
+
+    def tail(self, session: str, start: int) -> bytes:
+        """Return the complete lines of a session from byte `start` on."""
+        with self.path(session).open("rb") as file:
+            file.seek(start)
+            data = file.read()
+        return data[: data.rfind(b"\n") + 1]
 
     def records(self, session: str, start: int = 0) -> Iterator[tuple[int, Record]]:
         """Yield (end offset, record) of a session from byte `start` on; an unfinished last line is skipped."""
@@ -237,8 +169,44 @@ class Journal:
         firsts = (next(self.records(session), None) for session in self.sessions())
         return [first[1] for first in firsts if first is not None and first[1]["kind"] == "run"]
 
-    def start_session(self) -> JournalWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        numbers = [int(session.split("-")[0]) for session in self.sessions()]
-        number = min(max(numbers, default=0) + 1, 999_999)
-        return JournalWriter(self.path(f"{number:06d}-{secrets.token_hex(4)}"))
+
+class JournalWriter:
+    """Appends records to a new session of a journal.
+
+    `append` hands a record to the operating system at once, so that killing this process loses none. `sync` makes the
+    records survive a power failure; it is called periodically, outside the training thread.
+    """
+
+    def __init__(self, journal: Journal):
+        self._folder = journal.folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+        number = min(max((int(name.split("-")[0]) for name in journal.sessions()), default=0) + 1, 999_999)
+        path = journal.path(f"{number:06d}-{secrets.token_hex(4)}")
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        self._lease = Lease(path)  # shows other processes that this session is being written
+        sync_folder(self._folder)
+        self._lock = threading.Lock()
+        self._pending = b""
+        self._failing = False
+
+    def append(self, record: Record) -> None:
+        """Append one record. On a full disk the record is kept in memory and written later; nothing is raised."""
+        with self._lock:
+            self._pending += encode(record)
+            try:
+                while self._pending:
+                    self._pending = self._pending[os.write(self._fd, self._pending) :]
+                self._failing = False
+            except OSError as error:
+                if not self._failing:
+                    message = "cannot write the tracking journal in %s (%s); until it works, records are kept in memory"
+                    logger.warning(message, self._folder, error)
+                self._failing = True
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._lease.close()

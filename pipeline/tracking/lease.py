@@ -27,7 +27,7 @@ class InUse(Exception):
 
 
 class Lease:
-    """Marks a file, creating it if necessary, as used by this process until `release` or the process's death.
+    """Marks a file, creating it if necessary, as used by this process until `close` or the process's death.
 
     Raises InUse when another process uses it. A file system without locks is logged as a warning.
     """
@@ -39,7 +39,7 @@ class Lease:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if isinstance(error, BlockingIOError) or _has_heartbeat(path):
+            if isinstance(error, BlockingIOError) or is_held(path):
                 os.close(self._fd)
                 raise InUse(str(path)) from None
             message = "%s: the file system has no file locks (%s); using heartbeat files instead"
@@ -48,7 +48,7 @@ class Lease:
             self._heartbeat = PeriodicThread(self._beat, BEAT_SECONDS, "mome-heartbeat").start()
         _held.add(path)
 
-    def release(self) -> None:
+    def close(self) -> None:
         _held.discard(self._path)
         os.close(self._fd)
         if self._heartbeat is not None:
@@ -65,8 +65,9 @@ def is_held(path: Path, elsewhere: bool = False) -> bool:
     """Return True while any process, or any other process if `elsewhere`, uses the file."""
     if path in _held:
         return not elsewhere
-    if _has_heartbeat(path):
-        return True
+    with contextlib.suppress(OSError):
+        if abs(time.time() - path.with_name(f"{path.name}.heartbeat").stat().st_mtime) < DEAD_SECONDS:
+            return True
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: NFS grants exclusive locks to writers only
@@ -75,10 +76,3 @@ def is_held(path: Path, elsewhere: bool = False) -> bool:
         except OSError:  # no locks on this file system, and no heartbeat
             return False
     return False
-
-
-def _has_heartbeat(path: Path) -> bool:
-    try:
-        return abs(time.time() - path.with_name(f"{path.name}.heartbeat").stat().st_mtime) < DEAD_SECONDS
-    except OSError:
-        return False

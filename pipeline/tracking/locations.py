@@ -9,14 +9,18 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.errors import MomeError, TrackingError
 from pipeline.config.load import resolve_secret
 from pipeline.config.redaction import remember
-from pipeline.config.schema import RunConfig, is_reference
+from pipeline.config.schema import REFERENCE, RunConfig
 from pipeline.config.urls import is_local, local_path
-from pipeline.tracking.committed import CommittedJournal, Store
+from pipeline.tracking.committed import CommittedJournal
 from pipeline.tracking.journal import RUN_ID, Journal
+
+if TYPE_CHECKING:
+    from pipeline.data.storage import Storage
 
 RUN_FILE = "tracking.json"
 _SQLITE = "sqlite:///"
@@ -38,13 +42,12 @@ def configured_uri(config: RunConfig) -> str:
 
 def default_uri(output: str) -> str:
     """Return the default MLflow URI: SQLite in the folder `output`, or in the working folder if that is remote."""
-    folder = local_path(output) if is_local(output) else Path.cwd()
-    return f"{_SQLITE}{folder}/mlflow.db"
+    return f"{_SQLITE}{local_path(output) if is_local(output) else Path.cwd()}/mlflow.db"
 
 
 def resolve_uri(uri: str) -> str:
     """Resolve an MLflow URI, which may be a reference 'env:NAME' or 'file:PATH'. Raises ConfigError if it is empty."""
-    if is_reference(uri):
+    if REFERENCE.match(uri):
         uri = resolve_secret(uri) or ""
     remember(uri)
     return uri
@@ -65,7 +68,7 @@ def experiment_name(config: RunConfig) -> str:
     return config.tracking.experiment or config.model.kind
 
 
-def read_run_id(config: RunConfig, storage: Store) -> str | None:
+def read_run_id(config: RunConfig, storage: Storage) -> str | None:
     """Return the id that tags the run's MLflow runs as `mome.run`; None before the first start."""
     url = f"{config.folder}/{RUN_FILE}"
     if not storage.exists(url):
@@ -92,7 +95,7 @@ def journal_folder(folder: str) -> Path:
     return root / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16] / "journal"
 
 
-def read_journal(folder: str, storage: Store) -> Journal:
+def read_journal(folder: str, storage: Storage) -> Journal:
     """Return the journal of the run in `folder`, after downloading what was committed by other machines."""
     journal = Journal(journal_folder(folder))
     with journal_write_errors(journal):

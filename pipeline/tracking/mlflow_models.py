@@ -9,8 +9,7 @@ loader module, without pickle and without this repository on the serving machine
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +44,7 @@ class LoggedModels:
         return {record["url"] for record in self._journal.all_records() if record["kind"] == "model_gone"}
 
     @cached_property
-    def _by_url(self) -> dict[str, LoggedModel]:
+    def by_url(self) -> dict[str, LoggedModel]:
         """The server's models of this run, requested once."""
         models: list[LoggedModel] = []
         condition, token, search = f"tags.`mome.run` = '{self._run}'", None, self._client.search_logged_models
@@ -56,39 +55,29 @@ class LoggedModels:
             if not token:
                 return {model.tags["mome.url"]: model for model in models if "mome.url" in model.tags}
 
-    def log(self, record: Record, run_id: str, stage: str) -> str | None:
-        """Log weights once; return the model's id, or None for weights that have been deleted since."""
+    def log(self, record: Record, run_id: str) -> str | None:
+        """Log weights of a stage's run once; return the model's id, or None if they have been deleted since."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
         url, step, role = record["url"], record["step"], record["role"]
         if url in self._deleted:
             return None
-        model = self._by_url.get(url)
+        run, model = request(self._client.get_run, run_id), self.by_url.get(url)
         if model is None:
+            stage = run.data.tags.get("stage", str(record["stage"]))
             name = _INVALID_IN_NAMES.sub("-", f"{self._name}-{stage}-{step:08d}")
             tags = {"mome.run": self._run, "mome.url": url, "mome.step": str(step), "mome.role": role}
             params = {"stage": stage, "step": str(step), "role": role}
             create = self._client.create_logged_model
             model = request(create, self._experiment, name, run_id, tags | {IS_EXTERNAL: "true"}, params, "weights")
-            self._by_url[url] = model
+            self.by_url[url] = model
         if model.status != LoggedModelStatus.READY:  # it was created but not finalized
-            self._by_url[url] = request(self._client.finalize_logged_model, model.model_id, LoggedModelStatus.READY)
-        if role == FINAL_WEIGHTS:  # checkpoints are not logged as outputs, because outputs cannot be removed
-            outputs = request(self._client.get_run, run_id).outputs
-            if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
-                request(self._client.log_outputs, run_id, [LoggedModelOutput(model.model_id, step)])
+            self.by_url[url] = request(self._client.finalize_logged_model, model.model_id, LoggedModelStatus.READY)
+        # Checkpoints are not logged as outputs, because outputs cannot be removed.
+        logged = {output.model_id for output in (run.outputs.model_outputs if run.outputs else ())}
+        if role == FINAL_WEIGHTS and model.model_id not in logged:
+            request(self._client.log_outputs, run_id, [LoggedModelOutput(model.model_id, step)])
         return model.model_id
-
-    def remove(self, url: str) -> None:
-        """Delete the model of deleted weights; the journal and the run's metrics still describe it."""
-        model = self._by_url.pop(url, None)
-        if model is not None:
-            request(self._client.delete_logged_model, model.model_id)
-
-    def at_step(self, step: int) -> str | None:
-        """Return the id of the model of a global step, to which an evaluation at that step belongs."""
-        ids = [model.model_id for model in self._by_url.values() if model.tags["mome.step"] == str(step)]
-        return ids[-1] if ids else None
 
     def start_from(self, url: str, run_id: str) -> str | None:
         """Make the weights at `url` an input of a run; return the run that made them, if this server knows it.
@@ -97,7 +86,7 @@ class LoggedModels:
         """
         from mlflow.entities import LoggedModelInput
 
-        if (own := self._by_url.get(url)) is not None:
+        if (own := self.by_url.get(url)) is not None:
             model = request(self._client.get_logged_model, own.model_id)
         elif "'" in url:  # cannot be quoted in a filter
             return None
@@ -114,71 +103,58 @@ class LoggedModels:
         return model.source_run_id
 
 
-@dataclass(frozen=True)
-class Export:
-    """A model to register: a folder, the module whose `_load_pyfunc` reads it, and metadata."""
+def register(
+    uri: str,
+    experiment: str,
+    name: str,
+    alias: str | None,
+    *,
+    run: str | None,
+    stage_index: int,
+    step: int,
+    outputs: Sequence[str],
+    params: dict[str, str],
+    tags: dict[str, str],
+    **pyfunc: Any,
+) -> dict[str, Any]:
+    """Log a model of the stage that made it, register it as the next version of `name`, set the alias.
 
-    folder: Path
-    loader: str  # a module of `code`
-    code: Sequence[Path]  # packages that are copied into the model
-    requirements: Sequence[str]
-    outputs: Sequence[str]  # columns of a prediction
-    example: Mapping[str, Any]  # a request of one row
-    step: int
-    params: Mapping[str, str]
-    tags: Mapping[str, str]
-    run: str | None  # value of the tag `mome.run` of the run that made it
-    stage_index: int
-
-
-def register(uri: str, experiment: str, name: str, alias: str | None, export: Export) -> dict[str, Any]:
-    """Log `export` as a model of the stage that made it, register it as the next version of `name`, set the alias.
-
-    A prediction reads per row an encoded image, a text, or both, and returns one column per output. The result has the
-    "name", "version", "alias", "model_id", the stage's MLflow "run_id" (None if the server does not know it), and the
-    "uri" for `mlflow.pyfunc.load_model`. Raises TrackingError with the server's error.
+    `run` is the tag `mome.run` of the run that made it, and `pyfunc` the model's files, code and example, as
+    `mlflow.pyfunc.log_model` takes them. A prediction reads per row an encoded image, a text, or both, and returns one
+    column per output. The result has the "name", "version", "alias", "model_id", the stage's MLflow "run_id" (None if
+    the server does not know it), and the "uri" for `mlflow.pyfunc.load_model`. Raises TrackingError with the server's
+    error.
     """
     uri = resolve_uri(uri)
     client = connect(uri)
     import mlflow
-    import pandas as pd
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    inputs: list[ColSpec | TensorSpec] = [
-        ColSpec(DataType.binary, "image", required=False),
-        ColSpec(DataType.string, "text", required=False),
-    ]
+    kinds = {"image": DataType.binary, "text": DataType.string}
+    inputs: list[ColSpec | TensorSpec] = [ColSpec(kind, column, required=False) for column, kind in kinds.items()]
     columns: list[ColSpec | TensorSpec] = [
         ColSpec(Array(DataType.double) if output in VECTORS else DataType.double, output, required=False)
-        for output in export.outputs
+        for output in outputs
     ]
     matching = ParamSchema([ParamSpec("itm", DataType.boolean, True)])
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
         runs: list[Any] = []
-        if export.run is not None:  # the MLflow run of the stage, if the server knows it
-            condition = f"tags.`mome.run` = '{export.run}' and tags.stage_index = '{export.stage_index}'"
+        if run is not None:  # the MLflow run of the stage, if the server knows it
+            condition = f"tags.`mome.run` = '{run}' and tags.stage_index = '{stage_index}'"
             experiments = [entry.experiment_id for entry in client.search_experiments()]
             runs = client.search_runs(experiments, filter_string=condition, max_results=1)
         run_id = runs[0].info.run_id if runs else None
         place = runs[0].info.experiment_id if runs else experiment_id(client, uri, experiment)
-        tags = dict(export.tags)
-        model = client.create_logged_model(place, name, run_id, tags, dict(export.params), model_type="export")
-        mlflow.pyfunc.log_model(
-            model_id=model.model_id,
-            loader_module=export.loader,
-            data_path=str(export.folder),
-            code_paths=[str(package) for package in export.code],
-            pip_requirements=list(export.requirements),
-            signature=ModelSignature(inputs=Schema(inputs), outputs=Schema(columns), params=matching),
-            input_example=pd.DataFrame([dict(export.example)]),
-        )
+        model = client.create_logged_model(place, name, run_id, tags, params, model_type="export")
+        signature = ModelSignature(inputs=Schema(inputs), outputs=Schema(columns), params=matching)
+        mlflow.pyfunc.log_model(model_id=model.model_id, signature=signature, **pyfunc)
         if run_id is not None:
-            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=export.step)])
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
         try:
             client.create_registered_model(name)
         except MlflowException as error:

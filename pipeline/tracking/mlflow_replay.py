@@ -12,8 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -23,8 +22,7 @@ from pydantic import BaseModel, Field, PrivateAttr
 from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
 from pipeline.tracking import mlflow_server
-from pipeline.tracking.journal import EVALUATION, Journal, Record, complete_length
-from pipeline.tracking.lease import InUse, Lease
+from pipeline.tracking.journal import EVALUATION, Journal, Record
 from pipeline.tracking.mlflow_models import LoggedModels
 from pipeline.tracking.mlflow_server import RequestRejected, RunNotFound, ServerUnavailable, request
 
@@ -66,31 +64,10 @@ class Cursor(BaseModel):
             return offset if file.read(1) == b"\n" else 0
 
 
-def uploaded_run(folder: Path, uri: str) -> tuple[str, str] | None:
-    """Return MLflow's ids (run, experiment) of a journal's run at `uri`; None if this machine did not upload it."""
-    cursor = Cursor.load(folder, uri)
-    is_valid = re.fullmatch(r"[0-9a-f]{32}", cursor.run) and re.fullmatch(r"\d{1,32}", cursor.experiment)
-    return (cursor.run, cursor.experiment) if is_valid else None
-
-
 def pending_bytes(folder: Path, uri: str) -> int:
     """Return the number of bytes of the journal that were not uploaded to `uri`."""
     journal, cursor = Journal(folder), Cursor.load(folder, uri)
-    return sum(complete_length(journal.path(name)) - cursor.offset(journal, name) for name in journal.sessions())
-
-
-@contextlib.contextmanager
-def exclusive_upload(folder: Path) -> Iterator[bool]:
-    """Yield True while this process holds the journal's upload lock, False if another process does."""
-    try:
-        lease = Lease(folder / "uploader.lock")
-    except InUse:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lease.release()
+    return sum(len(journal.tail(session, cursor.offset(journal, session))) for session in journal.sessions())
 
 
 class MlflowUploader:
@@ -125,14 +102,6 @@ class MlflowUploader:
         except OSError as error:
             raise ServerUnavailable(describe_error(error)) from error
 
-    def _connect(self) -> None:
-        client = request(mlflow_server.connect, self._uri)
-        self._run_record = request(lambda: self._journal.run_records()[0])  # a damaged journal is tried again
-        name = self._run_record.get("experiment", "Default")
-        experiment = request(mlflow_server.experiment_id, client, self._uri, name)
-        self._client, self._models = client, LoggedModels(client, experiment, self._run_record, self._journal)
-        self._experiment = experiment  # last: a connection that fails before is made again
-
     def _upload_records(self) -> None:
         self._points = []
         for session in self._journal.sessions():
@@ -141,41 +110,40 @@ class MlflowUploader:
                 if self._experiment and record["kind"] == "run" and record["run"] != self._run_record["run"]:
                     self._experiment, self._runs = "", {}  # the folder was deleted and holds another run now
                 if not self._experiment:
-                    self._connect()
+                    client = request(mlflow_server.connect, self._uri)
+                    self._run_record = request(lambda: self._journal.run_records()[0])  # if damaged: tried again
+                    name = self._run_record.get("experiment", "Default")
+                    experiment = request(mlflow_server.experiment_id, client, self._uri, name)
+                    self._models = LoggedModels(client, experiment, self._run_record, self._journal)
+                    self._client, self._experiment = client, experiment  # last: a failed connection is made again
                 if record["kind"] == "metrics":
                     self._collect_points(record)
-                    if len(self._points) < MAX_BATCH_POINTS:
-                        continue
-                    self._send_points()
+                    if len(self._points) >= MAX_BATCH_POINTS:
+                        self._send_points(session, offset)
                 else:
                     self._send_points()
                     self._apply(record)
-                self._advance(session, offset)
+                    self._send_points(session, offset)
             if self._points:
-                self._send_points()
-                self._advance(session, offset)
-
-    def _advance(self, session: str, offset: int) -> None:
-        self._cursor.offsets[session] = offset
-        self._cursor.run, self._cursor.experiment = self._runs.get(None, self._cursor.run), self._experiment
-        self._cursor.save()
+                self._send_points(session, offset)
 
     def _collect_points(self, record: Record) -> None:
         from mlflow.entities import Metric
 
-        run = self._run_id(record["stage"])
-        if run != self._points_run:
+        step, marks = record["step"], self._cursor.marks.get(str(record["stage"]), {})
+        if (run := self._run_id(record["stage"])) != self._points_run:
             self._send_points()
             self._points_run = run
-        marks, step = self._cursor.marks.get(str(record["stage"]), {}), record["step"]
-        evaluations = {key for key in record["values"] if key.startswith(EVALUATION)}
-        evaluated = self._models.at_step(step) if evaluations else None
         for key, value in record["values"].items():
             if step > marks.get(key, -1):
-                model_id = evaluated if key in evaluations else None
+                model_id = None
+                if key.startswith(EVALUATION):  # it evaluates the weights of this step
+                    models = self._models.by_url.values()
+                    model_id = next((m.model_id for m in reversed(models) if m.tags["mome.step"] == str(step)), None)
                 self._points.append(Metric(key, float(value), record["at"], step, model_id=model_id))
 
-    def _send_points(self) -> None:
+    def _send_points(self, session: str | None = None, offset: int = 0) -> None:
+        """Send the collected points; then store that the bytes of `session` before `offset` are uploaded."""
         points, self._points = self._points, []
         for start in range(0, len(points), MAX_BATCH_POINTS):
             batch = points[start : start + MAX_BATCH_POINTS]
@@ -186,9 +154,15 @@ class MlflowUploader:
                 for point in batch:
                     self._send(self._client.log_batch, self._points_run, metrics=[point])
             self.num_points += len(batch)
+        if session is not None:
+            self._cursor.offsets[session] = offset
+            self._cursor.run, self._cursor.experiment = self._runs.get(None, self._cursor.run), self._experiment
+            self._cursor.save()
 
     def _apply(self, record: Record) -> None:
         """Upload one record other than metrics."""
+        from mlflow.entities import Metric
+
         kind, stage, client = record["kind"], record["stage"], self._client
         if kind == "run":
             self._log_params_and_tags(self._run_id(None, record), record)
@@ -214,9 +188,19 @@ class MlflowUploader:
                 reason = "whose file is not in the journal" if path is None else f"because {path} is missing"
                 self._report(f"tracking: skipped the artifact {record['name']}, {reason}")
         elif kind == "model":
-            self._send(self._log_model, record)
+            if (model_id := self._send(self._models.log, record, self._run_id(stage))) is not None:
+                for of_stage in (stage, None):  # the points of its step, which the run already has with the same times
+                    points = [point for point in record["points"] if point["stage"] == of_stage]
+                    self._points_run = self._run_id(of_stage)
+                    self._points = [
+                        Metric(point["key"], float(point["value"]), point["at"], record["step"], model_id=model_id)
+                        for point in points
+                    ]
+                    self.num_points -= len(points)  # already counted when the run's points were sent
+                    self._send_points()
         elif kind == "model_gone":
-            self._send(self._models.remove, record["url"])
+            if (model := self._models.by_url.pop(record["url"], None)) is not None:
+                self._send(client.delete_logged_model, model.model_id)
         elif kind in ("stage_end", "run_end"):
             self._send(client.set_terminated, self._run_id(stage), record["status"], record["at"])
 
@@ -239,25 +223,6 @@ class MlflowUploader:
         if origin != "random" and (origin_run := self._send(self._models.start_from, origin, child)) is not None:
             self._send(self._client.set_tag, child, "start_from.run_id", origin_run)
 
-    def _log_model(self, record: Record) -> None:
-        """Log saved weights together with the points of their step, which the run already has with the same times."""
-        from mlflow.entities import Metric
-
-        run = self._run_id(record["stage"])
-        stage = request(self._client.get_run, run).data.tags.get("stage", str(record["stage"]))
-        model_id = self._models.log(record, run, stage)
-        if model_id is None:
-            return
-        for point_stage in (record["stage"], None):
-            self._points_run = self._run_id(point_stage)
-            self._points = [
-                Metric(point["key"], float(point["value"]), point["at"], record["step"], model_id=model_id)
-                for point in record["points"]
-                if point["stage"] == point_stage
-            ]
-            self.num_points -= len(self._points)  # already counted when the run's points were sent
-            self._send_points()
-
     def _log_params_and_tags(self, run: str, record: Record) -> None:
         """Log params and tags. A param that already has another value is immutable and becomes a tag."""
         from mlflow.entities import Param, RunTag
@@ -265,13 +230,13 @@ class MlflowUploader:
         existing = request(self._client.get_run, run).data.params
         params = {key: value[:MAX_PARAM] for key, value in record["params"].items()}
         changed = {f"mome.changed.{key}": value for key, value in params.items() if existing.get(key, value) != value}
-        tags = record["tags"] | changed
-        new = [Param(key, value) for key, value in params.items() if key not in existing]
-        pairs = [RunTag(key, str(value)[:MAX_TAG]) for key, value in tags.items()]
-        for start in range(0, len(new), MAX_BATCH_PAIRS):
-            self._send(self._client.log_batch, run, params=new[start : start + MAX_BATCH_PAIRS])
-        for start in range(0, len(pairs), MAX_BATCH_PAIRS):
-            self._send(self._client.log_batch, run, tags=pairs[start : start + MAX_BATCH_PAIRS])
+        pairs: dict[str, list[Any]] = {
+            "params": [Param(key, value) for key, value in params.items() if key not in existing],
+            "tags": [RunTag(key, str(value)[:MAX_TAG]) for key, value in (record["tags"] | changed).items()],
+        }
+        for kind, items in pairs.items():
+            for start in range(0, len(items), MAX_BATCH_PAIRS):
+                self._send(self._client.log_batch, run, **{kind: items[start : start + MAX_BATCH_PAIRS]})
 
     def _run_id(self, stage: int | None, start: Record | None = None) -> str:
         """Return the MLflow run id of a stage, or of the parent run for None.
@@ -282,7 +247,7 @@ class MlflowUploader:
         """
         if start is None and stage in self._runs:
             return self._runs[stage]
-        condition = "tags.`mome.role` = 'run'"
+        condition, tags = "tags.`mome.role` = 'run'", {"mome.role": "run", "mome.run": self._run_record["run"]}
         if stage is not None:
             condition = f"tags.`mome.role` = 'stage' and tags.stage_index = '{stage}'"
         runs = self._search_runs(condition)
@@ -290,7 +255,6 @@ class MlflowUploader:
             self._raise_if_deleted(*self._search_runs(condition, deleted=True))
             if start is None:
                 raise RunNotFound(f"the {'parent run' if stage is None else f'run of stage {stage}'} no longer exists")
-            tags = {"mome.role": "run", "mome.run": self._run_record["run"]}
             if stage is not None:
                 tags |= {"mome.role": "stage", "stage_index": str(stage), "mlflow.parentRunId": self._run_id(None)}
             create, name = self._client.create_run, start.get("name")

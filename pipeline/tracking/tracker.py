@@ -18,27 +18,30 @@ import posixpath
 import secrets
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
 from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking import describe, locations
-from pipeline.tracking.committed import CommittedJournal, Store
+from pipeline.tracking.committed import CommittedJournal
 from pipeline.tracking.journal import (
+    ARTIFACT_NAME,
     CHECKPOINT,
     EVALUATION,
     FINAL_WEIGHTS,
     Journal,
     JournalWriter,
     Record,
-    check_artifact_name,
 )
 from pipeline.tracking.uploader import Uploader
+
+if TYPE_CHECKING:
+    from pipeline.data.storage import Storage
 
 logger = logging.getLogger("mome.tracking")
 
@@ -78,13 +81,13 @@ class History:
     _STEPS = 256  # recent steps whose metrics are kept, with those of every evaluation, to annotate saved weights
 
     def __init__(self, journal: Journal):
-        self._last_steps: dict[tuple[int, str], int] = {}  # highest step by stage and key
+        self.last_steps: defaultdict[int, dict[str, int]] = defaultdict(dict)  # stage -> key -> highest step
         self._outside_stages: set[tuple[str, int, float | str]] = set()
         self.recent: OrderedDict[int, list[Record]] = OrderedDict()  # metrics records by step
         self.evaluations: dict[int, list[Record]] = {}
         self.checkpoints: dict[str, int] = {}  # retained checkpoints: URL -> stage index
         self.origins: dict[int, str] = {}  # weights from which each stage last started
-        self.stage_starts: dict[int, int] = {}
+        self.stage_starts: Counter[int] = Counter()
         self.stage_keys: dict[int, dict[str, str]] = {}  # changeable config keys of each stage's last start
         self.training_sessions = 0  # sessions that began a stage; evaluations do not count
         for session in journal.sessions():
@@ -94,7 +97,7 @@ class History:
                 if record["kind"] == "stage":
                     stage, tags, has_trained = record["stage"], record["tags"], True
                     self.origins[stage] = tags.get("start_from", "random")
-                    self.stage_starts[stage] = self.stage_starts.get(stage, 0) + 1
+                    self.stage_starts[stage] += 1
                     self.stage_keys[stage] = {key: tags[key] for key in tags if key.startswith(describe.CONFIG_TAG)}
             self.training_sessions += has_trained
 
@@ -109,8 +112,7 @@ class History:
             if len(self.recent) > self._STEPS:
                 self.recent.popitem(last=False)
         elif kind == "rewind":
-            steps = self._last_steps.items()
-            self._last_steps = {key: min(last, step) if key[0] == stage else last for key, last in steps}
+            self.last_steps[stage] = {key: min(last, step) for key, last in self.last_steps[stage].items()}
             for by_step in (self.recent, self.evaluations):
                 for later in [other for other in by_step if other > step]:
                     by_step[later] = [point for point in by_step[later] if point["stage"] != stage]
@@ -125,13 +127,10 @@ class History:
             points = {(key, step, value) for key, value in values.items()} - self._outside_stages
             self._outside_stages |= points
             return {key: value for key, value in values.items() if (key, step, value) in points}
-        new = {key: value for key, value in values.items() if step > self._last_steps.get((stage, key), -1)}
-        self._last_steps.update(dict.fromkeys(((stage, key) for key in new), step))
+        last_steps = self.last_steps[stage]
+        new = {key: value for key, value in values.items() if step > last_steps.get(key, -1)}
+        last_steps.update(dict.fromkeys(new, step))
         return new
-
-    def last_step(self, stage: int) -> int:
-        """Return the highest recorded step of a stage, or -1."""
-        return max((step for (index, _), step in self._last_steps.items() if index == stage), default=-1)
 
 
 def log_exceptions(method: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
@@ -170,7 +169,7 @@ class Tracker:
     _replaying = False
 
     @classmethod
-    def open(cls, config: RunConfig, storage: Store, attempt_tags: dict[str, str] | None = None) -> Tracker:
+    def open(cls, config: RunConfig, storage: Storage, attempt_tags: Mapping[str, str] = {}) -> Tracker:
         """Open the run's journal, creating it on the first start, and start its upload.
 
         `attempt_tags` describe this start (world size, attempt, submission id, …) and are set on the parent run.
@@ -195,16 +194,15 @@ class Tracker:
             tracker._committed.restore(journal)
             was_lost = not is_new and not journal.sessions()
             tracker._history = History(journal)
-            tracker._writer = journal.start_session()
+            tracker._writer = JournalWriter(journal)
         params, changeable = describe.split_changeable(config.model_dump(mode="json"))
-        tags = describe.environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
-        tags |= describe.run_tags(config) | changeable
-        tracker._writer.append({
-            "kind": "run", "at": time.time_ns() // 1_000_000, "stage": None, "run": run, "name": config.name,
-            "uri": redact(locations.tracking_uri(config)), "experiment": locations.experiment_name(config),
-            "params": params, "tags": tags, "datasets": [],
-            "server_has_more": journal.restored.exists() or was_lost,  # it may hold later points than this journal
-        })  # fmt: skip
+        tracker._append(
+            "run", run=run, name=config.name, uri=redact(locations.tracking_uri(config)),
+            experiment=locations.experiment_name(config), params=params,
+            tags=describe.run_tags(config) | {key: str(value) for key, value in attempt_tags.items()} | changeable,
+            datasets=[],
+            server_has_more=journal.restored.exists() or was_lost,  # it may hold later points than this journal
+        )  # fmt: skip
         journal.restored.unlink(missing_ok=True)
         tracker._uploader = Uploader(journal, tracker._writer, config)
         tracker.artifact("config.yaml", describe.config_yaml(config).encode())
@@ -220,9 +218,14 @@ class Tracker:
         tags = {"stage": stage.name, "stage_index": str(index)} | tags | changeable
         if "resumed_at" in tags:  # keep the original weights: the run named by `start_from` may have advanced since
             tags["start_from"] = history.origins.get(index, tags.get("start_from", "random"))
-        tags["mlflow.note.content"] = describe.note_of_stage(stage, tags.get("start_from", "random"))
+        origin = tags.get("start_from", "random")
+        tags["mlflow.note.content"] = (
+            f"**{stage.name}**: {', '.join(stage.objectives)} from {describe.sources_text(stage)}; "
+            f"{stage.steps:,} steps of {stage.global_batch_size:,} samples. "
+            f"Started from {'random weights' if origin == 'random' else origin}."
+        )
         tags["attempt"] = attempt
-        if starts := history.stage_starts.get(index, 0):
+        if starts := history.stage_starts[index]:
             tags["mome.restarts"] = str(starts)
         self._stage = None
         self.tag("attempt", attempt)
@@ -240,7 +243,7 @@ class Tracker:
     def rewind(self, step: int) -> None:
         """Void the stage's metrics beyond the global `step`, so that different ones can be recorded."""
         assert self._stage is not None
-        highest = self._history.last_step(self._stage)
+        highest = max(self._history.last_steps[self._stage].values(), default=-1)
         if highest > step:
             self._append("rewind", step=int(step))
             self._last_time += 1  # MLflow shows the later of two points of one step
@@ -252,9 +255,10 @@ class Tracker:
         """Record one point per key at a global step. Points of replayed steps are dropped: the first ones count."""
         numbers = {describe.clean_key(key): float(value) for key, value in values.items()}
         encoded = {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
-        stage = self._stage
-        highest = self._history.last_step(stage) if stage is not None and not self._replaying else -1
-        new_values = self._history.keep_new(stage, step, encoded)
+        highest = -1
+        if self._stage is not None and not self._replaying:
+            highest = max(self._history.last_steps[self._stage].values(), default=-1)
+        new_values = self._history.keep_new(self._stage, step, encoded)
         if len(new_values) < len(encoded) and step <= highest:
             self._replaying = True
             self.tag("mome.resumed_at_step", str(step))
@@ -270,11 +274,9 @@ class Tracker:
     def artifact(self, name: str, content: str | Path | bytes) -> None:
         """Store bytes, or a copy of a local file, under `name`, which may contain folders ('report/index.html')."""
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
-        check_artifact_name(name)
         file = f"{hashlib.sha256(data).hexdigest()[:16]}/{posixpath.basename(name)}"
-        path = self._journal.file(file)
-        if path is None:
-            raise ValueError(f"{name!r} is not a valid artifact name")
+        if not ARTIFACT_NAME.match(name) or (path := self._journal.file(file)) is None:
+            raise ValueError(f"{name!r} is not a valid artifact name, which is a relative path without '..'")
         if not path.exists():
             write_durably(path, data)
         self._append("artifact", name=name, file=file)
@@ -339,7 +341,7 @@ class Tracker:
     @log_exceptions
     def abandon(self) -> None:
         """Stop at once, without final records, because another process now records this run. Replaces `close`."""
-        self._uploader.abandon()
+        self._uploader.close(timeout=None)
         self._writer.close()
 
     def _append(self, kind: str, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Upload of a journal to MLflow by a separate process: `Uploader` in the recording process, `main` in the other.
+"""Upload of a journal to MLflow by a separate process: `UploadProcess`, which `Uploader` starts.
 
 The two talk over the child's standard input and output: one JSON line with its settings, then 'upload' or
 'close SECONDS'; the child prints messages for the recording process's log.
@@ -16,15 +16,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.config.background import PeriodicThread
 from pipeline.config.redaction import configure_logging, describe_error, redact, remember
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.journal import Journal, JournalWriter
+from pipeline.tracking.lease import InUse, Lease
 from pipeline.tracking.locations import tracking_uri
-from pipeline.tracking.mlflow_replay import MlflowUploader, exclusive_upload, pending_bytes
+from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable
 
 logger = logging.getLogger("mome.tracking")
@@ -39,9 +40,8 @@ class Uploader:
     """Runs the upload process, restarts it when it ends, and syncs the journal to disk every `flush_seconds`."""
 
     def __init__(self, journal: Journal, writer: JournalWriter, config: RunConfig):
-        self._journal, self._writer = journal, writer
+        self._journal, self._writer, self._uri = journal, writer, tracking_uri(config)
         self._every = config.tracking.flush_seconds
-        self._uri = tracking_uri(config)
         self._log = journal.folder / "uploader.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._last_start, self._restart_seconds, self._reported = float("-inf"), 0.0, False
@@ -54,15 +54,15 @@ class Uploader:
                 self._process.stdin.write(command.encode() + b"\n")
                 self._process.stdin.flush()
 
-    def close(self, timeout: float) -> None:
-        """Wait at most `timeout` seconds until everything is uploaded, and end the process."""
-        deadline = time.monotonic() + timeout
+    def close(self, timeout: float | None) -> None:
+        """End the process once everything is uploaded, after at most `timeout` seconds; None kills it at once."""
+        deadline = time.monotonic() + (timeout or 0.0)
         self._thread.stop(timeout)
-        is_complete = False
+        is_complete = timeout is None
         if (process := self._process) is not None:
             self.send(f"close {0.9 * max(deadline - time.monotonic(), 0.0):.3f}")
             try:
-                is_complete = process.wait(max(deadline - time.monotonic(), 0.0)) == 0
+                is_complete |= process.wait(max(deadline - time.monotonic(), 0.0)) == 0
             except subprocess.TimeoutExpired:
                 process.kill()  # uploads are idempotent, so an interrupted one does no harm
                 process.wait()
@@ -70,17 +70,8 @@ class Uploader:
             with contextlib.suppress(OSError):  # the process ended before it had read everything
                 process.stdin.close()
         if not is_complete:
-            logger.warning(
-                "%s did not accept the whole journal within %.0f s; it is kept in %s: run `mome sync` to upload it",
-                redact(self._uri), timeout, self._journal.folder,
-            )  # fmt: skip
-
-    def abandon(self) -> None:
-        """Kill the process without waiting for pending uploads."""
-        self._thread.stop()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            message = "%s did not accept the whole journal within %.0f s; it is kept in %s: upload it with `mome sync`"
+            logger.warning(message, redact(self._uri), timeout, self._journal.folder)
 
     def _supervise(self) -> None:
         """Sync the journal, and restart the process if it has ended, waiting twice as long after each failure."""
@@ -99,12 +90,11 @@ class Uploader:
             lines: list[str] = []
             with contextlib.suppress(OSError), self._log.open("rb") as log:
                 log.seek(max(self._log.stat().st_size - LOG_TAIL, 0))
-                lines = log.read().decode(errors="replace").split("\n")
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+                lines = [line.strip() for line in log.read().decode(errors="replace").split("\n") if line.strip()]
             logger.warning(
                 "tracking: the process that uploads to MLflow %s (%s; see %s). It will be restarted; the "
                 "journal keeps every record, and `mome sync` can upload it later",
-                status, redact(last), self._log,
+                status, redact(lines[-1] if lines else "no output"), self._log,
             )  # fmt: skip
             self._reported = True
         if now - self._last_start < self._restart_seconds:
@@ -136,97 +126,91 @@ def _forward_messages(lines: Iterable[bytes]) -> None:
         logger.warning("%s", line.decode(errors="replace").rstrip())
 
 
-class Commands:
-    """Commands from the recording process, read from its end of the pipe.
+class UploadProcess:
+    """Uploads the journal in a folder until its input holds a command to close.
 
-    The end of input means that it died. So does a changed parent process, in case one of its own children keeps the
-    pipe open.
+    The end of its input means that the recording process died. So does a changed parent process, in case one of its
+    own children keeps the pipe open.
     """
 
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
-        self._parent = os.getppid()
-        self._buffer = b""
-        self.deadline = math.inf  # until a command to close
+    def __init__(self, folder: Path, uri: str, every: float):
+        self._folder, self._uri, self._every, self._parent = folder, uri, every, os.getppid()
+        self._buffer, self._deadline = b"", math.inf  # no deadline until a command to close
+        self._channel = os.dup(1)  # messages for the recording process; all other output goes to the log
+        os.dup2(2, 1)
 
-    def wait(self, seconds: float) -> None:
+    def run(self) -> bool:
+        """Upload the journal every `every` seconds until a close command; return True if nothing is left."""
+        with contextlib.ExitStack() as lock:
+            while True:
+                try:
+                    lock.enter_context(contextlib.closing(Lease(Journal(self._folder).upload_lock)))
+                    break
+                except InUse:  # the uploader of an earlier start, or of an evaluation; it uploads these records too
+                    is_late, is_closing = time.monotonic() >= self._deadline, self._deadline < math.inf
+                    if is_closing and (is_late or not pending_bytes(self._folder, self._uri)):
+                        return not pending_bytes(self._folder, self._uri)
+                    self._wait(1.0)
+            uploader, server = MlflowUploader(self._folder, self._uri, self._report), redact(self._uri)
+            retry_seconds, down_since = RETRY_SECONDS, 0.0
+            while True:
+                is_closing = self._deadline < math.inf
+                try:
+                    uploader.upload()
+                except ServerUnavailable as error:
+                    if not down_since:
+                        down_since = time.monotonic()
+                        message = f"tracking: {server} is unavailable; records are kept and sent later ({error})"
+                        self._report(message[:500])
+                        logger.warning("the upload waits", exc_info=error)
+                    self._wait(retry_seconds)
+                    retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
+                else:
+                    if down_since:
+                        seconds = time.monotonic() - down_since
+                        self._report(f"tracking: {server} is available again after {seconds:.0f} s; nothing was lost")
+                    retry_seconds, down_since = RETRY_SECONDS, 0.0
+                    if is_closing:
+                        return True
+                    self._wait(self._every)
+                if time.monotonic() >= self._deadline:
+                    return not pending_bytes(self._folder, self._uri)
+
+    def _report(self, message: str) -> None:
+        with contextlib.suppress(OSError):  # the recording process may have ended
+            os.write(self._channel, " ".join(message.split()).encode() + b"\n")
+
+    def _wait(self, seconds: float) -> None:
         """Wait for a command, at most `seconds`."""
-        if self.deadline < math.inf:
-            time.sleep(max(0.0, min(seconds, 0.5, self.deadline - time.monotonic())))
-        elif select.select([self._descriptor], [], [], seconds)[0]:
-            data = os.read(self._descriptor, 65536)
-            lines = (self._buffer + data).split(b"\n")
-            self._buffer = lines.pop()
+        if self._deadline < math.inf:
+            time.sleep(max(0.0, min(seconds, 0.5, self._deadline - time.monotonic())))
+        elif select.select([sys.stdin], [], [], seconds)[0]:
+            data = os.read(sys.stdin.fileno(), 65536)
+            *lines, self._buffer = (self._buffer + data).split(b"\n")
             closing = [line for line in lines if line.startswith(b"close ")]
             if closing or not data:
-                self.deadline = time.monotonic() + (float(closing[0].split()[1]) if closing else ORPHAN_SECONDS)
+                self._deadline = time.monotonic() + (float(closing[0].split()[1]) if closing else ORPHAN_SECONDS)
         elif os.getppid() != self._parent:
-            self.deadline = time.monotonic() + ORPHAN_SECONDS
-
-
-def upload_until_closed(
-    folder: Path, uri: str, every: float, commands: Commands, report: Callable[[str], None]
-) -> bool:
-    """Upload the journal every `every` seconds until a close command; return True if nothing is left."""
-    with contextlib.ExitStack() as lock:
-        while not lock.enter_context(exclusive_upload(folder)):
-            # The uploader of an earlier start, or of an evaluation, is running; it uploads these records too.
-            lock.close()
-            is_closing, is_late = commands.deadline < math.inf, time.monotonic() >= commands.deadline
-            if is_closing and (is_late or not pending_bytes(folder, uri)):
-                return not pending_bytes(folder, uri)
-            commands.wait(1.0)
-        uploader, retry_seconds, down_since = MlflowUploader(folder, uri, report), RETRY_SECONDS, None
-        while True:
-            is_closing = commands.deadline < math.inf
-            try:
-                uploader.upload()
-            except ServerUnavailable as error:
-                if down_since is None:
-                    down_since = time.monotonic()
-                    report(f"tracking: {redact(uri)} is unavailable; records are kept and sent later ({error})"[:500])
-                    logger.warning("the upload waits", exc_info=error)
-                commands.wait(retry_seconds)
-                retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
-            else:
-                if down_since is not None:
-                    down_seconds = time.monotonic() - down_since
-                    report(f"tracking: {redact(uri)} is available again after {down_seconds:.0f} s; nothing was lost")
-                retry_seconds, down_since = RETRY_SECONDS, None
-                if is_closing:
-                    return True
-                commands.wait(every)
-            if time.monotonic() >= commands.deadline:
-                return not pending_bytes(folder, uri)
+            self._deadline = time.monotonic() + ORPHAN_SECONDS
 
 
 def main() -> int:
     """Upload the journal in the folder argv[1]; return 0 if everything was uploaded, 3 if not, 1 after an error."""
     os.nice(10)  # training has priority
-    descriptor, line = sys.stdin.fileno(), b""
-    while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):  # unbuffered: `Commands` reads the rest
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(0, 1)):  # unbuffered: `UploadProcess` reads the rest
         line += byte
     if not line:
         return 1
     settings = json.loads(line)
     configure_logging()
     remember(settings["uri"])
-    channel = os.dup(1)  # messages for the recording process; all other output goes to the log
-    os.dup2(2, 1)
-
-    def report(message: str) -> None:
-        with contextlib.suppress(OSError):  # the recording process may have ended
-            os.write(channel, " ".join(message.split()).encode() + b"\n")
-
     try:
-        is_complete = upload_until_closed(
-            Path(sys.argv[1]), settings["uri"], settings["every"], Commands(descriptor), report
-        )
+        return 0 if UploadProcess(Path(sys.argv[1]), **settings).run() else 3
     except Exception as error:
         logger.exception("the upload stopped")
         print(describe_error(error), file=sys.stderr)  # the log's last line, without passwords that libraries quote
         return 1
-    return 0 if is_complete else 3
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.objectives import head_config
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import Journal, JournalWriter
 from pipeline.training.checkpoint import save_weights, stage_url
 from tests.support.short_run import short_config
 
@@ -75,7 +75,7 @@ def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = 
     (folder / "run.json").write_text(recorded.model_dump_json(), encoding="utf-8")
     if run is not None:
         (folder / "tracking.json").write_text(json.dumps({"run": run, "name": recorded.name}), encoding="utf-8")
-        writer = Journal(folder / "journal").start_session()
+        writer = JournalWriter(Journal(folder / "journal"))
         campaign = {"run": run, "name": recorded.name, "uri": recorded.tracking.uri or "sqlite:///none", "tags": {}}
         about = {"experiment": "e", "params": {}, "datasets": [], "server_has_more": False}
         writer.append({"kind": "run", "at": 1, "stage": None, **campaign, **about})

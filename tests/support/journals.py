@@ -30,9 +30,8 @@ def config_of(output: Path | str, name: str = "run", **tracking: Any) -> RunConf
     return validate(values, "test")
 
 
-def point(step: int, stage: int | None = 0, **values: Any) -> dict[str, Any]:
-    values = values or {"loss": float(step)}
-    return {"kind": "metrics", "at": 1000 + step, "stage": stage, "step": step, "values": values}
+def point(step: int, stage: int | None = 0) -> dict[str, Any]:
+    return {"kind": "metrics", "at": 1000 + step, "stage": stage, "step": step, "values": {"loss": float(step)}}
 
 
 def artifact(file: str = REPORT, name: str = "report.html") -> dict[str, Any]:
@@ -45,35 +44,24 @@ def steps(journal: Journal) -> list[int]:
 
 def training(journal: Journal, first: int, last: int) -> JournalWriter:
     """Start a session that trains the steps `first` to `last`."""
-    writer = journal.start_session()
-    writer.append(STAGE_START)
-    for step in range(first, last + 1):
-        writer.append(point(step))
+    writer = JournalWriter(journal)
+    for record in (STAGE_START, *map(point, range(first, last + 1))):
+        writer.append(record)
     return writer
 
 
 class Objects(dict[str, bytes]):
     """Object store in memory."""
 
-    def read(self, url: str) -> bytes:
-        return self[url]
-
-    def write(self, url: str, data: bytes) -> None:
-        self[url] = data
-
-    def exists(self, url: str) -> bool:
-        return url in self
+    read, write, exists = dict.__getitem__, dict.__setitem__, dict.__contains__
 
     def list_info(self, url: str) -> dict[str, ObjectInfo]:
         names = {key.removeprefix(f"{url}/"): data for key, data in self.items() if key.startswith(f"{url}/")}
         return {name: ObjectInfo(len(data), None) for name, data in names.items() if "/" not in name}
 
 
-def commit(store: Any, journal: Journal) -> None:
-    CommittedJournal(store, RUN).commit(journal)
-
-
 def restored(store: Any, folder: Path, run: str = RUN) -> Journal:
+    """Return a new journal of `run` in `folder`, as another machine restores it from the store."""
     journal = Journal(folder)
     CommittedJournal(store, run).restore(journal)
     return journal

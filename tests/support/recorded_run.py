@@ -69,7 +69,7 @@ class _Session:
     """The records of one process, a second apart."""
 
     def __init__(self, journal: Journal, at: int, **tags: str):
-        self.writer: JournalWriter = journal.start_session()
+        self.writer = JournalWriter(journal)
         self.at = at
         self.append("run", run="f00d", params={}, tags=tags, datasets=[])
 

@@ -15,7 +15,7 @@ LEVELS = {
     "pipeline.models": 1,
     "pipeline.objectives": 2,  # depends on models and batches
     "pipeline.data": 1,
-    "pipeline.tracking": 1,
+    "pipeline.tracking": 2,  # depends on the storage
     "pipeline.pages": 1,
     "pipeline.planning": 2,  # depends on models and data; used by training to find what fits
     "pipeline.evaluation": 3,

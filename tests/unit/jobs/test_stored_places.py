@@ -115,7 +115,7 @@ def test_commands_use_no_server_or_file_named_by_a_folder(
 ) -> None:
     registered: list[str] = []
 
-    def register(uri: str, experiment: str, name: str, alias: str | None, export: Any) -> dict[str, Any]:
+    def register(uri: str, experiment: str, name: str, alias: str | None, **export: Any) -> dict[str, Any]:
         registered.append(uri)
         return {"name": name, "version": 1, "alias": alias, "uri": f"models:/{name}/1"}
 

@@ -15,8 +15,7 @@ import pytest
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage
 from pipeline.tracking.committed import CommittedJournal, committed_segments
-from pipeline.tracking.journal import Journal, encode
-from tests.support import journals
+from pipeline.tracking.journal import Journal, JournalWriter, encode
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.journals import REPORT, RUN, STAGE_START, URL, Objects, artifact, point, restored, steps, training
@@ -47,23 +46,21 @@ def test_sessions_of_other_living_processes_are_not_committed(tmp_path: Path) ->
     journal, store = Journal(tmp_path), Objects()
     training(journal, 1, 5).close()
     program = (
-        "import sys; from pathlib import Path; from pipeline.tracking.journal import Journal\n"
-        "writer = Journal(Path(sys.argv[1])).start_session()\n"
+        "import sys; from pathlib import Path; from pipeline.tracking.journal import Journal, JournalWriter\n"
+        "writer = JournalWriter(Journal(Path(sys.argv[1])))\n"
         "writer.append({'kind': 'tag', 'at': 1, 'stage': None, 'key': 'a', 'value': 'b'})\n"
         "print('begun', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
+    committed = CommittedJournal(store, RUN)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        assert other.stdin is not None
         other.stdout.readline()
         dead, alive = journal.sessions()
-        committed = CommittedJournal(store, RUN)
         committed.commit(journal)
         assert [*committed_segments(store, URL)] == [dead]
         other.stdin.close()
     committed.commit(journal)
-    assert [*committed_segments(store, URL)] == [dead, alive], "once it is dead, what it left is committed"
+    assert [*committed_segments(store, URL)] == [dead, alive], "once it is dead, its records are committed"
 
 
 def test_segments_of_several_commits_restore_the_journal(tmp_path: Path) -> None:
@@ -90,29 +87,25 @@ def test_segments_of_several_commits_restore_the_journal(tmp_path: Path) -> None
     assert not elsewhere.restored.exists(), "nothing was missing any more"
 
 
-def test_restore_keeps_evaluations_and_sessions_being_written(tmp_path: Path) -> None:
+def test_restore_keeps_evaluations_sessions_being_written_and_copied_runs(tmp_path: Path) -> None:
     store, node, local = Objects(), Journal(tmp_path / "node"), Journal(tmp_path / "local")
     training(node, 1, 9).close()
-    journals.commit(store, node)
-    evaluation = local.start_session()
+    CommittedJournal(store, RUN).commit(node)
+    evaluation = JournalWriter(local)
     evaluation.append(point(50, stage=None))
     evaluation.close()
     alive = training(local, 30, 31)
     restored(store, local.folder)
     assert sorted(steps(local)) == [*range(1, 10), 30, 31, 50]
     alive.close()
-
-
-def test_a_run_copied_to_a_store_can_be_resumed_there(tmp_path: Path) -> None:
-    local, elsewhere = Journal(tmp_path / "local"), Journal(tmp_path / "elsewhere")
-    training(local, 1, 5).close()
-    store = Objects({f"{URL}/{path.name}": path.read_bytes() for path in local.folder.glob("*.jsonl")})
-    copied = CommittedJournal(store, RUN)
+    # A local run's folder that was copied to the store is resumed there.
+    store = Objects({f"{URL}/{path.name}": path.read_bytes() for path in node.folder.glob("*.jsonl")})
+    copied, elsewhere = CommittedJournal(store, RUN), Journal(tmp_path / "elsewhere")
     copied.restore(elsewhere)
-    assert steps(elsewhere) == [1, 2, 3, 4, 5]
-    training(elsewhere, 6, 8).close()
+    assert steps(elsewhere) == list(range(1, 10))
+    training(elsewhere, 10, 12).close()
     copied.commit(elsewhere)
-    assert steps(restored(store, tmp_path / "third")) == list(range(1, 9))
+    assert steps(restored(store, tmp_path / "third")) == list(range(1, 13))
     assert len(store) == 2, "what was copied is not committed again"
 
 
@@ -126,7 +119,7 @@ def test_random_node_histories_restore_each_point_once(tmp_path: Path) -> None:
             committed = CommittedJournal(store, RUN)
             committed.restore(node)
             recorded = max((step for step in steps(node) if step < 10_000), default=0)
-            writer = node.start_session()
+            writer = JournalWriter(node)
             writer.append(STAGE_START)
             for step in range(checkpoint + 1, checkpoint + rng.randint(2, 40)):
                 if step > recorded:  # replayed points are not recorded twice
@@ -139,7 +132,7 @@ def test_random_node_histories_restore_each_point_once(tmp_path: Path) -> None:
                     evaluates = CommittedJournal(store, RUN)
                     evaluates.restore(place)
                     evaluations += 1
-                    evaluation = place.start_session()
+                    evaluation = JournalWriter(place)
                     evaluation.append(point(10_000 + evaluations, stage=None))
                     evaluates.commit(place)
                     evaluation.close()
@@ -158,11 +151,11 @@ def _commits(storage: Storage, folder: Path, run: str) -> None:
     with suppress(StorageError):  # as `Tracker.open`, which training then begins again
         committed.restore(journal)
     writer = training(journal, 1, 3)
-    for file in ("0123456789abcdef/a.html", "0123456789abcdee/b.html"):
+    for step, file in ((4, "0123456789abcdef/a.html"), (5, "0123456789abcdee/b.html")):
         (journal.folder / "files" / file).parent.mkdir(parents=True)
         (journal.folder / "files" / file).write_bytes(file.encode())
         writer.append(artifact(file))
-        writer.append(point(4 if "a.html" in file else 5))
+        writer.append(point(step))
         with suppress(StorageError):  # `Tracker.commit` warns
             committed.commit(journal)
     if isinstance(storage, FailingStorage):
@@ -177,7 +170,7 @@ def test_storage_faults_of_a_commit_lose_nothing_committed(tmp_path: Path, lasti
     """A node lost while its store is unavailable leaves its earlier commits, which are complete."""
     clean, store = FailingStorage(), f"memory://committed/{tmp_path.name}"
     _commits(clean, tmp_path / "clean", f"{store}/clean")
-    faults = list(every_fault(clean.calls, lasting=True if lasting else None))
+    faults = list(every_fault(clean.calls, lasting=lasting))
     assert len(faults) >= 12
     for number, fault in enumerate(faults):
         storage, run = FailingStorage(fault), f"{store}/{number}"
@@ -222,26 +215,24 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_file_names_are_skipped_and_reported(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    home = tmp_path / "home"
-    folder = home / "cache" / "journal"
+def test_hostile_file_names_are_skipped_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "evil").write_text("a secret")
-    data = encode(artifact(name)) + encode(point(1))
-    segment = f"{URL}/000001-ab.{0:012d}-{len(data):012d}.jsonl"
-    before = {path for path in tmp_path.rglob("*") if folder not in path.parents}
+    for number, name in enumerate(HOSTILE):
+        folder = tmp_path / str(number) / "cache" / "journal"
+        data = encode(artifact(name)) + encode(point(1))
+        segment = f"{URL}/000001-ab.{0:012d}-{len(data):012d}.jsonl"
+        caplog.clear()
 
-    journal, outward = restored(Objects({segment: data, f"{URL}/files/{name}": b"evil"}), folder), Objects()
-    journals.commit(outward, journal)
+        journal, outward = restored(Objects({segment: data, f"{URL}/files/{name}": b"evil"}), folder), Objects()
+        CommittedJournal(outward, RUN).commit(journal)
 
-    after = {path for path in tmp_path.rglob("*") if folder not in path.parents}
-    assert after - before <= {home, home / "cache", folder}
-    assert not (folder / "files").exists()
-    assert not any(b"a secret" in data for data in outward.values())
-    assert steps(journal) == [1], "the rest of the journal is restored"
-    assert "skipped" in caplog.text
+        assert "skipped" in caplog.text, name
+        assert steps(journal) == [1], "the rest of the journal is restored"
+        assert {path.name for path in folder.iterdir()} == {"000001-ab.jsonl", "restored"}, name
+        assert [*folder.parent.parent.iterdir()] == [folder.parent], name
+        assert [*folder.parent.iterdir()] == [folder], name
+        assert not any(b"a secret" in data for data in outward.values()), name
+    assert {path.name for path in tmp_path.iterdir()} == {"evil", *map(str, range(len(HOSTILE)))}
 
 
 @pytest.mark.parametrize("link", ["file", "its folder", "files", "loop", "pipe", "missing"])
@@ -265,7 +256,7 @@ def test_links_are_not_followed_and_missing_artifacts_skipped(
         target = {"files": outside, "its folder": outside, "loop": path, "file": outside / "report.html"}[link]
         link_path.symlink_to(target)
 
-    journals.commit(store, journal)
+    CommittedJournal(store, RUN).commit(journal)
 
     assert (journal.file(REPORT) is None) == (link != "missing")
     assert not any("files" in name for name in store)
@@ -277,10 +268,9 @@ def test_mutated_segments_restore_a_prefix_and_raise_nothing(tmp_path: Path) -> 
     rng = random.Random(3)
     records = [STAGE_START, *(point(step) for step in range(1, 9)), artifact(), point(9)]
     session = b"".join(encode(record) for record in records)
-    cuts = list(pairwise([0, 400, 800, len(session)]))
     for number in range(fuzz_rounds(400)):
         store = Objects({f"{URL}/files/{REPORT}": b"<p>"})
-        for start, end in cuts:
+        for start, end in pairwise([0, 400, 800, len(session)]):
             data, name = session[start:end], f"000001-ab.{start:012d}-{end:012d}.jsonl"
             data = mutate(data, rng) if rng.random() < 0.4 else data
             name = mutate(name.encode(), rng).decode("latin-1") if rng.random() < 0.1 else name

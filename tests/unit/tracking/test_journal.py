@@ -10,8 +10,9 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -21,7 +22,7 @@ from pipeline.data.storage import Storage
 from pipeline.tracking import lease
 from pipeline.tracking.journal import Journal, encode, parse_records
 from pipeline.tracking.locations import journal_folder, read_journal, read_run_id
-from pipeline.tracking.mlflow_replay import Cursor, exclusive_upload, pending_bytes
+from pipeline.tracking.mlflow_replay import Cursor, pending_bytes
 from pipeline.tracking.tracker import History, Tracker
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.journals import STAGE_START, artifact, config_of, point, steps, training
@@ -62,29 +63,27 @@ def test_mutated_sessions_yield_valid_or_damaged_records() -> None:
 
 def test_a_killed_writer_loses_no_appended_record(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from pipeline.tracking.journal import Journal\n"
-        "writer = Journal(Path(sys.argv[1])).start_session()\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from pipeline.tracking.journal import Journal, JournalWriter\n"
+        "writer = JournalWriter(Journal(Path(sys.argv[1])))\n"
         "for step in range(500): writer.append({'kind': 'metrics', 'at': 0, 'stage': 0, 'step': step, 'values': {}})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert steps(Journal(tmp_path)) == list(range(500))
+    assert (done.returncode, steps(Journal(tmp_path))) == (-signal.SIGKILL, list(range(500)))
 
 
 def test_a_full_disk_delays_records_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(tmp_path)
+    journal, real_write = Journal(tmp_path), os.write
     writer = training(journal, 1, 1)
-    real_write = os.write
+    left = [7]  # bytes that still fit
 
-    def half_then_full(descriptor: int, data: bytes) -> int:
-        monkeypatch.setattr(os, "write", full)
-        return real_write(descriptor, data[:7])
+    def write(descriptor: int, data: bytes) -> int:
+        if not left:
+            raise OSError(28, "No space left on device")
+        return real_write(descriptor, data[: left.pop()])
 
-    def full(descriptor: int, data: bytes) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "write", half_then_full)
+    monkeypatch.setattr(os, "write", write)
     writer.append(point(2))
     writer.append(point(3))
     monkeypatch.setattr(os, "write", real_write)
@@ -95,10 +94,7 @@ def test_a_full_disk_delays_records_and_loses_none(tmp_path: Path, monkeypatch: 
 def test_heartbeats_replace_missing_file_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(37, os.strerror(37))
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(37, os.strerror(37))))
     journal = Journal(tmp_path)
     writer = training(journal, 1, 3)
     path = journal.path(journal.sessions()[0])
@@ -113,10 +109,9 @@ def test_heartbeats_replace_missing_file_locks(
     assert not lease.is_held(path)
     assert steps(journal) == [1, 2, 3]
     assert not list(tmp_path.glob("*.heartbeat"))
-    with exclusive_upload(tmp_path) as first, exclusive_upload(tmp_path) as second:
-        assert (first, second) == (True, False)
-    with exclusive_upload(tmp_path) as later:
-        assert later
+    for _ in range(2):
+        with closing(lease.Lease(journal.upload_lock)), pytest.raises(lease.InUse):
+            lease.Lease(journal.upload_lock)
 
 
 def test_replayed_steps_and_evaluations_are_filtered(tmp_path: Path) -> None:
@@ -134,29 +129,26 @@ def test_replayed_steps_and_evaluations_are_filtered(tmp_path: Path) -> None:
 # ---- locations, and the files next to the journal
 
 
-def test_without_a_home_the_error_names_the_cache_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.delenv("MOME_CACHE", raising=False)
-    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
+def test_a_folder_that_cannot_be_written_is_reported_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    storage, folder = Storage(), "memory://places/runs/run"
+    storage.write(f"{folder}/journal/000001-ab.jsonl", b'{"kind":"tag"}\n')
+    for cache in ("file", "file/below", "/proc/none"):
+        monkeypatch.setenv("MOME_CACHE", str(tmp_path / cache))
+        with pytest.raises(TrackingError, match="MOME_CACHE"):
+            read_journal(folder, storage)
+        with pytest.raises(TrackingError, match="MOME_CACHE"):
+            Tracker.open(config_of("memory://places/runs"), storage)
+    storage.delete("memory://places")
+    for variable in ("HOME", "MOME_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError("no such user")))
     with pytest.raises(TrackingError, match="MOME_CACHE"):
         journal_folder("s3://bucket/runs/run")
     with pytest.raises(ConfigError, match="HOME"):
         local_path("~/runs")
-
-
-@pytest.mark.parametrize("cache", ["file", "file/below", "/proc/none"])
-def test_an_unwritable_cache_is_reported_with_a_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
-) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("MOME_CACHE", str(tmp_path / cache))
-    storage, folder = Storage(), "memory://places/runs/run"
-    storage.write(f"{folder}/journal/000001-ab.jsonl", b'{"kind":"tag"}\n')
-    with pytest.raises(TrackingError, match="MOME_CACHE"):
-        read_journal(folder, storage)
-    with pytest.raises(TrackingError, match="MOME_CACHE"):
-        Tracker.open(config_of("memory://places/runs"), storage)
-    storage.delete("memory://places")
 
 
 def test_a_damaged_run_id_is_rejected_by_name(tmp_path: Path) -> None:
@@ -206,6 +198,6 @@ def test_symbolic_links_in_a_journal_are_not_followed(tmp_path: Path) -> None:
     for name in ("uploader.lock", cursor._path.name, cursor._path.with_suffix(".partial").name):
         (folder / name).symlink_to(victim)
     cursor.save()
-    with pytest.raises(OSError), exclusive_upload(folder):  # noqa: PT011
-        pass
+    with pytest.raises(OSError, match="symbolic links"):
+        lease.Lease(Journal(folder).upload_lock)
     assert victim.read_text() == "mine"

@@ -13,11 +13,11 @@ import pytest
 from pipeline.config import redaction
 from pipeline.config.errors import ConfigError, StorageError, TrackingError
 from pipeline.config.load import validate
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking import describe
 from pipeline.tracking.describe import config_yaml
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import Journal, JournalWriter
 from pipeline.tracking.locations import journal_folder, read_journal, tracking_uri
 from pipeline.tracking.mlflow_server import check_server
 from pipeline.tracking.tracker import DatasetInput, SavedWeights, Tracker
@@ -32,40 +32,28 @@ def recorded(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     return [record for record in Journal(journal_folder(config.folder)).all_records() if record["kind"] == kind]
 
 
-def steps_of(config: RunConfig) -> list[int]:
-    return [point["step"] for point in recorded(config, "metrics")]
+def losses(config: RunConfig) -> list[tuple[int, float]]:
+    return [(point["step"], point["values"]["train/loss"]) for point in recorded(config, "metrics")]
 
 
-def opened(config: RunConfig, stage: StageConfig | None = None, **tags: str) -> Tracker:
-    """Return a tracker that has begun the first stage."""
+def train(config: RunConfig, steps: range, loss: float = 2.0, close: bool = True, **tags: str) -> Tracker:
+    """Record steps of the first stage by a new tracker."""
     tracker = Tracker.open(config, Storage(), {"world_size": "2"})
-    tracker.begin_stage(0, stage or config.stages[0], tags, [DatasetInput("photos", "here", "ab" * 32)])
+    tracker.begin_stage(0, config.stages[0], tags, [DatasetInput("photos", "here", "ab" * 32)])
+    for step in steps:
+        tracker.metrics(step, {"train/loss": loss})
+    if close:
+        tracker.close(timeout=0)
     return tracker
 
 
-def record(tracker: Tracker, steps: range, loss: float = 2.0) -> None:
-    for step in steps:
-        tracker.metrics(step, {"train/loss": loss})
-
-
-def train(config: RunConfig, steps: range) -> None:
-    tracker = opened(config)
-    record(tracker, steps)
-    tracker.close(timeout=0)
-
-
-def loss_of(config: RunConfig) -> dict[int, float]:
-    """Return the valid loss of each step, which is the last recorded one."""
-    return {point["step"]: point["values"]["train/loss"] for point in recorded(config, "metrics")}
-
-
-def test_a_resumed_run_records_no_step_twice(tmp_path: Path) -> None:
+def test_a_resumed_run_records_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path)
     train(config, range(0, 50))
     train(config, range(30, 80))
 
     tags = {(tag["stage"], tag["key"]): tag["value"] for tag in recorded(config, "tag")}
-    assert steps_of(config) == list(range(80))
+    assert losses(config) == [(step, 2.0) for step in range(80)]
     assert (tags[0, "mome.resumed_at_step"], tags[0, "mome.resumed_below_step"]) == ("30", "49")
     assert tags[None, "mome.restarts"] == "1"
     assert len({run["run"] for run in recorded(config, "run")}) == 1
@@ -73,27 +61,36 @@ def test_a_resumed_run_records_no_step_twice(tmp_path: Path) -> None:
     assert (artifact["name"], artifact["stage"]) == ("config.yaml", None)
     assert (journal_folder(config.folder) / "files" / artifact["file"]).read_text() == config_yaml(config)
 
+    monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))
+    config = config_of("memory://bucket/runs", uri=f"sqlite:///{tmp_path}/mlflow.db")
+    for _ in range(2):  # a new run of an old name gets a new journal
+        train(config, range(5))
+        assert [run["params"]["name"] for run in recorded(config, "run")] == ["run"]
+        assert losses(config) == [(step, 2.0) for step in range(5)]
+        Storage().delete(config.folder)  # the user deletes the run in the bucket; this machine's cache remains
+
 
 def test_points_after_a_rollback_replace_the_void_ones(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    tracker = opened(config)
-    record(tracker, range(1, 11))
-    record(tracker, range(11, 31), loss=50.0)
+    first, second = SavedWeights("run/checkpoints/20", 20, 0), SavedWeights("run/checkpoints/30", 30, 0)
+    tracker = train(config, range(1, 11), close=False)
+    for step in range(11, 31):
+        tracker.metrics(step, {"train/loss": 50.0})
     tracker.begin_stage(0, config.stages[0], {"resumed_at": "10"}, [])
     tracker.rewind(10)
-    record(tracker, range(11, 21))
-    tracker.log_checkpoints([SavedWeights("run/checkpoints/20", 20, 0)])
+    for step in range(11, 21):
+        tracker.metrics(step, {"train/loss": 2.0})
+    tracker.log_checkpoints([first])
     tracker.close(timeout=0)
-    resumed = opened(config, resumed_at="20")  # a restart knows of the rollback
-    record(resumed, range(15, 31))
-    resumed.log_checkpoints([SavedWeights("run/checkpoints/20", 20, 0), SavedWeights("run/checkpoints/30", 30, 0)])
+    resumed = train(config, range(15, 31), close=False, resumed_at="20")  # a restart knows of the rollback
+    resumed.log_checkpoints([first, second])
     resumed.close(timeout=0)
 
-    assert loss_of(config) == dict.fromkeys(range(1, 31), 2.0)
-    assert steps_of(config) == [*range(1, 31), *range(11, 31)], "nothing but what was void is recorded twice"
-    assert [model["url"][-2:] for model in recorded(config, "model")] == ["20", "30"], "each checkpoint is logged once"
-    for model in recorded(config, "model"):
-        assert [point["value"] for point in model["points"]] == [2.0], model["url"]
+    assert dict(losses(config)) == dict.fromkeys(range(1, 31), 2.0)
+    recorded_steps = [step for step, _ in losses(config)]
+    assert recorded_steps == [*range(1, 31), *range(11, 31)], "nothing but what was void is recorded twice"
+    models = [(model["url"][-2:], [point["value"] for point in model["points"]]) for model in recorded(config, "model")]
+    assert models == [("20", [2.0]), ("30", [2.0])], "each checkpoint is logged once"
     tags = {tag["key"]: tag["value"] for tag in recorded(config, "tag")}
     assert (tags["mome.recorded_anew_from_step"], tags["mome.recorded_anew_below_step"]) == ("10", "30")
 
@@ -103,27 +100,12 @@ def test_a_resume_with_changed_training_records_its_steps_again(tmp_path: Path, 
     config = config_of(tmp_path)
     train(config, range(1, 51))
     stage = config.stages[0]
-    optimizer = stage.optimizer.model_copy(update={"lr": 1e-3})
-    changes: dict[str, dict[str, Any]] = {"lr": {"optimizer": optimizer}, "steps": {"steps": 200}, "nothing": {}}
-    tracker = opened(config, stage.model_copy(update=changes[change]), resumed_at="30")
-    record(tracker, range(31, 61), loss=9.0)
-    tracker.close(timeout=0)
+    changes = {"lr": {"optimizer": stage.optimizer.model_copy(update={"lr": 1e-3})}, "steps": {"steps": 200}}
+    changed = stage.model_copy(update=changes.get(change, {}))
+    train(config.model_copy(update={"stages": (changed, *config.stages[1:])}), range(31, 61), 9.0, resumed_at="30")
 
-    assert steps_of(config) == [*range(1, 51), *range(31 if anew else 51, 61)]
-    assert loss_of(config)[40] == (9.0 if anew else 2.0)
-
-
-def test_a_new_run_of_an_old_name_gets_a_new_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))
-    config = config_of("memory://bucket/runs", uri=f"sqlite:///{tmp_path}/mlflow.db")
-    train(config, range(0, 5))
-    Storage().delete(config.folder)  # the user deletes the run in the bucket; this machine's cache remains
-
-    train(config, range(0, 5))
-
-    assert [run["params"]["name"] for run in recorded(config, "run")] == ["run"]
-    assert steps_of(config) == list(range(5))
-    Storage().delete(config.folder)
+    assert [step for step, _ in losses(config)] == [*range(1, 51), *range(31 if anew else 51, 61)]
+    assert dict(losses(config))[40] == (9.0 if anew else 2.0)
 
 
 def test_a_failing_stage_ends_stage_and_run(tmp_path: Path) -> None:
@@ -142,30 +124,29 @@ def test_a_failing_stage_ends_stage_and_run(tmp_path: Path) -> None:
 
 
 def test_tracking_errors_are_logged_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    closed = Tracker()  # one that was not opened records nothing
+    closed.begin_stage(0, config_of(tmp_path).stages[0], {}, [])
+    closed.metrics(1, {"loss": 1.0})
+    closed.finish()
+    closed.close()
+    assert list(tmp_path.iterdir()) == []
+
     config = config_of(tmp_path, uri="http://127.0.0.1:1", required=False)
     start = time.perf_counter()
     tracker = Tracker.open(config, Storage())
     tracker.metrics(1, {"loss": "not a number"})  # type: ignore[dict-item]
     tracker.artifact("report.html", tmp_path / "absent.html")
-    tracker.metrics(2, {"loss": 1.0})
+    tracker.artifact("../report.html", b"<p>")
+    tracker.metrics(2, {"train/loss": 1.0})
     tracker.close(timeout=0)
 
     assert time.perf_counter() - start < 20  # not the minutes of a client's retries
-    for expected in ("metrics failed", "artifact failed", "mome sync"):
+    for expected in ("metrics failed", "artifact failed", "not a valid artifact name", "mome sync"):
         assert expected in caplog.text
-    assert steps_of(config) == [2], "the journal is kept although the server is down"
+    assert losses(config) == [(2, 1.0)], "the journal is kept although the server is down"
     check_server(config)
     with pytest.raises(TrackingError, match=r"does not answer.*tracking\.required=false"):
         check_server(config, required=True)
-
-
-def test_a_tracker_that_was_not_opened_records_nothing(tmp_path: Path) -> None:
-    config, tracker = config_of(tmp_path), Tracker()
-    tracker.begin_stage(0, config.stages[0], {}, [])
-    record(tracker, range(3))
-    tracker.finish()
-    tracker.close()
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("password", ["hunter2/b+c", "a/hunter2@d"])
@@ -205,13 +186,13 @@ def test_tracking_uri_is_resolved_or_next_to_the_runs(tmp_path: Path, monkeypatc
 def test_a_failing_uploader_is_reported_once_and_restarted_slowly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str
 ) -> None:
-    program = tmp_path / "python"
+    program, journal = tmp_path / "python", Journal(tmp_path / "journal")
+    (tmp_path / "starts").touch()
     if script != "absent":
         program.write_text(f"#!/bin/sh\necho started >> {tmp_path}/starts\n{script}\n")
         program.chmod(0o755)
     monkeypatch.setattr("pipeline.tracking.uploader.sys.executable", str(program))
-    journal = Journal(tmp_path / "journal")
-    writer = journal.start_session()
+    writer = JournalWriter(journal)
     uploader = Uploader(journal, writer, config_of(tmp_path, flush_seconds=0.02))
     deadline = time.monotonic() + 10
     while "the process that uploads" not in caplog.text and time.monotonic() < deadline:
@@ -220,11 +201,10 @@ def test_a_failing_uploader_is_reported_once_and_restarted_slowly(
     uploader.close(5.0)
     writer.close()
 
-    reports = [message for message in caplog.messages if "the process that uploads to MLflow" in message]
-    assert len(reports) == 1
-    assert "uploader.log" in reports[0]
+    (report,) = (message for message in caplog.messages if "the process that uploads to MLflow" in message)
+    assert "uploader.log" in report
     assert "hunter2" not in caplog.text
-    assert len((tmp_path / "starts").read_text().splitlines() if script != "absent" else []) <= 8
+    assert len((tmp_path / "starts").read_text().splitlines()) <= 8
 
 
 # ---- description of the run
@@ -243,45 +223,36 @@ def described(stage: dict[str, Any] | None = None, source: dict[str, Any] | None
     return validate(base | values, "test")
 
 
-@pytest.mark.parametrize(
-    ("change", "is_same"),
-    [
-        ({"name": "other", "output": "s3://bucket/runs", "seed": 7}, True),
-        ({"cluster": {"workers": 8}, "engine": {"zero_stage": 2}, "tracking": {"experiment": "mine"}}, True),
-        ({"source": {"shards": "s3://bucket/photos"}, "data": {"loader": {"num_workers": 4}}}, True),
-        ({"stage": {"steps": 2000}}, False),
-        ({"stage": {"objectives": {"mim": {"weight": 2.0}}}}, False),
-        ({"source": {"filters": {"width": {"min": 64}}}}, False),
-        ({"model": {"width": 192, "heads": 3}}, False),
-        ({"engine": {"precision": "float32"}}, False),
-    ],
-)
-def test_recipe_hash_depends_on_what_is_learnt_only(change: dict[str, Any], is_same: bool) -> None:
-    changed, base = (describe.run_tags(config)["recipe_hash"] for config in (described(**change), described()))
-    assert (changed == base) == is_same
+SAME_RECIPE: list[dict[str, Any]] = [
+    {"name": "other", "output": "s3://bucket/runs", "seed": 7},
+    {"cluster": {"workers": 8}, "engine": {"zero_stage": 2}, "tracking": {"experiment": "mine"}},
+    {"source": {"shards": "s3://bucket/photos"}, "data": {"loader": {"num_workers": 4}}},
+]
+OTHER_RECIPE: list[dict[str, Any]] = [
+    {"stage": {"steps": 2000}}, {"stage": {"objectives": {"mim": {"weight": 2.0}}}},
+    {"source": {"filters": {"width": {"min": 64}}}}, {"model": {"width": 192, "heads": 3}},
+    {"engine": {"precision": "float32"}},
+]  # fmt: skip
 
 
-def test_summary_params_and_tags_describe_the_config() -> None:
-    note = describe.run_tags(described())["mlflow.note.content"]
+def test_tags_describe_config_recipe_and_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = describe.code_tags()
+    assert set(code) == ({describe.COMMIT, describe.DIRTY} if (Path(__file__).parents[3] / ".git").exists() else set())
+    monkeypatch.setattr(describe, "code_tags", lambda: {describe.COMMIT: "here", describe.DIRTY: "true"})
+    for tag, value in {"ray.submission_id": "run-1a2b-2", describe.COMMIT: "c0ffee", "image_digest": "ab12"}.items():
+        monkeypatch.setenv(describe.PROPAGATED_TAGS[tag], value)
+    tags = describe.run_tags(described())
+    assert (tags["ray.submission_id"], tags["image_digest"]) == ("run-1a2b-2", "ab12")
+    assert (tags[describe.COMMIT], tags[describe.DIRTY]) == ("c0ffee", "true")  # the launcher's code, where it is known
+    note = tags["mlflow.note.content"]
     assert "| vision | mim | 75% photos, 25% drawings | 1,000 | 16 | previous |" in note
     assert "2,000 steps in runs/run" in note
-    assert "Started from random weights." in describe.note_of_stage(described().stages[0], "random")
-    params, tags = describe.split_changeable(described().model_dump(mode="json"))
+    hashes = [describe.run_tags(described(**change))["recipe_hash"] for change in [*SAME_RECIPE, *OTHER_RECIPE]]
+    assert [value == tags["recipe_hash"] for value in hashes] == [True] * len(SAME_RECIPE) + [False] * len(OTHER_RECIPE)
+    params, changeable = describe.split_changeable(described().model_dump(mode="json"))
     assert (params["model.width"], params["stages.0.global_batch_size"]) == ("768", "16")
-    assert (tags["config.stages.0.steps"], tags["config.engine.zero_stage"]) == ("1000", "1")
-    assert not any(f"config.{key}" in tags for key in params)
-
-
-def test_job_environment_passes_submission_id_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment, here = describe.job_environment("run-1a2b-2"), describe.environment_tags()
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MOME_IMAGE_DIGEST", "sha256:ab12")
-    tags = describe.environment_tags()
-    assert (tags["ray.submission_id"], tags["image_digest"]) == ("run-1a2b-2", "sha256:ab12")
-    if (Path(__file__).parents[3] / ".git").exists():
-        assert environment["MOME_GIT_COMMIT"] == here["mlflow.source.git.commit"]
-        assert environment["MOME_GIT_DIRTY"] == here["mome.git.dirty"]
+    assert (changeable["config.stages.0.steps"], changeable["config.engine.zero_stage"]) == ("1000", "1")
+    assert not any(f"config.{key}" in changeable for key in params)
 
 
 # ---- storage faults
@@ -316,7 +287,7 @@ def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: py
 
 def test_storage_faults_neither_lose_nor_double_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
-    monkeypatch.setattr("pipeline.tracking.describe.environment_tags", dict)  # calling git is slow
+    monkeypatch.setattr("pipeline.tracking.describe.code_tags", dict)  # calling git is slow
     output = "memory://attempts"
     clean = FailingStorage()
     _attempts(clean, f"{output}/clean", tmp_path / "clean", monkeypatch)
