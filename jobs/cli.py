@@ -387,9 +387,10 @@ def show_config(name: Annotated[str, Argument(help="Name of a recipe: demo or fi
 @config_app.command("schema")
 def show_schema() -> None:
     """Print the JSON schema of a config, for validation and completion in editors."""
-    from pipeline.config.reference import json_schema
+    from pipeline.config.schema import RunConfig
 
-    echo(json.dumps(json_schema(), indent=2))
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    echo(json.dumps(dialect | RunConfig.model_json_schema(), indent=2))
 
 
 app.add_typer(config_app, name="config", rich_help_panel=CONFIGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import TypeVar
+from typing import Self, TypeVar
 
 T = TypeVar("T")
 
@@ -16,11 +16,9 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
 
     def run() -> None:
         try:
-            result = call()
+            future.set_result(call())
         except BaseException as error:
             future.set_exception(error)
-        else:
-            future.set_result(result)
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
@@ -49,12 +47,12 @@ class PeriodicThread:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> PeriodicThread:
+    def start(self) -> Self:
         self._thread.start()
         return self
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Ask the thread to end and wait for it, at most `timeout` seconds; return False if it never started."""
+        """Request the thread to end and wait for it, at most `timeout` seconds; return False if it never started."""
         self._stop.set()
         if self._thread.ident is None:
             return False

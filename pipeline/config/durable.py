@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 # Errors of file systems, or of permissions, that do not support syncing a folder.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+TEMPORARY = re.compile(r"\..*\.partial", re.DOTALL)  # name of a file of `atomic_write` before it is in place
 _names = random.SystemRandom()  # not the global generator, and different in forked processes
 
 
@@ -54,11 +56,6 @@ def atomic_write(path: str | os.PathLike[str], place: Callable[[str, str], None]
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(folder)
-
-
-def is_temporary(name: str) -> bool:
-    """Return True for the name of a temporary file of `atomic_write`."""
-    return name.startswith(".") and name.endswith(".partial")
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -114,51 +114,44 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
     except ValidationError as error:
         lines, faults = [], error.errors()
         for fault in faults:
-            at = fault["loc"]
+            kind, given, at = fault["type"], fault["input"], fault["loc"]
             # A tuple is also reported as too short if its items failed.
-            if fault["type"] == "too_short" and any(at == other["loc"][: len(at)] != other["loc"] for other in faults):
+            if kind == "too_short" and any(at == other["loc"][: len(at)] != other["loc"] for other in faults):
                 continue
-            lines += _describe(fault, values).splitlines()
+            location = [str(part) for part in at if part != "[key]"]
+            shown = list(location)
+            if location[:2] in _MODEL_KINDS:
+                del shown[1]
+            elif (
+                location[:1] == ["stages"] and len(location) > 1 and location[1].isdigit() and location[2:] != ["name"]
+            ):
+                names = [stage.get("name") if isinstance(stage, dict) else None for stage in values["stages"]]
+                name = names[int(location[1])]
+                if isinstance(name, str) and name and names.count(name) == 1:
+                    shown[1] = name
+            path, message = ".".join(shown), fault["msg"].removeprefix("Value error, ")
+            if kind == "extra_forbidden":
+                known = list(_walk(location[:-1])[1])
+                close = difflib.get_close_matches(location[-1], known, n=1)
+                message = (
+                    f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; known: {', '.join(known)}"
+                )
+            elif kind == "union_tag_invalid":
+                message = f"expected {fault['ctx']['expected_tags']} (got {fault['ctx']['tag']!r})"
+                path += ".kind"
+            elif kind == "union_tag_not_found":
+                is_section = isinstance(given, dict)
+                message = f"expected {', '.join(MODEL_SECTIONS)}" if is_section else "Input should be an object"
+                path, message = f"{path}{'.kind' if is_section else ''}", f"{message} (got {given!r:.200})"
+            elif kind == "missing":
+                message = "required key is missing"
+            elif kind != "value_error" and not isinstance(given, dict):
+                choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"]) if kind == "literal_error" else []
+                close = difflib.get_close_matches(str(given), choices, n=1)
+                message += f" (got {given!r})" + (f"; did you mean '{close[0]}'?" if close else "")
+            lines += (f"{path}: {message}" if path else message).splitlines()
         count = "one fault" if len(lines) == 1 else f"{len(lines)} faults"
         raise ConfigError(f"{origin}: {count}\n" + "\n".join(lines)) from None
-
-
-def _describe(fault: Any, values: dict[str, Any]) -> str:
-    """Return the message for one of pydantic's faults in the plain `values`, which begins with the dotted path."""
-    kind, given, location = fault["type"], fault["input"], [str(part) for part in fault["loc"] if part != "[key]"]
-    shown = list(location)
-    if location[:2] in _MODEL_KINDS:
-        del shown[1]
-    elif location[:1] == ["stages"] and len(location) > 1 and location[1].isdigit() and location[2:] != ["name"]:
-        names = [stage.get("name") if isinstance(stage, dict) else None for stage in values["stages"]]
-        name = names[int(location[1])]
-        if isinstance(name, str) and name and names.count(name) == 1:
-            shown[1] = name
-    path = ".".join(shown)
-    if kind == "extra_forbidden":
-        known = list(_walk(location[:-1])[1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-        return f"{path}: unknown key; {hint}"
-    if kind == "union_tag_invalid":
-        return f"{path}.kind: expected {fault['ctx']['expected_tags']} (got {fault['ctx']['tag']!r})"
-    if kind == "union_tag_not_found":
-        is_section = isinstance(given, dict)
-        expected = f"expected {', '.join(MODEL_SECTIONS)}" if is_section else "Input should be an object"
-        return f"{path}{'.kind' if is_section else ''}: {expected} (got {given!r:.200})"
-    if kind == "missing":
-        return f"{path}: required key is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if kind == "value_error" and not location:
-        return message
-    if kind == "value_error" or isinstance(given, dict):
-        return f"{path}: {message}"
-    hint = ""
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
-        if close := difflib.get_close_matches(str(given), choices, n=1):
-            hint = f"; did you mean '{close[0]}'?"
-    return f"{path}: {message} (got {given!r}){hint}"
 
 
 def _walk(location: list[str]) -> tuple[list[FieldInfo], dict[str, FieldInfo]]:
@@ -189,23 +182,24 @@ def resolve_secret(reference: str | None) -> str | None:
     if reference is None:
         return None
     kind, _, name = reference.partition(":")
+    secret, fault = "", ""
     try:
         secret = os.environ[name] if kind == "env" else Path(name).expanduser().read_text(encoding="utf-8-sig")
+        secret = secret.strip()  # files end in a newline, values of a Windows env file in \r
+        if not secret:
+            fault = "it is empty"
+        elif not secret.isprintable():
+            fault = "it contains a line break or another control character, which HTTP headers cannot carry; give the "
+            fault += "value alone, on one line"
     except KeyError:
-        raise ConfigError(f"secret '{reference}': the environment variable {name} is not set") from None
+        fault = f"the environment variable {name} is not set"
     except UnicodeDecodeError:
-        raise ConfigError(f"secret '{reference}': the file is not UTF-8 text") from None
+        fault = "the file is not UTF-8 text"
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; an unknown home
-        raise ConfigError(f"secret '{reference}': the file cannot be read ({error})") from error
-    secret = secret.strip()  # files end in a newline, values of a Windows env file in \r
-    if not secret:
-        raise ConfigError(f"secret '{reference}': it is empty")
+        fault = f"the file cannot be read ({error})"
     remember(secret)
-    if not secret.isprintable():
-        raise ConfigError(
-            f"secret '{reference}': it contains a line break or another control character, which HTTP headers cannot "
-            "carry; give the value alone, on one line"
-        )
+    if fault:
+        raise ConfigError(f"secret '{reference}': {fault}")
     return secret
 
 

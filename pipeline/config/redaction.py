@@ -84,11 +84,6 @@ def remember(secret: str) -> None:
             _known.add(form)
 
 
-def holds_secret(url: str) -> bool:
-    """Return True for a URL with a user, a password or a secret-looking query in it."""
-    return redact(url) != url
-
-
 def password_of(url: str) -> str | None:
     """Return the password in a URL as it is written, or None."""
     if (match := _URL.match(url)) is None:
@@ -111,12 +106,9 @@ def printable(text: str) -> str:
 class _PrintableRecord(logging.LogRecord):
     """A log record whose message and traceback are printable and redacted for every handler."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def getMessage(self) -> str:  # formatters call it before they use the traceback
         if self.exc_info and self.exc_info[0] is not None:
             self.exc_text = printable(redact("".join(traceback.format_exception(*self.exc_info)).rstrip("\n")))
-
-    def getMessage(self) -> str:
         return printable(redact(super().getMessage()))
 
 

@@ -9,26 +9,14 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.redaction import holds_secret
+from pipeline.config.redaction import redact
 from pipeline.config.urls import file_name_of, is_local, parse
 
 # pairs: an image and its captions. images: images alone. text: texts alone. labelled: an image and its class.
@@ -43,21 +31,23 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0, le=2**53)]  # larger integers are not exact in floats and tensors
 NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST)]
-Rules = tuple[tuple[Callable[[Any], object], str], ...]
+Rules = dict[str, Callable[[Any], object]]
 
 
 class Section(BaseModel):
-    """Base of all sections. `RULES` relate the keys of a section: a condition, and what a violation raises."""
+    """Base of all sections. `RULES` relate the keys of a section: what a violation raises, and a condition."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    RULES: ClassVar[Rules] = ()
+    RULES: ClassVar[Rules] = {}
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
         """Raise ValueError with all violated rules of the section and its bases; {key} is the key's value."""
-        rules = [rule for base in reversed(type(self).__mro__) for rule in vars(base).get("RULES", ())]
-        if faults := [message.format(**dict(self)) for holds, message in rules if not holds(self)]:
+        rules = [rule for base in reversed(type(self).__mro__) for rule in vars(base).get("RULES", {}).items()]
+        if faults := [message.format(**dict(self)) for message, holds in rules if not holds(self)]:
             raise ValueError("; ".join(faults))
         return self
 
@@ -103,14 +93,6 @@ def _require(accepts: Callable[[str], object], message: str = "") -> AfterValida
     return AfterValidator(check)
 
 
-def _check_objective(value: str) -> bool:
-    if value in (names := objective_names()):
-        return True
-    close = get_close_matches(value, names, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
-    raise ValueError(f"unknown objective '{value}'; {hint}")
-
-
 _NOT_LOCAL = "must be a folder on each node's own disk, not a URL of an object store"
 _NOT_SECRET = "is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself"
 _HOLDS_SECRET = "holds a user, password or token, which would be recorded; give "
@@ -123,13 +105,11 @@ _PROMPT = "must contain {} exactly once, where the class name goes, such as 'a p
 Url = Annotated[str, _require(parse)]
 LocalFolder = Annotated[str, _require(is_local, _NOT_LOCAL)]
 SecretReference = Annotated[str, _require(re.compile(r"(env|file):.+").match, _NOT_SECRET)]
-Endpoint = Annotated[str, _require(lambda value: not holds_secret(value), _HOLDS_SECRET + _ENDPOINT)]
-TrackingUri = Annotated[
-    str, _require(lambda value: REFERENCE.match(value) or not holds_secret(value), _HOLDS_SECRET + _URI)
-]
+Endpoint = Annotated[str, _require(lambda url: redact(url) == url, _HOLDS_SECRET + _ENDPOINT)]
+TrackingUri = Annotated[str, _require(lambda uri: REFERENCE.match(uri) or redact(uri) == uri, _HOLDS_SECRET + _URI)]
 Steps = Annotated[str, _require(parse_steps)]
 Prompt = Annotated[str, _require(lambda value: value.count("{}") == 1, _PROMPT)]
-ObjectiveName = Annotated[str, _require(_check_objective), Field(json_schema_extra={"enum": list(objective_names())})]
+ObjectiveName = Literal[objective_names()]  # type: ignore[valid-type]
 
 
 # ---- models: the defaults are the papers' base sizes; what a head predicts is a property of the stage
@@ -141,13 +121,12 @@ class TransformerConfig(Section):
     READS_TEXT: ClassVar[bool] = True
     # Keys that do not change which weights fit.
     TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"init_std", "drop_path", "interpolation"})
-    RULES: ClassVar[Rules] = (
-        (lambda model: model.width % model.heads == 0, "width {width} must be a multiple of heads {heads}"),
-        (
-            lambda model: model.image_size % model.patch_size == 0,
-            "image_size {image_size} must be a multiple of patch_size {patch_size}",
+    RULES: ClassVar[Rules] = {
+        "width {width} must be a multiple of heads {heads}": lambda model: model.width % model.heads == 0,
+        "image_size {image_size} must be a multiple of patch_size {patch_size}": (
+            lambda model: model.image_size % model.patch_size == 0
         ),
-    )
+    }
 
     kind: str = Field(description="Model architecture")
     width: Positive = fixed(768, "Hidden size of the transformer")
@@ -157,9 +136,7 @@ class TransformerConfig(Section):
     image_size: Positive = fixed(224, "Side of the square input images in pixels; a multiple of `patch_size`")
     patch_size: Positive = fixed(16, "Side of an image patch in pixels")
     max_text_length: Positive = fixed(40, "Number of text positions, including [CLS] and [SEP]")
-    init_std: float = fixed(
-        0.02, "Standard deviation of initial weights; about 1 / sqrt(width) suits small widths", gt=0
-    )
+    init_std: PositiveFloat = fixed(0.02, "Standard deviation of initial weights; small widths: about 1 / sqrt(width)")
     drop_path: Fraction = fixed(0.0, "Drop-path rate of the last layer, rising linearly from 0 in the first")
     interpolation: Interpolation = fixed("bicubic", "Kernel for resizing images (Hugging Face's ViT: bilinear)")
 
@@ -188,12 +165,9 @@ class VLMoConfig(TransformerConfig):
     """VLMo (arXiv 2111.02358); the defaults are VLMo-base at 224 px."""
 
     TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"norm_eps", "contrasts"}
-    RULES: ClassVar[Rules] = (
-        (
-            lambda model: model.vision_language_layers < model.layers,
-            "vision_language_layers must be below layers {layers}",
-        ),
-    )
+    RULES: ClassVar[Rules] = {
+        "vision_language_layers must be below layers {layers}": lambda m: m.vision_language_layers < m.layers
+    }
 
     kind: Literal["vlmo"] = "vlmo"
     vision_language_layers: Positive = fixed(2, "Number of top layers with the vision-language expert for fused input")
@@ -201,7 +175,7 @@ class VLMoConfig(TransformerConfig):
     max_text_length: Positive = fixed(196, "Number of text positions, including [CLS] and [SEP]")
     layer_scale: float | None = fixed(0.1, "Initial value of LayerScale; null disables LayerScale")
     drop_path: Fraction = fixed(0.1, "Drop-path rate of the last layer, rising linearly from 0 in the first")
-    norm_eps: float = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's BEiT configs state 1e-12", gt=0)
+    norm_eps: PositiveFloat = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's BEiT: 1e-12")
     contrasts: Literal[1, 2] = fixed(2, "Number of contrastive projections; the release fine-tunes retrieval with 1")
 
     def architecture(self) -> dict[str, Any]:
@@ -219,28 +193,21 @@ class ViLTConfig(TransformerConfig):
     """
 
     TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
-        "longest_side",
-        "max_visible_patches",
-        "norm_eps",
-        "text_norm_eps",
+        "longest_side", "max_visible_patches", "norm_eps", "text_norm_eps"
+    }  # fmt: skip
+    RULES: ClassVar[Rules] = {
+        "longest_side {longest_side} is below image_size {image_size}, the shorter side": (
+            lambda model: model.longest_side >= model.image_size
+        )
     }
-
-    RULES: ClassVar[Rules] = (
-        (
-            lambda model: model.longest_side >= model.image_size,
-            "longest_side {longest_side} is below image_size {image_size}, the shorter side",
-        ),
-    )
 
     kind: Literal["vilt"] = "vilt"
     image_size: Positive = fixed(384, "Shorter side of the input images in pixels; a multiple of `patch_size`")
     patch_size: Positive = fixed(32, "Side of an image patch in pixels")
     longest_side: Positive = fixed(640, "Longest allowed side of the input images in pixels")
-    norm_eps: float = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's configs state 1e-12", gt=0)
-    text_norm_eps: float = fixed(1e-12, "Epsilon of the layer norms of the text embedding and of the MLM head", gt=0)
-    max_visible_patches: Positive | None = fixed(
-        200, "Most patches of an image that training reads, at random; null reads all"
-    )
+    norm_eps: PositiveFloat = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's configs state 1e-12")
+    text_norm_eps: PositiveFloat = fixed(1e-12, "Epsilon of the layer norms of the text embedding and of the MLM head")
+    max_visible_patches: Positive | None = fixed(200, "Most image patches that training reads, at random; null: all")
 
 
 class ViTConfig(TransformerConfig):
@@ -250,30 +217,25 @@ class ViTConfig(TransformerConfig):
     TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"max_text_length", "norm_eps"}
 
     kind: Literal["vit"] = "vit"
-    norm_eps: float = fixed(1e-6, "Epsilon of the layer norms; Hugging Face's configs state 1e-12", gt=0)
+    norm_eps: PositiveFloat = fixed(1e-6, "Epsilon of the layer norms; Hugging Face's configs state 1e-12")
 
 
 class ImageBERTConfig(TransformerConfig):
     """ImageBERT (arXiv 2001.07966): BERT-base over words and an object detector's regions. It reads no pixels."""
 
     TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
-        "image_size",
-        "patch_size",
-        "max_regions",
-        "dropout",
-        "norm_eps",
+        "image_size", "patch_size", "max_regions", "dropout", "norm_eps"
+    }  # fmt: skip
+    RULES: ClassVar[Rules] = {
+        "drop_path does not exist in BERT; leave it 0 and set dropout": lambda model: not model.drop_path
     }
-
-    RULES: ClassVar[Rules] = (
-        (lambda model: not model.drop_path, "drop_path does not exist in BERT; leave it 0 and set dropout"),
-    )
 
     kind: Literal["imagebert"] = "imagebert"
     max_text_length: Positive = fixed(44, "Number of text positions, including [CLS] and [SEP]")
     max_regions: Positive = fixed(100, "Maximum number of regions per image")
     region_features: Positive = fixed(2048, "Dimension of a region's feature vector")
     region_classes: Positive = fixed(1600, "Number of classes of the object detector")
-    norm_eps: float = fixed(1e-12, "Epsilon of the layer norms", gt=0)
+    norm_eps: PositiveFloat = fixed(1e-12, "Epsilon of the layer norms")
     # The masks are seeded by step and rank: a resumed run draws the same ones, another world size draws others. No
     # step forwards an example twice (this model has no ITC), so masks need not be replayed.
     dropout: Fraction = fixed(0.1, "Dropout of BERT's embeddings, attention and hidden vectors")
@@ -296,7 +258,6 @@ MODEL_SECTIONS: dict[str, type[TransformerConfig]] = {
     "dual_encoder": DualEncoderConfig,
 }
 
-
 ModelConfig = Annotated[
     Annotated[VLMoConfig, Tag("vlmo")]
     | Annotated[ViLTConfig, Tag("vilt")]
@@ -314,12 +275,11 @@ ModelConfig = Annotated[
 class StorageConfig(Section):
     """Access to object stores. Keys that are not set come from the store's usual environment variables."""
 
-    RULES: ClassVar[Rules] = (
-        (
-            lambda storage: not (storage.anonymous and (storage.key or storage.secret)),
-            "anonymous: true sends no key; remove storage.key and storage.secret, or set it to false",
-        ),
-    )
+    RULES: ClassVar[Rules] = {
+        "anonymous: true sends no key; remove storage.key and storage.secret, or set it to false": (
+            lambda storage: not (storage.anonymous and (storage.key or storage.secret))
+        )
+    }
 
     endpoint_url: Endpoint | None = changeable(None, "URL of the S3 endpoint (default: AWS_ENDPOINT_URL, else AWS)")
     key: SecretReference | None = changeable(None, "Access key, as 'env:NAME' or 'file:PATH'")
@@ -350,12 +310,11 @@ class SyntheticConfig(Section):
 class FilterConfig(Section):
     """Conditions on one indexed property; a sample is read if all conditions hold."""
 
-    RULES: ClassVar[Rules] = (
-        (
-            lambda filters: not (filters.min is filters.max is filters.any_of is filters.none_of is None),
-            "needs a condition: min, max, any_of or none_of",
-        ),
-    )
+    RULES: ClassVar[Rules] = {
+        "needs a condition: min, max, any_of or none_of": (
+            lambda filters: not (filters.min is filters.max is filters.any_of is filters.none_of is None)
+        )
+    }
 
     min: float | None = fixed(None, "Smallest allowed value")
     max: float | None = fixed(None, "Largest allowed value")
@@ -410,9 +369,7 @@ class DataConfig(Section):
     streams: Positive = fixed(16, "Number of streams each source is divided into; must divide the global batch sizes")
     shuffle_window: Positive = fixed(4, "Number of shards that a stream shuffles together")
     max_bad_rate: Fraction = changeable(0.01, "Fraction of bad samples above which the run fails")
-    max_pixels: Positive = fixed(
-        25_000_000, "Pixels of the largest image; larger ones are bad samples (8 bytes per pixel)"
-    )
+    max_pixels: Positive = fixed(25_000_000, "Pixels of the largest image (8 bytes each); larger ones are bad samples")
     augment: AugmentConfig = fixed(AugmentConfig(), "Image augmentation")
     loader: LoaderConfig = changeable(LoaderConfig(), "Loader resources")
     cache: CacheConfig = changeable(CacheConfig(), "Node-local disk cache")
@@ -424,12 +381,11 @@ class DataConfig(Section):
 class MaskingConfig(Section):
     """Selection of masked words, patches and regions, and what replaces masked patches."""
 
-    RULES: ClassVar[Rules] = (
-        (
-            lambda masking: masking.mask_token_prob + masking.random_patch_prob <= 1 + 1e-9,
-            "mask_token_prob {mask_token_prob} + random_patch_prob {random_patch_prob} exceeds 1",
-        ),
-    )
+    RULES: ClassVar[Rules] = {
+        "mask_token_prob {mask_token_prob} + random_patch_prob {random_patch_prob} exceeds 1": (
+            lambda masking: masking.mask_token_prob + masking.random_patch_prob <= 1 + 1e-9
+        )
+    }
 
     mlm_probability: OpenFraction = fixed(0.15, "Fraction of words that are masked")
     whole_word: bool = fixed(True, "Mask all tokens of a word together")
@@ -474,12 +430,11 @@ class OptimizerConfig(Section):
 class ImageDecoderConfig(Section):
     """Decoder that predicts masked patches the encoder does not read (MAE, arXiv 2111.06377, section 3)."""
 
-    RULES: ClassVar[Rules] = (
-        (  # the fixed position embeddings have a sine and a cosine for each of two axes
-            lambda decoder: decoder.width % decoder.heads == 0 and decoder.width % 4 == 0,
-            "width {width} must be a multiple of heads {heads} and of 4",
-        ),
-    )
+    RULES: ClassVar[Rules] = {  # the fixed position embeddings have a sine and a cosine for each of two axes
+        "width {width} must be a multiple of heads {heads} and of 4": (
+            lambda decoder: decoder.width % decoder.heads == 0 and decoder.width % 4 == 0
+        )
+    }
 
     width: Positive = fixed(512, "Hidden size of the decoder; a multiple of `heads` and of 4")
     layers: Positive = fixed(8, "Number of layers")
@@ -522,13 +477,9 @@ class StageConfig(Section):
     buckets: BucketsConfig | None = fixed(None, "Length bucketing (default: none)")
     image_target: ImageTarget = fixed("pixels", "Target of the mim objective")
     image_tokenizer: ImageTokenizerConfig | None = fixed(None, "Required by `image_target: visual_tokens`")
-    image_decoder: ImageDecoderConfig | None = fixed(
-        None, "Decoder for mim; the encoder then reads visible patches only"
-    )
+    image_decoder: ImageDecoderConfig | None = fixed(None, "Decoder of mim; the encoder reads visible patches only")
     num_negative_texts: Positive = fixed(15, "Number of negative texts per image in the ranking objective")
-    negatives: Literal["hard", "random"] = fixed(
-        "hard", "Negatives of itm: by itc similarity, or random of the same source"
-    )
+    negatives: Literal["hard", "random"] = fixed("hard", "Negatives of itm: by itc similarity, or random of one source")
     num_classes: Positive | None = fixed(None, "Number of classes; required by the classification objective")
     num_answers: Positive | None = fixed(None, "Number of answers; required by the vqa objective")
     answer_list: Url | None = fixed(None, "URL of a JSON list of answers (default: answers.json of the first source)")
@@ -544,6 +495,19 @@ class StageConfig(Section):
 class EngineConfig(Section):
     """DeepSpeed engine and precision."""
 
+    # Combinations that DeepSpeed silently ignores, or fails on without saying what to change.
+    RULES: ClassVar[Rules] = {
+        "precision bfloat16 at ZeRO 0 would have no float32 master weights and sums; set zero_stage to 1, 2 or 3, or "
+        "precision to float32": lambda engine: engine.precision != "bfloat16" or engine.zero_stage,
+        "offload_optimizer: ZeRO 0 keeps all state on the device; set zero_stage to 1, 2 or 3": (
+            lambda engine: not engine.offload_optimizer or engine.zero_stage
+        ),
+        "offload_parameters: at ZeRO {zero_stage} every rank computes with whole weights on its device; set zero_stage "
+        "to 3, or offload the optimizer alone": lambda engine: not engine.offload_parameters or engine.zero_stage == 3,
+        "compile: ZeRO 3 gathers each module's weights in hooks, at which torch.compile breaks its graphs or fails; "
+        "leave it false, or set zero_stage to 0, 1 or 2": lambda engine: not engine.compile or engine.zero_stage != 3,
+    }
+
     zero_stage: Literal[0, 1, 2, 3] = changeable(1, "DeepSpeed ZeRO stage")
     offload_optimizer: bool = changeable(False, "Keep master weights and moments in host memory (ZeRO 1 to 3)")
     offload_parameters: bool = changeable(False, "Keep unused weights in host memory (ZeRO 3)")
@@ -551,7 +515,7 @@ class EngineConfig(Section):
     micro_batch_size: Positive | Literal["auto"] | None = changeable(
         None, "Number of examples per forward; auto fits the memory of the smallest rank (default: no limit)"
     )
-    memory_gb: float | None = changeable(None, "GB per rank for `micro_batch_size: auto` (default: all free)", gt=0)
+    memory_gb: PositiveFloat | None = changeable(None, "GB per rank for `micro_batch_size: auto` (default: all free)")
     activation_checkpointing: bool = changeable(False, "Recompute blocks in backward: a third more time, less memory")
     compile: bool = changeable(False, "Compile the blocks with torch.compile (minutes at startup; not at ZeRO 3)")
     threads: Positive = fixed(1, "Number of CPU threads per rank for tensor operations")
@@ -571,12 +535,10 @@ class ClusterConfig(Section):
     max_preemptions: NonNegative | None = changeable(None, "Number of restarts after preemptions (default: unlimited)")
     start_seconds: Seconds = changeable(60.0, "Seconds to place the ranks; then fewer are tried, down to min_workers")
     grow_seconds: Seconds = changeable(60.0, "Seconds that room for more ranks must last before a smaller run restarts")
-    loader_actors: NonNegative = changeable(
-        0, "Number of remote loader actors per rank; 0 loads on the rank's own node"
-    )
+    loader_actors: NonNegative = changeable(0, "Number of remote loader actors per rank; 0 loads on the rank's node")
     loader_cpus: NonNegativeFloat = changeable(1, "Number of CPUs per loader actor")
     loader_resource: str | None = changeable(None, "Ray resource of nodes that host loader actors (default: any)")
-    price: float = changeable(0.0, "Price per rank and hour in any currency, for `mome plan` and reports", ge=0)
+    price: NonNegativeFloat = changeable(0.0, "Price per rank and hour in any currency, for `mome plan` and reports")
 
 
 class KeepBestConfig(Section):
@@ -667,8 +629,58 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_consistent(self) -> Self:
-        """Report all violated rules between keys at once: each is one line that begins with the key's path."""
-        if faults := [*_run_faults(self), *_stage_faults(self)]:
+        """Report all violated rules between sections at once: each is one line that begins with the key's path."""
+        model, cluster, gpus = self.model, self.cluster, self.cluster.gpus_per_worker
+        known, held_out, faults = f"known: {', '.join(self.sources)}", self.evaluation.source, []
+        if self.reproduce_vlmo_release and model.kind != "vlmo":
+            faults.append(f"reproduce_vlmo_release: is for model.kind vlmo only, and model.kind is {model.kind}")
+        if cluster.min_workers is not None and cluster.min_workers > cluster.workers:
+            faults.append(f"cluster.min_workers: {cluster.min_workers} is above cluster.workers {cluster.workers}")
+        if gpus > 1 and gpus != int(gpus):
+            expected = "expected a whole number, or a fraction below 1 to share a GPU"
+            faults.append(f"cluster.gpus_per_worker: {expected}; got {gpus}")
+        for name, source in self.sources.items():
+            if not name or name in (".", "..") or file_name_of(name) != name or len(name) > 100:
+                expected = "use no slash, no control character and at most 100 characters"
+                faults.append(f"sources: {name!r}: the name of a source is also a file name; {expected}")
+            excluded = source.synthetic.exclude if source.synthetic else None
+            if excluded is not None and (excluded not in self.sources or self.sources[excluded].synthetic is None):
+                faults.append(f"sources.{name}.synthetic.exclude: '{excluded}' is not a synthetic source of this run")
+        if held_out is not None and held_out not in self.sources:
+            faults.append(f"evaluation.source: unknown source '{held_out}'; {known}")
+        if self.evaluation.every is not None and held_out is None:
+            faults.append("evaluation.every: set without evaluation.source; name the held-out source to evaluate on")
+        for index, stage in enumerate(self.stages):
+            path, batch_size, limit = f"stages.{stage.name}", stage.global_batch_size, model.max_text_length
+            if stage.name in [other.name for other in self.stages[:index]]:
+                faults.append(f"stages.{index}.name: another stage has the name '{stage.name}'")
+            if batch_size % self.data.streams:
+                expected = f"must be a multiple of data.streams {self.data.streams}"
+                faults.append(f"{path}.global_batch_size: {batch_size} {expected}")
+            if stage.max_text_length > limit:
+                faults.append(f"{path}.max_text_length: {stage.max_text_length} is above model.max_text_length {limit}")
+            if stage.image_size is not None:
+                try:
+                    self.for_stage(stage)
+                except ValidationError as error:
+                    messages = (fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+                    faults += [f"{path}.image_size: {message}" for message in messages]
+            if not stage.sources or not stage.objectives:
+                faults.append(f"{path}: needs at least one source and one objective")
+            fewest = cluster.workers * max((objective.every for objective in stage.objectives.values()), default=1)
+            if batch_size < fewest:
+                expected = f"expected at least cluster.workers x every = {fewest}"
+                faults.append(f"{path}.global_batch_size: {batch_size} leaves a rank without an example; {expected}")
+            unknown = [name for name in stage.sources if name not in self.sources]
+            faults += [f"{path}.sources: unknown source '{name}'; {known}" for name in unknown]
+            types = {self.sources[name].type for name in stage.sources if name in self.sources}
+            if "regions" in types and model.kind != "imagebert":
+                expected = f"regions are for a model of kind imagebert, and model.kind is {model.kind}"
+                faults.append(f"{path}.sources: {expected}")
+            if len(types) > 1:
+                expected = "all sources of a stage must have one type"
+                faults.append(f"{path}.sources: of type {' and '.join(sorted(types))}; {expected}")
+        if faults:
             raise ValueError("\n".join(faults))
         return self
 
@@ -710,82 +722,3 @@ class RunConfig(Section):
     def folder(self) -> str:
         """URL of the run's own folder."""
         return f"{self.output.rstrip('/')}/{self.name}"
-
-
-# ---- rules between keys
-
-
-def _run_faults(run: RunConfig) -> Iterator[str]:
-    engine, cluster, gpus, held_out = run.engine, run.cluster, run.cluster.gpus_per_worker, run.evaluation.source
-    if run.reproduce_vlmo_release and run.model.kind != "vlmo":
-        yield f"reproduce_vlmo_release: applies to model.kind vlmo only, and model.kind is {run.model.kind}"
-    # Combinations that DeepSpeed silently ignores, or fails on without saying what to change.
-    if engine.precision == "bfloat16" and engine.zero_stage == 0:
-        yield (
-            "engine.precision: bfloat16 at ZeRO 0 would have no float32 master weights and sums; "
-            "set engine.zero_stage to 1, 2 or 3, or engine.precision to float32"
-        )
-    if engine.offload_optimizer and engine.zero_stage == 0:
-        yield "engine.offload_optimizer: ZeRO 0 keeps all state on the device; set engine.zero_stage to 1, 2 or 3"
-    if engine.offload_parameters and engine.zero_stage != 3:
-        yield (
-            f"engine.offload_parameters: at ZeRO {engine.zero_stage} every rank computes with whole weights on its "
-            "device; set engine.zero_stage to 3, or offload the optimizer alone"
-        )
-    if engine.compile and engine.zero_stage == 3:
-        yield (
-            "engine.compile: ZeRO 3 gathers each module's weights in hooks, at which torch.compile breaks "
-            "its graphs or fails; leave it false, or set engine.zero_stage to 0, 1 or 2"
-        )
-    if cluster.min_workers is not None and cluster.min_workers > cluster.workers:
-        yield f"cluster.min_workers: {cluster.min_workers} is above cluster.workers {cluster.workers}"
-    if gpus > 1 and gpus != int(gpus):
-        yield f"cluster.gpus_per_worker: expected a whole number, or a fraction below 1 to share a GPU; got {gpus}"
-    for name, source in run.sources.items():
-        if not name or name in (".", "..") or file_name_of(name) != name or len(name) > 100:
-            yield (
-                f"sources: {name!r}: the name of a source is also a file name; use no slash, no control character and "
-                "at most 100 characters"
-            )
-        excluded = source.synthetic.exclude if source.synthetic else None
-        if excluded is not None and (excluded not in run.sources or run.sources[excluded].synthetic is None):
-            yield f"sources.{name}.synthetic.exclude: '{excluded}' is not a synthetic source of this run"
-    if held_out is not None and held_out not in run.sources:
-        yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(run.sources)}"
-    if run.evaluation.every is not None and held_out is None:
-        yield "evaluation.every: set without evaluation.source; name the held-out source to evaluate on"
-
-
-def _stage_faults(run: RunConfig) -> Iterator[str]:
-    model, streams = run.model, run.data.streams
-    for index, stage in enumerate(run.stages):
-        path, batch_size = f"stages.{stage.name}", stage.global_batch_size
-        if stage.name in [other.name for other in run.stages[:index]]:
-            yield f"stages.{index}.name: another stage has the name '{stage.name}'"
-        if batch_size % streams:
-            yield f"{path}.global_batch_size: {batch_size} must be a multiple of data.streams {streams}"
-        if stage.max_text_length > model.max_text_length:
-            limit = f"model.max_text_length {model.max_text_length}"
-            yield f"{path}.max_text_length: {stage.max_text_length} is above {limit}"
-        if stage.image_size is not None:
-            try:
-                run.for_stage(stage)
-            except ValidationError as error:
-                for fault in error.errors():
-                    yield f"{path}.image_size: {fault['msg'].removeprefix('Value error, ')}"
-        if not stage.sources or not stage.objectives:
-            yield f"{path}: needs at least one source and one objective"
-        every = max((objective.every for objective in stage.objectives.values()), default=1)
-        if batch_size < run.cluster.workers * every:
-            yield (
-                f"{path}.global_batch_size: {batch_size} leaves a rank without an example; expected at least "
-                f"cluster.workers x every = {run.cluster.workers * every}"
-            )
-        for name in stage.sources:
-            if name not in run.sources:
-                yield f"{path}.sources: unknown source '{name}'; known: {', '.join(run.sources)}"
-        types = {run.sources[name].type for name in stage.sources if name in run.sources}
-        if "regions" in types and model.kind != "imagebert":
-            yield f"{path}.sources: regions are for a model of kind imagebert, and model.kind is {model.kind}"
-        if len(types) > 1:
-            yield f"{path}.sources: of type {' and '.join(sorted(types))}; all sources of a stage must have one type"

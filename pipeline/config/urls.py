@@ -35,53 +35,53 @@ def parse(url: str) -> tuple[str, str]:
 
     Raises ConfigError for a malformed URL, and for one that would run a program when read.
     """
-    if _RUNS_SOMETHING.search(url):
-        raise ConfigError(
-            f"{url!r}: this URL runs a program when it is read, which is not allowed for data; give the location of "
-            "the files: a folder, s3://bucket/folder or another storage URL"
-        )
-    if not url.strip():
-        raise ConfigError(f"{url!r}: the URL is empty; give a folder, s3://bucket/folder or another storage URL")
-    if _CONTROL.search(url):
-        plain = _CONTROL.sub("", url).strip()
-        raise _wrong(url, "it contains a line break or another control character", plain)
-    if url != url.strip():
-        raise _wrong(url, "it begins or ends with a space", url.strip())
-    if template := _TEMPLATE.search(url):
-        raise ConfigError(
-            f"{url!r}: {template.group()} is not expanded here; write its value, or let the shell expand it on the "
-            'command line: output="$SCRATCH/runs"'
-        )
     protocol, separator, rest = url.partition("://")
-    if not separator:
-        if _DRIVE.match(url):
-            raise ConfigError(f"{url!r}: Windows paths are not supported; give a path of this system")
-        for form in (_ONE_SLASH, _NO_SLASH, _NO_COLON, _INSIDE):
-            if match := form.fullmatch(url):
-                word, rest = match["word"].lower(), match["rest"].replace("\\", "/").lstrip("/")
-                right = f"file:///{rest}" if word == "file" else f"{word}://{rest}"
-                raise _wrong(url, f"this would be a local folder named '{match['word']}'", right)
-        if "/~/" in url or url.endswith("/~"):
-            raise _wrong(url, "~ means the home folder only at the beginning", f"~{url.rpartition('/~')[2]}")
-        return "file", _with_home(url)
-    if not _PROTOCOL.fullmatch(protocol):
-        meant = re.sub(r"[^a-z0-9+-]", "", protocol.rpartition("/")[2].rpartition(":")[2].lower())
-        raise _wrong(url, "the text before :// is not a protocol", f"{meant or 's3'}://{rest}")
-    if protocol == "file":
-        if not rest.startswith(("/", "~")):
-            raise _wrong(url, "a file URL has three slashes", f"file:///{rest.removeprefix('localhost/')}")
-        return "file", _with_home(rest)
-    if protocol in _STORES and not rest.partition("/")[0]:
-        raise _wrong(url, "it names no bucket or host", f"{protocol}://{rest.strip('/') or 'bucket/folder'}")
-    if protocol not in ("s3", "s3a"):
-        return protocol, url
-    if "@" in rest.partition("/")[0]:
-        bucket = rest.partition("/")[0].rpartition("@")[2]
-        raise ConfigError(
-            f"s3://…@{bucket}: an S3 URL must not contain keys; give s3://{bucket}/folder, and the keys as storage.key "
-            "and storage.secret ('env:NAME' or 'file:PATH') or as AWS_ variables"
+    authority, fault, instead = rest.partition("/")[0], "", ""  # what is wrong, and the correct form
+    forms = () if separator else (_ONE_SLASH, _NO_SLASH, _NO_COLON, _INSIDE)
+    if _RUNS_SOMETHING.search(url):
+        fault = (
+            "this URL runs a program when it is read, which is not allowed for data; give the location of the files: "
         )
-    return "s3", rest.strip("/")
+        fault += "a folder, s3://bucket/folder or another storage URL"
+    elif not url.strip():
+        fault = "the URL is empty; give a folder, s3://bucket/folder or another storage URL"
+    elif _CONTROL.search(url):
+        fault, instead = "it contains a line break or another control character", _CONTROL.sub("", url).strip()
+    elif url != url.strip():
+        fault, instead = "it begins or ends with a space", url.strip()
+    elif template := _TEMPLATE.search(url):
+        fault = f"{template.group()} is not expanded here; write its value, or let the shell expand it on the command "
+        fault += 'line: output="$SCRATCH/runs"'
+    elif not separator and _DRIVE.match(url):
+        fault = "Windows paths are not supported; give a path of this system"
+    elif match := next(filter(None, (form.fullmatch(url) for form in forms)), None):
+        word, path = match["word"].lower(), match["rest"].replace("\\", "/").lstrip("/")
+        fault = f"this would be a local folder named '{match['word']}'"
+        instead = f"file:///{path}" if word == "file" else f"{word}://{path}"
+    elif not separator and ("/~/" in url or url.endswith("/~")):
+        fault, instead = "~ means the home folder only at the beginning", f"~{url.rpartition('/~')[2]}"
+    elif separator and not _PROTOCOL.fullmatch(protocol):
+        meant = re.sub(r"[^a-z0-9+-]", "", protocol.rpartition("/")[2].rpartition(":")[2].lower())
+        fault, instead = "the text before :// is not a protocol", f"{meant or 's3'}://{rest}"
+    elif separator and protocol == "file" and not rest.startswith(("/", "~")):
+        fault, instead = "a file URL has three slashes", f"file:///{rest.removeprefix('localhost/')}"
+    elif separator and protocol in _STORES and not authority:
+        fault, instead = "it names no bucket or host", f"{protocol}://{rest.strip('/') or 'bucket/folder'}"
+    elif separator and protocol in ("s3", "s3a") and "@" in authority:
+        bucket = authority.rpartition("@")[2]
+        url = f"s3://…@{bucket}"
+        fault = f"an S3 URL must not contain keys; give s3://{bucket}/folder, and the keys as storage.key and "
+        fault += "storage.secret ('env:NAME' or 'file:PATH') or as AWS_ variables"
+    if fault:
+        raise ConfigError(f"{url!r}: {fault}" + (f"; give {instead!r}" if instead else ""))
+    if separator and protocol != "file":
+        return ("s3", rest.strip("/")) if protocol in ("s3", "s3a") else (protocol, url)
+    path = rest if separator else url
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.partition("/")[0]
+        raise ConfigError(f"{path!r}: the home folder of {user!r} is unknown; set HOME, or give a path without '~'")
+    return "file", expanded
 
 
 def is_local(url: str) -> bool:
@@ -105,15 +105,3 @@ def absolute(url: str) -> str:
 def file_name_of(name: str) -> str:
     """Return a name from a config or record as a single path component: separators are escaped as %XX."""
     return re.sub(r"[/\\\x00-\x1f\x7f]", lambda match: f"%{ord(match.group()):02X}", name)
-
-
-def _with_home(path: str) -> str:
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        user = path.partition("/")[0]
-        raise ConfigError(f"{path!r}: the home folder of {user!r} is unknown; set HOME, or give a path without '~'")
-    return expanded
-
-
-def _wrong(url: str, reason: str, example: str) -> ConfigError:
-    return ConfigError(f"{url!r}: {reason}; give {example!r}")

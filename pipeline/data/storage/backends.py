@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.config.durable import atomic_write, is_temporary
+from pipeline.config.durable import TEMPORARY, atomic_write
 from pipeline.config.errors import StorageError
 from pipeline.data.storage.retry import ObjectTooShort, PermanentError, PreconditionFailed, TransientError
 
@@ -105,7 +105,7 @@ class LocalBackend(Backend):
     def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
         with suppress(FileNotFoundError), os.scandir(path) as items:
             for item in items:
-                if not is_temporary(item.name):
+                if not TEMPORARY.fullmatch(item.name):
                     with suppress(FileNotFoundError):  # deleted since the listing, or a broken link
                         yield item.name, None if item.is_dir() else _stat_info(item.stat())
 
