@@ -11,7 +11,7 @@ import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -109,7 +109,7 @@ Endpoint = Annotated[str, _require(lambda url: redact(url) == url, _HOLDS_SECRET
 TrackingUri = Annotated[str, _require(lambda uri: REFERENCE.match(uri) or redact(uri) == uri, _HOLDS_SECRET + _URI)]
 Steps = Annotated[str, _require(parse_steps)]
 Prompt = Annotated[str, _require(lambda value: value.count("{}") == 1, _PROMPT)]
-ObjectiveName = Literal[objective_names()]  # type: ignore[valid-type]
+ObjectiveName: TypeAlias = Literal[objective_names()]  # type: ignore[valid-type]
 
 
 # ---- models: the defaults are the papers' base sizes; what a head predicts is a property of the stage

@@ -7,40 +7,16 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from pipeline.config.background import in_background, within
-from pipeline.config.durable import atomic_write, is_temporary, sync_folder, write_durably
+from pipeline.config.durable import TEMPORARY, atomic_write, sync_folder, write_durably
 from pipeline.data.storage import Storage
 
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Record ("sync", path) and ("rename", path) events in order."""
-    events: list[tuple[str, str]] = []
-    fsync = os.fsync
-
-    def recorded_fsync(descriptor: int) -> None:
-        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
-        fsync(descriptor)
-
-    def recorded(rename: Callable[[str, str], None]) -> Callable[[str, str], None]:
-        def record_and_rename(source: str, target: str) -> None:
-            events.append(("rename", os.fspath(target)))
-            rename(source, target)
-
-        return record_and_rename
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    for name in ("link", "replace"):
-        monkeypatch.setattr(os, name, recorded(getattr(os, name)))
-    return events
-
-
-WRITES = {
+WRITES: dict[str, Callable[[str], object]] = {
     "write_durably": lambda path: write_durably(path, b"x"),
     "write": lambda path: Storage().write(path, b"x"),
     "write_parts": lambda path: Storage().write_parts(path, 1, lambda start, stop: b"x"),
@@ -49,38 +25,40 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("name", WRITES)
-def test_data_name_and_new_folders_are_synced_in_order(tmp_path: Path, log: list[tuple[str, str]], name: str):
-    path = str(tmp_path / "new" / "deep" / "file")
-    WRITES[name](path)
-    folders = [str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new" / "deep")]
-    assert log[:2] == [("sync", folders[0]), ("sync", folders[1])]  # they contain the names of the new folders
-    assert log[2][0] == "sync"
-    assert is_temporary(Path(log[2][1]).name)
-    assert log[3:] == [("rename", path), ("sync", folders[2])]
-    log.clear()
-    if name != "create":
-        WRITES[name](path)
-        assert [kind for kind, _ in log] == ["sync", "rename", "sync"]
+def test_data_name_and_new_folders_are_synced_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[str, str]] = []
+    real = {name: getattr(os, name) for name in ("fsync", "link", "replace")}
+    fsync = Mock(side_effect=lambda fd: (log.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), real["fsync"](fd)))
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("link", "replace"):
+        rename = real[name]
+        monkeypatch.setattr(os, name, lambda old, new, move=rename: (log.append(("rename", str(new))), move(old, new)))
+    for name, write in WRITES.items():
+        folders = [str(tmp_path), str(tmp_path / name), str(tmp_path / name / "deep")]
+        path = f"{folders[2]}/file"
+        log.clear()
+        write(path)
+        assert log[:2] == [("sync", folders[0]), ("sync", folders[1])]  # they contain the names of the new folders
+        assert (log[2][0], bool(TEMPORARY.fullmatch(Path(log[2][1]).name))) == ("sync", True)
+        assert log[3:] == [("rename", path), ("sync", folders[2])], name
+        log.clear()
+        if name != "create":
+            write(path)
+            assert [kind for kind, _ in log] == ["sync", "rename", "sync"]
 
 
-def test_failed_write_keeps_the_old_content(tmp_path: Path):
+def test_failures_keep_the_old_content_and_ignore_folders_without_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_durably(tmp_path / "file", b"old")
     with pytest.raises(TypeError), atomic_write(tmp_path / "file") as file:
         file.write("no bytes")  # type: ignore[arg-type]
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
-def test_folder_sync_fails_on_disk_errors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """Some file systems do not support syncing a folder."""
-
-    def fsync(descriptor: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="Input/output") if code == errno.EIO else nullcontext():
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EINVAL, "Invalid argument")))
+    sync_folder(tmp_path)  # some file systems do not support it
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
         sync_folder(tmp_path)
 
 
@@ -90,29 +68,23 @@ def test_folder_may_be_created_by_other_writers(tmp_path: Path, monkeypatch: pyt
             paths = [tmp_path / f"{number}" / "a" / "b" / str(writer) for writer in range(8)]
             list(pool.map(lambda path: write_durably(path, b"x"), paths))
             assert all(path.read_bytes() == b"x" for path in paths)
-    isdir = os.path.isdir
+    isdir, folder = os.path.isdir, tmp_path / "new" / "step"
 
     def created_after_the_check(path: str) -> bool:
         existed = isdir(path)
-        (tmp_path / "new" / "step").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         return existed
 
     monkeypatch.setattr(os.path, "isdir", created_after_the_check)
-    write_durably(tmp_path / "new" / "step" / "rank-00000", b"x")
-    assert (tmp_path / "new" / "step" / "rank-00000").read_bytes() == b"x"
+    write_durably(folder / "rank-00000", b"x")
+    assert (folder / "rank-00000").read_bytes() == b"x"
 
 
-def test_background_call_returns_its_result_or_error() -> None:
-    def late() -> None:
-        raise TimeoutError("its own")
-
+def test_background_call_returns_its_result_or_error_and_does_not_keep_the_process_alive() -> None:
     assert in_background(lambda: 3, "three").result(10) == within(10, lambda: 3, "three") == 3
     assert isinstance(in_background(lambda: {}["absent"], "fails").exception(10), KeyError)
     with pytest.raises(TimeoutError, match="its own"):
-        within(10, late, "late")
-
-
-def test_late_call_does_not_keep_the_process_alive() -> None:
+        within(10, Mock(side_effect=TimeoutError("its own")), "late")
     over = threading.Event()
     with pytest.raises(TimeoutError, match="no complete response within 0 s"):
         within(0.01, over.wait, "waits")

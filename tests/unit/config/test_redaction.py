@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.config import redaction
 from pipeline.config.errors import MomeError
-from pipeline.config.redaction import describe_error, holds_secret, password_of, printable, redact
+from pipeline.config.redaction import describe_error, password_of, printable, redact
 from tests.support.fuzz import fuzz_rounds
 
 PASSWORDS = [
@@ -30,7 +30,6 @@ def test_passwords_are_removed_completely(password: str) -> None:
         url = f"{scheme}://mlflow:{password}@db.example:5432/store"
         assert redact(url) == f"{scheme}://db.example:5432/store"
         assert redact(f"failed ({url}): no route") == f"failed ({scheme}://db.example:5432/store): no route"
-        assert holds_secret(url)
         assert password_of(url) == password
     if password != "1/2":
         assert redact(f"http://alice:{password}@server:5000/base") == "http://server:5000/base"
@@ -61,7 +60,6 @@ def test_secret_queries_and_users_are_dropped() -> None:
         "https://u:p@[::1]:5000/x": "https://[::1]:5000/x",
     }.items():
         assert redact(url) == shown
-        assert holds_secret(url)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +87,6 @@ def test_secret_queries_and_users_are_dropped() -> None:
 )
 def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert redact(text) == text
-    assert not holds_secret(text)
 
 
 @pytest.mark.parametrize(
