@@ -167,24 +167,11 @@ def test_file_that_is_not_a_config_is_one_message_and_other_files_are_read(tmp_p
 def test_a_source_may_have_any_name_that_is_no_path(tmp_path: Path) -> None:
     values, path = yaml.safe_load(DEMO.read_text(encoding="utf-8")), tmp_path / "run.yaml"
     sources = dict(values["sources"])
-    for name in (
-        "coco.2017",
-        "a=b",
-        "storage",
-        "0",
-        "with space",
-        'quo"te',
-        "",
-        "..",
-        "../x",
-        "/etc",
-        "a\\b",
-        "a\nb",
-        101 * "a",
-    ):
+    paths = ("", "..", "../x", "/etc", "a\\b", "a\nb", 101 * "a")
+    for name in ("coco.2017", "a=b", "storage", "0", "with space", 'quo"te', *paths):
         values["sources"] = {**sources, name: {"shards": "runs/some", "type": "text"}}
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        if name in ("", "..") or len(name) > 100 or set(name) & set("/\\\n"):
+        if name in paths:
             with pytest.raises(ConfigError, match="the name of a source"):
                 load_config(path)
             continue
