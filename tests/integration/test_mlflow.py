@@ -65,8 +65,15 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
 
 
-def upload(config: RunConfig, uri: str) -> None:
-    MlflowUploader(journal_folder(config.folder), uri, print).upload()
+def uploader_of(config: RunConfig, uri: str) -> MlflowUploader:
+    return MlflowUploader(journal_folder(config.folder), uri, print)
+
+
+def tracked(config: RunConfig, steps: range, stage: int = 0, attempt: str = "1") -> Tracker:
+    """Return a new tracker of the run that has recorded these steps of a stage."""
+    tracker = Tracker.open(config, Storage(), {"attempt": attempt})
+    record(tracker, config, stage, steps)
+    return tracker
 
 
 def runs_of(uri: str, config: RunConfig) -> dict[str, Run]:
@@ -106,46 +113,35 @@ def sync_without_cursor(config: RunConfig) -> dict[str, Any]:
 # ---- crashes
 
 
-def test_run_that_replaces_another_in_its_folder_is_uploaded_as_its_own(tmp_path: Path, uri: str, by_hand) -> None:
+@pytest.mark.usefixtures("by_hand")
+def test_uploader_survives_a_failed_connection_and_another_run_in_its_folder(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The uploader of a killed trainer may still run when the folder is deleted and the run started anew."""
     config = config_of(tmp_path, uri, "replaced")
-    uploader, parents = MlflowUploader(journal_folder(config.folder), uri, print), []
-    for _ in range(2):
-        tracker = Tracker.open(config, Storage())
-        record(tracker, config, 0, range(5))
-        tracker.close()
+    uploader, parents = uploader_of(config, uri), []
+    for number in range(2):
+        tracked(config, range(5)).close()
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.tracking.mlflow_replay.LoggedModels", Mock(side_effect=OSError("EIO")))
+            with pytest.raises(ServerUnavailable, match="EIO"):  # the connection fails halfway, and is made again
+                uploader.upload()
         uploader.upload()
-        parents.append(runs_of(uri, config)["replaced"].info.run_id)
+        runs = runs_of(uri, config)
+        assert points(uri, runs["vision"]) == losses(range(5)), number
+        parents.append(runs["replaced"].info.run_id)
         shutil.rmtree(config.folder)
     assert len(set(parents)) == 2
 
 
-def test_connection_that_failed_halfway_is_made_again(tmp_path: Path, uri: str, by_hand, monkeypatch) -> None:
-    config = config_of(tmp_path, uri, "halfway")
-    tracker = Tracker.open(config, Storage())
-    record(tracker, config, 0, range(5))
-    tracker.close()
-    uploader = MlflowUploader(journal_folder(config.folder), uri, print)
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.tracking.mlflow_replay.LoggedModels", Mock(side_effect=OSError("EIO")))
-        with pytest.raises(ServerUnavailable, match="EIO"):
-            uploader.upload()
-    uploader.upload()
-    assert len(points(uri, runs_of(uri, config)["vision"])) == 5
-
-
 def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, database: Path, uri: str) -> None:
     config = config_of(tmp_path, uri)
-    first = Tracker.open(config, Storage(), {"attempt": "1"})
-    record(first, config, 0, range(0, 60))
-    first.abandon()
-    second = Tracker.open(config, Storage(), {"attempt": "2"})
-    record(second, config, 0, range(40, 100))
+    tracked(config, range(0, 60)).abandon()
+    second = tracked(config, range(40, 100), attempt="2")
     second.end_stage()
     record(second, config, 1, range(100, 130))
     second.abandon()
-    third = Tracker.open(config, Storage(), {"attempt": "3"})
-    record(third, config, 1, range(120, 200))
+    third = tracked(config, range(120, 200), stage=1, attempt="3")
     third.artifact("report/index.html", b"<p>good</p>")
     third.end_stage()
     third.metrics(200, {"eval/r1": 0.25})
@@ -160,6 +156,8 @@ def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, data
     assert points(uri, parent, "eval/r1") == [(200, 0.25)]
     tags = {"mlflow.parentRunId": parent.info.run_id, "mome.restarts": "1", "mome.resumed_at_step": "40"}
     assert vision.data.tags.items() >= tags.items()
+    for run, origin in ((vision, "random weights"), (last, weights(config, 0).url)):
+        assert run.data.tags["mlflow.note.content"].endswith(f" steps of 16 samples. Started from {origin}.")
     assert parent.data.tags.items() >= {"attempt": "3", "mome.restarts": "2"}.items()
     artifacts = database.parent / "mlartifacts" / "vlmo"
     assert (artifacts / last.info.run_id / "artifacts" / "report" / "index.html").read_bytes() == b"<p>good</p>"
@@ -200,18 +198,15 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(
 ) -> None:
     config = config_of("memory://bucket/lost-node", uri)
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "first-node"))
-    first = Tracker.open(config, Storage())
-    record(first, config, 0, range(0, 60))
+    first = tracked(config, range(0, 60))
     first.commit(60)
     for step in range(60, 80):
         first.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
     first.abandon()
-    upload(config, uri)  # as its uploader would have, a moment before the loss
+    uploader_of(config, uri).upload()  # as its uploader would have, a moment before the loss
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
-    second = Tracker.open(config, Storage())
-    record(second, config, 0, range(60, 100))
-    second.end_stage()
+    second = tracked(config, range(60, 100))
     second.finish()
     second.close(timeout=60)
 
@@ -227,8 +222,7 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(
 @pytest.mark.usefixtures("by_hand")
 def test_repeated_upload_without_cursor_changes_nothing(tmp_path: Path, database: Path, uri: str) -> None:
     config = config_of(tmp_path, uri)
-    tracker = Tracker.open(config, Storage())
-    record(tracker, config, 0, range(1500))  # more than one batch
+    tracker = tracked(config, range(1500))  # more than one batch
     tracker.metrics(1500, {"nan": math.nan, "up": math.inf, "down": -math.inf})
     tracker.finish()
     tracker.close()
@@ -245,13 +239,11 @@ def test_repeated_upload_without_cursor_changes_nothing(tmp_path: Path, database
 
 def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, database: Path, uri: str) -> None:
     config = config_of(tmp_path, uri, name="kept.models")
-    first = Tracker.open(config, Storage())
-    record(first, config, 0, range(1, 91))
+    first = tracked(config, range(1, 91))
     first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
     first.metrics(60, {"eval/unseen/r1": 0.2})  # of an existing checkpoint
     first.abandon()
-    second = Tracker.open(config, Storage())
-    record(second, config, 0, range(61, 101))
+    second = tracked(config, range(61, 101))
     second.metrics(90, {"eval/unseen/r1": 0.5})  # of a checkpoint that is being written
     second.log_checkpoints([checkpoint(config, 60), checkpoint(config, 90)])
     second.log_weights(weights(config, 0))
@@ -300,9 +292,8 @@ def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, databas
 def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path: Path, uri: str, what: str, fresh: bool) -> None:
     config = config_of(tmp_path, uri, f"run-{what}-{fresh}")
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": config.name})})
-    folder = journal_folder(config.folder)
-    tracker, client = Tracker.open(config, Storage()), MlflowClient(uri)
-    record(tracker, config, 0, range(10))
+    folder, client = journal_folder(config.folder), MlflowClient(uri)
+    tracker = tracked(config, range(10))
     messages: list[str] = []
     uploader = MlflowUploader(folder, uri, messages.append)
     uploader.upload()
@@ -324,7 +315,7 @@ def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path: Path, uri: 
     assert messages == []
     getattr(client, f"restore_{kind}")(deleted)
     tracker.close()
-    upload(config, uri)
+    uploader_of(config, uri).upload()
 
     runs = runs_of(uri, config)
     assert {run.info.run_id for run in runs.values()} == {parent, stage}, "no run was created a second time"
@@ -338,10 +329,9 @@ def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path: Path, uri: 
 def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path: Path, uri: str, is_node_lost: bool) -> None:
     """Metrics that are no longer valid may be on the server already, which has more than the remaining journal."""
     config = config_of(tmp_path, uri, f"rollback-{is_node_lost}")
-    tracker = Tracker.open(config, Storage())
-    record(tracker, config, 0, range(1, 31))
+    tracker = tracked(config, range(1, 31))
     if is_node_lost:
-        upload(config, uri)
+        uploader_of(config, uri).upload()
         tracker.close()
         Journal(journal_folder(config.folder)).restored.touch()
         tracker = Tracker.open(config, Storage())
@@ -351,7 +341,7 @@ def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path: Path, uri: str,
         tracker.metrics(step, {"train/loss": 2.0})
     tracker.log_checkpoints([checkpoint(config, 20)])
     tracker.close()
-    upload(config, uri)
+    uploader_of(config, uri).upload()
 
     vision = runs_of(uri, config)["vision"]
     assert points(uri, vision)[-20:] == [(step, 2.0) for step in range(11, 31)]
@@ -369,20 +359,25 @@ def test_run_opened_by_an_evaluation_is_ended(tmp_path: Path, uri: str) -> None:
         tracker = Tracker.open(config, Storage())
         tracker.metrics(0, {"eval/r1": 0.5})
         tracker.close()
-        upload(config, uri)
+        uploader_of(config, uri).upload()
     assert statuses(runs_of(uri, config)) == {"imported": "FINISHED"}
 
 
 # ---- outages, with a server
 
 
-def train_through_outage(tracker: Tracker, config: RunConfig, server: Server, seconds: float) -> int:
-    """Record steps while the server is killed for `seconds`; return their number. No call may wait for the server."""
+REPORT = b"<p>recorded while the server was away</p>"
+
+
+def train_through_outage(config: RunConfig, server: Server, seconds: float) -> Run:
+    """Record steps while the server is killed for `seconds`; return the stage's run, in which nothing is missing."""
+    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
     tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
     steps, slowest = 0, 0.0
 
-    def train(until: float) -> None:
+    def train(seconds: float) -> None:
         nonlocal steps, slowest
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             began = time.perf_counter()
             tracker.metrics(steps, {"train/loss": 1 / (steps + 1), "train/lr": steps / 3, "nan": math.nan})
@@ -390,22 +385,18 @@ def train_through_outage(tracker: Tracker, config: RunConfig, server: Server, se
             time.sleep(0.01)
 
     while not (run := runs_of(server.uri, config).get("vision")) or not points(server.uri, run):
-        train(time.monotonic() + 1)
+        train(1)
     server.kill()
-    train(time.monotonic() + seconds / 2)
+    train(seconds / 2)
     tracker.log_checkpoints([checkpoint(config, 50)])
-    tracker.artifact("report.html", b"<p>recorded while the server was away</p>")
-    train(time.monotonic() + seconds / 2)
+    tracker.artifact("report.html", REPORT)
+    train(seconds / 2)
     server.start()
-    train(time.monotonic() + 1)
+    train(1)
     tracker.log_weights(weights(config, 0))
     tracker.finish()
     tracker.close(timeout=120 + seconds)
     assert slowest < 0.5 * seconds, "a call waited for the server"
-    return steps
-
-
-def assert_arrived(server: Server, config: RunConfig, steps: int) -> Run:
     runs = runs_of(server.uri, config)
     assert statuses(runs) == {"run": "FINISHED", "vision": "FINISHED"}
     assert points(server.uri, runs["vision"]) == losses(range(steps))
@@ -416,18 +407,13 @@ def assert_arrived(server: Server, config: RunConfig, steps: int) -> Run:
 
 
 def test_outage_delays_no_step_and_loses_no_metric(tmp_path: Path, server: Server) -> None:
-    config = config_of(tmp_path, server.uri)
-    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
-    steps = train_through_outage(tracker, config, server, 3.0)
-    assert_arrived(server, config, steps)
-    expected = b"<p>recorded while the server was away</p>"
-    assert [path.read_bytes() for path in server.folder.rglob("report.html")] == [expected]
+    train_through_outage(config_of(tmp_path, server.uri), server, 3.0)
+    assert [path.read_bytes() for path in server.folder.rglob("report.html")] == [REPORT]
 
 
 def test_run_without_server_is_uploaded_later(tmp_path: Path, server: Server) -> None:
     config = config_of(tmp_path, "http://127.0.0.1:1", name="offline")
-    tracker = Tracker.open(config, Storage())
-    record(tracker, config, 0, range(50))
+    tracker = tracked(config, range(50))
     tracker.finish()
     tracker.close(timeout=0)
     with pytest.raises(TrackingError, match="is unavailable"):
@@ -452,12 +438,9 @@ def test_outage_on_postgres_and_s3_loses_no_metric(s3: S3, tmp_path: Path) -> No
     server = Server(tmp_path, postgres.uri, s3.url("artifacts"), environment)
     try:
         server.start()
-        config = config_of(tmp_path / "runs", server.uri)
-        tracker = Tracker.open(config, Storage(), {"world_size": "1"})
-        steps = train_through_outage(tracker, config, server, OUTAGE_SECONDS)
-        run = assert_arrived(server, config, steps)
+        run = train_through_outage(config_of(tmp_path / "runs", server.uri), server, OUTAGE_SECONDS)
         folder = s3.url("artifacts", run.info.experiment_id, run.info.run_id, "artifacts")
-        assert Storage(s3.config).read(f"{folder}/report.html") == b"<p>recorded while the server was away</p>"
+        assert Storage(s3.config).read(f"{folder}/report.html") == REPORT
     finally:
         server.kill()
         postgres.stop()
@@ -471,8 +454,7 @@ def test_server_with_login_needs_the_environment_variables(tmp_path: Path, monke
     config = config_of(tmp_path / "runs", server.uri)
     folder = journal_folder(config.folder)
     try:
-        tracker = Tracker.open(config, Storage())
-        record(tracker, config, 0, range(50))
+        tracker = tracked(config, range(50))
         tracker.finish()
         tracker.close(timeout=5)
         assert (folder / "uploader.log").exists()

@@ -65,63 +65,50 @@ def bad_records(planted: Planted) -> list[BadRecord]:
     return [*records, records[0]]
 
 
-class _Session:
-    """The records of one process, a second apart."""
-
-    def __init__(self, journal: Journal, at: int, **tags: str):
-        self.writer = JournalWriter(journal)
-        self.at = at
-        self.append("run", run="f00d", params={}, tags=tags, datasets=[])
-
-    def append(self, kind: str, stage: int | None = None, **values: Any) -> None:
-        self.writer.append({"kind": kind, "at": self.at, "stage": stage, **values})
-        self.at += 1000
-
-    def steps(self, stage: int, first: int, last: int) -> None:
-        """Record metrics of the global steps `first` to `last`."""
-        source = "pairs" if stage else "pictures"
-        for step in range(first, last + 1):
-            values = {"train/loss": 8.0 / step, "train/grad_norm": 1.0 + step, "train/lr": 1e-3}
-            values |= {"train/loss_itc": 5.0 / step, "train/loss_itm": 3.0 / step} if stage else {}
-            values |= {f"data/samples/{source}": 8.0 * step, f"data/bad/{source}": 1.0, f"data/epochs/{source}": 0.1}
-            self.append("metrics", stage, step=step, values=values | {"perf/samples_per_s": 40.0})
-
-
 def _record_journal(place: Path, planted: Planted) -> None:
-    journal = Journal(place / "journal")
+    """Record a session that is killed in the second stage, one that ends the run, and an evaluation."""
+    journal, (names, sources) = Journal(place / "journal"), (("vision", "pairs"), ("pictures", "pairs"))
     digest = json.loads(Path(planted.folder, "manifest.json").read_text(encoding="utf-8"))["digest"]
     tags = {"world_size": "4", "mome.host": "node-1", "mlflow.source.git.commit": "c0ffee", "version.torch": "2"}
 
-    def begin(session: _Session, stage: int, **more: str) -> None:
-        name = ("vision", "pairs")[stage]
+    def append(kind: str, stage: int | None = None, **values: Any) -> None:
+        nonlocal at
+        writer.append({"kind": kind, "at": at, "stage": stage, **values})
+        at += 1000  # records are a second apart
+
+    def begin(stage: int, **more: str) -> None:
         origin = "random" if stage == 0 else f"{place}/stages/0-vision"
-        read = asdict(DatasetInput(("pictures", "pairs")[stage], planted.folder, digest))
-        session.append("stage", stage, name=name, params={}, tags={"start_from": origin, **more}, datasets=[read])
+        read = asdict(DatasetInput(sources[stage], planted.folder, digest))
+        append("stage", stage, name=names[stage], params={}, tags={"start_from": origin, **more}, datasets=[read])
 
-    first = _Session(journal, START, **tags)
-    begin(first, 0)
-    first.steps(0, 1, STEPS)
-    first.append("stage_end", 0, status="FINISHED")
-    begin(first, 1)
-    first.append("tag", 1, key="mome.spike.1", value=SPIKE)
-    first.steps(1, STEPS + 1, RESUMED_AT + 2)
-    first.writer.close()
+    def train(stage: int, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            values = {"train/loss": 8.0 / step, "train/grad_norm": 1.0 + step, "train/lr": 1e-3}
+            values |= {"train/loss_itc": 5.0 / step, "train/loss_itm": 3.0 / step} if stage else {}
+            data = {"samples": 8.0 * step, "bad": 1.0, "epochs": 0.1}
+            values |= {f"data/{key}/{sources[stage]}": value for key, value in data.items()}
+            append("metrics", stage, step=step, values=values | {"perf/samples_per_s": 40.0})
 
-    second = _Session(journal, START + 100_000, **tags)
-    begin(second, 1, resumed_at=str(RESUMED_AT))
-    second.steps(1, RESUMED_AT + 3, 2 * STEPS)
-    for key, value in (
-        ("matching_collapsed", ALERT),
-        ("starved", "since step 18: the loader is slow: add workers"),
-        ("starved", "over at step 19; since step 18: the loader is slow"),
-    ):
-        second.append("tag", 1, key=f"mome.alert.{key}", value=value)
-    second.append("stage_end", 1, status="FINISHED")
-    second.append("run_end", status="FINISHED")
-    second.writer.close()
-
-    evaluation = _Session(journal, START + 200_000)
-    for recall in (0.25, 0.5):
-        values = {"eval/pairs/pairs": 64.0, "eval/pairs/i2t_r1": recall, "eval/pairs/t2i_r1": recall / 2}
-        evaluation.append("metrics", step=2 * STEPS, values=values)
-    evaluation.writer.close()
+    for session, run_tags in enumerate((tags, tags, {})):
+        writer, at = JournalWriter(journal), START + 100_000 * session
+        append("run", run="f00d", params={}, tags=run_tags, datasets=[])
+        if session == 0:
+            begin(0)
+            train(0, 1, STEPS)
+            append("stage_end", 0, status="FINISHED")
+            begin(1)
+            append("tag", 1, key="mome.spike.1", value=SPIKE)
+            train(1, STEPS + 1, RESUMED_AT + 2)
+        elif session == 1:
+            begin(1, resumed_at=str(RESUMED_AT))
+            train(1, RESUMED_AT + 3, 2 * STEPS)
+            append("tag", 1, key="mome.alert.matching_collapsed", value=ALERT)
+            for text in ("since step 18: add workers", "over at step 19; since step 18: the loader is slow"):
+                append("tag", 1, key="mome.alert.starved", value=text)
+            append("stage_end", 1, status="FINISHED")
+            append("run_end", status="FINISHED")
+        else:
+            for recall in (0.25, 0.5):
+                values = {"eval/pairs/pairs": 64.0, "eval/pairs/i2t_r1": recall, "eval/pairs/t2i_r1": recall / 2}
+                append("metrics", step=2 * STEPS, values=values)
+        writer.close()
