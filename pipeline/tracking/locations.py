@@ -16,8 +16,7 @@ from pipeline.config.load import resolve_secret
 from pipeline.config.redaction import remember
 from pipeline.config.schema import REFERENCE, RunConfig
 from pipeline.config.urls import is_local, local_path
-from pipeline.tracking.committed import CommittedJournal
-from pipeline.tracking.journal import RUN_ID, Journal
+from pipeline.tracking.journal import RUN_ID, CommittedJournal, Journal
 
 if TYPE_CHECKING:
     from pipeline.data.storage import Storage

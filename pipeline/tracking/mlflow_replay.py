@@ -116,31 +116,30 @@ class MlflowUploader:
                     experiment = request(mlflow_server.experiment_id, client, self._uri, name)
                     self._models = LoggedModels(client, experiment, self._run_record, self._journal)
                     self._client, self._experiment = client, experiment  # last: a failed connection is made again
-                if record["kind"] == "metrics":
-                    self._collect_points(record)
-                    if len(self._points) >= MAX_BATCH_POINTS:
-                        self._send_points(session, offset)
-                else:
+                if record["kind"] != "metrics":
                     self._send_points()
                     self._apply(record)
                     self._send_points(session, offset)
+                    continue
+                from mlflow.entities import Metric  # here, because importing mlflow takes seconds
+
+                step, at, values = record["step"], record["at"], record["values"]
+                if (run := self._run_id(record["stage"])) != self._points_run:
+                    self._send_points()
+                    self._points_run = run
+                marks, model_id = self._cursor.marks.get(str(record["stage"]), {}), None
+                if any(key.startswith(EVALUATION) for key in values):  # of the weights of this step
+                    ids = [m.model_id for m in self._models.by_url.values() if m.tags["mome.step"] == str(step)]
+                    model_id = ids[-1] if ids else None
+                self._points += [
+                    Metric(key, float(value), at, step, model_id=model_id if key.startswith(EVALUATION) else None)
+                    for key, value in values.items()
+                    if step > marks.get(key, -1)
+                ]
+                if len(self._points) >= MAX_BATCH_POINTS:
+                    self._send_points(session, offset)
             if self._points:
                 self._send_points(session, offset)
-
-    def _collect_points(self, record: Record) -> None:
-        from mlflow.entities import Metric
-
-        step, marks = record["step"], self._cursor.marks.get(str(record["stage"]), {})
-        if (run := self._run_id(record["stage"])) != self._points_run:
-            self._send_points()
-            self._points_run = run
-        for key, value in record["values"].items():
-            if step > marks.get(key, -1):
-                model_id = None
-                if key.startswith(EVALUATION):  # it evaluates the weights of this step
-                    models = self._models.by_url.values()
-                    model_id = next((m.model_id for m in reversed(models) if m.tags["mome.step"] == str(step)), None)
-                self._points.append(Metric(key, float(value), record["at"], step, model_id=model_id))
 
     def _send_points(self, session: str | None = None, offset: int = 0) -> None:
         """Send the collected points; then store that the bytes of `session` before `offset` are uploaded."""

@@ -75,7 +75,7 @@ def find_fault(uri: str) -> str | None:
         return _fault_of_sqlite(database)
     try:
         parts = urllib.parse.urlsplit(redact(uri))  # redacted: a password may contain characters that end a host
-        engine, port = parts.scheme.partition("+")[0], parts.port
+        engine, port, place = parts.scheme.partition("+")[0], parts.port, ""
         terminators = "@" if engine in _PORTS else "/?#@"
         if unquoted := [letter for letter in terminators if letter in (password_of(uri) or "")]:
             escapes = ", ".join(f"{letter} as {urllib.parse.quote(letter, safe='')}" for letter in unquoted)
@@ -83,9 +83,23 @@ def find_fault(uri: str) -> str | None:
         if parts.scheme in ("http", "https"):
             return _fault_of_http(redact(uri).rstrip("/"))
         if engine in _PORTS:
-            return _fault_of_database(parts, engine, port or _PORTS[engine])
+            query = dict(urllib.parse.parse_qsl(parts.query))
+            host, port = parts.hostname or query.get("host", ""), int(query.get("port", port or _PORTS[engine]))
+            place = query.get("unix_socket") or (f"{host}/.s.PGSQL.{port}" if host.startswith("/") else "")
+            if not place:
+                if not host or "," in host or (engine == "mssql" and parts.port is None and "driver" not in query):
+                    return None  # the driver chooses: a default socket, one of several hosts, or a data source name
+                place = f"{host}:{port}"
+                socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+            else:
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.settimeout(ANSWER_SECONDS)
+                    connection.connect(place)
+            return None
     except ValueError as error:
         return f"not a URI ({redact(str(error))}); {_EXPECTED}"
+    except (OSError, OverflowError) as error:
+        return f"the database does not answer at {place} ({error})"
     plugins = {entry.name for entry in importlib.metadata.entry_points(group="mlflow.tracking_store")} - {"file"}
     return None if parts.scheme in _HOSTED or uri in _HOSTED or parts.scheme in plugins else _EXPECTED
 
@@ -134,26 +148,6 @@ def _fault_of_http(url: str) -> str | None:
         if isinstance(response, dict) and ("experiment" in response or "error_code" in response):  # of MLflow's API
             return None
     return f"the server answered {status} {http.client.responses.get(status, '')}; is it an MLflow server?"
-
-
-def _fault_of_database(parts: urllib.parse.SplitResult, engine: str, port: int) -> str | None:
-    query = dict(urllib.parse.parse_qsl(parts.query))
-    host = parts.hostname or query.get("host", "")
-    path = query.get("unix_socket") or (f"{host}/.s.PGSQL.{query.get('port', port)}" if host.startswith("/") else "")
-    if not path:
-        if not host or "," in host or (engine == "mssql" and parts.port is None and "driver" not in query):
-            return None  # the driver chooses: a default socket, one of several hosts, or a data source name
-        port = int(query.get("port", port))
-    try:
-        if path:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(ANSWER_SECONDS)
-                connection.connect(path)
-        else:
-            socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        return f"the database does not answer at {path or f'{host}:{port}'} ({error})"
-    return None
 
 
 def http_get(url: str, limit: int = 2**16) -> tuple[int, bytes]:

@@ -28,12 +28,12 @@ from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking import describe, locations
-from pipeline.tracking.committed import CommittedJournal
 from pipeline.tracking.journal import (
     ARTIFACT_NAME,
     CHECKPOINT,
     EVALUATION,
     FINAL_WEIGHTS,
+    CommittedJournal,
     Journal,
     JournalWriter,
     Record,
@@ -325,24 +325,20 @@ class Tracker:
         self._committed.commit(self._journal)
 
     @log_exceptions
-    def close(self, timeout: float = 20.0) -> None:
+    def close(self, timeout: float | None = 20.0) -> None:
         """Upload the remaining records for at most `timeout` seconds; `mome sync` uploads the rest later.
 
-        A run that never trained (such as an evaluation of imported weights) is marked as finished here.
+        None stops at once, without final records, because another process now records this run. A run that never
+        trained (such as an evaluation of imported weights) is marked as finished here.
         """
-        if not self._has_trained and not self._history.training_sessions:
-            self.finish()
-        self.commit(-1)
+        if timeout is not None:
+            if not self._has_trained and not self._history.training_sessions:
+                self.finish()
+            self.commit(-1)
         try:
             self._uploader.close(timeout)
         finally:
             self._writer.close()
-
-    @log_exceptions
-    def abandon(self) -> None:
-        """Stop at once, without final records, because another process now records this run. Replaces `close`."""
-        self._uploader.close(timeout=None)
-        self._writer.close()
 
     def _append(self, kind: str, **values: Any) -> None:
         self._last_time = max(time.time_ns() // 1_000_000, self._last_time)

@@ -91,7 +91,7 @@ def train(
                     _train_with_rollbacks(context, index, callbacks)
                     collectives.barrier()
     except Superseded:
-        tracker.abandon()  # the new owner decides how the run ends
+        tracker.close(timeout=None)  # the new owner decides how the run ends
         raise
     except BaseException as error:
         _close_tracker(tracker, "KILLED" if isinstance(error, Preempted) else "FAILED")

@@ -136,11 +136,11 @@ def test_uploader_survives_a_failed_connection_and_another_run_in_its_folder(
 
 def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, database: Path, uri: str) -> None:
     config = config_of(tmp_path, uri)
-    tracked(config, range(0, 60)).abandon()
+    tracked(config, range(0, 60)).close(timeout=None)
     second = tracked(config, range(40, 100), attempt="2")
     second.end_stage()
     record(second, config, 1, range(100, 130))
-    second.abandon()
+    second.close(timeout=None)
     third = tracked(config, range(120, 200), stage=1, attempt="3")
     third.artifact("report/index.html", b"<p>good</p>")
     third.end_stage()
@@ -202,7 +202,7 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(
     first.commit(60)
     for step in range(60, 80):
         first.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
-    first.abandon()
+    first.close(timeout=None)
     uploader_of(config, uri).upload()  # as its uploader would have, a moment before the loss
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
@@ -242,7 +242,7 @@ def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, databas
     first = tracked(config, range(1, 91))
     first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
     first.metrics(60, {"eval/unseen/r1": 0.2})  # of an existing checkpoint
-    first.abandon()
+    first.close(timeout=None)
     second = tracked(config, range(61, 101))
     second.metrics(90, {"eval/unseen/r1": 0.5})  # of a checkpoint that is being written
     second.log_checkpoints([checkpoint(config, 60), checkpoint(config, 90)])

@@ -8,8 +8,7 @@ from typing import Any
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import ObjectInfo
-from pipeline.tracking.committed import CommittedJournal
-from pipeline.tracking.journal import Journal, JournalWriter
+from pipeline.tracking.journal import CommittedJournal, Journal, JournalWriter
 
 RUN = "memory://run"
 URL = f"{RUN}/journal"

@@ -24,8 +24,7 @@ from pipeline.pages.page import thumbnail
 from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import QUARANTINE, open_run
 from pipeline.reports.run_report import MAX_SAMPLES, THUMBNAIL, WIDE, collect_report, draw_curves, render_run_report
-from pipeline.tracking.committed import CommittedJournal
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import CommittedJournal, Journal
 from tests.support.bad_shards import plant
 from tests.support.chromium import browser, installed
 from tests.support.full_report import fullest

@@ -14,8 +14,7 @@ import pytest
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage
-from pipeline.tracking.committed import CommittedJournal, committed_segments
-from pipeline.tracking.journal import Journal, JournalWriter, encode
+from pipeline.tracking.journal import CommittedJournal, Journal, JournalWriter, committed_segments, encode
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.journals import REPORT, RUN, STAGE_START, URL, Objects, artifact, point, restored, steps, training
