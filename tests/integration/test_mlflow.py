@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -42,10 +43,8 @@ OUTAGE_SECONDS = float(os.environ.get("MOME_OUTAGE_SECONDS", "4"))
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.kill()
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def uri(database: Path) -> str:
 
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upload only by `upload` and `sync`."""
+    """Upload only where a test does."""
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
 
 
@@ -220,7 +219,7 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(
 
 
 @pytest.mark.usefixtures("by_hand")
-def test_repeated_upload_without_cursor_changes_nothing(tmp_path: Path, database: Path, uri: str) -> None:
+def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path: Path, database: Path, uri: str) -> None:
     config = config_of(tmp_path, uri)
     tracker = tracked(config, range(1500))  # more than one batch
     tracker.metrics(1500, {"nan": math.nan, "up": math.inf, "down": -math.inf})
@@ -235,6 +234,14 @@ def test_repeated_upload_without_cursor_changes_nothing(tmp_path: Path, database
     vision = runs_of(uri, config)["vision"]
     assert points(uri, vision) == losses(range(1500))
     assert {"nan", "up", "down"} <= vision.data.metrics.keys()
+
+    config = config_of(tmp_path, uri, "imported")  # weights without a training run that would end the run
+    for _ in range(2):
+        tracker = Tracker.open(config, Storage())
+        tracker.metrics(0, {"eval/r1": 0.5})
+        tracker.close()
+        uploader_of(config, uri).upload()
+    assert statuses(runs_of(uri, config)) == {"imported": "FINISHED"}
 
 
 def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, database: Path, uri: str) -> None:
@@ -351,18 +358,6 @@ def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path: Path, uri: str,
     assert [metric.value for metric in model.metrics if metric.key == "train/loss"] == [2.0]
 
 
-@pytest.mark.usefixtures("by_hand")
-def test_run_opened_by_an_evaluation_is_ended(tmp_path: Path, uri: str) -> None:
-    """Imported weights have no training run that would end it."""
-    config = config_of(tmp_path, uri, "imported")
-    for _ in range(2):
-        tracker = Tracker.open(config, Storage())
-        tracker.metrics(0, {"eval/r1": 0.5})
-        tracker.close()
-        uploader_of(config, uri).upload()
-    assert statuses(runs_of(uri, config)) == {"imported": "FINISHED"}
-
-
 # ---- outages, with a server
 
 
@@ -435,25 +430,18 @@ def test_outage_on_postgres_and_s3_loses_no_metric(s3: S3, tmp_path: Path) -> No
     pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed")
     postgres = Postgres()
     environment = {**s3.environment, "MLFLOW_S3_ENDPOINT_URL": s3.endpoint}
-    server = Server(tmp_path, postgres.uri, s3.url("artifacts"), environment)
-    try:
-        server.start()
+    with closing(postgres), Server(tmp_path, postgres.uri, s3.url("artifacts"), environment) as server:
         run = train_through_outage(config_of(tmp_path / "runs", server.uri), server, OUTAGE_SECONDS)
         folder = s3.url("artifacts", run.info.experiment_id, run.info.run_id, "artifacts")
         assert Storage(s3.config).read(f"{folder}/report.html") == REPORT
-    finally:
-        server.kill()
-        postgres.stop()
 
 
 @pytest.mark.slow
 def test_server_with_login_needs_the_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("flask_wtf", reason="mlflow's login needs the package Flask-WTF")
-    server = Server(tmp_path, login=True)
-    server.start()
-    config = config_of(tmp_path / "runs", server.uri)
-    folder = journal_folder(config.folder)
-    try:
+    with Server(tmp_path, login=True) as server:
+        config = config_of(tmp_path / "runs", server.uri)
+        folder = journal_folder(config.folder)
         tracker = tracked(config, range(50))
         tracker.finish()
         tracker.close(timeout=5)
@@ -463,6 +451,4 @@ def test_server_with_login_needs_the_environment_variables(tmp_path: Path, monke
         assert MlflowClient(server.uri).get_experiment_by_name("vlmo") is None
         assert sync(config.folder, caller=Caller.of(config))["points"] == 100
         assert len(runs_of(server.uri, config)) == 2
-    finally:
-        server.kill()
     assert not any(PASSWORD.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())

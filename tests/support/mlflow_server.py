@@ -21,24 +21,19 @@ ADMIN, PASSWORD = "admin", "a long password of the test's"
 
 
 class Server:
-    """An `mlflow server` process."""
+    """An `mlflow server` process, killed at the end of a `with` block.
+
+    `backend`: database URL (default: SQLite in `folder`); `artifacts`: default, below `folder`; `more`: of the
+    environment; `login`: use MLflow's basic auth with `ADMIN` and `PASSWORD`.
+    """
 
     def __init__(
-        self,
-        folder: Path,
-        backend: str | None = None,
-        artifacts: str | None = None,
-        environment: Mapping[str, str] | None = None,
-        login: bool = False,
+        self, folder: Path, backend: str = "", artifacts: str = "", more: Mapping[str, str] = {}, login: bool = False
     ):
-        """Choose a port. `backend`: database URL (default: SQLite in `folder`); `artifacts`: default, below `folder`.
-
-        `login`: use MLflow's basic auth with `ADMIN` and `PASSWORD`.
-        """
         port = free_port()
         self.folder, self.uri = folder, f"http://127.0.0.1:{port}"
-        self.process: subprocess.Popen[bytes] | None = None
-        self._environment = {**os.environ, **(environment or {}), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._environment = {**os.environ, **more, "MLFLOW_DISABLE_TELEMETRY": "true"}
         self._environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         self._command = [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
@@ -55,26 +50,29 @@ class Server:
             self._environment |= {"MLFLOW_FLASK_SERVER_SECRET_KEY": "a secret of the test's"}
             self._command += ["--app-name", "basic-auth"]
 
-    def start(self) -> None:
+    def __enter__(self) -> Server:
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True, cwd=self.folder
             )
         for _ in range(1800):
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
-                return
+                return self
             except OSError:
-                if self.process.poll() is not None:
+                if self._process.poll() is not None:
                     break
                 time.sleep(0.1)
+        self.__exit__()
         raise AssertionError((self.folder / "server.log").read_text())
 
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # only the process group started by this object
-            self.process.wait()
-            self.process = None
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # only the process group started by this object
+            self._process.wait()
+            self._process = None
+
+    start, kill = __enter__, __exit__
 
 
 class Postgres:
@@ -108,7 +106,7 @@ class Postgres:
             assert time.monotonic() < deadline, "PostgreSQL does not answer"
             time.sleep(0.1)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._process.send_signal(signal.SIGINT)  # fast shutdown: clients are cut off
         self._process.wait(60)
         shutil.rmtree(self._folder)

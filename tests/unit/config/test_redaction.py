@@ -24,25 +24,21 @@ PASSWORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("password", PASSWORDS)
-def test_passwords_are_removed_completely(password: str) -> None:
-    for scheme in ("postgresql", "postgresql+psycopg2", "mysql+pymysql", "mssql+pyodbc"):
-        url = f"{scheme}://mlflow:{password}@db.example:5432/store"
-        assert redact(url) == f"{scheme}://db.example:5432/store"
-        assert redact(f"failed ({url}): no route") == f"failed ({scheme}://db.example:5432/store): no route"
-        assert password_of(url) == password
-    if password != "1/2":
-        assert redact(f"http://alice:{password}@server:5000/base") == "http://server:5000/base"
-
-
-def test_any_password_is_removed() -> None:
+def test_passwords_are_removed_completely() -> None:
+    for password in PASSWORDS:
+        for scheme in ("postgresql", "postgresql+psycopg2", "mysql+pymysql", "mssql+pyodbc"):
+            url = f"{scheme}://mlflow:{password}@db.example:5432/store"
+            assert redact(url) == f"{scheme}://db.example:5432/store"
+            assert redact(f"failed ({url}): no route") == f"failed ({scheme}://db.example:5432/store): no route"
+            assert password_of(url) == password
+        if password != "1/2":
+            assert redact(f"http://alice:{password}@server:5000/base") == "http://server:5000/base"
     rng = random.Random(1)
     letters = "abcXYZ019-._~!$&*+=%:/?#@[]()|^"
     for _ in range(fuzz_rounds(3000)):
         password = "Q" + "".join(rng.choice(letters) for _ in range(rng.randint(1, 20))) + "Q"
         for scheme in ("http", "https", "postgresql"):
-            redacted = redact(f"{scheme}://u:{password}@host:1/x")
-            assert redacted == f"{scheme}://host:1/x", password
+            assert redact(f"{scheme}://u:{password}@host:1/x") == f"{scheme}://host:1/x", password
 
 
 def test_secret_queries_and_users_are_dropped() -> None:
@@ -62,62 +58,61 @@ def test_secret_queries_and_users_are_dropped() -> None:
         assert redact(url) == shown
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "http://mlflow:5000",
-        "http://mlflow:5000/#/experiments/1",
-        "http://[::1]:5000/team@vision",
-        "http://mlflow:5000/team@vision",
-        "s3://bucket/team@vision/run?version=3",
-        "sqlite:////home/me@work/mlflow.db",
-        "postgresql://db:5432/mlflow",
-        "write to alice@example.com, see https://example.com/a.html.",
-        "the tokenizer has 30522 tokens; token 5 is [MASK]",
-        "storage.secret=env:AWS_SECRET_ACCESS_KEY",
-        "storage.key=file:/run/secrets/key",
-        "key=000123 is bad",
-        "secret 'env:TOKEN': the environment variable TOKEN is not set",
-        "{'key': 'env:MY_KEY', 'secret': 'env:MY_SECRET', 'max_tokens': '5', 'monkey': 'x'}",
-        "sigma=0.5, design=new, config=x, tokens=40, key='000123', cookies, authorization was refused",
-        "databricks://profile",
-        "optimizer.lr=0.1",
-        "",
-    ],
-)
-def test_text_without_secrets_is_unchanged(text: str) -> None:
-    assert redact(text) == text
+PLAIN = [
+    "http://mlflow:5000",
+    "http://mlflow:5000/#/experiments/1",
+    "http://[::1]:5000/team@vision",
+    "http://mlflow:5000/team@vision",
+    "s3://bucket/team@vision/run?version=3",
+    "sqlite:////home/me@work/mlflow.db",
+    "postgresql://db:5432/mlflow",
+    "write to alice@example.com, see https://example.com/a.html.",
+    "the tokenizer has 30522 tokens; token 5 is [MASK]",
+    "storage.secret=env:AWS_SECRET_ACCESS_KEY",
+    "storage.key=file:/run/secrets/key",
+    "key=000123 is bad",
+    "secret 'env:TOKEN': the environment variable TOKEN is not set",
+    "{'key': 'env:MY_KEY', 'secret': 'env:MY_SECRET', 'max_tokens': '5', 'monkey': 'x'}",
+    "sigma=0.5, design=new, config=x, tokens=40, key='000123', cookies, authorization was refused",
+    "databricks://profile",
+    "optimizer.lr=0.1",
+    "",
+]
+WITH_SECRETS = [
+    "API request to http://alice:S3CRET@h/api failed: HTTPConnectionPool(host='h'): /api?token=S3CRET",
+    "connection to server failed: user=x password=S3CRET host=db",
+    "header Authorization: Basic S3CRET= refused",
+    "{'Authorization': 'Bearer S3CRETS3CRET'}",
+    "http://a:S3CRET@h1,http://b:S3CRET@h2",
+    "see https://proxy/?url=http://u:S3CRET@h/x",
+    "MLFLOW_TRACKING_PASSWORD=S3CRET",
+    "AWS_SECRET_ACCESS_KEY=S3CRET",
+    "{'Authorization': b'Basic S3CRET='}",
+    '{"authorization": "Negotiate S3CRET"}',
+    "Authorization: Token S3CRET",
+    "headers: X-Api-Key: S3CRET",
+    "x-amz-security-token: S3CRET",
+    "Set-Cookie: session=S3CRET; Path=/",
+    "connect(host='db', password='S3CRET')",
+    "{'user': 'a', 'password': 'S3CRET with blanks'}",
+    '{"secret_key": "S3CRET"}',
+    "aws_secret_access_key='S3CRET'",
+    "DefaultEndpointsProtocol=https;AccountName=a;AccountKey=S3CRET==;EndpointSuffix=core",
+    "https://host/?sessionToken=S3CRET&clientSecret=S3CRET",
+    "sessionToken=S3CRET",
+]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "API request to http://alice:S3CRET@h/api failed: HTTPConnectionPool(host='h'): /api?token=S3CRET",
-        "connection to server failed: user=x password=S3CRET host=db",
-        "header Authorization: Basic S3CRET= refused",
-        "{'Authorization': 'Bearer S3CRETS3CRET'}",
-        "http://a:S3CRET@h1,http://b:S3CRET@h2",
-        "see https://proxy/?url=http://u:S3CRET@h/x",
-        "MLFLOW_TRACKING_PASSWORD=S3CRET",
-        "AWS_SECRET_ACCESS_KEY=S3CRET",
-        "{'Authorization': b'Basic S3CRET='}",
-        '{"authorization": "Negotiate S3CRET"}',
-        "Authorization: Token S3CRET",
-        "headers: X-Api-Key: S3CRET",
-        "x-amz-security-token: S3CRET",
-        "Set-Cookie: session=S3CRET; Path=/",
-        "connect(host='db', password='S3CRET')",
-        "{'user': 'a', 'password': 'S3CRET with blanks'}",
-        '{"secret_key": "S3CRET"}',
-        "aws_secret_access_key='S3CRET'",
-        "DefaultEndpointsProtocol=https;AccountName=a;AccountKey=S3CRET==;EndpointSuffix=core",
-        "https://host/?sessionToken=S3CRET&clientSecret=S3CRET",
-        "sessionToken=S3CRET",
-    ],
-)
-def test_messages_contain_no_secret(text: str) -> None:
-    assert "S3CRET" not in redact(text)
-    assert "S3CRET" not in describe_error(RuntimeError(text))
+def test_messages_contain_no_secret_and_other_text_is_unchanged() -> None:
+    assert [redact(text) for text in PLAIN] == PLAIN
+    for text in WITH_SECRETS:
+        assert "S3CRET" not in redact(text)
+        assert "S3CRET" not in describe_error(RuntimeError(text))
+    for piece in ("http://", "http://u:S3CRET@", "a-", "a.", "x@", "token", "authorization ", "?a=b&", "'", "x-"):
+        assert "S3CRET" not in redact(piece * 3000), piece
+    for kind in (MomeError, *MomeError.__subclasses__()):
+        error = kind("http://me:S3CRET@server refused: token=S3CRET")
+        assert [str(error), str(copy.copy(error))] == ["http://server refused: token=***"] * 2
 
 
 QUOTED = [str, repr, json.dumps, html.escape, quote, quote_plus, lambda text: repr(text.encode())]
@@ -133,37 +128,19 @@ def test_known_secret_is_removed_however_it_is_quoted(monkeypatch: pytest.Monkey
     assert redact(f"login failed for '{secret}' ({quote(secret)})") == "login failed for '***' (***)"
 
 
-def test_errors_and_their_copies_contain_no_secret() -> None:
-    for kind in (MomeError, *MomeError.__subclasses__()):
-        error = kind("http://me:S3CRET@server refused: token=S3CRET")
-        assert [str(error), str(copy.copy(error))] == ["http://server refused: token=***"] * 2
+# Clear the screen, write the clipboard (OSC 52), C1 introducer, bidirectional override and isolate, lone surrogate, …
+CONTROLS = [
+    "\x1b[2J", "\x1b]52;c;ZXZpbA==\x07", "\x9b2J", "abc\u202egpj.exe", "\u2066x\u2069", "all is well\rerror",
+    "no\b\bok", "a\x7f", "cat \ud83d", "a\u2028b",
+]  # fmt: skip
 
 
-def test_texts_of_any_length_are_redacted() -> None:
-    for piece in ("http://", "http://u:S3CRET@", "a-", "a.", "x@", "token", "authorization ", "?a=b&", "'", "x-"):
-        assert "S3CRET" not in redact(piece * 3000), piece
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "\x1b[2J",  # clears the screen
-        "\x1b]52;c;ZXZpbA==\x07",  # writes the clipboard (OSC 52)
-        "\x9b2J",  # C1 introducer
-        "abc\u202egpj.exe",  # bidirectional override
-        "\u2066x\u2069",  # isolate
-        "all is well\rerror",
-        "no\b\bok",
-        "a\x7f",
-        "cat \ud83d",  # lone surrogate
-        "a\u2028b",  # line separator
-    ],
-)
-def test_control_characters_are_escaped(text: str) -> None:
-    shown = printable(text)
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", shown)
-    shown.encode("utf-8")
-    assert "\\" in shown
+def test_control_characters_are_escaped() -> None:
+    for text in CONTROLS:
+        shown = printable(text)
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", shown)
+        shown.encode("utf-8")
+        assert "\\" in shown
     for plain in ("plain", "a\tb\nc", "größe 猫 🐈", "عربى \u200f", "[bold]\\[/bold]"):
         assert printable(plain) == plain
 
@@ -180,8 +157,11 @@ def test_messages_and_tracebacks_of_any_handler_are_printable_and_hold_no_secret
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert finished.returncode == 1
-    assert b"key \\u001b[2J at http://server/" in finished.stderr
-    assert b"ValueError: \\u001b]52;c;\\u0007" in finished.stderr
-    assert b"RuntimeError: https://other" in finished.stderr
+    for shown in (
+        rb"key \u001b[2J at http://server/",
+        rb"ValueError: \u001b]52;c;\u0007",
+        b"RuntimeError: https://other",
+    ):
+        assert shown in finished.stderr
     assert b"\x1b" not in finished.stderr
     assert b"hunter2" not in finished.stderr
