@@ -142,7 +142,10 @@ class TransformerConfig(Section):
 
     def architecture(self) -> dict[str, Any]:
         """Return the keys that determine which weights fit: sections that agree in these can share weights."""
-        return {name: value for name, value in self.model_dump().items() if name not in self.TRAINING_ONLY}
+        values = {name: value for name, value in self.model_dump().items() if name not in self.TRAINING_ONLY}
+        if "layer_scale" in values:  # the gammas' initial value does not matter for loading; their presence does
+            values["layer_scale"] = values["layer_scale"] is not None
+        return values
 
     @property
     def grid(self) -> int:
@@ -177,10 +180,6 @@ class VLMoConfig(TransformerConfig):
     drop_path: Fraction = fixed(0.1, "Drop-path rate of the last layer, rising linearly from 0 in the first")
     norm_eps: PositiveFloat = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's BEiT: 1e-12")
     contrasts: Literal[1, 2] = fixed(2, "Number of contrastive projections; the release fine-tunes retrieval with 1")
-
-    def architecture(self) -> dict[str, Any]:
-        # The gammas' initial value does not matter for loading; their presence does.
-        return super().architecture() | {"layer_scale": self.layer_scale is not None}
 
 
 class ViLTConfig(TransformerConfig):
@@ -527,7 +526,7 @@ class ClusterConfig(Section):
 
     workers: Positive = changeable(1, "Number of ranks")
     min_workers: Positive | None = changeable(None, "Fewest ranks to continue with if nodes are lost (default: all)")
-    placement: Literal["pack", "spread"] = changeable("pack", "Use as few, or as many nodes as possible for the ranks")
+    placement: Literal["pack", "spread"] = changeable("pack", "Pack the ranks onto few nodes, or spread them over many")
     gpus_per_worker: NonNegativeFloat = changeable(0, "Number of GPUs per rank; below 1 to share")
     cpus_per_worker: PositiveFloat = changeable(1, "Number of CPUs reserved per rank")
     address: str | None = changeable(None, "Address of the Ray cluster (default: start a local Ray)")

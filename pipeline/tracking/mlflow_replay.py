@@ -198,8 +198,9 @@ class MlflowUploader:
                     self.num_points -= len(points)  # already counted when the run's points were sent
                     self._send_points()
         elif kind == "model_gone":
-            if (model := self._models.by_url.pop(record["url"], None)) is not None:
+            if (model := self._models.by_url.get(record["url"])) is not None:
                 self._send(client.delete_logged_model, model.model_id)
+                del self._models.by_url[record["url"]]
         elif kind in ("stage_end", "run_end"):
             self._send(client.set_terminated, self._run_id(stage), record["status"], record["at"])
 

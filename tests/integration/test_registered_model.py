@@ -61,17 +61,12 @@ json.dump(
 """
 
 
-def imported(folder: Path) -> str:
-    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCABULARY))
-    torch.save(FORMATS["vlmo"].write(build_model(TINY, len(VOCABULARY), seed=5).state_dict(), TINY), folder / "vlmo.pt")
-    import_weights(
-        str(folder / "vlmo.pt"), "vlmo", f"{folder}/weights", ["max_text_length=12"], vocabulary=f"{folder}/vocab.txt"
-    )
-    return f"{folder}/weights"
-
-
 def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
-    uri, checkpoint = f"sqlite:///{tmp_path}/mlflow.db", imported(tmp_path)
+    uri, checkpoint, vocabulary = f"sqlite:///{tmp_path}/mlflow.db", f"{tmp_path}/weights", f"{tmp_path}/vocab.txt"
+    Path(vocabulary).write_text("".join(f"{token}\n" for token in VOCABULARY))
+    state = build_model(TINY, len(VOCABULARY), seed=5).state_dict()
+    torch.save(FORMATS["vlmo"].write(state, TINY), tmp_path / "vlmo.pt")
+    import_weights(f"{tmp_path}/vlmo.pt", "vlmo", checkpoint, ["max_text_length=12"], vocabulary=vocabulary)
     weights = load_weights(Storage(), checkpoint)
     index = [stage.name for stage in weights.config.stages].index(weights.stage)
     tracker = Tracker.open(weights.config, Storage())  # as the run that trained the weights
