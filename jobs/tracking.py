@@ -59,30 +59,21 @@ def register_checkpoint(
         # the run was given, whatever its folder is called.
         portable = weights.config.model_copy(update={"output": ".", "name": split(weights.recorded.folder)[1]})
         metadata = {
-            "config": redact_values(portable.model_dump(mode="json")),
-            "stage": weights.stage,
-            "step": weights.step,
+            "config": redact_values(portable.model_dump(mode="json")), "stage": weights.stage, "step": weights.step,
             "absent": sorted(weights.absent),
-        }
+        }  # fmt: skip
         save_weights(Storage(), folder, weights.tensors, weights.vocabulary, metadata, weights.choices)
         server = locations.absolute_uri(locations.tracking_uri(config))
         done = register(
-            server,
-            locations.experiment_name(config),
-            name,
-            alias,
-            run=locations.read_run_id(config, storage),
-            stage_index=config.stages.index(stage),
-            step=weights.step,
+            server, locations.experiment_name(config), name, alias, run=locations.read_run_id(config, storage),
+            stage_index=config.stages.index(stage), step=weights.step,
             outputs=pyfunc_outputs(drop_untrained_objectives(weights)),
             params={"stage": stage.name, "step": step, "model": config.model.kind},
             tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": step},
-            loader_module="pipeline.inference",
-            data_path=folder,
-            code_paths=[str(PACKAGE)],
+            loader_module="pipeline.inference", data_path=folder, code_paths=[str(PACKAGE)],
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
             input_example=pd.DataFrame([{"image": image.getvalue(), "text": "a grey square"}]),
-        )
+        )  # fmt: skip
     return done | {"tracking_uri": redact(server), "checkpoint": weights.url}
 
 
