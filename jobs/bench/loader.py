@@ -368,7 +368,7 @@ def write_photos(storage: Storage, folders: tuple[Path, ...], url: str, samples:
     originals = itertools.cycle(photos or synthetic_photos())
     repeated = ({**photo, "__key__": f"{n:07d}"} for n, photo in zip(range(samples), originals, strict=False))
     per_shard = max(1, min(MAX_SAMPLES_PER_SHARD, samples // max(MIN_SHARDS, min_shards)))
-    importers.write_shards(storage, repeated, url, per_shard)
+    importers.write_shards(storage, repeated, url, per_shard, overwrite=True)
 
 
 def synthetic_photos(count: int = SYNTHETIC_IMAGES, seed: int = 0) -> Iterator[Sample]:

@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from jobs.console import JsonOption, local_file
 
-SourceFormat = StrEnum(  # "auto", then the formats of pipeline.data.building
-    "SourceFormat",
-    "auto folder jsonl coco list table parquet text vqa vg_qa nlvr2 karpathy classes",
+# "auto", then the formats of pipeline.data.building
+SourceFormat = StrEnum(
+    "SourceFormat", "auto folder jsonl coco list table parquet text vqa vg_qa nlvr2 karpathy classes"
 )
 SourceType = StrEnum("SourceType", "pairs images text labelled regions questions statements")
-
 Report = Annotated[
-    Path | None,
-    typer.Option(parser=local_file, help="Write every bad sample to this file, one JSON object per line."),
+    Path | None, Option(parser=local_file, help="Write every bad sample to this file, one JSON object per line.")
 ]
 MaxPixels = Annotated[
-    int, typer.Option(min=1, help="Maximum pixels of an image; a larger one is rejected as a decompression bomb.")
+    int, Option(min=1, help="Maximum pixels of an image; a larger one is rejected as a decompression bomb.")
 ]
 MAX_PIXELS = 25_000_000  # default of data.max_pixels
 
@@ -32,53 +31,44 @@ app = typer.Typer(no_args_is_help=True, help="Build, index, check and show shard
 @app.command()
 def build(
     source: Annotated[
-        Path,
-        typer.Argument(
-            parser=local_file,
-            help="Folder of images, list of images with captions, table, Parquet, annotation file or text.",
-        ),
+        Path, Argument(parser=local_file, help="Folder, list or table of images with captions, annotation file, text.")
     ],
-    out: Annotated[str, typer.Argument(help="Folder or URL (s3://bucket/path) to write the shards to.")],
-    kind: Annotated[
-        SourceFormat, typer.Option(help="Format of SOURCE; auto detects it from the content.")
-    ] = SourceFormat.auto,  # type: ignore[attr-defined]
+    out: Annotated[str, Argument(help="Folder or URL (s3://bucket/path) to write the shards to.")],
+    kind: Annotated[SourceFormat, Option(help="Format of SOURCE; auto detects it from the content.")] = (
+        SourceFormat.auto  # type: ignore[attr-defined]
+    ),
     images: Annotated[
-        Path | None,
-        typer.Option(parser=local_file, help="Folder that image paths are relative to. \\[default: SOURCE's folder]"),
+        Path | None, Option(parser=local_file, help="Folder that image paths are relative to (default: SOURCE's).")
     ] = None,
     allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Also read images that a list names outside of that folder.")
+        bool, Option("--allow-outside", help="Also read images that a list names outside of that folder.")
     ] = False,
     image_column: Annotated[
-        str | None, typer.Option(help="table, parquet: name or number of the column with image paths (or bytes).")
+        str | None, Option(help="table, parquet: name or number of the column with image paths (or bytes).")
     ] = None,
     caption_column: Annotated[
-        str | None, typer.Option(help="table, parquet: name or number of the column with captions.")
+        str | None, Option(help="table, parquet: name or number of the column with captions.")
     ] = None,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Number of samples in each tar.")] = 1000,
-    words: Annotated[int, typer.Option(min=1, help="text: maximum number of words per sample.")] = 64,
+    samples_per_shard: Annotated[int, Option(min=1, help="Number of samples in each tar.")] = 1000,
+    words: Annotated[int, Option(min=1, help="text: maximum number of words per sample.")] = 64,
     annotations: Annotated[
         list[Path] | None,
-        typer.Option(parser=local_file, help="vqa: annotations file; repeat for each file whose answers are listed."),
+        Option(parser=local_file, help="vqa: annotations file; repeat for each file whose answers are listed."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="karpathy: import the images of this split only.")] = None,
+    split: Annotated[str | None, Option(help="karpathy: import the images of this split only.")] = None,
     listed_only: Annotated[
-        bool, typer.Option("--listed-only", help="vqa, vg_qa: omit questions without a listed answer.")
+        bool, Option("--listed-only", help="vqa, vg_qa: omit questions without a listed answer.")
     ] = False,
     min_count: Annotated[
-        int | None,
-        typer.Option(min=1, help="vqa, vg_qa: minimum number of occurrences of a listed answer. \\[default: 9]"),
+        int | None, Option(min=1, help="vqa, vg_qa: minimum occurrences of a listed answer (default: 9).")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of samples to import.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Maximum number of samples to import.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the shards at OUT once the new ones are complete.")
+        bool, Option("--overwrite", help="Replace the shards at OUT once the new ones are complete.")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first missing image or bad line.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Stop at the first missing image or bad line.")] = False,
     max_missing: Annotated[
-        str | None,
-        typer.Option(
-            help="Fail, and write nothing, if more of the entries cannot be used: 1% or 0.01. \\[default: 100%]"
-        ),
+        str | None, Option(help="Fail, and write nothing, if more entries cannot be used: 1% or 0.01 (default: 100%).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -97,24 +87,22 @@ def build(
     of images per class needs --kind classes. The answers and classes that a
     head predicts are written next to the shards: answers.json, classes.json.
     """
-    from jobs.shards.build import build_shards
+    from jobs.shards.commands import build_shards
     from pipeline.data.building.inputs import ImportOptions, Problems
 
+    listed = tuple(annotations or ())
     options = ImportOptions(
-        images=images, allow_outside=allow_outside, image_column=image_column, caption_column=caption_column,
-        words=words, annotations=tuple(annotations or ()), split=split, listed_only=listed_only, min_count=min_count,
-    )  # fmt: skip
-    build_shards(
-        source, out, str(kind), options, Problems(strict=strict), samples_per_shard=samples_per_shard, limit=limit,
-        overwrite=overwrite, max_missing=max_missing, as_json=as_json,
-    )  # fmt: skip
+        images, allow_outside, image_column, caption_column, words, listed, split, listed_only, min_count
+    )
+    problems = Problems(strict=strict)
+    build_shards(source, out, str(kind), options, problems, samples_per_shard, limit, overwrite, max_missing, as_json)
 
 
 @app.command()
 def index(
-    url: Annotated[str, typer.Argument(help="Folder of tars, or a brace pattern: s3://b/train-{0000..0095}.tar")],
+    url: Annotated[str, Argument(help="Folder of tars, or a brace pattern: s3://b/train-{0000..0095}.tar")],
     trust_counts: Annotated[
-        bool, typer.Option("--trust-counts", help="Do not read tars that another tool has counted already (see above).")
+        bool, Option("--trust-counts", help="Do not read tars that another tool has counted already (see above).")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -125,7 +113,7 @@ def index(
     then indexed when training first needs it, a wrong count stops the run, and the data's digest identifies the tar by
     its ETag and size.
     """
-    from jobs.shards.report import ShardProgress, report_manifest
+    from jobs.shards.commands import ShardProgress, report_manifest
     from pipeline.data.shards.manifest import index_shards
     from pipeline.data.storage import Storage
 
@@ -136,13 +124,13 @@ def index(
 
 @app.command()
 def check(
-    url: Annotated[str, typer.Argument(help="Folder of tars, brace pattern, or one tar.")],
+    url: Annotated[str, Argument(help="Folder of tars, brace pattern, or one tar.")],
     source_type: Annotated[
-        SourceType, typer.Option("--type", help="Source type for which the samples are checked.")
+        SourceType, Option("--type", help="Source type for which the samples are checked.")
     ] = SourceType.pairs,  # type: ignore[attr-defined]
     report: Report = None,
     max_pixels: MaxPixels = MAX_PIXELS,
-    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
+    workers: Annotated[int, Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
     as_json: JsonOption = False,
 ) -> None:
     """Read every shard to its end and decode every sample, as training would.
@@ -153,7 +141,7 @@ def check(
 
     Exit status: 0 without findings, 3 for bad samples only, 1 for broken shards.
     """
-    from jobs.shards.report import check_folder
+    from jobs.shards.commands import check_folder
 
     if status := check_folder(url, str(source_type), report, max_pixels, workers, as_json):
         raise typer.Exit(status)
@@ -161,35 +149,34 @@ def check(
 
 @app.command()
 def show(
-    url: Annotated[str, typer.Argument(help="Folder of indexed shards, brace pattern, or one tar of them.")],
-    samples: Annotated[int, typer.Option(min=1, help="Number of samples to show, spread over the shards.")] = 8,
+    url: Annotated[str, Argument(help="Folder of indexed shards, brace pattern, or one tar of them.")],
+    samples: Annotated[int, Option(min=1, help="Number of samples to show, spread over the shards.")] = 8,
     sheet: Annotated[
-        Path | None, typer.Option(parser=local_file, help="Save a contact sheet of the samples to this PNG file.")
+        Path | None, Option(parser=local_file, help="Save a contact sheet of the samples to this PNG file.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print keys, members, sizes and captions of some samples, and save their images as one contact sheet."""
-    from jobs.shards.report import show_samples
+    from jobs.shards.commands import show_samples
 
     show_samples(url, samples, sheet, as_json)
 
 
 @app.command()
 def regions(
-    url: Annotated[str, typer.Argument(help="Folder of tars with images, or brace pattern.")],
-    out: Annotated[str, typer.Argument(help="Folder or URL to write the shards with regions to.")],
+    url: Annotated[str, Argument(help="Folder of tars with images, or brace pattern.")],
+    out: Annotated[str, Argument(help="Folder or URL to write the shards with regions to.")],
     detector: Annotated[
-        Path,
-        typer.Option(parser=local_file, help="Folder of a Hugging Face object-detection model, present on every node."),
+        Path, Option(parser=local_file, help="Folder of a Hugging Face object-detection model, present on every node.")
     ],
     max_regions: Annotated[
-        int, typer.Option("--regions", min=1, help="Maximum number of regions per image, by confidence.")
+        int, Option("--regions", min=1, help="Maximum number of regions per image, by confidence.")
     ] = 100,
-    workers: Annotated[int, typer.Option(min=1, help="Number of Ray actors; each loads a detector.")] = 1,
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="Number of GPUs of each actor; may be a fraction.")] = 0,
+    workers: Annotated[int, Option(min=1, help="Number of Ray actors; each loads a detector.")] = 1,
+    gpus_per_worker: Annotated[float, Option(min=0, help="Number of GPUs of each actor; may be a fraction.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     address: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster (host:6379); without it, a local Ray is started.")
+        str | None, Option(help="Address of a Ray cluster (host:6379); without it, a local Ray is started.")
     ] = None,
     report: Report = None,
     as_json: JsonOption = False,

@@ -3,10 +3,16 @@
 Each shard is the work of one actor. It is written to a temporary file and uploaded as two objects: first a record of
 its origin (`<shard>.regions.json`), then the tar, atomically. A shard with both is done, and a command that was
 interrupted continues with the others.
+
+Detectors are Hugging Face's `AutoModelForObjectDetection` (DETR and its relatives, YOLOS, RT-DETR). Unlike Faster
+R-CNN, these have no pooled region feature. The feature of a region is the last hidden vector of its query (of the
+decoder, or of YOLOS's detection tokens), from which its class and box are predicted. Its class is the query's most
+likely one, and its confidence that class's probability. Shapes: Q queries of the detector, D its width, C its classes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,8 +21,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
 from jobs.console import echo, list_of_findings
-from jobs.shards.report import ShardProgress, report_manifest
+from jobs.shards.commands import ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
 from pipeline.config.schema import ClusterConfig
 from pipeline.config.urls import is_local, local_path
@@ -24,6 +34,7 @@ from pipeline.data.building.importers import write_tar
 from pipeline.data.building.inputs import Sample
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import REGIONS, image_bytes
+from pipeline.data.contents.regions import RegionRecord
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.manifest import index_shards, shard_folder, shard_names
 from pipeline.data.shards.tar import TarSample, open_tar
@@ -62,8 +73,6 @@ def detect_regions(
 
     Raises ConfigError for an unusable detector or an `out` with other content, DataError for a truncated shard.
     """
-    from jobs.shards.detector import detector_digest
-
     storage = Storage()
     with (
         list_of_findings(report, "--report") if report else nullcontext() as findings,
@@ -76,9 +85,27 @@ def detect_regions(
         if folder == target:
             raise ConfigError(f"{target}: the shards are copied, not changed; choose another folder than {url}")
         setting = RegionSettings(detector_digest(detector), max_regions, max_pixels)
-        sources = storage.list_info(folder)
+        sources, objects = storage.list_info(folder), storage.list_info(target)
         names = shard_names(url, sources)
-        done = _finished_shards(storage, target, names, sources, setting)
+        tars = [name for name in objects if name.endswith(".tar")]
+        if others := [name for name in tars if name not in names or name + RECORD not in objects]:
+            reason = "which is none of these shards with regions; choose another folder"
+            raise ConfigError(f"{target} has {others[0]}, {reason}")
+        done: dict[str, RegionShard] = {}
+        for name in tars:
+            location = join(target, name + RECORD)
+            try:
+                content = json.loads(storage.read(location))
+                stored, source = RegionSettings(**content["setting"]), ObjectInfo(**content["source"])
+                shard = RegionShard(**{**content, "setting": stored, "source": source})
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                remedy = "Delete it and its tar"
+                raise DataError(f"{location}: not a record of a shard's regions ({error}). {remedy}") from error
+            if stored != setting:
+                options = "another detector, or with other --regions or --max-pixels"
+                raise ConfigError(f"{target}: {name} was made by {options}; give the same, or choose another folder")
+            if source == sources[name]:
+                done[name] = shard
         for name in done:
             progress.shard(len(done), len(names), name)
         if missing := {name: sources[name] for name in names if name not in done}:
@@ -100,35 +127,6 @@ def detect_regions(
     report_manifest(manifest, out, as_json, {"bad_samples": len(bad), "report": str(report) if report else None})
 
 
-def _finished_shards(
-    storage: Storage, out: str, names: list[str], sources: Mapping[str, ObjectInfo], setting: RegionSettings
-) -> dict[str, RegionShard]:
-    """Return the shards that are done. Raise ConfigError for an `out` with content that this command did not write."""
-    objects = storage.list_info(out)
-    tars = [name for name in objects if name.endswith(".tar")]
-    if others := [name for name in tars if name not in names or name + RECORD not in objects]:
-        raise ConfigError(f"{out} has {others[0]}, which is none of these shards with regions; choose another folder")
-    done = {}
-    for name in tars:
-        location = join(out, name + RECORD)
-        try:
-            content = json.loads(storage.read(location))
-            stored, source = RegionSettings(**content["setting"]), ObjectInfo(**content["source"])
-            shard = RegionShard(**{**content, "setting": stored, "source": source})
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DataError(
-                f"{location}: not a record of a shard's regions ({error}). Delete it and its tar"
-            ) from error
-        if stored != setting:
-            raise ConfigError(
-                f"{out}: {name} was made by another detector, or with other --regions or --max-pixels; give the same, "
-                "or choose another folder"
-            )
-        if source == sources[name]:
-            done[name] = shard
-    return done
-
-
 @dataclass
 class RegionActor:
     """Detector that processes one shard after the other."""
@@ -143,10 +141,6 @@ class RegionActor:
     def detect(self, name: str, source: ObjectInfo) -> RegionShard:
         """Write a shard and its record. Raise DataError for a truncated or damaged shard."""
         if self._loaded is None:
-            import torch
-
-            from jobs.shards.detector import Detector
-
             self._loaded = Detector(self.detector, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         shard = RegionShard(name, self.setting, source)
 
@@ -181,12 +175,8 @@ def _on_actors(actor: RegionActor, shards: Mapping[str, ObjectInfo], cluster: Cl
     import ray
     from ray.util import ActorPool
 
-    actor_class: Any = ray.remote(RegionActor).options(
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=cluster.gpus_per_worker,
-        max_restarts=RESTARTS,
-        max_task_retries=RESTARTS,
-    )
+    resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
+    actor_class: Any = ray.remote(RegionActor).options(**resources, max_restarts=RESTARTS, max_task_retries=RESTARTS)
     arguments = [getattr(actor, parameter.name) for parameter in fields(actor)]
     actors = [actor_class.remote(*arguments) for _ in range(min(cluster.workers, len(shards)))]
     try:
@@ -196,9 +186,72 @@ def _on_actors(actor: RegionActor, shards: Mapping[str, ObjectInfo], cluster: Cl
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, MomeError) else RunFailed(f"a detector failed: {error}") from None
     except ray.exceptions.RayActorError as error:
-        raise RunFailed(
-            f"an actor died repeatedly ({error}). If the machine is short of memory, use fewer --workers"
-        ) from error
+        remedy = "If the machine is short of memory, use fewer --workers"
+        raise RunFailed(f"an actor died repeatedly ({error}). {remedy}") from error
     finally:
         for running in actors:
             ray.kill(running)
+
+
+class Detector:
+    """Detector of a local folder. Raises ConfigError if the folder has none that can be used."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            # Pillow, whatever else is installed, because torchvision's resizing gives other pixels.
+            self._prepare = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+            options |= {"use_safetensors": True, "dtype": torch.float32}
+            model = AutoModelForObjectDetection.from_pretrained(folder, **options)
+        except Exception as error:  # damaged files cause every kind of error in transformers and safetensors
+            raise ConfigError(
+                f"--detector {folder}: no detector that transformers can load ({error}). Expected the files that "
+                "save_pretrained writes for an object-detection model and its image processor, on every node"
+            ) from error
+        self._model, self._device = model.eval().to(device), device
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray, max_regions: int) -> RegionRecord:
+        """Return the regions of highest confidence of an image (H, W, 3) uint8, in its own pixels.
+
+        Images are processed one by one, because some detectors attend to the padding of a batch. Raises BadSample for
+        an image that the detector refuses.
+        """
+        try:
+            inputs = self._prepare(images=image, return_tensors="pt").to(self._device)
+            output = self._model(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise BadSample("detect", f"the detector refuses an image of {image.shape[:2]}: {error}") from error
+        if getattr(output, "last_hidden_state", None) is None:
+            raise ConfigError(f"{type(self._model).__name__} returns no hidden vectors of its queries; use another")
+        logits, boxes = output.logits[0].float(), output.pred_boxes[0].float()
+        hidden = output.last_hidden_state[0, -len(logits) :].float()  # YOLOS's sequence begins with its patches
+        # (Q, C): a softmax with a last class for "nothing" (DETR, YOLOS), or sigmoids (RT-DETR and others).
+        has_nothing = logits.shape[1] == self._model.config.num_labels + 1
+        probabilities = logits.softmax(dim=1)[:, :-1] if has_nothing else logits.sigmoid()
+        confidences, classes = probabilities.max(dim=1)
+        best = torch.argsort(confidences, descending=True, stable=True)[:max_regions]
+        height, width = image.shape[:2]
+        # Centres and sizes relative to the image -> x1, y1, x2, y2 in its pixels, clipped to it.
+        centre, half = boxes[best, :2], boxes[best, 2:] / 2
+        corners = torch.cat([centre - half, centre + half], dim=1).clamp(0, 1)
+        corners *= corners.new_tensor([width, height, width, height])
+        kept = (hidden[best], corners, classes[best], confidences[best])
+        features, regions, numbers, scores = (values.cpu().numpy() for values in kept)
+        return RegionRecord(features, regions, (height, width), numbers, scores)
+
+
+def detector_digest(folder: Path) -> str:
+    """Return the SHA-256 (hex) of the folder's files. Raise ConfigError unless it exists: nothing is downloaded."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"--detector {folder}: no such folder. Expected a detector on this machine, such as the folder that "
+            "`hf download facebook/detr-resnet-50 --local-dir detr` writes; nothing is downloaded here"
+        )
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

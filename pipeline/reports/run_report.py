@@ -295,7 +295,7 @@ def _read_members(storage: Storage, url: str, sample: QuarantinedSample) -> dict
     if record is None:
         raise DataError(f"{sample.shard} is no longer in the manifest of {url}")
     index = load_index(storage, url, record)
-    number = next((n for n in range(len(index)) if index.first_offset(n) == sample.offset), None)
+    number = next((n for n in range(len(index)) if index.offset[index.first[n]] == sample.offset), None)
     if number is None or index.keys[number] != sample.key:
         raise DataError(f"{sample.shard} now has another sample at byte {sample.offset}")
     location = join(shard_folder(url), sample.shard)

@@ -22,7 +22,7 @@ from pipeline.data.contents.choices import choices_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import ensure_indexed
-from pipeline.data.shards.source import select, selection_url
+from pipeline.data.shards.source import open_source, selection_url
 from pipeline.data.storage import Storage, join
 from pipeline.objectives import SOURCE_INPUTS
 from pipeline.training.checkpoint import VOCABULARY, load_weights
@@ -47,11 +47,10 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     for path, (old, new) in admit(config, storage).items():
         log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
     build_synthetic(storage, config.sources)
-    urls = sorted({source.shards for source in config.sources.values()})
-    manifests = {url: ensure_indexed(storage, url, _progress_log(f"{url}: indexed")) for url in urls}
-    for name, source in config.sources.items():
-        progress = _progress_log(f"sources.{name}: filtered")
-        select(storage, source, manifests[source.shards], selection_url(config, name), progress)
+    for url in sorted({source.shards for source in config.sources.values()}):
+        ensure_indexed(storage, url, _progress_log(f"{url}: indexed"))
+    for name, source in config.sources.items():  # caches the counts of filtered sources for the ranks
+        open_source(storage, source, selection_url(config, name), _progress_log(f"sources.{name}: filtered"))
     # Label lists of the heads by file name, if all stages that train such a head use the same list.
     by_stage = [choices_of(config, [stage], storage) for stage in config.stages]
     last = {name: labels for lists in by_stage for name, labels in lists.items()}

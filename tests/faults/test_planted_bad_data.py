@@ -20,9 +20,8 @@ from tests.support.shards_command import facts_of, run_shards
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     """Return 120 indexed pairs in five shards, 36 of them bad in 19 ways."""
-    planted_pairs = plant(tmp_path_factory.mktemp("planted") / "pairs")
-    index_shards(Storage(), planted_pairs.folder)
-    return planted_pairs
+    index_shards(Storage(), (planted := plant(tmp_path_factory.mktemp("planted") / "pairs")).folder)
+    return planted
 
 
 def check(folder: object, *options: object, status: int = 0) -> dict:

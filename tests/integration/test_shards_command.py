@@ -1,4 +1,4 @@
-"""`mome shards` build, index, check and show, from files to shards in a folder and in an S3 bucket."""
+"""`mome shards`, from files to shards in a folder and in an S3 bucket, and its detectors on Ray actors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 from tests.support.imports import save_image, write_lines
 from tests.support.pairs import picture
-from tests.support.shards_command import facts_of, run_shards
+from tests.support.shards_command import facts_of, run_shards, save_yolos
 
 
 @pytest.fixture
@@ -126,3 +126,18 @@ def test_answers_and_classes_are_listed_next_to_the_shards(tmp_path: Path) -> No
     result = facts_of("build", tmp_path / "train", tmp_path / "classes", "--kind", "classes")
     assert (result["num_samples"], result["classes.json"]) == (2, 2)
     assert json.loads((tmp_path / "classes" / "classes.json").read_text()) == ["cat", "dog"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_regions_are_equal_for_any_number_of_actors(make_pairs, make_pair, tmp_path: Path) -> None:
+    bad = {"jpg": b"\xff\xd8\xff no picture", "json": make_pair(0)["json"]}
+    folder, detector = make_pairs("pairs", [4, 3, 5], planted={(1, 2): bad}), save_yolos(tmp_path / "detector")
+    one, two = (
+        facts_of("regions", folder, tmp_path / str(workers), "--detector", detector, "--workers", workers)
+        for workers in (1, 2)
+    )
+    assert one["manifest"] == two["manifest"]
+    assert one["bad_samples"] == two["bad_samples"] == 1
+    (tmp_path / "none").mkdir()
+    arguments = ("regions", folder, tmp_path / "out", "--detector", tmp_path / "none")
+    assert "no detector that transformers can load" in str(run_shards(*arguments, fails=ConfigError).exception)

@@ -26,20 +26,15 @@ from pipeline.objectives import batch_groups
 from tests.support.pairs import Members, pair, tar_of
 
 
-def _bomb() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("1", (8000, 8000)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _corrupt(data: bytes) -> bytes:
     """Overwrite bytes in a JPEG's pixel data: Pillow decodes it to noise."""
     middle = len(data) * 3 // 4
     return data[:middle] + bytes(range(40)) + data[middle + 40 :]
 
 
-def _json(content: object) -> Members:
-    return {"json": json.dumps(content).encode()}
+def _png(side: int) -> bytes:
+    Image.new("1", (side, side)).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
 
 
 # kind -> (stage that must report it, function that damages a good pair)
@@ -48,17 +43,17 @@ BAD: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "truncated JPEG": ("image", lambda pair: pair | {"jpg": pair["jpg"][: len(pair["jpg"]) // 2]}),
     "not an image": ("image", lambda pair: pair | {"jpg": b"<html>404 Not Found</html>"}),
     "empty picture": ("image", lambda pair: pair | {"jpg": b""}),
-    "PNG bomb": ("image", lambda pair: {"png": _bomb(), "json": pair["json"]}),
+    "PNG bomb": ("image", lambda pair: {"png": _png(8000), "json": pair["json"]}),
     "missing picture": ("members", lambda pair: {"json": pair["json"]}),
     "missing caption": ("members", lambda pair: {"jpg": pair["jpg"]}),
-    "json without caption": ("members", lambda pair: pair | _json({"score": 1})),
-    "empty caption": ("caption", lambda pair: pair | _json({"captions": ["fine", " "]})),
-    "no captions in the list": ("caption", lambda pair: pair | _json({"captions": []})),
-    "captions of a wrong type": ("caption", lambda pair: pair | _json({"captions": [3, 4]})),
+    "json without caption": ("members", lambda pair: pair | {"json": json.dumps({"score": 1}).encode()}),
+    "empty caption": ("caption", lambda pair: pair | {"json": json.dumps({"captions": ["fine", " "]}).encode()}),
+    "no captions in the list": ("caption", lambda pair: pair | {"json": json.dumps({"captions": []}).encode()}),
+    "captions of a wrong type": ("caption", lambda pair: pair | {"json": json.dumps({"captions": [3, 4]}).encode()}),
     "non-UTF-8 text": ("caption", lambda pair: {"jpg": pair["jpg"], "txt": "eine Tür".encode("latin-1")}),
     "non-UTF-8 json": ("caption", lambda pair: pair | {"json": '{"caption": "eine Tür"}'.encode("latin-1")}),
     "broken json": ("members", lambda pair: pair | {"json": pair["json"][:-5]}),
-    "json that is no object": ("members", lambda pair: pair | _json(["a thing"])),
+    "json that is no object": ("members", lambda pair: pair | {"json": json.dumps(["a thing"]).encode()}),
     "pickled member": ("members", lambda pair: pair | {"pkl": pickle.dumps({"a": 1})}),
     "PyTorch member": ("members", lambda pair: pair | {"pth": b"PK"}),
 }
@@ -111,19 +106,15 @@ def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted
             number = shard * samples_per_shard + place
             # Every second sample from the third on is bad, until all are placed, so good samples separate them.
             kind = mine.pop(0) if place >= 2 and place % 2 == 0 and mine else None
-            key, members = f"s{number:05d}", pair(number)
+            key = f"s{number:05d}"
             if kind in (BESIDE, APART):
                 key = samples[-1 if kind == BESIDE else -2][0]
-            elif kind is not None:
-                members = BAD[kind][1](members)
-            samples.append((key, members))
+            samples.append((key, BAD[kind][1](pair(number)) if kind in BAD else pair(number)))
             kinds.append(kind)
         assert not mine, "more bad samples than places for them"
-        offsets = write_tar(folder / name, samples)
-        for (key, _), kind, offset in zip(samples, kinds, offsets, strict=True):
+        for (key, _), kind, offset in zip(samples, kinds, write_tar(folder / name, samples), strict=True):
             if kind is not None:
-                stage = BAD[kind][0] if kind in BAD else "members"
-                bad[kind].append(Expected(name, key, offset, stage))
+                bad[kind].append(Expected(name, key, offset, BAD[kind][0] if kind in BAD else "members"))
     return Planted(str(folder), shards * samples_per_shard, bad)
 
 

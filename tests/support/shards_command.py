@@ -1,13 +1,16 @@
-"""`mome shards` in this process."""
+"""`mome shards` in this process, and a tiny random detector for `mome shards regions`."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner, Result
 
 from jobs.shards import app
+
+FEATURES = 16  # width of the detector's region features
 
 
 def run_shards(*arguments: object, fails: type[Exception] | None = None, status: int = 0) -> Result:
@@ -23,3 +26,18 @@ def run_shards(*arguments: object, fails: type[Exception] | None = None, status:
 def facts_of(*arguments: object, status: int = 0) -> dict[str, Any]:
     """Return the JSON object that a command prints with --json."""
     return json.loads(run_shards(*arguments, "--json", status=status).stdout.splitlines()[-1])
+
+
+def save_yolos(folder: Path) -> Path:
+    """Save a detector of twelve queries."""
+    import torch
+    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
+
+    torch.manual_seed(0)
+    config = YolosConfig(
+        hidden_size=FEATURES, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32],
+        patch_size=8, num_detection_tokens=12, num_labels=5,
+    )  # fmt: skip
+    YolosForObjectDetection(config).save_pretrained(folder)
+    YolosImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 32}).save_pretrained(folder)
+    return folder

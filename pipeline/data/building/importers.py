@@ -35,15 +35,9 @@ from pipeline.data.storage import Progress, Storage, join
 CAPTION_SUFFIXES = ("txt", "caption")
 _HEAD = 65_536  # characters at the start of a file by which its kind is detected
 _KIND_OF_SUFFIX: dict[str, inputs.Kind] = {
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "txt": "text",
-    "csv": "table",
-    "tsv": "table",
-    "psv": "table",
-    "token": "table",
-    "parquet": "parquet",
-}
+    "jsonl": "jsonl", "ndjson": "jsonl", "txt": "text", "csv": "table", "tsv": "table", "psv": "table",
+    "token": "table", "parquet": "parquet",
+}  # fmt: skip
 # The kind of a folder, by the first of these extensions that it contains.
 _KIND_OF_FOLDER: dict[tuple[str, ...], inputs.Kind] = {EXTENSIONS: "folder", ("txt",): "text", ("parquet",): "parquet"}
 # The kind of an annotation file, by patterns that the beginning of its JSON contains.
@@ -97,52 +91,35 @@ def find_kind(source: Path) -> inputs.Kind:
 def read_source(
     source: Path, kind: inputs.Kind, problems: inputs.Problems, options: inputs.ImportOptions = inputs.ImportOptions()
 ) -> Import:
-    """Read a source of the given kind. Raises DataError when it is missing, and as its reader does."""
+    """Read a source of the given kind. Raises DataError when it is missing, and later as its reader does."""
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
     if kind in ("folder", "text") and options.images is not None:
-        raise DataError(
-            f"{source} is read as {kind}, which lists no images, but --images was given. For a list of images with "
-            "captions pass --kind table (lines of image and caption) or --kind jsonl; else remove --images"
-        )
+        remedy = "For a list of images with captions pass --kind table or --kind jsonl; else remove --images"
+        raise DataError(f"{source} is read as {kind}, which lists no images, but --images was given. {remedy}")
     readers: dict[inputs.Kind, Callable[[Import], Iterator[Sample]]] = {
-        "folder": folder_samples,
-        "text": text_samples,
-        "coco": published.coco_samples,
-        "nlvr2": published.nlvr2_samples,
-        "karpathy": published.karpathy_samples,
-        "vqa": published.vqa_samples,
-        "vg_qa": published.visual_genome_samples,
-        "classes": published.class_samples,
-    }
-    record_readers: dict[inputs.Kind, Callable[[Import], Iterable[Record]]] = {
-        "jsonl": json_records,
-        "list": json_records,
-        "table": table_records,
-        "parquet": parquet_records,
-    }
+        "folder": folder_samples, "text": text_samples, "coco": published.coco_samples,
+        "nlvr2": published.nlvr2_samples, "karpathy": published.karpathy_samples, "vqa": published.vqa_samples,
+        "vg_qa": published.visual_genome_samples, "classes": published.class_samples,
+    }  # fmt: skip
+    record_readers: dict[inputs.Kind, Callable[[Import], Iterator[Record]]] = {
+        "jsonl": json_records, "list": json_records, "table": table_records, "parquet": parquet_records,
+    }  # fmt: skip
     job = Import(source, kind, options, problems)
     job.samples = readers[kind](job) if kind in readers else record_samples(job, record_readers[kind](job))
     return job
 
 
 def folder_samples(job: Import) -> Iterator[Sample]:
-    """Yield every image below a folder, in the order of their paths, with the caption next to it.
-
-    The caption of x.jpg is in x.txt, x.caption, x.jpg.txt or x.jpg.caption, in this order; the suffix is
-    case-insensitive.
-    """
+    """Yield the images below a folder; the caption of x.jpg is in x.txt, x.caption, x.jpg.txt or x.jpg.caption."""
     problems = job.problems
     for path, _, names in inputs.folders_below(job.source, problems):
-        caption_files = {
-            f"{os.path.splitext(name)[0]}.{inputs.suffix_of(name)}": name
-            for name in names
-            if inputs.suffix_of(name) in CAPTION_SUFFIXES
-        }
+        suffixes = {name: inputs.suffix_of(name) for name in names}
+        stems = {name: os.path.splitext(name)[0] for name in names}
+        caption_files = {f"{stems[n]}.{suffix}": n for n, suffix in suffixes.items() if suffix in CAPTION_SUFFIXES}
         used = set()
-        for name in (name for name in names if inputs.suffix_of(name) in EXTENSIONS):
-            stem = os.path.splitext(name)[0]
-            candidates = [f"{begin}.{suffix}" for begin in (stem, name) for suffix in CAPTION_SUFFIXES]
+        for name in (name for name in names if suffixes[name] in EXTENSIONS):
+            candidates = [f"{begin}.{suffix}" for begin in (stems[name], name) for suffix in CAPTION_SUFFIXES]
             caption_file = next((caption_files[c] for c in candidates if c in caption_files), None)
             captions = None
             if caption_file:
@@ -157,28 +134,24 @@ def folder_samples(job: Import) -> Iterator[Sample]:
                     captions = inputs.clean_captions(text, where, problems)
                 if captions is None:
                     continue
-            with problems.skipping(where := str(path / name)):
-                image = inputs.encoded_image(inputs.read_file(path / name), where)
-                yield job.pair(os.path.splitext(os.path.relpath(path / name, job.source))[0], image, captions)
-        for name in names:
-            if inputs.suffix_of(name) in CAPTION_SUFFIXES and name not in used:
-                problems.leave_out(str(path / name), "there is no image of this name next to it")
-            elif inputs.suffix_of(name) not in (*CAPTION_SUFFIXES, *EXTENSIONS):
+            with problems.skipping(str(path / name)):
+                key = os.path.relpath(path / stems[name], job.source)
+                yield job.pair(key, inputs.encoded_image(path / name), captions)
+        for name, suffix in suffixes.items():
+            if suffix in CAPTION_SUFFIXES and name not in used:
+                problems.add(str(path / name), "there is no image of this name next to it", is_fault=False)
+            elif suffix not in (*CAPTION_SUFFIXES, *EXTENSIONS):
                 problems.pass_over(path / name)
 
 
 def text_samples(job: Import) -> Iterator[Sample]:
-    """Yield plain text (a file, or every .txt below a folder) in pieces of at most `options.words` words.
-
-    Pieces end at sentence ends where possible and never cross an empty line. WikiText's headings and `<unk>` are
-    dropped and its ` @-@ ` is joined.
-    """
+    """Yield a text, or every .txt below a folder, in pieces of whole sentences, at most `options.words` words each."""
     is_file, problems = job.source.is_file(), job.problems
     for path in [job.source] if is_file else inputs.files_below(job.source, ("txt",), problems):
         number = -1
         try:
             for number, piece in enumerate(filter(is_visible, text_pieces(path, job.options.words, problems))):
-                yield {"__key__": job.key_of(f"{path.stem}-{number:07d}"), "txt": piece.encode()}
+                yield job.sample(f"{path.stem}-{number:07d}", {"txt": piece.encode()})
         except DataError as error:
             if is_file or problems.strict:
                 raise
@@ -237,24 +210,20 @@ def json_records(job: Import) -> Iterator[Record]:
             if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
                 raise Unusable('expected {"image": path, "captions": [text, …]}')
             size = entry.get("image_size")
-            sides = size if isinstance(size, list) else []
-            is_size = len(sides) == 2 and all(type(side) is int and 0 < side < 1 << 31 for side in sides)
-            if size is not None and not is_size:
+            sides = tuple(size) if isinstance(size, list) else ()
+            if size is not None and not (len(sides) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in sides)):
                 raise Unusable(f"its image_size is {size!r:.50}; expected [height, width]")
-            captions = (
-                entry["caption"] if entry.get("captions") is None and "caption" in entry else entry.get("captions")
-            )
-            captions = inputs.clean_captions(
-                captions, where, job.problems, "'captions': a list of texts, or 'caption': a text"
-            )
+            captions = entry.get("captions")
+            captions = entry.get("caption") if captions is None else captions
+            expected = "'captions': a list of texts, or 'caption': a text"
+            captions = inputs.clean_captions(captions, where, job.problems, expected)
             image_id = entry.get("image_id")
             if isinstance(image_id, float) and not math.isfinite(image_id):
                 raise Unusable(f"its image_id is {image_id}; expected a finite number or a text")
             if image_id is not None and not (isinstance(image_id, int) and abs(image_id) < 1 << 63):
                 inputs.check_text(str(image_id), "its image_id: it")
                 image_id = hash64("image_id", str(image_id)) >> 1
-            image_size = (sides[0], sides[1]) if sides else None
-            yield Record(where, paths[0], captions, entry.get("image"), image_id, entry.get("regions"), image_size)
+            yield Record(where, paths[0], captions, entry.get("image"), image_id, entry.get("regions"), sides or None)
 
 
 def record_samples(job: Import, records: Iterable[Record]) -> Iterator[Sample]:
@@ -271,12 +240,11 @@ def record_samples(job: Import, records: Iterable[Record]) -> Iterator[Sample]:
         is_usable = False
         with job.problems.skipping(first.where):
             files: inputs.Files = {}
-            if isinstance(first.image, bytes):
-                files = inputs.encoded_image(first.image, first.name)
-            elif first.image is not None:
-                files = job.image(first.image)
+            if first.image is not None:
+                image = first.image if isinstance(first.image, bytes) else job.find(first.image)
+                files = inputs.encoded_image(image, first.name)
             if first.regions is not None:
-                path = job.find([first.regions])
+                path = job.find(first.regions)
                 data = inputs.read_file(path, "regions")
                 try:
                     regions = parse_regions(data, first.image_size)
@@ -293,62 +261,49 @@ def record_samples(job: Import, records: Iterable[Record]) -> Iterator[Sample]:
 # Shards ---------------------------------------------------------------------------------------------------------------
 
 
-def check_writable(storage: Storage, url: str, overwrite: bool) -> None:
-    """Raise DataError when `url` already has shards, unless they are to be overwritten."""
-    names = [name for name in storage.list(url) if name == MANIFEST or name.endswith(".tar")]
-    if names and not overwrite:
-        state = "shards" if MANIFEST in names else "tars without a manifest (another import, not finished?)"
-        raise DataError(f"{url} already has {state}. Choose another folder, or pass --overwrite to replace them")
-
-
 def write_shards(
-    storage: Storage,
-    samples: Iterable[Sample],
-    url: str,
-    samples_per_shard: int = 1000,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Write samples to tars at any URL, replacing the shards there, then index them; `manifest.json` is written last.
+    storage: Storage, samples: Iterable[Sample], url: str, samples_per_shard: int = 1000,
+    progress: Progress | None = None, *, overwrite: bool = False,
+) -> Manifest:  # fmt: skip
+    """Write samples to tars at any URL, then index them; `manifest.json` is written last.
 
     Each tar is written to a temporary file first, so that a shard is complete or absent. Existing shards are replaced
     once all tars are written, which takes their size in temporary files. The same samples give the same bytes.
     `progress` receives (shards done, total or 0 if unknown, name of the last). Raises DataError and changes nothing
-    when there is no sample or a reader fails.
+    when there are shards that are not to be overwritten, when there is no sample or when a reader fails.
     """
+    names = storage.list(url)
+    old = [name for name in names if name == MANIFEST or name.endswith(".tar")]
+    if old and not overwrite:
+        state = "shards" if MANIFEST in old else "tars without a manifest (another import, not finished?)"
+        raise DataError(f"{url} already has {state}. Choose another folder, or pass --overwrite to replace them")
     stream = iter(samples)
     first = next(stream, None)
     if first is None:
         raise DataError(f"nothing to write to {url}: no usable sample was found")
-
-    def shards() -> list[str]:
-        """Return the names of the shards at `url`, the manifest first: it must never list tars that were removed."""
-        names = [name for name in storage.list(url) if name == MANIFEST or name.endswith((".tar", ".tar" + SIDECAR))]
-        return sorted(names, key=lambda name: name != MANIFEST)
-
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
         tars = _write_tars(Path(folder), itertools.chain([first], stream), samples_per_shard)
-        old = shards()
-        if not all(name.endswith(SIDECAR) for name in old):
-            tars = iter(list(tars))
-        for name in old:
+        tars = iter(list(tars)) if old else tars
+        # The manifest first: it must never list tars that were removed.
+        for name in sorted((*old, *(n for n in names if n.endswith(".tar" + SIDECAR))), key=lambda n: n != MANIFEST):
             storage.delete(join(url, name))
+        written: list[str] = []
         try:
-            for number, tar in enumerate(tars, 1):
+            for tar in tars:
                 storage.upload(tar, join(url, tar.name))
                 tar.unlink()
+                written.append(join(url, tar.name))
                 if progress:
-                    progress(number, 0, tar.name)
+                    progress(len(written), 0, tar.name)
         except Exception:
-            for name in shards():  # a reader that fails half-way must leave no tars
-                storage.delete(join(url, name))
+            for location in written:  # a reader that fails half-way must leave no tars
+                storage.delete(location)
             raise
     return index_shards(storage, url, progress)
 
 
 def _write_tars(folder: Path, samples: Iterator[Sample], samples_per_shard: int) -> Iterator[Path]:
-    for number in itertools.count():
-        if not (batch := list(itertools.islice(samples, samples_per_shard))):
-            return
+    for number, batch in enumerate(iter(lambda: list(itertools.islice(samples, samples_per_shard)), [])):
         tar = folder / f"{number:06d}.tar"
         try:
             write_tar(tar, batch)

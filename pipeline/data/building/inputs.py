@@ -35,14 +35,12 @@ OTHER_IMAGES = frozenset({
     "jxl", "jxr", "nef", "orf", "pbm", "pcx", "pgm", "pnm", "ppm", "psd", "raf", "raw", "rw2", "svg", "svgz", "tga",
     "wdp", "wmf", "xcf",
 })  # fmt: skip
-_BYTE_ORDER_MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
-    b"\xff\xfe\x00\x00": "utf-32",
-    b"\x00\x00\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
+_BYTE_ORDER_MARKS = (  # longest first: UTF-32's mark begins with UTF-16's
+    (b"\xff\xfe\x00\x00", "utf-32"), (b"\x00\x00\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"),
+)  # fmt: skip
 KNOWN_SUFFIXES = ", ".join(f".{extension}" for extension in EXTENSIONS)
 MAX_KEY = 80  # a plain tar header has names of up to 100 bytes
+MAX_MESSAGES = 10
 
 
 class Unusable(Exception):
@@ -58,7 +56,6 @@ class Problems:
     """The record of skipped input: counts and the first messages. With `strict` the first fault is raised."""
 
     strict: bool = False
-    keep: int = 10
     count: int = 0  # everything skipped
     faults: int = 0  # of these, those with a fault
     absent: int = 0  # of these, missing files
@@ -74,24 +71,21 @@ class Problems:
             self.absent += isinstance(error, Absent)
             self.add(where, str(error))
 
-    def add(self, where: str, reason: str) -> None:
-        """Record a fault. Raises DataError if `strict`."""
-        self.faults += 1
-        self.leave_out(where, reason)
-        if self.strict:
-            raise DataError(f"{where}: {reason}. Correct it, or import without --strict to skip it")
-
-    def leave_out(self, where: str, reason: str) -> None:
-        """Record skipped input that has no fault."""
+    def add(self, where: str, reason: str, is_fault: bool = True) -> None:
+        """Record skipped input. Raises DataError for a fault if `strict`."""
         self.count += 1
-        if len(self.first) < self.keep:
+        self.faults += is_fault
+        if len(self.first) < MAX_MESSAGES:
             self.first.append(f"{where}: {reason}")
+        if self.strict and is_fault:
+            raise DataError(f"{where}: {reason}. Correct it, or import without --strict to skip it")
 
     def pass_over(self, path: Path) -> None:
         """Record a file that is not read: individually if it is an image of another format, else by its suffix."""
         suffix = suffix_of(path.name)
         if suffix in OTHER_IMAGES:
-            self.leave_out(str(path), f"this image format is not supported; convert it to one of {KNOWN_SUFFIXES}")
+            reason = f"this image format is not supported; convert it to one of {KNOWN_SUFFIXES}"
+            self.add(str(path), reason, is_fault=False)
         else:
             self.skipped[f".{suffix}" if suffix else "without suffix"] += 1
 
@@ -113,27 +107,17 @@ class ImportOptions:
 
 @dataclass
 class Import:
-    """The import of a source: its samples, read lazily, and the lists of choices to be stored next to their shards."""
+    """The import of a source: its samples, read lazily, and the lists of choices, complete with the first sample."""
 
     source: Path
     kind: Kind
     options: ImportOptions = ImportOptions()
     problems: Problems = field(default_factory=Problems)
     samples: Iterator[Sample] = field(default_factory=lambda: iter(()))
-    choices: dict[str, Choices] = field(default_factory=dict)  # by file name
+    choices: dict[str, Choices] = field(default_factory=dict)  # by the name of the file next to the shards
     _keys: dict[str, int] = field(default_factory=dict)  # every key, and the last number that was added to it
 
-    def key_of(self, path: str) -> str:
-        """Return a unique key of a path, of letters, digits, '_' and '-': valid for tars and webdataset."""
-        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", path).strip("_")[-MAX_KEY:].lstrip("_") or "sample"
-        key, number = plain, self._keys.get(plain, 1)
-        while key in self._keys:
-            number += 1
-            key = f"{plain}-{number}"
-        self._keys |= {key: 1, plain: number}
-        return key
-
-    def find(self, names: Sequence[str]) -> Path:
+    def find(self, *names: str) -> Path:
         """Return the first of `names` that is a file, else the first name. Raise Unusable for a forbidden path.
 
         A list with paths outside its folder could pack any file of this machine into shards that are then shared.
@@ -156,21 +140,27 @@ class Import:
                     return path
         return paths[0]
 
-    def image(self, *names: str) -> Files:
-        """Return the image that a list names, from the first of its possible names that exists."""
-        path = self.find(names)
-        return encoded_image(read_file(path), str(path))
+    def sample(self, path: str, files: Files, record: Mapping[str, Any] | None = None) -> Sample:
+        """Return a sample with its json, if any. Raises Unusable if a text is not valid Unicode.
 
-    def sample(self, key: str, files: Files, record: Mapping[str, Any]) -> Sample:
-        """Return a sample with its json. Raises Unusable if a text is not valid Unicode."""
-        check_text(encoded := json.dumps(record, ensure_ascii=False))
-        return {"__key__": self.key_of(key), **files, "json": encoded.encode()}
+        Its key is made from a path: unique, of letters, digits, '_' and '-', which tars and webdataset allow.
+        """
+        if record is not None:
+            check_text(encoded := json.dumps(record, ensure_ascii=False))
+            files = files | {"json": encoded.encode()}
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", path).strip("_")[-MAX_KEY:].lstrip("_") or "sample"
+        key, number = plain, self._keys.get(plain, 1)
+        while key in self._keys:
+            number += 1
+            key = f"{plain}-{number}"
+        self._keys |= {key: 1, plain: number}
+        return {"__key__": key, **files}
 
-    def pair(self, key: str, files: Files, captions: list[str] | None, image_id: int | None = None) -> Sample:
+    def pair(self, path: str, files: Files, captions: list[str] | None, image_id: int | None = None) -> Sample:
         """Return an image with its captions, or alone. Without an `image_id`, equal bytes are the same image."""
         if image_id is None:
             image_id = int.from_bytes(hashlib.sha256(next(iter(files.values()))).digest()[:8], "big") >> 1
-        return self.sample(key, files, {"image_id": image_id} | ({} if captions is None else {"captions": captions}))
+        return self.sample(path, files, {"image_id": image_id} | ({} if captions is None else {"captions": captions}))
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------
@@ -184,10 +174,10 @@ def check_text(text: str, what: str = "it") -> None:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
+        fault = f"contains a lone surrogate (U+{code:04X}: a truncated text?)"
         if 0xDC80 <= code <= 0xDCFF:
-            byte = f"byte {code - 0xDC00:#x}; Latin-1 or Windows-1252?"
-            raise Unusable(f"{what} is not UTF-8 ({byte}); save it as UTF-8") from None
-        raise Unusable(f"{what} contains a lone surrogate (U+{code:04X}: a truncated text?)") from None
+            fault = f"is not UTF-8 (byte {code - 0xDC00:#x}; Latin-1 or Windows-1252?); save it as UTF-8"
+        raise Unusable(f"{what} {fault}") from None
 
 
 def lines_of(path: Path, longest: int = -1) -> Iterator[tuple[str, str]]:
@@ -200,7 +190,7 @@ def lines_of(path: Path, longest: int = -1) -> Iterator[tuple[str, str]]:
     try:
         with path.open("rb") as stream:
             begin = stream.read(4)
-        encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if begin.startswith(mark)), "utf-8-sig")
+        encoding = next((name for mark, name in _BYTE_ORDER_MARKS if begin.startswith(mark)), "utf-8-sig")
         with path.open(encoding=encoding, errors="surrogateescape") as text:
             for number, line in enumerate(iter(partial(text.readline, longest), ""), 1):
                 yield f"{path}, line {number}", line.removeprefix("\ufeff") if number == 1 else line
@@ -213,22 +203,18 @@ def lines_of(path: Path, longest: int = -1) -> Iterator[tuple[str, str]]:
 def json_lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
     """Yield the location and the content of each line of JSON; skip empty lines, and record those that are invalid."""
     for where, line in lines_of(path):
-        if not line.strip():
-            continue
-        with problems.skipping(where):
-            check_text(line)
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise Unusable(f"not JSON ({error})") from error
-            yield where, content
+        if line.strip():
+            with problems.skipping(where):
+                check_text(line)
+                try:
+                    content = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise Unusable(f"not JSON ({error})") from error
+                yield where, content
 
 
 def json_of(path: Path, form: str = "", *fields: str) -> Any:
-    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32.
-
-    Raises DataError if it cannot be parsed, or is not an object with the `fields` of its `form`.
-    """
+    """Return a JSON file's content. Raises DataError unless it is an object with the `fields` of its `form`, if any."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -241,22 +227,16 @@ def json_of(path: Path, form: str = "", *fields: str) -> Any:
 
 
 def clean_captions(captions: object, where: str, problems: Problems, expected: str = "a text") -> list[str]:
-    """Return the non-empty captions of a text or a list of texts, each on one line.
-
-    A caption that is not a valid text is recorded as a fault; Unusable is raised if there is no other.
-    """
-    clean, faults = [], []
+    """Return the visible texts of one or several captions, each on one line. Raises Unusable if there is none."""
+    clean, faults = list[str](), list[str]()
     for caption in captions if isinstance(captions, list) else [] if captions is None else [captions]:
-        if not isinstance(caption, str):
-            faults.append(f"a caption is not a text but a {type(caption).__name__}")
-            continue
         try:
+            if not isinstance(caption, str):
+                raise Unusable(f"a caption is not a text but a {type(caption).__name__}")
             check_text(caption, "a caption is skipped: it")
+            clean += filter(is_visible, [" ".join(caption.split())])
         except Unusable as error:
             faults.append(str(error))
-            continue
-        if is_visible(line := " ".join(caption.split())):
-            clean.append(line)
     if not clean:
         raise Unusable(faults[0] if faults else f"it has no caption, or an empty one (expected {expected})")
     for fault in faults:
@@ -264,69 +244,47 @@ def clean_captions(captions: object, where: str, problems: Problems, expected: s
     return clean
 
 
-# Entries of JSON lists ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def expecting(form: str) -> Iterator[None]:
-    """Raise Unusable for the errors of reading an entry that has another form."""
-    try:
-        yield
-    except (Unusable, KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
-        reason = str(error) if isinstance(error, Unusable) else f"{type(error).__name__}: {error}"
-        raise Unusable(f"cannot be used ({reason}); expected {form}") from error
-
-
 def entries_of(
     file: Path, what: str, entries: object, read: Callable[[Any], T], problems: Problems, expected: str
 ) -> list[T]:
-    """Return the results of `read` on the entries of a JSON list; entries that it cannot read are recorded as faults.
-
-    Raises DataError if it is not a list, or none of its entries can be read.
-    """
-    if not isinstance(entries, list):
+    """Return `read` of each entry of a list or of `json_lines`. Raises DataError if it is no list, or none is read."""
+    if isinstance(entries, list):
+        entries = [(f"{file}, {what} {number}", entry) for number, entry in enumerate(entries)]
+    elif not isinstance(entries, Iterator):
         raise DataError(f"{file}: {what} is not a list but a {type(entries).__name__}. Expected {expected}")
     results: list[T] = []
-    reason = ""  # of the last fault
-    for number, entry in enumerate(entries):
-        with problems.skipping(f"{file}, {what} {number}"):
-            try:
-                with expecting(expected):
-                    results.append(read(entry))
-            except Unusable as error:
-                reason = str(error)
-                raise
-    if entries and not results:
-        raise DataError(f"{file}: none of its {what} can be used{reason.removeprefix('cannot be used')}")
+    fault = ""
+    for where, entry in entries:
+        try:
+            results.append(read(entry))
+        except (Unusable, KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
+            reason = str(error) if isinstance(error, Unusable) else f"{type(error).__name__}: {error}"
+            fault = f"cannot be used ({reason}); expected {expected}"
+            problems.add(where, fault)
+    if fault and not results:
+        raise DataError(f"{file}: none of its {what} can be used; the last {fault}")
     return results
 
 
-def fields(**kinds: type) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a reader of an entry's fields: texts with content (str), ids of 64 bits (int), or values of another type.
-
-    It raises Unusable for a missing or other value, and AttributeError for an entry that is no object.
-    """
-
-    def read(entry: Any) -> tuple[Any, ...]:
-        values = []
-        for name, kind in kinds.items():
-            value = entry.get(name)
-            if kind is int:
-                is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, int | str)
-                if isinstance(value, bool) or not is_whole:
-                    raise Unusable(f"its {name} is not a whole number but {value!r:.50}")
-                if abs(value := int(value)) >= 1 << 63:
-                    raise Unusable(f"its {name} is beyond 64 bits: {value!r:.50}")
-            elif not isinstance(value, kind):
-                raise Unusable(f"its {name} is not a {'text' if kind is str else kind.__name__} but {value!r:.50}")
-            elif isinstance(value, str):
-                if not value.strip():
-                    raise Unusable(f"its {name} is empty")
-                check_text(value, f"its {name}: it")
-            values.append(value)
-        return tuple(values)
-
-    return read
+def fields(entry: Any, **kinds: type) -> tuple[Any, ...]:
+    """Return an entry's texts with content (str), ids of 64 bits (int), or other values; raise Unusable for others."""
+    values = []
+    for name, kind in kinds.items():
+        value = entry.get(name)
+        if kind is int:
+            is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, int | str)
+            if isinstance(value, bool) or not is_whole:
+                raise Unusable(f"its {name} is not a whole number but {value!r:.50}")
+            if abs(value := int(value)) >= 1 << 63:
+                raise Unusable(f"its {name} is beyond 64 bits: {value!r:.50}")
+        elif not isinstance(value, kind):
+            raise Unusable(f"its {name} is not a {'text' if kind is str else kind.__name__} but {value!r:.50}")
+        elif isinstance(value, str):
+            if not value.strip():
+                raise Unusable(f"its {name} is empty")
+            check_text(value, f"its {name}: it")
+        values.append(value)
+    return tuple(values)
 
 
 # Files and folders ----------------------------------------------------------------------------------------------------
@@ -341,11 +299,9 @@ def read_file(path: Path, what: str = "image") -> bytes:
         raise kind(f"{what} {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def encoded_image(data: bytes, name: str) -> Files:
-    """Return an image by the extension of its content; it is not decoded: training counts damaged images.
-
-    Raises Unusable if it is not an image.
-    """
+def encoded_image(image: bytes | Path, name: str = "") -> Files:
+    """Return an image by the extension of its content, not decoded. Raises Unusable if it is none or missing."""
+    data, name = (read_file(image), str(image)) if isinstance(image, Path) else (image, name)
     kind = format_of(data)
     if kind is None:
         raise Unusable(f"{name} is not a {', '.join(FORMATS)} (it begins with {data[:8]!r})")
@@ -368,7 +324,7 @@ def folders_below(folder: Path, problems: Problems) -> Iterator[tuple[Path, list
             problems.add(str(path), f"the folder cannot be read ({error.strerror or error})")
             continue
         if (state.st_dev, state.st_ino) in entered:
-            problems.leave_out(str(path), "it links to a folder that was already read")
+            problems.add(str(path), "it links to a folder that was already read", is_fault=False)
             continue
         entered.add((state.st_dev, state.st_ino))
         folders = [name for name in names if (path / name).is_dir()]

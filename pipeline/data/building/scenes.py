@@ -81,29 +81,6 @@ class Description:
         return f"{first} {'left of' if self.horizontal else 'above'} {second}{third}"
 
 
-@dataclass(frozen=True)
-class Scene:
-    key: str
-    description: Description
-    image: np.ndarray  # (size, size, 3) uint8
-    captions: list[str]
-
-    def samples(self, source_type: str) -> Iterator[Sample]:
-        """Yield the samples of a source of this type: one for each caption of `text`, else one with the image.
-
-        Scenes of one description have one image id: the captions of one are true of the other.
-        """
-        if source_type == "text":
-            for number, caption in enumerate(self.captions):
-                yield {"__key__": f"{self.key}-{number}", "txt": caption.encode()}
-            return
-        sample = {"__key__": self.key, "jpg": simplejpeg.encode_jpeg(self.image, 95, "RGB", "444")}
-        if source_type == "pairs":
-            image_id = hash64("scene", str(self.description)) >> 1
-            sample["json"] = json.dumps({"captions": self.captions, "image_id": image_id}).encode()
-        yield sample
-
-
 def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> None:
     """Draw every synthetic source that has no manifest yet. The manifest is written last.
 
@@ -133,36 +110,41 @@ def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> No
             if stored["type"] == "pairs":  # pairs serve as every source type
                 record["type"] = "pairs"
             if stored != record:
-                raise DataError(  # scenes of another configuration would be trained on unnoticed
-                    f"source {name!r}: {source.shards} has scenes drawn from another configuration ({stored}); "
-                    f"expected {record}. Remove the folder, or set another one"
-                )
+                fault = f"{source.shards} has scenes drawn from another configuration ({stored})"
+                raise DataError(f"source {name!r}: {fault}; expected {record}. Remove the folder, or set another one")
             continue
         foreign = next((name for name in names if name.endswith(".tar")), None)
         if foreign and RECORD not in names:  # the scenes of an interrupted run are drawn again
-            raise DataError(
-                f"{source.shards} has {foreign} but no manifest, so no scenes are drawn there. "
-                "Index its tars with `mome shards index`, or set an empty folder"
-            )
+            remedy = "Index its tars with `mome shards index`, or set an empty folder"
+            raise DataError(f"{source.shards} has {foreign} but no manifest, so no scenes are drawn there. {remedy}")
         excluded: frozenset[Description] = frozenset()
         for config in reversed(configs[1:]):
             excluded = frozenset(draw_descriptions(config, excluded))
         storage.write(join(source.shards, RECORD), json.dumps(record).encode())
-        scenes = draw_scenes(source.synthetic, excluded, with_images=source.type != "text")
-        samples = (sample for scene in scenes for sample in scene.samples(source.type))
-        write_shards(storage, samples, source.shards, SAMPLES_PER_SHARD)
+        samples = scene_samples(source.synthetic, source.type, excluded)
+        write_shards(storage, samples, source.shards, SAMPLES_PER_SHARD, overwrite=True)
 
 
-def draw_scenes(
-    config: SyntheticConfig, excluded: frozenset[Description] = frozenset(), with_images: bool = True
-) -> Iterator[Scene]:
-    """Yield the scenes of a configuration, except the `excluded` descriptions; blank images without `with_images`."""
-    blank = np.zeros((config.image_size, config.image_size, 3), np.uint8)
+def scene_samples(
+    config: SyntheticConfig, source_type: str, excluded: frozenset[Description] = frozenset()
+) -> Iterator[Sample]:
+    """Yield the samples of a source of this type: one for each caption of `text`, else one for each image.
+
+    Scenes of one description have one image id: the captions of one are true of the other.
+    """
     for number, description in enumerate(draw_descriptions(config, excluded)):
-        random = CounterRandom(hash64("scene picture", str(config.seed), number))
-        image = draw_image(description, config.image_size, random) if with_images else blank
-        captions = write_captions(description, config.captions, random)
-        yield Scene(f"scene{number:07d}", description, image, captions)
+        key, random = f"scene{number:07d}", CounterRandom(hash64("scene picture", str(config.seed), number))
+        if source_type == "text":
+            for line, caption in enumerate(write_captions(description, config.captions, random)):
+                yield {"__key__": f"{key}-{line}", "txt": caption.encode()}
+            continue
+        image = draw_image(description, config.image_size, random)
+        sample = {"__key__": key, "jpg": simplejpeg.encode_jpeg(image, 95, "RGB", "444")}
+        if source_type == "pairs":
+            captions = write_captions(description, config.captions, random)
+            image_id = hash64("scene", str(description)) >> 1
+            sample["json"] = json.dumps({"captions": captions, "image_id": image_id}).encode()
+        yield sample
 
 
 def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] = frozenset()) -> Iterator[Description]:
@@ -208,9 +190,7 @@ def write_captions(description: Description, count: int, random: CounterRandom) 
         ]
     else:
         wordings = [
-            *pairs,
-            *(f"there is {pair}" for pair in pairs),
-            *(f"a picture of {pair}" for pair in pairs),
+            *(f"{opening}{pair}" for opening in ("", "there is ", "a picture of ") for pair in pairs),
             f"{start} {first}, {end} {second}",
             f"{second} {end} and {first} {start}",
             f"two shapes: {first} {start} and {second} {end}",
@@ -220,13 +200,9 @@ def write_captions(description: Description, count: int, random: CounterRandom) 
 
 
 def draw_image(description: Description, size: int, random: CounterRandom) -> np.ndarray:
-    """Return the scene as (size, size, 3) uint8: jittered positions on a light background with a colour gradient.
+    """Return the scene as (size, size, 3) uint8. All shapes have about equal area, so that only their size differs."""
 
-    All shapes have about equal area, so that only 'large' and 'small' differ in size.
-    """
-
-    def jitter(width: float) -> float:
-        """Draw uniformly from -width … width."""
+    def jitter(width: float) -> float:  # uniform in -width … width
         return width * (2.0 * random.uniform() - 1.0)
 
     large = size * SUPERSAMPLED

@@ -15,12 +15,13 @@ import io
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.errors import DataError
+from pipeline.config.errors import DataError, MomeError
 from pipeline.data.building import inputs
 from pipeline.data.building.inputs import Import, Unusable
 from pipeline.data.contents.images import EXTENSIONS
@@ -53,13 +54,13 @@ class Record:
 
 def is_table(file: Path) -> bool:
     """Return whether a .txt starts like a table of images and captions, rather than like prose."""
-    delimiter, cells = _first_row(file)
-    return delimiter is not None and ((len(cells) <= 8 and _is_header(cells)) or bool(_NUMBERED.fullmatch(cells[0])))
+    delimiter, cells, is_header = _first_row(file)
+    return delimiter is not None and ((is_header and len(cells) <= 8) or bool(_NUMBERED.fullmatch(cells[0])))
 
 
 def table_records(job: Import) -> Iterator[Record]:
     """Yield the rows of a table. Raises DataError if its columns cannot be detected."""
-    delimiter, first = _first_row(job.source)
+    delimiter, first, _ = _first_row(job.source)
     if delimiter is None:
         line = "".join(first)
         raise DataError(f"{job.source}: its first line {line!r:.80} has no tab, '|', ';' or ',' between columns")
@@ -94,16 +95,12 @@ def table_records(job: Import) -> Iterator[Record]:
 
 
 def _quoted_rows(file: Path, delimiter: str, problems: inputs.Problems) -> Iterator[tuple[str, list[str]]]:
-    """Yield the location and the cells of each non-empty row of CSV.
-
-    A quotation mark that is never closed affects its own line only, not those after it.
-    """
+    """Yield location and cells of each row of CSV; a quotation mark that is never closed affects its own line only."""
 
     def parse(text: str, strict: bool) -> list[str] | None:
-        try:
+        with suppress(csv.Error):
             return next(csv.reader(io.StringIO(text), delimiter=delimiter, strict=strict), [])
-        except csv.Error:
-            return None
+        return None
 
     lines = inputs.lines_of(file)
     pending: deque[tuple[str, str]] = deque()
@@ -127,17 +124,18 @@ def _quoted_rows(file: Path, delimiter: str, problems: inputs.Problems) -> Itera
             yield where, cells
 
 
-def _first_row(file: Path) -> tuple[str | None, list[str]]:
-    """Return the delimiter of a file's first line that is not blank, and its cells; None without a delimiter.
-
-    A delimiter that separates an image or known column names is preferred.
-    """
+def _first_row(file: Path) -> tuple[str | None, list[str], bool]:
+    """Return the delimiter, or None, and the cells of the first line that is not blank; whether they name columns."""
     line = next((line for _, line in inputs.lines_of(file) if line.strip()), "")
-    rows = {delimiter: [_cell(cell) for cell in line.split(delimiter)] for delimiter in "\t|;," if delimiter in line}
-    for delimiter, cells in rows.items():
-        if any(map(_NUMBERED.fullmatch, cells)) or _is_header(cells):
-            return delimiter, cells
-    return next(iter(rows.items()), (None, [line.strip()]))
+    row: tuple[str | None, list[str], bool] = (None, [line.strip()], False)
+    for delimiter in (delimiter for delimiter in "\t|;," if delimiter in line):
+        cells = [_cell(cell) for cell in line.split(delimiter)]
+        names = {cell.lower() for cell in cells}
+        is_header = not names.isdisjoint(IMAGE_NAMES) and not names.isdisjoint(CAPTION_NAMES)
+        if is_header or any(map(_NUMBERED.fullmatch, cells)):
+            return delimiter, cells, is_header
+        row = (delimiter, cells, False) if row[0] is None else row
+    return row
 
 
 def _cell(cell: str) -> str:
@@ -146,24 +144,14 @@ def _cell(cell: str) -> str:
     return cell[1:-1].replace('""', '"').strip() if is_quoted else cell
 
 
-def _is_header(cells: Sequence[str]) -> bool:
-    names = {cell.lower() for cell in cells}
-    return not names.isdisjoint(IMAGE_NAMES) and not names.isdisjoint(CAPTION_NAMES)
-
-
 def _find_columns(
     file: Path, cells: Sequence[str], images: Sequence[int] | None, options: inputs.ImportOptions
 ) -> tuple[int, int]:
-    """Return the positions of the columns of images and captions.
-
-    `cells` are the names of the columns, or the first line of a table, of which the cells `images` are images.
-    """
+    """Return the columns of images and captions, by names, or by a first line whose cells `images` are images."""
     names = [cell.lower() for cell in cells]
+    roles = ("image", options.image_column, IMAGE_NAMES), ("caption", options.caption_column, CAPTION_NAMES)
     chosen: list[int | None] = []
-    for role, column, known in (
-        ("image", options.image_column, IMAGE_NAMES),
-        ("caption", options.caption_column, CAPTION_NAMES),
-    ):
+    for role, column, known in roles:
         if column is None:
             chosen.append(None if images else next((names.index(name) for name in known if name in names), None))
         elif column.lower() in names:
@@ -178,53 +166,51 @@ def _find_columns(
         others = [number for number in range(len(cells)) if number != image]
         caption = max(others, key=lambda number: len(cells[number]), default=None) if caption is None else caption
     if image is None or caption is None or image == caption:
-        place = "" if images is None else " from its first line"
-        raise DataError(
-            f"{file}: cannot detect the columns of images and captions{place} ({', '.join(cells):.200}). "
-            "Pass --image-column and --caption-column, names or numbers from 1"
-        )
+        remedy = "Pass --image-column and --caption-column, names or numbers from 1"
+        raise DataError(f"{file}: no columns of images and captions detected in {', '.join(cells):.200}. {remedy}")
     return image, caption
 
 
 def parquet_records(job: Import) -> Iterator[Record]:
-    """Yield the rows of a Parquet file, or of every one below a folder."""
+    """Yield the rows of a Parquet file, or of every one below a folder. Raises DataError for a damaged file."""
+    import pyarrow
+    import pyarrow.parquet
+
     files = [job.source] if job.source.is_file() else list(inputs.files_below(job.source, ("parquet",), job.problems))
     if not files:
         raise DataError(f"{job.source}: no .parquet file in this folder")
     for file in files:
-        for row, cells in enumerate(_parquet_rows(file, job.options)):
-            where = f"{file}, row {row}"
-            with job.problems.skipping(where):
-                try:
-                    image, caption = (cell.as_py() for cell in cells)
-                except UnicodeDecodeError as error:
-                    raise Unusable(f"a text is not UTF-8 ({error.reason} at byte {error.start})") from error
-                except (ValueError, OverflowError, NotImplementedError) as error:  # such as a time beyond the year 9999
-                    raise Unusable(f"a value cannot be read ({error})") from error
-                if isinstance(image, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
-                    data = image.get("bytes")
-                    if data is not None and not isinstance(data, bytes):
-                        raise Unusable(f"its image is not bytes but a {type(data).__name__}")
-                    image = image.get("path") if data is None else data
-                if not isinstance(image, str | bytes) or not image.strip():
-                    raise Unusable(f"it has no image ({image!r:.50}); expected bytes, a path, or a struct of both")
-                name = image if isinstance(image, str) else f"{file.stem}-{row:07d}"
-                yield Record(where, name, inputs.clean_captions(caption, where, job.problems), image)
+        row = 0
+        try:
+            with pyarrow.parquet.ParquetFile(file) as parquet:
+                names = parquet.schema_arrow.names
+                columns = [names[column] for column in _find_columns(file, names, None, job.options)]
+                for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                    for cells in zip(*map(batch.column, columns), strict=True):
+                        where = f"{file}, row {row}"
+                        with job.problems.skipping(where):
+                            yield _parquet_record(cells, where, f"{file.stem}-{row:07d}", job.problems)
+                        row += 1
+        except MomeError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+            raise DataError(f"{file}: not a Parquet file, or damaged after row {row} ({error})") from error
 
 
-def _parquet_rows(file: Path, options: inputs.ImportOptions) -> Iterator[tuple[Any, ...]]:
-    """Yield the Arrow scalars of the image and the captions in each row. Raises DataError for a damaged file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    row = 0
+def _parquet_record(cells: Sequence[Any], where: str, key: str, problems: inputs.Problems) -> Record:
+    """Return the record of the Arrow scalars of an image and its captions. Raises Unusable for other values."""
     try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
-            columns = [names[column] for column in _find_columns(file, names, None, options)]
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for cells in zip(*map(batch.column, columns), strict=True):
-                    yield cells
-                    row += 1
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise DataError(f"{file}: not a Parquet file, or damaged after row {row} ({error})") from error
+        image, caption = (cell.as_py() for cell in cells)
+    except UnicodeDecodeError as error:
+        raise Unusable(f"a text is not UTF-8 ({error.reason} at byte {error.start})") from error
+    except (ValueError, OverflowError, NotImplementedError) as error:  # such as a time beyond the year 9999
+        raise Unusable(f"a value cannot be read ({error})") from error
+    if isinstance(image, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
+        data = image.get("bytes")
+        if data is not None and not isinstance(data, bytes):
+            raise Unusable(f"its image is not bytes but a {type(data).__name__}")
+        image = image.get("path") if data is None else data
+    if not isinstance(image, str | bytes) or not image.strip():
+        raise Unusable(f"it has no image ({image!r:.50}); expected bytes, a path, or a struct of both")
+    name = image if isinstance(image, str) else key
+    return Record(where, name, inputs.clean_captions(caption, where, problems), image)

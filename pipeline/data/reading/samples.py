@@ -172,7 +172,7 @@ class SampleReader:
                     source=ref.source,
                     shard=record.name,
                     key=index.keys[number],
-                    offset=index.first_offset(number),
+                    offset=int(index.offset[index.first[number]]),
                     uid=signed(hash64(record.digest, number)),
                     image_id=int(index.image_id[number]),
                     is_duplicate=bool(index.duplicate[number]),

@@ -7,13 +7,12 @@ and the images are judged by the functions of the loader, so that both find the 
 from __future__ import annotations
 
 import multiprocessing
-import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,22 +24,14 @@ from pipeline.data.contents.images import decode
 from pipeline.data.contents.regions import regions_of
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.index import SIDECAR, ShardRecord, index_tar
-from pipeline.data.shards.manifest import (
-    MANIFEST,
-    check_size,
-    load_index,
-    load_manifest,
-    shard_folder,
-    shard_names,
-)
+from pipeline.data.shards.manifest import MANIFEST, check_size, load_index, load_manifest, shard_folder, shard_names
 from pipeline.data.shards.tar import TarSample, open_tar
 from pipeline.data.storage import NotFound, Progress, Storage, join
 
 SHARD = "shard"  # the stage of a finding that breaks the whole shard
 
 
-@dataclass(frozen=True)
-class ShardFinding:
+class ShardFinding(NamedTuple):
     """Bad sample, or the reason why a shard is broken; fields as in `quarantine.BadRecord`."""
 
     shard: str
@@ -49,31 +40,21 @@ class ShardFinding:
     stage: str
     reason: str
 
-    @property
-    def kind(self) -> str:
-        """The reason without the details of this sample, for counting."""
-        return f"{self.stage}: {re.sub(r'[0-9]+', 'N', re.split(r'[:;(]', self.reason)[0]).strip()}"
 
-
-@dataclass(frozen=True)
-class ShardReport:
+class ShardReport(NamedTuple):
     """Findings of one shard."""
 
     shard: str
     samples: int  # walked
     bad: tuple[ShardFinding, ...] = ()
     broken: ShardFinding | None = None
-    skipped: Mapping[str, int] = field(default_factory=dict)  # entries that belong to no sample, by kind
+    skipped: Mapping[str, int] = {}  # entries that belong to no sample, by kind
 
 
 def check_shards(
     storage: Storage, url: str, source_type: SourceType, max_pixels: int, workers: int, progress: Progress | None = None
 ) -> Iterator[ShardReport]:
-    """Yield a report on every shard of a folder or pattern, in the order of names, using `workers` processes.
-
-    Shards are compared with the manifest, if there is one. Raises DataError if there is no shard, and StorageError if
-    the store does not answer.
-    """
+    """Yield a report on every shard, by name, compared with the manifest, if any. Raises DataError for no shard."""
     folder = shard_folder(url)
     objects = storage.list_info(folder)
     records = {record.name: record for record in load_manifest(storage, url).shards} if MANIFEST in objects else {}
@@ -82,7 +63,7 @@ def check_shards(
     classes = None  # without a list, the classes are whatever the shards have
     if source_type == "labelled" and CLASSES in objects:
         classes = len(Choices.from_bytes(storage.read(join(folder, CLASSES)), join(folder, CLASSES)))
-    check = partial(_check_shard, storage, url, source_type, max_pixels, classes)
+    check = partial(_check_shard, storage, url, partial(sample_defect, source_type, max_pixels, classes))
     with ExitStack() as stack:
         if min(workers, len(names)) <= 1:
             reports: Iterator[ShardReport] = map(check, names, map(records.get, names))
@@ -93,13 +74,10 @@ def check_shards(
             reports = pool.map(check, names, map(records.get, names))
         for done, name in enumerate(names, 1):
             try:
-                report = next(reports)
+                yield next(reports)
             except BrokenProcessPool as error:
-                raise DataError(
-                    f"{name}: a checking process died at this shard or near it. Check the shards around it one by "
-                    "one with --workers 1, or give the processes more memory"
-                ) from error
-            yield report
+                remedy = "Check the shards around it one by one with --workers 1, or give the processes more memory"
+                raise DataError(f"{name}: a checking process died at this shard or near it. {remedy}") from error
             if progress:
                 progress(done, len(names), name)
 
@@ -107,9 +85,7 @@ def check_shards(
 def _check_shard(
     storage: Storage,
     url: str,
-    source_type: SourceType,
-    max_pixels: int,
-    classes: int | None,  # number of classes in the list stored with the shards
+    judge: Callable[[TarSample], BadSample | None],
     name: str,
     record: ShardRecord | None,
 ) -> ShardReport:
@@ -117,16 +93,16 @@ def _check_shard(
     location = join(shard_folder(url), name)
     samples, bad = 0, []
 
-    def judge(sample: TarSample) -> None:
+    def visit(sample: TarSample) -> None:
         nonlocal samples
         samples += 1
-        if defect := sample_defect(sample, source_type, max_pixels, classes):
-            bad.append(ShardFinding(name, sample.key, sample.members[0][1], defect.stage, defect.reason))
+        if defect := judge(sample):
+            bad.append(ShardFinding(name, sample.key, sample.offsets[0], defect.stage, defect.reason))
 
     try:
         info = storage.info(location)
         with open_tar(storage, location, info) as tar:
-            index = index_tar(tar, info.etag, judge)
+            index = index_tar(tar, info.etag, visit)
         if record is not None:
             check_size(location, record, index.bytes)
             if not record.is_trusted and index.digest != record.digest:
@@ -136,9 +112,8 @@ def _check_shard(
         if record is not None and not record.is_trusted:
             stored = load_index(storage, url, record)
             arrays = ("first", "extension", "offset", "size", "crc", "image_id", "duplicate")
-            if stored.keys != index.keys or not all(
-                np.array_equal(getattr(stored, a), getattr(index, a)) for a in arrays
-            ):
+            are_equal = (np.array_equal(getattr(stored, array), getattr(index, array)) for array in arrays)
+            if stored.keys != index.keys or not all(are_equal):
                 raise DataError(f"its {SIDECAR} does not describe it. Delete that and run mome shards index")
     except (DataError, NotFound) as error:
         reason = "the shard is missing" if isinstance(error, NotFound) else str(error).removeprefix(f"{location}: ")
@@ -146,30 +121,25 @@ def _check_shard(
     return ShardReport(name, samples, tuple(bad), skipped=dict(tar.skipped))
 
 
-def sample_defect(
-    sample: TarSample, source_type: SourceType, max_pixels: int, classes: int | None = None
-) -> BadSample | None:
+def sample_defect(source_type: SourceType, max_pixels: int, classes: int | None, sample: TarSample) -> BadSample | None:
     """Return why training would quarantine a sample, judged in the loader's order; None if it would be read."""
     contents = sample.contents
-    readers: dict[SourceType, Callable[..., object]] = {
-        "pairs": members.captions_of,
-        "text": members.captions_of,
-        "regions": members.captions_of,
-        "questions": members.question_of,
-        "statements": members.statement_of,
-        "labelled": partial(members.class_of, classes=classes),
-    }
+    images: tuple[bytes, ...] = ()
     try:
         with judging("members"):
             members.check_members(contents, sample.is_duplicate)
-            if reader := readers.get(source_type):
-                reader(contents)
+            if source_type in ("pairs", "text", "regions"):
+                members.captions_of(contents)
+            elif source_type == "questions":
+                members.question_of(contents)
+            elif source_type == "statements":
+                members.statement_of(contents)
+                images = members.both_images(contents)
+            elif source_type == "labelled":
+                members.class_of(contents, classes)
             if source_type == "regions":
                 regions_of(contents)
-            images: tuple[bytes, ...] = ()
-            if source_type == "statements":
-                images = members.both_images(contents)
-            elif source_type not in ("text", "regions"):
+            elif source_type not in ("text", "statements"):
                 images = (members.image_bytes(contents),)
         with judging("image"):
             for image in images:

@@ -15,39 +15,30 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import numpy as np
 from isal import isal_zlib
 
-from pipeline.data.contents.images import EXTENSIONS, ImageSize, measure
-from pipeline.data.contents.members import Members, image_id_of, record_of, texts_of
+from pipeline.data.contents.images import ImageSize, measure
+from pipeline.data.contents.members import image_bytes, image_id_of, record_of, texts_of
 from pipeline.data.contents.regions import read_array
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.tar import BLOCK, Tar, TarSample, clean_name
 
-T = TypeVar("T")
 SIDECAR = ".index.npz"
 TRUSTED = "etag:"  # prefix of the digest of a shard that was not read
 VERSION = 2
 _FACTS_BYTES = 2**20  # maximum size of the arrays that describe the tar
 _MAX_RATIO = 4  # maximum size of an array relative to the tar; reached by the columns of a tar of tiny samples
 _ARRAYS = {
-    "first": np.int64,
-    "extension": np.int32,
-    "offset": np.int64,
-    "size": np.int64,
-    "crc": np.uint32,
-    "image_id": np.int64,
-    "width": np.int32,
-    "height": np.int32,
-    "caption_length": np.int32,
-    "url_id": np.uint64,
+    "first": np.int64, "extension": np.int32, "offset": np.int64, "size": np.int64, "crc": np.uint32,
+    "image_id": np.int64, "width": np.int32, "height": np.int32, "caption_length": np.int32, "url_id": np.uint64,
     "duplicate": np.bool_,
-}
+}  # fmt: skip
 MAX_CHARACTERS = 16  # of a metadata value that is indexed as text: languages and flags, not sentences
 MAX_COLUMNS = 500  # indexed fields of one shard, the most frequent ones
 MAX_VALUES = 255  # distinct texts of an indexed field; with more, the field is a name and useless as a filter
@@ -104,26 +95,17 @@ class ShardIndex:
         for member in range(self.first[sample], self.first[sample + 1]):
             yield self.extensions[self.extension[member]], int(self.offset[member]), int(self.size[member])
 
-    def first_offset(self, sample: int) -> int:
-        """Return the offset in the tar of the data of the sample's first member."""
-        return int(self.offset[self.first[sample]])
-
     def byte_range(self, sample: int, stop: int | None = None) -> tuple[int, int]:
-        """Return the bytes [start, stop) of the tar with the data of a sample, or of the samples before `stop`.
-
-        The data of a hard link is stored with its target, so that members need not be adjacent.
-        """
+        """Return the bytes [start, stop) of the tar with the data of a sample, or of those before `stop`."""
         members = slice(self.first[sample], self.first[sample + 1 if stop is None else stop])
         ends = self.offset[members] + self.size[members]
         return int(self.offset[members].min()), int(ends.max())
 
     def to_bytes(self) -> builtins.bytes:
         """Return the content of the sidecar."""
-        facts = {"samples": len(self), "bytes": self.bytes, "digest": self.digest, "etag": self.etag}
+        facts = {"version": VERSION, "samples": len(self), "bytes": self.bytes, "digest": self.digest}
         numbers = {name: column for name, column in self.columns.items() if column.dtype == np.float64}
-        texts = {
-            name: np.unique(self.columns[name], return_inverse=True) for name in self.columns if name not in numbers
-        }
+        texts = {name: np.unique(c, return_inverse=True) for name, c in self.columns.items() if name not in numbers}
         names = {
             "keys": self.keys,
             "extensions": self.extensions,
@@ -134,7 +116,7 @@ class ShardIndex:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
-            facts=np.frombuffer(json.dumps({"version": VERSION} | facts).encode(), dtype=np.uint8),
+            facts=np.frombuffer(json.dumps(facts | {"etag": self.etag}).encode(), dtype=np.uint8),
             names=np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
             numbers=np.array(list(numbers.values()), dtype=np.float64).reshape(len(numbers), len(self)),
             texts=np.array([codes for _, codes in texts.values()], dtype=np.uint8).reshape(len(texts), len(self)),
@@ -144,51 +126,41 @@ class ShardIndex:
 
     @staticmethod
     def from_bytes(data: builtins.bytes) -> ShardIndex:
-        """Parse a sidecar. Raise ValueError unless it has this version, and its arrays fit each other and the tar.
-
-        Anyone may have written it.
-        """
-        with _open_sidecar(data) as (npz, facts):
+        """Parse an untrusted sidecar. Raise ValueError unless its arrays fit one another, the tar and this version."""
+        with open_sidecar(data) as (npz, facts):
             limit = _FACTS_BYTES + _MAX_RATIO * facts.bytes
             names = json.loads(read_array(npz, "names", "u", limit).tobytes())
+            keys, extensions, samples = names["keys"], names["extensions"], facts.samples
             numbers, texts = read_array(npz, "numbers", "f", limit), read_array(npz, "texts", "u", limit)
             columns = dict(zip(names["numbers"], numbers, strict=True))
             for (name, values), codes in zip(names["texts"].items(), texts, strict=True):
                 columns[name] = np.array(values, dtype=str)[codes]
-            if not all(isinstance(text, str) for text in (*names["keys"], *names["extensions"])):
+            if not all(isinstance(text, str) for text in (*keys, *extensions)):
                 raise ValueError("its keys and extensions are not texts")
-            if len(names["keys"]) != facts.samples:
-                raise ValueError(f"{len(names['keys'])} keys for {facts.samples} samples")
+            if len(keys) != samples:
+                raise ValueError(f"{len(keys)} keys for {samples} samples")
             arrays = {name: read_array(npz, name, np.dtype(dtype).kind, limit) for name, dtype in _ARRAYS.items()}
-            members = len(arrays["offset"])
-            lengths = {"first": facts.samples + 1} | dict.fromkeys(("extension", "size", "offset"), members)
-            for name, array in arrays.items():
-                if array.dtype != _ARRAYS[name] or array.shape != (lengths.get(name, facts.samples),):
-                    raise ValueError(f"{name} is an array of {array.dtype} of shape {array.shape}")
             first, extension, offset, size = (arrays[name] for name in ("first", "extension", "offset", "size"))
-            is_whole = first[0] == 0 and first[-1] == members and (np.diff(first) > 0).all()
-            is_named = not members or 0 <= extension.min() <= extension.max() < len(names["extensions"])
+            lengths = {"first": samples + 1} | dict.fromkeys(("extension", "size", "offset"), len(offset))
+            for name, array in arrays.items():
+                if array.dtype != _ARRAYS[name] or array.shape != (lengths.get(name, samples),):
+                    raise ValueError(f"{name} is an array of {array.dtype} of shape {array.shape}")
+            is_whole = first[0] == 0 and first[-1] == len(offset) and (np.diff(first) > 0).all()
+            is_named = not len(offset) or 0 <= extension.min() <= extension.max() < len(extensions)
             is_inside = (offset >= 0) & (size >= 0) & (size <= facts.bytes - offset)
             if not (is_whole and is_named and is_inside.all()):
                 raise ValueError("its members are outside the tar")
+            # Earlier versions stored bytes that are not UTF-8 as surrogates.
+            clean = (k if k.isascii() else clean_name(k.encode("utf-8", "surrogateescape")) for k in keys)
             return ShardIndex(
-                # Earlier versions stored bytes that are not UTF-8 as surrogates.
-                keys=tuple(
-                    key if key.isascii() else clean_name(key.encode("utf-8", "surrogateescape"))
-                    for key in names["keys"]
-                ),
-                extensions=tuple(names["extensions"]),
-                columns=columns,
-                other_fields=tuple(names["other_fields"]),
-                bytes=facts.bytes,
-                digest=facts.digest,
-                etag=facts.etag,
+                keys=tuple(clean), extensions=tuple(extensions), columns=columns,
+                other_fields=tuple(names["other_fields"]), bytes=facts.bytes, digest=facts.digest, etag=facts.etag,
                 **arrays,
-            )
+            )  # fmt: skip
 
 
 @contextmanager
-def _open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[zipfile.ZipFile, ShardRecord]]:
+def open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[zipfile.ZipFile, ShardRecord]]:
     """Open a sidecar and parse its description of the shard. Every error in the block becomes a ValueError."""
     try:
         if not data.startswith(b"PK\x03\x04"):
@@ -209,54 +181,59 @@ def _open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[zipfile.ZipFile
         raise ValueError(f"not a valid index: {error}") from error
 
 
-def sidecar_record(name: str, data: bytes) -> ShardRecord:
-    """Return a sidecar's description of its shard without reading the rest. Raise ValueError as `from_bytes` does."""
-    with _open_sidecar(data, name) as (_, record):
-        return record
-
-
 def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] | None = None) -> ShardIndex:
     """Index a tar by walking it, and call `visit` with each sample.
 
-    Raises DataError, naming the tar, unless it is complete and uncompressed.
+    No image is decoded. Damaged parts of a sample are unknown: they are counted, with the reason, where it is read. An
+    image with several frames has the field `animated`. Raises DataError, naming the tar, unless it is complete and
+    uncompressed.
     """
     keys: list[str] = []
-    first = [0]
-    members: list[tuple[str, int, int]] = []
-    numbers: list[dict[str, int]] = []
+    extensions: list[str] = []  # of each member
     records: list[Mapping[str, Any]] = []
+    lists: dict[str, list[int]] = {name: [] for name in _ARRAYS} | {"first": [0]}
     for sample in tar.samples():
         if visit:
             visit(sample)
-        members.extend((extension, offset, len(data)) for extension, offset, data in sample.members)
+        image, record, image_id, length = ImageSize(0, 0), dict[str, Any](), 0, 0
+        members = sample.contents
+        with suppress(BadSample), judging("members"):
+            image = measure(image_bytes(members))
+        with suppress(BadSample), judging("members"):
+            record = record_of(members)
+        with suppress(BadSample), judging("members"):
+            length = max(map(len, texts_of(members)))
+        for contents in (members, {name: data for name, data in members.items() if name != "json"}):
+            with suppress(BadSample), judging("members"):  # the json may be damaged
+                image_id = image_id or image_id_of(contents)
+        url = record.get("url")
+        numbers = {
+            "crc": checksum(sample.contents.values()),
+            "image_id": image_id,
+            "width": image.width,
+            "height": image.height,
+            "caption_length": length,
+            "url_id": text_hash(normal_url(url)) if isinstance(url, str) else 0,
+            "duplicate": sample.is_duplicate,
+        }
+        described = {name: value for name, value in record.items() if name not in (*MEASURED, *_IDENTIFIERS)}
+        records.append(described | ({"animated": True} if image.is_animated else {}))
         keys.append(sample.key)
-        first.append(len(members))
-        properties, record = sample_properties(sample.contents)
-        crc = checksum(data for _, _, data in sample.members)
-        numbers.append(properties | {"crc": crc, "duplicate": sample.is_duplicate})
-        records.append(record)
-    extensions = sorted({extension for extension, _, _ in members})
-    code = {extension: number for number, extension in enumerate(extensions)}
-    lists: dict[str, list[int]] = {
-        "first": first,
-        "extension": [code[extension] for extension, _, _ in members],
-        "offset": [offset for _, offset, _ in members],
-        "size": [size for _, _, size in members],
-    }
-    columns, other_fields = columns_of(records)
+        extensions += members
+        numbers |= {"first": len(extensions)}
+        for name, number in numbers.items():
+            lists[name].append(number)
+        lists["offset"] += sample.offsets
+        lists["size"] += map(len, members.values())
+    names = sorted(set(extensions))
+    codes = {extension: number for number, extension in enumerate(names)}
+    lists["extension"] = [codes[extension] for extension in extensions]
+    columns, others = _columns_of(records)
     return ShardIndex(
-        keys=tuple(keys),
-        extensions=tuple(extensions),
-        columns=columns,
-        other_fields=other_fields,
-        bytes=tar.position,
-        digest=tar.digest.hexdigest(),
-        etag=etag,
-        **{
-            name: np.array(lists[name] if name in lists else [row[name] for row in numbers], dtype=dtype)
-            for name, dtype in _ARRAYS.items()
-        },
-    )
+        keys=tuple(keys), extensions=tuple(names), columns=columns, other_fields=others, bytes=tar.position,
+        digest=tar.digest.hexdigest(), etag=etag,
+        **{name: np.array(lists[name], dtype=dtype) for name, dtype in _ARRAYS.items()},
+    )  # fmt: skip
 
 
 def checksum(contents: Iterable[builtins.bytes]) -> int:
@@ -265,35 +242,6 @@ def checksum(contents: Iterable[builtins.bytes]) -> int:
     for data in contents:
         crc = isal_zlib.crc32(data, crc)
     return crc
-
-
-def sample_properties(members: Members) -> tuple[dict[str, int], dict[str, Any]]:
-    """Return a sample's numbers (fields of ShardIndex, 0 if unknown), and the fields of its json that describe it.
-
-    The image is not decoded. Damaged parts are unknown; this never fails. An image with several frames has `animated`.
-    """
-
-    def read(parse: Callable[[], T], default: T) -> T:
-        try:
-            with judging("members"):
-                return parse()
-        except BadSample:  # counted, with the reason, where the sample is read
-            return default
-
-    encoded = next((members[extension] for extension in EXTENSIONS if extension in members), None)
-    image = ImageSize(0, 0) if encoded is None else read(lambda: measure(encoded), ImageSize(0, 0))
-    record: dict[str, Any] = read(lambda: record_of(members), {})
-    url = record.get("url")
-    without_json = {name: data for name, data in members.items() if name != "json"}  # the json may be damaged
-    numbers = {
-        "image_id": read(lambda: image_id_of(members), 0) or read(lambda: image_id_of(without_json), 0),
-        "width": image.width,
-        "height": image.height,
-        "caption_length": read(lambda: max(map(len, texts_of(members))), 0),
-        "url_id": text_hash(normal_url(url)) if isinstance(url, str) else 0,
-    }
-    described = {name: value for name, value in record.items() if name not in (*MEASURED, *_IDENTIFIERS)}
-    return numbers, described | ({"animated": True} if image.is_animated else {})
 
 
 def text_hash(text: str) -> int:
@@ -316,8 +264,7 @@ def normal_url(text: str) -> str:
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except ValueError:
         return text
-    if ":" in host:
-        host = f"[{host}]"
+    host = f"[{host}]" if ":" in host else host
     if port is not None and port != _PORTS.get(scheme):
         host = f"{host}:{port}"
     user = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
@@ -332,7 +279,7 @@ def normal_url(text: str) -> str:
     return urlunsplit((scheme, user + host, *encoded, ""))
 
 
-def columns_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _columns_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return each field of the samples' metadata as an array, and the names of the fields that cannot be one.
 
     Numbers and booleans become float64 with NaN for missing values; short texts with few distinct values become str
@@ -341,22 +288,15 @@ def columns_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarr
     counts = Counter(name for record in records for name, value in record.items() if value is not None)
     names = sorted(counts, key=lambda name: (-counts[name], name))
     columns: dict[str, np.ndarray] = {}
-    others = names[MAX_COLUMNS:]  # with a field per sample, memory would grow with the square of the samples
-    for name in sorted(names[:MAX_COLUMNS]):
+    for name in sorted(names[:MAX_COLUMNS]):  # with a field per sample, memory would grow with the samples' square
         values = [record.get(name) for record in records]
         present = [value for value in values if value is not None]
-        try:
-            if all(isinstance(value, (int, float)) for value in present):
+        if all(isinstance(value, (int, float)) for value in present):
+            with suppress(OverflowError):  # an integer beyond the range of floats
                 columns[name] = np.array([np.nan if value is None else float(value) for value in values])
-                continue
-        except OverflowError:  # an integer beyond the range of floats
-            others.append(name)
-            continue
-        is_short = all(
-            isinstance(value, str) and len(value) <= MAX_CHARACTERS and value.isprintable() for value in present
-        )
-        if is_short and len(set(present)) <= MAX_VALUES:
+        elif (
+            all(isinstance(v, str) and len(v) <= MAX_CHARACTERS and v.isprintable() for v in present)
+            and len(set(present)) <= MAX_VALUES
+        ):
             columns[name] = np.array([value or "" for value in values], dtype=str)
-        else:
-            others.append(name)
-    return columns, tuple(sorted(others))
+    return columns, tuple(sorted(set(names).difference(columns)))

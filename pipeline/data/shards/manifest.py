@@ -30,8 +30,8 @@ import numpy as np
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.config.urls import is_local, local_path
-from pipeline.data.shards.index import SIDECAR, TRUSTED, ShardIndex, ShardRecord, index_tar, sidecar_record
-from pipeline.data.shards.tar import BLOCK, open_tar, unpack_remedy
+from pipeline.data.shards.index import SIDECAR, TRUSTED, ShardIndex, ShardRecord, index_tar, open_sidecar
+from pipeline.data.shards.tar import BLOCK, UNPACK, open_tar
 from pipeline.data.storage import NotFound, ObjectInfo, Progress, Storage, in_parallel, join, split
 
 log = logging.getLogger(__name__)
@@ -71,18 +71,19 @@ def load_manifest(storage: Storage, url: str) -> Manifest:
     """
     folder, pattern = _folder_and_names(url)
     try:
-        manifest = _read_manifest(storage, folder)
+        manifest = _read_manifest(storage, folder, pattern)
     except NotFound as error:
         if "bucket '" in str(error):
             raise
         if not storage.exists(folder):
             raise DataError(f"{url}: no such folder of shards. Correct it, or run mome shards build") from error
         raise DataError(f"{url}: no {MANIFEST} in it. Make it from the tars: mome shards index {url}") from error
-    known = {shard.name for shard in manifest.shards}
-    if absent := [name for name in pattern or () if name not in known]:
+    if absent := set(pattern or ()).difference(shard.name for shard in manifest.shards):
         location = join(folder, MANIFEST)
-        raise DataError(f"{url}: {absent[0]} is not in {location} ({len(absent)} such): mome shards index {url}")
-    return _check_samples(url, _restrict(manifest, pattern))
+        raise DataError(f"{url}: {min(absent)} is not in {location} ({len(absent)} such): mome shards index {url}")
+    if not manifest.num_samples:
+        raise DataError(f"{url}: its shards have no samples. Add tars that do, then mome shards index {url}")
+    return manifest
 
 
 def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None) -> Manifest:
@@ -95,13 +96,14 @@ def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None)
     objects = storage.list_info(folder)
     with suppress(OldManifest):
         if MANIFEST in objects:
-            manifest = _restrict(_read_manifest(storage, folder), pattern)
+            manifest = _read_manifest(storage, folder, pattern)
             check_present(storage, url, manifest, objects)
             expected = [name for name in objects if name.endswith(".tar")] if pattern is None else pattern
-            is_complete = {shard.name for shard in manifest.shards}.issuperset(expected)
-            if is_complete and all(shard.is_trusted or shard.name + SIDECAR in objects for shard in manifest.shards):
-                return _check_samples(url, manifest)
-    return _check_samples(url, index_shards(storage, url, progress))
+            is_indexed = all(shard.is_trusted or shard.name + SIDECAR in objects for shard in manifest.shards)
+            if manifest.num_samples and is_indexed and not set(expected) - {shard.name for shard in manifest.shards}:
+                return manifest
+    index_shards(storage, url, progress)
+    return load_manifest(storage, url)
 
 
 def index_shards(
@@ -119,11 +121,10 @@ def index_shards(
     names = shard_names(url, objects)
     if absent := [name for name in names if name not in objects]:
         raise DataError(f"{join(folder, absent[0])}: the shard is missing. Put it there, or correct the pattern {url}")
-    stored = None
+    stored, records, selected = Manifest(()), dict[str, ShardRecord](), set(names)
     with suppress(DataError):  # damaged, or of version 1: made again
-        stored = _read_manifest(storage, folder) if MANIFEST in objects else None
-    selected, records = set(names), {}
-    for shard in stored.shards if stored else ():
+        stored = _read_manifest(storage, folder) if MANIFEST in objects else stored
+    for shard in stored.shards:
         info = objects.get(shard.name)
         is_unchanged = info is not None and info.etag is not None and info == ObjectInfo(shard.bytes, shard.etag)
         is_indexed = trust_counts if shard.is_trusted else shard.name + SIDECAR in objects
@@ -134,8 +135,10 @@ def index_shards(
     def make_record(name: str) -> ShardRecord:
         info, location = objects[name], join(folder, name)
         if name + SIDECAR in objects:
-            with suppress(ValueError):  # damaged, or of an older version: made again
-                record = sidecar_record(name, storage.read(location + SIDECAR))
+            with (
+                suppress(ValueError),  # damaged, or of an older version: made again
+                open_sidecar(storage.read(location + SIDECAR), name) as (_, record),
+            ):
                 if info.etag is not None and info == ObjectInfo(record.bytes, record.etag):
                     return record
         if trust_counts and info.etag is not None:
@@ -155,7 +158,7 @@ def index_shards(
     if manifest != stored:
         content = {"version": _VERSION, "digest": manifest.digest, "shards": [asdict(s) for s in manifest.shards]}
         _write(storage, join(folder, MANIFEST), json.dumps(content, indent=1).encode())
-    return _restrict(manifest, pattern)
+    return Manifest(tuple(shard for shard in manifest.shards if shard.name in selected))
 
 
 def load_index(storage: Storage, url: str, record: ShardRecord) -> ShardIndex:
@@ -191,10 +194,9 @@ def load_index(storage: Storage, url: str, record: ShardRecord) -> ShardIndex:
             except StorageError as error:
                 log.warning("%s: its index could not be saved and will be made again: %s", location, error)
         if len(index) != record.samples:
-            raise DataError(
-                f"{location}: it has {len(index)} samples, and the index of another tool said {record.samples}. "
-                "Count them: mome shards index, without --trust-counts"
-            )
+            stated = f"the index of another tool said {record.samples}"
+            remedy = "Count them: mome shards index, without --trust-counts"
+            raise DataError(f"{location}: it has {len(index)} samples, and {stated}. {remedy}")
         return index
 
 
@@ -216,10 +218,8 @@ def check_size(location: str, shard: ShardRecord, size: int) -> None:
     """Raise DataError if a tar's size is not the manifest's."""
     if size != shard.bytes:
         fault = "truncated" if size < shard.bytes else "changed"
-        raise DataError(
-            f"{location}: the shard was {fault}: {size} bytes, and its manifest says {shard.bytes}. "
-            "Restore it, or index the folder again (mome shards index) and start a new run"
-        )
+        remedy = "Restore it, or index the folder again (mome shards index) and start a new run"
+        raise DataError(f"{location}: the shard was {fault}: {size} bytes; its manifest says {shard.bytes}. {remedy}")
 
 
 def shard_folder(url: str) -> str:
@@ -237,29 +237,22 @@ def shard_names(url: str, objects: Mapping[str, ObjectInfo]) -> list[str]:
     remedy = "Put tars there, or correct the URL"
     if other:
         is_tar = other.lower().endswith(".tar")
-        remedy = f"Rename {other}: shards' names end in .tar" if is_tar else unpack_remedy(other)
+        remedy = f"Rename {other}: shards' names end in .tar" if is_tar else UNPACK.format(other)
     if not names:
         raise DataError(f"{url}: no .tar files there. {remedy}")
     if pattern is None and other:
-        raise DataError(
-            f"{url}: {other} would not be read along with {names[0]}. {remedy}. Or move it away, or name the shards "
-            "that are to be read by a pattern: …/{0000..0095}.tar"
-        )
+        remedy = f"{remedy}. Or move it away, or name the shards to be read by a pattern: …/{{0000..0095}}.tar"
+        raise DataError(f"{url}: {other} would not be read along with {names[0]}. {remedy}")
     if pattern is None and is_local(url):  # a listing leaves out broken links
         folder = local_path(url)
         absent = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and name not in objects)
         if broken := next((name for name in absent if not (folder / name).exists()), None):
-            raise DataError(
-                f"{join(url, broken)}: a link to a file that does not exist. Put that file back, or remove the link"
-            )
+            raise DataError(f"{join(url, broken)}: a link to a missing file. Put that file back, or remove the link")
     return names
 
 
 def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
-    """Return the folder, and the names of a tar or of a pattern such as 'a-{00..02}.{x,y}.tar'; None for a folder.
-
-    Names are in the pattern's order, and digits keep their width.
-    """
+    """Return the folder, and the ordered names of a tar or a pattern: 'a-{00..02}.{x,y}.tar'; None for a folder."""
     if url.startswith("pipe:"):
         raise ConfigError(f"{url}: a pipe: URL runs a command, which data may not do. Name the folder of the tars")
     if "{" not in url and not re.search(r"\.(tar|tgz|tar\.\w+)$", url):
@@ -292,22 +285,19 @@ def _write(storage: Storage, location: str, data: bytes) -> None:
     try:
         storage.write(location, data)
     except StorageError as error:
-        raise StorageError(
-            f"{error} Indexing writes a {SIDECAR} file for every tar, and {MANIFEST}: give write access to the "
-            "folder, or index a writable copy of it."
-        ) from error
+        remedy = "give write access to the folder, or index a writable copy of it."
+        raise StorageError(f"{error} Indexing writes a {SIDECAR} for every tar, and {MANIFEST}: {remedy}") from error
 
 
-def _read_manifest(storage: Storage, folder: str) -> Manifest:
-    """Read a folder's manifest. Raise DataError, naming it, for an invalid one: anyone may have written it."""
-    location = join(folder, MANIFEST)
+def _read_manifest(storage: Storage, folder: str, names: list[str] | None = None) -> Manifest:
+    """Read a folder's manifest, restricted to `names`. Raise DataError, naming it, for an invalid or forged one."""
+    location, version = join(folder, MANIFEST), None
     data = storage.read(location)
-    is_old = False
     try:
         content = json.loads(data)
-        is_old = content["version"] == 1
-        if content["version"] != _VERSION:
-            raise ValueError(f"version {content['version']}, expected {_VERSION}")
+        version = content["version"]
+        if version != _VERSION:
+            raise ValueError(f"version {version}, expected {_VERSION}")
         manifest = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"]))
         for shard in manifest.shards:
             name, sizes = shard.name, (shard.samples, shard.bytes)
@@ -318,35 +308,21 @@ def _read_manifest(storage: Storage, folder: str) -> Manifest:
             name.encode()
             if not all(type(size) is int and size < 2**63 for size in sizes):
                 raise TypeError(f"{name}: samples and bytes are not sizes: {sizes[0]!r:.40}, {sizes[1]!r:.40}")
+            if not 0 <= shard.samples * BLOCK <= shard.bytes:
+                raise ValueError(f"{name}: {shard.samples} samples in {shard.bytes} bytes")
         if manifest.digest != content["digest"]:
             raise ValueError("its digest does not fit its shards; it was edited or damaged")
-        for shard in manifest.shards:
-            if not 0 <= shard.samples * BLOCK <= shard.bytes:
-                raise ValueError(f"{shard.name}: {shard.samples} samples in {shard.bytes} bytes")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        kind = OldManifest if is_old else DataError
+        kind = OldManifest if version == 1 else DataError
         raise kind(f"{location}: not a manifest of shards ({error}). Make it again: mome shards index") from error
-    return manifest
-
-
-def _restrict(manifest: Manifest, names: list[str] | None) -> Manifest:
     if names is None:
         return manifest
     selected = set(names)
     return Manifest(tuple(shard for shard in manifest.shards if shard.name in selected))
 
 
-def _check_samples(url: str, manifest: Manifest) -> Manifest:
-    if not manifest.num_samples:
-        raise DataError(f"{url}: its shards have no samples. Add tars that do, then mome shards index {url}")
-    return manifest
-
-
 def _trusted_count(storage: Storage, folder: str, tar: str, size: int, names: Collection[str]) -> int | None:
-    """Return the samples of a tar of `size` bytes from another tool's file in the folder; None without one.
-
-    Raises DataError, naming the file, if it does not fit the tar.
-    """
+    """Return the samples of a tar by another tool's file, or None. Raise DataError if it does not fit `size` bytes."""
     stem = tar.removesuffix(".tar")
     energon, dali, img2dataset = f"{tar}.idx", f"{stem}.idx", f"{stem}_stats.json"
     name = next((name for name in (energon, dali, img2dataset) if name in names), None)
@@ -385,8 +361,6 @@ def _trusted_count(storage: Storage, folder: str, tar: str, size: int, names: Co
         if end + 2 * BLOCK > size:
             raise ValueError(f"{samples} samples end at byte {end}, the tar with its end blocks at {size}")
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise DataError(
-            f"{location}: it does not fit {tar} ({error}). Delete it or make it again, or run mome shards index "
-            "without --trust-counts"
-        ) from error
+        remedy = "Delete it or make it again, or run mome shards index without --trust-counts"
+        raise DataError(f"{location}: it does not fit {tar} ({error}). {remedy}") from error
     return samples

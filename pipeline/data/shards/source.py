@@ -33,6 +33,7 @@ from pipeline.data.storage import NotFound, ObjectInfo, Progress, Storage, in_pa
 log = logging.getLogger(__name__)
 
 _VERSION = 2  # of the saved counts; version 1 compared opt-out lists byte by byte
+_BLANK = "\ufeff \t\r\n"  # around an id
 _HashTable = tuple[np.ndarray, np.ndarray]  # (n,) hashes in ascending order, and the opt-out entry (int64) of each
 
 
@@ -102,59 +103,45 @@ class Source:
         return np.flatnonzero(_select_mask(index, self.selection.filters, self.selection.opt_out))
 
 
-def open_source(
-    storage: Storage, config: SourceConfig, saved: str | None = None, progress: Progress | None = None
-) -> Source:
-    """Open the source of a config, whose shards must be indexed (`manifest.ensure_indexed`).
-
-    Filters and an opt-out list need every index, once: the counts are cached at the URL `saved`. Raises DataError for
-    a missing or truncated shard, naming it, and as `load_manifest` and `select` do.
-    """
-    manifest = load_manifest(storage, config.shards)
-    objects = check_present(storage, config.shards, manifest)
-    return Source(config.shards, manifest, select(storage, config, manifest, saved, progress), objects)
-
-
 def selection_url(config: RunConfig, name: str) -> str:
     """Return the URL where a run caches the selection of a source for its ranks."""
     return join(config.folder, "selections", file_name_of(f"{name}.json"))
 
 
-def select(
-    storage: Storage,
-    source: SourceConfig,
-    manifest: Manifest,
-    saved: str | None = None,
-    progress: Progress | None = None,
-) -> Selection | None:
-    """Return the selection of a source's `filters` and `opt_out`; None if it has neither.
+def open_source(
+    storage: Storage, config: SourceConfig, saved: str | None = None, progress: Progress | None = None
+) -> Source:
+    """Open the source of a config, whose shards must be indexed (`manifest.ensure_indexed`).
 
-    Reads the index of every shard in parallel, unless the URL `saved` has the counts for the same arguments; writes
-    them there otherwise. Raises ConfigError for a property that no shard has or that cannot be compared in that way,
-    and DataError if no sample is left.
+    With filters or an opt-out list, the index of every shard is read in parallel, unless the URL `saved` has the counts
+    for the same arguments; they are written there otherwise. Raises DataError for a missing or truncated shard, naming
+    it, as `load_manifest` does, and if no sample is left; ConfigError for a property that no shard has or that cannot
+    be compared in that way.
     """
-    if not source.filters and source.opt_out is None:
-        return None
-    opt_out = None if source.opt_out is None else read_opt_out(storage, source.opt_out)
-    filters = {name: source.filters[name].model_dump(mode="json") for name in sorted(source.filters)}
+    manifest = load_manifest(storage, config.shards)
+    objects = check_present(storage, config.shards, manifest)
+    if not config.filters and config.opt_out is None:
+        return Source(config.shards, manifest, objects=objects)
+    opt_out = None if config.opt_out is None else read_opt_out(storage, config.opt_out)
+    filters = {name: config.filters[name].model_dump(mode="json") for name in sorted(config.filters)}
     key = _digest(manifest.digest, filters, opt_out.digest if opt_out else None)
     counts = None
-    if saved is not None and not source.opt_out_must_match:
+    if saved is not None and not config.opt_out_must_match:
         with suppress(NotFound, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             content = json.loads(storage.read(saved))
             if (content["version"], content["question"]) == (_VERSION, key):
                 counts = np.array(content["counts"], dtype=np.int64)
     if counts is None:
-        counts = _count(storage, source, manifest, opt_out, progress)
+        counts = _count(storage, config, manifest, opt_out, progress)
         if saved is not None:
             content = {"version": _VERSION, "question": key, "counts": counts.tolist()}
             storage.write(saved, json.dumps(content).encode())
     if not counts.sum():
-        raise DataError(
-            f"{source.shards}: its filters and opt-out list leave none of its {manifest.num_samples} samples. "
-            "Widen the filters, or inspect the samples with mome shards show"
-        )
-    return Selection(source.filters, opt_out, counts, _digest(key, counts.tolist()))
+        remedy = "Widen the filters, or inspect the samples with mome shards show"
+        total = manifest.num_samples
+        raise DataError(f"{config.shards}: filters and opt-out list leave none of its {total} samples. {remedy}")
+    selection = Selection(config.filters, opt_out, counts, _digest(key, counts.tolist()))
+    return Source(config.shards, manifest, selection, objects)
 
 
 def read_opt_out(storage: Storage, url: str) -> OptOut:
@@ -169,7 +156,9 @@ def read_opt_out(storage: Storage, url: str) -> OptOut:
         with storage.open(url) as stream:
             for number, line in enumerate(stream, 1):
                 digest.update(line)
-                if name := _parse_entry(line):
+                if b"\0" in line:
+                    raise ValueError("UTF-16 without a byte order mark")
+                if name := line.decode().strip(_BLANK):
                     forms = {name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")), normal_url(name)}
                     words += [text_hash(form) for form in forms]
                     owners += [len(plain)] * len(forms)
@@ -186,27 +175,15 @@ def read_opt_out(storage: Storage, url: str) -> OptOut:
     image_ids = hash64_array(text_hash("image_id"), hashes).astype(np.int64)
     by_word, by_image = (np.unique(values, return_index=True) for values in (hashes, image_ids))
     return OptOut(
-        words=(by_word[0], owner[by_word[1]]),
-        image_ids=(by_image[0], owner[by_image[1]]),
-        lines=np.array(lines, dtype=np.int64)[first],
-        digest=digest.hexdigest(),
-    )
-
-
-def _parse_entry(line: bytes) -> str:
-    """Return the id on a line. Raise ValueError unless it is UTF-8; NULs indicate UTF-16 without a byte order mark."""
-    if b"\0" in line:
-        raise ValueError("it has NUL characters")
-    return line.decode("utf-8").strip("\ufeff \t\r\n")
+        words=(by_word[0], owner[by_word[1]]), image_ids=(by_image[0], owner[by_image[1]]),
+        lines=np.array(lines, dtype=np.int64)[first], digest=digest.hexdigest(),
+    )  # fmt: skip
 
 
 def _count(
     storage: Storage, source: SourceConfig, manifest: Manifest, opt_out: OptOut | None, progress: Progress | None
 ) -> np.ndarray:
-    """Return the number of selected samples of each shard, and log how many entries of the opt-out list have a sample.
-
-    Raises DataError for an entry without one if every entry must have one.
-    """
+    """Count the selected samples of each shard, and report opt-out entries without a sample (DataError if it must)."""
     records = {record.name: record for record in manifest.shards}
 
     def count(name: str) -> tuple[int, Collection[str], np.ndarray]:
@@ -225,19 +202,17 @@ def _count(
         if progress:
             progress(len(counts), len(records), name)
     if unknown := sorted(source.filters.keys() - known):
-        raise ConfigError(
-            f"filters of {source.shards}: no sample has '{unknown[0]}'; its shards have {', '.join(sorted(known))}"
-        )
+        names = ", ".join(sorted(known))
+        raise ConfigError(f"filters of {source.shards}: no sample has '{unknown[0]}'; its shards have {names}")
     if opt_out is not None and source.opt_out is not None:
-        message = (
-            f"{source.opt_out}: {is_matched.sum()} of its {len(is_matched)} entries list a sample of {source.shards}"
-        )
+        fraction = f"{is_matched.sum()} of its {len(is_matched)} entries"
+        message = f"{source.opt_out}: {fraction} list a sample of {source.shards}"
         if is_matched.all():
             log.info("%s", message)
         else:
             line = int(opt_out.lines[~is_matched].min())
             with storage.open(source.opt_out) as stream:
-                text = _parse_entry(next(itertools.islice(stream, line - 1, None)))
+                text = next(itertools.islice(stream, line - 1, None)).decode().strip(_BLANK)
             message += f"; the first that lists none is line {line}, {text[:200]!r}"
             if source.opt_out_must_match:
                 raise DataError(f"{message}. Correct the entry, or unset opt_out_must_match of the source")
@@ -251,31 +226,31 @@ def _select_mask(
     """Return (N,) bool: the samples that pass all filters and are not in the opt-out list."""
     mask = np.ones(len(index), dtype=bool)
     for name, condition in filters.items():
-        if name in index.other_fields and name not in MEASURED:
-            raise ConfigError(
-                f"filters.{name}: it is neither a number nor a short text in all of {shard}; choose another"
-            )
-        values = getattr(index, name) if name in MEASURED else index.columns.get(name)
+        is_measured = name in MEASURED
+        if name in index.other_fields and not is_measured:
+            raise ConfigError(f"filters.{name}: it is neither a number nor a short text in all of {shard}; use another")
+        values = getattr(index, name) if is_measured else index.columns.get(name)
         if values is None:
             mask &= condition.keep_missing
             continue
-        is_text = values.dtype.kind == "U"
-        if is_text and (condition.min is not None or condition.max is not None):
-            raise ConfigError(f"filters.{name}: it is a text in {shard}; give any_of or none_of, not min or max")
-        if not is_text and (condition.any_of is not None or condition.none_of is not None):
-            raise ConfigError(
-                f"filters.{name}: it is a number in {shard} (true is 1); give min or max, not any_of or none_of"
-            )
         passes = np.ones(len(index), dtype=bool)
-        if condition.min is not None:
-            passes &= values >= condition.min
-        if condition.max is not None:
-            passes &= values <= condition.max
-        if condition.any_of is not None:
-            passes &= np.isin(values, condition.any_of)
-        if condition.none_of is not None:
-            passes &= ~np.isin(values, condition.none_of)
-        is_missing = values == "" if is_text else values == 0 if name in MEASURED else np.isnan(values)
+        if values.dtype.kind == "U":
+            if not (condition.min is condition.max is None):
+                raise ConfigError(f"filters.{name}: it is a text in {shard}; give any_of or none_of, not min or max")
+            is_missing = values == ""
+            if condition.any_of is not None:
+                passes &= np.isin(values, condition.any_of)
+            if condition.none_of is not None:
+                passes &= ~np.isin(values, condition.none_of)
+        else:
+            if not (condition.any_of is condition.none_of is None):
+                remedy = "give min or max, not any_of or none_of"
+                raise ConfigError(f"filters.{name}: it is a number in {shard} (true is 1); {remedy}")
+            is_missing = values == 0 if is_measured else np.isnan(values)
+            if condition.min is not None:
+                passes &= values >= condition.min
+            if condition.max is not None:
+                passes &= values <= condition.max
         mask &= np.where(is_missing, condition.keep_missing, passes)
     return mask if opt_out is None else mask & (opt_out.entries_of(index) < 0).all(axis=0)
 

@@ -27,20 +27,18 @@ _TAIL_BYTES = 1 << 20  # read at once after the zero blocks
 _EMPTY_KINDS = {b"2": "symbolic link", b"3": "character device", b"4": "block device", b"6": "pipe"}
 _PAX_RECORD = re.compile(rb"([0-9]{1,19}) ")  # the length at the beginning of an extended header's record
 _BROKEN_LINK = "hard link to a file that does not precede it in the tar"
+UNPACK = "Unpack {} to a plain .tar (gunzip, or zstd -d): images gain nothing by it"
 _METADATA = re.compile(r"__[^/]*__(/|$)")  # paths that webdataset reserves
 
 
 @dataclass
 class TarSample:
-    """Sample of a tar; members are (extension, offset of the data, data) in the tar's order."""
+    """Sample of a tar, with its members in the tar's order."""
 
     key: str
     is_duplicate: bool  # an earlier sample of the tar has the same key
-    members: list[tuple[str, int, bytes]] = field(default_factory=list)
-
-    @property
-    def contents(self) -> dict[str, bytes]:
-        return {extension: data for extension, _, data in self.members}
+    contents: dict[str, bytes] = field(default_factory=dict)  # by extension
+    offsets: list[int] = field(default_factory=list)  # of each member's data
 
 
 @dataclass
@@ -57,34 +55,37 @@ class Tar:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def samples(self) -> Iterator[TarSample]:
-        """Yield every sample in order. A repeated extension begins another sample with the same key.
+        """Yield every sample in order: 'folder/0001.seg.png' is member 'seg.png' of sample 'folder/0001'.
 
-        Raises DataError, naming the tar, unless it is a complete, uncompressed tar with more than links.
+        A repeated extension begins another sample with the same key. Raises DataError, naming the tar, unless it is a
+        complete, uncompressed tar with more than links.
         """
         keys: set[str] = set()
         sample: TarSample | None = None
-        for path, offset, data in self.files():
-            key, extension = split_key(path)
-            if not extension:
-                if _METADATA.match(path.removeprefix("./")):
-                    kind = "file of webdataset's metadata"
-                else:
-                    is_hidden = path.rpartition("/")[2].startswith(".")
-                    kind = "hidden file" if is_hidden else "file without an extension"
-                self._skip(kind, path)
+        for path, offset, data in self._files():
+            path = path.removeprefix("./")
+            folder, slash, name = path.rpartition("/")
+            stem, _, extension = name.partition(".")
+            key, extension = folder + slash + stem, extension.lower()
+            is_metadata = bool(_METADATA.match(path))
+            if is_metadata or not stem or not extension:
+                other = "hidden file" if name.startswith(".") else "file without an extension"
+                self.skipped["file of webdataset's metadata" if is_metadata else other] += 1
+                self.first_skipped = self.first_skipped or path
                 continue
-            if sample is None or sample.key != key or any(extension == other for other, _, _ in sample.members):
+            if sample is None or sample.key != key or extension in sample.contents:
                 if sample is not None:
                     yield sample
                 sample = TarSample(key, is_duplicate=key in keys)
                 keys.add(key)
-            sample.members.append((extension, offset, data))
+            sample.contents[extension] = data
+            sample.offsets.append(offset)
         if sample is not None:
             yield sample
         elif any(kind in self.skipped for kind in (*_EMPTY_KINDS.values(), _BROKEN_LINK)):
             raise self._error(f"no sample, only {self.skipped_summary()}. Pack the files themselves: tar --dereference")
 
-    def files(self) -> Iterator[tuple[str, int, bytes]]:
+    def _files(self) -> Iterator[tuple[str, int, bytes]]:
         """Yield (path, offset of the data, data) of every regular file, then check the end of the tar."""
         places: dict[bytes, tuple[int, int]] = {}  # path of each regular file -> (offset, size) of its data
         long_name, long_link = b"", b""
@@ -92,18 +93,24 @@ class Tar:
         while (header := self._read(BLOCK)) != bytes(BLOCK):
             offset = self.position
             size = self._data_size(header, attributes)
-            kind = header[156:157]
+            kind, data = header[156:157], b""
             if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
                 raise self._error("it has a sparse file, which cannot be read by range. Pack it without --sparse")
-            data = b""
             if kind not in b"123456":
                 data = self._read(-(-size // BLOCK) * BLOCK, "inside a member's data")[:size]
             if kind == b"L":
                 long_name = _until_zero(data)
             elif kind == b"K":
                 long_link = _until_zero(data)
-            elif kind == b"x":
-                attributes = self._pax_records(data, offset)
+            elif kind == b"x":  # records 'length key=value\n', which zeros may follow
+                attributes, at = {}, 0
+                while at < len(data) and data[at]:
+                    match = _PAX_RECORD.match(data, at)
+                    stop = at + int(match[1]) if match else 0
+                    key, equals, value = data[match.end() : stop - 1].partition(b"=") if match else (b"", b"", b"")
+                    if not equals or not key or data[stop - 1 : stop] != b"\n":
+                        raise self._error(f"the extended header at byte {offset} is damaged. Restore or rebuild it")
+                    attributes[key], at = value, stop
             if kind in b"LKxg":
                 continue
             path = _until_zero(attributes.get(b"path", b"")) or long_name
@@ -113,19 +120,22 @@ class Tar:
                     path = prefix + b"/" + path
             if kind in b"\x000" and path.endswith(b"/") and not size:
                 kind = b"5"  # a folder in tars from before folders had a type
-            name, link_key = clean_name(path), path.removeprefix(b"./")
+            name, link_key, skipped = clean_name(path), path.removeprefix(b"./"), ""
             if kind in b"\x0007":
                 places[link_key] = offset, size
                 yield name, offset, data
             elif kind == b"1":
                 target = attributes.get(b"linkpath") or long_link or _until_zero(header[157:257])
-                if (place := places.get(target.removeprefix(b"./"))) is None:
-                    self._skip(_BROKEN_LINK, name)
-                else:
+                if place := places.get(target.removeprefix(b"./")):
                     places[link_key] = place
                     yield name, place[0], self.fetch(place[0], sum(place))
+                else:
+                    skipped = _BROKEN_LINK
             elif kind != b"5":
-                self._skip(_EMPTY_KINDS.get(kind, f"entry of type {clean_name(kind)!r}"), name)
+                skipped = _EMPTY_KINDS.get(kind, f"entry of type {clean_name(kind)!r}")
+            if skipped:
+                self.skipped[skipped] += 1
+                self.first_skipped = self.first_skipped or name
             long_name, long_link, attributes = b"", b"", {}
         if self._read(BLOCK) != bytes(BLOCK):
             raise self._error(ends="between the two zero blocks that end a tar")
@@ -138,52 +148,31 @@ class Tar:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.skipped.most_common())
         return f"{kinds} (the first: {self.first_skipped})" if kinds else ""
 
-    def _skip(self, kind: str, path: str) -> None:
-        self.skipped[kind] += 1
-        self.first_skipped = self.first_skipped or path
-
     def _data_size(self, header: bytes, attributes: dict[bytes, bytes]) -> int:
         """Return the size of the data after a header. Raise DataError if that or the header is invalid."""
         place = self.position - len(header)
         if place == 0 and header.startswith(_COMPRESSED):
-            raise self._error(f"it is compressed and cannot be read by range. {unpack_remedy(self.name)}")
+            remedy = UNPACK.format(self.name.rpartition("/")[2])
+            raise self._error(f"it is compressed and cannot be read by range. {remedy}")
         if len(header) < BLOCK:
             raise self._error(ends="inside a header" if header else "before the two zero blocks that end a tar")
         others = header[:148] + header[156:]
         unsigned = sum(others) + 8 * ord(" ")  # the checksum's own bytes count as spaces
         signed = unsigned - 256 * sum(byte > 127 for byte in others)  # as old tars sum them
-        try:
-            is_header = _parse_number(header[148:156]) in (unsigned, signed)
-        except ValueError:
-            is_header = False
-        if not is_header:
+        if _parse_number(header[148:156]) not in (unsigned, signed):
             raise self._error(f"no tar header at byte {place}: not a tar, or damaged. Rebuild or restore it")
-        try:
-            text = attributes.get(b"size")
-            if text is not None and not re.fullmatch(rb"[0-9]{1,19}", text):
-                raise ValueError(f"{text[:40]!r} is not a size")
-            size = _parse_number(header[124:136]) if text is None else int(text)
-        except ValueError as error:
-            raise self._error(f"the header at byte {place} states no valid size ({error}). Restore it") from None
-        if header[156:157] not in b"123456" and size > self.size - self.position:
-            raise self._error(
-                f"the shard is truncated or damaged: the header at byte {place} states {size} bytes of data, and "
-                f"{max(0, self.size - self.position)} follow it. Copy or build it again"
-            )
+        stated = attributes.get(b"size")
+        if stated is None:
+            size = _parse_number(stated := header[124:136])
+        else:
+            size = int(stated) if re.fullmatch(rb"[0-9]{1,19}", stated) else -1
+        if size < 0:
+            raise self._error(f"the header at byte {place} states no valid size ({stated[:40]!r}). Restore it")
+        rest = max(0, self.size - self.position)
+        if header[156:157] not in b"123456" and size > rest:
+            fault = f"the header at byte {place} states {size} bytes of data, and {rest} follow it"
+            raise self._error(f"the shard is truncated or damaged: {fault}. Copy or build it again")
         return size
-
-    def _pax_records(self, data: bytes, place: int) -> dict[bytes, bytes]:
-        """Return the records 'length key=value\\n' of the extended header at `place`; zeros may follow them."""
-        records, position = {}, 0
-        while position < len(data) and data[position]:
-            match = _PAX_RECORD.match(data, position)
-            stop = position + int(match[1]) if match else 0
-            key, equals, value = data[match.end() : stop - 1].partition(b"=") if match else (b"", b"", b"")
-            if not equals or not key or data[stop - 1 : stop] != b"\n":
-                raise self._error(f"the extended header at byte {place} is damaged. Restore or rebuild it")
-            records[key] = value
-            position = stop
-        return records
 
     def _read(self, size: int, where: str = "") -> bytes:
         """Return the next `size` bytes, or fewer at the end of the tar; raise DataError for fewer if `where` is set."""
@@ -209,16 +198,6 @@ def open_tar(storage: Storage, location: str, info: ObjectInfo) -> Iterator[Tar]
         yield Tar(stream, location, info.size, lambda start, stop: storage.read_range(location, start, stop, info.etag))
 
 
-def split_key(path: str) -> tuple[str, str]:
-    """Return ('folder/0001', 'seg.png') for 'folder/0001.seg.png'; the extension is '' if the file is in no sample."""
-    path = path.removeprefix("./")
-    folder, slash, name = path.rpartition("/")
-    stem, _, extension = name.partition(".")
-    if not stem or _METADATA.match(path):
-        return path, ""
-    return folder + slash + stem, extension.lower()
-
-
 def clean_name(name: bytes) -> str:
     """Return a member's name as text. Bytes that are not UTF-8 are escaped: b'caf\\xe9' becomes 'caf\\\\xe9'.
 
@@ -230,23 +209,12 @@ def clean_name(name: bytes) -> str:
         return name.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
-def unpack_remedy(name: str) -> str:
-    return f"Unpack {name.rpartition('/')[2]} to a plain .tar (gunzip, or zstd -d): images gain nothing by it"
-
-
 def _parse_number(field: bytes) -> int:
-    """Return a header's number: octal text, or base 256 if the first bit is set (GNU, from 8 GiB).
-
-    Raises ValueError for any other text and a negative number.
-    """
+    """Return a header's number: octal text, or base 256 if the first bit is set (GNU, from 8 GiB); -1 if invalid."""
     if field[0] & 0x80:
-        if field[0] & 0x40:
-            raise ValueError(f"{field.hex()} is negative")
-        return int.from_bytes(bytes([field[0] & 0x3F]) + field[1:], "big")
+        return -1 if field[0] & 0x40 else int.from_bytes(bytes([field[0] & 0x3F]) + field[1:], "big")
     text = _until_zero(field).strip(b" ")
-    if text.strip(b"01234567"):
-        raise ValueError(f"{text!r} is not octal")
-    return int(text or b"0", 8)
+    return -1 if text.strip(b"01234567") else int(text or b"0", 8)
 
 
 def _until_zero(data: bytes) -> bytes:

@@ -6,12 +6,16 @@ import io
 import json
 import os
 import random
+from itertools import product
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
 
 from pipeline.config.errors import DataError, MomeError
+from pipeline.data.building import inputs
 from pipeline.data.building.importers import find_kind
 from pipeline.data.building.inputs import Problems
 from pipeline.data.contents.images import FORMATS
@@ -23,19 +27,19 @@ TEXT = "un café, 東京"
 READ = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
 
 
-@pytest.mark.parametrize("encoding", READ)
-def test_files_are_read_in_every_marked_encoding(tmp_path: Path, encoding: str) -> None:
+def test_files_are_read_in_every_marked_encoding(tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg")
     coco = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": TEXT}]}
     contents = {"a.txt": TEXT, "lines.jsonl": {"image": "a.jpg", "caption": TEXT}, "coco.json": coco}
-    for name, content in contents.items():
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        (tmp_path / name).write_text(text, encoding)
-    assert captions_in(read(tmp_path).samples) == [[TEXT]]
-    assert [sample["txt"].decode() for sample in read(tmp_path / "a.txt").samples] == [TEXT]
-    for name, kind in (("lines.jsonl", "jsonl"), ("coco.json", "coco")):
-        assert find_kind(tmp_path / name) == kind
-        assert captions_in(read(tmp_path / name).samples) == [[TEXT]]
+    for encoding in READ:
+        for name, content in contents.items():
+            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+            (tmp_path / name).write_text(text, encoding)
+        assert captions_in(read(tmp_path).samples) == [[TEXT]]
+        assert [sample["txt"].decode() for sample in read(tmp_path / "a.txt").samples] == [TEXT]
+        for name, kind in (("lines.jsonl", "jsonl"), ("coco.json", "coco")):
+            assert find_kind(tmp_path / name) == kind
+            assert captions_in(read(tmp_path / name).samples) == [[TEXT]]
 
 
 @pytest.mark.parametrize(("encoding", "reason"), [("latin-1", "not UTF-8"), ("utf-16-le", "NUL")])
@@ -44,13 +48,11 @@ def test_text_of_unknown_encoding_is_skipped_and_counted(tmp_path: Path, encodin
         save_image(tmp_path / f"{name}.jpg", ord(name))
     (tmp_path / "a.txt").write_bytes("un café".encode(encoding))
     (tmp_path / "b.txt").write_text("fine")
-    problems = Problems()
-    assert captions_in(read(tmp_path, problems).samples) == [["fine"]]
+    assert captions_in(read(tmp_path, problems := Problems()).samples) == [["fine"]]
     assert (problems.count, reason in problems.first[0]) == (1, True)
     line = json.dumps({"image": "a.jpg", "caption": "un café"}, ensure_ascii=False)
     (tmp_path / "lines.jsonl").write_bytes(b'{"image": "b.jpg", "caption": "fine"}\n' + (line + "\n").encode(encoding))
-    problems = Problems()
-    assert captions_in(read(tmp_path / "lines.jsonl", problems).samples) == [["fine"]]
+    assert captions_in(read(tmp_path / "lines.jsonl", problems := Problems()).samples) == [["fine"]]
     assert "line 2" in problems.first[0]
     (tmp_path / "prose.txt").write_bytes(b"First.\n\n" + "un café".encode(encoding) + b"\n\nLast.\n")
     samples = read(tmp_path / "prose.txt", problems := Problems()).samples
@@ -60,13 +62,12 @@ def test_text_of_unknown_encoding_is_skipped_and_counted(tmp_path: Path, encodin
     assert problems.count >= 1
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "txt"])
-@pytest.mark.parametrize("damage", [b"\x00\xd8a\0", b"\0"], ids=["half a character", "half a unit"])
-def test_damaged_file_in_utf16_is_named(tmp_path: Path, suffix: str, damage: bytes) -> None:
-    source = tmp_path / f"a.{suffix}"
-    source.write_bytes('\ufeff{"image": "a.jpg"}, '.encode("utf-16-le") + damage)
-    with pytest.raises(DataError, match=rf"a\.{suffix}.*UTF-8"):
-        list(read(source, Problems()).samples)
+def test_damaged_file_in_utf16_is_named(tmp_path: Path) -> None:
+    for suffix, damage in product(("json", "jsonl", "csv", "txt"), (b"\x00\xd8a\0", b"\0")):  # half a character or unit
+        source = tmp_path / f"a.{suffix}"
+        source.write_bytes('\ufeff{"image": "a.jpg"}, '.encode("utf-16-le") + damage)
+        with pytest.raises(DataError, match=rf"a\.{suffix}.*UTF-8"):
+            list(read(source, Problems()).samples)
 
 
 UNUSABLE = {  # line -> reason
@@ -101,12 +102,13 @@ UNUSABLE = {  # line -> reason
 }
 
 
-def test_unusable_lines_are_skipped_with_number_and_reason(tmp_path: Path) -> None:
+def test_unusable_lines_are_skipped_with_number_and_reason(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(inputs, "MAX_MESSAGES", 99)
     save_image(tmp_path / "a.jpg")
     (tmp_path / "text.jpg").write_text("no picture")
     good = ['{"image": "a.jpg", "captions": null, "caption": "one"}', '{"image": "a.jpg", "captions": ["two", ""]}']
     file = write_lines(tmp_path / "lines.jsonl", good[0], *UNUSABLE, "", good[1])
-    problems = Problems(keep=99)
+    problems = Problems()
     assert captions_in(read(file, problems).samples) == [["one"], ["two"]]
     assert (problems.count, problems.faults, problems.absent) == (len(UNUSABLE), len(UNUSABLE), 1)
     assert all(len(problem) < 6000 for problem in problems.first)
@@ -127,7 +129,7 @@ def test_strict_stops_at_the_first_fault_and_others_keep_the_first_ten(tmp_path:
     write_lines(file, *["{"] * 30)
     problems = Problems()
     assert list(read(file, problems).samples) == []
-    assert (problems.count, len(problems.first)) == (30, problems.keep)
+    assert (problems.count, len(problems.first)) == (30, inputs.MAX_MESSAGES)
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "{folder}/secret.jpg", "a/../../secret.jpg"])
@@ -162,13 +164,8 @@ def test_links_are_followed_and_cycles_and_unreadable_folders_counted(
     }.items():  # fmt: skip
         (data / link).symlink_to(target)
     listdir = os.listdir
-
-    def fails(path: Path) -> list[str]:
-        if Path(path).name == "locked":
-            raise PermissionError(13, "Permission denied")
-        return listdir(path)
-
-    monkeypatch.setattr(os, "listdir", fails)
+    denied = Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(os, "listdir", lambda path: (denied if Path(path).name == "locked" else listdir)(path))
     problems = Problems()
     keys = sorted(sample["__key__"] for sample in read(data, problems).samples)
     assert keys == ["a", "again_deep_x", "b"]
@@ -194,11 +191,12 @@ def test_every_image_suffix_is_read_and_others_counted(tmp_path: Path) -> None:
         assert Image.open(io.BytesIO(sample[FORMATS[kind][0]])).format == kind
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x.TXT", "x.jpg.Txt", "x.caption", "x.jpg.caption"])
-def test_captions_are_found_under_common_file_names(tmp_path: Path, name: str) -> None:
+def test_captions_are_found_under_common_file_names(tmp_path: Path) -> None:
     save_image(tmp_path / "x.jpg")
-    (tmp_path / name).write_text("said")
-    assert captions_in(read(tmp_path).samples) == [["said"]]
+    for name in ("x.txt", "x.TXT", "x.jpg.Txt", "x.caption", "x.jpg.caption"):
+        (tmp_path / name).write_text("said")
+        assert captions_in(read(tmp_path).samples) == [["said"]]
+        (tmp_path / name).unlink()
 
 
 COCO = {
@@ -213,10 +211,11 @@ COCO = {
 }  # fmt: skip
 
 
-def test_skipped_coco_entries_are_counted(tmp_path: Path) -> None:
+def test_skipped_coco_entries_are_counted(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(inputs, "MAX_MESSAGES", 99)
     save_image(tmp_path / "a.jpg")
     file = write_lines(tmp_path / "coco.json", COCO)
-    problems = Problems(keep=99)
+    problems = Problems()
     assert captions_in(read(file, problems, "coco").samples) == [["good"]]
     assert problems.count == 13
     for reason in ("its id occurs twice", "no image of this id", "lone surrogate", "not a text but None"):

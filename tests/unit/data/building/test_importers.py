@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from pipeline.config.errors import DataError
 from pipeline.config.load import validate
 from pipeline.data.building import importers
-from pipeline.data.building.importers import check_writable, find_kind, write_shards
+from pipeline.data.building.importers import find_kind, write_shards
 from pipeline.data.building.inputs import Import, Problems, Sample
 from pipeline.data.contents.regions import parse_regions
 from pipeline.data.contents.text import Tokenizer
@@ -50,8 +51,8 @@ def test_keys_stay_unique_and_quick_if_only_punctuation_differs(tmp_path: Path) 
     for name in ("a/b.jpg", "a_b.jpg", "a b.jpg", "a_b.png"):
         save_image(tmp_path / name)
     assert len({sample["__key__"] for sample in read(tmp_path).samples}) == 4
-    key_of = Import(tmp_path, "folder").key_of  # took minutes when the counter restarted for each path
-    keys = [key_of(f"照片/{number % 7 * 'é'}") for number in range(100_000)]
+    job = Import(tmp_path, "folder")  # took minutes when the counter restarted for each path
+    keys = [job.sample(f"照片/{number % 7 * 'é'}", {})["__key__"] for number in range(100_000)]
     assert len(set(keys)) == len(keys)
     assert (keys[0], keys[1], keys[-1]) == ("sample", "sample-2", "sample-100000")
 
@@ -99,12 +100,10 @@ def test_coco_captions_are_grouped_by_image(tmp_path: Path, shared: Path) -> Non
     assert len(samples) + problems.count == 5000
     assert all(len(captions) >= 5 for captions in captions_in(samples))
 
-
-@pytest.mark.parametrize("content", ["[]", "{}", "nothing", '{"images": [{"id": 1}], "annotations": []}'])
-def test_malformed_coco_files_are_rejected_by_name(tmp_path: Path, content: str) -> None:
-    file = write_lines(tmp_path / "captions.json", content)
-    with pytest.raises(DataError, match=r"captions\.json(:| is not).*(COCO|JSON|none of its images)"):
-        list(read(file, Problems(), "coco").samples)
+    for text in ("[]", "{}", "nothing", '{"images": [{"id": 1}], "annotations": []}'):
+        file = write_lines(tmp_path / "captions.json", text)
+        with pytest.raises(DataError, match=r"captions\.json(:| is not).*(COCO|JSON|none of its images)"):
+            list(read(file, Problems(), "coco").samples)
 
 
 def test_text_is_packed_into_whole_sentences(tmp_path: Path) -> None:
@@ -150,54 +149,32 @@ def test_kind_of_a_source_is_detected(tmp_path: Path) -> None:
         read(tmp_path / "absent", kind="jsonl")
 
 
-# Regions of other detectors -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def npz(tmp_path: Path) -> bytes:
-    """Write the regions a.npz, and return them."""
+def test_regions_are_stored_with_or_without_image(tmp_path: Path) -> None:
     boxes = np.array([[0, 0, 50, 40], [10, 10, 20, 30]], np.float32)
     np.savez(tmp_path / "a.npz", features=np.ones((2, 4), np.float32), boxes=boxes)
-    return (tmp_path / "a.npz").read_bytes()
-
-
-def test_regions_are_stored_with_or_without_image(npz: bytes, tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg")
-    file = write_lines(
-        tmp_path / "lines.jsonl",
-        {"image": "a.jpg", "regions": "a.npz", "captions": ["one"]},
-        {"regions": "a.npz", "caption": "two"},
-        {"regions": "a.npz", "caption": "three"},
-    )
+    named = {"regions": "a.npz", "caption": "two"}
+    records = ({"image": "a.jpg", "regions": "a.npz", "captions": ["one"]}, named, named | {"caption": "three"})
+    file = write_lines(tmp_path / "lines.jsonl", *records)
     with_picture, alone = read(file).samples
-    assert list(with_picture) == ["__key__", "jpg", "npz", "json"]
-    assert list(alone) == ["__key__", "npz", "json"]
-    assert with_picture["npz"] == alone["npz"] == npz
+    assert (list(with_picture), list(alone)) == (["__key__", "jpg", "npz", "json"], ["__key__", "npz", "json"])
+    assert with_picture["npz"] == alone["npz"] == (tmp_path / "a.npz").read_bytes()
     assert record_of(alone)["captions"] == ["two", "three"]
-    write_lines(file, {"regions": "a.npz", "caption": "one", "image_size": [60, 80]})  # which the .npz has not
+    write_lines(file, named | {"image_size": [60, 80]})  # which the .npz has not
     (sample,) = read(file).samples
     assert parse_regions(sample["npz"]).image_size == (60, 80)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
+    for changes, reason in (
         ({"regions": "b.npz"}, "cannot be read"),
         ({"image_size": [30, 80]}, r"box 0 .* is outside an image of 80 x 30"),
         ({"image_size": [10**30, 80]}, "its image_size is"),
         ({"image_size": [-60, 80]}, "its image_size is"),
         ({"image_size": [True, 80]}, "its image_size is"),
         ({"image_size": 30}, r"its image_size is 30; expected \[height, width\]"),
-    ],
-)
-def test_unusable_regions_are_skipped_and_reported(
-    npz: bytes, tmp_path: Path, changes: dict[str, object], reason: str
-) -> None:
-    file = write_lines(tmp_path / "lines.jsonl", {"regions": "a.npz", "caption": "one"} | changes)
-    problems = Problems()
-    assert list(read(file, problems).samples) == []
-    assert problems.count == 1
-    assert re.search(reason, problems.first[0])
+    ):
+        write_lines(file, named | changes)
+        assert list(read(file, problems := Problems()).samples) == []
+        assert problems.count == 1
+        assert re.search(reason, problems.first[0])
 
 
 def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
@@ -241,9 +218,6 @@ def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
         assert region_embedding(regions, torch.zeros(32)).isfinite().all()
 
 
-# Writing --------------------------------------------------------------------------------------------------------------
-
-
 def text_stream(count: int) -> Iterator[Sample]:
     return ({"__key__": f"s{i:03d}", "txt": f"text {i}".encode()} for i in range(count))
 
@@ -264,9 +238,9 @@ def test_overwriting_replaces_shards_after_all_are_written(tmp_path: Path) -> No
     url = str(tmp_path / "out")
     write_shards(Storage(), text_stream(50), url, 10)
     with pytest.raises(DataError, match="--overwrite"):
-        check_writable(Storage(), url, overwrite=False)
-    check_writable(Storage(), url, overwrite=True)
-    write_shards(Storage(), text_stream(15), url, 10)
+        write_shards(Storage(), text_stream(15), url, 10)
+    assert load_manifest(Storage(), url).num_samples == 50
+    write_shards(Storage(), text_stream(15), url, 10, overwrite=True)
     assert load_manifest(Storage(), url).num_samples == 15
     assert not (tmp_path / "out" / "000003.tar").exists()
     (tmp_path / "000007.tar.index.npz").write_bytes(b"stale")  # no shard: the first upload does not wait
@@ -294,12 +268,9 @@ def test_failed_import_changes_nothing(tmp_path: Path, stream, reason: str, monk
     write_shards(Storage(), text_stream(5), str(url), 2)
     content = {path.name: path.read_bytes() for path in url.iterdir()}
     with pytest.raises(DataError, match=reason):
-        write_shards(Storage(), stream(), str(url), 5)
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(importers, "write_tar", full)
+        write_shards(Storage(), stream(), str(url), 5, overwrite=True)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(importers, "write_tar", Mock(side_effect=full))
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
-        write_shards(Storage(), text_stream(5), str(url))
+        write_shards(Storage(), text_stream(5), str(url), overwrite=True)
     assert {path.name: path.read_bytes() for path in url.iterdir()} == content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,10 @@ def pairs(source: Path, problems: Problems | None = None, **options: Any) -> lis
     return [(sample["__key__"], record_of(sample)["captions"]) for sample in samples]
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_tables_are_read_as_pairs(folder: Path, name: str) -> None:
-    for encoding in ("utf-8", "utf-16"):
+def test_tables_are_read_as_pairs(folder: Path) -> None:
+    for name, encoding in product(TABLES, ("utf-8", "utf-16")):
         (folder / name).write_text(TABLES[name], encoding)
-        assert find_kind(folder / name) == "table"
-        assert pairs(folder / name) == EXPECTED
+        assert (find_kind(folder / name), pairs(folder / name)) == ("table", EXPECTED)
 
 
 def test_delimiter_detection_ignores_captions_and_prose(folder: Path) -> None:
@@ -93,26 +92,21 @@ def test_unusable_rows_are_reported_with_lines(folder: Path) -> None:
     assert all(reasons[place] in problem for place, problem in zip(places, problems.first, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("lines", "expected", "lost"),
-    [
-        (['a.jpg,"open', "b.jpg,good"], [("b", ["good"])], [2]),
+def test_unclosed_quotation_mark_affects_one_line_only(folder: Path) -> None:
+    good = ("b", ["good"])
+    for lines, expected, lost in (
+        (['a.jpg,"open', "b.jpg,good"], [good], [2]),
         (['a.jpg,"open', 'b.jpg,"good"', "b.jpg,more"], [("b", ["good", "more"])], [2]),
-        (['a.jpg,a 5" pipe', "b.jpg,good"], [("a", ['a 5" pipe']), ("b", ["good"])], []),
-        (['a.jpg,"A dog" runs', "b.jpg,good"], [("a", ["A dog runs"]), ("b", ["good"])], []),
-        (['a.jpg,"two', 'lines, ""here"""', "b.jpg,good"], [("a", ['two lines, "here"']), ("b", ["good"])], []),
-        (['a.jpg,"' + "x" * 200_000 + '"', "b.jpg,good"], [("b", ["good"])], [2]),
-        (["b.jpg,good", 'a.jpg,"open'], [("b", ["good"])], [3]),
-        (["a.jpg,one\u2028two\x85three", "b.jpg,good"], [("a", ["one two three"]), ("b", ["good"])], []),
-    ],
-)
-def test_unclosed_quotation_mark_affects_one_line_only(
-    folder: Path, lines: list[str], expected: list[Any], lost: list[int]
-) -> None:
-    (folder / "t.csv").write_text("\n".join(["image,caption", *lines]), "utf-8")
-    problems = Problems()
-    assert pairs(folder / "t.csv", problems) == expected
-    assert [int(problem.split("line ")[1].split(":")[0]) for problem in problems.first] == lost
+        (['a.jpg,a 5" pipe', "b.jpg,good"], [("a", ['a 5" pipe']), good], []),
+        (['a.jpg,"A dog" runs', "b.jpg,good"], [("a", ["A dog runs"]), good], []),
+        (['a.jpg,"two', 'lines, ""here"""', "b.jpg,good"], [("a", ['two lines, "here"']), good], []),
+        (['a.jpg,"' + "x" * 200_000 + '"', "b.jpg,good"], [good], [2]),
+        (["b.jpg,good", 'a.jpg,"open'], [good], [3]),
+        (["a.jpg,one\u2028two\x85three", "b.jpg,good"], [("a", ["one two three"]), good], []),
+    ):
+        (folder / "t.csv").write_text("\n".join(["image,caption", *lines]), "utf-8")
+        assert pairs(folder / "t.csv", problems := Problems()) == expected
+        assert [int(problem.split("line ")[1].split(":")[0]) for problem in problems.first] == lost
 
 
 def write_parquet(file: Path, **columns: Any) -> Path:

@@ -37,9 +37,9 @@ def test_examples_hold_what_the_objective_reads_on_any_number_of_ranks(
 ) -> None:
     config = drawn_config(tmp_path, source_type)
     for sample in list(iter_samples(Storage(), config.sources["test"].shards))[:3]:  # the shard check agrees
-        walked = TarSample(sample.key, False, [(name, 0, data) for name, data in sample.members.items()])
-        assert sample_defect(walked, source_type, 10**6) is None  # type: ignore[arg-type]
-        assert sample_defect(walked, other, 10**6) is not None  # type: ignore[arg-type]
+        walked = TarSample(sample.key, False, sample.members)
+        assert sample_defect(source_type, 10**6, None, walked) is None  # type: ignore[arg-type]
+        assert sample_defect(other, 10**6, None, walked) is not None  # type: ignore[arg-type]
     tokenizer = Tokenizer.train([*iter_captions(Storage(), config.sources["train"].shards), "x"], 200)
     (batch,) = take(config, tokenizer=tokenizer)
     parts = [take(config, tokenizer=tokenizer, rank=rank, world_size=3)[0] for rank in range(3)]

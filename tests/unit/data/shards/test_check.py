@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.members import captions_of, image_id_of
 from pipeline.data.contents.regions import RegionRecord
 from pipeline.data.quarantine import BadSample
-from pipeline.data.reading.samples import iter_captions, iter_samples
+from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.check import check_shards
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
@@ -29,38 +30,33 @@ CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8  # as in `read_epoch`
 USES: tuple[SourceType, ...] = ("pairs", "text", "labelled", "regions", "questions", "statements")
 DEEP = b'{"caption": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
 
-# Members that make a pair bad for check and for training.
-POISON: dict[str, Members] = {
-    "lone surrogate in a caption": {"json": b'{"caption": "nice \\ud83d"}'},
-    "lone surrogate in a list": {"json": b'{"captions": ["fine", "nice \\udE00 day"]}'},
-    "surrogates in the wrong order": {"json": b'{"caption": "\\ude00\\ud83d"}'},
-    "lone surrogate in another field": {"json": b'{"caption": "fine", "title": "\\ud83d"}'},
-    "lone surrogate in a field's name": {"json": b'{"caption": "fine", "\\ud83d": 1}'},
-    "lone surrogate as image_id": {"json": b'{"caption": "fine", "image_id": "\\ud83d"}'},
-    "surrogate encoded as UTF-8": {"json": b'{"caption": "nice \xed\xa0\xbd"}'},
-    "deep json": {"json": DEEP},
-    "deep json in another field": {"json": b'{"caption": "fine", "x": ' + DEEP + b"}"},
-    "number of too many digits": {"json": b'{"caption": "fine", "x": ' + b"9" * 5000 + b"}"},
-    "UTF-16 json": {"json": '{"caption": "fine"}'.encode("utf-16")},
-    "UTF-16 txt": {"txt": "a thing".encode("utf-16")},
-    "Latin-1 txt": {"txt": "Tür".encode("latin-1")},
-    "invisible caption": {"txt": "\u200b\u200d \ufeff".encode()},
-    "controls": {"txt": b"\0\x01\x02"},
-    "replacement characters": {"txt": "\ufffd\ufffd".encode()},
-    "accents without letters": {"json": '{"captions": ["fine", "\u0301"]}'.encode()},
+# The json of a sample with captions, and whether check and training accept it.
+JSONS = {
+    b'{"caption": "nice \\ud83d"}': False,  # a lone surrogate
+    b'{"captions": ["fine", "nice \\udE00 day"]}': False,
+    b'{"caption": "\\ude00\\ud83d"}': False,  # in the wrong order
+    b'{"caption": "fine", "title": "\\ud83d"}': False,
+    b'{"caption": "fine", "\\ud83d": 1}': False,
+    b'{"caption": "fine", "image_id": "\\ud83d"}': False,
+    b'{"caption": "nice \xed\xa0\xbd"}': False,  # a surrogate encoded as UTF-8
+    DEEP: False,
+    b'{"caption": "fine", "x": ' + DEEP + b"}": False,
+    b'{"caption": "fine", "x": ' + b"9" * 5000 + b"}": False,
+    '{"caption": "fine"}'.encode("utf-16"): False,
+    '{"captions": ["fine", "\u0301"]}'.encode(): False,  # an accent without a letter
+    b'{"caption": "nice \\ud83d\\ude00"}': True,
+    b'{"caption": "nice \\\\ud83d"}': True,  # an escaped backslash
+    b'\xef\xbb\xbf{"caption": "fine"}': True,
+    b'{"caption": "fine", "x": NaN, "y": 1e400, "z": ' + b"9" * 400 + b"}": True,
+    b'{"caption": "fine", "image_id": NaN}': True,
+    b'{"caption": "fine", "image_id": 1e400}': True,
+    b'{"caption": "fine", "image_id": [1, {"a": null}]}': True,
 }
-GOOD: dict[str, Members] = {
-    "surrogate pair": {"json": b'{"caption": "nice \\ud83d\\ude00"}'},
-    "escaped backslash": {"json": b'{"caption": "nice \\\\ud83d"}'},
-    "byte order mark": {"json": b'\xef\xbb\xbf{"caption": "fine"}'},
-    "byte order mark in txt": {"txt": b"\xef\xbb\xbffine"},
-    "not a number elsewhere": {"json": b'{"caption": "fine", "x": NaN, "y": 1e400, "z": ' + b"9" * 400 + b"}"},
-    "punctuation": {"txt": b"?!"},
-    "emoji": {"txt": "\U0001f600".encode()},
-    "image_id that is no number": {"json": b'{"caption": "fine", "image_id": NaN}'},
-    "infinite image_id": {"json": b'{"caption": "fine", "image_id": 1e400}'},
-    "list as image_id": {"json": b'{"caption": "fine", "image_id": [1, {"a": null}]}'},
-}
+TEXTS = {
+    "a thing".encode("utf-16"): False, "Tür".encode("latin-1"): False, "\u200b\u200d \ufeff".encode(): False,
+    b"\0\x01\x02": False, "\ufffd\ufffd".encode(): False,
+    b"\xef\xbb\xbffine": True, b"?!": True, "\U0001f600".encode(): True,
+}  # fmt: skip
 OTHERS: dict[SourceType, list[Members]] = {
     "labelled": [
         {"cls": text}
@@ -112,13 +108,12 @@ def sample(source_type: SourceType, number: int) -> Members:
 
 
 def judge(
-    tmp_path: Path, make_tar: Any, source_type: SourceType, damaged: dict[str, Members]
+    folder: Path, make_tar: Any, source_type: SourceType, damaged: dict[str, Members]
 ) -> set[tuple[str, str, str]]:
     """Return the bad samples that both check and training find in a shard of damaged and good samples."""
     samples = damaged | {f"good{number}": sample(source_type, number) for number in range(2 * len(damaged) + BATCH)}
     samples |= {f"more{number}": sample(source_type, number) for number in range(-len(samples) % BATCH)}
     keys = sorted(samples, key=lambda key: random.Random(key).random())
-    folder = tmp_path / source_type
     folder.mkdir()
     (folder / "0.tar").write_bytes(make_tar({key: samples[key] for key in keys}))
     (folder / "answers.json").write_bytes(Choices(ANSWERS).to_bytes())
@@ -136,54 +131,45 @@ def judge(
 
 
 def variants(source_type: SourceType) -> dict[str, Members]:
-    named = {f"poison {name}": change for name, change in POISON.items() if source_type in ("pairs", "text", "regions")}
-    named |= {f"fine {name}": change for name, change in GOOD.items() if source_type in ("pairs", "text", "regions")}
-    named |= {f"poison {number}": change for number, change in enumerate(OTHERS.get(source_type, []))}
-    damaged = {}
-    for number, (name, change) in enumerate(named.items()):
+    """Return samples that are bad, by keys with 'poison', and unusual ones that are good."""
+    changes = [(False, change) for change in OTHERS.get(source_type, [])]
+    if source_type in ("pairs", "text", "regions"):
+        for name, contents in (("json", JSONS), ("txt", TEXTS)):
+            changes += [(is_good, {name: content}) for content, is_good in contents.items()]
+    samples = {}
+    for number, (is_good, change) in enumerate(changes):
         whole = sample(source_type, number)
         if "txt" in change:
             del whole["json"]
-        damaged[name] = whole | change
-    return {name.replace(".", "").replace(" ", "_"): members for name, members in damaged.items()}
-
-
-@pytest.mark.parametrize("source_type", USES)
-def test_check_and_training_report_equal_reasons(source_type: SourceType, tmp_path: Path, make_tar: Any) -> None:
-    damaged = variants(source_type)
-    bad = judge(tmp_path, make_tar, source_type, damaged)
-    assert {key for key, *_ in bad} == {key for key in damaged if key.startswith("poison")}
-    for _, _, reason in bad:
-        assert "Error" not in reason, "a fault that was foreseen has words of its own"
+        samples[f"{'fine' if is_good else 'poison'}{number}"] = whole | change
+    return samples
 
 
 @pytest.mark.parametrize("source_type", USES)
 def test_check_and_training_agree_on_damaged_samples(source_type: SourceType, tmp_path: Path, make_tar: Any) -> None:
+    damaged = variants(source_type)
+    bad = judge(tmp_path / "foreseen", make_tar, source_type, damaged)
+    assert {key for key, *_ in bad} == {key for key in damaged if key.startswith("poison")}
+    assert not any("Error" in reason for _, _, reason in bad), "a fault that was foreseen has words of its own"
     rng = random.Random(source_type)
     damaged = {}
     for number in range(fuzz_rounds(60)):
         members = sample(source_type, number)
         hurt = rng.choice([name for name in members if name not in ("jpg", "0.jpg", "1.jpg")] * 3 + list(members))
         damaged[f"hurt{number}"] = members | {hurt: mutate(members[hurt], rng)}
-    assert judge(tmp_path, make_tar, source_type, damaged)
+    assert judge(tmp_path / "mutated", make_tar, source_type, damaged)
 
 
-def test_indexing_damaged_samples_never_fails(make_tar: Any) -> None:
+def test_damaged_samples_are_indexed_by_what_is_known(make_tar: Any) -> None:
     damaged = variants("pairs")
     index = index_bytes(make_tar(damaged))
     assert index.keys == tuple(damaged)
     assert (index.image_id != 0).all()
-    for number, members in enumerate(damaged.values()):
-        try:
+    for length, members in zip(index.caption_length, damaged.values(), strict=True):
+        expected = 0
+        with suppress(BadSample):
             expected = max(len(text) for text in captions_of(members))
-        except BadSample:
-            expected = 0
-        assert index.caption_length[number] == expected
-
-
-def test_invalid_image_id_falls_back_to_the_image(make_tar: Any, tmp_path: Path) -> None:
-    named = [sample("pairs", n) | {"json": b'{"caption": "fine", "image_id": NaN}'} for n in range(2)]
-    (tmp_path / "0.tar").write_bytes(make_tar({str(n): members for n, members in enumerate(named)}))
-    index_shards(Storage(), str(tmp_path))
-    read = [findings.image_id for findings in iter_samples(Storage(), str(tmp_path))]
-    assert read == [image_id_of({"jpg": members["jpg"]}) for members in named]
+        assert length == expected
+    named = [sample("pairs", n) | {"json": b'{"caption": "fine", "image_id": NaN}'} for n in range(2)]  # not a name
+    index = index_bytes(make_tar({str(n): members for n, members in enumerate(named)}))
+    assert index.image_id.tolist() == [image_id_of({"jpg": members["jpg"]}) for members in named]

@@ -1,0 +1,319 @@
+"""`mome shards` build, check and show: shards made from files, their bad samples, and some of their samples."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from jobs.console import check_output, echo, list_of_findings, write_output
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import DataConfig, SourceType
+from pipeline.data.building.importers import find_kind, read_source, write_shards
+from pipeline.data.building.inputs import ImportOptions, Kind, Problems, Sample, suffix_of
+from pipeline.data.contents.images import EXTENSIONS, decode, format_of, measure
+from pipeline.data.contents.members import Members, record_of
+from pipeline.data.quarantine import BadSample, judging
+from pipeline.data.shards.check import ShardFinding, check_shards
+from pipeline.data.shards.manifest import Manifest, load_index, load_manifest, shard_folder
+from pipeline.data.storage import Storage, join
+from pipeline.pages.page import signature
+
+BROKEN, BAD = 1, 3  # exit statuses of a check
+_MAX_PRINTED = 20  # broken shards
+TILE, CAPTION_LINES, LINE_CHARACTERS, LINE_HEIGHT = 224, 6, 38, 15  # of the contact sheet, in pixels and characters
+# Options of some formats only; with another format they are an error.
+APPLIES_TO = {
+    "image_column": ("table", "parquet"), "caption_column": ("table", "parquet"), "annotations": ("vqa",),
+    "listed_only": ("vqa", "vg_qa"), "min_count": ("vqa", "vg_qa"), "split": ("karpathy",),
+}  # fmt: skip
+
+
+class ShardProgress(Progress):
+    """Progress bar on standard error: samples read, then shards done. Shown on a terminal only."""
+
+    def __init__(self, action: str) -> None:
+        text = TextColumn("{task.description}")
+        columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        super().__init__(*columns, console=Console(stderr=True), transient=True)
+        self._action, self.bar = action, self.add_task("starting", total=None)
+
+    def shard(self, done: int, total: int, name: str) -> None:
+        """Show a finished shard; `total` is 0 while it is unknown."""
+        if total:
+            self.update(self.bar, description=f"{self._action} {name}", completed=done, total=total)
+
+
+def manifest_facts(manifest: Manifest, url: str) -> dict[str, Any]:
+    """Return a manifest's totals as a JSON object."""
+    size = sum(shard.bytes for shard in manifest.shards)
+    totals = {"url": url, "shards": len(manifest.shards), "num_samples": manifest.num_samples, "bytes": size}
+    return totals | {"manifest": manifest.digest}
+
+
+def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str, Any]) -> None:
+    """Print a manifest's totals and the command's own facts."""
+    facts = manifest_facts(manifest, url) | more
+    if as_json:
+        echo(json.dumps(facts, ensure_ascii=False))
+        return
+
+    def counted(count: int, noun: str) -> str:
+        return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+    left_out = f", {facts['left_out']} left out" if facts.get("left_out") else ""
+    totals = f"{counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
+    echo(f"{totals} at {url}{left_out}")
+    if "images" in facts:
+        parts = [counted(facts[f"{noun}s"], noun) for noun in ("image", "caption") if facts[f"{noun}s"]]
+        line = ", ".join([*parts, f"{facts['bytes'] / 1e6:,.1f} MB"])
+        for name, noun, note in (
+            ("without_caption", "image", "without a caption"), ("animated", "animated image", "(first frame)"),
+        ):  # fmt: skip
+            line += f"; {counted(facts[name], noun)} {note}" if facts[name] else ""
+        echo(line)
+    if trusted := facts.get("trusted"):
+        echo(f"{trusted} of the shards were counted by another tool and are read on first use")
+    echo(f"inspect them: mome shards show {url} --sheet sheet.png")
+
+
+def build_shards(
+    source: Path, out: str, kind: str, options: ImportOptions, problems: Problems, samples_per_shard: int,
+    limit: int | None, overwrite: bool, max_missing: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Write the shards and print the result; the arguments are the options of `mome shards build`."""
+    storage = Storage()
+    threshold = 1.0
+    if max_missing is not None:
+        try:
+            threshold = float(max_missing.removesuffix("%")) / (100 if max_missing.endswith("%") else 1)
+        except ValueError:
+            threshold = -1.0
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f"--max-missing {max_missing}: expected a fraction of the entries, such as 1% or 0.01")
+    format_name = find_kind(source) if kind == "auto" else cast(Kind, kind)
+    for name, kinds in APPLIES_TO.items():
+        if getattr(options, name) and format_name not in kinds:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is for --kind {' or '.join(kinds)}; {source} is read as {format_name}")
+    if options.images is not None and not options.images.is_dir():
+        expected = "the folder that image paths are relative to"
+        raise ConfigError(f"--images {options.images}: no such folder; expected {expected}")
+    imported = read_source(source, format_name, problems, options)
+    num_samples = 0
+    counts = {"images": 0, "captions": 0, "without_caption": 0, "animated": 0}
+
+    def count_samples() -> Iterator[Sample]:
+        """Yield and count the samples, then raise DataError if too many entries could not be used."""
+        nonlocal num_samples
+        for sample in islice(imported.samples, limit):
+            images = [data for name, data in sample.items() if name.rpartition(".")[2] in EXTENSIONS]
+            captions = len(json.loads(sample.get("json", b"{}")).get("captions", ()))
+            num_samples += 1
+            counts["images"] += len(images)
+            counts["captions"] += captions
+            counts["without_caption"] += bool(images) and not captions
+            for image in images:
+                with suppress(BadSample):  # training counts damaged images
+                    counts["animated"] += format_of(image) not in ("JPEG", "BMP") and measure(image).is_animated
+            progress.update(progress.bar, description="reading samples", completed=num_samples)
+            yield sample
+        entries = num_samples + problems.faults
+        if problems.faults > threshold * entries:
+            fault = f"{problems.faults} of {entries} entries could not be used ({problems.faults / entries:.1%})"
+            raise DataError(f"{fault}, more than --max-missing {threshold:.1%}; nothing is written")
+
+    try:
+        with ShardProgress("indexing") as progress:
+            manifest = write_shards(
+                storage, count_samples(), out, samples_per_shard, progress.shard, overwrite=overwrite
+            )
+        for name, listed in imported.choices.items():
+            storage.write(join(out, name), listed.to_bytes())
+    finally:  # report what was not imported, and which option to try
+        notes = [f"left out: {problem}" for problem in problems.first]
+        if problems.count > len(problems.first):
+            notes.append(f"left out: {problems.count - len(problems.first)} more")
+        if problems.skipped:
+            files = ", ".join(f"{count} {suffix}" for suffix, count in problems.skipped.most_common(10))
+            notes.append(f"files of other kinds, not read: {files}")
+        if problems.absent and not counts["images"]:
+            remedy = "give the folder that their paths are relative to with --images"
+            notes.append(f"hint: none of the listed images exists; {remedy}")
+        elif problems.faults > num_samples:
+            faults = f"more entries could not be used ({problems.faults}) than were imported ({num_samples})"
+            notes.append(f"hint: {faults}")
+        if format_name == "folder" and counts["images"] and not counts["captions"]:
+            entries = [entry for entry in source.iterdir() if not entry.name.startswith(".")]
+            has_images = any(suffix_of(entry.name) in EXTENSIONS for entry in entries)
+            if sum(entry.is_dir() for entry in entries) > 1 and not has_images:
+                remedy = "Import it with --kind classes to train a classifier"
+                notes.append(f"hint: no captions, but one folder per class? {remedy}")
+        for note in notes:
+            echo(note, err=True)
+    facts = {"kind": format_name, "left_out": problems.count, "skipped": dict(problems.skipped)} | counts
+    lengths = {name: len(listed) for name, listed in imported.choices.items()}
+    report_manifest(manifest, out, as_json, facts | lengths)
+    for name, length in lengths.items() if not as_json else ():
+        echo(f"{join(out, name)}: {length} entries, the number to set in the stage's config")
+
+
+def check_folder(url: str, source_type: str, report: Path | None, max_pixels: int, workers: int, as_json: bool) -> int:
+    """Check the shards at `url`, print the summary, and return the exit status of `mome shards check`."""
+    shards = samples = 0
+    broken: list[ShardFinding] = []
+    kinds, skipped = Counter[str](), Counter[str]()  # of bad samples, and of entries that belong to no sample
+    examples: dict[str, ShardFinding] = {}
+    with (
+        ShardProgress("checking") as progress,
+        list_of_findings(report, "--report") if report else nullcontext() as lines,
+    ):
+        for shard in check_shards(Storage(), url, cast(SourceType, source_type), max_pixels, workers, progress.shard):
+            shards += 1
+            samples += shard.samples
+            skipped.update(shard.skipped)
+            for finding in shard.bad:  # counted by the reason without the details of the sample
+                reason = re.sub("[0-9]+", "N", re.split("[:;(]", finding.reason)[0])
+                kind = f"{finding.stage}: {reason.strip()}"
+                kinds[kind] += 1
+                examples.setdefault(kind, finding)
+            broken += [shard.broken] if shard.broken else []
+            if lines is not None:
+                findings = (*shard.bad, shard.broken) if shard.broken else shard.bad
+                lines.writelines(f"{json.dumps(f._asdict(), ensure_ascii=False)}\n".encode() for f in findings)
+    if as_json:
+        summary = {
+            "url": url,
+            "shards": shards,
+            "num_samples": samples,
+            "bad_samples": kinds.total(),
+            "kinds": dict(kinds.most_common()),
+            "broken_shards": {finding.shard: finding.reason for finding in broken},
+            "report": str(report) if report else None,
+        }
+        echo(json.dumps(summary | ({"skipped": dict(skipped.most_common())} if skipped else {}), ensure_ascii=False))
+    else:
+        echo(f"{samples} samples in {shards} shards at {url}")
+        echo(f"{len(broken)} broken shards, {kinds.total()} bad samples")
+        for finding in broken[:_MAX_PRINTED]:
+            echo(f"  {finding.shard}: {finding.reason}")
+        if len(broken) > _MAX_PRINTED:
+            echo(f"  … and {len(broken) - _MAX_PRINTED} more")
+        for kind, count in kinds.most_common():
+            echo(f"  {count:>8}  {kind:<50}  {examples[kind].key} in {examples[kind].shard}")
+        for entry, count in skipped.most_common():
+            echo(f"  {count:>8}  skipped, not part of a sample: {entry}")
+        if report:
+            echo(f"all findings: {report}")
+    return BROKEN if broken else BAD if kinds else 0
+
+
+def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> None:
+    """Print `samples` samples of the shards at `url`, and draw their images on the PNG file `sheet`."""
+    storage = Storage()
+    if sheet is not None:
+        check_output(storage, str(sheet), "--sheet")
+    manifest = load_manifest(storage, url)
+    count = min(samples, manifest.num_samples)
+    positions = [i * manifest.num_samples // count for i in range(count)]  # at equal distances over all shards
+    shown: list[dict[str, Any]] = []
+    images: list[Image.Image | None] = []
+    first = 0
+    for shard in manifest.shards:
+        numbers = [position - first for position in positions if first <= position < first + shard.samples]
+        first += shard.samples
+        if not numbers:
+            continue
+        index = load_index(storage, url, shard)
+        for number in numbers:
+            start, stop = index.byte_range(number)
+            data = storage.read_range(join(shard_folder(url), shard.name), start, stop)
+            members = {name: data[at - start : at - start + size] for name, at, size in index.members(number)}
+            encoded = next((content for name, content in members.items() if name.split(".")[-1] in EXTENSIONS), None)
+            image, fault = None, None
+            try:
+                image = None if encoded is None else Image.fromarray(decode(encoded, DataConfig().max_pixels))
+            except BadSample as error:
+                fault = error.reason
+            images.append(image)
+            shown.append(
+                {
+                    "shard": shard.name,
+                    "key": index.keys[number],
+                    "members": {name: len(content) for name, content in members.items()},
+                    "image_size": list(image.size) if image else None,
+                    "fault": fault,
+                    "captions": shown_captions(members),
+                }
+            )
+    if sheet is not None:
+        buffer, info = io.BytesIO(), PngInfo()
+        info.add_text("Software", signature(f"samples of {manifest.digest}"))
+        contact_sheet(shown, images).save(buffer, "PNG", pnginfo=info)
+        write_output(storage, str(sheet), buffer.getvalue(), "--sheet")
+    if as_json:
+        facts = {"samples": shown, "sheet": str(sheet) if sheet else None, **manifest_facts(manifest, url)}
+        echo(json.dumps(facts, ensure_ascii=False))
+        return
+    for sample in shown:
+        sizes = ", ".join(f"{name} {size} B" for name, size in sample["members"].items())
+        pixels = "  {} x {}".format(*sample["image_size"]) if sample["image_size"] else ""
+        echo(f"{sample['shard']}  {sample['key']}  ({sizes}){pixels}")
+        if sample["fault"]:
+            echo(f"    {sample['fault']}")
+        for caption in sample["captions"]:
+            echo(f"    - {textwrap.shorten(caption, 200)}")
+    echo(f"{manifest.num_samples} samples in {len(manifest.shards)} shards at {url}")
+    if sheet is not None:
+        echo(f"contact sheet: {sheet}")
+
+
+def shown_captions(members: Members) -> list[str]:
+    """Return the captions, question or statement of a sample's json, else its text; training may read none of them."""
+    record: dict[str, Any] = {}
+    with suppress(BadSample), judging("members"):
+        record = record_of(members)
+    if isinstance(sentence := record.get("question") or record.get("sentence"), str):
+        answers = record.get("answers", record.get("label"))
+        return [sentence, *([str(answers)] if answers is not None else [])]
+    captions = record.get("captions") or record.get("caption")
+    if isinstance(captions, str | list):
+        return [captions] if isinstance(captions, str) else [str(caption) for caption in captions]
+    return [members["txt"].decode("utf-8", errors="replace")] if "txt" in members else []
+
+
+def contact_sheet(samples: list[dict[str, Any]], images: list[Image.Image | None]) -> Image.Image:
+    """Draw the samples' images in rows of four, with their captions below."""
+    columns = max(1, min(4, len(samples)))
+    height = TILE + CAPTION_LINES * LINE_HEIGHT + 16
+    page = Image.new("RGB", (columns * (TILE + 16) + 16, -(-len(samples) // columns) * height + 16), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=11)
+    for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
+        row, column = divmod(number, columns)
+        x, y = 16 + column * (TILE + 16), 16 + row * height
+        top, num_lines = y + TILE + 4, CAPTION_LINES
+        if image is not None:
+            scale = TILE / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            image = image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+            page.paste(image, (x + (TILE - image.width) // 2, y + (TILE - image.height) // 2))
+        elif sample["fault"]:
+            draw.multiline_text((x + 8, y + 8), textwrap.fill(sample["fault"], LINE_CHARACTERS), "firebrick", font)
+        else:
+            top, num_lines = y, CAPTION_LINES + TILE // LINE_HEIGHT
+        lines = [line for caption in sample["captions"] for line in textwrap.wrap(f"- {caption}", LINE_CHARACTERS)]
+        for position, line in enumerate([sample["key"], *lines][:num_lines]):
+            draw.text((x, top + position * LINE_HEIGHT), line, "black" if position else "gray", font)
+    return page
