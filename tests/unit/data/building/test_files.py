@@ -132,23 +132,21 @@ def test_strict_stops_at_the_first_fault_and_others_keep_the_first_ten(tmp_path:
     assert (problems.count, len(problems.first)) == (30, inputs.MAX_MESSAGES)
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "{folder}/secret.jpg", "a/../../secret.jpg"])
-def test_paths_outside_the_folder_need_permission(tmp_path: Path, name: str) -> None:
+def test_paths_outside_the_folder_need_permission(tmp_path: Path) -> None:
     save_image(tmp_path / "secret.jpg")
     save_image(tmp_path / "data" / "a" / "b.jpg")
-    name = name.format(folder=tmp_path)
-    record = {"image": name, "caption": "a"}
-    coco = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
-    table = f"image,caption\n{name},a"
-    contents = {"lines.jsonl": record, "list.json": [record], "table.csv": table, "coco.json": coco}
-    for file, content in contents.items():
-        path = write_lines(tmp_path / "data" / file, content)
-        problems = Problems()
-        assert list(read(path, problems).samples) == []
-        assert "outside" in problems.first[0]
-        assert captions_in(read(path, allow_outside=True).samples) == [["a"]]
-    inside = write_lines(tmp_path / "data" / "l.jsonl", record | {"image": str(tmp_path / "data" / "a" / "b.jpg")})
-    assert captions_in(read(inside).samples) == [["a"]]
+    for name in ("../secret.jpg", f"{tmp_path}/secret.jpg", "a/../../secret.jpg"):
+        record = {"image": name, "caption": "a"}
+        coco = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
+        table = f"image,caption\n{name},a"
+        contents = {"lines.jsonl": record, "list.json": [record], "table.csv": table, "coco.json": coco}
+        for file, content in contents.items():
+            path = write_lines(tmp_path / "data" / file, content)
+            assert list(read(path, problems := Problems()).samples) == []
+            assert "outside" in problems.first[0]
+            assert captions_in(read(path, allow_outside=True).samples) == [["a"]]
+    inside = {"image": str(tmp_path / "data" / "a" / "b.jpg"), "caption": "a"}
+    assert captions_in(read(write_lines(tmp_path / "data" / "l.jsonl", inside)).samples) == [["a"]]
 
 
 def test_links_are_followed_and_cycles_and_unreadable_folders_counted(
@@ -263,9 +261,8 @@ def test_mutated_sources_raise_only_expected_errors(tmp_path: Path, name: str) -
 def test_mutated_captions_are_clean_or_skipped(tmp_path: Path) -> None:
     rng = random.Random(7)
     save_image(tmp_path / "a.jpg")
-    for encoding in READ:
-        for _ in range(fuzz_rounds(40)):
-            (tmp_path / "a.txt").write_bytes(mutate(TEXT.encode(encoding), rng))
-            for sample in read(tmp_path, problems := Problems()).samples:
-                captions_of(members_of(sample))
-                assert problems.count == 0
+    for encoding in READ * fuzz_rounds(40):
+        (tmp_path / "a.txt").write_bytes(mutate(TEXT.encode(encoding), rng))
+        for sample in read(tmp_path, problems := Problems()).samples:
+            captions_of(members_of(sample))
+            assert problems.count == 0

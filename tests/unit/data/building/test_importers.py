@@ -259,18 +259,17 @@ def failing_stream() -> Iterator[Sample]:
     raise DataError("line 16 is bad")
 
 
-@pytest.mark.parametrize(("stream", "reason"), [(failing_stream, "line 16"), (lambda: iter([]), "no usable sample")])
-def test_failed_import_changes_nothing(tmp_path: Path, stream, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = tmp_path / "out"
-    with pytest.raises(DataError, match=reason):
-        write_shards(Storage(), stream(), str(url), 5)
-    assert list(url.glob("*")) == []
-    write_shards(Storage(), text_stream(5), str(url), 2)
-    content = {path.name: path.read_bytes() for path in url.iterdir()}
-    with pytest.raises(DataError, match=reason):
-        write_shards(Storage(), stream(), str(url), 5, overwrite=True)
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(importers, "write_tar", Mock(side_effect=full))
+def test_failed_import_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, empty, url = tmp_path / "full", tmp_path / "empty", str(tmp_path / "full")
+    write_shards(Storage(), text_stream(5), url, 2)
+    content = {path.name: path.read_bytes() for path in full.iterdir()}
+    for stream, reason in ((failing_stream, "line 16"), (lambda: iter([]), "no usable sample")):
+        for folder in (empty, full):
+            with pytest.raises(DataError, match=reason):
+                write_shards(Storage(), stream(), str(folder), 5, overwrite=True)
+    no_space = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(importers, "write_tar", Mock(side_effect=no_space))
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
-        write_shards(Storage(), text_stream(5), str(url), overwrite=True)
-    assert {path.name: path.read_bytes() for path in url.iterdir()} == content
+        write_shards(Storage(), text_stream(5), url, overwrite=True)
+    assert {path.name: path.read_bytes() for path in full.iterdir()} == content
+    assert list(empty.glob("*")) == []
