@@ -42,7 +42,7 @@ class Caller(Section):
 
     @property
     def server(self) -> str | None:
-        """The MLflow URI that the caller gave; None where they gave none."""
+        """The MLflow URI that the caller gave, or the environment; None where neither does."""
         return self.tracking_uri or os.environ.get(URI_VARIABLE)
 
     def store(self) -> Storage:
@@ -51,13 +51,9 @@ class Caller(Section):
 
     def applied(self, stored: RunConfig) -> RunConfig:
         """Return a stored config with the caller's stores and servers, as a tracker or a cluster is given it."""
-        return stored.model_copy(
-            update={
-                "storage": self.storage or StorageConfig(),
-                "tracking": stored.tracking.model_copy(update={"uri": self.server}),
-                "cluster": self.cluster or stored.cluster,
-            }
-        )
+        tracking = stored.tracking.model_copy(update={"uri": self.server})
+        own = {"storage": self.storage or StorageConfig(), "tracking": tracking}
+        return stored.model_copy(update=own | {"cluster": self.cluster or stored.cluster})
 
 
 def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: Storage) -> str | None:
@@ -72,9 +68,7 @@ def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: St
     if len({place if "://" in place else os.path.realpath(place) for place in places}) > 1:
         return f"it is a copy of {recorded.folder}"
     known, own = recorded.tracking_uri or default_uri(config.output), configured_uri(config)
-    if redact(absolute_uri(known)) != redact(absolute_uri(own)):
-        return (
-            f"the run was tracked at {redact(known)}; to record there, set {URI_VARIABLE}, or name the config that it "
-            "was trained with (--config)"
-        )
-    return None
+    if redact(absolute_uri(known)) == redact(absolute_uri(own)):
+        return None
+    remedy = f"to record there, set {URI_VARIABLE}, or name the config that it was trained with (--config)"
+    return f"the run was tracked at {redact(known)}; {remedy}"
