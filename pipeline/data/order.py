@@ -159,7 +159,7 @@ class DataOrder:
     def _look_up(self, stream: np.ndarray, position: np.ndarray, attempt: int | None = None) -> list[SampleRef]:
         """Return the samples at positions (L,) of mixed streams, or with an `attempt` their replacements.
 
-        Before epoch e, stream c has read as many of a source's samples as there are integers below eN that are c modulo
+        The number of a source's samples in stream c before epoch e is that of the integers below eN that are c modulo
         C: streams never differ by more than one sample, in an epoch or in total, and the odd samples of an epoch go to
         the streams after those of the epoch before.
         """
