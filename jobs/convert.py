@@ -40,7 +40,8 @@ from pipeline.models.checkpoints.files import Published, read_json, read_tensors
 from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget
 from pipeline.objectives import head_config, modules_for
-from pipeline.training.checkpoint import COMMIT, is_file_of_weights, load_weights, save_weights
+from pipeline.training.checkpoint.committed import COMMIT
+from pipeline.training.checkpoint.weights import FILE, load_weights, save_weights
 from pipeline.training.stages import check_fit
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def import_weights(
     Raises ConfigError for an invalid request, CheckpointError for a file that does not fit.
     """
     storage, chosen = Storage(), _format(format_name)
-    if existing := [name for name in storage.list(out) if is_file_of_weights(name) or name == COMMIT]:
+    if existing := [name for name in storage.list(out) if FILE.fullmatch(name) or name == COMMIT]:
         raise ConfigError(
             f"--out {out}: holds {existing[0]}, which would be lost; name another folder, or delete it first"
         )

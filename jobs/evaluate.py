@@ -34,7 +34,8 @@ from pipeline.objectives import evaluated_source_types
 from pipeline.reports.run_folder import open_run, read_records
 from pipeline.tracking.locations import configured_uri
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.checkpoint import WeightsInfo, is_committed, stage_url, weights_info
+from pipeline.training.checkpoint.committed import is_committed
+from pipeline.training.checkpoint.weights import WeightsInfo, stage_url, weights_info
 from pipeline.training.goodput import add_time
 from pipeline.training.prepare import RUN_FILE
 

@@ -22,8 +22,9 @@ from pipeline.config.background import in_background
 from pipeline.config.errors import Preempted, StorageError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.training.checkpoint import is_committed, stage_url
+from pipeline.training.checkpoint.committed import is_committed
 from pipeline.training.checkpoint.retention import newest_first, parse_name
+from pipeline.training.checkpoint.weights import stage_url
 from pipeline.training.prepare import RUN_FILE
 
 EXIT_STATUS = {signal.SIGTERM: Preempted.exit_status, signal.SIGINT: 130}

@@ -22,7 +22,8 @@ from pipeline.evaluation.explain import explain, render_explanation, untrained_n
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.inference import build_trained_model, load_model, load_usable_weights, read_image, tokenizer_of
 from pipeline.objectives import modules_for
-from pipeline.training.checkpoint import COMMIT, weights_info
+from pipeline.training.checkpoint.committed import COMMIT
+from pipeline.training.checkpoint.weights import weights_info
 
 FORMATS = (".html", ".png")
 

@@ -46,7 +46,7 @@ def register_checkpoint(
     from PIL import Image
 
     from pipeline.inference import drop_untrained_objectives, pyfunc_outputs
-    from pipeline.training.checkpoint import load_weights, save_weights
+    from pipeline.training.checkpoint.weights import load_weights, save_weights
 
     storage = caller.store()
     weights = load_weights(storage, checkpoint.rstrip("/"))

@@ -24,7 +24,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.mlflow_server import check_server
 from pipeline.training.callbacks import Progress
-from pipeline.training.checkpoint import is_committed, stage_url
+from pipeline.training.checkpoint.committed import is_committed
+from pipeline.training.checkpoint.weights import stage_url
 from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import prepare
 

@@ -43,7 +43,7 @@ from pipeline.models import build_model, skeleton
 from pipeline.models.forward import Head
 from pipeline.models.model import Model
 from pipeline.objectives import head_config, modules_for
-from pipeline.training.checkpoint import Weights, load_weights
+from pipeline.training.checkpoint.weights import Weights, load_weights
 from pipeline.training.stages import load_matching
 
 if TYPE_CHECKING:

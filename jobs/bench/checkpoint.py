@@ -24,7 +24,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import CheckpointConfig, VLMoConfig
 from pipeline.data.storage import PartReader, Storage, join
 from pipeline.models import skeleton
-from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.data.loading.loader import Loader
     from pipeline.data.storage import Storage
     from pipeline.tracking.tracker import Tracker
-    from pipeline.training.checkpoint import CheckpointStore
+    from pipeline.training.checkpoint.store import CheckpointStore
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.health import Spike, SpikeGuard, StepHealth

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import Model
-from pipeline.training.checkpoint import SavedState
+from pipeline.training.checkpoint.serialization import SavedState
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_setup import deepspeed_config, load_extensions, prepare_blocks
 from pipeline.training.engine import Fragment, parameter_groups

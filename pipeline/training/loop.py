@@ -22,11 +22,12 @@ from pipeline.data.storage import Storage, join
 from pipeline.objectives import batch_groups
 from pipeline.objectives.mim import load_image_tokenizer
 from pipeline.tracking.tracker import SavedWeights, Status, Tracker
-from pipeline.training import checkpoint as checkpoints
 from pipeline.training import health as guards
 from pipeline.training.alerts import Alerts
 from pipeline.training.callbacks import Callback, Callbacks, Report, RunContext, StageResult, StageState, StepEvent
-from pipeline.training.checkpoint.checkpointer import Checkpointer, checkpoint_metadata
+from pipeline.training.checkpoint.committed import is_committed, read_manifest
+from pipeline.training.checkpoint.store import Checkpointer, CheckpointStore, checkpoint_metadata
+from pipeline.training.checkpoint.weights import VOCABULARY, save_weights, stage_url
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.engine import learning_rate
@@ -75,7 +76,7 @@ def train(
         claim, start = taken.claim, str(taken.start)
     claim, start = collectives.broadcast_json((claim, start))
     ownership = Ownership(storage, config.folder, claim, Start.parse(start))
-    tokenizer = Tokenizer.load(storage, join(config.folder, checkpoints.VOCABULARY), config.tokenizer.lowercase)
+    tokenizer = Tokenizer.load(storage, join(config.folder, VOCABULARY), config.tokenizer.lowercase)
     tracker = Tracker()
     if is_first:
         tags = {"world_size": str(collectives.world_size), "zero_stage": str(config.engine.zero_stage)}
@@ -87,7 +88,7 @@ def train(
     try:
         with supervisor.running():
             for index in range(len(config.stages)):
-                if not checkpoints.is_committed(storage, checkpoints.stage_url(config, index)):
+                if not is_committed(storage, stage_url(config, index)):
                     _train_with_rollbacks(context, index, callbacks)
                     collectives.barrier()
     except Superseded:
@@ -188,7 +189,7 @@ def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -
         choices = choices_of(run, run.stages[: stage.index + 1], storage)
         parts = build_step(stage, storage, context.tokenizer, collectives, context.loader_backend, callbacks)
         loader, engine, step, shapes = stack.enter_context(parts)
-        store = checkpoints.CheckpointStore(storage, run.folder, collectives, run.checkpoint, context.ownership)
+        store = CheckpointStore(storage, run.folder, collectives, run.checkpoint, context.ownership)
         stack.callback(store.close)
         spikes = guards.SpikeGuard(run.guards.spike)
         with guards.permanent_failures_explained(stage, collectives, engine.memory):
@@ -231,7 +232,7 @@ def resume(state: StageState, stage: Stage, context: RunContext, rolled_back: gu
     if latest is None or latest[0].stage != stage.name:
         previous = {}
         if stage.index:
-            previous = checkpoints.read_manifest(context.storage, checkpoints.stage_url(stage.run, stage.index - 1))
+            previous = read_manifest(context.storage, stage_url(stage.run, stage.index - 1))
         context.supervisor.resume_from(previous.get("time_account", {}))
     else:
         checkpoint, saved = latest
@@ -270,9 +271,7 @@ def export_weights(state: StageState, stage: Stage, context: RunContext) -> None
     tracker.commit(end)
     if weights is not None:
         metadata, tokens = checkpoint_metadata(stage, context, state, stage.steps), list(context.tokenizer.tokens)
-        if not checkpoints.save_weights(
-            context.storage, stage.url, weights, tokens, metadata, state.choices, ownership
-        ):
+        if not save_weights(context.storage, stage.url, weights, tokens, metadata, state.choices, ownership):
             ownership.check()
             log.warning(
                 "%s: an earlier start has already handed the stage over; continuing from its weights", stage.url

@@ -18,7 +18,7 @@ from pipeline.evaluation.labelled import class_names
 from pipeline.objectives import evaluation_tasks
 from pipeline.tracking.tracker import DatasetInput
 from pipeline.training.callbacks import Callback, Progress, RunContext, StageState, StepEvent
-from pipeline.training.checkpoint import finished_stage
+from pipeline.training.checkpoint.weights import finished_stage
 from pipeline.training.collectives import Collectives
 from pipeline.training.goodput import goodput_metrics
 from pipeline.training.stages import Stage

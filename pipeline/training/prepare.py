@@ -25,7 +25,7 @@ from pipeline.data.shards.manifest import ensure_indexed
 from pipeline.data.shards.source import open_source, selection_url
 from pipeline.data.storage import Storage, join
 from pipeline.objectives import SOURCE_INPUTS
-from pipeline.training.checkpoint import VOCABULARY, load_weights
+from pipeline.training.checkpoint.weights import VOCABULARY, load_weights
 from pipeline.training.stages import Stage, check_fit, check_stages, prepare_experts, stage_skeleton
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from pipeline.models import build_model, skeleton
 from pipeline.models.model import Model
 from pipeline.models.vlmo import copy_expert
 from pipeline.objectives import check_objectives, head_config, trained_modules
-from pipeline.training.checkpoint import load_weights, stage_url
+from pipeline.training.checkpoint.weights import load_weights, stage_url
 
 log = logging.getLogger(__name__)
 

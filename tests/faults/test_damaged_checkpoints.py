@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
-from pipeline.training.checkpoint import COMMIT, MANIFEST, CheckpointStore
+from pipeline.training.checkpoint.committed import COMMIT, MANIFEST
+from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.collectives import Collectives
 from tests.support.small_checkpoint import newest_weight, save
 

@@ -18,7 +18,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.training.checkpoint import save_weights
+from pipeline.training.checkpoint.weights import save_weights
 from pipeline.training.prepare import prepare
 from tests.support.pairs import pair, tar_bytes
 

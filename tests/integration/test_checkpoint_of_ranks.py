@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline.data.storage import PartReader, Storage, join
-from pipeline.training.checkpoint import COMMIT, MANIFEST
+from pipeline.training.checkpoint.committed import COMMIT, MANIFEST
 from tests.support.ranks import run_ranks, start_ranks
 
 
@@ -35,7 +35,7 @@ class FaultyStorage(Storage):
 
 def _store(folder: str, **storage: Any):
     from pipeline.config.schema import CheckpointConfig, StorageConfig
-    from pipeline.training.checkpoint import CheckpointStore
+    from pipeline.training.checkpoint.store import CheckpointStore
     from pipeline.training.collectives import Collectives
 
     return CheckpointStore(FaultyStorage(StorageConfig(**storage)), folder, Collectives(), CheckpointConfig())
@@ -66,7 +66,7 @@ def _a_slow_rank(folder: str) -> tuple[float, str]:
     url = _save(store, 1)
     store.collectives.barrier()  # the trainer's own collectives continue during the write
     store.wait()
-    return store.written()[0][1], url
+    return store.written[0][1], url
 
 
 def test_rank_0_commits_once_the_slowest_rank_has_written(tmp_path: Path) -> None:

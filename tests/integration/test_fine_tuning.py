@@ -14,7 +14,7 @@ import pytest
 from pipeline.config.errors import ConfigError
 from pipeline.data.contents.choices import ANSWERS, Choices
 from pipeline.data.storage import Storage
-from pipeline.training.checkpoint import load_weights
+from pipeline.training.checkpoint.weights import load_weights
 from tests.support.fine_tuning_data import COLOURS, image_of_sides, run_config, write_image
 from tests.support.ranks import run_ranks
 

@@ -27,7 +27,7 @@ from pipeline.inference import build_trained_model, load_model, pyfunc_outputs
 from pipeline.models import build_model
 from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.checkpoint import load_weights
+from pipeline.training.checkpoint.weights import load_weights
 from tests.support.pairs import picture
 
 TINY = VLMoConfig(

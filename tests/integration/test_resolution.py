@@ -43,7 +43,7 @@ def test_later_stage_may_read_larger_images(tmp_path: Path) -> None:
     from jobs.convert import export_weights, import_weights
     from jobs.evaluate import evaluate_checkpoint
     from pipeline.data.storage import Storage
-    from pipeline.training.checkpoint import load_weights
+    from pipeline.training.checkpoint.weights import load_weights
 
     run_ranks(_train, 1, str(tmp_path))
     vision, larger = (load_weights(Storage(), f"{tmp_path}/demo/stages/{name}") for name in ("0-vision", "1-larger"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
-from pipeline.training.checkpoint import load_weights, read_committed
+from pipeline.training.checkpoint.committed import read_committed
+from pipeline.training.checkpoint.weights import load_weights
 
 STEPS = 12
 

@@ -18,7 +18,7 @@ from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.model import Model
 from pipeline.objectives import head_config
-from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.stages import Stage, trained_parts

@@ -14,7 +14,7 @@ from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.objectives import head_config
 from pipeline.tracking.journal import Journal, JournalWriter
-from pipeline.training.checkpoint import save_weights, stage_url
+from pipeline.training.checkpoint.weights import save_weights, stage_url
 from tests.support.short_run import short_config
 
 SCENES = 12

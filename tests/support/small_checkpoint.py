@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage
-from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.engine import Fragment
 from pipeline.training.ownership import Ownership
 

@@ -13,7 +13,7 @@ Every test is named after its trap (`test_trap_NN_…`); this module has those t
      8  weight decay is chosen by fragments of names            training/test_release
      9  a model is selected by its test results                 here; evaluation/test_labelled
     10  half precision, masked rows and unbounded scales        objectives/test_wpa; training/test_release; models/
-    11  parameters that no objective reads                      training/test_stages; models/test_vilt
+    11  parameters that no objective reads                      training/test_stages; models/test_kinds
     12  accumulation shrinks ITC's batch                        here
     13  the text stage changes what images share                training/test_stages, test_image_recipes
     14  masked images and ITC in one stage                      training/test_image_recipes

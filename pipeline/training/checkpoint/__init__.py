@@ -13,39 +13,3 @@ earlier attempt, and no attempt deletes what a later one writes.
 `store` saves and restores, `serialization` is the file format, `retention` deletes, `committed` defines completeness,
 and `weights` is what stages hand over.
 """
-
-from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, is_committed, read_committed, read_manifest
-from pipeline.training.checkpoint.serialization import SavedState
-from pipeline.training.checkpoint.store import CheckpointStore
-from pipeline.training.checkpoint.weights import (
-    VOCABULARY,
-    WEIGHTS,
-    Weights,
-    WeightsInfo,
-    finished_stage,
-    is_file_of_weights,
-    load_weights,
-    save_weights,
-    stage_url,
-    weights_info,
-)
-
-__all__ = [
-    "COMMIT",
-    "MANIFEST",
-    "VOCABULARY",
-    "WEIGHTS",
-    "CheckpointStore",
-    "SavedState",
-    "Weights",
-    "WeightsInfo",
-    "finished_stage",
-    "is_committed",
-    "is_file_of_weights",
-    "load_weights",
-    "read_committed",
-    "read_manifest",
-    "save_weights",
-    "stage_url",
-    "weights_info",
-]

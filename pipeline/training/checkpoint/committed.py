@@ -1,9 +1,8 @@
 """Committed folders: files first, then a manifest with their sizes and SHA-256, then COMMIT.json.
 
-Two attempts may write to the same folder. Each file that both would write is created exclusively (`Storage.create`); an
+Two attempts may write to the same folder. Each file that both would write is created exclusively (`create=True`); an
 attempt that finds a name taken writes its own file under another name, which its manifest records. Where one attempt
-would commit what the other would remove, SEAL.json decides: the attempt that creates it proceeds, and the other leaves
-the folder alone.
+would commit what the other would remove, SEAL.json decides: the attempt that creates it proceeds, the other stops.
 """
 
 from __future__ import annotations
@@ -110,10 +109,7 @@ def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
 
 
 def read_committed(storage: Storage, url: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return a committed folder's manifest and the contents of its files, all verified.
-
-    Raises CheckpointError naming a missing or damaged file.
-    """
+    """Return a committed folder's manifest and the contents of its files; CheckpointError naming a damaged file."""
     manifest = read_manifest(storage, url)
     return manifest, {name: _read_verified(storage, url, name, record) for name, record in manifest["files"].items()}
 
@@ -128,22 +124,20 @@ def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
     pending: deque[Future[bytes]] = deque()
     try:
         info = storage.info(join(url, name))
-        if info.size != record["bytes"]:
-            raise _damaged(url, name, record, f"{info.size} bytes")
-        with ThreadPoolExecutor(_READAHEAD, "verify") as pool:
-            for start in range(0, info.size, _CHUNK):
-                stop = min(start + _CHUNK, info.size)
-                pending.append(pool.submit(storage.read_range, join(url, name), start, stop, info.etag))
-                if len(pending) > _READAHEAD:
+        if info.size == record["bytes"]:
+            with ThreadPoolExecutor(_READAHEAD, "verify") as pool:
+                for start in range(0, info.size, _CHUNK):
+                    stop = min(start + _CHUNK, info.size)
+                    pending.append(pool.submit(storage.read_range, join(url, name), start, stop, info.etag))
+                    if len(pending) > _READAHEAD:
+                        digest.update(pending.popleft().result())
+                while pending:
                     digest.update(pending.popleft().result())
-            while pending:
-                digest.update(pending.popleft().result())
     except NotFound as error:
         raise CheckpointError(f"{url}: {name} is missing") from error
     except ObjectChanged as error:
         raise CheckpointError(f"{url}: {name} changed while it was read") from error
-    if digest.hexdigest() != record["sha256"]:
-        raise _damaged(url, name, record, f"{info.size} bytes of {digest.hexdigest()[:12]}…")
+    _compare(url, name, record, {"bytes": info.size, "sha256": digest.hexdigest()})
     return info
 
 
@@ -153,12 +147,13 @@ def _read_verified(storage: Storage, url: str, name: str, record: Record) -> byt
         data = storage.read(join(url, name))
     except NotFound as error:
         raise CheckpointError(f"{url}: {name} is missing") from error
-    actual = file_record(data)
-    if (actual["bytes"], actual["sha256"]) != (record["bytes"], record["sha256"]):
-        raise _damaged(url, name, record, f"{len(data)} bytes of {actual['sha256'][:12]}…")
+    _compare(url, name, record, file_record(data))
     return data
 
 
-def _damaged(url: str, name: str, record: Record, actual: str) -> CheckpointError:
-    expected = f"{record['bytes']} bytes of SHA-256 {record['sha256'][:12]}…"
-    return CheckpointError(f"{url}: {name} is damaged: expected {expected}, found {actual}")
+def _compare(url: str, name: str, record: Record, actual: Record) -> None:
+    """Raise CheckpointError unless a file has the recorded size and digest; the digest counts for equal sizes only."""
+    size, digest = actual["bytes"], f" of {actual['sha256'][:12]}…" if actual["bytes"] == record["bytes"] else ""
+    if (size, actual["sha256"]) != (record["bytes"], record["sha256"]):
+        expected = f"{record['bytes']} bytes of SHA-256 {record['sha256'][:12]}…"
+        raise CheckpointError(f"{url}: {name} is damaged: expected {expected}, found {size} bytes{digest}")

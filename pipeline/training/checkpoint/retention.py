@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,16 +16,8 @@ from typing import Any
 from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join, split
-from pipeline.training.checkpoint.committed import (
-    COMMIT,
-    MANIFEST,
-    SEAL,
-    Record,
-    describe_missing,
-    is_committed,
-    read_manifest,
-    seal,
-)
+from pipeline.training.checkpoint import committed
+from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, SEAL, Record
 from pipeline.training.ownership import Ownership, Start
 
 log = logging.getLogger(__name__)
@@ -49,12 +40,6 @@ class CheckpointInfo:
     @classmethod
     def of(cls, url: str, metadata: Mapping[str, Any]) -> CheckpointInfo:
         return cls(url, metadata["step"], metadata["stage"], metadata.get("metrics", {}))
-
-
-def folder_name(step: int, start: Start | None) -> str:
-    """Return a new name for a checkpoint written by `start`; names of one step and start are ordered by time."""
-    token = f"{time.time_ns() // 1_000_000:x}"
-    return f"step-{step:08d}.{token}" if start is None else f"step-{step:08d}.{start}-{token}"
 
 
 def parse_name(name: str) -> tuple[int, Start, int] | None:
@@ -83,30 +68,12 @@ def select_kept(checkpoints: Iterable[CheckpointInfo], newest: CheckpointInfo, c
         kept |= {checkpoint.url for checkpoint in ordered if checkpoint.step % config.keep_every == 0}
     if config.keep_best is not None:
         metric, sign = config.keep_best.metric, 1 if config.keep_best.mode == "max" else -1
-        for stage in {checkpoint.stage for checkpoint in ordered}:
-            measured = [
-                checkpoint for checkpoint in ordered if checkpoint.stage == stage and metric in checkpoint.metrics
-            ]
-            if measured:  # the latest of equals
-                kept.add(max(measured, key=lambda info: (sign * info.metrics[metric], info.step)).url)
+        best: dict[str, CheckpointInfo] = {}  # by stage, the latest of equals
+        for info in reversed([info for info in ordered if metric in info.metrics]):
+            if info.stage not in best or sign * info.metrics[metric] >= sign * best[info.stage].metrics[metric]:
+                best[info.stage] = info
+        kept |= {info.url for info in best.values()}
     return kept
-
-
-def remove(storage: Storage, url: str, keep: str | None = None) -> None:
-    """Delete a checkpoint folder, COMMIT.json first so that no partly deleted one looks complete.
-
-    The file `keep` and files that are not a checkpoint's are left in place.
-    """
-    storage.delete(join(url, COMMIT))
-    names = storage.list(url)
-    if foreign := [name for name in names if not _FILE.fullmatch(name)]:
-        log.warning("%s: not removed, because it contains other files: %s", url, ", ".join(foreign))
-    spared = {*foreign, keep} & set(names)
-    if spared:
-        for name in sorted(set(names) - spared):
-            storage.delete(join(url, name))
-    else:
-        storage.delete(url)
 
 
 class Retention:
@@ -130,7 +97,7 @@ class Retention:
         missing = ""
         try:
             if newest is not None and files is not None:
-                missing = describe_missing(self._storage, newest.url, files)
+                missing = committed.describe_missing(self._storage, newest.url, files)
             self._ownership.check()
             if files is None:
                 count = self._storage.abort_uploads(self._url, lambda name: self._is_ours(name.partition("/")[0]))
@@ -148,25 +115,25 @@ class Retention:
 
     def _remove_obsolete(self, newest: CheckpointInfo) -> None:
         self._infos[newest.url] = newest
-        committed = []
+        infos = []
         for url in newest_first(self._storage, self._url):
-            if not is_committed(self._storage, url):
+            if not committed.is_committed(self._storage, url):
                 continue
             if url not in self._infos:
                 try:
-                    manifest = read_manifest(self._storage, url)
-                    missing = describe_missing(self._storage, url, manifest["files"])
+                    manifest = committed.read_manifest(self._storage, url)
+                    missing = committed.describe_missing(self._storage, url, manifest["files"])
                     self._infos[url] = replace(CheckpointInfo.of(url, manifest), is_complete=not missing)
                 except CheckpointError:
                     step, _, _ = parse_name(split(url)[1]) or (0, NO_START, 0)
                     self._infos[url] = CheckpointInfo(url, step, is_complete=False)
-            committed.append(self._infos[url])
-        kept = select_kept(committed, newest, self._config)
-        for checkpoint in committed:
-            if checkpoint.url not in kept and self._is_ours(split(checkpoint.url)[1]):
-                remove(self._storage, checkpoint.url)
-                self._infos.pop(checkpoint.url)
-        self.kept = tuple(checkpoint for checkpoint in committed if checkpoint.url in kept)
+            infos.append(self._infos[url])
+        kept = select_kept(infos, newest, self._config)
+        for info in infos:
+            if info.url not in kept and self._is_ours(split(info.url)[1]):
+                self._remove(info.url)
+                self._infos.pop(info.url)
+        self.kept = tuple(info for info in infos if info.url in kept)
         best = self._config.keep_best
         if best is not None and best.metric not in newest.metrics:
             recorded = ", ".join(sorted(newest.metrics)) or "none"
@@ -176,18 +143,30 @@ class Retention:
         """Remove folders of attempts that never committed, at steps up to that of a committed checkpoint."""
         for url in newest_first(self._storage, self._url):
             step, start, _ = parse_name(split(url)[1]) or (0, NO_START, 0)
-            if step > newest.step or start > self._start or is_committed(self._storage, url):
+            if step > newest.step or start > self._start or committed.is_committed(self._storage, url):
                 continue
             # Another start's writer may be about to commit: the seal decides, and is kept until the next checkpoint.
             is_final = start in (self._start, NO_START) or url in self._sealed
-            if is_final or seal(self._storage, url, f"given up by {self._start}"):
+            if is_final or committed.seal(self._storage, url, f"given up by {self._start}"):
                 self._storage.abort_uploads(url)
-                remove(self._storage, url, keep=None if is_final else SEAL)
+                self._remove(url, keep=None if is_final else SEAL)
                 log.warning("%s: removed an unfinished checkpoint", url)
-            if is_final:
-                self._sealed.discard(url)
-            else:
-                self._sealed.add(url)
+            self._sealed = self._sealed - {url} if is_final else self._sealed | {url}
+
+    def _remove(self, url: str, keep: str | None = None) -> None:
+        """Delete a checkpoint folder, COMMIT.json first so that no partly deleted one looks complete.
+
+        The file `keep` and files that are not a checkpoint's are left in place.
+        """
+        self._storage.delete(join(url, COMMIT))
+        names = self._storage.list(url)
+        if foreign := [name for name in names if not _FILE.fullmatch(name)]:
+            log.warning("%s: not removed, because it contains other files: %s", url, ", ".join(foreign))
+        if spared := {*foreign, keep} & set(names):
+            for name in sorted(set(names) - spared):
+                self._storage.delete(join(url, name))
+        else:
+            self._storage.delete(url)
 
     def _is_ours(self, name: str) -> bool:
         """Return whether a folder is a checkpoint of this start or of one it has superseded."""

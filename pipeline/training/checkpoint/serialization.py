@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
 import struct
 from collections import OrderedDict
@@ -84,31 +85,22 @@ class TensorFile:
         chunks, offset = [], 0
         for name, tensor in tensors.items():
             data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            header[name] = {
-                "dtype": DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, offset + len(data)],
-            }
+            offsets = [offset, offset + len(data)]
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
             offset += len(data)
             if data:
                 chunks.append(data)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % LENGTH.size)  # aligns the tensors
         self._chunks = [memoryview(LENGTH.pack(len(text)) + text), *chunks]
-        self._starts = [0]
-        for chunk in self._chunks:
-            self._starts.append(self._starts[-1] + len(chunk))
+        self._starts = list(itertools.accumulate((len(chunk) for chunk in self._chunks), initial=0))
         self.size = self._starts[-1]
 
     def read(self, start: int, stop: int) -> bytes:
         """Return a copy of the bytes [start, stop)."""
-        first = bisect.bisect_right(self._starts, start) - 1
-        parts = []
-        for chunk, begin in zip(self._chunks[first:], self._starts[first:], strict=False):
-            if begin >= stop:
-                break
-            parts.append(chunk[max(start - begin, 0) : stop - begin])
-        return b"".join(parts)
+        first, end = bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)
+        chunks = zip(self._chunks[first:end], self._starts[first:end], strict=False)
+        return b"".join(chunk[max(start - begin, 0) : stop - begin] for chunk, begin in chunks)
 
     def record(self) -> dict[str, Any]:
         """Return the file's manifest entry: its size in bytes and its SHA-256."""

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: saved asynchronously, verified when restored.
+"""The checkpoints of one run: saved asynchronously, verified when restored; and the callback that saves them.
 
 Training pauses only for the copy to host memory. A thread of each rank then writes the rank's file; that of rank 0
 waits for the files of all ranks, commits, and applies the retention policy. The threads call no collective, because
@@ -15,18 +15,25 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.background import in_background
 from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import CheckpointConfig
-from pipeline.data.storage import NotFound, ObjectInfo, Storage, join
+from pipeline.data.storage import ObjectInfo, Storage, join
+from pipeline.tracking.tracker import SavedWeights
+from pipeline.training.callbacks import Callback, StepEvent
 from pipeline.training.checkpoint.committed import Record, commit, read_manifest, seal, verify
-from pipeline.training.checkpoint.retention import CheckpointInfo, Retention, folder_name, newest_first
+from pipeline.training.checkpoint.retention import CheckpointInfo, Retention, newest_first
 from pipeline.training.checkpoint.serialization import HostCopy, SavedState, TensorFile
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment
+from pipeline.training.metrics import MetricsSnapshot, total_data_counts
 from pipeline.training.ownership import Ownership
+
+if TYPE_CHECKING:
+    from pipeline.training.callbacks import RunContext, StageResult, StageState
+    from pipeline.training.stages import Stage
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +77,8 @@ class CheckpointStore:
         self.host_copy = HostCopy(collectives.device)
         self._in_progress: Future[None] | None = None
         self._abandoned = threading.Event()
-        self._written: list[tuple[int, float]] = []
+        # (step, seconds from the copy to the commit) of finished saves; on ranks other than 0, to the rank's own file.
+        self.written: list[tuple[int, float]] = []
         self._ownership = ownership or Ownership(storage, folder, claim="")
         self.retention = Retention(storage, self.url, config, self._ownership)
         self._newest: CheckpointInfo | None = None  # set by `latest`
@@ -86,7 +94,10 @@ class CheckpointStore:
         `before_commit` is called on rank 0, by the thread that then commits. `metadata` holds "step", "stage" and the
         other fields of `Checkpoint`; its "metrics" are what `keep_best` compares.
         """
-        url = join(self.url, self.collectives.broadcast_json(folder_name(metadata["step"], self._ownership.start)))
+        # Names of one step and start are ordered by time.
+        start = "" if self._ownership.start is None else f"{self._ownership.start}-"
+        name = f"step-{metadata['step']:08d}.{start}{time.time_ns() // 1_000_000:x}"
+        url = join(self.url, self.collectives.broadcast_json(name))
         started = time.perf_counter()
         self._finish()
         self.waited = time.perf_counter() - started
@@ -108,14 +119,6 @@ class CheckpointStore:
         """Wait until the last save is committed on every rank."""
         self._finish()
         self.collectives.barrier()
-
-    def written(self) -> list[tuple[int, float]]:
-        """Return (step, seconds from the copy to the commit) of the saves that finished since the last call.
-
-        On ranks other than 0 the time is that to the rank's own file.
-        """
-        finished, self._written = self._written, []
-        return finished
 
     def close(self, seconds: float = 20.0) -> None:
         """Wait up to `seconds` for a save in progress, then abandon it. Its error is logged, not raised."""
@@ -166,7 +169,7 @@ class CheckpointStore:
             before_commit()
             commit(self.storage, url, records, metadata, seal_folder)
             self.retention.apply(CheckpointInfo.of(url, metadata), records)
-        self._written.append((metadata["step"], time.perf_counter() - started))
+        self.written.append((metadata["step"], time.perf_counter() - started))
 
     def _stop_if_abandoned(self) -> None:
         if self._abandoned.is_set():
@@ -174,34 +177,25 @@ class CheckpointStore:
 
     def _other_records(self, url: str, own_seconds: float) -> dict[str, Record]:
         """Wait for the other ranks' file records; rank 0's own file took `own_seconds` to write."""
-
-        def read(rank: int) -> Record | None:
-            try:
-                return json.loads(self.storage.read(join(url, _RECORD.format(rank))))
-            except NotFound:
-                return None
-
-        missing = list(range(1, self.collectives.world_size))
+        ranks = range(1, self.collectives.world_size)
         timeout = self.storage.config.retry_timeout_seconds + _MAX_LAG * own_seconds
         deadline, pause = time.monotonic() + timeout, _MIN_POLL
-        records: dict[str, Record] = {}
+        while ranks:
+            names = set(self.storage.list(url))
+            missing = [rank for rank in ranks if _RECORD.format(rank) not in names]
+            if not missing:
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{url}: not committed: rank {', '.join(map(str, missing))} wrote nothing within {timeout:.0f} s. "
+                    "Check that the rank is alive and that every node sees the same folder."
+                )
+            self._abandoned.wait(pause)
+            self._stop_if_abandoned()
+            pause = min(2 * pause, _MAX_POLL)
         with ThreadPoolExecutor(8, "records") as pool:
-            while missing:
-                results = dict(zip(missing, pool.map(read, missing), strict=True))
-                records |= {_PART.format(rank): record for rank, record in results.items() if record is not None}
-                missing = [rank for rank, record in results.items() if record is None]
-                if not missing:
-                    break
-                if time.monotonic() > deadline:
-                    ranks = ", ".join(map(str, missing))
-                    raise TimeoutError(
-                        f"{url}: not committed: rank {ranks} wrote nothing within {timeout:.0f} s. "
-                        "Check that the rank is alive and that every node sees the same folder."
-                    )
-                self._abandoned.wait(pause)
-                self._stop_if_abandoned()
-                pause = min(2 * pause, _MAX_POLL)
-        return dict(sorted(records.items()))
+            records = pool.map(self.storage.read, [join(url, _RECORD.format(rank)) for rank in ranks])
+            return {_PART.format(rank): json.loads(data) for rank, data in zip(ranks, records, strict=True)}
 
     def latest(self) -> tuple[Checkpoint, SavedState] | None:
         """Return the newest complete checkpoint, verified and the same on every rank; damaged ones are logged."""
@@ -252,3 +246,95 @@ class CheckpointStore:
         """Remove what earlier attempts left unfinished. Call it after `latest` and before the first save."""
         if self.collectives.rank == 0:
             self.retention.apply(self._newest)
+
+
+class Checkpointer(Callback):
+    """Saves every `checkpoint.every` steps and on preemption, with the journal and the list of bad samples."""
+
+    def __init__(self, stage: Stage, context: RunContext):
+        self._stage, self._context = stage, context
+        self._metrics: dict[str, float] = {}  # latest, for `checkpoint.keep_best`
+
+    def on_stage_start(self, state: StageState, start: int) -> None:
+        self._state = state
+        if self._stage.run.checkpoint.every < self._stage.steps - start:
+            state.checkpoints.host_copy.reserve(state.engine.fragments())
+
+    def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
+        self._metrics = snapshot.values
+
+    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self._metrics = self._metrics | metrics
+
+    def after_step(self, event: StepEvent) -> None:
+        """Copy the state; it is written and committed, with the journal, in the background."""
+        num_steps, state, context = event.step + 1, self._state, self._context
+        if self._stage.is_checkpoint_step(event.step) or (event.preempted and num_steps < self._stage.steps):
+            step = self._stage.global_step(num_steps)
+            with context.supervisor.during("checkpoint", step - 1):
+                started = time.perf_counter()
+                quarantine = context.collectives.gather_json(state.loader.quarantined())
+
+                def before_commit() -> None:
+                    self._write_quarantine(step, quarantine)
+                    context.tracker.commit(step)
+
+                metadata = checkpoint_metadata(self._stage, context, state, num_steps) | {
+                    "data_counts": total_data_counts(state.loader, state.data_counts, context.collectives),
+                    "metrics": self._metrics,
+                    "shapes": state.shapes,
+                }
+                url = state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
+                stall = time.perf_counter() - started
+                context.tracker.metrics(step, {"ckpt/stall_s": stall, "ckpt/wait_s": state.checkpoints.waited})
+                self._record_finished_saves()
+                if event.preempted:
+                    state.checkpoints.wait()
+            state.callbacks.on_checkpoint(num_steps, url)
+        state.checkpoints.check()
+
+    def on_stage_end(self, result: StageResult) -> None:
+        """Wait for the save in progress, so that a rollback does not depend on how fast the store is."""
+        step = self._stage.global_step(result.num_steps)
+        self._context.supervisor.enter("checkpoint", step)
+        self._state.checkpoints.wait()
+        self._record_finished_saves()
+        if result.num_steps == self._stage.steps:
+            if self._context.collectives.rank == 0:
+                self._context.ownership.check()
+            self._write_quarantine(step, self._context.collectives.gather_json(self._state.loader.quarantined()))
+
+    def _record_finished_saves(self) -> None:
+        """Record how long finished saves took and which checkpoints the run now keeps."""
+        store, tracker = self._state.checkpoints, self._context.tracker
+        finished = [store.written.pop(0) for _ in range(len(store.written))]
+        for step, seconds in finished:
+            tracker.metrics(step, {"ckpt/write_s": seconds})
+        if finished:
+            names, kept = [stage.name for stage in self._stage.run.stages], store.retention.kept
+            tracker.log_checkpoints([SavedWeights(i.url, i.step, names.index(i.stage)) for i in kept if i.stage])
+
+    def _write_quarantine(self, step: int, records_by_rank: list[list[dict[str, Any]]]) -> None:
+        """Write the bad samples that any rank replaced to the run's folder as JSON lines, on rank 0."""
+        records = [record for records in records_by_rank for record in records]
+        if records and self._context.collectives.rank == 0:
+            lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
+            name = f"quarantine/{self._stage.index}-{self._stage.name}-{step:08d}.jsonl"
+            url = join(self._stage.run.folder, name)
+            self._context.storage.write(url, lines)
+            self._context.tracker.artifact(name, lines)
+            log.warning("%d bad samples were replaced; see %s", len(records), url)
+
+
+def checkpoint_metadata(stage: Stage, context: RunContext, state: StageState, num_steps: int) -> dict[str, Any]:
+    """Return the metadata that checkpoints and final weights share, after `num_steps` steps of the stage."""
+    return {
+        "step": stage.global_step(num_steps),
+        "stage": stage.name,
+        "stage_step": num_steps,
+        "plan_digest": state.loader.digest,
+        "zero_stage": stage.run.engine.zero_stage,
+        "config": stage.run.model_dump(mode="json"),
+        "time_account": context.supervisor.goodput.seconds(),
+        "spikes": state.spikes.state(),
+    }

@@ -41,7 +41,7 @@ from pipeline.training.checkpoint.serialization import SavedState, TensorFile
 from pipeline.training.ownership import Ownership, Start
 
 WEIGHTS, VOCABULARY = "weights.safetensors", "vocab.txt"
-_FILE = re.compile(
+FILE = re.compile(  # names that `save_weights` writes, and of which it removes those of earlier starts
     rf"(?:{'|'.join(name.partition('.')[0] for name in (WEIGHTS, VOCABULARY, ANSWERS, CLASSES, MANIFEST))})"
     r"(?:\.(?P<start>\d{4,}-[0-9a-f]{8}))?\.(?:safetensors|txt|json)"
 )
@@ -63,11 +63,7 @@ class WeightsInfo:
     recorded: RecordedLocation
     stage: str
     step: int
-
-    @property
-    def is_checkpoint(self) -> bool:
-        """True for a step's checkpoint, False for the final weights of a stage."""
-        return parse_name(split(self.url)[1]) is not None
+    is_checkpoint: bool  # of a step; False for the final weights of a stage
 
 
 @dataclass(frozen=True)
@@ -127,18 +123,13 @@ def save_weights(
         # Delete this start's files that the commit does not name and, if it is this start's, those of earlier ones.
         used = {renamed.get(name, name) for name in (*records, MANIFEST)} if is_ours else set()
         for name in storage.list(url):
-            if (match := _FILE.fullmatch(name)) and name not in used:
+            if (match := FILE.fullmatch(name)) and name not in used:
                 writer = Start.parse(match["start"]) if match["start"] else Start(0, "")
                 if writer == start or (used and writer < start):
                     storage.delete(join(url, name))
     except StorageError as error:  # costs space, but is no reason to fail the run
         log.warning("%s: files of an unfinished attempt could not be removed: %s", url, error)
     return is_ours
-
-
-def is_file_of_weights(name: str) -> bool:
-    """Return whether `save_weights` writes files of this name, and removes those of earlier starts."""
-    return _FILE.fullmatch(name) is not None
 
 
 def finished_stage(storage: Storage, url: str) -> str:
@@ -154,8 +145,8 @@ def finished_stage(storage: Storage, url: str) -> str:
 
 def weights_info(storage: Storage, url: str) -> WeightsInfo:
     """Return the metadata of the weights that `load_weights` would read; raises as it does."""
-    with _weights_folder(storage, url) as url:
-        return WeightsInfo(**_metadata(url, read_manifest(storage, url)))
+    with _opened(storage, url) as (info, _):
+        return info
 
 
 def load_weights(storage: Storage, url: str) -> Weights:
@@ -163,40 +154,34 @@ def load_weights(storage: Storage, url: str) -> Weights:
 
     Raises CheckpointError if there are none or they are damaged.
     """
-    with _weights_folder(storage, url) as url:
-        if parse_name(split(url)[1]) is None:
-            manifest, files = read_committed(storage, url)
-            metadata, folder = _metadata(url, manifest), url  # refused before the tensors are read
+    with _opened(storage, url) as (info, manifest):
+        if not info.is_checkpoint:
+            folder, (_, files) = info.url, read_committed(storage, info.url)
             tensors = safetensors.torch.load(files[WEIGHTS])
         else:  # a checkpoint's fragments, or their moving average if there is one
-            manifest = read_manifest(storage, url)
-            versions = {name: verify(storage, url, name, record) for name, record in manifest["files"].items()}
-            metadata = _metadata(url, manifest)
-            saved = SavedState(storage, url, versions, manifest["stage_step"])
+            versions = {name: verify(storage, info.url, name, record) for name, record in manifest["files"].items()}
+            saved = SavedState(storage, info.url, versions, manifest["stage_step"])
             tensors = {
                 name: saved.read(name, "ema" if saved.holds(name, "ema") else "weight", 0, math.prod(shape)).view(shape)
                 for name, shape in manifest["shapes"].items()
             }
             # Only what `prepare` copied to the run's folder: no other file that a stored config names is read.
-            folder = split(split(url)[0])[0]
+            folder = split(split(info.url)[0])[0]
             names = [VOCABULARY, *(name for name in (ANSWERS, CLASSES) if storage.exists(join(folder, name)))]
             files = {name: storage.read(join(folder, name)) for name in names}
+        lists = [name for name in (ANSWERS, CLASSES) if name in files]
         return Weights(
-            **metadata,
+            **vars(info),
             tensors=tensors,
             vocabulary=tokens_of(files[VOCABULARY]),
             absent=frozenset(manifest.get("absent", ())),
-            choices={
-                name: Choices.from_bytes(files[name], join(folder, name))
-                for name in (ANSWERS, CLASSES)
-                if name in files
-            },
+            choices={name: Choices.from_bytes(files[name], join(folder, name)) for name in lists},
         )
 
 
 @contextmanager
-def _weights_folder(storage: Storage, url: str) -> Iterator[str]:
-    """Yield the folder of the weights that `url` refers to: itself, or the last finished stage of a run's folder.
+def _opened(storage: Storage, url: str) -> Iterator[tuple[WeightsInfo, dict[str, Any]]]:
+    """Yield metadata and manifest of the weights in the folder `url`, or in the last finished stage of that run.
 
     Raises CheckpointError if there are none, or for any error in the block, which malformed files caused.
     """
@@ -206,26 +191,23 @@ def _weights_folder(storage: Storage, url: str) -> Iterator[str]:
             f"{url}: contains no finished stage; give the folder of a run, of one of its stages or of a checkpoint"
         )
     try:
-        yield url
+        manifest, manifest_url = read_manifest(storage, url), join(url, MANIFEST)
+        stage, step = manifest.get("stage"), manifest.get("step")
+        if not isinstance(stage, str) or not isinstance(step, int):
+            raise CheckpointError(
+                f"{manifest_url} is damaged: expected a stage's name and a step, got {stage!r:.60}, {step!r:.60}"
+            )
+        folder = absolute(url).rstrip("/")  # of the run: two levels up from a stage or a checkpoint
+        (run, kind), name = split(split(folder)[0]), split(folder)[1]
+        if (kind == "stages" and _STAGE.match(name)) or (kind == "checkpoints" and parse_name(name)):
+            folder = run
+        try:
+            config, recorded = stored_config(manifest.get("config"), manifest_url, folder)
+            config.stage_named(stage)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+        yield WeightsInfo(url, config, recorded, stage, step, parse_name(split(url)[1]) is not None), manifest
     except (MomeError, AssertionError):
         raise
     except Exception as error:
         raise CheckpointError(f"{url} is damaged: {type(error).__name__}: {error}") from error
-
-
-def _metadata(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    stage, step, manifest_url = manifest.get("stage"), manifest.get("step"), join(url, MANIFEST)
-    if not isinstance(stage, str) or not isinstance(step, int):
-        raise CheckpointError(
-            f"{manifest_url} is damaged: expected a stage's name and a step, got {stage!r:.60}, {step!r:.60}"
-        )
-    folder = absolute(url).rstrip("/")  # of the run: two levels up from a stage or a checkpoint
-    (run, kind), name = split(split(folder)[0]), split(folder)[1]
-    if (kind == "stages" and _STAGE.match(name)) or (kind == "checkpoints" and parse_name(name)):
-        folder = run
-    try:
-        config, recorded = stored_config(manifest.get("config"), manifest_url, folder)
-        config.stage_named(stage)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    return {"url": url, "config": config, "recorded": recorded, "stage": stage, "step": step}

@@ -19,7 +19,7 @@ from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.objectives import head_config
 from pipeline.objectives.wpa import wpa_cost, wpa_plan
-from pipeline.training.checkpoint import save_weights
+from pipeline.training.checkpoint.weights import save_weights
 from tests.support.trial import Cell, tiny_section, trial_config
 
 TEXT = "a red circle above blsquare"  # the last word has two tokens

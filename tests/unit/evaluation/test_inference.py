@@ -17,7 +17,7 @@ from pipeline.inference import TrainedModel, load_model
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
-from pipeline.training.checkpoint import save_weights
+from pipeline.training.checkpoint.weights import save_weights
 
 
 @pytest.fixture

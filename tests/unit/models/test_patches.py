@@ -78,43 +78,29 @@ def test_forward_with_replacements_is_packed_with_one_without(vit: Any) -> None:
     assert not torch.equal(together["one"]["mim"], together["two"]["mim"])
 
 
-def test_order_and_padding_of_visible_patches_do_not_matter_to_vit(vit: Any) -> None:
-    one = ForwardInput(("tokens",), image=images())
+def test_order_and_padding_of_visible_patches_do_not_matter(vit: Any, vlmo: Any) -> None:
     order = torch.stack([torch.randperm(PATCHES) for _ in range(ROWS)])
-    read = run(vit, replace(one, visible_patches=order), "tokens")
-    torch.testing.assert_close(read, reordered(run(vit, one, "tokens"), order, 1), rtol=1e-5, atol=1e-5)
+    text, keep = torch.randint(0, 11, (ROWS, 4)), torch.tensor([[True] * 4, [True] * 3 + [False], [True] * 4])
+    one = ForwardInput(("tokens",), image=images())
+    for model, whole, before in ((vit, one, 1), (vlmo, one, 1), (vlmo, replace(one, text=text, text_keep=keep), 5)):
+        read = run(model, replace(whole, visible_patches=order), "tokens")
+        expected = reordered(run(model, whole, "tokens"), order, before)
+        torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-5)
     few, padded = torch.tensor([[3, 5]] * ROWS), torch.tensor([[3, 5, -1, -1]] * ROWS)
     outputs = [run(vit, replace(one, visible_patches=visible), "classes") for visible in (few, padded)]
     torch.testing.assert_close(outputs[0], outputs[1])
-
-
-def test_order_of_visible_patches_does_not_matter_to_vlmo(vlmo: Any) -> None:
-    order = torch.stack([torch.randperm(PATCHES) for _ in range(ROWS)])
-    text, keep = torch.randint(0, 11, (ROWS, 4)), torch.tensor([[True] * 4, [True] * 3 + [False], [True] * 4])
-    for one, before in [
-        (ForwardInput(("tokens",), image=images()), 1),
-        (ForwardInput(("tokens",), image=images(), text=text, text_keep=keep), 5),
-    ]:
-        expected = reordered(run(vlmo, one, "tokens"), order, before)
-        tokens = run(vlmo, replace(one, visible_patches=order), "tokens")
-        torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
     # Heads at selected positions equal the full forward.
-    one = ForwardInput(("itc",), image=images(), visible_patches=torch.tensor([[0, 4], [8, 2], [3, 5]]))
-    whole = vlmo({"one": replace(one, heads=("itc", "tokens"))})["one"]["itc"]
-    torch.testing.assert_close(run(vlmo, one, "itc"), whole, rtol=1e-5, atol=1e-5)
+    chosen = replace(one, heads=("itc", "tokens"), visible_patches=torch.tensor([[0, 4], [8, 2], [3, 5]]))
+    torch.testing.assert_close(run(vlmo, chosen, "itc"), run(vlmo, chosen)["itc"], rtol=1e-5, atol=1e-5)
 
 
-def test_visible_patches_are_the_ascending_complement_of_the_masked() -> None:
+def test_decoder_reads_the_ascending_complement_of_the_masked_patches(vlmo: Any) -> None:
     one = ForwardInput(("mim",), image=images(), patch_positions=torch.tensor([[7, 2, 0], [8, 3, 4], [0, 1, 2]]))
-    visible = drop_masked_patches(one, 9).visible_patches
-    assert visible.tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7], [3, 4, 5, 6, 7, 8]]  # type: ignore[union-attr]
-    none = replace(one, patch_positions=one.patch_positions[:0])  # type: ignore[index]
-    assert drop_masked_patches(none, 9).visible_patches.shape == (0, 6)  # type: ignore[union-attr]
-
-
-def test_decoder_reads_no_masked_patch(vlmo: Any) -> None:
-    one = ForwardInput(("mim",), image=images(), patch_positions=POSITIONS)
-    patches = patchify(images(), 8).clone()
+    visible: Any = drop_masked_patches(one, 9).visible_patches
+    assert visible.tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7], [3, 4, 5, 6, 7, 8]]
+    none: Any = drop_masked_patches(replace(one, patch_positions=one.patch_positions[:0]), 9)  # type: ignore[index]
+    assert none.visible_patches.shape == (0, 6)
+    one, patches = replace(one, patch_positions=POSITIONS), patchify(images(), 8).clone()
     for row, positions in enumerate(POSITIONS.tolist()):
         patches[row, positions] = 0
     painted = replace(one, image=unpatchify(patches, 8))

@@ -62,15 +62,6 @@ def test_tokens_equal_hugging_face(theirs: FlavaImageCodebook, folder: Path) -> 
     assert tokenizer.tokens == TOKENS
 
 
-def test_image_is_resized_to_eight_pixels_per_patch(folder: Path) -> None:
-    """A 14 x 14 grid of 16-pixel patches is tokenised from 112 pixels, as in BEiT."""
-    tokenizer = read_tokenizer(*read(folder))
-    small = images(16)
-    large = small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    assert tokenizer(large, 4).shape == (3, 16)
-    assert (tokenizer(large, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to the blur of smoothing
-
-
 def test_names_of_dall_e_are_read(folder: Path) -> None:
     published = {
         re.sub(r"\.weight$", ".w", re.sub(r"\.bias$", ".b", name)).replace(".group.", ".").replace(".path.", "."): t
@@ -82,27 +73,27 @@ def test_names_of_dall_e_are_read(folder: Path) -> None:
     assert torch.equal(own(images(32), 4), other(images(32), 4))
 
 
-def test_examples_are_independent_without_gradient_or_randomness(folder: Path) -> None:
-    before = torch.get_rng_state()
-    tokenizer, image = read_tokenizer(*read(folder)), images(32)
+def test_images_are_resized_and_tokenised_independently_without_gradient_or_randomness(folder: Path) -> None:
+    """A 14 x 14 grid of 16-pixel patches is tokenised from 112 pixels, as in BEiT."""
+    before, image, small = torch.get_rng_state(), images(32), images(16)
+    tokenizer, large = read_tokenizer(*read(folder)), small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
     assert torch.equal(tokenizer(image, 4), torch.cat([tokenizer(image[:1], 4), tokenizer(image[1:], 4)]))
-    assert tokenizer(image[:0], 4).shape == (0, 16)
-    assert tokenizer(image[:0], 2).shape == (0, 4)
+    shapes = [tokenizer(pixels, grid).shape for pixels, grid in ((image[:0], 4), (image[:0], 2), (large, 4))]
+    assert shapes == [(0, 16), (0, 4), (3, 16)]
+    assert (tokenizer(large, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to the blur of smoothing
 
 
 def test_file_that_is_not_a_tokenizer_is_rejected(folder: Path) -> None:
     config, weights, origin = read(folder)
-    with pytest.raises(CheckpointError, match=r"missing: blocks\.group_1"):
-        read_tokenizer(json.dumps({**json.loads(config), "num_blocks_per_group": 2}).encode(), weights, origin)
-    with pytest.raises(CheckpointError, match="another model"):
-        read_tokenizer(b'{"model_type": "beit"}', weights, origin)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        read_tokenizer(b"{", weights, origin)
+    wrong: list[tuple[bytes, str]] = [(b'{"model_type": "beit"}', "another model"), (b"{", "cannot be read")]
     for sizes in ({"vocab_size": 10**12}, {"num_blocks_per_group": 10**9}, {"hidden_size": "x"}, {"num_groups": -1}):
-        with pytest.raises(CheckpointError, match=r"config\.json"):
-            read_tokenizer(json.dumps(json.loads(config) | sizes).encode(), weights, origin)
+        wrong.append((json.dumps(json.loads(config) | sizes).encode(), r"config\.json"))
+    deeper = json.dumps(json.loads(config) | {"num_blocks_per_group": 2}).encode()
+    for changed, message in [*wrong, (deeper, r"missing: blocks\.group_1")]:
+        with pytest.raises(CheckpointError, match=message):
+            read_tokenizer(changed, weights, origin)
 
 
 def test_mutated_tokenizers_raise_only_checkpoint_errors(folder: Path) -> None:

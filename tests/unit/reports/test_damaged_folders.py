@@ -17,7 +17,7 @@ from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import open_run
 from pipeline.reports.run_report import collect_report, render_run_report
 from pipeline.tracking.locations import read_run_id
-from pipeline.training.checkpoint import load_weights, weights_info
+from pipeline.training.checkpoint.weights import load_weights, weights_info
 from tests.support.finished_run import config_of, draw, write_run
 from tests.support.full_report import fullest
 from tests.support.fuzz import fuzz_rounds, mutate

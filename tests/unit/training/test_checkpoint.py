@@ -11,7 +11,8 @@ import torch
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import PartReader, Storage
-from pipeline.training.checkpoint import COMMIT, CheckpointStore
+from pipeline.training.checkpoint.committed import COMMIT
+from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.engine import Fragment
 from tests.support.small_checkpoint import metadata, store_of
 
@@ -104,7 +105,7 @@ def test_second_save_waits_for_the_first_and_both_are_correct(store: CheckpointS
     assert store.waited > 0.2
     train(fragments)
     store.wait()
-    assert [step for step, _ in store.written()] == [1, 2]
+    assert [step for step, _ in store.written] == [1, 2]
     assert_restored(store, state(steps=1))
     storage.delete(url)
     assert_restored(store, state())

@@ -19,7 +19,7 @@ from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.resize import resize_grid, resize_relative_grid, resize_text_distances
-from pipeline.training.checkpoint import load_weights, save_weights, stage_url
+from pipeline.training.checkpoint.weights import load_weights, save_weights, stage_url
 from pipeline.training.prepare import Coverage, check_start, choose_tokenizer, load_coverage, measure_coverage
 from pipeline.training.stages import Stage, build_stage_model, load_matching, prepare_experts
 from tests.support.tiny_model import VOCABULARY, tiny_config

@@ -17,7 +17,9 @@ import torch
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage, join
-from pipeline.training.checkpoint import WEIGHTS, CheckpointStore, is_committed, read_committed, save_weights
+from pipeline.training.checkpoint.committed import is_committed, read_committed
+from pipeline.training.checkpoint.store import CheckpointStore
+from pipeline.training.checkpoint.weights import WEIGHTS, save_weights
 from pipeline.training.ownership import Ownership
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.small_checkpoint import newest_weight, save, store_of

@@ -17,7 +17,8 @@ import torch
 
 from pipeline.config.errors import StorageError, Superseded
 from pipeline.data.storage import Storage
-from pipeline.training.checkpoint import COMMIT, MANIFEST, is_committed, save_weights
+from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, is_committed
+from pipeline.training.checkpoint.weights import save_weights
 from pipeline.training.ownership import Ownership
 from tests.support.fuzz import fuzz_rounds
 from tests.support.interleaving import Disk, explore

@@ -1,4 +1,7 @@
-"""Relative positions of images and texts, and each rule for resizing positions against an independent computation."""
+"""Parts of the models: the multiway block, relative positions, and each rule for resizing positions.
+
+Attention is compared with its definition, and rules for resizing with independent computations.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,88 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.models.embeddings import RelativePositions
+from pipeline.models.multiway import Attention, MultiwayBlock
 from pipeline.models.resize import cut_text_positions, resize_grid, resize_relative_grid, resize_text_distances
 
+ROWS, LENGTH, WIDTH = 3, 5, 8
 GRID, TEXT, LAYERS, HEADS = 3, 6, 2, 2
 GRIDS = [(14, 24), (14, 30), (24, 14), (7, 12), (3, 4)]
+
+
+# ---- the multiway block
+
+
+def randomised(module: torch.nn.Module, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def test_attention_equals_its_definition_also_at_selected_queries() -> None:
+    attention = Attention(WIDTH, HEADS)
+    randomised(attention)
+    x, bias, padding = torch.randn(ROWS, LENGTH, WIDTH), torch.randn(HEADS, LENGTH, LENGTH), torch.zeros(ROWS, LENGTH)
+    padding[1, 3:] = torch.finfo(torch.float32).min / 2
+    query, key, value = (x @ part.T for part in attention.weight.split(WIDTH))
+    query, value = query + attention.query_bias, value + attention.value_bias
+    mixed = torch.zeros_like(x)
+    for row in range(ROWS):
+        for head in range(HEADS):
+            span = slice(head * WIDTH // HEADS, (head + 1) * WIDTH // HEADS)
+            products = query[row, :, span] @ key[row, :, span].T / (WIDTH // HEADS) ** 0.5
+            weights = (products + bias[head] + padding[row]).softmax(dim=-1)
+            mixed[row, :, span] = weights @ value[row, :, span]
+    whole = attention(x, bias, padding, None)
+    torch.testing.assert_close(whole, attention.projection(mixed), rtol=1e-4, atol=1e-5)
+    read = torch.tensor([[0, 4], [2, 2], [1, 0]])
+    expected = torch.stack([row[places] for row, places in zip(whole, read, strict=True)])
+    torch.testing.assert_close(attention(x, bias, padding, read), expected, rtol=1e-4, atol=1e-5)
+    padding[2] = torch.finfo(torch.float32).min / 2  # an example of only padding
+    out = attention(x, bias, padding, None)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert attention.weight.grad.isfinite().all()
+
+
+def block(layer_scale: float | None = 0.3, drop_path: float = 0.25) -> MultiwayBlock:
+    module = MultiwayBlock(8, 2, 2, ("vision", "language", "vision_language"), layer_scale, drop_path)
+    randomised(module, 0.5)
+    return module
+
+
+def test_each_span_is_processed_by_its_expert_only() -> None:
+    module, x = block(), torch.randn(2, 6, 8)
+    split = module(x, {"language": slice(0, 2), "vision": slice(2, None)})
+    for expert, span in (("language", slice(0, 2)), ("vision", slice(2, None))):
+        torch.testing.assert_close(split[:, span], module(x, {expert: slice(None)})[:, span])
+    module.zero_grad()
+    split.sum().backward()
+    idle = {name for name, parameter in module.named_parameters() if parameter.grad is None}
+    assert idle == {name for name, _ in module.named_parameters() if "vision_language" in name}
+
+
+def test_examples_drop_branches_independently_and_only_by_a_mask() -> None:
+    module, x = block(), torch.randn(4, 6, 8)
+    keep = torch.tensor([[True, True], [False, True], [True, False], [False, False]])
+    out = module(x, {"vision": slice(None)}, drop_path_mask=keep)
+    attended = x + module.attention_gamma * module.attention(module.norm(x), None, None, None) / 0.75
+    attended = torch.where(keep[:, :1, None], attended, x)
+    fed = attended + module.expert_gamma * module.experts["vision"](attended) / 0.75
+    torch.testing.assert_close(out, torch.where(keep[:, 1:, None], fed, attended))
+    assert torch.equal(out[3], x[3])
+    x, route = x[:2], {"vision": slice(None)}
+    assert torch.equal(block(drop_path=0.25)(x, route), block(drop_path=0.0)(x, route)), "it needs a mask"
+    assert torch.equal(block(None, 1.0)(x, route, drop_path_mask=torch.zeros(2, 2, dtype=torch.bool)), x)
+
+
+def test_selected_positions_equal_the_full_output() -> None:
+    module, x = block(), torch.randn(2, 6, 8)
+    bias, read = torch.randn(2, 6, 6), torch.tensor([[0, 3], [5, 1]])
+    keep = torch.tensor([[True, False], [True, True]])
+    whole = module(x, {"vision": slice(None)}, bias, None, keep)
+    chosen = module(x, {"vision": slice(None)}, bias, None, keep, read)
+    torch.testing.assert_close(chosen, torch.stack([whole[0, [0, 3]], whole[1, [5, 1]]]))
 
 
 # ---- relative positions
@@ -110,12 +191,9 @@ def test_grids_equal_keys_kernel_and_ndimage_zoom_of_order_1(old: int, new: int)
     after = resize_grid(before, new, "bicubic")
     close(after[1:], bicubic(square(before[1:]), new))
     assert torch.equal(after[0], before[0])
-    close(resize_grid(before, new, "bilinear")[1:], zoom(square(before[1:]), (new / old, new / old, 1), order=1))
-
-
-def test_a_grid_need_not_stay_square() -> None:
-    before = positions(4)
-    close(resize_grid(before, (3, 6), "bilinear")[1:], zoom(square(before[1:]), (3 / 4, 6 / 4, 1), order=1))
+    for grid in ((new, new), (new, old + 1)):  # which need not stay square
+        zoomed = zoom(square(before[1:]), (grid[0] / old, grid[1] / old, 1), order=1)
+        close(resize_grid(before, grid, "bilinear")[1:], zoomed)
 
 
 # ---- relative tables
@@ -177,19 +255,16 @@ def test_small_tables_and_equal_sizes() -> None:
 # ---- texts
 
 
-@pytest.mark.parametrize(("old", "new"), [(12, 7), (7, 12), (5, 9)])
-def test_words_keep_the_bias_of_their_distance(old: int, new: int) -> None:
-    before = torch.randn(2 * old, 4)
-    read_before, read_after = before[text_index(old)], resize_text_distances(before, new)[text_index(new)]
-    shared = min(old, new)
-    assert torch.equal(read_before[:shared, :shared], read_after[:shared, :shared])
-    if new > old:  # unknown distances have the bias of the largest known
-        assert torch.equal(read_after[1, new - 1], read_before[1, old - 1])
-        assert torch.equal(read_after[new - 1, 1], read_before[old - 1, 1])
-
-
-def test_absolute_text_positions_are_cut_but_not_extended() -> None:
-    before = positions(3)
-    assert torch.equal(cut_text_positions(before, 4), before[:4])
+def test_words_keep_the_bias_of_their_distance_and_absolute_positions_are_cut() -> None:
+    for old, new in ((12, 7), (7, 12), (5, 9)):
+        before = torch.randn(2 * old, 4)
+        read_before, read_after = before[text_index(old)], resize_text_distances(before, new)[text_index(new)]
+        shared = min(old, new)
+        assert torch.equal(read_before[:shared, :shared], read_after[:shared, :shared])
+        if new > old:  # unknown distances have the bias of the largest known
+            assert torch.equal(read_after[1, new - 1], read_before[1, old - 1])
+            assert torch.equal(read_after[new - 1, 1], read_before[old - 1, 1])
+    absolute = positions(3)
+    assert torch.equal(cut_text_positions(absolute, 4), absolute[:4])
     with pytest.raises(ConfigError, match=r"max_text_length: 11, but the weights have absolute positions of 10 tokens"):
-        cut_text_positions(before, 11)
+        cut_text_positions(absolute, 11)
