@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -22,14 +22,15 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, SourceConfig, SourceType
 from pipeline.config.stored import check_stored_url
 from pipeline.config.urls import absolute, file_name_of
+from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation import report as eval_report
-from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.evaluate import evaluate, is_collapsed
 from pipeline.evaluation.explain import alignment_examples
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.report import EvalKey, ReportData
-from pipeline.inference import build_trained_model, load_usable_weights, tokenizer_of
+from pipeline.inference import build_trained_model, load_usable_weights
 from pipeline.objectives import evaluated_source_types
 from pipeline.reports.run_folder import open_run, read_records
 from pipeline.tracking.locations import configured_uri
@@ -43,16 +44,6 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.html"  # of a run's main evaluation, with links to the others
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Result of an evaluation: what is written, printed and tracked."""
-
-    values: dict[str, Any]  # as `mome evaluate --json` prints it
-    metrics: dict[str, float]
-    data: ReportData | None  # on the first rank
-    warnings: list[str]
 
 
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
@@ -110,38 +101,48 @@ def evaluate_checkpoint(
         default_type = trained_type if trained_type in evaluated_source_types() else "pairs"
         config = _with_source(stored, source, source_type or ("labelled" if probe else default_type))
     source = source or stored.evaluation.source
-    if source is None:
-        raise ConfigError(
-            "evaluation.source: no held-out source is named; give one that no stage trains on with --source"
-        )
-    if source not in config.sources:
-        raise ConfigError(f"evaluation.source {source}: no source of this run; give one with --source")
+    if source is None or source not in config.sources:
+        fault = "no held-out source is named" if source is None else f"{source} is no source of this run"
+        raise ConfigError(f"evaluation.source: {fault}; give one that no stage trains on with --source")
     for own in stored.sources.keys() & {source, probe}:
         check_stored_url(stored.sources[own].shards, f"sources.{own}.shards")
-    section = config.sources[source]
+    section, usual = config.sources[source], config.evaluation.max_images
     manifest = load_manifest(storage, section.shards)
     total = sum(shard.samples for shard in manifest.shards)
-    most, usual = (
-        None if samples is None or samples >= total else samples
-        for samples in (limit or config.evaluation.max_images, config.evaluation.max_images)
-    )
+    most, usual = (None if count is None or count >= total else count for count in (limit or usual, usual))
     step = info.step if info.is_checkpoint else None
     is_headline = (source, most, step) == (config.evaluation.source, usual, None)
     key = EvalKey(info.stage, step, "", manifest.digest, most, section.type, is_headline)
     known_keys = [data.key for data in eval_report.load_report_data(storage, config.folder)]
     key = replace(key, name=_name(name, source, key, most != usual, stored, known_keys))
-    other = None if against is None else _evaluation_of(against, key, section.shards, storage)
+    other = None
+    if against is not None:  # the other run's headline of the same data, if it can be
+        there = eval_report.load_report_data(storage, open_run(against, storage).folder)
+        same = [data for data in there if data.key.is_of_same_data(key)]
+        if not there:
+            raise ConfigError(
+                f"--against {against}: that run was never evaluated, or by another version; "
+                f"run `mome evaluate {against}` first"
+            )
+        if not same:
+            extent = "" if key.limit is None else f" --limit {key.limit}"
+            raise ConfigError(
+                f"--against {against}: that run was not evaluated on the same data, so no figure can be compared.\n"
+                f"Here: {key.name}: {key.data}. There: {'; '.join(f'{d.key.name}: {d.key.data}' for d in there)}.\n"
+                f"Evaluate it on the same first: mome evaluate {against} --source {section.shards}{extent}"
+            )
+        other = eval_report.headline(same)
 
     config = caller.applied(config)
-    ranks = SINGLE_PROCESS if workers else ranks or ranks_here()
     if workers is None:
-        result = _evaluate(checkpoint, source, limit, rerank_best, probe, key, caller, ranks)
+        ranks = ranks or ranks_here()
+        values, data = _evaluate(checkpoint, source, limit, rerank_best, probe, key, caller, ranks)
     else:  # ranks have other working folders
         checkpoint, source = absolute(checkpoint), absolute(source) if "/" in source else source
         probe = absolute(probe) if probe and "/" in probe else probe
         work = functools.partial(_evaluate, checkpoint, source, limit, rerank_best, probe, key, caller)
-        result = on_workers(work, config, workers, "evaluation")
-    return _deliver(result, key, config, info, storage, track, other, report) if ranks.rank == 0 else None
+        values, data = on_workers(work, config, workers, "evaluation")
+    return None if data is None else _deliver(values, data, config, info, storage, track, other, report)
 
 
 def _with_source(config: RunConfig, source: str, source_type: str) -> RunConfig:
@@ -159,8 +160,8 @@ def _name(
 
     `config` is the stored one, `source` one of its sources or a URL. Raises ConfigError for a `name` that is taken.
     """
-    of_same_weights = [k for k in known if (k.stage, k.step) == (key.stage, key.step)]
-    taken = {k.name for k in of_same_weights if not k.is_of_same_data(key)}
+    weights = (key.stage, key.step)
+    taken = {k.name for k in known if (k.stage, k.step) == weights and not k.is_of_same_data(key)}
     taken |= {other for other, own in config.sources.items() if source not in (other, own.shards)}
     if name is not None:
         if not NAME.fullmatch(name):
@@ -176,17 +177,9 @@ def _name(
         base = re.sub(r"[^A-Za-z0-9_.-]+", "-", source.rstrip("/").rpartition("/")[2])[:100].strip("-._") or "source"
     if is_limited:
         base += "-all" if key.limit is None else f"-first-{key.limit}"
-    differs_in_type = any((k.name, k.digest) == (base, key.digest) for k in of_same_weights)
-    apart = f"{base}-{key.source_type}" if differs_in_type else f"{base}-{key.digest[:8]}"
-    candidates = (base, apart, f"{base}-{key.source_type}-{key.digest[:8]}", f"{base}-{key.source_type}-{key.digest}")
+    typed = f"{base}-{key.source_type}"
+    candidates = (base, f"{base}-{key.digest[:8]}", f"{typed}-{key.digest[:8]}", f"{typed}-{key.digest}")
     return next((candidate for candidate in candidates if candidate not in taken), candidates[-1])
-
-
-def _label(key: EvalKey, config: RunConfig) -> str:
-    """Return a part of the report's name: what was evaluated, and the weights unless they are the run's last."""
-    stage = [] if key.stage == config.stages[-1].name else [key.stage]
-    step = [] if key.step is None else [f"step-{key.step}"]
-    return file_name_of("@".join([key.name, *stage, *step]))
 
 
 def _evaluate(
@@ -198,19 +191,17 @@ def _evaluate(
     key: EvalKey,
     caller: Caller,
     ranks: Ranks,
-) -> EvalResult:
-    """Evaluate on this rank; all ranks call it and get the same metrics, only rank 0 builds the report data."""
+) -> tuple[dict[str, Any], ReportData | None]:
+    """Evaluate on this rank; all ranks call it and get the same values, and rank 0 the report's data."""
     storage, device = caller.store(), device_of(ranks)
     weights = load_usable_weights(storage, checkpoint)
     config = _with_source(weights.config, source, key.source_type)
     if probe is not None:
         config = _with_source(config, probe, "labelled")
-    tokenizer = tokenizer_of(weights)
+    tokenizer = Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase)
     model = build_trained_model(weights).to(device)
     others = {}  # finished earlier stages, which evaluate the objectives that only they trained
-    for index, stage in enumerate(config.stages):
-        if stage.name == weights.stage:
-            break
+    for index, stage in enumerate(config.stages[: config.stages.index(config.stage_named(weights.stage))]):
         if is_committed(storage, url := stage_url(config, index)):
             others[stage.name] = build_trained_model(load_usable_weights(storage, url)).to(device)
     result = evaluate(
@@ -234,41 +225,12 @@ def _evaluate(
         alignments = alignment_examples(model, tokenizer, result.held_out, config, config.stage_named(result.stage))
         data = eval_report.build_report_data(result, config, tokenizer, alignments, key)
     result.held_out.close()
-    warnings = []
-    if result.trained_on:
-        stages = ", ".join(result.trained_on)
-        warnings.append(f"source '{result.source}' was trained on (stages: {stages}): these results are not held-out")
-    if result.itm is not None and result.itm.is_collapsed:
-        warnings.append(
-            f"matching has collapsed: {100 * result.itm.accuracy_matched:.0f} % of the true pairs and "
-            f"{100 * result.itm.accuracy_mismatched:.0f} % of the mismatched ones are classified correctly; "
-            "train longer, or check that the stage started from the weights it should have"
-        )
-    return EvalResult(result.to_json(), result.metrics(), data, warnings)
-
-
-def _evaluation_of(run: str, key: EvalKey, shards: str, storage: Storage) -> ReportData:
-    """Return what another run has of the same data: of its headline if it can be. Raises ConfigError if it has none."""
-    evaluations = eval_report.load_report_data(storage, open_run(run, storage).folder)
-    if not evaluations:
-        raise ConfigError(
-            f"--against {run}: that run was never evaluated, or by another version; run `mome evaluate {run}` first"
-        )
-    same = [data for data in evaluations if data.key.is_of_same_data(key)]
-    if same:
-        return eval_report.headline(same)
-    available = "; ".join(f"{data.key.name}: {data.key.data}" for data in evaluations)
-    raise ConfigError(
-        f"--against {run}: that run was not evaluated on the same data, so that no figure can be compared.\n"
-        f"Here: {key.name}: {key.data}. There: {available}.\n"
-        f"Evaluate it on the same first: mome evaluate {run} --source {shards}"
-        + ("" if key.limit is None else f" --limit {key.limit}")
-    )
+    return result.to_json(), data
 
 
 def _deliver(
-    result: EvalResult,
-    key: EvalKey,
+    values: dict[str, Any],
+    data: ReportData,
     config: RunConfig,
     info: WeightsInfo,
     storage: Storage,
@@ -277,17 +239,30 @@ def _deliver(
     report: Path | None,
 ) -> dict[str, Any]:
     """Log warnings, store the results next to the weights, and track the metrics at the step of the weights."""
-    data = result.data
-    assert data is not None
-    for warning in result.warnings:
-        log.warning("%s", warning)
+    if data.trained_on:
+        message = "source '%s' was trained on (stages: %s): these results are not held-out"
+        log.warning(message, data.key.name, ", ".join(data.trained_on))
+    if values["itm"] and is_collapsed(values["itm"]):
+        log.warning(
+            "matching has collapsed: %.0f %% of the true pairs and %.0f %% of the mismatched ones are classified "
+            "correctly; train longer, or check that the stage started from the weights it should have",
+            100 * values["itm"]["accuracy_matched"],
+            100 * values["itm"]["accuracy_mismatched"],
+        )
+
+    def label(key: EvalKey) -> str:
+        """Return a part of the report's name: what was evaluated, and the weights unless they are the run's last."""
+        stage = [] if key.stage == config.stages[-1].name else [key.stage]
+        step = [] if key.step is None else [f"step-{key.step}"]
+        return file_name_of("@".join([key.name, *stage, *step]))
+
     stages = read_records(config, storage).stages
     curves = {stage.name: [(step, loss) for _, step, loss in stage.series("train/loss")] for stage in stages}
     page = eval_report.render_report(data, config, curves, other).encode()
     try:
         eval_report.save_report_data(storage, config.folder, data)
         evaluations = eval_report.load_report_data(storage, config.folder)
-        links = [(evaluation, quote(f"report-{_label(evaluation.key, config)}.html")) for evaluation in evaluations]
+        links = [(evaluation, quote(f"report-{label(evaluation.key)}.html")) for evaluation in evaluations]
         main_page = eval_report.render_report(eval_report.headline(evaluations), config, curves, links=links)
         storage.write(join(config.folder, REPORT), main_page.encode())
     except StorageError as error:
@@ -295,7 +270,7 @@ def _deliver(
             raise
         log.warning("the results could not be stored next to the weights: %s", error)
     if report is None:
-        path = join(config.folder, f"report-{_label(key, config)}.html")
+        path = join(config.folder, f"report-{label(data.key)}.html")
         storage.write(path, page)
         log.info("writing the results of %s to %s", info.url, config.folder)
     else:
@@ -309,9 +284,9 @@ def _deliver(
         track = reason is None
     if track:
         tracker = Tracker.open(config, storage)
-        tracker.metrics(info.step, result.metrics)
-        tracker.artifact(f"evaluation/{key.name}/{REPORT}", page)
+        tracker.metrics(info.step, {f"eval/{data.key.name}/{name}": value for name, value in data.metrics.items()})
+        tracker.artifact(f"evaluation/{data.key.name}/{REPORT}", page)
         if not storage.exists(join(config.folder, RUN_FILE)):  # weights without a run: nothing else would ever end it
             tracker.finish()
         tracker.close(timeout=60)
-    return result.values | {"report": path}
+    return values | {"report": path}

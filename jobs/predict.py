@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jobs.caller import Caller
 from jobs.configs import source_types
 from jobs.console import PLAIN_SECONDS, notify, poll, write_output
@@ -20,7 +22,8 @@ from pipeline.data.storage import join
 from pipeline.evaluation.embedding import DONE, Embedder, embed_shards
 from pipeline.evaluation.explain import explain, render_explanation, untrained_notes
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
-from pipeline.inference import build_trained_model, load_model, load_usable_weights, read_image, tokenizer_of
+from pipeline.evaluation.retrieval import Predictor
+from pipeline.inference import load_model
 from pipeline.objectives import modules_for
 from pipeline.training.checkpoint.committed import COMMIT
 from pipeline.training.checkpoint.weights import weights_info
@@ -57,20 +60,18 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     if not out.endswith(FORMATS):
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
     storage = caller.store()
-    weights = load_usable_weights(storage, checkpoint.rstrip("/"))
-    config, stage = weights.config, weights.config.stage_named(weights.stage)
-    model = build_trained_model(weights)
-    if modules_for(model, "wpa", "pairs") is None:
+    trained = load_model(checkpoint, storage, "cpu")
+    config, stage = trained.config, trained.stage
+    if modules_for(trained.model, "wpa", "pairs") is None:
         able = ", ".join(kind for kind in MODEL_SECTIONS if source_types(kind)["wpa"])
         raise ConfigError(
             f"{checkpoint}: a model of kind '{config.model.kind}' does not read words and patches together; "
             f"give a checkpoint of one that does ({able})"
         )
-    tokenizer = tokenizer_of(weights)
-    pixels = read_image(image, storage, config.data.max_pixels)
-    explanation = explain(model, tokenizer, pixels, text, stage.max_text_length)
-    notes = untrained_notes(config, weights.stage)
-    heading = f"{weights.url}, stage {weights.stage}, step {weights.step}"
+    pixels = torch.from_numpy(trained.pixels(image).copy())
+    explanation = explain(trained.model, trained.tokenizer, pixels, text, stage.max_text_length)
+    notes = untrained_notes(config, stage.name)
+    heading = f"{trained.url}, stage {stage.name}, step {trained.step}"
     write_output(storage, out, render_explanation(explanation, text, heading, notes, Path(out).suffix), "--out")
     words = []
     for word in explanation.words:
@@ -117,10 +118,8 @@ def embed(
 def _embed(shards: str, checkpoint: str, out: str, caller: Caller, ranks: Ranks) -> dict[str, Any]:
     """Embed on this rank; all ranks call it."""
     storage = caller.store()
-    weights = load_usable_weights(storage, checkpoint)
-    config, stage = weights.config, weights.config.stage_named(weights.stage)
-    tokenizer = tokenizer_of(weights)
-    digest = hashlib.sha256(storage.read(join(weights.url, COMMIT))).hexdigest()
-    embedder = Embedder(build_trained_model(weights).to(device_of(ranks)), tokenizer, config, stage, digest)
-    result = embed_shards(embedder, storage, shards, out, ranks, config.data.max_bad_rate)
-    return {"out": out, "checkpoint": weights.url, **asdict(result)}
+    trained = load_model(checkpoint, storage, device_of(ranks))
+    digest = hashlib.sha256(storage.read(join(trained.url, COMMIT))).hexdigest()
+    predictor = Predictor(trained.model, trained.tokenizer, trained.config.evaluation.batch_size)
+    embedder = Embedder(predictor, trained.config, trained.stage, digest)
+    return {"out": out, "checkpoint": trained.url, **embed_shards(embedder, storage, shards, out, ranks)}

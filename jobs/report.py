@@ -106,23 +106,22 @@ def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Cal
 
 
 def as_table(comparison: Comparison) -> str:
-    """Return two tables: the config keys that differ, and all results; `*` marks results that differ."""
+    """Return two tables: the config keys that differ, and all results; `*` marks results that differ.
 
-    def shorten(text: str) -> str:
-        """Keep the end of a long text, in which paths differ."""
-        return text if len(text) <= MAX_CHARACTERS else f"…{text[1 - MAX_CHARACTERS :]}"
-
+    Of a long text the end is kept, in which paths differ.
+    """
     runs = comparison.runs
-    config = [["", "config", *map(shorten, runs)]]
-    for path, values in comparison.config.items():
-        texts = {run: value if isinstance(value, str) else json.dumps(value) for run, value in values.items()}
-        config.append(["", path, *(shorten(texts[run]) if run in texts else "(no such key)" for run in runs)])
+    config, results = [["", "config", *runs]], [["", "results", *runs]]
+    for path, settings in comparison.config.items():
+        texts = {run: value if isinstance(value, str) else json.dumps(value) for run, value in settings.items()}
+        config.append(["", path, *(texts.get(run, "(no such key)") for run in runs)])
     if not comparison.config:
         config.append(["", "no key differs", *("" for _ in runs)])
-    results = [["", "results", *map(shorten, runs)]]
     for group, rows in comparison.results.items():
         results.append(["", f"{group}:", *("" for _ in runs)])
-        for row in rows:
-            cells = ["-" if v is None else shorten(v if isinstance(v, str) else significant(v)) for v in row.values]
-            results.append(["*" if row.differs else "", f"  {row.name}", *cells])
+        for name, values in rows.items():
+            cells = ["-" if v is None else v if isinstance(v, str) else significant(v) for v in values]
+            results.append(["*" if any(v != values[0] for v in values) else "", f"  {name}", *cells])
+    for row in (*config, *results):
+        row[2:] = [t if len(t) <= MAX_CHARACTERS else f"…{t[1 - MAX_CHARACTERS :]}" for t in row[2:]]
     return f"{aligned(config)}\n\n{aligned(results)}"

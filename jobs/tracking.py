@@ -67,7 +67,7 @@ def register_checkpoint(
         done = register(
             server, locations.experiment_name(config), name, alias, run=locations.read_run_id(config, storage),
             stage_index=config.stages.index(stage), step=weights.step,
-            outputs=pyfunc_outputs(drop_untrained_objectives(weights)),
+            outputs=pyfunc_outputs(drop_untrained_objectives(weights).config.stage_named(weights.stage), weights.url),
             params={"stage": stage.name, "step": step, "model": config.model.kind},
             tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": step},
             loader_module="pipeline.inference", data_path=folder, code_paths=[str(PACKAGE)],

@@ -21,7 +21,7 @@ import itertools
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from pipeline.data.contents.text import CLS, MASK, SEP, SPECIALS, Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import NotFound, Storage
 from pipeline.evaluation.datasets import collate_inputs
-from pipeline.evaluation.retrieval import contrastive_features, embed_images, embed_texts, run_forward
+from pipeline.evaluation.retrieval import FusedHead, Predictor, contrastive_features, run_forward
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import Head
 from pipeline.models.model import Model
@@ -70,15 +70,26 @@ def load_model(
     is where the model runs (default: the GPU if there is one). Raises CheckpointError for a folder without complete
     weights, TrackingError where MLflow has no such model.
     """
-    storage = storage or Storage()
-    url = str(source).rstrip("/")
-    if not url.startswith("models:/"):
-        return TrainedModel.from_weights(load_usable_weights(storage, url), storage, device)
-    from pipeline.tracking.mlflow_models import download_weights
+    storage, url = storage or Storage(), str(source).rstrip("/")
+    if url.startswith("models:/"):
+        from pipeline.tracking.mlflow_models import download_weights
 
-    with tempfile.TemporaryDirectory() as folder:
-        weights = load_usable_weights(storage, download_weights(url, Path(folder), tracking_uri))
-    return TrainedModel.from_weights(replace(weights, url=url), storage, device)
+        with tempfile.TemporaryDirectory() as folder:
+            weights = load_usable_weights(storage, download_weights(url, Path(folder), tracking_uri))
+        weights = replace(weights, url=url)
+    else:
+        weights = load_usable_weights(storage, url)
+    config, stage = weights.config, weights.config.stage_named(weights.stage)
+    return TrainedModel(
+        model=build_trained_model(weights).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(),
+        tokenizer=Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase),
+        config=config.for_stage(stage),
+        stage=stage,
+        choices=weights.choices,
+        storage=storage,
+        url=weights.url,
+        step=weights.step,
+    )
 
 
 def load_usable_weights(storage: Storage, url: str) -> Weights:
@@ -98,9 +109,8 @@ def drop_untrained_objectives(weights: Weights) -> Weights:
         for name, tensor in model.state_dict().items()
         if name not in weights.tensors or weights.tensors[name].shape != tensor.shape
     } & set(model.HEAD_PARTS)
-    dropped = [
-        o for o in stage.objectives if (modules_for(model, o, config.source_type_of(stage)) or frozenset()) & lacking
-    ]
+    source_type = config.source_type_of(stage)
+    dropped = [o for o in stage.objectives if (modules_for(model, o, source_type) or frozenset()) & lacking]
     if not dropped:
         return weights
     log.warning("%s: no complete head for %s; these objectives are left out", weights.url, ", ".join(dropped))
@@ -121,10 +131,6 @@ def build_trained_model(weights: Weights) -> Model:
     return model
 
 
-def tokenizer_of(weights: Weights) -> Tokenizer:
-    return Tokenizer(weights.vocabulary or SPECIALS, weights.config.tokenizer.lowercase)
-
-
 NO_TEXT, TEXT, MASKED_TEXT = "no text", "a text", f"a text with {MASK}"
 # The head of each objective's prediction, and its inputs: in words, the number of images, and the kind of text.
 _PREDICTIONS: dict[str, tuple[Head, str, tuple[int, ...], str]] = {
@@ -138,6 +144,7 @@ _PREDICTIONS: dict[str, tuple[Head, str, tuple[int, ...], str]] = {
 }
 
 
+@dataclass(frozen=True)
 class TrainedModel:
     """A stage's model with the tokenizer, config and answer lists that give its outputs their meaning.
 
@@ -145,69 +152,50 @@ class TrainedModel:
     the stage was not trained for and for a text without a token, DataError for an image that cannot be decoded.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        tokenizer: Tokenizer,
-        config: RunConfig,
-        stage: StageConfig,
-        choices: Mapping[str, Choices],
-        storage: Storage | None = None,
-        url: str = "",
-    ):
-        self.model, self.tokenizer, self.choices, self.url = model, tokenizer, choices, url
-        self.config, self.stage, self.storage = config.for_stage(stage), stage, storage or Storage()
-
-    @classmethod
-    def from_weights(
-        cls, weights: Weights, storage: Storage | None = None, device: str | torch.device | None = None
-    ) -> TrainedModel:
-        """Build the model on `device` (default: the GPU if there is one)."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        stage = weights.config.stage_named(weights.stage)
-        model = build_trained_model(weights).to(device).eval()
-        return cls(model, tokenizer_of(weights), weights.config, stage, weights.choices, storage, weights.url)
+    model: Model
+    tokenizer: Tokenizer
+    config: RunConfig  # with the stage's image size (`for_stage`)
+    stage: StageConfig
+    choices: Mapping[str, Choices]
+    storage: Storage = field(default_factory=Storage)
+    url: str = ""
+    step: int = 0
 
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (N, D) in the space shared with `encode_texts`."""
         self._require("itc", "embeddings")
-        vectors = []
-        for rows in _batches(len(images), batch_size):
-            pixels = torch.from_numpy(np.stack([self._pixels(image) for image in images[rows]]))
-            vectors.append(embed_images(self.model, pixels, batch_size))
-        return torch.cat(vectors)
+        predictor = Predictor(self.model, self.tokenizer, batch_size)
+        batches = (np.stack([self.pixels(image) for image in images[rows]]) for rows in _batches(images, batch_size))
+        return torch.cat([predictor.embed_images(torch.from_numpy(batch)) for batch in batches])
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (M, D) in the space shared with `encode_images`."""
         self._require("itc", "embeddings")
-        return embed_texts(self.model, [self._tokenize(text) for text in texts], self.tokenizer.pad_id, batch_size)
+        predictor = Predictor(self.model, self.tokenizer, batch_size)
+        return predictor.embed_texts([self.tokenize(text) for text in texts])
 
     def score_pairs(self, images: Sequence[ImageInput], texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return the probability (P,) that each image matches the text at the same index.
 
-        A model fine-tuned for ranking returns its ranking scores instead. Without either objective, compare
-        `encode_images` with `encode_texts`.
+        A model fine-tuned for ranking, and not for itm, returns its ranking scores instead. Without either objective,
+        compare `encode_images` with `encode_texts`.
         """
         if len(images) != len(texts):
             raise ValueError(f"score_pairs got {len(images)} images and {len(texts)} texts; give one text per image")
-        head: Head = "ranking" if "ranking" in self.stage.objectives else "itm"
+        head: FusedHead = "ranking" if {"ranking", "itm"} & self.stage.objectives.keys() == {"ranking"} else "itm"
         self._require(head, "pair scores")
         results = []
-        for rows in _batches(len(images), batch_size):
-            results.append(self._score([self._pixels(image) for image in images[rows]], texts[rows], head))
+        for rows in _batches(images, batch_size):
+            token_ids, pixels = map(self.tokenize, texts[rows]), [(self.pixels(image),) for image in images[rows]]
+            pairs = collate_inputs(pixels, list(token_ids), self.tokenizer.pad_id, self.config.model, head)
+            scores = run_forward(self.model, pairs)[head].float().cpu()
+            results.append(scores if head == "ranking" else (scores[:, 1] - scores[:, 0]).sigmoid())
         return torch.cat(results)
-
-    def _score(self, pixels: Sequence[np.ndarray], texts: Sequence[str], head: Head) -> Tensor:
-        token_ids = [self._tokenize(text) for text in texts]
-        images = [(image,) for image in pixels]
-        pairs = collate_inputs(images, token_ids, self.tokenizer.pad_id, self.config.model, head)
-        scores = run_forward(self.model, pairs)[head].float().cpu()
-        return scores if head == "ranking" else (scores[:, 1] - scores[:, 0]).sigmoid()
 
     def answer(self, image: ImageInput, question: str, top_k: int = 5) -> dict[str, float]:
         """Return the `top_k` most probable answers to a question about an image, the best first."""
         self._require("vqa", "answers")
-        answers: dict[str, float] = self._predict("vqa", (self._pixels(image),), question, top_k)["answers"]
+        answers: dict[str, float] = self._predict("vqa", (self.pixels(image),), question, top_k)["answers"]
         return answers
 
     def fill_masks(self, text: str, image: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]:
@@ -216,7 +204,7 @@ class TrainedModel:
         The image is read only by a stage that trained masked language modelling with images.
         """
         self._require("mlm", "masked words")
-        pixels = () if image is None else (self._pixels(image),)
+        pixels = () if image is None else (self.pixels(image),)
         words: list[dict[str, float]] = self._predict("mlm", pixels, text, top_k)["words"]
         return words
 
@@ -225,7 +213,7 @@ class TrainedModel:
 
         Raises ConfigError listing the inputs that each prediction needs, if there is none.
         """
-        pixels = tuple(self._pixels(image) for image in images)
+        pixels = tuple(self.pixels(image) for image in images)
         kind = NO_TEXT if text is None else MASKED_TEXT if MASK in text else TEXT
         trained = [objective for objective in self.stage.objectives if objective in _PREDICTIONS]
         predictions: Prediction = {}
@@ -251,10 +239,9 @@ class TrainedModel:
             if self.config.source_type_of(self.stage) != "pairs":
                 pixels = ()
         else:
-            ids = [] if text is None else self._tokenize(text)
-        inputs = collate_inputs(
-            [pixels] if pixels else [], [ids] if ids else [], self.tokenizer.pad_id, self.config.model, head
-        )
+            ids = [] if text is None else self.tokenize(text)
+        images, token_ids = [pixels] if pixels else [], [ids] if ids else []
+        inputs = collate_inputs(images, token_ids, self.tokenizer.pad_id, self.config.model, head)
         if objective == "itc":  # the mean cosine of the contrastive heads, from -1 to 1
             of_image = contrastive_features(self.model, replace(inputs, text=None, text_keep=None))
             of_text = contrastive_features(self.model, replace(inputs, image=None, image_size=None))
@@ -295,6 +282,30 @@ class TrainedModel:
             raise ConfigError(f"the text {text!r} has no {MASK}; write {MASK} in the place of each hidden word")
         return ids, positions
 
+    def pixels(self, image: ImageInput) -> np.ndarray:
+        """Return an image as the model reads it, (H, W, 3) uint8. Raises ConfigError or DataError that names it."""
+        if isinstance(image, pil.Image):
+            image = np.array(image.convert("RGB"))
+        elif not isinstance(image, np.ndarray):
+            name = "the image" if isinstance(image, bytes) else f"image {image}"
+            try:
+                data = image if isinstance(image, bytes) else self.storage.read(str(image))
+                image = decode(data, self.config.data.max_pixels)
+            except NotFound as error:
+                raise ConfigError(f"{name}: no such file; give the path or URL of a JPEG, PNG or WebP file") from error
+            except BadSample as bad:
+                raise DataError(f"{name}: {bad}; give a JPEG, PNG or WebP file") from bad
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ConfigError(f"an image of shape {image.shape}, {image.dtype}; expected (height, width, 3) uint8")
+        return resize_for(image, self.config.model)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return token ids [CLS] … [SEP]. Raises ConfigError where no token is left."""
+        ids = self.tokenizer.encode(text, self.stage.max_text_length).ids
+        if len(ids) <= 2:
+            raise ConfigError(f"no token is left of the text {text!r:.60}; give at least one word")
+        return ids
+
     def _require(self, objective: str, purpose: str) -> None:
         if objective not in self.stage.objectives:
             raise ConfigError(
@@ -302,27 +313,11 @@ class TrainedModel:
                 f"trained for {', '.join(self.stage.objectives)}; give the checkpoint of a stage with {objective}"
             )
 
-    def _pixels(self, image: ImageInput) -> np.ndarray:
-        """Return the image as the model reads it."""
-        if isinstance(image, pil.Image):
-            image = np.array(image.convert("RGB"))
-        elif not isinstance(image, np.ndarray):
-            image = read_image(image, self.storage, self.config.data.max_pixels)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ConfigError(f"an image of shape {image.shape}, {image.dtype}; expected (height, width, 3) uint8")
-        return resize_for(image, self.config.model)
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, self.stage.max_text_length).ids
-        if len(ids) <= 2:
-            raise ConfigError(f"no token is left of the text {text!r:.60}; give at least one word")
-        return ids
-
-
-def _batches(num_images: int, size: int) -> Iterator[slice]:
-    if num_images == 0:
+def _batches(images: Sequence[ImageInput], size: int) -> Iterator[slice]:
+    if not images:
         raise ValueError("no images are given; give at least one")
-    return (slice(start, start + size) for start in range(0, num_images, size))
+    return (slice(start, start + size) for start in range(0, len(images), size))
 
 
 def _top(probabilities: Tensor, names: Sequence[str], k: int) -> dict[str, float]:
@@ -330,40 +325,27 @@ def _top(probabilities: Tensor, names: Sequence[str], k: int) -> dict[str, float
     return {names[n]: round(p, 6) for n, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
 
 
-def read_image(image: str | Path | bytes, storage: Storage, max_pixels: int) -> np.ndarray:
-    """Return the pixels (H, W, 3) uint8 of an encoded file. Raises ConfigError or DataError that names it."""
-    name = "the image" if isinstance(image, bytes) else f"image {image}"
-    try:
-        return decode(image if isinstance(image, bytes) else storage.read(str(image)), max_pixels)
-    except NotFound as error:
-        raise ConfigError(f"{name}: no such file; give the path or URL of a JPEG, PNG or WebP file") from error
-    except BadSample as bad:
-        raise DataError(f"{name}: {bad}; give a JPEG, PNG or WebP file") from bad
-
-
 # MLflow's pyfunc ------------------------------------------------------------------------------------------------------
 
 EMBEDDINGS, MATCHED = ("image_embedding", "text_embedding", "similarity"), "matched"
 
 
-def pyfunc_outputs(weights: Weights) -> tuple[str, ...]:
+def pyfunc_outputs(stage: StageConfig, url: str) -> tuple[str, ...]:
     """Return the columns of a registered model's answers. Raises ConfigError if these weights give none."""
-    objectives = weights.config.stage_named(weights.stage).objectives
-    columns = (*(EMBEDDINGS if "itc" in objectives else ()), *((MATCHED,) if "itm" in objectives else ()))
+    columns = (*(EMBEDDINGS if "itc" in stage.objectives else ()), *((MATCHED,) if "itm" in stage.objectives else ()))
     if not columns:
         raise ConfigError(
-            f"{weights.url}: stage {weights.stage} was trained for {', '.join(objectives)}; retrieval embeddings need "
+            f"{url}: stage {stage.name} was trained for {', '.join(stage.objectives)}; retrieval embeddings need "
             "itc, matching scores need itm. Give a stage that has one of them"
         )
     return columns
 
 
+@dataclass(frozen=True)
 class PyfuncModel:
     """A trained model behind MLflow's `pyfunc` interface: a data frame in, a data frame out."""
 
-    def __init__(self, weights: Weights):
-        self.outputs = pyfunc_outputs(weights)
-        self.trained = TrainedModel.from_weights(weights)
+    trained: TrainedModel
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return one row for each row of `model_input`, whose columns are `image` (bytes of a file) and `text`.
@@ -374,9 +356,10 @@ class PyfuncModel:
         """
         import pandas as pd
 
-        columns = [name for name in self.outputs if name != MATCHED or (params or {}).get("itm", True)]
-        results: dict[str, list[Any]] = {name: [None] * len(model_input) for name in columns}
         trained = self.trained
+        outputs = pyfunc_outputs(trained.stage, trained.url)
+        columns = [name for name in outputs if name != MATCHED or (params or {}).get("itm", True)]
+        results: dict[str, list[Any]] = {name: [None] * len(model_input) for name in columns}
         for start in range(0, len(model_input), BATCH_SIZE):
             frame = model_input.iloc[start : start + BATCH_SIZE]
             images: dict[int, np.ndarray] = {}  # by row, resized: originals may have many megapixels
@@ -387,29 +370,27 @@ class PyfuncModel:
                     continue
                 try:
                     if column == "image":
-                        images[row] = trained._pixels(bytes(value))
+                        images[row] = trained.pixels(bytes(value))
                     else:
                         texts[row] = str(value)
-                        trained._tokenize(texts[row])  # fails for a text without a token
+                        trained.tokenize(texts[row])  # fails for a text without a token
                 except (ConfigError, DataError) as error:
                     raise DataError(f"row {row}: {error}") from error
             paired = [row for row in images if row in texts]
             if "similarity" in columns:
-                pixels = torch.from_numpy(np.stack(list(images.values()))) if images else None
-                image_vectors = () if pixels is None else embed_images(trained.model, pixels, BATCH_SIZE)
-                image_of = dict(zip(images, image_vectors, strict=True))
-                text_of = dict(zip(texts, trained.encode_texts(list(texts.values())) if texts else (), strict=True))
+                image_of = dict(zip(images, trained.encode_images([*images.values()]) if images else (), strict=True))
+                text_of = dict(zip(texts, trained.encode_texts([*texts.values()]) if texts else (), strict=True))
                 for name, vectors in (("image_embedding", image_of), ("text_embedding", text_of)):
                     for row, vector in vectors.items():
                         results[name][row] = vector.tolist()
                 for row in paired:
                     results["similarity"][row] = float(image_of[row] @ text_of[row])
             if MATCHED in columns and paired:
-                scores = trained._score([images[row] for row in paired], [texts[row] for row in paired], "itm")
+                scores = trained.score_pairs([images[n] for n in paired], [texts[n] for n in paired])
                 for row, score in zip(paired, scores.tolist(), strict=True):
                     results[MATCHED][row] = score
         return pd.DataFrame(results, index=model_input.index, dtype=object)
 
 
 def _load_pyfunc(path: str) -> PyfuncModel:
-    return PyfuncModel(load_usable_weights(Storage(), path))
+    return PyfuncModel(load_model(path))

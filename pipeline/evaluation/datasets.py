@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig
+from pipeline.config.schema import RunConfig, StageConfig, TransformerConfig
 from pipeline.data.contents import members as contents
 from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.text import Tokenizer, Tokens
@@ -32,7 +33,6 @@ from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_on_all_ranks
-from pipeline.evaluation.retrieval import Images, pad_token_ids
 from pipeline.models.forward import ForwardInput, Head
 
 DECODED_BYTES = 256 * 2**20  # cache of decoded images: all of a small source, the most recent of a large one
@@ -84,13 +84,16 @@ class StoredImages:
         return torch.from_numpy(on_one_canvas(images)[0])[torch.from_numpy(inverse)]
 
 
+Images = Tensor | StoredImages  # (N, H, W, 3) uint8
+
+
 @dataclass(frozen=True)
 class EvalPairs:
     """Held-out pairs. The captions of an image follow each other, in the order of the images."""
 
     skipped: dict[str, int]  # unusable samples by reason
     digest: str  # of the manifest
-    images: Images = field(default_factory=lambda: torch.zeros(0, 0, 0, 3, dtype=torch.uint8))  # (N, H, W, 3) uint8
+    images: Images = field(default_factory=lambda: torch.zeros(0, 0, 0, 3, dtype=torch.uint8))
     captions: tuple[tuple[str, ...], ...] = ()  # of each image
     tokens: tuple[Tokens, ...] = ()  # (M)
     caption_of: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (M,): image of each caption
@@ -138,18 +141,16 @@ def load_pairs(
     start, stop = ranks.shares(total if limit is None else min(limit, total))[ranks.rank]
 
     def read() -> tuple[list[tuple[Any, ...]], Counter[str]]:
-        pairs: list[tuple[Any, ...]] = []
-        skipped: Counter[str] = Counter()
+        pairs, skipped = list[tuple[Any, ...]](), Counter[str]()
         for position, sample in enumerate(iter_samples(storage, opened, start, stop), start):
             try:
                 with judging("members"):
                     captions = tuple(contents.captions_of(sample.members))
                     tokens = _encode(captions, tokenizer, max_text_length)
                     size = stored.load(position, sample).shape[:2]
+                pairs.append((position, sample.key, captions, tokens, sample.image_id, size))
             except BadSample as bad:
                 skipped[str(bad)] += 1
-                continue
-            pairs.append((position, sample.key, captions, tokens, sample.image_id, size))
         return pairs, skipped
 
     parts = run_on_all_ranks(ranks, read)
@@ -183,13 +184,12 @@ def _encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> list
 def check_skipped(source: str, used: int, skipped: Counter[str], max_bad_rate: float) -> None:
     """Raise DataError when no sample was usable, or more were left out than the rate allows."""
     bad = skipped.total()
-    if used and bad <= max(1, max_bad_rate * (used + bad)):
-        return
-    reasons = "; ".join(f"{reason} ({count})" for reason, count in skipped.most_common(3)) or "it is empty"
-    raise DataError(
-        f"evaluation source '{source}': {bad} of {used + bad} samples are bad: {reasons}. "
-        "Repair or rebuild its shards, or raise data.max_bad_rate"
-    )
+    if not used or bad > max(1, max_bad_rate * (used + bad)):
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in skipped.most_common(3)) or "it is empty"
+        raise DataError(
+            f"evaluation source '{source}': {bad} of {used + bad} samples are bad: {reasons}. "
+            "Repair or rebuild its shards, or raise data.max_bad_rate"
+        )
 
 
 class LabelledEvalSet:
@@ -207,12 +207,11 @@ class LabelledEvalSet:
     ):
         self._config, self._storage, self._source = config.for_stage(stage), storage, source
         self._stage, self._tokenizer, self._ranks = stage, tokenizer, ranks
-        url = config.sources[source].shards
-        self._opened = Source(url, load_manifest(storage, url))
+        section = config.sources[source]
+        self._opened = Source(section.shards, load_manifest(storage, section.shards))
         total = int(self._opened.counts.sum())
         self._count = total if limit is None else min(limit, total)
-        self.type: SourceType = config.sources[source].type
-        self.digest = self._opened.digest
+        self.type, self.digest = section.type, self._opened.digest
         self.skipped: Counter[str] = Counter()  # unusable samples of the last call of `map_batches`, by reason
 
     def map_batches(self, head: Head, compute: Callable[[ForwardInput, list[Any]], Iterable[T]]) -> list[T]:
@@ -222,51 +221,42 @@ class LabelledEvalSet:
         on every rank; an input without a sample has one blank example and no annotation. Raises DataError when no
         sample is usable, or more are bad than `data.max_bad_rate` allows.
         """
+        config, pad = self._config, self._tokenizer.pad_id
+        shape = shape_of(config.model)
+        side = shape.shorter if isinstance(shape, KeepAspectRatio) else shape
+        blank_image = np.zeros((side, side, 3), dtype=np.uint8)
+        blank_text = [] if self.type == "labelled" else self._tokenizer.encode("a", self._stage.max_text_length).ids
+        blank: AnnotatedExample = ((blank_image,) * (2 if self.type == "statements" else 1), blank_text, 0)
 
         def read() -> tuple[list[T], int, Counter[str]]:
             skipped, num_samples, results = Counter[str](), 0, list[T]()
-            for inputs, labels in self._batches(head, skipped):
-                num_samples += len(labels)
-                results += compute(inputs, labels)
+            turns = list(rank_batches(self._count, config.evaluation.batch_size, self._ranks))
+            own = [rows for rows, is_own in turns if is_own]
+            samples = iter_samples(self._storage, self._opened, *((own[0].start, own[-1].stop) if own else (0, 0)))
+            for rows, is_own in turns:
+                batch: list[AnnotatedExample] = []
+                for sample in itertools.islice(samples, rows.stop - rows.start if is_own else 0):
+                    try:
+                        with judging("members"):
+                            batch.append(self._decode(sample))
+                    except BadSample as bad:
+                        skipped[str(bad)] += 1
+                num_samples += len(batch)
+                images, token_ids, _ = zip(*(batch or [blank]), strict=True)
+                inputs = collate_inputs(images, [ids for ids in token_ids if ids], pad, config.model, head)
+                results += compute(inputs, [annotation for _, _, annotation in batch])
             return results, num_samples, skipped
 
-        parts = run_on_all_ranks(self._ranks, read)
-        self.skipped = sum((skipped for _, _, skipped in parts), Counter[str]())
-        num_samples = sum(count for _, count, _ in parts)
-        check_skipped(self._source, num_samples, self.skipped, self._config.data.max_bad_rate)
-        return [result for results, _, _ in parts for result in results]
-
-    def _batches(self, head: Head, skipped: Counter[str]) -> Iterator[tuple[ForwardInput, list[Any]]]:
-        """Yield this rank's inputs and annotations; count bad samples in `skipped` by reason."""
-        model, pad = self._config.model, self._tokenizer.pad_id
-        shape = shape_of(model)
-        side = shape.shorter if isinstance(shape, KeepAspectRatio) else shape
-        image = np.zeros((side, side, 3), dtype=np.uint8)
-        text = [] if self.type == "labelled" else self._tokenizer.encode("a", self._stage.max_text_length).ids
-        blank: AnnotatedExample = ((image, image) if self.type == "statements" else (image,), text, 0)
-
-        turns = list(rank_batches(self._count, self._config.evaluation.batch_size, self._ranks))
-        own = [rows for rows, is_own in turns if is_own]
-        samples = iter_samples(self._storage, self._opened, *((own[0].start, own[-1].stop) if own else (0, 0)))
-        for rows, is_own in turns:
-            batch: list[AnnotatedExample] = []
-            for sample in itertools.islice(samples, rows.stop - rows.start if is_own else 0):
-                try:
-                    with judging("members"):
-                        batch.append(self._decode(sample))
-                except BadSample as bad:
-                    skipped[str(bad)] += 1
-            images, token_ids, _ = zip(*(batch or [blank]), strict=True)
-            annotations = [annotation for _, _, annotation in batch]
-            yield collate_inputs(images, [ids for ids in token_ids if ids], pad, model, head), annotations
+        results, counts, skipped = zip(*run_on_all_ranks(self._ranks, read), strict=True)
+        self.skipped = sum(skipped, Counter[str]())
+        check_skipped(self._source, sum(counts), self.skipped, config.data.max_bad_rate)
+        return list(itertools.chain(*results))
 
     def _decode(self, sample: Sample) -> AnnotatedExample:
         """Raise BadSample for the same samples as training does."""
         members = sample.members
         contents.check_members(members, sample.is_duplicate)
-        encoded: tuple[bytes, ...] = (
-            contents.both_images(members) if self.type == "statements" else (contents.image_bytes(members),)
-        )
+        encoded = contents.both_images(members) if self.type == "statements" else (contents.image_bytes(members),)
         annotation: contents.Question | contents.Statement | int
         token_ids: list[int] = []
         if self.type == "labelled":
@@ -277,6 +267,12 @@ class LabelledEvalSet:
             token_ids = _encode([annotation.text], self._tokenizer, self._stage.max_text_length)[0].ids
         images = tuple(resize_for(decode(data, self._config.data.max_pixels), self._config.model) for data in encoded)
         return images, token_ids, annotation
+
+
+def pad_token_ids(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return token ids (B, L) int64, padded to the longest row, and (B, L) bool, False at padding."""
+    text = pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=pad)
+    return text, torch.arange(text.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def collate_inputs(

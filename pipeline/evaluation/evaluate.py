@@ -11,13 +11,13 @@ evaluated, and the result says so (`trained_on`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
@@ -27,30 +27,18 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation import labelled, masked, retrieval
 from pipeline.evaluation.datasets import EvalPairs, LabelledEvalSet, load_pairs
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
-from pipeline.evaluation.retrieval import BothDirections, FusedHead, Ranked, Recall
+from pipeline.evaluation.retrieval import BothDirections, FusedHead, Predictor, Ranked, Recall
 from pipeline.objectives import evaluation_tasks
 
 COLLAPSED = 0.05  # a matching head with at most this accuracy on one class has learned only the class frequencies
 RERANK_BEST = 10  # candidates of each query that the fusion encoder reranks …
 RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each costs a forward of its own
-RECONSTRUCTED = 64  # images whose masked patches are filled in; the report shows the first few
+SECTIONS = ("mlm", "itm", "reconstruction", "vqa", "nlvr2", "classification", "zero_shot", "linear_probe")
 
 
-@dataclass(frozen=True)
-class MatchingResult:
-    """Accuracy of the matching head on every caption with its own image and with one of another `image_id`."""
-
-    accuracy_matched: float
-    accuracy_mismatched: float
-
-    @property
-    def accuracy(self) -> float:
-        return (self.accuracy_matched + self.accuracy_mismatched) / 2
-
-    @property
-    def is_collapsed(self) -> bool:
-        """Return True if the head gives nearly all pairs the same answer."""
-        return min(self.accuracy_matched, self.accuracy_mismatched) < COLLAPSED
+def is_collapsed(itm: Mapping[str, float]) -> bool:
+    """Return True if the matching head, with these accuracies, gives nearly all pairs the same answer."""
+    return min(itm["accuracy_matched"], itm["accuracy_mismatched"]) < COLLAPSED
 
 
 @dataclass
@@ -66,107 +54,49 @@ class Evaluation:
     retrieval_images: int = 0  # number of images that take part
     reranked: BothDirections[Recall] | None = None
     reranked_best: int = 0  # candidates per query
-    itm: MatchingResult | None = None
     mlm: masked.MaskedLanguage | None = None
     # Text-only predictions of earlier stages, by name.
     language_stages: dict[str, masked.MaskedTokenPredictions] = field(default_factory=dict)
     reconstruction: masked.Reconstruction | None = None
-    reconstruction_stage: str = ""
-    vqa: labelled.VQAResult | None = None
-    nlvr2: labelled.NLVR2Result | None = None
-    classification: labelled.ClassificationResult | None = None
-    zero_shot: labelled.ClassificationResult | None = None
-    linear_probe: labelled.LinearProbeResult | None = None
+    # The results other than retrieval, by section of the JSON.
+    sections: dict[str, dict[str, Any] | None] = field(default_factory=lambda: dict.fromkeys(SECTIONS))
     trained_on: tuple[str, ...] = ()  # stages that trained on the same shards: the results are then not held out
     checkpoint: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the object of `mome evaluate --json`: fractions, null where something was not trained."""
-        retrievals: dict[str, dict[str, Any] | None] = {}
-        for name, recalls, more in (
-            ("retrieval", self.retrieval, {"by": self.retrieval_by, "images": self.retrieval_images}),
-            ("reranked", self.reranked, {"best": self.reranked_best}),
-        ):
-            retrievals[name] = recalls and {
-                **{
-                    direction: {f"r{k}": round(fraction, 6) for k, fraction in recall.at.items()}
-                    | {"median_rank": recall.median_rank, "mean_rank": round(recall.mean_rank, 2)}
-                    for direction, recall in recalls._asdict().items()
-                },
-                "chance": {f"r{k}": round(max(recall.chance[k] for recall in recalls), 6) for k in retrieval.KS},
-                **more,
-            }
-        return {
+        values: dict[str, Any] = {
             "pairs": len(self.held_out),
             "captions": len(self.held_out.tokens),
             "skipped": sum(self.held_out.skipped.values()),
             "source": self.source,
             "source_digest": self.held_out.digest,
             "stage": self.stage,
-            **retrievals,
-            **self._sections(),
-            "trained_on": list(self.trained_on),
-            "checkpoint": self.checkpoint,
         }
+        for name, recalls, more in (
+            ("retrieval", self.retrieval, {"by": self.retrieval_by, "images": self.retrieval_images}),
+            ("reranked", self.reranked, {"best": self.reranked_best}),
+        ):
+            values[name] = recalls and {
+                **{d: {k: round(v, 6) for k, v in own.values().items()} for d, own in recalls._asdict().items()},
+                "chance": {f"r{k}": round(max(own.chance[k] for own in recalls), 6) for k in retrieval.KS},
+                **more,
+            }
+        for name, results in self.sections.items():
+            values[name] = results and {k: round(v, 6) if isinstance(v, float) else v for k, v in results.items()}
+        return values | {"trained_on": list(self.trained_on), "checkpoint": self.checkpoint}
 
     def metrics(self) -> dict[str, float]:
         """Return the same results flat, as MLflow metrics: `eval/<source>/i2t_r1`, …"""
         metrics = {"pairs": float(len(self.held_out))}
         for prefix, recalls in (("", self.retrieval), ("reranked_", self.reranked)):
             for name, recall in zip(("i2t", "t2i"), recalls or (), strict=False):
-                metrics |= {f"{prefix}{name}_r{k}": fraction for k, fraction in recall.at.items()}
-                metrics[f"{prefix}{name}_median_rank"] = recall.median_rank
-                metrics[f"{prefix}{name}_mean_rank"] = recall.mean_rank
-        for section, values in self._sections().items():
-            if section != "reconstruction":
-                metrics |= {f"{section}_{k}": v for k, v in (values or {}).items() if isinstance(v, float)}
+                metrics |= {f"{prefix}{name}_{key}": value for key, value in recall.values().items()}
+        for section, results in self.sections.items():
+            metrics |= {f"{section}_{k}": round(v, 6) for k, v in (results or {}).items() if isinstance(v, float)}
         for name, predictions in self.language_stages.items():
             metrics[f"mlm_{name}_stage_text_only"] = predictions.accuracy
-        if self.reconstruction is not None:
-            metrics["reconstruction_error"] = self.reconstruction.error
         return {f"eval/{self.source}/{name}": value for name, value in metrics.items()}
-
-    def _sections(self) -> dict[str, dict[str, Any] | None]:
-        """Return the results other than retrieval, by name, rounded."""
-        sections: dict[str, dict[str, Any] | None] = {"mlm": None, "itm": None, "reconstruction": None}
-        if self.mlm is not None:
-            accuracies = {
-                "accuracy": self.mlm.own_image,
-                "accuracy_other_image": self.mlm.other_image,
-                "accuracy_text_only": self.mlm.text_only,
-                "language_stage_text_only": next(reversed(self.language_stages.values()), None),
-            }
-            sections["mlm"] = {name: result and result.accuracy for name, result in accuracies.items()} | {
-                "masked_tokens": len(self.mlm.text_only.tokens)
-            }
-        if self.itm is not None:
-            sections["itm"] = {"accuracy": self.itm.accuracy, **asdict(self.itm)}
-        if self.reconstruction is not None:
-            sections["reconstruction"] = {
-                "error": self.reconstruction.error,
-                "error_without_model": self.reconstruction.error_without_model,
-                "stage": self.reconstruction_stage,
-            }
-        for name in ("vqa", "nlvr2", "classification", "zero_shot", "linear_probe"):
-            result = getattr(self, name)
-            sections[name] = None if result is None else asdict(result)
-        return {
-            name: values and {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-            for name, values in sections.items()
-        }
-
-
-@dataclass(frozen=True)
-class EvalContext:
-    """The settings and services shared by all measures of an evaluation."""
-
-    config: RunConfig
-    tokenizer: Tokenizer
-    storage: Storage
-    ranks: Ranks
-    progress: Callable[[str], None]
-    rerank_best: int | None
-    batch: int
 
 
 def evaluate(
@@ -199,27 +129,71 @@ def evaluate(
     source = source or config.evaluation.source
     if source is None:
         raise ConfigError("evaluation.source: no held-out source is set; set it to one that no stage trains on")
-    context = EvalContext(config, tokenizer, storage, ranks, progress, rerank_best, config.evaluation.batch_size)
     limit = limit or config.evaluation.max_images
-    if source in config.sources and config.sources[source].type != "pairs":
-        return _evaluate_labelled(model, section, context, source, limit, choices, probe)
+    predictor = Predictor(model, tokenizer, config.evaluation.batch_size, ranks)
+    source_type = config.sources[source].type if source in config.sources else "pairs"
+    tasks = evaluation_tasks(section, source_type)
+    if source_type == "pairs":
+        if probe is not None:
+            raise ConfigError(f"a linear probe needs a labelled source, and '{source}' is not one")
+        if held_out is None:
+            progress("reading the held-out pairs")
+            held_out = load_pairs(config, storage, source, limit, tokenizer, section.max_text_length, ranks)
+        result = Evaluation(source, section.name, held_out, trained_on=stages_trained_on(config, source))
+        _evaluate_pairs(result, predictor, section, config, rerank_best, progress)
+        for name, other in (others or {}).items():  # what only earlier stages trained
+            trained = config.stage_named(name)
+            if "mlm" in trained.objectives and result.mlm is not None:
+                progress(f"predicting masked words from text with the stage '{name}'")
+                earlier = replace(predictor, model=other)
+                result.language_stages[name] = masked.predict_masked_tokens(earlier, result.mlm.masked)
+            if "mim" in trained.objectives and result.reconstruction is None:
+                progress(f"filling in masked patches with the stage '{name}'")
+                result.reconstruction = masked.reconstruct_images(other, held_out, trained, config)
+        if (mlm := result.mlm) is not None:
+            conditions = {
+                "accuracy": mlm.own_image,
+                "accuracy_other_image": mlm.other_image,
+                "accuracy_text_only": mlm.text_only,
+                "language_stage_text_only": next(reversed(result.language_stages.values()), None),
+            }
+            accuracies = {name: predicted and predicted.accuracy for name, predicted in conditions.items()}
+            result.sections["mlm"] = accuracies | {"masked_tokens": len(mlm.text_only.tokens)}
+        if (patches := result.reconstruction) is not None:
+            errors = {"error": patches.error, "error_without_model": patches.error_without_model}
+            result.sections["reconstruction"] = errors | {"stage": patches.stage}
+        return result
+
+    if not tasks and not (source_type == "labelled" and probe):
+        raise ConfigError(
+            f"source '{source}' is of type {source_type}, and stage {section.name} trains no objective that is "
+            f"evaluated on it (it trains {', '.join(section.objectives)}); give another source or stage"
+        )
+    dataset = LabelledEvalSet(config, storage, source, section, tokenizer, limit, ranks)
+    pairs = EvalPairs({}, dataset.digest)
+    result = Evaluation(source, section.name, pairs, trained_on=stages_trained_on(config, source))
+    sections = result.sections
+    if "vqa" in tasks:
+        progress("answering questions")
+        choices = choices_of(config, [section], storage) if choices is None else choices
+        answers = answers_with(choices, section.num_answers, f"stage {section.name}")
+        sections["vqa"] = labelled.evaluate_vqa(model, dataset, answers)
+    if "nlvr2" in tasks:
+        progress("judging statements")
+        sections["nlvr2"] = labelled.evaluate_nlvr2(model, dataset)
+    if "classification" in tasks:
+        progress("classifying images")
+        sections["classification"] = labelled.evaluate_classification(model, dataset)
+    if "zero_shot" in tasks:
+        progress("classifying images by class names")
+        names = labelled.class_names(config, source, storage)
+        vectors = labelled.embed_classes(predictor, names, config.evaluation.prompts, section.max_text_length)
+        sections["zero_shot"] = labelled.evaluate_classification(model, dataset, vectors)
     if probe is not None:
-        raise ConfigError(f"a linear probe needs a labelled source, and '{source}' is not one")
-    if held_out is None:
-        progress("reading the held-out pairs")
-        held_out = load_pairs(config, storage, source, limit, tokenizer, section.max_text_length, ranks)
-    result = Evaluation(source, section.name, held_out, trained_on=stages_trained_on(config, source))
-    _evaluate_pairs(result, model, section, context)
-    for name, other in (others or {}).items():  # what only earlier stages trained
-        trained = config.stage_named(name)
-        if "mlm" in trained.objectives and result.mlm is not None:
-            progress(f"predicting masked words from text with the stage '{name}'")
-            result.language_stages[name] = masked.predict_masked_tokens(
-                other, result.mlm.masked, tokenizer.pad_id, batch=context.batch, ranks=ranks
-            )
-        if "mim" in trained.objectives and result.reconstruction is None:
-            progress(f"filling in masked patches with the stage '{name}'")
-            _reconstruct(result, other, trained, config)
+        progress("training a linear classifier on frozen features")
+        training = LabelledEvalSet(config, storage, probe, section, tokenizer, None, ranks)
+        sections["linear_probe"] = labelled.evaluate_linear_probe(model, training, dataset)
+    result.held_out.skipped.update(dataset.skipped)
     return result
 
 
@@ -230,67 +204,26 @@ def stages_trained_on(config: RunConfig, source: str) -> tuple[str, ...]:
     return tuple(stage.name for stage in config.stages if own in [shards[name] for name in stage.sources])
 
 
-def _evaluate_labelled(
-    model: nn.Module,
+def _evaluate_pairs(
+    result: Evaluation,
+    predictor: Predictor,
     stage: StageConfig,
-    context: EvalContext,
-    source: str,
-    limit: int | None,
-    choices: Mapping[str, Choices] | None,
-    probe: str | None,
-) -> Evaluation:
-    """Evaluate a source of questions, statements or labelled images."""
-    config, tokenizer, ranks, progress = context.config, context.tokenizer, context.ranks, context.progress
-    source_type = config.sources[source].type
-    tasks = evaluation_tasks(stage, source_type)
-    if not tasks and not (source_type == "labelled" and probe):
-        raise ConfigError(
-            f"source '{source}' is of type {source_type}, and stage {stage.name} trains no objective that is evaluated "
-            f"on it (it trains {', '.join(stage.objectives)}); give another source or stage"
-        )
-    dataset = LabelledEvalSet(config, context.storage, source, stage, tokenizer, limit, ranks)
-    result = Evaluation(source, stage.name, EvalPairs({}, dataset.digest), trained_on=stages_trained_on(config, source))
-    if "vqa" in tasks:
-        progress("answering questions")
-        choices = choices_of(config, [stage], context.storage) if choices is None else choices
-        answers = answers_with(choices, stage.num_answers, f"stage {stage.name}")
-        result.vqa = labelled.evaluate_vqa(model, dataset, answers)
-    if "nlvr2" in tasks:
-        progress("judging statements")
-        result.nlvr2 = labelled.evaluate_nlvr2(model, dataset)
-    if "classification" in tasks:
-        progress("classifying images")
-        result.classification = labelled.evaluate_classification(model, dataset)
-    if "zero_shot" in tasks:
-        progress("classifying images by class names")
-        names, prompts = labelled.class_names(config, source, context.storage), config.evaluation.prompts
-        vectors = labelled.embed_classes(model, tokenizer, names, prompts, stage.max_text_length, context.batch, ranks)
-        result.zero_shot = labelled.evaluate_classification(model, dataset, vectors)
-    if probe is not None:
-        progress("training a linear classifier on frozen features")
-        training = LabelledEvalSet(config, context.storage, probe, stage, tokenizer, None, ranks)
-        result.linear_probe = labelled.evaluate_linear_probe(model, training, dataset)
-    result.held_out.skipped.update(dataset.skipped)
-    return result
-
-
-def _evaluate_pairs(result: Evaluation, model: nn.Module, stage: StageConfig, context: EvalContext) -> None:
+    config: RunConfig,
+    rerank_best: int | None,
+    progress: Callable[[str], None],
+) -> None:
     """Add the results of every objective that the stage trained and that pairs evaluate."""
-    held_out, tasks = result.held_out, evaluation_tasks(stage, "pairs")
-    captions, ids, token_ids = held_out.caption_of, held_out.image_id, [tokens.ids for tokens in held_out.tokens]
-    ranks, batch, pad, progress = context.ranks, context.batch, context.tokenizer.pad_id, context.progress
-
-    def score(pairs: Tensor, head: FusedHead = "itm") -> Tensor:
-        images, sizes = held_out.images, held_out.image_size
-        return retrieval.fusion_scores(model, images, token_ids, pad, pairs, batch, sizes, head, ranks)
+    held_out, tasks, ranks = result.held_out, evaluation_tasks(stage, "pairs"), predictor.ranks
+    captions, ids = held_out.caption_of, held_out.image_id
+    score = functools.partial(predictor.fusion_scores, held_out)
 
     if "retrieval" in tasks:
         progress("retrieving images by captions and captions by images")
-        device = next(model.parameters()).device
-        images = retrieval.embed_images(model, held_out.images, batch, ranks).to(device)
-        texts = retrieval.embed_texts(model, token_ids, pad, batch, ranks).to(device)
+        device = next(predictor.model.parameters()).device
+        images = predictor.embed_images(held_out.images).to(device)
+        texts = predictor.embed_texts([tokens.ids for tokens in held_out.tokens]).to(device)
         scores = retrieval.dot_products(images, texts), retrieval.dot_products(texts, images)
-        keep = max(retrieval.KEPT, context.rerank_best or 0)
+        keep = max(retrieval.KEPT, rerank_best or 0)
         ranked = retrieval.rankings(*scores, captions, ids, keep, ranks)
         result.rankings, result.retrieval_images = ranked, len(held_out)
         result.retrieval = retrieval.recall_at_k([direction.rank for direction in ranked], captions, ids)
@@ -298,22 +231,21 @@ def _evaluate_pairs(result: Evaluation, model: nn.Module, stage: StageConfig, co
     if "matching" in tasks:
         progress("matching captions and images")
         if len(ids.unique()) >= 2:
-            numbers = torch.arange(len(token_ids))
-            matched, mismatched = (
-                score(torch.stack([images, numbers], dim=1))
-                for images in (captions, masked.mismatched_images(ids)[captions])
-            )
-            accuracies = (matched > 0).double().mean().item(), (mismatched <= 0).double().mean().item()
-            result.itm = MatchingResult(*accuracies)
-        affordable = RERANK_PAIRS // (len(held_out) + len(token_ids))
-        best = min(RERANK_BEST, affordable) if context.rerank_best is None else context.rerank_best
+            numbers = torch.arange(len(captions))
+            matched = (score(torch.stack([captions, numbers], dim=1)) > 0).double().mean().item()
+            others = masked.mismatched_images(ids)[captions]
+            mismatched = (score(torch.stack([others, numbers], dim=1)) <= 0).double().mean().item()
+            accuracies = {"accuracy_matched": matched, "accuracy_mismatched": mismatched}
+            result.sections["itm"] = {"accuracy": (matched + mismatched) / 2, **accuracies}
+        affordable = RERANK_PAIRS // (len(held_out) + len(captions))
+        best = min(RERANK_BEST, affordable) if rerank_best is None else rerank_best
         # Random negatives need no contrast, and without one there is no ranking; one candidate has a single order.
         if result.rankings is not None and best >= 2:
             new_ranks = retrieval.rerank(result.rankings, best, score, captions, ids)
             result.reranked, result.reranked_best = retrieval.recall_at_k(new_ranks, captions, ids), best
 
-    head: FusedHead | None = "ranking" if "ranking" in tasks else "itm" if result.itm else None
-    if head and result.retrieval is None and context.rerank_best != 0:
+    head: FusedHead | None = "ranking" if "ranking" in tasks else "itm" if result.sections["itm"] else None
+    if head and result.retrieval is None and rerank_best != 0:
         # Score every pair of the first images, at most `RERANK_PAIRS` pairs, with the fusion encoder.
         progress("scoring all pairs of images and captions")
         captions_up_to = captions.bincount(minlength=len(held_out)).cumsum(0)
@@ -330,31 +262,8 @@ def _evaluate_pairs(result: Evaluation, model: nn.Module, stage: StageConfig, co
 
     if "mlm" in tasks:
         progress("predicting masked words")
-        fused = context.config.source_type_of(stage) == "pairs"
-        result.mlm = masked.masked_language(model, held_out, stage.masking, context.tokenizer, fused, batch, ranks)
+        fused = config.source_type_of(stage) == "pairs"
+        result.mlm = masked.masked_language(predictor, held_out, stage.masking, fused)
     if "mim" in tasks:
         progress("filling in masked patches")
-        _reconstruct(result, model, stage, context.config)
-
-
-def _reconstruct(result: Evaluation, model: nn.Module, stage: StageConfig, config: RunConfig) -> None:
-    """Add the reconstruction of the first images, at the stage's own image size."""
-    held_out = result.held_out
-    if stage.image_target == "visual_tokens" or held_out.image_size is not None:
-        return  # visual tokens cannot be drawn, and images of different shapes cannot be stacked
-    images, size = held_out.images[:RECONSTRUCTED], config.for_stage(stage).model.image_size
-    if images.shape[1] != size:
-        channels = images.permute(0, 3, 1, 2).float()
-        resized = F.interpolate(channels, (size, size), mode="bicubic", antialias=True)
-        images = resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    result.reconstruction_stage = stage.name
-    result.reconstruction = masked.reconstruct_images(
-        model,
-        images,
-        held_out.keys[:RECONSTRUCTED],
-        config.model.patch_size,
-        stage.masking.image_mask_ratio,
-        stage.image_target,
-        config.evaluation.batch_size,
-        decoded=stage.image_decoder is not None,
-    )
+        result.reconstruction = masked.reconstruct_images(predictor.model, held_out, stage, config)

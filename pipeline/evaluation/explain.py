@@ -10,6 +10,7 @@ Shapes: H x W pixels as the model reads them, G x C rows and columns of patches,
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,17 +24,16 @@ from torch import Tensor
 
 from pipeline.config.errors import DataError
 from pipeline.config.schema import RunConfig, StageConfig
-from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.masked import MaskedCaptions, predict_masked_tokens, words_of
 from pipeline.evaluation.report import AlignedCaption, Alignments
-from pipeline.evaluation.retrieval import run_forward
+from pipeline.evaluation.retrieval import Predictor, run_forward
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
 from pipeline.objectives import modules_for
 from pipeline.objectives.wpa import wpa_cost, wpa_plan
-from pipeline.pages.page import data_uri, encode, render_page, signature, thumbnail
+from pipeline.pages.page import render_page, signature, thumbnail
 
 PANEL = 224  # pixels of a panel's longer side
 LINE = 15  # pixels of a line of text below it
@@ -69,12 +69,12 @@ class ExplainedWord:
 
 @dataclass(frozen=True)
 class Explanation:
-    image: Tensor  # (H, W, 3) uint8, as the model reads it
+    image: Tensor  # (H, W, 3) uint8
     words: tuple[ExplainedWord, ...]
     distance: float  # cost of the plan: 0 where words equal their patches, 1 where they are orthogonal
 
 
-def explain(model: Model, tokenizer: Tokenizer, image: np.ndarray, text: str, max_text_length: int) -> Explanation:
+def explain(model: Model, tokenizer: Tokenizer, image: Tensor, text: str, max_text_length: int) -> Explanation:
     """Explain the model on an image (H, W, 3) uint8 with a text of at most `max_text_length` tokens; the rest is cut.
 
     The model has the heads `alignment` and `mlm`. Raises DataError where no token is left of the text.
@@ -83,8 +83,7 @@ def explain(model: Model, tokenizer: Tokenizer, image: np.ndarray, text: str, ma
     words = list(words_of(tokens.word_of).values())
     if not words:
         raise DataError(f"no token is left of the text {text!r}; give at least one word")
-    resized = torch.from_numpy(resize_for(image, model.config).copy())
-    pair = ForwardInput(heads=("alignment",), image=resized[None], text=torch.tensor([tokens.ids]))
+    pair = ForwardInput(heads=("alignment",), image=image[None], text=torch.tensor([tokens.ids]))
     features = run_forward(model, pair)
     cost = wpa_cost(features["words"], features["patches"])
     plan = wpa_plan(cost, features["words_keep"], features["patches_keep"])  # (1, L, P)
@@ -94,17 +93,15 @@ def explain(model: Model, tokenizer: Tokenizer, image: np.ndarray, text: str, ma
         positions=tuple(tuple(word) for word in words),
         labels=tuple(tuple(tokens.ids[position] for position in word) for word in words),
     )
-    truth = masked.truth()
+    truth, predictor = masked.truth(), Predictor(model, tokenizer)
     of_word = torch.zeros(len(words), dtype=torch.int64)
-    predictions = (
-        predict_masked_tokens(model, masked, tokenizer.pad_id, resized[None], of_word),
-        predict_masked_tokens(model, masked, tokenizer.pad_id),
-    )
+    with_image = predict_masked_tokens(predictor, masked, EvalPairs({}, "", image[None]), of_word)
+    without_image = predict_masked_tokens(predictor, masked)
     explained = []
     for word, (start, stop) in zip(words, itertools.pairwise(masked.first()), strict=True):
         rows = slice(start, stop)
         conditions = []
-        for predicted in predictions:
+        for predicted in (with_image, without_image):
             # A word of several tokens gets one prediction, the best of each: second-best pieces do not form a word.
             best = predicted.tokens[rows, : 1 if len(word) > 1 else None]
             probabilities = predicted.probabilities[rows].prod(dim=0).tolist()
@@ -114,9 +111,9 @@ def explain(model: Model, tokenizer: Tokenizer, image: np.ndarray, text: str, ma
             )
             conditions.append(Condition(guesses, predicted.truth_probability[rows].prod().item()))
         moved = plan[0].cpu()[word].sum(dim=0)
-        heat = (moved / moved.sum()).view(-1, resized.shape[1] // model.config.patch_size)
+        heat = (moved / moved.sum()).view(-1, image.shape[1] // model.config.patch_size)
         explained.append(ExplainedWord(tokenizer.decode(tokens.ids[p] for p in word), heat, *conditions))
-    return Explanation(resized, tuple(explained), float((cost * plan).sum()))
+    return Explanation(image, tuple(explained), float((cost * plan).sum()))
 
 
 def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:
@@ -145,7 +142,7 @@ def alignment_examples(
     captions = []
     for number in range(0, len(held_out), -(-len(held_out) // ALIGNMENT_EXAMPLES)):
         caption = held_out.captions[number][0]
-        explanation = explain(model, tokenizer, held_out.image(number).numpy(), caption, stage.max_text_length)
+        explanation = explain(model, tokenizer, held_out.image(number), caption, stage.max_text_length)
         words = [
             (word.word, thumbnail(draw_heat_map(explanation, word), HEAT_MAP_PIXELS), word.heat.max().item())
             for word in explanation.words
@@ -159,14 +156,15 @@ def render_explanation(explanation: Explanation, text: str, heading: str, notes:
 
     The file carries the signature of the weights, image and text that it explains.
     """
-    image = hashlib.sha256(explanation.image.numpy().tobytes()).hexdigest()
-    subject = f"explanation {heading} {text} {image}"
+    subject = f"explanation {heading} {text} {hashlib.sha256(explanation.image.numpy().tobytes()).hexdigest()}"
     if suffix == ".png":
-        information = PngInfo()
+        information, buffer = PngInfo(), io.BytesIO()
         information.add_text("Software", signature(subject))
-        return encode(draw_explanation(explanation, text, heading, notes), "PNG", optimize=True, pnginfo=information)
-    panels = [_enlarged(explanation), *(draw_heat_map(explanation, word) for word in explanation.words)]
-    uris = [data_uri(encode(panel, "PNG", optimize=True), "PNG") for panel in panels]
+        page = draw_explanation(explanation, text, heading, notes)
+        page.save(buffer, "PNG", optimize=True, pnginfo=information)
+        return buffer.getvalue()
+    panels = [draw_heat_map(explanation), *(draw_heat_map(explanation, word) for word in explanation.words)]
+    uris = [thumbnail(panel, PANEL, lossless=PANEL) for panel in panels]
     return render_page(
         "explain.html.j2",
         [Path(__file__).parent],
@@ -183,7 +181,7 @@ def render_explanation(explanation: Explanation, text: str, heading: str, notes:
 def draw_explanation(explanation: Explanation, text: str, heading: str, notes: Sequence[str]) -> Image.Image:
     """Draw an explanation as one image: heat maps in rows, with each word and its predictions below."""
     font = ImageFont.load_default(12)
-    panels = [(_enlarged(explanation), ["the image"])]
+    panels = [(draw_heat_map(explanation), ["the image"])]
     for word in explanation.words:
         lines = [f"{word.word}  (hottest patch {word.heat.max():.0%})"]
         for name, condition in (("with", word.with_image), ("without", word.without_image)):
@@ -208,18 +206,16 @@ def draw_explanation(explanation: Explanation, text: str, heading: str, notes: S
     return page
 
 
-def draw_heat_map(explanation: Explanation, word: ExplainedWord) -> Image.Image:
-    """Draw the image in grey, redder where more of the word goes; each word's hottest patch is equally red."""
-    image = _enlarged(explanation)
+def draw_heat_map(explanation: Explanation, word: ExplainedWord | None = None) -> Image.Image:
+    """Draw the enlarged image, or in grey and redder where more of `word` goes; hottest patches are equally red."""
+    image = Image.fromarray(explanation.image.numpy())
+    scale = PANEL / max(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+    if word is None:
+        return image
     grey = np.asarray(image.convert("L").convert("RGB")).astype(np.float32)
     heat = Image.fromarray((word.heat / word.heat.max()).numpy().astype(np.float32))
     # Patches stay squares: smoothing would show a finer map than there is.
     weight = MAX_OPACITY * np.asarray(heat.resize(image.size, Image.Resampling.NEAREST))[:, :, None]
     return Image.fromarray((grey * (1 - weight) + HOT * weight).round().astype(np.uint8))
-
-
-def _enlarged(explanation: Explanation) -> Image.Image:
-    image = Image.fromarray(explanation.image.numpy())
-    scale = PANEL / max(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)

@@ -3,8 +3,7 @@
 Classification is by a trained head, zero-shot by class names, or by a linear probe on frozen features. Accuracy is
 top-1 and top-5 on whole images (ViT's published figures use the centre crop).
 
-Zero-shot: a class is the normalised mean of its prompts' vectors (CLIP, arXiv 2103.00020, section 3.1.4), and an image
-belongs to the nearest class.
+Zero-shot: a class is the normalised mean of its prompts' vectors (CLIP, arXiv 2103.00020, section 3.1.4).
 
 Linear probe: features are the last layer's [CLS] concatenated with the mean of the patches, because masked-image
 training leaves [CLS] untrained and contrastive training the patches. They are standardised over the training images,
@@ -17,8 +16,8 @@ their mean is VQA accuracy. An answer that annotators gave and the list lacks is
 NLVR2 shows each sentence with up to four pairs of images, named split-set-pair-sentence; a sentence is understood
 consistently if it is judged correctly with every pair (arXiv 1811.00491, section 5).
 
-Shapes: N images, B examples of a batch, C classes, T prompts, D features. Every `evaluate_…` evaluates its whole source
-and raises DataError as `LabelledEvalSet.map_batches`.
+Shapes: N images, B examples of a batch, C classes, D features. Every `evaluate_…` evaluates its whole source and raises
+DataError as `LabelledEvalSet.map_batches`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,53 +34,22 @@ from torch import Tensor, nn
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.choices import CLASSES, Choices
-from pipeline.data.contents.members import Question, Statement
-from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import shard_folder
 from pipeline.data.storage import NotFound, Storage, join
 from pipeline.evaluation.datasets import LabelledEvalSet
-from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
-from pipeline.evaluation.retrieval import contrastive_features, embed_texts, run_forward
-from pipeline.models.forward import ForwardInput
+from pipeline.evaluation.retrieval import Predictor, contrastive_features, run_forward
+from pipeline.models.forward import ForwardInput, Head
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of half the squared weights, added to the mean loss per image
 VALIDATION_STRIDE = 5  # every fifth training image validates the choice of the penalty
 ITERATIONS = 200
 
 
-@dataclass(frozen=True)
-class ClassificationResult:
-    images: int
-    top1: float
-    top5: float
-    chance: float  # of the first guess
+Section = dict[str, Any]  # of the JSON of an evaluation
 
 
-@dataclass(frozen=True)
-class LinearProbeResult(ClassificationResult):
-    trained_on: int  # images
-    penalty: float
-
-
-@dataclass(frozen=True)
-class VQAResult:
-    questions: int
-    accuracy: float
-    accuracy_without_model: float  # of the one answer with the highest total score, given to every question
-
-
-@dataclass(frozen=True)
-class NLVR2Result:
-    statements: int
-    accuracy: float
-    accuracy_without_model: float  # of the more frequent label
-    consistency: float | None  # fraction of sentences always judged correctly; None where ids do not name sentences
-
-
-def evaluate_classification(
-    model: nn.Module, source: LabelledEvalSet, class_vectors: Tensor | None = None
-) -> ClassificationResult:
-    """Evaluate the trained head, or zero-shot classification by class vectors (C, D).
+def evaluate_classification(model: nn.Module, source: LabelledEvalSet, class_vectors: Tensor | None = None) -> Section:
+    """Evaluate the trained head, or zero-shot classification by class vectors (C, D). Chance is of the first guess.
 
     Raises DataError for a label without a class vector too.
     """
@@ -98,8 +66,13 @@ def evaluate_classification(
                 )
         return [(rank, logits.shape[1]) for rank in label_ranks(logits, labels)]
 
-    results = source.map_batches("classes" if class_vectors is None else "itc", classify)
-    return ClassificationResult(len(results), *_top1_and_top5([rank for rank, _ in results]), 1 / results[0][1])
+    ranks, counts = zip(*source.map_batches("classes" if class_vectors is None else "itc", classify), strict=True)
+    return _accuracies(ranks, counts[0])
+
+
+def _accuracies(ranks: Sequence[int], classes: int) -> Section:
+    top1, top5 = (sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5))
+    return {"images": len(ranks), "top1": top1, "top5": top5, "chance": 1 / classes}
 
 
 def label_ranks(logits: Tensor, labels: list[int]) -> list[int]:
@@ -111,10 +84,6 @@ def label_ranks(logits: Tensor, labels: list[int]) -> list[int]:
     label_logit = own.gather(1, torch.tensor(labels, dtype=torch.int64)[:, None])
     ranks: list[int] = (~(own < label_logit)).sum(dim=1).tolist()
     return ranks
-
-
-def _top1_and_top5(ranks: list[int]) -> tuple[float, float]:
-    return sum(rank <= 1 for rank in ranks) / len(ranks), sum(rank <= 5 for rank in ranks) / len(ranks)
 
 
 def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, ...]:
@@ -129,27 +98,29 @@ def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, 
         ) from error
 
 
-def embed_classes(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    names: Sequence[str],
-    prompts: Sequence[str],
-    max_text_length: int,
-    batch: int = 64,
-    ranks: Ranks = SINGLE_PROCESS,
-) -> Tensor:
+def embed_classes(predictor: Predictor, names: Sequence[str], prompts: Sequence[str], max_text_length: int) -> Tensor:
     """Return unit vectors (C, D) of the classes; each prompt has {} in the place of the name."""
     texts = [prompt.replace("{}", name.replace("_", " ")) for name in names for prompt in prompts]
-    token_ids = [tokens.ids for tokens in tokenizer.encode_batch(texts, max_text_length)]
-    vectors = embed_texts(model, token_ids, tokenizer.pad_id, batch, ranks)
+    vectors = predictor.embed_texts([t.ids for t in predictor.tokenizer.encode_batch(texts, max_text_length)])
     return F.normalize(vectors.unflatten(0, (len(names), len(prompts))).mean(dim=1), dim=1)
 
 
-def evaluate_linear_probe(model: nn.Module, training: LabelledEvalSet, held_out: LabelledEvalSet) -> LinearProbeResult:
-    """Fit on one labelled source and evaluate on another."""
+def evaluate_linear_probe(model: nn.Module, training: LabelledEvalSet, held_out: LabelledEvalSet) -> Section:
+    """Fit on one labelled source and evaluate on another; `trained_on` is a number of images."""
     device = next(model.parameters()).device
-    x, y = (tensor.to(device) for tensor in _probe_features(model, training))
-    test_x, test_y = (tensor.to(device) for tensor in _probe_features(model, held_out))
+
+    def features(batch: ForwardInput, labels: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return features (B, D) and labels (B,)."""
+        if batch.image_size is not None:
+            raise ConfigError("the linear probe needs images of one shape, and this model keeps each one's own")
+        tokens = run_forward(model, batch)["tokens"][: len(labels)].float()
+        return [(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).cpu(), torch.tensor(labels).long())]
+
+    (x, y), (test_x, test_y) = (
+        [torch.cat(parts).to(device) for parts in zip(*source.map_batches("tokens", features), strict=True)]
+        for source in (training, held_out)
+    )
+    x, test_x = x.double(), test_x.double()
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
     x, test_x = (x - mean) / deviation, (test_x - mean) / deviation
     classes = 1 + int(torch.cat([y, test_y]).max())
@@ -162,22 +133,8 @@ def evaluate_linear_probe(model: nn.Module, training: LabelledEvalSet, held_out:
             losses[candidate] = F.cross_entropy(x[validation] @ weight + bias, y[validation]).item()
         penalty = min(losses, key=losses.__getitem__)
     weight, bias = fit_linear_probe(x, y, classes, penalty)
-    top1, top5 = _top1_and_top5(label_ranks(test_x @ weight + bias, test_y.tolist()))
-    return LinearProbeResult(len(test_x), top1, top5, 1 / classes, trained_on=len(x), penalty=penalty)
-
-
-def _probe_features(model: nn.Module, source: LabelledEvalSet) -> tuple[Tensor, Tensor]:
-    """Return the features (N, D) float64 and labels (N,) int64 of a whole source, in its order."""
-
-    def extract(batch: ForwardInput, labels: list[int]) -> list[tuple[Tensor, Tensor]]:
-        if batch.image_size is not None:
-            raise ConfigError("the linear probe needs images of one shape, and this model keeps each one's own")
-        tokens = run_forward(model, batch)["tokens"][: len(labels)].float()
-        features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).cpu()
-        return [(features, torch.tensor(labels, dtype=torch.int64))]
-
-    features, labels = (torch.cat(parts) for parts in zip(*source.map_batches("tokens", extract), strict=True))
-    return features.double(), labels
+    ranks = label_ranks(test_x @ weight + bias, test_y.tolist())
+    return _accuracies(ranks, classes) | {"trained_on": len(x), "penalty": penalty}
 
 
 @torch.enable_grad()
@@ -199,35 +156,39 @@ def fit_linear_probe(x: Tensor, y: Tensor, classes: int, penalty: float) -> tupl
     return weight.detach(), bias.detach()
 
 
-def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) -> VQAResult:
-    """Evaluate the answers head, whose outputs are named by `choices`."""
+def _predict(model: nn.Module, source: LabelledEvalSet, head: Head) -> list[tuple[int, Any]]:
+    """Return the best output of a head for each example, with the annotation."""
+    return source.map_batches(
+        head, lambda batch, labels: zip(run_forward(model, batch)[head].argmax(dim=1).tolist(), labels, strict=False)
+    )
 
-    def answer(batch: ForwardInput, questions: list[Question]) -> list[tuple[float, dict[str, float]]]:
-        """Return for each question the score of the predicted answer, and all scored answers."""
-        best = run_forward(model, batch)["answers"].argmax(dim=1).tolist()
-        answers = [dict(question.answers) for question in questions]
-        return [(own.get(choices[b], 0.0), own) for own, b in zip(answers, best, strict=False)]
 
-    results = source.map_batches("answers", answer)
-    totals = Counter[str]()
-    for _, answers in results:
+def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) -> Section:
+    """Evaluate the answers head, whose outputs are named by `choices`.
+
+    `accuracy_without_model` is that of the one answer with the highest total score, given to every question.
+    """
+    scores, totals = [], Counter[str]()
+    for best, question in _predict(model, source, "answers"):
+        answers = dict(question.answers)
         totals.update(answers)
+        scores.append(answers.get(choices[best], 0.0))
     # fsum rounds once, so that the result does not depend on how ranks share the questions.
-    accuracy = math.fsum(score for score, _ in results) / len(results)
-    return VQAResult(len(results), accuracy, max(totals.values()) / len(results))
+    accuracy, count = math.fsum(scores) / len(scores), len(scores)
+    return {"questions": count, "accuracy": accuracy, "accuracy_without_model": max(totals.values()) / count}
 
 
-def evaluate_nlvr2(model: nn.Module, source: LabelledEvalSet) -> NLVR2Result:
-    """Evaluate the nlvr2 head."""
-
-    def judge(batch: ForwardInput, statements: list[Statement]) -> list[tuple[str, bool, bool]]:
-        """Return each statement's id, its label, and whether the prediction is correct."""
-        predicted = run_forward(model, batch)["nlvr2"].argmax(dim=1).bool().tolist()
-        return [(s.id, s.is_true, s.is_true == p) for s, p in zip(statements, predicted, strict=False)]
-
-    ids, labels, correct = zip(*source.map_batches("nlvr2", judge), strict=True)
-    count = len(correct)
-    return NLVR2Result(count, sum(correct) / count, max(Counter(labels).values()) / count, consistency(ids, correct))
+def evaluate_nlvr2(model: nn.Module, source: LabelledEvalSet) -> Section:
+    """Evaluate the nlvr2 head. `accuracy_without_model` is that of the more frequent label."""
+    predicted, statements = zip(*_predict(model, source, "nlvr2"), strict=True)
+    correct = [s.is_true == bool(p) for s, p in zip(statements, predicted, strict=True)]
+    count, labels = len(correct), Counter(s.is_true for s in statements)
+    return {
+        "statements": count,
+        "accuracy": sum(correct) / count,
+        "accuracy_without_model": max(labels.values()) / count,
+        "consistency": consistency([s.id for s in statements], correct),
+    }
 
 
 def consistency(ids: Sequence[str], correct: Sequence[bool]) -> float | None:

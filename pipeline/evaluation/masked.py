@@ -1,13 +1,13 @@
 """Masked words of held-out captions and masked patches of held-out images, predicted by the model.
 
 Words are predicted with the pair's own image, with another image, and from text alone; the difference of the first two
-accuracies is what the image contributes. Whole words are masked, even where training masks single tokens, whose
-neighbours give them away. The masks depend on the sample and the caption only, and every masked token is replaced by
-[MASK]. The accuracy is therefore a property of the weights, for every batch size and limit.
+accuracies is what the image contributes. Whole words are replaced by [MASK], chosen by the sample and the caption
+alone, even where training masks single tokens, whose neighbours give them away. The accuracy is therefore a property of
+the weights, for every batch size and limit.
 
-Normalised pixels of patches are shown with each patch's own mean and standard deviation, as masked autoencoders do:
-those two numbers come from the image, the pattern from the model. Mean colours need nothing of the image. The error is
-compared with a prediction without a model: the patch's mean for pixels, otherwise the visible patches' mean colour.
+Normalised pixels of patches are shown with each patch's own mean and standard deviation, as masked autoencoders do.
+The error is compared with a prediction without a model: the patch's mean for pixels, otherwise the visible patches'
+mean colour.
 
 Shapes: N images, M captions, T masked tokens of all captions, K masked patches of an image, H x W pixels, P patches,
 p the patch side.
@@ -15,27 +15,26 @@ p the patch side.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.schema import MaskingConfig
+from pipeline.config.schema import MaskingConfig, RunConfig, StageConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.masking import mask_patches, mask_whole_words
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.evaluation.datasets import EvalPairs
-from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, compute_batches
-from pipeline.evaluation.retrieval import Images, pad_token_ids, run_forward
+from pipeline.evaluation.datasets import EvalPairs, pad_token_ids
+from pipeline.evaluation.ranks import compute_batches
+from pipeline.evaluation.retrieval import Predictor, run_forward
 from pipeline.models.forward import ForwardInput, drop_masked_patches
 from pipeline.objectives.mim import patchify, reconstruct, unpatchify
 
-PatchTarget = Literal["mean_colour", "pixels"]  # targets that can be drawn; visual tokens cannot
+RECONSTRUCTED = 64  # images whose masked patches are filled in; the report shows the first few
 _WORD_SEED, _PATCH_SEED = 2111_02358, 2106_08254  # fixed, so that every checkpoint predicts the same words and patches
 _TOP = 3
 _GREY = 128
@@ -73,10 +72,10 @@ class MaskedLanguage:
     """Predictions by condition. The image conditions are None where the model's stage never fused image and text."""
 
     masked: MaskedCaptions
-    image_of_other: Tensor | None  # (M,) the other image shown with each caption
-    own_image: MaskedTokenPredictions | None
-    other_image: MaskedTokenPredictions | None
     text_only: MaskedTokenPredictions
+    own_image: MaskedTokenPredictions | None = None
+    other_image: MaskedTokenPredictions | None = None
+    image_of_other: Tensor | None = None  # (M,) the other image shown with each caption
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ class Reconstruction:
     filled: Tensor
     error: float
     error_without_model: float
+    stage: str
 
 
 def words_of(word_of: Iterable[int]) -> dict[int, list[int]]:
@@ -135,114 +135,82 @@ def mismatched_images(image_id: Tensor) -> Tensor:
 
 
 def predict_masked_tokens(
-    model: nn.Module,
-    masked: MaskedCaptions,
-    pad: int,
-    images: Images | None = None,
-    image_of: Tensor | None = None,
-    batch: int = 64,
-    image_size: Tensor | None = None,
-    ranks: Ranks = SINGLE_PROCESS,
+    predictor: Predictor, masked: MaskedCaptions, held_out: EvalPairs | None = None, image_of: Tensor | None = None
 ) -> MaskedTokenPredictions:
-    """Predict every masked token; `image_of` (M,) is the index of the image shown with each caption.
-
-    Without `image_of` the model reads the text alone. `image_size` (N, 2) is the extent of each image on its canvas.
-    """
+    """Predict every masked token with the image `image_of` (M,) of `held_out`, or else from the text alone."""
 
     def predict(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        text, keep = pad_token_ids(masked.rows[rows], pad)
+        text, keep = pad_token_ids(masked.rows[rows], predictor.tokenizer.pad_id)
         positions, is_masked = pad_token_ids(masked.positions[rows], 0)
-        forward_input = ForwardInput(
-            heads=("mlm",),
-            image=None if images is None or image_of is None else images[image_of[rows]],
-            image_size=None if image_size is None or image_of is None else image_size[image_of[rows]],
-            text=text,
-            text_keep=keep,
-            mask_positions=positions,
-        )
-        logits = run_forward(model, forward_input)["mlm"].float()
+        inputs = ForwardInput(heads=("mlm",), text=text, text_keep=keep, mask_positions=positions)
+        if held_out is not None and image_of is not None:
+            size = None if held_out.image_size is None else held_out.image_size[image_of[rows]]
+            inputs = replace(inputs, image=held_out.images[image_of[rows]], image_size=size)
+        logits = run_forward(predictor.model, inputs)["mlm"].float()
         probabilities = logits.softmax(dim=-1).cpu()[is_masked]  # (tokens, V)
         best = probabilities.topk(min(_TOP, probabilities.shape[1]), dim=1)
         truth = pad_token_ids(masked.labels[rows], 0)[0][is_masked]
         return best.indices, best.values, probabilities.gather(1, truth[:, None])[:, 0]
 
-    tokens, probabilities, of_truth = compute_batches(len(masked.rows), batch, ranks, predict)
+    count = len(masked.rows)
+    tokens, probabilities, of_truth = compute_batches(count, predictor.batch_size, predictor.ranks, predict)
     accuracy = (tokens[:, 0] == masked.truth()).double().mean().item()
     return MaskedTokenPredictions(tokens, probabilities, of_truth, accuracy)
 
 
-def masked_language(
-    model: nn.Module,
-    held_out: EvalPairs,
-    masking: MaskingConfig,
-    tokenizer: Tokenizer,
-    fused: bool,
-    batch: int = 64,
-    ranks: Ranks = SINGLE_PROCESS,
-) -> MaskedLanguage:
+def masked_language(predictor: Predictor, held_out: EvalPairs, masking: MaskingConfig, fused: bool) -> MaskedLanguage:
     """Predict under all conditions of one model; `fused`: its stage trained masked words with images."""
-    masked = mask_captions(held_out, masking, tokenizer)
-    predict = functools.partial(
-        predict_masked_tokens,
-        model,
-        masked,
-        tokenizer.pad_id,
-        held_out.images,
-        batch=batch,
-        image_size=held_out.image_size,
-        ranks=ranks,
-    )
-    text_only = predict()
+    masked = mask_captions(held_out, masking, predictor.tokenizer)
+    text_only = predict_masked_tokens(predictor, masked)
     if not fused:
-        return MaskedLanguage(masked, None, None, None, text_only)
-    own = predict(held_out.caption_of)
+        return MaskedLanguage(masked, text_only)
+    own = predict_masked_tokens(predictor, masked, held_out, held_out.caption_of)
     if len(held_out.image_id.unique()) < 2:
-        return MaskedLanguage(masked, None, own, None, text_only)
+        return MaskedLanguage(masked, text_only, own)
     image_of_other = mismatched_images(held_out.image_id)[held_out.caption_of]
-    return MaskedLanguage(masked, image_of_other, own, predict(image_of_other), text_only)
+    other = predict_masked_tokens(predictor, masked, held_out, image_of_other)
+    return MaskedLanguage(masked, text_only, own, other, image_of_other)
 
 
 def reconstruct_images(
-    model: nn.Module,
-    images: Tensor,
-    keys: Sequence[str],
-    patch_size: int,
-    fraction: float,
-    target: PatchTarget,
-    batch: int = 64,
-    decoded: bool = False,
-) -> Reconstruction:
-    """Mask `fraction` of each image's patches, chosen by its key, and fill them with the model's predictions.
+    model: nn.Module, held_out: EvalPairs, stage: StageConfig, config: RunConfig
+) -> Reconstruction | None:
+    """Mask patches of the first images as `stage` does, chosen by key, and fill them with its model's predictions.
 
-    `decoded`: the model has an image decoder, and its encoder never reads masked patches.
+    Images have the stage's own size. None where they cannot be shown: for visual tokens, which cannot be drawn, and for
+    images of different shapes, which cannot be stacked.
     """
+    if stage.image_target == "visual_tokens" or held_out.image_size is not None:
+        return None
+    images, patch_size = held_out.images[:RECONSTRUCTED], config.model.patch_size
+    size = config.for_stage(stage).model.image_size
+    if images.shape[1] != size:
+        channels = images.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(channels, (size, size), mode="bicubic", antialias=True)
+        images = resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     patches = patchify(images.float(), patch_size)  # (N, P, 3 p²), 0 to 255
-    randoms = [CounterRandom(hash64(_PATCH_SEED, key)) for key in keys]
-    positions = torch.from_numpy(np.stack([mask_patches(patches.shape[1], fraction, random) for random in randoms]))
+    randoms = [CounterRandom(hash64(_PATCH_SEED, key)) for key in held_out.keys[:RECONSTRUCTED]]
+    fraction, num_patches, batch = stage.masking.image_mask_ratio, patches.shape[1], config.evaluation.batch_size
+    positions = torch.from_numpy(np.stack([mask_patches(num_patches, fraction, random) for random in randoms]))
     predictions = []
     for image, masked in zip(images.split(batch), positions.split(batch), strict=True):
-        forward_input = ForwardInput(heads=("mim",), image=image, patch_positions=masked)
-        if decoded:
-            forward_input = drop_masked_patches(forward_input, patches.shape[1])
-        predictions.append(run_forward(model, forward_input)["mim"].float().cpu())
+        inputs = ForwardInput(heads=("mim",), image=image, patch_positions=masked)
+        if stage.image_decoder is not None:  # the encoder never reads masked patches
+            inputs = drop_masked_patches(inputs, num_patches)
+        predictions.append(run_forward(model, inputs)["mim"].float().cpu())
     filled = reconstruct(images, positions, torch.cat(predictions), patch_size)
     index = positions[..., None].expand(-1, -1, patches.shape[-1])
     truth, predicted = patches.gather(1, index), patchify(filled.float(), patch_size).gather(1, index)
     colours, true_colours, predicted_colours = (
         pixels.unflatten(-1, (-1, 3)).mean(dim=-2) for pixels in (patches, truth, predicted)
     )
-    if target == "pixels":
+    if stage.image_target == "pixels":
         without_model = true_colours.tile(patch_size**2)
     else:
         visible = torch.ones(patches.shape[:2]).scatter(1, positions, 0.0)[..., None]
         mean = (colours * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
         without_model = mean[:, None].expand(-1, positions.shape[1], -1)
         truth, predicted = true_colours, predicted_colours
-    grey = patches.scatter(1, index, float(_GREY))
-    return Reconstruction(
-        original=images,
-        masked=unpatchify(grey, patch_size).round().to(torch.uint8),
-        filled=filled,
-        error=(predicted - truth).abs().mean().div(255).item(),
-        error_without_model=(without_model - truth).abs().mean().div(255).item(),
-    )
+    error, error_without = ((other - truth).abs().mean().div(255).item() for other in (predicted, without_model))
+    grey = unpatchify(patches.scatter(1, index, float(_GREY)), patch_size).round().to(torch.uint8)
+    return Reconstruction(images, grey, filled, error, error_without, stage.name)

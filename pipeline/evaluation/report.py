@@ -46,7 +46,6 @@ REASONS_SHOWN = 8
 OTHER = "another image"
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
-Conditions = Mapping[str, MaskedTokenPredictions]  # of the masked-word predictions, by name
 ImageUri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -63,14 +62,14 @@ class EvalKey:
     source_type: str = "pairs"
     is_headline: bool = False  # of the run's own held-out source, as its config asks for it, with the last weights
 
-    def is_of_same_data(self, other: EvalKey) -> bool:
-        return (self.digest, self.limit, self.source_type) == (other.digest, other.limit, other.source_type)
-
     @property
     def data(self) -> str:
         """Describe the data."""
         extent = "all samples" if self.limit is None else f"the first {self.limit} samples"
         return f"digest {self.digest[:12]}…, {extent}, of type {self.source_type}"
+
+    def is_of_same_data(self, other: EvalKey) -> bool:
+        return (self.digest, self.limit, self.source_type) == (other.digest, other.limit, other.source_type)
 
 
 @dataclass(frozen=True)
@@ -187,14 +186,12 @@ def save_report_data(storage: Storage, folder: str, data: ReportData) -> None:
 def load_report_data(storage: Storage, folder: str) -> list[ReportData]:
     """Load the run's evaluations, newest first; skip damaged files and other versions with a warning."""
     evaluations = []
-    for name in storage.list(join(folder, FOLDER)):
-        if name.endswith(".json"):
-            url = join(folder, FOLDER, name)
-            try:
-                evaluations.append(_JSON.validate_json(storage.read(url)))
-            except ValidationError as error:
-                fault = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
-                log.warning("%s: damaged, or written by another version; skipped (%s)", url, fault)
+    for url in (join(folder, FOLDER, name) for name in storage.list(join(folder, FOLDER)) if name.endswith(".json")):
+        try:
+            evaluations.append(_JSON.validate_json(storage.read(url)))
+        except ValidationError as error:
+            fault = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
+            log.warning("%s: damaged, or written by another version; skipped (%s)", url, fault)
     return sorted(evaluations, key=lambda data: -data.at)
 
 
@@ -215,26 +212,23 @@ def build_report_data(
     key: EvalKey | None = None,
 ) -> ReportData:
     """Select and draw what the report shows. `key` defaults to that of an evaluation of all pairs of a source."""
-    held_out = result.held_out
+    held_out, mlm, patches = result.held_out, result.mlm, result.reconstruction
     recall = []
     num_captions = int((held_out.caption_of < result.retrieval_images).sum())
-    for scores, recalls in (
-        (str(result.retrieval_by), result.retrieval),
-        (f"best {result.reranked_best} reranked", result.reranked),
-    ):
-        sizes = (("Image → text", num_captions), ("Text → image", result.retrieval_images))
+    sizes = (("Image → text", num_captions), ("Text → image", result.retrieval_images))
+    best = f"best {result.reranked_best} reranked"
+    for scores, recalls in ((str(result.retrieval_by), result.retrieval), (best, result.reranked)):
         for (direction, candidates), own in zip(sizes, recalls or (), strict=False):
             cells = [(k, fraction, own.chance[k]) for k, fraction in own.at.items()]
             recall.append(RecallRow(direction, scores, cells, own.median_rank, candidates))
 
     conditions: dict[str, MaskedTokenPredictions] = {}
-    if (mlm := result.mlm) is not None:
+    if mlm is not None:
         named = {"own image": mlm.own_image, OTHER: mlm.other_image, "text only": mlm.text_only}
         named |= {f"text only, {name} stage": predictions for name, predictions in result.language_stages.items()}
         conditions = {name: predictions for name, predictions in named.items() if predictions is not None}
-
     reconstructions = []
-    if (patches := result.reconstruction) is not None:
+    if patches is not None:
         rows = zip(patches.original, patches.masked, patches.filled, strict=True)
         for original, hidden, filled in itertools.islice(rows, RECONSTRUCTIONS_SHOWN):
             reconstructions.append((thumbnail(original), thumbnail(hidden), thumbnail(filled)))
@@ -256,7 +250,7 @@ def build_report_data(
         measures=_measures(result, conditions),
         retrievals=None if result.rankings is None else _retrievals(result.rankings, held_out),
         masked={} if mlm is None else _masked_captions(mlm, held_out, conditions, tokenizer),
-        reconstruction_stage=result.reconstruction_stage,
+        reconstruction_stage="" if patches is None else patches.stage,
         reconstructions=reconstructions,
         alignments=alignments,
         skipped=sorted(held_out.skipped.items(), key=lambda entry: -entry[1])[:REASONS_SHOWN],
@@ -274,7 +268,8 @@ def render_report(
 
     The page of a link is relative to this one.
     """
-    common = {} if against is None else {name: data.metrics[name] for name in data.metrics if name in against.metrics}
+    drawn = {name: sorted(points) for name, points in curves.items() if points}
+    common = data.metrics.keys() & (against.metrics.keys() if against else set()) - {"pairs"}
     return render_page(
         "report.html.j2",
         [HERE],
@@ -283,125 +278,98 @@ def render_report(
         links=links,
         config=config,
         curves=[
-            (name, max(points), line_chart([Measure("loss", [Series(0, sorted(points))], 130)], width=350))
-            for name, points in curves.items()
-            if points
+            (name, points[-1], line_chart([Measure("loss", [Series(0, points)], 130)], width=350))
+            for name, points in drawn.items()
         ],
         last_loss={name: points[-1][1] for name, points in curves.items() if points},
         against=against,
-        compared={name: value for name, value in common.items() if name != "pairs"},
+        compared={name: value for name, value in data.metrics.items() if name in common},
         yaml=config_yaml(config, exclude_defaults=True),
     )
 
 
-def _measures(result: Evaluation, conditions: Conditions) -> list[MeasureRow]:
+def _measures(result: Evaluation, conditions: Mapping[str, MaskedTokenPredictions]) -> list[MeasureRow]:
     """Return the rows of everything but retrieval."""
-    rows = []
-    if (vqa := result.vqa) is not None:
-        note = f"{vqa.questions} questions; {percent(vqa.accuracy_without_model)} by one answer to all"
-        rows.append(MeasureRow("Questions answered (VQA accuracy)", vqa.accuracy, note))
-    if (nlvr2 := result.nlvr2) is not None:
-        note = f"{nlvr2.statements} statements; {percent(nlvr2.accuracy_without_model)} by the frequent label"
-        rows.append(MeasureRow("Statements judged rightly", nlvr2.accuracy, note))
-        if nlvr2.consistency is not None:
+    rows, sections = [], result.sections
+    if vqa := sections["vqa"]:
+        note = f"{vqa['questions']} questions; {percent(vqa['accuracy_without_model'])} by one answer to all"
+        rows.append(MeasureRow("Questions answered (VQA accuracy)", vqa["accuracy"], note))
+    if nlvr2 := sections["nlvr2"]:
+        note = f"{nlvr2['statements']} statements; {percent(nlvr2['accuracy_without_model'])} by the frequent label"
+        rows.append(MeasureRow("Statements judged rightly", nlvr2["accuracy"], note))
+        if nlvr2["consistency"] is not None:
             note = "correct for all images of a sentence"
-            rows.append(MeasureRow("Sentences judged rightly throughout", nlvr2.consistency, note))
-    for prefix, classes in (("Top", result.classification), ("Zero-shot top", result.zero_shot)):
-        if classes is not None:
-            note = f"{classes.images} images; chance {percent(classes.chance)}"
-            rows.append(MeasureRow(f"{prefix}-1 accuracy", classes.top1, note))
-            rows.append(MeasureRow(f"{prefix}-5 accuracy", classes.top5))
-    if (probe := result.linear_probe) is not None:
-        note = f"{probe.images} images, trained on {probe.trained_on}; chance {percent(probe.chance)}"
-        rows.append(MeasureRow("Linear probe top-1 accuracy", probe.top1, note))
+            rows.append(MeasureRow("Sentences judged rightly throughout", nlvr2["consistency"], note))
+    for prefix, name in (("Top", "classification"), ("Zero-shot top", "zero_shot")):
+        if classes := sections[name]:
+            note = f"{classes['images']} images; chance {percent(classes['chance'])}"
+            rows.append(MeasureRow(f"{prefix}-1 accuracy", classes["top1"], note))
+            rows.append(MeasureRow(f"{prefix}-5 accuracy", classes["top5"]))
+    if probe := sections["linear_probe"]:
+        note = f"{probe['images']} images, trained on {probe['trained_on']}; chance {percent(probe['chance'])}"
+        rows.append(MeasureRow("Linear probe top-1 accuracy", probe["top1"], note))
     first = next(iter(conditions.values()), None)
     for name, predictions in conditions.items():
         note = f"{len(predictions.tokens)} masked tokens, the same for every row" if predictions is first else ""
         if name == OTHER and first is not None:
             note = f"own image {100 * (first.accuracy - predictions.accuracy):+z.1f} points"
         rows.append(MeasureRow(f"Masked words guessed, {name}", predictions.accuracy, note))
-    if (matching := result.itm) is not None:
-        matched, mismatched = percent(matching.accuracy_matched), percent(matching.accuracy_mismatched)
+    if itm := sections["itm"]:
+        matched, mismatched = percent(itm["accuracy_matched"]), percent(itm["accuracy_mismatched"])
         note = f"{matched} of the true pairs, {mismatched} of the false; chance {percent(0.5)}"
-        rows.append(MeasureRow("Captions matched with their images", matching.accuracy, note, 0.5))
+        rows.append(MeasureRow("Captions matched with their images", itm["accuracy"], note, 0.5))
     if (patches := result.reconstruction) is not None:
         note = f"{percent(patches.error_without_model)} without a model: mean colour alone; in units of full scale"
-        name = f"Error of filled patches ({result.reconstruction_stage})"
+        name = f"Error of filled patches ({patches.stage})"
         rows.append(MeasureRow(name, patches.error, note, patches.error_without_model))
     return rows
 
 
 def _retrievals(ranked: BothDirections[Ranked], held_out: EvalPairs) -> Retrievals:
     """Return the clearest successes and failures of both directions, at most one of each image."""
-    texts = [text for own in held_out.captions for text in own]
+    texts = list(itertools.chain(*held_out.captions))
     image_id, caption_of = held_out.image_id, held_out.caption_of.tolist()
-    caption_id = image_id[held_out.caption_of]
     of_image, of_caption = ranked
-
-    def captions_of(image: int) -> CaptionsOfImage:
-        best = of_image.best[image, :CANDIDATES]
-        right = (caption_id[best] == image_id[image]).tolist()
-        listed = zip([texts[i] for i in best.tolist()], right, of_image.score[image].tolist(), strict=False)
-        truth = [] if any(right) else list(held_out.captions[image])
-        return CaptionsOfImage(thumbnail(held_out.image(image)), int(of_image.rank[image]), list(listed), truth)
-
-    def images_of(caption: int) -> ImagesOfCaption:
-        own, best = caption_of[caption], of_caption.best[caption, :CANDIDATES]
-        right = (image_id[best] == image_id[own]).tolist()
-        images = [thumbnail(held_out.image(i)) for i in best.tolist()]
-        listed = list(zip(images, right, of_caption.score[caption].tolist(), strict=False))
-        truth = None if any(right) else thumbnail(held_out.image(own))
-        return ImagesOfCaption(texts[caption], int(of_caption.rank[caption]), listed, truth)
-
     by_image, by_caption = (direction.margin.argsort(descending=True, stable=True).tolist() for direction in ranked)
-    best_images, worst_images = _ends(by_image, by_image)
-    best_captions, worst_captions = _ends(by_caption, [caption_of[caption] for caption in by_caption])
-    return Retrievals(
-        [captions_of(image) for image in best_images],
-        [captions_of(image) for image in worst_images],
-        [images_of(caption) for caption in best_captions],
-        [images_of(caption) for caption in worst_captions],
-    )
+    cards_of_images: list[list[CaptionsOfImage]] = []
+    for chosen in _ends(by_image, by_image):
+        cards_of_images.append([])
+        for image in chosen:
+            best = of_image.best[image, :CANDIDATES]
+            right = (image_id[held_out.caption_of[best]] == image_id[image]).tolist()
+            listed = zip([texts[i] for i in best.tolist()], right, of_image.score[image].tolist(), strict=False)
+            truth = [] if any(right) else list(held_out.captions[image])
+            shown, rank = thumbnail(held_out.image(image)), int(of_image.rank[image])
+            cards_of_images[-1].append(CaptionsOfImage(shown, rank, list(listed), truth))
+    cards_of_captions: list[list[ImagesOfCaption]] = []
+    for chosen in _ends(by_caption, [caption_of[caption] for caption in by_caption]):
+        cards_of_captions.append([])
+        for caption in chosen:
+            own, best = caption_of[caption], of_caption.best[caption, :CANDIDATES]
+            right = (image_id[best] == image_id[own]).tolist()
+            images = [thumbnail(held_out.image(i)) for i in best.tolist()]
+            candidates = list(zip(images, right, of_caption.score[caption].tolist(), strict=False))
+            own_image = None if any(right) else thumbnail(held_out.image(own))
+            card = ImagesOfCaption(texts[caption], int(of_caption.rank[caption]), candidates, own_image)
+            cards_of_captions[-1].append(card)
+    return Retrievals(cards_of_images[0], cards_of_images[1], cards_of_captions[0], cards_of_captions[1])
 
 
 def _ends(order: list[int], group_of: list[int]) -> tuple[list[int], list[int]]:
     """Return the first and last few of `order`, at most one of each group, none in both."""
-    firsts: dict[int, int] = {}
-    for query, group in zip(order, group_of, strict=True):
-        firsts.setdefault(group, query)
-    lasts = dict(zip(group_of, order, strict=True))  # the last of each group
-    best_groups = list(firsts)[: min(SHOWN, (len(firsts) + 1) // 2)]
-    from_the_end = dict.fromkeys(reversed(group_of))
-    worst = [lasts[group] for group in from_the_end if group not in best_groups][:SHOWN]
+    firsts = dict(zip(reversed(group_of), reversed(order), strict=True))  # the first of each group
+    lasts = dict(zip(group_of, order, strict=True))
+    groups = list(dict.fromkeys(group_of))
+    best_groups = groups[: min(SHOWN, (len(groups) + 1) // 2)]
+    worst = [lasts[group] for group in dict.fromkeys(reversed(group_of)) if group not in best_groups][:SHOWN]
     return [firsts[group] for group in best_groups], worst
 
 
 def _masked_captions(
-    mlm: MaskedLanguage, held_out: EvalPairs, conditions: Conditions, tokenizer: Tokenizer
+    mlm: MaskedLanguage, held_out: EvalPairs, conditions: Mapping[str, MaskedTokenPredictions], tokenizer: Tokenizer
 ) -> dict[str, list[MaskedCaption]]:
     """Return captions where the right image helped most, where it misled most, and evenly spaced others."""
     caption_of, first, truth = held_out.caption_of.tolist(), mlm.masked.first(), mlm.masked.truth()
-
-    def card(caption: int) -> MaskedCaption:
-        tokens = held_out.tokens[caption]
-        masked_words = words_of(tokens.word_of[position] for position in mlm.masked.positions[caption])
-        numbers = {word: number for number, word in enumerate(masked_words, 1)}
-        words = []
-        for word, places in masked_words.items():
-            rows = [first[caption] + place for place in places]
-            predictions = []
-            for name, condition in conditions.items():  # the best token of each masked piece, their joint probability
-                best, probability = condition.tokens[rows, 0], condition.probabilities[rows, 0].prod().item()
-                is_right = bool((best == truth[rows]).all())
-                predictions.append((name, tokenizer.decode(best.tolist()), probability, is_right))
-            words.append(MaskedWord(tokenizer.decode(truth[rows].tolist()), numbers[word], predictions))
-        pieces = [
-            (tokenizer.decode([tokens.ids[place] for place in places]), numbers.get(word))
-            for word, places in words_of(tokens.word_of).items()
-        ]
-        other = None if mlm.image_of_other is None else thumbnail(held_out.image(int(mlm.image_of_other[caption])))
-        return MaskedCaption(thumbnail(held_out.image(caption_of[caption])), other, pieces, words)
-
     order = list(range(len(held_out.tokens)))
     if mlm.own_image is None or mlm.other_image is None:
         chosen = {"even": order[:: max(1, len(order) // (3 * MASKED_SHOWN))][: 3 * MASKED_SHOWN]}
@@ -414,4 +382,23 @@ def _masked_captions(
         rest = [caption for caption in range(len(order)) if caption_of[caption] not in shown]
         even = rest[:: max(1, len(rest) // MASKED_SHOWN)][:MASKED_SHOWN]
         chosen = {"helped": helped, "misled": misled, "even": even}
-    return {kind: [card(caption) for caption in captions] for kind, captions in chosen.items()}
+
+    cards: dict[str, list[MaskedCaption]] = {kind: [] for kind in chosen}
+    for kind, caption in ((kind, caption) for kind, captions in chosen.items() for caption in captions):
+        tokens, words, numbers = held_out.tokens[caption], [], {}
+        masked_words = words_of(tokens.word_of[position] for position in mlm.masked.positions[caption])
+        for number, (word, places) in enumerate(masked_words.items(), 1):
+            rows = [first[caption] + place for place in places]
+            predictions = []
+            for name, condition in conditions.items():  # the best token of each masked piece, their joint probability
+                best, probability = condition.tokens[rows, 0], condition.probabilities[rows, 0].prod().item()
+                is_right = bool((best == truth[rows]).all())
+                predictions.append((name, tokenizer.decode(best.tolist()), probability, is_right))
+            words.append(MaskedWord(tokenizer.decode(truth[rows].tolist()), number, predictions))
+            numbers[word] = number
+        in_order = words_of(tokens.word_of).items()
+        pieces = [(tokenizer.decode([tokens.ids[p] for p in places]), numbers.get(word)) for word, places in in_order]
+        other = None if mlm.image_of_other is None else thumbnail(held_out.image(int(mlm.image_of_other[caption])))
+        own = thumbnail(held_out.image(caption_of[caption]))
+        cards[kind].append(MaskedCaption(own, other, pieces, words))
+    return cards

@@ -1,15 +1,12 @@
 """Zero-shot retrieval among all held-out pairs: images retrieve their captions and captions their images.
 
-The dual encoder scores every pair by the mean cosine of its contrastive heads: `itc`, and `itc_vl` of a VLMo with two
-contrasts. VLMo's release scores by the first alone, as does a model with one (`model.contrasts: 1`), such as its
-checkpoints fine-tuned for retrieval. A stage that trained matching lets the fusion encoder rerank each query's best
-candidates; a model without a contrast scores every pair by fusion.
+Pairs are scored by the mean cosine of the contrastive heads: `itc`, and `itc_vl` of a VLMo with two contrasts (VLMo's
+release scores by the first alone). A stage that trained matching reranks each query's best candidates by the fusion
+encoder; a model without a contrast scores every pair by it.
 
-Ties are resolved pessimistically: a wrong candidate with the score of the best right one ranks before it, so that a
-collapsed model, which scores all pairs equally, recalls nothing. Candidates with the query's `image_id` are right.
-
-Queries are ranked in blocks, so that the N x M scores are never in memory at once; each query keeps its rank, margin
-and best few candidates. Ranks share the blocks.
+Candidates with the query's `image_id` are right. Among equal scores wrong candidates rank first, so that a collapsed
+model, which scores all pairs equally, recalls nothing. Queries are ranked in blocks, which ranks share: the N x M
+scores are never in memory at once.
 
 Shapes: N images, M captions, P pairs, Q queries, C candidates, K best candidates, D features of a head, H heads.
 """
@@ -17,14 +14,17 @@ Shapes: N images, M captions, P pairs, Q queries, C candidates, K best candidate
 from __future__ import annotations
 
 import functools
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.data.contents.text import Tokenizer
+from pipeline.evaluation.datasets import EvalPairs, Images, pad_token_ids
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, compute_batches
 from pipeline.models.forward import ForwardInput
 
@@ -34,14 +34,6 @@ FusedHead = Literal["itm", "ranking"]
 Scores = Callable[[slice], Tensor]  # some queries' scores of all candidates: (rows, C)
 T = TypeVar("T")
 _ROWS = 256  # queries ranked at once
-
-
-class Images(Protocol):
-    """Images by index: a tensor (N, H, W, 3) uint8, or an object that decodes them on access."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any) -> Tensor: ...
 
 
 class BothDirections(NamedTuple, Generic[T]):
@@ -57,6 +49,10 @@ class Recall:
     chance: dict[int, float]  # expected for a random order
     median_rank: float
     mean_rank: float
+
+    def values(self) -> dict[str, float]:
+        ranks = {"median_rank": self.median_rank, "mean_rank": self.mean_rank}
+        return {f"r{k}": fraction for k, fraction in self.at.items()} | ranks
 
 
 @dataclass(frozen=True)
@@ -82,12 +78,6 @@ def run_forward(model: nn.Module, forward_input: ForwardInput) -> dict[str, Tens
         model.train(was_training)
 
 
-def pad_token_ids(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Return token ids (B, L) int64, padded to the longest row, and (B, L) bool, False at padding."""
-    text = pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=pad)
-    return text, torch.arange(text.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
-
-
 def contrastive_features(model: nn.Module, forward_input: ForwardInput) -> Tensor:
     """Return unit vectors (B, HD) on the CPU; their dot products are the mean of the H contrastive heads' cosines."""
     outputs = run_forward(model, forward_input)
@@ -95,25 +85,52 @@ def contrastive_features(model: nn.Module, forward_input: ForwardInput) -> Tenso
     return (torch.cat(heads, dim=1).float() / len(heads) ** 0.5).cpu()
 
 
-def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
-    """Return the unit vectors (N, HD) of images (N, H, W, 3) uint8."""
+@dataclass(frozen=True)
+class Predictor:
+    """A model with its tokenizer, the batch size of its forwards, and the ranks that share them."""
 
-    def embed(rows: slice) -> tuple[Tensor]:
-        return (contrastive_features(model, ForwardInput(heads=("itc",), image=images[rows])),)
+    model: nn.Module
+    tokenizer: Tokenizer
+    batch_size: int = 64
+    ranks: Ranks = SINGLE_PROCESS
 
-    return compute_batches(len(images), batch, ranks, embed)[0]
+    def embed_images(self, images: Images) -> Tensor:
+        """Return the unit vectors (N, HD) of images (N, H, W, 3) uint8."""
 
+        def embed(rows: slice) -> tuple[Tensor]:
+            return (contrastive_features(self.model, ForwardInput(heads=("itc",), image=images[rows])),)
 
-def embed_texts(
-    model: nn.Module, token_ids: Sequence[Sequence[int]], pad: int, batch: int = 64, ranks: Ranks = SINGLE_PROCESS
-) -> Tensor:
-    """Return the unit vectors (M, HD) of token ids ([CLS] … [SEP], without padding)."""
+        return compute_batches(len(images), self.batch_size, self.ranks, embed)[0]
 
-    def embed(rows: slice) -> tuple[Tensor]:
-        text, keep = pad_token_ids(token_ids[rows], pad)
-        return (contrastive_features(model, ForwardInput(heads=("itc",), text=text, text_keep=keep)),)
+    def embed_texts(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return the unit vectors (M, HD) of token ids ([CLS] … [SEP], without padding)."""
 
-    return compute_batches(len(token_ids), batch, ranks, embed)[0]
+        def embed(rows: slice) -> tuple[Tensor]:
+            text, keep = pad_token_ids(token_ids[rows], self.tokenizer.pad_id)
+            return (contrastive_features(self.model, ForwardInput(heads=("itc",), text=text, text_keep=keep)),)
+
+        return compute_batches(len(token_ids), self.batch_size, self.ranks, embed)[0]
+
+    def fusion_scores(self, held_out: EvalPairs, pairs: Tensor, head: FusedHead = "itm") -> Tensor:
+        """Return the fusion encoder's log-odds of 'matched', or its ranking scores: (P,).
+
+        `pairs` (P, 2) are indices of image and caption, and are read image by image.
+        """
+        order = pairs[:, 0].argsort(stable=True)
+
+        def score(rows: slice) -> tuple[Tensor]:
+            image, caption = pairs[order[rows]].unbind(dim=1)
+            token_ids = [held_out.tokens[number].ids for number in caption.tolist()]
+            text, keep = pad_token_ids(token_ids, self.tokenizer.pad_id)
+            size = None if held_out.image_size is None else held_out.image_size[image]
+            fused = ForwardInput(
+                heads=(head,), image=held_out.images[image], image_size=size, text=text, text_keep=keep
+            )
+            scores = run_forward(self.model, fused)[head].float()
+            return ((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu(),)
+
+        (scores,) = compute_batches(len(pairs), self.batch_size, self.ranks, score)
+        return torch.empty_like(scores).index_copy_(0, order, scores)
 
 
 def dot_products(queries: Tensor, candidates: Tensor) -> Scores:
@@ -139,18 +156,14 @@ def rankings(
     `caption_of` (M,) is the image of each caption, `image_id` (N,) the images' ids. Raises ValueError for a NaN score,
     which would otherwise make a model look perfect or hopeless.
     """
-    caption_id = image_id[caption_of]
-    of_image = functools.partial(_rank_block, image_scores, image_id, caption_id, keep)
-    of_caption = functools.partial(_rank_block, text_scores, caption_id, image_id, keep)
-    return BothDirections(
-        Ranked(*compute_batches(len(image_id), _ROWS, ranks, of_image)),
-        Ranked(*compute_batches(len(caption_id), _ROWS, ranks, of_caption)),
-    )
+    caption_id, ranked = image_id[caption_of], []
+    for scores, queries, candidates in ((image_scores, image_id, caption_id), (text_scores, caption_id, image_id)):
+        block = functools.partial(_rank_block, scores, queries, candidates, keep)
+        ranked.append(Ranked(*compute_batches(len(queries), _ROWS, ranks, block)))
+    return BothDirections(*ranked)
 
 
-def _rank_block(
-    scores: Scores, query_id: Tensor, candidate_id: Tensor, keep: int, rows: slice
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rank_block(scores: Scores, query_id: Tensor, candidate_id: Tensor, keep: int, rows: slice) -> tuple[Tensor, ...]:
     """Return the members of `Ranked` for a block of queries."""
     block = scores(rows)
     if torch.isnan(block).any():
@@ -180,47 +193,10 @@ def recall_at_k(ranks: Sequence[Tensor], caption_of: Tensor, image_id: Tensor) -
 
 
 def chance_level(query_id: Tensor, candidate_id: Tensor, k: int) -> float:
-    """Return the expected recall at k of a random order: 1 − Π_{j<k} (C − n − j)/(C − j) for n right among C."""
-    ids, counts = candidate_id.unique(return_counts=True)
-    num_right = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    total = len(candidate_id)
-    chance: dict[int, float] = {}  # by the number of right candidates
-    for right in {0, *num_right.values()}:
-        missed = 1.0
-        for j in range(min(k, total)):
-            missed *= max(total - right - j, 0) / (total - j)
-        chance[right] = 1.0 - missed
-    return sum(chance[num_right.get(query, 0)] for query in query_id.tolist()) / len(query_id)
-
-
-def fusion_scores(
-    model: nn.Module,
-    images: Images,
-    token_ids: Sequence[Sequence[int]],
-    pad: int,
-    pairs: Tensor,
-    batch: int = 64,
-    image_size: Tensor | None = None,
-    head: FusedHead = "itm",
-    ranks: Ranks = SINGLE_PROCESS,
-) -> Tensor:
-    """Return the fusion encoder's log-odds of 'matched', or its ranking scores: (P,).
-
-    `pairs` (P, 2) are indices of image and caption, and are read image by image. `image_size` (N, 2) is the extent of
-    each image on its canvas; None: all of it.
-    """
-    order = pairs[:, 0].argsort(stable=True)
-
-    def score(rows: slice) -> tuple[Tensor]:
-        image, caption = pairs[order[rows]].unbind(dim=1)
-        text, keep = pad_token_ids([token_ids[number] for number in caption.tolist()], pad)
-        size = None if image_size is None else image_size[image]
-        fused = ForwardInput(heads=(head,), image=images[image], image_size=size, text=text, text_keep=keep)
-        scores = run_forward(model, fused)[head].float()
-        return ((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu(),)
-
-    (scores,) = compute_batches(len(pairs), batch, ranks, score)
-    return torch.empty_like(scores).index_copy_(0, order, scores)
+    """Return the expected recall at k of a random order: 1 - (C - n choose k) / (C choose k) for n right among C."""
+    num_right, total, k = Counter(candidate_id.tolist()), len(candidate_id), min(k, len(candidate_id))
+    chance = {n: 1 - math.comb(total - n, k) / math.comb(total, k) for n in {0, *num_right.values()}}
+    return sum(chance[num_right[query]] for query in query_id.tolist()) / len(query_id)
 
 
 def rerank(
@@ -228,9 +204,8 @@ def rerank(
 ) -> list[Tensor]:
     """Return the ranks (N,) and (M,) after ordering each query's first k candidates by `score`, the others behind.
 
-    `score` maps indices (P, 2) of image and caption to scores (P,). A pair that is a candidate in both directions is
-    scored once. `ranked` holds at least k candidates of each query, or all. A query without a right candidate among
-    its first k keeps its rank.
+    `score` maps indices (P, 2) of image and caption to scores (P,), once for each pair. `ranked` holds at least k
+    candidates of each query, or all. A query without a right candidate among its first k keeps its rank.
     """
     captions, images = ranked.image_to_text.best[:, :k], ranked.text_to_image.best[:, :k]
     num_captions, caption_id = len(caption_of), image_id[caption_of]

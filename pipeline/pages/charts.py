@@ -7,6 +7,7 @@ events are marks across all panels. Coordinates are in units of the drawing; y g
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,8 +19,7 @@ MAX_POINTS = 400  # of a line; more are averaged
 TIME_UNITS = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (72 * 3600.0, 3600.0, "h"), (math.inf, 86400.0, "d"))
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """Points (x, value) that are joined by a line; `stage` selects the colour."""
 
     stage: int
@@ -97,10 +97,10 @@ def line_chart(
     low, high = min(values, default=0.0), max(values, default=0.0)
     high = high if high > low else low + 1
     x_of = Axis(low, high, LEFT, width - RIGHT)
-    panels, top = [], float(TOP)
+    panels, bottom = [], float(TOP)
     for measure in measures:
-        panels.append(_panel(measure, x_of, top + GAP))
-        top = panels[-1].bottom
+        panels.append(_panel(measure, x_of, bottom + GAP))
+        bottom = panels[-1].bottom
     bands = []
     for name, first, last in stages:
         start, length = x_of(first), x_of(last) - x_of(first)
@@ -110,17 +110,10 @@ def line_chart(
     unit, suffix = 1.0, ""
     if in_seconds:
         unit, suffix = next((unit, f" {name}") for limit, unit, name in TIME_UNITS if high - low <= limit)
-    ticks = [tick for tick in linear_ticks([low / unit, high / unit])[2] if low / unit <= tick <= high / unit]
-    return Chart(
-        width=width,
-        height=top + BOTTOM,
-        left=LEFT,
-        right=RIGHT,
-        panels=panels,
-        bands=bands,
-        marks=[mark._replace(x=round(x_of(mark.x), 1)) for mark in marks],
-        ticks=[(round(x_of(tick * unit), 1), f"{tick:,g}{suffix}") for tick in ticks],
-    )
+    values = [tick for tick in linear_ticks([low / unit, high / unit])[2] if low / unit <= tick <= high / unit]
+    ticks = [(round(x_of(tick * unit), 1), f"{tick:,g}{suffix}") for tick in values]
+    placed = [mark._replace(x=round(x_of(mark.x), 1)) for mark in marks]
+    return Chart(width, bottom + BOTTOM, LEFT, RIGHT, panels, bands, placed, ticks)
 
 
 def _panel(measure: Measure, x_of: Axis, top: float) -> Panel:
@@ -138,7 +131,7 @@ def _panel(measure: Measure, x_of: Axis, top: float) -> Panel:
     for stage, points in finite:
         size = max(-(-len(points) // MAX_POINTS), 1)  # means of equally long sections; the last may be shorter
         sections = [points[start : start + size] for start in range(0, len(points), size)]
-        means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in sections]
+        means = [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in sections]
         placed = [(round(x_of(x), 1), round(y_of(value), 1)) for x, value in means]
         if len(placed) == 1:
             dots.append((stage, *placed[0]))

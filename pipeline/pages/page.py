@@ -37,33 +37,20 @@ def render_page(template: str, folders: Sequence[Path], subject: str, **values: 
 
 @functools.lru_cache  # keeps the compiled templates
 def _environment(folders: tuple[Path, ...]) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader([*folders, Path(__file__).parent]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = (percent, number, significant, duration, moment)
-    environment.filters |= {function.__name__: function for function in filters}
+    loader = FileSystemLoader([*folders, Path(__file__).parent])
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, undefined=StrictUndefined, **options)
+    environment.filters |= {f.__name__: f for f in (percent, number, significant, duration, moment)}
     return environment
 
 
-def thumbnail(pixels: Any, side: int = THUMBNAIL) -> str:
-    """Return an image (H, W, 3) uint8 (array, tensor or PIL) as a data URI, at most `side` pixels wide and high."""
-    image = Image.fromarray(np.asarray(pixels))
+def thumbnail(pixels: Any, side: int = THUMBNAIL, lossless: int = LOSSLESS) -> str:
+    """Return an image (H, W, 3) uint8 (array, tensor or PIL) as a data URI, at most `side` pixels wide and high.
+
+    It is a PNG if neither side is longer than `lossless`, otherwise a JPEG.
+    """
+    image, buffer = Image.fromarray(np.asarray(pixels)), io.BytesIO()
     image.thumbnail((side, side))
-    kind, options = ("PNG", {"optimize": True}) if max(image.size) <= LOSSLESS else ("JPEG", {"quality": 80})
-    return data_uri(encode(image, kind, **options), kind)
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """Return an image as a file; `kind` is PNG or JPEG."""
-    buffer = io.BytesIO()
+    kind, options = ("png", {"optimize": True}) if max(image.size) <= lossless else ("jpeg", {"quality": 80})
     image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def data_uri(encoded: bytes, kind: str) -> str:
-    """Return an encoded image as a data URI; `kind` is PNG or JPEG."""
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -23,22 +23,10 @@ WIDTH, HEIGHT = 350, 130  # of a loss chart
 
 
 @dataclass(frozen=True)
-class Row:
-    """A result of every run, in the order of the runs; None if a run lacks it."""
-
-    name: str
-    values: list[Result]
-
-    @property
-    def differs(self) -> bool:
-        return any(value != self.values[0] for value in self.values)
-
-
-@dataclass(frozen=True)
 class Comparison:
     runs: list[str]  # names of the runs, or their folders if names are equal
     config: dict[str, dict[str, Any]]  # dotted path -> run -> value; runs without the key are missing
-    results: dict[str, list[Row]]  # by group
+    results: dict[str, dict[str, list[Result]]]  # group -> name -> values in the order of the runs; None: missing
     losses: dict[str, list[Series]]  # stage -> curve of each run over the steps since the stage's start
     folders: list[str]
 
@@ -46,51 +34,43 @@ class Comparison:
         """Return the comparison as JSON values: non-finite numbers become null, and repeated names get their group."""
         results: dict[str, dict[str, Result]] = {}
         for group, rows in self.results.items():
-            for row in rows:
-                name = f"{row.name} ({group})" if row.name in results else row.name
-                values = [None if isinstance(v, float) and not math.isfinite(v) else v for v in row.values]
-                results[name] = dict(zip(self.runs, values, strict=True))
+            for name, values in rows.items():
+                finite = [None if isinstance(v, float) and not math.isfinite(v) else v for v in values]
+                unique = f"{name} ({group})" if name in results else name
+                results[unique] = dict(zip(self.runs, finite, strict=True))
         return {"runs": self.runs, "config": self.config, "results": results}
 
 
 def compare(runs: Sequence[RunFolder]) -> Comparison:
-    """Compare two or more runs."""
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        names = [run.folder for run in runs]
+    """Compare two or more runs.
+
+    Stages are identified by name. In a section that only some runs have, such as a stage, keys with default values are
+    not differences.
+    """
+    names, folders = [run.name for run in runs], [run.folder for run in runs]
+    names = names if len(set(names)) == len(names) else folders
     losses: dict[str, list[Series]] = {}
-    rows: dict[str, dict[str, Row]] = {}
-    for number, run in enumerate(runs):
+    results: dict[str, dict[str, list[Result]]] = {}
+    by_path: dict[str, dict[str, Any]] = {}
+    explicit: set[str] = set()
+    for number, (own_name, run) in enumerate(zip(names, runs, strict=True)):
         for index, record in enumerate(run.stages):
             first = run.config.stage_start(index)
             if series := record.series("train/loss"):
                 curve = [(float(step - first), value) for _, step, value in series]
                 losses.setdefault(record.name, []).append(Series(number, curve))
         for group, name, value in _results_of(run):
-            row = rows.setdefault(group, {}).setdefault(name, Row(name, [None] * len(runs)))
-            row.values[number] = value
-    results = {group: list(by_name.values()) for group, by_name in rows.items()}
-    config = differences(dict(zip(names, runs, strict=True)))
-    return Comparison(names, config, results, losses, [run.folder for run in runs])
-
-
-def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
-    """Return dotted path -> run -> value of the keys that differ. Stages are identified by name.
-
-    In a section that only some runs have, such as a stage, keys with default values are not differences.
-    """
-    by_path: dict[str, dict[str, Any]] = {}
-    explicit: set[str] = set()
-    for name, run in runs.items():
-        for path, value in flatten(_by_name(run.values)).items():
-            by_path.setdefault(path, {})[name] = redact(value) if isinstance(value, str) else value
+            results.setdefault(group, {}).setdefault(name, [None] * len(runs))[number] = value
+        for path, setting in flatten(_by_name(run.values)).items():
+            by_path.setdefault(path, {})[own_name] = redact(setting) if isinstance(setting, str) else setting
         explicit |= flatten(_by_name(run.recorded_config().model_dump(mode="json", exclude_defaults=True))).keys()
-    return {
+    config = {
         path: values
         for path, values in by_path.items()
         if path not in IGNORED_KEYS
         and (len({json.dumps(v) for v in values.values()}) > 1 or (len(values) < len(runs) and path in explicit))
     }
+    return Comparison(names, config, results, losses, folders)
 
 
 def _by_name(values: Any) -> Any:
@@ -143,12 +123,9 @@ def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
 
 def render_comparison(comparison: Comparison) -> str:
     """Return the comparison as an HTML page, with a chart of losses for each stage and one line per run."""
-    return render_page(
-        "comparison.html.j2",
-        [Path(__file__).parent],
-        subject=f"comparison {' '.join(comparison.folders)}",
-        comparison=comparison,
-        loss_charts={
-            stage: line_chart([Measure("loss", curves, HEIGHT)], WIDTH) for stage, curves in comparison.losses.items()
-        },
-    )
+    charts = {
+        stage: line_chart([Measure("loss", curves, HEIGHT)], WIDTH) for stage, curves in comparison.losses.items()
+    }
+    subject = f"comparison {' '.join(comparison.folders)}"
+    here = [Path(__file__).parent]
+    return render_page("comparison.html.j2", here, subject=subject, comparison=comparison, loss_charts=charts)

@@ -25,10 +25,8 @@ from pipeline.training.prepare import RUN_FILE
 MAX_SECONDS = 1e12  # of one phase; more is damage
 # Folders of records of training, with the types of their values.
 RESTARTS: tuple[str, Mapping[str, Any]] = ("restarts", {"time": (int, float), "cause": str, "message": str})
-QUARANTINE: tuple[str, Mapping[str, Any]] = (
-    "quarantine",
-    {"source": str, "shard": str, "key": str, "offset": int, "stage": str, "reason": str},
-)
+_BAD_SAMPLE = {"source": str, "shard": str, "key": str, "offset": int, "stage": str, "reason": str}
+QUARANTINE: tuple[str, Mapping[str, Any]] = ("quarantine", _BAD_SAMPLE)
 
 log = logging.getLogger(__name__)
 
@@ -110,32 +108,16 @@ class JournalContents:
 class RunFolder(JournalContents):
     """A run. `values` is the config as stored; `config` is what this machine may act on (`stored_config`)."""
 
+    name: str  # in its config; the folder may have been renamed
     folder: str
     storage: Storage  # the caller's
     config: RunConfig
     recorded: RecordedLocation
     values: Values
+    reached: int  # the highest recorded global step
+    num_restarts: int
     seconds: dict[str, float]  # by phase (`pipeline.training.goodput`); empty if unknown
-
-    @property
-    def name(self) -> str:
-        """The run's name in its config; the folder may have been renamed."""
-        return str(self.values["name"])
-
-    @property
-    def reached(self) -> int:
-        """The highest recorded global step."""
-        return max((stage.reached or 0 for stage in self.stages), default=0)
-
-    @property
-    def num_restarts(self) -> int:
-        return max(len(self.sessions) - 1, 0)
-
-    @property
-    def goodput(self) -> float | None:
-        """The fraction of all time that was spent in steps that were kept."""
-        total = sum(self.seconds.values())
-        return self.seconds["training"] / total if total else None
+    goodput: float | None  # the fraction of all time that was spent in steps that were kept
 
     def recorded_config(self) -> RunConfig:
         """Return the config as stored, for display."""
@@ -143,11 +125,10 @@ class RunFolder(JournalContents):
 
     def records(self, folder: str, types: Mapping[str, Any]) -> Iterator[Values]:
         """Yield the JSON objects in a folder's files (one per line in .jsonl) that have values of these types."""
-        url = join(self.folder, folder)
-        for name in self.storage.list(url):
+        for name in self.storage.list(join(self.folder, folder)):
             if not name.endswith((".json", ".jsonl")):
                 continue
-            data = self.storage.read(join(url, name))
+            data = self.storage.read(join(self.folder, folder, name))
             for line in data.splitlines() if name.endswith(".jsonl") else [data]:
                 try:
                     values = json.loads(line)
@@ -156,7 +137,7 @@ class RunFolder(JournalContents):
                 if isinstance(values, dict) and all(isinstance(values.get(k), kind) for k, kind in types.items()):
                     yield values
                 else:
-                    log.warning("%s/%s: skipped a damaged record", url, name)
+                    log.warning("%s/%s: skipped a damaged record", join(self.folder, folder), name)
 
 
 def open_run(run: str, storage: Storage | None = None) -> RunFolder:
@@ -164,8 +145,7 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
 
     Raises ConfigError if there is no readable run.
     """
-    folder = run.rstrip("/")
-    storage = storage or Storage()
+    folder, storage = run.rstrip("/"), storage or Storage()
     url = join(folder, RUN_FILE)
     if not storage.exists(url):
         raise ConfigError(f"{run}: no run there (no {RUN_FILE} in it); give the folder of a run, <output>/<name>")
@@ -178,19 +158,25 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
     config, recorded = stored_config(values, url, folder)
     account = goodput.read_record(storage, folder)
     seconds = account.get("seconds") if isinstance(account, dict) else None
-    is_valid = (
-        isinstance(seconds, dict)
-        and "training" in seconds
-        and all(isinstance(v, int | float) and 0 <= v < MAX_SECONDS for v in seconds.values())
-    )
+    if (
+        not isinstance(seconds, dict)
+        or "training" not in seconds
+        or not all(isinstance(v, int | float) and 0 <= v < MAX_SECONDS for v in seconds.values())
+    ):
+        seconds = {}
+    total, contents = sum(seconds.values()), read_records(config, storage)
     return RunFolder(
-        **vars(read_records(config, storage)),
+        **vars(contents),
+        name=str(values["name"]),
         folder=folder,
         storage=storage,
         config=config,
         recorded=recorded,
         values=values,
-        seconds=seconds if seconds is not None and is_valid else {},
+        reached=max((stage.reached or 0 for stage in contents.stages), default=0),
+        num_restarts=max(len(contents.sessions) - 1, 0),
+        seconds=seconds,
+        goodput=seconds["training"] / total if total else None,
     )
 
 

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pipeline.config.errors import DataError, MomeError
 from pipeline.config.redaction import redact
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.schema import StageConfig
 from pipeline.config.stored import check_stored_url
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_bytes
 from pipeline.data.quarantine import BadSample
 from pipeline.data.shards.manifest import load_index, load_manifest, shard_folder
 from pipeline.data.shards.source import open_source, selection_url
-from pipeline.data.storage import Storage, join
+from pipeline.data.storage import join
 from pipeline.evaluation import report as eval_report
 from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart
 from pipeline.pages.formatting import significant
@@ -105,15 +104,6 @@ class QuarantinedSample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class InspectedSample:
-    """A bad sample read again: its image as a data URI, or None and the `error` that prevents showing it."""
-
-    sample: QuarantinedSample
-    image: str | None
-    error: str
-
-
-@dataclass(frozen=True)
 class RunReport:
     run: RunFolder = field(repr=False)
     status: str
@@ -127,7 +117,8 @@ class RunReport:
     evaluations: list[eval_report.ReportData]  # newest first
     bad_samples: float  # replaced; the quarantine may lag behind by the steps since the last checkpoint
     quarantine_counts: list[tuple[str, str, str, int, int]]  # source, stage, reason, distinct samples, times
-    quarantine: list[InspectedSample]  # a few of each reason
+    # A few samples of each reason, read again: the image as a data URI, or the error that prevents showing it.
+    quarantine: list[tuple[QuarantinedSample, str | None, str]]
     lineage: dict[str, str]
     mlflow_page: str  # URL of the run in MLflow's web interface; empty if unknown
 
@@ -147,26 +138,21 @@ def collect_report(run: RunFolder, price: float | None = None, server: str | Non
         price = run.config.cluster.price if price is None else price
         cost = Cost(ranks, hours, price, hours * price)
     latest = {(tag.stage, tag.key): tag for tag in run.tags if tag.key.startswith(ALERT)}
-    alerts = sorted(latest.values(), key=lambda tag: (tag.value.startswith(OVER), tag.at))
-    bad = [
-        record.last(f"data/bad/{name}") or 0.0
-        for stage, record in zip(run.config.stages, run.stages, strict=True)
-        for name in stage.sources
-    ]
-    counts, inspected = inspect_quarantine(run.config, run.storage, list(run.records(*QUARANTINE)))
+    stages = [_stage(run, index) for index in range(len(run.config.stages))]
+    counts, inspected = _inspect_quarantine(run)
     lineage, mlflow_page = _lineage(run, server)
     return RunReport(
         run=run,
         status=run.status or ("NOT STARTED" if started is None else "UNFINISHED"),
         started=started,
         ended=max((point.at for record in run.stages for point in record.points), default=None),
-        stages=[_stage(run, index) for index in range(len(run.config.stages))],
+        stages=stages,
         events=_events(run),
-        alerts=alerts,
+        alerts=sorted(latest.values(), key=lambda tag: (tag.value.startswith(OVER), tag.at)),
         time={phase: run.seconds[phase] for phase in PHASES if run.seconds.get(phase)},
         cost=cost,
         evaluations=eval_report.load_report_data(run.storage, run.folder),
-        bad_samples=sum(bad),
+        bad_samples=sum(stage.record.last(f"data/bad/{name}") or 0.0 for stage in stages for name in stage.sources),
         quarantine_counts=counts,
         quarantine=inspected,
         lineage=lineage,
@@ -186,23 +172,18 @@ def _stage(run: RunFolder, index: int) -> StageReport:
     for name in stage.sources:
         config, digest = run.config.sources[name], digests.get(name, "")
         try:
-            for key, url in (("shards", config.shards), ("opt_out", config.opt_out)):
-                if url is not None:
-                    check_stored_url(url, f"sources.{name}.{key}")
+            check_stored_url(config.shards, f"sources.{name}.shards")
+            if config.opt_out is not None:
+                check_stored_url(config.opt_out, f"sources.{name}.opt_out")
             source = open_source(run.storage, config, selection_url(run.config, name))
             is_changed = digest and source.digest != digest
             change = f"the shards have changed since: digest {source.digest[:12]}…" if is_changed else ""
             sources[name] = SourceState(digest, len(source.manifest.shards), int(source.counts.sum()), change)
         except MomeError as error:
             sources[name] = SourceState(digest, change=f"cannot be read now: {error}")
-    return StageReport(
-        config=stage,
-        record=record,
-        reached=(record.reached or first) - first,
-        start_from=start_from,
-        seconds=(record.points[-1].at - record.starts[0]["at"]) / 1000 if record.points and record.starts else 0.0,
-        sources=sources,
-    )
+    reached = (record.reached or first) - first
+    seconds = (record.points[-1].at - record.starts[0]["at"]) / 1000 if record.points and record.starts else 0.0
+    return StageReport(stage, record, reached, start_from, seconds, sources)
 
 
 def _events(run: RunFolder) -> list[Event]:
@@ -243,76 +224,73 @@ def _lineage(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
     commit = tags.get("mlflow.source.git.commit", "")
     if commit and tags.get("mome.git.dirty") == "true":
         commit += " with uncommitted changes"
-    versions = {name: tags.get(f"version.{name}") for name in SHOWN_VERSIONS}
+    versions = [f"{name} {tags[key]}" for name in SHOWN_VERSIONS if (key := f"version.{name}") in tags]
     lineage = {
         "Experiment": experiment_name(run.config),
         "Code": commit,
         "Submission": tags.get("ray.submission_id", ""),
         "Started by": tags.get("mlflow.user", ""),
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None),
+        "Versions": ", ".join(versions),
+        "In MLflow": f"the run tagged mome.run = '{run.run}'" if run.run else "",
     }
-    lineage = {name: value for name, value in lineage.items() if value}
-    own = absolute_uri(server or default_uri(run.config.output))
+    page, own = "", absolute_uri(server or default_uri(run.config.output))
     others = [] if run.recorded.tracking_uri is None else [absolute_uri(run.recorded.tracking_uri)]
     for uri in dict.fromkeys([own, *others]):
         ids = Cursor.load(journal_folder(run.folder), uri)
         if re.fullmatch(r"[0-9a-f]{32}", ids.run) and re.fullmatch(r"\d{1,32}", ids.experiment):
-            has_page = uri == own and uri.startswith(("http://", "https://"))
-            page = f"{redact(uri).rstrip('/')}/#/experiments/{ids.experiment}/runs/{ids.run}" if has_page else ""
-            return lineage | {"MLflow run": ids.run}, page
-    return lineage | ({"In MLflow": f"the run tagged mome.run = '{run.run}'"} if run.run else {}), ""
+            lineage |= {"In MLflow": "", "MLflow run": ids.run}
+            if uri == own and uri.startswith(("http://", "https://")):
+                page = f"{redact(uri).rstrip('/')}/#/experiments/{ids.experiment}/runs/{ids.run}"
+            break
+    return {name: value for name, value in lineage.items() if value}, page
 
 
-def inspect_quarantine(
-    config: RunConfig, storage: Storage, records: Sequence[dict[str, Any]]
-) -> tuple[list[tuple[str, str, str, int, int]], list[InspectedSample]]:
-    """Count a run's quarantined samples by reason (`RunReport.quarantine_counts`) and read a few of each again."""
-    times = Counter(QuarantinedSample(*(record[name] for name in QuarantinedSample._fields)) for record in records)
+def _inspect_quarantine(
+    run: RunFolder,
+) -> tuple[list[tuple[str, str, str, int, int]], list[tuple[QuarantinedSample, str | None, str]]]:
+    """Return `RunReport.quarantine_counts` and `RunReport.quarantine`."""
+    fields, storage = QuarantinedSample._fields, run.storage
+    times = Counter(QuarantinedSample(*(record[name] for name in fields)) for record in run.records(*QUARANTINE))
     kinds: dict[tuple[str, str, str], list[QuarantinedSample]] = {}
     for sample in times:
         kinds.setdefault((sample.source, sample.stage, sample.reason), []).append(sample)
     counts = [(*kind, len(samples), sum(times[sample] for sample in samples)) for kind, samples in kinds.items()]
     # One of each kind before a second one of any, so that rare reasons are included.
     rounds = [samples[turn] for turn in range(MAX_PER_REASON) for samples in kinds.values() if turn < len(samples)]
-    inspected = []
+    inspected: list[tuple[QuarantinedSample, str | None, str]] = []
     for sample in rounds[:MAX_SAMPLES]:
         image, error = None, ""
         try:
-            data = image_bytes(_read_members(storage, config.sources[sample.source].shards, sample))
-            image = thumbnail(decode(data, config.data.max_pixels), THUMBNAIL)
+            url = run.config.sources[sample.source].shards
+            check_stored_url(url, f"sources.{sample.source}.shards")
+            shard = next((shard for shard in load_manifest(storage, url).shards if shard.name == sample.shard), None)
+            if shard is None:
+                raise DataError(f"{sample.shard} is no longer in the manifest of {url}")
+            index = load_index(storage, url, shard)
+            number = next((n for n in range(len(index)) if index.offset[index.first[n]] == sample.offset), None)
+            if number is None or index.keys[number] != sample.key:
+                raise DataError(f"{sample.shard} now has another sample at byte {sample.offset}")
+            file = join(shard_folder(url), sample.shard)
+            members = {name: storage.read_range(file, at, at + size) for name, at, size in index.members(number)}
+            image = thumbnail(decode(image_bytes(members), run.config.data.max_pixels), THUMBNAIL)
         except BadSample as bad:
             error = bad.reason
         except (MomeError, KeyError) as failure:
             error = f"not read again: {failure}"
-        inspected.append(InspectedSample(sample, image, error))
+        inspected.append((sample, image, error))
     return sorted(counts, key=lambda row: -row[-1]), inspected
-
-
-def _read_members(storage: Storage, url: str, sample: QuarantinedSample) -> dict[str, bytes]:
-    """Read the sample's members at its recorded offset. Raises DataError if the shards have changed."""
-    check_stored_url(url, f"sources.{sample.source}.shards")
-    record = next((record for record in load_manifest(storage, url).shards if record.name == sample.shard), None)
-    if record is None:
-        raise DataError(f"{sample.shard} is no longer in the manifest of {url}")
-    index = load_index(storage, url, record)
-    number = next((n for n in range(len(index)) if index.offset[index.first[n]] == sample.offset), None)
-    if number is None or index.keys[number] != sample.key:
-        raise DataError(f"{sample.shard} now has another sample at byte {sample.offset}")
-    location = join(shard_folder(url), sample.shard)
-    return {name: storage.read_range(location, at, at + size) for name, at, size in index.members(number)}
 
 
 def render_run_report(report: RunReport, comparison: Comparison | None = None) -> str:
     """Return the report as an HTML page, with a comparison with other runs if given."""
+    axes = {"steps": False, "time": True}
     return render_page(
         "run_report.html.j2",
         [HERE, eval_report.HERE],
         subject=f"report {report.run.folder}",
         report=report,
         run=report.run,
-        curves={
-            axis: [draw_curves(report, width, axis == "time") for width in (WIDE, NARROW)] for axis in ("steps", "time")
-        },
+        curves={axis: [draw_curves(report, width, timed) for width in (WIDE, NARROW)] for axis, timed in axes.items()},
         shown=eval_report.headline(report.evaluations) if report.evaluations else None,
         max_events=MAX_EVENTS,
         over=OVER,

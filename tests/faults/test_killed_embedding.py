@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ SHARDS = 60
 AFTER = (5, 20)  # number of records after which each process is killed
 
 
-def _embed(shards: str, checkpoint: str, out: Path, kill_after: int | None = None) -> dict[str, Any] | int:
+def embed(shards: str, checkpoint: str, out: Path, kill_after: int | None = None) -> dict[str, Any] | int:
     """Run `mome embed`; return its result, or the number of shards done by a process killed after so many."""
     command = [sys.executable, "-m", "jobs.cli", "embed", shards, "--checkpoint", checkpoint, "--out", str(out)]
     environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
@@ -36,11 +35,10 @@ def _embed(shards: str, checkpoint: str, out: Path, kill_after: int | None = Non
         assert "shards finished, of" in log
         return json.loads(printed)
     deadline = time.monotonic() + SECONDS
-    while (
-        len(list((out / DONE).glob("*.json"))) < kill_after and process.poll() is None and time.monotonic() < deadline
-    ):
+    while len(list((out / DONE).glob("*.json"))) < kill_after and process.poll() is None:
+        assert time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     return len(list((out / DONE).glob("*.json")))
 
@@ -49,18 +47,19 @@ def _embed(shards: str, checkpoint: str, out: Path, kill_after: int | None = Non
 def test_killed_embedding_resumes_to_equal_files(tmp_path: Path) -> None:
     config, checkpoint = untrained_weights(tmp_path)
     samples = iter_samples(Storage(), config.sources["scenes"].shards)
-    shards = str(tmp_path / "shards")
+    shards, one, other = str(tmp_path / "shards"), tmp_path / "whole", tmp_path / "killed"
     write_shards(Storage(), ({"__key__": sample.key, **sample.members} for sample in samples), shards, 1)
-    whole = _embed(shards, checkpoint, tmp_path / "whole")
-    done = 0
+    whole, done = embed(shards, checkpoint, one), 0
     for records in AFTER:
-        done = _embed(shards, checkpoint, tmp_path / "killed", records)
+        done = embed(shards, checkpoint, other, records)
         assert records <= done < SHARDS, "killed in the middle"
-    resumed = _embed(shards, checkpoint, tmp_path / "killed")
+    finished = [next(other.glob(f"{record.stem}.parquet")) for record in (other / DONE).glob("*.json")]
+    before = {file: file.stat().st_mtime_ns for file in finished}
+    resumed = embed(shards, checkpoint, other)
+    assert {file: file.stat().st_mtime_ns for file in finished} == before, "what was finished is not written again"
     assert (whole["shards"], whole["already_done"], resumed["already_done"]) == (SHARDS, 0, done)
-    names, killed = (sorted(file.name for file in (tmp_path / out).iterdir()) for out in ("whole", "killed"))
-    assert killed == names, "nothing is left over"
+    names = sorted(file.name for file in one.iterdir())
+    assert sorted(file.name for file in other.iterdir()) == names, "nothing is left over"
     files = [name for name in names if name.endswith(".parquet")]
     assert len(files) == SHARDS
-    for name in files:
-        assert parquet.read_table(tmp_path / "killed" / name) == parquet.read_table(tmp_path / "whole" / name)
+    assert all(parquet.read_table(other / name) == parquet.read_table(one / name) for name in files)

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,8 @@ from pipeline.config.schema import VLMoConfig
 from pipeline.data.contents.images import decode, resize
 from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.evaluation.retrieval import embed_images, embed_texts, fusion_scores
+from pipeline.evaluation.datasets import EvalPairs
+from pipeline.evaluation.retrieval import Predictor
 from pipeline.inference import build_trained_model, load_model, pyfunc_outputs
 from pipeline.models import build_model
 from pipeline.models.checkpoints.formats import FORMATS
@@ -88,14 +88,14 @@ def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
 
     model, tokenizer = build_trained_model(weights), Tokenizer(weights.vocabulary or SPECIALS)
     images = torch.from_numpy(np.stack([resize(decode(image, 10_000), TINY.image_size) for image in PICTURES]))
-    rows = [tokenizer.encode(text, 12).ids for text in TEXTS]
-    image, text = embed_images(model, images), embed_texts(model, rows, tokenizer.pad_id)
-    pairs = torch.arange(len(rows))[:, None].expand(-1, 2)
+    predictor, tokens = Predictor(model, tokenizer), tuple(tokenizer.encode_batch(TEXTS, 12))
+    image, text = predictor.embed_images(images), predictor.embed_texts([one.ids for one in tokens])
+    pairs = torch.arange(len(TEXTS))[:, None].expand(-1, 2)
     expected = {
         "image_embedding": image,
         "text_embedding": text,
         "similarity": (image * text).sum(dim=1),
-        "matched": fusion_scores(model, images, rows, tokenizer.pad_id, pairs).sigmoid(),
+        "matched": predictor.fusion_scores(EvalPairs({}, "", images, tokens=tokens), pairs).sigmoid(),
     }
     for name, values in expected.items():
         column = np.array([row[name] for row in served["rows"]])
@@ -117,4 +117,4 @@ def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
     assert registered["model_id"] in {output.model_id for output in made_by.outputs.model_outputs}
     only_text = next(stage for stage in weights.config.stages if list(stage.objectives) == ["mlm"])
     with pytest.raises(ConfigError, match="retrieval embeddings need itc"):  # neither embeddings nor scores
-        pyfunc_outputs(replace(weights, stage=only_text.name))
+        pyfunc_outputs(only_text, weights.url)

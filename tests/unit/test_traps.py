@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig, SourceType
-from pipeline.evaluation.evaluate import MatchingResult, stages_trained_on
+from pipeline.evaluation.evaluate import is_collapsed, stages_trained_on
 from pipeline.models.forward import ForwardInput
 from pipeline.training.collectives import Collectives
 from tests.support.trial import begin, tiny_run
@@ -46,9 +46,9 @@ def test_every_trap_has_a_test_named_after_it() -> None:
 
 
 def test_trap_04_constant_predictions_are_collapsed() -> None:
-    assert MatchingResult(accuracy_matched=0.0, accuracy_mismatched=1.0).is_collapsed
-    assert MatchingResult(accuracy_matched=1.0, accuracy_mismatched=0.01).is_collapsed
-    assert not MatchingResult(accuracy_matched=0.3, accuracy_mismatched=0.9).is_collapsed
+    accuracies = [(0.0, 1.0), (1.0, 0.01), (0.3, 0.9)]
+    collapsed = [is_collapsed({"accuracy_matched": a, "accuracy_mismatched": b}) for a, b in accuracies]
+    assert collapsed == [True, True, False]
 
 
 def test_trap_09_training_source_is_recognised_under_any_name() -> None:

@@ -9,40 +9,38 @@ from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
-from pipeline.evaluation.datasets import EvalPairs, load_pairs
-from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.evaluation.datasets import load_pairs
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig
-from pipeline.models.vlmo import VLMo
 from tests.support.finished_run import SECTION
-
-PAIRS = 24
 
 
 @pytest.fixture(scope="session")
-def storage() -> Storage:
+def storage():
     return Storage()
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory, storage: Storage) -> RunConfig:
+def config(tmp_path_factory, storage):
     """Draw the shards of one synthetic source (24 scenes, two captions each) and return a run of three stages on it."""
-    shards = str(tmp_path_factory.mktemp("scenes") / "shards")
-    plain = {"steps": 4, "global_batch_size": 8}
-    both = {"itc": {}, "itm": {}, "mlm": {}}
+    shards, plain = str(tmp_path_factory.mktemp("scenes") / "shards"), {"steps": 4, "global_batch_size": 8}
     values = {
         "name": "tiny",
         "model": {**SECTION, "max_text_length": 40},
         "sources": {
-            "unseen": {"shards": shards, "synthetic": {"scenes": PAIRS, "image_size": 40, "captions": 2}},
+            "unseen": {"shards": shards, "synthetic": {"scenes": 24, "image_size": 40, "captions": 2}},
             "images": {"shards": shards, "type": "images"},
             "sentences": {"shards": shards, "type": "text"},
         },
         "data": {"streams": 4},
-        "stages": (
-            {"name": "vision", "sources": {"images": 1.0}, "objectives": {"mim": {}}, **plain},
-            {"name": "language", "sources": {"sentences": 1.0}, "objectives": {"mlm": {}}, **plain},
-            {"name": "vision_language", "sources": {"unseen": 1.0}, "objectives": both, **plain},
+        "stages": tuple(
+            {"name": name, "sources": {source: 1.0}, "objectives": {key: {} for key in objectives}, **plain}
+            for name, source, objectives in (
+                ("vision", "images", ["mim"]),
+                ("language", "sentences", ["mlm"]),
+                ("vision_language", "unseen", ["itc", "itm", "mlm"]),
+            )
         ),
         "engine": {"precision": "float32"},
         "evaluation": {"source": "unseen", "batch_size": 7},
@@ -53,21 +51,21 @@ def config(tmp_path_factory: pytest.TempPathFactory, storage: Storage) -> RunCon
 
 
 @pytest.fixture(scope="session")
-def tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
+def tokenizer(config, storage):
     return Tokenizer.train(iter_captions(storage, config.sources["unseen"].shards), 200)
 
 
 @pytest.fixture(scope="session")
-def held_out(config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> EvalPairs:
+def held_out(config, storage, tokenizer):
     return load_pairs(config, storage, "unseen", None, tokenizer, max_text_length=40)
 
 
 @pytest.fixture(scope="session")
-def model(config: RunConfig, tokenizer: Tokenizer) -> VLMo:
+def model(config, tokenizer):
     return build_model(config.model, tokenizer.size, HeadConfig("pixels"), seed=3)
 
 
 @pytest.fixture(scope="session")
-def evaluation(model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> Evaluation:
+def evaluation(model, config, storage, tokenizer):
     """Return the evaluation of the last stage; the earlier stages have the same weights."""
     return evaluate(model, tokenizer, config, storage, others={"vision": model, "language": model})

@@ -13,7 +13,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_on_all_ranks
-from pipeline.evaluation.retrieval import fusion_scores
+from pipeline.evaluation.retrieval import Predictor
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
@@ -22,12 +22,10 @@ from tests.support.ranks import run_ranks
 KS = {"r1", "r5", "r10"}
 
 
-def test_json_and_metrics_have_the_documented_keys(evaluation):
+def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs(evaluation, model):
     result = json.loads(json.dumps(evaluation.to_json()))
-    assert (result["pairs"], result["captions"]) == (24, 48)
-    for direction in ("image_to_text", "text_to_image", "chance"):
-        assert result["retrieval"][direction].keys() >= KS
-    assert result["reranked"]["best"] == 10
+    assert (result["pairs"], result["captions"], result["reranked"]["best"]) == (24, 48, 10)
+    assert all(result["retrieval"][part].keys() >= KS for part in ("image_to_text", "text_to_image", "chance"))
     mlm = result["mlm"]
     assert mlm.keys() >= {"accuracy", "accuracy_other_image", "accuracy_text_only", "language_stage_text_only"}
     assert mlm["language_stage_text_only"] == mlm["accuracy_text_only"]  # the language stage has the same weights
@@ -37,8 +35,6 @@ def test_json_and_metrics_have_the_documented_keys(evaluation):
     assert metrics["eval/unseen/i2t_r1"] == pytest.approx(evaluation.retrieval.image_to_text.at[1])
     assert {"eval/unseen/mlm_accuracy", "eval/unseen/itm_accuracy", "eval/unseen/reranked_t2i_r10"} <= metrics.keys()
 
-
-def test_similarity_is_the_mean_of_both_heads_cosines(evaluation, model):
     held_out, ranked = evaluation.held_out, evaluation.rankings.text_to_image
     image = ForwardInput(heads=("itc",), image=held_out.images[ranked.best[5, :1]])
     text = ForwardInput(heads=("itc",), text=torch.tensor([held_out.tokens[5].ids]))
@@ -54,27 +50,20 @@ def test_metrics_do_not_depend_on_the_batch_size(evaluation, model, config, stor
     scores = (result.rankings.image_to_text.score for result in (evaluation, again))
     torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-5)
     assert evaluation.mlm.own_image.accuracy == again.mlm.own_image.accuracy
-    assert evaluation.itm == again.itm
+    assert evaluation.sections["itm"] == again.sections["itm"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "null", "present"),
-    [
-        ("vision", ["retrieval", "reranked", "mlm", "itm"], ("reconstruction", "error")),
-        ("language", ["retrieval", "itm", "reconstruction"], ("mlm", "accuracy_text_only")),
-    ],
-)
-def test_results_of_untrained_objectives_are_null(stage, null, present, model, config, storage, tokenizer):
-    result = evaluate(model, tokenizer, config, storage, stage=stage, limit=6).to_json()
-    assert all(result[name] is None for name in null)
-    assert result[present[0]][present[1]] is not None
-    assert (result["mlm"] or {"accuracy": None})["accuracy"] is None
-
-
-def test_single_pairs_and_unknown_stages(model, config, storage, tokenizer):
+def test_results_without_training_or_without_a_second_pair_are_null(model, config, storage, tokenizer):
+    for stage, null, section, key in (
+        ("vision", ["retrieval", "reranked", "mlm", "itm"], "reconstruction", "error"),
+        ("language", ["retrieval", "itm", "reconstruction"], "mlm", "accuracy_text_only"),
+    ):
+        result = evaluate(model, tokenizer, config, storage, stage=stage, limit=6).to_json()
+        assert all(result[name] is None for name in null)
+        assert result[section][key] is not None
+        assert (result["mlm"] or {"accuracy": None})["accuracy"] is None
     result = evaluate(model, tokenizer, config, storage, limit=1).to_json()
-    assert result["mlm"]["accuracy_other_image"] is None
-    assert result["itm"] is None
+    assert result["mlm"]["accuracy_other_image"] is result["itm"] is None
     assert result["retrieval"]["text_to_image"]["r1"] == result["retrieval"]["chance"]["r1"] == 1.0
     known = "no stage 'visoin' in this run; its stages: vision, language, vision_language"
     with pytest.raises(ConfigError, match=known):
@@ -100,11 +89,10 @@ def test_itm_without_itc_ranks_by_scoring_every_pair_of_the_first_images(
     config = config.model_copy(update={"stages": stages})
     result = evaluate(model, tokenizer, config, storage)
     held_out = result.held_out
-    assert (result.itm is None, result.reranked) == (False, None)
+    assert (result.sections["itm"] is None, result.reranked) == (False, None)
     assert (result.retrieval_by, result.retrieval_images) == ("itm", len(held_out))
     pairs = torch.cartesian_prod(torch.arange(len(held_out)), torch.arange(len(held_out.tokens)))
-    token_ids = [tokens.ids for tokens in held_out.tokens]
-    odds = fusion_scores(model, held_out.images, token_ids, tokenizer.pad_id, pairs)
+    odds = Predictor(model, tokenizer).fusion_scores(held_out, pairs)
     best = odds.view(len(held_out), -1).topk(10, dim=1).values
     torch.testing.assert_close(result.rankings.image_to_text.score, best)
     assert evaluate(model, tokenizer, config, storage, rerank_best=0).retrieval is None
@@ -127,17 +115,13 @@ class One(Ranks):
         return [(r * count // self.world_size, (r + 1) * count // self.world_size) for r in range(self.world_size)]
 
 
-@pytest.mark.parametrize("count", [1, 7, 50, 64])
-@pytest.mark.parametrize("world_size", [1, 2, 9])
-def test_rows_are_computed_once_with_equal_forward_counts(count, world_size):
-    turns = [list(rank_batches(count, 7, One(rank, world_size))) for rank in range(world_size)]
-    own = [row for of_rank in turns for rows, is_own in of_rank if is_own for row in range(count)[rows]]
-    assert own == list(range(count))
-    assert len({len(of_rank) for of_rank in turns}) == 1
-    assert all(0 < rows.stop - rows.start <= 7 for of_rank in turns for rows, _ in of_rank)
-
-
-def test_an_error_of_one_rank_is_raised_on_all(monkeypatch):
+def test_rows_are_computed_once_with_equal_forward_counts_and_errors_reach_all_ranks(monkeypatch):
+    for count, world_size in ((count, size) for count in (1, 7, 50, 64) for size in (1, 2, 9)):
+        turns = [list(rank_batches(count, 7, One(rank, world_size))) for rank in range(world_size)]
+        own = [row for of_rank in turns for rows, is_own in of_rank if is_own for row in range(count)[rows]]
+        assert own == list(range(count))
+        assert len({len(of_rank) for of_rank in turns}) == 1
+        assert all(0 < rows.stop - rows.start <= 7 for of_rank in turns for rows, _ in of_rank)
     ranks = One(0, 2)
     monkeypatch.setattr(ranks, "gather_objects", lambda value: [value, (None, DataError("shard 3 changed"))])
     with pytest.raises(DataError, match="shard 3 changed"):

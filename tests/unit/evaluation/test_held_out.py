@@ -28,16 +28,15 @@ from pipeline.evaluation.datasets import load_pairs
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.masked import mask_captions, predict_masked_tokens
 from pipeline.evaluation.report import build_report_data, render_report
-from pipeline.evaluation.retrieval import fusion_scores
+from pipeline.evaluation.retrieval import Predictor
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig
 from tests.support.ranks import run_ranks
 
 IMAGES, CAPTIONS, SIDE, WIDTH = 5_000, 5, 384, 512
-GIB = 2**30
 
 
-def test_pairs_are_read_in_the_order_of_the_manifest_up_to_a_limit(config, storage, tokenizer, held_out):
+def test_pairs_are_read_in_the_order_of_the_manifest_up_to_a_limit(config, storage, tokenizer, held_out, monkeypatch):
     assert held_out.keys == tuple(s.key for s in iter_samples(storage, config.sources["unseen"].shards))
     assert (held_out.images[:].shape, held_out.images[3].dtype) == ((24, 32, 32, 3), torch.uint8)
     assert held_out.caption_of.tolist() == [image for image in range(24) for _ in range(2)]
@@ -48,19 +47,20 @@ def test_pairs_are_read_in_the_order_of_the_manifest_up_to_a_limit(config, stora
     assert few.keys == held_out.keys[:5]
     assert torch.equal(few.images[:], held_out.images[:5])
     assert torch.equal(few.image_id, held_out.image_id[:5])
-
-
-def test_unknown_sources_and_sources_without_pairs_are_rejected(config, storage, tokenizer):
-    for source, message in (
-        ("nowhere", "'nowhere' is not a source of this run; sources with pairs: unseen"),
-        ("images", "'images' has no pairs"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            load_pairs(config, storage, source, None, tokenizer, max_text_length=40)
+    five_images = 5 * 3 * 32 * 32
+    monkeypatch.setattr(datasets, "DECODED_BYTES", five_images)
+    bounded = load_pairs(config, storage, "unseen", None, tokenizer, max_text_length=40)
+    for numbers in (slice(None), slice(3, 9), torch.tensor([20, 2, 2, 7])):
+        assert torch.equal(bounded.images[numbers], held_out.images[numbers])
+    assert torch.equal(bounded.image(11), held_out.image(11))
+    assert bounded.images._decoded.size <= five_images
+    text, keep = datasets.pad_token_ids([[2, 5, 3], [2, 3]], pad=0)
+    assert text.tolist() == [[2, 5, 3], [2, 3, 0]]
+    assert keep.tolist() == [[True, True, True], [True, True, False]]
 
 
 @pytest.mark.parametrize("num_bad", [1, 5])
-def test_bad_samples_are_counted_and_too_many_are_fatal(num_bad, config, storage, tmp_path, tokenizer):
+def test_bad_samples_are_counted_and_too_many_and_unknown_sources_fatal(num_bad, config, storage, tmp_path, tokenizer):
     samples = []
     for number in range(10):
         buffer = io.BytesIO()
@@ -69,25 +69,20 @@ def test_bad_samples_are_counted_and_too_many_are_fatal(num_bad, config, storage
         image = b"no image" if number < num_bad else buffer.getvalue()
         samples.append({"__key__": f"{number:03d}", "png": image, "json": json.dumps(record).encode()})
     write_shards(storage, iter(samples), str(tmp_path), 4)
-    run = config.model_copy(update={"sources": {"mixed": SourceConfig(shards=str(tmp_path))}})
+    mixed = SourceConfig(shards=str(tmp_path))
+    run = config.model_copy(update={"sources": {"mixed": mixed, "images": config.sources["images"]}})
+    faults = [("nowhere", ConfigError, "'nowhere' is not a source of this run; sources with pairs: mixed")]
+    faults.append(("images", ConfigError, "'images' has no pairs"))
     if num_bad == 5:
-        with pytest.raises(DataError, match=r"5 of 10 samples are bad: image: .*max_bad_rate"):
-            load_pairs(run, storage, "mixed", None, tokenizer, max_text_length=40)
-        return
-    pairs = load_pairs(run, storage, "mixed", None, tokenizer, max_text_length=40)
-    assert (len(pairs), list(pairs.skipped.values())) == (9, [1])
-    assert "image: " in next(iter(pairs.skipped))
-    assert pairs.image_id[1] == pairs.image_id[2] != pairs.image_id[3]
-
-
-def test_bounded_image_cache_returns_the_same_images(config, storage, tokenizer, held_out, monkeypatch):
-    five_images = 5 * 3 * 32 * 32
-    monkeypatch.setattr(datasets, "DECODED_BYTES", five_images)
-    few = load_pairs(config, storage, "unseen", None, tokenizer, max_text_length=40)
-    for numbers in (slice(None), slice(3, 9), torch.tensor([20, 2, 2, 7])):
-        assert torch.equal(few.images[numbers], held_out.images[numbers])
-    assert torch.equal(few.image(11), held_out.image(11))
-    assert few.images._decoded.size <= five_images
+        faults.append(("mixed", DataError, r"5 of 10 samples are bad: image: .*max_bad_rate"))
+    for source, error, message in faults:
+        with pytest.raises(error, match=message):
+            load_pairs(run, storage, source, None, tokenizer, max_text_length=40)
+    if num_bad == 1:
+        pairs = load_pairs(run, storage, "mixed", None, tokenizer, max_text_length=40)
+        assert (len(pairs), list(pairs.skipped.values())) == (9, [1])
+        assert "image: " in next(iter(pairs.skipped))
+        assert pairs.image_id[1] == pairs.image_id[2] != pairs.image_id[3]
 
 
 class Drawn(nn.Module):
@@ -107,17 +102,6 @@ class Drawn(nn.Module):
         return {"only": {"itc": F.normalize(self.words[one.text % 1000].sum(dim=1), dim=1)}}
 
 
-def coco_sized_samples():
-    for number in range(IMAGES):
-        colour = np.array([number % 251, number * 7 % 241, number * 13 % 239], dtype=np.uint8)
-        captions = [f"picture {number} told in words {n} times" for n in range(CAPTIONS)]
-        yield {
-            "__key__": f"{number:06d}",
-            "jpg": simplejpeg.encode_jpeg(np.full((SIDE, SIDE, 3), colour)),
-            "json": json.dumps({"captions": captions, "image_id": number}).encode(),
-        }
-
-
 def evaluate_coco_sized(config):
     tokenizer = Tokenizer.train(["picture told in words times 0123456789"] * 5, 200)
     result = evaluate(Drawn(), tokenizer, config, Storage())
@@ -127,22 +111,29 @@ def evaluate_coco_sized(config):
 @pytest.mark.slow
 def test_5000_images_and_25000_captions_take_less_than_4_gib(config, tmp_path):
     """Measured in a separate process. The images alone would take 2.1 GiB, and each copy of the scores 0.5 GiB."""
-    write_shards(Storage(), coco_sized_samples(), str(tmp_path), 1000)
-    stage = config.stages[-1].model_copy(
-        update={"objectives": {"itc": config.stages[-1].objectives["itc"]}, "sources": {"coco": 1.0}}
-    )
-    config = config.model_copy(
-        update={
-            "sources": {"coco": SourceConfig(shards=str(tmp_path))},
-            "stages": (stage,),
-            "model": config.model.model_copy(update={"image_size": SIDE}),
-            "evaluation": config.evaluation.model_copy(update={"source": "coco", "batch_size": 64}),
-        }
-    )
-    (result,) = run_ranks(evaluate_coco_sized, 1, config)
+
+    def samples():
+        for number in range(IMAGES):
+            colour = np.array([number % 251, number * 7 % 241, number * 13 % 239], dtype=np.uint8)
+            captions = [f"picture {number} told in words {n} times" for n in range(CAPTIONS)]
+            yield {
+                "__key__": f"{number:06d}",
+                "jpg": simplejpeg.encode_jpeg(np.full((SIDE, SIDE, 3), colour)),
+                "json": json.dumps({"captions": captions, "image_id": number}).encode(),
+            }
+
+    write_shards(Storage(), samples(), str(tmp_path), 1000)
+    objectives = {"itc": config.stages[-1].objectives["itc"]}
+    stage = config.stages[-1].model_copy(update={"objectives": objectives, "sources": {"coco": 1.0}})
+    changes = {
+        "sources": {"coco": SourceConfig(shards=str(tmp_path))},
+        "stages": (stage,),
+        "model": config.model.model_copy(update={"image_size": SIDE}),
+        "evaluation": config.evaluation.model_copy(update={"source": "coco", "batch_size": 64}),
+    }
+    (result,) = run_ranks(evaluate_coco_sized, 1, config.model_copy(update=changes))
     assert (result["pairs"], result["captions"]) == (IMAGES, IMAGES * CAPTIONS)
-    print(f"peak {result['peak'] / GIB:.2f} GiB")
-    assert result["peak"] < 4 * GIB
+    assert result["peak"] < 4 * 2**30
 
 
 def test_the_canvas_around_images_of_own_shape_changes_no_result(make_pairs, make_pair):
@@ -173,14 +164,14 @@ def test_the_canvas_around_images_of_own_shape_changes_no_result(make_pairs, mak
 
     larger = replace(held_out, images=F.pad(held_out.images[:], (0, 0, 0, 8, 0, 16), value=99))
     masked = mask_captions(held_out, run.stages[0].masking, tokenizer)
-    pairs, token_ids = torch.cartesian_prod(torch.arange(6), torch.arange(5)), [t.ids for t in held_out.tokens]
-    results, pad = [], tokenizer.pad_id
+    pairs, predictor, results = (
+        torch.cartesian_prod(torch.arange(6), torch.arange(5)),
+        Predictor(model, tokenizer, 7),
+        [],
+    )
     for part in (held_out, larger):
-        words = predict_masked_tokens(model, masked, pad, part.images, part.caption_of, 4, part.image_size)
-        scores = [
-            fusion_scores(model, part.images, token_ids, pad, pairs, 7, part.image_size, head)
-            for head in ("itm", "ranking")
-        ]
+        words = predict_masked_tokens(predictor, masked, part, part.caption_of)
+        scores = [predictor.fusion_scores(part, pairs, head) for head in ("itm", "ranking")]
         results.append((words.truth_probability, *scores))
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.config.errors import CheckpointError, ConfigError, DataError
 from pipeline.data.contents.choices import ANSWERS, Choices
 from pipeline.data.storage import Storage
-from pipeline.evaluation.retrieval import embed_images, embed_texts
+from pipeline.evaluation.retrieval import Predictor
 from pipeline.inference import TrainedModel, load_model
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
@@ -49,10 +49,10 @@ def test_loaded_run_encodes_images_and_texts_as_evaluation_does(model, config, h
     file = tmp_path / "2.png"
     file.write_bytes(encoded(images[2]))
     inputs = [encoded(images[0]), images[1], str(file), file, Image.fromarray(images[4])]
-    expected = embed_images(model, torch.from_numpy(np.stack([images[n] for n in (0, 1, 2, 2, 4)])))
+    predictor, rows = Predictor(model, tokenizer), [tokens.ids for tokens in tokenizer.encode_batch(captions, 40)]
+    expected = predictor.embed_images(torch.from_numpy(np.stack([images[n] for n in (0, 1, 2, 2, 4)])))
     torch.testing.assert_close(loaded.encode_images(inputs, batch_size=2), expected)
-    rows = [tokens.ids for tokens in tokenizer.encode_batch(captions, 40)]
-    torch.testing.assert_close(loaded.encode_texts(captions), embed_texts(model, rows, tokenizer.pad_id))
+    torch.testing.assert_close(loaded.encode_texts(captions), predictor.embed_texts(rows))
 
 
 def test_pair_predictions_are_the_heads_outputs(trained, model, image, held_out, tokenizer):
@@ -76,7 +76,7 @@ def test_pair_predictions_are_the_heads_outputs(trained, model, image, held_out,
     assert cosine.item() == pytest.approx(prediction["similarity"], abs=1e-6)
 
 
-def test_spelled_masks_become_mask_tokens_and_words_depend_on_the_image(trained, tokenizer, image):
+def test_masks_are_filled_and_questions_answered(trained, config, tokenizer, image):
     text = "a large [MASK] circle above a [MASK] square"
     ids, positions = trained.tokenize_masked(text)
     assert [ids[p] for p in positions] == [tokenizer.mask_id] * 2
@@ -86,9 +86,6 @@ def test_spelled_masks_become_mask_tokens_and_words_depend_on_the_image(trained,
     assert [len(words) for words in alone] == [len(words) for words in with_image] == [3, 3]
     assert alone != with_image
     assert trained.predict([image], text, top_k=3) == {"words": with_image}
-
-
-def test_answers_are_the_listed_ones_by_probability(config, tokenizer, image):
     stage = config.stages[2].model_copy(update={"objectives": {"vqa": None}, "num_answers": 3})
     model = build_model(config.model, tokenizer.size, HeadConfig(answers=3), seed=1)
     trained = TrainedModel(model, tokenizer, config, stage, {ANSWERS: Choices(("yes", "no", "red"))})
@@ -101,31 +98,23 @@ def test_answers_are_the_listed_ones_by_probability(config, tokenizer, image):
 NEEDS = r"itc needs an image and a text; itm needs .*mlm needs"
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda m, image: m.predict([], "a circle"), ConfigError, NEEDS),
-        (lambda m, image: m.predict([image] * 2, "a circle"), ConfigError, f"from two images and .*{NEEDS}"),
-        (lambda m, image: m.predict([image] * 3, "a circle"), ConfigError, f"from 3 images and .*{NEEDS}"),
-        (lambda m, image: m.predict([image], "  "), ConfigError, "no token is left"),
-        (lambda m, image: m.fill_masks("[MASK] " * 50), ConfigError, "at most 40"),
-        (lambda m, image: m.fill_masks("a circle"), ConfigError, r"no \[MASK\]"),
-        (lambda m, image: m.answer(image, "what?"), ConfigError, "answers need objective vqa"),
-        (lambda m, image: m.score_pairs([image], []), ValueError, "1 images and 0 texts"),
-        (lambda m, image: m.encode_images([]), ValueError, "at least one"),
-        (lambda m, image: m.encode_images(["no.jpg"]), ConfigError, "no such file"),
-        (lambda m, image: m.encode_images([b"no image"]), DataError, "give a JPEG"),
-        (lambda m, image: m.encode_images([image[..., 0]]), ConfigError, "expected .height, width, 3. uint8"),
-    ],
-)
-def test_unusable_inputs_are_rejected_with_the_remedy(trained, image, call, error, message):
-    with pytest.raises(error, match=message):
-        call(trained, image)
-
-
-def test_stage_without_predictions_is_rejected(trained, config, image):
+def test_unusable_inputs_are_rejected_with_the_remedy(trained, config, image):
     vision = TrainedModel(trained.model, trained.tokenizer, config, config.stages[0], {})
-    with pytest.raises(ConfigError, match="objectives without predictions: mim"):
-        vision.predict([image])
-    with pytest.raises(ConfigError, match="embeddings need objective itc"):
-        vision.encode_images([image])
+    for call, error, message in (
+        (lambda: trained.predict([], "a circle"), ConfigError, NEEDS),
+        (lambda: trained.predict([image] * 2, "a circle"), ConfigError, f"from two images and .*{NEEDS}"),
+        (lambda: trained.predict([image] * 3, "a circle"), ConfigError, f"from 3 images and .*{NEEDS}"),
+        (lambda: trained.predict([image], "  "), ConfigError, "no token is left"),
+        (lambda: trained.fill_masks("[MASK] " * 50), ConfigError, "at most 40"),
+        (lambda: trained.fill_masks("a circle"), ConfigError, r"no \[MASK\]"),
+        (lambda: trained.answer(image, "what?"), ConfigError, "answers need objective vqa"),
+        (lambda: trained.score_pairs([image], []), ValueError, "1 images and 0 texts"),
+        (lambda: trained.encode_images([]), ValueError, "at least one"),
+        (lambda: trained.encode_images(["no.jpg"]), ConfigError, "no such file"),
+        (lambda: trained.encode_images([b"no image"]), DataError, "give a JPEG"),
+        (lambda: trained.encode_images([image[..., 0]]), ConfigError, "expected .height, width, 3. uint8"),
+        (lambda: vision.predict([image]), ConfigError, "objectives without predictions: mim"),
+        (lambda: vision.encode_images([image]), ConfigError, "embeddings need objective itc"),
+    ):
+        with pytest.raises(error, match=message):
+            call()

@@ -19,7 +19,8 @@ from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.evaluation import labelled
 from pipeline.evaluation.datasets import LabelledEvalSet
-from pipeline.evaluation.evaluate import evaluate, stages_trained_on
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.retrieval import Predictor
 from pipeline.models.forward import ForwardInput
 from tests.support.fine_tuning_data import COLOURS, colour_of, run_config, write_set
 
@@ -80,93 +81,78 @@ def drawn(tmp_path_factory):
 
 
 @pytest.fixture
-def run_of(drawn):
-    """Return a function that gives the run fine-tuned on a source type, and its tokenizer."""
+def prepared(drawn):
+    """Return a function that gives the run fine-tuned on a source type, its tokenizer, and its test data."""
 
-    def run_of(source_type, **keys):
+    def prepared(source_type, limit=None, **keys):
         objective, required = KEYS[source_type]
         config = run_config(drawn, source_type, objective, 1, is_drawn=True, **(required | keys))
-        return config, Tokenizer.train([*iter_captions(Storage(), config.sources["test"].shards), "x"], 200)
+        tokenizer = Tokenizer.train([*iter_captions(Storage(), config.sources["test"].shards), "x"], 200)
+        return config, tokenizer, LabelledEvalSet(config, Storage(), "test", config.stages[0], tokenizer, limit)
 
-    return run_of
-
-
-@pytest.fixture
-def source_of(run_of):
-    def source_of(source_type, limit=None, **keys):
-        config, tokenizer = run_of(source_type, **keys)
-        return LabelledEvalSet(config, Storage(), "test", config.stages[0], tokenizer, limit)
-
-    return source_of
+    return prepared
 
 
-@pytest.mark.parametrize("limit", [None, 7])
-def test_vqa_accuracy_is_the_mean_score_of_the_answers_given(limit, run_of, source_of):
-    config, source = run_of("questions")[0], source_of("questions", limit)
-    listed = load_choices(config, config.stages[0], Storage(), ANSWERS)
-    right = labelled.evaluate_vqa(model := Colourist(), source, listed)
-    assert (right.accuracy, right.questions, model.rows) == (1.0, limit or 60, limit or 60)
-    wrong = labelled.evaluate_vqa(Colourist(wrong=True), source, listed)
-    assert wrong.accuracy == 0.0
-    assert 0.25 <= wrong.accuracy_without_model < 0.6  # the most frequent of four colours
-
-
-def test_accuracies_of_right_and_wrong_models(source_of):
+def test_accuracies_of_right_and_wrong_models(prepared):
     """For NLVR2, the colourist predicts "true" where the first image is red: correct half of the time."""
-    right, wrong = (labelled.evaluate_classification(Colourist(w), source_of("labelled")) for w in (False, True))
-    assert vars(right) == {"images": 60, "top1": 1.0, "top5": 1.0, "chance": 0.25}
-    assert wrong.top1 == 0.0
-    result, inverted = (labelled.evaluate_nlvr2(Colourist(wrong), source_of("statements")) for wrong in (False, True))
-    assert result.statements == 60
-    assert 0.25 < result.accuracy < 0.75
-    assert result.accuracy + inverted.accuracy == pytest.approx(1.0)
-    assert result.accuracy_without_model >= 0.5
+    for limit in (None, 7):
+        config, _, source = prepared("questions", limit)
+        listed = load_choices(config, config.stages[0], Storage(), ANSWERS)
+        right = labelled.evaluate_vqa(model := Colourist(), source, listed)
+        assert (right["accuracy"], right["questions"], model.rows) == (1.0, limit or 60, limit or 60)
+        wrong = labelled.evaluate_vqa(Colourist(wrong=True), source, listed)
+        assert wrong["accuracy"] == 0.0
+        assert 0.25 <= wrong["accuracy_without_model"] < 0.6  # the most frequent of four colours
+    classified, statements = prepared("labelled")[2], prepared("statements")[2]
+    right, wrong = (labelled.evaluate_classification(Colourist(wrong), classified) for wrong in (False, True))
+    assert right == {"images": 60, "top1": 1.0, "top5": 1.0, "chance": 0.25}
+    assert wrong["top1"] == 0.0
+    result, inverted = (labelled.evaluate_nlvr2(Colourist(wrong), statements) for wrong in (False, True))
+    assert result["statements"] == 60
+    assert 0.25 < result["accuracy"] < 0.75
+    assert result["accuracy"] + inverted["accuracy"] == pytest.approx(1.0)
+    assert result["accuracy_without_model"] >= 0.5
     ids = ["dev-1-0-0", "dev-1-1-0", "dev-1-0-1", "test-1-0-0"]
     assert labelled.consistency(ids, [True, True, True, True]) == 1.0
     assert labelled.consistency(ids, [True, False, True, True]) == pytest.approx(2 / 3)
     assert labelled.consistency([*ids, "mine"], [True] * 5) is None
 
 
-@pytest.mark.parametrize(("source_type", "metric"), [("questions", "accuracy"), ("labelled", "top1")])
-def test_evaluation_reports_the_objective_of_the_stage(source_type, metric, run_of):
-    (config, tokenizer), objective = run_of(source_type), KEYS[source_type][0]
-    result = evaluate(Colourist(), tokenizer, config, Storage())
-    values = result.to_json()
-    assert (values["pairs"], values["retrieval"], values["mlm"]) == (0, None, None)
-    assert values[objective][metric] == result.metrics()[f"eval/test/{objective}_{metric}"] == 1.0
-
-
-def test_saved_answers_are_used_and_untrained_source_types_rejected(run_of):
-    config, tokenizer = run_of("questions")
+def test_evaluation_reports_the_objective_of_the_stage_and_uses_saved_answers(prepared):
+    for source_type, metric in (("questions", "accuracy"), ("labelled", "top1")):
+        config, tokenizer, _ = prepared(source_type)
+        objective, result = KEYS[source_type][0], evaluate(Colourist(), tokenizer, config, Storage())
+        values = result.to_json()
+        assert (values["pairs"], values["retrieval"], values["mlm"]) == (0, None, None)
+        assert values[objective][metric] == result.metrics()[f"eval/test/{objective}_{metric}"] == 1.0
+    config, tokenizer, _ = prepared("questions")
     rotated = {ANSWERS: Choices((*COLOURS[1:], COLOURS[0], "yes", "no"))}
-    assert evaluate(Colourist(), tokenizer, config, Storage(), choices=rotated).vqa.accuracy == 0.0
-    config.sources["other"] = run_of("labelled")[0].sources["test"]
+    assert evaluate(Colourist(), tokenizer, config, Storage(), choices=rotated).sections["vqa"]["accuracy"] == 0.0
+    config.sources["other"] = prepared("labelled")[0].sources["test"]
     with pytest.raises(ConfigError, match="of type labelled, and stage finetune trains no objective"):
         evaluate(Colourist(), tokenizer, config, Storage(), "other")
 
 
-def test_trap_09_result_on_training_data_is_marked(run_of):
+def test_trap_09_result_on_training_data_is_marked(prepared):
     """No model is selected by its results, but a result on training shards must not pass for a held-out one."""
-    config, tokenizer = run_of("questions")
+    config, tokenizer, _ = prepared("questions")
     assert evaluate(Colourist(), tokenizer, config, Storage()).trained_on == ()
     assert evaluate(Colourist(), tokenizer, config, Storage(), "train").to_json()["trained_on"] == ["finetune"]
-    train = config.sources["train"]
-    config.sources["renamed"] = train.model_copy(update={"shards": train.shards + "/"})
-    assert stages_trained_on(config, "renamed") == ("finetune",)
 
 
-def test_bad_samples_are_counted_and_too_many_are_an_error(source_of):
-    source = source_of("labelled", num_classes=2)  # half of the colours are not classes here
+def test_bad_samples_are_counted_and_too_many_are_an_error(prepared):
+    _, _, source = prepared("labelled", num_classes=2)  # half of the colours are not classes here
     with pytest.raises(DataError, match=r"(\d+) of 60 samples are bad: .*its class is"):
         source.map_batches("classes", lambda batch, labels: labels)
     assert 0 < source.skipped.total() < 60
 
 
-def test_zero_shot_classifies_by_the_means_of_the_class_names_prompts(run_of, drawn):
-    config, _ = run_of("labelled")
+def test_zero_shot_classifies_by_the_means_of_the_class_names_prompts(prepared, drawn):
+    config = prepared("labelled")[0]
     tokenizer = Tokenizer.train([*COLOURS, "a photo of the thing."] * 5, 200)
     model = ColourSpace(tokenizer)
-    for row, name in zip(labelled.embed_classes(model, tokenizer, COLOURS, PROMPTS, 16, batch=3), COLOURS, strict=True):
+    rows = labelled.embed_classes(Predictor(model, tokenizer, 3), COLOURS, PROMPTS, 16)
+    for row, name in zip(rows, COLOURS, strict=True):
         ids = [torch.tensor([tokenizer.encode(prompt.replace("{}", name), 16).ids]) for prompt in PROMPTS]
         vectors = [model({"x": ForwardInput(heads=("itc",), text=text)})["only"]["itc"][0] for text in ids]
         torch.testing.assert_close(row, F.normalize(torch.stack(vectors).mean(dim=0), dim=0), atol=1e-6, rtol=1e-5)
@@ -186,6 +172,10 @@ def test_zero_shot_classifies_by_the_means_of_the_class_names_prompts(run_of, dr
             evaluate(model, tokenizer, config, Storage())
     finally:
         names.with_suffix(".away").rename(names)
+    without_placeholder = config.model_dump(mode="json")
+    without_placeholder["evaluation"]["prompts"] = ["a photo"]
+    with pytest.raises(ConfigError, match=r"evaluation.prompts.*must contain \{\} exactly once"):
+        validate(without_placeholder, "tiny")
 
 
 def test_the_probe_is_the_minimum_of_its_loss():
@@ -198,10 +188,3 @@ def test_the_probe_is_the_minimum_of_its_loss():
     assert np.abs(x.T @ errors / 80 + 0.01 * weight).max() < 1e-5
     assert np.abs(errors.mean(axis=0)).max() < 1e-5
     assert np.abs(weight).max() > 0.1
-
-
-def test_prompt_requires_a_placeholder_for_the_name(run_of):
-    values = run_of("labelled")[0].model_dump(mode="json")
-    values["evaluation"]["prompts"] = ["a photo"]
-    with pytest.raises(ConfigError, match=r"evaluation.prompts.*must contain \{\} exactly once"):
-        validate(values, "tiny")

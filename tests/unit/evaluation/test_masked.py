@@ -8,18 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.schema import MaskingConfig
+from pipeline.config.schema import ImageDecoderConfig, MaskingConfig
 from pipeline.evaluation import masked as evaluation
+from pipeline.evaluation.retrieval import Predictor
 from pipeline.models.forward import ForwardInput
 from pipeline.objectives.mim import patch_targets, patchify
 
 
-@pytest.fixture
-def masked(held_out, tokenizer):
-    return evaluation.mask_captions(held_out, MaskingConfig(), tokenizer)
-
-
-def test_whole_words_of_each_caption_are_masked_whatever_the_limit(masked, held_out, tokenizer):
+def test_whole_words_of_each_caption_are_masked_whatever_the_limit(held_out, tokenizer):
+    masked = evaluation.mask_captions(held_out, MaskingConfig(), tokenizer)
     captions = zip(held_out.tokens, masked.rows, masked.positions, masked.labels, strict=True)
     for tokens, row, positions, labels in captions:
         assert {row[p] for p in positions} == {tokenizer.mask_id}
@@ -43,13 +40,13 @@ def test_other_image_never_has_equal_content():
         evaluation.mismatched_images(torch.tensor([4, 4, 4]))
 
 
-def test_predictions_equal_those_of_one_caption_at_a_time(model, masked, held_out, tokenizer):
-    pad, images, image_of = tokenizer.pad_id, held_out.images, held_out.caption_of
-    batched = evaluation.predict_masked_tokens(model, masked, pad, images, image_of, batch=7)
+def test_predictions_equal_those_of_one_caption_at_a_time(model, held_out, tokenizer):
+    masked, predictor = evaluation.mask_captions(held_out, MaskingConfig(), tokenizer), Predictor(model, tokenizer, 7)
+    batched = evaluation.predict_masked_tokens(predictor, masked, held_out, held_out.caption_of)
     single = []
-    for row, positions, image in zip(masked.rows, masked.positions, image_of, strict=True):
+    for row, positions, image in zip(masked.rows, masked.positions, held_out.caption_of, strict=True):
         text, mask = torch.tensor([row]), torch.tensor([positions])
-        one = ForwardInput(heads=("mlm",), image=images[image][None], text=text, mask_positions=mask)
+        one = ForwardInput(heads=("mlm",), image=held_out.images[image][None], text=text, mask_positions=mask)
         with torch.no_grad():
             single.append(model.eval()({"x": one})["x"]["mlm"][0].softmax(-1))
     expected, truth = torch.cat(single), masked.truth()
@@ -57,12 +54,9 @@ def test_predictions_equal_those_of_one_caption_at_a_time(model, masked, held_ou
     torch.testing.assert_close(batched.truth_probability, of_truth, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(batched.probabilities, expected.topk(3).values, atol=1e-6, rtol=1e-4)
     assert batched.accuracy == pytest.approx((batched.tokens[:, 0] == truth).float().mean().item())
-
-
-def test_stage_without_fusion_predicts_from_text_alone_and_keeps_the_mode(model, held_out, tokenizer):
     model.train()
-    result = evaluation.masked_language(model, held_out, MaskingConfig(), tokenizer, fused=False)
-    assert model.training
+    result = evaluation.masked_language(predictor, held_out, MaskingConfig(), fused=False)
+    assert model.training, "the mode is kept"
     model.eval()
     assert result.own_image is result.other_image is None
     assert 0.0 <= result.text_only.accuracy <= 1.0
@@ -71,7 +65,7 @@ def test_stage_without_fusion_predicts_from_text_alone_and_keeps_the_mode(model,
 class Knowing(nn.Module):
     """Model that predicts exactly the targets of the loss; `decoded`: reads only visible patches."""
 
-    def __init__(self, target, decoded=False):
+    def __init__(self, target, decoded):
         super().__init__()
         self.target, self.decoded = target, decoded
         self.unused = nn.Parameter(torch.zeros(1))
@@ -87,27 +81,32 @@ class Knowing(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("target", "decoded", "error"),
-    [("pixels", False, 0.005), ("pixels", True, 0.005), ("mean_colour", False, 16.5 / 255)],
+    ("target", "decoder", "error"),
+    [
+        ("pixels", None, 0.005),
+        ("pixels", ImageDecoderConfig(layers=1, width=16, heads=1), 0.005),
+        ("mean_colour", None, 16.5 / 255),
+    ],
     ids=["pixels", "decoder", "colours within half a class"],
 )
-def test_true_predictions_restore_the_image(target, decoded, error, held_out):
-    images, model = held_out.images[:], Knowing(target, decoded)
-    result = evaluation.reconstruct_images(model, images, held_out.keys, 8, 0.4, target, 5, decoded)
+def test_true_predictions_restore_the_image(target, decoder, error, held_out, config):
+    stage = config.stages[0].model_copy(update={"image_target": target, "image_decoder": decoder})
+    result = evaluation.reconstruct_images(Knowing(target, decoder is not None), held_out, stage, config)
     assert result.error <= error
     assert result.error < result.error_without_model
     if target == "pixels":
-        assert (result.filled.int() - images.int()).abs().max() <= 1
+        assert (result.filled.int() - held_out.images[:].int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5])
-def test_only_masked_patches_change_and_follow_the_key_alone(held_out, model, fraction):
-    images, keys = held_out.images[:], held_out.keys
-    whole = evaluation.reconstruct_images(model, images, keys, 8, fraction, "pixels")
+def test_only_masked_patches_change_and_follow_the_key_alone(held_out, model, config, fraction):
+    masking = config.stages[0].masking.model_copy(update={"image_mask_ratio": fraction})
+    stage = config.stages[0].model_copy(update={"image_target": "pixels", "masking": masking})
+    whole = evaluation.reconstruct_images(model, held_out, stage, config)
     before, masked, after = (patchify(image, 8) for image in (whole.original, whole.masked, whole.filled))
     is_masked = (masked == 128).all(dim=-1)
     assert (is_masked.sum(dim=1) == round(fraction * 16)).all()
     assert torch.equal(before[~is_masked], after[~is_masked])
     assert torch.equal(before[~is_masked], masked[~is_masked])
-    part = evaluation.reconstruct_images(model, images[3:5], keys[3:5], 8, fraction, "pixels", batch=1)
-    assert torch.equal(whole.masked[3:5], part.masked)
+    few = replace(held_out, images=held_out.images[3:5], keys=held_out.keys[3:5])
+    assert torch.equal(evaluation.reconstruct_images(model, few, stage, config).masked, whole.masked[3:5])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.evaluation import retrieval
-from pipeline.evaluation.retrieval import chance_level, dot_products, pad_token_ids, rankings, recall_at_k, rerank
+from pipeline.evaluation.retrieval import chance_level, dot_products, rankings, recall_at_k, rerank
 
 
 def ranks_by_sorting(scores, query_id, candidate_id):
@@ -64,9 +64,13 @@ def test_recall_and_reranked_ranks_equal_a_brute_force(per_image, levels, duplic
     assert len(requested[0].unique(dim=0)) == len(requested[0]) <= 4 * sum(similarity.shape)
 
 
-def test_blocks_of_queries_have_equal_ranks(monkeypatch):
-    """The inputs include equal vectors, whose float32 sums would differ with the order of summation."""
+def test_ranks_are_equal_in_blocks_and_equal_scores_keep_their_order(monkeypatch):
+    """The vectors include equal ones, whose float32 sums would differ with the order of summation."""
     torch.manual_seed(0)
+    for levels, k in itertools.product((1, 2, 5, 1000), (1, 3, 10, 90)):
+        scores = torch.randint(0, levels, (40, 90)).float()
+        best = rankings(scores.__getitem__, scores.T.__getitem__, torch.arange(90) % 40, torch.arange(40), keep=k)
+        assert torch.equal(best.image_to_text.best, scores.argsort(dim=1, descending=True, stable=True)[:, :k])
     images, texts = (F.normalize(torch.randn(n, 96), dim=1) for n in (130, 650))
     images[40:60], texts[300:400] = images[7], texts[11]
     captions, ids = torch.arange(130).repeat_interleave(5), torch.arange(130)
@@ -76,15 +80,6 @@ def test_blocks_of_queries_have_equal_ranks(monkeypatch):
         result = rankings(dot_products(images, texts), dot_products(texts, images), captions, ids)
         for own, other in zip(result, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(vars(own).values(), vars(other).values(), strict=True))
-
-
-@pytest.mark.parametrize("levels", [1, 2, 5, 1000])
-def test_equal_scores_keep_their_order(levels):
-    scores = torch.randint(0, levels, (40, 90), generator=torch.Generator().manual_seed(1)).float()
-    expected = scores.argsort(dim=1, descending=True, stable=True)
-    for k in (1, 3, 10, 90):
-        best = rankings(scores.__getitem__, scores.T.__getitem__, torch.arange(90) % 40, torch.arange(40), keep=k)
-        assert torch.equal(best.image_to_text.best, expected[:, :k])
 
 
 def test_margins_ties_perfect_models_and_duplicates_of_an_image():
@@ -104,15 +99,9 @@ def test_margins_ties_perfect_models_and_duplicates_of_an_image():
         evaluated(np.full((3, 3), np.nan), np.arange(3), np.arange(3))
 
 
-@pytest.mark.parametrize(("counts", "k"), [((1, 1, 1, 1), 2), ((2, 1, 3), 1), ((2, 1, 3), 2), ((1, 4), 3), ((1,), 10)])
-def test_chance_equals_the_mean_over_every_order(counts, k):
-    candidates = [query for query, n in enumerate(counts) for _ in range(n)]
-    hits = [query in order[:k] for order in itertools.permutations(candidates) for query in range(len(counts))]
-    chance = chance_level(torch.arange(len(counts)), torch.tensor(candidates), k)
-    assert chance == pytest.approx(sum(hits) / len(hits), abs=1e-12)
-
-
-def test_mask_excludes_only_padding():
-    text, keep = pad_token_ids([[2, 5, 3], [2, 3]], pad=0)
-    assert text.tolist() == [[2, 5, 3], [2, 3, 0]]
-    assert keep.tolist() == [[True, True, True], [True, True, False]]
+def test_chance_equals_the_mean_over_every_order():
+    for counts, k in (((1, 1, 1, 1), 2), ((2, 1, 3), 1), ((2, 1, 3), 2), ((1, 4), 3), ((1,), 10)):
+        candidates = [query for query, n in enumerate(counts) for _ in range(n)]
+        hits = [query in order[:k] for order in itertools.permutations(candidates) for query in range(len(counts))]
+        chance = chance_level(torch.arange(len(counts)), torch.tensor(candidates), k)
+        assert chance == pytest.approx(sum(hits) / len(hits), abs=1e-12), (counts, k)

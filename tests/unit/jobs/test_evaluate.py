@@ -42,30 +42,28 @@ def run(finished, tmp_path, monkeypatch):
 
 
 def mome(*arguments):
-    """Run a command and return its standard output; raise its exception."""
+    """Run a command and return its last line of output; raise its exception."""
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     assert done.exit_code == 0, done.output
-    return done.stdout
+    return (done.stdout.splitlines() or [""])[-1]
 
 
 def evaluate(run, *options):
-    return json.loads(mome("evaluate", run, "--rerank", "0", *options, "--json").splitlines()[-1])
+    return json.loads(mome("evaluate", run, "--rerank", "0", *options, "--json"))
 
 
-def test_each_evaluation_has_its_own_name_report_and_metrics(run, data):
-    whole = evaluate(run)
-    first = evaluate(run, "--limit", "6")
+def test_each_evaluation_has_its_own_name_report_and_metrics(run, data, tmp_path):
+    whole, first = evaluate(run), evaluate(run, "--limit", "6")
     other = evaluate(run, "--source", data["other"])
-    named = evaluate(run, "--source", data["other"], "--as", "hard")
-    results = [whole, first, other, named]
+    results = [whole, first, other, evaluate(run, "--source", data["other"], "--as", "hard")]
     names = ["test", "test-first-6", f"test-{other['source_digest'][:8]}", "hard"]
     assert [result["source"] for result in results] == names
     reports = {Path(result["report"]) for result in results}
     assert [report.exists() for report in reports] == [True] * 4
     stored = load_report_data(Storage(), str(run))
-    assert {each.key.name: each.pairs for each in stored} == {each["source"]: each["pairs"] for each in results}
+    assert {data.key.name: data.pairs for data in stored} == {result["source"]: result["pairs"] for result in results}
     assert headline(stored).key.name == "test"  # although the other three are newer
     page = (run / "report.html").read_text(encoding="utf-8")
     assert all(f'href="{report.name}"' in page for report in reports)
@@ -78,6 +76,12 @@ def test_each_evaluation_has_its_own_name_report_and_metrics(run, data):
         with pytest.raises(ConfigError, match="--as"):
             evaluate(run, "--source", data["other"], "--as", name)
     assert (run / "report-hard.html").read_bytes() == before
+    long, odd = (shutil.copytree(data["other"], tmp_path / name) for name in (250 * "x", "100% #1?"))
+    assert Path(evaluate(run, "--source", long)["report"]).exists()
+    evaluate(run, "--source", odd)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    links = [unquote(link) for link in re.findall(r'<a href="([^"]*)"', page)]
+    assert [(run / link).is_file() for link in links] == [True] * 6
 
 
 def test_metrics_of_different_data_are_not_compared(run, finished, data, tmp_path):
@@ -91,7 +95,7 @@ def test_metrics_of_different_data_are_not_compared(run, finished, data, tmp_pat
     compared = evaluate(run, "--limit", "6", "--against", other)["report"]
     assert "Compared with other" in Path(compared).read_text("utf-8")
     evaluate(run)
-    rows = json.loads(mome("compare", run, other, "--json").splitlines()[-1])["results"]
+    rows = json.loads(mome("compare", run, other, "--json"))["results"]
     whole = [values[str(other)] for name, values in rows.items() if name.startswith("eval/test/")]
     common = [values for name, values in rows.items() if name.startswith("eval/test-first-6/")]
     assert set(whole) == {None}
@@ -99,52 +103,27 @@ def test_metrics_of_different_data_are_not_compared(run, finished, data, tmp_pat
     assert all(None not in values.values() for values in common)
 
 
-def test_long_names_are_cut_and_links_resolve(run, data, tmp_path):
-    long, odd = (shutil.copytree(data["other"], tmp_path / name) for name in (250 * "x", "100% #1?"))
-    assert Path(evaluate(run, "--source", long)["report"]).exists()
-    evaluate(run, "--source", odd)
-    page = (run / "report.html").read_text(encoding="utf-8")
-    links = [unquote(link) for link in re.findall(r'<a href="([^"]*)"', page)]
-    assert [(run / link).is_file() for link in links] == [True, True]
-
-
-@pytest.mark.parametrize("content", [b"my notes", b"<!doctype html><title>another page</title>"])
-def test_file_not_written_by_mome_is_not_replaced(run, data, tmp_path, content, monkeypatch):
-    monkeypatch.setattr("jobs.evaluate._evaluate", None)  # fails if the evaluation starts
-    page, weights = tmp_path / "page.html", tmp_path / "weights.safetensors"
+def test_outputs_replace_only_an_older_version_of_themselves(run, data, tmp_path, monkeypatch):
+    page, sheet, curve, weights = (tmp_path / name for name in ("a.html", "sheet.png", "curve.svg", "w.safetensors"))
+    show, plan = ["shards", "show", data["own"], "--sheet"], ["plan", tmp_path / "run.yaml", "--scaling"]
     export = ["export", run, "--format", "safetensors", "--out", weights]
-    for _ in range(2):  # equal exports have equal bytes, and replacing one is allowed
-        mome(*export)
-    for file in (page, weights):
-        file.write_bytes(content)
-    for command in (
-        ["evaluate", run, "--report", page],
-        ["report", run, "--out", page],
-        ["compare", run, run, "--html", page],
-        ["plan", tmp_path / "run.yaml", "--scaling", page],
-        ["shards", "show", data["own"], "--sheet", page],
-        ["shards", "check", data["own"], "--workers", "1", "--report", page],
-        export,
-    ):
-        with pytest.raises(ConfigError):
-            mome(*command)
-    assert page.read_bytes() == weights.read_bytes() == content
-
-
-def test_page_or_image_replaces_only_one_of_its_kind(run, data, tmp_path):
-    page, sheet, curve = (tmp_path / name for name in ("page.html", "sheet.png", "curve.svg"))
-    commands = [
-        ["report", run, "--out", page],
-        ["shards", "show", data["own"], "--sheet", sheet],
-        ["plan", tmp_path / "run.yaml", "--scaling", curve],
-    ]
-    for command in (*commands, *commands):
-        mome(*command)
+    for command in 2 * (["report", run, "--out", page], [*show, sheet], [*plan, curve], export):
+        mome(*command)  # equal exports have equal bytes, and replacing one is allowed
     with pytest.raises(ConfigError, match="something else"):
         evaluate(run, "--report", page)
-    for other in (["shards", "show", data["other"], "--sheet", sheet], [*commands[2], "--network", "nvlink"]):
+    for other in (["shards", "show", data["other"], "--sheet", sheet], [*plan, curve, "--network", "nvlink"]):
         with pytest.raises(ConfigError):
             mome(*other)
+    monkeypatch.setattr("jobs.evaluate._evaluate", None)  # fails if the evaluation starts
+    check = ["shards", "check", data["own"], "--workers", "1", "--report"]
+    for content in (b"my notes", b"<!doctype html><title>another page</title>"):
+        for file in (page, weights):
+            file.write_bytes(content)
+        reports = ["evaluate", run, "--report"], ["report", run, "--out"], ["compare", run, run, "--html"]
+        for command in (*([*command, page] for command in (*reports, plan, show, check)), export):
+            with pytest.raises(ConfigError):
+                mome(*command)
+        assert page.read_bytes() == weights.read_bytes() == content
 
 
 def test_findings_are_written_completely_or_not_at_all(data, tmp_path):
@@ -166,16 +145,13 @@ def test_findings_are_written_completely_or_not_at_all(data, tmp_path):
 
 def test_embeddings_do_not_replace_those_of_another_source(run, data, tmp_path):
     out = tmp_path / "vectors"
-
-    def embed(name):
-        return json.loads(mome("embed", data[name], "--checkpoint", run, "--out", out, "--json").splitlines()[-1])
-
-    embed("own")
+    own, other = (["embed", data[name], "--checkpoint", run, "--out", out, "--json"] for name in ("own", "other"))
+    mome(*own)
     before = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
     with pytest.raises(ConfigError, match="holds the vectors of"):
-        embed("other")
-    assert embed("own")["already_done"] == len(before)
+        mome(*other)
+    assert json.loads(mome(*own))["already_done"] == len(before)
     (out / "_source.json").unlink()
     with pytest.raises(ConfigError, match="another folder"):
-        embed("other")
+        mome(*other)
     assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == before

@@ -10,10 +10,8 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -29,54 +27,44 @@ from pipeline.training.prepare import prepare
 from tests.support.finished_run import config_of, contents, draw, untrained_weights, write_run
 
 
-class Observer:
-    """Server that records connections without answering, and the files below a folder that this process opens."""
-
-    def __init__(self, guarded: Path):
-        self.guarded, self.active = str(guarded), True
-        self.connections: list[Any] = []
-        self.opened: list[str] = []
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-        sys.addaudithook(self._audit)  # audit hooks cannot be removed: inactive once `active` is False
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            self.connections.append(connection.recv(100) if self.active else b"")
-            connection.close()
-
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.active and event in ("open", "os.listdir", "os.scandir"):
-            path = str(arguments[0])
-            self.opened += [path] if path.startswith(self.guarded) else []
-
-    def close(self) -> None:
-        self.active = False
-        self._socket.close()
-
-
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+def shards(tmp_path_factory):
     return draw(tmp_path_factory.mktemp("drawn") / "scenes")
 
 
 @pytest.fixture
-def observer(tmp_path: Path) -> Iterator[Observer]:
+def observer(tmp_path):
+    """Record the connections to a server that answers nothing, and the opened files below a guarded folder."""
     guarded = tmp_path / "guarded"
     guarded.mkdir()
     (guarded / "secret").write_text("hunter2", encoding="utf-8")
-    watching = Observer(guarded)
+    server = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+    watching = SimpleNamespace(guarded=str(guarded), address=address, active=True, connections=[], opened=[])
+
+    def accept():
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            watching.connections.append(connection.recv(100) if watching.active else b"")
+            connection.close()
+
+    def audit(event, arguments):
+        if watching.active and event in ("open", "os.listdir", "os.scandir"):
+            path = str(arguments[0])
+            watching.opened += [path] if path.startswith(watching.guarded) else []
+
+    threading.Thread(target=accept, daemon=True).start()
+    sys.addaudithook(audit)  # audit hooks cannot be removed: inactive once `active` is False
     yield watching
-    watching.close()
+    watching.active = False
+    server.close()
 
 
 @pytest.fixture
-def hostile(tmp_path: Path, shards: str, observer: Observer, monkeypatch: pytest.MonkeyPatch) -> str:
+def hostile(tmp_path, shards, observer, monkeypatch):
     """Write a run that names foreign servers, and secrets and files of its reader."""
     monkeypatch.setenv("CANARY", "hunter2")
     monkeypatch.delenv(URI_VARIABLE, raising=False)
@@ -110,12 +98,17 @@ USING = [
 REFUSED = {"sync {run}", "evaluate {run} --source beacon"}
 
 
-def test_commands_use_no_server_or_file_named_by_a_folder(
-    hostile: str, shards: str, tmp_path: Path, observer: Observer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registered: list[str] = []
+def test_commands_use_no_server_secret_or_file_named_by_a_folder(hostile, shards, tmp_path, observer, monkeypatch):
+    values = json.loads(Path(hostile, "run.json").read_text(encoding="utf-8"))
+    config, recorded = stored_config(values, "run.json", hostile)
+    assert config.folder == hostile
+    assert (recorded.folder, recorded.tracking_uri) == (f"{observer.guarded}/run", f"http://{observer.address}")
+    used = Caller().applied(config)
+    assert (used.storage.endpoint_url, used.storage.key, used.storage.secret) == (None, None, None)
+    assert (used.tracking.uri, used.cluster.address) == (None, None)
+    registered = []
 
-    def register(uri: str, experiment: str, name: str, alias: str | None, **export: Any) -> dict[str, Any]:
+    def register(uri, experiment, name, alias, **export):
         registered.append(uri)
         return {"name": name, "version": 1, "alias": alias, "uri": f"models:/{name}/1"}
 
@@ -135,28 +128,13 @@ def test_commands_use_no_server_or_file_named_by_a_folder(
     assert journal.count(b'"kind":"run"') == 1  # nothing was recorded
 
 
-def test_stored_config_keeps_no_server_secret_or_location(hostile: str, observer: Observer) -> None:
-    values = json.loads(Path(hostile, "run.json").read_text(encoding="utf-8"))
-    config, recorded = stored_config(values, "run.json", hostile)
-    assert config.folder == hostile
-    assert (recorded.folder, recorded.tracking_uri) == (f"{observer.guarded}/run", f"http://{observer.address}")
-    used = Caller().applied(config)
-    assert (used.storage.endpoint_url, used.storage.key, used.storage.secret) == (None, None, None)
-    assert (used.tracking.uri, used.cluster.address) == (None, None)
-
-
-LOCATIONS = ["/data/shards", "file:///data/shards", "s3://bucket/shards", "gs://bucket/shards"]
-HOSTS = ["http://host/shards", "HTTPS://host/shards", "ftp://host/shards", "sftp://host/shards"]
-HOSTS += ["simplecache::http://host/shards", "zip://a.zip::https://host/b"]
-
-
-@pytest.mark.parametrize("url", [*LOCATIONS, *HOSTS])
-def test_a_stored_url_names_no_host(url: str) -> None:
-    with pytest.raises(ConfigError) if url in HOSTS else nullcontext():
+def test_stored_urls_name_no_host_and_only_stored_config_parses_configs_of_runs():
+    for url in ("/data/shards", "file:///data/shards", "s3://bucket/shards", "gs://bucket/shards"):
         check_stored_url(url, "sources.x.shards")
-
-
-def test_only_stored_config_parses_configs_of_runs() -> None:
+    hosts = ["http://host/shards", "HTTPS://host/shards", "ftp://host/shards", "sftp://host/shards"]
+    for url in (*hosts, "simplecache::http://host/shards", "zip://a.zip::https://host/b"):
+        with pytest.raises(ConfigError):
+            check_stored_url(url, "sources.x.shards")
     root = Path(__file__).resolve().parents[3]
     files = [*root.glob("pipeline/**/*.py"), *root.glob("jobs/**/*.py")]
     parsing = {str(f.relative_to(root)) for f in files if "RunConfig.model_validate" in f.read_text(encoding="utf-8")}
@@ -164,7 +142,7 @@ def test_only_stored_config_parses_configs_of_runs() -> None:
     assert parsing == {"pipeline/config/load.py", "pipeline/config/stored.py", "jobs/distributed.py"}
 
 
-def test_caller_settings_come_from_the_config_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caller_settings_come_from_the_config_it_names(tmp_path, monkeypatch):
     own = config_of(tmp_path, {"pairs": {"shards": "/data"}}, "pairs", tracking={"uri": "http://own:5000"})
     (tmp_path / "own.yaml").write_text(own.model_dump_json(), encoding="utf-8")
     monkeypatch.setenv(URI_VARIABLE, "http://environment:5000")
@@ -174,13 +152,8 @@ def test_caller_settings_come_from_the_config_it_names(tmp_path: Path, monkeypat
     assert Caller.named(tmp_path / "own.yaml", "http://argument:5000").server == "http://argument:5000"
 
 
-# ---- where results go
-
-
 @pytest.mark.parametrize(("name", "part"), [("run", ""), ("renamed run", "stages/0-pairs")])
-def test_results_are_written_next_to_the_given_weights(
-    shards: str, tmp_path: Path, name: str, part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_written_next_to_the_given_weights(shards, tmp_path, name, part, monkeypatch):
     monkeypatch.delenv(URI_VARIABLE, raising=False)
     original, copy = tmp_path / "runs" / "run", tmp_path / "elsewhere" / name
     write_run(original, config_of(tmp_path / "runs", {"pairs": {"shards": shards}}, "pairs"), shards)
@@ -202,36 +175,29 @@ def test_results_are_written_next_to_the_given_weights(
     assert contents(tmp_path / "runs") == before
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
-    """Write a finished run, and its config and an image into a folder for the commands' output."""
-    folder, out = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("outside")
+def test_a_command_that_reads_changes_nothing(tmp_path):
+    folder, out = tmp_path / "runs", tmp_path / "outside"
+    out.mkdir()
     config, weights = untrained_weights(folder)
     prepare(config, Storage())
     (out / "run.yaml").write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
     Image.new("RGB", (30, 20), "red").save(out / "image.png")
-    return {"folder": folder, "out": out, "config": out / "run.yaml", "image": out / "image.png", "weights": weights}
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "fingerprint {config} --steps 0:1",
-        "fingerprint {config} data.loader.threads_per_worker=3 --steps 0:1 --workers 1",
-        "plan {config}",
-        "doctor --config {config}",
-        "predict {folder}/run --image {image} --text circle",
+    before = contents(folder)
+    for command in (
+        "fingerprint {out}/run.yaml --steps 0:1",
+        "fingerprint {out}/run.yaml data.loader.threads_per_worker=3 --steps 0:1 --workers 1",
+        "plan {out}/run.yaml",
+        "doctor --config {out}/run.yaml",
+        "predict {folder}/run --image {out}/image.png --text circle",
         "predict {weights} --text [MASK]",
-        "explain {folder}/run --image {image} --text circle --out {out}/explained.html",
+        "explain {folder}/run --image {out}/image.png --text circle --out {out}/explained.html",
         "embed {folder}/scenes --checkpoint {folder}/run --out {out}/vectors",
         "export {folder}/run --format safetensors --out {out}/weights.safetensors",
         "compare {folder}/run {folder}/run --html {out}/compared.html",
         "shards show {folder}/scenes --sheet {out}/sheet.png",
         "shards check {folder}/scenes --report {out}/bad.jsonl --workers 1",
-    ],
-)
-def test_a_command_that_reads_changes_nothing(places: dict[str, Path], command: str) -> None:
-    before = contents(places["folder"])
-    result = CliRunner().invoke(app, command.format(**places).split(), catch_exceptions=False)
-    assert result.exit_code in ((0, 1) if command.startswith("doctor") else (0,)), result.output
-    assert contents(places["folder"]) == before
+    ):
+        words = command.format(folder=folder, out=out, weights=weights).split()
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert result.exit_code in ((0, 1) if command.startswith("doctor") else (0,)), (command, result.output)
+        assert contents(folder) == before, command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from contextlib import contextmanager
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -34,22 +34,16 @@ OTHER_FILES = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
     shards = draw(folder / "scenes")
     write_run(folder / "run", config_of(folder, {"pairs": {"shards": shards}}, "pairs"), shards)
     return folder / "run"
 
 
-@contextmanager
-def restored(*files):
-    """Restore files after the block; those that were absent are deleted."""
-    before = {file: file.read_bytes() if file.exists() else None for file in files}
-    try:
-        yield before
-    finally:
-        for file, data in before.items():
-            file.unlink(missing_ok=True) if data is None else file.write_bytes(data)
+@pytest.fixture
+def run(whole_run, tmp_path):
+    return shutil.copytree(whole_run, tmp_path / "run")
 
 
 def count_rejected(data, read, rounds, seed):
@@ -96,8 +90,7 @@ def test_damaged_files_of_a_run_are_skipped_or_rejected(run, name):
             render_comparison(compare([opened, opened]))
             read_run_id(opened.config, Storage())
 
-    with restored(file):
-        rejected = count_rejected(whole, read, 40 if name in OTHER_FILES else 120, 1)
+    rejected = count_rejected(whole, read, 40 if name in OTHER_FILES else 120, 1)
     assert name in OTHER_FILES or rejected > 20
 
 
@@ -121,37 +114,38 @@ def test_damaged_evaluations_are_skipped_and_reported(run, caplog):
             render_report(shown, config, {}, shown, [(shown, "page.html")])
             render_run_report(collect_report(open_run(str(run))))
 
-    data = file.read_bytes()
-    file.unlink()
-    with restored(file):
-        assert count_rejected(data, read, 100, 3) == 0
+    assert count_rejected(file.read_bytes(), read, 100, 3) == 0
     assert sum(skipped) > 20
     assert "skipped" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
+def test_stored_evaluations_are_read_back_unchanged_and_their_images_are_data_uris_only(tmp_path):
+    whole, storage, folder = fullest(), Storage(), str(tmp_path)
+    for address in (
         "http://host/beacon", "//host/beacon", "data:text/html;base64,AAAA", "data:image/svg+xml;base64,AAAA",
         'data:image/png;base64,AAAA" onerror="alert(1)', "javascript:alert(1)", "", "file:///etc/passwd",
-    ],
-)  # fmt: skip
-def test_images_of_a_stored_evaluation_are_data_uris_only(tmp_path, address):
-    whole = fullest()
-    card = replace(whole.retrievals.best_images[0], image=address)
-    heat = replace(whole.alignments.captions[0], words=[("a", address, 0.5)])
-    for hostile in (
-        replace(whole, retrievals=replace(whole.retrievals, best_images=[card])),
-        replace(whole, reconstructions=[(address, address, address)]),
-        replace(whole, alignments=replace(whole.alignments, captions=[heat])),
-    ):
-        save_report_data(Storage(), str(tmp_path), hostile)
-        assert load_report_data(Storage(), str(tmp_path)) == []
+    ):  # fmt: skip
+        card = replace(whole.retrievals.best_images[0], image=address)
+        heat = replace(whole.alignments.captions[0], words=[("a", address, 0.5)])
+        for hostile in (
+            replace(whole, retrievals=replace(whole.retrievals, best_images=[card])),
+            replace(whole, reconstructions=[(address, address, address)]),
+            replace(whole, alignments=replace(whole.alignments, captions=[heat])),
+        ):
+            save_report_data(storage, folder, hostile)
+            assert load_report_data(storage, folder) == []
+    newer = replace(whole, key=replace(whole.key, stage="vision"), at=whole.at + 1)
+    for data in (newer, whole):
+        save_report_data(storage, folder, data)
+    assert load_report_data(storage, folder) == [newer, whole]
+    (tmp_path / "evaluations" / "vision-pairs.json").write_text('{"name": "of another version"}')
+    assert load_report_data(storage, folder) == [whole]
 
 
 def test_damaged_manifests_and_names_outside_the_folder_are_rejected(run):
     folder = run / "stages" / "0-pairs"
     manifest, commit = folder / "MANIFEST.json", folder / "COMMIT.json"
+    whole, whole_commit = manifest.read_bytes(), commit.read_bytes()
 
     def read_manifest(data):
         """Read a manifest with a matching COMMIT.json, as an attacker could write it."""
@@ -165,12 +159,11 @@ def test_damaged_manifests_and_names_outside_the_folder_are_rejected(run):
         commit.write_bytes(data)
         weights_info(Storage(), str(run))
 
-    with restored(manifest, commit) as whole:
-        assert count_rejected(whole[manifest], read_manifest, 120, 4) > 20
-        read_manifest(whole[manifest])
-        assert count_rejected(whole[commit], read_commit, 60, 5) > 20
-        for name in ("../../../secret", "/etc/passwd", "a/b", "..", ""):
-            values = json.loads(whole[manifest])
-            values["files"][name] = {"bytes": 1, "sha256": "0" * 64}
-            with pytest.raises(MomeError, match="not a file name of this folder"):
-                read_manifest(json.dumps(values).encode())
+    assert count_rejected(whole, read_manifest, 120, 4) > 20
+    read_manifest(whole)
+    assert count_rejected(whole_commit, read_commit, 60, 5) > 20
+    for name in ("../../../secret", "/etc/passwd", "a/b", "..", ""):
+        values = json.loads(whole)
+        values["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+        with pytest.raises(MomeError, match="not a file name of this folder"):
+            read_manifest(json.dumps(values).encode())

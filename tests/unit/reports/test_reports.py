@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pipeline.data.contents.images import decode
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, Guess, render_explanation
-from pipeline.evaluation.report import load_report_data, render_report, save_report_data
+from pipeline.evaluation.report import render_report
 from pipeline.pages.formatting import significant
 from pipeline.pages.page import thumbnail
 from pipeline.reports.comparison import compare, render_comparison
@@ -26,13 +27,19 @@ from pipeline.reports.run_folder import QUARANTINE, open_run
 from pipeline.reports.run_report import MAX_SAMPLES, THUMBNAIL, WIDE, collect_report, draw_curves, render_run_report
 from pipeline.tracking.journal import CommittedJournal, Journal
 from tests.support.bad_shards import plant
-from tests.support.chromium import browser, installed
 from tests.support.full_report import fullest
 from tests.support.recorded_run import ALERT, RESUMED_AT, SECONDS, SPIKE, STEPS, bad_records, record_run
 
 MAX_BYTES = 5_000_000
 PHONE, DESKTOP = 390, 1280
-KINDS = pytest.mark.parametrize("kind", ["evaluation", "run", "comparison", "explanation"])
+MEASURE = """<script>
+onload = () => {
+  const pages = [...document.querySelectorAll("iframe")].map(frame => frame.contentDocument);
+  for (const page of pages) page.querySelectorAll("details").forEach(details => details.open = true);
+  document.title = JSON.stringify(pages.map(page => page.documentElement.scrollWidth));
+};
+</script>"""
+KINDS = ("evaluation", "run", "comparison", "explanation")
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +68,7 @@ def report(run):
     return collect_report(run, price=2.5)
 
 
-# The report of a run -------------------------------------------------------------------------------------------------
-
-
-def test_events_are_in_order_and_alerts_precede_everything_else(report):
+def test_report_has_events_in_order_alerts_first_time_cost_stages_and_sources(report, planted, tmp_path):
     assert [(event.kind, event.step) for event in report.events] == [
         ("begun", None),
         ("spike", STEPS),
@@ -76,24 +80,6 @@ def test_events_are_in_order_and_alerts_precede_everything_else(report):
     assert "pairs/i2t_r1 0.25" in report.events[6].text
     alerts = [(alert.key, alert.stage, alert.value.startswith("over at step 19")) for alert in report.alerts]
     assert alerts == [("mome.alert.matching_collapsed", "pairs", False), ("mome.alert.starved", "pairs", True)]
-    page = render_run_report(report)
-    assert page.index(ALERT) < page.index("<h2>")
-    assert SPIKE in page
-
-
-@pytest.mark.parametrize("in_seconds", [False, True])
-def test_every_point_is_drawn_and_no_line_crosses_a_restart(report, in_seconds):
-    chart = draw_curves(report, WIDE, in_seconds)
-    assert len(chart.bands) == 2
-    assert {mark.kind for mark in chart.marks} == {"spike", "restart", "alert", "evaluation"}
-    loss = chart.panels[0]
-    lines = [[tuple(map(float, point.split(","))) for point in points.split()] for _, points in loss.lines]
-    assert [len(line) for line in lines] == [STEPS, RESUMED_AT + 2 - STEPS, 2 * STEPS - RESUMED_AT - 2]
-    points = [point for line in lines for point in line]
-    assert all(chart.left <= x <= WIDE - chart.right and loss.top <= y <= loss.bottom for x, y in points)
-
-
-def test_time_cost_stages_and_sources_are_shown(report, planted, tmp_path):
     total = sum(SECONDS.values())
     assert report.time == SECONDS
     assert report.run.goodput == SECONDS["training"] / total
@@ -106,8 +92,19 @@ def test_time_cost_stages_and_sources_are_shown(report, planted, tmp_path):
     source = pairs.sources["pairs"]
     assert (source.num_samples, source.num_shards, source.change) == (120, 5, "")
     page = render_run_report(report)
+    assert page.index(ALERT) < page.index("<h2>")
+    assert SPIKE in page
     assert f"itc {significant(5.0 / (2 * STEPS))}, itm {significant(3.0 / (2 * STEPS))}" in page
     assert f'data-label="samples read">{8 * 2 * STEPS}<' in page
+    for in_seconds in (False, True):  # every point is drawn, and no line crosses a restart
+        chart = draw_curves(report, WIDE, in_seconds)
+        assert len(chart.bands) == 2
+        assert {mark.kind for mark in chart.marks} == {"spike", "restart", "alert", "evaluation"}
+        loss = chart.panels[0]
+        lines = [[tuple(map(float, point.split(","))) for point in points.split()] for _, points in loss.lines]
+        assert [len(line) for line in lines] == [STEPS, RESUMED_AT + 2 - STEPS, 2 * STEPS - RESUMED_AT - 2]
+        points = [point for line in lines for point in line]
+        assert all(chart.left <= x <= WIDE - chart.right and loss.top <= y <= loss.bottom for x, y in points)
 
 
 def test_bad_samples_show_their_image_or_an_error(report, planted):
@@ -116,19 +113,16 @@ def test_bad_samples_show_their_image_or_an_error(report, planted):
     assert sum(samples for samples, _ in counts) == len(planted.expected)
     assert max(times - samples for samples, times in counts) == 1
     assert len(report.quarantine) == MAX_SAMPLES
-    for inspected in report.quarantine:
-        assert (inspected.image is None) == bool(inspected.error)
-        if inspected.sample.reason in ("the truncated JPEG", "the PNG bomb", "the missing picture"):
-            assert inspected.image is None
-    shown = next(entry for entry in report.quarantine if entry.sample.reason == "the missing caption")
-    with Path(planted.folder, shown.sample.shard).open("rb") as shard:
-        shard.seek(shown.sample.offset)
-        data = shard.read(100_000)
-    end = data.index(b"\xff\xd9") + 2
-    assert shown.image == thumbnail(decode(data[:end], 10_000), THUMBNAIL)
+    for sample, image, error in report.quarantine:
+        assert (image is None) == bool(error)
+        if sample.reason in ("the truncated JPEG", "the PNG bomb", "the missing picture"):
+            assert image is None
+    sample, image, _ = next(entry for entry in report.quarantine if entry[0].reason == "the missing caption")
+    data = Path(planted.folder, sample.shard).read_bytes()[sample.offset :]
+    assert image == thumbnail(decode(data[: data.index(b"\xff\xd9") + 2], 10_000), THUMBNAIL)
 
 
-def test_missing_and_changed_shards_are_reported(planted, tmp_path):
+def test_missing_and_changed_shards_and_a_run_that_never_started_are_reported(planted, tmp_path):
     moved = tmp_path / "pairs"
     shutil.copytree(planted.folder, moved)
     record_run(tmp_path, replace(planted, folder=str(moved)), "changed")
@@ -140,11 +134,8 @@ def test_missing_and_changed_shards_are_reported(planted, tmp_path):
     shutil.rmtree(moved)
     gone = collect_report(open_run(str(tmp_path / "changed")))
     assert "cannot be read now" in gone.stages[1].sources["pairs"].change
-    assert all("not read again" in sample.error for sample in gone.quarantine)
+    assert all("not read again" in error for _, _, error in gone.quarantine)
     assert "cannot be read now" in render_run_report(gone)
-
-
-def test_a_run_that_never_started_has_a_report(planted, tmp_path):
     record_run(tmp_path, planted, "waiting")
     for part in ("journal", "time.json", "restarts", "quarantine"):
         place = tmp_path / "waiting" / part
@@ -171,24 +162,18 @@ def test_a_remote_run_is_read_from_its_committed_journal(run, moto_store, tmp_pa
     assert list(remote.records(*QUARANTINE)) == list(run.records(*QUARANTINE))
 
 
-# Comparisons ---------------------------------------------------------------------------------------------------------
-
-
-def test_only_changed_keys_differ_and_runs_of_equal_name_are_identified_by_folder(runs, planted, tmp_path):
+def test_only_changed_and_explicit_keys_differ_and_runs_of_equal_name_have_their_folders(runs, planted, tmp_path):
     comparison = compare([open_run(str(runs / "recorded")), open_run(str(runs / "other"))])
     assert comparison.config == {
         "seed": {"recorded": 0, "other": 5},
         "model.width": {"recorded": 32, "other": 64},
         "stages.pairs.global_batch_size": {"recorded": 8, "other": 16},
     }
-    assert not [row.name for rows in comparison.results.values() for row in rows if row.differs]
+    assert all(len(set(values)) == 1 for rows in comparison.results.values() for values in rows.values())
     record_run(tmp_path, planted)
     comparison = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "recorded"))])
     assert comparison.runs == [str(runs / "recorded"), str(tmp_path / "recorded")]
     assert set(comparison.config) == {"output"}
-
-
-def test_a_missing_stage_shows_only_its_explicit_keys(runs, planted, tmp_path):
     record_run(tmp_path, planted, "shorter")
     path = tmp_path / "shorter" / "run.json"
     config = json.loads(path.read_text())
@@ -202,7 +187,7 @@ def test_a_missing_stage_shows_only_its_explicit_keys(runs, planted, tmp_path):
     assert all("shorter" not in values for values in own.values())
 
 
-def test_compare_prints_json_and_a_table_and_writes_a_page(runs, tmp_path):
+def test_compare_prints_json_and_a_table_writes_a_page_and_needs_runs(runs, tmp_path, monkeypatch, capsys):
     page = tmp_path / "comparison.html"
     arguments = ["compare", str(runs / "recorded"), str(runs / "other"), "--html", str(page), "--json"]
     printed = json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1])
@@ -216,19 +201,12 @@ def test_compare_prints_json_and_a_table_and_writes_a_page(runs, tmp_path):
     assert "stages.pairs.global_batch_size" in page.read_text()
     assert "stages.pairs.global_batch_size" in table
     assert "model.layers" not in table
-
-
-@pytest.mark.parametrize("command", ["compare", "report"])
-def test_a_folder_without_a_run_exits_with_status_2(command, runs, tmp_path, monkeypatch, capsys):
-    others = [str(runs / "recorded")] if command == "compare" else []
-    monkeypatch.setattr("sys.argv", ["mome", command, *others, str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert f"{tmp_path}: no run there" in capsys.readouterr().err
-
-
-# Pages ---------------------------------------------------------------------------------------------------------------
+    for command in (["compare", str(runs / "recorded")], ["report"]):
+        monkeypatch.setattr("sys.argv", ["mome", *command, str(tmp_path)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert f"{tmp_path}: no run there" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -250,35 +228,12 @@ def pages(report, run, runs):
     }
 
 
-@KINDS
-def test_pages_are_single_small_files_without_scripts(pages, kind):
-    page = pages[kind]
-    assert len(page.encode()) < MAX_BYTES
-    assert not re.search(r"<script|@import|url\(|https?://|<link rel=.stylesheet", page)
-    assert all(address.startswith("data:") for address in re.findall(r'(?:src|href)="([^"]*)"', page))
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if installed() is None:
-        pytest.skip("no Chromium here (apt-get install chromium): how pages look in a browser is not tested")
-    with browser() as opened:
-        yield opened
-
-
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [PHONE, DESKTOP])
-@KINDS
-def test_pages_render_in_a_browser_without_errors_or_overflow(pages, chromium, tmp_path, kind, width, dark):
-    path = tmp_path / f"{kind}.html"
-    path.write_text(pages[kind], encoding="utf-8")
-    open_details = "document.querySelectorAll('details').forEach(details => details.open = true)"
-    page = chromium.open(path.as_uri(), width, dark, first=open_details)
-    assert (page.faults, page.requests) == ([], [])
-    assert page.width == width  # nothing sticks out of the page
-
-
-def test_pages_show_no_password(planted, tmp_path):
+def test_pages_are_single_small_files_without_scripts_or_passwords(pages, planted, tmp_path):
+    for kind in KINDS:
+        page = pages[kind]
+        assert len(page.encode()) < MAX_BYTES, kind
+        assert not re.search(r"<script|@import|url\(|https?://|<link rel=.stylesheet", page), kind
+        assert all(address.startswith("data:") for address in re.findall(r'(?:src|href)="([^"]*)"', page)), kind
     for name, password in (("one", "secret-one"), ("two", "secret-two")):
         record_run(tmp_path, planted, name, f"sources.pairs.opt_out=http://user:{password}@server:5000")
     one, two = (open_run(str(tmp_path / name)) for name in ("one", "two"))
@@ -288,11 +243,24 @@ def test_pages_show_no_password(planted, tmp_path):
         assert "secret" not in shown
 
 
-def test_stored_report_data_is_read_back_unchanged(tmp_path):
-    older = fullest()
-    newer = replace(older, key=replace(older.key, stage="vision"), at=older.at + 1)
-    for data in (newer, older):
-        save_report_data(Storage(), str(tmp_path), data)
-    assert load_report_data(Storage(), str(tmp_path)) == [newer, older]
-    (tmp_path / "evaluations" / "vision-pairs.json").write_text('{"name": "of another version"}')
-    assert load_report_data(Storage(), str(tmp_path)) == [older]
+def test_pages_render_in_a_browser_without_errors_or_overflow(pages, tmp_path):
+    """Each page is laid out in a frame as wide as a phone, and in one as wide as a desktop, with all details open."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here (apt-get install chromium): how pages look in a browser is not tested")
+    frames = tmp_path / "frames.html"
+    for kind in KINDS:
+        (tmp_path / f"{kind}.html").write_text(pages[kind], encoding="utf-8")
+        for width in (PHONE, DESKTOP):
+            with frames.open("a") as file:
+                file.write(f'<iframe src="{kind}.html" width="{width}" height="900" style="border: 0"></iframe>')
+    with frames.open("a") as file:
+        file.write(MEASURE)
+    options = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+    options += [f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--dump-dom", frames.as_uri()]
+    for scheme in ("0", "1"):  # dark, light
+        command = [browser, "--headless", f"--blink-settings=preferredColorScheme={scheme}", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        assert "CONSOLE" not in done.stderr
+        widths = re.search("<title>(.*)</title>", done.stdout)[1]
+        assert json.loads(widths) == [PHONE, DESKTOP] * len(KINDS)
