@@ -31,7 +31,7 @@ def write_set(folder: Path, source_type: str, count: int, seed: int = 0) -> str:
     randoms = [CounterRandom(hash64("drawn", source_type, seed, number)) for number in range(count)]
     samples = ({"__key__": f"drawn{n:05d}"} | _sample(source_type, random) for n, random in enumerate(randoms))
     url, storage = str(folder / f"{source_type}-{seed}"), Storage()
-    write_shards(storage, samples, url, samples_per_shard=20)
+    write_shards(storage, samples, url, samples_per_shard=20, overwrite=True)
     if source_type == "questions":
         storage.write(f"{url}/answers.json", json.dumps([*COLOURS, "yes", "no"]).encode())
     if source_type == "labelled":
