@@ -76,7 +76,7 @@ class ImageSize:
 
 
 def measure(data: bytes) -> ImageSize:
-    """Return an image's size from its header, without decoding. Raises BadSample for anything that is not an image."""
+    """Return the size of what `decode` returns, from the header alone. Raises BadSample if that is no image's."""
     size, orientation, _ = _read(data, None)
     return replace(size, height=size.width, width=size.height) if orientation in _TRANSPOSED else size
 
@@ -189,8 +189,7 @@ _Stored = tuple[ImageSize, object, np.ndarray | None]  # size and pixels as stor
 
 def _read(data: bytes, max_pixels: int | None) -> _Stored:
     """Read an encoded image, without its pixels if `max_pixels` is None. Every exception becomes a BadSample."""
-    kind = format_of(data)
-    if kind is None:
+    if (kind := format_of(data)) is None:
         raise BadSample("image", f"not a {', '.join(FORMATS)} (begins with {data[:8]!r})")
     try:
         if kind == "JPEG":
@@ -200,8 +199,7 @@ def _read(data: bytes, max_pixels: int | None) -> _Stored:
         except BadSample:
             raise
         except Exception:  # read again without metadata, which may be all that is damaged
-            plain = _without_metadata(data, kind)
-            if plain == data:
+            if (plain := _without_metadata(data, kind)) == data:
                 raise
             return _read_with_pillow(plain, kind, max_pixels)
     except (BadSample, MemoryError):

@@ -71,9 +71,6 @@ class RegionRecord:
     classes: np.ndarray | None = None  # (R,) int64
     confidences: np.ndarray | None = None  # (R,) float32
 
-    def __len__(self) -> int:
-        return len(self.features)
-
     def locations(self) -> np.ndarray:
         """Return x1 / W, y1 / H, x2 / W, y2 / H and the area fraction: (R, 5) float32 (ImageBERT, 3.1)."""
         height, width = self.image_size
@@ -83,9 +80,9 @@ class RegionRecord:
 
     def most_confident(self, count: int) -> RegionRecord:
         """Return at most `count` regions: the most confident, or the first ones without confidences."""
-        if len(self) <= count:
+        if (total := len(self.features)) <= count:
             return self
-        order = np.arange(len(self)) if self.confidences is None else np.argsort(-self.confidences, kind="stable")
+        order = np.arange(total) if self.confidences is None else np.argsort(-self.confidences, kind="stable")
         best = {name: array[order[:count]] for name, array in vars(self).items() if isinstance(array, np.ndarray)}
         return RegionRecord(**vars(self) | best)
 

@@ -313,14 +313,15 @@ class ExampleBuilder:
             assert isinstance(model, ImageBERTConfig)
             num_classes = model.region_classes if "region_class" in groups else None
             regions = regions_of(sample.members, model.region_features, num_classes).most_confident(model.max_regions)
-            buffer.write("region_keep", row, np.ones(len(regions), dtype=np.bool_))
+            count = len(regions.features)
+            buffer.write("region_keep", row, np.ones(count, dtype=np.bool_))
             buffer.write("region_features", row, regions.features)
             buffer.write("region_location", row, regions.locations())
             if "region_class" in groups and regions.classes is not None:
                 buffer.write("region_class", row, regions.classes)
             if "masked_regions" in groups:
                 random = example.random("regions")
-                positions = mask_patches(len(regions), masking.region_mask_ratio, random)
+                positions = mask_patches(count, masking.region_mask_ratio, random)
                 is_zeroed = [random.uniform() < ZEROED for _ in positions]
                 buffer.write("region_positions", row, positions)
                 buffer["region_hidden"][row] = False

@@ -159,7 +159,7 @@ def test_mutated_regions_raise_only_bad_samples(compressed: bool) -> None:
 
 def test_regions_that_are_missing_or_do_not_fit_the_model_name_the_remedy() -> None:
     whole, unnamed = {"npz": packed()}, {"npz": packed(classes=None)}
-    assert len(regions_of(whole, 8, 5)) == len(regions_of(unnamed, 8)) == 5
+    assert len(regions_of(whole, 8, 5).features) == len(regions_of(unnamed, 8).features) == 5
     for members, features, classes, reason in (
         ({"jpg": b"", "json": b""}, None, None, r"no regions \(npz; see `mome shards regions`\); it has jpg, json"),
         (whole, 2048, None, r"8 features per region, but model\.region_features is 2048"),

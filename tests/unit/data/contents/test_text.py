@@ -89,8 +89,7 @@ def test_vocabulary_training_is_deterministic(tokenizer: Tokenizer) -> None:
 
 
 def test_saved_and_pickled_tokenizers_are_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    url = str(tmp_path / "vocab.txt")
-    Storage().write(url, tokenizer.vocabulary_file)
+    url = written(tmp_path, tokenizer.vocabulary_file.decode())
     for copy in (Tokenizer.load(Storage(), url), pickle.loads(pickle.dumps(tokenizer))):  # noqa: S301
         assert (copy.digest, copy.tokens) == (tokenizer.digest, tokenizer.tokens)
         assert copy.encode(CAPTIONS[1], 40) == tokenizer.encode(CAPTIONS[1], 40)
@@ -166,12 +165,12 @@ def test_alphabet_grows_with_the_size_of_the_vocabulary() -> None:
         assert len(choose_alphabet(counts, 30_000, BertNormalizer())) == kept
 
 
-@pytest.mark.parametrize("character", ["w", "😀"])
-def test_overlong_words_are_dropped_from_training(character: str) -> None:
+def test_overlong_words_are_dropped_from_training() -> None:
     captions = ["a red cat, a blue dog", "x" * 100]
     whole = Tokenizer.train(captions, 200)
-    long = character * 1_000_000  # took hours when merges were learned from them
-    assert Tokenizer.train([f"{captions[0]} {long}", captions[1]], 200).tokens == whole.tokens
+    for character in "w😀":
+        long = character * 1_000_000  # took hours when merges were learned from them
+        assert Tokenizer.train([f"{captions[0]} {long}", captions[1]], 200).tokens == whole.tokens
     assert whole.encode("x" * 101, 9).ids[1:-1] == [whole.unk_id]
     assert whole.unk_id not in whole.encode("x" * 100, 9).ids
     assert "word" in Tokenizer.train(["/".join(["word"] * 60)], 200).tokens

@@ -73,7 +73,7 @@ def test_examples_contain_their_samples_regions(shards: str) -> None:
             for name in ("region_features", "region_location", "region_class", "region_hidden"):
                 assert not getattr(batch, name)[row][~keep].any()
             positions = batch.region_positions[row][batch.region_positions[row] >= 0]
-            assert len(positions.unique()) == max(1, round(0.15 * len(best)))
+            assert len(positions.unique()) == max(1, round(0.15 * len(best.features)))
             assert keep[positions].all()
             assert batch.region_hidden[row].sum() == batch.region_hidden[row][positions].sum()
             hidden, masked = hidden + int(batch.region_hidden[row].sum()), masked + len(positions)
