@@ -82,7 +82,7 @@ def test_region_has_its_query_vector_box_and_class(tmp_path: Path, family: str, 
         np.testing.assert_allclose(ours[: len(order)], expected[name][order], atol=1e-6)
     boxes = expected["boxes"][order].numpy().clip(0, [60, 40, 60, 40])
     np.testing.assert_allclose(record.boxes[: len(order)], boxes, atol=1e-3)
-    assert (len(record), record.image_size) == (QUERIES, (40, 60))
+    assert (len(record.features), record.image_size) == (QUERIES, (40, 60))
     assert (np.diff(record.confidences) <= 0).all()
     hidden = output.last_hidden_state[0, -QUERIES:].numpy()
     query = [int(np.abs(hidden - vector).sum(axis=1).argmin()) for vector in record.features]
