@@ -25,9 +25,8 @@ from pipeline.data.storage import Storage
 from pipeline.planning.hardware import TERA, accelerator_like
 from pipeline.planning.memory import memory_of
 from pipeline.training.collectives import Collectives, share
-from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.deepspeed_setup import sharding_of
-from pipeline.training.profile import MeasuredEngine, living, peak_of, states_of
+from pipeline.training.profile import MeasuredEngine, living, peak_of
 from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
 from pipeline.training.workload import full_batch, with_micro_batch, work_of
@@ -69,9 +68,8 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
     stage = with_micro_batch(stage, collectives, vocabulary)
     batch_size = stage.config.global_batch_size
     before = living(device)
-    engine = DeepSpeedEngine(build_stage_model(stage, Storage(), vocabulary), stage, collectives)
-    measured_engine = MeasuredEngine(engine)
-    step = TrainingStep(measured_engine, stage, collectives)
+    engine = MeasuredEngine(build_stage_model(stage, Storage(), vocabulary), stage, collectives)
+    step = TrainingStep(engine, stage, collectives)
     rows = slice(*share(batch_size, collectives.rank, collectives.world_size))
     num_rows = rows.stop - rows.start
     batch = full_batch(stage.run, stage.config, batch_size, vocabulary).rows(rows)
@@ -97,13 +95,14 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
     batch_bytes = sum(member.untyped_storage().nbytes() for member in members)
     held = sum(size for address, size in living(device).items() if address not in before) - batch_bytes
     started = time.perf_counter()
-    with measured_engine.measuring():
+    with engine.measuring():
         peak = held + peak_of(run, device)
     seconds = seconds or time.perf_counter() - started
+    held_by_engine = engine.memory()
     categories = {
-        "states": sum(states_of(engine).values()),
-        "gradients": sum(measured_engine.gradients.values()),
-        "activations": measured_engine.saved_bytes,
+        "states": held_by_engine["parameters"] + held_by_engine["optimizer"],
+        "gradients": engine.gradient_bytes,
+        "activations": engine.saved_bytes,
     }
     engine.close()
 

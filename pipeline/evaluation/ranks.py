@@ -24,7 +24,8 @@ class Ranks:
 
     def shares(self, count: int) -> list[tuple[int, int]]:
         """Return each rank's range (start, stop) of `count` items."""
-        return [(0, count)]
+        size = self.world_size
+        return [(rank * count // size, (rank + 1) * count // size) for rank in range(size)]
 
     def gather_parts(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Return all ranks' rows, `counts` of them per rank, in rank order on every rank."""

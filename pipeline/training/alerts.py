@@ -14,12 +14,9 @@ from collections.abc import Iterator
 
 from pipeline.evaluation.evaluate import COLLAPSED
 from pipeline.models.heads import MAX_SCALE
-from pipeline.tracking.tracker import Tracker
-from pipeline.training.callbacks import Callback, StageState
+from pipeline.training.callbacks import Callback
 from pipeline.training.health import StepHealth
 from pipeline.training.metrics import MetricsSnapshot
-from pipeline.training.prepare import Coverage
-from pipeline.training.stages import Stage
 
 log = logging.getLogger(__name__)
 
@@ -34,15 +31,13 @@ LOSSES = 50
 class Alerts(Callback):
     """The alerts of one stage; used on rank 0 only."""
 
-    def __init__(self, stage: Stage, tracker: Tracker, coverage: Coverage | None = None):
-        self._stage, self._tracker, self._coverage = stage, tracker, coverage
+    def on_stage_start(self, start: int) -> None:
         self._run_length: Counter[str] = Counter()  # consecutive steps that met the condition; negative: that did not
         self._raised: dict[str, str] = {}
         self._losses: deque[float] = deque(maxlen=LOSSES)
-
-    def on_stage_start(self, state: StageState, start: int) -> None:
-        if self._coverage is not None and self._coverage.alert is not None:
-            self.on_fault(start, "unknown_tokens", self._coverage.alert)
+        coverage = self.state.context.coverage
+        if coverage is not None and coverage.alert is not None:
+            self.on_fault(start, "unknown_tokens", coverage.alert)
 
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
         """Evaluate the conditions of all alerts except the loss spike."""
@@ -54,9 +49,10 @@ class Alerts(Callback):
                 self.on_fault(step + 1, name, met[name])
             elif length <= -CONSECUTIVE and name in self._raised:
                 text = f"over at step {snapshot.step}; {self._raised.pop(name)}"
-                extra = {"alert": f"{self._stage.name}/{name}", "over": True}
-                log.warning("stage %s: alert %s is over at step %d", self._stage.name, name, snapshot.step, extra=extra)
-                self._tracker.tag(f"mome.alert.{name}", text)
+                stage = self.state.stage.name
+                extra = {"alert": f"{stage}/{name}", "over": True}
+                log.warning("stage %s: alert %s is over at step %d", stage, name, snapshot.step, extra=extra)
+                self.state.context.tracker.tag(f"mome.alert.{name}", text)
 
     def on_health(self, step: int, health: StepHealth) -> None:
         """Check the global batch's loss for a spike."""
@@ -73,10 +69,10 @@ class Alerts(Callback):
 
     def on_fault(self, step: int, name: str, message: str) -> None:
         """Raise an alert; `message` states the observation and the remedy."""
-        self._raised[name] = text = f"since step {self._stage.global_step(step)}: {message}"
-        source = f"{self._stage.name}/{name}"
-        log.warning("stage %s: ALERT %s, %s", self._stage.name, name, text, extra={"alert": source})
-        self._tracker.tag(f"mome.alert.{name}", text)
+        stage = self.state.stage
+        self._raised[name] = text = f"since step {stage.global_step(step)}: {message}"
+        log.warning("stage %s: ALERT %s, %s", stage.name, name, text, extra={"alert": f"{stage.name}/{name}"})
+        self.state.context.tracker.tag(f"mome.alert.{name}", text)
 
 
 def conditions(metrics: MetricsSnapshot) -> Iterator[tuple[str, str]]:

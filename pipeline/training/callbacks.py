@@ -6,32 +6,19 @@ hook that calls a collective must do so on every rank in the same order, so such
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pipeline.config.schema import RunConfig
     from pipeline.data.batch import Batch
-    from pipeline.data.contents.choices import Choices
-    from pipeline.data.contents.text import Tokenizer
-    from pipeline.data.loading.backends import BackendFactory
-    from pipeline.data.loading.loader import Loader
-    from pipeline.data.storage import Storage
-    from pipeline.tracking.tracker import Tracker
-    from pipeline.training.checkpoint.store import CheckpointStore
-    from pipeline.training.collectives import Collectives
-    from pipeline.training.deepspeed_engine import DeepSpeedEngine
-    from pipeline.training.health import Spike, SpikeGuard, StepHealth
+    from pipeline.training.health import Spike, StepHealth
+    from pipeline.training.loop import StageState
     from pipeline.training.metrics import MetricsSnapshot
-    from pipeline.training.ownership import Ownership
-    from pipeline.training.prepare import Coverage
-    from pipeline.training.step import TrainingStep
-    from pipeline.training.supervisor import RankSupervisor
 
 
 @dataclass(frozen=True)
@@ -49,39 +36,6 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """Objects that all stages of a run share on one rank."""
-
-    config: RunConfig
-    storage: Storage
-    tokenizer: Tokenizer
-    collectives: Collectives
-    tracker: Tracker
-    report: Report
-    loader_backend: BackendFactory
-    supervisor: RankSupervisor
-    ownership: Ownership
-    coverage: Coverage | None = None  # of the vocabulary; on rank 0
-
-
-@dataclass
-class StageState:
-    """A stage's state on one rank, and the position it resumed from."""
-
-    engine: DeepSpeedEngine
-    step: TrainingStep
-    loader: Loader
-    checkpoints: CheckpointStore
-    spikes: SpikeGuard
-    callbacks: Callbacks
-    shapes: dict[str, list[int]]  # of the parameters by name, before ZeRO partitions them
-    choices: Mapping[str, Choices]  # label lists of the heads, by file name
-    resumed_from: str = ""  # URL of the checkpoint
-    rollback: tuple[str, str] | None = None  # tag and description of the rollback that led here
-    data_counts: dict[str, float] = field(default_factory=dict)  # of the checkpoint the stage resumed from
 
 
 @dataclass(frozen=True)
@@ -106,10 +60,12 @@ class StepEvent:
 class Callback:
     """Hooks of the training loop, called in the order below; by default they do nothing. `step` counts from 0."""
 
+    state: StageState  # set once the stage is built, which is after `on_model_built`
+
     def on_model_built(self, model: nn.Module) -> None:
         """Called before the engine wraps the model."""
 
-    def on_stage_start(self, state: StageState, start: int) -> None:
+    def on_stage_start(self, start: int) -> None:
         """Called before the first step, once the stage has resumed at step `start`."""
 
     def before_batch(self, step: int) -> None:
@@ -154,9 +110,9 @@ class Callbacks(Callback):
         for hook in [name for name in vars(Callback) if name.startswith(("on_", "before_", "after_"))]:
             setattr(self, hook, partial(self._forward, hook))
 
-    def _forward(self, hook: str, *arguments: Any, **named: Any) -> None:
+    def _forward(self, hook: str, *arguments: Any) -> None:
         for callback in self.members:
-            getattr(callback, hook)(*arguments, **named)
+            getattr(callback, hook)(*arguments)
 
     def close(self) -> None:
         with ExitStack() as stack:

@@ -134,8 +134,8 @@ class DeepSpeedEngine:
         """Return the global batch's full gradients; valid between the last `backward` and `step`."""
         from deepspeed.utils import safe_get_full_grad
 
-        trained = {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
-        return {name: safe_get_full_grad(parameter).detach().float().clone() for name, parameter in trained.items()}
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        return {name: safe_get_full_grad(p).detach().float().clone() for name, p in trained.items()}
 
     def local_gradients(self) -> list[Tensor]:
         """Return the gradients that the next step applies: at stages 1 to 3 this rank's reduced partition."""
@@ -152,7 +152,8 @@ class DeepSpeedEngine:
         masters = [tensor for tensor in self.optimized_tensors() if all(tensor is not parameter for parameter in held)]
         moments = [value for state in self.adam.state.values() for value in state.values() if torch.is_tensor(value)]
         optimizer = [*masters, *moments, *self.averages.values()]
-        categories = {"parameters": held, "gradients": self.local_gradients(), "optimizer": optimizer}
+        reduced = getattr(self.deepspeed.optimizer, "fp32_groups_gradients_flat", [])  # of bfloat16 at stage 1
+        categories = {"parameters": held, "gradients": [*self.local_gradients(), *reduced], "optimizer": optimizer}
         return {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in categories.items()}
 
     # ---- state

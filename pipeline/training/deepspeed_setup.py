@@ -115,27 +115,20 @@ def load_extensions() -> None:
     """Load, and build the first time, the extension that DeepSpeed would otherwise load itself."""
     from deepspeed.comm.torch import build_shm_op
 
-    use_own_ninja()
     with exclusive_build(use_own_folder()), contextlib.redirect_stdout(io.StringIO()):  # suppresses a build message
         build_shm_op()
 
 
-def use_own_ninja() -> None:
-    """Put this installation's ninja first in PATH.
+def use_own_folder() -> Path:
+    """Put this installation's ninja first in PATH, and return torch's build folder, set to one of this installation.
 
-    Two versions of ninja consider each other's builds out of date and rebuild every time.
+    The folder is specific to the Python and torch versions and to the DeepSpeed installation. Two versions of ninja, or
+    two installations that share a folder, consider each other's builds out of date and rebuild every time.
     """
     scripts = sysconfig.get_path("scripts")
     paths = os.environ.get("PATH", "").split(os.pathsep)
     if Path(scripts, "ninja").exists() and paths[0] != scripts:
         os.environ["PATH"] = os.pathsep.join([scripts, *paths])
-
-
-def use_own_folder() -> Path:
-    """Set torch's build folder to one specific to the Python and torch versions and to the DeepSpeed installation.
-
-    Two installations that shared a folder would each consider the other's build out of date and rebuild every time.
-    """
     spec = importlib.util.find_spec("deepspeed")
     installation = hashlib.sha256(str(spec and spec.origin).encode()).hexdigest()[:8]
     version = f"mome-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}-{installation}"

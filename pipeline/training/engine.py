@@ -60,11 +60,11 @@ class ForwardTimer:
     def forward(self) -> Iterator[None]:
         """Time the forward in the block."""
         if self._is_cuda:
-            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            events[0].record()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
             yield
-            events[1].record()
-            self._events.append(events)
+            end.record()
+            self._events.append((start, end))
         else:
             began = time.perf_counter()
             yield
@@ -75,10 +75,9 @@ class ForwardTimer:
 
         The median is insensitive to the first steps and to those with an execution-order check.
         """
-        self._seconds += [start.elapsed_time(end) / 1000 for start, end in self._events]
-        median = statistics.median(self._seconds) if self._seconds else 0.0
+        seconds = [*self._seconds, *(start.elapsed_time(end) / 1000 for start, end in self._events)]
         self._seconds, self._events = [], []
-        return median
+        return statistics.median(seconds) if seconds else 0.0
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -107,11 +106,8 @@ def parameter_groups(
         if parameter.requires_grad:
             decays = release.decays(name) if reproduce_vlmo_release else parameter.dim() >= 2
             is_head = config.head_lr_multiplier != 1 and model.part_of(name) in heads
-            empty_group = {
-                "params": [],
-                "weight_decay": config.weight_decay if decays else 0.0,
-                "rate_factor": config.head_lr_multiplier if is_head else 1.0,
-            }
+            decay, factor = config.weight_decay * decays, config.head_lr_multiplier if is_head else 1.0
+            empty_group = {"params": [], "weight_decay": decay, "rate_factor": factor}
             groups.setdefault((decays, is_head), empty_group)["params"].append(parameter)
     if not groups:
         raise ConfigError("no parameter is left to train: the stage's `freeze` covers all that its objectives use")

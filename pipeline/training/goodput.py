@@ -33,8 +33,8 @@ HEARTBEAT_SECONDS = 5.0  # bounds the time that is attributed to the restart ins
 Seconds = dict[str, float]  # by phase
 
 
-class GoodputTracker:
-    """Seconds by phase since the run first started, saved to the run's folder by a thread. Thread-safe."""
+class GoodputTracker(PeriodicThread):
+    """Seconds by phase since the run first started, saved to the run's folder by this thread. Thread-safe."""
 
     def __init__(
         self, storage: Storage, folder: str, is_writer: bool, elapsed: float = 0.0, now: float | None = None
@@ -43,33 +43,33 @@ class GoodputTracker:
 
         The process began `elapsed` seconds ago, at `now` (seconds since the epoch).
         """
+        super().__init__(self._write, HEARTBEAT_SECONDS, "mome-goodput", immediately=True)
         now = time.time() - elapsed if now is None else now
-        self._url, self._is_writer = join(folder, FILE), is_writer
+        self._url = join(folder, FILE)
         self._writer = BackgroundWriter(storage, DEADLINE_SECONDS)
         self._lock = threading.Lock()
-        self._seconds: Seconds = dict.fromkeys(PHASES, 0.0)
+        self._account: Seconds = dict.fromkeys(PHASES, 0.0)
         self._phase: Phase = "startup"
         self._entered = time.monotonic() - elapsed
         self.restarts = 0
         if is_writer and (previous := read_record(storage, folder)) is not None:
-            self._seconds |= previous["seconds"]
+            self._account |= previous["seconds"]
             self.restarts = previous["restarts"]
             if not previous["ended"]:  # a finished run that is extended was not down in between
                 self.restarts += 1
-                self._seconds["restart"] += max(now - previous["at"], 0.0)
+                self._account["restart"] += max(now - previous["at"], 0.0)
                 self._phase = "restart"
-        self._heartbeat = PeriodicThread(self._write, HEARTBEAT_SECONDS, "mome-goodput", immediately=True)
 
-    def resume_from(self, seconds: Seconds | None) -> None:
+    def resume_from(self, seconds: Seconds) -> None:
         """Resume from a checkpoint's time account. Training time recorded after it is reclassified as lost work."""
-        saved = dict.fromkeys(PHASES, 0.0) | (seconds or {})
+        saved = dict.fromkeys(PHASES, 0.0) | seconds
         self.seconds()  # attributes the time up to now
         with self._lock:
             for phase in PHASES:
-                missing = saved[phase] - self._seconds[phase]  # positive if the last heartbeat is older than the state
+                missing = saved[phase] - self._account[phase]  # positive if the last heartbeat is older than the state
                 if (missing > 0 and phase != "restart") or phase in PROGRESS:
-                    self._seconds[phase] += missing
-                    self._seconds["restart" if missing > 0 else "lost_work"] -= missing
+                    self._account[phase] += missing
+                    self._account["restart" if missing > 0 else "lost_work"] -= missing
 
     def enter(self, phase: Phase) -> None:
         """Attribute the time from now on to `phase`."""
@@ -80,21 +80,16 @@ class GoodputTracker:
         """Return the seconds by phase up to now."""
         with self._lock:
             now = time.monotonic()
-            self._seconds[self._phase] += now - self._entered
+            self._account[self._phase] += now - self._entered
             self._entered = now
-            return dict(self._seconds)
-
-    def start(self) -> None:
-        """Start the heartbeat, on rank 0."""
-        if self._is_writer:
-            self._heartbeat.start()
+            return dict(self._account)
 
     def close(self, ended: bool, write: bool = True) -> None:
         """Stop the heartbeat and write the final account.
 
         `ended`: the run has completed all steps. `write=False`: another process owns the account now.
         """
-        if self._heartbeat.stop():
+        if self.stop():
             if write:
                 self._write(ended)
             self._writer.close(CLOSE_SECONDS)

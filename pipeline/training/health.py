@@ -2,8 +2,7 @@
 
 Before an update, all ranks must agree on anything that changes what they do next, or some would wait forever: that a
 loss or gradient is not finite, that a machine is being preempted, and the loss of the global batch. One reduction
-carries all of it. A second process group, or a reduction read one step later, would save the wait for the device, but
-could neither stop before the update nor lose no step. `guards.health_check_every` spaces the checks.
+carries all of it; read one step later, it could not stop before the update. `guards.health_check_every` spaces them.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ import errno
 import hashlib
 import statistics
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from pipeline.config.errors import RunFailed
 from pipeline.config.schema import SpikeConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import NoSpace
-from pipeline.training.callbacks import Callback, StageState
+from pipeline.training.callbacks import Callback
 from pipeline.training.collectives import Collectives
 from pipeline.training.stages import Stage
 
@@ -75,19 +75,19 @@ def locate_non_finite(
 
     def after_forward(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         num_executed["forward"] += 1
-        for tensor in _float_tensors(output):
-            if (fault := _non_finite(tensor)) and "forward" not in first:
+        for leaf in tree_leaves(output):
+            if (fault := _non_finite(leaf)) and "forward" not in first:
                 cause = f"its output has {fault}"
                 parameters = ((n, _non_finite(parameter)) for n, parameter in module.named_parameters())
                 if bad := next(((n, parameter_fault) for n, parameter_fault in parameters if parameter_fault), None):
                     cause += f", its parameter '{bad[0]}' has {bad[1]}"
-                elif any(_non_finite(value) for value in _float_tensors(inputs)):
+                elif any(_non_finite(value) for value in tree_leaves(inputs)):
                     cause += ", and its input is not finite either"
                 else:
                     cause += "; its inputs and parameters are finite"
                 first["forward"] = num_executed["forward"], name, cause
-            if tensor.requires_grad:
-                tensor.register_hook(partial(after_backward, name))
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(partial(after_backward, name))
 
     def after_backward(name: str, gradient: Tensor) -> None:
         num_executed["backward"] += 1
@@ -97,7 +97,7 @@ def locate_non_finite(
     own = {name: loss.item() for name, loss in losses.items() if _non_finite(loss)}
     bad_losses = [
         f"'{name}' is {value} on rank {rank}"
-        for rank, values in enumerate(collectives.gather_json(own))
+        for rank, values in enumerate(collectives.gather_objects(own))
         for name, value in values.items()
     ]
     symptom = ", ".join(bad_losses) if bad_losses else "the gradient is not finite, though the losses are"
@@ -107,7 +107,7 @@ def locate_non_finite(
     finally:
         for hook in hooks:
             hook.remove()
-    gathered = collectives.gather_json(first)
+    gathered = collectives.gather_objects(first)
     for direction in ("forward", "backward"):
         if on_ranks := [(*origins[direction], rank) for rank, origins in enumerate(gathered) if direction in origins]:
             _, module, cause, rank = min(on_ranks, key=lambda origin: (origin[0], origin[3]))
@@ -115,14 +115,11 @@ def locate_non_finite(
     return f"{symptom}; all module outputs and gradients are finite when repeated: a sum over rows or ranks overflowed"
 
 
-def _float_tensors(value: Any) -> list[Tensor]:
-    """Return the floating-point tensors in nested dicts, lists and tuples."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _non_finite(tensor: Tensor) -> str:
-    """Describe a tensor's values that are not finite; empty if all are."""
-    tensor = tensor.detach()
+def _non_finite(value: object) -> str:
+    """Describe a tensor's values that are not finite; empty if all are, or if it holds no floating-point numbers."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return ""
+    tensor = value.detach()
     count = int((~tensor.isfinite()).sum())
     return f"{'nan' if bool(tensor.isnan().any()) else 'inf'} ({count} of {tensor.numel()} values)" if count else ""
 
@@ -130,6 +127,7 @@ def _non_finite(tensor: Tensor) -> str:
 # ---- ranks that execute different modules (contract C3)
 
 FIRST_STEPS = 3
+END = "(the end of the forward)"
 
 
 class ExecutionOrderCheck(Callback):
@@ -147,7 +145,7 @@ class ExecutionOrderCheck(Callback):
     def __init__(self, collectives: Collectives, every: int, first_step: int = 0):
         """`first_step`: the stage's first global step, for messages."""
         self._collectives, self._every, self._first_step = collectives, every, first_step
-        self._start = 0  # the first step of this process
+        self._start: int | None = None  # the first step of this process
         self._step = 0
         self._is_active = self._in_forward = self._compares_each_module = False
         self._executed: list[str] = []
@@ -156,17 +154,13 @@ class ExecutionOrderCheck(Callback):
     def on_model_built(self, model: nn.Module) -> None:
         self._model = model
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(partial(self._enter, name))
-        model.register_forward_hook(self._leave)
-
-    def on_stage_start(self, state: StageState, start: int) -> None:
-        self._start = start
+            module.register_forward_pre_hook(partial(self._observe, name))
+        model.register_forward_hook(partial(self._observe, END))
 
     def before_step(self, step: int, batch: Batch | None = None) -> None:
+        self._start = step if self._start is None else self._start
         self._step = self._first_step + step
-        self._compares_each_module = any(
-            hasattr(parameter, "ds_id") for parameter in self._model.parameters()
-        )  # ZeRO 3
+        self._compares_each_module = any(hasattr(p, "ds_id") for p in self._model.parameters())  # ZeRO 3
         self._is_active = step - self._start < FIRST_STEPS or (step - self._start) % self._every == 0
         self._executed.clear()
         self._digest = hashlib.sha256()
@@ -176,20 +170,16 @@ class ExecutionOrderCheck(Callback):
             self._record("(the end of the backward)", compares=True)
         self._is_active = False
 
-    def _enter(self, name: str, module: nn.Module, arguments: object) -> None:
-        """Record that a module is about to run. A forward pre-hook."""
+    def _observe(self, name: str, *_: object) -> None:
+        """Record that a module is about to run, or that the model's forward has ended. A forward hook."""
         if torch.compiler.is_compiling():  # first, so that Dynamo traces nothing else of this hook
             return
         if not name:
             self._in_forward = True
         elif self._is_active and self._in_forward:
-            self._record(name, self._compares_each_module)
-
-    def _leave(self, model: nn.Module, arguments: object, result: object) -> None:
-        """Compare at the end of the model's forward. A forward hook."""
-        self._in_forward = False
-        if self._is_active:
-            self._record("(the end of the forward)", compares=True)
+            self._record(name, self._compares_each_module or name == END)
+        if name == END:
+            self._in_forward = False
 
     def _record(self, name: str, compares: bool) -> None:
         """Record what runs next; if `compares` (a collective call), raise RunFailed unless all ranks ran the same."""
@@ -198,7 +188,7 @@ class ExecutionOrderCheck(Callback):
         digest = int.from_bytes(self._digest.digest()[:7], "big")
         if not compares or self._collectives.largest([digest, -digest]) == [digest, -digest]:
             return
-        by_rank: list[list[str]] = self._collectives.gather_json(self._executed)
+        by_rank: list[list[str]] = self._collectives.gather_objects(self._executed)
         for position, names in enumerate(zip_longest(*by_rank, fillvalue="(nothing)")):
             if len(set(names)) > 1:
                 ran = ", ".join(f"rank {rank} ran '{name}'" for rank, name in enumerate(names))
@@ -236,21 +226,17 @@ class SpikeGuard:
     every rank.
     """
 
-    def __init__(self, config: SpikeConfig | None):
+    def __init__(self, config: SpikeConfig | None, state: Mapping[str, Any] = MappingProxyType({})):
+        """`state`: what `state` returned when the checkpoint was saved from which the stage resumes."""
         self.config = config
-        self._losses: deque[float] = deque(maxlen=config.window if config else 1)
-        self.skipped: list[Range] = []
-        self._num_rollbacks = 0  # exceeds len(skipped) if two spikes preceded the next checkpoint
+        self._losses = deque[float](state.get("losses", []), maxlen=config.window if config else 1)
+        self.skipped: list[Range] = [(start, stop) for start, stop in state.get("skipped", [])]
+        self._num_rollbacks = state.get("rollbacks", 0)  # exceeds len(skipped) if two spikes preceded a checkpoint
 
     def state(self) -> dict[str, Any]:
-        """Return the state that `restore` takes, JSON-serialisable."""
+        """Return the state, JSON-serialisable."""
         losses = list(self._losses) if self.config else []
         return {"skipped": [list(span) for span in self.skipped], "rollbacks": self._num_rollbacks, "losses": losses}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.skipped = [(start, stop) for start, stop in state.get("skipped", [])]
-        self._num_rollbacks = state.get("rollbacks", 0)
-        self._losses = deque(state.get("losses", []), self._losses.maxlen)
 
     def batch_of(self, step: int) -> int:
         """Return the batch that a step at or after the restored position reads."""
@@ -266,7 +252,7 @@ class SpikeGuard:
         return None
 
     def skip_range(self, spike: Spike, resumed_at: int, stage: str) -> Range:
-        """Skip the batches read since step `resumed_at` up to the spike and `skip` more. Call after `restore`.
+        """Skip the batches read since step `resumed_at` up to the spike and `skip` more.
 
         Raises RunFailed if the stage has used up its rollbacks.
         """
@@ -326,34 +312,29 @@ def permanent_failures_explained(
         share = -(-stage.config.global_batch_size // world_size)
         rows = -(-share // stage.num_micro_batches(world_size))
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        lines = [f"stage {stage.name}, rank {collectives.rank} of {world_size}: out of memory: {reason}"]
-        if memory is None:
-            lines.append("It happened before the first step: the model and its optimizer state do not fit.")
-        else:
+        use = "It happened before the first step: the model and its optimizer state do not fit."
+        if memory is not None:
             parts = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in memory().items())
             device = "in host memory"
             if collectives.device.type == "cuda":
                 free, total = torch.cuda.mem_get_info(collectives.device)
                 peak = torch.cuda.max_memory_allocated(collectives.device)
                 device = f"the device has {total / GIB:.2f} GiB, {free / GIB:.2f} GiB free; peak {peak / GIB:.2f} GiB"
-            lines.append(f"This rank's state at engine.zero_stage {engine.zero_stage}: {parts}; {device}")
-        lines.append(
-            f"One forward held {rows} of the rank's {share} rows (engine.micro_batch_size: "
-            f"{engine.micro_batch_size or 'not set'}); memory beyond the state above is activations."
-        )
+            use = f"This rank's state at engine.zero_stage {engine.zero_stage}: {parts}; {device}"
         can_offload = not engine.offload_optimizer and engine.zero_stage > 0  # nothing is offloaded without ZeRO
-        remedies = {
-            f"engine.micro_batch_size={rows // 2} (fewer activations; the gradient stays the same)": rows > 1,
-            "engine.activation_checkpointing=true (recomputes activations instead of storing them)": (
-                not engine.activation_checkpointing
-            ),
-            f"engine.zero_stage={engine.zero_stage + 1} (partitions more of the state among the ranks)": (
-                engine.zero_stage < 3
-            ),
-            "engine.offload_optimizer=true (keeps moments in host memory)": can_offload,
-            "engine.precision=bfloat16 (in a new run; it cannot change within one)": engine.precision == "float32",
-            "more ranks (cluster.workers)": True,
-        }
-        possible = "; ".join(remedy for remedy, helps in remedies.items() if helps)
-        lines.append(f"A restart would repeat it. Change, in this order: {possible}")
-        raise RunFailed("\n".join(lines)) from error
+        remedies = [
+            (rows > 1, f"engine.micro_batch_size={rows // 2} (fewer activations; the gradient stays the same)"),
+            (not engine.activation_checkpointing,
+             "engine.activation_checkpointing=true (recomputes activations instead of storing them)"),
+            (engine.zero_stage < 3,
+             f"engine.zero_stage={engine.zero_stage + 1} (partitions more of the state among the ranks)"),
+            (can_offload, "engine.offload_optimizer=true (keeps moments in host memory)"),
+            (engine.precision == "float32", "engine.precision=bfloat16 (in a new run; it cannot change within one)"),
+            (True, "more ranks (cluster.workers)"),
+        ]  # fmt: skip
+        raise RunFailed(
+            f"stage {stage.name}, rank {collectives.rank} of {world_size}: out of memory: {reason}\n{use}\n"
+            f"One forward held {rows} of the rank's {share} rows (engine.micro_batch_size: "
+            f"{engine.micro_batch_size or 'not set'}); memory beyond the state above is activations.\n"
+            "A restart would repeat it. Change, in this order: " + "; ".join(text for helps, text in remedies if helps)
+        ) from error

@@ -6,15 +6,16 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from pipeline.config.errors import CheckpointError, Preempted, RunFailed, Superseded
 from pipeline.config.schema import RunConfig
-from pipeline.data.contents.choices import choices_of
+from pipeline.data.contents.choices import Choices, choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.loading.loader import Loader
@@ -24,16 +25,16 @@ from pipeline.objectives.mim import load_image_tokenizer
 from pipeline.tracking.tracker import SavedWeights, Status, Tracker
 from pipeline.training import health as guards
 from pipeline.training.alerts import Alerts
-from pipeline.training.callbacks import Callback, Callbacks, Report, RunContext, StageResult, StageState, StepEvent
+from pipeline.training.callbacks import Callback, Callbacks, Report, StageResult, StepEvent
 from pipeline.training.checkpoint.committed import is_committed, read_manifest
 from pipeline.training.checkpoint.store import Checkpointer, CheckpointStore, checkpoint_metadata
 from pipeline.training.checkpoint.weights import VOCABULARY, save_weights, stage_url
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.engine import learning_rate
-from pipeline.training.metrics import EvaluationCallback, MetricsCollector, StageReporter
-from pipeline.training.ownership import Ownership, Start
-from pipeline.training.prepare import load_coverage, prepare
+from pipeline.training.metrics import EvaluationCallback, MetricsCollector
+from pipeline.training.ownership import Ownership
+from pipeline.training.prepare import Coverage, load_coverage, prepare
 from pipeline.training.profile import Profiler
 from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
@@ -43,6 +44,41 @@ from pipeline.training.workload import with_micro_batch
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 45.0  # with the other waits at the end, less than Kubernetes' grace period of 120 s
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Objects that all stages of a run share on one rank."""
+
+    config: RunConfig
+    storage: Storage
+    tokenizer: Tokenizer
+    collectives: Collectives
+    tracker: Tracker
+    report: Report
+    loader_backend: BackendFactory
+    supervisor: RankSupervisor
+    ownership: Ownership
+    coverage: Coverage | None = None  # of the vocabulary; on rank 0
+
+
+@dataclass
+class StageState:
+    """A stage's state on one rank, and the position it resumed from."""
+
+    stage: Stage
+    context: RunContext
+    engine: DeepSpeedEngine
+    step: TrainingStep
+    loader: Loader
+    checkpoints: CheckpointStore
+    spikes: guards.SpikeGuard
+    callbacks: Callbacks
+    shapes: dict[str, list[int]]  # of the parameters by name, before ZeRO partitions them
+    choices: Mapping[str, Choices]  # label lists of the heads, by file name
+    resumed_from: str = ""  # URL of the checkpoint
+    rollback: tuple[str, str] | None = None  # tag and description of the rollback that led here
+    data_counts: dict[str, float] = field(default_factory=dict)  # of the checkpoint the stage resumed from
 
 
 def train(
@@ -73,9 +109,9 @@ def train(
         if claim is None:
             prepare(config, storage)
         taken = Ownership.take(storage, config.folder, claim)
-        claim, start = taken.claim, str(taken.start)
-    claim, start = collectives.broadcast_json((claim, start))
-    ownership = Ownership(storage, config.folder, claim, Start.parse(start))
+        claim, start = taken.claim, taken.start
+    claim, start = collectives.broadcast((claim, start))
+    ownership = Ownership(storage, config.folder, claim, start)
     tokenizer = Tokenizer.load(storage, join(config.folder, VOCABULARY), config.tokenizer.lowercase)
     tracker = Tracker()
     if is_first:
@@ -111,18 +147,19 @@ def train_stage(
     """
     collectives, supervisor = context.collectives, context.supervisor
     with build_stage_state(stage, context, callbacks) as state:
-        start = resume(state, stage, context, rolled_back)
-        callbacks.on_stage_start(state, start)
+        start = resume(state, rolled_back)
+        callbacks.on_stage_start(start)
         batches = state.loader.batches(state.spikes.batch_of(start))
         result = StageResult(stage.steps)
         for step in range(start, stage.steps):
             callbacks.before_batch(step)
             batch = next(batches)
             callbacks.before_step(step, batch)
-            losses = state.step(batch, with_metrics=stage.is_metrics_step(step))
+            with_metrics = stage.is_metrics_step(step)
+            losses = state.step(batch, with_metrics=with_metrics)
             callbacks.after_backward(step)
             health = None
-            if stage.is_health_check_step(step):
+            if with_metrics or (step + 1) % stage.run.guards.health_check_every == 0:
                 gradients = state.engine.local_gradients()
                 health = guards.check_step_health(losses, gradients, supervisor.preempted(), collectives)
                 if not health.is_finite:
@@ -146,7 +183,7 @@ def train_stage(
                 break
         callbacks.on_stage_end(result)
         if result.num_steps == stage.steps:
-            export_weights(state, stage, context)
+            export_weights(state)
     return result
 
 
@@ -160,60 +197,38 @@ def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callb
     while is_first_attempt or spike is not None:
         supervisor.begin_stage(context.config.stage_start(index), is_rollback=not is_first_attempt)
         stage = with_micro_batch(Stage(context.config, index), collectives, context.tokenizer.size)
-        callbacks: list[Callback] = []  # the order matters within a hook: a save includes the step's evaluation
-        if (window := stage.run.tracking.profile) is not None and is_first:
-            callbacks.append(Profiler(stage, context, window))
         check = guards.ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step)
-        callbacks += [supervisor, check]
+        # The order matters within a hook: a save includes the step's evaluation.
+        callbacks: list[Callback] = [Profiler()] if is_first and stage.run.tracking.profile is not None else []
+        callbacks += [supervisor, check, MetricsCollector()]
         if is_first:
-            callbacks += [StageReporter(stage, context), Alerts(stage, context.tracker, context.coverage)]
-        callbacks += [kind(stage, context) for kind in (MetricsCollector, EvaluationCallback, Checkpointer)]
-        result = train_stage(stage, context, Callbacks([*callbacks, *extra]), spike)
+            callbacks.append(Alerts())
+        callbacks += [EvaluationCallback(), Checkpointer(), *extra]
+        result = train_stage(stage, context, Callbacks(callbacks), spike)
         spike, is_first_attempt = result.spike, False
-    reached = stage.global_step(result.num_steps)
-    if result.preempted and reached < context.config.total_steps:
-        raise Preempted(
-            f"stage {stage.name}, step {reached}: preempted; checkpoint saved. Re-run the same command to resume."
-        )
+    step = stage.global_step(result.num_steps)
+    if result.preempted and step < context.config.total_steps:
+        message = f"stage {stage.name}, step {step}: preempted; checkpoint saved. Re-run the same command to resume."
+        raise Preempted(message)
 
 
 @contextmanager
 def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -> Iterator[StageState]:
     """Build a stage's state, with its starting weights, and release it at the end.
 
-    A collective call. Errors that a restart would repeat, in the block too, are raised as RunFailed.
+    A collective call. Errors that a restart would repeat, in the block too, are raised as RunFailed: with the memory
+    plan if the engine does not fit.
     """
-    run, storage, collectives = stage.run, context.storage, context.collectives
-    with ExitStack() as stack:
-        stack.callback(callbacks.close)
-        choices = choices_of(run, run.stages[: stage.index + 1], storage)
-        parts = build_step(stage, storage, context.tokenizer, collectives, context.loader_backend, callbacks)
-        loader, engine, step, shapes = stack.enter_context(parts)
-        store = CheckpointStore(storage, run.folder, collectives, run.checkpoint, context.ownership)
-        stack.callback(store.close)
-        spikes = guards.SpikeGuard(run.guards.spike)
-        with guards.permanent_failures_explained(stage, collectives, engine.memory):
-            yield StageState(engine, step, loader, store, spikes, callbacks, shapes, choices)
-
-
-@contextmanager
-def build_step(
-    stage: Stage,
-    storage: Storage,
-    tokenizer: Tokenizer,
-    collectives: Collectives,
-    loader_backend: BackendFactory,
-    callbacks: Callback,
-) -> Iterator[tuple[Loader, DeepSpeedEngine, TrainingStep, dict[str, list[int]]]]:
-    """Yield a stage's loader, engine, step, and the shapes of its parameters by name; release them at the end.
-
-    A collective call. Raises RunFailed, with the memory plan, if the engine does not fit.
-    """
-    run, config = stage.run, stage.config
-    groups, rank, world_size = batch_groups(run, config), collectives.rank, collectives.world_size
+    run, config, storage, collectives = stage.run, stage.config, context.storage, context.collectives
+    rank, world_size, tokenizer = collectives.rank, collectives.world_size, context.tokenizer
     with ExitStack() as stack:
         stack.callback(gc.collect)
-        loader = Loader(run, config, groups, storage, tokenizer, rank, world_size, loader_backend)
+        for callback in callbacks.members:  # some outlive the stage, whose engine must be freed
+            stack.callback(vars(callback).pop, "state", None)
+        stack.callback(callbacks.close)
+        choices = choices_of(run, run.stages[: stage.index + 1], storage)
+        groups, backend = batch_groups(run, config), context.loader_backend
+        loader = Loader(run, config, groups, storage, tokenizer, rank, world_size, backend)
         stack.callback(loader.close)
         with guards.permanent_failures_explained(stage, collectives):
             image_tokenizer = load_image_tokenizer(config, storage, collectives.device)
@@ -222,11 +237,20 @@ def build_step(
             shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
             engine = DeepSpeedEngine(model, stage, collectives)
         stack.callback(engine.close)
-        yield loader, engine, TrainingStep(engine, stage, collectives, image_tokenizer), shapes
+        step = TrainingStep(engine, stage, collectives, image_tokenizer)
+        store = CheckpointStore(storage, run.folder, collectives, run.checkpoint, context.ownership)
+        stack.callback(store.close)
+        spikes = guards.SpikeGuard(run.guards.spike)
+        state = StageState(stage, context, engine, step, loader, store, spikes, callbacks, shapes, choices)
+        for callback in callbacks.members:
+            callback.state = state
+        with guards.permanent_failures_explained(stage, collectives, engine.memory):
+            yield state
 
 
-def resume(state: StageState, stage: Stage, context: RunContext, rolled_back: guards.Spike | None) -> int:
+def resume(state: StageState, rolled_back: guards.Spike | None) -> int:
     """Restore the stage's latest complete checkpoint; return the number of steps it holds, 0 without one."""
+    stage, context = state.stage, state.context
     latest, start = state.checkpoints.latest(), 0
     state.checkpoints.remove_unfinished()
     if latest is None or latest[0].stage != stage.name:
@@ -244,7 +268,7 @@ def resume(state: StageState, stage: Stage, context: RunContext, rolled_back: gu
             )
         state.engine.restore(saved)
         context.supervisor.resume_from(checkpoint.time_account)
-        state.spikes.restore(checkpoint.spikes)
+        state.spikes = guards.SpikeGuard(stage.run.guards.spike, checkpoint.spikes)
         state.resumed_from, state.data_counts = checkpoint.url, checkpoint.data_counts
         start = checkpoint.stage_step
         log.warning("resuming stage %s at step %d from %s", stage.name, start, checkpoint.url)
@@ -260,9 +284,10 @@ def resume(state: StageState, stage: Stage, context: RunContext, rolled_back: gu
     return start
 
 
-def export_weights(state: StageState, stage: Stage, context: RunContext) -> None:
+def export_weights(state: StageState) -> None:
     """Hand over the trained weights, with the journal up to the stage's end. A collective call."""
-    end, ownership, tracker = stage.global_step(stage.steps), context.ownership, context.tracker
+    stage, context, ownership, tracker = state.stage, state.context, state.context.ownership, state.context.tracker
+    end = stage.global_step(stage.steps)
     weights = state.engine.weights()  # on rank 0 only
     if weights is not None:
         ownership.check()
@@ -270,12 +295,11 @@ def export_weights(state: StageState, stage: Stage, context: RunContext) -> None
     tracker.end_stage("FINISHED")
     tracker.commit(end)
     if weights is not None:
-        metadata, tokens = checkpoint_metadata(stage, context, state, stage.steps), list(context.tokenizer.tokens)
-        if not save_weights(context.storage, stage.url, weights, tokens, metadata, state.choices, ownership):
+        metadata, tokens = checkpoint_metadata(state, stage.steps), list(context.tokenizer.tokens)
+        saved = save_weights(context.storage, stage.url, weights, tokens, metadata, state.choices, ownership)
+        if not saved:
             ownership.check()
-            log.warning(
-                "%s: an earlier start has already handed the stage over; continuing from its weights", stage.url
-            )
+            log.warning("%s: an earlier start has already handed it over; continuing from its weights", stage.url)
     context.collectives.barrier()
 
 

@@ -17,11 +17,10 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.labelled import class_names
 from pipeline.objectives import evaluation_tasks
 from pipeline.tracking.tracker import DatasetInput
-from pipeline.training.callbacks import Callback, Progress, RunContext, StageState, StepEvent
+from pipeline.training.callbacks import Callback, Progress, StepEvent
 from pipeline.training.checkpoint.weights import finished_stage
 from pipeline.training.collectives import Collectives
 from pipeline.training.goodput import goodput_metrics
-from pipeline.training.stages import Stage
 from pipeline.training.workload import peak_step_seconds
 
 
@@ -30,9 +29,7 @@ class MetricsSnapshot:
     """Metrics after one step; the same on every rank except the throughput."""
 
     step: int  # global number of steps completed
-    losses: dict[str, float]  # of the global batch: `loss` and each objective's
     values: dict[str, float]  # everything to record, by MLflow name
-    steps_per_second: float
     is_warm: bool  # past the stage's learning-rate warm-up
     data_wait: list[float]  # by rank: fraction of time spent waiting for data since the last collection
     forward_seconds: list[float]  # by rank: median duration of a forward since the last collection
@@ -55,36 +52,47 @@ def diagnostic_metrics(
 
 
 class MetricsCollector(Callback):
-    """Collects metrics at the stage's metrics steps and passes them to the `on_metrics` hooks."""
+    """Collects metrics at the stage's metrics steps; rank 0 passes them, and the stage's tags, to the tracker."""
 
-    def __init__(self, stage: Stage, context: RunContext):
-        self._stage, self._collectives, self._supervisor = stage, context.collectives, context.supervisor
+    def on_stage_start(self, start: int) -> None:
+        state, stage, context = self.state, self.state.stage, self.state.context
+        device, world_size = context.collectives.device, context.collectives.world_size
         self._peak_step_seconds = None  # duration of a step at the GPU's peak performance
-        device = context.collectives.device
-        if context.collectives.rank == 0 and device.type == "cuda":
-            name, world_size = torch.cuda.get_device_name(device), context.collectives.world_size
-            self._peak_step_seconds = peak_step_seconds(name, stage, context.tokenizer.size, world_size)
-
-    def on_stage_start(self, state: StageState, start: int) -> None:
-        self._state = state
-        self._start_clock(start)
+        if context.collectives.rank == 0:
+            if device.type == "cuda":
+                gpu = torch.cuda.get_device_name(device)
+                self._peak_step_seconds = peak_step_seconds(gpu, stage, context.tokenizer.size, world_size)
+            start_from = stage.start_url or "random"
+            if stage.config.start_from != "previous" and stage.start_url is not None:
+                start_from = finished_stage(context.storage, stage.start_url)
+            tags = {"plan_digest": state.loader.digest[:36], "start_from": start_from}
+            if start:
+                tags |= {"resumed_at": str(stage.global_step(start)), "resumed_from": state.resumed_from}
+            if context.coverage is not None and stage.run.model.READS_TEXT:
+                tags["unknown_tokens"] = f"{max(context.coverage.unknown.values(), default=0.0):.4f}"
+            digests, sources = state.loader.sources, stage.run.sources
+            datasets = [DatasetInput(name, sources[name].shards, digest) for name, digest in digests.items()]
+            context.tracker.begin_stage(stage.index, stage.config, tags, datasets)
+            if state.rollback is not None:
+                context.tracker.rewind(stage.global_step(start))
+                context.tracker.tag(*state.rollback)
+        self._clock = time.perf_counter(), start, state.loader.wait_seconds  # at the last collection
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self._start_clock(step + 1)  # excludes the evaluation's time
-
-    def _start_clock(self, step: int) -> None:
-        """Measure throughput and waiting for data from now on, after `step` completed steps."""
-        self._clock = time.perf_counter(), step, self._state.loader.wait_seconds
+        self.state.context.tracker.metrics(self.state.stage.global_step(step + 1), metrics)
+        # Exclude the evaluation's time.
+        self._clock = time.perf_counter(), step + 1, self.state.loader.wait_seconds
 
     def after_step(self, event: StepEvent) -> None:
         """Collect the metrics of a completed step, if it is a metrics step. A collective call."""
-        if not self._stage.is_metrics_step(event.step):
+        state, stage, context, completed = self.state, self.state.stage, self.state.context, event.step + 1
+        if not stage.is_metrics_step(event.step):
             return
         assert event.health is not None, "every metrics step has a health check"
-        stage, state, collectives, completed = self._stage, self._state, self._collectives, event.step + 1
-        batch_size, world_size = stage.config.global_batch_size, collectives.world_size
+        collectives, batch_size = context.collectives, stage.config.global_batch_size
+        world_size = collectives.world_size
         last_time, last_step, last_waited = self._clock
-        self._start_clock(completed)
+        self._clock = time.perf_counter(), completed, state.loader.wait_seconds
         seconds = max(self._clock[0] - last_time, 1e-9)
         steps_per_second, data_wait = (completed - last_step) / seconds, (self._clock[2] - last_waited) / seconds
 
@@ -96,7 +104,6 @@ class MetricsCollector(Callback):
         summed = collectives.sum(torch.cat([*parts, by_rank.flatten()])).tolist()
         timings = summed[len(names) :]
         ranks_data_wait, forward_seconds = timings[:world_size], timings[world_size:]
-        diagnostics = dict(zip(names, summed, strict=False))
 
         losses = event.health.losses
         values = {("train/loss" if name == "loss" else f"train/loss_{name}"): loss for name, loss in losses.items()}
@@ -109,7 +116,7 @@ class MetricsCollector(Callback):
                 for source, (total, count) in zip(sources, rows, strict=True)
                 if count  # a source may have no row in a batch
             }
-        values |= diagnostic_metrics(diagnostics, ranks_data_wait, forward_seconds)
+        values |= diagnostic_metrics(dict(zip(names, summed, strict=False)), ranks_data_wait, forward_seconds)
         values |= {
             "perf/samples_per_s": steps_per_second * batch_size,
             "perf/samples_per_s_per_gpu": steps_per_second * batch_size / world_size,
@@ -121,9 +128,22 @@ class MetricsCollector(Callback):
         if self._peak_step_seconds is not None:
             values["perf/mfu"] = steps_per_second * self._peak_step_seconds
         values |= total_data_counts(state.loader, state.data_counts, collectives)
-        values |= goodput_metrics(self._supervisor.goodput.seconds())
-        is_warm, step = event.step >= stage.config.optimizer.warmup_steps, stage.global_step(completed)
-        snapshot = MetricsSnapshot(step, losses, values, steps_per_second, is_warm, ranks_data_wait, forward_seconds)
+        values |= goodput_metrics(context.supervisor.goodput.seconds())
+        step, is_warm = stage.global_step(completed), event.step >= stage.config.optimizer.warmup_steps
+        if collectives.rank == 0:
+            context.tracker.metrics(step, values | context.supervisor.nodes.take())
+            progress = Progress(
+                stage=stage.name,
+                stage_step=completed,
+                stage_steps=stage.steps,
+                step=step,
+                total_steps=stage.run.total_steps,
+                loss=losses["loss"],
+                samples_per_second=values["perf/samples_per_s"],
+                seconds_left=(stage.steps - completed) / max(steps_per_second, 1e-9),
+            )
+            context.report(progress)
+        snapshot = MetricsSnapshot(step, values, is_warm, ranks_data_wait, forward_seconds)
         state.callbacks.on_metrics(event.step, snapshot)
 
 
@@ -140,100 +160,53 @@ def total_data_counts(loader: Loader, previous: dict[str, float], collectives: C
     }
 
 
-class StageReporter(Callback):
-    """Reports the stage, its metrics and its progress to the tracker and the launcher; used on rank 0 only."""
-
-    def __init__(self, stage: Stage, context: RunContext):
-        self._stage, self._context, self._tracker = stage, context, context.tracker
-
-    def on_stage_start(self, state: StageState, start: int) -> None:
-        stage, coverage = self._stage, self._context.coverage
-        start_from = stage.start_url or "random"
-        if stage.config.start_from != "previous" and stage.start_url is not None:
-            start_from = finished_stage(self._context.storage, stage.start_url)
-        tags = {"plan_digest": state.loader.digest[:36], "start_from": start_from}
-        if start:
-            tags |= {"resumed_at": str(stage.global_step(start)), "resumed_from": state.resumed_from}
-        if coverage is not None and stage.run.model.READS_TEXT:
-            tags["unknown_tokens"] = f"{coverage.worst:.4f}"
-        sources = stage.run.sources
-        datasets = [DatasetInput(name, sources[name].shards, digest) for name, digest in state.loader.sources.items()]
-        self._tracker.begin_stage(stage.index, stage.config, tags, datasets)
-        if state.rollback is not None:
-            self._tracker.rewind(stage.global_step(start))
-            self._tracker.tag(*state.rollback)
-
-    def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
-        stage, completed = self._stage, step + 1
-        self._tracker.metrics(snapshot.step, snapshot.values | self._context.supervisor.nodes.take())
-        self._context.report(
-            Progress(
-                stage=stage.name,
-                stage_step=completed,
-                stage_steps=stage.steps,
-                step=snapshot.step,
-                total_steps=stage.run.total_steps,
-                loss=snapshot.losses["loss"],
-                samples_per_second=snapshot.values["perf/samples_per_s"],
-                seconds_left=(stage.steps - completed) / max(snapshot.steps_per_second, 1e-9),
-            )
-        )
-
-    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self._tracker.metrics(self._stage.global_step(step + 1), metrics)
-
-
 class EvaluationCallback(Callback):
     """Evaluates on `evaluation.source` every `evaluation.every` steps and at the end of each stage but the last.
 
-    All ranks evaluate held-out pairs with the current weights, not their moving average. The training stream is not
-    affected (contracts C1, C4): modules return to the mode they were in, no gradient is kept, no random generator is
-    used, and the loader keeps its position. Every rank runs the same number of forwards through the engine, which at
-    ZeRO 3 gathers weights from all.
+    All ranks evaluate held-out pairs with the current weights, not their moving average: `eval/<source>/…` over the
+    first `max_images_during_training` images, the same on every rank. The training stream is not affected (contracts
+    C1, C4): modules return to the mode they were in, no gradient is kept, no random generator is used, and the loader
+    keeps its position. Every rank runs the same number of forwards through the engine, which at ZeRO 3 gathers weights
+    from all.
     """
 
-    def __init__(self, stage: Stage, context: RunContext):
-        """Raises ConfigError if classes that are named by their texts have no names."""
-        self._stage, self._context = stage, context
-        self._pairs: EvalPairs | None = None  # kept between evaluations
-        run, source = stage.run, stage.run.evaluation.source
+    _pairs: EvalPairs | None = None  # kept between evaluations
+
+    def on_stage_start(self, start: int) -> None:
+        """Raise ConfigError if classes that are named by their texts have no names, before the stage trains."""
+        stage, run = self.state.stage, self.state.stage.run
+        source = run.evaluation.source
         self._is_enabled = False
         if run.evaluation.every is not None and source is not None:
             self._is_enabled = bool(evaluation_tasks(stage.config, run.sources[source].type))
             if run.sources[source].type == "labelled" and "itc" in stage.config.objectives:
-                class_names(run, source, context.storage)  # fails before the stage trains
-
-    def on_stage_start(self, state: StageState, start: int) -> None:
-        self._state = state
+                class_names(run, source, self.state.context.storage)
 
     def after_step(self, event: StepEvent) -> None:
         """Evaluate if it is due. `mome train` evaluates the finished run by itself."""
-        run, num_steps = self._stage.run, event.step + 1
-        is_due = num_steps % (run.evaluation.every or 1) == 0
-        if num_steps == self._stage.steps:
-            is_due = self._stage.index + 1 < len(run.stages)
-        if self._is_enabled and is_due and not event.preempted:
-            with self._context.supervisor.during("evaluation", self._stage.global_step(event.step)):
-                metrics = self.evaluate()
-            self._state.callbacks.on_evaluation(event.step, metrics)
-
-    def evaluate(self) -> dict[str, float]:
-        """Return `eval/<source>/…` over the first `max_images_during_training` images, the same on every rank."""
-        section, context = self._stage.run.evaluation, self._context
-        result = evaluate(
-            self._state.engine.reader,
-            context.tokenizer,
-            self._stage.run,
-            context.storage,
-            limit=min(section.max_images_during_training, section.max_images or section.max_images_during_training),
-            stage=self._stage.name,
-            rerank_best=0,
-            choices=self._state.choices,
-            ranks=context.collectives,
-            held_out=self._pairs,
-        )
-        self._pairs = result.held_out
-        return result.metrics()
+        stage, context, num_steps = self.state.stage, self.state.context, event.step + 1
+        section = stage.run.evaluation
+        is_due = num_steps % (section.every or 1) == 0
+        if num_steps == stage.steps:
+            is_due = stage.index + 1 < len(stage.run.stages)
+        if not self._is_enabled or not is_due or event.preempted:
+            return
+        with context.supervisor.during("evaluation", stage.global_step(event.step)):
+            result = evaluate(
+                self.state.engine.reader,
+                context.tokenizer,
+                stage.run,
+                context.storage,
+                limit=min(section.max_images_during_training, section.max_images or section.max_images_during_training),
+                stage=stage.name,
+                rerank_best=0,
+                choices=self.state.choices,
+                ranks=context.collectives,
+                held_out=self._pairs,
+            )
+            self._pairs = result.held_out
+            metrics = result.metrics()
+        self.state.callbacks.on_evaluation(event.step, metrics)
 
     def close(self) -> None:
         if self._pairs is not None:

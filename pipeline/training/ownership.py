@@ -75,7 +75,7 @@ class Ownership:
         """
         ownership = cls(storage, folder, claim or _claim_of_launcher() or secrets.token_hex(8))
         while True:
-            starts = ownership.check_launcher()
+            starts = ownership.check(may_begin=True)
             start = Start(starts[-1][0].number + 1 if starts else 1, secrets.token_hex(4))
             record = {"host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
             storage.write(join(ownership._url, f"{start}.{ownership.claim}.json"), json.dumps(record).encode())
@@ -83,18 +83,28 @@ class Ownership:
                 ownership.start = start
                 return ownership
 
-    def check(self) -> None:
-        """Raise Superseded if a later start owns the run."""
-        starts = self._starts()
-        if starts and (starts[-1][1] != self.claim or self.start not in (None, starts[-1][0])):
-            raise self._superseded(*starts[-1])
+    def check(self, may_begin: bool = False) -> list[tuple[Start, str]]:
+        """Return all starts; raise Superseded if a later start owns the run.
 
-    def check_launcher(self) -> list[tuple[Start, str]]:
-        """Return all starts; raise Superseded if this launcher owned the run and another has taken it since."""
+        With `may_begin`, a launcher that has never owned the run passes too.
+        """
         starts = self._starts()
-        if self.claim in {claim for _, claim in starts} and starts[-1][1] != self.claim:
-            raise self._superseded(*starts[-1])
-        return starts
+        if not starts or (may_begin and self.claim not in {claim for _, claim in starts}):
+            return starts
+        start, claim = starts[-1]
+        if claim == self.claim and self.start in (None, start):
+            return starts
+        url = join(self._url, f"{start}.{claim}.json")
+        try:
+            record = json.loads(self._storage.read(url))
+            where = f", on {record['host']} at {record['since']}"
+        except (NotFound, ValueError, KeyError):
+            where = ""
+        other = f" with another {CLAIM_VARIABLE}" if CLAIM_VARIABLE in os.environ else ""
+        raise Superseded(
+            f"this run is owned by a later start{where} ({url}); this one ends, and what it has committed is kept. To "
+            f"take the run back, start it again{other}"
+        )
 
     def holds(self) -> bool:
         """Return whether no later start owns the run."""
@@ -108,19 +118,6 @@ class Ownership:
         """Return every start and its launcher's claim, in order."""
         matches = (_NAME.fullmatch(name) for name in self._storage.list(self._url))
         return sorted((Start(int(match[1]), match[2]), match[3]) for match in matches if match)
-
-    def _superseded(self, start: Start, claim: str) -> Superseded:
-        url = join(self._url, f"{start}.{claim}.json")
-        try:
-            record = json.loads(self._storage.read(url))
-            where = f", on {record['host']} at {record['since']}"
-        except (NotFound, ValueError, KeyError):
-            where = ""
-        other = f" with another {CLAIM_VARIABLE}" if CLAIM_VARIABLE in os.environ else ""
-        return Superseded(
-            f"this run is owned by a later start{where} ({url}); this one ends, and what it has committed is kept. To "
-            f"take the run back, start it again{other}"
-        )
 
 
 def _claim_of_launcher() -> str | None:
@@ -139,7 +136,7 @@ def main(arguments: list[str]) -> int:
     try:
         config, claim = load_config(arguments[0], arguments[1:]), _claim_of_launcher()
         if claim is not None:
-            Ownership(Storage(config.storage), config.folder, claim).check_launcher()
+            Ownership(Storage(config.storage), config.folder, claim).check(may_begin=True)
     except MomeError as error:
         print(error, file=sys.stderr)
         return error.exit_status

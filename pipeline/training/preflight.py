@@ -13,9 +13,9 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -26,11 +26,15 @@ from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import experiment_name, tracking_uri
 from pipeline.tracking.mlflow_server import check_server, try_writing
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.callbacks import Callbacks
 from pipeline.training.collectives import Collectives
 from pipeline.training.health import ExecutionOrderCheck
-from pipeline.training.loop import build_step
+from pipeline.training.loop import RunContext, build_stage_state
+from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import VOCABULARY, apart, prepare
 from pipeline.training.stages import Stage
+from pipeline.training.supervisor import RankSupervisor
 from pipeline.training.workload import with_micro_batch
 
 log = logging.getLogger(__name__)
@@ -58,43 +62,57 @@ def preflight(
     torch.set_num_threads(config.engine.threads)
     collectives, storage = Collectives(), Storage(config.storage)
     rank = collectives.rank
-    scratch_name = f"{config.name}.preflight-{collectives.broadcast_json(secrets.token_hex(4))}"
+    scratch_name = f"{config.name}.preflight-{collectives.broadcast(secrets.token_hex(4))}"
     scratch = apart(config, storage, config.output, scratch_name)
     stages = [  # no earlier stage has trained the weights to start from
         stage.model_copy(update={"start_from": "random"}) if stage.start_from == "previous" else stage
         for stage in scratch.stages
     ]
     scratch = scratch.model_copy(update={"stages": tuple(stages)})
+    messages: dict[str, str] = {}
     results: list[CheckResult] = []
 
-    def check(name: str, run: Callable[[], str]) -> None:
+    @contextmanager
+    def check(name: str) -> Iterator[None]:
         """Run a check on every rank; if any fails, all of them raise, so that none waits for it."""
-        started = time.perf_counter()
+        started, failure = time.perf_counter(), ""
         try:
-            message, failure = run(), ""
+            yield
         except (MomeError, torch.OutOfMemoryError, MemoryError) as error:
-            message, failure = "", f"rank {rank}: {type(error).__name__}: {error}"
-        by_rank = collectives.gather_json((message, failure, time.perf_counter() - started))
-        if failures := [failure for _, failure, _ in by_rank if failure]:
-            raise RunFailed(f"preflight, {name}: " + "\n".join(failures))
-        result = CheckResult(name, by_rank[0][0], max(seconds for *_, seconds in by_rank))
-        results.append(result)
+            failure = f"rank {rank}: {type(error).__name__}: {error}"
+        own = messages.get(name, ""), failure, time.perf_counter() - started
+        by_rank, failures, seconds = zip(*collectives.gather_objects(own), strict=True)
+        if any(failures):
+            raise RunFailed(f"preflight, {name}: " + "\n".join(filter(None, failures)))
+        results.append(CheckResult(name, by_rank[0], max(seconds)))
         if rank == 0:
-            say(f"ok  {name:<24} {result.seconds:7.1f} s  {result.message}")
-
-    def prepare_scratch() -> str:
-        if rank == 0:
-            prepare(scratch, storage)
-        return f"{len(scratch.sources)} sources"
+            say(f"ok  {name:<24} {max(seconds):7.1f} s  {by_rank[0]}")
 
     try:
-        check("storage", lambda: check_storage(storage, scratch.folder, f"preflight-rank-{rank}", WRITTEN_BYTES))
-        check("tracking", lambda: _try_tracking(config) if rank == 0 else "")
-        check("data and vocabulary", prepare_scratch)
+        with check("storage"):
+            messages["storage"] = check_storage(storage, scratch.folder, f"preflight-rank-{rank}", WRITTEN_BYTES)
+        with check("tracking"):
+            if rank == 0:
+                try:
+                    check_server(config, required=True)
+                    messages["tracking"] = try_writing(tracking_uri(config), experiment_name(config))
+                except MomeError as error:
+                    if config.tracking.required:
+                        raise
+                    messages["tracking"] = f"not required, and unavailable: {error}"
+        with check("data and vocabulary"):
+            messages["data and vocabulary"] = f"{len(scratch.sources)} sources"
+            if rank == 0:
+                prepare(scratch, storage)
         tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY), scratch.tokenizer.lowercase)
-        for index, stage in enumerate(scratch.stages):
-            run = partial(_try_stage, Stage(scratch, index), storage, tokenizer, collectives, loader_backend)
-            check(f"stage {stage.name}", run)
+        supervisor, ownership = RankSupervisor(scratch, storage, collectives), Ownership(storage, scratch.folder, "")
+        context = RunContext(
+            scratch, storage, tokenizer, collectives, Tracker(), lambda _: None, loader_backend, supervisor, ownership
+        )
+        for index, settings in enumerate(scratch.stages):
+            name = f"stage {settings.name}"
+            with check(name):
+                messages[name] = _try_stage(Stage(scratch, index), context)
     finally:
         if rank == 0:
             try:
@@ -122,41 +140,29 @@ def check_storage(storage: Storage, folder: str, key: str, num_bytes: int) -> st
     return "written at {:.0f} MB/s, read at {:.0f} MB/s, deleted".format(*speeds)
 
 
-def _try_tracking(config: RunConfig) -> str:
-    """Write to the tracking server; if tracking is not required, a failure is only reported."""
-    try:
-        check_server(config, required=True)
-        return try_writing(tracking_uri(config), experiment_name(config))
-    except MomeError as error:
-        if config.tracking.required:
-            raise
-        return f"not required, and unavailable: {error}"
-
-
-def _try_stage(
-    stage: Stage, storage: Storage, tokenizer: Tokenizer, collectives: Collectives, loader_backend: BackendFactory
-) -> str:
+def _try_stage(stage: Stage, context: RunContext) -> str:
     """Build a stage and run its first step as the training loop does."""
-    stage = with_micro_batch(stage, collectives, tokenizer.size)
-    order = ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step)
+    collectives = context.collectives
+    stage = with_micro_batch(stage, collectives, context.tokenizer.size)
+    order = Callbacks([ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step)])
     on_cuda = collectives.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(collectives.device)
-    with build_step(stage, storage, tokenizer, collectives, loader_backend, order) as (loader, engine, step, _):
-        batch = next(iter(loader.batches(0)))
+    with build_stage_state(stage, context, order) as state:
+        batch = next(iter(state.loader.batches(0)))
         started = time.perf_counter()
-        order.before_step(0)
-        losses = step(batch)
+        order.before_step(0, batch)
+        losses = state.step(batch)
         order.after_backward(0)
-        engine.step(stage.config.optimizer.lr)
-        loss, norm = float(collectives.sum(losses["loss"])), engine.gradient_norm()
+        state.engine.step(stage.config.optimizer.lr)
+        loss, norm = float(collectives.sum(losses["loss"])), state.engine.gradient_norm()
         seconds = time.perf_counter() - started
     # On a GPU the allocator's peak in this stage; on a CPU the process's so far (in KiB on Linux).
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated(collectives.device) if on_cuda else resident
-    largest_peak = collectives.largest([peak])[0]
+    peak = collectives.largest([torch.cuda.max_memory_allocated(collectives.device) if on_cuda else resident])[0]
     if not math.isfinite(loss + norm):
         raise RunFailed(f"stage {stage.name}: the first step's loss is {loss}, its gradient norm {norm}")
-    rows = f"{stage.config.global_batch_size} rows = {collectives.world_size} ranks x {step.accumulation} micro-batches"
-    memory = f"peak memory{'' if on_cuda else ' so far'} {largest_peak / GB:.2f} GB per rank"
+    num_micro_batches = state.step.accumulation
+    rows = f"{stage.config.global_batch_size} rows = {collectives.world_size} ranks x {num_micro_batches} micro-batches"
+    memory = f"peak memory{'' if on_cuda else ' so far'} {peak / GB:.2f} GB per rank"
     return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, {memory}"

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -51,21 +52,18 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
         ensure_indexed(storage, url, _progress_log(f"{url}: indexed"))
     for name, source in config.sources.items():  # caches the counts of filtered sources for the ranks
         open_source(storage, source, selection_url(config, name), _progress_log(f"sources.{name}: filtered"))
-    # Label lists of the heads by file name, if all stages that train such a head use the same list.
-    by_stage = [choices_of(config, [stage], storage) for stage in config.stages]
-    last = {name: labels for lists in by_stage for name, labels in lists.items()}
-    choices = {
-        name: labels for name, labels in last.items() if all(lists.get(name, labels) == labels for lists in by_stage)
-    }
+    by_stage = [choices_of(config, [stage], storage) for stage in config.stages]  # label lists of the heads, by file
     tokenizer = choose_tokenizer(config, storage)
-    for index, settings in enumerate(config.stages):
-        if settings.start_from not in ("previous", "random"):
-            check_start(Stage(config, index), storage, tokenizer)
+    for stage in (Stage(config, index) for index in range(len(config.stages))):
+        if stage.config.start_from not in ("previous", "random"):
+            check_start(stage, storage, tokenizer)
     storage.write(join(config.folder, VOCABULARY), tokenizer.vocabulary_file)
     if config.model.READS_TEXT:
         measure_coverage(storage, config.folder, tokenizer, _folders_with_text(config))
-    for name, labels in choices.items():  # copied, so that the run's checkpoints can be used elsewhere
-        storage.write(join(config.folder, name), labels.to_bytes())
+    for name, labels in ChainMap(*by_stage).items():
+        # Copied, so that the run's checkpoints can be used elsewhere, if all stages with such a head use the same list.
+        if all(lists.get(name, labels) == labels for lists in by_stage):
+            storage.write(join(config.folder, name), labels.to_bytes())
     storage.write(join(config.folder, RUN_FILE), config.model_dump_json(indent=1).encode())
     return tokenizer
 
@@ -151,22 +149,20 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
                 f"do_lower_case {str(tokenizer.lowercase).lower()}; set the key to the value used in training"
             )
         return tokenizer
-    read = {name for stage in config.stages for name in stage.sources}
     # A run of masked image modeling alone still fixes the vocabulary of later runs that start from its weights.
-    folders = _folders_with_text(config) or sorted({config.sources[name].shards for name in read})
+    folders = _folders_with_text(config) or sorted({config.sources[s].shards for c in config.stages for s in c.sources})
     captions = (caption for url in folders for caption in itertools.islice(iter_captions(storage, url), MAX_CAPTIONS))
-    texts = captions if config.model.READS_TEXT else iter(())
-    first = next(texts, None)
+    first = next(captions, None) if config.model.READS_TEXT else None
     textless = all("text" not in SOURCE_INPUTS[config.source_type_of(stage)] for stage in config.stages)
     if first is None and (textless or not config.model.READS_TEXT):
         return Tokenizer(SPECIALS)  # of a run on images without captions: never used
-    return Tokenizer.train(itertools.chain([first or ""], texts), section.size, section.lowercase is not False)
+    return Tokenizer.train(itertools.chain([first or ""], captions), section.size, section.lowercase is not False)
 
 
 def _folders_with_text(config: RunConfig) -> list[str]:
     """Return the folders of shards whose texts some stage reads, without duplicates."""
-    read = {name for stage in config.stages for name in stage.sources}
-    return sorted({config.sources[name].shards for name in read if "text" in SOURCE_INPUTS[config.sources[name].type]})
+    used = {name for stage in config.stages for name in stage.sources}
+    return sorted({config.sources[name].shards for name in used if "text" in SOURCE_INPUTS[config.sources[name].type]})
 
 
 @dataclass(frozen=True)
@@ -177,18 +173,13 @@ class Coverage:
     unknown: dict[str, float]
 
     @property
-    def worst(self) -> float:
-        """The largest of the folders' fractions."""
-        return max(self.unknown.values(), default=0.0)
-
-    @property
     def alert(self) -> str | None:
         """The message for a vocabulary that does not fit the captions; None if it does."""
-        if self.worst <= MAX_UNKNOWN:
+        worst, folder = max(((fraction, url) for url, fraction in self.unknown.items()), default=(0.0, ""))
+        if worst <= MAX_UNKNOWN:
             return None
-        folder = max(self.unknown, key=lambda url: self.unknown[url])
         return (
-            f"{self.worst:.1%} of the tokens of {folder}'s captions are [UNK]. Set tokenizer.vocabulary to one of "
+            f"{worst:.1%} of the tokens of {folder}'s captions are [UNK]. Set tokenizer.vocabulary to one of "
             "their language, or train one: remove the key, and raise tokenizer.size"
         )
 

@@ -15,7 +15,7 @@ import gc
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,14 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import parse_steps
 from pipeline.data.storage import join
-from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training.background_writer import BackgroundWriter
-from pipeline.training.callbacks import Callback, RunContext
+from pipeline.training.callbacks import Callback
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
-from pipeline.training.stages import Stage
 
 log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 60.0  # limit for writing the last trace at the end of a stage
 Storages = dict[int, int]  # address -> bytes
-
-# ---- traces
 
 
 def profile_override(window: str) -> str:
@@ -51,18 +47,16 @@ def profile_override(window: str) -> str:
 
 
 class Profiler(Callback):
-    """Records the stage's steps within the window 'A:B'. A step's part of the trace includes its wait for data."""
+    """Records the stage's steps within `tracking.profile`. A step's part of the trace includes its wait for data."""
 
-    def __init__(self, stage: Stage, context: RunContext, window: str):
-        self._stage, self._context = stage, context
-        self._window = range(*parse_steps(window))  # global steps
-        self._writer = BackgroundWriter(context.storage)
-        self._profile: profile | None = None
-        self._first = self._next = 0  # global step of the trace's beginning, and the one after the current step
+    _profile: profile | None = None
+    _writer: BackgroundWriter | None = None
+    _first = _next = 0  # global step of the trace's beginning, and the one after the current step
 
     def before_batch(self, step: int) -> None:
-        global_step = self._stage.global_step(step)
-        if global_step not in self._window:
+        global_step, window = self.state.stage.global_step(step), self.state.stage.run.tracking.profile
+        assert window is not None
+        if global_step not in range(*parse_steps(window)):
             self._save(global_step)
         elif self._profile is None:
             activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
@@ -82,27 +76,19 @@ class Profiler(Callback):
             self._profile.export_chrome_trace(str(path))
             trace = path.read_bytes()
         self._profile = None
-        url = join(self._stage.run.folder, name)
-        self._context.tracker.artifact(name, trace)
+        url = join(self.state.stage.run.folder, name)
+        self.state.context.tracker.artifact(name, trace)
+        self._writer = BackgroundWriter(self.state.context.storage)
         self._writer.write(url, trace)
         log.info("the trace of steps %d:%d is being written to %s", self._first, last, url)
 
     def close(self) -> None:
         self._save(self._next)
-        self._writer.close(UPLOAD_SECONDS)
+        if self._writer is not None:
+            self._writer.close(UPLOAD_SECONDS)
 
 
 # ---- memory
-
-
-def storages_of(tensors: Iterable[Tensor], with_gradients: bool = False) -> Storages:
-    """Return the distinct storages behind some tensors and, if requested, their gradients."""
-    storages = []
-    for tensor in tensors:
-        storages.append(tensor.untyped_storage())
-        if with_gradients and tensor.is_leaf and tensor.grad is not None:
-            storages.append(tensor.grad.untyped_storage())
-    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
 def living(device: torch.device) -> Storages:
@@ -114,77 +100,46 @@ def living(device: torch.device) -> Storages:
         for candidate in gc.get_objects():
             try:
                 if isinstance(candidate, Tensor) and candidate.device.type == device.type:
-                    storages |= storages_of([candidate], with_gradients=True)
+                    gradient = candidate.grad if candidate.is_leaf else None
+                    for tensor in [candidate] if gradient is None else [candidate, gradient]:
+                        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             except (ReferenceError, RuntimeError):
                 continue
     return storages
 
 
-def states_of(engine: DeepSpeedEngine) -> Storages:
-    """Return the storages of weights that the forward reads, master weights, moments and moving averages."""
-    tensors = [*engine.module.parameters(), *engine.averages.values(), *engine.optimized_tensors()]
-    tensors += [parameter.ds_tensor for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
-    tensors += [parameter for group in engine.adam.param_groups for parameter in group["params"]]
-    tensors += [value for state in engine.adam.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return storages_of(tensors)
+class MeasuredEngine(DeepSpeedEngine):
+    """An engine that records the memory of activations and gradients while `measuring`."""
 
-
-def gradients_of(engine: DeepSpeedEngine) -> Storages:
-    """Return the storages of gradients: tensors of parameters and optimizer other than state and buckets."""
-    optimizer = engine.deepspeed.optimizer
-    buckets: list[Tensor] = []  # through which DeepSpeed reduces gradients
-    for bucket in getattr(optimizer, "ipg_buckets", {}).values():
-        buckets += [bucket.buffer] if isinstance(bucket.buffer, Tensor) else (bucket.buffer or [])
-
-    def nested(value: Any, depth: int = 4) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif depth and isinstance(value, dict | list | tuple | set):
-            for item in value.values() if isinstance(value, dict) else value:
-                yield from nested(item, depth - 1)
-
-    held = list(nested(vars(optimizer)))
-    for parameter in engine.module.parameters():
-        held += [g for g in (parameter.grad, getattr(parameter, "grad_accum", None)) if g is not None]
-    others = states_of(engine) | storages_of(buckets)
-    return {address: size for address, size in storages_of(held, True).items() if address not in others}
-
-
-class MeasuredEngine:
-    """The engine as a training step sees it, with the memory of activations and gradients while `measuring`."""
-
-    def __init__(self, engine: DeepSpeedEngine):
-        self._engine, self._is_measuring = engine, False
-        self._saved: Storages = {}
-        self.saved_bytes = 0  # by autograd when backward began
-        self.gradients: Storages = {}
+    saved_bytes = gradient_bytes = 0  # saved by autograd when a backward began; of the gradients before the update
+    _saved: Storages | None = None
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Measure the steps in the block."""
+        saved: Storages = {}
+        self._saved = saved
 
         def pack(tensor: Tensor) -> Tensor:
             if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-                self._saved |= storages_of([tensor])
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        self._is_measuring = True
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 yield
         finally:
-            self._is_measuring = False
-
-    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
-        return self._engine(passes)
+            self._saved = None
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.saved_bytes = max(self.saved_bytes, sum(self._saved.values()))
-        self._saved.clear()
-        self._engine.backward(loss, last)
-        self._saved.clear()
-        if last and self._is_measuring:
-            self.gradients |= gradients_of(self._engine)
+        if self._saved is not None:
+            self.saved_bytes = max(self.saved_bytes, sum(self._saved.values()))
+            self._saved.clear()
+        super().backward(loss, last)
+        if self._saved is not None:
+            self._saved.clear()
+            if last:
+                self.gradient_bytes = max(self.gradient_bytes, self.memory()["gradients"])
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> int:

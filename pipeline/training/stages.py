@@ -58,10 +58,6 @@ class Stage:
         is_due = (step + 1) % self.run.tracking.metrics_every == 0
         return is_due or self.is_checkpoint_step(step) or step + 1 == self.steps
 
-    def is_health_check_step(self, step: int) -> bool:
-        """Return whether to check the step's health, as at every metrics step."""
-        return (step + 1) % self.run.guards.health_check_every == 0 or self.is_metrics_step(step)
-
     def num_micro_batches(self, world_size: int) -> int:
         """Return the number of micro-batches of a step, the same on every rank: as few as their size limit allows."""
         limit = self.run.engine.micro_batch_size
@@ -78,7 +74,7 @@ def check_stages(config: RunConfig) -> None:
     check_objectives(config)
     for index in range(len(config.stages)):
         stage = Stage(config, index)
-        trained_parts(stage_skeleton(stage), stage)
+        freeze_untrained(stage_skeleton(stage), stage)
 
 
 def stage_skeleton(stage: Stage, vocabulary: int = 1) -> Model:
@@ -98,17 +94,13 @@ def build_stage_model(stage: Stage, storage: Storage, vocabulary: int) -> Model:
     return model
 
 
-def trained_parts(model: Model, stage: Stage) -> frozenset[str]:
-    """Return the parts of the model that the stage's objectives use, except those in `freeze`."""
+def freeze_untrained(model: Model, stage: Stage) -> frozenset[str]:
+    """Let only the parts that the stage's objectives use, except those in `freeze`, require a gradient; return them."""
     used = trained_modules(model, stage.config.objectives, stage.source_type)
-    return used - model.parts_named(stage.config.freeze)
-
-
-def freeze_untrained(model: Model, stage: Stage) -> None:
-    """Let only the parameters of `trained_parts` require a gradient."""
-    trained = trained_parts(model, stage)
+    trained = used - model.parts_named(stage.config.freeze)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)
+    return trained
 
 
 def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,7 @@ from torch import Tensor
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.forward import ForwardInput, ForwardOutput
-from pipeline.objectives import (
-    ImageTokenizer,
-    NegativePool,
-    Objective,
-    ObjectiveContext,
-    RowSwap,
-    objective_types,
-)
+from pipeline.objectives import ImageTokenizer, NegativePool, Objective, ObjectiveContext, RowSwap, objective_types
 from pipeline.objectives.itc import Contrast, global_contrast
 from pipeline.training import release
 from pipeline.training.collectives import Collectives, share
@@ -55,13 +49,9 @@ class TrainingStep:
             name: settings.weight * (release.factor(name, stage.source_type) if self.reproduces_release else 1.0)
             for name, settings in stage.config.objectives.items()
         }
+        patch_size = stage.run.model.patch_size
         context = ObjectiveContext(
-            stage.config,
-            stage.source_type,
-            self.seed,
-            stage.run.model.patch_size,
-            image_tokenizer,
-            self._drop_path_mask,
+            stage.config, stage.source_type, self.seed, patch_size, image_tokenizer, self._drop_path_mask
         )
         self.objectives = {name: kind(context) for name, kind in objective_types(stage.config).items()}
         self.itc = self.objectives.pop("itc", None)
@@ -90,20 +80,18 @@ class TrainingStep:
         batch, device = batch.to(self.collectives.device), self.collectives.device
         counts: dict[str, Tensor] = {}  # the divisor of each objective's sum: its count over the global batch
         if self.objectives:
-            own = [objective.count(self._examples(batch, name)) for name, objective in self.objectives.items()]
+            own = [objective.count(self._examples(batch, name)[1]) for name, objective in self.objectives.items()]
             parts = [torch.as_tensor(count, device=device).to(torch.float32) for count in own]
             total = self.collectives.sum(torch.stack(parts)).clamp(min=1)
             counts = dict(zip(self.objectives, total.unbind(), strict=True))
-        return self._whole(batch, counts) if self.accumulation == 1 else self._accumulated(batch, counts)
-
-    def _whole(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run a step without accumulation."""
+        if self.accumulation > 1:
+            return self._accumulated(batch, counts)
         swapped = {} if self.needs_similarity else self._swap(batch, None)
         with self.forward_timer.forward():
-            outputs = self.engine(self._forwards(batch) | self._swapped_forwards(swapped))
+            outputs = self.engine(self._forwards(batch, swapped))
         contrast = self._contrast(outputs, batch)
         if self.needs_similarity:
-            outputs |= self.engine(self._swapped_forwards(self._swap(batch, contrast)))
+            outputs |= self.engine(self._forwards(None, self._swap(batch, contrast)))
         return self._backward(outputs, batch, counts, contrast, slice(0, len(batch)), last=True)
 
     def _accumulated(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,12 +117,11 @@ class TrainingStep:
                 name: (objective, negatives.rows(torch.isin(negatives.place, examples.place).nonzero().flatten()))
                 for name, (objective, negatives) in swapped.items()
             }
-            forwards = self._forwards(examples) | self._swapped_forwards(own_swapped)
+            forwards = self._forwards(examples, own_swapped)
             with self.forward_timer.forward():
                 outputs = self.engine(forwards)
             losses = self._backward(outputs, examples, counts, contrast, rows, last=rows is slices[-1])
-            for name, loss in losses.items():
-                report[name] = report[name] + loss if name in report else loss
+            report = {name: report[name] + loss if report else loss for name, loss in losses.items()}
         return report
 
     def _backward(
@@ -150,7 +137,7 @@ class TrainingStep:
 
         Returns losses whose sums over ranks and micro-batches are the global batch's.
         """
-        losses = {n: o.loss(outputs, self._examples(examples, n)) / counts[n] for n, o in self.objectives.items()}
+        losses = {n: o.loss(outputs, self._examples(examples, n)[1]) / counts[n] for n, o in self.objectives.items()}
         if self._with_metrics:
             self._add_metrics(outputs, examples)
         weighted = [self.weights[name] * loss for name, loss in losses.items()]
@@ -164,22 +151,33 @@ class TrainingStep:
         total = torch.stack([self.weights[name] * loss for name, loss in report.items()]).sum()
         return {"loss": total} | report
 
-    # ---- what a step reads
+    def _examples(self, batch: Batch, name: str) -> tuple[Tensor, Batch]:
+        """Return the examples that an objective reads in this step, one in `every` in rotation.
 
-    def _indices(self, batch: Batch, name: str) -> Tensor:
-        """Return which examples an objective reads in this step, one in `every` in rotation; int64 on the CPU."""
-        return torch.nonzero((batch.place + batch.step) % self.stage.config.objectives[name].every == 0).flatten()
+        Also returns their indices in the batch, int64 on the CPU.
+        """
+        every = self.stage.config.objectives[name].every
+        indices = torch.nonzero((batch.place + batch.step) % every == 0).flatten()
+        return indices, batch if every == 1 else batch.rows(indices)
 
-    def _examples(self, batch: Batch, name: str) -> Batch:
-        """Return the examples that an objective reads in this step."""
-        return batch if self.stage.config.objectives[name].every == 1 else batch.rows(self._indices(batch, name))
+    def _forwards(self, batch: Batch | None, swapped: Swapped) -> dict[str, ForwardInput]:
+        """Return every forward over unchanged examples, if any, and over swapped ones.
 
-    def _forwards(self, batch: Batch) -> dict[str, ForwardInput]:
-        """Return every forward over unchanged examples; forwards of the same name are merged into one."""
-        forwards = self.itc.forwards(batch) if self.itc is not None else {}
-        for objective_name, objective in self.objectives.items():
-            for name, forward in objective.forwards(self._examples(batch, objective_name)).items():
-                forwards[name] = merge_forwards(forwards[name], forward) if name in forwards else forward
+        Forwards of the same name read the same examples and are merged into one.
+        """
+        forwards: dict[str, ForwardInput] = {}
+        if batch is not None:
+            forwards = self.itc.forwards(batch) if self.itc is not None else {}
+            for objective_name, objective in self.objectives.items():
+                for name, forward in objective.forwards(self._examples(batch, objective_name)[1]).items():
+                    if (first := forwards.get(name)) is None:
+                        forwards[name] = forward
+                        continue
+                    absent = [field.name for field in fields(first) if getattr(first, field.name) is None]
+                    inputs: dict[str, Any] = {field_name: getattr(forward, field_name) for field_name in absent}
+                    forwards[name] = replace(first, **inputs, heads=(*first.heads, *forward.heads))
+        for name, (objective_name, examples) in swapped.items():
+            forwards[name] = self.objectives[objective_name].fusion_forward(examples, name)
         return forwards
 
     # ---- the global batch's contrast and negatives
@@ -187,16 +185,10 @@ class TrainingStep:
     def _contrast(self, outputs: ForwardOutput, batch: Batch) -> Contrast | None:
         if self.itc is None:
             return None
-        size, world_size = self.stage.config.global_batch_size, self.collectives.world_size
+        size, world_size, weight = self.stage.config.global_batch_size, self.collectives.world_size, self.weights["itc"]
         own = slice(*share(size, self.collectives.rank, world_size))
-        contrast = global_contrast(
-            outputs,
-            batch,
-            self.weights["itc"],
-            lambda rows: self.collectives.gather_rows(rows, size),
-            own,
-            self._num_sources,
-        )
+        gather = partial(self.collectives.gather_rows, batch=size)
+        contrast = global_contrast(outputs, batch, weight, gather, own, self._num_sources)
         if self._with_metrics:  # both are the global batch's, and the caller sums over ranks
             self.diagnostics["itc_scale"] = contrast.scale / world_size
         if contrast.by_source is not None:
@@ -214,13 +206,10 @@ class TrainingStep:
             pool = replace(pool, image=contrast.image, text=contrast.text, scale=contrast.scale)
         swapped: Swapped = {}
         for objective in drawing:
-            indices = self._indices(batch, objective)
-            for name, swaps in self.objectives[objective].swaps(batch.rows(indices), pool).items():
+            indices, examples = self._examples(batch, objective)
+            for name, swaps in self.objectives[objective].swaps(examples, pool).items():
                 swapped[name] = (objective, swap_rows(self.collectives, batch, size, indices, swaps))
         return swapped
-
-    def _swapped_forwards(self, swapped: Swapped) -> dict[str, ForwardInput]:
-        return {name: self.objectives[o].fusion_forward(examples, name) for name, (o, examples) in swapped.items()}
 
     def _add_metrics(self, outputs: ForwardOutput, batch: Batch) -> None:
         """Add a micro-batch's diagnostics and losses per source.
@@ -228,7 +217,7 @@ class TrainingStep:
         The latter need no second forward: the outputs are indexed, which copies those of one source at a time.
         """
         for name, objective in self.objectives.items():
-            examples, indices = self._examples(batch, name), self._indices(batch, name)
+            indices, examples = self._examples(batch, name)
             for metric, value in objective.diagnostics(outputs, examples).items():
                 self.diagnostics[metric] = self.diagnostics[metric] + value if metric in self.diagnostics else value
             if not self._num_sources:
@@ -259,12 +248,6 @@ class TrainingStep:
         uniform = uniform_array(hash64(self.seed, examples.step, forward, "drop path"), counters)
         keep = torch.from_numpy(uniform.reshape(-1, len(rates), 2) >= np.asarray(rates)[:, None])
         return keep.to(self.collectives.device, non_blocking=True)
-
-
-def merge_forwards(first: ForwardInput, second: ForwardInput) -> ForwardInput:
-    """Return one forward with the inputs and heads of two forwards over the same examples."""
-    missing: dict[str, Any] = {f.name: getattr(second, f.name) for f in fields(first) if getattr(first, f.name) is None}
-    return replace(first, **missing, heads=(*first.heads, *second.heads))
 
 
 def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor, swaps: list[RowSwap]) -> Batch:

@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -24,7 +23,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.training.callbacks import Callback, StageResult
 from pipeline.training.collectives import Collectives, KeyValueStore
-from pipeline.training.goodput import GoodputTracker, Phase, Seconds
+from pipeline.training.goodput import GoodputTracker, Phase
 from pipeline.training.watchdog import Limits, Watchdog
 
 log = logging.getLogger(__name__)
@@ -51,26 +50,24 @@ class RankSupervisor(Callback):
 
         `elapsed`: seconds since the process began training, before the process group existed.
         """
-        guards = config.guards
-        self._start_seconds = guards.start_seconds
-        self._poll, self._is_preempted = poll, False
+        self._poll, self._notices = poll, list[int]()  # signals received; -1 from `poll`
+        self._collectives, self._start_seconds = collectives, config.guards.start_seconds
         self.goodput = GoodputTracker(storage, config.folder, is_writer=collectives.rank == 0, elapsed=elapsed)
-        self.nodes, self._is_first_of_node = NodeMonitor(collectives), collectives.local_rank == 0
+        self.nodes = NodeMonitor(collectives)
         used = {name for stage in config.stages for name in stage.sources}
         is_remote = any(not is_local(config.sources[name].shards) for name in used)
         limits: Limits = {
-            "startup": guards.start_seconds,
-            "training": guards.hang_seconds,
+            "startup": config.guards.start_seconds,
+            "training": config.guards.hang_seconds,
             # Data may be late for as long as its store may be unavailable.
-            "data_wait": guards.hang_seconds + (config.storage.retry_timeout_seconds if is_remote else 0.0),
-            "checkpoint": guards.save_seconds,
-            "evaluation": guards.evaluate_seconds,
+            "data_wait": config.guards.hang_seconds + (config.storage.retry_timeout_seconds if is_remote else 0.0),
+            "checkpoint": config.guards.save_seconds,
+            "evaluation": config.guards.evaluate_seconds,
         }
         self._watchdog = Watchdog(collectives, storage, config.folder, limits)
         self._is_first_stage = True
-        self._first_step = 0  # global step of the stage's first
         self._has_begun = self._has_stepped = False  # a step of this stage, in this process
-        self._is_resumed = False  # the goodput account has been set to the state the run resumed from
+        self._resumes_account = True  # at the next resume; a stage after another one continues its account
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -79,15 +76,13 @@ class RankSupervisor(Callback):
         Python allows signal handlers only in a process's main thread; in any other thread (a Ray Train worker) `poll`
         is the only source of notices.
         """
-
-        def receive(number: int, frame: FrameType | None) -> None:
-            self._is_preempted = True
-
         is_main = threading.current_thread() is threading.main_thread()
-        previous = {number: signal.signal(number, receive) for number in SIGNALS} if is_main else {}
-        self.goodput.start()
+        handled = SIGNALS if is_main else ()
+        previous = {number: signal.signal(number, lambda number, _: self._notices.append(number)) for number in handled}
+        if self._collectives.rank == 0:
+            self.goodput.start()
         self._watchdog.start()
-        if self._is_first_of_node:
+        if self._collectives.local_rank == 0:
             self.nodes.start()
         is_complete = is_superseded = False
         try:
@@ -105,24 +100,22 @@ class RankSupervisor(Callback):
 
     def preempted(self) -> bool:
         """Return whether this process is being preempted. Once True it stays True."""
-        if not self._is_preempted and self._poll is not None and self._poll():
-            self._is_preempted = True  # never reset: a signal may arrive during the poll
-        return self._is_preempted
+        if not self._notices and self._poll is not None and self._poll():
+            self._notices.append(-1)
+        return bool(self._notices)
 
     def begin_stage(self, step: int, is_rollback: bool) -> None:
         """Enter the startup of the stage that begins at global step `step`, or its repetition after a rollback."""
-        self._first_step = step
         if not self._is_first_stage:  # the first stage's startup continues that of the process
             self.goodput.enter("restart" if is_rollback else "startup")
-            self._is_resumed = not is_rollback
+            self._resumes_account = is_rollback
         self._is_first_stage = self._has_begun = self._has_stepped = False
         self._watchdog.enter("startup", step)
 
-    def resume_from(self, seconds: Seconds | None) -> None:
+    def resume_from(self, seconds: dict[str, float]) -> None:
         """Resume the goodput account from the checkpoint or hand-over that the stage starts from."""
-        if not self._is_resumed:
+        if self._resumes_account:
             self.goodput.resume_from(seconds)
-        self._is_resumed = True
 
     def enter(self, phase: Phase, step: int) -> None:
         """Enter a phase at global step `step`. Until the stage's first step is done, the startup limit applies."""
@@ -140,12 +133,11 @@ class RankSupervisor(Callback):
             self.enter("training", step)
 
     def before_batch(self, step: int) -> None:
-        self._has_stepped = self._has_begun
-        self._has_begun = True
-        self.enter("data_wait", self._first_step + step)
+        self._has_stepped, self._has_begun = self._has_begun, True
+        self.enter("data_wait", self.state.stage.global_step(step))
 
     def before_step(self, step: int, batch: Batch) -> None:
-        self.enter("training", self._first_step + step)
+        self.enter("training", self.state.stage.global_step(step))
 
     def on_stage_end(self, result: StageResult) -> None:
         self._has_stepped = True
@@ -176,19 +168,25 @@ class NodeMonitor(PeriodicThread):
         """Share this node's statistics; return False when that no longer works."""
         try:
             if self._store is None:  # the first statistics cover the time until the next call
-                self._store = self._collectives.key_value_store()
-                self.sample()
+                self._store = KeyValueStore(self._collectives)
+                self._sample()
                 return True
-            self._store.write(TOPIC, json.dumps({"node": self._name, "metrics": self.sample()}))
+            self._store.write(TOPIC, json.dumps({"node": self._name, "metrics": self._sample()}))
             if self._collectives.rank == 0:
-                reports = {rank: json.loads(text) for rank, text in self._store.read(TOPIC).items()}
-                self._newest.append(metrics_by_node(reports))
+                metrics: dict[str, float] = {}
+                names: set[str] = set()
+                for rank, text in sorted(self._store.read(TOPIC).items()):
+                    node = json.loads(text)["node"]
+                    name = node if node not in names else f"{node}-{rank}"  # several nodes may have the same name
+                    names.add(name)
+                    metrics |= {f"system/{name}/{key}": value for key, value in json.loads(text)["metrics"].items()}
+                self._newest.append(metrics)
         except (RuntimeError, OSError, psutil.Error) as error:  # the store's host is gone, or psutil lacks permission
             log.warning("node %s: statistics are no longer sampled: %s", self._name, error)
             return False
         return True
 
-    def sample(self) -> dict[str, float]:
+    def _sample(self) -> dict[str, float]:
         """Return this node's current statistics by MLflow's names. Network traffic counts from the first call."""
         network = psutil.net_io_counters()  # None in a container without a network interface
         if self._gpus is None:
@@ -222,14 +220,3 @@ class NodeMonitor(PeriodicThread):
                 f"gpu_{number}_power_usage_watts": self._nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
             }
         return metrics
-
-
-def metrics_by_node(reports: dict[int, dict[str, Any]]) -> dict[str, float]:
-    """Merge the ranks' reports; if several nodes have the same name, all but the first get their rank appended."""
-    metrics: dict[str, float] = {}
-    names: set[str] = set()
-    for rank, report in sorted(reports.items()):
-        name = report["node"] if report["node"] not in names else f"{report['node']}-{rank}"
-        names.add(name)
-        metrics |= {f"system/{name}/{key}": value for key, value in report["metrics"].items()}
-    return metrics

@@ -96,21 +96,23 @@ class Watchdog(PeriodicThread):
         self._beat += 1
         calls, inside = self._collectives.calls, self._collectives.inside
         own = Heartbeat(phase, step, time.monotonic() - entered, limit, calls, inside, self._beat)
-        if limit < float("inf"):  # re-armed by every tick, so it fires only if this thread cannot run
-            _exit_later(limit + 10 * self._tick + 4 * REQUEST_SECONDS)
+        if limit < float("inf") and sys.__stderr__ is not None:  # re-armed by every tick
+            patience = limit + 10 * self._tick + 4 * REQUEST_SECONDS
+            faulthandler.dump_traceback_later(patience, exit=True, file=sys.__stderr__)
         self._request(lambda store: store.write(HEARTBEATS, json.dumps(asdict(own))))
         hang = self._request(lambda store: store.announcement(HANG))
         if not hang and own.seconds > limit:
             position = step, PHASE_ORDER.index(phase)
+            live = self._live_heartbeats()
             waits_for_slower_rank = any(  # a live one behind this one and within its own limit
                 (other.step, PHASE_ORDER.index(other.phase)) < position and other.seconds <= other.limit
-                for rank, other in self._live_heartbeats().items()
+                for rank, other in live.items()
                 if rank != self._collectives.rank
             )
             if not waits_for_slower_rank:
                 message = (
                     f"rank {self._collectives.rank} has been in '{phase}' of step {step} for {own.seconds:.0f} s "
-                    f"(limit: {limit:.0f} s). {self._culprits()}"
+                    f"(limit: {limit:.0f} s). {self._culprits(live)}"
                 )
                 hang = self._request(lambda store: store.announcement(HANG, message)) or message  # the first counts
         if hang:
@@ -121,7 +123,7 @@ class Watchdog(PeriodicThread):
         """Return the store's response; None if its host is gone, stopped or unreachable."""
 
         def call() -> T:
-            self._store = self._store or self._collectives.key_value_store()
+            self._store = self._store or KeyValueStore(self._collectives)
             return request(self._store)
 
         if time.monotonic() < self._retry_store_at:
@@ -144,9 +146,8 @@ class Watchdog(PeriodicThread):
         oldest = now - MISSED_TICKS * self._tick
         return {rank: heartbeat for rank, heartbeat in heartbeats.items() if self._last_seen[rank][1] > oldest}
 
-    def _culprits(self) -> str:
+    def _culprits(self, live: dict[int, Heartbeat]) -> str:
         """Describe the ranks the others wait for: the silent ones, else those that entered the fewest collectives."""
-        live = self._live_heartbeats()
         if not live:
             return "The other ranks cannot be queried: the store's host (rank 0 or the launcher) is stopped or gone"
         lines = [
@@ -167,7 +168,9 @@ class Watchdog(PeriodicThread):
 
     def _finish(self, message: str) -> None:
         """Write this rank's stacks, give the other ranks time to write theirs, and end the process."""
-        _exit_later(WRITE_SECONDS + 2 * PEER_SECONDS + 4 * REQUEST_SECONDS)
+        if sys.__stderr__ is not None:
+            patience = WRITE_SECONDS + 2 * PEER_SECONDS + 4 * REQUEST_SECONDS
+            faulthandler.dump_traceback_later(patience, exit=True, file=sys.__stderr__)
         log.error("hung: %s", message)
         samples = in_progress.samples()  # a decoder that hangs on a sample hangs again after every restart
         decoding = f"samples being decoded: {', '.join(samples)}" if samples else ""
@@ -201,9 +204,3 @@ class Watchdog(PeriodicThread):
         log.error("rank %d exits with status %d, to be restarted", self._collectives.rank, EXIT_STATUS)
         logging.shutdown()
         self._end(EXIT_STATUS)
-
-
-def _exit_later(seconds: float) -> None:
-    """Have `faulthandler` write all stacks to the log and end the process after `seconds`, unless re-armed before."""
-    if sys.__stderr__ is not None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) ->
     engine, on_cuda = stage.run.engine, collectives.device.type == "cuda"
     if engine.micro_batch_size != "auto":
         return stage
-    room = UNBOUNDED
+    room, rows = UNBOUNDED, None
     if engine.memory_gb is not None:
         room = int(engine.memory_gb * GB)
     elif on_cuda:
@@ -65,18 +65,16 @@ def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) ->
         # The allocator gives this stage what it keeps of an earlier one.
         room = int(USABLE * (free + torch.cuda.memory_reserved(collectives.device)))
     room = -collectives.largest([-room])[0]
-    rows = None
     if room < UNBOUNDED:
         if collectives.rank == 0:
             unsplit = stage.with_engine(micro_batch_size=None)
             work = work_of(unsplit, vocabulary, "cuda" if on_cuda else "cpu")
             sharding = sharding_of(unsplit, collectives.world_size, on_cuda)
             share = math.ceil(stage.config.global_batch_size / collectives.world_size)
-            rows = largest_micro_batch(work, sharding, share, room)
-            if rows:
+            if rows := largest_micro_batch(work, sharding, share, room):
                 needed = memory_at(work, sharding, share, rows).total
                 log.warning("stage %s: %.2f GB of %.2f GB expected", stage.name, needed / GB, room / GB)
-        rows = collectives.broadcast_json(rows)
+        rows = collectives.broadcast(rows)
     if rows == 0:
         raise RunFailed(
             f"stage {stage.name}: not one row fits the {room / GB:.1f} GB of the smallest rank. Set a higher "
@@ -109,7 +107,7 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
     every = math.lcm(*(objective.every for objective in stage.config.objectives.values()))
     rows = every * -(-SAMPLE_ROWS // every)  # every objective reads its exact fraction
 
-    def run(batch_size: int, micro_batch_size: int | None = None) -> StepCosts:
+    def run(batch_size: int, micro_batch_size: int | None = None) -> ProbedEngine:
         stages = [config.model_copy(update={"global_batch_size": batch_size}) for config in stage.run.stages]
         cut = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
         return run_step(model, cut.with_engine(micro_batch_size=micro_batch_size), vocabulary, kernels, text_tokens)
@@ -153,18 +151,6 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
 # ---- one step on the meta device
 
 
-@dataclass(frozen=True)
-class StepCosts:
-    """Costs of one step of one rank, and the peak of one of its micro-batches."""
-
-    flops: int
-    activations: int  # bytes alive when the backward starts
-    workspace: int  # additional bytes in the backward
-    tokens: int
-    batch_bytes: int
-    contrast_widths: tuple[int, ...]
-
-
 def model_without_memory(stage: Stage, vocabulary: int) -> Model:
     """Build the stage's model on the meta device, in its precision and with its frozen parts frozen."""
     engine = stage.run.engine
@@ -176,33 +162,37 @@ def model_without_memory(stage: Stage, vocabulary: int) -> Model:
 
 def run_step(
     model: Model, stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None
-) -> StepCosts:
-    """Run one step of the stage over its whole batch, on one rank with a model on the meta device."""
+) -> ProbedEngine:
+    """Run one step of the stage over its whole batch, on one rank with a model on the meta device; return its costs."""
     batch = full_batch(stage.run, stage.config, stage.config.global_batch_size, vocabulary, text_tokens)
     members = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
     probe = Probe([*model.parameters(), *model.buffers(), *members], kernels)
-    engine = _ProbedEngine(model, probe)
-    # The image tokenizer's arithmetic is not counted.
+    engine = ProbedEngine(model, probe, sum(member.nbytes for member in members))
     step = TrainingStep(
         engine,
         stage,
-        Collectives.without_group(),
+        Collectives(timeout_seconds=None),
+        # The image tokenizer's arithmetic is not counted.
         image_tokenizer=lambda images, grid: torch.zeros(len(images), grid * grid, dtype=torch.int64),
     )
     with probe:
         step(batch)
-        flops = probe.flops
-    batch_bytes = sum(member.nbytes for member in members)
-    return StepCosts(flops, engine.activations, engine.workspace, engine.tokens, batch_bytes, engine.contrast_widths)
+        engine.flops = probe.flops
+    return engine
 
 
-class _ProbedEngine:
-    """Runs the model on the meta device; the step receives zeros of the outputs' shapes in real memory."""
+class ProbedEngine:
+    """Runs the model on the meta device; the step receives zeros of the outputs' shapes in real memory.
 
-    def __init__(self, model: Model, probe: Probe) -> None:
-        self.model, self._probe = model, probe
+    It holds the costs of one step of one rank, and the peak of one of its micro-batches.
+    """
+
+    def __init__(self, model: Model, probe: Probe, batch_bytes: int) -> None:
+        self.model, self._probe, self.batch_bytes = model, probe, batch_bytes
         self._outputs: list[tuple[Tensor, Tensor]] = []  # the model's outputs and the zeros that replace them
-        self.activations = self.workspace = self.tokens = 0
+        self.flops = self.tokens = 0
+        self.activations = 0  # bytes alive when the backward starts
+        self.workspace = 0  # additional bytes in the backward
         self.contrast_widths: tuple[int, ...] = ()
         for parameter in model.parameters():
             if parameter.requires_grad:  # the engine keeps gradients elsewhere, and they are counted there
@@ -247,13 +237,9 @@ class _ProbedEngine:
 
 def _on_meta(inputs: ForwardInput | Regions) -> Any:
     """Move the tensors of a forward, and of its regions, to the meta device."""
-    moved: dict[str, Any] = {}
-    for f in fields(inputs):
-        value = getattr(inputs, f.name)
-        if isinstance(value, Tensor):
-            moved[f.name] = value.to("meta")
-        elif isinstance(value, Regions):
-            moved[f.name] = _on_meta(value)
+    values = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
+    moved: dict[str, Any] = {name: value.to("meta") for name, value in values.items() if isinstance(value, Tensor)}
+    moved |= {name: _on_meta(value) for name, value in values.items() if isinstance(value, Regions)}
     return replace(inputs, **moved)
 
 

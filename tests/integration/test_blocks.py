@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -35,31 +33,23 @@ def _config(kind: str, **engine: Any):
     return config.model_copy(update={"model": model, "engine": EngineConfig(precision="float32", **engine)})
 
 
-@contextmanager
-def _saved_bytes() -> Iterator[list[int]]:
-    """Yield a list that receives the size of each tensor that autograd saves for the backward pass."""
-    kept: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
-
-
 def _plain(kind: str, **engine: Any) -> tuple[Gradients, int]:
     """Return the gradient of one step in one process, and the bytes that autograd saved for it."""
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_setup import prepare_blocks
     from tests.support.trial import begin
 
-    config = _config(kind, **engine)
+    config, saved = _config(kind, **engine), list[int]()
     begun = begin(config, Collectives())
     prepare_blocks(begun.engine.model, config.engine)
-    with _saved_bytes() as kept:
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         begun.step(begun.batch)
-    return begun.engine.gradients(), sum(kept)
+    return begun.engine.gradients(), sum(saved)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,32 +65,28 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
     """Return the gradients of two VLMo steps for every layout; ZeRO 3 traces the first and follows it in the second."""
     from pipeline.data.storage import Storage
     from pipeline.training.collectives import Collectives, share
-    from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.health import ExecutionOrderCheck
     from pipeline.training.stages import Stage, build_stage_model
-    from pipeline.training.step import TrainingStep
+    from tests.support.engines import build_engine
     from tests.support.trial import VOCABULARY, invented_batch
 
-    collectives = Collectives()
-    results = []
+    collectives, results = Collectives(), []
     for layout in layouts:
         config = _config("vlmo", **layout)
-        stage = config.stages[0]
+        size = config.stages[0].global_batch_size
         model = build_stage_model(Stage(config, 0), Storage(), VOCABULARY)
         check = ExecutionOrderCheck(collectives, every=1)
         check.on_model_built(model)
-        engine = DeepSpeedEngine(model, Stage(config, 0), collectives)
-        step = TrainingStep(engine, Stage(config, 0), collectives)
-        gradients = []
+        built, gradients = build_engine(config, collectives=collectives, model=model), []
         for number in range(2):
-            rows = slice(*share(stage.global_batch_size, collectives.rank, collectives.world_size))
+            rows = slice(*share(size, collectives.rank, collectives.world_size))
             check.before_step(number)
-            step(invented_batch(config.model, "pairs", number, stage.global_batch_size).rows(rows))
+            built.step(invented_batch(config.model, "pairs", number, size).rows(rows))
             check.after_backward(number)
-            gradients.append(engine.gradients())
-            engine.step(1e-3)
+            gradients.append(built.engine.gradients())
+            built.engine.step(1e-3)
         results.append((gradients[0], gradients[1]))
-        engine.close()
+        built.engine.close()
     return results
 
 

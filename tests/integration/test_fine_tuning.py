@@ -34,51 +34,47 @@ def _fine_tune(folder: str, source_type: str, more: dict[str, Any]) -> dict[str,
 
     objective, steps, keys = TASKS[source_type]
     optimizer = {"lr": 2e-3, "warmup_steps": 5, "max_grad_norm": 1.0, **more}
+    Path(folder).mkdir()
     config = run_config(Path(folder), source_type, objective, steps, optimizer=optimizer, **keys)
     train(config, lambda progress: None)
     return evaluate_run(config) if Collectives().rank == 0 else None
 
 
-@pytest.fixture(scope="module")
-def answering(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return the evaluation of a question-answering run with a head learning rate and a moving average."""
+def test_accuracy_is_above_chance_and_answers_are_stored_and_predicted(tmp_path: Path) -> None:
+    from jobs.predict import predict
+
     more = {"head_lr_multiplier": 2.0, "ema_decay": 0.9}
-    return run_ranks(_fine_tune, 1, str(tmp_path_factory.mktemp("vqa")), "questions", more)[0]
-
-
-def test_accuracy_is_above_chance_and_answers_are_stored(answering: dict[str, Any], tmp_path: Path) -> None:
+    answering = run_ranks(_fine_tune, 1, str(tmp_path / "questions"), "questions", more)[0]
     assert answering["vqa"]["accuracy"] > answering["vqa"]["accuracy_without_model"] + 0.3
     assert answering["trained_on"] == []
-    weights = load_weights(Storage(), answering["checkpoint"])
-    assert weights.choices[ANSWERS] == Choices((*COLOURS, "yes", "no"))
-    judged = run_ranks(_fine_tune, 1, str(tmp_path), "statements", {})[0]["nlvr2"]
-    assert judged["accuracy"] > judged["accuracy_without_model"] + 0.2
-    assert judged["consistency"] is not None
-    classified = run_ranks(_fine_tune, 1, str(tmp_path), "labelled", {})[0]["classification"]
-    assert classified["top1"] > classified["chance"] + 0.4
-
-
-def test_predict_answers_questions_about_an_image(answering: dict[str, Any], tmp_path: Path) -> None:
-    from jobs.predict import predict
+    url = answering["checkpoint"]
+    assert load_weights(Storage(), url).choices[ANSWERS] == Choices((*COLOURS, "yes", "no"))
 
     right = 0
     for colour in COLOURS:
         image = write_image(tmp_path / f"{colour}.jpg", colour)
-        prediction = predict(answering["checkpoint"], str(image), None, "what colour are the shapes?", top=2)
+        prediction = predict(url, str(image), None, "what colour are the shapes?", top=2)
         right += next(iter(prediction["answers"])) == colour
         assert len(prediction["answers"]) == 2
     assert right >= 3
     with pytest.raises(ConfigError, match="--second-image is given without --image"):
-        predict(answering["checkpoint"], None, "b.jpg", "it is")
+        predict(url, None, "b.jpg", "it is")
     with pytest.raises(ConfigError, match="no such file; give the path or URL"):
-        predict(answering["checkpoint"], str(tmp_path / "nowhere.jpg"), None, "why?")
+        predict(url, str(tmp_path / "nowhere.jpg"), None, "why?")
 
-
-def test_predict_without_a_question_ends_with_status_2(answering: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(image_of_sides())
-    command = [sys.executable, "-m", "jobs.cli", "predict", answering["checkpoint"], "--image", str(tmp_path / "a.jpg")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "jobs.cli", "predict", url, "--image", str(tmp_path / "a.jpg")]
+    settings: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings)
     assert done.returncode == 2
     assert "vqa needs an image and a question" in " ".join(done.stderr.split())
-    process = subprocess.run([*command, "--text", "what colour?", "--json"], cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run([*command, "--text", "what colour?", "--json"], **settings)
     assert json.loads(process.stdout.splitlines()[-1])["answers"]
+
+
+def test_reasoning_and_classification_are_above_chance(tmp_path: Path) -> None:
+    judged = run_ranks(_fine_tune, 1, str(tmp_path / "statements"), "statements", {})[0]["nlvr2"]
+    assert judged["accuracy"] > judged["accuracy_without_model"] + 0.2
+    assert judged["consistency"] is not None
+    classified = run_ranks(_fine_tune, 1, str(tmp_path / "labelled"), "labelled", {})[0]["classification"]
+    assert classified["top1"] > classified["chance"] + 0.4

@@ -25,14 +25,8 @@ def _tiny(zero_stage: int, precision: str, micro_batch_size: int | None) -> RunC
 def _base(zero_stage: int) -> RunConfig:
     objectives = {"itc": {}, "itm": {}, "mlm": {}}
     stage = {"name": "vl", "sources": {"pairs": 1.0}, "objectives": objectives, "steps": 1, "global_batch_size": 2}
-    values = {
-        "name": "base",
-        "sources": {"pairs": {"shards": "pairs"}},
-        "data": {"streams": 2},
-        "stages": [stage],
-        "engine": {"precision": "float32", "zero_stage": zero_stage},
-    }
-    return validate(values, "base")
+    values = {"name": "base", "sources": {"pairs": {"shards": "pairs"}}, "data": {"streams": 2}, "stages": [stage]}
+    return validate(values | {"engine": {"precision": "float32", "zero_stage": zero_stage}}, "base")
 
 
 def _measure(configs: list[RunConfig], index: int) -> list[tuple[dict[str, int], dict[str, int]]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -71,37 +71,19 @@ def _fraction_rounded(tensors: Iterable[Tensor]) -> float:
     return float((flat != flat.bfloat16().float()).float().mean())
 
 
-@pytest.fixture(scope="module")
-def sessions(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], Session]]:
-    return list(zip(LAYOUTS, run_ranks(_sessions, 2, str(tmp_path_factory.mktemp("run")))[0], strict=True))
-
-
-def test_masters_start_as_the_float32_weights(sessions) -> None:
+def test_masters_start_as_the_float32_weights_and_stay_unrounded(tmp_path: Path) -> None:
+    """So do the moments and the reduced gradients, in every layout; the forward uses rounded masters."""
     from tests.support.engines import tiny_model
 
-    expected = dict(tiny_model(tiny_config(), STAGE).named_parameters())  # with those of frozen modules
-    for layout, session in sessions:
-        unequal = [
-            name for name, p in expected.items() if not torch.equal(p.flatten(), session.at_start[name, "weight"])
-        ]
-        assert not unequal, layout
-
-
-def test_masters_and_moments_are_float32_in_every_checkpoint(sessions) -> None:
-    for layout, session in sessions:
+    initial = dict(tiny_model(tiny_config(), STAGE).named_parameters())  # with those of frozen modules
+    for layout, session in zip(LAYOUTS, run_ranks(_sessions, 2, str(tmp_path))[0], strict=True):
         assert session.restored_exactly, layout
+        start = session.at_start
+        assert not [name for name, p in initial.items() if not torch.equal(p.flatten(), start[name, "weight"])], layout
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             values = (value for (_, value_kind), value in session.at_end.items() if value_kind == kind)
             assert _fraction_rounded(values) > 0.5, (layout, kind)
-
-
-def test_gradients_are_reduced_in_float32(sessions) -> None:
-    for layout, session in sessions:
         assert _fraction_rounded(session.gradients.values()) > 0.2, layout
-
-
-def test_forward_uses_rounded_masters_but_weights_are_float32(sessions) -> None:
-    for layout, session in sessions:
         for name, weight in session.final_weights.items():
             master = session.at_end[name, "weight"]
             assert torch.equal(weight.flatten(), master), (layout, name)

@@ -8,7 +8,6 @@ ranks that run different experts.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -64,24 +63,15 @@ def _passes(step: int, micro_batch_size: int, rank: int, experts: str) -> dict[s
     return {name: torch.randn(ROWS, WIDTH, generator=draw) for name in experts}
 
 
-@dataclass(frozen=True)
-class Step:
-    gradients: dict[str, Tensor]
-    norm: float
-    weights: dict[str, Tensor]
+Step = tuple[dict[str, Tensor], float, dict[str, Tensor]]  # gradients, their norm, weights after it
 
 
 def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
     """Return the steps of autograd in one process; an idle expert's gradient is 0 and Adam still updates it."""
-    model, stage = Experts(), tiny_config().stages[0]
-    settings = stage.optimizer
-    biases = [p for p in model.parameters() if p.dim() < 2]
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    groups = [{"params": matrices}, {"params": biases, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(
-        groups, lr=RATE, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
-    results = []
+    model, settings, results = Experts(), tiny_config().stages[0].optimizer, []
+    biases, matrices = ([p for p in model.parameters() if (p.dim() >= 2) == decays] for decays in (False, True))
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=RATE, betas=settings.betas, eps=settings.eps)
     for number, micro_batches in enumerate(steps):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -92,15 +82,13 @@ def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
         norm = float(nn.utils.get_total_norm(gradients.values()))
         nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         adam.step()
-        results.append(Step(gradients, norm, copy.deepcopy(model.state_dict())))
+        results.append((gradients, norm, copy.deepcopy(model.state_dict())))
     return results
 
 
-@dataclass(frozen=True)
-class Probed:
-    in_turn: dict[str, list[list[Step]]]  # of each scenario, in every layout, its steps
-    stopped: list[str]  # in every guarded layout, what stopped each step of ranks that diverge
-    of_vlmo: dict[str, float]  # worst relative error of each layout and step of a VLMo whose experts are idle in turn
+# Of each scenario, in every layout, its steps; in every guarded layout, what stopped each step of ranks that diverge;
+# the worst relative error of each layout and step of a VLMo whose experts are idle in turn.
+Probed = tuple[dict[str, list[list[Step]]], list[str], dict[str, float]]
 
 
 def _run_probes() -> Probed:
@@ -110,7 +98,7 @@ def _run_probes() -> Probed:
     collectives = Collectives()
     in_turn = {name: [_in_turn(collectives, steps, layout) for layout in LAYOUTS] for name, steps in SCENARIOS.items()}
     stopped = [_diverging(collectives, experts, layout) for layout in GUARDED for experts in DIVERGING]
-    return Probed(in_turn, stopped, _vlmo_in_turn(collectives))
+    return in_turn, stopped, _vlmo_in_turn(collectives)
 
 
 @pytest.fixture(scope="module")
@@ -133,20 +121,20 @@ def _in_turn(collectives: Any, steps: list[list[str]], layout: dict[str, Any]) -
             engine.backward(loss * scale, last=k == len(micro_batches) - 1)
         gradients = engine.gradients()
         engine.step(RATE)
-        results.append(Step(gradients, engine.gradient_norm(), engine.weights() or {}))
+        results.append((gradients, engine.gradient_norm(), engine.weights() or {}))
     engine.close()
     return results
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_probe_experts_used_in_turn_equal_autograd(probed, scenario: str) -> None:
+def test_probe_experts_used_in_turn_equal_autograd(probed: list[Probed], scenario: str) -> None:
     expected = _expected(SCENARIOS[scenario], 2)
-    for layout, steps in zip(LAYOUTS, probed[0].in_turn[scenario], strict=True):
-        for number, (right, got) in enumerate(zip(expected, steps, strict=True)):
+    for layout, steps in zip(LAYOUTS, probed[0][0][scenario], strict=True):
+        for number, ((gradients, norm, weights), got) in enumerate(zip(expected, steps, strict=True)):
             pairs = {
-                **{f"gradient of {name}": (g, got.gradients[name]) for name, g in right.gradients.items()},
-                **{f"weight {name}": (w, got.weights[name]) for name, w in right.weights.items()},
-                "norm": (torch.tensor(right.norm), torch.tensor(got.norm)),
+                **{f"gradient of {name}": (g, got[0][name]) for name, g in gradients.items()},
+                "norm": (torch.tensor(norm), torch.tensor(got[1])),
+                **{f"weight {name}": (w, got[2][name]) for name, w in weights.items()},
             }
             for what, (good, value) in pairs.items():
                 error = float((value - good).norm() / good.norm().clamp(min=1e-3))
@@ -174,8 +162,8 @@ def _diverging(collectives: Any, experts: tuple[str, str], layout: dict[str, Any
 
 
 def test_probe_diverging_ranks_stop_before_reduction(probed) -> None:
-    for answer in probed:
-        for error, (_, other) in zip(answer.stopped, DIVERGING * len(GUARDED), strict=True):
+    for _, stopped, _ in probed:
+        for error, (_, other) in zip(stopped, DIVERGING * len(GUARDED), strict=True):
             second = "'experts.B'" if other == "B" else "'shared'"
             assert error.startswith("step 70: ranks ran different modules; call "), error
             assert ("rank 0 ran 'experts.A'" in error) == (other == "B"), error
@@ -214,4 +202,4 @@ def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
 
 
 def test_probe_idle_experts_of_vlmo_equal_autograd(probed) -> None:
-    assert {where: error for where, error in probed[0].of_vlmo.items() if not error <= 1e-5} == {}
+    assert {where: error for where, error in probed[0][2].items() if not error <= 1e-5} == {}

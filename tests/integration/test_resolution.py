@@ -15,12 +15,7 @@ def _train(folder: str) -> None:
 
     stages = [
         {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}},
-        {
-            "name": "larger",
-            "sources": {"scenes": 1.0},
-            "objectives": {"itc": {}, "mlm": {}},
-            "image_size": 40,
-        },
+        {"name": "larger", "sources": {"scenes": 1.0}, "objectives": {"itc": {}, "mlm": {}}, "image_size": 40},
     ]
     shared = {"steps": 3, "global_batch_size": 8, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
     scenes = {"shards": f"{folder}/scenes", "synthetic": {"scenes": 40, "image_size": 40}}
@@ -28,11 +23,7 @@ def _train(folder: str) -> None:
     overrides = {
         "output": folder,
         "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 24, "patch_size": 8},
-        "sources": {
-            "scenes": scenes,
-            "pictures": {"shards": f"{folder}/scenes", "type": "images"},
-            "unseen": unseen,
-        },
+        "sources": {"scenes": scenes, "pictures": {"shards": f"{folder}/scenes", "type": "images"}, "unseen": unseen},
         "stages": [stage | shared for stage in stages],
         "cluster.workers": 1,
     }

@@ -90,19 +90,16 @@ class Spoiler(Callback):
     def __init__(self, kind: str):
         self._kind, self.is_unchanged = kind, False
 
-    def on_stage_start(self, state: Any, start: int) -> None:
-        self._engine = state.engine
-
     def before_step(self, step: int, batch: Any) -> None:
         if step == 2:
             if os.environ["RANK"] == "1":  # with "gradient", the forward stays finite
                 change = _NaNGradient.apply if self._kind == "gradient" else lambda output: output * float("inf")
-                attention = self._engine.module.get_submodule("blocks.1.attention")
+                attention = self.state.engine.module.get_submodule("blocks.1.attention")
                 attention.register_forward_hook(lambda module, arguments, output: change(output))
-            self._before = [fragment.values["weight"].clone() for fragment in self._engine.fragments()]
+            self._before = [fragment.values["weight"].clone() for fragment in self.state.engine.fragments()]
 
     def on_fault(self, step: int, name: str, message: str) -> None:
-        after = [fragment.values["weight"] for fragment in self._engine.fragments()]
+        after = [fragment.values["weight"] for fragment in self.state.engine.fragments()]
         self.is_unchanged = all(torch.equal(a, b) for a, b in zip(self._before, after, strict=True))
 
 

@@ -21,9 +21,10 @@ from pipeline.objectives import head_config
 from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
-from pipeline.training.stages import Stage, trained_parts
+from pipeline.training.stages import Stage, freeze_untrained
 from pipeline.training.step import TrainingStep
 from tests.support.gradients import PlainEngine
+from tests.support.small_checkpoint import metadata
 from tests.support.tiny_model import tiny_batch
 from tests.support.trial import VOCABULARY
 
@@ -62,15 +63,7 @@ class EngineOnRank:
     def save(self, folder: str, step: int) -> CheckpointStore:
         """Begin to write a checkpoint of `step` steps; `wait` for it on the returned store."""
         store = self.store(folder)
-        metadata = {
-            "step": step,
-            "stage": self.stage.name,
-            "stage_step": step,
-            "plan_digest": "plan",
-            "data_counts": {},
-            "zero_stage": self.config.engine.zero_stage,
-        }
-        store.save(self.engine.fragments(), metadata)
+        store.save(self.engine.fragments(), metadata(step) | {"stage": self.stage.name})
         return store
 
     def restore(self, folder: str) -> bool | None:
@@ -94,9 +87,9 @@ class EngineOnRank:
 def tiny_model(config: RunConfig, index: int = 0, freeze: Iterable[str] = ()) -> Model:
     """Build a stage's model with random weights; the parts that it does not train, and `freeze`, need no gradient."""
     model = build_model(config.model, VOCABULARY, head_config(config, index), seed=5)
-    trained = trained_parts(model, Stage(config, index)) - set(freeze)
+    freeze_untrained(model, Stage(config, index))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.part_of(name) in trained)
+        parameter.requires_grad_(parameter.requires_grad and model.part_of(name) not in set(freeze))
     return model
 
 
@@ -115,10 +108,7 @@ def build_engine(
 
 
 def gradients_and_losses(
-    config: RunConfig,
-    index: int = 0,
-    plain: bool = False,
-    batch: Callable[[RunConfig, int, int], Batch] | None = None,
+    config: RunConfig, index: int = 0, plain: bool = False, batch: Callable[[RunConfig, int, int], Batch] | None = None
 ) -> tuple[Gradients, dict[str, float]]:
     """Return the gradient and losses of one global batch (`batch(config, rank, world_size)`; default: a tiny batch)."""
     built = build_engine(config, index, plain=plain)

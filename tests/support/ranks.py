@@ -35,9 +35,21 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, se
     """
     results = context().Queue()
     processes = start_ranks(_send_result, world_size, results, function, arguments)
+    received: dict[int, Any] = {}
     try:
         deadline = time.monotonic() + seconds
-        received = dict(_receive(results, processes, deadline) for _ in processes)
+        while len(received) < world_size:
+            dead = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+            try:
+                rank, result, error = results.get(timeout=1)  # also the result of a rank that has died since
+            except queue.Empty:
+                if dead or time.monotonic() >= deadline:
+                    reason = f"ranks died with exit codes {dead}" if dead else "a rank gave no result in time"
+                    raise RuntimeError(reason) from None
+                continue
+            if error is not None:
+                raise RuntimeError(f"rank {rank} failed:\n{error}")
+            received[rank] = pickle.loads(result)  # noqa: S301 - written by our own process
         for process in processes:
             process.join(timeout=20)
     finally:
@@ -48,12 +60,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, se
 
 def start_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """Start `function(*arguments)` on every rank and return the processes, which the caller has to end."""
-    port = free_port()
-    environment = dict(os.environ)
-    processes = [
-        context().Process(target=_rank, args=(rank, world_size, port, environment, function, arguments))
+    launcher = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [
+        {**os.environ, **launcher, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         for rank in range(world_size)
     ]
+    processes = [context().Process(target=_rank, args=(env, function, arguments)) for env in environments]
     for process in processes:
         process.start()
     return processes
@@ -70,25 +82,11 @@ def redirect_stderr(path: str) -> None:
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
 
 
-def _rank(
-    rank: int,
-    world_size: int,
-    port: int,
-    environment: dict[str, str],
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
+def _rank(environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     import torch
 
     os.environ.clear()  # the fork server has the environment of the first test that used it
-    os.environ |= environment | {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    os.environ |= environment
     torch.set_num_threads(1)
     function(*arguments)
 
@@ -103,19 +101,3 @@ def _send_result(results: Any, function: Callable[..., Any], arguments: tuple[An
         results.put((rank, None, traceback.format_exc()))
     finally:
         Collectives.close()
-
-
-def _receive(results: Any, processes: list[Any], deadline: float) -> tuple[int, Any]:
-    while True:
-        dead = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
-        try:
-            rank, result, error = results.get(timeout=1)  # also the result of a rank that has died since
-        except queue.Empty:
-            if not dead and time.monotonic() < deadline:
-                continue
-            raise RuntimeError(
-                f"ranks died with exit codes {dead}" if dead else "a rank gave no result in time"
-            ) from None
-        if error is not None:
-            raise RuntimeError(f"rank {rank} failed:\n{error}")
-        return rank, pickle.loads(result)  # noqa: S301 - written by our own process

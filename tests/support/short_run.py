@@ -92,9 +92,6 @@ class BeforeStep(Callback):
     def __init__(self, step: int, act: Callable[[Any], object]):
         self._step, self._act = step, act
 
-    def on_stage_start(self, state: Any, start: int) -> None:
-        self._state = state
-
     def before_step(self, step: int, batch: Batch) -> None:
         if batch.step == self._step:
-            self._act(self._state)
+            self._act(self.state)

@@ -19,10 +19,10 @@ class SingleProcess:
 
     rank, world_size, device = 0, 1, torch.device("cpu")
 
-    def broadcast_json(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         return value
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
     def barrier(self) -> None: ...

@@ -33,7 +33,7 @@ def commit(
     url: str,
     files: Mapping[str, Record],
     metadata: Mapping[str, Any],
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[], object] = lambda: None,
     other_name: Callable[[str], str] | None = None,
 ) -> bool:
     """Commit the files already written under `url`: write the manifest, then COMMIT.json.

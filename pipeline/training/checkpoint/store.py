@@ -22,7 +22,7 @@ from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import ObjectInfo, Storage, join
 from pipeline.tracking.tracker import SavedWeights
-from pipeline.training.callbacks import Callback, StepEvent
+from pipeline.training.callbacks import Callback, StageResult, StepEvent
 from pipeline.training.checkpoint.committed import Record, commit, read_manifest, seal, verify
 from pipeline.training.checkpoint.retention import CheckpointInfo, Retention, newest_first
 from pipeline.training.checkpoint.serialization import HostCopy, SavedState, TensorFile
@@ -32,8 +32,7 @@ from pipeline.training.metrics import MetricsSnapshot, total_data_counts
 from pipeline.training.ownership import Ownership
 
 if TYPE_CHECKING:
-    from pipeline.training.callbacks import RunContext, StageResult, StageState
-    from pipeline.training.stages import Stage
+    from pipeline.training.loop import StageState
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class CheckpointStore:
         # Names of one step and start are ordered by time.
         start = "" if self._ownership.start is None else f"{self._ownership.start}-"
         name = f"step-{metadata['step']:08d}.{start}{time.time_ns() // 1_000_000:x}"
-        url = join(self.url, self.collectives.broadcast_json(name))
+        url = join(self.url, self.collectives.broadcast(name))
         started = time.perf_counter()
         self._finish()
         self.waited = time.perf_counter() - started
@@ -203,7 +202,7 @@ class CheckpointStore:
         # second search then finds that commit, after which the old attempt deletes nothing more.
         for _ in range(2):
             urls = newest_first(self.storage, self.url) if self.collectives.rank == 0 else None
-            for url in self.collectives.broadcast_json(urls):
+            for url in self.collectives.broadcast(urls):
                 manifest, files = self._verify(url)
                 if manifest is not None:
                     names = {field.name for field in fields(Checkpoint)} & manifest.keys()
@@ -224,7 +223,7 @@ class CheckpointStore:
                 manifest = read_manifest(self.storage, url)
             except CheckpointError as error:
                 log.warning("checkpoint skipped: %s", error)
-        if (manifest := self.collectives.broadcast_json(manifest)) is None:
+        if (manifest := self.collectives.broadcast(manifest)) is None:
             return None, {}
         verified: dict[str, tuple[int, str | None]] = {}
         faults = []
@@ -234,7 +233,7 @@ class CheckpointStore:
                 verified[name] = info.size, info.etag
             except CheckpointError as error:
                 faults.append(str(error))
-        results = self.collectives.gather_json((verified, faults))
+        results = self.collectives.gather_objects((verified, faults))
         faults = [fault for _, part in results for fault in part]
         if rank == 0:
             for fault in faults:
@@ -251,14 +250,10 @@ class CheckpointStore:
 class Checkpointer(Callback):
     """Saves every `checkpoint.every` steps and on preemption, with the journal and the list of bad samples."""
 
-    def __init__(self, stage: Stage, context: RunContext):
-        self._stage, self._context = stage, context
+    def on_stage_start(self, start: int) -> None:
         self._metrics: dict[str, float] = {}  # latest, for `checkpoint.keep_best`
-
-    def on_stage_start(self, state: StageState, start: int) -> None:
-        self._state = state
-        if self._stage.run.checkpoint.every < self._stage.steps - start:
-            state.checkpoints.host_copy.reserve(state.engine.fragments())
+        if self.state.stage.run.checkpoint.every < self.state.stage.steps - start:
+            self.state.checkpoints.host_copy.reserve(self.state.engine.fragments())
 
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
         self._metrics = snapshot.values
@@ -268,18 +263,18 @@ class Checkpointer(Callback):
 
     def after_step(self, event: StepEvent) -> None:
         """Copy the state; it is written and committed, with the journal, in the background."""
-        num_steps, state, context = event.step + 1, self._state, self._context
-        if self._stage.is_checkpoint_step(event.step) or (event.preempted and num_steps < self._stage.steps):
-            step = self._stage.global_step(num_steps)
+        num_steps, state, stage, context = event.step + 1, self.state, self.state.stage, self.state.context
+        if stage.is_checkpoint_step(event.step) or (event.preempted and num_steps < stage.steps):
+            step = stage.global_step(num_steps)
             with context.supervisor.during("checkpoint", step - 1):
                 started = time.perf_counter()
-                quarantine = context.collectives.gather_json(state.loader.quarantined())
+                quarantine = context.collectives.gather_objects(state.loader.quarantined())
 
                 def before_commit() -> None:
                     self._write_quarantine(step, quarantine)
                     context.tracker.commit(step)
 
-                metadata = checkpoint_metadata(self._stage, context, state, num_steps) | {
+                metadata = checkpoint_metadata(state, num_steps) | {
                     "data_counts": total_data_counts(state.loader, state.data_counts, context.collectives),
                     "metrics": self._metrics,
                     "shapes": state.shapes,
@@ -295,39 +290,45 @@ class Checkpointer(Callback):
 
     def on_stage_end(self, result: StageResult) -> None:
         """Wait for the save in progress, so that a rollback does not depend on how fast the store is."""
-        step = self._stage.global_step(result.num_steps)
-        self._context.supervisor.enter("checkpoint", step)
-        self._state.checkpoints.wait()
+        state, context = self.state, self.state.context
+        step = state.stage.global_step(result.num_steps)
+        context.supervisor.enter("checkpoint", step)
+        state.checkpoints.wait()
         self._record_finished_saves()
-        if result.num_steps == self._stage.steps:
-            if self._context.collectives.rank == 0:
-                self._context.ownership.check()
-            self._write_quarantine(step, self._context.collectives.gather_json(self._state.loader.quarantined()))
+        if result.num_steps == state.stage.steps:
+            if context.collectives.rank == 0:
+                context.ownership.check()
+            self._write_quarantine(step, context.collectives.gather_objects(state.loader.quarantined()))
 
     def _record_finished_saves(self) -> None:
         """Record how long finished saves took and which checkpoints the run now keeps."""
-        store, tracker = self._state.checkpoints, self._context.tracker
-        finished = [store.written.pop(0) for _ in range(len(store.written))]
+        state, tracker = self.state, self.state.context.tracker
+        finished = [state.checkpoints.written.pop(0) for _ in range(len(state.checkpoints.written))]
         for step, seconds in finished:
             tracker.metrics(step, {"ckpt/write_s": seconds})
         if finished:
-            names, kept = [stage.name for stage in self._stage.run.stages], store.retention.kept
-            tracker.log_checkpoints([SavedWeights(i.url, i.step, names.index(i.stage)) for i in kept if i.stage])
+            names = [stage.name for stage in state.stage.run.stages]
+            kept = state.checkpoints.retention.kept
+            tracker.log_checkpoints(
+                [SavedWeights(info.url, info.step, names.index(info.stage)) for info in kept if info.stage]
+            )
 
     def _write_quarantine(self, step: int, records_by_rank: list[list[dict[str, Any]]]) -> None:
         """Write the bad samples that any rank replaced to the run's folder as JSON lines, on rank 0."""
+        stage, context = self.state.stage, self.state.context
         records = [record for records in records_by_rank for record in records]
-        if records and self._context.collectives.rank == 0:
+        if records and context.collectives.rank == 0:
             lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
-            name = f"quarantine/{self._stage.index}-{self._stage.name}-{step:08d}.jsonl"
-            url = join(self._stage.run.folder, name)
-            self._context.storage.write(url, lines)
-            self._context.tracker.artifact(name, lines)
+            name = f"quarantine/{stage.index}-{stage.name}-{step:08d}.jsonl"
+            url = join(stage.run.folder, name)
+            context.storage.write(url, lines)
+            context.tracker.artifact(name, lines)
             log.warning("%d bad samples were replaced; see %s", len(records), url)
 
 
-def checkpoint_metadata(stage: Stage, context: RunContext, state: StageState, num_steps: int) -> dict[str, Any]:
+def checkpoint_metadata(state: StageState, num_steps: int) -> dict[str, Any]:
     """Return the metadata that checkpoints and final weights share, after `num_steps` steps of the stage."""
+    stage = state.stage
     return {
         "step": stage.global_step(num_steps),
         "stage": stage.name,
@@ -335,6 +336,6 @@ def checkpoint_metadata(stage: Stage, context: RunContext, state: StageState, nu
         "plan_digest": state.loader.digest,
         "zero_stage": stage.run.engine.zero_stage,
         "config": stage.run.model_dump(mode="json"),
-        "time_account": context.supervisor.goodput.seconds(),
+        "time_account": state.context.supervisor.goodput.seconds(),
         "spikes": state.spikes.state(),
     }

@@ -39,7 +39,7 @@ def test_samples_of_every_thread_and_of_any_name_are_reported() -> None:
         assert in_progress.samples() == []
 
 
-def test_watchdog_reports_samples_of_other_processes(tmp_path) -> None:
+def test_watchdog_reports_samples_of_other_processes(tmp_path, monkeypatch) -> None:
     file = (tmp_path / "samples").open("w+b")
     file.truncate(in_progress.BYTES)
     memory = mmap.mmap(file.fileno(), in_progress.BYTES)
@@ -51,8 +51,8 @@ def test_watchdog_reports_samples_of_other_processes(tmp_path) -> None:
     subprocess.run([sys.executable, "-c", stuck, str(file.fileno())], pass_fds=(file.fileno(),), check=False)
     in_progress.boards.append(memory)
 
-    no_store = mock.Mock(side_effect=RuntimeError("no store"))
-    rank, ended = mock.Mock(rank=0, world_size=1, calls=0, inside="", key_value_store=no_store), []
+    monkeypatch.setattr("pipeline.training.watchdog.KeyValueStore", mock.Mock(side_effect=RuntimeError("no store")))
+    rank, ended = mock.Mock(rank=0, world_size=1, calls=0, inside=""), []
     watchdog = Watchdog(rank, Storage(), str(tmp_path), {"startup": 1.0}, ended.append)
     try:
         watchdog._finish("rank 0 hangs")

@@ -21,15 +21,15 @@ from pipeline.config.errors import ConfigError, Preempted
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.models.heads import MAX_SCALE
+from pipeline.training import metrics
 from pipeline.training.alerts import CONSECUTIVE, JUMP, LOSSES, Alerts
 from pipeline.training.callbacks import Callback, Callbacks, StepEvent
 from pipeline.training.collectives import Collectives
 from pipeline.training.health import StepHealth
 from pipeline.training.loop import train
-from pipeline.training.metrics import EvaluationCallback, MetricsSnapshot, diagnostic_metrics
 from pipeline.training.profile import Profiler, profile_override
 from pipeline.training.stages import Stage
-from pipeline.training.supervisor import NodeMonitor, metrics_by_node
+from pipeline.training.supervisor import NodeMonitor
 from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, BeforeStep, NoUploader, losses, short_config
 from tests.support.tiny_model import tiny_config
@@ -55,68 +55,68 @@ def test_every_hook_is_forwarded_in_order_and_closed_in_reverse() -> None:
         assert members.mock_calls == (order[::-1] if hook == "close" else order), hook
 
 
-def evaluate(alerts: Alerts, start: int, count: int, **changed: Any) -> None:
-    """Give the alerts the metrics of some steps, healthy but for the changes."""
+@pytest.fixture
+def alerts() -> Alerts:
+    """Return the alerts of a stage whose tracker is a mock."""
+    alerts, stage = Alerts(), SimpleNamespace(name="pairs", global_step=lambda step: step)
+    alerts.state = Mock(stage=stage, **{"context.coverage": None})
+    alerts.on_stage_start(0)
+    return alerts
+
+
+def evaluate(alerts: Alerts, start: int, count: int, **changed: Any) -> list[tuple[str, str]]:
+    """Give the alerts the metrics of some steps, healthy but for the changes; return the tags set until then."""
     case = HEALTHY | changed
-    values = diagnostic_metrics(case.pop("diagnostics"), case["data_wait"], case["forward_seconds"])
+    values = metrics.diagnostic_metrics(case.pop("diagnostics"), case["data_wait"], case["forward_seconds"])
     for step in range(start, start + count):
-        alerts.on_metrics(step - 1, MetricsSnapshot(step, {}, values, 1.0, **case))
+        alerts.on_metrics(step - 1, metrics.MetricsSnapshot(step, values, **case))
+    return [tag.args for tag in alerts.state.context.tracker.tag.mock_calls]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", CAUSES)
-def test_alert_is_raised_once_and_cleared(name: str) -> None:
-    tracker, (cause, message) = Mock(), CAUSES[name]
-    alerts = Alerts(SimpleNamespace(name="pairs", global_step=lambda step: step), tracker)  # type: ignore[arg-type]
+def test_alert_is_raised_once_and_cleared(alerts: Alerts, name: str) -> None:
+    cause, message = CAUSES[name]
     evaluate(alerts, 0, CONSECUTIVE - 1, **cause)
-    evaluate(alerts, CONSECUTIVE, 1)
-    assert not tracker.tag.called, "one healthy step in between"
-    evaluate(alerts, 10, 3 + CONSECUTIVE, **cause)
-    ((key, text),) = [tag.args for tag in tracker.tag.mock_calls]
+    assert evaluate(alerts, CONSECUTIVE, 1) == [], "one healthy step in between"
+    ((key, text),) = evaluate(alerts, 10, 3 + CONSECUTIVE, **cause)
     assert key == f"mome.alert.{name}"
     assert text.startswith(f"since step {9 + CONSECUTIVE}: {message}")
-    evaluate(alerts, 30, CONSECUTIVE)
-    assert [tag.args for tag in tracker.tag.mock_calls[1:]] == [(key, f"over at step {29 + CONSECUTIVE}; {text}")]
+    assert evaluate(alerts, 30, CONSECUTIVE)[1:] == [(key, f"over at step {29 + CONSECUTIVE}; {text}")]
 
 
-def test_warmup_raises_no_collapse_and_a_loss_jump_one_alert() -> None:
-    tracker = Mock()
-    alerts = Alerts(SimpleNamespace(name="pairs", global_step=lambda step: step), tracker)  # type: ignore[arg-type]
-    evaluate(alerts, 0, 3 * CONSECUTIVE, is_warm=False, **CAUSES["itm_collapse"][0])
+def test_warmup_raises_no_collapse_and_a_loss_jump_one_alert(alerts: Alerts) -> None:
     for step in range(2 * LOSSES):
         alerts.on_health(step, StepHealth({"loss": 10.0 - step / LOSSES}, is_finite=True, preempted=False))
-    assert not tracker.tag.called
+    assert evaluate(alerts, 0, 3 * CONSECUTIVE, is_warm=False, **CAUSES["itm_collapse"][0]) == []
     for step in range(3):
         alerts.on_health(200 + step, StepHealth({"loss": 10 * JUMP}, is_finite=True, preempted=False))
-    ((key, text),) = [tag.args for tag in tracker.tag.mock_calls]
+    ((key, text),) = evaluate(alerts, 0, 1)
     assert key == "mome.alert.loss_spike"
     assert text.startswith("since step 200: the loss jumped to 30")
 
 
-@pytest.mark.parametrize(
-    ("window", "num_steps", "traced"),
-    [("6:8", 6, (6, 8)), ("6:50", 3, (6, 7))],
-    ids=["inside the stage", "cut by its end"],
-)
+@pytest.mark.parametrize(("window", "num_steps", "last"), [("6:8", 6, 8), ("6:50", 3, 7)], ids=["inside", "cut"])
 def test_steps_in_the_profile_window_are_traced_and_logged(
-    tmp_path: Path, window: str, num_steps: int, traced: tuple[int, int]
+    tmp_path: Path, window: str, num_steps: int, last: int
 ) -> None:
-    context, stage = Mock(storage=Storage()), Stage(tiny_config().model_copy(update={"output": str(tmp_path)}), 1)
+    """The first window is inside the stage; the second one is cut by its end."""
+    config = tiny_config()
+    tracking = config.tracking.model_copy(update={"profile": window})
+    stage = Stage(config.model_copy(update={"output": str(tmp_path), "tracking": tracking}), 1)
+    profiler = Profiler()
+    profiler.state = Mock(stage=stage, **{"context.storage": Storage()})
     assert stage.first_step == 4
-    profiler = Profiler(stage, context, window)
     for step in range(num_steps):
         profiler.before_batch(step)
         torch.ones(8) * step
     profiler.close()
-    (name,) = [artifact.args[0] for artifact in context.tracker.artifact.mock_calls]
-    assert name == f"profile/steps-{traced[0]:08d}-{traced[1]:08d}.json.gz"
+    (name,) = [artifact.args[0] for artifact in profiler.state.context.tracker.artifact.mock_calls]  # type: ignore[attr-defined]
+    assert name == f"profile/steps-00000006-{last:08d}.json.gz"
     trace = json.loads(gzip.decompress((tmp_path / "tiny" / name).read_bytes()))
-    assert len([event for event in trace["traceEvents"] if event.get("name") == "aten::mul"]) == traced[1] - traced[0]
-
-
-def test_malformed_profile_window_is_rejected() -> None:
-    for window in ("5", "5:5", "7:5", "a:b"):
+    assert len([event for event in trace["traceEvents"] if event.get("name") == "aten::mul"]) == last - 6
+    for malformed in ("5", "5:5", "7:5", "a:b"):
         with pytest.raises(ConfigError, match="expected A:B"):
-            profile_override(window)
+            profile_override(malformed)
 
 
 class StepGuard(Callback):
@@ -129,24 +129,23 @@ class StepGuard(Callback):
         self.calls = 0  # calls by other threads between steps
         self.saves: list[tuple[int, bool]] = []  # steps done, and whether the URL is in the run's checkpoints
         self._is_stepping = False
-        self._thread = threading.get_ident()
-        do, evaluate = Storage._do, EvaluationCallback.evaluate
+        do, thread, evaluate = Storage._do, threading.get_ident(), metrics.evaluate
 
         def guarded_do(storage: Storage, url: str, action: str, call: Any) -> Any:
-            if self._is_stepping and threading.get_ident() == self._thread:
+            if self._is_stepping and threading.get_ident() == thread:
                 raise AssertionError(f"a storage call between two steps: {action} {url}")
             self.calls += self._is_stepping
             return do(storage, url, action, call)
 
-        def unguarded_evaluate(evaluation: EvaluationCallback) -> Any:
+        def unguarded_evaluate(*arguments: Any, **named: Any) -> Any:
             self._is_stepping = False
             try:
-                return evaluate(evaluation)
+                return evaluate(*arguments, **named)
             finally:
                 self._is_stepping = True
 
         monkeypatch.setattr(Storage, "_do", guarded_do)
-        monkeypatch.setattr(EvaluationCallback, "evaluate", unguarded_evaluate)
+        monkeypatch.setattr(metrics, "evaluate", unguarded_evaluate)
 
     def before_step(self, step: int, batch: Batch) -> None:
         self._is_stepping = True
@@ -155,8 +154,7 @@ class StepGuard(Callback):
         self.saves.append((num_steps, "/checkpoints/step-" in url))
 
     def after_step(self, event: StepEvent) -> None:
-        if event.preempted or event.step + 1 == STEPS:
-            self._is_stepping = False
+        self._is_stepping = not event.preempted and event.step + 1 < STEPS
 
 
 def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +166,7 @@ def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, mon
         cluster__workers=1,
         engine__zero_stage=0,
         tracking__profile="4:6",
-        evaluation__source="scenes",
-        evaluation__every=4,
-        evaluation__max_images_during_training=8,
+        evaluation={"source": "scenes", "every": 4, "max_images_during_training": 8},
         guards__spike={"window": 4, "factor": 100.0},
     )
     progress, noticed = ProgressFile(config, Storage(config.storage)), threading.Event()
@@ -198,13 +194,13 @@ EVERYWHERE = {
 ALONE = """
 from types import SimpleNamespace
 import psutil
-from pipeline.training.collectives import Collectives
+from pipeline.training.collectives import Collectives, KeyValueStore
 from pipeline.training.metrics import total_data_counts
 
 collectives = Collectives()
-assert collectives.gather_json((1, "a", None)) == [[1, "a", None]]
-assert collectives.broadcast_json({"claim": None}) == {"claim": None}
-store = collectives.key_value_store()
+assert collectives.gather_objects((1, "a", None)) == [(1, "a", None)]
+assert collectives.broadcast({"claim": None}) == {"claim": None}
+store = KeyValueStore(collectives)
 store.write("heartbeats", "alive")
 assert store.read("heartbeats") == {0: "alive"}
 announced = [store.announcement("hung", text) for text in ("", "first", "second", "")]
@@ -224,30 +220,26 @@ def test_single_rank_opens_no_port_and_counts_every_sample() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def watch(names: list[str]) -> dict[str, float]:
+def watch(nodes: int) -> dict[str, float]:
     """Run each rank as a node of its own; return the metrics rank 0 takes once all nodes have reported."""
     collectives = Collectives()
-    monitor = NodeMonitor(collectives, seconds=0.1, name=names[collectives.rank])
+    monitor = NodeMonitor(collectives, seconds=0.1, name="host")
     monitor.start()
     taken: dict[str, float] = {}
     deadline = time.monotonic() + 60
     while collectives.rank == 0 and time.monotonic() < deadline:
         taken |= monitor.take()
-        if len({key.split("/")[1] for key in taken}) == len(names):
+        if len({key.split("/")[1] for key in taken}) == nodes:
             break
         time.sleep(0.05)
     collectives.barrier()
     monitor.stop()
-    collectives.close()
     return taken
 
 
 def test_rank_0_collects_statistics_of_every_node() -> None:
-    taken, nothing = run_ranks(watch, 2, ["first", "second"])
-    for node in ("first", "second"):
+    taken, nothing = run_ranks(watch, 2, 2)
+    assert nothing == {}
+    for node in ("host", "host-1"):  # the same name is distinguished by rank
         assert {key.split("/")[2] for key in taken if key.startswith(f"system/{node}/")} >= EVERYWHERE
         assert 0 < taken[f"system/{node}/system_memory_usage_percentage"] < 100
-    assert nothing == {}
-    reports = {rank: {"node": "host", "metrics": {"cpu": float(rank)}} for rank in (0, 8)}
-    by_node = metrics_by_node(reports)
-    assert by_node == {"system/host/cpu": 0.0, "system/host-8/cpu": 8.0}, "the same name is distinguished by rank"

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 from pipeline.config.errors import ConfigError
-from pipeline.training.deepspeed_setup import FOLDER, exclusive_build, use_own_folder, use_own_ninja
+from pipeline.training.deepspeed_setup import FOLDER, exclusive_build, use_own_folder
 
 HOLDER = """
 import sys, time
@@ -29,7 +29,7 @@ with exclusive_build(Path(sys.argv[1])):
 """
 
 
-def test_process_killed_while_building_leaves_no_lock(tmp_path: Path):
+def test_process_killed_while_building_leaves_no_lock(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     holder = subprocess.Popen([*command, "600"], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -44,24 +44,21 @@ def test_process_killed_while_building_leaves_no_lock(tmp_path: Path):
         assert not (tmp_path / "op" / "lock").exists()
 
 
-def test_ninja_of_this_installation_takes_precedence(monkeypatch: pytest.MonkeyPatch):
+def test_ninja_and_folder_are_those_of_the_installation_or_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DeepSpeed depends on ninja, which is therefore installed next to it."""
+    scripts = Path(sys.executable).parent
     monkeypatch.setenv("PATH", os.pathsep.join(["/usr/bin", "/bin"]))
-    use_own_ninja()
-    use_own_ninja()
-    assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/usr/bin", "/bin"]
-    assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
-
-
-def test_folder_is_the_users_or_one_for_each_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    assert use_own_folder() == tmp_path
+    assert use_own_folder() == use_own_folder() == tmp_path
+    assert os.environ["PATH"].split(os.pathsep) == [str(scripts), "/usr/bin", "/bin"]
+    assert shutil.which("ninja") == str(scripts / "ninja")
     folders = set()
     for origin in ("/here/deepspeed/__init__.py", "/there/deepspeed/__init__.py"):
         monkeypatch.delenv(FOLDER)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, origin=origin: SimpleNamespace(origin=origin))
         folders.add(use_own_folder())
-    monkeypatch.delenv(FOLDER)
     assert len(folders) == 2
     assert all("mome-py" in folder.name for folder in folders)
 

@@ -12,14 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import OptimizerConfig
 from pipeline.models import build_model
-from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig, Model
 from pipeline.planning.memory import Work
 from pipeline.training import workload
 from pipeline.training.engine import parameter_groups
 from pipeline.training.metrics import diagnostic_metrics
 from pipeline.training.stages import Stage
-from pipeline.training.step import merge_forwards
 from tests.support.engines import build_engine, tiny_model
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 from tests.support.trial import cells, trial_config
@@ -32,8 +30,7 @@ def test_losses_by_source_add_up_to_the_loss(index: int, micro_batch_size: int |
     config = tiny_config(micro_batch_size=micro_batch_size)
     stage = config.stages[index].model_copy(update={"sources": {"pairs": 0.5, "more_pairs": 0.5}})
     config = config.model_copy(update={"stages": (*config.stages[:index], stage)})
-    step = build_engine(config, index, plain=True).step
-    batch = tiny_batch(config, 4, 0, 1, 12)
+    step, batch = build_engine(config, index, plain=True).step, tiny_batch(config, 4, 0, 1, 12)
     batch = replace(batch, source=batch.place // 3 % 2)
     alone = step(batch)
     assert step.by_source == {}
@@ -65,40 +62,33 @@ def test_diagnostics_count_every_pair(index: int, micro_batch_size: int | None) 
         assert metrics["train/itc_temperature"] == pytest.approx(0.07, rel=1e-6)
 
 
-def test_forwards_over_the_same_examples_are_merged() -> None:
-    batch = tiny_batch(tiny_config(), 3, 0, 1, 12)
-    words = ForwardInput(heads=("mlm",), text=batch.text, mask_positions=batch.mask_positions)
-    regions = ForwardInput(heads=("moc",), text=batch.text, region_positions=batch.mask_positions)
-    merged = merge_forwards(words, regions)
-    assert merged.heads == ("mlm", "moc")
-    assert merged.mask_positions is merged.region_positions is batch.mask_positions
+def test_forwards_of_a_name_are_merged_with_the_heads_and_inputs_of_each() -> None:
+    cell = next(cell for cell in cells() if (cell.kind, cell.objective) == ("imagebert", "moc"))
+    config = trial_config(cell)
+    objectives = dict.fromkeys(("mlm", "moc"), config.stages[0].objectives["moc"])
+    config = config.model_copy(update={"stages": (config.stages[0].model_copy(update={"objectives": objectives}),)})
+    built = build_engine(config, plain=True)
+    built.step(workload.full_batch(config, built.stage, built.stage.global_batch_size, VOCABULARY))
+    (merged,) = [forward for forward in built.engine.forwards.values() if len(forward.heads) == 2]
+    assert set(merged.heads) == {"mlm", "moc"}
+    assert merged.mask_positions is not None
+    assert merged.region_positions is not None
 
 
-@pytest.fixture
-def model() -> Model:
-    return build_model(tiny_config().model, 50, HeadConfig(answers=7, nlvr2=True))
-
-
-def test_matrices_decay_and_each_parameter_is_in_one_group(model: Model) -> None:
+def test_parameters_are_grouped_by_decay_and_learning_rate() -> None:
+    model: Model = build_model(tiny_config().model, 50, HeadConfig(answers=7, nlvr2=True))
     frozen = model.norm.weight.requires_grad_(False)
-    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.05))
-    held = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters() if parameter is not frozen)
-    for group in groups:
-        assert {parameter.dim() >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.05}
-        assert group["rate_factor"] == 1.0
+    for factor in (1.0, 20.0):
+        groups = parameter_groups(model, OptimizerConfig(weight_decay=0.05, head_lr_multiplier=factor))
+        held = [id(parameter) for group in groups for parameter in group["params"]]
+        assert sorted(held) == sorted(id(parameter) for parameter in model.parameters() if parameter is not frozen)
+        for group in groups:  # matrices decay
+            assert {parameter.dim() >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.05}
+        fast = {id(parameter) for group in groups if group["rate_factor"] != 1.0 for parameter in group["params"]}
+        for name, parameter in model.named_parameters():  # the pooler is no head
+            assert (id(parameter) in fast) == (factor == 20.0 and model.part_of(name).endswith("_head")), name
     with pytest.raises(ConfigError, match="no parameter is left to train"):
         parameter_groups(model.requires_grad_(False), OptimizerConfig())
-
-
-def test_head_lr_multiplier_applies_to_heads_but_not_the_pooler(model: Model) -> None:
-    groups = parameter_groups(model, OptimizerConfig(head_lr_multiplier=20.0))
-    fast = {id(parameter) for group in groups if group["rate_factor"] == 20.0 for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        assert (id(parameter) in fast) == model.part_of(name).endswith("_head"), name
-
-
-ONE_OF_A_KIND = {f"{cell.kind}-{cell.objective}": cell for cell in cells() if "visual_tokens" not in str(cell)}
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -115,6 +105,9 @@ def test_flops_and_parameters_equal_those_of_a_real_step(index: int) -> None:
     assert sizes.trained == sum(parameter.numel() for parameter in real if parameter.requires_grad)
 
 
+ONE_OF_A_KIND = {f"{cell.kind}-{cell.objective}": cell for cell in cells() if "visual_tokens" not in str(cell)}
+
+
 @pytest.mark.parametrize("name", ONE_OF_A_KIND)
 def test_every_objective_of_every_model_can_be_planned(name: str) -> None:
     stage = Stage(trial_config(ONE_OF_A_KIND[name]), 0)
@@ -126,7 +119,7 @@ def work(index: int, **engine: object) -> Work:
     return workload.work_of(Stage(tiny_config(**engine), index), VOCABULARY, "cuda")
 
 
-def test_work_follows_the_engine_settings() -> None:
+def test_work_follows_the_engine_settings_and_step_time_the_gpu() -> None:
     pairs, recomputed = work(2), work(2, activation_checkpointing=True)
     assert pairs.step_flops(12, 1) < pairs.step_flops(12, 2), "micro-batches read the ITC towers twice"
     assert pairs.contrast_flops > 0
@@ -134,15 +127,8 @@ def test_work_follows_the_engine_settings() -> None:
     assert recomputed.flops.per_example > 1.15 * pairs.flops.per_example
     half, exact = work(0, precision="bfloat16"), work(0)
     assert 0.4 < half.activations.per_example / exact.activations.per_example < 0.8
-
-
-def test_peak_step_time_scales_with_the_gpu() -> None:
-    stage = Stage(tiny_config(), 2)
-    h100, l40s, unknown = (
-        workload.peak_step_seconds(gpu, stage, VOCABULARY, 3)
-        for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA L40S", "A GPU of next year")
-    )
-    share = math.ceil(stage.config.global_batch_size / 3)
-    assert h100 == pytest.approx(work(2).step_flops(share, 1) / 989e12)
+    stage, gpus = Stage(tiny_config(), 2), ("NVIDIA H100 80GB HBM3", "NVIDIA L40S", "A GPU of next year")
+    h100, l40s, unknown = (workload.peak_step_seconds(gpu, stage, VOCABULARY, 3) for gpu in gpus)
+    assert h100 == pytest.approx(pairs.step_flops(math.ceil(stage.config.global_batch_size / 3), 1) / 989e12)
     assert l40s == pytest.approx(h100 * 989 / 362)
     assert unknown is None

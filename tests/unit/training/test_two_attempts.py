@@ -49,12 +49,6 @@ def committed(disk: Disk) -> dict[str, bool]:
     return complete
 
 
-def check(disk: Disk) -> None:
-    complete = committed(disk)
-    assert all(complete.values()), f"committed and not whole: {complete}"
-    assert any("/checkpoints/" in folder for folder in complete), "no checkpoint is left"
-
-
 @pytest.mark.parametrize(
     ("keep", "old_hands_over", "new_hands_over", "max_switches"),
     [(1, False, False, 2), (2, False, False, 2), (1, True, True, None), (1, False, True, None)],
@@ -96,6 +90,11 @@ def test_no_interleaving_of_two_attempts_loses_or_damages_data(
             with suppress(StorageError):
                 return start_anew(storage)
         raise AssertionError("the new attempt failed three times")
+
+    def check(disk: Disk) -> None:
+        complete = committed(disk)
+        assert all(complete.values()), f"committed and not whole: {complete}"
+        assert any("/checkpoints/" in folder for folder in complete), "no checkpoint is left"
 
     def check_end(disk: Disk) -> None:
         if old_hands_over or new_hands_over:
