@@ -64,9 +64,8 @@ def test_jobs_on_two_nodes_require_the_token_and_are_resubmitted_under_a_new_id(
         assert parent.data.tags["ray.submission_id"] == job
 
         unpacked = [list(session.glob("runtime_resources/working_dir_files/*/jobs")) for session in cluster.sessions()]
-        assert [len(folders) for folders in unpacked] == [1, 1], (
-            "one node's code of the job is another's: it may vanish"
-        )
+        copies = [len(folders) for folders in unpacked if folders]  # none in the session of a start that was repeated
+        assert copies == [1, 1], "one node's code of the job is another's: it may vanish"
 
         jobs = result_of("jobs", "list", *reach, home=tmp_path)["jobs"]
         assert [(row["job"], row["run"], row["status"]) for row in jobs] == [(job, "submitted", "SUCCEEDED")]
