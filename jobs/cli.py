@@ -143,13 +143,16 @@ def submit(
     address: Address = "",
     token: Token = None,
     follow: Annotated[bool, Option(help="Stream the job's output until it ends.")] = True,
+    submission_id: Annotated[
+        str | None, Option(help="Id of the job; a known id is not submitted again (default: derived from the config).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run CONFIG as a Ray job: `mome train` on the cluster's head, with this checkout's code."""
     from jobs.submit import submit as submit_job
     from pipeline.config.load import load_config
 
-    print_result(submit_job(load_config(config, overrides or []), address, follow, token), as_json)
+    print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id, token), as_json)
 
 
 # ---- evaluate and use a model
@@ -164,7 +167,9 @@ def evaluate(
         Path | None, Option(parser=local_file, help="HTML report (default: report-NAME.html next to the weights).")
     ] = None,
     track: Track = None,
-    name: Annotated[str | None, Option("--as", metavar="NAME", help="Name (default: that of the source).")] = None,
+    name: Annotated[
+        str | None, Option("--as", metavar="NAME", help="Name of the evaluation (default: its source).")
+    ] = None,
     workers: Workers = None,
     rerank: Annotated[int | None, Option(min=0, help="Candidates to re-rank (default: evaluation.rerank).")] = None,
     against: Annotated[str | None, Option(help="Folder of another evaluated run, to compare in the report.")] = None,
@@ -255,7 +260,9 @@ def import_(
     overrides: Annotated[
         list[str] | None, Argument(help="Sizes that no tensor tells: heads=16 image_size=384", metavar="KEY=VALUE")
     ] = None,
-    model: Annotated[Path | None, Option(parser=local_file, help="Config of the model.")] = None,
+    model: Annotated[
+        Path | None, Option(parser=local_file, help="Config whose model section describes the weights.")
+    ] = None,
     vocabulary: Annotated[str | None, Option(help="Vocabulary file, one token per line (path or URL).")] = None,
     may_differ: Annotated[
         list[str] | None,

@@ -64,7 +64,9 @@ GIVE_TOKEN = (
 # ---- submitting a run
 
 
-def submit(config: RunConfig, address: str, follow: bool, token: str | None = None) -> dict[str, Any]:
+def submit(
+    config: RunConfig, address: str, follow: bool, submission_id: str | None = None, token: str | None = None
+) -> dict[str, Any]:
     """Submit the run, and with `follow` stream the job's output until it ends; `token` names the cluster's token.
 
     Raises ConfigError for a config the cluster could not run or an address that must not be used, RunFailed when the
@@ -75,7 +77,7 @@ def submit(config: RunConfig, address: str, follow: bool, token: str | None = No
     config = for_cluster(config, is_loopback(address))
     client = open_dashboard(address, token)
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
-    job = job_id(config, states)
+    job = submission_id or job_id(config, states)
     python, deadline = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"', time.monotonic() + START_SECONDS
     tags = describe.code_tags() | {"ray.submission_id": job}
     environment = {describe.PROPAGATED_TAGS[tag]: value for tag, value in tags.items()}

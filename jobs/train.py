@@ -79,9 +79,7 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
         try:
             _train(config, storage, ownership, mail, open_alerts, interrupts or Interrupts(config))
         finally:
-            show_messages(mail, open_alerts)
-            for text in open_alerts.values():
-                notify(f"alert not over: {text}", "yellow")
+            show_messages(mail, open_alerts, is_last=True)
             mail.call("del", "", True)
     _raise_failure(config, storage, ownership)
     unfinished = _unfinished(config, storage)
@@ -172,11 +170,13 @@ def _raise_failure(config: RunConfig, storage: Storage, ownership: Ownership) ->
         raise error_from_json(json.loads(storage.read(url)))
 
 
-def show_messages(mail: Mailbox, open_alerts: dict[str, str]) -> None:
-    """Print the warnings and alerts of rank 0 since the last call; keep the texts of alerts that are not over."""
+def show_messages(mail: Mailbox, open_alerts: dict[str, str], is_last: bool = False) -> None:
+    """Print rank 0's new warnings and alerts, and with `is_last` the alerts that are not over; keep those' texts."""
     for message in mail.receive():
         notify(f"{message['level']} {message['text']}", "yellow")
         if message.get("over"):
             open_alerts.pop(message["alert"], None)
         elif "alert" in message:
             open_alerts[message["alert"]] = message["text"]
+    for text in open_alerts.values() if is_last else ():
+        notify(f"alert not over: {text}", "yellow")

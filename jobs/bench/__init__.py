@@ -24,22 +24,26 @@ def loader(
         list[Path] | None,
         Option(parser=local_file, help="Folder of captioned photos to build shards of; repeatable."),
     ] = None,
+    vocabulary: Annotated[
+        Path | None, Option(parser=local_file, help="A vocab.txt (default: trained on the captions).")
+    ] = None,
     samples: Annotated[int, Option(min=1, help="Number of samples that each loader loads per round.")] = 2048,
     workers: Annotated[int, Option(min=0, help="Number of our processes; 0 uses threads of the trainer.")] = 1,
     threads: Annotated[int, Option(min=1, help="Threads per process; peers use workers x threads processes.")] = 1,
     batch: Annotated[int, Option(min=1, help="Number of samples per batch.")] = 64,
+    rand_augment: Annotated[bool, Option(help="Measure with and without RandAugment, or only without.")] = True,
     rounds: Rounds = 3,
     peer: Annotated[list[str] | None, Option(help=f"Loader to compare: {', '.join(PEERS)} (default: all).")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the CPU time per sample of our loader, and of webdataset and open_clip's pipeline with Pillow.
 
-    All processes of a loader count, after its warm-up. Loaders are measured with RandAugment and without.
+    All processes of a loader count, after its warm-up.
     """
     from jobs.bench.loader import BenchJob, bench_loader
 
-    job = BenchJob("mome", "", "", samples, batch, workers, threads, num_ops=2)
-    peers = PEERS if peer is None else tuple(peer)
+    words, peers = str(vocabulary or ""), PEERS if peer is None else tuple(peer)
+    job = BenchJob("mome", "", words, samples, batch, workers, threads, num_ops=2 if rand_augment else 0)
     with status("starting") as update:
         result = bench_loader(shards, tuple(photos or ()), job, rounds, peers, update)
     print_result(result, as_json)

@@ -121,7 +121,8 @@ def bench_loader(
 ) -> dict[str, Any]:
     """Measure all loaders on `shards`, on shards of `photos` (folders), or on synthetic images.
 
-    `job` holds the load; shards and vocabulary are filled in. Loaders are also measured without RandAugment.
+    `job` holds the load; its shards, and a vocabulary if it has none, are filled in. With RandAugment, loaders are also
+    measured without it.
     Figures are medians of `rounds`, in which the contenders take turns. Raises ConfigError for unusable settings,
     RunFailed when a contender fails.
     """
@@ -141,12 +142,15 @@ def bench_loader(
                 f"{shards} has {num_shards} shards; the peers need one for each of {num_processes} processes. "
                 "Use fewer workers"
             )
-        progress("training a vocabulary")
-        job = replace(job, shards=shards, vocabulary=join(folder, "vocabulary.txt"))
-        trained = Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE)
-        storage.write(job.vocabulary, trained.vocabulary_file)
+        job = replace(job, shards=shards)
+        if not job.vocabulary:
+            progress("training a vocabulary")
+            job = replace(job, vocabulary=join(folder, "vocabulary.txt"))
+            trained = Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE)
+            storage.write(job.vocabulary, trained.vocabulary_file)
         jobs = {name: replace(job, contender=name) for name in ("mome", DECODE, *peers)}
-        jobs |= {f"{name}/off": replace(jobs[name], num_ops=0) for name in ("mome", *peers)}
+        if job.num_ops:
+            jobs |= {f"{name}/off": replace(jobs[name], num_ops=0) for name in ("mome", *peers)}
         measured: dict[str, list[Measurement]] = {label: [] for label in jobs}
         for number in range(rounds):
             labels = list(jobs)
@@ -155,12 +159,14 @@ def bench_loader(
                 measured[label].append(run_job(jobs[label], Path(folder)))
     result = _table({name: measured[name] for name in ("mome", *peers)})
     result["decode_limit"] = median(run["samples"] / run["cpu_seconds"] for run in measured[DECODE])
-    result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
+    if job.num_ops:
+        result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
     processors = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     load = {key: getattr(job, key) for key in ("samples", "batch_size", "workers", "threads")}
     result["settings"] = load | {
         "data": ", ".join(map(str, photos)) or shards,
         "rounds": rounds,
+        "rand_augment": bool(job.num_ops),
         "peer_processes": num_processes,
         "outputs": {name: measured[name][0]["output"] for name in ("mome", *peers)},
         "cores": os.cpu_count(),
@@ -226,9 +232,8 @@ def measure(job: BenchJob) -> Measurement:
         return _count(peer_batches(job), job.samples)
     config, storage = job.config(), Storage()
     tokenizer = Tokenizer.load(storage, job.vocabulary)
-    with closing(
-        Loader(config, config.stages[0], batch_groups(config, config.stages[0]), storage, tokenizer, 0, 1)
-    ) as loader:
+    stage = config.stages[0]
+    with closing(Loader(config, stage, batch_groups(config, stage), storage, tokenizer, 0, 1)) as loader:
         return _count(((batch.image, batch.text) for batch in loader.batches(0)), job.samples)
 
 

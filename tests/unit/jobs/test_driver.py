@@ -153,7 +153,8 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
     printed: list[str] = []
     received = [
         [alert("itm_collapse", "collapsed"), alert("itc_clamp", "clamped")],
-        [{"level": "WARNING", "text": "resuming stage vision at step 130"}, alert("itc_clamp", "over", over=True)],
+        [{"level": "WARNING", "text": "resuming stage vision at step 130"}],
+        [alert("itc_clamp", "over", over=True)],
     ]
     monkeypatch.setattr(train, "notify", lambda text, *_: printed.append(text))
     monkeypatch.setattr(Mailbox, "receive", lambda _: received.pop(0))
@@ -161,9 +162,10 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
     train.show_messages(mail, open_alerts)
     assert open_alerts == {"vision/itm_collapse": "collapsed", "vision/itc_clamp": "clamped"}
     train.show_messages(mail, open_alerts)
+    train.show_messages(mail, open_alerts, is_last=True)
     assert open_alerts == {"vision/itm_collapse": "collapsed"}
     texts = ("collapsed", "clamped", "resuming stage vision at step 130", "over")
-    assert printed == [f"WARNING {text}" for text in texts]
+    assert printed == [*(f"WARNING {text}" for text in texts), "alert not over: collapsed"]
 
 
 # ---- signals
