@@ -216,13 +216,16 @@ def limits(adapters: Path = INFINIBAND) -> str:
     """Check the limits of open files (shards, connections, Ray's sockets) and, for InfiniBand, of locked memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     detail = f"{soft} files may be open, the hard limit is {'none' if hard == resource.RLIM_INFINITY else hard}"
+    faults: list[tuple[str, str]] = []
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
-        raise Failed(detail, "ulimit -n 65536 in the shell that starts Ray or the ranks")
+        faults.append((detail, "ulimit -n 65536 in the shell that starts Ray or the ranks"))
     names = ", ".join(sorted(path.name for path in adapters.iterdir())) if adapters.is_dir() else ""
     lockable, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if names and lockable != resource.RLIM_INFINITY:
         remedy = "ulimit -l unlimited; docker run --ulimit memlock=-1 --cap-add IPC_LOCK"
-        raise Failed(f"{names}, and only {lockable} bytes may be locked", remedy)
+        faults.append((f"{names}, and only {lockable} bytes may be locked", remedy))
+    if faults:
+        raise Failed(*("; ".join(parts) for parts in zip(*faults, strict=True)))
     return f"{detail}; {names or 'no InfiniBand or EFA adapter'} here"
 
 

@@ -178,7 +178,9 @@ def _name(
     if is_limited:
         base += "-all" if key.limit is None else f"-first-{key.limit}"
     typed = f"{base}-{key.source_type}"
-    candidates = (base, f"{base}-{key.digest[:8]}", f"{typed}-{key.digest[:8]}", f"{typed}-{key.digest}")
+    has_same_content = any((k.stage, k.step, k.name, k.digest) == (*weights, base, key.digest) for k in known)
+    apart = typed if has_same_content else f"{base}-{key.digest[:8]}"
+    candidates = (base, apart, f"{typed}-{key.digest[:8]}", f"{typed}-{key.digest}")
     return next((candidate for candidate in candidates if candidate not in taken), candidates[-1])
 
 

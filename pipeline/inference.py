@@ -83,7 +83,7 @@ def load_model(
     return TrainedModel(
         model=build_trained_model(weights).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(),
         tokenizer=Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase),
-        config=config.for_stage(stage),
+        config=config,
         stage=stage,
         choices=weights.choices,
         storage=storage,
@@ -144,7 +144,7 @@ _PREDICTIONS: dict[str, tuple[Head, str, tuple[int, ...], str]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class TrainedModel:
     """A stage's model with the tokenizer, config and answer lists that give its outputs their meaning.
 
@@ -154,12 +154,15 @@ class TrainedModel:
 
     model: Model
     tokenizer: Tokenizer
-    config: RunConfig  # with the stage's image size (`for_stage`)
+    config: RunConfig  # kept with the stage's image size
     stage: StageConfig
     choices: Mapping[str, Choices]
     storage: Storage = field(default_factory=Storage)
     url: str = ""
     step: int = 0
+
+    def __post_init__(self) -> None:
+        self.config = self.config.for_stage(self.stage)
 
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (N, D) in the space shared with `encode_texts`."""
@@ -174,15 +177,21 @@ class TrainedModel:
         predictor = Predictor(self.model, self.tokenizer, batch_size)
         return predictor.embed_texts([self.tokenize(text) for text in texts])
 
-    def score_pairs(self, images: Sequence[ImageInput], texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
-        """Return the probability (P,) that each image matches the text at the same index.
+    def score_pairs(
+        self,
+        images: Sequence[ImageInput],
+        texts: Sequence[str],
+        batch_size: int = BATCH_SIZE,
+        head: FusedHead | None = None,
+    ) -> Tensor:
+        """Return the probability (P,) that each image matches the text at the same index, from the itm head.
 
-        A model fine-tuned for ranking, and not for itm, returns its ranking scores instead. Without either objective,
-        compare `encode_images` with `encode_texts`.
+        A model fine-tuned for ranking returns its ranking scores instead, unless `head` is "itm". Without either
+        objective, compare `encode_images` with `encode_texts`.
         """
         if len(images) != len(texts):
             raise ValueError(f"score_pairs got {len(images)} images and {len(texts)} texts; give one text per image")
-        head: FusedHead = "ranking" if {"ranking", "itm"} & self.stage.objectives.keys() == {"ranking"} else "itm"
+        head = head or ("ranking" if "ranking" in self.stage.objectives else "itm")
         self._require(head, "pair scores")
         results = []
         for rows in _batches(images, batch_size):
@@ -315,7 +324,7 @@ class TrainedModel:
 
 
 def _batches(images: Sequence[ImageInput], size: int) -> Iterator[slice]:
-    if not images:
+    if len(images) == 0:  # not its truth value: it may be an array
         raise ValueError("no images are given; give at least one")
     return (slice(start, start + size) for start in range(0, len(images), size))
 
@@ -386,7 +395,7 @@ class PyfuncModel:
                 for row in paired:
                     results["similarity"][row] = float(image_of[row] @ text_of[row])
             if MATCHED in columns and paired:
-                scores = trained.score_pairs([images[n] for n in paired], [texts[n] for n in paired])
+                scores = trained.score_pairs([images[n] for n in paired], [texts[n] for n in paired], head="itm")
                 for row, score in zip(paired, scores.tolist(), strict=True):
                     results[MATCHED][row] = score
         return pd.DataFrame(results, index=model_input.index, dtype=object)

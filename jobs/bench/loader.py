@@ -162,7 +162,7 @@ def bench_loader(
     if job.num_ops:
         result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
     processors = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    load = {key: getattr(job, key) for key in ("samples", "batch_size", "workers", "threads")}
+    load = {"samples": job.samples, "batch": job.batch_size, "workers": job.workers, "threads": job.threads}
     result["settings"] = load | {
         "data": ", ".join(map(str, photos)) or shards,
         "rounds": rounds,

@@ -494,17 +494,22 @@ class StageConfig(Section):
 class EngineConfig(Section):
     """DeepSpeed engine and precision."""
 
-    # Combinations that DeepSpeed silently ignores, or fails on without saying what to change.
-    RULES: ClassVar[Rules] = {
-        "precision bfloat16 at ZeRO 0 would have no float32 master weights and sums; set zero_stage to 1, 2 or 3, or "
-        "precision to float32": lambda engine: engine.precision != "bfloat16" or engine.zero_stage,
-        "offload_optimizer: ZeRO 0 keeps all state on the device; set zero_stage to 1, 2 or 3": (
+    # Combinations that DeepSpeed silently ignores, or fails on without saying what to change. `RunConfig` reports them,
+    # together with the violated rules between sections.
+    COMBINATIONS: ClassVar[Rules] = {
+        "engine.precision: bfloat16 at ZeRO 0 would have no float32 master weights and sums; set engine.zero_stage to "
+        "1, 2 or 3, or engine.precision to float32": lambda engine: engine.precision != "bfloat16" or engine.zero_stage,
+        "engine.offload_optimizer: ZeRO 0 keeps all state on the device; set engine.zero_stage to 1, 2 or 3": (
             lambda engine: not engine.offload_optimizer or engine.zero_stage
         ),
-        "offload_parameters: at ZeRO {zero_stage} every rank computes with whole weights on its device; set zero_stage "
-        "to 3, or offload the optimizer alone": lambda engine: not engine.offload_parameters or engine.zero_stage == 3,
-        "compile: ZeRO 3 gathers each module's weights in hooks, at which torch.compile breaks its graphs or fails; "
-        "leave it false, or set zero_stage to 0, 1 or 2": lambda engine: not engine.compile or engine.zero_stage != 3,
+        "engine.offload_parameters: at ZeRO {zero_stage} every rank computes with whole weights on its device; set "
+        "engine.zero_stage to 3, or offload the optimizer alone": (
+            lambda engine: not engine.offload_parameters or engine.zero_stage == 3
+        ),
+        "engine.compile: ZeRO 3 gathers each module's weights in hooks, at which torch.compile breaks its graphs or "
+        "fails; leave it false, or set engine.zero_stage to 0, 1 or 2": (
+            lambda engine: not engine.compile or engine.zero_stage != 3
+        ),
     }
 
     zero_stage: Literal[0, 1, 2, 3] = changeable(1, "DeepSpeed ZeRO stage")
@@ -630,7 +635,9 @@ class RunConfig(Section):
     def _check_consistent(self) -> Self:
         """Report all violated rules between sections at once: each is one line that begins with the key's path."""
         model, cluster, gpus = self.model, self.cluster, self.cluster.gpus_per_worker
-        known, held_out, faults = f"known: {', '.join(self.sources)}", self.evaluation.source, []
+        known, held_out, engine = f"known: {', '.join(self.sources)}", self.evaluation.source, self.engine
+        rules = EngineConfig.COMBINATIONS.items()
+        faults = [message.format(**dict(engine)) for message, holds in rules if not holds(engine)]
         if self.reproduce_vlmo_release and model.kind != "vlmo":
             faults.append(f"reproduce_vlmo_release: is for model.kind vlmo only, and model.kind is {model.kind}")
         if cluster.min_workers is not None and cluster.min_workers > cluster.workers:

@@ -93,15 +93,18 @@ class ImageEmbedding(nn.Module):
                 f"width, 3) with sides that are multiples of {side}; crop or pad the images"
             )
         height, width = (pixels // side for pixels in image.shape[1:3])
-        grid = torch.tensor([[height, width]], device=image.device).expand(len(image), 2)
-        if packed.image_size is not None:
-            grid = packed.image_size // side
         masked, shown = packed.masking(height * width)
-        if self.any_shape and visible is None:
-            visible = torch.arange(height * width, device=image.device).expand(len(image), -1)
         keep = torch.ones(len(image), height * width, dtype=torch.bool, device=image.device)
+        if self.any_shape:
+            if packed.image_size is not None:
+                grid = packed.image_size // side
+            else:
+                grid = torch.tensor([[height, width]], device=image.device).expand(len(image), 2)
+            if visible is None:
+                visible = torch.arange(height * width, device=image.device).expand(len(image), -1)
+            visible = visible.where(visible < grid.prod(dim=1, keepdim=True), -1)
         if visible is not None:
-            keep = (visible >= 0) & (visible < grid.prod(dim=1, keepdim=True))
+            keep = visible >= 0
             visible = visible.where(keep, 0)
             shown = visible if shown is None else shown.gather(1, visible)
             masked = None if masked is None else masked.gather(1, visible)

@@ -84,11 +84,12 @@ def find_fault(uri: str) -> str | None:
             return _fault_of_http(redact(uri).rstrip("/"))
         if engine in _PORTS:
             query = dict(urllib.parse.parse_qsl(parts.query))
-            host, port = parts.hostname or query.get("host", ""), int(query.get("port", port or _PORTS[engine]))
-            place = query.get("unix_socket") or (f"{host}/.s.PGSQL.{port}" if host.startswith("/") else "")
+            host, number = parts.hostname or query.get("host", ""), query.get("port", port or _PORTS[engine])
+            place = query.get("unix_socket") or (f"{host}/.s.PGSQL.{number}" if host.startswith("/") else "")
             if not place:
                 if not host or "," in host or (engine == "mssql" and parts.port is None and "driver" not in query):
                     return None  # the driver chooses: a default socket, one of several hosts, or a data source name
+                port = int(number)
                 place = f"{host}:{port}"
                 socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
             else:

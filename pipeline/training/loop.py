@@ -203,7 +203,7 @@ def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callb
         callbacks += [supervisor, check, MetricsCollector()]
         if is_first:
             callbacks.append(Alerts())
-        callbacks += [EvaluationCallback(), Checkpointer(), *extra]
+        callbacks += [EvaluationCallback(stage, context.storage), Checkpointer(), *extra]
         result = train_stage(stage, context, Callbacks(callbacks), spike)
         spike, is_first_attempt = result.spike, False
     step = stage.global_step(result.num_steps)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.data.loading.loader import Loader
+from pipeline.data.storage import Storage
 from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.labelled import class_names
@@ -21,6 +22,7 @@ from pipeline.training.callbacks import Callback, Progress, StepEvent
 from pipeline.training.checkpoint.weights import finished_stage
 from pipeline.training.collectives import Collectives
 from pipeline.training.goodput import goodput_metrics
+from pipeline.training.stages import Stage
 from pipeline.training.workload import peak_step_seconds
 
 
@@ -170,17 +172,15 @@ class EvaluationCallback(Callback):
     from all.
     """
 
-    _pairs: EvalPairs | None = None  # kept between evaluations
-
-    def on_stage_start(self, start: int) -> None:
-        """Raise ConfigError if classes that are named by their texts have no names, before the stage trains."""
-        stage, run = self.state.stage, self.state.stage.run
-        source = run.evaluation.source
+    def __init__(self, stage: Stage, storage: Storage):
+        """Raises ConfigError if classes that are named by their texts have no names, before anything is built."""
+        self._pairs: EvalPairs | None = None  # kept between evaluations
+        run, source = stage.run, stage.run.evaluation.source
         self._is_enabled = False
         if run.evaluation.every is not None and source is not None:
             self._is_enabled = bool(evaluation_tasks(stage.config, run.sources[source].type))
             if run.sources[source].type == "labelled" and "itc" in stage.config.objectives:
-                class_names(run, source, self.state.context.storage)
+                class_names(run, source, storage)
 
     def after_step(self, event: StepEvent) -> None:
         """Evaluate if it is due. `mome train` evaluates the finished run by itself."""

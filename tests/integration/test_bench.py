@@ -143,6 +143,9 @@ def test_unusable_settings_are_rejected_by_name(tmp_path: Path) -> None:
         assert isinstance(error, ConfigError)
         assert value in str(error)
     assert isinstance(run("loader", "--photos", tmp_path).exception, DataError)
+    for option in ("--rounds", "--range-mib", "--object-mib", "--objects", "--in-flight"):
+        refused = run("storage", option, 0)
+        assert (refused.exit_code, option in refused.output) == (2, True)
 
 
 def test_stall_of_saves_is_measured(tmp_path: Path) -> None:

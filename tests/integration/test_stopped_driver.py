@@ -44,6 +44,12 @@ def test_stopped_driver_saves_and_resumes_without_losing_a_step(tmp_path: Path) 
         run.kill()
 
 
+def test_missing_gpus_of_this_machine_are_reported_at_once(tmp_path: Path) -> None:
+    run = TrainProcess(tmp_path, "here", 1, "cluster.gpus_per_worker=1").start()
+    assert ended(run) == 1
+    assert "2 ranks need 2 GPUs; this cluster has 0" in run.log_text()
+
+
 @pytest.mark.slow
 def test_missing_gpus_are_awaited_and_wrong_port_fails_fast(tmp_path: Path) -> None:
     with raylets([1, 1], dashboard=True) as cluster:

@@ -121,14 +121,17 @@ def _with_answers(
 def nlvr2_samples(job: Import) -> Iterator[Sample]:
     """Yield NLVR2's statements; the images of dev-850-0-0 are dev-850-0-img0.png (left) and dev-850-0-img1.png."""
 
-    def read(entry: Any) -> tuple[str, str, bool, Any]:
+    def read(line: tuple[str, Any]) -> tuple[str, str, str, bool, Any]:
+        where, entry = line
         label = {"true": True, "false": False}[str(entry["label"]).lower()]
         name, sentence = inputs.fields(entry, identifier=str, sentence=str)
-        return name, sentence.strip(), label, entry.get("directory")
+        return where, name, sentence.strip(), label, entry.get("directory")
 
-    lines, form = inputs.json_lines(job.source, job.problems), "an object with 'identifier', 'sentence' and 'label'"
-    for name, sentence, label, directory in inputs.entries_of(job.source, "lines", lines, read, job.problems, form):
-        with job.problems.skipping(f"{job.source}, statement {name}"):
+    lines = ((where, (where, entry)) for where, entry in inputs.json_lines(job.source, job.problems))
+    form = "an object with 'identifier', 'sentence' and 'label' True or False"
+    statements = inputs.entries_of(job.source, "lines", lines, read, job.problems, form)
+    for where, name, sentence, label, directory in statements:
+        with job.problems.skipping(where):
             pair, split = name.rpartition("-")[0], name.partition("-")[0]
             folders = ["", f"{split}/", *([] if directory is None else [f"{directory}/", f"{split}/{directory}/"])]
             members: inputs.Files = {}

@@ -272,27 +272,34 @@ def write_shards(
     `progress` receives (shards done, total or 0 if unknown, name of the last). Raises DataError and changes nothing
     when there are shards that are not to be overwritten, when there is no sample or when a reader fails.
     """
-    names = storage.list(url)
-    old = [name for name in names if name == MANIFEST or name.endswith(".tar")]
-    if old and not overwrite:
-        state = "shards" if MANIFEST in old else "tars without a manifest (another import, not finished?)"
-        raise DataError(f"{url} already has {state}. Choose another folder, or pass --overwrite to replace them")
+
+    def existing() -> list[str]:
+        """Return the files to replace, the manifest first: it must never list tars that were removed."""
+        names = storage.list(url)
+        old = [name for name in names if name == MANIFEST or name.endswith(".tar")]
+        if old and not overwrite:
+            state = "shards" if MANIFEST in old else "tars without a manifest (another import, not finished?)"
+            raise DataError(f"{url} already has {state}. Choose another folder, or pass --overwrite to replace them")
+        sidecars = [name for name in names if name.endswith(".tar" + SIDECAR)]
+        return sorted((*old, *sidecars), key=lambda name: name != MANIFEST)
+
+    existing()
     stream = iter(samples)
     first = next(stream, None)
     if first is None:
         raise DataError(f"nothing to write to {url}: no usable sample was found")
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
         tars = _write_tars(Path(folder), itertools.chain([first], stream), samples_per_shard)
-        tars = iter(list(tars)) if old else tars
-        # The manifest first: it must never list tars that were removed.
-        for name in sorted((*old, *(n for n in names if n.endswith(".tar" + SIDECAR))), key=lambda n: n != MANIFEST):
-            storage.delete(join(url, name))
+        if existing():
+            tars = iter(list(tars))
+            for name in existing():  # listed again: another import may have ended since
+                storage.delete(join(url, name))
         written: list[str] = []
         try:
             for tar in tars:
-                storage.upload(tar, join(url, tar.name))
-                tar.unlink()
                 written.append(join(url, tar.name))
+                storage.upload(tar, written[-1])
+                tar.unlink()
                 if progress:
                     progress(len(written), 0, tar.name)
         except Exception:

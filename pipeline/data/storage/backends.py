@@ -39,24 +39,13 @@ class Backend:
     # (path, start, stop, etag) -> the bytes [start, stop) (stop None: the whole object) of the version `etag` (None:
     # any), or an error instead of fewer bytes.
     read: Callable[[str, int, int | None, str | None], bytes]
+    exists: Callable[[str], bool]  # an object or a folder
     info: Callable[[str], ObjectInfo]  # FileNotFoundError or IsADirectoryError for anything but an object
     # The objects directly in a folder and its folders (None), by name; none if it does not exist.
     entries: Callable[[str], Iterator[tuple[str, ObjectInfo | None]]]
     # (path, size, part, create) -> True; with `create`, write nothing and return False if the object exists.
     write: Callable[[str, int, PartReader, bool], bool]
     delete: Callable[[str], None]  # an object, or a folder with all that it contains, if it exists
-
-    def exists(self, path: str) -> bool:
-        """Return True for an object and for a folder that is not empty."""
-        try:
-            self.info(path)
-        except NotADirectoryError:
-            return False
-        except FileNotFoundError:
-            return any(True for _ in self.entries(path))
-        except IsADirectoryError:
-            pass
-        return True
 
     def upload(self, local: str, path: str) -> None:
         """Copy a file of this machine to an object."""
@@ -95,6 +84,12 @@ class LocalBackend(Backend):
             if len(data) < stop - start:
                 raise ObjectTooShort(info.size, start, stop)
             return data
+
+    def exists(self, path: str) -> bool:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
+            return True
+        return False
 
     def info(self, path: str) -> ObjectInfo:
         status = os.stat(path)

@@ -121,6 +121,12 @@ class S3Backend(Backend):
     def info(self, path: str) -> ObjectInfo:
         return self._policy(f"s3://{path}", lambda: self._head(_bucket_key(path)))
 
+    def exists(self, path: str) -> bool:
+        with suppress(FileNotFoundError):
+            self.info(path)
+            return True
+        return any(page["Contents"] for page in self._pages("list_objects_v2", path, MaxKeys=1))
+
     def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
         prefix = _bucket_prefix(path)[1]
         for page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE, Delimiter="/"):
@@ -290,8 +296,13 @@ class S3Backend(Backend):
             except FileNotFoundError as error:  # an earlier attempt may have completed it, and the response been lost
                 with suppress(FileNotFoundError):
                     info = self.info(path)
-                    if info.size == size and all(self.read(path, *span, info.etag) == part(*span) for span in spans):
-                        return
+                    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+
+                        def is_equal(span: tuple[int, int]) -> bool:
+                            return self.read(path, *span, info.etag) == part(*span)
+
+                        if info.size == size and all(pool.map(is_equal, spans)):
+                            return
                 raise PermanentError(
                     "the upload was removed before it was complete",
                     "Another process resumed this run, or the store removes incomplete uploads too early.",

@@ -71,7 +71,7 @@ class Format:
     prefix: ClassVar[str] = ""  # of the names of a model inside a class with heads; a model without them lacks it
     unprefixed: ClassVar[tuple[str, ...]] = ()  # how the names of the heads begin
     unused: ClassVar[str] = r"(?!)"  # expression for tensors that have no counterpart and are dropped
-    table: ClassVar[str] = ""  # relative positions of a VLMo, of all layers or of layer 0
+    tables: ClassVar[tuple[str, ...]] = ()  # relative positions of a VLMo: forms of all layers, and of layer 0
 
     # Hugging Face's config.json, of formats with a prefix, which is its model_type.
     keys: ClassVar[dict[str, str]] = {"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"}  # ours -> theirs
@@ -118,7 +118,7 @@ class Format:
         shown = ("image_embedding.patch.weight", "image_embedding.positions", "text_embedding.positions")
         shown_names = [self.names(name) for name in (*shown, f"blocks.0.{expand_name}")]
         patch, image, text, expand = (state.get(names[0]) if names else None for names in shown_names)
-        table = state.get(self.table)
+        table = next((state[name] for name in self.tables if name in state), None)
         if patch is None or expand is None or (image is None and table is None):
             raise ConfigError(f"no {self.title} checkpoint: the patch projection, layer 0 or positions are missing")
         assert self.kinds is not None
@@ -129,19 +129,19 @@ class Format:
             section["image_size"] = round((image.shape[1] - 1) ** 0.5) * patch_size
         if text is not None:
             section["max_text_length"] = len(text)
-        if self.table:  # a VLMo
+        if self.tables:  # a VLMo
             section["positions"] = "absolute" if table is None else "relative"
             section["layer_scale"] = 0.1 if self.names("blocks.0.attention_gamma")[0] in state else None
             fused = [n for n in range(layers) if not state.keys().isdisjoint(self.names(f"blocks.{n}.{fused_name}"))]
             key, upper = "vision_language_layers", 3 if layers > 12 else min(2, layers - 1)
             reason = f"VLMo's, for {layers} layers"
             section[key] = layers - fused[0] if fused else assumed(key, upper, reason, overrides)
-        if table is not None and self.table.startswith(self.prefix + self.layers):
+        if table is not None and self.tables[-1].startswith(self.prefix + self.layers):
             section["heads"] = table.shape[1]
             section["image_size"] = (round((len(table) - 3) ** 0.5) + 1) // 2 * patch_size
         elif table is not None:
             section["heads"] = table.shape[1] // layers
-        elif self.table and width in PUBLISHED_HEADS:
+        elif self.tables and width in PUBLISHED_HEADS:
             section["heads"] = assumed("heads", PUBLISHED_HEADS[width], f"VLMo's, for width {width}", overrides)
         else:
             section["heads"] = assumed("heads", max(1, width // HEAD_WIDTH), f"width/{HEAD_WIDTH}", overrides)

@@ -86,14 +86,14 @@ class VLMoFormat(Format):
         *("vision_language_expert", "pooler", "itc_head", "itm_head", "mlm_head", "vqa_head", "nlvr2_head"),
     )
     unused: ClassVar = r"^(text_|text_imag_)?relative_position_index$|^text_embeddings\.position_ids$"
-    table: ClassVar = RELEASE["positions.image"]
+    tables: ClassVar = (RELEASE["positions.image"],)
 
     def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
         section = super().infer(state, overrides)
         contrasts = [name for name in state if name.startswith(("itc_", "logit_"))]
         if contrasts and not any(name.startswith(("itc_vl_", "logit_vl_")) for name in contrasts):
             section["contrasts"] = 1  # of retrieval; pretraining has two
-        table = state.get(self.table)
+        table = state.get(self.tables[0])
         if table is None or {"image_size", "max_text_length"} <= overrides.keys():
             return section | dict(overrides)
         # The rows of the table are (2g - 1)² + 3 of images and 2 T + 2 of texts, which do not show both sizes.
@@ -106,7 +106,7 @@ class VLMoFormat(Format):
                 sizes = {"image_size": (side + 1) // 2 * section["patch_size"], "max_text_length": text}
                 return section | sizes | dict(overrides)
         raise ConfigError(
-            f"{self.table} has {len(table)} rows, which fit several text lengths and image sizes; "
+            f"{self.tables[0]} has {len(table)} rows, which fit several text lengths and image sizes; "
             "give image_size=… and max_text_length=…"
         )
 
@@ -264,10 +264,13 @@ class BEiTFormat(Format):
     prefix: ClassVar = "beit."
     unprefixed: ClassVar = ("lm_head",)
     unused: ClassVar = r"relative_position_index$|^classifier\."
-    table: ClassVar = LAYER_TABLE.format(0)
+    tables: ClassVar = (SHARED_TABLE, LAYER_TABLE.format(0))
 
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
-        return super().read(state, config, allowed) | {MODALITY: torch.zeros(config.width)}
+        converted = super().read(state, config, allowed)
+        if SHARED_TABLE in self.prepare(state) and (table := converted.get("positions.image")) is not None:
+            converted["positions.image"] = table.repeat(1, config.layers)
+        return converted | {MODALITY: torch.zeros(config.width)}
 
     def write(self, state: State, config: Any) -> State:
         """Convert the vision part to a BEiT that computes the same from images.
@@ -292,7 +295,7 @@ class BEiTFormat(Format):
         return published
 
     def prepare(self, state: State) -> State:
-        """Return Hugging Face's names, one of them for the final norm and a table for each layer, of every form."""
+        """Return Hugging Face's names, one of them for the final norm, of every form."""
         if "patch_embed.proj.weight" in state:  # the release
             renamed: State = {}
             for name, tensor in state.items():
@@ -307,18 +310,15 @@ class BEiTFormat(Format):
         else:
             state = super().prepare(state)
         norm = next((name for name in NORMS if f"{name}.weight" in state), NORMS[0])
-        state = {re.sub(rf"^{re.escape(norm)}\.", f"{NORMS[0]}.", name): tensor for name, tensor in state.items()}
-        if (shared := state.pop(SHARED_TABLE, None)) is not None:
-            numbers = [match[1] for name in state if (match := re.match(r"beit\.encoder\.layer\.(\d+)\.", name))]
-            state |= {LAYER_TABLE.format(number): shared for number in numbers}
-        return state
+        return {re.sub(rf"^{re.escape(norm)}\.", f"{NORMS[0]}.", name): tensor for name, tensor in state.items()}
 
     def layout(self, config: Any, state: State) -> tuple[Names, dict[str, Shape]]:
-        """Return the layout with the tables (R, H) of the layers, which side by side are VLMo's (R, layers * H)."""
+        """Return the layout with one table (R, H) for all layers, or one for each; side by side they are VLMo's."""
         names, shapes = super().layout(config, state)
         if config.positions == "relative":
-            names["positions.image"] = tuple(LAYER_TABLE.format(layer) for layer in range(config.layers))
-            shapes["positions.image"] = ((2 * config.grid - 1) ** 2 + 3, config.layers * config.heads)
+            tables = tuple(LAYER_TABLE.format(layer) for layer in range(config.layers))
+            names["positions.image"] = tables = (SHARED_TABLE,) if SHARED_TABLE in state else tables
+            shapes["positions.image"] = ((2 * config.grid - 1) ** 2 + 3, len(tables) * config.heads)
         return names, shapes
 
 

@@ -8,6 +8,7 @@ space, but is no reason to stop the run.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -69,7 +70,7 @@ def select_kept(checkpoints: Iterable[CheckpointInfo], newest: CheckpointInfo, c
     if config.keep_best is not None:
         metric, sign = config.keep_best.metric, 1 if config.keep_best.mode == "max" else -1
         best: dict[str, CheckpointInfo] = {}  # by stage, the latest of equals
-        for info in reversed([info for info in ordered if metric in info.metrics]):
+        for info in reversed([info for info in ordered if not math.isnan(info.metrics.get(metric, math.nan))]):
             if info.stage not in best or sign * info.metrics[metric] >= sign * best[info.stage].metrics[metric]:
                 best[info.stage] = info
         kept |= {info.url for info in best.values()}

@@ -47,6 +47,9 @@ def test_all_faults_are_reported_at_once_with_suggestions() -> None:
         "data.augment.flp: unknown key; did you mean 'flip'?",
     ):
         assert expected in str(error.value)
+    between = ["engine.zero_stage=0", "evaluation.source=nope", "stages.vision.global_batch_size=63"]
+    with pytest.raises(ConfigError, match=r"(?s)3 faults.*engine\.precision: .*source: .*global_batch_size: "):
+        load_config(DEMO, [*between, "engine.precision=bfloat16"])
     with pytest.raises(ConfigError, match="width 130 must be a multiple of heads 3; image_size 50 must be a multiple"):
         load_config(DEMO, ["model={kind: vlmo, width: 130, heads: 3, image_size: 50}"])
 
@@ -62,7 +65,7 @@ def test_all_faults_are_reported_at_once_with_suggestions() -> None:
         ("engine={zero_stage: 0, precision: bfloat16}", "bfloat16 at ZeRO 0 would have no float32 master weights"),
         ("engine={zero_stage: 0, offload_optimizer: true}", "ZeRO 0 keeps all state on the device"),
         ("engine={zero_stage: 2, offload_parameters: true}", "at ZeRO 2 every rank computes with whole weights"),
-        ("engine={zero_stage: 3, compile: true}", "engine: compile: ZeRO 3 gathers each module's weights in hooks"),
+        ("engine={zero_stage: 3, compile: true}", "engine.compile: ZeRO 3 gathers each module's weights in hooks"),
         ("cluster.gpus_per_worker=1.5", "expected a whole number, or a fraction below 1"),
         ("model=vlmo", "model: Input should be an object (got 'vlmo')"),
         ("model.kind=null", "model.kind: expected vlmo"),

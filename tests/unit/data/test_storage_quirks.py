@@ -103,8 +103,10 @@ HOLDS = {  # contents of the folder afterwards
 WRITES = {"write", "write_parts", "upload", "create", "create_parts", "create_present"}
 LISTS = {"list", "list_info", "delete", "delete_one", "delete_absent"}
 NO_SPACE = ("quota_403", "quota_413", "quota_507", "full")
-CONCERNS = dict.fromkeys(NO_SPACE, WRITES) | dict.fromkeys(("endless_listing", "endless_folders"), LISTS)
-CONCERNS |= dict.fromkeys(("endless_empty_listing", "listing_in_html", "listing_of_nothing"), LISTS | {"exists_folder"})
+CONCERNS = dict.fromkeys(NO_SPACE, WRITES) | {"endless_listing": LISTS}
+CONCERNS |= dict.fromkeys(
+    ("endless_empty_listing", "endless_folders", "listing_in_html", "listing_of_nothing"), LISTS | {"exists_folder"}
+)
 # Operations that may fail because they need what the quirk removes.
 MAY_FAIL = {("no_etag", "write_parts"), ("no_etag", "create_parts")}
 

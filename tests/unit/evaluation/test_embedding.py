@@ -69,7 +69,13 @@ def test_outdated_embeddings_are_computed_again_and_ranks_share_the_shards(embed
     assert [embed("three", ranks=One(rank))["images"] for rank in (0, 2)] == [10, 7]
     assert embed("three")["already_done"] == 3
     assert tables(tmp_path / "three") == tables(tmp_path / "out")
-    first = min((tmp_path / "out").glob("*.parquet"))
+    out = tmp_path / "out"
+    written, rows = {file: file.stat().st_mtime_ns for file in out.glob("*.parquet")}, tables(out)
+    next((out / DONE).iterdir()).unlink()  # killed after a shard's file and before its record
+    assert embed("out")["already_done"] == 3
+    assert sum(file.stat().st_mtime_ns != time for file, time in written.items()) == 1, "a finished file was rewritten"
+    assert tables(out) == rows
+    first = min(out.glob("*.parquet"))
     first.unlink()
     assert embed("out")["already_done"] == 3
     record = next((tmp_path / "out" / DONE).iterdir())

@@ -52,6 +52,7 @@ def test_loaded_run_encodes_images_and_texts_as_evaluation_does(model, config, h
     predictor, rows = Predictor(model, tokenizer), [tokens.ids for tokens in tokenizer.encode_batch(captions, 40)]
     expected = predictor.embed_images(torch.from_numpy(np.stack([images[n] for n in (0, 1, 2, 2, 4)])))
     torch.testing.assert_close(loaded.encode_images(inputs, batch_size=2), expected)
+    torch.testing.assert_close(loaded.encode_images(np.stack(images[:2])), expected[:2])  # an array is a sequence
     torch.testing.assert_close(loaded.encode_texts(captions), predictor.embed_texts(rows))
 
 

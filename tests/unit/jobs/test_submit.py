@@ -27,6 +27,7 @@ from jobs import submit as module
 from jobs.submit import dashboard_address, find_token, is_loopback, job_id, open_dashboard, submit
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
 from pipeline.config.load import load_config
+from pipeline.tracking import describe
 from tests.support.http_server import give, serving
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -234,13 +235,20 @@ def test_job_uses_this_interpreter_if_the_head_has_it_and_a_failure_is_not_repea
     )
     monkeypatch.setattr(module, "open_dashboard", lambda *_: client)
     monkeypatch.setattr(module, "stream_logs", lambda *_: "FAILED")
+    monkeypatch.setattr(describe, "code_tags", lambda: {describe.COMMIT: "c0ffee", describe.DIRTY: "true"})
     for python, expected in ((sys.executable, sys.executable), ("/no such/python", "python")):
         monkeypatch.setattr(sys, "executable", python)
         with pytest.raises(RunFailed, match=rf"ended as FAILED: {ended}$"):
             submit(load_config(DEMO), "127.0.0.1:8265", True)
-        program, _, arguments = sent.pop()["entrypoint"].partition(" -m ")
+        job = sent.pop()
+        program, _, arguments = job["entrypoint"].partition(" -m ")
         assert arguments == "jobs.cli train run.yaml --json"
         assert subprocess.check_output(["bash", "-c", f"echo {program}"], text=True).strip() == expected
+        code = {"MOME_GIT_COMMIT": "c0ffee", "MOME_GIT_DIRTY": "true"}
+        assert job["runtime_env"]["env_vars"] == code | {"MOME_SUBMISSION_ID": job["submission_id"]}
+    with pytest.raises(RunFailed):
+        submit(load_config(DEMO), "127.0.0.1:8265", True, "mine")
+    assert sent.pop()["submission_id"] == "mine"
 
 
 def test_submitting_needs_neither_cuda_nor_training_libraries() -> None:

@@ -85,7 +85,11 @@ class NoHostSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_forward_never_waits_for_the_device(vlmo: Any) -> None:
+def test_forward_never_waits_for_the_device(vlmo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy_to_device(*_: Any, **__: Any) -> None:
+        raise AssertionError("a tensor of Python numbers is copied to the device, which the host waits for")
+
+    monkeypatch.setattr(torch, "tensor", copy_to_device)
     for heads in ((), ("tokens",)):  # what heads need, and everything
         given = {name: replace(one, heads=(*one.heads, *heads)) for name, one in forwards("vlmo").items()}
         with NoHostSynchronisation():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -36,7 +37,9 @@ MEASURE = """<script>
 onload = () => {
   const pages = [...document.querySelectorAll("iframe")].map(frame => frame.contentDocument);
   for (const page of pages) page.querySelectorAll("details").forEach(details => details.open = true);
-  document.title = JSON.stringify(pages.map(page => page.documentElement.scrollWidth));
+  const fetched = page => page.defaultView.performance.getEntriesByType("resource").map(entry => entry.name);
+  const requests = pages.flatMap(fetched).filter(name => !name.startsWith("data:"));
+  document.title = JSON.stringify([pages.map(page => page.documentElement.scrollWidth), requests]);
 };
 </script>"""
 KINDS = ("evaluation", "run", "comparison", "explanation")
@@ -262,5 +265,5 @@ def test_pages_render_in_a_browser_without_errors_or_overflow(pages, tmp_path):
         command = [browser, "--headless", f"--blink-settings=preferredColorScheme={scheme}", *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         assert "CONSOLE" not in done.stderr
-        widths = re.search("<title>(.*)</title>", done.stdout)[1]
-        assert json.loads(widths) == [PHONE, DESKTOP] * len(KINDS)
+        measured = html.unescape(re.search("<title>(.*)</title>", done.stdout)[1])
+        assert json.loads(measured) == [[PHONE, DESKTOP] * len(KINDS), []]

@@ -117,6 +117,7 @@ HOSTED = [
     "azureml://eastus.api.azureml.ms/mlflow/v1.0/subscriptions/1", "postgresql:///mlflow",
     "arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/mine", "mssql+pyodbc://a-data-source",
     "mssql+pyodbc:///?odbc_connect=x", "postgresql://a,b/x?target_session_attrs=any",
+    "postgresql://u@/db?host=a,b&port=5432,5433",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -137,6 +138,7 @@ def info(step: int, stage: str = "s", url: str | None = None) -> CheckpointInfo:
 
 
 SIX = [info(step) for step in LOSS]
+NOT_A_NUMBER = CheckpointInfo("100", 100, "s", {"train/loss": math.nan})
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,7 @@ SIX = [info(step) for step in LOSS]
             [info(100), CheckpointInfo("200", 200, "s", {"train/loss_itc": 0.0}), info(300)],
             {"300"},
         ),
+        ({"keep_best": BEST}, [NOT_A_NUMBER, info(200), info(300), info(500)], {"200", "500"}),
         # The older one of a step is damaged, and counting it would remove a complete checkpoint.
         ({"keep": 2}, [info(100), info(200, url="damaged"), info(200, url="again")], {"100", "again"}),
         ({"keep": 2}, [info(100), info(200), replace(info(300), is_complete=False), info(400)], {"200", "400"}),

@@ -148,8 +148,11 @@ def test_excluded_scenes_are_never_drawn_and_equal_ones_have_equal_ids() -> None
     assert not excluded & set(draw_descriptions(config, excluded))
     ids: dict[int, set[Description]] = {}
     config = SyntheticConfig(scenes=2000, image_size=8, captions=1)
-    for description, sample in zip(draw_descriptions(config), scene_samples(config, "pairs"), strict=True):
-        ids.setdefault(json.loads(sample["json"])["image_id"], set()).add(description)
+    produced = (scene_samples(config, kind) for kind in ("pairs", "text"))
+    for description, pair, text in zip(draw_descriptions(config), *produced, strict=True):
+        record, true = json.loads(pair["json"]), set(write_captions(description, 99, CounterRandom(0)))
+        assert {*record["captions"], text["txt"].decode()} <= true
+        ids.setdefault(record["image_id"], set()).add(description)
     assert len(ids) < 2000
     assert all(len(descriptions) == 1 for descriptions in ids.values())
     assert len(set.union(*ids.values())) == len(ids)

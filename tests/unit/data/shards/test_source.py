@@ -201,3 +201,20 @@ def test_sample_refs_count_selected_samples_only(folder: str, tmp_path: Path) ->
     with closing(SampleReader(Storage(), {"pairs": source})) as reader:
         refs = [SampleRef("pairs", 0, shard, n) for shard, count in enumerate(source.counts) for n in range(count)]
         assert [(ref.shard, reader.read(ref).key) for ref in refs] == [(1, "k5"), (1, "k7"), (1, "k8")]
+
+
+@pytest.mark.parametrize("last", [2, 1])
+def test_trusted_shards_are_read_like_others_and_a_wrong_count_stops(make_pairs: Any, last: int) -> None:
+    folder = make_pairs("pairs", [3, 2])
+    for shard, count in enumerate((3, last)):
+        Path(folder, f"{shard:05d}_stats.json").write_text(json.dumps({"successes": count}))
+    index_shards(Storage(), folder, trust_counts=True)
+    source = opened(folder)
+    assert all(shard.is_trusted for shard in source.manifest.shards)
+    refs = [SampleRef("pairs", 0, shard, n) for shard, count in enumerate(source.counts.tolist()) for n in range(count)]
+    with closing(SampleReader(Storage(), {"pairs": source})) as reader:
+        if last == 2:
+            assert [reader.read(ref).key for ref in refs] == [f"pairs{n:05d}" for n in range(5)]
+            return
+        with pytest.raises(DataError, match=r"00001\.tar: it has 2 samples, and the index of another tool said 1"):
+            [reader.read(ref) for ref in refs]

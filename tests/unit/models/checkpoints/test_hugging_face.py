@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ImageBERTConfig, TransformerConfig, ViLTConfig, ViTConfig, VLMoConfig
 from pipeline.models import build_model
-from pipeline.models.checkpoints.formats import FORMATS
+from pipeline.models.checkpoints.formats import FORMATS, LAYER_TABLE
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.model import HeadConfig
 from pipeline.objectives import modules_for
@@ -265,9 +265,14 @@ def test_trap_section_3_layer_scale_and_shared_tables_come_from_beit(tmp_path: P
     assert len(gammas) == 6
     assert all((gamma == 1e-5).all() for gamma in gammas)
     table = next(name for name in published if name.endswith("bias_table"))
-    published[table] = torch.zeros(5, 3)
-    with pytest.raises(CheckpointError, match=r"\(is \(5, 3\), must be \(52, 3\)\)"):
-        FORMATS["beit"].read(published, BEIT)
+    wrong = published | {table: torch.zeros(5, 3)}
+    with pytest.raises(CheckpointError, match=rf"{re.escape(table)} \(is \(5, 3\), must be \(52, 3\)\)"):
+        FORMATS["beit"].read(wrong, BEIT)
+    assert "positions.image" not in FORMATS["beit"].read(wrong, BEIT, allowed=[f"beit.{table}"])
+    # Hugging Face's BEiT adds a shared table to those of the layers, if it has both.
+    both = published | {LAYER_TABLE.format(0).removeprefix("beit."): published[table]}
+    with pytest.raises(CheckpointError, match=r"layer\.0\..*relative_position_bias_table"):
+        FORMATS["beit"].read(both, BEIT)
 
 
 TIED: list[tuple[str, str, str]] = [  # format, class, prefix of its decoder
