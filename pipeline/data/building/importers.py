@@ -290,10 +290,12 @@ def write_shards(
         raise DataError(f"nothing to write to {url}: no usable sample was found")
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
         tars = _write_tars(Path(folder), itertools.chain([first], stream), samples_per_shard)
-        if existing():
+        replaced = existing()
+        if any(not name.endswith(SIDECAR) for name in replaced):
             tars = iter(list(tars))
-            for name in existing():  # listed again: another import may have ended since
-                storage.delete(join(url, name))
+            replaced = existing()  # again: another import may have ended since
+        for name in replaced:
+            storage.delete(join(url, name))
         written: list[str] = []
         try:
             for tar in tars:

@@ -89,9 +89,10 @@ def test_forward_never_waits_for_the_device(vlmo: Any, monkeypatch: pytest.Monke
     def copy_to_device(*_: Any, **__: Any) -> None:
         raise AssertionError("a tensor of Python numbers is copied to the device, which the host waits for")
 
+    requests = forwards("vlmo")
     monkeypatch.setattr(torch, "tensor", copy_to_device)
     for heads in ((), ("tokens",)):  # what heads need, and everything
-        given = {name: replace(one, heads=(*one.heads, *heads)) for name, one in forwards("vlmo").items()}
+        given = {name: replace(one, heads=(*one.heads, *heads)) for name, one in requests.items()}
         with NoHostSynchronisation():
             vlmo(given)
 
