@@ -639,7 +639,7 @@ class RunConfig(Section):
         rules = EngineConfig.COMBINATIONS.items()
         faults = [message.format(**dict(engine)) for message, holds in rules if not holds(engine)]
         if self.reproduce_vlmo_release and model.kind != "vlmo":
-            faults.append(f"reproduce_vlmo_release: is for model.kind vlmo only, and model.kind is {model.kind}")
+            faults.append(f"reproduce_vlmo_release: applies to model.kind vlmo only, and model.kind is {model.kind}")
         if cluster.min_workers is not None and cluster.min_workers > cluster.workers:
             faults.append(f"cluster.min_workers: {cluster.min_workers} is above cluster.workers {cluster.workers}")
         if gpus > 1 and gpus != int(gpus):
