@@ -27,7 +27,7 @@ def _train(folder: str, output: str, storage: dict[str, Any]) -> None:
 
     def note(self: RetryBudget, error: Exception) -> None:
         with Path(folder, "tried-again").open("a", encoding="utf-8") as file:
-            file.write(f"{self._url}\n")
+            file.write(f"{self.url}\n")
         wait(self, error)
 
     RetryBudget.wait = note  # type: ignore[method-assign]
