@@ -83,8 +83,8 @@ class VLMoFormat(Format):
         for module, name in (("norm", "norm2_{}"), ("expand", "mlp_{}.fc1"), ("contract", "mlp_{}.fc2"))
     }
     optional: ClassVar = (
-        *("vision_language_expert", "pooler", "itc_head", "itm_head", "mlm_head", "vqa_head", "nlvr2_head"),
-    )
+        "vision_language_expert", "pooler", "itc_head", "itm_head", "mlm_head", "vqa_head", "nlvr2_head",
+    )  # fmt: skip
     unused: ClassVar = r"^(text_|text_imag_)?relative_position_index$|^text_embeddings\.position_ids$"
     tables: ClassVar = (RELEASE["positions.image"],)
 
@@ -268,8 +268,8 @@ class BEiTFormat(Format):
 
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
         converted = super().read(state, config, allowed)
-        if SHARED_TABLE in self.prepare(state) and (table := converted.get("positions.image")) is not None:
-            converted["positions.image"] = table.repeat(1, config.layers)
+        if (table := converted.get("positions.image")) is not None:  # a shared one serves every layer
+            converted["positions.image"] = table.repeat(1, config.layers * config.heads // table.shape[1])
         return converted | {MODALITY: torch.zeros(config.width)}
 
     def write(self, state: State, config: Any) -> State:
