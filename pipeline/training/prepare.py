@@ -50,8 +50,9 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     build_synthetic(storage, config.sources)
     for url in sorted({source.shards for source in config.sources.values()}):
         ensure_indexed(storage, url, _progress_log(f"{url}: indexed"))
-    for name, source in config.sources.items():  # caches the counts of filtered sources for the ranks
-        open_source(storage, source, selection_url(config, name), _progress_log(f"sources.{name}: filtered"))
+    for name, source in config.sources.items():
+        if source.filters or source.opt_out is not None:  # caches the counts of the selection for the ranks
+            open_source(storage, source, selection_url(config, name), _progress_log(f"sources.{name}: filtered"))
     by_stage = [choices_of(config, [stage], storage) for stage in config.stages]  # label lists of the heads, by file
     tokenizer = choose_tokenizer(config, storage)
     for stage in (Stage(config, index) for index in range(len(config.stages))):
