@@ -70,36 +70,15 @@ def submit(
     """Submit the run, and with `follow` stream the job's output until it ends; `token` names the cluster's token.
 
     Raises ConfigError for a config the cluster could not run or an address that must not be used, RunFailed when the
-    cluster does not answer or the job fails. The job runs this interpreter if the head has it, otherwise `python`: a
-    loopback address does not imply this machine, because it may be the end of a tunnel.
+    cluster does not answer or the job fails.
     """
     address = dashboard_address(address)
     config = for_cluster(config, is_loopback(address))
     client = open_dashboard(address, token)
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
     job = submission_id or job_id(config, states)
-    python, deadline = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"', time.monotonic() + START_SECONDS
-    tags = describe.code_tags() | {"ray.submission_id": job}
-    environment = {describe.PROPAGATED_TAGS[tag]: value for tag, value in tags.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
-            shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
-        values = config.model_dump(mode="json", exclude_unset=True)
-        (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        while job not in states:
-            try:
-                states[job] = client.submit_job(
-                    entrypoint=f"{python} -m jobs.cli train run.yaml --json",
-                    runtime_env={"working_dir": folder, "env_vars": environment},
-                    submission_id=job,
-                    metadata={"run": config.name, "checkpoint": config.folder},
-                )
-            except RuntimeError as error:
-                if "already exists" in str(error):  # someone submitted the same run in this moment
-                    break
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
-                time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
+    if job not in states:
+        _send(client, job, config)
     token_option = f" --token {token}" if token else ""
     notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{token_option}` shows its output")
     status = "SUBMITTED"
@@ -113,6 +92,37 @@ def submit(
         # Ray's message repeats the end of the output, which is shown already.
         raise RunFailed(f"job {job} ended as {status}: {reason.partition(', last available logs')[0] or 'see above'}")
     return {"job": job, "status": status, "checkpoint": config.folder}
+
+
+def _send(client: Any, job: str, config: RunConfig) -> None:
+    """Send the job with this installation's code. Raises RunFailed when the cluster does not take it.
+
+    It runs this interpreter if the head has it, otherwise `python`: a loopback address does not imply this machine,
+    because it may be the end of a tunnel.
+    """
+    python, deadline = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"', time.monotonic() + START_SECONDS
+    tags = describe.code_tags() | {"ray.submission_id": job}
+    environment = {describe.PROPAGATED_TAGS[tag]: value for tag, value in tags.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
+            shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
+        values = config.model_dump(mode="json", exclude_unset=True)
+        (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        while True:
+            try:
+                client.submit_job(
+                    entrypoint=f"{python} -m jobs.cli train run.yaml --json",
+                    runtime_env={"working_dir": folder, "env_vars": environment},
+                    submission_id=job,
+                    metadata={"run": config.name, "checkpoint": config.folder},
+                )
+                return
+            except RuntimeError as error:
+                if "already exists" in str(error):  # someone submitted the same run in this moment
+                    return
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
+                time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
 
 
 def job_id(config: RunConfig, states: Mapping[str, str]) -> str:
