@@ -1,7 +1,5 @@
 """Configs of runs: the recipes of this package, the source types that models learn from, the data's fingerprint."""
 
-from __future__ import annotations
-
 import tempfile
 from functools import cache
 from pathlib import Path

@@ -13,8 +13,6 @@ Its config names the objectives whose heads the file contains, with a source tha
 `--source`.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

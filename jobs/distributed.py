@@ -7,8 +7,6 @@ fault, NaN, out of memory) is therefore reported as a value. While training, it 
 the restart every rank sees it and returns, and the driver raises it. Other work returns it as its result.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -8,8 +8,6 @@ processes of its own (`python -m jobs.doctor collective|operators|cluster CONFIG
 standard output is the result; after a failure, the last line of standard error is the reason.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import json
 import os

@@ -4,8 +4,6 @@ A single process, torchrun's ranks, or `--workers` ranks on Ray share the work. 
 it replaces the evaluation of the same name, which is of the same data, and no other.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import re

@@ -3,8 +3,6 @@
 Exit status: 75 after SIGTERM (sysexits' EX_TEMPFAIL: the same command resumes), 130 after Ctrl-C.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -5,8 +5,6 @@ each call names the step. The price is network traffic: decoded pixels (150 kB a
 30 to 90 kB.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

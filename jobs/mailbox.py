@@ -3,8 +3,6 @@
 Calls return within seconds, and a cluster that does not answer is no error: a message may then be lost.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

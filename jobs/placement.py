@@ -3,8 +3,6 @@
 Ray Train calls the two callbacks in its controller, a process of its own.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import secrets

@@ -5,8 +5,6 @@ the hardware's data sheets (`pipeline.planning`). Neither data nor a cluster is 
 replaces the assumed bytes of a sample.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import textwrap

@@ -1,7 +1,5 @@
 """Predictions of a checkpoint for given inputs (`mome predict`, `mome explain`) and for shards (`mome embed`)."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """`mome report`: a page about one run in its folder and in MLflow. `mome compare`: a table of several runs."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator

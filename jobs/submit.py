@@ -9,8 +9,6 @@ token of one with authentication is named, never given: by `--token env:NAME` or
 RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import http.client

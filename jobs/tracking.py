@@ -2,8 +2,6 @@
 `mome sync RUN`: ships what an unreachable MLflow server missed, also days later and from another machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import io

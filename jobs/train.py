@@ -5,8 +5,6 @@ leaves open: ranks that saved and stopped because a node leaves or joins are pla
 of these restarts, and an error that a restart would only repeat (`jobs.distributed`) is raised here.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

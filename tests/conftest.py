@@ -1,7 +1,5 @@
 """Fixtures shared by the tests of several packages: real data, S3 stores, small sources of pairs."""
 
-from __future__ import annotations
-
 import os
 import sys
 import uuid

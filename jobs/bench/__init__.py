@@ -1,7 +1,5 @@
 """`mome bench`: measure the loader, the store, a training step and checkpoints on this machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

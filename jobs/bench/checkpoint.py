@@ -5,8 +5,6 @@ save them, to a store with limited write bandwidth. "Training" is matrix product
 timed with and without a concurrent save.
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 import threading

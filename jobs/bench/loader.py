@@ -4,8 +4,6 @@ Every loader runs in a fresh process (`python -m jobs.bench.loader JOB.json RESU
 Counting starts after a warm-up and includes every process the loader started.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

@@ -6,8 +6,6 @@ Engine, step and model are those of a run; the weights are random and the batch 
 `mome bench step` starts the ranks on this machine. Rank 0 prints one JSON object on the last line.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@ process: a store on the same machine is not counted, although it shares the core
 are meaningful, because it slices every range out of a copy of the whole object.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import secrets

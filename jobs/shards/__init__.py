@@ -1,7 +1,5 @@
 """`mome shards`: build, index, check and show tar shards, and add a detector's regions to them."""
 
-from __future__ import annotations
-
 import os
 from enum import StrEnum
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`mome shards` build, check and show: shards made from files, their bad samples, and some of their samples."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

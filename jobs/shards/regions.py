@@ -10,8 +10,6 @@ decoder, or of YOLOS's detection tokens), from which its class and box are predi
 likely one, and its confidence that class's probability. Shapes: Q queries of the detector, D its width, C its classes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """Daemon threads: one call in the background, a call with a time limit, and a periodic call."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait

@@ -3,8 +3,6 @@
 It is part of `config`, the lowest layer, because both storage and tracking use it.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import random

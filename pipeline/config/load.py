@@ -1,7 +1,5 @@
 """Loading of a `RunConfig` from YAML and `key=value` overrides. A `ConfigError` lists all faults at once."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

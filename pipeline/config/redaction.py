@@ -4,8 +4,6 @@
 also be parts of a password.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

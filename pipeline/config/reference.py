@@ -1,7 +1,5 @@
 """Configuration reference generated from the schema: Markdown for `configs/README.md`."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

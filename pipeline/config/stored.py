@@ -4,8 +4,6 @@ A stored config describes what was trained and on which data. It must not decide
 which secrets it sends or where it writes: `stored_config` replaces those keys. Use no other function to act on one.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ A malformed URL would otherwise name a local folder: `s3:/bucket/x`, which pathl
 `${SCRATCH}/runs`, which no shell has expanded.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

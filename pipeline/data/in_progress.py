@@ -3,8 +3,6 @@
 Each thread writes the name of its sample into memory that a loader process shares with its rank.
 """
 
-from __future__ import annotations
-
 import itertools
 import mmap
 import threading

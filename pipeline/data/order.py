@@ -14,8 +14,6 @@ Letters: C streams, B samples of a global batch, N samples of a source, K source
 of one call, S shards.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ The mixing is splitmix64 (Steele, Lea and Flood, OOPSLA 2014). Its results are p
 changing a constant here changes the data of every run.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache

@@ -7,8 +7,6 @@ Shapes: N images, M captions of all images, B samples of a batch, H x W the mode
 widest image where the model keeps each image's own shape.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence

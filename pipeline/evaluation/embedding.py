@@ -9,8 +9,6 @@ that has grown costs only its new shards. Batches are cut inside a shard: vector
 where a run was resumed. Ranks share the shards.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import tempfile

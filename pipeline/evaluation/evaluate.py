@@ -9,8 +9,6 @@ Evaluation always uses a stage's last weights and selects no model on test data.
 evaluated, and the result says so (`trained_on`).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

@@ -7,8 +7,6 @@ one PNG, and in the report of an evaluation.
 Shapes: H x W pixels as the model reads them, G x C rows and columns of patches, L tokens, P = GC patches.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import itertools

@@ -20,8 +20,6 @@ Shapes: N images, B examples of a batch, C classes, D features. Every `evaluate_
 DataError as `LabelledEvalSet.map_batches`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence

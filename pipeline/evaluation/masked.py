@@ -13,8 +13,6 @@ Shapes: N images, M captions, T masked tokens of all captions, K masked patches 
 p the patch side.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ ranks run equally many forwards, those with fewer batches by repeating one, beca
 weights from all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

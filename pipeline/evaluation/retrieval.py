@@ -11,8 +11,6 @@ scores are never in memory at once.
 Shapes: N images, M captions, P pairs, Q queries, C candidates, K best candidates, D features of a head, H heads.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter

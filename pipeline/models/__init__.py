@@ -1,7 +1,5 @@
 """Models: named forward inputs in, named outputs out."""
 
-from __future__ import annotations
-
 from pkgutil import resolve_name
 
 import torch

@@ -4,8 +4,6 @@ Shapes: B examples, L tokens, P patches (of the canvas), I = 1 + P image tokens 
 are visible), T longest text, D width, H heads, N layers, p side of a patch.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange

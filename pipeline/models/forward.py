@@ -13,8 +13,6 @@ Shapes: B examples, L tokens, H x W pixels, P patches, R regions, F features of 
 N layers, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Literal
 

@@ -4,8 +4,6 @@ Shapes: B examples, K positions or masked patches, V vocabulary or visible patch
 E embedding width, W width of the image decoder.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from typing import Literal

@@ -7,8 +7,6 @@ that all regions share, because they have no order.
 Shapes: B examples, L tokens, R regions, F features of a region, D width.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

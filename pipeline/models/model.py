@@ -6,8 +6,6 @@ runs of the encoder, and building and applying the heads, is shared.
 Shapes: B examples, L tokens, I image tokens, K positions that a head reads, D width.
 """
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict

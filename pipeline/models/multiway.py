@@ -6,8 +6,6 @@ changes nothing, but ViT's published weights have one.
 Shapes: B examples, L tokens (text first, then image), K output positions, D width, H heads, N layers.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Literal

@@ -3,8 +3,6 @@
 Shapes: B examples (of all inputs), L longest text, P patches, K output positions, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 

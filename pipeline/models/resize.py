@@ -4,8 +4,6 @@ Shapes: B images, K patches, g old grid side, h x w new grid, D width, C columns
 T longest text.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

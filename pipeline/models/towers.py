@@ -6,8 +6,6 @@ positions, whose [CLS] is projected into the shared unit sphere. CLIP's other ch
 end token, QuickGELU, a LayerNorm before the image tower) are left out, so that comparisons are about fusion.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from torch import Tensor, nn

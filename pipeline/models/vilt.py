@@ -4,8 +4,6 @@ It is a multiway encoder with one expert, absolute positions, and a key bias as 
 row over the image itself, so that no number depends on the canvas that the images of a batch share.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from torch import Tensor, nn

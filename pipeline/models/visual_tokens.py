@@ -11,8 +11,6 @@ with a config.json of `{}`, the published sizes.
 Shapes: B examples, H x W pixels, g x g grid, P = g² patches.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch

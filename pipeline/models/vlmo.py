@@ -6,8 +6,6 @@ sequence goes to the vision-language expert as a whole. The last layer computes 
 Shapes: B examples, L tokens (text first, then image with its [CLS] in front), K visible patches, H heads.
 """
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar, Literal
 

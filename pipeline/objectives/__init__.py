@@ -12,8 +12,6 @@ whole global batch (contract C2).
 Shapes: n examples of this rank, B global batch, C classes, D feature width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module

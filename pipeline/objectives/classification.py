@@ -1,7 +1,5 @@
 """Image classification (ViT, section 3.1)."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from pipeline.objectives import Objective

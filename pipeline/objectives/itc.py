@@ -7,8 +7,6 @@ the features come from a first forward without gradient; each micro-batch then r
 Shapes: B global batch, n examples of this rank, D feature width, S sources.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar

@@ -3,8 +3,6 @@
 Shapes: n examples, B candidates of the global batch, m pairs that are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import ClassVar
 

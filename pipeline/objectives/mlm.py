@@ -3,8 +3,6 @@
 Shapes: n examples, K masked tokens per example (padded), V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from pipeline.objectives import Objective

@@ -3,8 +3,6 @@
 Shapes: n examples, R regions, K masked regions per example (padded with -1), C classes.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from pipeline.objectives import MaskedRegionObjective, cross_entropy

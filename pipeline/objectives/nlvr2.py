@@ -1,7 +1,5 @@
 """Natural language for visual reasoning (NLVR2): decide whether a statement about two images is true."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from pipeline.objectives import Objective

@@ -3,8 +3,6 @@
 Shapes: n examples, N texts per image (the first is its own), B candidates of the global batch.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import numpy as np

@@ -3,8 +3,6 @@
 Shapes: n examples, A listed answers, K annotated answers per question (padded).
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch.nn.functional as F

@@ -8,8 +8,6 @@ code divides by zero).
 Shapes: n examples, L words, P patches, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

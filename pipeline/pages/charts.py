@@ -4,8 +4,6 @@ A chart has one panel per measure, stacked above a shared axis (steps or seconds
 events are marks across all panels. Coordinates are in units of the drawing; y grows downwards.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Number and time formats of the pages and the terminal."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 
 

@@ -1,7 +1,5 @@
 """Rendering of HTML pages: one file with styles, charts and images inside, without network access or scripts."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import hashlib

@@ -4,8 +4,6 @@ A step takes its FLOPs at an assumed fraction of the accelerator's peak, plus th
 overlap. Nothing is measured here; every assumption is in `Assumptions` and is printed with the result.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Peaks are dense bfloat16 FLOPS. Bandwidths are per accelerator in one direction:
 accelerator, Ethernet one for the eight of a node.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypeVar

@@ -5,8 +5,6 @@ the larger of two moments: backward (activations, and buckets that reduce gradie
 float32 partitions, and Adam's temporaries).
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Literal
 

@@ -6,8 +6,6 @@ temporary in backward are counted without naming any layer, on the meta device a
 Shapes: B examples, H heads, Q queries, K keys, D width of a head.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Self

@@ -1,7 +1,5 @@
 """Comparison of runs: the config keys in which they differ, their results and loss curves, and the HTML page."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence

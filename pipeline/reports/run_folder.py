@@ -3,8 +3,6 @@
 Neither weights nor data nor an MLflow server are needed. For a remote folder the committed journal is read.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import statistics

@@ -4,8 +4,6 @@ Everything is read from the run's folder, except the shards' manifests, which sh
 and a few quarantined samples. The template reads the run's records (`reports.run_folder`) directly.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass, field

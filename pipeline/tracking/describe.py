@@ -1,7 +1,5 @@
 """Description of a run for MLflow: config as params and tags, environment, recipe hash, and a Markdown summary."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import getpass

@@ -4,8 +4,6 @@ A process that dies loses its locks at once. Where flock is missing (Lustre with
 touches a file next to the used one every few seconds instead, and counts as dead 60 s after the last touch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import logging

@@ -4,8 +4,6 @@ The two talk over the child's standard input and output: one JSON line with its 
 'close SECONDS'; the child prints messages for the recording process's log.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -3,8 +3,6 @@
 `--preflight` checks everything on every rank and trains nothing; `--profile A:B` records a trace of these steps.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

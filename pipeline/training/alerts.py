@@ -5,8 +5,6 @@ metrics that are collected anyway, and loss spikes at every health check. An ale
 consecutive steps have met its condition, and cleared after the same number have not.
 """
 
-from __future__ import annotations
-
 import logging
 import statistics
 from collections import Counter, deque

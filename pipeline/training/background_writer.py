@@ -3,8 +3,6 @@
 A store may be unavailable for minutes while training continues; the watchdog would end a step that waited for it.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 

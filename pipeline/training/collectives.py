@@ -7,8 +7,6 @@ operations propagates gradients: every rank differentiates the loss of the whole
 Shapes: B rows of the global batch, n rows of this rank.
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 import sys

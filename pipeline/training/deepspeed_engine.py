@@ -1,7 +1,5 @@
 """The DeepSpeed engine: ZeRO 0-3 behind the `StepEngine` protocol, and its state as named fragments (contract C5)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """DeepSpeed's config, the transformer blocks' compilation and checkpointing, and DeepSpeed's C++ extensions."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

@@ -4,8 +4,6 @@ A fragment is a range of one parameter: its float32 master weight, its Adam mome
 moving average. Checkpoints store fragments, which are readable at any world size and ZeRO stage (contract C5).
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

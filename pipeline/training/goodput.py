@@ -6,8 +6,6 @@ between the restored checkpoint and the last heartbeat is lost work, and the tim
 step belongs to the restart.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

@@ -5,8 +5,6 @@ loss or gradient is not finite, that a machine is being preempted, and the loss 
 carries all of it; read one step later, it could not stop before the update. `guards.health_check_every` spaces them.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import statistics

@@ -1,7 +1,5 @@
 """The training loop: every stage of a run in turn, on one rank. The same under Ray Train and under `torchrun`."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import threading

@@ -3,8 +3,6 @@
 Collecting them is a collective call and, besides the health check, the only place where a step waits for the device.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from dataclasses import dataclass

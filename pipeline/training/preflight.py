@@ -5,8 +5,6 @@ built as for training and runs one full step on its own data: read, forward, bac
 discarded. Files are written to a temporary folder next to the run's; only indexes of shards that had none remain.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import resource

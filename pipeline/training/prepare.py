@@ -3,8 +3,6 @@
 One process does it, once. Everything is idempotent, so that repeating it for a restarted run changes nothing.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

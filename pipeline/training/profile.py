@@ -9,8 +9,6 @@ Activations are the storages that autograd saves for backward; the peak is the a
 CPU allocator's events as the profiler records them).
 """
 
-from __future__ import annotations
-
 import gc
 import logging
 import tempfile

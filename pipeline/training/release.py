@@ -18,8 +18,6 @@ bias correction of the second moment (a factor 1 / sqrt(1 - beta2^t): 7 at step 
 scores by the first contrast alone (here the mean of both, unless `model.contrasts` is 1).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.config.schema import SourceType

@@ -11,8 +11,6 @@ the step and the examples' places alone, so that all ranks run the same graph (C
 Shapes: B global batch, n examples of this rank, S sources, N layers.
 """
 
-from __future__ import annotations
-
 from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import fields, replace

@@ -1,7 +1,5 @@
 """Supervision of this rank's process: goodput, hang watchdog, node statistics and preemption."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

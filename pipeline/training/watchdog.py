@@ -10,8 +10,6 @@ A rank that waits for data or writes a checkpoint may have good reason to take l
 while it sends heartbeats and is within its own limit, the others wait for it.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import logging

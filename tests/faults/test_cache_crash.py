@@ -1,7 +1,5 @@
 """Processes that share a node cache are killed at random moments; the next process finds it consistent."""
 
-from __future__ import annotations
-
 import random
 import signal
 import time

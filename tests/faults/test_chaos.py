@@ -7,8 +7,6 @@ the test waits for the next step and for evidence that the fault was noticed. It
 and the goodput: the fraction of time in which no fault was being recovered from.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

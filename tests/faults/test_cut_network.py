@@ -1,7 +1,5 @@
 """A node loses its network while its processes live and no connection is closed: the run continues without it (C4)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import psutil

@@ -1,7 +1,5 @@
 """Contract C5 under damage: a damaged checkpoint is reported and skipped, in a folder and in object stores."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`mome embed` killed repeatedly with SIGKILL: the same command then writes what one undisturbed call writes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -3,8 +3,6 @@
 MOME_KILLS=100 python -m pytest tests/faults/test_killed_stream.py
 """
 
-from __future__ import annotations
-
 import os
 import random
 import sys

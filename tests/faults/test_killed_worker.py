@@ -3,8 +3,6 @@
 MLflow has one run with one child per stage and each step once.
 """
 
-from __future__ import annotations
-
 import signal
 import time
 from pathlib import Path

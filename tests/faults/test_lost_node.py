@@ -1,7 +1,5 @@
 """A run over two nodes continues on one when the other is lost, and grows back when it returns (C1, C4)."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The object store is unavailable when a checkpoint is due: the run equals the undisturbed one."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

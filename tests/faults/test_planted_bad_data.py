@@ -1,7 +1,5 @@
 """Planted bad data is found exactly, by `mome shards check` before training and by the loader in it (contract C7)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter

@@ -1,7 +1,5 @@
 """A data stream over a faulty network: no sample is lost, repeated or replaced (contracts C1 and C7)."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Contract C7, transient faults: reads and writes through a faulty network are byte-equal or raise."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random

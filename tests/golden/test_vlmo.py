@@ -1,7 +1,5 @@
 """VLMo equals the published implementation on its own random weights (contract C8): outputs and gradients to 1e-5."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

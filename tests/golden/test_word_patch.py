@@ -1,7 +1,5 @@
 """Word-patch alignment equals the published implementation: plan, distance, loss and gradients to 1e-5 (C8)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Mistakes of users end in one message and the documented exit status, before anything is written."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

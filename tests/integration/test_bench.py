@@ -1,7 +1,5 @@
 """`mome bench`: each command measures a small load, what it compares does the same work, and no files stay behind."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Activation checkpointing and torch.compile: less memory, or less time, and the same gradient."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

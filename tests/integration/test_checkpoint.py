@@ -1,7 +1,5 @@
 """Contracts C4 and C5 at the engine: a checkpoint restores every bit, at any world size and ZeRO stage."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints of several ranks: committed once every rank's file exists, without collectives, and never without it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

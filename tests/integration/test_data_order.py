@@ -5,8 +5,6 @@ By default a set of cases in which every two settings meet. For the whole table 
     MOME_ORDER=whole MOME_ORDER_STEPS=500 python -m pytest tests/integration/test_data_order.py
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from itertools import combinations, product

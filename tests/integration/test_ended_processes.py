@@ -1,7 +1,5 @@
 """Processes of a run that hang, are killed, or were replaced by a later start of the run."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import logging

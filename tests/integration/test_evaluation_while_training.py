@@ -1,7 +1,5 @@
 """Evaluation during training changes no loss and equals that of the checkpoint; ranks on Ray equal one process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fine-tuning end to end: shards, training, evaluation and prediction of each task, far above chance."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Batches prepared by Ray actors equal those that the rank itself prepares, byte for byte."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import psutil

@@ -3,8 +3,6 @@
 An outage of the server on PostgreSQL lasts seconds; MOME_OUTAGE_SECONDS=600 makes it ten minutes.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -3,8 +3,6 @@
 `MOME_PLAN_BASE=1` also measures VLMo-base (202 M parameters with its heads): minutes, and about 12 GB.
 """
 
-from __future__ import annotations
-
 import os
 
 import pytest

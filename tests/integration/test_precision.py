@@ -1,7 +1,5 @@
 """bfloat16 with float32 masters, moments and reductions, at ZeRO 1, 2 and 3 on two ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

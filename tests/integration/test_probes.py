@@ -5,8 +5,6 @@ offload), loses or doubles gradients of several backward passes over different b
 ranks that run different experts.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any, ClassVar
 

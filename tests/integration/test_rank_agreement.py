@@ -1,7 +1,5 @@
 """Ranks agree: collectives of uneven parts, equal modules (contract C3), one micro-batch size, one preflight result."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

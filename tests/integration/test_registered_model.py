@@ -1,7 +1,5 @@
 """A registered model, loaded from MLflow in a fresh process, gives the outputs of its checkpoint."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

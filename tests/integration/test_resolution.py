@@ -1,7 +1,5 @@
 """A run whose last stage reads larger images than its first: trained, evaluated, exported and imported."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tests.support.ranks import run_ranks

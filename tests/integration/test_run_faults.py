@@ -1,7 +1,5 @@
 """Faults inside a run on ranks: spikes, non-finite values, preemption, exhausted memory and disk, and alerts."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -1,7 +1,5 @@
 """The checkpoints of a finished run: those that the config keeps, with their metrics, and nothing else."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`mome shards`, from files to shards in a folder and in an S3 bucket, and its detectors on Ray actors."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

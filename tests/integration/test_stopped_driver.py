@@ -1,7 +1,5 @@
 """`mome train` with its own Ray saves when it receives a signal, prints how to resume, and resumes."""
 
-from __future__ import annotations
-
 import signal
 import time
 from pathlib import Path

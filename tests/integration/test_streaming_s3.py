@@ -3,8 +3,6 @@
 The `s3` fixture runs each test on moto's server and on OpenStack Swift, whose responses differ where the API allows.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Jobs over Ray's HTTP API on two nodes that require a token run with it and are rejected without it."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

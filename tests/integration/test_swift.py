@@ -1,7 +1,5 @@
 """infra/swift.sh: a started store serves, and stopping it leaves nothing running."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """The wheel built by `pip wheel` contains everything that a run needs outside a checkout."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

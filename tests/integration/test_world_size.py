@@ -1,7 +1,5 @@
 """Contract C2: one global batch has one gradient, for every number of ranks, micro-batch size and ZeRO stage."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import closing

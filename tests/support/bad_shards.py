@@ -1,7 +1,5 @@
 """A folder of pairs with every kind of bad sample, the expected report of each, and ways to break a shard."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

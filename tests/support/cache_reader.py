@@ -3,8 +3,6 @@
 python tests/support/cache_reader.py CACHE MAX_BYTES STORE SEED ROUNDS
 """
 
-from __future__ import annotations
-
 import os
 import random
 import subprocess

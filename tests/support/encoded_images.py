@@ -1,7 +1,5 @@
 """Encoded images for the tests of decoders: in any format of Pillow, and JPEGs and PNGs assembled from parts."""
 
-from __future__ import annotations
-
 import functools
 import io
 import random

@@ -3,8 +3,6 @@
 Everything that builds a model, engine and training step from a config for a test does so here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -19,8 +19,6 @@ answer was lost). `fault.lasting` makes the later calls of the same kind fail as
 to another process meets the same fault, counted in that process alone.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

@@ -3,8 +3,6 @@
 Each is a folder of tars with the files that `mome shards build` writes next to them.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Untrained weights on drawn scenes, alone or in the folder of a finished run, for tests of what reads them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Shapes: ROWS examples, LENGTH tokens, 2 x 2 patches of 8 pixels (ViLT: 4 x 6, 6 x 4, 4 x 4 and 1 x 6), 4 regions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """An evaluation report with every gallery full, of noise images that no encoder compresses."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from pipeline.evaluation import report

@@ -1,7 +1,5 @@
 """Length of the fuzz tests: `MOME_FUZZ=20 pytest …` tries twenty times the inputs of `make test`."""
 
-from __future__ import annotations
-
 import os
 import random
 

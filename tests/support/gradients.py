@@ -1,7 +1,5 @@
 """The reference engine, and the comparison of gradients with its (contract C2)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

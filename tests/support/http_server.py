@@ -1,7 +1,5 @@
 """HTTP server on the loopback interface whose answers a test chooses, and the requests it received."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Iterator

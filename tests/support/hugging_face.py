@@ -1,7 +1,5 @@
 """Hugging Face models with random weights, and the tensors of the files that they save."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

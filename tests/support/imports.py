@@ -1,7 +1,5 @@
 """Files to import, and what importers made of them."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterable

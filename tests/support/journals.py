@@ -1,7 +1,5 @@
 """Configs, records and stores of runs that are not trained, for tests of tracking."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

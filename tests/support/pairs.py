@@ -1,7 +1,5 @@
 """Image-text pairs and the tars that hold them, as bytes, and a storage that records what is read."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

@@ -4,8 +4,6 @@ A rank begins in about 0.1 s instead of the 7 CPU-seconds that importing both ta
 the ranks of another test.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

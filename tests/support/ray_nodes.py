@@ -4,8 +4,6 @@ Every node has its own address, ports and processes. Losing a node sends SIGKILL
 processes started here are ended.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

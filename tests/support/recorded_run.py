@@ -3,8 +3,6 @@
 Its journal, quarantine and time account are written by the code that training uses; no step is made.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The files of infra/ as users get them, rendered by `infra/render.py` with the example's settings."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from types import ModuleType

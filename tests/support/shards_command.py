@@ -1,7 +1,5 @@
 """`mome shards` in this process, and a tiny random detector for `mome shards regions`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

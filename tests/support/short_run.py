@@ -1,7 +1,5 @@
 """Runs of a few steps on drawn scenes through `train`, called on the rank itself."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A checkpoint of four numbers, for tests of checkpoint stores."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A small file system, and what fills it, for tests of full disks."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -1,7 +1,5 @@
 """Object stores with an S3 API that run on this machine, and one test's bucket in them."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Iterator

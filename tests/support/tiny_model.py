@@ -1,7 +1,5 @@
 """A tiny run and synthetic batches, for tests of training that need no loader."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

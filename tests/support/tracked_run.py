@@ -1,7 +1,5 @@
 """Records of the run of `journals.config_of`, without training; and checks of a real run in MLflow."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mlflow import MlflowClient

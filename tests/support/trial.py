@@ -6,8 +6,6 @@ below what a model that ignores its input can reach, shows that the objective's 
 Shapes: B examples, H x W pixels, L tokens, P patches, K masked positions per example, R regions, F features per region.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace

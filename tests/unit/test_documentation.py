@@ -1,7 +1,5 @@
 """The guides match the code: commands and options exist, links and named functions resolve, the README stays short."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The rig of tests/support/failing_storage.py: tests of saves and commits rely on its faults."""
 
-from __future__ import annotations
-
 import pickle
 from contextlib import suppress
 from pathlib import Path

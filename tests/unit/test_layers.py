@@ -1,7 +1,5 @@
 """The dependency rule of the README: imports point down only, and each heavy library has one home."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

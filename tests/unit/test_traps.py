@@ -20,8 +20,6 @@ Every test is named after its trap (`test_trap_NN_…`); this module has those t
     15  ranks with unequal examples wait for each other         integration/test_rank_agreement
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -10,8 +10,6 @@
 Faulty entries and those without an image are recorded in `Problems` and skipped. An image is stored with each question.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -5,8 +5,6 @@ and records in `Problems` what it skips. Encoded images are copied unchanged, ne
 annotation files have modules of their own.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

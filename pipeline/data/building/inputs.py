@@ -3,8 +3,6 @@
 Nothing is skipped silently: what cannot be used raises `Unusable` and is recorded in `Problems` with file and line.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ Every caption of a scene is true of it and states the whole description, so that
 share no caption. All randomness is hashed from the source's seed and the scene's number.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -8,8 +8,6 @@
 Consecutive rows of one image become one sample. Parquet files contain paths, or the images themselves.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -10,8 +10,6 @@ columns, as Pillow does up to version 12, whose pixels ours equal within 2 grey 
 where that is cheaper, which differs by up to 5 levels in photos and more at sharp edges.)
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

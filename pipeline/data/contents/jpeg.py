@@ -1,7 +1,5 @@
 """The structure of a JPEG file: its segments, its header, and the same image without metadata."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -12,8 +12,6 @@ order mark, no lone surrogates, and at least one visible character. Anything els
 member.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

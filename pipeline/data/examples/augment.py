@@ -6,8 +6,6 @@ its translations reach 100 pixels at any size, and it applies every operation th
 uint8 in AutoContrast and Sharpness; this implementation clips.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

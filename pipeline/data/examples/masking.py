@@ -1,7 +1,5 @@
 """Masking of whole words of a text, before it is padded, and of patches or regions of an image."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import chain, pairwise

@@ -7,8 +7,6 @@ processes exit. A process that dies is noticed when its examples are next waited
 unfinished steps again: their examples come out the same.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import mmap

@@ -5,8 +5,6 @@ processes or actors). The loader's whole state is the step it delivers next: pre
 not counted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

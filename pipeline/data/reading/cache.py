@@ -10,8 +10,6 @@ The folder belongs to one user. Files that other users could have written are ne
 shard's checksums do not protect against forgery.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

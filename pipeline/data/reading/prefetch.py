@@ -6,8 +6,6 @@ whose reads of the epoch are complete, then the least recently needed. Without k
 used.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import OrderedDict, deque

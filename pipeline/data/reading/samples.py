@@ -5,8 +5,6 @@ shard is fetched into memory in chunks of at least 8 MiB of whole samples, becau
 sample, or as a whole into the node's cache.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import resource

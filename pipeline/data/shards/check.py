@@ -4,8 +4,6 @@ A bad sample is one that training would quarantine; a broken shard is one that i
 and the images are judged by the functions of the loader, so that both find the same.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor

@@ -12,8 +12,6 @@ A tar need not be read if another tool has counted its samples (`--trust-counts`
 Such a count is checked against the tar's size, and against the tar when that is first read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -9,8 +9,6 @@ Memory holds the number of selected samples of each shard and the hashes of the 
 are computed from its index on demand.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

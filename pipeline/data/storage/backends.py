@@ -1,7 +1,5 @@
 """Storage backends for the local file system, and for any other store through fsspec."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

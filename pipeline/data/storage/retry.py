@@ -5,8 +5,6 @@ limited: `storage.retry_timeout_seconds` bounds the time for which a store may b
 fails. That timeout applies to one request, and restarts every 16 MiB of a response body.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import random

@@ -7,8 +7,6 @@ s3fs was measured as the client, with the same conditional ranged reads (8 MiB, 
 event loop.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -5,8 +5,6 @@ may be several published ones (query, key and value have a matrix each), and one
 ours, row upon row in the order of the model's parameters (the modality vectors are one table).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

@@ -3,8 +3,6 @@
 Every damaged or hostile file ends in CheckpointError, and none takes much more memory than its size.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

@@ -6,8 +6,6 @@ are required, with the right shape, except those that a format states as unused.
 Shapes: R rows of a table, H heads, g grid side, T longest text.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar

@@ -5,8 +5,6 @@ attempt that finds a name taken writes its own file under another name, which it
 would commit what the other would remove, SEAL.json decides: the attempt that creates it proceeds, the other stops.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import deque

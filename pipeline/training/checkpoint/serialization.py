@@ -4,8 +4,6 @@ A safetensors file (https://github.com/huggingface/safetensors#format) is 8 byte
 header with every tensor's dtype, shape and offsets, and the tensors' bytes, here in the order given.
 """
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import itertools

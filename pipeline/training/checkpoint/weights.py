@@ -6,8 +6,6 @@ The folder of a step's checkpoint, such as the best that a run kept, can be read
                           answers.json, classes.json    label lists of fine-tuned heads, if any were trained
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

@@ -1,7 +1,5 @@
 """Durable writes survive a power loss; background calls return their result, raise their error, or time out."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading

@@ -1,7 +1,5 @@
 """Loading a YAML gives a valid config, or one error that lists all of its faults; the reference describes every key."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import random

@@ -1,7 +1,5 @@
 """Secrets and control characters are removed from shown, logged and recorded text, which is otherwise unchanged."""
 
-from __future__ import annotations
-
 import copy
 import html
 import json

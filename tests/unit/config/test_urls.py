@@ -1,7 +1,5 @@
 """Malformed URLs are rejected with the correct form, by every config key, command and function."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A simulated clock for the retries of storage."""
 
-from __future__ import annotations
-
 import pytest
 
 from pipeline.data.storage import retry

@@ -1,7 +1,5 @@
 """The batch's declared fields: memory layout, collation and hashing all follow from one declaration."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, replace
 

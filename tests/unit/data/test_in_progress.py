@@ -1,7 +1,5 @@
 """The report of a hung rank names the samples that its loader processes are decoding."""
 
-from __future__ import annotations
-
 import mmap
 import subprocess
 import sys

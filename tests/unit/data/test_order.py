@@ -1,7 +1,5 @@
 """The data order visits every sample once per epoch, mixes sources by weight, and depends on no rank or batch."""
 
-from __future__ import annotations
-
 import math
 import tracemalloc
 from collections import Counter, defaultdict

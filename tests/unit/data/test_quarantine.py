@@ -1,7 +1,5 @@
 """The quarantine counts and records bad samples per source, and stops the run above the allowed rate."""
 
-from __future__ import annotations
-
 import io
 import pickle
 

@@ -1,7 +1,5 @@
 """Counter-based random numbers and permutations never change, are uniform, and are independent of each other."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Storage operations are atomic and retried within their timeout, and errors name the URL."""
 
-from __future__ import annotations
-
 import errno
 import io
 import logging

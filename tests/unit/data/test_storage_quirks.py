@@ -1,7 +1,5 @@
 """Stores that deviate from AWS (support/quirky_store.py): every operation works, or a StorageError says why not."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -1,7 +1,5 @@
 """A tiny run on drawn scenes, a tiny model with random weights, and its evaluation."""
 
-from __future__ import annotations
-
 import pytest
 
 from pipeline.config.schema import RunConfig

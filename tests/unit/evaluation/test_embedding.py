@@ -1,7 +1,5 @@
 """Embeddings of a folder of shards equal those of one image or caption at a time, for any rank and resume point."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The evaluation of a tiny model has the documented JSON, equal for every batch size and number of ranks."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Explanations show the transport plan and each word's masked prediction; `mome explain` draws them."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Held-out pairs are read completely, in the manifest's order and in bounded memory; unusable samples are counted."""
 
-from __future__ import annotations
-
 import io
 import json
 import resource

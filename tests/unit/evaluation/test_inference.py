@@ -1,7 +1,5 @@
 """The Python API on a tiny model with random weights: each result equals the model's own outputs."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Metrics of annotated sources, computed for models whose answers are known."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

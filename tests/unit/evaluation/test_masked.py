@@ -1,7 +1,5 @@
 """Masked words and patches depend on the sample alone, and predictions are those of one example at a time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The page is self-contained, escapes its contents, marks correct answers, and stays small."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from html.parser import HTMLParser

@@ -1,7 +1,5 @@
 """Ranks, computed whole, in blocks or re-ranked, equal a NumPy brute force; chance equals its mean over all orders."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

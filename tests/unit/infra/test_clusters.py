@@ -3,8 +3,6 @@
 Rendering replaces every variable, each of which has a value and an explanation, or fails.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

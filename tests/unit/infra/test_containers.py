@@ -3,8 +3,6 @@
 The Dockerfile copies existing files, runs unprivileged and installs the tested versions.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import os
 import re

@@ -3,8 +3,6 @@
 Slurm's commands are replaced by scripts that record their arguments; `srun` runs the test's substitute for torchrun.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

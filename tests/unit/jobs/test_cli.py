@@ -3,8 +3,6 @@
 Recipes, the table of objectives, and `mome fingerprint`, which does not modify the run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

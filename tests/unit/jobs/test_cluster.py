@@ -4,8 +4,6 @@ The resources that ranks request are compared with those of the nodes before any
 are not placed reports it at once and periodically, and ends when they cannot be placed.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import stat

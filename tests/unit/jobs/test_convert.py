@@ -4,8 +4,6 @@ The checkpoints are tiny models with random weights: of Hugging Face's own class
 whose code is not packaged, of our models, which tests/golden compares with the released code.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re

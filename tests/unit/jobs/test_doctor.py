@@ -1,7 +1,5 @@
 """`mome doctor`: each check fails when it must and names a remedy; nothing optional makes a check fail."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

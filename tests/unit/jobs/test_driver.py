@@ -3,8 +3,6 @@
 The first signal makes the ranks save, the second ends the driver at once; it always ends in bounded time.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

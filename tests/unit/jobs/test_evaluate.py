@@ -1,7 +1,5 @@
 """`mome evaluate` names results by their data, and neither replaces nor compares results of different data."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

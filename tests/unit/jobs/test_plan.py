@@ -1,7 +1,5 @@
 """`mome plan` on a small run: the keys of its JSON, its table, and its scaling chart."""
 
-from __future__ import annotations
-
 import itertools
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Regions of detectors, tested on tiny random ones, and `mome shards regions` with its actor in this process."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

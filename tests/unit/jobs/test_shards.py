@@ -1,7 +1,5 @@
 """`mome shards` reports what it imports, skips and finds, suggests options, and prints foreign tars as clean text."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -3,8 +3,6 @@
 Commands that only read write nothing into a run, its weights or its data, and accept what `mome train` accepts.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import socket

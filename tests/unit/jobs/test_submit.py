@@ -3,8 +3,6 @@
 Job identifiers are stable per config, and submitting imports no training library.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket

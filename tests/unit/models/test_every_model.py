@@ -1,7 +1,5 @@
 """Properties of every kind of model: packing, padding, drop path, empty batches, parts, initialisation, and errors."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -3,8 +3,6 @@
 ViLT's images have 4 x 6, 6 x 4, 4 x 4 and 1 x 6 patches; the dual encoder's towers have 4 and 2 layers.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,6 @@
 Attention is compared with its definition, and rules for resizing with independent computations.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

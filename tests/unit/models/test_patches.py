@@ -1,7 +1,5 @@
 """Masked, replaced and visible patches of square images (ViT, VLMo), and the decoder that predicts patches (MAE)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Visual tokens: the target that a frozen DALL-E encoder gives each patch of an image."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """The ITC loss equals its definition on any number of ranks, and equal images are no negatives."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

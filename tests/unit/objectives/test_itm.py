@@ -1,7 +1,5 @@
 """ITM: hard and random negatives are drawn correctly on any number of ranks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -3,8 +3,6 @@
 Shapes: 6 examples, 7 classes, 4 answers or 2 masked positions of each example, 5 regions.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """MIM: targets of patches (colour classes, pixels), their losses, and images painted from predictions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Ranking: negative texts are distinct and drawn per example, and the loss is the first text's cross-entropy."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

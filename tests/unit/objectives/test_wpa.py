@@ -1,7 +1,5 @@
 """Properties of word-patch alignment. Shapes: 3 examples, 6 words, 8 patches, features of width 5."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment

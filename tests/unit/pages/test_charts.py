@@ -1,7 +1,5 @@
 """Lines, bands, marks and ticks of a chart stay inside its frame, whatever the values."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

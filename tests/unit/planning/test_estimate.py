@@ -1,7 +1,5 @@
 """Estimates of memory, time and cost follow from the stage's workload, its ZeRO stage and the hardware."""
 
-from __future__ import annotations
-
 import pytest
 
 from pipeline.config.errors import ConfigError

@@ -1,7 +1,5 @@
 """The probe counts bytes and FLOPs of code that runs on meta tensors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Reading any damaged file of a run or checkpoint raises a MomeError or skips the file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -1,7 +1,5 @@
 """Reports of runs show what is in their folders, comparisons what differs, and every page renders completely."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -1,7 +1,5 @@
 """Any sequence of commits, faults, writers and damage restores a valid journal (contract C6)."""
 
-from __future__ import annotations
-
 import os
 import random
 import subprocess

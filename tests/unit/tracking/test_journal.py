@@ -1,7 +1,5 @@
 """The journal survives torn lines, killed writers, full disks and replays; damaged files around it are reported."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """A run may start with a working tracking server; every other address is rejected in one message."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The tracker writes the journal, describes the run in it, and never stops training."""
 
-from __future__ import annotations
-
 import math
 import random
 import time

@@ -1,7 +1,5 @@
 """Callbacks are forwarded; alerts, profiles and node statistics; no step waits for the store."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import subprocess

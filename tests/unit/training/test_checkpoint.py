@@ -1,7 +1,5 @@
 """Asynchronous saves: a checkpoint holds the state at the call, whatever the store and later steps do."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of checkpoints and weights: read as safetensors and by range, retained by policy, checked when read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

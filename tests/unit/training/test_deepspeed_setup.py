@@ -1,7 +1,5 @@
 """DeepSpeed's extensions are built by one process at a time, in a folder of their own, with the installed ninja."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Every objective with every model that supports it learns a fixed tiny batch and trains the modules it declares."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Goodput: each second of a run belongs to one phase, over any number of restarts; background writes never block."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

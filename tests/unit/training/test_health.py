@@ -1,7 +1,5 @@
 """Loss spikes and the batches skipped for them; errors that count as out of memory, and their remedies."""
 
-from __future__ import annotations
-
 import errno
 import json
 

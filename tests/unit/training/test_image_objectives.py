@@ -1,7 +1,5 @@
 """The training step on images and regions: masked, decoded or classified patches, ViLT's pairs, ImageBERT's regions."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The image recipes in configs/: ViT as published, and masked images in separate stages."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A run is owned by its latest start; restarts by one launcher share its claim and never retake the run."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

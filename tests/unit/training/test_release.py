@@ -1,7 +1,5 @@
 """Each deviation that `reproduce_vlmo_release` reproduces, compared with the corrected behaviour."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

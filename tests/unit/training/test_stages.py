@@ -1,7 +1,5 @@
 """Start of a stage: its vocabulary, weights of an equal or another architecture, resized positions, frozen parts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The training step: losses per source, diagnostics, parameter groups, and the work planned for it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

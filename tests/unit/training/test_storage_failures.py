@@ -4,8 +4,6 @@ Each call fails before its effect, halfway through, and after it. In all cases c
 nothing incomplete is visible, and once the store is available again, the same attempt or the next one succeeds.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from contextlib import suppress

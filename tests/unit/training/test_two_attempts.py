@@ -5,8 +5,6 @@ and hands over. For every order, and wherever both are killed, a complete commit
 committed is complete, and the old attempt neither deletes nor overwrites data of the new one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

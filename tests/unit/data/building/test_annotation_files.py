@@ -1,7 +1,5 @@
 """Importers of published annotation files: hand-written ones in each format, and the real ones of ../shared/data."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

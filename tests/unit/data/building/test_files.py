@@ -1,7 +1,5 @@
 """Untrusted input files: other encodings, cyclic links, odd suffixes, lists with paths outside their folder."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Importers of folders, jsonl with regions, lists, COCO captions and plain text, and the writer of shards."""
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Synthetic scenes: captions are true, complete and unique; evaluation scenes are never trained on."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Importers of CSV, the caption files of Flickr8k and Flickr30k, and Parquet."""
 
-from __future__ import annotations
-
 import io
 import random
 from itertools import product

@@ -1,7 +1,5 @@
 """Lists of answers and classes, and the plain form and soft scores of answers as in the VQA evaluation."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Image decoding in every format and mode, refusal of bad images, crops and resizing."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import os

@@ -1,7 +1,5 @@
 """JPEGs of cameras and editors: decoded if only metadata is odd, refused if pixels are damaged."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

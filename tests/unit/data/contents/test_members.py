@@ -1,7 +1,5 @@
 """The members of a sample are parsed, and missing, malformed or unsafe ones rejected with a reason."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """The regions member: round trip, selection, and checks of untrusted content."""
 
-from __future__ import annotations
-
 import io
 import random
 import zipfile

@@ -1,7 +1,5 @@
 """The WordPiece tokenizer and the training of vocabularies."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import subprocess

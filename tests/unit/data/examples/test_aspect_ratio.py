@@ -1,7 +1,5 @@
 """Images that keep their aspect ratio (ViLT): their sizes, and batches of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Augmentation: VLMo's ten operations at the published magnitudes, with counter-based randomness."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Examples of questions, statements and classes, and of partly masked images, from tars to batches."""
 
-from __future__ import annotations
-
 import json
 from itertools import islice, pairwise
 from pathlib import Path

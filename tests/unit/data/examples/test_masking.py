@@ -1,7 +1,5 @@
 """Masking: whole words with equal probability, at least one of a text; a fixed number of patches."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Captions with regions through the loader: batch content, independence of the reader, faults."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from itertools import islice

@@ -1,7 +1,5 @@
 """Loader processes: the same examples as threads, restarts, and the lifetime of shared memory."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

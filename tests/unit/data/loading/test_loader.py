@@ -1,7 +1,5 @@
 """The loader's batches are independent of ranks and threads, complete per epoch, and free of bad samples."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """The node cache downloads each object once, stays within its budget, and is safe among processes."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """The prefetch cache and its planner fetch each entry once, in order and within their byte limits."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Samples are read exactly as packed, from folders, stores and caches, and changed shards are rejected."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Agreement of `shards check`, the index and training on every damaged sample (contract C7)."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

@@ -1,7 +1,5 @@
 """The index of a shard equals its tar, and damaged sidecars are rejected."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The manifest of a folder lists its shards exactly, and replaced, lost or truncated shards are detected."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -1,7 +1,5 @@
 """A source selects samples by filters and opt-out lists, and its digest depends on the selection."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import unicodedata

@@ -1,7 +1,5 @@
 """Names, sizes and kinds of entries that a tar may have, and what becomes of damaged ones."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import random

@@ -1,7 +1,5 @@
 """Reading any weight file returns tensors or raises CheckpointError, in memory proportional to the file."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

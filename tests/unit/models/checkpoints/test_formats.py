@@ -1,7 +1,5 @@
 """Every published format: exact round trips, inferred sizes, faults by name, and the names of the papers' releases."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -3,8 +3,6 @@
 Shapes: ROWS examples, LENGTH tokens, images of 4 x 4 patches of 8 pixels, for ViLT of mixed shapes on one canvas.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
