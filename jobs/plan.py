@@ -1,8 +1,7 @@
 """`mome plan`: what a run will need on a named accelerator and network, stage by stage, before anything is started.
 
-It runs the stages' own training step on models without memory (`pipeline.training.workload`), and puts the result on
-the hardware's data sheets (`pipeline.planning`). Neither data nor a cluster is needed; a manifest on this machine
-replaces the assumed bytes of a sample.
+It runs the stages' own training step on models without memory (`pipeline.training.workload`), and estimates the result
+on the hardware (`pipeline.planning`). A manifest on this machine replaces the assumed bytes of a sample.
 """
 
 import itertools
@@ -24,16 +23,14 @@ from pipeline.data.storage import Storage, join
 from pipeline.pages.charts import Axis
 from pipeline.pages.formatting import duration
 from pipeline.pages.page import render_page
-from pipeline.planning import hardware
-from pipeline.planning.estimate import CONTEXT_BYTES, Assumptions, StageEstimate, StageSettings, estimate, usable_bytes
-from pipeline.planning.hardware import TERA, Accelerator, Network
+from pipeline.planning import estimate as planning
+from pipeline.planning.estimate import Accelerator, Assumptions, Network, StageEstimate, StageSettings
 from pipeline.training.deepspeed_setup import sharding_of
 from pipeline.training.prepare import VOCABULARY
 from pipeline.training.stages import Stage, check_stages
 from pipeline.training.workload import work_of
 
-ZERO_STAGES = (0, 1, 2, 3)
-GB = 1e9
+GB, TERA = 1e9, planning.TERA
 CATEGORIES = ("states", "gradients", "buffers", "loader", "activations", "backward", "update", "total")
 SIZES = tuple(2**k for k in range(11))  # accelerators in the scaling curve: 1 to 1,024
 SCALING_KEYS = ("gpus", "samples_per_second", "step_seconds", "micro_batch_size", "fits", "hours", "cost")
@@ -70,20 +67,15 @@ class StagePlan:
 
 
 def plan_command(
-    config: RunConfig,
-    accelerator: str,
-    network: str,
-    gpus: int | None,
-    assumptions: Assumptions,
-    text_tokens: int | None,
-    scaling: Path | None,
-) -> tuple[dict[str, Any], str]:
+    config: RunConfig, accelerator: str, network: str, gpus: int | None, assumptions: Assumptions,
+    text_tokens: int | None, scaling: Path | None,
+) -> tuple[dict[str, Any], str]:  # fmt: skip
     """Plan the run; return the plan as JSON and as text, and write the scaling curve to `scaling`."""
     if scaling is not None:
         check_output(Storage(), str(scaling), "--scaling")
     config = for_ranks(config, workers=gpus or config.cluster.workers, min_workers=None)
-    device = hardware.hardware_named("--accelerator", hardware.ACCELERATORS, accelerator)
-    interconnect = hardware.hardware_named("--network", hardware.NETWORKS, network)
+    device = planning.hardware_named("--accelerator", planning.ACCELERATORS, accelerator)
+    interconnect = planning.hardware_named("--network", planning.NETWORKS, network)
     target = Target(device, interconnect, config.cluster.workers, assumptions, text_tokens)
     with status("planning") as update:
         plans = plan_run(config, target, scaling is not None, update)
@@ -108,10 +100,8 @@ def plan_run(
                 continue
     plans = []
     for index, stage in enumerate(config.stages):
-        if target.gpus > stage.global_batch_size:
-            raise ConfigError(
-                f"--gpus {target.gpus}: stage {stage.name} has a batch of {stage.global_batch_size} rows only"
-            )
+        if target.gpus > (batch := stage.global_batch_size):
+            raise ConfigError(f"--gpus {target.gpus}: stage {stage.name} has a batch of {batch} rows only")
         progress(f"stage {stage.name}")
         plans.append(_plan_stage(Stage(config, index), vocabulary, target, scaling))
     return plans
@@ -132,30 +122,26 @@ def _plan_stage(stage: Stage, vocabulary: int, target: Target, scaling: bool) ->
         pass
     checkpointing = {on: stage.with_engine(activation_checkpointing=on) for on in (False, True)}
     works = {on: work_of(variant, vocabulary, "cuda", target.text_tokens) for on, variant in checkpointing.items()}
-    settings = StageSettings(
-        name=stage.name,
-        steps=stage.steps,
-        global_batch_size=stage.config.global_batch_size,
-        images={"text": 0, "regions": 0, "statements": 2}.get(stage.source_type, 1),
-        micro_batch_size=None if engine.micro_batch_size == "auto" else engine.micro_batch_size,
-        work=works[engine.activation_checkpointing],
-    )
+    num_images = {"text": 0, "regions": 0, "statements": 2}.get(stage.source_type, 1)
+    micro_batch_size = None if engine.micro_batch_size == "auto" else engine.micro_batch_size
+    batch_size, work = stage.config.global_batch_size, works[engine.activation_checkpointing]
+    settings = StageSettings(stage.name, stage.steps, batch_size, num_images, micro_batch_size, work)
 
     def estimate_at(
         gpus: int, largest: bool = False, recomputed: bool = engine.activation_checkpointing, **keys: Any
     ) -> StageEstimate:
         """Estimate with other keys of the engine, and with the `largest` micro-batch that fits."""
-        keys = {"micro_batch_size": settings.micro_batch_size, **keys}
+        keys = {"micro_batch_size": micro_batch_size, **keys}
         sharding = sharding_of(stage.with_engine(**keys), gpus, on_cuda=True)
-        described = replace(settings, work=works[recomputed])
-        result = estimate(described, sharding, target.accelerator, target.network, assumptions)
-        if not largest:
-            return result
-        most = min(max(1, result.largest_micro_batch), result.share)
-        return estimate(described, sharding, target.accelerator, target.network, assumptions, most)
+        described, hardware = replace(settings, work=works[recomputed]), (target.accelerator, target.network)
+        result = planning.estimate(described, sharding, *hardware, assumptions)
+        if largest:
+            described = replace(described, micro_batch_size=min(max(1, result.largest_micro_batch), result.share))
+            result = planning.estimate(described, sharding, *hardware, assumptions)
+        return result
 
     alternatives = {}  # the table of ZeRO stages: plain, offloaded, recomputed, and both
-    for zero, offloaded, recomputed in itertools.product(ZERO_STAGES, (False, True), (False, True)):
+    for zero, offloaded, recomputed in itertools.product(range(4), (False, True), (False, True)):
         if zero == 0 and (offloaded or engine.precision == "bfloat16"):
             continue  # in bfloat16, DeepSpeed would keep no float32 weights there
         words = [f"ZeRO {zero}", *["offload"] * offloaded, *["recomputed"] * recomputed]
@@ -163,22 +149,22 @@ def _plan_stage(stage: Stage, vocabulary: int, target: Target, scaling: bool) ->
         alternatives[", ".join(words)] = estimate_at(target.gpus, False, recomputed, zero_stage=zero, **keys)
     # 'auto', and the scaling curve, take the largest micro-batch that fits.
     chosen = estimate_at(target.gpus, largest=engine.micro_batch_size == "auto")
-    sizes = [gpus for gpus in SIZES if gpus <= settings.global_batch_size] if scaling else []
-    points = [estimate_at(gpus, settings.micro_batch_size is None) for gpus in sizes]
+    sizes = [gpus for gpus in SIZES if gpus <= batch_size] if scaling else []
+    points = [estimate_at(gpus, largest=micro_batch_size is None) for gpus in sizes]
     return StagePlan(chosen, assumptions, alternatives, points)
 
 
 def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
-    """Return the numbers of the run, and of each stage.
+    """Return the numbers of the run and of each stage.
 
     Of the run: memory is that of the stage which needs most, and a step's time and arithmetic are means over its steps.
     """
-    chosen = [plan.chosen for plan in plans]
+    chosen, stages = [plan.chosen for plan in plans], []
     steps = [stage.hours / stage.step_seconds for stage in chosen]
-    stages = [
-        asdict(plan.chosen)
-        | {"memory": plan.chosen.memory.as_json(), "sample_bytes": plan.assumptions.sample_bytes}
-        | {
+    for plan in plans:
+        stages.append(asdict(plan.chosen) | {"memory": plan.chosen.memory.as_json()})
+        stages[-1] |= {
+            "sample_bytes": plan.assumptions.sample_bytes,
             "by_zero_stage": {
                 name: {"memory_bytes": alternative.memory.as_json()}
                 | {key: getattr(alternative, key) for key in ("fits", "largest_micro_batch", "step_seconds")}
@@ -189,8 +175,6 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
                 for point in plan.scaling
             ],
         }
-        for plan in plans
-    ]
     return {
         "parameters": max(stage.parameters.total for stage in chosen),
         "flops_per_step": sum(stage.flops_per_step * n for stage, n in zip(chosen, steps, strict=True)) / sum(steps),
@@ -210,7 +194,7 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
 def as_text(plans: list[StagePlan], target: Target) -> str:
     """Return the plan as text: every stage with its table of ZeRO stages, the run's time and cost, the assumptions."""
     lines = []
-    room = usable_bytes(target.accelerator, target.assumptions) / GB
+    room = planning.usable_bytes(target.accelerator, target.assumptions) / GB
     heading = f"  GB of each GPU, {room:,.1f} usable{' ' * 8}{''.join(f'{name:>12}' for name in CATEGORIES)}"
     for plan in plans:
         stage = plan.chosen
@@ -262,12 +246,12 @@ def _assumption_lines(plans: list[StagePlan], target: Target) -> list[str]:
     return [
         f"{accelerator.name}: {accelerator.flops / TERA:,.0f} TFLOPS dense bfloat16, "
         f"{accelerator.memory_bytes / GB:,.0f} GB, {accelerator.per_node} a node, joined inside it at "
-        f"{accelerator.inside_bandwidth / GB:,.0f} GB/s x {hardware.INTRA_EFFICIENCY}",
+        f"{accelerator.inside_bandwidth / GB:,.0f} GB/s x {planning.INTRA_EFFICIENCY}",
         f"{network.name}: {network.bandwidth / GB:,.2f} GB/s for each GPU x {network.efficiency}, "
         f"{network.latency * 1e6:.0f} us",
         *(f"{name} {value}" for name, value in assumptions.items()),
         "texts as long as the stage allows, unless --text-tokens says otherwise",
-        f"{CONTEXT_BYTES / GB} GB for CUDA and NCCL",
+        f"{planning.CONTEXT_BYTES / GB} GB for CUDA and NCCL",
     ]
 
 
@@ -288,16 +272,11 @@ def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
     lines = [part for line in assumed for part in textwrap.wrap(line, LINE_CHARACTERS)]
     powers = range(math.ceil(math.log10(y_of.low)), math.floor(math.log10(y_of.high)) + 1)
     return render_page(
-        "scaling.svg.j2",
-        [Path(__file__).parent],
-        subject=title,
-        title=title,
+        "scaling.svg.j2", [Path(__file__).parent], subject=title, title=title,
         plans=list(zip(plans, itertools.cycle(COLOURS), strict=False)),
         lines=[(bottom + 55 + LINE_HEIGHT * row, line) for row, line in enumerate(lines)],
         height=bottom + 65 + LINE_HEIGHT * len(lines),
-        x_of=x_of,
-        y_of=y_of,
-        x_ticks=[2**n for n in range(int(math.log2(x_of.high)) + 1)],
-        y_ticks=[10.0**power for power in powers],
+        x_of=x_of, x_ticks=[2**n for n in range(int(math.log2(x_of.high)) + 1)],
+        y_of=y_of, y_ticks=[10.0**power for power in powers],
         **CHART,
-    )
+    )  # fmt: skip

@@ -16,10 +16,9 @@ from pipeline.config.redaction import redact, redact_values
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage, split
 from pipeline.tracking import locations
-from pipeline.tracking.lease import InUse, Lease
-from pipeline.tracking.mlflow_models import register
+from pipeline.tracking.journal import InUse, Lease
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
-from pipeline.tracking.mlflow_server import ServerUnavailable
+from pipeline.tracking.mlflow_server import ServerUnavailable, register
 
 logger = logging.getLogger("mome.tracking")
 

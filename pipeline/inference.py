@@ -72,7 +72,7 @@ def load_model(
     """
     storage, url = storage or Storage(), str(source).rstrip("/")
     if url.startswith("models:/"):
-        from pipeline.tracking.mlflow_models import download_weights
+        from pipeline.tracking.mlflow_server import download_weights
 
         with tempfile.TemporaryDirectory() as folder:
             weights = load_usable_weights(storage, download_weights(url, Path(folder), tracking_uri))

@@ -20,8 +20,7 @@ import typer
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.load import load_config
 from pipeline.data.storage import Storage
-from pipeline.planning.hardware import TERA, accelerator_like
-from pipeline.planning.memory import memory_of
+from pipeline.planning.estimate import TERA, accelerator_like, memory_of
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.deepspeed_setup import sharding_of
 from pipeline.training.profile import MeasuredEngine, living, peak_of

@@ -1,23 +1,246 @@
 """Estimates of a stage from its work, the hardware and stated assumptions: memory, time, storage, cost, scaling.
 
 A step takes its FLOPs at an assumed fraction of the accelerator's peak, plus the communication that backward does not
-overlap. Nothing is measured here; every assumption is in `Assumptions` and is printed with the result.
+overlap. The memory is that of DeepSpeed 0.19's allocations at each ZeRO stage; the model was derived from its sources
+and is verified on running engines (`mome bench step`). Nothing is measured here.
 """
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Literal, TypeVar
 
-from pipeline.planning.hardware import INTRA_EFFICIENCY, INTRA_LATENCY, Accelerator, Network
-from pipeline.planning.memory import FLOAT32, MOMENTS, Memory, Parameters, Sharding, Work, memory_of
+from pipeline.config.errors import ConfigError
 
+GB, TERA = 10**9, 10**12
+PCIE = 25 * GB  # generation 4, 16 streams, as measured in copies
+INTRA_LATENCY, INTRA_EFFICIENCY = 5e-6, 0.8  # of collectives inside a node
+FLOAT32 = 4
+MOMENTS = 2 * FLOAT32
+ALIGNMENT = 2  # elements: DeepSpeed pads flat buffers to a multiple of 2 W, W ranks
+WHOLE_BUCKET = 500_000_000  # elements that ZeRO 0 reduces at a time
 CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL buffers and cuBLAS workspace
 PARAMETERS_OF_A_MODULE = 2  # gathered together by ZeRO 3: typically a weight and its bias
 
 
+# ---- accelerators and networks, from their manufacturers' data sheets
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Peak performance of one accelerator."""
+
+    name: str
+    flops: float  # dense bfloat16 per second
+    memory_bytes: float
+    inside_bandwidth: float = PCIE  # bytes per second to others of the node, one direction
+    per_node: int = 8
+
+
+@dataclass(frozen=True)
+class Network:
+    """Interconnect between nodes. `latency` is that of one step of a collective, in seconds."""
+
+    name: str
+    bandwidth: float  # bytes per second per accelerator, one direction
+    latency: float
+    efficiency: float  # fraction of the bandwidth that collectives of large messages reach
+
+
+ACCELERATORS = {
+    item.name: item
+    for item in (
+        Accelerator("b200", 2250 * TERA, 180 * GB, 900 * GB),
+        Accelerator("h200", 989 * TERA, 141 * GB, 450 * GB),
+        Accelerator("h100", 989 * TERA, 80 * GB, 450 * GB),  # SXM5
+        Accelerator("h100-pcie", 756 * TERA, 80 * GB),
+        Accelerator("a100-80", 312 * TERA, 80 * GB, 300 * GB),
+        Accelerator("a100-40", 312 * TERA, 40 * GB, 300 * GB),
+        Accelerator("l40s", 362 * TERA, 48 * GB),
+        Accelerator("a10g", 70 * TERA, 24 * GB),
+        Accelerator("v100", 125 * TERA, 32 * GB, 150 * GB),  # float16; it does not support bfloat16
+        Accelerator("mi300x", 1307 * TERA, 192 * GB, 448 * GB),
+    )
+}
+NETWORKS = {
+    item.name: item
+    for item in (
+        Network("nvlink", 450 * GB, 5e-6, 0.8),  # every accelerator in one NVLink domain
+        Network("ib-400", 50 * GB, 10e-6, 0.85),  # InfiniBand NDR, a card each
+        Network("ib-200", 25 * GB, 10e-6, 0.85),  # InfiniBand HDR, a card each
+        Network("efa-400", 50 * GB, 20e-6, 0.7),  # AWS p5: 3,200 Gbit/s a node of eight
+        Network("ethernet-100", 100 * GB / 8 / 8, 40e-6, 0.7),  # one card of 100 Gbit/s for the eight of a node
+        Network("ethernet-25", 25 * GB / 8 / 8, 50e-6, 0.7),  # one card of 25 Gbit/s for the eight of a node
+    )
+}
+
+Named = TypeVar("Named", Accelerator, Network)
+
+
+def hardware_named(option: str, table: dict[str, Named], name: str) -> Named:
+    """Return the entry of that name. Raises ConfigError, naming the command-line option, with the known names."""
+    if name not in table:
+        hint = "".join(f"did you mean '{match}'? " for match in get_close_matches(name, table, n=1))
+        raise ConfigError(f"{option} {name}: {hint}known: {', '.join(table)}")
+    return table[name]
+
+
+def accelerator_like(device: str) -> Accelerator | None:
+    """Return the accelerator with the driver's name `device` ("NVIDIA H100 80GB HBM3"), or None if it is unknown."""
+    words = device.lower().replace("-", " ").split()
+    matches = [accelerator for name, accelerator in ACCELERATORS.items() if name.split("-")[0] in words]
+    if len(matches) > 1:
+        small = any(word in ("40gb", "pcie") for word in words)
+        matches = [match for match in matches if match.name.endswith(("-40", "-pcie")) == small] or matches
+    return matches[0] if matches else None
+
+
+# ---- work and memory of one rank
+
+
+@dataclass(frozen=True)
+class Line:
+    """A quantity that grows linearly with the examples of a micro-batch."""
+
+    fixed: float
+    per_example: float
+
+    def at(self, examples: float) -> float:
+        return max(0.0, self.fixed + self.per_example * examples)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts of a stage's model, in elements."""
+
+    trained: int
+    frozen: int
+    buffers: int  # bytes
+    largest: int  # elements of the largest parameter
+    tensors: int = 1  # number of parameter tensors
+
+    @property
+    def total(self) -> int:
+        return self.trained + self.frozen
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requirements of one training step on a rank, measured by `pipeline.training.workload`."""
+
+    parameters: Parameters
+    flops: Line  # forward and backward of a rank's examples in one micro-batch
+    flops_per_example_accumulated: float  # with accumulation, including repeated forwards
+    activations: Line  # bytes alive when the backward of a micro-batch begins
+    workspace: Line  # bytes that the backward allocates in addition
+    tokens: Line  # positions that enter the encoder, over all forwards
+    batch_bytes_per_example: float  # size of the loader's output
+    contrast_flops: int  # ITC of the global batch, which every rank computes
+    contrast_bytes: int  # peak memory of that
+    contrast_width: int  # gathered feature values per example
+
+    def step_flops(self, share: int, accumulation: int) -> float:
+        """Return a rank's FLOPs per step for its share of the global batch."""
+        if accumulation == 1:
+            return self.flops.at(share) + self.contrast_flops
+        return self.flops_per_example_accumulated * share + self.contrast_flops
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Distribution of state over the ranks, and the engine settings that size its buffers."""
+
+    zero_stage: int
+    world_size: int
+    precision: Literal["float32", "bfloat16"]
+    reduce_bucket: int  # elements
+    max_live: int  # elements of gathered weights that ZeRO 3 keeps
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    averages: bool = False  # whether an exponential moving average of the weights exists
+    fused_update: bool = True  # whether Adam is one kernel without temporaries (CUDA)
+
+    @property
+    def element(self) -> int:
+        """Bytes per element of the model's weights."""
+        return 2 if self.precision == "bfloat16" else FLOAT32
+
+    def part(self, elements: float) -> float:
+        """Return the elements of a flat buffer on one rank."""
+        step = ALIGNMENT * self.world_size
+        return -(-elements // step) * step / self.world_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank's device by category, and the part of its state in host memory."""
+
+    states: float = 0.0  # weights, master weights, moments, moving average
+    gradients: float = 0.0
+    buffers: float = 0.0  # permanent buffers of the engine and the model
+    activations: float = 0.0  # alive when backward begins
+    backward: float = 0.0  # temporaries of backward: activation gradients, buckets, gathered weights
+    update: float = 0.0  # temporaries of the optimizer step
+    loader: float = 0.0  # this rank's examples and the swapped ones
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Peak bytes on the device: those of the backward or of the update, whichever needs more."""
+        permanent = self.states + self.gradients + self.buffers + self.loader
+        return permanent + max(self.activations + self.backward, self.update)
+
+    def as_json(self) -> dict[str, int]:
+        return {name: round(size) for name, size in {**asdict(self), "total": self.total}.items()}
+
+
+def memory_of(
+    parameters: Parameters, sharding: Sharding, activations: float = 0.0, workspace: float = 0.0, loader: float = 0.0
+) -> Memory:
+    """Return the memory of one rank. `workspace` are the bytes that backward allocates besides the activations."""
+    stage, element = sharding.zero_stage, sharding.element
+    trained, part = parameters.trained, sharding.part(parameters.trained)
+    # Bytes of a float32 copy of a weight, and of a second gradient, that only bfloat16 weights have.
+    extra_copy, extra_gradient = (0, 0) if element == FLOAT32 else (FLOAT32, element)
+    # torch's per-tensor loop takes two float32 copies of the largest tensor; one fused kernel takes none.
+    adam = 0 if sharding.fused_update else 2 * FLOAT32
+    weights, optimizer, gradients = float(element * parameters.total), (FLOAT32 + MOMENTS) * part, FLOAT32 * part
+    buffers = backward = host = 0.0
+    update, bucket = adam * part, min(sharding.reduce_bucket, trained)
+    if stage == 0:  # everything on every rank; gradients are summed in one flat copy
+        optimizer, gradients = (extra_copy + MOMENTS) * trained, (FLOAT32 + extra_gradient) * trained
+        flat_copy = FLOAT32 * min(trained, WHOLE_BUCKET) if sharding.world_size > 1 else 0.0
+        update = max(flat_copy, adam * parameters.largest)
+    elif stage == 1 and sharding.precision == "bfloat16" and not sharding.offload_optimizer:
+        # Whole, flat weights. Gradients are whole: in bfloat16 and, summed over micro-batches, in float32.
+        gradients = (FLOAT32 + element) * trained
+    elif stage in (1, 2):  # whole, flat weights; master weights, moments and gradients partitioned
+        # Buckets of bfloat16 are summed as float32, the engine's communication type.
+        backward = sharding.reduce_bucket * element + extra_copy * bucket
+        update = FLOAT32 * part + adam * part
+        if sharding.offload_optimizer:
+            host, optimizer = optimizer + (FLOAT32 + element) * part, 0.0
+            gradients, update = element * parameters.largest, 0.0
+    else:  # everything partitioned; weights are gathered for use, and kept up to `max_live` elements
+        weights, buffers = element * sharding.part(parameters.total), sharding.reduce_bucket * FLOAT32
+        # A bucket's copy in rank order and, if its type differs, the gradients it was filled from.
+        backward = element * min(parameters.total, sharding.max_live) + (FLOAT32 + extra_gradient) * bucket
+        if sharding.offload_optimizer:
+            host, optimizer, gradients, update = optimizer + gradients, 0.0, 0.0, 0.0
+        if sharding.offload_parameters:
+            host, weights = host + weights, 0.0
+    states = weights + optimizer + (FLOAT32 * part if sharding.averages else 0.0)
+    buffers += parameters.buffers
+    return Memory(states, gradients, buffers, activations, backward + workspace, update, loader, host)
+
+
+# ---- the estimate
+
+
 @dataclass(frozen=True)
 class Assumptions:
-    """Assumptions of the estimate. Each is an option of `mome plan`."""
+    """Assumptions of the estimate, which are printed with it. Each is an option of `mome plan`."""
 
     mfu: float = 0.35  # model FLOPs utilization of a step without its communication
     overlap: float = 0.0  # fraction of the compute time that hides communication; the engine sets overlap_comm off
@@ -83,21 +306,17 @@ def largest_micro_batch(work: Work, sharding: Sharding, share: int, room: float)
 
 
 def usable_bytes(accelerator: Accelerator, assumptions: Assumptions) -> float:
+    """Return the device memory without the context's and what fragmentation loses."""
     return accelerator.memory_bytes * (1 - assumptions.headroom) - CONTEXT_BYTES
 
 
 def estimate(
-    stage: StageSettings,
-    sharding: Sharding,
-    accelerator: Accelerator,
-    network: Network,
-    assumptions: Assumptions,
-    micro_batch_size: int | None = None,
+    stage: StageSettings, sharding: Sharding, accelerator: Accelerator, network: Network, assumptions: Assumptions
 ) -> StageEstimate:
-    """Return the estimate on `sharding.world_size` accelerators. `micro_batch_size` overrides the stage's."""
+    """Return the estimate on `sharding.world_size` accelerators."""
     work, ranks, batch = stage.work, sharding.world_size, stage.global_batch_size
     share, room = math.ceil(batch / ranks), usable_bytes(accelerator, assumptions)
-    accumulation = math.ceil(share / max(1, min(share, micro_batch_size or stage.micro_batch_size or share)))
+    accumulation = math.ceil(share / max(1, min(share, stage.micro_batch_size or share)))
     examples = math.ceil(share / accumulation)
     memory = memory_at(work, sharding, share, examples)
     flops = work.step_flops(share, accumulation)
@@ -109,8 +328,7 @@ def estimate(
     checkpoint += FLOAT32 * work.parameters.trained if sharding.averages else 0
     hours = stage.steps * step / assumptions.goodput / 3600
     return StageEstimate(
-        name=stage.name, parameters=work.parameters,
-        gpus=ranks, share=share, micro_batch_size=examples, accumulation=accumulation,
+        stage.name, work.parameters, ranks, share, micro_batch_size=examples, accumulation=accumulation,
         memory=memory, fits=memory.total <= room,
         largest_micro_batch=largest_micro_batch(work, sharding, share, room),
         flops_per_step=flops * batch / share, tokens_per_step=work.tokens.at(batch),

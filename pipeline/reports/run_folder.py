@@ -14,8 +14,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.config.stored import RecordedLocation, parse_config, stored_config
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.journal import EVALUATION, Record
-from pipeline.tracking.lease import is_held
+from pipeline.tracking.journal import EVALUATION, Record, is_held
 from pipeline.tracking.locations import read_journal
 from pipeline.training import goodput
 from pipeline.training.prepare import RUN_FILE

@@ -8,15 +8,12 @@ A record is {"kind": …, "at": milliseconds, "stage": index or null, …}. Kind
 stage, metrics, rewind (voids a stage's later points), tag, artifact, model and model_gone (weights retained, and
 deleted), stage_end, run_end. Numbers keep every bit; those that JSON lacks are strings ("nan", "inf", "-inf"). Records
 are validated when read, because a journal may have been written by anybody.
-
-From the copy in the storage a restart on another node continues. Each commit uploads the bytes that a session has grown
-by, as one object named for its byte range. Because a session only grows, overlapping ranges hold the same bytes:
-several processes may commit one session, and a commit whose response was lost may be repeated from any offset.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import logging
@@ -24,6 +21,7 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Union
@@ -31,9 +29,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Union
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
+from pipeline.config.background import PeriodicThread
 from pipeline.config.durable import sync_folder, write_durably
 from pipeline.config.urls import is_local
-from pipeline.tracking.lease import Lease, is_held
 
 if TYPE_CHECKING:
     from pipeline.data.storage import Storage
@@ -45,6 +43,8 @@ Segment = tuple[int, int, str]  # the bytes [start, end) of a session, and the n
 
 CHECKPOINT, FINAL_WEIGHTS = "checkpoint", "final_weights"  # roles in model records; final weights are never deleted
 EVALUATION = "eval/"  # prefix of the metrics of held-out data
+BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # between heartbeats of a lease; since the last one of a dead process
+_leased: set[Path] = set()  # files that this process uses
 RUN_ID = "[0-9A-Za-z_.-]{1,64}"
 SESSION_NAME = r"(?P<session>[0-9]{6}-[0-9a-f]{1,32})"
 # The second form: a local run's journal that was copied to the store as it is.
@@ -60,14 +60,16 @@ _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Step = Annotated[int, Field(ge=-(2**53), le=2**53)]
 _Stage = Annotated[int, Field(ge=0, lt=10_000)]
 _Number = float | Literal["nan", "inf", "-inf"]
-_Status = Literal["FINISHED", "FAILED", "KILLED"]
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 _Texts = dict[str, str]
 
 
-class _Dataset(TypedDict):
-    name: str
-    source: str
-    digest: str
+class Dataset(TypedDict):
+    """A dataset that a stage reads."""
+
+    name: str  # of the source
+    source: str  # URL of its shards
+    digest: str  # of its manifest
     context: str
 
 
@@ -81,12 +83,12 @@ class _Point(TypedDict):
 # Kinds of records and their fields, besides "kind" and "at".
 _KINDS: dict[str, dict[str, Any]] = {
     "run": {
-        "stage": _Stage | None, "params": _Texts, "tags": _Texts, "datasets": list[_Dataset],
+        "stage": _Stage | None, "params": _Texts, "tags": _Texts, "datasets": list[Dataset],
         "run": Annotated[str, Field(pattern=f"^{RUN_ID}$")],  # becomes part of an MLflow search filter
         "name": NotRequired[str], "uri": NotRequired[str], "experiment": NotRequired[str],
         "server_has_more": NotRequired[bool],
     },
-    "stage": {"stage": _Stage, "name": str, "params": _Texts, "tags": _Texts, "datasets": list[_Dataset]},
+    "stage": {"stage": _Stage, "name": str, "params": _Texts, "tags": _Texts, "datasets": list[Dataset]},
     "metrics": {"stage": _Stage | None, "step": _Step, "values": dict[str, _Number]},
     "rewind": {"stage": _Stage, "step": _Step},
     "tag": {"stage": _Stage | None, "key": str, "value": str},
@@ -96,8 +98,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     },
     "model": {"stage": _Stage, "step": _Step, "url": str, "role": str, "points": list[_Point]},
     "model_gone": {"stage": _Stage | None, "url": str},
-    "stage_end": {"stage": _Stage | None, "status": _Status},
-    "run_end": {"stage": _Stage | None, "status": _Status},
+    "stage_end": {"stage": _Stage | None, "status": Status},
+    "run_end": {"stage": _Stage | None, "status": Status},
 }  # fmt: skip
 _strict = with_config(ConfigDict(extra="allow", strict=True))
 _RECORDS = [
@@ -106,6 +108,62 @@ _RECORDS = [
 ]
 _RECORD: Any = Annotated[Union[*_RECORDS], Field(discriminator="kind")]
 _VALIDATOR: TypeAdapter[Any] = TypeAdapter(_RECORD)
+
+
+class InUse(Exception):
+    """Another process is using the file."""
+
+
+class Lease:
+    """Marks a file, creating it if necessary, as used by this process until `close` or the process's death.
+
+    A process that dies loses its file lock at once. Where the file system has none (Lustre without `-o flock`, some
+    NFS), which is logged, the owner touches a file next to the used one every few seconds instead, and counts as dead
+    60 s after the last touch. Raises InUse when another process uses the file.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.with_name(f"{path.name}.heartbeat")
+        self._heartbeat: PeriodicThread | None = None
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError) or is_held(path):
+                os.close(self._fd)
+                raise InUse(str(path)) from None
+            message = "%s: the file system has no file locks (%s); using heartbeat files instead"
+            logger.warning(message, path.parent, error.strerror or error)
+            self._beat()
+            self._heartbeat = PeriodicThread(self._beat, BEAT_SECONDS, "mome-heartbeat").start()
+        _leased.add(path)
+
+    def close(self) -> None:
+        _leased.discard(self._path)
+        os.close(self._fd)
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._file.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk may still accept the next heartbeat's timestamp
+            self._file.touch()
+            os.utime(self._file, (time.time(), time.time()))  # this machine's clock, not the file server's
+
+
+def is_held(path: Path, elsewhere: bool = False) -> bool:
+    """Return True while any process, or any other process if `elsewhere`, uses the file."""
+    if path in _leased:
+        return not elsewhere
+    with contextlib.suppress(OSError):
+        if abs(time.time() - path.with_name(f"{path.name}.heartbeat").stat().st_mtime) < DEAD_SECONDS:
+            return True
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: NFS grants exclusive locks to writers only
+        except OSError as error:  # any other: no locks on this file system, and no heartbeat
+            return isinstance(error, BlockingIOError)
+    return False
 
 
 def encode(record: Record) -> bytes:
@@ -190,16 +248,13 @@ class JournalWriter:
     """
 
     def __init__(self, journal: Journal):
-        self._folder = journal.folder
-        self._folder.mkdir(parents=True, exist_ok=True)
+        (folder := journal.folder).mkdir(parents=True, exist_ok=True)
+        self._folder, self._lock, self._pending, self._failing = folder, threading.Lock(), b"", False
         number = min(max((int(name.split("-")[0]) for name in journal.sessions()), default=0) + 1, 999_999)
         path = journal.path(f"{number:06d}-{secrets.token_hex(4)}")
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         self._lease = Lease(path)  # shows other processes that this session is being written
-        sync_folder(self._folder)
-        self._lock = threading.Lock()
-        self._pending = b""
-        self._failing = False
+        sync_folder(folder)
 
     def append(self, record: Record) -> None:
         """Append one record. On a full disk the record is kept in memory and written later; nothing is raised."""
@@ -219,7 +274,7 @@ class JournalWriter:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        os.fsync(self._fd)
+        self.sync()
         os.close(self._fd)
         self._lease.close()
 
@@ -248,7 +303,12 @@ def committed_segments(store: Storage, url: str) -> dict[str, list[Segment]]:
 
 
 class CommittedJournal:
-    """Commits a journal to the run's `folder` and restores it from there; a local run's journal is there already."""
+    """Commits a journal to the run's `folder` and restores it from there; a local run's journal is there already.
+
+    Each commit uploads the bytes that a session has grown by, as one object named for its byte range. Because a session
+    only grows, overlapping ranges hold the same bytes: several processes may commit one session, and a commit whose
+    response was lost may be repeated from any offset.
+    """
 
     def __init__(self, store: Storage, folder: str):
         self._store = store

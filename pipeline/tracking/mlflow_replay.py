@@ -4,6 +4,9 @@ The upload is idempotent, so that a lost cursor or response costs only time. Run
 request that creates them, repeated params and tags have the same values, and MLflow's SQL store drops points that it
 has with the same key, step, value and timestamp. Points that were recorded again, after the journal with their first
 recording was lost, have other timestamps; they are compared with the steps that the server holds.
+
+Checkpoints and final weights become LoggedModels with their URL (`mome.url`), step and results, so that
+`search_logged_models` ranks checkpoints; the files stay in the run's storage.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,16 +26,18 @@ from pydantic import BaseModel, Field, PrivateAttr
 from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
 from pipeline.tracking import mlflow_server
-from pipeline.tracking.journal import EVALUATION, Journal, Record
-from pipeline.tracking.mlflow_models import LoggedModels
+from pipeline.tracking.journal import EVALUATION, FINAL_WEIGHTS, Journal, Record
 from pipeline.tracking.mlflow_server import RequestRejected, RunNotFound, ServerUnavailable, request
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import LoggedModel, Metric
 
 MAX_BATCH_POINTS, MAX_BATCH_PAIRS = 1000, 100  # MLflow's limits
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters
+IS_EXTERNAL = "mlflow.model.isExternal"  # MLflow's tag of models whose files it does not store
+PAGE_SIZE = 100  # of a search for models
+_INVALID_IN_MODEL_NAMES = re.compile(r"[/:.%\"']")
 
 
 class Cursor(BaseModel):
@@ -57,10 +63,8 @@ class Cursor(BaseModel):
     def offset(self, journal: Journal, session: str) -> int:
         """Return the byte from which to continue a session; 0 if the stored offset is not the end of a record."""
         offset = self.offsets.get(session, 0)
-        if offset == 0:
-            return 0
         with journal.path(session).open("rb") as file:
-            file.seek(offset - 1)
+            file.seek(max(offset - 1, 0))
             return offset if file.read(1) == b"\n" else 0
 
 
@@ -74,14 +78,15 @@ class MlflowUploader:
     """Uploads one journal to one MLflow server. `report` receives messages for the user."""
 
     _client: MlflowClient
-    _models: LoggedModels
     _run_record: Record  # the journal's first; a run stays in the experiment in which it started
+    _deleted: set[str]  # URLs of weights, which are not logged if they were deleted before
 
     def __init__(self, folder: Path, uri: str, report: Callable[[str], None]):
         os.environ.update(mlflow_server.CLIENT_ENVIRONMENT)
         self._journal, self._uri, self._report = Journal(folder), uri, report
         self._cursor = Cursor.load(folder, uri)
         self._experiment = ""  # MLflow's id, once connected
+        self._models: dict[str, LoggedModel] | None = None
         self._runs: dict[int | None, str] = {}  # stage index (None: the parent) -> MLflow run id
         self._points: list[Metric] = []
         self._points_run = ""
@@ -114,7 +119,8 @@ class MlflowUploader:
                     self._run_record = request(lambda: self._journal.run_records()[0])  # if damaged: tried again
                     name = self._run_record.get("experiment", "Default")
                     experiment = request(mlflow_server.experiment_id, client, self._uri, name)
-                    self._models = LoggedModels(client, experiment, self._run_record, self._journal)
+                    gone = (record for record in self._journal.all_records() if record["kind"] == "model_gone")
+                    self._deleted, self._models = {record["url"] for record in gone}, None
                     self._client, self._experiment = client, experiment  # last: a failed connection is made again
                 if record["kind"] != "metrics":
                     self._send_points()
@@ -129,7 +135,7 @@ class MlflowUploader:
                     self._points_run = run
                 marks, model_id = self._cursor.marks.get(str(record["stage"]), {}), None
                 if any(key.startswith(EVALUATION) for key in values):  # of the weights of this step
-                    ids = [m.model_id for m in self._models.by_url.values() if m.tags["mome.step"] == str(step)]
+                    ids = [m.model_id for m in self._logged_models().values() if m.tags["mome.step"] == str(step)]
                     model_id = ids[-1] if ids else None
                 self._points += [
                     Metric(key, float(value), at, step, model_id=model_id if key.startswith(EVALUATION) else None)
@@ -187,7 +193,7 @@ class MlflowUploader:
                 reason = "whose file is not in the journal" if path is None else f"because {path} is missing"
                 self._report(f"tracking: skipped the artifact {record['name']}, {reason}")
         elif kind == "model":
-            if (model_id := self._send(self._models.log, record, self._run_id(stage))) is not None:
+            if (model_id := self._send(self._log_model, record, self._run_id(stage))) is not None:
                 for of_stage in (stage, None):  # the points of its step, which the run already has with the same times
                     points = [point for point in record["points"] if point["stage"] == of_stage]
                     self._points_run = self._run_id(of_stage)
@@ -198,9 +204,9 @@ class MlflowUploader:
                     self.num_points -= len(points)  # already counted when the run's points were sent
                     self._send_points()
         elif kind == "model_gone":
-            if (model := self._models.by_url.get(record["url"])) is not None:
+            if (model := self._logged_models().get(record["url"])) is not None:
                 self._send(client.delete_logged_model, model.model_id)
-                del self._models.by_url[record["url"]]
+                del self._logged_models()[record["url"]]
         elif kind in ("stage_end", "run_end"):
             self._send(client.set_terminated, self._run_id(stage), record["status"], record["at"])
 
@@ -220,7 +226,7 @@ class MlflowUploader:
                 self._send(self._client.log_inputs, run, datasets)
         self._log_params_and_tags(child, record)
         origin = record["tags"].get("start_from", "random")
-        if origin != "random" and (origin_run := self._send(self._models.start_from, origin, child)) is not None:
+        if origin != "random" and (origin_run := self._send(self._log_starting_weights, origin, child)) is not None:
             self._send(self._client.set_tag, child, "start_from.run_id", origin_run)
 
     def _log_params_and_tags(self, run: str, record: Record) -> None:
@@ -237,6 +243,70 @@ class MlflowUploader:
         for kind, items in pairs.items():
             for start in range(0, len(items), MAX_BATCH_PAIRS):
                 self._send(self._client.log_batch, run, **{kind: items[start : start + MAX_BATCH_PAIRS]})
+
+    def _logged_models(self) -> dict[str, LoggedModel]:
+        """Return the server's models of this run by the URL of their weights, requested once per connection."""
+        if self._models is None:
+            models: dict[str, LoggedModel] = {}
+            token, search = None, self._client.search_logged_models
+            condition = f"tags.`mome.run` = '{self._run_record['run']}'"
+            while True:
+                page = request(search, [self._experiment], condition, max_results=PAGE_SIZE, page_token=token)
+                models |= {model.tags["mome.url"]: model for model in page if "mome.url" in model.tags}
+                if not (token := page.token):
+                    break
+            self._models = models
+        return self._models
+
+    def _log_model(self, record: Record, run_id: str) -> str | None:
+        """Log weights of a stage's run once; return the model's id, or None if they have been deleted since."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        url, step, role, client = record["url"], record["step"], record["role"], self._client
+        if url in self._deleted:
+            return None
+        run, models = request(client.get_run, run_id), self._logged_models()
+        if (model := models.get(url)) is None:
+            stage = run.data.tags.get("stage", str(record["stage"]))
+            name = f"{self._run_record.get('name', 'run')}-{stage}-{step:08d}"
+            tags = {"mome.run": self._run_record["run"], "mome.url": url, "mome.step": str(step), "mome.role": role}
+            params = {"stage": stage, "step": str(step), "role": role}
+            model = request(
+                client.create_logged_model, self._experiment, _INVALID_IN_MODEL_NAMES.sub("-", name), run_id,
+                tags | {IS_EXTERNAL: "true"}, params, "weights",
+            )  # fmt: skip
+            models[url] = model
+        if model.status != LoggedModelStatus.READY:  # it was created but not finalized
+            models[url] = request(client.finalize_logged_model, model.model_id, LoggedModelStatus.READY)
+        # Checkpoints are not logged as outputs, because outputs cannot be removed.
+        logged = {output.model_id for output in (run.outputs.model_outputs if run.outputs else ())}
+        if role == FINAL_WEIGHTS and model.model_id not in logged:
+            request(client.log_outputs, run_id, [LoggedModelOutput(model.model_id, step)])
+        return model.model_id
+
+    def _log_starting_weights(self, url: str, run_id: str) -> str | None:
+        """Make the weights at `url` an input of a run; return the run that made them, if this server knows it.
+
+        They belong to this run, or else to any run in any experiment.
+        """
+        from mlflow.entities import LoggedModelInput
+
+        client = self._client
+        if (own := self._logged_models().get(url)) is not None:
+            model = request(client.get_logged_model, own.model_id)
+        else:
+            models: list[LoggedModel] = []
+            if "'" not in url:  # it cannot be quoted in a filter
+                experiments = [experiment.experiment_id for experiment in request(client.search_experiments)]
+                condition = f"tags.`mome.url` = '{url}'"
+                models = request(client.search_logged_models, experiments, condition, max_results=1)
+            if not models:
+                return None
+            model = models[0]
+        inputs = request(client.get_run, run_id).inputs
+        if model.model_id not in {entry.model_id for entry in (inputs.model_inputs if inputs else ())}:
+            request(client.log_inputs, run_id, models=[LoggedModelInput(model.model_id)])
+        return model.source_run_id
 
     def _run_id(self, stage: int | None, start: Record | None = None) -> str:
         """Return the MLflow run id of a stage, or of the parent run for None.

@@ -1,4 +1,4 @@
-"""Access to a run's MLflow server: a check before the run starts, the client, and the meaning of its errors.
+"""Access to a run's MLflow server: a check before the run starts, the client, its errors, and the model registry.
 
 mlflow is imported only by the functions that need its client, so that `check_server` stays fast.
 """
@@ -17,7 +17,7 @@ import stat
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,10 +25,11 @@ from pipeline.config.background import within
 from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import describe_error, password_of, redact, remember
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.locations import sqlite_file, tracking_uri
+from pipeline.tracking.locations import resolve_uri, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.types.schema import ColSpec, TensorSpec
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _HOSTED = ("databricks", "databricks-uc", "uc", "azureml", "arn")  # services of MLflow or its plugins
 _REJECTED_CODES = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 CREDENTIALS = "Check its address, and the credentials in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+VECTORS = ("image_embedding", "text_embedding")  # outputs of a registered model that are lists of numbers
 _EXPECTED = (
     "expected http(s)://…, sqlite:///path, postgresql://… or the URI of an installed MLflow plugin "
     "(MLflow's file store is not supported)"
@@ -59,10 +61,8 @@ def check_server(config: RunConfig, required: bool | None = None) -> None:
 
     `required` overrides the config's `tracking.required`.
     """
-    if not (config.tracking.required if required is None else required):
-        return
-    uri = tracking_uri(config)
-    if (fault := find_fault(uri)) is not None:
+    is_required = config.tracking.required if required is None else required
+    if is_required and (fault := find_fault(uri := tracking_uri(config))) is not None:
         raise TrackingError(
             f"tracking.uri {redact(uri)}: {fault}. Start the server, correct the address, or set "
             "tracking.required=false: the run is then recorded locally and uploaded later by `mome sync`"
@@ -275,3 +275,87 @@ def try_writing(uri: str, experiment: str) -> str:
         fault = f"the server refused a run: {describe_error(error)}. {CREDENTIALS}"
         raise TrackingError(f"tracking.uri {redact(uri)}: {fault}") from error
     return "a run was written, read back and deleted"
+
+
+# ---- MLflow's model registry
+
+
+def register(
+    uri: str, experiment: str, name: str, alias: str | None, *, run: str | None, stage_index: int, step: int,
+    outputs: Sequence[str], params: dict[str, str], tags: dict[str, str], **pyfunc: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Log a model of the stage that made it, register it as the next version of `name`, set the alias.
+
+    `mlflow.pyfunc.load_model("models:/NAME@ALIAS")` loads it by itself: weights, the code that reads them and the name
+    of the loader module, without pickle and without this repository on the serving machine. A prediction reads per row
+    an encoded image, a text, or both, and returns one column per output.
+
+    `run` is the tag `mome.run` of the run that made it, and `pyfunc` the model's files, code and example, as
+    `mlflow.pyfunc.log_model` takes them. The result has the "name", "version", "alias", "model_id", the stage's MLflow
+    "run_id" (None if the server does not know it), and the "uri" for `load_model`. Raises TrackingError with the
+    server's error.
+    """
+    uri = resolve_uri(uri)
+    client = connect(uri)
+    import mlflow
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    kinds = {"image": DataType.binary, "text": DataType.string}
+    inputs: list[ColSpec | TensorSpec] = [ColSpec(kind, column, required=False) for column, kind in kinds.items()]
+    types = {output: Array(DataType.double) if output in VECTORS else DataType.double for output in outputs}
+    columns: list[ColSpec | TensorSpec] = [ColSpec(kind, output, required=False) for output, kind in types.items()]
+    matching = ParamSchema([ParamSpec("itm", DataType.boolean, True)])
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        runs: list[Any] = []
+        if run is not None:  # the MLflow run of the stage, if the server knows it
+            condition = f"tags.`mome.run` = '{run}' and tags.stage_index = '{stage_index}'"
+            experiments = [entry.experiment_id for entry in client.search_experiments()]
+            runs = client.search_runs(experiments, filter_string=condition, max_results=1)
+        run_id = runs[0].info.run_id if runs else None
+        place = runs[0].info.experiment_id if runs else experiment_id(client, uri, experiment)
+        model = client.create_logged_model(place, name, run_id, tags, params, model_type="export")
+        signature = ModelSignature(inputs=Schema(inputs), outputs=Schema(columns), params=matching)
+        mlflow.pyfunc.log_model(model_id=model.model_id, signature=signature, **pyfunc)
+        if run_id is not None:
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"models:/{model.model_id}"
+        version = int(client.create_model_version(name, source, run_id, tags, model_id=model.model_id).version)
+        if alias is not None:
+            client.set_registered_model_alias(name, alias, str(version))
+    except MlflowException as error:
+        fault = f"the server did not register {name}: {error}. {CREDENTIALS}"
+        raise TrackingError(f"tracking.uri {redact(uri)}: {fault}") from error
+    return {
+        "name": name, "version": version, "alias": alias, "model_id": model.model_id, "run_id": run_id,
+        "uri": f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}",
+    }  # fmt: skip
+
+
+def download_weights(uri: str, folder: Path, tracking_uri: str | None = None) -> str:
+    """Download a registered model into `folder` and return its folder of weights.
+
+    `uri` is `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises TrackingError where the registry has no such model.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    try:
+        model = mlflow.artifacts.download_artifacts(uri, dst_path=str(folder), tracking_uri=tracking_uri)
+        flavor = Model.load(model).flavors["python_function"]
+        return str(Path(model) / flavor["data"])
+    except (MlflowException, OSError, KeyError) as error:
+        raise TrackingError(
+            f"{uri}: not found in MLflow's registry at {redact(tracking_uri or mlflow.get_registry_uri())}: {error}. "
+            "Check the name, the version or alias, and the tracking URI"
+        ) from error

@@ -1,10 +1,8 @@
 """Run tracking: an append-only local journal, which a separate process uploads to MLflow.
 
-No call waits for a server (contract C6): `metrics` appends one line to a file. Uploads run in their own process
-(`pipeline.tracking.uploader`) because importing mlflow and its Python work hold the interpreter lock. As a thread they
-made steps up to four times as long during the import, and delayed single steps by 0.3 s.
-
-Tracking errors are logged as warnings and never raised, except by `Tracker.open`, which runs before training.
+No call waits for a server (contract C6): `metrics` appends one line to a file. Uploads run in their own process because
+importing mlflow and its Python work hold the interpreter lock. As a thread they made steps up to four times as long
+during the import, and delayed single steps by 0.3 s.
 """
 
 from __future__ import annotations
@@ -20,9 +18,8 @@ import time
 import uuid
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
 
 from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
@@ -34,9 +31,11 @@ from pipeline.tracking.journal import (
     EVALUATION,
     FINAL_WEIGHTS,
     CommittedJournal,
+    Dataset,
     Journal,
     JournalWriter,
     Record,
+    Status,
 )
 from pipeline.tracking.uploader import Uploader
 
@@ -46,22 +45,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mome.tracking")
 
 QUALITY_PREFIXES = ("train/", EVALUATION)  # prefixes of the metrics that are attached to saved weights
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+RECENT_STEPS = 256  # whose metrics are kept, with those of every evaluation, to annotate saved weights
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True)
-class DatasetInput:
-    """A dataset that a stage reads: source name, URL of its shards, digest of its manifest."""
-
-    name: str
-    source: str
-    digest: str
-    context: str = "training"
-
-
-@dataclass(frozen=True)
-class SavedWeights:
+class SavedWeights(NamedTuple):
     """Weights in the run's storage: URL, global step, stage index."""
 
     url: str
@@ -77,8 +65,6 @@ class History:
     point counts; a rewind lowers the highest step. Points outside stages (evaluations of any checkpoint, in any order)
     are replays only if step and value are equal.
     """
-
-    _STEPS = 256  # recent steps whose metrics are kept, with those of every evaluation, to annotate saved weights
 
     def __init__(self, journal: Journal):
         self.last_steps: defaultdict[int, dict[str, int]] = defaultdict(dict)  # stage -> key -> highest step
@@ -109,7 +95,7 @@ class History:
             self.recent.setdefault(step, []).append(record)
             if any(key.startswith(EVALUATION) for key in record["values"]):
                 self.evaluations.setdefault(step, []).append(record)
-            if len(self.recent) > self._STEPS:
+            if len(self.recent) > RECENT_STEPS:
                 self.recent.popitem(last=False)
         elif kind == "rewind":
             self.last_steps[stage] = {key: min(last, step) for key, last in self.last_steps[stage].items()}
@@ -153,7 +139,8 @@ def log_exceptions(method: Callable[Concatenate[Tracker, P], None]) -> Callable[
 class Tracker:
     """Records a run, in rank 0 of training or in an evaluation, once created with `open`.
 
-    `Tracker()` is that of the other ranks: it has the same methods and records nothing.
+    `Tracker()` is that of the other ranks, which records nothing. Errors are logged as warnings and never raised,
+    except by `open`, which runs before training.
     """
 
     is_recording = False
@@ -179,10 +166,9 @@ class Tracker:
         tracker._config, tracker.is_recording = config, True
         tracker._journal = journal = Journal(locations.journal_folder(config.folder))
         tracker._committed = CommittedJournal(storage, config.folder)
-        run = locations.read_run_id(config, storage)
-        is_new = run is None
-        if run is None:
-            run = uuid.uuid4().hex
+        known = locations.read_run_id(config, storage)
+        run = known or uuid.uuid4().hex
+        if known is None:
             content = json.dumps({"run": run, "name": config.name}).encode()
             storage.write(f"{config.folder}/{locations.RUN_FILE}", content)
         with locations.journal_write_errors(journal):
@@ -192,15 +178,14 @@ class Tracker:
                 message = "the journal in %s belongs to an earlier run of this name and was moved to %s"
                 logger.warning(message, journal.folder, aside)
             tracker._committed.restore(journal)
-            was_lost = not is_new and not journal.sessions()
+            was_lost = known is not None and not journal.sessions()
             tracker._history = History(journal)
             tracker._writer = JournalWriter(journal)
         params, changeable = describe.split_changeable(config.model_dump(mode="json"))
         tracker._append(
             "run", run=run, name=config.name, uri=redact(locations.tracking_uri(config)),
-            experiment=locations.experiment_name(config), params=params,
+            experiment=locations.experiment_name(config), params=params, datasets=[],
             tags=describe.run_tags(config) | {key: str(value) for key, value in attempt_tags.items()} | changeable,
-            datasets=[],
             server_has_more=journal.restored.exists() or was_lost,  # it may hold later points than this journal
         )  # fmt: skip
         journal.restored.unlink(missing_ok=True)
@@ -209,7 +194,7 @@ class Tracker:
         return tracker
 
     @log_exceptions
-    def begin_stage(self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[DatasetInput]) -> None:
+    def begin_stage(self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[Dataset]) -> None:
         """Assign the following records to stage `index`, until `end_stage`. A stage that began before is resumed."""
         history, attempt = self._history, str(self._history.training_sessions + 1)
         params, changeable = describe.split_changeable(stage.model_dump(mode="json"), f"stages.{index}")
@@ -232,8 +217,7 @@ class Tracker:
         if history.training_sessions:
             self.tag("mome.restarts", str(history.training_sessions))
         self._stage, self._has_trained, self._replaying = index, True, False
-        inputs = [asdict(dataset) for dataset in datasets]
-        self._append("stage", name=stage.name, params=params, tags=tags, datasets=inputs)
+        self._append("stage", name=stage.name, params=params, tags=tags, datasets=datasets)
         if any(previous.get(key, value) != value for key, value in changeable.items()):
             # With another learning rate, for example, the repeated steps are not replays of the recorded ones.
             self.rewind(int(tags.get("resumed_at", self._config.stage_start(index))))
@@ -318,9 +302,11 @@ class Tracker:
         self._append("run_end", status=status)
 
     @log_exceptions
-    def commit(self, step: int) -> None:
-        """Make the journal as durable as the run's storage. Call it before the checkpoint of `step` is committed, so
-        that a restart from that checkpoint, on any node, has every point up to it."""
+    def commit(self) -> None:
+        """Make the journal as durable as the run's storage, so that any node can resume from it.
+
+        Call it before a checkpoint is committed: a restart from that checkpoint then has every point up to it.
+        """
         self._writer.sync()
         self._committed.commit(self._journal)
 
@@ -334,7 +320,7 @@ class Tracker:
         if timeout is not None:
             if not self._has_trained and not self._history.training_sessions:
                 self.finish()
-            self.commit(-1)
+            self.commit()
         try:
             self._uploader.close(timeout)
         finally:

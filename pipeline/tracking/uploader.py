@@ -20,8 +20,7 @@ from pathlib import Path
 from pipeline.config.background import PeriodicThread
 from pipeline.config.redaction import configure_logging, describe_error, redact, remember
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.journal import Journal, JournalWriter
-from pipeline.tracking.lease import InUse, Lease
+from pipeline.tracking.journal import InUse, Journal, JournalWriter, Lease
 from pipeline.tracking.locations import tracking_uri
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable

@@ -22,7 +22,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import EngineConfig
 from pipeline.models.model import Model
-from pipeline.planning.memory import Sharding
+from pipeline.planning.estimate import Sharding
 from pipeline.training.stages import Stage
 
 log = logging.getLogger(__name__)

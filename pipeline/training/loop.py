@@ -20,7 +20,8 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
 from pipeline.objectives import batch_groups
 from pipeline.objectives.mim import load_image_tokenizer
-from pipeline.tracking.tracker import SavedWeights, Status, Tracker
+from pipeline.tracking.journal import Status
+from pipeline.tracking.tracker import SavedWeights, Tracker
 from pipeline.training import health as guards
 from pipeline.training.alerts import Alerts
 from pipeline.training.callbacks import Callback, Callbacks, Report, StageResult, StepEvent
@@ -291,7 +292,7 @@ def export_weights(state: StageState) -> None:
         ownership.check()
     tracker.log_weights(SavedWeights(stage.url, end, stage.index))
     tracker.end_stage("FINISHED")
-    tracker.commit(end)
+    tracker.commit()
     if weights is not None:
         metadata, tokens = checkpoint_metadata(state, stage.steps), list(context.tokenizer.tokens)
         saved = save_weights(context.storage, stage.url, weights, tokens, metadata, state.choices, ownership)

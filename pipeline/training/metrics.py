@@ -15,7 +15,7 @@ from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.labelled import class_names
 from pipeline.objectives import evaluation_tasks
-from pipeline.tracking.tracker import DatasetInput
+from pipeline.tracking.journal import Dataset
 from pipeline.training.callbacks import Callback, Progress, StepEvent
 from pipeline.training.checkpoint.weights import finished_stage
 from pipeline.training.collectives import Collectives
@@ -70,8 +70,10 @@ class MetricsCollector(Callback):
                 tags |= {"resumed_at": str(stage.global_step(start)), "resumed_from": state.resumed_from}
             if context.coverage is not None and stage.run.model.READS_TEXT:
                 tags["unknown_tokens"] = f"{max(context.coverage.unknown.values(), default=0.0):.4f}"
-            digests, sources = state.loader.sources, stage.run.sources
-            datasets = [DatasetInput(name, sources[name].shards, digest) for name, digest in digests.items()]
+            datasets = [
+                Dataset(name=name, source=stage.run.sources[name].shards, digest=digest, context="training")
+                for name, digest in state.loader.sources.items()
+            ]
             context.tracker.begin_stage(stage.index, stage.config, tags, datasets)
             if state.rollback is not None:
                 context.tracker.rewind(stage.global_step(start))

@@ -27,9 +27,7 @@ from pipeline.models.forward import ForwardInput, ForwardOutput, Regions
 from pipeline.models.model import Model
 from pipeline.objectives import batch_groups
 from pipeline.objectives.itc import CONTRASTS, itc_loss
-from pipeline.planning.estimate import largest_micro_batch, memory_at
-from pipeline.planning.hardware import accelerator_like
-from pipeline.planning.memory import Line, Parameters, Work
+from pipeline.planning.estimate import Line, Parameters, Work, accelerator_like, largest_micro_batch, memory_at
 from pipeline.planning.probe import Kernels, Probe, unwatched
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_setup import prepare_blocks, sharding_of

@@ -196,7 +196,7 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(
     config = config_of("memory://bucket/lost-node", uri)
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "first-node"))
     first = tracked(config, range(0, 60))
-    first.commit(60)
+    first.commit()
     for step in range(60, 80):
         first.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
     first.close(timeout=None)

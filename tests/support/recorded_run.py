@@ -11,7 +11,6 @@ from typing import Any
 from pipeline.config.load import apply_override, validate
 from pipeline.data.quarantine import BadRecord
 from pipeline.tracking.journal import Journal, JournalWriter
-from pipeline.tracking.tracker import DatasetInput
 from tests.support.bad_shards import Planted
 from tests.support.finished_run import SECTION
 
@@ -76,7 +75,7 @@ def _record_journal(place: Path, planted: Planted) -> None:
 
     def begin(stage: int, **more: str) -> None:
         origin = "random" if stage == 0 else f"{place}/stages/0-vision"
-        read = asdict(DatasetInput(sources[stage], planted.folder, digest))
+        read = {"name": sources[stage], "source": planted.folder, "digest": digest, "context": "training"}
         append("stage", stage, name=names[stage], params={}, tags={"start_from": origin, **more}, datasets=[read])
 
     def train(stage: int, first: int, last: int) -> None:

@@ -272,7 +272,7 @@ class Checkpointer(Callback):
 
                 def before_commit() -> None:
                     self._write_quarantine(step, quarantine)
-                    context.tracker.commit(step)
+                    context.tracker.commit()
 
                 metadata = checkpoint_metadata(state, num_steps) | {
                     "data_counts": total_data_counts(state.loader, state.data_counts, context.collectives),

@@ -9,8 +9,7 @@ import pytest
 from jobs.cluster import for_ranks
 from jobs.plan import SIZES, Target, as_json_object, as_text, plan_run, scaling_svg
 from pipeline.config.errors import ConfigError
-from pipeline.planning.estimate import Assumptions
-from pipeline.planning.hardware import ACCELERATORS, NETWORKS
+from pipeline.planning.estimate import ACCELERATORS, NETWORKS, Assumptions
 from tests.support.tiny_model import tiny_config
 
 SVG = "{http://www.w3.org/2000/svg}"

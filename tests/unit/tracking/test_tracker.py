@@ -273,7 +273,7 @@ def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: py
         for step in range(first, last + 1):
             tracker.metrics(step, {"train/loss": 1 / step})
             if step % 10 == 0 and step < last:
-                tracker.commit(step)
+                tracker.commit()
                 tracker.artifact("page.html", f"{step}".encode())
         evaluation = restarted()
         evaluation.metrics(last, {"eval/r1": 0.5})

@@ -11,7 +11,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import OptimizerConfig
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig, Model
-from pipeline.planning.memory import Work
+from pipeline.planning.estimate import Work
 from pipeline.training import workload
 from pipeline.training.engine import parameter_groups
 from pipeline.training.metrics import diagnostic_metrics
