@@ -1,7 +1,7 @@
 """Stores, Ray cluster and MLflow server of the user who runs a command on the folder of a run or checkpoint.
 
 They come from the environment, from `--config FILE` and from `--uri`, and never from the folder, which another person
-may have written (`pipeline.config.stored`).
+may have written (`pipeline.config.load`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.config.load import load_config
+from pipeline.config.load import RecordedLocation, load_config
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig, Section, StorageConfig
-from pipeline.config.stored import RecordedLocation
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage
 from pipeline.tracking.locations import absolute_uri, configured_uri, default_uri, read_run_id

@@ -44,10 +44,7 @@ console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 class Stopped(BaseException):
-    """A signal ended the command; the argument is the exit status.
-
-    Not an Exception, so that no handler on the way out mistakes it for a fault.
-    """
+    """A signal ended the command, with this exit status; no Exception, so that no handler takes it for a fault."""
 
 
 # ---- arguments and options that several commands share
@@ -144,10 +141,7 @@ def poll(update: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 def print_result(result: dict[str, Any] | None, as_json: bool, text: str | None = None) -> None:
-    """Print a command's result on standard output, as one JSON object or as `text`; None prints nothing.
-
-    Without `text`, print one line per value that is not None, under dotted names.
-    """
+    """Print a result, unless it is None, as JSON or as `text` (default: a line per value, under dotted names)."""
     if result is None:  # under torchrun, rank 0 prints
         return
     if text is None:
@@ -175,10 +169,7 @@ def aligned(lines: list[list[str]]) -> str:
 
 
 def write_output(storage: Storage, url: str, data: bytes, option: str) -> None:
-    """Write a page or image of ours to `url`, which `option` named; it may replace an older version of itself.
-
-    Raises ConfigError if another file is there: one that `mome` did not write, or that shows something else.
-    """
+    """Write a page or image of ours to `url`, which `option` named. Raises ConfigError if another file is there."""
     check_output(storage, url, option, data)
     storage.write(url, data)
 

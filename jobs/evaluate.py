@@ -16,9 +16,9 @@ from jobs.caller import Caller, untracked_because
 from jobs.console import check_output, notify, write_output
 from jobs.distributed import device_of, on_workers, ranks_here
 from pipeline.config.errors import ConfigError, StorageError
+from pipeline.config.load import check_stored_url
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, SourceConfig, SourceType
-from pipeline.config.stored import check_stored_url
 from pipeline.config.urls import absolute, file_name_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.shards.manifest import load_manifest

@@ -23,10 +23,7 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
 
 
 def within(seconds: float, call: Callable[[], T], name: str) -> T:
-    """Return the result of `call`, or raise its exception.
-
-    Raises TimeoutError when it takes longer than `seconds`; its thread then keeps running in the background.
-    """
+    """Return the result of `call`, or raise its exception, or TimeoutError after `seconds`; its thread then goes on."""
     future = in_background(call, name)
     if not wait([future], seconds).done:
         raise TimeoutError(f"no complete response within {seconds:.0f} s")

@@ -1,7 +1,4 @@
-"""Atomic, durable writes of local files: readers see the old or the new content, also after a power failure.
-
-It is part of `config`, the lowest layer, because both storage and tracking use it.
-"""
+"""Atomic, durable writes of local files: readers see the old or the new content, also after a power failure."""
 
 import errno
 import os

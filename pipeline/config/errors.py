@@ -4,10 +4,7 @@ from pipeline.config.redaction import redact
 
 
 class MomeError(Exception):
-    """A failure reported to the user in one message: what was given, what was expected, what to do.
-
-    The message is redacted, because it may quote errors of libraries.
-    """
+    """A failure reported in one redacted message: what was given, what was expected, what to do."""
 
     exit_status = 1
 

@@ -1,25 +1,27 @@
-"""Loading of a `RunConfig` from YAML and `key=value` overrides. A `ConfigError` lists all faults at once."""
+"""Loading of a `RunConfig` from YAML and `key=value` overrides, or as it was stored with a run or with weights."""
 
 import difflib
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.redaction import remember
-from pipeline.config.schema import MODEL_SECTIONS, RunConfig
-from pipeline.config.urls import is_local, local_path
+from pipeline.config.redaction import redact, remember
+from pipeline.config.schema import MODEL_SECTIONS, RunConfig, StorageConfig
+from pipeline.config.urls import absolute, is_local, local_path
 
 _MODEL_KINDS = [["model", kind] for kind in MODEL_SECTIONS]  # pydantic adds the kind, which is not a key, to paths
-_MERGE = "tag:yaml.org,2002:merge"
 _PART = re.compile(r'(?:^|\.)(?:"([^"]*)"|([^."]+))')
 _OVERRIDE = re.compile(r'(?P<path>(?:"[^"]*"|[^="\s.]+)(?:\.(?:"[^"]*"|[^=".]+))*)=(?P<value>.*)', re.DOTALL)
+# Stores that are accessed with the caller's own account. Any other URL names a host, and a request to it would reveal
+# who reads a folder and when.
+STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "hf", "memory"})
 
 Changes = dict[str, tuple[Any, Any]]  # dotted path -> (old, new)
 
@@ -48,39 +50,31 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     problem=f"line {line}: a key is a {key_node.id}; quote values that start with a brace or bracket"
                 )
-            if key_node.tag != _MERGE:  # `<<: *base` may repeat keys of the mapping
-                key_node.tag = "tag:yaml.org,2002:str"  # a key such as 2017, on or null is a string too
+            if key_node.tag != f"{_TAG}merge":  # `<<: *base` may repeat keys of the mapping
+                key_node.tag = f"{_TAG}str"  # a key such as 2017, on or null is a string too
                 if key_node.value in keys:
                     raise yaml.constructor.ConstructorError(problem=f"duplicate key '{key_node.value}' in line {line}")
                 keys.add(key_node.value)
         return node
 
 
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in resolvers if tag not in (_INT, _FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver(
-    _INT, re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)\Z"), list("-+0123456789")
-)
-_StrictLoader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(
-        r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?\Z
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS = {
+    f"{_TAG}int": r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)\Z",
+    f"{_TAG}float": r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?\Z
         |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+\Z
         |[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z""",
-        re.VERBOSE,
-    ),
-    list("-+.0123456789"),
-)
+}
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in _NUMBERS.items():
+    _StrictLoader.add_implicit_resolver(_tag, re.compile(_form, re.VERBOSE), list("-+.0123456789"))
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a run's YAML, apply dotted overrides, and validate.
-
-    Raises ConfigError listing every fault with its dotted path and a suggestion for unknown keys.
-    """
+    """Read a run's YAML, apply dotted overrides and validate; a ConfigError lists every fault with its path."""
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -131,16 +125,10 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
             if kind == "extra_forbidden":
                 known = list(_walk(location[:-1])[1])
                 close = difflib.get_close_matches(location[-1], known, n=1)
-                message = (
-                    f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; known: {', '.join(known)}"
-                )
+                message = "unknown key; " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}")
             elif kind == "union_tag_invalid":
                 message = f"expected {fault['ctx']['expected_tags']} (got {fault['ctx']['tag']!r})"
                 path += ".kind"
-            elif kind == "union_tag_not_found":
-                is_section = isinstance(given, dict)
-                message = f"expected {', '.join(MODEL_SECTIONS)}" if is_section else "Input should be an object"
-                path, message = f"{path}{'.kind' if is_section else ''}", f"{message} (got {given!r:.200})"
             elif kind == "missing":
                 message = "required key is missing"
             elif kind != "value_error" and not isinstance(given, dict):
@@ -307,3 +295,62 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict | list):
             raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
         target = child
+
+
+# ---- configs stored with runs and weights, which may come from an untrusted author
+
+
+class RecordedLocation(NamedTuple):
+    """The run folder and tracking URI recorded in a stored config; for display and comparison only."""
+
+    folder: str
+    tracking_uri: str | None
+
+
+def parse_config(data: Any, where: str) -> RunConfig:
+    """Return the config that `mome` wrote at `where`, without passwords, for display only. Raises ConfigError."""
+    try:
+        values = json.loads(data if isinstance(data, bytes | str) else json.dumps(data))
+        for section, key in (("tracking", "uri"), ("storage", "endpoint_url")):
+            keys = values.get(section) if isinstance(values, dict) else None
+            if isinstance(keys, dict) and isinstance(keys.get(key), str):
+                keys[key] = redact(keys[key])  # the schema refuses user names and passwords
+        return RunConfig.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{where}: not a config of this version ({error.error_count()} faults, the first: "
+            f"{error.errors()[0]['msg']}); read it with the version that wrote it, or choose another run `name`"
+        ) from None
+    except Exception as error:  # a damaged config may break the validators themselves
+        raise ConfigError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+
+
+def stored_config(values: Any, where: str, folder: str) -> tuple[RunConfig, RecordedLocation]:
+    """Return the config stored in `folder` in a form that is safe to act on, and its recorded locations.
+
+    A stored config describes what was trained and on which data; it must not decide which hosts this machine contacts,
+    which secrets it sends or where it writes. The run's folder becomes `folder`, wherever it was written. Endpoints,
+    secrets, MLflow and Ray addresses are those of the environment; of the storage section only the retry timeout is
+    kept. Raises ConfigError as `parse_config`. Use no other function to act on a stored config.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is damaged: expected a config, got {type(values).__name__}")
+    config = parse_config(values, where)
+    recorded = RecordedLocation(config.folder, config.tracking.uri)
+    output, _, name = absolute(folder.rstrip("/") or "/").rpartition("/")
+    safe = {
+        "output": output or "/", "name": name or config.name,
+        "storage": StorageConfig(retry_timeout_seconds=config.storage.retry_timeout_seconds),
+        "tracking": config.tracking.model_copy(update={"uri": None}),
+        "cluster": config.cluster.model_copy(update={"address": None}),
+    }  # fmt: skip
+    return config.model_copy(update=safe), recorded
+
+
+def check_stored_url(url: str, key: str) -> None:
+    """Raise ConfigError for a URL of a stored config that names a host to contact, or chains another URL."""
+    if "::" in url or not (is_local(url) or url.partition("://")[0] in STORES):
+        raise ConfigError(
+            f"{key}: {url}: a stored config must not make this machine contact another host; pass the URL yourself "
+            "with --source"
+        )

@@ -1,7 +1,7 @@
 """Every configuration key with its type, bounds, default and meaning. One YAML file configures one run.
 
-Sections are strict and frozen, and refuse unknown keys. Only keys declared `changeable` may differ when a run
-is resumed; any other change is refused by name (contract C4). Checks that need the objectives' own declarations are in
+Sections are strict and frozen, and refuse unknown keys. Only `changeable` keys may differ when a run is resumed; any
+other change is refused by name (contract C4). Checks that need the objectives' own declarations are in
 `pipeline.objectives.check_objectives`: this module must not import torch.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.redaction import redact
@@ -66,9 +66,6 @@ def objective_names() -> tuple[str, ...]:
     """Return the objectives' names in alphabetical order: one module of `pipeline/objectives` each, not imported."""
     folder = Path(__file__).resolve().parents[1] / "objectives"
     return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
-
-
-# ---- value types
 
 
 REFERENCE = re.compile(r"env:|file:(?!//)")  # of 'env:NAME' and 'file:PATH', which name a secret; 'file://…' is a URL
@@ -250,21 +247,13 @@ class DualEncoderConfig(TransformerConfig):
 
 
 MODEL_SECTIONS: dict[str, type[TransformerConfig]] = {
-    "vlmo": VLMoConfig,
-    "vilt": ViLTConfig,
-    "vit": ViTConfig,
-    "imagebert": ImageBERTConfig,
-    "dual_encoder": DualEncoderConfig,
+    section.model_fields["kind"].default: section
+    for section in (VLMoConfig, ViLTConfig, ViTConfig, ImageBERTConfig, DualEncoderConfig)
 }
-
 ModelConfig = Annotated[
-    Annotated[VLMoConfig, Tag("vlmo")]
-    | Annotated[ViLTConfig, Tag("vilt")]
-    | Annotated[ViTConfig, Tag("vit")]
-    | Annotated[ImageBERTConfig, Tag("imagebert")]
-    | Annotated[DualEncoderConfig, Tag("dual_encoder")],
-    # The kind that a section names ('vlmo' if it names none); None for a value without keys.
-    Discriminator(lambda value: value.get("kind", "vlmo") if isinstance(value, dict) else getattr(value, "kind", None)),
+    VLMoConfig | ViLTConfig | ViTConfig | ImageBERTConfig | DualEncoderConfig,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda value: {"kind": "vlmo", **value} if isinstance(value, dict) else value),
 ]
 
 
@@ -704,11 +693,7 @@ class RunConfig(Section):
         raise ConfigError(f"no stage '{name}' in this run; its stages: {', '.join(s.name for s in self.stages)}")
 
     def for_stage(self, stage: StageConfig) -> RunConfig:
-        """Return the config with `model.image_size` set to the stage's image size.
-
-        Model, loader and weight records of a stage are built from this. Calling it on its own result, for the same
-        stage or another, is allowed.
-        """
+        """Return the config with `model.image_size` of the stage; a config made by this may be passed again."""
         if stage.image_size in (None, self.model.image_size):
             return self
         model = type(self.model).model_validate(self.model.model_dump() | {"image_size": stage.image_size})

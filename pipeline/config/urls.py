@@ -29,10 +29,7 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def parse(url: str) -> tuple[str, str]:
-    """Return the protocol and the path in its backend's form: `~` expanded for files, bucket/key for S3.
-
-    Raises ConfigError for a malformed URL, and for one that would run a program when read.
-    """
+    """Return protocol and path in its backend's form. Raises ConfigError if malformed, or if it would run a program."""
     protocol, separator, rest = url.partition("://")
     authority, fault, instead = rest.partition("/")[0], "", ""  # what is wrong, and the correct form
     forms = () if separator else (_ONE_SLASH, _NO_SLASH, _NO_COLON, _INSIDE)

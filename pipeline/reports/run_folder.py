@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.errors import ConfigError
+from pipeline.config.load import RecordedLocation, parse_config, stored_config
 from pipeline.config.schema import RunConfig
-from pipeline.config.stored import RecordedLocation, parse_config, stored_config
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.journal import EVALUATION, Record, is_held
 from pipeline.tracking.locations import read_journal

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pipeline.config.errors import DataError, MomeError
+from pipeline.config.load import check_stored_url
 from pipeline.config.redaction import redact
 from pipeline.config.schema import StageConfig
-from pipeline.config.stored import check_stored_url
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_bytes
 from pipeline.data.quarantine import BadSample

@@ -241,11 +241,7 @@ class Journal:
 
 
 class JournalWriter:
-    """Appends records to a new session of a journal.
-
-    `append` hands a record to the operating system at once, so that killing this process loses none. `sync` makes the
-    records survive a power failure; it is called periodically, outside the training thread.
-    """
+    """Appends records to a new session: killing this process loses none, and after `sync` power failures neither."""
 
     def __init__(self, journal: Journal):
         (folder := journal.folder).mkdir(parents=True, exist_ok=True)
@@ -280,10 +276,7 @@ class JournalWriter:
 
 
 def committed_segments(store: Storage, url: str) -> dict[str, list[Segment]]:
-    """Return, for each session, the segments that cover its longest available prefix; neighbours may overlap.
-
-    A session can also be one whole file, if a local run's folder was copied to the store.
-    """
+    """Return the segments of each session's longest prefix, or the whole file of a local run that was copied there."""
     segments: list[tuple[str, Segment]] = []
     for name, info in store.list_info(url).items():
         if match := _SEGMENT.fullmatch(name):
@@ -318,11 +311,7 @@ class CommittedJournal:
         self._uncertain = False  # a write failed but may have taken effect
 
     def restore(self, journal: Journal) -> None:
-        """Download what `journal` lacks of the committed copy.
-
-        If another node has trained in the meantime, this node's uncommitted training records are removed: the other
-        node resumed from an earlier step and recorded those steps itself.
-        """
+        """Download what `journal` lacks of the committed copy; drop training that another node's has replaced."""
         if (url := self._url) is None:
             return
         segments = committed_segments(self._store, url)
@@ -347,7 +336,8 @@ class CommittedJournal:
                 prefix += segment[len(prefix) - start :]
             downloaded[session], self._ends[session] = bytes(prefix), len(prefix)
         if any(_TRAINING.search(data) for data in downloaded.values()):
-            for session in journal.sessions():  # evaluations are kept, because they are never recorded again
+            # The other node resumed from an earlier step and recorded these steps itself. Evaluations are kept.
+            for session in journal.sessions():
                 path, end = journal.path(session), self._ends.get(session, 0)
                 if not is_held(path) and path.stat().st_size > end and _TRAINING.search(path.read_bytes()):
                     if end:
@@ -367,10 +357,7 @@ class CommittedJournal:
             write_durably(journal.path(session), data)  # last, so that an interrupted restore is repeated
 
     def commit(self, journal: Journal) -> None:
-        """Upload all complete records that are not committed yet, each after the artifact that it names.
-
-        Sessions that another living process is writing are skipped; that process commits them.
-        """
+        """Upload the complete records that are not committed yet, except of sessions that other processes write."""
         if (url := self._url) is None:
             return
         if self._uncertain:

@@ -27,10 +27,7 @@ _SET_CACHE = "set MOME_CACHE to a folder that can be written"
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """Return the run's MLflow URI. It may contain a password: use it to connect, never in a record or message.
-
-    Raises ConfigError when the configured reference resolves to nothing.
-    """
+    """Return the run's MLflow URI to connect to, never to record or show: it may contain a password."""
     return resolve_uri(configured_uri(config))
 
 

@@ -285,10 +285,7 @@ class MlflowUploader:
         return model.model_id
 
     def _log_starting_weights(self, url: str, run_id: str) -> str | None:
-        """Make the weights at `url` an input of a run; return the run that made them, if this server knows it.
-
-        They belong to this run, or else to any run in any experiment.
-        """
+        """Make the weights at `url`, of this run or another, an input of a run; return the run that made them."""
         from mlflow.entities import LoggedModelInput
 
         client = self._client

@@ -1,7 +1,4 @@
-"""Access to a run's MLflow server: a check before the run starts, the client, its errors, and the model registry.
-
-mlflow is imported only by the functions that need its client, so that `check_server` stays fast.
-"""
+"""A run's MLflow server: a check that need not import mlflow, the client and its errors, and the model registry."""
 
 from __future__ import annotations
 
@@ -57,10 +54,7 @@ _EXPECTED = (
 
 
 def check_server(config: RunConfig, required: bool | None = None) -> None:
-    """Raise TrackingError if tracking is required and the server does not respond (within about ten seconds).
-
-    `required` overrides the config's `tracking.required`.
-    """
+    """Raise TrackingError if tracking is `required` (default: the config's) and no server responds within 10 s."""
     is_required = config.tracking.required if required is None else required
     if is_required and (fault := find_fault(uri := tracking_uri(config))) is not None:
         raise TrackingError(
@@ -201,10 +195,7 @@ class RunNotFound(Exception):
 
 
 def request(action: Callable[..., T], *args: Any, **values: Any) -> T:
-    """Return `action(*args, **values)`; its errors become ServerUnavailable, RequestRejected or RunNotFound.
-
-    An action that makes several requests raises theirs.
-    """
+    """Return `action(*args, **values)`; errors become ServerUnavailable, RequestRejected or RunNotFound."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -239,10 +230,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """Return the id of the experiment `name`, creating it if necessary.
-
-    Artifacts go next to an SQLite database; a server chooses their location itself.
-    """
+    """Return the id of the experiment `name`, created if necessary; a server chooses the place of its artifacts."""
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         return experiment.experiment_id
@@ -342,10 +330,7 @@ def register(
 
 
 def download_weights(uri: str, folder: Path, tracking_uri: str | None = None) -> str:
-    """Download a registered model into `folder` and return its folder of weights.
-
-    `uri` is `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises TrackingError where the registry has no such model.
-    """
+    """Download models:/NAME@ALIAS or /VERSION into `folder`; return its weights' folder. Raises TrackingError."""
     import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model

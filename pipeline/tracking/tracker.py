@@ -120,10 +120,7 @@ class History:
 
 
 def log_exceptions(method: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
-    """Turn every exception of a tracking method into a warning, because tracking must never stop training.
-
-    A tracker that was not opened records nothing: its method is not called.
-    """
+    """Turn exceptions of a tracking method into warnings; do not call it if the tracker was not opened."""
 
     @functools.wraps(method)
     def guarded(self: Tracker, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -303,10 +300,7 @@ class Tracker:
 
     @log_exceptions
     def commit(self) -> None:
-        """Make the journal as durable as the run's storage, so that any node can resume from it.
-
-        Call it before a checkpoint is committed: a restart from that checkpoint then has every point up to it.
-        """
+        """Make the journal as durable as the run's storage; before a checkpoint, whose restart then has every point."""
         self._writer.sync()
         self._committed.commit(self._journal)
 

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.errors import ConfigError, StorageError
-from pipeline.config.load import changes
+from pipeline.config.load import changes, parse_config
 from pipeline.config.schema import RunConfig
-from pipeline.config.stored import parse_config
 from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.choices import choices_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer

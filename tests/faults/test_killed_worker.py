@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tracked_run import assert_tracked_once
+from tests.support.journals import assert_tracked_once
 from tests.support.train_process import SECONDS, STAGES, TrainProcess
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ from pipeline.tracking.locations import journal_folder
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable
 from pipeline.tracking.tracker import Tracker
+from tests.support import journals
+from tests.support.journals import PHOTOS, checkpoint, losses, record, record_steps, tracked, weights
 from tests.support.mlflow_server import ADMIN, PASSWORD, Postgres, Server
 from tests.support.short_run import NoUploader
-from tests.support.stores import S3
-from tests.support.tracked_run import PHOTOS, checkpoint, config_of, losses, record, weights
 
 OUTAGE_SECONDS = float(os.environ.get("MOME_OUTAGE_SECONDS", "4"))
 
@@ -46,31 +46,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the path of an SQLite store shared by this module, because creating one takes seconds."""
-    return tmp_path_factory.mktemp("sqlite") / "mlflow.db"
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the URI of an SQLite store shared by this module, because creating one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/mlflow.db"
 
 
 @pytest.fixture
-def uri(database: Path) -> str:
-    return f"sqlite:///{database}"
-
-
-@pytest.fixture
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upload only where a test does."""
+def uploader_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MlflowUploader]:
+    """Let trackers upload nothing; return a function that returns an uploader of a run's journal."""
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
+    return lambda config, uri, report=print: MlflowUploader(journal_folder(config.folder), uri, report)
 
 
-def uploader_of(config: RunConfig, uri: str) -> MlflowUploader:
-    return MlflowUploader(journal_folder(config.folder), uri, print)
-
-
-def tracked(config: RunConfig, steps: range, stage: int = 0, attempt: str = "1") -> Tracker:
-    """Return a new tracker of the run that has recorded these steps of a stage."""
-    tracker = Tracker.open(config, Storage(), {"attempt": attempt})
-    record(tracker, config, stage, steps)
-    return tracker
+def config_of(output: Path | str, uri: str, name: str = "run") -> RunConfig:
+    return journals.config_of(output, name, uri=uri, flush_seconds=0.2)
 
 
 def runs_of(uri: str, config: RunConfig) -> dict[str, Run]:
@@ -89,38 +78,32 @@ def points(uri: str, run: Run, key: str = "train/loss") -> list[tuple[int, float
     return [(point.step, point.value) for point in sorted(history, key=lambda point: (point.timestamp, point.step))]
 
 
-def statuses(runs: dict[str, Run]) -> dict[str, str]:
-    return {name: run.info.status for name, run in runs.items()}
-
-
-def content(database: Path) -> list[list[tuple[Any, ...]]]:
+def content(uri: str) -> list[list[tuple[Any, ...]]]:
     """Return all rows that a repeated upload could duplicate, with run statuses and times."""
     tables = ("runs", "metrics", "latest_metrics", "params", "tags", "datasets", "inputs")
     tables += ("logged_models", "logged_model_metrics", "logged_model_params", "logged_model_tags")
-    with sqlite3.connect(database) as connection:
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
         return [sorted(connection.execute(f"select * from {table}"), key=repr) for table in tables]
 
 
-def sync_without_cursor(config: RunConfig) -> dict[str, Any]:
+def sync_without_cursor(config: RunConfig) -> int:
+    """Upload the whole journal again and return its number of points."""
     for cursor in journal_folder(config.folder).glob("cursor-*"):
         cursor.unlink()
-    return sync(config.folder, caller=Caller.of(config))
+    return sync(config.folder, caller=Caller.of(config))["points"]
 
 
 # ---- crashes
 
 
-@pytest.mark.usefixtures("by_hand")
-def test_uploader_survives_a_failed_connection_and_another_run_in_its_folder(
-    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uploader_survives_a_failed_connection_and_another_run_in_its_folder(tmp_path, uri, uploader_of, monkeypatch):
     """The uploader of a killed trainer may still run when the folder is deleted and the run started anew."""
     config = config_of(tmp_path, uri, "replaced")
     uploader, parents = uploader_of(config, uri), []
     for number in range(2):
         tracked(config, range(5)).close()
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.tracking.mlflow_replay.LoggedModels", Mock(side_effect=OSError("EIO")))
+            patch.setattr("pipeline.tracking.mlflow_server.experiment_id", Mock(side_effect=OSError("EIO")))
             with pytest.raises(ServerUnavailable, match="EIO"):  # the connection fails halfway, and is made again
                 uploader.upload()
         uploader.upload()
@@ -131,7 +114,7 @@ def test_uploader_survives_a_failed_connection_and_another_run_in_its_folder(
     assert len(set(parents)) == 2
 
 
-def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, database: Path, uri: str) -> None:
+def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path, uri):
     config = config_of(tmp_path, uri)
     tracked(config, range(0, 60)).close(timeout=None)
     second = tracked(config, range(40, 100), attempt="2")
@@ -144,10 +127,9 @@ def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, data
     third.metrics(200, {"eval/r1": 0.25})
     third.finish()
     third.close(timeout=60)
-
     runs = runs_of(uri, config)
     parent, vision, last = (runs[name] for name in ("run", "vision", "second"))
-    assert statuses(runs) == dict.fromkeys(("run", "vision", "second"), "FINISHED")
+    assert [run.info.status for run in runs.values()] == ["FINISHED"] * 3
     assert points(uri, vision) == losses(range(100))
     assert points(uri, last, "train/lr") == [(step, step / 3) for step in range(100, 200)]
     assert points(uri, parent, "eval/r1") == [(200, 0.25)]
@@ -156,13 +138,13 @@ def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, data
     for run, origin in ((vision, "random weights"), (last, weights(config, 0).url)):
         assert run.data.tags["mlflow.note.content"].endswith(f" steps of 16 samples. Started from {origin}.")
     assert parent.data.tags.items() >= {"attempt": "3", "mome.restarts": "2"}.items()
-    artifacts = database.parent / "mlartifacts" / "vlmo"
+    artifacts = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / "vlmo"
     assert (artifacts / last.info.run_id / "artifacts" / "report" / "index.html").read_bytes() == b"<p>good</p>"
     assert (artifacts / parent.info.run_id / "artifacts" / "config.yaml").exists()
-    assert [run.inputs.dataset_inputs[0].dataset.digest for run in runs.values()] == [PHOTOS.digest[:36]] * 3
+    assert [run.inputs.dataset_inputs[0].dataset.digest for run in runs.values()] == [PHOTOS["digest"][:36]] * 3
 
 
-def test_journal_of_a_killed_trainer_is_uploaded(tmp_path: Path, uri: str) -> None:
+def test_journal_of_a_killed_trainer_is_uploaded(tmp_path, uri):
     config = config_of(tmp_path, uri, name="killed")
     program = (
         "import os, signal, sys, time\n"
@@ -184,29 +166,23 @@ def test_journal_of_a_killed_trainer_is_uploaded(tmp_path: Path, uri: str) -> No
     while status.exists() and "\nState:\tZ" not in status.read_text():
         assert time.monotonic() < deadline, "the uploader outlives its trainer"
         time.sleep(0.1)
-
     vision = runs_of(uri, config)["vision"]
     assert vision.info.status == "RUNNING", "whether it will be resumed is not known"
     assert points(uri, vision) == losses(range(2000))
 
 
-def test_metric_uploaded_before_a_node_loss_is_not_repeated(
-    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metric_uploaded_before_a_node_loss_is_not_repeated(tmp_path, uri, monkeypatch):
     config = config_of("memory://bucket/lost-node", uri)
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "first-node"))
     first = tracked(config, range(0, 60))
     first.commit()
-    for step in range(60, 80):
-        first.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
+    record_steps(first, range(60, 80))
     first.close(timeout=None)
-    uploader_of(config, uri).upload()  # as its uploader would have, a moment before the loss
-
+    MlflowUploader(journal_folder(config.folder), uri, print).upload()  # as its own, a moment before the loss
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
     second = tracked(config, range(60, 100))
     second.finish()
     second.close(timeout=60)
-
     vision = runs_of(uri, config)["vision"]
     assert vision.info.status == "FINISHED"
     assert points(uri, vision) == losses(range(100))
@@ -216,18 +192,16 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(
 # ---- repeated uploads
 
 
-@pytest.mark.usefixtures("by_hand")
-def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path: Path, database: Path, uri: str) -> None:
+def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path, uri, uploader_of):
     config = config_of(tmp_path, uri)
     tracker = tracked(config, range(1500))  # more than one batch
     tracker.metrics(1500, {"nan": math.nan, "up": math.inf, "down": -math.inf})
     tracker.finish()
     tracker.close()
     assert sync(config.folder, caller=Caller.of(config))["points"] == 3003
-    before = content(database)
-
-    assert sync_without_cursor(config)["points"] == 3003
-    assert content(database) == before
+    before = content(uri)
+    assert sync_without_cursor(config) == 3003
+    assert content(uri) == before
     assert sync(config.folder, caller=Caller.of(config))["points"] == 0
     vision = runs_of(uri, config)["vision"]
     assert points(uri, vision) == losses(range(1500))
@@ -239,10 +213,10 @@ def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path: Pat
         tracker.metrics(0, {"eval/r1": 0.5})
         tracker.close()
         uploader_of(config, uri).upload()
-    assert statuses(runs_of(uri, config)) == {"imported": "FINISHED"}
+    assert [run.info.status for run in runs_of(uri, config).values()] == ["FINISHED"]
 
 
-def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, database: Path, uri: str) -> None:
+def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path, uri):
     config = config_of(tmp_path, uri, name="kept.models")
     first = tracked(config, range(1, 91))
     first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
@@ -259,10 +233,9 @@ def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, databas
     second.metrics(200, {"eval/unseen/r1": 0.75})  # of the last stage, after the run
     second.finish()
     second.close(timeout=60)
-    before = content(database)
+    before = content(uri)
     sync_without_cursor(config)
-    assert content(database) == before
-
+    assert content(uri) == before
     runs = runs_of(uri, config)
     parent, vision, last = (runs[name] for name in (config.name, "vision", "second"))
     models = MlflowClient(uri).search_logged_models(
@@ -291,37 +264,30 @@ def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, databas
 # ---- deleted and restored runs, rollbacks
 
 
-@pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("what", ["stage", "run", "experiment"])
 @pytest.mark.parametrize("fresh", [False, True], ids=["same uploader", "another process"])
-def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path: Path, uri: str, what: str, fresh: bool) -> None:
+def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path, uri, uploader_of, what, fresh):
     config = config_of(tmp_path, uri, f"run-{what}-{fresh}")
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": config.name})})
-    folder, client = journal_folder(config.folder), MlflowClient(uri)
-    tracker = tracked(config, range(10))
-    messages: list[str] = []
-    uploader = MlflowUploader(folder, uri, messages.append)
+    folder, client, messages = journal_folder(config.folder), MlflowClient(uri), []
+    tracker, uploader = tracked(config, range(10)), uploader_of(config, uri, messages.append)
     uploader.upload()
     runs = runs_of(uri, config)
     parent, stage = (runs[name].info.run_id for name in (config.name, "vision"))
     experiment = runs["vision"].info.experiment_id
     kind, deleted = {"stage": ("run", stage), "run": ("run", parent), "experiment": (what, experiment)}[what]
-
     getattr(client, f"delete_{kind}")(deleted)
-    for step in range(10, 20):
-        tracker.metrics(step, {"train/loss": 1 / (step + 1)})
+    record_steps(tracker, range(10, 20))
     tracker.end_stage()
     tracker.tag("after", "deletion")  # on the parent run
     for _ in range(2):
-        uploader = MlflowUploader(folder, uri, messages.append) if fresh else uploader
+        uploader = uploader_of(config, uri, messages.append) if fresh else uploader
         with pytest.raises(ServerUnavailable, match="is deleted: restore it"):
             uploader.upload()
-    assert pending_bytes(folder, uri) > 0
-    assert messages == []
+    assert (pending_bytes(folder, uri) > 0, messages) == (True, [])
     getattr(client, f"restore_{kind}")(deleted)
     tracker.close()
     uploader_of(config, uri).upload()
-
     runs = runs_of(uri, config)
     assert {run.info.run_id for run in runs.values()} == {parent, stage}, "no run was created a second time"
     assert points(uri, runs["vision"]) == losses(range(20))
@@ -329,9 +295,8 @@ def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path: Path, uri: 
     assert pending_bytes(folder, uri) == 0
 
 
-@pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("is_node_lost", [False, True])
-def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path: Path, uri: str, is_node_lost: bool) -> None:
+def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path, uri, uploader_of, is_node_lost):
     """Metrics that are no longer valid may be on the server already, which has more than the remaining journal."""
     config = config_of(tmp_path, uri, f"rollback-{is_node_lost}")
     tracker = tracked(config, range(1, 31))
@@ -347,7 +312,6 @@ def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path: Path, uri: str,
     tracker.log_checkpoints([checkpoint(config, 20)])
     tracker.close()
     uploader_of(config, uri).upload()
-
     vision = runs_of(uri, config)["vision"]
     assert points(uri, vision)[-20:] == [(step, 2.0) for step in range(11, 31)]
     assert vision.data.metrics["train/loss"] == 2.0
@@ -391,7 +355,7 @@ def train_through_outage(config: RunConfig, server: Server, seconds: float) -> R
     tracker.close(timeout=120 + seconds)
     assert slowest < 0.5 * seconds, "a call waited for the server"
     runs = runs_of(server.uri, config)
-    assert statuses(runs) == {"run": "FINISHED", "vision": "FINISHED"}
+    assert {name: run.info.status for name, run in runs.items()} == {"run": "FINISHED", "vision": "FINISHED"}
     assert points(server.uri, runs["vision"]) == losses(range(steps))
     assert len(points(server.uri, runs["vision"], "nan")) == steps
     models = MlflowClient(server.uri).search_logged_models([runs["vision"].info.experiment_id])
@@ -399,12 +363,12 @@ def train_through_outage(config: RunConfig, server: Server, seconds: float) -> R
     return runs["vision"]
 
 
-def test_outage_delays_no_step_and_loses_no_metric(tmp_path: Path, server: Server) -> None:
+def test_outage_delays_no_step_and_loses_no_metric(tmp_path, server):
     train_through_outage(config_of(tmp_path, server.uri), server, 3.0)
     assert [path.read_bytes() for path in server.folder.rglob("report.html")] == [REPORT]
 
 
-def test_run_without_server_is_uploaded_later(tmp_path: Path, server: Server) -> None:
+def test_run_without_server_is_uploaded_later(tmp_path, server):
     config = config_of(tmp_path, "http://127.0.0.1:1", name="offline")
     tracker = tracked(config, range(50))
     tracker.finish()
@@ -414,16 +378,15 @@ def test_run_without_server_is_uploaded_later(tmp_path: Path, server: Server) ->
     with pytest.raises(TrackingError, match="no tracking journal"):
         sync(str(tmp_path / "nothing"))
     assert sync(config.folder, caller=Caller(tracking_uri=server.uri))["points"] == 100
-
     runs = runs_of(server.uri, config)
-    assert statuses(runs) == {"offline": "FINISHED", "vision": "FINISHED"}
+    assert {name: run.info.status for name, run in runs.items()} == {"offline": "FINISHED", "vision": "FINISHED"}
     assert points(server.uri, runs["vision"]) == losses(range(50))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 + OUTAGE_SECONDS)
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_outage_on_postgres_and_s3_loses_no_metric(s3: S3, tmp_path: Path) -> None:
+def test_outage_on_postgres_and_s3_loses_no_metric(s3, tmp_path):
     """Only the server has the credentials of the store and the database; the run has one URL."""
     pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed")
     postgres = Postgres()
@@ -435,7 +398,7 @@ def test_outage_on_postgres_and_s3_loses_no_metric(s3: S3, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_server_with_login_needs_the_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_with_login_needs_the_environment_variables(tmp_path, monkeypatch):
     pytest.importorskip("flask_wtf", reason="mlflow's login needs the package Flask-WTF")
     with Server(tmp_path, login=True) as server:
         config = config_of(tmp_path / "runs", server.uri)

@@ -19,8 +19,8 @@ import safetensors.torch
 from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError, StorageError
+from pipeline.config.load import RecordedLocation, stored_config
 from pipeline.config.schema import RunConfig
-from pipeline.config.stored import RecordedLocation, stored_config
 from pipeline.config.urls import absolute
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.text import tokens_of

@@ -23,7 +23,7 @@ WRITES: dict[str, Callable[[str], object]] = {
 }
 
 
-def test_data_name_and_new_folders_are_synced_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_name_and_new_folders_are_synced_in_order(tmp_path, monkeypatch):
     log: list[tuple[str, str]] = []
     real = {name: getattr(os, name) for name in ("fsync", "link", "replace")}
     fsync = Mock(side_effect=lambda fd: (log.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), real["fsync"](fd)))
@@ -45,9 +45,7 @@ def test_data_name_and_new_folders_are_synced_in_order(tmp_path: Path, monkeypat
             assert [kind for kind, _ in log] == ["sync", "rename", "sync"]
 
 
-def test_failures_keep_the_old_content_and_ignore_folders_without_sync(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failures_keep_the_old_content_and_ignore_folders_without_sync(tmp_path, monkeypatch):
     write_durably(tmp_path / "file", b"old")
     with pytest.raises(TypeError), atomic_write(tmp_path / "file") as file:
         file.write("no bytes")  # type: ignore[arg-type]
@@ -60,7 +58,7 @@ def test_failures_keep_the_old_content_and_ignore_folders_without_sync(
         sync_folder(tmp_path)
 
 
-def test_folder_may_be_created_by_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_may_be_created_by_other_writers(tmp_path, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         for number in range(50):
             paths = [tmp_path / f"{number}" / "a" / "b" / str(writer) for writer in range(8)]
@@ -78,7 +76,7 @@ def test_folder_may_be_created_by_other_writers(tmp_path: Path, monkeypatch: pyt
     assert (folder / "rank-00000").read_bytes() == b"x"
 
 
-def test_background_call_returns_its_result_or_error_and_does_not_keep_the_process_alive() -> None:
+def test_background_call_returns_its_result_or_error_and_does_not_keep_the_process_alive():
     assert in_background(lambda: 3, "three").result(10) == within(10, lambda: 3, "three") == 3
     assert isinstance(in_background(lambda: {}["absent"], "fails").exception(10), KeyError)
     with pytest.raises(TimeoutError, match="its own"):

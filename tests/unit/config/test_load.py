@@ -1,7 +1,11 @@
-"""Loading a YAML gives a valid config, or one error that lists all of its faults; the reference describes every key."""
+"""Loading a YAML gives a valid config, or one error that lists all of its faults, malformed URLs with their correction.
+
+The reference describes every key.
+"""
 
 import contextlib
 import copy
+import os
 import random
 from pathlib import Path
 
@@ -13,14 +17,15 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config, parse_yaml, resolve_secret, with_absolute_paths
 from pipeline.config.reference import markdown
 from pipeline.config.schema import RunConfig
-from pipeline.config.urls import file_name_of
+from pipeline.config.urls import absolute, file_name_of, is_local, local_path, parse
+from pipeline.data.storage import Storage
 from tests.support.fuzz import fuzz_rounds, mutate
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 DEMO = CONFIGS / "demo.yaml"
 
 
-def test_every_config_of_the_project_loads_and_the_reference_describes_every_key() -> None:
+def test_every_config_of_the_project_loads_and_the_reference_describes_every_key():
     paths = sorted(CONFIGS.glob("**/*.yaml"))
     assert len(paths) > 10
     assert all(load_config(path).stages for path in paths)
@@ -33,7 +38,7 @@ def test_every_config_of_the_project_loads_and_the_reference_describes_every_key
         assert all(f"\n| `{key}`" in text for key in section["properties"])
 
 
-def test_all_faults_are_reported_at_once_with_suggestions() -> None:
+def test_all_faults_are_reported_at_once_with_suggestions():
     overrides = ["stages.vision.stepps=10", "engine.precision=float3", "model.width=wide", "data.augment.flp=true"]
     with pytest.raises(ConfigError) as error:
         load_config(DEMO, overrides)
@@ -52,50 +57,47 @@ def test_all_faults_are_reported_at_once_with_suggestions() -> None:
         load_config(DEMO, ["model={kind: vlmo, width: 130, heads: 3, image_size: 50}"])
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("stages.vision.sources={scnes: 1.0}", "unknown source 'scnes'"),
-        ("stages.vision.global_batch_size=63", "must be a multiple of data.streams"),
-        ("stages.vision.sources={scenes: 1.0, sentences: 1.0}", "all sources of a stage must have one type"),
-        ("stages.vision.objectives={mlmm: {}}", "(got 'mlmm'); did you mean 'mlm'?"),
-        ("stages.language.name=vision", "another stage has the name"),
-        ("engine={zero_stage: 0, precision: bfloat16}", "bfloat16 at ZeRO 0 would have no float32 master weights"),
-        ("engine={zero_stage: 0, offload_optimizer: true}", "ZeRO 0 keeps all state on the device"),
-        ("engine={zero_stage: 2, offload_parameters: true}", "at ZeRO 2 every rank computes with whole weights"),
-        ("engine={zero_stage: 3, compile: true}", "engine.compile: ZeRO 3 gathers each module's weights in hooks"),
-        ("cluster.gpus_per_worker=1.5", "expected a whole number, or a fraction below 1"),
-        ("model=vlmo", "model: Input should be an object (got 'vlmo')"),
-        ("model.kind=null", "model.kind: expected vlmo"),
-        ("storage.key=AKIA123", "must be a reference"),
-        ("stages=[]", "stages: "),
-        ("steps", "expected key=value"),
-        *((f"stages.{part}.steps=1", "no element") for part in ("nothing", "²", "9" * 5000, "-1", "3", "00")),
-        *((f"seed={value}", "seed") for value in ("1:30", "010", "-010", "1:30.5", "0o17")),
-        ("seed=" + "9" * 5000, "is not a valid int"),
-        ("seed=0x" + "f" * 5000, "digits"),
-        # beyond the limit of threads, beyond int64, and not finite
-        *((f"{key}=1e12", key) for key in ("guards.hang_seconds", "tracking.flush_seconds")),
-        *((f"{key}={10**20}", key) for key in ("stages.vision.steps", "data.shuffle_window")),
-        *((f"engine.memory_gb={value}", "engine.memory_gb") for value in (".inf", "-.inf", ".nan", "1e999")),
-        ("stages.vision.sources.scenes=.inf", "stages.vision.sources.scenes"),
-        ("data.augment={crop_scale: [0.5, .nan]}", "data.augment.crop_scale.1"),
-        ("stages.vision_language.global_batch_size=abc", "one fault\nstages.vision_language.global_batch_size: "),
-        ("stages.1.nme=x", "one fault\nstages.language.nme: unknown key; did you mean 'name'?"),
-        ("data.cache.folder=s3://bucket/cache", "data.cache.folder: must be a folder on each node's own disk"),
-        *(
-            (f"tracking.profile={steps}", "tracking.profile")
-            for steps in ("10:5", "5:5", "5", "²:5", "a:b", "'1:2\n'", "9" * 5000 + ":" + "9" * 5001)
-        ),
+INVALID: dict[str, list[str]] = {  # expected part of the message -> overrides
+    "unknown source 'scnes'": ["stages.vision.sources={scnes: 1.0}"],
+    "must be a multiple of data.streams": ["stages.vision.global_batch_size=63"],
+    "all sources of a stage must have one type": ["stages.vision.sources={scenes: 1.0, sentences: 1.0}"],
+    "(got 'mlmm'); did you mean 'mlm'?": ["stages.vision.objectives={mlmm: {}}"],
+    "another stage has the name": ["stages.language.name=vision"],
+    "bfloat16 at ZeRO 0 would have no float32 master weights": ["engine={zero_stage: 0, precision: bfloat16}"],
+    "ZeRO 0 keeps all state on the device": ["engine={zero_stage: 0, offload_optimizer: true}"],
+    "at ZeRO 2 every rank computes with whole weights": ["engine={zero_stage: 2, offload_parameters: true}"],
+    "engine.compile: ZeRO 3 gathers each module's weights in hooks": ["engine={zero_stage: 3, compile: true}"],
+    "expected a whole number, or a fraction below 1": ["cluster.gpus_per_worker=1.5"],
+    "model: Input should be an object (got 'vlmo')": ["model=vlmo"], "model.kind: expected 'vlmo'": ["model.kind=null"],
+    "must be a reference": ["storage.key=AKIA123"], "stages: ": ["stages=[]"], "expected key=value": ["steps"],
+    "no element": [f"stages.{part}.steps=1" for part in ("nothing", "²", "9" * 5000, "-1", "3", "00")],
+    "seed": [f"seed={value}" for value in ("1:30", "010", "-010", "1:30.5", "0o17")],
+    "is not a valid int": ["seed=" + "9" * 5000], "digits": ["seed=0x" + "f" * 5000],
+    # beyond the limit of threads, beyond int64, and not finite
+    "guards.hang_seconds": ["guards.hang_seconds=1e12"], "tracking.flush_seconds": ["tracking.flush_seconds=1e12"],
+    "stages.vision.steps": [f"stages.vision.steps={10**20}"], "data.shuffle_window": [f"data.shuffle_window={10**20}"],
+    "engine.memory_gb": [f"engine.memory_gb={value}" for value in (".inf", "-.inf", ".nan", "1e999")],
+    "stages.vision.sources.scenes": ["stages.vision.sources.scenes=.inf"],
+    "data.augment.crop_scale.1": ["data.augment={crop_scale: [0.5, .nan]}"],
+    "one fault\nstages.vision_language.global_batch_size: ": ["stages.vision_language.global_batch_size=abc"],
+    "one fault\nstages.language.nme: unknown key; did you mean 'name'?": ["stages.1.nme=x"],
+    "data.cache.folder: must be a folder on each node's own disk": ["data.cache.folder=s3://bucket/cache"],
+    "tracking.profile": [
+        f"tracking.profile={steps}"
+        for steps in ("10:5", "5:5", "5", "²:5", "a:b", "'1:2\n'", "9" * 5000 + ":" + "9" * 5001)
     ],
-)
-def test_invalid_values_are_rejected_by_key(override: str, expected: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        load_config(DEMO, [override])
-    assert expected in str(error.value)
+}  # fmt: skip
 
 
-def test_overrides_use_dotted_paths_and_numbers_are_read_as_in_yaml_1_2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("expected", INVALID)
+def test_invalid_values_are_rejected_by_key(expected):
+    for override in INVALID[expected]:
+        with pytest.raises(ConfigError) as error:
+            load_config(DEMO, [override])
+        assert expected in str(error.value), override[:100]
+
+
+def test_overrides_use_dotted_paths_and_numbers_are_read_as_in_yaml_1_2(tmp_path):
     config = load_config(DEMO, ["stages.vision.steps=7", "stages.1.optimizer.lr=3e-5", "tracking.profile=5:10"])
     assert (config.stages[0].steps, config.stages[1].optimizer.lr, config.tracking.profile) == (7, 3e-5, "5:10")
     (tmp_path / "run.yaml").write_text("name: a\nstages: [null]\n", encoding="utf-8")
@@ -114,7 +116,7 @@ TAGS = ("int", "float", "bool", "null", "timestamp", "binary", "set", "omap", "m
 
 
 @pytest.mark.parametrize("value", ["null", "5", "text", "[]", "[1]", "true", "1.5", "2024-01-01", "{a: {b: c}}"])
-def test_value_of_any_type_at_any_key_raises_only_config_errors(value: str) -> None:
+def test_value_of_any_type_at_any_key_raises_only_config_errors(value):
     demo, keys = parse_yaml(DEMO.read_bytes(), "demo"), load.flatten(load_config(DEMO).model_dump(mode="json"))
     for path in sorted({key.rsplit(".", depth)[0] for key in keys for depth in range(4)}):
         values = copy.deepcopy(demo)
@@ -123,7 +125,7 @@ def test_value_of_any_type_at_any_key_raises_only_config_errors(value: str) -> N
             load.validate(values, "demo")
 
 
-def test_mutated_and_mistagged_values_raise_only_config_errors(tmp_path: Path) -> None:
+def test_mutated_and_mistagged_values_raise_only_config_errors(tmp_path):
     rng, content = random.Random(14), DEMO.read_bytes()
     for _ in range(fuzz_rounds(60)):
         (tmp_path / "run.yaml").write_bytes(mutate(content, rng))
@@ -147,7 +149,7 @@ UNREADABLE: dict[str, list[bytes]] = {  # expected part of the message -> conten
 }  # fmt: skip
 
 
-def test_file_that_is_not_a_config_is_one_message_and_other_files_are_read(tmp_path: Path) -> None:
+def test_file_that_is_not_a_config_is_one_message_and_other_files_are_read(tmp_path):
     path = tmp_path / "run.yaml"
     with pytest.raises(ConfigError, match=r"run\.yaml: cannot be read"):
         load_config(path)
@@ -165,7 +167,7 @@ def test_file_that_is_not_a_config_is_one_message_and_other_files_are_read(tmp_p
     assert values["c"] == {"x": 2, "y": 1, "z": 3}
 
 
-def test_a_source_may_have_any_name_that_is_no_path(tmp_path: Path) -> None:
+def test_a_source_may_have_any_name_that_is_no_path(tmp_path):
     values, path = yaml.safe_load(DEMO.read_text(encoding="utf-8")), tmp_path / "run.yaml"
     sources = dict(values["sources"])
     paths = ("", "..", "../x", "/etc", "a\\b", "a\nb", 101 * "a")
@@ -189,7 +191,7 @@ def test_a_source_may_have_any_name_that_is_no_path(tmp_path: Path) -> None:
         assert (Path(part).name, len(Path("folder", part).parts), part.isprintable()) == (part, 2, True)
 
 
-def test_local_paths_become_absolute_and_only_changeable_keys_may_differ() -> None:
+def test_local_paths_become_absolute_and_only_changeable_keys_may_differ():
     keys = ("tokenizer.vocabulary", "sources.scenes.opt_out", "stages.vision.start_from", "stages.vision.answer_list")
     overrides = [f"{key}=file" for key in (*keys, "data.cache.folder", "output")]
     config = load_config(DEMO, [*overrides, "stages.vision.image_tokenizer={weights: dalle}"])
@@ -206,7 +208,7 @@ def test_local_paths_become_absolute_and_only_changeable_keys_may_differ() -> No
     assert all(map(load.is_changeable, ("sources.storage.shards", "stages.2.optimizer.lr")))
 
 
-def test_secrets_are_read_by_reference_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_read_by_reference_and_never_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("MOME_TEST_KEY", "from env")
     assert resolve_secret("env:MOME_TEST_KEY") == "from env"
     reference = f"file:{tmp_path / 'key'}"
@@ -222,3 +224,67 @@ def test_secrets_are_read_by_reference_and_never_shown(tmp_path: Path, monkeypat
     for absent in ("file:/absent", "file:/tmp", "file:~nobody-here/key", "file:a\x00b", "env:MOME_ABSENT"):
         with pytest.raises(ConfigError, match=r"cannot be read|MOME_ABSENT is not set"):
             resolve_secret(absent)
+
+
+# ---- URLs
+
+REJECTED: dict[str, list[str]] = {  # expected part of the message -> URLs
+    "'s3://bucket/x'": [
+        "s3:/bucket/x", "s3:bucket/x", "S3://bucket/x", "S3:/bucket/x", "s3//bucket/x", "s3:\\\\bucket\\x", "s3:///bucket/x",
+        "://bucket/x", "./s3://bucket/x", "/home/me/s3:/bucket/x", "./s3:/bucket/x", "s3 ://bucket/x", " s3://bucket/x",
+        "s3://bucket/x\r", "s3://bucket/x\n",
+    ],
+    "names no bucket": ["s3://"], "s3://": ["s3:"], "'env:NAME'": ["s3://key:word-of-pass@bucket/x"],
+    "'gs://bucket/x'": ["gs:/bucket/x", "GS://bucket/x"], "'gs://bucket'": ["gs:///bucket"],
+    "'hf://org/name'": ["hf:org/name"], "'https://host/x'": ["https:/host/x"],
+    "'unknown://host/x'": ["unknown:/host/x"],
+    "'file:///abs/x'": ["file:/abs/x", "file:abs/x", "File:///abs/x", "file://abs/x", "file://localhost/abs/x"],
+    "'file://abs/x'": ["FILE://abs/x"], "file:///": ["file://"],
+    "${SCRATCH}": ["${SCRATCH}/runs"], "${oc.env:SCRATCH}": ["${oc.env:SCRATCH}/runs"], "$SCRATCH": ["$SCRATCH/runs"],
+    "$BUCKET": ["s3://$BUCKET/runs"], "${USER}": ["s3://bucket/${USER}"], "$USER": ["runs/$USER"],
+    "$(": ["$(pwd)/runs"],
+    "%SCRATCH%": ["%SCRATCH%/runs"], "{{ bucket }}": ["s3://{{ bucket }}/runs"], "<bucket>": ["s3://<bucket>/runs"],
+    "home folder of": ["~nobody-of-this-name/runs", "file://~nobody-of-this-name/runs"],
+    "'~/runs'": ["/data/~/runs", "./~/runs"], "Windows": ["C:\\runs", "C:/runs"], "empty": ["", "  "],
+    "control character": ["a\x00b", "a\x1b[2Jb"], "runs a program": ["pipe:cat x"],
+}  # fmt: skip
+WRONG = {url: expected for expected, urls in REJECTED.items() for url in urls}
+LOCAL = [
+    "/abs/x", "/", ".", "runs", "a:b", "/data/12:30:00/x", "a$b/c$", "{000..012}.tar", "100%/50%", "x~/~x", "./~x",
+    "日本/é", "s3x", "s3/x", "https",
+]  # fmt: skip
+RIGHT = {
+    "s3://bucket/x": ("s3", "bucket/x"), "s3://bucket": ("s3", "bucket"), "s3a://bucket/x/": ("s3", "bucket/x"),
+    "s3://bucket/a:b/~/x y": ("s3", "bucket/a:b/~/x y"), "gs://bucket/x": ("gs", "gs://bucket/x"),
+    "memory://x": ("memory", "memory://x"), "memory:///x": ("memory", "memory:///x"),
+    "https://host/caf%C3%A9.tar?token=1": ("https", "https://host/caf%C3%A9.tar?token=1"),
+    "file:///abs/x": ("file", "/abs/x"), "file://~/x": ("file", os.path.expanduser("~/x")),
+    **{path: ("file", os.path.expanduser(path)) for path in ("~/x", "~")},
+    **{path: ("file", path) for path in LOCAL},
+}  # fmt: skip
+KEYS = [
+    "output", "tokenizer.vocabulary", "sources.scenes.shards", "sources.scenes.opt_out", "stages.vision.start_from",
+    "stages.vision.answer_list", "data.cache.folder",
+]  # fmt: skip
+
+
+def test_every_function_and_config_key_rejects_malformed_urls_with_the_correct_form(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage = Storage()
+    calls = (parse, is_local, local_path, absolute, storage.read, storage.exists, storage.list, storage.delete)
+    calls += (lambda url: storage.write(url, b"x"), lambda url: storage.upload(__file__, url))
+    for url, expected in WRONG.items():
+        for call in calls:
+            with pytest.raises(ConfigError) as raised:
+                call(url)
+            assert expected in str(raised.value), url
+            assert "word-of-pass" not in str(raised.value)
+            assert str(raised.value).isprintable()
+    assert os.listdir(tmp_path) == []
+    assert {url: parse(url) for url in RIGHT} == RIGHT
+    for url in ("s3:/bucket/x", "${SCRATCH}/runs"):
+        with pytest.raises(ConfigError) as raised:
+            load_config(DEMO, [f"{key}={url}" for key in KEYS])
+        for key in KEYS:
+            (line,) = [line for line in str(raised.value).splitlines() if line.startswith(f"{key}: ")]
+            assert WRONG[url] in line

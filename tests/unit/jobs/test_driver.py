@@ -26,9 +26,8 @@ from jobs.mailbox import NUM_PLACED, STOP, Mailbox, forwarded_warnings
 from jobs.placement import PlacementCallback
 from jobs.submit import for_cluster
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import load_config
+from pipeline.config.load import load_config, parse_config
 from pipeline.config.schema import RunConfig
-from pipeline.config.stored import parse_config
 from pipeline.tracking.locations import absolute_uri, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[3]

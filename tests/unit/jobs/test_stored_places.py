@@ -19,7 +19,7 @@ import jobs.tracking
 from jobs.caller import URI_VARIABLE, Caller
 from jobs.cli import app
 from pipeline.config.errors import ConfigError, MomeError
-from pipeline.config.stored import check_stored_url, stored_config
+from pipeline.config.load import check_stored_url, stored_config
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import prepare
 from tests.support.finished_run import config_of, contents, draw, untrained_weights, write_run
@@ -137,7 +137,7 @@ def test_stored_urls_name_no_host_and_only_stored_config_parses_configs_of_runs(
     files = [*root.glob("pipeline/**/*.py"), *root.glob("jobs/**/*.py")]
     parsing = {str(f.relative_to(root)) for f in files if "RunConfig.model_validate" in f.read_text(encoding="utf-8")}
     # jobs/distributed.py receives a config from the driver, which read it from a file.
-    assert parsing == {"pipeline/config/load.py", "pipeline/config/stored.py", "jobs/distributed.py"}
+    assert parsing == {"pipeline/config/load.py", "jobs/distributed.py"}
 
 
 def test_caller_settings_come_from_the_config_it_names(tmp_path, monkeypatch):

@@ -71,14 +71,14 @@ def http(answers: dict[str, tuple[int, str]]) -> Callable[[socket.socket], None]
         ({}, False),
     ],
 )
-def test_only_tracking_servers_are_accepted(answers: dict[str, tuple[int, str]], is_server: bool) -> None:
+def test_only_tracking_servers_are_accepted(answers, is_server):
     with listening(http(answers)) as port:
         for uri in (f"http://localhost:{port}", f"http://localhost:{port}/", f"http://me:hunter2@localhost:{port}"):
             fault = find_fault(uri)
             assert fault is None if is_server else "is it an MLflow server?" in (fault or "")
 
 
-def test_a_port_without_http_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_without_http_is_rejected(monkeypatch):
     monkeypatch.setattr(mlflow_server, "ANSWER_SECONDS", 1.0)
     replies = (b"220 ready\r\n", b"\x15\x03\x01\x00\x02\x02F", b"", b"HTTP/9\r\n\r\n")
     for scheme, reply in [*(("http", reply) for reply in replies), ("https", b"SSH-2.0-x\r\n")]:
@@ -89,7 +89,7 @@ def test_a_port_without_http_is_rejected(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     "begins", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n", b""]
 )
-def test_slowly_sending_server_times_out(monkeypatch: pytest.MonkeyPatch, begins: bytes) -> None:
+def test_slowly_sending_server_times_out(monkeypatch, begins):
     over = threading.Event()
 
     def drip(connection: socket.socket) -> None:
@@ -119,7 +119,7 @@ HOSTED = [
 ]  # fmt: skip
 
 
-def test_malformed_addresses_are_rejected_and_hosted_ones_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_addresses_are_rejected_and_hosted_ones_accepted(monkeypatch):
     assert [uri for uri in [*MALFORMED, *HOSTED] if find_fault(uri) is None] == HOSTED
     with pytest.raises(TrackingError, match=r"tracking.uri http\+nothing://server: MLflow's client cannot use it"):
         connect("http+nothing://me:hunter2@server")
@@ -133,7 +133,7 @@ def test_malformed_addresses_are_rejected_and_hosted_ones_accepted(monkeypatch: 
         find_fault(mutate(rng.choice(uris).encode(), rng).decode(errors="surrogateescape"))
 
 
-def test_database_passwords_are_parsed_like_the_driver_does() -> None:
+def test_database_passwords_are_parsed_like_the_driver_does():
     with socket.create_server(("127.0.0.1", 0)) as database:
         port = database.getsockname()[1]
         for password in ("a:b", "a#b", "a/b+c", "a?b", "a%40b"):
@@ -143,7 +143,7 @@ def test_database_passwords_are_parsed_like_the_driver_does() -> None:
             assert password not in fault
 
 
-def test_each_database_is_contacted_at_its_port_or_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_database_is_contacted_at_its_port_or_socket(tmp_path, monkeypatch):
     uri = f"postgresql:///mlflow?host={tmp_path}"
     assert ".s.PGSQL.5432" in (find_fault(uri) or "")
     with socket.socket(socket.AF_UNIX) as database:
@@ -160,7 +160,7 @@ def test_each_database_is_contacted_at_its_port_or_socket(tmp_path: Path, monkey
     assert [call.args[0][1] for call in connections.call_args_list] == [5432, 3306, 1433, 5433, 7]
 
 
-def test_the_clients_tls_variables_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clients_tls_variables_are_used(tmp_path, monkeypatch):
     certificate = tmp_path / "server.pem"
     subprocess.run(
         [
@@ -181,7 +181,7 @@ def test_the_clients_tls_variables_are_used(tmp_path: Path, monkeypatch: pytest.
         assert find_fault(address) is None
 
 
-def test_sqlite_paths_that_mlflow_can_create_or_open_are_accepted(tmp_path: Path) -> None:
+def test_sqlite_paths_that_mlflow_can_create_or_open_are_accepted(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text.db").write_text("no database, but some text", encoding="utf-8")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
