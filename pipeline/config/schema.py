@@ -606,7 +606,7 @@ class RunConfig(Section):
     name: str = fixed(..., "Name of the run and of its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     output: Url = changeable("runs", "Folder or URL that contains the run's folder `<output>/<name>`")
     seed: int = fixed(0, "Seed of the weights, the data order, masking and augmentation")
-    reproduce_vlmo_release: bool = fixed(False, "Reproduce the quirks of VLMo's code (`pipeline/training/release.py`)")
+    reproduce_vlmo_release: bool = fixed(False, "Reproduce the quirks of VLMo's code (`pipeline/README.md`)")
     storage: StorageConfig = changeable(StorageConfig(), "Access to object stores")
     model: ModelConfig = fixed(VLMoConfig(), "Model architecture and sizes")
     tokenizer: TokenizerConfig = fixed(TokenizerConfig(), "Text tokenizer")

@@ -1,10 +1,9 @@
 """Training objectives: one module each, with its loss, its forwards and everything the system needs to know about it.
 
 An objective is a loss function (arithmetic on tensors) and one subclass of `Objective`, known by its module's name. To
-add one, add a module here: the config schema lists this folder, and the loader, the models, the training step and the
-evaluation read the class's declarations. An objective with one forward, whose loss compares its head's output with
-fields of the batch, consists of declarations alone (`vqa`). Objectives of one stage may use the same forward, which
-then runs once with all their heads.
+add one, add a module here: the config schema lists this folder, and the rest of the system reads the class's
+declarations. An objective with one forward, whose loss compares its head's output with fields of the batch, consists
+of declarations alone (`vqa`). Objectives of one stage may use the same forward, which then runs once with all heads.
 
 An objective sums its loss over the examples that it reads and divides by nothing: the step divides by the counts of the
 whole global batch (contract C2).
@@ -151,27 +150,22 @@ class Objective:
             if masked and examples.region_hidden is not None:
                 features = features.masked_fill(examples.region_hidden.unsqueeze(-1), 0.0)
             regions = Regions(features, require(examples.region_location), require(examples.region_keep))
+        shared = ("image", "image_size", "visible_patches", "second_image", "second_image_size", "text_keep")
         return ForwardInput(
             heads=self.heads,
-            image=examples.image,
-            image_size=examples.image_size,
-            visible_patches=examples.visible_patches,
-            second_image=examples.second_image,
-            second_image_size=examples.second_image_size,
             regions=regions,
             text=examples.masked_text if masked and examples.masked_text is not None else examples.text,
-            text_keep=examples.text_keep,
             mask_positions=examples.mask_positions if masked else None,
             region_positions=examples.region_positions if masked else None,
             drop_path_mask=self.context.drop_path_mask(examples, name),
+            **{field: getattr(examples, field) for field in shared},
         )
 
 
 class MaskedRegionObjective(Objective):
     """An objective on masked regions (ImageBERT, section 3.3). It shares the forward of MLM over masked words.
 
-    Both read true pairs only: mismatched text or regions say nothing about what was masked (the paper's conditional
-    mask).
+    Both read true pairs only: mismatched ones say nothing about what was masked (the paper's conditional mask).
     """
 
     source_types = frozenset({"regions"})
@@ -179,11 +173,8 @@ class MaskedRegionObjective(Objective):
     forward_name, reads_masked, counted = "masked", True, "region_positions"
 
 
-# ---- derived from the declarations
-
-
 def objective_type(name: str) -> type[Objective]:
-    """Return the objective of that name: the one subclass of `Objective` in its module, which is imported."""
+    """Import an objective's module and return its one subclass of `Objective`."""
     module = import_module(f"{__name__}.{name}")
     kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__)
     return next(kind for kind in kinds if issubclass(kind, Objective))
@@ -198,8 +189,9 @@ def batch_groups(config: RunConfig, stage: StageConfig) -> frozenset[str]:
     """Return the groups of batch fields that the stage's objectives read."""
     source_type, kinds = config.source_type_of(stage), objective_types(stage).values()
     groups = frozenset[str]().union(*(kind.fields.union(*kind.inputs(source_type, config.model)) for kind in kinds))
-    replaces = "masked_patches" in groups and stage.masking.mask_token_prob < 1
-    return groups | {"patch_replacements"} if replaces else groups
+    return (
+        groups | {"patch_replacements"} if "masked_patches" in groups and stage.masking.mask_token_prob < 1 else groups
+    )
 
 
 def head_config(config: RunConfig, index: int) -> HeadConfig:
@@ -217,7 +209,7 @@ def modules_for(model: Model, objective: str, source_type: SourceType) -> frozen
     if source_type not in kind.source_types:
         return None
     parts = [model.modules_for(inputs, kind.head) for inputs in kind.inputs(source_type, model.config)]
-    return None if None in parts else frozenset().union(*(part for part in parts if part))
+    return None if None in parts else frozenset[str]().union(*filter(None, parts))
 
 
 def trained_modules(model: Model, objectives: Iterable[str], source_type: SourceType) -> frozenset[str]:
@@ -260,8 +252,9 @@ def check_objectives(config: RunConfig) -> None:
                 expected = " or ".join(sorted(kind.source_types))
                 needs = f"{name} needs sources of type {expected}, and the stage's are of type {source_type}"
                 faults.append(f"{prefix}.objectives: {needs}")
-            missing = [(key, meaning) for key, meaning in kind.required.items() if getattr(stage, key) is None]
-            faults += [f"{prefix}.{key}: required by the {name} objective; set {meaning}" for key, meaning in missing]
+            for key, meaning in kind.required.items():
+                if getattr(stage, key) is None:
+                    faults.append(f"{prefix}.{key}: required by the {name} objective; set {meaning}")
             faults += [f"{prefix}.{fault}" for fault in kind.faults(config, stage)]
         masked = [name for name, kind in kinds.items() if kind.forward_name == "masked"]
         if len({stage.objectives[name].every for name in masked}) > 1:

@@ -22,8 +22,6 @@ from pipeline.objectives import Objective
 
 # Feature and logit scale of each contrast. VLMo has both (its loss is their mean), other models only the first.
 CONTRASTS = {"itc": "scale", "itc_vl": "scale_vl"}
-
-
 WHOLE = slice(None)
 
 
@@ -72,13 +70,12 @@ class Contrast:
     image: Tensor  # (B, D) features of the first contrast, from which negatives are drawn
     text: Tensor
     scale: Tensor
-    by_source: Tensor | None = None  # (S, 2) sum of the loss over each source's pairs, and their number
+    by_source: Tensor | None  # (S, 2) sum of the loss over each source's pairs, and their number
 
     def surrogate_loss(self, outputs: ForwardOutput, examples: slice, parts: int) -> Tensor:
         """Return a scalar whose gradient in these examples' features is that of the global loss.
 
-        The surrogates of all ranks and micro-batches, `parts` in number, are summed: each carries 1 / `parts` of the
-        scales' gradient.
+        It is one of `parts`, over all ranks and micro-batches, and has 1 / `parts` of the scales' gradient.
         """
         features = [(outputs[name][head].float() * g[examples]).sum() for (name, head), g in self.gradients.items()]
         scales = [outputs["image"][name].float() * g / parts for name, g in self.scale_gradients.items()]
@@ -92,11 +89,12 @@ def global_contrast(
     gather: Callable[[Tensor], Tensor],
     own: slice,
     num_sources: int = 0,
+    divisor: int = 1,
 ) -> Contrast:
-    """Compute the loss over all B x B pairs from this rank's features. All ranks must call it together.
+    """Compute the loss over all B x B pairs from this rank's features. A collective call.
 
     `gather` returns all ranks' rows of a tensor, (n, ...) -> (B, ...); `own` are this rank's rows among them. With
-    `num_sources` the loss of each source is computed too.
+    `num_sources` the loss of each source is computed too. The features get 1 / `divisor` of their gradient.
     """
     heads = [head for head in CONTRASTS if head in outputs["image"]]
     names = [(name, head) for head in heads for name in ("image", "text")]
@@ -114,14 +112,13 @@ def global_contrast(
     by_source = None
     if num_sources:
         source = gather(batch.source)
-        own_pairs = [torch.nonzero(source == number).flatten() for number in range(num_sources)]
+        pairs_of = [torch.nonzero(source == number).flatten() for number in range(num_sources)]
         with torch.no_grad():
-            by_source = torch.stack(
-                [torch.stack([losses(r).mean(), loss.new_tensor(float(len(r)))]) for r in own_pairs]
-            )
+            sums = [torch.stack([losses(rows).mean(), loss.new_tensor(float(len(rows)))]) for rows in pairs_of]
+        by_source = torch.stack(sums)
     return Contrast(
         loss=loss.detach(),
-        gradients={name: next(gradients)[own] for name in features},
+        gradients={name: next(gradients)[own] / divisor for name in features},
         scale_gradients={name: next(gradients) for name in scales},
         image=features["image", "itc"].detach(),
         text=features["text", "itc"].detach(),

@@ -19,10 +19,9 @@ from pipeline.objectives import TEXT, VISUAL, NegativePool, Objective, RowSwap, 
 def draw_negatives(similarity: Tensor, row_id: Tensor, column_id: Tensor, uniform: Tensor) -> Tensor:
     """Draw one candidate per row, with probability softmax(similarity) among those with another image: (n,) int64.
 
-    similarity (n, B) are scaled logits, row_id (n,) and column_id (B,) image ids, uniform (n,) numbers in [0, 1) that
-    decide the draw. Candidates with the same image are removed before the softmax, so that a confident row still has
-    probability left for the others. A row whose logits are not finite draws uniformly among the others; a row without
-    others draws among all.
+    similarity (n, B) are scaled logits, row_id (n,) and column_id (B,) image ids; uniform (n,) in [0, 1) decides the
+    draw. Candidates with the same image are removed before the softmax, which leaves a confident row probability for
+    the others. A row whose logits are not finite draws uniformly among the others; a row without others, among all.
     """
     allowed = row_id[:, None] != column_id[None, :]
     allowed = allowed | ~allowed.any(dim=1, keepdim=True)
@@ -46,9 +45,9 @@ def matched_examples(examples: Batch, stage: StageConfig) -> Tensor:
 class ITM(Objective):
     """Classification of pairs as matched or mismatched.
 
-    Hard negatives: each example is read as it is, with another image and with another text, both drawn by ITC
-    similarity. Random negatives: every second example is read with the image of another example of its source; with
-    regions, half of these get another example's text instead (ImageBERT).
+    Hard negatives: each example is read as it is, with another image and with another text, drawn by ITC similarity.
+    Random ones: every second example is read with the image (for half of those with regions: the text) of another
+    example of its source.
     """
 
     source_types = frozenset({"pairs", "regions"})

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO 0-3 behind the `StepEngine` protocol, and its state as named fragments (contract C5)."""
+"""The DeepSpeed engine: a stage's model under ZeRO 0-3, and its state as named fragments (contract C5)."""
 
 import logging
 from collections.abc import Iterator
@@ -21,11 +21,7 @@ AVERAGE = "ema"  # moving average of a weight, if the stage keeps one
 
 
 class DeepSpeedEngine:
-    """One stage's model under ZeRO.
-
-    Parameters that the stage does not train must be frozen before the engine is built (contract C3). Adam's state is
-    created before the first step; DeepSpeed creates it lazily, and restored moments would have no place.
-    """
+    """One stage's engine. Parameters that the stage does not train must be frozen before it is built (contract C3)."""
 
     def __init__(self, model: Model, stage: Stage, collectives: Collectives):
         import deepspeed
@@ -40,27 +36,22 @@ class DeepSpeedEngine:
         prepare_blocks(model, settings)
         # DeepSpeed creates the master weights from rounded values: keep the exact ones.
         start = {n: p.detach().clone() for n, p in self._parameters.items()} if settings.precision != "float32" else {}
-        self.adam = torch.optim.AdamW(
-            parameter_groups(model, optimizer, stage.run.reproduce_vlmo_release),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=collectives.device.type == "cuda",
-        )
+        on_cuda = collectives.device.type == "cuda"
+        groups = parameter_groups(model, optimizer, stage.run.reproduce_vlmo_release)
+        self.adam = torch.optim.AdamW(groups, optimizer.lr, optimizer.betas, optimizer.eps, fused=on_cuda)
         self.deepspeed: Any
+        config = deepspeed_config(stage, collectives.world_size)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model.to(collectives.device),
-            optimizer=self.adam,
-            config=deepspeed_config(stage, collectives.world_size),
+            model=model.to(collectives.device), optimizer=self.adam, config=config
         )
         self.reader: nn.Module = self.deepspeed  # for inference; at ZeRO 3 its forward is a collective call
         self.module: nn.Module = self.deepspeed.module
         self._plain_norm: Tensor | None = None
-        for tensor in self.optimized_tensors():  # zeroed Adam state
-            state = self.adam.state[tensor]
-            step_device = tensor.device if collectives.device.type == "cuda" else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
-            state |= {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
+        # DeepSpeed creates Adam's state lazily, and restored moments would have no place: create it now.
+        for tensor in self.optimized_tensors():
+            step = torch.zeros((), dtype=torch.float32, device=tensor.device if on_cuda else "cpu")
+            moments = {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
+            self.adam.state[tensor] |= {"step": step, **moments}
         if link := getattr(self.deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state", None):
             link()
         self._steps, self._decay = 0, optimizer.ema_decay
@@ -78,13 +69,11 @@ class DeepSpeedEngine:
                 if self._decay is not None and parameter.requires_grad and begin < end:
                     self.averages[name] = self._local(name, "weight").float().clone()
 
-    # ---- a step
-
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         return self.deepspeed(passes)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient; `last` marks the last micro-batch before `step`."""
+        """Add this micro-batch's gradient; `last` marks the last one before `step`."""
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
         if last and self._offloads and self._zero_stage >= 2 and self.deepspeed.gradient_accumulation_steps() > 1:
@@ -101,9 +90,9 @@ class DeepSpeedEngine:
             self._plain_norm = nn.utils.get_total_norm(gradients)
         self.deepspeed.step()
 
-        # Zero the gradient buffers that outlive a step. DeepSpeed writes a gradient only where a parameter was used, so
-        # an expert that a step leaves idle would otherwise get its last gradient again (DeepSpeed 0.19.8; found by the
-        # project's probes). These attributes are not documented; a release without them fails here by name.
+        # Zero the gradient buffers that outlive a step: DeepSpeed writes a gradient only where a parameter was used, so
+        # an expert that a step leaves idle would get its last gradient again (DeepSpeed 0.19.8). These attributes are
+        # not documented; a release without them fails here by name.
         buffers: list[Tensor] = []
         if self._zero_stage == 3:
             buffers = [optimizer.grad_partitions_flat_buffer]
@@ -128,13 +117,6 @@ class DeepSpeedEngine:
         assert norm is not None, "called before the first step"
         return float(norm)
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Return the global batch's full gradients; valid between the last `backward` and `step`."""
-        from deepspeed.utils import safe_get_full_grad
-
-        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        return {name: safe_get_full_grad(p).detach().float().clone() for name, p in trained.items()}
-
     def local_gradients(self) -> list[Tensor]:
         """Return the gradients that the next step applies: at stages 1 to 3 this rank's reduced partition."""
         partitioned = getattr(self.deepspeed.optimizer, "averaged_gradients", None) or {}
@@ -153,8 +135,6 @@ class DeepSpeedEngine:
         reduced = getattr(self.deepspeed.optimizer, "fp32_groups_gradients_flat", [])  # of bfloat16 at stage 1
         categories = {"parameters": held, "gradients": [*self.local_gradients(), *reduced], "optimizer": optimizer}
         return {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in categories.items()}
-
-    # ---- state
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's part of every parameter; the ranks' fragments tile each parameter exactly."""
@@ -213,8 +193,6 @@ class DeepSpeedEngine:
                 whole = full.detach().float().cpu().clone()
                 gathered[name] = whole.view(getattr(parameter, "ds_shape", parameter.shape))
         return gathered if self._collectives.rank == 0 else None
-
-    # ---- where DeepSpeed keeps it
 
     def optimized_tensors(self) -> list[Tensor]:
         """Return the tensors Adam steps: whole parameters, or this rank's flat float32 partitions."""

@@ -1,6 +1,5 @@
 """DeepSpeed's config, the transformer blocks' compilation and checkpointing, and DeepSpeed's C++ extensions."""
 
-import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -10,7 +9,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,8 +89,7 @@ def prepare_blocks(model: Model, engine: EngineConfig) -> None:
     """Compile the model's transformer blocks or checkpoint their activations; names, parameters and hooks stay.
 
     Call it once, before the model is given to DeepSpeed. Drop path is an input and so the same when a block is
-    recomputed; element dropout is the same because the generator's state is preserved. At ZeRO 3 the recomputation runs
-    to the end, though the backward may need less, because a module's weights are released when the module ends.
+    recomputed; element dropout is the same because the generator's state is preserved.
     """
     if engine.compile:
         # Beyond torch's limits a variant would silently run uncompiled; each layer's drop path alone makes one.
@@ -102,26 +100,22 @@ def prepare_blocks(model: Model, engine: EngineConfig) -> None:
         if engine.compile:
             block.forward = torch.compile(block.forward)
         if engine.activation_checkpointing:
-            early_stop = engine.zero_stage != 3
+            early_stop = engine.zero_stage != 3  # a module's weights are released when the module ends
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, early_stop=early_stop)
-
-
-# ---- C++ extensions
 
 
 def load_extensions() -> None:
     """Load, and build the first time, the extension that DeepSpeed would otherwise load itself."""
     from deepspeed.comm.torch import build_shm_op
 
-    with exclusive_build(use_own_folder()), contextlib.redirect_stdout(io.StringIO()):  # suppresses a build message
+    with exclusive_build(use_own_folder()), redirect_stdout(io.StringIO()):  # suppresses a build message
         build_shm_op()
 
 
 def use_own_folder() -> Path:
     """Put this installation's ninja first in PATH, and return torch's build folder, set to one of this installation.
 
-    The folder is specific to the Python and torch versions and to the DeepSpeed installation. Two versions of ninja, or
-    two installations that share a folder, consider each other's builds out of date and rebuild every time.
+    Two versions of ninja, or two installations that share a folder, rebuild each other's extensions every time.
     """
     scripts = sysconfig.get_path("scripts")
     paths = os.environ.get("PATH", "").split(os.pathsep)
@@ -143,20 +137,18 @@ def exclusive_build(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "mome.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        lock = (folder / "mome.lock").open("a")
     except OSError as error:
         raise ConfigError(
             f"DeepSpeed's operators cannot be built in {folder} ({error.strerror}); set {FOLDER} to a writable folder "
             "on a file system that permits execution"
         ) from error
-    try:
+    with lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
             log.warning("%s cannot be locked (%s); do not start two first runs at once", folder, error.strerror)
         else:
             for stale in folder.glob("*/lock"):
                 stale.unlink(missing_ok=True)
         yield
-    finally:
-        os.close(descriptor)

@@ -101,7 +101,7 @@ class MetricsCollector(Callback):
         # One reduction sums the diagnostics over ranks and gathers each rank's timings.
         names = sorted(state.step.diagnostics)
         by_rank = torch.zeros(2, world_size, device=collectives.device)
-        by_rank[:, collectives.rank] = torch.tensor([data_wait, state.step.forward_timer.read()])
+        by_rank[:, collectives.rank] = torch.tensor([data_wait, state.step.forward_seconds()])
         parts = [state.step.diagnostics[name].float().reshape(1) for name in names]
         summed = collectives.sum(torch.cat([*parts, by_rank.flatten()])).tolist()
         timings = summed[len(names) :]

@@ -11,8 +11,11 @@ the step and the examples' places alone, so that all ranks run the same graph (C
 Shapes: B global batch, n examples of this rank, S sources, N layers.
 """
 
+import statistics
+import time
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -27,11 +30,11 @@ from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.objectives import ImageTokenizer, NegativePool, Objective, ObjectiveContext, RowSwap, objective_types
 from pipeline.objectives.itc import Contrast, global_contrast
-from pipeline.training import release
 from pipeline.training.collectives import Collectives, share
-from pipeline.training.engine import ForwardTimer, StepEngine
+from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.stages import Stage
 
+RELEASED_MLM_FACTOR = 0.25  # by which VLMo's release multiplies the loss of MLM on pairs besides its weight
 Swapped = dict[str, tuple[str, Batch]]  # forward -> the objective it belongs to, and its swapped examples
 
 
@@ -39,29 +42,37 @@ class TrainingStep:
     """Computes the losses of global batches and gives the engine their gradient; the caller steps the engine."""
 
     def __init__(
-        self, engine: StepEngine, stage: Stage, collectives: Collectives, image_tokenizer: ImageTokenizer | None = None
+        self,
+        engine: DeepSpeedEngine,
+        stage: Stage,
+        collectives: Collectives,
+        image_tokenizer: ImageTokenizer | None = None,
     ):
         self.engine, self.stage, self.collectives = engine, stage, collectives
         self.seed, self.reproduces_release = hash64(stage.run.seed, stage.name), stage.run.reproduce_vlmo_release
-        self.weights = {
-            name: settings.weight * (release.factor(name, stage.source_type) if self.reproduces_release else 1.0)
-            for name, settings in stage.config.objectives.items()
-        }
-        patch_size = stage.run.model.patch_size
+        self.weights = {name: settings.weight for name, settings in stage.config.objectives.items()}
+        if self.reproduces_release and stage.source_type == "pairs" and "mlm" in self.weights:
+            self.weights["mlm"] *= RELEASED_MLM_FACTOR
         context = ObjectiveContext(
-            stage.config, stage.source_type, self.seed, patch_size, image_tokenizer, self._drop_path_mask
+            stage.config,
+            stage.source_type,
+            self.seed,
+            stage.run.model.patch_size,
+            image_tokenizer,
+            self._drop_path_mask,
         )
         self.objectives = {name: kind(context) for name, kind in objective_types(stage.config).items()}
         self.itc = self.objectives.pop("itc", None)
         self.needs_similarity = any(objective.needs_similarity for objective in self.objectives.values())
         self.accumulation = stage.num_micro_batches(collectives.world_size)
-        self.forward_timer = ForwardTimer(collectives.device)
         # This rank's part of the last step with metrics: diagnostics by name, and by objective (S, 2) the loss summed
         # over each source's examples and the number of summands.
         self.diagnostics: dict[str, Tensor] = {}
         self.by_source: dict[str, Tensor] = {}
         self._with_metrics = False
         self._num_sources = 0  # sources to report losses of
+        self._forward_seconds: list[float] = []
+        self._forward_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __call__(self, batch: Batch, with_metrics: bool = False) -> dict[str, Tensor]:
         """Run forward and backward over this rank's examples of one global batch.
@@ -85,12 +96,37 @@ class TrainingStep:
         if self.accumulation > 1:
             return self._accumulated(batch, counts)
         swapped = {} if self.needs_similarity else self._swap(batch, None)
-        with self.forward_timer.forward():
+        with self._timed():
             outputs = self.engine(self._forwards(batch, swapped))
         contrast = self._contrast(outputs, batch)
         if self.needs_similarity:
             outputs |= self.engine(self._forwards(None, self._swap(batch, contrast)))
         return self._backward(outputs, batch, counts, contrast, slice(0, len(batch)), last=True)
+
+    def forward_seconds(self) -> float:
+        """Return the median seconds of this rank's forwards since the last call; 0 without one.
+
+        No rank waits for another in a forward (below ZeRO 3). The whole step would not identify a slow machine, which
+        delays every rank at the next reduction. Call it where the device has finished. The median is insensitive to
+        the first steps and to those with an execution-order check.
+        """
+        seconds = [*self._forward_seconds, *(start.elapsed_time(end) / 1000 for start, end in self._forward_events)]
+        self._forward_seconds, self._forward_events = [], []
+        return statistics.median(seconds) if seconds else 0.0
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Time the forward in the block: by stream events on a GPU, which need no synchronisation."""
+        if self.collectives.device.type != "cuda":
+            began = time.perf_counter()
+            yield
+            self._forward_seconds.append(time.perf_counter() - began)
+            return
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        yield
+        end.record()
+        self._forward_events.append((start, end))
 
     def _accumulated(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run a step over several micro-batches."""
@@ -116,7 +152,7 @@ class TrainingStep:
                 for name, (objective, negatives) in swapped.items()
             }
             forwards = self._forwards(examples, own_swapped)
-            with self.forward_timer.forward():
+            with self._timed():
                 outputs = self.engine(forwards)
             losses = self._backward(outputs, examples, counts, contrast, rows, last=rows is slices[-1])
             report = {name: report[name] + loss if report else loss for name, loss in losses.items()}
@@ -131,7 +167,7 @@ class TrainingStep:
         rows: slice,
         last: bool,
     ) -> dict[str, Tensor]:
-        """Run the backward of a micro-batch: the rows `rows` of this rank.
+        """Run the backward of a micro-batch, the rows `rows` of this rank.
 
         Returns losses whose sums over ranks and micro-batches are the global batch's.
         """
@@ -152,7 +188,7 @@ class TrainingStep:
     def _examples(self, batch: Batch, name: str) -> tuple[Tensor, Batch]:
         """Return the examples that an objective reads in this step, one in `every` in rotation.
 
-        Also returns their indices in the batch, int64 on the CPU.
+        Before them come their indices in the batch, int64 on the CPU.
         """
         every = self.stage.config.objectives[name].every
         indices = torch.nonzero((batch.place + batch.step) % every == 0).flatten()
@@ -178,20 +214,21 @@ class TrainingStep:
             forwards[name] = self.objectives[objective_name].fusion_forward(examples, name)
         return forwards
 
-    # ---- the global batch's contrast and negatives
-
     def _contrast(self, outputs: ForwardOutput, batch: Batch) -> Contrast | None:
+        """Return the global batch's contrast, or None without ITC. A collective call."""
         if self.itc is None:
             return None
         size, world_size, weight = self.stage.config.global_batch_size, self.collectives.world_size, self.weights["itc"]
         own = slice(*share(size, self.collectives.rank, world_size))
         gather = partial(self.collectives.gather_rows, batch=size)
-        contrast = global_contrast(outputs, batch, weight, gather, own, self._num_sources)
+        # In VLMo's release the gather detaches other ranks' features, and DDP averages what is left of their gradient.
+        divisor = world_size if self.reproduces_release else 1
+        contrast = global_contrast(outputs, batch, weight, gather, own, self._num_sources, divisor)
         if self._with_metrics:  # both are the global batch's, and the caller sums over ranks
             self.diagnostics["itc_scale"] = contrast.scale / world_size
         if contrast.by_source is not None:
             self.by_source["itc"] = contrast.by_source / world_size
-        return release.scale_gradients(contrast, world_size) if self.reproduces_release else contrast
+        return contrast
 
     def _swap(self, batch: Batch, contrast: Contrast | None) -> Swapped:
         """Return the examples with other examples' images or texts that the objectives need as negatives."""

@@ -106,11 +106,11 @@ def probed() -> list[Probed]:
 
 def _in_turn(collectives: Any, steps: list[list[str]], layout: dict[str, Any]) -> list[Step]:
     """Return the steps of an engine whose experts are used in turn."""
-    from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.stages import Stage
+    from tests.support.engines import ReadableEngine
 
     config = tiny_config(micro_batch_size=12 // collectives.world_size // len(steps[0]), **layout)
-    engine, results = DeepSpeedEngine(Experts(), Stage(config, 0), collectives), []
+    engine, results = ReadableEngine(Experts(), Stage(config, 0), collectives), []
     for number, micro_batches in enumerate(steps):
         scale = collectives.world_size * len(micro_batches)  # DeepSpeed divides by both
         for k, experts in enumerate(micro_batches):
@@ -172,8 +172,8 @@ def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
     """Alternate image-only and text-only steps of VLMo: the other expert and its embedding are idle."""
     from pipeline.models import build_model
     from pipeline.models.forward import ForwardInput
-    from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.stages import Stage
+    from tests.support.engines import ReadableEngine
 
     def loss(model: Any, config: Any, step: int, rank: int) -> Tensor:
         rows = tiny_batch(config, step, rank, collectives.world_size, 12)
@@ -185,7 +185,7 @@ def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
     for layout in LAYOUTS[3:]:
         config = tiny_config(**layout)
         plain, model = (build_model(config.model, VOCABULARY, seed=5) for _ in range(2))
-        engine = DeepSpeedEngine(model, Stage(config, 0), collectives)
+        engine = ReadableEngine(model, Stage(config, 0), collectives)
         for step in range(3):
             for parameter in plain.parameters():
                 parameter.grad = torch.zeros_like(parameter)

@@ -30,6 +30,15 @@ LEARNING_RATE = 1e-3
 Gradients = dict[str, Tensor]
 
 
+class ReadableEngine(DeepSpeedEngine):
+    def gradients(self) -> Gradients:
+        """Return the global batch's full gradients; valid between the last `backward` and `step`."""
+        from deepspeed.utils import safe_get_full_grad
+
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        return {name: safe_get_full_grad(p).detach().float().clone() for name, p in trained.items()}
+
+
 @dataclass(frozen=True)
 class EngineOnRank:
     """A stage's engine and training step on this rank."""
@@ -101,7 +110,7 @@ def build_engine(
     """Build the engine of stage `index` on this rank. `plain` selects autograd and Adam in one process."""
     collectives, stage = collectives or Collectives(), Stage(config, index)
     model = model or tiny_model(config, index)
-    engine = PlainEngine(model, stage.config.optimizer) if plain else DeepSpeedEngine(model, stage, collectives)
+    engine = PlainEngine(model, stage.config.optimizer) if plain else ReadableEngine(model, stage, collectives)
     return EngineOnRank(config, stage.config, collectives, engine, TrainingStep(engine, stage, collectives))
 
 

@@ -3,16 +3,16 @@
 Every test is named after its trap (`test_trap_NN_…`); this module has those that belong to no other module.
 
     trap                                                        tests
-     1  gather and averaging give 1/W of ITC's gradient         training/test_release; integration/test_world_size
+     1  gather and averaging give 1/W of ITC's gradient         training/test_step; integration/test_world_size
      2  a confident softmax leaves no negative to draw          objectives/test_itm
      3  captions of one image are each other's negatives        objectives/test_itc, test_itm
      4  ITM settles at the label frequencies unnoticed          here; floors: training/test_every_objective
      5  whole-word masking masks padding, halves or nothing     data/examples/test_masking
      6  words are predicted with a mismatched image             here; training/test_image_objectives
      7  loss "weights" only switch losses on                    here
-     8  weight decay is chosen by fragments of names            training/test_release
+     8  weight decay is chosen by fragments of names            training/test_step
      9  a model is selected by its test results                 here; evaluation/test_labelled
-    10  half precision, masked rows and unbounded scales        objectives/test_wpa; training/test_release; models/
+    10  half precision, masked rows and unbounded scales        objectives/test_wpa; training/test_step; models/
     11  parameters that no objective reads                      training/test_stages; models/test_kinds
     12  accumulation shrinks ITC's batch                        here
     13  the text stage changes what images share                training/test_stages, test_image_recipes

@@ -1,22 +1,27 @@
-"""The training step: losses per source, diagnostics, parameter groups, and the work planned for it."""
+"""The training step: losses per source, diagnostics, parameter groups, planned work, and VLMo's release."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import OptimizerConfig
-from pipeline.models import build_model
-from pipeline.models.model import HeadConfig, Model
+from pipeline.config.load import validate
+from pipeline.config.schema import OptimizerConfig, RunConfig
+from pipeline.models import build_model, skeleton
+from pipeline.models.forward import ForwardInput
+from pipeline.models.model import HeadConfig
+from pipeline.objectives.itc import global_contrast
 from pipeline.planning.estimate import Work
 from pipeline.training import workload
 from pipeline.training.engine import parameter_groups
 from pipeline.training.metrics import diagnostic_metrics
 from pipeline.training.stages import Stage
-from tests.support.engines import build_engine, tiny_model
+from tests.support.engines import build_engine, gradients_and_losses, tiny_model
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 from tests.support.trial import cells, trial_config
 
@@ -61,20 +66,18 @@ def test_diagnostics_count_every_pair(index: int, micro_batch_size: int | None) 
 
 
 def test_forwards_of_a_name_are_merged_with_the_heads_and_inputs_of_each() -> None:
-    cell = next(cell for cell in cells() if (cell.kind, cell.objective) == ("imagebert", "moc"))
-    config = trial_config(cell)
+    config = trial_config(ONE_OF_A_KIND["imagebert-moc"])
     objectives = dict.fromkeys(("mlm", "moc"), config.stages[0].objectives["moc"])
     config = config.model_copy(update={"stages": (config.stages[0].model_copy(update={"objectives": objectives}),)})
     built = build_engine(config, plain=True)
     built.step(workload.full_batch(config, built.stage, built.stage.global_batch_size, VOCABULARY))
     (merged,) = [forward for forward in built.engine.forwards.values() if len(forward.heads) == 2]
     assert set(merged.heads) == {"mlm", "moc"}
-    assert merged.mask_positions is not None
-    assert merged.region_positions is not None
+    assert None not in (merged.mask_positions, merged.region_positions)
 
 
 def test_parameters_are_grouped_by_decay_and_learning_rate() -> None:
-    model: Model = build_model(tiny_config().model, 50, HeadConfig(answers=7, nlvr2=True))
+    model = build_model(tiny_config().model, 50, HeadConfig(answers=7, nlvr2=True))
     frozen = model.norm.weight.requires_grad_(False)
     for factor in (1.0, 20.0):
         groups = parameter_groups(model, OptimizerConfig(weight_decay=0.05, head_lr_multiplier=factor))
@@ -130,3 +133,85 @@ def test_work_follows_the_engine_settings_and_step_time_the_gpu() -> None:
     assert h100 == pytest.approx(pairs.step_flops(math.ceil(stage.config.global_batch_size / 3), 1) / 989e12)
     assert l40s == pytest.approx(h100 * 989 / 362)
     assert unknown is None
+
+
+# ---- each deviation that `reproduce_vlmo_release` reproduces, compared with the corrected behaviour
+
+
+def released(reproduces: bool, index: int = 2, **stage: object) -> RunConfig:
+    """Return the tiny config without drop path, reduced to one stage."""
+    values = tiny_config().model_dump(mode="json")
+    values["model"]["drop_path"], values["stages"] = 0.0, [values["stages"][index] | stage]
+    return validate(values | {"reproduce_vlmo_release": reproduces}, "tiny")
+
+
+def test_trap_01_faithful_itc_has_the_gradient_of_the_release() -> None:
+    """The release is written out: on each of 4 ranks, gathers that are differentiable in the rank's own rows only, the
+    loss of all N x N logits, and its backward; then DDP's mean over ranks, each of which holds its own rows."""
+    ranks, rows, draw, log_scale = 4, 12, torch.Generator().manual_seed(0), torch.tensor(2.0)
+    image, text = (F.normalize(torch.randn(rows, 8, generator=draw), dim=1) for _ in range(2))
+    of_ranks: list[tuple[Tensor, ...]] = []
+    for own in torch.arange(rows).chunk(ranks):
+        leaves = [t.detach().clone().requires_grad_() for t in (image, text, log_scale)]
+        mask, target = torch.zeros(rows, 1).index_fill(0, own, 1.0), torch.arange(rows)
+        gathered = [leaf * mask + leaf.detach() * (1 - mask) for leaf in leaves[:2]]
+        logits = leaves[2].exp() * gathered[0] @ gathered[1].T
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        of_ranks.append(torch.autograd.grad(loss, leaves))
+    expected_image, expected_text, expected_scale = (torch.stack(g).mean(dim=0) for g in zip(*of_ranks, strict=True))
+
+    batch = replace(tiny_batch(tiny_config(), 0, 0, 1, rows), image_id=torch.arange(rows))
+    outputs = {"image": {"itc": image, "scale": log_scale.exp()}, "text": {"itc": text}}
+    cut, whole = (
+        global_contrast(outputs, batch, 1.0, lambda rows: rows.detach().clone(), slice(None), 0, divisor)
+        for divisor in (ranks, 1)
+    )
+    torch.testing.assert_close(cut.gradients["image", "itc"], expected_image)
+    torch.testing.assert_close(cut.gradients["text", "itc"], expected_text)
+    torch.testing.assert_close(cut.scale_gradients["scale"] * log_scale.exp(), expected_scale)
+    torch.testing.assert_close(whole.gradients["image", "itc"], ranks * expected_image)
+
+
+def test_mlm_on_pairs_has_weight_025_and_is_reported_unweighted() -> None:
+    for index, factor in ((2, 0.25), (1, 1.0)):  # pairs, text
+        (ours, our_losses), (theirs, their_losses) = (
+            gradients_and_losses(released(reproduces, index, objectives={"mlm": {}}), plain=True)
+            for reproduces in (False, True)
+        )
+        torch.testing.assert_close(theirs, {name: factor * gradient for name, gradient in ours.items()})
+        assert their_losses["mlm"] == our_losses["mlm"]
+        assert their_losses["loss"] == pytest.approx(factor * our_losses["loss"])
+
+
+def test_trap_10_logit_scales_are_bounded_unless_faithful() -> None:
+    forward = ForwardInput(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+    for reproduces, expected in ((False, 100.0), (True, math.exp(5.0))):
+        model = tiny_model(released(reproduces))
+        torch.nn.init.constant_(model.itc_head.log_scale, 5.0)
+        assert model({"image": forward})["image"]["scale"].item() == pytest.approx(expected)
+
+
+def test_trap_08_release_decays_by_name_fragments_and_we_decay_matrices_only() -> None:
+    model = skeleton(tiny_config().model, 11, HeadConfig(answers=3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ours, theirs = set[str](), set[str]()
+    for decayed, reproduces in ((ours, False), (theirs, True)):
+        for group in parameter_groups(model, OptimizerConfig(weight_decay=0.1), reproduces):
+            decayed |= {names[id(parameter)] for parameter in group["params"] if group["weight_decay"]}
+    only_theirs = ("gamma", "log_scale", "log_scale_vl", "cls", "modality", "vqa_head.norm.weight")
+    assert ours == {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    assert theirs - ours == {
+        name
+        for name in names.values()
+        if name.endswith(only_theirs) or (".experts." in name and name.endswith("norm.weight"))
+    }
+    assert ours - theirs == {"positions.image", "positions.cross", "positions.text"}
+    assert "blocks.0.experts.vision.norm.weight" in theirs
+    assert not theirs & {"blocks.0.norm.weight", "mlm_head.norm.weight", "blocks.0.attention.query_bias"}
+
+
+def test_reproduce_vlmo_release_requires_vlmo() -> None:
+    vit = {"kind": "vit", "width": 32, "heads": 2, "layers": 2, "image_size": 16, "patch_size": 8}
+    values = released(True, 0).model_dump(mode="json") | {"model": vit}
+    with pytest.raises(ConfigError, match=r"reproduce_vlmo_release: applies to model\.kind vlmo"):
+        validate(values, "tiny")
