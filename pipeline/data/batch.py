@@ -43,6 +43,12 @@ class BatchSizes:
     masked_regions: int = 0
 
 
+# Shapes of one example: names of `BatchSizes`, or numbers.
+_PIXELS, _VISIBLE, _MASKED = ("image_side", "image_side", 3), ("visible_patches",), ("masked_patches",)
+_TEXT, _REGIONS, _CHOSEN = ("text",), ("regions",), ("masked_regions",)
+_FEATURES, _LOCATION = ("regions", "region_features"), ("regions", LOCATION)
+
+
 @dataclass(frozen=True)
 class FieldSpec:
     """The storage, padding and grouping of a batch field.
@@ -55,11 +61,11 @@ class FieldSpec:
 
     group: str | None
     dtype: type[np.generic]
-    shape: tuple[str | int, ...] = ()  # of one example: names of `BatchSizes`, or numbers
+    shape: tuple[str | int, ...] = ()
     padding: float | None = 0
     counted_by: str | None = None
     modality: Modality | None = None
-    in_fingerprint: bool = True
+    is_hashed: bool = True  # in fingerprints
 
 
 def batch_field(*arguments: Any, **options: Any) -> Any:
@@ -68,7 +74,7 @@ def batch_field(*arguments: Any, **options: Any) -> Any:
 
 
 # The numbers of every example; fingerprints hash what is needed of them apart from the other fields.
-_IDENTITY = {"spec": FieldSpec(None, np.int64, in_fingerprint=False)}
+_IDENTITY = {"spec": FieldSpec(None, np.int64, is_hashed=False)}
 
 
 @dataclass(frozen=True)
@@ -89,61 +95,35 @@ class Batch:
     source: Tensor = dataclasses.field(metadata=_IDENTITY)
 
     # (B, H, W, 3) images, and (B, 2) their rows and columns where images of a batch differ in size.
-    image: Tensor | None = batch_field(
-        "image", np.uint8, ("image_side", "image_side", 3), counted_by="image_size", modality="vision"
-    )
-    image_size: Tensor | None = batch_field(
-        "image_size", np.int64, (2,), padding=None, modality="vision", in_fingerprint=False
-    )
+    image: Tensor | None = batch_field("image", np.uint8, _PIXELS, 0, "image_size", "vision")
+    image_size: Tensor | None = batch_field("image_size", np.int64, (2,), None, modality="vision", is_hashed=False)
     # The second image of a statement about two.
-    second_image: Tensor | None = batch_field(
-        "second_image", np.uint8, ("image_side", "image_side", 3), counted_by="second_image_size"
-    )
-    second_image_size: Tensor | None = batch_field(
-        "second_image_size", np.int64, (2,), padding=None, in_fingerprint=False
-    )
+    second_image: Tensor | None = batch_field("second_image", np.uint8, _PIXELS, 0, "second_image_size")
+    second_image_size: Tensor | None = batch_field("second_image_size", np.int64, (2,), None, is_hashed=False)
     # (B, P): the patches that a model reads, if images differ in size.
-    visible_patches: Tensor | None = batch_field(
-        "visible_patches", np.int64, ("visible_patches",), padding=-1, counted_by="visible_patches", modality="vision"
-    )
+    visible_patches: Tensor | None = batch_field("visible_patches", np.int64, _VISIBLE, -1, "visible_patches", "vision")
     # (B, K): the masked patches, and the patch that is shown in the place of each (-1: the mask embedding).
-    patch_positions: Tensor | None = batch_field(
-        "masked_patches", np.int64, ("masked_patches",), padding=-1, counted_by="patch_positions"
-    )
-    patch_replacements: Tensor | None = batch_field(
-        "patch_replacements", np.int64, ("masked_patches",), padding=-1, counted_by="patch_positions"
-    )
+    patch_positions: Tensor | None = batch_field("masked_patches", np.int64, _MASKED, -1, "patch_positions")
+    patch_replacements: Tensor | None = batch_field("patch_replacements", np.int64, _MASKED, -1, "patch_positions")
     label: Tensor | None = batch_field("label", np.int64)  # (B,): an image's class; 1 for a true statement, else 0
     # (B, K): the answers given to a question, and the soft target of each.
-    answers: Tensor | None = batch_field("answers", np.int64, (MAX_ANSWERS,), padding=-1)
+    answers: Tensor | None = batch_field("answers", np.int64, (MAX_ANSWERS,), -1)
     answer_scores: Tensor | None = batch_field("answers", np.float32, (MAX_ANSWERS,))
     # (B, L): [CLS] … [SEP], padded with [PAD]; `text_keep` is False at padding.
-    text: Tensor | None = batch_field("text", np.int64, ("text",), counted_by="text_keep", modality="language")
-    text_keep: Tensor | None = batch_field(
-        "text", np.bool_, ("text",), counted_by="text_keep", modality="language", in_fingerprint=False
-    )
+    text: Tensor | None = batch_field("text", np.int64, _TEXT, 0, "text_keep", "language")
+    text_keep: Tensor | None = batch_field("text", np.bool_, _TEXT, 0, "text_keep", "language", is_hashed=False)
     # (B, L) `text` with whole words masked; (B, K) the masked tokens' positions and original ids.
-    masked_text: Tensor | None = batch_field("masked_text", np.int64, ("text",), counted_by="text_keep")
-    mask_positions: Tensor | None = batch_field("masked_text", np.int64, ("text",), counted_by="mask_labels")
-    mask_labels: Tensor | None = batch_field(
-        "masked_text", np.int64, ("text",), padding=IGNORED, counted_by="mask_labels"
-    )
+    masked_text: Tensor | None = batch_field("masked_text", np.int64, _TEXT, 0, "text_keep")
+    mask_positions: Tensor | None = batch_field("masked_text", np.int64, _TEXT, 0, "mask_labels")
+    mask_labels: Tensor | None = batch_field("masked_text", np.int64, _TEXT, IGNORED, "mask_labels")
     # (B, R, F) and (B, R, 5): a detector's regions (see `models.forward.Regions`); `region_keep` is False at padding.
-    region_features: Tensor | None = batch_field(
-        "regions", np.float32, ("regions", "region_features"), counted_by="region_keep", modality="vision"
-    )
-    region_location: Tensor | None = batch_field(
-        "regions", np.float32, ("regions", LOCATION), counted_by="region_keep", modality="vision"
-    )
-    region_keep: Tensor | None = batch_field(
-        "regions", np.bool_, ("regions",), counted_by="region_keep", modality="vision", in_fingerprint=False
-    )
+    region_features: Tensor | None = batch_field("regions", np.float32, _FEATURES, 0, "region_keep", "vision")
+    region_location: Tensor | None = batch_field("regions", np.float32, _LOCATION, 0, "region_keep", "vision")
+    region_keep: Tensor | None = batch_field("regions", np.bool_, _REGIONS, 0, "region_keep", "vision", is_hashed=False)
     # (B, R) the detector's most likely class; (B, R) whether a region's features are zeroed; (B, K) masked regions.
-    region_class: Tensor | None = batch_field("region_class", np.int64, ("regions",), counted_by="region_keep")
-    region_hidden: Tensor | None = batch_field("masked_regions", np.bool_, ("regions",), counted_by="region_keep")
-    region_positions: Tensor | None = batch_field(
-        "masked_regions", np.int64, ("masked_regions",), padding=-1, counted_by="region_positions"
-    )
+    region_class: Tensor | None = batch_field("region_class", np.int64, _REGIONS, 0, "region_keep")
+    region_hidden: Tensor | None = batch_field("masked_regions", np.bool_, _REGIONS, 0, "region_keep")
+    region_positions: Tensor | None = batch_field("masked_regions", np.int64, _CHOSEN, -1, "region_positions")
 
     def __len__(self) -> int:
         return len(self.place)
@@ -166,7 +146,7 @@ class Batch:
     def hash_into(self, digest: hashlib._Hash) -> None:
         """Feed every example to a hash, without its padding, so that the result does not depend on the world size."""
         specs = field_specs(type(self))
-        hashed = [name for name, spec in specs.items() if spec.in_fingerprint and getattr(self, name) is not None]
+        hashed = [name for name, spec in specs.items() if spec.is_hashed and getattr(self, name) is not None]
         for row in range(len(self)):
             digest.update(np.array([self.step, self.place[row], self.uid[row], self.image_id[row]]).tobytes())
             for name in hashed:
@@ -212,8 +192,7 @@ class BatchSpec:
 class BatchBuffer(dict[str, np.ndarray]):
     """The arrays of a spec by field name, over `memory` (anything with the buffer protocol; default: new memory).
 
-    Examples are written in place: into memory of the trainer's process, or into memory that a loader process shares
-    with it, in which case nothing is copied or pickled between the worker and the trainer.
+    Examples are written in place. Memory that a loader process shares with the trainer is neither copied nor pickled.
     """
 
     def __init__(self, spec: BatchSpec, memory: Any = None):

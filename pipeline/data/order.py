@@ -7,8 +7,7 @@ Discrete Mathematics 32, 1980), which stays within one sample of the weights and
 batch s takes the next B/C samples of every stream, in stream order. Ranks and workers have no influence. Length
 buckets change which of a stream's next samples share a batch, inside fixed blocks of steps, and nothing else.
 
-Every sample is located by arithmetic in time independent of its position, and no window is materialised: memory is
-proportional to the number of shards and streams, whatever the number of samples.
+Every sample is located by arithmetic: time and memory do not depend on its position or on the number of samples.
 
 Letters: C streams, B samples of a global batch, N samples of a source, K sources, M length of the cycle, L positions
 of one call, S shards.
@@ -55,9 +54,8 @@ class OrderSource:
 class LengthBuckets:
     """Batches of samples of similar length: each stream sorts blocks of `batches` batches' worth of its samples.
 
-    `length` returns a sample's length in any unit, always the same for the same sample; what it measures belongs in
-    the order's `extra`. It is called only for samples of streams that are read. A block may cross the end of an epoch.
-    Over a whole block the sources are mixed as without buckets; inside it they are not.
+    `length` returns a sample's length, always the same for the same sample; what it measures belongs in the order's
+    `extra`. A block may cross the end of an epoch. Only over a whole block are the sources mixed by their weights.
     """
 
     batches: int
@@ -142,24 +140,23 @@ class DataOrder:
     def epochs(self, step: int) -> dict[str, float]:
         """Return the epochs of each source read before `step`, averaged over the streams."""
         cycles = step * self.batch_size / sum(self.parts)
-        totals = self._totals.tolist()
-        return {n: cycles * part / total for n, part, total in zip(self.names, self.parts, totals, strict=True)}
+        return {name: float(cycles * self.parts[i] / self._totals[i]) for i, name in enumerate(self.names)}
 
     def _sort_block(self, stream: int, block: int) -> np.ndarray:
         """Return (batches, B/C) int32: a block's positions, relative to its first, grouped by similar length."""
         assert self._buckets is not None
         positions = np.arange(self._buckets.batches * self._per_stream)
         samples = self._look_up(np.full(len(positions), stream), block * len(positions) + positions)
-        lengths = np.array([self._buckets.length(sample) for sample in samples])
-        groups = np.argsort(lengths, kind="stable").reshape(self._buckets.batches, self._per_stream)
-        return np.sort(groups, axis=1).astype(np.int32)  # inside a group the stream's own order is kept
+        groups = np.argsort([self._buckets.length(sample) for sample in samples], kind="stable")
+        # Inside a group the stream's own order is kept.
+        return np.sort(groups.reshape(self._buckets.batches, self._per_stream), axis=1).astype(np.int32)
 
     def _look_up(self, stream: np.ndarray, position: np.ndarray, attempt: int | None = None) -> list[SampleRef]:
         """Return the samples at positions (L,) of mixed streams, or with an `attempt` their replacements.
 
-        The number of a source's samples in stream c before epoch e is that of the integers below eN that are c modulo
-        C: streams never differ by more than one sample, in an epoch or in total, and the odd samples of an epoch go to
-        the streams after those of the epoch before.
+        Stream c has as many of a source's samples before epoch e as there are integers below eN that are c modulo C:
+        streams never differ by more than one sample, and the odd samples of an epoch go to the streams after those of
+        the epoch before.
         """
         starts = self._starts[stream]
         cycles, offset = np.divmod(starts + position, len(self._cycle))
@@ -225,9 +222,9 @@ def rank_slice(batch: int, rank: int, world: int) -> range:
 def mixing_cycle(weights: Sequence[float]) -> tuple[list[int], list[int]]:
     """Return the weights as integer parts (K), and one period of M = sum(parts) source numbers.
 
-    The parts are multiples of 1/`WEIGHT_PARTS` (at least 1 each), in lowest terms for a short cycle. Every prefix of
-    the cycle is within 1 - 1/(2K-2) of the weights by Tijdeman's rule: among the sources that lag by at least
-    1/(2K-2), take the one whose deadline comes first.
+    The parts are multiples of 1/`WEIGHT_PARTS` (at least 1 each), in lowest terms. Every prefix of the cycle is within
+    1 - 1/(2K-2) of the weights by Tijdeman's rule: of the sources that lag by at least 1/(2K-2), take the one whose
+    deadline comes first.
     """
     total = math.fsum(weights)
     exact = [weight / total * WEIGHT_PARTS for weight in weights]

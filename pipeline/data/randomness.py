@@ -6,36 +6,31 @@ changing a constant here changes the data of every run.
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
+
+Words = TypeVar("Words", int, np.ndarray)  # 64 bits each: a Python integer, or an array of uint64
 
 _MASK = (1 << 64) - 1
 _STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _UNIT = 2.0**-53
-_STEP_WORD, *_FACTORS = (np.uint64(word) for word in (_STEP, _FIRST, _SECOND))
-_SHIFTS = tuple(np.uint64(bits) for bits in (30, 27, 31))
 _ROUNDS = 8  # of the Feistel network: for n = 100, pairs are 30 % uneven after four rounds, below 0.5 % after eight
 
 
-def _mix(word: int) -> int:
-    word &= _MASK
-    word = ((word ^ (word >> 30)) * _FIRST) & _MASK
-    word = ((word ^ (word >> 27)) * _SECOND) & _MASK
-    return word ^ (word >> 31)
-
-
-@lru_cache(maxsize=65536)
-def _word(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _mix(words: Words) -> Words:
+    words = ((words ^ (words >> 30)) * _FIRST) & _MASK
+    words = ((words ^ (words >> 27)) * _SECOND) & _MASK
+    return words ^ (words >> 31)
 
 
 def hash64(*parts: int | str) -> int:
     """Return an unsigned 64-bit hash of the parts in order. Integers are taken modulo 2^64: uids may be negative."""
     state = _STEP
     for part in parts:
-        word = _word(part) if isinstance(part, str) else int(part) & _MASK
-        state = _mix((state ^ word) + _STEP)
+        if isinstance(part, str):
+            part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
+        state = _mix(((state ^ (int(part) & _MASK)) + _STEP) & _MASK)
     return state
 
 
@@ -44,18 +39,10 @@ def signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _mix_array(words: np.ndarray) -> np.ndarray:
-    first, second = _FACTORS
-    words = (words ^ (words >> _SHIFTS[0])) * first
-    words = (words ^ (words >> _SHIFTS[1])) * second
-    return words ^ (words >> _SHIFTS[2])
-
-
 def hash64_array(key: int, values: np.ndarray) -> np.ndarray:
     """Return `hash64(key, value)` of every value: uint64, the shape of `values`. Distinct values never collide."""
-    words = np.asarray(values).astype(np.uint64, copy=False) ^ np.uint64(hash64(key))
     with np.errstate(over="ignore"):  # numpy warns of overflow for scalars, not for arrays
-        return _mix_array(words + _STEP_WORD)
+        return _mix((np.asarray(values).astype(np.uint64, copy=False) ^ np.uint64(hash64(key))) + np.uint64(_STEP))
 
 
 def uniform_array(key: int, values: np.ndarray) -> np.ndarray:
@@ -77,15 +64,11 @@ class CounterRandom:
         """Return an integer in [0, n)."""
         assert n > 0
         self.counter += 1
-        return (_mix(self.key + self.counter * _STEP) * n) >> 64  # the bias is below n / 2^64
+        return (_mix((self.key + self.counter * _STEP) & _MASK) * n) >> 64  # the bias is below n / 2^64
 
     def uniform(self) -> float:
         """Return a float in [0, 1)."""
         return (self.integer() >> 11) * _UNIT
-
-    def permutation(self, n: int) -> np.ndarray:
-        """Return the numbers 0 … n-1 (int64) in random order."""
-        return permutation(self.integer(), n)
 
 
 def permutation(key: int, n: int) -> np.ndarray:
@@ -110,8 +93,8 @@ def permuted(key: np.ndarray, n: np.ndarray, place: np.ndarray) -> np.ndarray:
         keys, height, width = key[outside], rows[outside], columns[outside]
         row, column = np.divmod(cell[outside], width)
         for turn in range(0, _ROUNDS, 2):
-            row = (row + (_mix_array(keys + (column ^ np.uint64(turn << 32))) >> high)) % height
-            column = (column + (_mix_array(keys + (row ^ np.uint64(turn + 1 << 32))) >> high)) % width
+            row = (row + (_mix(keys + (column ^ np.uint64(turn << 32))) >> high)) % height
+            column = (column + (_mix(keys + (row ^ np.uint64(turn + 1 << 32))) >> high)) % width
         cell[outside] = row * width + column
         outside = outside[cell[outside] >= bound[outside]]
     return cell.astype(np.int64)

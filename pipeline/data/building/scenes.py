@@ -17,7 +17,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import SourceConfig, SyntheticConfig
 from pipeline.data.building.importers import write_shards
 from pipeline.data.building.inputs import Sample
-from pipeline.data.randomness import CounterRandom, hash64
+from pipeline.data.randomness import CounterRandom, hash64, permutation
 from pipeline.data.shards.manifest import MANIFEST
 from pipeline.data.storage import Storage, join
 
@@ -194,7 +194,7 @@ def write_captions(description: Description, count: int, random: CounterRandom) 
             f"two shapes: {first} {start} and {second} {end}",
             f"two shapes: {second} {end} and {first} {start}",
         ]
-    return [wordings[i] for i in random.permutation(len(wordings))[:count]]
+    return [wordings[i] for i in permutation(random.integer(), len(wordings))[:count]]
 
 
 def draw_image(description: Description, size: int, random: CounterRandom) -> np.ndarray:

@@ -41,9 +41,9 @@ class Tokens:
 class Tokenizer:
     """A WordPiece tokenizer, picklable. Raises DataError when the tokens are not a vocabulary.
 
-    `lowercase`: lower-case text and strip its accents (default: unless `is_cased`: words of the vocabulary have capital
-    letters, which lower-cased text never matches). `vocabulary_file`: the content of its vocab.txt. `digest` identifies
-    vocabulary and case. `ordinary_ids` (N,) int64: the tokens that occur in text, neither special nor BERT's [unused…].
+    `lowercase`: lower-case text and strip its accents (default: unless `is_cased`, that is, words of the vocabulary
+    have capital letters). `vocabulary_file`: the content of its vocab.txt. `digest` identifies vocabulary and case.
+    `ordinary_ids` (N,) int64: the tokens that occur in text, neither special nor BERT's [unused…].
     """
 
     def __init__(self, tokens: Sequence[str], lowercase: bool | None = None):
@@ -67,15 +67,12 @@ class Tokenizer:
         self._pieces = _bert_pieces(model, self.lowercase)
         self._pieces.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=True)
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[tuple[str, ...], bool]]:
-        return Tokenizer, (self.tokens, self.lowercase)
 
     @classmethod
     def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
-        """Read a `vocab.txt`.
+        """Read a `vocab.txt`. Raises DataError naming the file when it is not a vocabulary.
 
-        `lowercase` defaults to `do_lower_case` of Hugging Face's tokenizer_config.json next to the file, if there is
-        one. Raises DataError naming the file when it is not a vocabulary.
+        `lowercase` defaults to `do_lower_case` of Hugging Face's tokenizer_config.json next to the file, if it exists.
         """
         try:
             tokens = tokens_of(storage.read(url))
@@ -87,9 +84,8 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], size: int, lowercase: bool = True) -> Tokenizer:
         """Train a vocabulary of at most `size` tokens, a function of the captions alone.
 
-        The library numbers characters in hash-table order and breaks ties between merges by number, so that the same
-        captions would give a different vocabulary each time. Passing the characters as special tokens in sorted order
-        makes the result a function of the captions.
+        The library numbers characters in hash-table order and breaks ties between merges by number. Passing the
+        characters as special tokens in sorted order makes the result reproducible.
         """
         normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
         lines = [normalizer.normalize_str(caption) for caption in captions]
@@ -105,21 +101,23 @@ class Tokenizer:
         known = {piece.removeprefix(CONTINUES) or piece for piece in alphabet}
         spelled = str.maketrans(dict.fromkeys(counts.keys() - known, " "))
         pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK), lowercase)
-        options: dict[str, Any] = {"special_tokens": [*SPECIALS, *alphabet], "limit_alphabet": len(known)}
-        trainer = trainers.WordPieceTrainer(vocab_size=size, show_progress=False, **options)
+        specials: list[Any] = [*SPECIALS, *alphabet]
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size, show_progress=False, special_tokens=specials, limit_alphabet=len(known)
+        )
         pieces.train_from_iterator((line.translate(spelled) for line in lines), trainer)
         vocabulary = pieces.get_vocab()
         return cls(sorted(vocabulary, key=lambda token: vocabulary[token]), lowercase)
 
     def encode(self, text: str, max_length: int) -> Tokens:
-        """Return at most `max_length` tokens including [CLS] and [SEP]; longer texts are truncated at the end.
-
-        Raises DataError for a text that is not valid Unicode, such as an argument not encoded as UTF-8.
-        """
+        """Encode one text as `encode_batch` does."""
         return self.encode_batch([text], max_length)[0]
 
     def encode_batch(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
-        """Encode several texts as `encode` does, in one call of the library."""
+        """Return each text's first tokens, at most `max_length` including [CLS] and [SEP].
+
+        Raises DataError for a text that is not valid Unicode, such as an argument not encoded as UTF-8.
+        """
         for text in texts:
             try:
                 text.encode()
@@ -160,10 +158,7 @@ def stated_lowercase(storage: Storage, folder: str) -> bool | None:
 
 
 def tokens_of(data: bytes) -> list[str]:
-    """Return the tokens of a `vocab.txt`, one per line; a byte order mark and blank lines at the end are ignored.
-
-    Raises UnicodeDecodeError for bytes that are not UTF-8.
-    """
+    """Return the tokens of a `vocab.txt`, one per line; a byte order mark and blank lines at the end are ignored."""
     lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     while lines and not lines[-1]:
         lines.pop()
@@ -171,11 +166,8 @@ def tokens_of(data: bytes) -> list[str]:
 
 
 def _bert_pieces(model: models.Model, lowercase: bool) -> tokenizers.Tokenizer:
-    """Return BERT's pipeline: clean, lower-case and strip accents (if `lowercase`), split at spaces and punctuation.
-
-    No special token is registered, so that "[MASK]" in a caption is text like any other.
-    """
-    pieces = tokenizers.Tokenizer(model)
+    """Return BERT's pipeline: clean, lower-case and strip accents (if `lowercase`), split at spaces and punctuation."""
+    pieces = tokenizers.Tokenizer(model)  # without special tokens: "[MASK]" in a caption is text like any other
     pieces.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return pieces
@@ -185,13 +177,11 @@ def choose_alphabet(counts: Counter[str], room: int, normalizer: normalizers.Nor
     """Return at most `room` single-character tokens: first those that begin a word, then those that continue one.
 
     The alphabet takes as much room as it needs, the most frequent characters first: one outside it makes its whole word
-    [UNK]. Only beyond the first 1,000 are the rarest left out (stray characters of a large collection). Punctuation and
-    Chinese characters are words of their own and never continue a word.
+    [UNK]. Only beyond the first 1,000 are the rarest left out (stray characters of a large collection).
     """
-    splitter, total = pre_tokenizers.BertPreTokenizer(), counts.total()
-    begins: list[str] = []
-    continues: list[str] = []
+    splitter, total, begins, continues = pre_tokenizers.BertPreTokenizer(), counts.total(), list[str](), list[str]()
     for place, character in enumerate(sorted(counts, key=lambda c: (-counts[c], c))):
+        # Punctuation and Chinese characters are words of their own and never continue a word.
         is_word = len(splitter.pre_tokenize_str(normalizer.normalize_str(f"a{character}"))) > 1
         is_stray = place >= MIN_ALPHABET and counts[character] < RARE * total
         if is_stray or len(begins) + len(continues) + (1 if is_word else 2) > room:

@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 import numpy as np
 
 from pipeline.data.contents.text import Tokenizer, Tokens
-from pipeline.data.randomness import CounterRandom
+from pipeline.data.randomness import CounterRandom, permutation
 
 BLOCK_AREA, BLOCK_ASPECT = 16, 10 / 3  # BEiT: minimum patches of a block, and its maximum aspect ratio
 COVERED = -1  # the replacement of a patch that is shown as the mask embedding
@@ -40,7 +40,7 @@ def mask_whole_words(
             words[-1].append(position)
         elif word >= 0:
             words.append([position])
-    order = random.permutation(len(words))
+    order = permutation(random.integer(), len(words))
     count = max(1, math.floor(probability * len(words) + random.uniform()))
     original, ordinary = np.array(tokens.ids, dtype=np.int64), tokenizer.ordinary_ids
     ids, chosen = original.copy(), [words[number] for number in order[:count]]
@@ -64,7 +64,7 @@ def mask_patches(num_patches: int, fraction: float, random: CounterRandom, block
     """
     remaining = min(num_patches, max(1, round(fraction * num_patches)))
     if not blocks:
-        return np.sort(random.permutation(num_patches)[:remaining]).astype(np.int64)
+        return np.sort(permutation(random.integer(), num_patches)[:remaining])
     grid = math.isqrt(num_patches)
     masked = np.zeros((grid, grid), dtype=bool)
     while remaining:
