@@ -98,7 +98,7 @@ class DataOrder:
                 )
         self.names = tuple(sorted(sources))
         self.num_streams, self.batch_size = num_streams, batch_size
-        self._seed, self._shuffle_window, self._buckets = seed, shuffle_window, buckets
+        self.seed, self._shuffle_window, self._buckets = seed, shuffle_window, buckets
         self._per_stream = batch_size // num_streams
         self._counts = [np.asarray(sources[name].counts, dtype=np.int64) for name in self.names]
         self._totals = np.array([counts.sum() for counts in self._counts])  # (K,) int64
@@ -130,7 +130,7 @@ class DataOrder:
         batches = self._buckets.batches
         block, in_block = divmod(step, batches)
         # All streams share one permutation: a global batch takes the group of the same length rank of each.
-        group = permutation(hash64(self._seed, "bucket", block), batches)[in_block]
+        group = permutation(hash64(self.seed, "bucket", block), batches)[in_block]
         read, which = np.unique(stream, return_inverse=True)
         with self._lock:
             groups = np.array([self._groups(number, block)[group] for number in read.tolist()], dtype=np.int64)
@@ -208,7 +208,7 @@ class DataOrder:
 
         bounds (S'+1,) and shards (S',) are int64, without empty shards; then comes the key of the epoch's windows.
         """
-        sizes, seed = self._counts[source], hash64(self._seed, "source", self.names[source])
+        sizes, seed = self._counts[source], hash64(self.seed, "source", self.names[source])
         shards = permutation(hash64(seed, "shards", epoch), len(sizes))
         shards = shards[sizes[shards] > 0]
         return np.concatenate([[0], np.cumsum(sizes[shards])]), shards, hash64(seed, "window", epoch)

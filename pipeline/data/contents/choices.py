@@ -1,11 +1,8 @@
 """The names that a head chooses among: answers to questions, classes of images.
 
-A list is stored as a JSON list of texts next to the shards and is saved with the weights trained on it. Shards hold
-answers as text, so that one folder of shards serves every list.
-
-Answers are compared and scored as the VQA evaluation does. Ten people answer each question of VQA v2 (arXiv
-1612.00837). An answer that c of them gave has the score that the official evaluation gives it: min(c / 3, 1) over nine
-of the ten people, averaged over the person left out.
+A list is stored as a JSON list of texts next to the shards, which hold answers as text, and with the weights trained
+on it. Answers are compared and scored as the evaluation of VQA v2 does (arXiv 1612.00837): an answer that c of ten
+people gave has the score min(c / 3, 1) over nine of them, averaged over the person left out.
 """
 
 from __future__ import annotations
@@ -65,8 +62,8 @@ def answers_with(choices: Mapping[str, Choices], num_outputs: int | None, where:
 def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: str) -> Choices | None:
     """Return what a stage's head chooses among: its answers (`file` ANSWERS) or the names of its classes (CLASSES).
 
-    None without the objective vqa or classification, and for classes whose shards have no list of their names. Raises
-    ConfigError when a list of answers is missing, and when the length of a list is not `num_answers` or `num_classes`.
+    None without the objective vqa or classification, and for classes without a list of their names. Raises ConfigError
+    when a list of answers is missing, and when a list's length is not `num_answers` or `num_classes`.
     """
     is_answers = file == ANSWERS
     objective, key = ("vqa", "num_answers") if is_answers else ("classification", "num_classes")
@@ -94,8 +91,6 @@ def choices_of(config: RunConfig, stages: Sequence[StageConfig], storage: Storag
     return {file: choices for file, choices in loaded if choices is not None}
 
 
-# Answers to questions ------------------------------------------------------------------------------------------------
-
 MIN_COUNT = 9  # minimum number of questions with a listed answer: 3,129 answers of VQA v2's train and val
 SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # of an answer that 0, 1, 2, 3, and 4 or more people gave
 
@@ -116,10 +111,7 @@ _CONTRACTIONS = """
     y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 _SPELT = {  # a contraction without one of its apostrophes -> the contraction
-    word[:at] + word[at + 1 :]: word
-    for word in _CONTRACTIONS.split()
-    for at, letter in enumerate(word)
-    if letter == "'"
+    word[: mark.start()] + word[mark.end() :]: word for word in _CONTRACTIONS.split() for mark in re.finditer("'", word)
 }
 
 
@@ -145,7 +137,7 @@ def answer_scores(answers: Iterable[str]) -> dict[str, float]:
 def frequent_answers(chosen: Iterable[str], min_count: int = MIN_COUNT) -> tuple[str, ...]:
     """Return the plain answers chosen for at least `min_count` questions, in order of first appearance.
 
-    Over the train and val annotations of VQA v2, in this order, these are the classes of the published models.
+    Those of VQA v2's train and val annotations, in this order, are the classes of the published models.
     """
     counts = Counter(plain for answer in chosen if (plain := plain_answer(answer)))
     return tuple(answer for answer, count in counts.items() if count >= min_count)

@@ -2,12 +2,10 @@
 
 JPEGs are decoded by simplejpeg (libjpeg-turbo, strict: a corrupt file raises instead of decoding to noise). Where it
 fails, the file is decoded again without its metadata: damaged metadata does not make an image bad, damaged pixels do.
-The rare chroma samplings that simplejpeg refuses, and other formats, are decoded by Pillow; of several frames the first
-is used.
+Pillow decodes the rare chroma samplings that simplejpeg refuses, and other formats (the first frame).
 
-Resizing is torch's antialiased bicubic or bilinear on uint8, five times as fast as Pillow's. Rows are resized before
-columns, as Pillow does up to version 12, whose pixels ours equal within 2 grey levels. (Pillow 13 resizes columns first
-where that is cheaper, which differs by up to 5 levels in photos and more at sharp edges.)
+Resizing is torch's antialiased bicubic or bilinear on uint8, five times as fast as Pillow's: rows before columns, as in
+Pillow up to version 12, whose pixels ours equal within 2 grey levels.
 """
 
 import io
@@ -82,30 +80,25 @@ def measure(data: bytes) -> ImageSize:
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
     """Return the image as (H, W, 3) uint8 RGB, rotated by its EXIF orientation, transparent parts over white.
 
-    Raises BadSample("image", reason) when the bytes are damaged, of another format, or too costly to decode: more than
-    `max_pixels`, a side or an aspect ratio out of bounds, hundreds of scans. The header's size is checked before
-    decoding.
+    Raises BadSample("image", reason) when the bytes are damaged, of another format, or (by the header) too costly to
+    decode: more than `max_pixels`, a side or an aspect ratio out of bounds, hundreds of scans.
     """
     size, orientation, image = _read(data, max_pixels)
     assert image is not None
     if image.shape != (size.height, size.width, 3):
         raise BadSample("image", f"decoded to {image.shape}, but its header says {size.height} x {size.width}")
-    if orientation in _TRANSPOSED:  # values 2 to 8 are the seven rotations and mirrorings
-        image = image.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)
+    # Orientations 2 to 8 are the seven rotations and mirrorings.
+    image = image.transpose(1, 0, 2) if orientation in _TRANSPOSED else image
+    image = image[::-1] if orientation in (3, 4, 7, 8) else image
+    return np.ascontiguousarray(image[:, ::-1] if orientation in (2, 3, 6, 7) else image)
 
 
 @dataclass(frozen=True)
 class KeepAspectRatio:
     """Resizing that keeps the aspect ratio (ViLT, section 4.1), up to `shorter` and `longest` pixels of the sides.
 
-    Both sides are then cut to multiples of `patch`. The paper's 384 and 640 give at most 384 x 640 pixels, 240 patches;
-    the release's longest side is int(1333 / 800 * 384) = 639, which is cut to 608, 228 patches. Every side has at least
-    one patch, unlike in the release for images 20 times as long as wide.
+    Both sides are then cut to multiples of `patch`, at least one. The paper's 384 and 640 give up to 240 patches; the
+    release's longest side is int(1333 / 800 * 384) = 639, which is cut to 608, 228 patches.
     """
 
     shorter: int
@@ -164,8 +157,8 @@ def draw_crop(
 ) -> tuple[int, int, int, int]:
     """Draw (top, left, rows, columns) of a crop for a shape: fraction of the area uniform in `scale`, place uniform.
 
-    For a square the crop's aspect ratio is log-uniform in 3/4 … 4/3. A crop that does not fit is drawn again; after ten
-    tries the largest centred crop of an allowed ratio is returned. With the aspect ratio kept it is that of the image.
+    For a square the crop's aspect ratio is log-uniform in 3/4 … 4/3, otherwise the image's. A crop that does not fit is
+    drawn again; after ten tries the largest centred crop of an allowed ratio is returned.
     """
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     for _ in range(CROP_ATTEMPTS):
@@ -212,8 +205,8 @@ def _refuse_costly(size: ImageSize, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadSample("image", f"decompression bomb: {width} x {height} is more than {max_pixels} pixels")
     if max(height, width) > min(MAX_SIDE, MAX_ASPECT * min(height, width)):
-        expected = f"sides up to {MAX_SIDE} and an aspect ratio up to {MAX_ASPECT}"
-        raise BadSample("image", f"{width} x {height} pixels; expected {expected}")
+        bounds = f"sides up to {MAX_SIDE} and an aspect ratio up to {MAX_ASPECT}"
+        raise BadSample("image", f"{width} x {height} pixels; expected {bounds}")
 
 
 def _read_jpeg(data: bytes, max_pixels: int | None) -> _Stored:
@@ -263,8 +256,8 @@ def _read_with_pillow(data: bytes, kind: str, max_pixels: int | None) -> _Stored
             _refuse_costly(size, max_pixels)
             for name, _, is_intact in _png_chunks(data) if kind == "PNG" else ():
                 if name[:1].isupper() and not is_intact:  # Pillow ignores the checksums of pixels and returns noise
-                    fault = f"the checksum of its {name.decode('latin-1')} is wrong, or it is cut"
-                    raise BadSample("image", f"corrupt PNG: {fault}")
+                    part = name.decode("latin-1")
+                    raise BadSample("image", f"corrupt PNG: the checksum of its {part} is wrong, or it is cut")
         if kind != "TIFF":  # Pillow rotates TIFFs itself
             with suppress(Exception):  # damaged metadata
                 orientation = picture.getexif().get(ORIENTATION, 1)
@@ -295,10 +288,7 @@ def _without_metadata(data: bytes, kind: str) -> bytes:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
-    """Yield each chunk's name, its bytes (length, name, content, checksum), and whether it is whole and undamaged.
-
-    A name in capitals is a critical chunk's. What follows the end chunk is no part of the image.
-    """
+    """Yield each chunk's name (in capitals: critical), its bytes, and whether it is whole and undamaged."""
     at, name = len(_PNG_SIGNATURE), b""
     while at + 8 <= len(data) and name != b"IEND":
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")

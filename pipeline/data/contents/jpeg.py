@@ -100,8 +100,7 @@ def refuse_many_scans(data: bytes) -> None:
 def without_metadata(data: bytes) -> bytes:
     """Return the same image without metadata, junk between segments, and fields that decoders ignore.
 
-    A strict decoder stops at the first warning, whether metadata or pixels are damaged: the result can be decoded
-    strictly. What decides the colour space (JFIF, Adobe) is kept, as libjpeg reads it; a missing end marker stays so.
+    A strict decoder then fails for damaged pixels alone. What decides the colour space (JFIF, Adobe) is kept.
     """
     parts, num_components, frame = [SOI], 0, 0
     for marker, start, end, stop in segments(data):

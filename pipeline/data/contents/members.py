@@ -1,15 +1,13 @@
 """Parsing of a sample's members: its images, captions, question, statement, class and image id.
 
 - pairs: an image (`images.FORMATS`: jpg, png, webp, …) with `json` ({"captions": […]} or {"caption": "…"}, and an
-  optional "image_id") or `txt`; the output of img2dataset is read unchanged. A `txt` is one caption, however many lines
-  it has: most tools wrap long captions.
+  optional "image_id") or `txt`, as written by img2dataset. A `txt` is one caption, however many lines it has.
 - questions: an image with json {"question": "…", "answers": {"text": score in 0 … 1}, "question_id": …}.
 - statements: two images, `0.jpg` and `1.jpg` or `left.jpg` and `right.jpg` (or another format), with json
   {"sentence": "…", "label": true, "id": "…"}.
 
-Other members are ignored and never unpickled. Text leaves this module as clean Unicode: UTF-8 with or without a byte
-order mark, no lone surrogates, and at least one visible character. Anything else is a BadSample, and so is a missing
-member.
+Other members are ignored and never unpickled. Text leaves this module as valid Unicode with a visible character.
+Anything else is a BadSample, and so is a missing member.
 """
 
 import hashlib
@@ -28,8 +26,7 @@ from pipeline.data.randomness import hash64, signed
 
 Members = Mapping[str, bytes]  # extension without its dot -> content
 REGIONS = "npz"  # the extension of a detector's regions (see `contents.regions`)
-# Loading one of these runs code that the shard's author wrote. Nothing here loads them, but other readers of the same
-# shards would: a sample that contains one is refused rather than skipped over.
+# Loading one of these runs its author's code. Nothing here loads them, but other readers of the same shards would.
 EXECUTABLE = frozenset({"pickle", "pkl", "pth", "pt", "pyd", "pyc", "joblib", "dill"})
 MAX_DIGITS = 18  # of a class number: any such number fits an int64
 MAX_ANSWERS = 10  # different answers to a question: VQA asks ten people
@@ -80,17 +77,16 @@ def both_images(members: Members) -> tuple[bytes, bytes]:
 def captions_of(members: Members) -> list[str]:
     """Return all captions of a pair, or the text of a text sample."""
     record = record_of(members)
-    captions = record.get("captions")
-    if captions is None and record.get("caption") is not None:
-        captions = [record["caption"]]
-    if captions is None and "txt" in members:
-        try:
-            captions = [members["txt"].decode("utf-8-sig")]
-        except UnicodeDecodeError as error:
-            raise BadSample("caption", f"its txt is not UTF-8: {error.reason} at byte {error.start}") from error
-    if captions is None:
-        expected = "json with 'captions' or 'caption', or txt"
-        raise BadSample("members", f"no caption ({expected}); it has {names_of(members)}")
+    if (captions := record.get("captions")) is None:
+        if (caption := record.get("caption")) is None:
+            if "txt" not in members:
+                expected = "json with 'captions' or 'caption', or txt"
+                raise BadSample("members", f"no caption ({expected}); it has {names_of(members)}")
+            try:
+                caption = members["txt"].decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise BadSample("caption", f"its txt is not UTF-8: {error.reason} at byte {error.start}") from error
+        captions = [caption]
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise BadSample("caption", "the captions are not a list of strings")
     if not captions:
@@ -162,10 +158,7 @@ def class_of(members: Members, classes: int | None = None) -> int:
 
 
 def image_id_of(members: Members) -> int:
-    """Return a hash (int64) that is equal for samples of one image: of `image_id`, else of the image's bytes.
-
-    Samples without an image are identified by their regions.
-    """
+    """Return a hash (int64) of the sample's `image_id`, else of its image's bytes, else of its regions."""
     named = record_of(members).get("image_id")
     if isinstance(named, float) and not math.isfinite(named):
         raise BadSample("members", f"its image_id {named} is not a finite number")

@@ -3,10 +3,8 @@
 The member is what `numpy.savez` writes: `features` (R, F) float32 or float16; `boxes` (R, 4), x1 y1 x2 y2 in pixels;
 `image_size` (height, width) of the boxes' coordinates; `classes` (R,) the detector's most likely class of each;
 `confidences` (R,) its probability. The last three are optional: without a size the boxes' own extent is used, without
-confidences the regions are ranked by their order, and without classes the objective moc cannot be trained.
-
-The content is untrusted: sizes are checked before memory is allocated, nothing is unpickled, and every fault is a
-BadSample.
+confidences the regions are ranked by their order, and without classes the objective moc cannot be trained. Sizes are
+checked before memory is allocated, nothing is unpickled, and every fault is a BadSample.
 
 Shapes: R regions, F features of a region.
 """
@@ -37,8 +35,7 @@ _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods may allocat
 def read_array(npz: zipfile.ZipFile, name: str, kinds: str, max_bytes: int) -> np.ndarray:
     """Return an array of a file of `numpy.savez`, whose dtype is one of numpy's `kinds` with at most 8 bytes a number.
 
-    Raises KeyError when it is missing, ValueError for another dtype or more than `max_bytes` bytes, and exceptions of
-    any type, from zipfile and numpy, for damaged bytes.
+    Raises KeyError when it is missing, ValueError for another dtype or more bytes, and any exception for damaged bytes.
     """
     entry = npz.getinfo(f"{name}.npy")
     if entry.file_size > max_bytes:
@@ -48,11 +45,10 @@ def read_array(npz: zipfile.ZipFile, name: str, kinds: str, max_bytes: int) -> n
     with npz.open(entry) as packed:
         content = packed.read(entry.file_size)  # with a size, zipfile unpacks no more than that
     stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if (version := np.lib.format.read_magic(stream)) not in headers:
         raise ValueError(f"{name} has version {version} of the npy format; expected 1.0 or 2.0")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(stream)
+    shape, _, dtype = headers[version](stream)
     if dtype.kind not in kinds or dtype.itemsize > 8:
         raise ValueError(f"{name} has dtype {dtype}; expected numpy's kind {' or '.join(kinds)}")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
@@ -95,22 +91,18 @@ class RegionRecord:
 
 
 def regions_of(members: Members, num_features: int | None = None, num_classes: int | None = None) -> RegionRecord:
-    """Return the regions of a sample. Raises BadSample for every fault.
-
-    If given, the regions must have `num_features` features and classes below `num_classes`.
-    """
+    """Return a sample's regions; raise BadSample unless they have `num_features` and classes below `num_classes`."""
     if REGIONS not in members:
         raise BadSample("members", f"no regions ({REGIONS}; see `mome shards regions`); it has {names_of(members)}")
     record = parse_regions(members[REGIONS])
     if num_features not in (None, record.features.shape[1]):
         raise _fault(f"{record.features.shape[1]} features per region, but model.region_features is {num_features}")
-    if num_classes is not None and record.classes is None:
-        raise _fault(
-            "no array 'classes', which the objective moc needs; extract the regions with a detector that predicts "
-            "classes (`mome shards regions`), or remove the objective"
-        )
-    if num_classes is not None and record.classes is not None and (largest := record.classes.max()) >= num_classes:
-        raise _fault(f"class {largest}, but model.region_classes is {num_classes}")
+    if num_classes is not None:
+        if record.classes is None:
+            remedy = "extract the regions with a detector that predicts classes (`mome shards regions`)"
+            raise _fault(f"no array 'classes', which the objective moc needs; {remedy}, or remove the objective")
+        if (largest := record.classes.max()) >= num_classes:
+            raise _fault(f"class {largest}, but model.region_classes is {num_classes}")
     return record
 
 
@@ -151,24 +143,22 @@ def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> Reg
         width, height = math.ceil(boxes[:, 2].max()), math.ceil(boxes[:, 3].max())
     if height <= 0 or width <= 0:
         raise _fault(f"an image of height {height} and width {width}")
-    classes, confidences = arrays.get("classes"), arrays.get("confidences")
-    if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < MOST_CLASSES:
-        raise _fault(f"classes from {int(classes.min())} to {int(classes.max())}; expected 0 to 2^31 - 1")
+    if "classes" in arrays:
+        lowest, highest = int(arrays["classes"].min()), int(arrays["classes"].max())
+        if not 0 <= lowest <= highest < MOST_CLASSES:
+            raise _fault(f"classes from {lowest} to {highest}; expected 0 to 2^31 - 1")
 
     boxes = boxes.astype(np.float32, copy=False)
     ends = np.array([width, height, width, height], dtype=np.float32)
-    for reason, is_bad in (
-        ("ends before it begins in", (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])),
-        ("is outside", ((boxes < -OUTSIDE) | (boxes > ends + OUTSIDE)).any(axis=1)),
-    ):
+    faults = {
+        "ends before it begins in": (boxes[:, 2:] < boxes[:, :2]).any(axis=1),
+        "is outside": ((boxes < -OUTSIDE) | (boxes > ends + OUTSIDE)).any(axis=1),
+    }
+    for reason, is_bad in faults.items():
         if is_bad.any():
             which = int(is_bad.argmax())
             corners = ", ".join(f"{side:.1f}" for side in boxes[which])
             raise _fault(f"box {which} ({corners}) {reason} an image of {width} x {height}")
-    return RegionRecord(
-        features=features.astype(np.float32, copy=False),
-        boxes=np.clip(boxes, 0, ends),
-        image_size=(height, width),
-        classes=None if classes is None else classes.astype(np.int64, copy=False),
-        confidences=None if confidences is None else confidences.astype(np.float32, copy=False),
-    )
+    types = {"features": np.float32, "classes": np.int64, "confidences": np.float32}
+    optional = {name: arrays[name].astype(kind, copy=False) for name, kind in types.items() if name in arrays}
+    return RegionRecord(boxes=np.clip(boxes, 0, ends), image_size=(height, width), **optional)

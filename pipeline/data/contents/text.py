@@ -67,7 +67,6 @@ class Tokenizer:
         self._pieces = _bert_pieces(model, self.lowercase)
         self._pieces.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=True)
 
-
     @classmethod
     def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
         """Read a `vocab.txt`. Raises DataError naming the file when it is not a vocabulary.

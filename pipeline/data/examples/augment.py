@@ -2,12 +2,12 @@
 
 RandAugment (arXiv 1909.13719) over the ten operations that leave colours as captions name them (VLMo, section 4).
 Magnitudes range to 10, as in VLMo's recipe. ViLT's range to 30 over the same strengths, so that its 9 is 3 here; but
-its translations reach 100 pixels at any size, and it applies every operation that it draws. VLMo's release overflows
-uint8 in AutoContrast and Sharpness; this implementation clips.
+its translations reach 100 pixels at any size, and it applies every operation that it draws.
 """
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -71,8 +71,7 @@ def auto_contrast(image: np.ndarray) -> np.ndarray:
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend with a smoothed image: 0 gives the smoothed image, 1 the image, more sharpens; border pixels stay."""
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
-    smooth = cv2.filter2D(image, -1, kernel)
-    mixed = cv2.addWeighted(image, factor, smooth, 1.0 - factor, 0.0)
+    mixed = cv2.addWeighted(image, factor, cv2.filter2D(image, -1, kernel), 1.0 - factor, 0.0)
     mixed[[0, -1]] = image[[0, -1]]
     mixed[:, [0, -1]] = image[:, [0, -1]]
     return mixed
@@ -90,20 +89,14 @@ def translate(image: np.ndarray, fraction: float, horizontal: bool) -> np.ndarra
     return warp(image, [[1, 0, right], [0, 1, down]])
 
 
-def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """Rotate counter-clockwise about the centre."""
+def warp(image: np.ndarray, matrix: Sequence[Sequence[float]] | None = None, degrees: float = 0.0) -> np.ndarray:
+    """Move the pixels by an affine matrix (2, 3), or rotate them counter-clockwise; interpolate bilinearly."""
     height, width = image.shape[:2]
-    return warp(image, cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0))
-
-
-def warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
-    """Move the pixels by an affine matrix (2, 3), interpolating bilinearly."""
-    height, width = image.shape[:2]
+    rotation = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0)
+    affine = rotation if matrix is None else np.asarray(matrix, dtype=np.float64)
     four = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # OpenCV warps four channels in half the time of three
-    warped = cv2.warpAffine(
-        four, np.asarray(matrix, dtype=np.float64), (width, height),
-        flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(*FILL, 0),
-    )  # fmt: skip
+    border: dict[str, Any] = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": (*FILL, 0)}
+    warped = cv2.warpAffine(four, affine, (width, height), flags=cv2.INTER_LINEAR, **border)
     return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
 
 
@@ -118,6 +111,6 @@ OPERATIONS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
     "ShearY": lambda image, strength, sign: warp(image, [[1, 0, 0], [sign * strength * SHEAR, 1, 0]]),
     "TranslateX": lambda image, strength, sign: translate(image, sign * strength * TRANSLATE, horizontal=True),
     "TranslateY": lambda image, strength, sign: translate(image, sign * strength * TRANSLATE, horizontal=False),
-    "Rotate": lambda image, strength, sign: rotate(image, sign * strength * ROTATE),
+    "Rotate": lambda image, strength, sign: warp(image, degrees=sign * strength * ROTATE),
 }
 NAMES = tuple(OPERATIONS)

@@ -28,7 +28,7 @@ from pipeline.data.examples.augment import SIDES, augment
 from pipeline.data.examples.masking import ZEROED, mask_patches, mask_whole_words, patch_replacements
 from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, rank_slice
 from pipeline.data.quarantine import BadRecord, BadSample, judging
-from pipeline.data.randomness import CounterRandom, hash64
+from pipeline.data.randomness import CounterRandom, hash64, permutation
 from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import Sample, SampleReader
 from pipeline.data.shards.source import Source
@@ -62,10 +62,7 @@ def batch_spec(config: RunConfig, stage: StageConfig, groups: frozenset[str], nu
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """Everything that determines the examples at some places of a stage's batches.
-
-    Picklable: it is sent to loader processes and actors.
-    """
+    """Everything that determines the examples at some places of a stage's batches: sent to processes and actors."""
 
     config: RunConfig
     stage: StageConfig
@@ -74,11 +71,6 @@ class LoaderSpec:
     places: range  # of every global batch
     groups: frozenset[str]  # groups of batch fields that the stage reads
     answers: Choices | None = None  # the answers that the stage chooses among
-
-    @property
-    def seed(self) -> int:
-        """The seed of the stage's order: stages that read one source see it in different orders."""
-        return hash64(self.config.seed, self.stage.name)
 
     @property
     def batch_spec(self) -> BatchSpec:
@@ -93,6 +85,10 @@ class LoaderSpec:
     def order(self, reader: SampleReader | None = None) -> DataOrder:
         """Return the stage's data order. Without a reader only the digest of a bucketed order can be used."""
         config, stage, buckets = self.config, self.stage, self.stage.buckets
+        sources = {
+            name: OrderSource(source.counts, stage.sources[name], f"{config.sources[name].type} {source.digest}")
+            for name, source in self.sources.items()
+        }
 
         def length(ref: SampleRef) -> int:
             """Return what buckets sort by: the longest caption's characters, or the aspect ratio in thousandths."""
@@ -104,13 +100,10 @@ class LoaderSpec:
             return int(1000 * index.width[sample] / max(1, index.height[sample]))
 
         return DataOrder(
-            {
-                name: OrderSource(source.counts, stage.sources[name], f"{config.sources[name].type} {source.digest}")
-                for name, source in self.sources.items()
-            },
+            sources,
             num_streams=config.data.streams,
             shuffle_window=config.data.shuffle_window,
-            seed=self.seed,
+            seed=hash64(config.seed, stage.name),  # stages that read one source see it in different orders
             batch_size=stage.global_batch_size,
             extra=[  # everything besides the order that determines an example's content
                 f"fields {sorted(self.groups)} {asdict(self.batch_spec.sizes)}",
@@ -165,8 +158,7 @@ class ExampleBuilder:
         A bad sample does not raise. Raises DataError when a shard changed or no replacement is good, and StorageError
         when a shard cannot be read.
         """
-        bad: list[tuple[int, SampleRef, Sample, BadSample]] = []
-        pending: dict[int, PendingExample] = {}
+        bad, pending = list[tuple[int, SampleRef, Sample, BadSample]](), dict[int, PendingExample]()
         planned = self._planned(step)
         for place in places:
             ref = planned[place - self._spec.places.start]
@@ -202,28 +194,28 @@ class ExampleBuilder:
 
     def _parse(self, ref: SampleRef, sample: Sample) -> PendingExample:
         """Read a sample's members, except its images. Raises BadSample."""
-        example = PendingExample(ref, sample, self._spec.seed)
+        example = PendingExample(ref, sample, self.order.seed)
+        content, source_type = sample.members, self._source_type
         with judging("members"):
-            members.check_members(sample.members, sample.is_duplicate)
-            if self._source_type == "questions":
-                question = members.question_of(sample.members)
+            members.check_members(content, sample.is_duplicate)
+            if source_type == "questions":
+                question = members.question_of(content)
                 return replace(example, text=question.text, answers=question.answers)
-            if self._source_type == "statements":
-                statement = members.statement_of(sample.members)
+            if source_type == "statements":
+                statement = members.statement_of(content)
                 return replace(example, text=statement.text, label=int(statement.is_true))
-            if self._source_type == "labelled":
-                return replace(example, label=members.class_of(sample.members, self._stage.num_classes))
+            if source_type == "labelled":
+                return replace(example, label=members.class_of(content, self._stage.num_classes))
             if "text" in self._groups:
-                captions = members.captions_of(sample.members)
+                captions = members.captions_of(content)
                 return replace(example, text=captions[example.random("caption").integer(len(captions))])
         return example
 
     def _write(self, pending: Mapping[int, PendingExample], buffer: BatchBuffer) -> dict[int, BadSample]:
         """Write examples by row; return the fault of each row that could not be written.
 
-        One operation is done for all examples before the next: decoding an image evicts the processor's caches, and
-        what follows it takes half as long again when each example is finished in turn. Texts come first: they cost
-        little, and a missing one saves the decoding.
+        Each operation is done for all examples before the next, because decoding an image evicts the processor's
+        caches. Texts come first: they cost little, and a missing one saves the decoding.
         """
         faults: dict[int, BadSample] = {}
         if "text" in self._groups:
@@ -298,7 +290,7 @@ class ExampleBuilder:
         visible = np.arange(count)
         if "visible_patches" in buffer:
             if count > (limit := buffer["visible_patches"].shape[1]):
-                visible = np.sort(example.random("patches read").permutation(count)[:limit])
+                visible = np.sort(permutation(example.random("patches read").integer(), count)[:limit])
             buffer.write("visible_patches", row, visible)
         if "masked_patches" in groups:  # the same fraction of every image's patches, or of its visible ones
             blocks, random = masking.patch_shape == "blocks", example.random("patches")

@@ -29,10 +29,9 @@ def mask_whole_words(
 ) -> Masked:
     """Mask each word (each token, unless `whole_word`) with the same `probability`, and at least one word of a text.
 
-    `probability` times the number of words are masked, rounded up or down at random, so that the expected fraction of
-    masked words, and of masked tokens, is `probability` for texts and words of any length. A budget of tokens, as in
-    BERT's and VLMo's collators, masks words of several pieces less often, because they exceed the remaining budget.
-    All tokens of a chosen word become [MASK], or all become random ordinary tokens, or all stay.
+    `probability` times the number of words are masked, rounded up or down at random: for texts and words of any length
+    this is the expected fraction. (A budget of tokens, as in BERT's and VLMo's collators, masks words of several pieces
+    less often.) All tokens of a chosen word become [MASK], or all become random ordinary tokens, or all stay.
     """
     words: list[list[int]] = []  # the token positions of each word (of each token, unless `whole_word`)
     for position, (before, word) in enumerate(pairwise([-1, *tokens.word_of])):
@@ -57,10 +56,9 @@ def mask_whole_words(
 def mask_patches(num_patches: int, fraction: float, random: CounterRandom, blocks: bool = False) -> np.ndarray:
     """Return ascending positions (K,) int64 of masked patches or regions; K depends on the fraction and is at least 1.
 
-    With `blocks`, rectangles of a square grid are masked instead of single patches, as by BEiT's block-wise masking
-    (arXiv 2106.08254, algorithm 1): rectangles of at least 16 patches and of aspect 0.3 to 3.3 are placed anywhere,
-    possibly overlapping, until enough is covered. BEiT's release stops short of the count where no rectangle fits; here
-    the last one is cut, row by row, so that all images have the same number.
+    With `blocks`, rectangles of a square grid are masked, as by BEiT (arXiv 2106.08254, algorithm 1): of at least 16
+    patches and of aspect 0.3 to 3.3, placed anywhere until enough is covered. The last one is cut, row by row, so that
+    all images have the same number.
     """
     remaining = min(num_patches, max(1, round(fraction * num_patches)))
     if not blocks:
