@@ -30,7 +30,14 @@ def by_stream(order: DataOrder, steps: int) -> dict[int, list[SampleRef]]:
     return streams
 
 
+def caption_length(sample: SampleRef) -> int:
+    """Return the length of a made-up caption: 3 to 60 tokens, most of them short, as in web captions."""
+    random = np.random.default_rng([sample.shard, sample.sample, len(sample.source)])
+    return 3 + int(min(57, random.lognormal(2.2, 0.6)))
+
+
 TWENTY = {f"s{number:02}": shards(1000 + number, weight=number + 0.3) for number in range(20)}
+EIGHT = LengthBuckets(8, caption_length)
 
 
 @pytest.mark.parametrize(("streams", "window"), [(1, 2), (2, 1), (8, 2), (8, 100), (32, 1)])
@@ -39,14 +46,13 @@ def test_every_sample_occurs_once_per_epoch_in_streams_equal_to_within_one_sampl
     assert set(Counter(sample for samples in read.values() for sample in samples).values()) == {1}
     for source, size in {"a": 41, "b": 111}.items():
         epochs = [Counter(s.epoch for s in samples if s.source == source) for samples in read.values()]
-        last, taken = min(max(counts) for counts in epochs), Counter()
+        last, taken = min(max(counts) for counts in epochs), np.zeros(streams, dtype=int)
         assert last >= 5
         for epoch in range(last):
-            lengths = [counts[epoch] for counts in epochs]
-            assert sum(lengths) == size
-            taken.update(dict(enumerate(lengths)))
-            assert np.ptp(lengths) <= 1
-            assert np.ptp([*taken.values()]) <= 1, "odd samples must rotate"
+            lengths = np.array([counts[epoch] for counts in epochs])
+            taken += lengths
+            assert (lengths.sum(), np.ptp(lengths) <= 1) == (size, True)
+            assert np.ptp(taken) <= 1, "odd samples must rotate"
 
 
 def test_unequal_shards_fill_192_streams_equally():
@@ -114,13 +120,12 @@ def test_cycle_keeps_tijdemans_bound_and_is_periodic(weights: list[float]):
 
 @pytest.mark.parametrize("streams", [1, 12, 192])
 def test_number_of_ranks_per_stream_follows_the_formula(streams: int):
-    batch, share = 4608, 4608 // streams
     for world in (1, 2, 3, 7, 36, 64, 100, 128, 256, 384):
-        slices = [rank_slice(batch, rank, world) for rank in range(world)]
-        fetched = sum(len({place // share for place in places}) for places in slices)
+        slices = [rank_slice(4608, rank, world) for rank in range(world)]
+        fetched = sum(len({place // (4608 // streams) for place in places}) for places in slices)
         formula = streams + world - math.gcd(streams, world)
         assert fetched <= formula  # rounding a rank's first position down can only move it to the start of a stream
-        assert fetched == formula or batch % world
+        assert fetched == formula or 4608 % world
 
 
 def test_batch_is_a_function_of_its_step():
@@ -129,15 +134,17 @@ def test_batch_is_a_function_of_its_step():
     first.samples(0), first.samples(77)
     assert first.digest == second.digest
     assert [first.samples(step) for step in (5, 3)] == [second.samples(step) for step in (5, 3)]
-    order = data_order()
+    order, bucketed = data_order(), data_order(batch=64, buckets=EIGHT)
     batch = order.samples(7)
-    assert len(batch) == 32
-    for places in (range(5, 29), range(3, 32, 4), range(4, 4)):
+    for places in (range(32), range(5, 29), range(3, 32, 4), range(4, 4)):
         assert order.samples(7, places) == [batch[place] for place in places]
-    for world in (1, 2, 3, 5, 7, 40):
-        slices = [rank_slice(32, rank, world) for rank in range(world)]
-        assert [place for rows in slices for place in rows] == list(range(32))
+    for world in (1, 2, 3, 5, 7, 8, 40):
+        slices = [rank_slice(64, rank, world) for rank in range(world)]
+        assert [place for rows in slices for place in rows] == list(range(64))
         assert np.ptp([*map(len, slices)]) <= 1
+        for step in (1003, 2) if world in (1, 5, 8) else ():
+            apart = [data_order(batch=64, buckets=EIGHT).samples(step, places) for places in slices]
+            assert [sample for rows in apart for sample in rows] == bucketed.samples(step)
     assert min(sample.epoch for sample in order.samples(10**9)) > 10**7
     assert DataOrder({"a": shards(64), "b": shards(32)}, 4, 2, 0, 8).epochs(16) == {"a": 1.0, "b": 2.0}
 
@@ -172,6 +179,15 @@ def test_epochs_are_shuffled_and_replacements_drawn_in_windows_of_three_shards()
     assert len(set(candidates)) > 8
     assert {sample.shard for sample in candidates} <= set(read[:60])
     assert {sample.epoch for sample in candidates} == {0}
+    order, plain = (
+        DataOrder({"a": shards(*[40] * 12)}, 1, 3, 0, 4, buckets=buckets)
+        for buckets in (LengthBuckets(20, caption_length), None)
+    )
+    windows = [{s.shard for step in range(30 * w, 30 * w + 30) for s in plain.samples(step)} for w in range(4)]
+    assert [len(window) for window in windows] == [3] * 4
+    for step in range(60):
+        planned, (instead,) = order.samples(step)[2], order.samples(step, range(2, 3), attempt=1)
+        assert [planned.shard in window for window in windows] == [instead.shard in window for window in windows]
 
 
 def test_impossible_orders_are_rejected():
@@ -189,29 +205,15 @@ def test_memory_does_not_grow_with_the_number_of_samples():
     for samples in (200, 200_000):
         tracemalloc.start()
         order = DataOrder({"a": shards(*[samples] * 5000)}, num_streams=512, shuffle_window=4, seed=0, batch_size=4096)
-        for step in (0, 10**6):
-            order.samples(step)
+        order.samples(0), order.samples(10**6)
         needed.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert needed[1] < 1.1 * needed[0]
 
 
-# ---- length buckets
-
-
-def caption_length(sample: SampleRef) -> int:
-    """Return the length of a made-up caption: 3 to 60 tokens, most of them short, as in web captions."""
-    random = np.random.default_rng([sample.shard, sample.sample, len(sample.source)])
-    return 3 + int(min(57, random.lognormal(2.2, 0.6)))
-
-
-EIGHT = LengthBuckets(8, caption_length)
-
-
 def test_buckets_more_than_halve_the_padding_and_keep_every_sample_once_per_epoch():
-    bounds = [(None, 0.7, 1), (EIGHT, 0, 0.35), (LengthBuckets(16, caption_length), 0, 0.25)]
     read = []
-    for buckets, low, high in bounds:
+    for buckets, low, high in [(None, 0.7, 1), (EIGHT, 0, 0.35), (LengthBuckets(16, caption_length), 0, 0.25)]:
         batches = [data_order(batch=64, buckets=buckets).samples(step) for step in range(64)]
         read.append(Counter(sample for batch in batches for sample in batch))
         lengths = np.array([[*map(caption_length, batch)] for batch in batches])
@@ -222,9 +224,8 @@ def test_buckets_more_than_halve_the_padding_and_keep_every_sample_once_per_epoc
 
 
 def test_buckets_group_every_block_by_length():
-    streams = by_stream(data_order(batch=64, buckets=EIGHT), 16)
     ranks = []
-    for stream, samples in streams.items():
+    for stream, samples in by_stream(data_order(batch=64, buckets=EIGHT), 16).items():
         lengths = np.array([*map(caption_length, samples)]).reshape(2, 8, 8)  # two blocks of eight groups
         for groups in lengths:
             in_order = sorted(sorted(group) for group in groups.tolist())
@@ -233,15 +234,6 @@ def test_buckets_group_every_block_by_length():
                 assert [sorted(group) for group in groups.tolist()] != in_order, "short batches do not come first"
         ranks.append(np.argsort(np.argsort(lengths.mean(axis=2), axis=1), axis=1).tolist())
     assert ranks == ranks[:1] * 8, "streams contribute groups of the same length rank"
-
-
-def test_bucketed_batch_does_not_depend_on_ranks_or_first_step():
-    together = data_order(batch=64, buckets=EIGHT)
-    for world in (1, 5, 8):
-        for step in (1003, 2):
-            slices = [rank_slice(64, rank, world) for rank in range(world)]
-            apart = [data_order(batch=64, buckets=EIGHT).samples(step, places) for places in slices]
-            assert [sample for rows in apart for sample in rows] == together.samples(step)
 
 
 def test_lengths_are_read_once_and_only_of_streams_in_use():
@@ -258,16 +250,4 @@ def test_lengths_are_read_once_and_only_of_streams_in_use():
     with ThreadPoolExecutor(8) as pool:
         samples = list(pool.map(lambda step: order.samples(step, range(16, 24)), steps))
     assert samples == [data_order(batch=64, buckets=EIGHT).samples(step, range(16, 24)) for step in steps]
-    assert len(read) == 64
-    assert set(read.values()) == {1}
-
-
-def test_replacement_of_a_bucketed_sample_is_from_its_window():
-    data = {"a": shards(*[40] * 12)}
-    order = DataOrder(data, 1, 3, 0, 4, buckets=LengthBuckets(20, caption_length))
-    plain = DataOrder(data, 1, 3, 0, 4)
-    windows = [{s.shard for step in range(30 * w, 30 * w + 30) for s in plain.samples(step)} for w in range(4)]
-    assert [len(window) for window in windows] == [3] * 4
-    for step in range(0, 60):
-        planned, (instead,) = order.samples(step)[2], order.samples(step, range(2, 3), attempt=1)
-        assert [planned.shard in window for window in windows] == [instead.shard in window for window in windows]
+    assert (len(read), set(read.values())) == (64, {1})
