@@ -1,37 +1,57 @@
-"""The regions member: round trip, selection, and checks of untrusted content."""
+"""The regions member: round trip, selection, checks of untrusted content, and captions with regions in batches."""
 
 import io
+import json
 import random
 import zipfile
+from collections import defaultdict
 from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import RunConfig
 from pipeline.data.contents import regions
 from pipeline.data.contents.members import image_id_of
 from pipeline.data.contents.regions import RegionRecord, parse_regions, regions_of
 from pipeline.data.quarantine import BadSample
+from pipeline.data.shards.check import check_shards
+from pipeline.data.shards.manifest import index_shards
+from pipeline.data.storage import Storage
+from pipeline.objectives import check_objectives
+from tests.support.data_stream import data_config, hash_of, open_loader, take
 from tests.support.fuzz import fuzz_rounds, mutate
 
 HEIGHT, WIDTH = 60, 80
-_random = np.random.default_rng(0)
-_corners = _random.uniform(0, 30, (5, 2))
-ARRAYS: dict[str, np.ndarray] = {
-    "features": _random.normal(size=(5, 8)).astype(np.float32),
-    "boxes": np.concatenate([_corners, _corners + _random.uniform(1, 30, (5, 2))], axis=1).astype(np.float32),
-    "image_size": np.array([HEIGHT, WIDTH]),
-    "classes": np.arange(5),
-    "confidences": np.linspace(0.2, 0.9, 5).astype(np.float32),
-}
+FEATURES, CLASSES, MOST = 8, 5, 8
+OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
 
 
-def packed(compressed: bool = False, **changed: Any) -> bytes:
+def arrays_of(number: int, count: int | None = None) -> dict[str, np.ndarray]:
+    """Return the arrays of between 1 and 12 regions, different for every number."""
+    draw, count = np.random.default_rng(number), count or 1 + number % 12
+    corners = draw.uniform(0, 30, (count, 2))
+    return {
+        "features": draw.normal(size=(count, FEATURES)).astype(np.float32),
+        "boxes": np.concatenate([corners, corners + draw.uniform(1, 30, (count, 2))], axis=1).astype(np.float32),
+        "image_size": np.array([HEIGHT, WIDTH]),
+        "classes": np.arange(count) % CLASSES,
+        "confidences": draw.permutation(count).astype(np.float32) / count,
+    }
+
+
+ARRAYS = arrays_of(0, 5)
+
+
+def packed(compressed: bool = False, number: int | None = None, **changed: Any) -> bytes:
     """Return the member with some arrays changed, or removed where the value is None."""
     buffer = io.BytesIO()
-    arrays = {name: array for name, array in (ARRAYS | changed).items() if array is not None}
-    (np.savez_compressed if compressed else np.savez)(buffer, **arrays)
+    arrays = (ARRAYS if number is None else arrays_of(number)) | changed
+    (np.savez_compressed if compressed else np.savez)(buffer, **{n: a for n, a in arrays.items() if a is not None})
     return buffer.getvalue()
 
 
@@ -50,16 +70,12 @@ def test_regions_round_trip_and_features_of_half_precision_and_boxes_suffice() -
     assert record.image_size == (int(np.ceil(boxes[:, 3].max())), int(np.ceil(boxes[:, 2].max())))
 
 
-def test_location_is_relative_corners_and_area_of_boxes_clipped_to_the_image() -> None:
+def test_location_is_relative_to_the_image_and_the_most_confident_regions_are_kept() -> None:
     record = RegionRecord(np.zeros((1, 2), np.float32), np.array([[8, 6, 40, 30]], np.float32), (60, 80))
     expected = [[8 / 80, 6 / 60, 40 / 80, 30 / 60, 32 * 24 / (80 * 60)]]
     np.testing.assert_allclose(record.locations(), expected, rtol=1e-6)
-    boxes = ARRAYS["boxes"].copy()
-    boxes[0] = [-0.4, 0, WIDTH + 0.7, HEIGHT]
+    (boxes := ARRAYS["boxes"].copy())[0] = [-0.4, 0, WIDTH + 0.7, HEIGHT]
     assert parse_regions(packed(boxes=boxes)).boxes[0].tolist() == [0, 0, WIDTH, HEIGHT]
-
-
-def test_most_confident_regions_are_kept() -> None:
     record = parse_regions(packed(confidences=np.array([0.3, 0.9, 0.1, 0.9, 0.5], np.float32)))
     best = record.most_confident(3)
     assert best.classes.tolist() == [1, 3, 4]  # equal confidences keep their order
@@ -70,8 +86,7 @@ def test_most_confident_regions_are_kept() -> None:
 
 
 def changed(name: str, where: tuple[int, ...], value: float) -> dict[str, np.ndarray]:
-    array = ARRAYS[name].copy()
-    array[where] = value
+    (array := ARRAYS[name].copy())[where] = value
     return {name: array}
 
 
@@ -123,27 +138,21 @@ def rewritten(compression: int = zipfile.ZIP_STORED, **contents: bytes) -> bytes
 
 def test_damaged_bombs_and_unusual_archives_are_bad_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """The zip's directory may declare 40 bytes for megabytes of content: at most 40 are unpacked."""
-    wrong = bytearray(packed(compressed=True, features=np.zeros((5, 200_000), np.float32)))
-    size = (128 + 5 * 200_000 * 4).to_bytes(4, "little")
-    while (at := wrong.find(size)) >= 0:
-        wrong[at : at + 4] = (40).to_bytes(4, "little")
+    wrong = packed(compressed=True, features=np.zeros((5, 200_000), np.float32))
+    wrong = wrong.replace((128 + 5 * 200_000 * 4).to_bytes(4, "little"), (40).to_bytes(4, "little"))
     bomb = packed(compressed=True, features=np.zeros((5, 8000), np.float32))
     assert len(bomb) < 5000
     monkeypatch.setattr(regions, "MAX_BYTES", 100_000)
-    cases = {
-        "cannot be read as an npz": [b"", b"no zip", b"PK\x03\x04 cut", bytes(wrong)],
-        "features has 160128 bytes; expected at most 100000": [bomb],
-        "method that numpy does not use": [rewritten(zipfile.ZIP_LZMA)],
-    }
-    for reason, members in cases.items():
-        for data in members:
-            with pytest.raises(BadSample, match=reason):
-                parse_regions(data)
+    cases = [(data, "cannot be read as an npz") for data in (b"", b"no zip", b"PK\x03\x04 cut", wrong)]
+    cases.append((bomb, "features has 160128 bytes; expected at most 100000"))
+    cases.append((rewritten(zipfile.ZIP_LZMA), "method that numpy does not use"))
     for shape in (b"(99999999999, 1024)", b"(-5, 8)", b"(-5, -8)", b"(2, 2)", b"()"):  # checked before allocation
         header = (b"{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + b"}").ljust(117) + b"\n"
         content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(5 * 8 * 4)
-        with pytest.raises(BadSample, match=r"features declares shape|cannot be read as an npz"):
-            parse_regions(rewritten(features=content))
+        cases.append((rewritten(features=content), "features declares shape|cannot be read as an npz"))
+    for data, reason in cases:
+        with pytest.raises(BadSample, match=reason):
+            parse_regions(data)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -158,19 +167,114 @@ def test_mutated_regions_raise_only_bad_samples(compressed: bool) -> None:
 def test_regions_that_are_missing_or_do_not_fit_the_model_name_the_remedy() -> None:
     whole, unnamed = {"npz": packed()}, {"npz": packed(classes=None)}
     assert len(regions_of(whole, 8, 5).features) == len(regions_of(unnamed, 8).features) == 5
-    for members, features, classes, reason in (
+    for sample, features, classes, reason in (
         ({"jpg": b"", "json": b""}, None, None, r"no regions \(npz; see `mome shards regions`\); it has jpg, json"),
         (whole, 2048, None, r"8 features per region, but model\.region_features is 2048"),
         (whole, 8, 4, r"class 4, but model\.region_classes is 4"),
         (unnamed, 8, 5, "no array 'classes', which the objective moc needs"),
     ):
         with pytest.raises(BadSample, match=reason):
-            regions_of(members, features, classes)
+            regions_of(sample, features, classes)
 
 
 def test_samples_without_image_are_identified_by_regions() -> None:
-    one, other = packed(), packed(confidences=None)
+    one, other, named = packed(), packed(confidences=None), {"json": b'{"image_id": 3}'}
     assert image_id_of({"npz": one}) == image_id_of({"npz": one, "txt": b"a caption"}) != image_id_of({"npz": other})
-    named = {"json": b'{"image_id": 3}'}
     assert image_id_of(named | {"npz": one}) == image_id_of(named | {"npz": other})
     assert image_id_of({"npz": one, "jpg": b"j"}) == image_id_of({"npz": other, "jpg": b"j"})
+
+
+# ---- captions with regions through the loader
+
+
+def members(number: int, **changed: Any) -> dict[str, bytes]:
+    captions = [f"picture {number} shows a thing in way {way}" for way in "abc"]
+    return {"json": json.dumps({"captions": captions}).encode(), "npz": packed(number=number, **changed)}
+
+
+@pytest.fixture
+def shards(tmp_path: Path, make_tar) -> str:
+    for shard, numbers in enumerate([range(9), range(9, 13), range(13, 23)]):
+        (tmp_path / f"{shard:05d}.tar").write_bytes(make_tar({f"s{n:05d}": members(n) for n in numbers}))
+    index_shards(Storage(), str(tmp_path))
+    return str(tmp_path)
+
+
+def run_config(shards: str, objectives: Any = OBJECTIVES, bad_rate: float = 1.0, **model: int) -> RunConfig:
+    sizes = {"width": 32, "layers": 2, "heads": 2, "max_text_length": 12, "max_regions": MOST}
+    imagebert = {"kind": "imagebert", **sizes, "region_features": FEATURES, "region_classes": CLASSES} | model
+    data, stage = {"max_bad_rate": bad_rate}, {"negatives": "random"}
+    return data_config({"some": shards}, objectives, "regions", imagebert, data, stage)
+
+
+def test_examples_contain_their_samples_regions(shards: str) -> None:
+    best_of = [parse_regions(packed(number=number)).most_confident(MOST) for number in range(23)]
+    expected = {best.features.tobytes(): best for best in best_of}
+    ids, masks, hidden, masked = dict[bytes, int](), defaultdict[bytes, set[bytes]](set), 0, 0
+    for batch in take(run_config(shards), 40):
+        assert batch.image is None
+        assert int(batch.region_keep.sum(dim=1).max()) == batch.region_keep.shape[1]
+        for row, keep in enumerate(batch.region_keep):
+            key = batch.region_features[row][keep].numpy().tobytes()
+            best = expected[key]
+            np.testing.assert_array_equal(batch.region_location[row][keep], best.locations())
+            np.testing.assert_array_equal(batch.region_class[row][keep], best.classes)
+            for name in ("region_features", "region_location", "region_class", "region_hidden"):
+                assert not getattr(batch, name)[row][~keep].any()
+            positions = batch.region_positions[row][batch.region_positions[row] >= 0]
+            assert len(positions.unique()) == max(1, round(0.15 * len(best.features)))
+            assert keep[positions].all()
+            assert batch.region_hidden[row].sum() == batch.region_hidden[row][positions].sum()
+            hidden, masked = hidden + int(batch.region_hidden[row].sum()), masked + len(positions)
+            masks[key].add(positions.numpy().tobytes())
+            assert ids.setdefault(key, int(batch.image_id[row])) == int(batch.image_id[row])
+    assert abs(hidden / masked - 0.9) < 3 * (0.09 / masked) ** 0.5  # 10 % of the masked regions keep their features
+    assert len(set(ids.values())) == len(ids) > 10
+    assert max(len(drawn) for drawn in masks.values()) > 1  # they change from epoch to epoch
+
+
+@pytest.mark.parametrize("objectives", [OBJECTIVES, ("mlm",), ("mrfr",)])
+def test_batches_depend_on_the_objectives_and_not_on_the_reader(shards: str, objectives: tuple[str, ...]) -> None:
+    config, masks_regions = run_config(shards, objectives), "mrfr" in objectives
+    readers = ((1, 0), (2, 0), (3, 0), (1, 1))
+    assert len({hash_of(config, range(2, 5), world, num_workers=workers) for world, workers in readers}) == 1
+    (batch,) = take(config)
+    is_filled = dict.fromkeys(("text", "region_features"), True) | {"masked_text": "mlm" in objectives}
+    is_filled |= dict.fromkeys(("region_positions", "region_hidden"), masks_regions)
+    is_filled["region_class"] = "moc" in objectives
+    assert {name: getattr(batch, name) is not None for name in is_filled} == is_filled
+
+
+def test_bad_regions_are_replaced_and_reported(tmp_path: Path, make_tar) -> None:
+    """The shard check finds the samples that training replaces, with the same reasons."""
+    bad = {
+        "no_npz": {"json": members(0)["json"]},
+        "no_zip": {"json": members(0)["json"], "npz": b"no zip"},
+        "outside": members(0, boxes=np.array([[0, 0, 90, 10]], np.float32)),
+        "nothing": members(0, features=np.zeros((0, FEATURES), np.float32)),
+    }
+    samples: dict[str, dict[str, bytes]] = {}
+    for number, key in enumerate(bad):
+        samples |= {f"s{n:05d}": members(n) for n in range(9 * number, 9 * number + 9)} | {key: bad[key]}
+    (tmp_path / "00000.tar").write_bytes(make_tar(samples))
+    index_shards(Storage(), str(tmp_path))
+    (report,) = check_shards(Storage(), str(tmp_path), "regions", 10**6, workers=1)
+    assert {finding.key for finding in report.bad} == set(bad)
+    with open_loader(run_config(str(tmp_path))) as loader:
+        list(islice(loader.batches(0), 4))
+        reported = {(entry["key"], entry["reason"]) for entry in loader.quarantined()}
+    assert reported == {(finding.key, finding.reason) for finding in report.bad}
+
+
+def test_configs_that_do_not_fit_the_regions_name_the_key_to_change(shards: str) -> None:
+    for model, reason in (
+        ({"region_features": 2048}, r"8 features per region, but model\.region_features is 2048"),
+        ({"region_classes": 2}, r"class \d, but model\.region_classes is 2"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            take(run_config(shards, bad_rate=0.01, **model), 20)
+    with pytest.raises(ConfigError, match=r"regions are for a model of kind imagebert, and model\.kind is vlmo"):
+        data_config({"some": "x"}, ("moc",), "regions")
+    objectives = {name: {"every": 2 if name == "moc" else 1} for name in OBJECTIVES}
+    with pytest.raises(ConfigError, match="mlm, moc, mrfr share one forward"):
+        check_objectives(run_config(shards, objectives))
