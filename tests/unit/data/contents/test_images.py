@@ -1,4 +1,7 @@
-"""Image decoding in every format and mode, refusal of bad images, crops and resizing."""
+"""Image decoding in every format and mode, refusal of bad images, crops and resizing.
+
+JPEGs of cameras and editors are decoded if only metadata is odd, and refused if pixels are damaged.
+"""
 
 import io
 import itertools
@@ -17,12 +20,12 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from pipeline.config.schema import AugmentConfig, ViTConfig
-from pipeline.data.contents import images
+from pipeline.data.contents import images, jpeg
 from pipeline.data.contents.images import FORMATS, ImageSize, KeepAspectRatio, decode, measure, resize
 from pipeline.data.examples.augment import augment
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom, hash64
-from tests.support.encoded_images import chunk, encoded, picture, rotation
+from tests.support.encoded_images import chunk, encoded, picture, rotation, sampled_jpeg, segment, with_segments
 from tests.support.fuzz import fuzz_rounds, mutate
 
 LIMIT = 1_000_000
@@ -32,41 +35,40 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return 10 * np.log10(255**2 / max(1e-9, np.mean((one.astype(float) - other) ** 2)))
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "least"),
-    [
-        ("PNG", {}, 90),
-        ("WEBP", {"lossless": True}, 90),
-        ("BMP", {}, 90),
-        ("TIFF", {}, 90),
-        ("TIFF", {"compression": "tiff_lzw"}, 90),
-        ("TIFF", {"compression": "tiff_adobe_deflate"}, 90),
-        ("TIFF", {"compression": "packbits", "big_tiff": True}, 90),
-        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}, 40),
-        ("JPEG", {"quality": 95}, 40),
-        ("JPEG", {"quality": 95, "progressive": True}, 40),
-        ("JPEG", {"quality": 95, "subsampling": 0}, 40),
-        ("JPEG", {"quality": 95, "optimize": True, "restart_marker_rows": 1}, 40),
-    ],
-)
-def test_images_decode_to_what_was_encoded(kind, options, least):
-    data = encoded(picture(), kind, **options)
-    expected = np.array(Image.open(io.BytesIO(data))) if kind == "JPEG" else picture()
-    assert psnr(decode(data, LIMIT), expected) > least
+def pillows(data: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode"),
-    [
-        *(("JPEG", mode) for mode in ("L", "RGB", "CMYK", "YCbCr")),
-        *(("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
-        *(("WEBP", mode) for mode in ("L", "RGB", "RGBA")),
-        *(("GIF", mode) for mode in ("1", "L", "P", "RGB")),
-        *(("BMP", mode) for mode in ("1", "L", "P", "RGB", "RGBA")),
-        *(("TIFF", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16")),
-        *(("AVIF", mode) for mode in ("L", "RGB", "RGBA")),
-    ],
-)
+def assert_bad(data: bytes, reason: str | None = None, limit: int = LIMIT) -> None:
+    with pytest.raises(BadSample, match=reason) as error:
+        decode(data, limit)
+    assert error.value.stage == "image"
+    assert error.value.reason
+
+
+def test_images_decode_to_what_was_encoded():
+    cases: list[tuple[str, dict[str, Any]]] = [
+        *(("TIFF", {"compression": name}) for name in ("raw", "tiff_lzw", "tiff_adobe_deflate")),
+        ("TIFF", {"compression": "packbits", "big_tiff": True}),
+        *(("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {})),
+        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
+        *(("JPEG", {"quality": 95, **more}) for more in ({}, {"progressive": True}, {"subsampling": 0})),
+        ("JPEG", {"quality": 95, "optimize": True, "restart_marker_rows": 1}),
+    ]
+    for kind, options in cases:
+        data = encoded(picture(), kind, **options)
+        expected = pillows(data) if kind == "JPEG" else picture()
+        assert psnr(decode(data, LIMIT), expected) > (40 if kind in ("JPEG", "AVIF") else 90), (kind, options)
+
+
+MODES = {
+    "JPEG": ("L", "RGB", "CMYK", "YCbCr"), "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+    "WEBP": ("L", "RGB", "RGBA"), "GIF": ("1", "L", "P", "RGB"), "BMP": ("1", "L", "P", "RGB", "RGBA"),
+    "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"), "AVIF": ("L", "RGB", "RGBA"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
 def test_every_colour_mode_becomes_rgb(kind, mode):
     source = Image.fromarray(picture())
     if mode == "I;16":
@@ -81,7 +83,7 @@ def test_every_colour_mode_becomes_rgb(kind, mode):
         expected = np.array(image.convert("RGB"))
     decoded = decode(encoded(image, kind), LIMIT)
     assert (decoded.shape, decoded.dtype) == ((60, 90, 3), np.uint8)
-    assert psnr(decoded, expected) > (20 if kind == "GIF" and mode == "RGB" else 30)
+    assert psnr(decoded, expected) > (20 if (kind, mode) == ("GIF", "RGB") else 30)
 
 
 def test_transparent_pixels_become_white_and_pixels_of_unknown_range_are_bad():
@@ -99,8 +101,7 @@ def test_transparent_pixels_become_white_and_pixels_of_unknown_range_are_bad():
     decoded = decode(encoded(Image.fromarray(grey), "PNG", transparency=300), LIMIT)
     assert (decoded[:, :, 0] == [[0, 255, 255], [255, 1, 156]]).all()
     for mode in ("I", "F"):
-        with pytest.raises(BadSample, match="32-bit"):
-            decode(encoded(Image.fromarray(picture()).convert(mode), "TIFF"), LIMIT)
+        assert_bad(encoded(Image.fromarray(picture()).convert(mode), "TIFF"), "32-bit")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -119,37 +120,28 @@ def test_exif_orientation_is_applied(kind):
 def test_truncated_and_too_large_images_are_bad(kind):
     data = encoded(picture(300, 300), kind)
     for fraction in (0.02, 0.3, 0.9):
-        with pytest.raises(BadSample) as error:
-            decode(data[: int(len(data) * fraction)], LIMIT)
-        assert error.value.stage == "image"
-        assert error.value.reason
+        assert_bad(data[: int(len(data) * fraction)])
     assert decode(data, 90_000).shape == (300, 300, 3)
-    with pytest.raises(BadSample, match="bomb"):
-        decode(data, 89_999)
+    assert_bad(data, "bomb", limit=89_999)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
+def test_non_images_are_bad_to_decoder_and_index():
+    for data in (
         b"", b"\xff\xd8", b"\xff\xd8\xff", b"hello, I am text", b"BM", b"GIF89a", b"II*\0", b"MM\0*\0\0\0\x08", b"RIFF",
         b"RIFF\4\0\0\0WEBP", b"\x89PNG\r\n\x1a\n", b"\0\0\0\x1cftypavif", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
         encoded(picture(), "PPM"), encoded(picture(), "ICO"), encoded(picture(), "JPEG2000"),
-    ],
-)  # fmt: skip
-def test_non_images_are_bad_to_decoder_and_index(data):
-    for judge in (lambda: decode(data, LIMIT), lambda: measure(data)):
+    ):  # fmt: skip
+        assert_bad(data)
         with pytest.raises(BadSample):
-            judge()
+            measure(data)
 
 
 def test_bombs_are_rejected_from_the_header_and_so_are_images_of_extreme_shape():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 9_000, 9_000, 8, 2, 0, 0, 0))
-    with pytest.raises(BadSample, match="bomb"):
-        decode(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"never read"), LIMIT)
+    assert_bad(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"never read"), "bomb")
     for kind in ("PNG", "TIFF", "BMP"):
         for height, width in ((1, 70_000), (70_000, 400), (1, 201), (402, 2)):
-            with pytest.raises(BadSample, match="ratio"):
-                decode(encoded(Image.new("L", (width, height)), kind), 10**9)
+            assert_bad(encoded(Image.new("L", (width, height)), kind), "ratio", limit=10**9)
         assert decode(encoded(Image.new("L", (200, 1)), kind), 10**9).shape == (1, 200, 3)
 
 
@@ -172,15 +164,16 @@ for mode in ("L", "RGBA"):
     assert decode(buffer.getvalue(), DataConfig().max_pixels).shape == (5000, 5000, 3)
     print((resident("VmHWM") - before) / 1000)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert len(found.stdout.split()) == 2
-    assert max(map(float, found.stdout.split())) < 250
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert len(process.stdout.split()) == 2
+    assert max(map(float, process.stdout.split())) < 250
 
 
 DAMAGED_EXIF = [
     b"", b"Exif\0\0", b"Exif\0\0hello", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\0\1", b"garbage"
 ]  # fmt: skip
 LONG = zlib.compress(bytes(3 << 20))
+WRONG_CHECKSUM = chunk(b"tEXt", b"Comment\0abc", is_intact=False)
 ODD_CHUNKS = {
     "long tEXt": chunk(b"tEXt", b"Comment\0" + b"a" * (3 << 20)),
     "long zTXt": chunk(b"zTXt", b"Comment\0\0" + LONG),
@@ -189,17 +182,14 @@ ODD_CHUNKS = {
     "broken zTXt": chunk(b"zTXt", b"Comment\0\0nothing"),
     "zTXt of an unknown method": chunk(b"zTXt", b"Comment\0\7" + LONG),
     "broken ICC": chunk(b"iCCP", b"profile"),
-    "wrong checksum of text": chunk(b"tEXt", b"Comment\0abc", is_intact=False),
+    "wrong checksum of text": WRONG_CHECKSUM,
     "wrong checksum of gamma": chunk(b"gAMA", b"\0\0\xb1\x8f", is_intact=False),
     "wrong checksum of EXIF": chunk(b"eXIf", b"II*\0", is_intact=False),
     "wrong checksum of an unknown chunk": chunk(b"xyZz", b"abc", is_intact=False),
-    "short pHYs": chunk(b"pHYs", b"\0"),
-    "short cHRM": chunk(b"cHRM", b"\0"),
-    "short gAMA": chunk(b"gAMA", b""),
-    "short sRGB": chunk(b"sRGB", b""),
-    "broken acTL": chunk(b"acTL", b""),
+    **{f"short {name}": chunk(name.encode(), b"\0") for name in ("pHYs", "cHRM")},
+    **{f"empty {name}": chunk(name.encode(), b"") for name in ("gAMA", "sRGB", "acTL")},
     "raw profile": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n  12\nnot hexadecimal")),
-    **{f"EXIF {each!r}": chunk(b"eXIf", each) for each in DAMAGED_EXIF},
+    **{f"EXIF {exif!r}": chunk(b"eXIf", exif) for exif in DAMAGED_EXIF},
 }
 
 
@@ -211,14 +201,13 @@ def test_pngs_with_damaged_metadata_are_decoded(oddity):
         assert (decode(odd, LIMIT) == picture()).all()
         assert measure(odd) == ImageSize(60, 90)
         at = odd.index(b"IDAT") + 4 + len(data) // 2
-        with pytest.raises(BadSample):
-            decode(odd[:at] + b"damaged" + odd[at + 7 :], LIMIT)
+        assert_bad(odd[:at] + b"damaged" + odd[at + 7 :])
 
 
 def test_repaired_png_keeps_transparency_and_orientation():
     grey = np.arange(60, dtype=np.uint8).reshape(6, 10)
     data = encoded(Image.fromarray(grey), "PNG", transparency=7, exif=rotation(6))
-    odd = data[:33] + ODD_CHUNKS["wrong checksum of text"] + data[33:]
+    odd = data[:33] + WRONG_CHECKSUM + data[33:]
     assert (decode(odd, LIMIT) == decode(data, LIMIT)).all()
     assert decode(odd, LIMIT).shape == (10, 6, 3)
     assert measure(odd) == measure(data) == ImageSize(10, 6)
@@ -228,7 +217,7 @@ def test_repaired_png_keeps_transparency_and_orientation():
 def test_webps_with_damaged_metadata_are_decoded(exif):
     alpha = np.dstack([picture(), np.full((60, 90), 200, np.uint8)])
     damaged = b"EXIF" + struct.pack("<I", len(exif)) + exif + bytes(len(exif) % 2)
-    for image, lossless in ((picture(), False), (picture(), True), (alpha, False), (alpha, True)):
+    for image, lossless in itertools.product((picture(), alpha), (False, True)):
         plain = encoded(image, "WEBP", lossless=lossless, exact=True)
         whole = encoded(image, "WEBP", lossless=lossless, exact=True, exif=b"Exif\0\0II*\0", icc_profile=b"none")
         odd = whole.replace(b"EXIF\x0a\0\0\0Exif\0\0II*\0", damaged)
@@ -260,18 +249,22 @@ def test_every_exception_of_a_decoder_is_a_bad_sample(monkeypatch, raised):
     monkeypatch.setattr("simplejpeg.decode_jpeg", mock.Mock(side_effect=raised("x")))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", mock.Mock(side_effect=raised("x")))
     for kind in FORMATS.keys() - {"WEBP", "AVIF"}:  # whose plugins load the pixels themselves
-        with pytest.raises(BadSample) as error:
-            decode(encoded(picture(), kind), LIMIT)
-        assert error.value.stage == "image"
+        assert_bad(encoded(picture(), kind))
+
+
+def with_right_checksums(png: bytes) -> bytes:
+    at, whole = 8, png[:8]
+    while at + 12 <= len(png) and (end := at + 12 + struct.unpack_from(">I", png, at)[0]) <= len(png):
+        whole, at = whole + chunk(png[at + 4 : at + 8], png[at + 8 : end - 4]), end
+    return whole + png[at:]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_mutated_images_raise_only_bad_samples(kind):
-    rng, small = random.Random(kind), Image.fromarray(picture(24, 40))
+    rng, small, decoded = random.Random(kind), Image.fromarray(picture(24, 40)), 0
     frames = {"save_all": True, "append_images": [small] * 2} if kind in ("GIF", "TIFF") else {}
     exif = {} if kind in ("BMP", "GIF") else {"exif": rotation(6)}
     whole = [encoded(small, kind, **exif), encoded(small.convert("L"), kind), encoded(small, kind, **frames)]
-    decoded = 0
     for _ in range(fuzz_rounds(150)):
         data = mutate(rng.choice(whole), rng)
         if kind == "PNG" and rng.random() < 0.7:
@@ -288,14 +281,116 @@ def test_mutated_images_raise_only_bad_samples(kind):
     assert decoded
 
 
-def with_right_checksums(png: bytes) -> bytes:
-    at, whole = 8, png[:8]
-    while at + 12 <= len(png):
-        end = at + 12 + struct.unpack_from(">I", png, at)[0]
-        if end > len(png):
-            break
-        whole, at = whole + chunk(png[at + 4 : at + 8], png[at + 8 : end - 4]), end
-    return whole + png[at:]
+# ---- JPEGs of cameras and editors
+
+HEIGHT, WIDTH = 120, 164
+PHOTO = encoded(picture(HEIGHT, WIDTH), "JPEG")
+STRICT = (  # chroma samplings that the strict decoder knows
+    "1x1 1x1 1x1", "2x2 1x1 1x1", "1x4 1x1 1x1", "4x1 1x1 1x1", "3x1 3x1 3x1", "2x2 1x2 1x2", "1x1", "2x2",
+    "1x1 1x1 1x1 1x1", "2x2 1x1 1x1 2x2",
+)  # fmt: skip
+LENIENT = (  # those that only Pillow knows
+    "4x2 1x1 1x1", "2x4 1x1 1x1", "4x1 2x1 2x1", "4x1 2x1 1x1", "1x1 2x2 2x2", "3x1 1x1 1x1", "1x3 1x1 1x1",
+    "2x2 2x1 1x2", "2x2 1x1 2x2", "1x1 1x1 2x1", "2x1 1x2 1x1", "2x1 1x1 1x1 1x1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("sampling", STRICT + LENIENT)
+def test_every_chroma_sampling_decodes_as_in_pillow_unless_its_pixels_are_damaged(sampling, progressive):
+    """Of the samplings that only Pillow knows, cut files alone are detected."""
+    data = sampled_jpeg(sampling, progressive)
+    assert (decode(data, LIMIT) == pillows(data)).all()
+    assert measure(data) == ImageSize(HEIGHT, WIDTH)
+    begin = data.index(b"\xff\xda") + 20
+    cuts = [data[: int(begin + fraction * (len(data) - 2 - begin))] for fraction in (0.0, 0.3, 0.7, 0.99)]
+    damaged = list(cuts)
+    if sampling in STRICT:
+        at = (begin + len(data)) // 2
+        damaged += [*(cut + jpeg.EOI for cut in cuts), data[:at] + b"\xff\xd3\x77" + data[at + 3 :]]
+        assert_bad(data[:-2] + 32 * b"\x12\x34" + data[-2:], "extraneous")
+    for cut in damaged:
+        assert_bad(cut)
+
+
+ICC = b"ICC_PROFILE\0"
+SEGMENTS = {  # marker and payload of the segments that follow SOI
+    "ICC out of order": [(0xE2, ICC + b"\2\2a"), (0xE2, ICC + b"\1\2b")],
+    "ICC of no chunks": [(0xE2, ICC + b"\0\0")],
+    "ICC chunk missing": [(0xE2, ICC + b"\3\7abc")],
+    "ICC twice": 2 * [(0xE2, ICC + b"\1\1abc")],
+    "APP14 cut": [(0xEE, b"Adobe\0\x64")],
+    "APP14 without content": [(0xEE, b"")],
+    "unknown Adobe transform": [(0xEE, b"Adobe\0\x64\0\0\0\0\x09")],
+    "JFIF of another version": [(0xE0, b"JFIF\0\x07\x07\0\0\1\0\1\0\0")],
+    "JFIF cut": [(0xE0, b"JFIF\0\1")],
+    "EXIF cut": [(0xE1, b"Exif\0\0II")],
+    "EXIF of nothing": [(0xE1, b"Exif\0\0")],
+    "EXIF that is no TIFF": [(0xE1, b"Exif\0\0hello there")],
+    "EXIF entries cut": [(0xE1, b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0")],
+    "EXIF offset outside": [(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff")],
+    "MPF": [(0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff")],
+    "Photoshop": [(0xED, b"Photoshop 3.0\08BIM\x04\x04\0\0\xff\xff\xff\xff")],
+    "comment that is no text": [(0xFE, b"\xff\xfe\xff\xff\xd8")],
+}
+INSERTED = {  # bytes, and the marker before which they are
+    "junk between segments": (b"\x00\x12\x34", 0xDB),
+    "stuffed junk": (b"\xff\x00\xff\x00", 0xC4),
+    "junk behind SOI": (b"\0\0", None),
+    "fill bytes": (b"\xff\xff\xff", 0xDB),
+    "ICC behind SOF": (segment(0xE2, ICC + b"\2\1abc"), 0xDA),
+    **{name: (b"".join(segment(*part) for part in parts), None) for name, parts in SEGMENTS.items()},
+}
+REPLACED = {"Se=0 (Samsung)": b"\x00\x00\x00", "Se=63, Al=1": b"\x00\x3f\x01"}  # of the scan's parameters 0, 63, 0
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("oddity", [*INSERTED, *REPLACED, "data behind the end"])
+def test_jpegs_with_harmless_oddities_are_decoded(oddity, mode):
+    data = encoded(Image.fromarray(picture(HEIGHT, WIDTH)).convert(mode), "JPEG", quality=90)
+    odd = data.replace(b"\x00\x3f\x00", REPLACED.get(oddity, b"\x00\x3f\x00"), 1)
+    if oddity in INSERTED:
+        odd = with_segments(data, INSERTED[oddity][0], before=INSERTED[oddity][1])
+    odd += b"anything \xff\xd8\xff" if oddity == "data behind the end" else b""
+    assert odd != data
+    assert (decode(odd, LIMIT) == pillows(data)).all()
+    assert measure(odd) == ImageSize(HEIGHT, WIDTH)
+    at = (odd.index(b"\xff\xda") + len(odd)) // 2
+    assert_bad(odd[:at] + b"\xff\xd3\x77" + odd[at + 3 :])
+    assert_bad(odd[:at])
+
+
+def test_odd_jpegs_are_rotated_too():
+    for orientation in range(1, 9):
+        payload = segment(0xE1, b"Exif\0\0" + rotation(orientation).tobytes().removeprefix(b"Exif\0\0"))
+        for data in (PHOTO, sampled_jpeg("4x2 1x1 1x1")):
+            odd = with_segments(data, b"junk", payload)
+            height, width = (WIDTH, HEIGHT) if orientation >= 5 else (HEIGHT, WIDTH)
+            assert decode(odd, LIMIT).shape == (height, width, 3)
+            assert measure(odd) == ImageSize(height, width)
+
+
+def test_jpegs_of_hundreds_of_scans_of_12_bits_or_without_pixels_are_rejected():
+    """A first scan of all components is the only one that decoders read: they fail on the surplus."""
+    progressive = encoded(Image.fromarray(picture(HEIGHT, WIDTH)).convert("L"), "JPEG", progressive=True)
+    for data, has_one_scan in ((PHOTO, True), (progressive, False)):
+        scan = next(part for part in jpeg.segments(data) if part.marker == 0xDA)
+        many = data[: scan.stop] + jpeg.MAX_SCANS * data[scan.start - 4 : scan.stop] + data[scan.stop :]
+        assert jpeg.read_header(many).has_one_scan is has_one_scan
+        assert decode(data, LIMIT).shape == (HEIGHT, WIDTH, 3)
+        assert_bad(many, "more than 100 scans")
+    (scan,) = [part for part in jpeg.segments(PHOTO) if part.marker == 0xDA]
+    of_one_component = PHOTO[: scan.start - 2] + b"\0\x08\x01\x01\0\0\x3f\0" + PHOTO[scan.end :]
+    for data in (of_one_component, PHOTO[: scan.start + 1]):
+        assert not jpeg.read_header(data).has_one_scan
+    metadata = 10 * [segment(0xE1, b"Exif\0\0" + 50 * b"\xff\xda\0\x08")]  # contains no scans
+    assert decode(with_segments(PHOTO, *metadata), LIMIT).shape == (HEIGHT, WIDTH, 3)
+    frame = PHOTO.index(b"\xff\xc0") + 4
+    for at, value in ((frame, b"\x0c"), (frame + 1, b"\0\0"), (frame + 3, b"\0\0")):  # 12 bits, and no pixels
+        assert_bad(PHOTO[:at] + value + PHOTO[at + len(value) :])
+
+
+# ---- sizes and crops
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
