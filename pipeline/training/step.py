@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,22 +31,25 @@ from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.objectives import ImageTokenizer, NegativePool, Objective, ObjectiveContext, RowSwap, objective_types
 from pipeline.objectives.itc import Contrast, global_contrast
 from pipeline.training.collectives import Collectives, share
-from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.stages import Stage
 
 RELEASED_MLM_FACTOR = 0.25  # by which VLMo's release multiplies the loss of MLM on pairs besides its weight
 Swapped = dict[str, tuple[str, Batch]]  # forward -> the objective it belongs to, and its swapped examples
 
 
+class StepEngine(Protocol):
+    """The part of an engine that a step uses; `last` marks the last micro-batch before the update."""
+
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput: ...
+
+    def backward(self, loss: Tensor, last: bool) -> None: ...
+
+
 class TrainingStep:
     """Computes the losses of global batches and gives the engine their gradient; the caller steps the engine."""
 
     def __init__(
-        self,
-        engine: DeepSpeedEngine,
-        stage: Stage,
-        collectives: Collectives,
-        image_tokenizer: ImageTokenizer | None = None,
+        self, engine: StepEngine, stage: Stage, collectives: Collectives, image_tokenizer: ImageTokenizer | None = None
     ):
         self.engine, self.stage, self.collectives = engine, stage, collectives
         self.seed, self.reproduces_release = hash64(stage.run.seed, stage.name), stage.run.reproduce_vlmo_release

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from pipeline.config.load import load_config
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.examples import augment as module
-from pipeline.data.examples.augment import FILL, NAMES, OPERATIONS, augment, rotate, translate, warp
+from pipeline.data.examples.augment import FILL, NAMES, OPERATIONS, augment, translate, warp
 from pipeline.data.randomness import CounterRandom, hash64
 
 RECIPES = sorted(Path(__file__).parents[4].glob("configs/finetune/vilt_*.yaml"))
@@ -18,8 +18,7 @@ PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, num_ops=0)
 
 def picture(size: int = 64) -> np.ndarray:
     y, x = np.mgrid[0:size, 0:size] / size
-    image = np.stack([40 + 170 * x, 60 + 120 * y, 120 + 60 * np.sin(9 * x) * np.cos(7 * y)], axis=2)
-    return image.astype(np.uint8)
+    return np.stack([40 + 170 * x, 60 + 120 * y, 120 + 60 * np.sin(9 * x) * np.cos(7 * y)], axis=2).astype(np.uint8)
 
 
 def augmented(key: int, config: AugmentConfig, size: int = 64, flip: bool = True) -> np.ndarray:
@@ -48,7 +47,7 @@ def test_each_of_vlmos_ten_operations_has_the_effect_of_its_magnitude() -> None:
         ("ShearY", 0.7, 1): warp(image, [[1, 0, 0], [0.7 * 0.3, 1, 0]]),
         ("TranslateX", 1.0, 1): translate(image, 10 / 224, True),
         ("TranslateY", 1.0, -1): translate(image, -10 / 224, False),
-        ("Rotate", 0.7, -1): rotate(image, -21.0),
+        ("Rotate", 0.7, -1): warp(image, degrees=-21.0),
     }
     assert {name for name, *_ in expected} == set(NAMES)
     for (name, strength, sign), result in expected.items():
@@ -77,17 +76,17 @@ def test_geometric_operations_fill_with_grey_and_shift_whole_pixels_exactly() ->
     moved = translate(image, 8 / 64, True)
     assert (moved[:, 8:] == image[:, :-8]).all()
     assert (moved[:, :8] == FILL).all()
-    assert (rotate(image, 90.0) == np.rot90(image)).all()
+    assert (warp(image, degrees=90.0) == np.rot90(image)).all()
+    assert (warp(image, degrees=21.0)[0, 0] == FILL).all()
     sheared = warp(warp(image, [[1, 0.2, 0], [0, 1, 0]]), [[1, -0.2, 0], [0, 1, 0]])
     assert np.abs(sheared[24:40, 24:40].astype(int) - image[24:40, 24:40]).max() <= 4
-    assert (rotate(image, 21.0)[0, 0] == FILL).all()
     for right, down in ((7, 0), (-7, 0), (0, 5), (0, -5)):
         shifted = translate(image, (right + down) / 64, horizontal=right != 0)
         assert np.array_equal(shifted, warp(image, [[1, 0, right], [0, 1, down]]))
 
 
-def test_randaugment_applies_operations_half_of_the_time_by_the_key_alone() -> None:
-    one_operation = PLAIN.model_copy(update={"num_ops": 1, "magnitude": 7})
+def test_key_alone_decides_and_half_of_the_operations_and_flips_are_applied() -> None:
+    one_operation, flipping = (PLAIN.model_copy(update=keys) for keys in ({"num_ops": 1, "magnitude": 7}, {"flip": 1}))
     assert (augmented(1, PLAIN) == picture()).all()
     unchanged = sum(bool((augmented(key, one_operation) == picture()).all()) for key in range(2000))
     assert abs(unchanged / 2000 - (0.5 + 0.5 / len(NAMES))) < 0.05  # not applied, or Identity
@@ -95,15 +94,9 @@ def test_randaugment_applies_operations_half_of_the_time_by_the_key_alone() -> N
     assert (first == again).all()
     assert (first != other).any()
     assert first.shape == (32, 32, 3)
-
-
-def test_flips_mirror_half_of_the_images_if_allowed_and_change_nothing_else() -> None:
-    config, mirrored = PLAIN.model_copy(update={"flip": True}), 0
-    for key in range(200):
-        assert (augmented(key, config, flip=False) == picture()).all()
-        mirrored += bool((augmented(key, config) == picture()[:, ::-1]).all())
-    assert 70 < mirrored < 130
-    for key in range(30):
+    assert 70 < sum(bool((augmented(key, flipping) == picture()[:, ::-1]).all()) for key in range(200)) < 130
+    assert all((augmented(key, flipping, flip=False) == picture()).all() for key in range(200))
+    for key in range(30):  # flips change nothing else
         allowed, forbidden = (augmented(key, AugmentConfig(num_ops=0), 32, flip) for flip in (True, False))
         assert (allowed == forbidden).all() or (allowed == forbidden[:, ::-1]).all()
     for caption in ("a dog to the left of a cat", "the RIGHT hand", "leftmost house", "a right-handed player"):
