@@ -16,11 +16,9 @@ SourceFormat = StrEnum(
 )
 SourceType = StrEnum("SourceType", "pairs images text labelled regions questions statements")
 Report = Annotated[
-    Path | None, Option(parser=local_file, help="Write every bad sample to this file, one JSON object per line.")
+    Path | None, Option(parser=local_file, help="Write all bad samples to this file, one JSON per line.")
 ]
-MaxPixels = Annotated[
-    int, Option(min=1, help="Maximum pixels of an image; a larger one is rejected as a decompression bomb.")
-]
+MaxPixels = Annotated[int, Option(min=1, help="Maximum pixels of an image; more are rejected as a decompression bomb.")]
 MAX_PIXELS = 25_000_000  # default of data.max_pixels
 
 app = typer.Typer(no_args_is_help=True, help="Build, index, check and show shards: tars of images, captions and texts.")
@@ -32,21 +30,13 @@ def build(
         Path, Argument(parser=local_file, help="Folder, list or table of images with captions, annotation file, text.")
     ],
     out: Annotated[str, Argument(help="Folder or URL (s3://bucket/path) to write the shards to.")],
-    kind: Annotated[SourceFormat, Option(help="Format of SOURCE; auto detects it from the content.")] = (
-        SourceFormat.auto  # type: ignore[attr-defined]
-    ),
+    kind: Annotated[SourceFormat, Option(help="Format of SOURCE; auto detects it.")] = SourceFormat.auto,
     images: Annotated[
         Path | None, Option(parser=local_file, help="Folder that image paths are relative to (default: SOURCE's).")
     ] = None,
-    allow_outside: Annotated[
-        bool, Option("--allow-outside", help="Also read images that a list names outside of that folder.")
-    ] = False,
-    image_column: Annotated[
-        str | None, Option(help="table, parquet: name or number of the column with image paths (or bytes).")
-    ] = None,
-    caption_column: Annotated[
-        str | None, Option(help="table, parquet: name or number of the column with captions.")
-    ] = None,
+    allow_outside: Annotated[bool, Option("--allow-outside", help="Also read images outside of that folder.")] = False,
+    image_column: Annotated[str | None, Option(help="table, parquet: name or number of the image column.")] = None,
+    caption_column: Annotated[str | None, Option(help="table, parquet: name or number of the caption column.")] = None,
     samples_per_shard: Annotated[int, Option(min=1, help="Number of samples in each tar.")] = 1000,
     words: Annotated[int, Option(min=1, help="text: maximum number of words per sample.")] = 64,
     annotations: Annotated[
@@ -61,9 +51,7 @@ def build(
         int | None, Option(min=1, help="vqa, vg_qa: minimum occurrences of a listed answer (default: 9).")
     ] = None,
     limit: Annotated[int | None, Option(min=1, help="Maximum number of samples to import.")] = None,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace the shards at OUT once the new ones are complete.")
-    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the shards at OUT by complete new ones.")] = False,
     strict: Annotated[bool, Option("--strict", help="Stop at the first missing image or bad line.")] = False,
     max_missing: Annotated[
         str | None, Option(help="Fail, and write nothing, if more entries cannot be used: 1% or 0.01 (default: 100%).")
@@ -88,20 +76,18 @@ def build(
     from jobs.shards.commands import build_shards
     from pipeline.data.building.inputs import ImportOptions, Problems
 
-    listed = tuple(annotations or ())
     options = ImportOptions(
-        images, allow_outside, image_column, caption_column, words, listed, split, listed_only, min_count
-    )
+        images, allow_outside, image_column, caption_column, words, tuple(annotations or ()), split, listed_only,
+        min_count,
+    )  # fmt: skip
     problems = Problems(strict=strict)
-    build_shards(source, out, str(kind), options, problems, samples_per_shard, limit, overwrite, max_missing, as_json)
+    build_shards(source, out, kind, options, problems, samples_per_shard, limit, overwrite, max_missing, as_json)
 
 
 @app.command()
 def index(
     url: Annotated[str, Argument(help="Folder of tars, or a brace pattern: s3://b/train-{0000..0095}.tar")],
-    trust_counts: Annotated[
-        bool, Option("--trust-counts", help="Do not read tars that another tool has counted already (see above).")
-    ] = False,
+    trust_counts: Annotated[bool, Option("--trust-counts", help="Do not read tars that another tool counted.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Index tars written by any tool (webdataset, img2dataset, …) in place; run again to continue.
@@ -123,9 +109,7 @@ def index(
 @app.command()
 def check(
     url: Annotated[str, Argument(help="Folder of tars, brace pattern, or one tar.")],
-    source_type: Annotated[
-        SourceType, Option("--type", help="Source type for which the samples are checked.")
-    ] = SourceType.pairs,  # type: ignore[attr-defined]
+    source_type: Annotated[SourceType, Option("--type", help="Source type of the samples.")] = SourceType.pairs,
     report: Report = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     workers: Annotated[int, Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
@@ -141,7 +125,7 @@ def check(
     """
     from jobs.shards.commands import check_folder
 
-    if status := check_folder(url, str(source_type), report, max_pixels, workers, as_json):
+    if status := check_folder(url, source_type, report, max_pixels, workers, as_json):
         raise typer.Exit(status)
 
 
@@ -149,9 +133,7 @@ def check(
 def show(
     url: Annotated[str, Argument(help="Folder of indexed shards, brace pattern, or one tar of them.")],
     samples: Annotated[int, Option(min=1, help="Number of samples to show, spread over the shards.")] = 8,
-    sheet: Annotated[
-        Path | None, Option(parser=local_file, help="Save a contact sheet of the samples to this PNG file.")
-    ] = None,
+    sheet: Annotated[Path | None, Option(parser=local_file, help="PNG file for a contact sheet of samples.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print keys, members, sizes and captions of some samples, and save their images as one contact sheet."""
@@ -167,15 +149,11 @@ def regions(
     detector: Annotated[
         Path, Option(parser=local_file, help="Folder of a Hugging Face object-detection model, present on every node.")
     ],
-    max_regions: Annotated[
-        int, Option("--regions", min=1, help="Maximum number of regions per image, by confidence.")
-    ] = 100,
+    max_regions: Annotated[int, Option("--regions", min=1, help="Regions per image, the most confident ones.")] = 100,
     workers: Annotated[int, Option(min=1, help="Number of Ray actors; each loads a detector.")] = 1,
     gpus_per_worker: Annotated[float, Option(min=0, help="Number of GPUs of each actor; may be a fraction.")] = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
-    address: Annotated[
-        str | None, Option(help="Address of a Ray cluster (host:6379); without it, a local Ray is started.")
-    ] = None,
+    address: Annotated[str | None, Option(help="Address of a Ray cluster (default: start a local Ray).")] = None,
     report: Report = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -184,7 +162,7 @@ def regions(
     Keys and other members stay as they are. A sample whose image is bad gets no regions and is reported; training
     quarantines it. Run the command again to continue after an interruption.
     """
-    from jobs.shards.regions import detect_regions
+    from jobs.shards.detection import detect_regions
     from pipeline.config.schema import ClusterConfig
 
     cluster = ClusterConfig(workers=workers, gpus_per_worker=gpus_per_worker, address=address)

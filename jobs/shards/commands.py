@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -22,7 +22,7 @@ from pipeline.config.schema import DataConfig, SourceType
 from pipeline.data.building.importers import find_kind, read_source, write_shards
 from pipeline.data.building.inputs import ImportOptions, Kind, Problems, Sample, suffix_of
 from pipeline.data.contents.images import EXTENSIONS, decode, format_of, measure
-from pipeline.data.contents.members import Members, record_of
+from pipeline.data.contents.members import record_of
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.check import ShardFinding, check_shards
 from pipeline.data.shards.manifest import Manifest, load_index, load_manifest, shard_folder
@@ -31,7 +31,7 @@ from pipeline.pages.page import signature
 
 BROKEN, BAD = 1, 3  # exit statuses of a check
 _MAX_PRINTED = 20  # broken shards
-TILE, CAPTION_LINES, LINE_CHARACTERS, LINE_HEIGHT = 224, 6, 38, 15  # of the contact sheet, in pixels and characters
+TILE, CAPTION_LINES, LINE_CHARACTERS, LINE_HEIGHT, MARGIN = 224, 6, 38, 15, 16  # of the contact sheet, in pixels
 # Options of some formats only; with another format they are an error.
 APPLIES_TO = {
     "image_column": ("table", "parquet"), "caption_column": ("table", "parquet"), "annotations": ("vqa",),
@@ -54,35 +54,26 @@ class ShardProgress(Progress):
             self.update(self.bar, description=f"{self._action} {name}", completed=done, total=total)
 
 
-def manifest_facts(manifest: Manifest, url: str) -> dict[str, Any]:
-    """Return a manifest's totals as a JSON object."""
-    size = sum(shard.bytes for shard in manifest.shards)
-    totals = {"url": url, "shards": len(manifest.shards), "num_samples": manifest.num_samples, "bytes": size}
-    return totals | {"manifest": manifest.digest}
-
-
 def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str, Any]) -> None:
     """Print a manifest's totals and the command's own facts."""
-    facts = manifest_facts(manifest, url) | more
+    size, shards, samples = sum(shard.bytes for shard in manifest.shards), len(manifest.shards), manifest.num_samples
     if as_json:
-        echo(json.dumps(facts, ensure_ascii=False))
+        totals = {"url": url, "shards": shards, "num_samples": samples, "bytes": size, "manifest": manifest.digest}
+        echo(json.dumps(totals | more, ensure_ascii=False))
         return
 
     def counted(count: int, noun: str) -> str:
         return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
-    left_out = f", {facts['left_out']} left out" if facts.get("left_out") else ""
-    totals = f"{counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
-    echo(f"{totals} at {url}{left_out}")
-    if "images" in facts:
-        parts = [counted(facts[f"{noun}s"], noun) for noun in ("image", "caption") if facts[f"{noun}s"]]
-        line = ", ".join([*parts, f"{facts['bytes'] / 1e6:,.1f} MB"])
-        for name, noun, note in (
-            ("without_caption", "image", "without a caption"), ("animated", "animated image", "(first frame)"),
-        ):  # fmt: skip
-            line += f"; {counted(facts[name], noun)} {note}" if facts[name] else ""
+    left_out = f", {more['left_out']} left out" if more.get("left_out") else ""
+    echo(f"{counted(samples, 'sample')} in {counted(shards, 'shard')} at {url}{left_out}")
+    if "images" in more:
+        parts = [counted(more[f"{noun}s"], noun) for noun in ("image", "caption") if more[f"{noun}s"]]
+        line = ", ".join([*parts, f"{size / 1e6:,.1f} MB"])
+        line += f"; {counted(more['without_caption'], 'image')} without a caption" if more["without_caption"] else ""
+        line += f"; {counted(more['animated'], 'animated image')} (first frame)" if more["animated"] else ""
         echo(line)
-    if trusted := facts.get("trusted"):
+    if trusted := more.get("trusted"):
         echo(f"{trusted} of the shards were counted by another tool and are read on first use")
     echo(f"inspect them: mome shards show {url} --sheet sheet.png")
 
@@ -92,7 +83,6 @@ def build_shards(
     limit: int | None, overwrite: bool, max_missing: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write the shards and print the result; the arguments are the options of `mome shards build`."""
-    storage = Storage()
     threshold = 1.0
     if max_missing is not None:
         try:
@@ -109,7 +99,7 @@ def build_shards(
     if options.images is not None and not options.images.is_dir():
         expected = "the folder that image paths are relative to"
         raise ConfigError(f"--images {options.images}: no such folder; expected {expected}")
-    imported = read_source(source, format_name, problems, options)
+    storage, imported = Storage(), read_source(source, format_name, problems, options)
     num_samples = 0
     counts = {"images": 0, "captions": 0, "without_caption": 0, "animated": 0}
 
@@ -135,9 +125,8 @@ def build_shards(
 
     try:
         with ShardProgress("indexing") as progress:
-            manifest = write_shards(
-                storage, count_samples(), out, samples_per_shard, progress.shard, overwrite=overwrite
-            )
+            samples = count_samples()
+            manifest = write_shards(storage, samples, out, samples_per_shard, progress.shard, overwrite=overwrite)
         for name, listed in imported.choices.items():
             storage.write(join(out, name), listed.to_bytes())
     finally:  # report what was not imported, and which option to try
@@ -171,7 +160,7 @@ def build_shards(
 def check_folder(url: str, source_type: str, report: Path | None, max_pixels: int, workers: int, as_json: bool) -> int:
     """Check the shards at `url`, print the summary, and return the exit status of `mome shards check`."""
     shards = samples = 0
-    broken: list[ShardFinding] = []
+    broken: dict[str, str] = {}  # shard -> reason
     kinds, skipped = Counter[str](), Counter[str]()  # of bad samples, and of entries that belong to no sample
     examples: dict[str, ShardFinding] = {}
     with (
@@ -179,34 +168,27 @@ def check_folder(url: str, source_type: str, report: Path | None, max_pixels: in
         list_of_findings(report, "--report") if report else nullcontext() as lines,
     ):
         for shard in check_shards(Storage(), url, cast(SourceType, source_type), max_pixels, workers, progress.shard):
-            shards += 1
-            samples += shard.samples
+            shards, samples = shards + 1, samples + shard.samples
             skipped.update(shard.skipped)
             for finding in shard.bad:  # counted by the reason without the details of the sample
-                reason = re.sub("[0-9]+", "N", re.split("[:;(]", finding.reason)[0])
-                kind = f"{finding.stage}: {reason.strip()}"
+                kind = f"{finding.stage}: {re.sub('[0-9]+', 'N', re.split('[:;(]', finding.reason)[0]).strip()}"
                 kinds[kind] += 1
                 examples.setdefault(kind, finding)
-            broken += [shard.broken] if shard.broken else []
+            broken |= {shard.shard: shard.broken.reason} if shard.broken else {}
             if lines is not None:
                 findings = (*shard.bad, shard.broken) if shard.broken else shard.bad
                 lines.writelines(f"{json.dumps(f._asdict(), ensure_ascii=False)}\n".encode() for f in findings)
     if as_json:
         summary = {
-            "url": url,
-            "shards": shards,
-            "num_samples": samples,
-            "bad_samples": kinds.total(),
-            "kinds": dict(kinds.most_common()),
-            "broken_shards": {finding.shard: finding.reason for finding in broken},
-            "report": str(report) if report else None,
-        }
+            "url": url, "shards": shards, "num_samples": samples, "bad_samples": kinds.total(),
+            "kinds": dict(kinds.most_common()), "broken_shards": broken, "report": str(report) if report else None,
+        }  # fmt: skip
         echo(json.dumps(summary | ({"skipped": dict(skipped.most_common())} if skipped else {}), ensure_ascii=False))
     else:
         echo(f"{samples} samples in {shards} shards at {url}")
         echo(f"{len(broken)} broken shards, {kinds.total()} bad samples")
-        for finding in broken[:_MAX_PRINTED]:
-            echo(f"  {finding.shard}: {finding.reason}")
+        for name, reason in islice(broken.items(), _MAX_PRINTED):
+            echo(f"  {name}: {reason}")
         if len(broken) > _MAX_PRINTED:
             echo(f"  … and {len(broken) - _MAX_PRINTED} more")
         for kind, count in kinds.most_common():
@@ -241,30 +223,35 @@ def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> N
             members = {name: data[at - start : at - start + size] for name, at, size in index.members(number)}
             encoded = next((content for name, content in members.items() if name.split(".")[-1] in EXTENSIONS), None)
             image, fault = None, None
+            record: dict[str, Any] = {}
             try:
                 image = None if encoded is None else Image.fromarray(decode(encoded, DataConfig().max_pixels))
             except BadSample as error:
                 fault = error.reason
+            with suppress(BadSample), judging("members"):
+                record = record_of(members)
+            # Texts of any type of source: training may read none of them.
+            texts = record.get("captions") or record.get("caption")
+            if isinstance(sentence := record.get("question") or record.get("sentence"), str):
+                answers = record.get("answers", record.get("label"))
+                texts = [sentence] if answers is None else [sentence, answers]
+            elif not isinstance(texts, str | list):
+                texts = [members["txt"].decode("utf-8", errors="replace")] if "txt" in members else []
+            sample = {
+                "shard": shard.name, "key": index.keys[number], "fault": fault,
+                "members": {name: len(content) for name, content in members.items()},
+                "image_size": list(image.size) if image else None,
+                "captions": [str(text) for text in ([texts] if isinstance(texts, str) else texts)],
+            }  # fmt: skip
+            shown.append(sample)
             images.append(image)
-            shown.append(
-                {
-                    "shard": shard.name,
-                    "key": index.keys[number],
-                    "members": {name: len(content) for name, content in members.items()},
-                    "image_size": list(image.size) if image else None,
-                    "fault": fault,
-                    "captions": shown_captions(members),
-                }
-            )
     if sheet is not None:
         buffer, info = io.BytesIO(), PngInfo()
         info.add_text("Software", signature(f"samples of {manifest.digest}"))
         contact_sheet(shown, images).save(buffer, "PNG", pnginfo=info)
         write_output(storage, str(sheet), buffer.getvalue(), "--sheet")
     if as_json:
-        facts = {"samples": shown, "sheet": str(sheet) if sheet else None, **manifest_facts(manifest, url)}
-        echo(json.dumps(facts, ensure_ascii=False))
-        return
+        return report_manifest(manifest, url, as_json, {"samples": shown, "sheet": str(sheet) if sheet else None})
     for sample in shown:
         sizes = ", ".join(f"{name} {size} B" for name, size in sample["members"].items())
         pixels = "  {} x {}".format(*sample["image_size"]) if sample["image_size"] else ""
@@ -278,34 +265,18 @@ def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> N
         echo(f"contact sheet: {sheet}")
 
 
-def shown_captions(members: Members) -> list[str]:
-    """Return the captions, question or statement of a sample's json, else its text; training may read none of them."""
-    record: dict[str, Any] = {}
-    with suppress(BadSample), judging("members"):
-        record = record_of(members)
-    if isinstance(sentence := record.get("question") or record.get("sentence"), str):
-        answers = record.get("answers", record.get("label"))
-        return [sentence, *([str(answers)] if answers is not None else [])]
-    captions = record.get("captions") or record.get("caption")
-    if isinstance(captions, str | list):
-        return [captions] if isinstance(captions, str) else [str(caption) for caption in captions]
-    return [members["txt"].decode("utf-8", errors="replace")] if "txt" in members else []
-
-
 def contact_sheet(samples: list[dict[str, Any]], images: list[Image.Image | None]) -> Image.Image:
     """Draw the samples' images in rows of four, with their captions below."""
     columns = max(1, min(4, len(samples)))
-    height = TILE + CAPTION_LINES * LINE_HEIGHT + 16
-    page = Image.new("RGB", (columns * (TILE + 16) + 16, -(-len(samples) // columns) * height + 16), "white")
+    width, height = TILE + MARGIN, TILE + CAPTION_LINES * LINE_HEIGHT + MARGIN
+    page = Image.new("RGB", (columns * width + MARGIN, -(-len(samples) // columns) * height + MARGIN), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=11)
     for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
-        row, column = divmod(number, columns)
-        x, y = 16 + column * (TILE + 16), 16 + row * height
+        x, y = MARGIN + number % columns * width, MARGIN + number // columns * height
         top, num_lines = y + TILE + 4, CAPTION_LINES
         if image is not None:
-            scale = TILE / max(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            image = image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+            method = Image.Resampling.NEAREST if 2 * max(image.size) < TILE else Image.Resampling.BICUBIC
+            image = ImageOps.contain(image, (TILE, TILE), method)
             page.paste(image, (x + (TILE - image.width) // 2, y + (TILE - image.height) // 2))
         elif sample["fault"]:
             draw.multiline_text((x + 8, y + 8), textwrap.fill(sample["fault"], LINE_CHARACTERS), "firebrick", font)

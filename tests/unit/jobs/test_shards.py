@@ -29,8 +29,8 @@ def images(tmp_path: Path) -> Path:
         Image.new("RGB", (8, 6), (number, 0, 0)).save(folder / name, **more)
         if number:
             (folder / name).with_suffix(".txt").write_text(f"caption {number}")
-    for name in ("x.heic", "x.md"):
-        (folder / name).write_text("text")
+    write_lines(folder / "x.heic", "text")
+    write_lines(folder / "x.md", "text")
     return folder
 
 
@@ -38,29 +38,24 @@ def lines(path: Path, *names: str) -> Path:
     return write_lines(path, *({"image": name, "caption": "a"} for name in names))
 
 
-def test_imported_contents_are_counted(images: Path, tmp_path: Path) -> None:
+def test_imported_contents_are_counted_and_hints_name_the_option_to_try(images: Path, tmp_path: Path) -> None:
     result = build(images, tmp_path / "out")
     notes = " MB; 1 image without a caption; 1 animated image (first frame)"
     assert all(text in result.stdout for text in ("4 samples in 1 shard at", "4 images, 3 captions", notes))
     assert all(text in result.stderr for text in ("x.heic", "not read: 1 .md"))
     facts = facts_of("build", images, tmp_path / "out", "--overwrite")
-    assert {name: facts[name] for name in ("images", "captions", "without_caption", "animated", "left_out")} == {
-        "images": 4, "captions": 3, "without_caption": 1, "animated": 1, "left_out": 1,
-    }  # fmt: skip
+    assert facts.items() >= {"images": 4, "captions": 3, "without_caption": 1, "animated": 1, "left_out": 1}.items()
     assert facts["skipped"] == {".md": 1}
-
-
-def test_hints_name_the_option_to_try(images: Path, tmp_path: Path) -> None:
-    absent = build(lines(tmp_path / "l.jsonl", "x.jpg", "y.jpg"), tmp_path / "out", fails=DataError)
+    absent = build(lines(tmp_path / "l.jsonl", "x.jpg", "y.jpg"), tmp_path / "none", fails=DataError)
     assert "hint: none of the listed images exists; give the folder" in absent.stderr
-    half = build(lines(tmp_path / "l.jsonl", "x.jpg", "y.jpg", "a.jpg"), tmp_path / "out", "--images", images)
+    half = build(lines(tmp_path / "l.jsonl", "x.jpg", "y.jpg", "a.jpg"), tmp_path / "half", "--images", images)
     assert "hint: more entries could not be used (2) than were imported (1)" in half.stderr
     for name in ("cat", "dog"):
         save_image(tmp_path / "classes" / name / "1.jpg")
     for folder, is_advised in ((tmp_path / "classes", True), (images, False)):
         assert ("--kind classes" in build(folder, tmp_path / "out", "--overwrite").stderr) == is_advised
     write_lines(tmp_path / "tars" / "0.tar", "")
-    assert "mome shards index" in str(build(tmp_path / "tars", tmp_path / "out4", fails=DataError).exception)
+    assert "mome shards index" in str(build(tmp_path / "tars", tmp_path / "none", fails=DataError).exception)
 
 
 def test_too_many_missing_entries_leave_nothing(images: Path, tmp_path: Path) -> None:
@@ -79,13 +74,11 @@ def test_too_many_missing_entries_leave_nothing(images: Path, tmp_path: Path) ->
 def test_options_reach_their_readers_only(images: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("one,two\ndata/a.jpg,said\n")
     build(tmp_path / "t.csv", tmp_path / "out", "--image-column", "one", "--caption-column", "2")
-    (tmp_path / "lists").mkdir()
     file = lines(tmp_path / "lists" / "l.jsonl", "../data/a.jpg")
     assert "--allow-outside" in build(file, tmp_path / "out2", fails=DataError).stderr
     build(file, tmp_path / "out2", "--allow-outside")
-    for option in (
-        ("--split", "x"), ("--min-count", 2), ("--listed-only",), ("--image-column", "a"), ("--annotations", "x"),
-    ):  # fmt: skip
+    options = ("--split", "x"), ("--min-count", 2), ("--listed-only",), ("--image-column", "a"), ("--annotations", "x")
+    for option in options:
         refused = build(images, tmp_path / "out3", *option, fails=ConfigError)
         assert re.search(rf"{option[0]} is for --kind .*read as folder", str(refused.exception))
 
@@ -110,7 +103,7 @@ def test_index_check_and_show_print_clean_text(foreign: Path, tmp_path: Path, ca
     assert "2 x symbolic link (the first: link.jpg)" in caplog.text
     facts = facts_of("check", foreign, "--workers", 1, "--report", tmp_path / "bad.jsonl", status=3)
     assert (facts["bad_samples"], facts["skipped"]) == (1, {"symbolic link": 2})
-    (bad,) = map(json.loads, (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines())
+    bad = json.loads((tmp_path / "bad.jsonl").read_text(encoding="utf-8"))
     assert (bad["key"], "lone surrogate" in bad["reason"]) == ("cut", True)
     printed = run_shards("check", foreign, "--workers", 1, status=3).stdout
     assert "skipped, not part of a sample: symbolic link" in printed

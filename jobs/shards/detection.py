@@ -15,12 +15,13 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from jobs.console import echo, list_of_findings
@@ -93,22 +94,19 @@ def detect_regions(
         for name in tars:
             location = join(target, name + RECORD)
             try:
-                content = json.loads(storage.read(location))
-                stored, source = RegionSettings(**content["setting"]), ObjectInfo(**content["source"])
-                shard = RegionShard(**{**content, "setting": stored, "source": source})
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                shard = TypeAdapter(RegionShard).validate_json(storage.read(location))
+            except ValueError as error:
                 remedy = "Delete it and its tar"
                 raise DataError(f"{location}: not a record of a shard's regions ({error}). {remedy}") from error
-            if stored != setting:
+            if shard.setting != setting:
                 options = "another detector, or with other --regions or --max-pixels"
                 raise ConfigError(f"{target}: {name} was made by {options}; give the same, or choose another folder")
-            if source == sources[name]:
+            if shard.source == sources[name]:
                 done[name] = shard
         for name in done:
             progress.shard(len(done), len(names), name)
         if missing := {name: sources[name] for name in names if name not in done}:
-            actor = RegionActor(storage, folder, target, detector.resolve(), setting)
-            for shard in _on_actors(actor, missing, cluster):
+            for shard in _on_actors((storage, folder, target, detector.resolve(), setting), missing, cluster):
                 done[shard.shard] = shard
                 progress.shard(len(done), len(names), shard.shard)
         bad = [{"shard": name, **sample} for name in names for sample in done[name].bad]
@@ -165,8 +163,10 @@ class RegionActor:
         return shard
 
 
-def _on_actors(actor: RegionActor, shards: Mapping[str, ObjectInfo], cluster: ClusterConfig) -> Iterator[RegionShard]:
-    """Yield each shard when it is done by a copy of `actor`, in any order. Raise the errors of the actors."""
+def _on_actors(
+    arguments: tuple[object, ...], shards: Mapping[str, ObjectInfo], cluster: ClusterConfig
+) -> Iterator[RegionShard]:
+    """Yield each shard when one of the actors has written it, in any order. Raise the errors of the actors."""
     from jobs.cluster import connect
 
     connect(cluster)
@@ -175,12 +175,9 @@ def _on_actors(actor: RegionActor, shards: Mapping[str, ObjectInfo], cluster: Cl
 
     resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
     actor_class: Any = ray.remote(RegionActor).options(**resources, max_restarts=RESTARTS, max_task_retries=RESTARTS)
-    arguments = [getattr(actor, parameter.name) for parameter in fields(actor)]
     actors = [actor_class.remote(*arguments) for _ in range(min(cluster.workers, len(shards)))]
     try:
-        yield from ActorPool(actors).map_unordered(
-            lambda actor, shard: actor.detect.remote(*shard), list(shards.items())
-        )
+        yield from ActorPool(actors).map_unordered(lambda actor, shard: actor.detect.remote(*shard), shards.items())
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, MomeError) else RunFailed(f"a detector failed: {error}") from None
     except ray.exceptions.RayActorError as error:
@@ -231,10 +228,10 @@ class Detector:
         probabilities = logits.softmax(dim=1)[:, :-1] if has_nothing else logits.sigmoid()
         confidences, classes = probabilities.max(dim=1)
         best = torch.argsort(confidences, descending=True, stable=True)[:max_regions]
-        height, width = image.shape[:2]
         # Centres and sizes relative to the image -> x1, y1, x2, y2 in its pixels, clipped to it.
-        centre, half = boxes[best, :2], boxes[best, 2:] / 2
-        corners = torch.cat([centre - half, centre + half], dim=1).clamp(0, 1)
+        height, width = image.shape[:2]
+        centre, half = boxes[best].split(2, dim=1)
+        corners = torch.cat([centre - half / 2, centre + half / 2], dim=1).clamp(0, 1)
         corners *= corners.new_tensor([width, height, width, height])
         kept = (hidden[best], corners, classes[best], confidences[best])
         features, regions, numbers, scores = (values.cpu().numpy() for values in kept)
