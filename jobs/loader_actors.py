@@ -5,7 +5,6 @@ each call names the step. The price is network traffic: decoded pixels (150 kB a
 30 to 90 kB.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,20 +20,13 @@ from pipeline.data.storage import Storage
 RESTARTS = 3  # of an actor whose node is lost; its unfinished steps are submitted again
 
 
-@dataclass
-class ExampleActor:
+class ExampleActor(ThreadBackend):
     """An actor that builds one contiguous part of a rank's places, step by step."""
-
-    spec: LoaderSpec
-    storage: Storage
-    threads: ThreadBackend | None = None
 
     def build(self, step: int) -> tuple[np.ndarray, list[BadRecord]]:
         """Return the part's examples of a step, as the memory of a batch buffer, and what was replaced."""
-        if self.threads is None:  # an error in the constructor would reach the caller as an ActorDiedError only
-            self.threads = ThreadBackend(self.spec, self.storage)
-        self.threads.submit(step)
-        buffer, bad = self.threads.result(step)
+        self.submit(step)
+        buffer, bad = self.result(step)
         return buffer.memory, bad
 
 

@@ -11,11 +11,11 @@ Faulty entries and those without an image are recorded in `Problems` and skipped
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.config.errors import DataError
 from pipeline.data.building import inputs
@@ -27,13 +27,7 @@ from pipeline.data.shards.tar import clean_name
 TRAINED_WITH = {"train": ("train", "restval")}  # COCO's other training images have a split of their own
 
 
-class Question(NamedTuple):
-    """A question, the scores of its answers, and the possible names of its image."""
-
-    id: int
-    text: str
-    answers: Mapping[str, float]
-    image_names: list[str]
+Question = tuple[int, str, Mapping[str, float], list[str]]  # its id, text, scored answers, and possible image names
 
 
 def vqa_samples(job: Import) -> Iterator[Sample]:
@@ -70,7 +64,7 @@ def vqa_samples(job: Import) -> Iterator[Sample]:
     subtype = str(content.get("data_subtype", ""))
     prefixes = (f"COCO_{subtype}_", f"{subtype}/COCO_{subtype}_", "", f"{subtype}/")
     with_answers = (
-        Question(number, text, scores.get(number, {}), [f"{prefix}{image:012d}.jpg" for prefix in prefixes])
+        (number, text, scores.get(number, {}), [f"{prefix}{image:012d}.jpg" for prefix in prefixes])
         for number, image, text in questions
     )
     yield from _with_answers(job, with_answers, chosen, subtype, f"it has no answers in {', '.join(map(str, files))}")
@@ -86,7 +80,7 @@ def visual_genome_samples(job: Import) -> Iterator[Sample]:
     questions = inputs.entries_of(job.source, "questions", entries, read, job.problems, "qa_id, question, answer")
     folders = ("", "VG_100K/", "VG_100K_2/")
     with_answers = (
-        Question(number, text, {plain: 1.0} if plain else {}, [f"{folder}{image}.jpg" for folder in folders])
+        (number, text, {plain: 1.0} if plain else {}, [f"{folder}{image}.jpg" for folder in folders])
         for image, number, text, answer in questions
         for plain in [choices.plain_answer(answer)]
     )
@@ -103,17 +97,16 @@ def _with_answers(
         remedy = "pass --min-count below the published 9, or all annotation files with --annotations"
         raise DataError(f"{job.source}: no answer is frequent enough to be listed; {remedy}")
     job.choices[choices.ANSWERS], known = choices.Choices(listed), frozenset(listed)
-    for question in questions:
-        where = f"{job.source}, question {question.id}"
+    for number, text, scored, image_names in questions:
+        where = f"{job.source}, question {number}"
         with job.problems.skipping(where):
-            if not question.answers:
+            if not scored:
                 raise Unusable(unanswered)
-            if job.options.listed_only and known.isdisjoint(question.answers):
+            if job.options.listed_only and known.isdisjoint(scored):
                 job.problems.add(where, "none of its answers is listed", is_fault=False)
                 continue
-            record = {"question": question.text, "answers": question.answers, "question_id": question.id}
-            image = inputs.encoded_image(job.find(*question.image_names))
-            yield job.sample(f"{prefix}-{question.id}", image, record)
+            record = {"question": text, "answers": scored, "question_id": number}
+            yield job.sample(f"{prefix}-{number}", inputs.encoded_image(job.find(*image_names)), record)
 
 
 def nlvr2_samples(job: Import) -> Iterator[Sample]:
@@ -179,15 +172,15 @@ def coco_samples(job: Import) -> Iterator[Sample]:
         if image_id in names:
             problems.add(f"{file}, image {image_id}", f"its id occurs twice; {name} is skipped")
         names.setdefault(image_id, name)
-    captions: dict[int, list[str]] = {}
+    captions = defaultdict[int, list[str]](list)
     for image_id, caption in annotations:
         if image_id not in names:
             problems.add(f"{file}, caption of image {image_id}", "no image of this id is listed", is_fault=False)
-        captions.setdefault(image_id, []).append(caption)
+        captions[image_id].append(caption)
     for image_id, name in names.items():
         where = f"{file}, image {image_id}"
         with problems.skipping(where):
-            texts = inputs.clean_captions(captions.get(image_id, []), where, problems)
+            texts = inputs.clean_captions(captions[image_id], where, problems)
             yield job.pair(os.path.splitext(name)[0], inputs.encoded_image(job.find(name)), texts, image_id)
 
 

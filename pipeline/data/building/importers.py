@@ -12,7 +12,9 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from webdataset.writer import TarWriter
 
@@ -20,7 +22,7 @@ from pipeline.config.errors import DataError
 from pipeline.data.building import annotation_files as published
 from pipeline.data.building import inputs
 from pipeline.data.building.inputs import Import, Sample, Unusable
-from pipeline.data.building.tables import Record, is_table, parquet_records, table_records
+from pipeline.data.building.tables import Record, first_row, parquet_records, table_records
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.contents.members import REGIONS, is_visible
 from pipeline.data.contents.regions import parse_regions
@@ -71,14 +73,11 @@ def find_kind(source: Path) -> inputs.Kind:
         first, is_lines, _ = head.lstrip().partition("\n")
         if suffix != "json":
             return "jsonl"
-        if first.startswith("["):
-            return "list"
-        try:  # lines of JSON, or COCO's object
-            record = json.loads(first) if is_lines else None
-        except (ValueError, RecursionError):
-            record = None
-        return "jsonl" if isinstance(record, dict) and not record.keys().isdisjoint(("image", "regions")) else "coco"
-    if suffix == "txt" and is_table(source):  # Flickr8k.token.txt, and Kaggle's captions.txt
+        with suppress(ValueError, RecursionError, AttributeError):  # lines of JSON, or COCO's object
+            if is_lines and not json.loads(first).keys().isdisjoint(("image", "regions")):
+                return "jsonl"
+        return "list" if first.startswith("[") else "coco"
+    if suffix == "txt" and first_row(source)[2]:  # Flickr8k.token.txt, and Kaggle's captions.txt
         return "table"
     if suffix not in _KIND_OF_SUFFIX:
         expected = ", ".join(f".{suffix}" for suffix in (*_KIND_OF_SUFFIX, "json"))
@@ -95,16 +94,15 @@ def read_source(
     if kind in ("folder", "text") and options.images is not None:
         remedy = "For a list of images with captions pass --kind table or --kind jsonl; else remove --images"
         raise DataError(f"{source} is read as {kind}, which lists no images, but --images was given. {remedy}")
-    readers: dict[inputs.Kind, Callable[[Import], Iterator[Sample]]] = {
-        "folder": folder_samples, "text": text_samples, "coco": published.coco_samples,
+    readers: dict[inputs.Kind, Callable[[Import], Iterator[Any]]] = {
+        "folder": folder_samples, "text": text_samples, "coco": published.coco_samples, "jsonl": json_records,
         "nlvr2": published.nlvr2_samples, "karpathy": published.karpathy_samples, "vqa": published.vqa_samples,
-        "vg_qa": published.visual_genome_samples, "classes": published.class_samples,
-    }  # fmt: skip
-    record_readers: dict[inputs.Kind, Callable[[Import], Iterator[Record]]] = {
-        "jsonl": json_records, "list": json_records, "table": table_records, "parquet": parquet_records,
+        "vg_qa": published.visual_genome_samples, "classes": published.class_samples, "list": json_records,
+        "table": table_records, "parquet": parquet_records,
     }  # fmt: skip
     job = Import(source, kind, options, problems)
-    job.samples = readers[kind](job) if kind in readers else record_samples(job, record_readers[kind](job))
+    samples = readers[kind](job)
+    job.samples = record_samples(job, samples) if kind in ("jsonl", "list", "table", "parquet") else samples
     return job
 
 
@@ -128,7 +126,6 @@ def folder_samples(job: Import) -> Iterator[Sample]:
                         text = "".join(line for _, line in inputs.lines_of(path / caption_file))
                     except DataError as error:
                         raise Unusable(str(error)) from error
-                    inputs.check_text(text)
                     captions = inputs.clean_captions(text, where, problems)
                 if captions is None:
                     continue
@@ -188,15 +185,14 @@ def text_pieces(path: Path, words: int, problems: inputs.Problems) -> Iterator[s
 
 
 def json_records(job: Import) -> Iterator[Record]:
-    """Yield the records {"image": path, "captions": [text, …]} or {"image": path, "caption": text}.
+    """Yield the records {"image": path, "captions": [text, …]} or {"image": path, "caption": text} of lines or a list.
 
-    They are lines, or the entries of one list (annotation files of BLIP and ALBEF). Paths are relative to
-    `options.images`, or to the file. With `"regions"`, the path of a detector's .npz (see `contents.regions`), the
-    image is optional, and `"image_size"` may give the [height, width] that the boxes refer to, where the .npz does not.
+    With `"regions"`, the path of a detector's .npz (see `contents.regions`), the image is optional, and `"image_size"`
+    may give the [height, width] that the boxes refer to, where the .npz does not.
     """
     if job.kind == "jsonl":
         entries = inputs.json_lines(job.source, job.problems)
-    elif isinstance(content := inputs.json_of(job.source), list):
+    elif isinstance(content := inputs.json_of(job.source), list):  # annotation files of BLIP and ALBEF
         entries = ((f"{job.source}, entry {number}", entry) for number, entry in enumerate(content))
     else:
         form = '[{"image": path, "caption": text or list of texts}, …]'
@@ -211,8 +207,7 @@ def json_records(job: Import) -> Iterator[Record]:
             sides = tuple(size) if isinstance(size, list) else ()
             if size is not None and not (len(sides) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in sides)):
                 raise Unusable(f"its image_size is {size!r:.50}; expected [height, width]")
-            captions = entry.get("captions")
-            captions = entry.get("caption") if captions is None else captions
+            captions = entry.get("caption") if entry.get("captions") is None else entry["captions"]
             expected = "'captions': a list of texts, or 'caption': a text"
             captions = inputs.clean_captions(captions, where, job.problems, expected)
             image_id = entry.get("image_id")
@@ -266,9 +261,8 @@ def write_shards(
     """Write samples to tars at any URL, then index them; `manifest.json` is written last.
 
     Each tar is written to a temporary file first, so that a shard is complete or absent. Existing shards are replaced
-    once all tars are written, which takes their size in temporary files. The same samples give the same bytes.
-    `progress` receives (shards done, total or 0 if unknown, name of the last). Raises DataError and changes nothing
-    when there are shards that are not to be overwritten, when there is no sample or when a reader fails.
+    once all tars are written, which takes their size in temporary files. The same samples give the same bytes. Raises
+    DataError and changes nothing when there are shards that are not to be overwritten, no sample, or a reader fails.
     """
 
     def existing() -> list[str]:
@@ -311,13 +305,12 @@ def write_shards(
 
 def _write_tars(folder: Path, samples: Iterator[Sample], samples_per_shard: int) -> Iterator[Path]:
     for number, batch in enumerate(iter(lambda: list(itertools.islice(samples, samples_per_shard)), [])):
-        tar = folder / f"{number:06d}.tar"
         try:
-            write_tar(tar, batch)
+            write_tar(folder / f"{number:06d}.tar", batch)
         except OSError as error:
             reason = f"cannot write temporary files ({error.strerror or error})"
             raise DataError(f"{folder}: {reason}. Free space there, or set TMPDIR to another folder") from error
-        yield tar
+        yield folder / f"{number:06d}.tar"
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> None:

@@ -121,8 +121,7 @@ class Import:
         A list with paths outside its folder could pack any file of this machine into shards that are then shared.
         """
         root = self.options.images or (self.source if self.source.is_dir() else self.source.parent)
-        base = os.path.abspath(root)
-        paths = []
+        base, paths = os.path.abspath(root), list[Path]()
         for name in names:
             check_text(name, f"{name!r:.80} is not a file path: it")
             if not name.strip():
@@ -159,9 +158,6 @@ class Import:
         if image_id is None:
             image_id = int.from_bytes(hashlib.sha256(next(iter(files.values()))).digest()[:8], "big") >> 1
         return self.sample(path, files, {"image_id": image_id} | ({} if captions is None else {"captions": captions}))
-
-
-# Texts ----------------------------------------------------------------------------------------------------------------
 
 
 def check_text(text: str, what: str = "it") -> None:
@@ -201,8 +197,8 @@ def lines_of(path: Path, longest: int = -1) -> Iterator[tuple[str, str]]:
 def json_lines(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
     """Yield the location and the content of each line of JSON; skip empty lines, and record those that are invalid."""
     for where, line in lines_of(path):
-        if line.strip():
-            with problems.skipping(where):
+        with problems.skipping(where):
+            if line.strip():
                 check_text(line)
                 try:
                     content = json.loads(line)
@@ -285,9 +281,6 @@ def fields(entry: Any, **kinds: type) -> tuple[Any, ...]:
     return tuple(values)
 
 
-# Files and folders ----------------------------------------------------------------------------------------------------
-
-
 def read_file(path: Path, what: str = "image") -> bytes:
     """Return the content of a file. Raises Unusable if it cannot be read, and Absent if it does not exist."""
     try:
@@ -311,8 +304,7 @@ def folders_below(folder: Path, problems: Problems) -> Iterator[tuple[Path, list
 
     Hidden names are skipped. A folder that several links lead to is entered once, so that cycles end.
     """
-    entered: set[tuple[int, int]] = set()
-    pending = [folder]
+    entered, pending = set[tuple[int, int]](), [folder]
     while pending:
         path = pending.pop()
         try:

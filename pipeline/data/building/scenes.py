@@ -7,7 +7,7 @@ share no caption. All randomness is hashed from the source's seed and the scene'
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -24,15 +24,9 @@ from pipeline.data.storage import Storage, join
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 SIZES = ("large", "small")
 COLOURS = {  # RGB, far from one another and from the light backgrounds
-    "red": (214, 32, 36),
-    "green": (36, 148, 60),
-    "blue": (38, 70, 214),
-    "yellow": (244, 206, 28),
-    "purple": (142, 48, 176),
-    "orange": (245, 128, 24),
-    "black": (28, 28, 30),
-    "cyan": (44, 196, 214),
-}
+    "red": (214, 32, 36), "green": (36, 148, 60), "blue": (38, 70, 214), "yellow": (244, 206, 28),
+    "purple": (142, 48, 176), "orange": (245, 128, 24), "black": (28, 28, 30), "cyan": (44, 196, 214),
+}  # fmt: skip
 THREE_OBJECTS = 0.3  # fraction of the scenes
 SAMPLES_PER_SHARD = 200  # small shards, so that streams have something to shuffle
 MAX_REDRAWS = 10_000
@@ -54,33 +48,25 @@ OUTLINES = {  # corners around the centre, y downwards, for radius 1
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Thing:
+class Thing(NamedTuple):
     size: str
     colour: str
     shape: str
 
-    @property
-    def words(self) -> str:
+    def __str__(self) -> str:
         return f"a {self.size} {self.colour} {self.shape}"
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(NamedTuple):
     """The first thing is left of (horizontal) or above (vertical) the second; an optional third is at `side`."""
 
     things: tuple[Thing, ...]
     horizontal: bool
     side: str | None = None
 
-    def __str__(self) -> str:
-        first, second, *others = (thing.words for thing in self.things)
-        third = f"; {others[0]} {AT[self.side]}" if self.side else ""
-        return f"{first} {'left of' if self.horizontal else 'above'} {second}{third}"
-
 
 def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> None:
-    """Draw every synthetic source that has no manifest yet. The manifest is written last.
+    """Draw every synthetic source that has no manifest yet.
 
     Raises DataError when a folder has scenes of another configuration, or tars that are not scenes, and ConfigError
     when a source excludes one that is not synthetic, or itself.
@@ -140,8 +126,11 @@ def scene_samples(
         sample = {"__key__": key, "jpg": simplejpeg.encode_jpeg(image, 95, "RGB", "444")}
         if source_type == "pairs":
             captions = write_captions(description, config.captions, random)
-            image_id = hash64("scene", str(description)) >> 1
-            sample["json"] = json.dumps({"captions": captions, "image_id": image_id}).encode()
+            first, second, *others = map(str, description.things)
+            third = f"; {others[0]} {AT[description.side]}" if description.side else ""
+            identity = f"{first} {'left of' if description.horizontal else 'above'} {second}{third}"
+            record = {"captions": captions, "image_id": hash64("scene", identity) >> 1}
+            sample["json"] = json.dumps(record).encode()
         yield sample
 
 
@@ -171,13 +160,12 @@ def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] 
 
 def write_captions(description: Description, count: int, random: CounterRandom) -> list[str]:
     """Return `count` different wordings of the description, or all that the grammar has if there are fewer."""
-    first, second, *others = (thing.words for thing in description.things)
+    first, second, *others = description.things
     if description.horizontal:
-        before, after = ("to the left of", "left of"), ("to the right of", "right of")
-        start, end = AT["left"], AT["right"]
+        before, after, start, end = ("to the left of", "left of"), ("to the right of", "right of"), "left", "right"
     else:
-        before, after = ("above", "over"), ("below", "under")
-        start, end = AT["top"], AT["bottom"]
+        before, after, start, end = ("above", "over"), ("below", "under"), "top", "bottom"
+    start, end = AT[start], AT[end]
     pairs = [*(f"{first} {word} {second}" for word in before), *(f"{second} {word} {first}" for word in after)]
     if description.side is not None:
         third, at, opposite = others[0], AT[description.side], AT[OPPOSITE[description.side]]
@@ -216,7 +204,7 @@ def draw_image(description: Description, size: int, random: CounterRandom) -> np
         centre = np.array(place if description.horizontal else place[::-1]) * large
         radius = RADIUS[thing.size] * (0.92 + 0.16 * random.uniform()) * large
         colour = tuple(int(np.clip(c + jitter(12), 0, 255)) for c in COLOURS[thing.colour])
-        middle = (round(centre[0]), round(centre[1]))
+        middle = round(centre[0]), round(centre[1])
         if thing.shape == "circle":
             cv2.circle(canvas, middle, round(radius), colour, -1, cv2.LINE_AA)
         elif thing.shape == "ring":

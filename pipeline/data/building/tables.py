@@ -1,11 +1,9 @@
 """Tables of images with captions: CSV and its relatives, the captions files of Flickr8k and Flickr30k, and Parquet.
 
-    image,caption                       Kaggle's captions.txt of Flickr8k, and most CSV files, with a header
-    image_name| comment_number| comment Flickr30k's results.csv
-    1000.jpg#0<TAB>a caption            Flickr8k.token.txt and results_20130124.token, without a header
-    filepath<TAB>title                  open_clip's; CC3M's and CC12M's lists with downloaded images
-
-Consecutive rows of one image become one sample. Parquet files contain paths, or the images themselves.
+image,caption                       Kaggle's captions.txt of Flickr8k, and most CSV files, with a header
+image_name| comment_number| comment Flickr30k's results.csv
+1000.jpg#0<TAB>a caption            Flickr8k.token.txt and results_20130124.token, without a header
+filepath<TAB>title                  open_clip's; CC3M's and CC12M's lists with downloaded images
 """
 
 import csv
@@ -50,18 +48,11 @@ class Record:
     image_size: tuple[int, int] | None = None
 
 
-def is_table(file: Path) -> bool:
-    """Return whether a .txt starts like a table of images and captions, rather than like prose."""
-    delimiter, cells, is_header = _first_row(file)
-    return delimiter is not None and ((is_header and len(cells) <= 8) or bool(_NUMBERED.fullmatch(cells[0])))
-
-
 def table_records(job: Import) -> Iterator[Record]:
     """Yield the rows of a table. Raises DataError if its columns cannot be detected."""
-    delimiter, first, _ = _first_row(job.source)
-    if delimiter is None:
-        line = "".join(first)
-        raise DataError(f"{job.source}: its first line {line!r:.80} has no tab, '|', ';' or ',' between columns")
+    delimiter, first, _ = first_row(job.source)
+    if not delimiter:
+        raise DataError(f"{job.source}: its first line {first[0]!r:.80} has no tab, '|', ';' or ',' between columns")
     if delimiter in _QUOTED:
         rows = _quoted_rows(job.source, delimiter, job.problems)
     else:
@@ -84,8 +75,7 @@ def table_records(job: Import) -> Iterator[Record]:
             cells = [_cell(cell) for cell in cells]
             for cell in cells:
                 inputs.check_text(cell)
-            image = cells[image_column]
-            if not image:
+            if not (image := cells[image_column]):
                 raise Unusable("it has no image")
             if numbered := _NUMBERED.fullmatch(image):
                 image = numbered[1]
@@ -95,7 +85,7 @@ def table_records(job: Import) -> Iterator[Record]:
 def _quoted_rows(file: Path, delimiter: str, problems: inputs.Problems) -> Iterator[tuple[str, list[str]]]:
     """Yield location and cells of each row of CSV; a quotation mark that is never closed affects its own line only."""
 
-    def parse(text: str, strict: bool) -> list[str] | None:
+    def parse(text: str, strict: bool = True) -> list[str] | None:
         with suppress(csv.Error):
             return next(csv.reader(io.StringIO(text), delimiter=delimiter, strict=strict), [])
         return None
@@ -104,13 +94,13 @@ def _quoted_rows(file: Path, delimiter: str, problems: inputs.Problems) -> Itera
     pending: deque[tuple[str, str]] = deque()
     while pending or (pending := deque(islice(lines, 1))):
         where, text = pending[0]
-        count, cells = 1, parse(text, strict=True)
+        count, cells = 1, parse(text)
         while cells is None and count < MAX_LINES and text.count('"') % 2:
             pending.extend(islice(lines, max(0, count + 1 - len(pending))))
             if len(pending) == count:  # the end of the file
                 break
             text, count = text + pending[count][1], count + 1
-            cells = parse(text, strict=True) if text.count('"') % 2 == 0 else None
+            cells = parse(text) if text.count('"') % 2 == 0 else None
         if cells is None:  # try the first line alone, with stray quotation marks
             text, count = pending[0][1], 1
             cells = parse(text, strict=False) if text.count('"') % 2 == 0 else None
@@ -122,17 +112,18 @@ def _quoted_rows(file: Path, delimiter: str, problems: inputs.Problems) -> Itera
             yield where, cells
 
 
-def _first_row(file: Path) -> tuple[str | None, list[str], bool]:
-    """Return the delimiter, or None, and the cells of the first line that is not blank; whether they name columns."""
+def first_row(file: Path) -> tuple[str, list[str], bool]:
+    """Return delimiter ('' for none) and cells of the first line with text; whether a .txt is a table, not prose."""
     line = next((line for _, line in inputs.lines_of(file) if line.strip()), "")
-    row: tuple[str | None, list[str], bool] = (None, [line.strip()], False)
+    row = "", [line.strip()], False
     for delimiter in (delimiter for delimiter in "\t|;," if delimiter in line):
         cells = [_cell(cell) for cell in line.split(delimiter)]
         names = {cell.lower() for cell in cells}
         is_header = not names.isdisjoint(IMAGE_NAMES) and not names.isdisjoint(CAPTION_NAMES)
+        is_table = (is_header and len(cells) <= 8) or bool(_NUMBERED.fullmatch(cells[0]))
         if is_header or any(map(_NUMBERED.fullmatch, cells)):
-            return delimiter, cells, is_header
-        row = (delimiter, cells, False) if row[0] is None else row
+            return delimiter, cells, is_table
+        row = row if row[0] else (delimiter, cells, is_table)
     return row
 
 
@@ -159,10 +150,11 @@ def _find_columns(
         else:
             raise DataError(f"{file}: no column '{column}' (--{role}-column); its columns: {', '.join(names):.200}")
     image, caption = chosen
-    if images:
-        image = images[0] if image is None else image
+    if images and image is None:
+        image = images[0]
+    if images and caption is None:  # the longest of the other cells
         others = [number for number in range(len(cells)) if number != image]
-        caption = max(others, key=lambda number: len(cells[number]), default=None) if caption is None else caption
+        caption = max(others, key=lambda number: len(cells[number]), default=None)
     if image is None or caption is None or image == caption:
         remedy = "Pass --image-column and --caption-column, names or numbers from 1"
         raise DataError(f"{file}: no columns of images and captions detected in {', '.join(cells):.200}. {remedy}")

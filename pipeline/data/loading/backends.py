@@ -24,7 +24,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import NamedTuple
 
 import torch
 
@@ -65,35 +64,32 @@ def local_backend(spec: LoaderSpec, storage: Storage) -> LoaderBackend:
 
 
 class ThreadBackend(LoaderBackend):
-    """Threads that build the examples of a loader spec, a few examples per task.
-
-    In the trainer's own process they share its interpreter lock, so that a busy trainer slows them.
-    """
+    """Threads that build examples; in the trainer's own process they share its interpreter lock, and it slows them."""
 
     def __init__(self, spec: LoaderSpec, storage: Storage):
-        self._spec, self._builder = spec, ExampleBuilder(spec, storage)
+        self._spec, self._storage = spec, storage
+        self._builder: ExampleBuilder | None = None  # made by the first `submit`: its errors belong to that step
         self._num_threads = spec.config.data.loader.threads_per_worker
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="loader")
         self._pending: dict[int, tuple[BatchBuffer, list[Future[list[BadRecord]]]]] = {}
-        self._is_prefetching = False
 
     def submit(self, step: int, buffer: BatchBuffer | None = None, first: int | None = None) -> None:
         """Start to build a step's examples, in memory of their own or in a buffer whose row 0 is place `first`."""
         places = self._spec.places
         if buffer is None or first is None:
             buffer, first = BatchBuffer(self._spec.batch_spec), places.start
-        if not self._is_prefetching:
+        if self._builder is None:
+            self._builder = ExampleBuilder(self._spec, self._storage)
             order = self._builder.order
             self._builder.reader.start_prefetch(lambda later: order.samples(later, places), step)
-            self._is_prefetching = True
         # Several examples per task: one by one, the hand-over would cost a twentieth of building them.
         length = min(MAX_RUN, max(1, len(places) // (4 * self._num_threads)))
         runs = [places[start : start + length] for start in range(0, len(places), length)]
-        futures = [self._pool.submit(self._builder.build, step, run, buffer, first) for run in runs]
-        self._pending[step] = buffer, futures
+        self._pending[step] = buffer, [self._pool.submit(self._builder.build, step, r, buffer, first) for r in runs]
 
     def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
         """Wait for a step's examples. Raises the first error in order of place."""
+        assert self._builder is not None
         buffer, futures = self._pending.pop(step)
         bad = [record for future in futures for record in future.result()]
         self._builder.reader.finish_step(step)
@@ -101,24 +97,14 @@ class ThreadBackend(LoaderBackend):
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._builder.reader.close()
+        if self._builder is not None:
+            self._builder.reader.close()
 
 
-class Assignment(NamedTuple):
-    """The first message to a loader process; all others are jobs: (step, offset of its buffer in the memory)."""
-
-    loader_spec: LoaderSpec  # of the process's own places
-    storage: Storage
-    batch_spec: BatchSpec  # of a whole buffer, which the rank's processes fill together
-    first: int  # the place of a buffer's row 0
-
-
-class Done(NamedTuple):
-    """The answer to a job: the replaced samples, or the error."""
-
-    step: int
-    bad: list[BadRecord]
-    error: Exception | None
+# The first message to a loader process: the spec of its own places, the storage, the spec of a whole buffer, which the
+# rank's processes fill together, and the place of a buffer's row 0. All others are jobs: (step, offset of its buffer),
+# which are answered by (step, replaced samples, error).
+Assignment = tuple[LoaderSpec, Storage, BatchSpec, int]
 
 
 @dataclass(eq=False)
@@ -138,8 +124,7 @@ class _Worker:
 class ProcessBackend(LoaderBackend):
     """`loader.num_workers` processes of `loader.threads_per_worker` threads, which write into the trainer's memory.
 
-    They share equal buffers of anonymous memory. A buffer that was returned is free again when nothing refers to it
-    any more.
+    They share equal buffers. One that was returned is free again when nothing refers to it any more.
     """
 
     def __init__(self, spec: LoaderSpec, storage: Storage):
@@ -150,13 +135,13 @@ class ProcessBackend(LoaderBackend):
         self._memory = mmap.mmap(self._descriptor, self._bytes * count)
         self._free: deque[int] = deque(range(count))
         self._buffers: dict[int, int] = {}  # step -> index of its buffer
-        self._done: dict[int, list[Done]] = {}
+        self._done: dict[int, list[tuple[list[BadRecord], Exception | None]]] = {}  # step -> answers of the processes
         self._workers: list[_Worker] = []
         try:
             for part in spec.split(loader.num_workers):
                 progress = _anonymous_file(self, in_progress.BYTES)
                 samples = mmap.mmap(progress, in_progress.BYTES)
-                worker = _Worker(Assignment(part, storage, self._spec, spec.places.start), progress, samples)
+                worker = _Worker((part, storage, self._spec, spec.places.start), progress, samples)
                 self._start(worker)
                 self._workers.append(worker)
                 in_progress.boards.append(samples)
@@ -179,22 +164,21 @@ class ProcessBackend(LoaderBackend):
             for worker in self._workers:
                 if worker.connection in ready:
                     try:
-                        done: Done = worker.connection.recv()
+                        done, replaced, failure = worker.connection.recv()
                     except (EOFError, ConnectionError):
                         self._restart(worker)
                         continue
-                    del worker.jobs[done.step]
+                    del worker.jobs[done]
                     worker.steps_since_restart += 1
                     if worker.steps_since_restart >= RESTART_STEPS:
                         worker.restarts = 0
-                    self._done[done.step].append(done)
+                    self._done[done].append((replaced, failure))
         index, parts = self._buffers.pop(step), self._done.pop(step)
         memory = (ctypes.c_char * self._bytes).from_buffer(self._memory, index * self._bytes)
         weakref.finalize(memory, self._free.append, index).atexit = False
-        for part in parts:
-            if part.error is not None:
-                raise part.error
-        bad = sorted((record for part in parts for record in part.bad), key=lambda record: record.place)
+        if (error := next((error for _, error in parts if error is not None), None)) is not None:
+            raise error
+        bad = sorted((record for replaced, _ in parts for record in replaced), key=lambda record: record.place)
         # If none is free, the consumer holds more batches than HELD: it gets this one as a copy.
         return BatchBuffer(self._spec, memory if self._free else bytearray(memory)), bad
 
@@ -266,35 +250,31 @@ def main() -> None:
     number, descriptor, progress = map(int, sys.argv[1:4])
     in_progress.boards[0] = mmap.mmap(progress, in_progress.BYTES)
     connection, memory = Connection(number), mmap.mmap(descriptor, 0)
-    threads: ThreadBackend | None = None
 
-    def answer(step: int, error: Exception | None) -> None:
+    def answer(threads: ThreadBackend, step: int, error: Exception | None) -> None:
         """Send the result of a step, or the error that its submission met; one thread does so, in order of step."""
         bad: list[BadRecord] = []
         try:
             if error is not None:
                 raise error
-            assert threads is not None
             bad = threads.result(step)[1]
         except MomeError as failure:
             error = failure
         except Exception as failure:  # others may not survive pickling
             error = RunFailed(f"a loader process failed: {''.join(traceback.format_exception(failure))}")
         with suppress(ConnectionError):  # when the rank has closed the socket, `recv` ends this process
-            connection.send(Done(step, bad, error))
+            connection.send((step, bad, error))
 
     try:
-        assignment: Assignment = connection.recv()
-        loader_spec, storage, batch_spec, first = assignment
-        size, answers = batch_spec.layout()[1], ThreadPoolExecutor(1)
+        loader_spec, storage, batch_spec, first = connection.recv()
+        threads, answers, size = ThreadBackend(loader_spec, storage), ThreadPoolExecutor(1), batch_spec.layout()[1]
         while True:
             step, offset = connection.recv()
             failure: Exception | None = None
             try:
-                threads = threads or ThreadBackend(loader_spec, storage)
                 threads.submit(step, BatchBuffer(batch_spec, memoryview(memory)[offset : offset + size]), first)
             except Exception as error:
                 failure = error
-            answers.submit(answer, step, failure)
+            answers.submit(answer, threads, step, failure)
     except (EOFError, ConnectionError):
         os._exit(0)  # the rank has gone or closed the socket: no thread may keep the process alive

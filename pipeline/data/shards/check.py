@@ -81,11 +81,7 @@ def check_shards(
 
 
 def _check_shard(
-    storage: Storage,
-    url: str,
-    judge: Callable[[TarSample], BadSample | None],
-    name: str,
-    record: ShardRecord | None,
+    storage: Storage, url: str, judge: Callable[[TarSample], BadSample | None], name: str, record: ShardRecord | None
 ) -> ShardReport:
     """Walk one shard, judge its samples, and compare it with its record in the manifest and its sidecar."""
     location = join(shard_folder(url), name)

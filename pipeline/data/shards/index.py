@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -106,13 +107,8 @@ class ShardIndex:
         facts = {"version": VERSION, "samples": len(self), "bytes": self.bytes, "digest": self.digest}
         numbers = {name: column for name, column in self.columns.items() if column.dtype == np.float64}
         texts = {name: np.unique(c, return_inverse=True) for name, c in self.columns.items() if name not in numbers}
-        names = {
-            "keys": self.keys,
-            "extensions": self.extensions,
-            "other_fields": self.other_fields,
-            "numbers": list(numbers),
-            "texts": {name: values.tolist() for name, (values, _) in texts.items()},
-        }
+        names = {name: getattr(self, name) for name in ("keys", "extensions", "other_fields")}
+        names |= {"numbers": list(numbers), "texts": {name: values.tolist() for name, (values, _) in texts.items()}}
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
@@ -131,9 +127,8 @@ class ShardIndex:
             limit = _FACTS_BYTES + _MAX_RATIO * facts.bytes
             names = json.loads(read_array(npz, "names", "u", limit).tobytes())
             keys, extensions, samples = names["keys"], names["extensions"], facts.samples
-            numbers, texts = read_array(npz, "numbers", "f", limit), read_array(npz, "texts", "u", limit)
-            columns = dict(zip(names["numbers"], numbers, strict=True))
-            for (name, values), codes in zip(names["texts"].items(), texts, strict=True):
+            columns = dict(zip(names["numbers"], read_array(npz, "numbers", "f", limit), strict=True))
+            for (name, values), codes in zip(names["texts"].items(), read_array(npz, "texts", "u", limit), strict=True):
                 columns[name] = np.array(values, dtype=str)[codes]
             if not all(isinstance(text, str) for text in (*keys, *extensions)):
                 raise ValueError("its keys and extensions are not texts")
@@ -184,9 +179,8 @@ def open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[zipfile.ZipFile,
 def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] | None = None) -> ShardIndex:
     """Index a tar by walking it, and call `visit` with each sample.
 
-    No image is decoded. Damaged parts of a sample are unknown: they are counted, with the reason, where it is read. An
-    image with several frames has the field `animated`. Raises DataError, naming the tar, unless it is complete and
-    uncompressed.
+    Damaged parts of a sample are unknown: they are counted, with the reason, where it is read. An image with several
+    frames has the field `animated`. Raises DataError, naming the tar, unless it is complete and uncompressed.
     """
     keys: list[str] = []
     extensions: list[str] = []  # of each member
@@ -207,20 +201,15 @@ def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] |
             with suppress(BadSample), judging("members"):  # the json may be damaged
                 image_id = image_id or image_id_of(contents)
         url = record.get("url")
-        numbers = {
-            "crc": checksum(sample.contents.values()),
-            "image_id": image_id,
-            "width": image.width,
-            "height": image.height,
-            "caption_length": length,
-            "url_id": text_hash(normal_url(url)) if isinstance(url, str) else 0,
-            "duplicate": sample.is_duplicate,
-        }
         described = {name: value for name, value in record.items() if name not in (*MEASURED, *_IDENTIFIERS)}
         records.append(described | ({"animated": True} if image.is_animated else {}))
         keys.append(sample.key)
         extensions += members
-        numbers |= {"first": len(extensions)}
+        numbers = {
+            "crc": checksum(members.values()), "image_id": image_id, "width": image.width, "height": image.height,
+            "caption_length": length, "url_id": text_hash(normal_url(url)) if isinstance(url, str) else 0,
+            "duplicate": sample.is_duplicate, "first": len(extensions),
+        }  # fmt: skip
         for name, number in numbers.items():
             lists[name].append(number)
         lists["offset"] += sample.offsets
@@ -238,10 +227,7 @@ def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] |
 
 def checksum(contents: Iterable[builtins.bytes]) -> int:
     """Return the CRC-32 of a sample's concatenated members: zlib's value, computed ten times as fast by ISA-L."""
-    crc = 0
-    for data in contents:
-        crc = isal_zlib.crc32(data, crc)
-    return crc
+    return reduce(lambda crc, data: isal_zlib.crc32(data, crc), contents, 0)
 
 
 def text_hash(text: str) -> int:
@@ -253,7 +239,7 @@ def normal_url(text: str) -> str:
     """Return the normal form of a URL (RFC 3986, sections 6.2.2 and 6.2.3); any other text in Unicode's NFC.
 
     Scheme and host in lower case, no default port or fragment, '/' for an empty path, and percent encoding of exactly
-    the characters that need it. Path and query keep their case, which may matter.
+    the characters that need it. Path and query keep their case.
     """
     text = unicodedata.normalize("NFC", text.strip())
     if "://" not in text:
@@ -265,8 +251,7 @@ def normal_url(text: str) -> str:
     except ValueError:
         return text
     host = f"[{host}]" if ":" in host else host
-    if port is not None and port != _PORTS.get(scheme):
-        host = f"{host}:{port}"
+    host += f":{port}" if port not in (None, _PORTS.get(scheme)) else ""
     user = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
     encoded = []
     for part in (parts.path or "/", parts.query):  # 'a%7eb%c3%a9' becomes 'a~b%C3%A9'
@@ -282,8 +267,7 @@ def normal_url(text: str) -> str:
 def _columns_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return each field of the samples' metadata as an array, and the names of the fields that cannot be one.
 
-    Numbers and booleans become float64 with NaN for missing values; short texts with few distinct values become str
-    with ''. A field that is neither in the whole shard is only named.
+    Numbers and booleans become float64 with NaN for missing values, short texts with few distinct values str with ''.
     """
     counts = Counter(name for record in records for name, value in record.items() if value is not None)
     names = sorted(counts, key=lambda name: (-counts[name], name))
@@ -294,9 +278,7 @@ def _columns_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndar
         if all(isinstance(value, (int, float)) for value in present):
             with suppress(OverflowError):  # an integer beyond the range of floats
                 columns[name] = np.array([np.nan if value is None else float(value) for value in values])
-        elif (
-            all(isinstance(v, str) and len(v) <= MAX_CHARACTERS and v.isprintable() for v in present)
-            and len(set(present)) <= MAX_VALUES
-        ):
-            columns[name] = np.array([value or "" for value in values], dtype=str)
+        elif all(isinstance(v, str) and len(v) <= MAX_CHARACTERS and v.isprintable() for v in present):
+            texts = np.array([value or "" for value in values], dtype=str)
+            columns |= {name: texts} if len(set(present)) <= MAX_VALUES else {}
     return columns, tuple(sorted(set(names).difference(columns)))

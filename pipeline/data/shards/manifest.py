@@ -104,21 +104,18 @@ def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None)
     return load_manifest(storage, url)
 
 
-def index_shards(
-    storage: Storage, url: str, progress: Progress | None = None, *, trust_counts: bool = False
-) -> Manifest:
+def index_shards(storage: Storage, url: str, progress: Progress | None = None, trust_counts: bool = False) -> Manifest:
     """Write the sidecars and the manifest of a folder (or brace pattern) of tars, and return the manifest.
 
     Shards are indexed in parallel. A shard that the manifest describes, or whose sidecar is valid, is not read again,
     so that an interrupted call continues. With `trust_counts`, a shard that another tool counted is not read either.
-    `progress` receives (shards done, total shards, name). Raises DataError, naming the tar, for one that is truncated
-    or unreadable.
+    Raises DataError, naming the tar, for one that is truncated or unreadable.
     """
     folder, pattern = _folder_and_names(url)
     objects = storage.list_info(folder)
     names = shard_names(url, objects)
-    if absent := [name for name in names if name not in objects]:
-        raise DataError(f"{join(folder, absent[0])}: the shard is missing. Put it there, or correct the pattern {url}")
+    if absent := next((name for name in names if name not in objects), None):
+        raise DataError(f"{join(folder, absent)}: the shard is missing. Put it there, or correct the pattern {url}")
     stored, records, selected = Manifest(()), dict[str, ShardRecord](), set(names)
     with suppress(DataError):  # damaged, or of version 1: made again
         stored = _read_manifest(storage, folder) if MANIFEST in objects else stored
@@ -202,10 +199,9 @@ def check_present(
     storage: Storage, url: str, manifest: Manifest, objects: Mapping[str, ObjectInfo] | None = None
 ) -> dict[str, ObjectInfo]:
     """Return the store's info on each shard, from one listing. Raise DataError if a shard is missing or resized."""
-    folder = shard_folder(url)
-    objects = storage.list_info(folder) if objects is None else objects
+    objects = storage.list_info(shard_folder(url)) if objects is None else objects
     for shard in manifest.shards:
-        location = join(folder, shard.name)
+        location = join(shard_folder(url), shard.name)
         if shard.name not in objects:
             raise DataError(f"{location}: the shard is missing. Put it back, or run mome shards index {url} again")
         check_size(location, shard, objects[shard.name].size)
@@ -260,14 +256,12 @@ def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
         raise DataError(f"{url}: braces are allowed in the shards' names only, not in the folder. Name one folder")
     choices: list[list[str]] = []
     for number, piece in enumerate(re.split(r"\{([^{}]*)\}", name)):
-        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", piece)
-        if number % 2 == 0:  # between braces
-            choices.append([piece])
-        elif bounds:
+        in_braces = number % 2 == 1
+        if in_braces and (bounds := re.fullmatch(r"(\d+)\.\.(\d+)", piece)):
             low, high = bounds.groups()
             choices.append([f"{value:0{len(low)}d}" for value in range(int(low), int(high) + 1)])
         else:
-            choices.append(piece.split(","))
+            choices.append(piece.split(",") if in_braces else [piece])
     return folder, ["".join(combination) for combination in product(*choices)]
 
 
@@ -304,19 +298,15 @@ def _read_manifest(storage: Storage, folder: str, names: list[str] | None = None
             if "/" in name or "\0" in name or name in ("", ".", ".."):
                 raise ValueError(f"{name!r:.80} is not the name of a file in the folder")
             name.encode()
-            if not all(type(size) is int and size < 2**63 for size in sizes):
-                raise TypeError(f"{name}: samples and bytes are not sizes: {sizes[0]!r:.40}, {sizes[1]!r:.40}")
-            if not 0 <= shard.samples * BLOCK <= shard.bytes:
-                raise ValueError(f"{name}: {shard.samples} samples in {shard.bytes} bytes")
+            if not (all(type(n) is int and n < 2**63 for n in sizes) and 0 <= shard.samples * BLOCK <= shard.bytes):
+                raise ValueError(f"{name}: {sizes[0]!r:.40} samples in {sizes[1]!r:.40} bytes")
         if manifest.digest != content["digest"]:
             raise ValueError("its digest does not fit its shards; it was edited or damaged")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         kind = OldManifest if version == 1 else DataError
         raise kind(f"{location}: not a manifest of shards ({error}). Make it again: mome shards index") from error
-    if names is None:
-        return manifest
-    selected = set(names)
-    return Manifest(tuple(shard for shard in manifest.shards if shard.name in selected))
+    selected = set(names or ())
+    return Manifest(tuple(shard for shard in manifest.shards if names is None or shard.name in selected))
 
 
 def _trusted_count(storage: Storage, folder: str, tar: str, size: int, names: Collection[str]) -> int | None:
@@ -337,14 +327,13 @@ def _trusted_count(storage: Storage, folder: str, tar: str, size: int, names: Co
                 raise ValueError("its offsets are not increasing multiples of 512")
             samples, end = len(offsets) - 1, int(offsets[-1])
         elif name == dali:
-            first, *lines = data.decode("utf-8").splitlines()
-            version, stated = first.split()
+            (version, stated), *lines = map(str.split, data.decode().splitlines())
             if version not in _DALI_WORDS:
                 raise ValueError(f"version {version}; expected {', '.join(_DALI_WORDS)}")
             samples, end, per_member = len(lines), 0, _DALI_WORDS[version]
             if samples != int(stated):
                 raise ValueError(f"it states {stated} samples and lists {samples}")
-            for number, words in enumerate((line.split() for line in lines), 2):
+            for number, words in enumerate(lines, 2):
                 if not words or len(words) % per_member:
                     raise ValueError(f"line {number} is not a list of members")
                 for offset, length in zip(words[1::per_member], words[2::per_member], strict=True):

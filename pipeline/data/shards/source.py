@@ -1,12 +1,9 @@
 """A source as training reads it: its shards, and the samples selected by its filters and opt-out list.
 
 A filter applies to a property in the shards' indexes: `width`, `height`, `caption_length`, or a field of the samples'
-json (`pipeline.data.shards.index`). An opt-out list is a text file with one id per line: a sample's key, its `image_id`
-or its `url`. Both sides are compared in Unicode's NFC, and URLs in the normal form of RFC 3986. The number of matching
-entries is reported, with the first that does not match.
-
-Memory holds the number of selected samples of each shard and the hashes of the listed ids; a shard's selected samples
-are computed from its index on demand.
+json. An opt-out list is a text file with one id per line: a sample's key, its `image_id` or its `url`. Both sides are
+compared in Unicode's NFC, and URLs in the normal form of RFC 3986. Memory holds the number of selected samples of each
+shard and the hashes of the listed ids; a shard's selected samples are computed from its index on demand.
 """
 
 import hashlib
@@ -47,18 +44,14 @@ class OptOut:
     def entries_of(self, index: ShardIndex) -> np.ndarray:
         """Return the entries (3, N) int64 that list each sample by key, URL and image id; -1 for none."""
         keys = np.array([text_hash(unicodedata.normalize("NFC", key)) for key in index.keys], dtype=np.uint64)
-        rows = []
-        for (hashes, entries), values, is_known in (
-            (self.words, keys, True),
-            (self.words, index.url_id, index.url_id != 0),
-            (self.image_ids, index.image_id, index.image_id != 0),
-        ):
-            if not len(hashes):
-                rows.append(np.full(len(values), -1))
-                continue
-            places = np.minimum(np.searchsorted(hashes, values), len(hashes) - 1)
-            rows.append(np.where(is_known & (hashes[places] == values), entries[places], -1))
-        return np.stack(rows)
+        rows = np.full((3, len(index)), -1)
+        tables = (self.words, keys), (self.words, index.url_id), (self.image_ids, index.image_id)
+        for row, ((hashes, entries), values) in zip(rows, tables, strict=True):
+            if len(hashes):
+                places = np.minimum(np.searchsorted(hashes, values), len(hashes) - 1)
+                row[:] = np.where(hashes[places] == values, entries[places], -1)
+        rows[1:][np.stack([index.url_id == 0, index.image_id == 0])] = -1  # unknown
+        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,22 +76,19 @@ class Source:
     @property
     def counts(self) -> np.ndarray:
         """(shards,) int64: the selected samples of each shard in the manifest's order; 0 is allowed."""
-        if self.selection is not None:
-            return self.selection.counts
-        return np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
+        samples = [shard.samples for shard in self.manifest.shards]
+        return self.selection.counts if self.selection else np.array(samples, dtype=np.int64)
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the shards' contents and the selection."""
-        if self.selection is None:
-            return self.manifest.digest
-        return hashlib.sha256(f"{self.manifest.digest} {self.selection.digest}".encode()).hexdigest()
+        whole = self.manifest.digest
+        return hashlib.sha256(f"{whole} {self.selection.digest}".encode()).hexdigest() if self.selection else whole
 
     def selected(self, index: ShardIndex) -> np.ndarray | None:
         """Return the numbers (int64, ascending) of the selected samples of a shard; None for all."""
-        if self.selection is None:
-            return None
-        return np.flatnonzero(_select_mask(index, self.selection.filters, self.selection.opt_out))
+        chosen = self.selection
+        return np.flatnonzero(_select_mask(index, chosen.filters, chosen.opt_out)) if chosen else None
 
 
 def selection_url(config: RunConfig, name: str) -> str:
@@ -112,9 +102,8 @@ def open_source(
     """Open the source of a config, whose shards must be indexed (`manifest.ensure_indexed`).
 
     With filters or an opt-out list, the index of every shard is read in parallel, unless the URL `saved` has the counts
-    for the same arguments; they are written there otherwise. Raises DataError for a missing or truncated shard, naming
-    it, as `load_manifest` does, and if no sample is left; ConfigError for a property that no shard has or that cannot
-    be compared in that way.
+    for the same arguments; they are written there otherwise. Raises DataError as `load_manifest` does and if no sample
+    is left; ConfigError for a property that no shard has or that cannot be compared in that way.
     """
     manifest = load_manifest(storage, config.shards)
     objects = check_present(storage, config.shards, manifest)
@@ -144,12 +133,9 @@ def open_source(
 
 def read_opt_out(storage: Storage, url: str) -> OptOut:
     """Read the ids of a text file, one per line; empty lines are ignored. Raise DataError if it is missing."""
-    digest = hashlib.sha256()
-    plain: list[int] = []  # hash of each entry's normal form
-    lines: list[int] = []
-    words: list[int] = []  # hashes of the forms of an entry
-    owners: list[int] = []  # the position of that entry in `plain`
-    number = 0
+    digest, number = hashlib.sha256(), 0
+    plain, lines = list[int](), list[int]()  # of each entry, the hash of its normal form and its line
+    words, owners = list[int](), list[int]()  # hashes of the forms of an entry, and its position in `plain`
     try:
         with storage.open(url) as stream:
             for number, line in enumerate(stream, 1):

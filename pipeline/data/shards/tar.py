@@ -1,11 +1,9 @@
 """Walk through a tar: every regular file with the offset of its data, and proof that the tar is complete.
 
-ustar, GNU and PAX formats are read, with long names and large files. A tar is complete if every member is and both zero
-blocks end it; a truncated, compressed or damaged tar is an error that names it.
-
-Samples follow webdataset's rule: consecutive files whose paths agree up to the first dot of the file name. A hard link
-counts as a file, because its data is in the same tar. Entries without data (symbolic links, devices, …) and files that
-belong to no sample are skipped and counted.
+ustar, GNU and PAX formats are read. A tar is complete if every member is and both zero blocks end it. Samples follow
+webdataset's rule: consecutive files whose paths agree up to the first dot of the file name. A hard link counts as a
+file, because its data is in the same tar. Entries without data (symbolic links, devices, …) and files that belong to no
+sample are skipped and counted.
 """
 
 from __future__ import annotations
@@ -93,11 +91,10 @@ class Tar:
         while (header := self._read(BLOCK)) != bytes(BLOCK):
             offset = self.position
             size = self._data_size(header, attributes)
-            kind, data = header[156:157], b""
+            kind = header[156:157]
             if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
                 raise self._error("it has a sparse file, which cannot be read by range. Pack it without --sparse")
-            if kind not in b"123456":
-                data = self._read(-(-size // BLOCK) * BLOCK, "inside a member's data")[:size]
+            data = b"" if kind in b"123456" else self._read(-(-size // BLOCK) * BLOCK, "inside a member's data")[:size]
             if kind == b"L":
                 long_name = _until_zero(data)
             elif kind == b"K":
@@ -161,11 +158,9 @@ class Tar:
         signed = unsigned - 256 * sum(byte > 127 for byte in others)  # as old tars sum them
         if _parse_number(header[148:156]) not in (unsigned, signed):
             raise self._error(f"no tar header at byte {place}: not a tar, or damaged. Rebuild or restore it")
-        stated = attributes.get(b"size")
-        if stated is None:
-            size = _parse_number(stated := header[124:136])
-        else:
-            size = int(stated) if re.fullmatch(rb"[0-9]{1,19}", stated) else -1
+        size = _parse_number(stated := header[124:136])
+        if b"size" in attributes:
+            size = int(stated) if re.fullmatch(rb"[0-9]{1,19}", stated := attributes[b"size"]) else -1
         if size < 0:
             raise self._error(f"the header at byte {place} states no valid size ({stated[:40]!r}). Restore it")
         rest = max(0, self.size - self.position)
@@ -204,7 +199,7 @@ def clean_name(name: bytes) -> str:
     Different names stay different: a backslash next to such bytes is doubled.
     """
     try:
-        return name.decode("utf-8")
+        return name.decode()
     except UnicodeDecodeError:
         return name.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
