@@ -1,4 +1,4 @@
-"""Untrusted input files: other encodings, cyclic links, odd suffixes, lists with paths outside their folder."""
+"""Untrusted input files (encodings, cyclic links, paths outside their folder), and published annotation files."""
 
 import io
 import json
@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from pipeline.config.errors import DataError, MomeError
 from pipeline.data.building import inputs
-from pipeline.data.building.importers import find_kind
+from pipeline.data.building.importers import find_kind, write_shards
 from pipeline.data.building.inputs import Problems
+from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.images import FORMATS
-from pipeline.data.contents.members import captions_of
+from pipeline.data.contents.members import both_images, captions_of, class_of, question_of, statement_of
+from pipeline.data.reading.samples import iter_samples
+from pipeline.data.storage import Storage
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.imports import captions_in, members_of, read, record_of, save_image, write_lines
 
@@ -58,13 +63,10 @@ def test_text_of_unknown_encoding_is_skipped_and_counted(tmp_path: Path, encodin
     assert "First." in texts
     assert not any(bad in text for text in texts for bad in "\ufffd\0")
     assert problems.count >= 1
-
-
-def test_damaged_file_in_utf16_is_named(tmp_path: Path) -> None:
     for suffix, damage in product(("json", "jsonl", "csv", "txt"), (b"\x00\xd8a\0", b"\0")):  # half a character or unit
-        source = tmp_path / f"a.{suffix}"
+        source = tmp_path / f"c.{suffix}"
         source.write_bytes('\ufeff{"image": "a.jpg"}, '.encode("utf-16-le") + damage)
-        with pytest.raises(DataError, match=rf"a\.{suffix}.*UTF-8"):
+        with pytest.raises(DataError, match=rf"c\.{suffix}.*UTF-8"):
             list(read(source, Problems()).samples)
 
 
@@ -101,33 +103,28 @@ UNUSABLE = {  # line -> reason
 
 
 def test_unusable_lines_are_skipped_with_number_and_reason(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(inputs, "MAX_MESSAGES", 99)
     save_image(tmp_path / "a.jpg")
     (tmp_path / "text.jpg").write_text("no picture")
     good = ['{"image": "a.jpg", "captions": null, "caption": "one"}', '{"image": "a.jpg", "captions": ["two", ""]}']
     file = write_lines(tmp_path / "lines.jsonl", good[0], *UNUSABLE, "", good[1])
-    problems = Problems()
-    assert captions_in(read(file, problems).samples) == [["one"], ["two"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "MAX_MESSAGES", 99)
+        samples = list(read(file, problems := Problems()).samples)
+    assert captions_in(samples) == [["one"], ["two"]]
     assert (problems.count, problems.faults, problems.absent) == (len(UNUSABLE), len(UNUSABLE), 1)
-    assert all(len(problem) < 6000 for problem in problems.first)
-    reasons = {int(problem.split(", line ")[1].split(":")[0]): problem for problem in problems.first}
-    for number, reason in enumerate(UNUSABLE.values(), 2):
-        assert reasons[number].startswith(f"{file}, line {number}: ")
-        assert reason in reasons[number]
+    by_line = sorted(problems.first, key=lambda problem: int(problem.split(", line ")[1].split(":")[0]))
+    for problem, (number, reason) in zip(by_line, enumerate(UNUSABLE.values(), 2), strict=True):
+        assert problem.startswith(f"{file}, line {number}: ")
+        assert reason in problem
+        assert len(problem) < 6000
     write_lines(file, '{"image": "a.jpg", "captions": ["good", "bad \\udc00"]}')  # a bad caption is skipped alone
-    problems = Problems()
-    assert captions_in(read(file, problems).samples) == [["good"]]
-    assert problems.count == 1
-
-
-def test_strict_stops_at_the_first_fault_and_others_keep_the_first_ten(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "bad.jsonl", *[{"image": "absent.jpg", "caption": "a"}] * 30)
+    samples = list(read(file, problems := Problems()).samples)
+    assert (captions_in(samples), problems.count) == ([["good"]], 1)
+    write_lines(file, *[{"image": "absent.jpg", "caption": "a"}] * 30)  # the first ten are kept
+    samples = list(read(file, problems := Problems()).samples)
+    assert (samples, problems.count, len(problems.first)) == ([], 30, inputs.MAX_MESSAGES)
     with pytest.raises(DataError, match=r"line 1: .*absent\.jpg.*import without --strict"):
         list(read(file).samples)
-    write_lines(file, *["{"] * 30)
-    problems = Problems()
-    assert list(read(file, problems).samples) == []
-    assert (problems.count, len(problems.first)) == (30, inputs.MAX_MESSAGES)
 
 
 def test_paths_outside_the_folder_need_permission(tmp_path: Path) -> None:
@@ -147,9 +144,7 @@ def test_paths_outside_the_folder_need_permission(tmp_path: Path) -> None:
     assert captions_in(read(write_lines(tmp_path / "data" / "l.jsonl", inside)).samples) == [["a"]]
 
 
-def test_links_are_followed_and_cycles_and_unreadable_folders_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_links_are_followed_and_cycles_and_unreadable_folders_counted(tmp_path: Path, monkeypatch: Any) -> None:
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     save_image(elsewhere / "deep" / "x.jpg", 1)
     save_image(data / "a.jpg", 2)
@@ -159,12 +154,10 @@ def test_links_are_followed_and_cycles_and_unreadable_folders_counted(
         "nothing.jpg": tmp_path / "absent.jpg", "b.jpg": data / "a.jpg",
     }.items():  # fmt: skip
         (data / link).symlink_to(target)
-    listdir = os.listdir
-    denied = Mock(side_effect=PermissionError(13, "Permission denied"))
+    listdir, denied = os.listdir, Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(os, "listdir", lambda path: (denied if Path(path).name == "locked" else listdir)(path))
-    problems = Problems()
-    keys = sorted(sample["__key__"] for sample in read(data, problems).samples)
-    assert keys == ["a", "again_deep_x", "b"]
+    samples = read(data, problems := Problems()).samples
+    assert sorted(sample["__key__"] for sample in samples) == ["a", "again_deep_x", "b"]
     assert (problems.count, problems.faults) == (5, 2)
     for place in ("circle", "linked", "nothing.jpg", "locked: the folder cannot be read (Permission denied)"):
         assert str(data / place) in "\n".join(problems.first)
@@ -176,8 +169,7 @@ def test_every_image_suffix_is_read_and_others_counted(tmp_path: Path) -> None:
         save_image(tmp_path / (name if number % 2 else name.upper()), number, "JPEG")
     for name in ("x.heic", "y.HEIF", "z.svg", "a.xmp", "b.xmp", "LICENSE", "notes.txt"):
         (tmp_path / name).write_text("no picture")
-    problems = Problems()
-    assert len(list(read(tmp_path, problems).samples)) == len(names)
+    assert len(list(read(tmp_path, problems := Problems()).samples)) == len(names)
     assert (problems.count, problems.faults) == (4, 0)
     assert problems.skipped == {".xmp": 2, "without suffix": 1}
     for kind in FORMATS:  # the extension follows the content
@@ -185,14 +177,6 @@ def test_every_image_suffix_is_read_and_others_counted(tmp_path: Path) -> None:
     for sample in read(tmp_path / "kinds").samples:
         kind = sample["__key__"]
         assert Image.open(io.BytesIO(sample[FORMATS[kind][0]])).format == kind
-
-
-def test_captions_are_found_under_common_file_names(tmp_path: Path) -> None:
-    save_image(tmp_path / "x.jpg")
-    for name in ("x.txt", "x.TXT", "x.jpg.Txt", "x.caption", "x.jpg.caption"):
-        (tmp_path / name).write_text("said")
-        assert captions_in(read(tmp_path).samples) == [["said"]]
-        (tmp_path / name).unlink()
 
 
 COCO = {
@@ -211,26 +195,29 @@ def test_skipped_coco_entries_are_counted(tmp_path: Path, monkeypatch: Any) -> N
     monkeypatch.setattr(inputs, "MAX_MESSAGES", 99)
     save_image(tmp_path / "a.jpg")
     file = write_lines(tmp_path / "coco.json", COCO)
-    problems = Problems()
-    assert captions_in(read(file, problems, "coco").samples) == [["good"]]
+    assert captions_in(read(file, problems := Problems(), "coco").samples) == [["good"]]
     assert problems.count == 13
     for reason in ("its id occurs twice", "no image of this id", "lone surrogate", "not a text but None"):
         assert reason in "\n".join(problems.first)
 
 
+_SPLIT = {"filename": "a.jpg", "split": "test", "imgid": 1, "sentences": [{"raw": "b"}, {"raw": "c"}]}
 SOURCES: dict[str, tuple[str, tuple[object, ...]]] = {  # file name and lines
     "jsonl": ("s.jsonl", ('{"image": "a.jpg", "captions": ["b", "c"], "image_id": 3}',) * 3),
     "list": ("s.json", ([{"image": "a.jpg", "caption": caption} for caption in (["b", "é"], "c")],)),
     "coco": ("s.json", (COCO,)),
     "table": ("s.csv", ("image,caption", 'a.jpg,"b, ""c"""', "a.jpg,d")),
+    "lines in cells": ("s.csv", ("id,Text ,Path", '1,"A dog,', 'running .",a.jpg', "2,A cat .,a.jpg", "")),
+    "bars": ("s.csv", ("image_name| comment_number| comment", "a.jpg| 0| A dog, running .", "a.jpg| 1| A cat .")),
+    "semicolons": ("s.csv", ("caption;file", '"A dog,', 'running .";a.jpg', '"A cat .";a.jpg')),
+    "tabs": ("s.tsv", ("filepath\ttitle", "a.jpg\tA dog, running .", 'a.jpg\t"A cat ."')),
     "token": ("s.txt", ("a.jpg#0\tA dog .", "a.jpg#1\tA cat .")),
+    "parquet": ("s.parquet", ()),
     "text": ("s.txt", ("One. Two.\n\nThree é.",)),
-    "karpathy": ("s.json", (
-        {"images": [{"filename": "a.jpg", "split": "test", "imgid": 1, "sentences": [{"raw": "b"}, {"raw": "c"}]}]},
-    )),
+    "karpathy": ("s.json", ({"images": [_SPLIT]},)),
     "vg_qa": ("s.json", ([{"id": 1, "qas": [{"qa_id": 3, "question": "What?", "answer": "a sofa"}]}],)),
     "nlvr2": ("s.json", ('{"identifier": "a-0-0", "sentence": "b", "label": "True"}',) * 2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -239,8 +226,11 @@ def test_mutated_sources_raise_only_expected_errors(tmp_path: Path, name: str) -
     for image in ("a.jpg", "1.jpg", "a-0-img0.png", "a-0-img1.png"):
         save_image(tmp_path / image)
     file, lines = SOURCES[name]
-    source = write_lines(tmp_path / file, *lines)
-    whole, num_read = source.read_bytes(), 0
+    source, num_read = write_lines(tmp_path / file, *lines), 0
+    if name == "parquet":
+        data = (tmp_path / "a.jpg").read_bytes()
+        pyarrow.parquet.write_table(pyarrow.table({"image": [data] * 3, "caption": ["one", "two", "é"]}), source)
+    whole = source.read_bytes()
     for number in range(fuzz_rounds(120)):
         source.write_bytes(mutate(whole, rng) if number else whole)
         try:
@@ -252,7 +242,7 @@ def test_mutated_sources_raise_only_expected_errors(tmp_path: Path, name: str) -
         num_read += len(samples)
         for sample in samples:
             if "captions" in record_of(sample) or "txt" in sample:
-                assert all(caption.encode() for caption in captions_of(members_of(sample)))
+                assert all("\ufffd" not in caption and caption.encode() for caption in captions_of(members_of(sample)))
     assert num_read > 0
 
 
@@ -264,3 +254,167 @@ def test_mutated_captions_are_clean_or_skipped(tmp_path: Path) -> None:
         for sample in read(tmp_path, problems := Problems()).samples:
             captions_of(members_of(sample))
             assert problems.count == 0
+
+
+# Published annotation files -------------------------------------------------------------------------------------------
+
+
+def vqa_files(folder: Path, subtype: str = "train2014") -> tuple[Path, Path]:
+    """Write three questions about two images under VQA's file names, and their annotations; the last is rare."""
+    rows = [  # question id, image, question, most frequent answer, all answers
+        (10, 1, "What is it?", "net", [*["net"] * 3, "a net", *["mesh"] * 2]),
+        (11, 1, "Is it a net?", "yes", [*["Yes."] * 9, "no"]),
+        (20, 2, "Why?", "because", ["because"]),
+    ]
+    questions = [{"question_id": row[0], "image_id": row[1], "question": row[2]} for row in rows]
+    annotations = [
+        {"question_id": row[0], "multiple_choice_answer": row[3], "answers": [{"answer": text} for text in row[4]]}
+        for row in rows
+    ]
+    for image in (1, 2):
+        save_image(folder / f"COCO_{subtype}_{image:012d}.jpg", image)
+    content = {"info": {}, "data_subtype": subtype, "questions": questions}
+    return (
+        write_lines(folder / f"v2_OpenEnded_mscoco_{subtype}_questions.json", content),
+        write_lines(folder / f"v2_mscoco_{subtype}_annotations.json", {"annotations": annotations, "info": {}}),
+    )
+
+
+def test_vqa_questions_get_scored_answers_and_a_list(tmp_path: Path) -> None:
+    file, annotations = vqa_files(tmp_path)
+    assert find_kind(file) == "vqa"
+    imported = read(file, min_count=1)
+    first, second, third = imported.samples
+    assert record_of(first) == {"question": "What is it?", "answers": {"net": 1.0, "mesh": 0.6}, "question_id": 10}
+    assert record_of(second)["answers"] == {"yes": 1.0, "no": 0.3}
+    assert third["jpg"] == (tmp_path / "COCO_train2014_000000000002.jpg").read_bytes()
+    assert len({first["__key__"], second["__key__"], third["__key__"]}) == 3
+    assert imported.choices[ANSWERS] == ("net", "yes", "because")
+    assert question_of(members_of(first)).answers["net"] == 1.0
+    content = json.loads(file.read_text())
+    bad = content | {"questions": [entry | {"image_id": "x1"} for entry in content["questions"]]}
+    with pytest.raises(DataError, match=r"none of its questions can be used; .*x1.*; expected 'questions'"):
+        list(read(write_lines(tmp_path / "bad.json", bad), Problems(), annotations=(annotations,)).samples)
+    (tmp_path / "COCO_train2014_000000000002.jpg").unlink()
+    assert len(list(read(file, problems := Problems(), min_count=1).samples)) == 2
+    assert "question 20" in problems.first[0]
+    unanswered = content | {"questions": [{"question_id": 99, "image_id": 1, "question": "?"}]}
+    other = write_lines(tmp_path / "questions.json", unanswered)
+    assert list(read(other, problems := Problems(), annotations=(annotations,), min_count=1).samples) == []
+    assert "question 99: it has no answers in" in problems.first[0]
+    for chosen, reason in (
+        ((annotations,), "pass --min-count below the published 9"),
+        ((file,), r"is not a VQA annotations file.*'annotations'"),
+        ((), "Pass --annotations FILE"),
+    ):
+        if not chosen:
+            annotations.unlink()
+        with pytest.raises(DataError, match=reason):
+            list(read(file, annotations=chosen).samples)
+
+
+def test_listed_answers_are_those_of_all_annotation_files(tmp_path: Path) -> None:
+    (train, first), (val, other) = vqa_files(tmp_path / "train"), vqa_files(tmp_path / "val", "val2014")
+    for file in (train, val):
+        imported = read(file, annotations=(first, other), min_count=2)
+        assert len(list(imported.samples)) == 3
+        assert imported.choices[ANSWERS] == ("net", "yes", "because")
+    content = json.loads(first.read_text())
+    content["annotations"] = [*content["annotations"][:2], *content["annotations"]]  # the first two are chosen twice
+    write_lines(first, content)
+    imported = read(train, problems := Problems(strict=True), min_count=2, listed_only=True)
+    assert [record_of(sample)["question_id"] for sample in imported.samples] == [10, 11]
+    assert problems.count == 1
+    assert "none of its answers is listed" in problems.first[0]
+
+
+def test_visual_genome_questions_have_one_answer(tmp_path: Path) -> None:
+    qas = [{"qa_id": 3, "question": "What is it?", "answer": "A sofa."}, {"qa_id": 4, "question": "?", "answer": "."}]
+    file = write_lines(tmp_path / "question_answers.json", [{"id": 4, "qas": qas}])
+    save_image(tmp_path / "VG_100K_2" / "4.jpg")
+    assert find_kind(file) == "vg_qa"
+    (sample,) = read(file, problems := Problems(), min_count=1).samples
+    assert record_of(sample)["answers"] == {"sofa": 1.0}
+    assert problems.first == [f"{file}, question 4: its answer is empty"]
+
+
+def test_nlvr2_images_are_found_in_every_release_layout(tmp_path: Path) -> None:
+    rows = [("dev-8-0-0", "True"), ("dev-8-0-1", "False"), ("train-9-1-0", "True"), ("dev-7-0-0", "True")]
+    rows += [("dev-8-0-0", "perhaps")]
+    statements = [{"identifier": name, "sentence": "Both are red.", "label": label} for name, label in rows]
+    statements[2]["directory"] = "37"
+    file = write_lines(tmp_path / "dev.json", *statements[:4], "{", statements[4])
+    left, right = (save_image(tmp_path / f"dev-8-0-img{side}.png", side) for side in (0, 1))
+    for side in (0, 1):
+        save_image(tmp_path / "train" / "37" / f"train-9-1-img{side}.png", 3 + side)
+    assert find_kind(file) == "nlvr2"
+    one, two, three = read(file, problems := Problems()).samples
+    assert both_images(members_of(one)) == (left, right)
+    assert (statement_of(members_of(one)).is_true, statement_of(members_of(one)).id) == (True, "dev-8-0-0")
+    assert record_of(two)["label"] is False
+    assert three["__key__"] == "train-9-1-0"
+    assert (problems.count, problems.absent) == (3, 1)  # an image of dev-7, a line that is not JSON, a label
+    assert "line 6: cannot be used (KeyError: 'perhaps'); expected an object with 'identifier'" in problems.first[1]
+    assert "line 4: image" in problems.first[2]
+
+
+def test_karpathy_splits_share_no_image(tmp_path: Path) -> None:
+    """Trap 9: ViLT's release selects models on test and trains Flickr30k on val; here splits are built by name."""
+    images = []
+    for n, split in enumerate(["train", "restval", "val", "test"]):
+        save_image(tmp_path / "val2014" / f"COCO_{n}.jpg", n)
+        sentences = [{"raw": f"picture {n}, said {k}", "tokens": []} for k in range(2)]
+        image = {"filename": f"COCO_{n}.jpg", "filepath": "val2014", "split": split, "cocoid": 100 + n, "imgid": n}
+        images.append(image | {"sentences": sentences})
+    file = write_lines(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    assert find_kind(file) == "karpathy"
+    for split, numbers in {"train": [0, 1], "val": [2], "test": [3], None: [0, 1, 2, 3]}.items():
+        samples = list(read(file, split=split).samples)
+        assert captions_in(samples) == [[f"picture {n}, said {k}" for k in range(2)] for n in numbers]
+        assert [record_of(sample)["image_id"] for sample in samples] == [100 + n for n in numbers]
+    with pytest.raises(DataError, match=r"no image is in split 'dev'; expected one of train \(1\)"):
+        list(read(file, split="dev").samples)
+
+
+def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
+    for name, number in (("n02/a/x.jpg", 1), ("n01/y.png", 2), ("n02/z.jpg", 3)):
+        save_image(tmp_path / "a" / name, number)
+    imported = read(tmp_path / "a", kind="classes")
+    assert [class_of(sample, 2) for sample in imported.samples] == [0, 1, 1]
+    assert imported.choices[CLASSES] == ("n01", "n02")
+    for file in ("n01", "n01/y.png"):
+        with pytest.raises(DataError, match="it has no folder"):
+            list(read(tmp_path / "a" / file, Problems(), kind="classes").samples)
+    save_image(tmp_path / "b" / os.fsdecode(b"caf\xe9") / "1.jpg")
+    imported = read(tmp_path / "b", kind="classes")  # names are clean text
+    assert len(list(imported.samples)) == 1
+    assert Choices.from_bytes(imported.choices[CLASSES].to_bytes(), "list") == (r"caf\xe9",)
+    save_image(tmp_path / "a" / "stray.jpg")
+    (tmp_path / "a" / "__MACOSX").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    imported = read(tmp_path / "a", problems := Problems(), "classes")
+    assert [class_of(sample, 3) for sample in imported.samples] == [1, 2, 2]
+    assert (problems.skipped, problems.faults) == ({".txt": 1}, 1)
+    empty = "it is class 0 without an image; if it is not a class, remove it and build again"
+    reasons = {"stray.jpg": "it is not in a class folder", "__MACOSX": empty}
+    assert problems.first == [f"{tmp_path / 'a' / name}: {reason}" for name, reason in reasons.items()]
+
+
+def test_published_annotations_round_trip_through_shards(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data" / "region_features"
+    for file, images, kind, count in (
+        ("vqav2/questions.json", "vqav2", "vqa", 3),
+        ("vgqa/question_answers.json", "vgqa", "vg_qa", 8),
+        ("nlvr2/tiny-dev.json", "nlvr2", "nlvr2", 8),
+    ):
+        assert find_kind(folder / file) == kind
+        imported = read(folder / file, images=folder / "images" / images, min_count=1)
+        write_shards(Storage(), imported.samples, str(tmp_path / kind))
+        samples = list(iter_samples(Storage(), str(tmp_path / kind)))
+        assert len(samples) == count
+        for sample in samples:
+            if kind == "nlvr2":
+                assert statement_of(sample.members).id.count("-") == 3
+                both_images(sample.members)
+            else:
+                assert question_of(sample.members).answers

@@ -1,11 +1,11 @@
-"""Importers of folders, jsonl with regions, lists, COCO captions and plain text, and the writer of shards."""
+"""Importers of folders, jsonl with regions, lists, COCO captions, text and tables, and the writer of shards."""
 
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import closing
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,19 +15,20 @@ import webdataset
 from PIL import Image
 
 from pipeline.config.errors import DataError
-from pipeline.config.load import validate
 from pipeline.data.building import importers
 from pipeline.data.building.importers import find_kind, write_shards
 from pipeline.data.building.inputs import Import, Problems, Sample
 from pipeline.data.contents.regions import parse_regions
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.loader import Loader
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.forward import Regions
-from pipeline.objectives import batch_groups
+from tests.support.data_stream import data_config, open_loader
 from tests.support.imports import captions_in, read, record_of, save_image, write_lines
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 LOWEST, LONGEST = 800, 1333  # sides to which torchvision's Faster R-CNN resizes images
 
@@ -43,6 +44,11 @@ def test_folders_give_images_with_their_captions(tmp_path: Path) -> None:
     assert (one["__key__"], two["__key__"]) == ("a", "b_two_words_v2")
     assert (two["jpg"], record_of(two)["captions"]) == (data, ["a grey thing"])
     assert record_of(one)["image_id"] == record_of(same)["image_id"] != record_of(two)["image_id"]  # equal bytes
+    save_image(tmp_path / "names" / "x.jpg")
+    for name in ("x.txt", "x.TXT", "x.jpg.Txt", "x.caption", "x.jpg.caption"):
+        (tmp_path / "names" / name).write_text("said")
+        assert captions_in(read(tmp_path / "names").samples) == [["said"]]
+        (tmp_path / "names" / name).unlink()
 
 
 def test_keys_stay_unique_and_quick_if_only_punctuation_differs(tmp_path: Path) -> None:
@@ -71,8 +77,7 @@ def test_lines_of_one_image_are_merged(tmp_path: Path) -> None:
     scattered = write_lines(tmp_path / "list.json", [records[1], records[0], records[2]])
     assert captions_in(read(scattered).samples) == [["three", "four"], ["one", "two"]]  # a list is grouped by image
     absent = write_lines(tmp_path / "a.jsonl", {"image": "a.jpg", "caption": "a"}, {"image": "a.jpg", "caption": "b"})
-    problems = Problems()
-    assert list(read(absent, problems).samples) == []
+    assert list(read(absent, problems := Problems()).samples) == []
     assert problems.first[1] == f"{absent}, line 2: its image a.jpg is skipped, see {absent}, line 1"
 
 
@@ -91,20 +96,18 @@ def test_coco_captions_are_grouped_by_image(tmp_path: Path, shared: Path) -> Non
     assert "annotations 4: cannot be used" in problems.first[0]
     assert "image 2: it has no caption" in problems.first[1]
     images = shared / "data" / "coco_ccby_111" / "images"
-    file = shared / "data" / "coco_annotations" / "captions_val2017.json"  # the official file
-    samples = list(read(file, problems := Problems(), images=images).samples)
+    official = shared / "data" / "coco_annotations" / "captions_val2017.json"
+    samples = list(read(official, problems := Problems(), images=images).samples)
     assert {record_of(sample)["image_id"] for sample in samples} <= {int(path.stem) for path in images.glob("*.jpg")}
     assert samples
     assert len(samples) + problems.count == 5000
     assert all(len(captions) >= 5 for captions in captions_in(samples))
-
     for text in ("[]", "{}", "nothing", '{"images": [{"id": 1}], "annotations": []}'):
-        file = write_lines(tmp_path / "captions.json", text)
         with pytest.raises(DataError, match=r"captions\.json(:| is not).*(COCO|JSON|none of its images)"):
-            list(read(file, Problems(), "coco").samples)
+            list(read(write_lines(file, text), Problems(), "coco").samples)
 
 
-def test_text_is_packed_into_whole_sentences(tmp_path: Path) -> None:
+def test_text_is_packed_into_whole_sentences_and_unusable_texts_do_not_affect_others(tmp_path: Path) -> None:
     file = write_lines(
         tmp_path / "wiki.txt",
         "One two three. Four five!\nSix seven eight nine ten eleven twelve? Thirteen.\n\nNext.",
@@ -114,17 +117,14 @@ def test_text_is_packed_into_whole_sentences(tmp_path: Path) -> None:
         "One two three. Four five!", "Six seven eight nine ten", "eleven twelve? Thirteen.", "Next.",
         "A film-maker of made 1,000", "films .", "He died .",
     ]  # fmt: skip
-
-
-def test_unusable_texts_do_not_affect_others(tmp_path: Path) -> None:
+    file.unlink()
     (tmp_path / "a.txt").write_text("\ufeffOne.\n\nTwo.\n")
     (tmp_path / "b.txt").write_text("\n = Heading = \n")
     (tmp_path / "c.txt").write_bytes(b"\xff\xfeT\0\x00\xd8T\0")
     (tmp_path / "d.txt").write_text("Three.")
-    samples = list(read(tmp_path, problems := Problems()).samples)
-    assert [(sample["__key__"], sample["txt"]) for sample in samples] == [
-        ("a-0000000", b"One."), ("a-0000001", b"Two."), ("d-0000000", b"Three."),
-    ]  # fmt: skip
+    samples = read(tmp_path, problems := Problems()).samples
+    texts = {sample["__key__"]: sample["txt"] for sample in samples}
+    assert texts == {"a-0000000": b"One.", "a-0000001": b"Two.", "d-0000000": b"Three."}
     assert problems.first[0] == f"{tmp_path / 'b.txt'}: it contains no text"
     assert (problems.faults, "c.txt" in problems.first[1]) == (2, True)
     (tmp_path / "b.txt").unlink()
@@ -177,8 +177,7 @@ def test_regions_are_stored_with_or_without_image(tmp_path: Path) -> None:
 
 def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
     """Features of photographs by Faster R-CNN (`../shared/data`) pass through shards and loader into a model."""
-    folder = shared / "data" / "region_features"
-    lines = []
+    folder, lines = shared / "data" / "region_features", list[Any]()
     for path in sorted((folder / "features_npz").glob("*.npz")):
         picture = next((folder / "images").rglob(path.name.removesuffix(".npz")))
         width, height = Image.open(picture).size
@@ -187,23 +186,16 @@ def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
         captions = [f"a photograph called {path.name}"]
         lines.append({"regions": str(path), "image": str(picture), "image_size": size, "captions": captions})
     assert len(lines) == 12
-    file = write_lines(tmp_path / "lines.jsonl", *lines)
-    write_shards(Storage(), read(file, allow_outside=True).samples, str(tmp_path / "shards"), 5)
+    file, shards = write_lines(tmp_path / "lines.jsonl", *lines), str(tmp_path / "shards")
+    write_shards(Storage(), read(file, allow_outside=True).samples, shards, 5)
     model = {
         "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12, "region_features": 1024,
         "max_regions": 40, "dropout": 0.0,
     }  # fmt: skip
-    stage = {
-        "name": "regions", "sources": {"real": 1.0}, "steps": 9, "global_batch_size": 12, "max_text_length": 12,
-        "objectives": {"mrfr": {}, "mlm": {}},
-    }  # fmt: skip
-    sources = {"real": {"shards": str(tmp_path / "shards"), "type": "regions"}}
-    data = {"streams": 1, "max_bad_rate": 0.0}
-    config = validate({"name": "real", "model": model, "sources": sources, "data": data, "stages": [stage]}, "real")
+    data, stage = {"streams": 1, "max_bad_rate": 0.0}, {"global_batch_size": 12}
+    config = data_config({"real": shards}, ("mrfr", "mlm"), "regions", model, data, stage)
     tokenizer = Tokenizer.train([line["captions"][0] for line in lines], 100)
-    with closing(
-        Loader(config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1)
-    ) as loader:
+    with open_loader(config, tokenizer) as loader:
         (batch,) = islice(loader.batches(0), 1)
     assert batch.region_features.shape == (12, 40, 1024)
     kept = sorted(batch.region_keep.sum(dim=1).tolist())
@@ -216,18 +208,145 @@ def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
         assert region_embedding(regions, torch.zeros(32)).isfinite().all()
 
 
-def text_stream(count: int) -> Iterator[Sample]:
-    return ({"__key__": f"s{i:03d}", "txt": f"text {i}".encode()} for i in range(count))
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+EXPECTED = [("a", ["A dog, running .", "A cat ."]), ("b", ["Third ."])]
+TABLES = {
+    "captions.txt": 'image,caption\na.jpg,"A dog, running ."\na.jpg,A cat .\nb.jpg,Third .\n',  # Kaggle's Flickr8k
+    "unquoted.csv": "image,caption\na.jpg,A dog, running .\na.jpg,A cat .\nb.jpg,Third .\n",
+    "Flickr8k.token.txt": "a.jpg#0\tA dog, running .\na.jpg#1\tA cat .\nb.jpg#0\tThird .\n",
+    "results_20130124.token": "a.jpg#0\tA dog, running .\na.jpg#1\tA cat .\nb.jpg#0\tThird .\n",
+    "results.csv": "image_name| comment_number| comment\n"
+    "a.jpg| 0| A dog, running .\na.jpg| 1| A cat .\nb.jpg| 0| Third .\n",
+    "open_clip.tsv": 'filepath\ttitle\na.jpg\tA dog, running .\na.jpg\t"A cat ."\nb.jpg\tThird .\n',
+    "cc3m.tsv": "A dog, running .\ta.jpg\nA cat .\ta.jpg\nThird .\tb.jpg\n",
+    "more.csv": 'id,Text ,Path\n1,"A dog,\nrunning .",a.jpg\n2,A cat .,a.jpg\n\n3,Third .,b.jpg\n',
+    "semicolon.csv": "file;caption\na.jpg;A dog, running .\na.jpg;A cat .\nb.jpg;Third .\n",
+    "quoted_semicolon.csv": 'caption;file\n"A dog,\nrunning .";a.jpg\n"A cat .";a.jpg\nThird .;b.jpg\n',
+    "no_header.csv": 'a.jpg,"A dog, running ."\na.jpg,A cat .\nb.jpg,Third .\n',
+    "bom.csv": '\ufeffimage,caption\r\na.jpg,"A dog, running ."\r\na.jpg,A cat .\r\nb.jpg,Third .\r\n',
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate("ab"):
+        save_image(tmp_path / f"{name}.jpg", number)
+    return tmp_path
+
+
+def pairs(source: Path, problems: Problems | None = None, **options: Any) -> list[tuple[str, list[str]]]:
+    samples = read(source, problems, **options).samples
+    return [(sample["__key__"], record_of(sample)["captions"]) for sample in samples]
+
+
+def test_tables_are_read_as_pairs_whatever_their_captions_contain(folder: Path) -> None:
+    for name, encoding in product(TABLES, ("utf-8", "utf-16")):
+        (folder / name).write_text(TABLES[name], encoding)
+        assert (find_kind(folder / name), pairs(folder / name)) == ("table", EXPECTED)
+    for caption in ("a cat | a dog", "a cat; a dog", "a cat\ta dog", "cat|dog;cat\tdog"):
+        (folder / "t.csv").write_text(f"a.jpg,{caption}\nb.jpg,x\n")
+        assert pairs(folder / "t.csv") == [("a", [" ".join(caption.split())]), ("b", ["x"])]
+    file = write_lines(folder / "book.txt", "It was a dark night, and nothing moved.", "Then, a sound; and a light.")
+    assert find_kind(file) == "text"
+    with pytest.raises(DataError, match="--images was given"):
+        read(file, images=folder)
+
+
+def test_columns_are_chosen_by_name_or_number(folder: Path) -> None:
+    file = write_lines(folder / "odd.csv", "a,b,c", "x,a.jpg,A dog .")
+    with pytest.raises(DataError, match=r"odd\.csv.*a, b, c.*--image-column"):
+        pairs(file)
+    for image, caption in (("b", "c"), ("2", "3"), ("B", "3")):
+        assert pairs(file, image_column=image, caption_column=caption) == [("a", ["A dog ."])]
+    with pytest.raises(DataError, match=r"no column 'd' \(--image-column\); its columns: a, b, c"):
+        pairs(file, image_column="d")
+
+
+def test_unusable_rows_are_reported_with_lines_and_unclosed_quotation_marks_lose_one_line(folder: Path) -> None:
+    good = ("b", ["good"])
+    rows = ["a.jpg,good", "a.jpg", ",empty", "a.jpg,", "absent.jpg,a", "http://host/x.jpg,a", "b.jpg,good"]
+    (folder / "t.csv").write_bytes("\n".join(["image,caption", *rows]).encode() + b"\nb.jpg,caf\xe9\n")
+    reasons = {3: "1 columns", 4: "it has no image", 5: "empty", 6: "cannot be read", 7: "URL", 9: "not UTF-8"}
+    problems = Problems()
+    assert pairs(folder / "t.csv", problems) == [("a", ["good"]), good]
+    places = {int(problem.split("line ")[1].split(":")[0]): problem for problem in problems.first}
+    assert sorted(places) == list(reasons)
+    assert all(reason in places[place] for place, reason in reasons.items())
+    for lines, expected, lost in (
+        (['a.jpg,"open', "b.jpg,good"], [good], [2]),
+        (['a.jpg,"open', 'b.jpg,"good"', "b.jpg,more"], [("b", ["good", "more"])], [2]),
+        (['a.jpg,a 5" pipe', "b.jpg,good"], [("a", ['a 5" pipe']), good], []),
+        (['a.jpg,"A dog" runs', "b.jpg,good"], [("a", ["A dog runs"]), good], []),
+        (['a.jpg,"two', 'lines, ""here"""', "b.jpg,good"], [("a", ['two lines, "here"']), good], []),
+        (['a.jpg,"' + "x" * 200_000 + '"', "b.jpg,good"], [good], [2]),
+        (["b.jpg,good", 'a.jpg,"open'], [good], [3]),
+        (["a.jpg,one\u2028two\x85three", "b.jpg,good"], [("a", ["one two three"]), good], []),
+    ):
+        (folder / "t.csv").write_text("\n".join(["image,caption", *lines]), "utf-8")
+        problems = Problems()
+        assert pairs(folder / "t.csv", problems) == expected
+        assert [int(problem.split("line ")[1].split(":")[0]) for problem in problems.first] == lost
+
+
+def write_parquet(file: Path, **columns: Any) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), file)
+    return file
+
+
+def test_parquet_may_contain_paths_bytes_or_both(folder: Path) -> None:
+    data = [(folder / name).read_bytes() for name in ("a.jpg", "b.jpg")]
+    texts = [["A dog .", "A cat ."], ["Third ."]]
+    for columns in (
+        {"image": ["a.jpg", "b.jpg"], "captions": texts, "extra": [1, 2]},
+        {"jpg": data, "caption": texts},
+        {"image": [{"bytes": image, "path": "x.jpg"} for image in data], "caption": texts},
+        {"image": [{"bytes": None, "path": f"{name}.jpg"} for name in "ab"], "TEXT": texts},
+    ):
+        samples = list(read(write_parquet(folder / "t.parquet", **columns)).samples)
+        assert [sample["jpg"] for sample in samples] == data
+        assert captions_in(samples) == texts
+    for number in range(3):
+        write_parquet(folder / "many" / f"{number}.parquet", image=data, caption=["one", "two"])
+    assert find_kind(folder / "many") == "parquet"
+    assert len({key for key, _ in pairs(folder / "many")}) == 6
+
+
+def test_unusable_parquet_rows_are_counted(folder: Path) -> None:
+    data, file = (folder / "a.jpg").read_bytes(), folder / "t.parquet"
+    texts = pyarrow.array([b"good", b"b", b"c", None, b"caf\xe9", b"\0"], pyarrow.binary()).view(pyarrow.string())
+    write_parquet(file, image=[data, None, b"text", data, data, data], caption=texts)
+    problems = Problems()
+    assert pairs(file, problems) == [("t-0000000", ["good"])]
+    assert {problem.split(": ")[0].split(", ")[-1] for problem in problems.first} == {f"row {n}" for n in range(1, 6)}
+    times = pyarrow.array([2**62, 0], pyarrow.timestamp("ms"))  # the first cannot be represented
+    for images, captions, reasons in (
+        (["a.jpg", "a.jpg"], times, ("row 0: a value cannot be read", "datetime")),
+        ([{"bytes": "a.jpg", "path": "x"}], ["a dog"], ("its image is not bytes but a str",)),
+    ):
+        write_parquet(file, image=images, caption=captions)
+        problems = Problems()
+        assert pairs(file, problems) == []
+        assert all(reason in problem for reason, problem in zip(reasons, problems.first, strict=True))
+
+
+# Shards ---------------------------------------------------------------------------------------------------------------
+
+
+def text_stream(count: int, then: Exception | None = None) -> Iterator[Sample]:
+    for number in range(count):
+        yield {"__key__": f"s{number:03d}", "txt": f"text {number}".encode()}
+    if then:
+        raise then
 
 
 def test_webdataset_reads_every_written_sample_once(tmp_path: Path) -> None:
     manifest = write_shards(Storage(), text_stream(25), str(tmp_path / "out"), 10)
-    assert [(shard.name, shard.samples) for shard in manifest.shards] == [
-        ("000000.tar", 10), ("000001.tar", 10), ("000002.tar", 5),
-    ]  # fmt: skip
-    urls = [str(tmp_path / "out" / shard.name) for shard in manifest.shards]
-    texts = [sample["txt"].decode() for sample in webdataset.WebDataset(urls, shardshuffle=False)]
-    assert texts == [f"text {i}" for i in range(25)]
+    shards = {shard.name: shard.samples for shard in manifest.shards}
+    assert shards == {"000000.tar": 10, "000001.tar": 10, "000002.tar": 5}
+    dataset = webdataset.WebDataset([str(tmp_path / "out" / name) for name in shards], shardshuffle=False)
+    assert [sample["txt"].decode() for sample in dataset] == [f"text {i}" for i in range(25)]
     again = write_shards(Storage(), text_stream(25), str(tmp_path / "again"), 10)
     assert load_manifest(Storage(), str(tmp_path / "out")).digest == manifest.digest == again.digest
 
@@ -252,19 +371,15 @@ def test_overwriting_replaces_shards_after_all_are_written(tmp_path: Path) -> No
     assert not (tmp_path / "000007.tar.index.npz").exists()
 
 
-def failing_stream() -> Iterator[Sample]:
-    yield from text_stream(15)
-    raise DataError("line 16 is bad")
-
-
 def test_failed_import_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full, empty, url = tmp_path / "full", tmp_path / "empty", str(tmp_path / "full")
     write_shards(Storage(), text_stream(5), url, 2)
     content = {path.name: path.read_bytes() for path in full.iterdir()}
-    for stream, reason in ((failing_stream, "line 16"), (lambda: iter([]), "no usable sample")):
-        for folder in (empty, full):
-            with pytest.raises(DataError, match=reason):
-                write_shards(Storage(), stream(), str(folder), 5, overwrite=True)
+    for folder, (count, reason) in product((empty, full), ((15, "line 16 is bad"), (0, "no usable sample"))):
+        with pytest.raises(DataError, match=reason):
+            write_shards(
+                Storage(), text_stream(count, DataError(reason) if count else None), str(folder), 5, overwrite=True
+            )
     no_space = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(importers, "write_tar", Mock(side_effect=no_space))
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):

@@ -9,24 +9,14 @@ import pytest
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import SourceConfig, SyntheticConfig
 from pipeline.data.building import scenes
-from pipeline.data.building.scenes import (
-    COLOURS,
-    SHAPES,
-    Description,
-    Thing,
-    build_synthetic,
-    draw_descriptions,
-    draw_image,
-    scene_samples,
-    write_captions,
-)
+from pipeline.data.building.scenes import SHAPES, Description, Thing, build_synthetic, draw_descriptions
 from pipeline.data.contents.images import decode
 from pipeline.data.randomness import CounterRandom
 from pipeline.data.reading.samples import iter_samples
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 
-THING = f"a (?:large|small) (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
+THING = f"a (?:large|small) (?:{'|'.join(scenes.COLOURS)}) (?:{'|'.join(SHAPES)})"
 
 
 def source(folder, name: str, source_type: str = "pairs", **options) -> SourceConfig:
@@ -57,7 +47,7 @@ def test_sequence_and_drawing_depend_on_the_seed_only(monkeypatch: pytest.Monkey
     other = list(draw_descriptions(SyntheticConfig(scenes=50, seed=2, distinct=True)))
     assert many[:50] == few != other  # more scenes extend the same sequence
     monkeypatch.setattr(scenes, "draw_descriptions", lambda config, excluded: iter([few[0]]))
-    one, same, other = (next(scene_samples(SyntheticConfig(scenes=1, seed=seed), "pairs")) for seed in (5, 5, 6))
+    one, same, other = (next(scenes.scene_samples(SyntheticConfig(scenes=1, seed=seed), "pairs")) for seed in (5, 5, 6))
     assert one == same
     assert one["json"] != other["json"]
     assert one["jpg"] != other["jpg"]
@@ -66,7 +56,7 @@ def test_sequence_and_drawing_depend_on_the_seed_only(monkeypatch: pytest.Monkey
 def test_captions_are_complete_true_and_of_one_description() -> None:
     described: dict[str, Description] = {}
     for number, description in enumerate(draw_descriptions(SyntheticConfig(scenes=3000, distinct=True))):
-        captions = write_captions(description, 99, CounterRandom(number))
+        captions = scenes.write_captions(description, 99, CounterRandom(number))
         assert len(captions) == len(set(captions)) >= 12
         for caption in captions:
             assert described.setdefault(caption, description) == description
@@ -87,23 +77,19 @@ def test_captions_are_complete_true_and_of_one_description() -> None:
     assert len(set(described.values())) == 3000
 
 
-def test_all_shapes_colours_sizes_axes_and_counts_occur() -> None:
+def test_all_shapes_colours_sizes_axes_and_counts_occur_and_are_drawn() -> None:
     drawn = list(draw_descriptions(SyntheticConfig(scenes=500)))
     things = [thing for description in drawn for thing in description.things]
     assert {t.shape for t in things} == set(SHAPES)
-    assert {t.colour for t in things} == set(COLOURS)
+    assert {t.colour for t in things} == set(scenes.COLOURS)
     assert {d.horizontal for d in drawn} == {True, False}
-    assert {(d.side, len(d.things)) for d in drawn} == {
-        (None, 2), ("top", 3), ("bottom", 3), ("left", 3), ("right", 3),
-    }  # fmt: skip
+    sides = {(d.side, len(d.things)) for d in drawn}
+    assert sides == {(None, 2), ("top", 3), ("bottom", 3), ("left", 3), ("right", 3)}
     assert all(len(set(d.things)) == len(d.things) for d in drawn)
-
-
-def test_image_shows_the_description() -> None:
     for seed in range(40):
         first, second = Thing("large", "red", SHAPES[seed % 6]), Thing("small", "blue", SHAPES[seed // 6 % 6])
         description = Description((first, second), horizontal=seed % 2 == 0)
-        image = draw_image(description, 64, CounterRandom(seed)).astype(int)
+        image = scenes.draw_image(description, 64, CounterRandom(seed)).astype(int)
         red = np.argwhere((image[..., 0] > 150) & (image[..., 1] < 90) & (image[..., 2] < 90))
         blue = np.argwhere((image[..., 2] > 150) & (image[..., 0] < 110) & (image[..., 1] < 110))
         assert len(red) > 1.8 * len(blue) > 0
@@ -111,7 +97,6 @@ def test_image_shows_the_description() -> None:
         along, across = (distance[1], distance[0]) if description.horizontal else (distance[0], distance[1])
         assert along > 20
         assert abs(across) < along
-        assert red.min() >= 0
         assert 0 < red.mean() < 63
 
 
@@ -146,9 +131,9 @@ def test_excluded_scenes_are_never_drawn_and_equal_ones_have_equal_ids() -> None
     assert not excluded & set(draw_descriptions(config, excluded))
     ids: dict[int, set[Description]] = {}
     config = SyntheticConfig(scenes=2000, image_size=8, captions=1)
-    produced = (scene_samples(config, kind) for kind in ("pairs", "text"))
+    produced = (scenes.scene_samples(config, kind) for kind in ("pairs", "text"))
     for description, pair, text in zip(draw_descriptions(config), *produced, strict=True):
-        record, true = json.loads(pair["json"]), set(write_captions(description, 99, CounterRandom(0)))
+        record, true = json.loads(pair["json"]), set(scenes.write_captions(description, 99, CounterRandom(0)))
         assert {*record["captions"], text["txt"].decode()} <= true
         ids.setdefault(record["image_id"], set()).add(description)
     assert len(ids) < 2000

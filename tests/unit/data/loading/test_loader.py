@@ -1,35 +1,41 @@
-"""The loader's batches are independent of ranks and threads, complete per epoch, and free of bad samples."""
+"""Batches are independent of ranks, threads and processes, complete per epoch, and free of bad samples."""
 
+import gc
 import hashlib
 import io
 import json
+import os
+import signal
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
 
-from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.errors import ConfigError, DataError, RunFailed
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples import builder as module
+from pipeline.data.loading import backends
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from tests.support.data_stream import caption_tokenizer, copy_shards, data_config, hash_of, open_loader, take
+from tests.support import data_stream
+from tests.support.data_stream import copy_shards, data_config, hash_of, open_loader, take, with_loader
 
 KINDS = {"images": ("mim",), "text": ("mlm",), "pairs": ("itc", "itm", "mlm", "mim")}
+STEPS = 12  # of loader processes
 
 
 @pytest.fixture
 def indexed_pairs(make_pairs):
-    """Return make_pairs, which also indexes the folder."""
-
     def make(*arguments) -> str:
         folder = make_pairs(*arguments)
         index_shards(Storage(), folder)
@@ -82,7 +88,8 @@ def test_ranks_and_restarts_read_parts_of_the_uninterrupted_run(folders):
 
 
 def test_every_sample_is_read_once_per_epoch_and_epochs_continue_after_a_restart(folders):
-    with open_loader(run_config({"one": folders["one"]})) as loader:
+    config = run_config({"one": folders["one"]})
+    with open_loader(config) as loader:
         read = [
             (sample.epoch, uid)
             for batch in islice(loader.batches(0), 23)
@@ -91,7 +98,7 @@ def test_every_sample_is_read_once_per_epoch_and_epochs_continue_after_a_restart
     assert len(set(read)) == len(read)
     assert Counter(epoch for epoch, _ in read) == dict.fromkeys(range(10), 23)
     assert len({uid for _, uid in read}) == 23
-    with open_loader(run_config({"one": folders["one"]})) as loader:
+    with open_loader(config) as loader:
         next(loader.batches(23))
         assert loader.counts()["epochs/one"] == pytest.approx(10 + 10 / 23)
 
@@ -113,12 +120,11 @@ def test_batch_contains_what_the_objectives_read(folders, tmp_path: Path, make_t
     index_shards(Storage(), str(tmp_path / "plain"))
     (batch,) = take(run_config({"one": str(tmp_path / "plain")}, "text"))
     assert batch.image is None
-    assert "thing" in caption_tokenizer().decode(batch.text[0].tolist())
+    assert "thing" in data_stream.caption_tokenizer().decode(batch.text[0].tolist())
 
 
 def test_shapes_types_and_padding(folders):
-    (batch,) = take(run_config(folders))
-    tokenizer = caption_tokenizer()
+    (batch,), tokenizer = take(run_config(folders)), data_stream.caption_tokenizer()
     assert (batch.image.shape, batch.image.dtype) == ((10, 16, 16, 3), torch.uint8)
     assert batch.patch_positions.shape == (10, 6)  # 0.4 of 16 patches
     assert batch.text.shape == batch.text_keep.shape == batch.masked_text.shape
@@ -134,6 +140,12 @@ def test_shapes_types_and_padding(folders):
     untouched = torch.ones_like(batch.text_keep).scatter(1, batch.mask_positions.where(is_masked, 0), False)
     untouched[:, 0] = True
     assert torch.equal(batch.text[untouched], batch.masked_text[untouched])
+    usual, larger = run_config(folders), run_config(folders, stage={"image_size": 24})
+    (after,) = take(larger)  # the stage's image size overrides the model's
+    assert after.image.shape[1:] == (24, 24, 3)
+    assert torch.equal(batch.uid, after.uid)
+    assert torch.equal(batch.masked_text, after.masked_text)
+    assert digest_of(usual) != digest_of(larger)
 
 
 def test_augmentation_differs_between_epochs(folders):
@@ -153,9 +165,8 @@ def test_image_id_identifies_equal_images(indexed_pairs, make_pair):
     planted = {(0, 1): make_pair(0), (0, 2): make_pair(5) | named, (0, 3): make_pair(6) | named}
     folder = indexed_pairs("equal", [10], planted)
     with open_loader(run_config({"one": folder})) as loader:
-        batch = next(loader.batches(0))
-        samples = [sample.sample for sample in loader.order.samples(0)]
-    ids = dict(zip(samples, batch.image_id.tolist(), strict=True))
+        numbers = next(loader.batches(0)).image_id.tolist()
+        ids = dict(zip([sample.sample for sample in loader.order.samples(0)], numbers, strict=True))
     assert ids[0] == ids[1]
     assert ids[2] == ids[3]
     assert len(set(ids.values())) == 8
@@ -272,38 +283,32 @@ def test_missing_data_and_a_small_cache_are_rejected_at_the_start(s3, folders, t
         open_loader(run_config(folders))
 
 
-@pytest.mark.parametrize(("caption", "may_flip"), [("a thing at left", False), ("a thing", True)])
-def test_images_are_not_flipped_if_a_caption_names_a_side(
-    indexed_pairs, make_pair, monkeypatch: pytest.MonkeyPatch, caption: str, may_flip: bool
-):
-    captions, allowed, augment = json.dumps({"captions": [caption]}).encode(), set(), module.augment
-    folder = indexed_pairs("sides", [10], {(0, n): make_pair(n) | {"json": captions} for n in range(10)})
+def test_images_are_not_flipped_if_a_caption_names_a_side(indexed_pairs, make_pair, monkeypatch: pytest.MonkeyPatch):
+    augment, allowed = module.augment, set[bool]()
     monkeypatch.setattr(module, "augment", lambda *args: allowed.add(args[4]) or augment(*args))
-    take(run_config({"one": folder}))
-    assert allowed == {may_flip}
+    for name, caption, may_flip in (("sides", "a thing at left", False), ("plain", "a thing", True)):
+        described = {"json": json.dumps({"captions": [caption]}).encode()}
+        folder = indexed_pairs(name, [10], {(0, n): make_pair(n) | described for n in range(10)})
+        allowed.clear()
+        take(run_config({name: folder}))
+        assert allowed == {may_flip}
 
 
-@pytest.fixture
-def wordy(indexed_pairs, make_pair):
-    """Return wordy(stage, source), the config of forty pairs of 1 to 20 words; odd ones score 0.1, the others 0.9."""
+def test_buckets_group_captions_of_similar_length_and_filters_are_respected(indexed_pairs, make_pair, tmp_path: Path):
     planted = {}
-    for number in range(40):
+    for number in range(40):  # captions of 1 to 20 words; odd ones score 0.1, the others 0.9
         caption = " ".join(["thing"] * (1 + number * 7 % 20))
         described = {"captions": [caption], "score": 0.1 if number % 2 else 0.9}
         planted[divmod(number, 20)] = make_pair(number) | {"json": json.dumps(described).encode()}
     folder = indexed_pairs("wordy", [20, 20], planted)
 
-    def make(stage: dict, source: dict, **changes) -> RunConfig:
+    def wordy(stage: dict, source: dict, **changes) -> RunConfig:
         stage = {"max_text_length": 30, "global_batch_size": 5, **stage}
         config = run_config({"wordy": folder}, stage=stage, data={"shuffle_window": 4}, **changes)
         values = config.model_dump(mode="json", exclude_unset=True)
         values["sources"]["wordy"] |= source
         return validate(values, "test")
 
-    return make
-
-
-def test_buckets_group_captions_of_similar_length(wordy):
     plain, bucketed = wordy({}, {}), wordy({"buckets": {"by": "caption", "batches": 8}}, {})
     readers = ((1, 0), (3, 0), (1, 2))
     assert len({hash_of(bucketed, range(9), world, num_workers=workers) for world, workers in readers}) == 1
@@ -312,24 +317,96 @@ def test_buckets_group_captions_of_similar_length(wordy):
     assert padding[1] < padding[0] / 2
     uids = [sorted(uid for batch in epoch for uid in batch.uid.tolist()) for epoch in epochs]
     assert uids[0] == uids[1], "a block of one epoch holds the same samples in another order"
-
-
-def test_filters_and_opt_outs_are_respected(wordy, tmp_path: Path):
     (tmp_path / "opt_out.txt").write_text("wordy00004\nwordy00020\n")
     source = {"filters": {"score": {"min": 0.5}}, "opt_out": str(tmp_path / "opt_out.txt")}
-    config, whole = wordy({}, source, output=str(tmp_path / "runs")), wordy({}, {})
-    chosen = [uid for batch in take(config, 18) for uid in batch.uid.tolist()]
-    assert set(Counter(chosen).values()) == {5}, "18 batches of 5 are five epochs of 18 samples"
-    assert len(set(chosen)) == 18
-    assert set(chosen) < {uid for batch in take(whole, 8) for uid in batch.uid.tolist()}
-    assert digest_of(config) != digest_of(whole)
+    config = wordy({}, source, output=str(tmp_path / "runs"))
+    chosen = Counter(uid for batch in take(config, 18) for uid in batch.uid.tolist())
+    assert set(chosen.values()) == {5}, "18 batches of 5 are five epochs of 18 samples"
+    assert len(chosen) == 18
+    assert chosen.keys() < set(uids[0])
+    assert digest_of(config) != digest_of(plain)
 
 
-def test_stage_image_size_overrides_the_model(folders):
-    usual, larger = run_config(folders), run_config(folders, stage={"image_size": 24})
-    (before,), (after,) = take(usual), take(larger)
-    assert before.image.shape[1:] == (16, 16, 3)
-    assert after.image.shape[1:] == (24, 24, 3)
-    assert torch.equal(before.uid, after.uid)
-    assert torch.equal(before.masked_text, after.masked_text)
-    assert digest_of(usual) != digest_of(larger)
+@pytest.fixture
+def processes(indexed_pairs) -> RunConfig:
+    """Return the config of 24 pairs that two processes load."""
+    return process_config(indexed_pairs("pairs", [11, 13]))
+
+
+def process_config(folder: str) -> RunConfig:
+    data = {"streams": 4, "loader": {"num_workers": 2, "threads_per_worker": 2}}
+    return data_config({"pairs": folder}, data=data, stage={"steps": STEPS, "global_batch_size": 8})
+
+
+def children() -> list[psutil.Process]:
+    """Return the live loader processes of this process, by id."""
+    loaders = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it ended just now
+            words = child.cmdline() if child.status() != psutil.STATUS_ZOMBIE else []
+            loaders += [child] if any("data.loading.backends" in word for word in words) else []
+    return sorted(loaders, key=lambda child: child.pid)
+
+
+def test_batch_memory_is_reused_after_its_last_reference_and_closing_leaves_nothing(processes):
+    before = len(os.listdir("/proc/self/fd"))
+    with open_loader(processes) as loader:
+        stream = loader.batches(0)
+        first = next(stream)
+        assert len(children()) == 2
+        free = loader._open[0]._free
+        pixels, num_free = first.image.clone(), len(free)
+        for _ in range(2 * STEPS):
+            next(stream)
+        assert torch.equal(first.image, pixels), "a slot was filled again while its batch was in use"
+        kept = first.image[3]
+        del first
+        gc.collect()
+        assert torch.equal(kept, pixels[3])
+        del kept
+        gc.collect()
+        assert len(free) == num_free + 1
+    del loader, stream, free
+    gc.collect()
+    assert children() == []
+    assert len(os.listdir("/proc/self/fd")) == before
+    kept, expected = take(processes, STEPS), take(with_loader(processes, num_workers=0), STEPS)
+    for batch, other in zip(kept, expected, strict=True):  # kept beyond their loader
+        assert torch.equal(batch.image, other.image)
+        assert torch.equal(batch.masked_text, other.masked_text)
+
+
+def test_killed_process_is_restarted_without_effect_on_data_until_it_dies_repeatedly(processes, monkeypatch):
+    uninterrupted = take(with_loader(processes, num_workers=0), STEPS)
+    with open_loader(processes) as loader:
+        batches = loader.batches(0)
+        for step, expected in enumerate(uninterrupted):
+            assert torch.equal(next(batches).image, expected.image)
+            if step in (2, 6):
+                children()[step % 3 // 2].kill()
+        assert len(children()) == 2
+    monkeypatch.setattr(backends, "MAX_RESTARTS", 1)
+    message = r"died 2 times in a short while, the last time by SIGKILL.*memory"
+    with open_loader(processes) as loader, pytest.raises(RunFailed, match=message):  # noqa: PT012
+        for _ in loader.batches(0):
+            for child in children():
+                child.send_signal(signal.SIGKILL)
+    assert children() == []
+
+
+def test_errors_keep_their_type_and_bad_samples_are_reported_across_processes(processes, indexed_pairs, make_pair):
+    for shard in Path(processes.sources["pairs"].shards).glob("*.tar"):
+        spoiled, times = bytearray(shard.read_bytes()), shard.stat()
+        for offset in range(512, len(spoiled) - 1024, 64):
+            spoiled[offset] ^= 1
+        shard.write_bytes(spoiled)
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with open_loader(processes) as loader, pytest.raises(DataError, match=r"the shard was changed"):
+        next(loader.batches(0))
+    assert children() == []
+    planted = {(0, n): make_pair(n) | {"jpg": b"\xff\xd8 no image"} for n in (2, 9, 17)}
+    with open_loader(process_config(indexed_pairs("spoiled", [24], planted))) as loader:
+        list(islice(loader.batches(0), 3))
+        assert loader.counts()["bad/pairs"] == 3
+        keys = sorted(record["key"] for record in loader.quarantined())
+    assert keys == ["spoiled00002", "spoiled00009", "spoiled00017"]

@@ -22,73 +22,67 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from tests.support.bad_shards import read_epoch
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.pairs import Members, index_bytes
+from tests.support.pairs import Members, index_bytes, tar_bytes
 
 CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8  # as in `read_epoch`
 USES: tuple[SourceType, ...] = ("pairs", "text", "labelled", "regions", "questions", "statements")
 DEEP = b'{"caption": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
 
-# The json of a sample with captions, and whether check and training accept it.
-JSONS = {
-    b'{"caption": "nice \\ud83d"}': False,  # a lone surrogate
-    b'{"captions": ["fine", "nice \\udE00 day"]}': False,
-    b'{"caption": "\\ude00\\ud83d"}': False,  # in the wrong order
-    b'{"caption": "fine", "title": "\\ud83d"}': False,
-    b'{"caption": "fine", "\\ud83d": 1}': False,
-    b'{"caption": "fine", "image_id": "\\ud83d"}': False,
-    b'{"caption": "nice \xed\xa0\xbd"}': False,  # a surrogate encoded as UTF-8
-    DEEP: False,
-    b'{"caption": "fine", "x": ' + DEEP + b"}": False,
-    b'{"caption": "fine", "x": ' + b"9" * 5000 + b"}": False,
-    '{"caption": "fine"}'.encode("utf-16"): False,
-    '{"captions": ["fine", "\u0301"]}'.encode(): False,  # an accent without a letter
-    b'{"caption": "nice \\ud83d\\ude00"}': True,
-    b'{"caption": "nice \\\\ud83d"}': True,  # an escaped backslash
-    b'\xef\xbb\xbf{"caption": "fine"}': True,
-    b'{"caption": "fine", "x": NaN, "y": 1e400, "z": ' + b"9" * 400 + b"}": True,
-    b'{"caption": "fine", "image_id": NaN}': True,
-    b'{"caption": "fine", "image_id": 1e400}': True,
-    b'{"caption": "fine", "image_id": [1, {"a": null}]}': True,
-}
-TEXTS = {
-    "a thing".encode("utf-16"): False, "Tür".encode("latin-1"): False, "\u200b\u200d \ufeff".encode(): False,
-    b"\0\x01\x02": False, "\ufffd\ufffd".encode(): False,
-    b"\xef\xbb\xbffine": True, b"?!": True, "\U0001f600".encode(): True,
+# The json, txt or other member of a sample with captions, and whether check and training accept it.
+CAPTIONS: dict[str, dict[bytes, bool]] = {
+    "json": {
+        b'{"caption": "nice \\ud83d"}': False,  # a lone surrogate
+        b'{"captions": ["fine", "nice \\udE00 day"]}': False,
+        b'{"caption": "\\ude00\\ud83d"}': False,  # in the wrong order
+        b'{"caption": "fine", "title": "\\ud83d"}': False,
+        b'{"caption": "fine", "\\ud83d": 1}': False,
+        b'{"caption": "fine", "image_id": "\\ud83d"}': False,
+        b'{"caption": "nice \xed\xa0\xbd"}': False,  # a surrogate encoded as UTF-8
+        DEEP: False,
+        b'{"caption": "fine", "x": ' + DEEP + b"}": False,
+        b'{"caption": "fine", "x": ' + b"9" * 5000 + b"}": False,
+        '{"caption": "fine"}'.encode("utf-16"): False,
+        '{"captions": ["fine", "\u0301"]}'.encode(): False,  # an accent without a letter
+        b'{"caption": "nice \\ud83d\\ude00"}': True,
+        b'{"caption": "nice \\\\ud83d"}': True,  # an escaped backslash
+        b'\xef\xbb\xbf{"caption": "fine"}': True,
+        b'{"caption": "fine", "x": NaN, "y": 1e400, "z": ' + b"9" * 400 + b"}": True,
+        b'{"caption": "fine", "image_id": NaN}': True,
+        b'{"caption": "fine", "image_id": 1e400}': True,
+        b'{"caption": "fine", "image_id": [1, {"a": null}]}': True,
+    },
+    "txt": {
+        "a thing".encode("utf-16"): False, "Tür".encode("latin-1"): False, "\u200b\u200d \ufeff".encode(): False,
+        b"\0\x01\x02": False, "\ufffd\ufffd".encode(): False,
+        b"\xef\xbb\xbffine": True, b"?!": True, "\U0001f600".encode(): True,
+    },
 }  # fmt: skip
+_CLASSES = (b"9" * 5000, b"9" * 19, b"-1", b"+1", b"1.0", b"", "\u0661".encode(), b"1_0", b"nan", b"4")
+_SCORES = (b"Infinity", b"NaN", b"1" + b"0" * 400, b'"1"', b"null", b"true", b"-1", b"[[]]")
+_LABELS = (b"NaN", b"1e400", b"2", b"[]", b"{}", b'"true"', b"null", b"9" * 400)
 OTHERS: dict[SourceType, list[Members]] = {
-    "labelled": [
-        {"cls": text}
-        for text in (b"9" * 5000, b"9" * 19, b"-1", b"+1", b"1.0", b"", "\u0661".encode(), b"1_0", b"nan", b"4")
-    ],
+    "labelled": [{"cls": text} for text in _CLASSES],
     "questions": [
-        {"json": json.dumps(record).encode()}
-        for answers in (1e400, float("nan"), 10**400, "1", None, True, -1, [[]])
-        for record in ({"question": "what?", "answers": {"yes": answers}},)
-    ]
-    + [
+        *({"json": b'{"question": "what?", "answers": {"yes": %s}}' % score} for score in _SCORES),
         {"json": b'{"question": "what \\ud83d?", "answers": {"yes": 1}}'},
         {"json": b'{"question": "what?", "answers": {"\\ud83d": 1}}'},
         {"json": '{"question": "\u200b", "answers": {"yes": 1}}'.encode()},
     ],
     "statements": [
-        {"json": b'{"sentence": "so", "label": %s}' % label}
-        for label in (b"NaN", b"1e400", b"2", b"[]", b"{}", b'"true"', b"null", b"9" * 400)
-    ]
-    + [{"json": b'{"sentence": "so \\ud83d", "label": true}'}],
+        *({"json": b'{"sentence": "so", "label": %s}' % label} for label in _LABELS),
+        {"json": b'{"sentence": "so \\ud83d", "label": true}'},
+    ],
     "regions": [{"npz": b""}, {"npz": b"PK\x03\x04"}],
 }
 
 
-def image(number: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, ("JPEG", "PNG", "WEBP")[number % 3])
-    return buffer.getvalue()
-
-
 def sample(source_type: SourceType, number: int) -> Members:
     """Return a good sample of a source type."""
-    shown = image(number)
+    one, other = io.BytesIO(), io.BytesIO()
+    for buffer, seed in ((one, number), (other, number + 1)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, ("JPEG", "PNG", "WEBP")[seed % 3])
+    shown = one.getvalue()
     if source_type == "labelled":
         return {"jpg": shown, "cls": b"%d" % (number % CLASSES)}
     if source_type == "questions":
@@ -96,7 +90,7 @@ def sample(source_type: SourceType, number: int) -> Members:
         return {"jpg": shown, "json": json.dumps(record).encode()}
     if source_type == "statements":
         record = {"sentence": f"it is {number}", "label": number % 2 == 0, "id": str(number)}
-        return {"0.jpg": shown, "1.jpg": image(number + 1), "json": json.dumps(record).encode()}
+        return {"0.jpg": shown, "1.jpg": other.getvalue(), "json": json.dumps(record).encode()}
     text = {"json": json.dumps({"captions": [f"a thing {number}", "another way"], "url": f"u/{number}"}).encode()}
     if source_type == "regions":
         features = np.full((2, NUMBERS), number, dtype=np.float32)
@@ -105,15 +99,13 @@ def sample(source_type: SourceType, number: int) -> Members:
     return text | ({"jpg": shown} if source_type == "pairs" else {})
 
 
-def judge(
-    folder: Path, make_tar: Any, source_type: SourceType, damaged: dict[str, Members]
-) -> set[tuple[str, str, str]]:
+def judge(folder: Path, source_type: SourceType, damaged: dict[str, Members]) -> set[tuple[str, str, str]]:
     """Return the bad samples that both check and training find in a shard of damaged and good samples."""
     samples = damaged | {f"good{number}": sample(source_type, number) for number in range(2 * len(damaged) + BATCH)}
     samples |= {f"more{number}": sample(source_type, number) for number in range(-len(samples) % BATCH)}
     keys = sorted(samples, key=lambda key: random.Random(key).random())
     folder.mkdir()
-    (folder / "0.tar").write_bytes(make_tar({key: samples[key] for key in keys}))
+    (folder / "0.tar").write_bytes(tar_bytes({key: samples[key] for key in keys}))
     (folder / "answers.json").write_bytes(Choices(ANSWERS).to_bytes())
     (folder / "classes.json").write_bytes(Choices(tuple("abcd")).to_bytes())
     index_shards(Storage(), str(folder))
@@ -132,8 +124,7 @@ def variants(source_type: SourceType) -> dict[str, Members]:
     """Return samples that are bad, by keys with 'poison', and unusual ones that are good."""
     changes = [(False, change) for change in OTHERS.get(source_type, [])]
     if source_type in ("pairs", "text", "regions"):
-        for name, contents in (("json", JSONS), ("txt", TEXTS)):
-            changes += [(is_good, {name: content}) for content, is_good in contents.items()]
+        changes += [(good, {name: data}) for name, contents in CAPTIONS.items() for data, good in contents.items()]
     samples = {}
     for number, (is_good, change) in enumerate(changes):
         whole = sample(source_type, number)
@@ -144,9 +135,9 @@ def variants(source_type: SourceType) -> dict[str, Members]:
 
 
 @pytest.mark.parametrize("source_type", USES)
-def test_check_and_training_agree_on_damaged_samples(source_type: SourceType, tmp_path: Path, make_tar: Any) -> None:
+def test_check_and_training_agree_on_damaged_samples(source_type: SourceType, tmp_path: Path) -> None:
     damaged = variants(source_type)
-    bad = judge(tmp_path / "foreseen", make_tar, source_type, damaged)
+    bad = judge(tmp_path / "foreseen", source_type, damaged)
     assert {key for key, *_ in bad} == {key for key in damaged if key.startswith("poison")}
     assert not any("Error" in reason for _, _, reason in bad), "a fault that was foreseen has words of its own"
     rng = random.Random(source_type)
@@ -155,19 +146,19 @@ def test_check_and_training_agree_on_damaged_samples(source_type: SourceType, tm
         members = sample(source_type, number)
         hurt = rng.choice([name for name in members if name not in ("jpg", "0.jpg", "1.jpg")] * 3 + list(members))
         damaged[f"hurt{number}"] = members | {hurt: mutate(members[hurt], rng)}
-    assert judge(tmp_path / "mutated", make_tar, source_type, damaged)
+    assert judge(tmp_path / "mutated", source_type, damaged)
 
 
-def test_damaged_samples_are_indexed_by_what_is_known(make_tar: Any) -> None:
+def test_damaged_samples_are_indexed_by_what_is_known() -> None:
     damaged = variants("pairs")
-    index = index_bytes(make_tar(damaged))
+    index = index_bytes(tar_bytes(damaged))
     assert index.keys == tuple(damaged)
     assert (index.image_id != 0).all()
     for length, members in zip(index.caption_length, damaged.values(), strict=True):
         expected = 0
         with suppress(BadSample):
-            expected = max(len(text) for text in captions_of(members))
+            expected = max(map(len, captions_of(members)))
         assert length == expected
     named = [sample("pairs", n) | {"json": b'{"caption": "fine", "image_id": NaN}'} for n in range(2)]  # not a name
-    index = index_bytes(make_tar({str(n): members for n, members in enumerate(named)}))
+    index = index_bytes(tar_bytes({str(n): members for n, members in enumerate(named)}))
     assert index.image_id.tolist() == [image_id_of({"jpg": members["jpg"]}) for members in named]

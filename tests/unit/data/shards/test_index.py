@@ -19,9 +19,10 @@ from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.pairs import index_bytes, pair, tar_bytes, tar_of
 
 
-def with_json(*records: object) -> bytes:
-    """Return a tar of samples that have only a json."""
-    return tar_bytes({f"{n:03d}": {"json": json.dumps(record).encode()} for n, record in enumerate(records)})
+def index_of(*records: object) -> ShardIndex:
+    """Return the index of a tar of samples that have only a json."""
+    samples = {f"{n:03d}": {"json": json.dumps(record).encode()} for n, record in enumerate(records)}
+    return index_bytes(tar_bytes(samples))
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -62,12 +63,11 @@ def test_indexed_image_size_is_the_decoded_size() -> None:
 
 def test_properties_equal_those_of_the_members_and_unknown_ones_are_zero() -> None:
     damaged, whole = b"\xff\xd8 no picture", pair(1)
-    index = index_bytes(
-        tar_bytes({
-            "a": {"jpg": damaged, "json": b"{"}, "b": {"txt": b"words only"}, "c": {"json": b"[1]"}, "d": {"cls": b"1"},
-            "e": {"jpg": whole["jpg"][: len(whole["jpg"]) // 2]},
-        })
-    )  # fmt: skip
+    samples = {
+        "a": {"jpg": damaged, "json": b"{"}, "b": {"txt": b"words only"}, "c": {"json": b"[1]"}, "d": {"cls": b"1"},
+        "e": {"jpg": whole["jpg"][: len(whole["jpg"]) // 2]},
+    }  # fmt: skip
+    index = index_bytes(tar_bytes(samples))
     assert index.width.tolist() == index.height.tolist() == [0, 0, 0, 0, 24]  # known of a truncated image
     assert index.caption_length.tolist() == [0, 10, 0, 0, 0]
     assert not index.url_id.any()
@@ -78,7 +78,7 @@ def test_properties_equal_those_of_the_members_and_unknown_ones_are_zero() -> No
     assert index.image_id.tolist() == [image_id_of(members) for members in samples.values()]
     assert index.image_id[0] == index.image_id[1] != index.image_id[2]
     captions = [["four", "six ch", "äöü"], [" süß "], ["fine", ""]]  # the longest counts
-    assert index_bytes(with_json(*({"captions": c} for c in captions))).caption_length.tolist() == [6, 3, 0]
+    assert index_of(*({"captions": c} for c in captions)).caption_length.tolist() == [6, 3, 0]
 
 
 def test_json_fields_become_columns_or_other_fields() -> None:
@@ -88,7 +88,7 @@ def test_json_fields_become_columns_or_other_fields() -> None:
         {"tongue": "de", "status": "ok"},
         *({"name": f"n{number}"} for number in range(300)),
     ]
-    index = index_bytes(with_json(*rows))
+    index = index_of(*rows)
     assert sorted(index.columns) == ["safe", "score", "status", "tongue"]
     assert index.other_fields == ("huge", "list", "long", "mixed", "name")
     assert index.columns["score"][:2].tolist() == [1, 2.5]
@@ -97,7 +97,7 @@ def test_json_fields_become_columns_or_other_fields() -> None:
     assert index.columns["tongue"][:3].tolist() == ["en", "", "de"]
     assert not index.width.any()
     rows = [{"common": 1} | {f"own{sample}_{n}": 1 for n in range(300)} for sample in range(3)]
-    index = index_bytes(with_json(*rows))
+    index = index_of(*rows)
     assert len(index.columns) == 500
     assert "common" in index.columns
     assert len(index.other_fields) == 401
@@ -105,11 +105,8 @@ def test_json_fields_become_columns_or_other_fields() -> None:
 
 @pytest.fixture
 def index() -> ShardIndex:
-    jsons = [
-        b'{"caption": "one", "score": 0.5, "safe": true, "tongue": "en"}',
-        b'{"caption": "two", "score": null}',
-        b"no json",
-    ]
+    one = b'{"caption": "one", "score": 0.5, "safe": true, "tongue": "en"}'
+    jsons = [one, b'{"caption": "two", "score": null}', b"no json"]
     samples = {str(n): pair(n) | {"json": data} for n, data in enumerate(jsons)}
     return index_bytes(tar_bytes(samples | {"text": {"txt": b"only words"}}), etag="tag")
 

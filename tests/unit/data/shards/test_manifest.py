@@ -12,6 +12,7 @@ import tempfile
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from pipeline.data.storage import Storage
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.pairs import Watched, pair, tar_bytes, tar_of
 
+STORAGE = Storage()
 DAMAGED = (b"", b"\xff", b"[" * 50_000, b'{"successes": true}', b'{"successes": 1e400}', b"9" * 5000)  # counts
 
 
@@ -35,6 +37,12 @@ def pairs_tar(count: int) -> bytes:
     return tar_bytes({str(n): pair(n) for n in range(count)})
 
 
+def watch(call: Any, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
+    """Return a call's result, and the names of the tars that it read."""
+    watched = Watched()
+    return call(watched, *arguments, **options), watched.tars
+
+
 @pytest.fixture
 def folder(make_pairs) -> Path:
     """Return three shards of 5, 3 and 4 pairs, not indexed."""
@@ -42,67 +50,71 @@ def folder(make_pairs) -> Path:
 
 
 def test_indexing_leaves_the_tars_unchanged_and_continues(folder: Path) -> None:
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    url, before = str(folder), {path: path.read_bytes() for path in folder.iterdir()}
     calls: list[tuple[int, int, str]] = []
-    manifest = ensure_indexed(Storage(), str(folder), lambda *progress: calls.append(progress))
+    manifest = ensure_indexed(STORAGE, url, lambda *progress: calls.append(progress))
     assert [(done, total) for done, total, _ in calls] == [(1, 3), (2, 3), (3, 3)]
     assert {name for *_, name in calls} == {shard.name for shard in manifest.shards}
     assert [shard.name for shard in manifest.shards] == ["00000.tar", "00001.tar", "00002.tar"]
     assert (sizes(manifest), manifest.num_samples) == ([5, 3, 4], 12)
     assert {path: path.read_bytes() for path in before} == before
-    assert [len(load_index(Storage(), str(folder), record)) for record in manifest.shards] == [5, 3, 4]
+    assert [len(load_index(STORAGE, url, record)) for record in manifest.shards] == [5, 3, 4]
     for call in (index_shards, ensure_indexed, load_manifest):  # known shards are not read again
         watched = Watched()
-        assert (call(watched, str(folder)), watched.names) == (manifest, ["manifest.json"])
+        assert (call(watched, url), watched.names) == (manifest, ["manifest.json"])
     for name in ("manifest.json", "00002.tar.index.npz"):
         (folder / name).unlink()
     (folder / "00001.tar.index.npz").write_bytes(b"half an index")
-    watched = Watched()
-    assert (index_shards(watched, str(folder)), watched.tars) == (manifest, ["00001.tar", "00002.tar"])
+    assert watch(index_shards, url) == (manifest, ["00001.tar", "00002.tar"])
     (folder / "00001.tar.index.npz").unlink()
-    watched = Watched()
-    assert (ensure_indexed(watched, str(folder)), watched.tars) == (manifest, ["00001.tar"])
+    assert watch(ensure_indexed, url) == (manifest, ["00001.tar"])
     (folder / "00003.tar").write_bytes(pairs_tar(1))
-    watched = Watched()
-    assert (sizes(ensure_indexed(watched, str(folder))), watched.tars) == ([5, 3, 4, 1], ["00003.tar"])
-    assert sizes(ensure_indexed(Storage(), f"{folder}/00001.tar")) == [3]
-    path, manifest = folder / "manifest.json", load_manifest(Storage(), str(folder))
+    manifest, tars = watch(ensure_indexed, url)
+    assert (sizes(manifest), tars) == ([5, 3, 4, 1], ["00003.tar"])
+    assert sizes(ensure_indexed(STORAGE, f"{folder}/00001.tar")) == [3]
+    path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))  # of an old version
     with pytest.raises(DataError, match=r"version 1, expected 2"):
-        load_manifest(Storage(), str(folder))
-    assert ensure_indexed(Storage(), str(folder)) == manifest == load_manifest(Storage(), str(folder))
+        load_manifest(STORAGE, url)
+    assert ensure_indexed(STORAGE, url) == manifest == load_manifest(STORAGE, url)
 
 
-def test_replaced_shard_is_indexed_again(folder: Path, tmp_path: Path) -> None:
-    before = index_shards(Storage(), str(folder))
+def test_replaced_shard_is_indexed_again_and_foreign_facts_are_rejected(folder: Path, tmp_path: Path) -> None:
+    before = index_shards(STORAGE, str(folder))
     shutil.copytree(folder, tmp_path / "copy")
-    assert index_shards(Storage(), str(tmp_path / "copy")).digest == before.digest  # of contents only
+    assert index_shards(STORAGE, str(tmp_path / "copy")).digest == before.digest  # of contents only
     (folder / "00001.tar").write_bytes(pairs_tar(2))
-    after = index_shards(Storage(), str(folder))
+    after = index_shards(STORAGE, str(folder))
     assert (sizes(after), after.shards[0]) == ([5, 2, 4], before.shards[0])
     assert after.digest != before.digest
-    assert len(load_index(Storage(), str(folder), after.shards[1])) == 2
+    assert len(load_index(STORAGE, str(folder), after.shards[1])) == 2
+    shutil.copy(folder / "00000.tar.index.npz", folder / "00001.tar.index.npz")
+    with pytest.raises(DataError, match=r"00001\.tar\.index\.npz: belongs to another version"):
+        load_index(STORAGE, str(folder), after.shards[1])
+    content = json.loads((folder / "manifest.json").read_text())
+    content["shards"][0]["samples"] = 4
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"edited or damaged"):
+        load_manifest(STORAGE, str(folder))
 
 
 def test_brace_patterns_select_shards(folder: Path) -> None:
-    assert sizes(index_shards(Storage(), f"{folder}/0000{{0..1}}.tar")) == [5, 3]
-    assert sizes(index_shards(Storage(), f"{folder}/00002.tar")) == [4]  # the other shards stay in the manifest
-    assert sizes(load_manifest(Storage(), str(folder))) == [5, 3, 4]
-    assert sizes(load_manifest(Storage(), f"{folder}/0000{{1..2}}.tar")) == [3, 4]
+    assert sizes(index_shards(STORAGE, f"{folder}/0000{{0..1}}.tar")) == [5, 3]
+    assert sizes(index_shards(STORAGE, f"{folder}/00002.tar")) == [4]  # the other shards stay in the manifest
+    assert sizes(load_manifest(STORAGE, str(folder))) == [5, 3, 4]
+    assert sizes(load_manifest(STORAGE, f"{folder}/0000{{1..2}}.tar")) == [3, 4]
     with pytest.raises(DataError, match=r"00003\.tar is not in"):
-        load_manifest(Storage(), f"{folder}/{{00000..00003}}.tar")
+        load_manifest(STORAGE, f"{folder}/{{00000..00003}}.tar")
     expanded = manifests.shard_names("s3://bucket/a-{08..11}.{x,y}", {})
     assert expanded == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
 
 
 def test_missing_parts_name_the_command_to_run(tmp_path: Path) -> None:
-    empty = tar_of([])
-    for folder, reason in (
-        (tmp_path / "absent", r"no such folder of shards.*mome shards build"),
-        (tmp_path, r"no manifest\.json in it.*mome shards index"),
-    ):
-        with pytest.raises(DataError, match=reason):
-            load_manifest(Storage(), str(folder))
+    url, empty = str(tmp_path), tar_of([])
+    with pytest.raises(DataError, match=r"no such folder of shards.*mome shards build"):
+        load_manifest(STORAGE, f"{url}/absent")
+    with pytest.raises(DataError, match=r"no manifest\.json in it.*mome shards index"):
+        load_manifest(STORAGE, url)
     for name, content, reason in (
         ("note.md", b"", r"no \.tar files there"),
         ("x.tgz", gzip.compress(empty), r"no \.tar files there\. Unpack x\.tgz"),
@@ -112,35 +124,23 @@ def test_missing_parts_name_the_command_to_run(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=reason) if reason else nullcontext():
-            index_shards(Storage(), str(tmp_path))
-    index_shards(Storage(), str(tmp_path / "{y}.tar"))
+            index_shards(STORAGE, url)
+    index_shards(STORAGE, str(tmp_path / "{y}.tar"))
     (tmp_path / "z.TAR").unlink()
     (tmp_path / "lost.tar").symlink_to("absent.tar")
     with pytest.raises(DataError, match=r"lost\.tar: a link to a missing file"):
-        index_shards(Storage(), str(tmp_path))
+        index_shards(STORAGE, url)
     (tmp_path / "lost.tar").unlink()
-    index_shards(Storage(), str(tmp_path))
+    index_shards(STORAGE, url)
     for call in (load_manifest, ensure_indexed):
         with pytest.raises(DataError, match=r"have no samples"):
-            call(Storage(), str(tmp_path))
-
-
-def test_edited_manifest_and_foreign_index_are_rejected(folder: Path) -> None:
-    manifest = index_shards(Storage(), str(folder))
-    shutil.copy(folder / "00000.tar.index.npz", folder / "00001.tar.index.npz")
-    with pytest.raises(DataError, match=r"00001\.tar\.index\.npz: belongs to another version"):
-        load_index(Storage(), str(folder), manifest.shards[1])
-    content = json.loads((folder / "manifest.json").read_text())
-    content["shards"][0]["samples"] = 4
-    (folder / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"edited or damaged"):
-        load_manifest(Storage(), str(folder))
+            call(STORAGE, url)
 
 
 def test_missing_and_truncated_shards_are_named(folder: Path, make_pairs) -> None:
-    manifest = index_shards(Storage(), str(folder))
+    manifest = index_shards(STORAGE, str(folder))
     before = (folder / "manifest.json").read_bytes()
-    manifests.check_present(Storage(), str(folder), manifest)
+    manifests.check_present(STORAGE, str(folder), manifest)
     for damage, reason in (
         (lambda path: os.truncate(path, 4096), r"00001\.tar: the shard was truncated: 4096 bytes"),
         (os.unlink, r"00001\.tar: the shard is missing"),
@@ -148,12 +148,12 @@ def test_missing_and_truncated_shards_are_named(folder: Path, make_pairs) -> Non
         damage(folder / "00001.tar")
         for check in (partial(manifests.check_present, manifest=manifest), ensure_indexed):
             with pytest.raises(DataError, match=reason):
-                check(Storage(), str(folder))
+                check(STORAGE, str(folder))
     assert (folder / "manifest.json").read_bytes() == before
     other = Path(make_pairs("other", [5, 3, 4]))  # indexing stops by name too, and keeps what it finished
     os.truncate(other / "00001.tar", 4096)
     with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
-        index_shards(Storage(), str(other))
+        index_shards(STORAGE, str(other))
     assert not (other / "manifest.json").exists()
     assert (other / "00000.tar.index.npz").exists()
 
@@ -163,26 +163,23 @@ def test_read_only_folder_is_named() -> None:
         Path(folder, "0.tar").write_bytes(pairs_tar(1))
         stack.callback(os.chmod, folder, 0o755)
         user = os.geteuid()
-        for is_indexed in (False, True):
+        for refused in (pytest.raises(StorageError, match=r"denied.*give write access"), nullcontext()):
             os.chmod(folder, 0o555)
             os.seteuid(user or 65534)  # root can write to read-only folders
             try:
-                with (
-                    pytest.raises(StorageError, match=r"denied.*give write access") if not is_indexed else nullcontext()
-                ):
-                    ensure_indexed(Storage(), folder)
+                with refused:
+                    ensure_indexed(STORAGE, folder)
             finally:
                 os.seteuid(user)
             os.chmod(folder, 0o755)
-            assert sizes(ensure_indexed(Storage(), folder)) == [1]
+            assert sizes(ensure_indexed(STORAGE, folder)) == [1]
 
 
 def test_pipe_urls_are_rejected(tmp_path: Path) -> None:
-    url = f"pipe:touch {tmp_path}/done; cat x.tar"
     check = partial(check_shards, source_type="pairs", max_pixels=10**6, workers=1)
     for call in (index_shards, ensure_indexed, load_manifest, check):
         with pytest.raises(ConfigError, match=r"runs a command"):
-            list(call(Storage(), url))
+            list(call(STORAGE, f"pipe:touch {tmp_path}/done; cat x.tar"))
     assert os.listdir(tmp_path) == []
 
 
@@ -195,34 +192,32 @@ def counted(make_pairs) -> Path:
         (folder / "00000.tar.idx").write_bytes(struct.pack(f"<{len(offsets) + 1}Q", *offsets, tar.offset))
     with tarfile.open(folder / "00001.tar") as tar:  # DALI's wds2idx
         members = [f"{m.name.split('.')[1]} {m.offset_data} {m.size} {m.name}" for m in tar]
-    lines = [f"v1.2 {len(members) // 2}", *(" ".join(members[i : i + 2]) for i in range(0, len(members), 2)), ""]
+    lines = [f"v1.2 {len(members) // 2}", *map(" ".join, zip(members[::2], members[1::2], strict=True)), ""]
     (folder / "00001.idx").write_text("\n".join(lines))
     (folder / "00002_stats.json").write_text(json.dumps({"count": 6, "successes": 4, "failed_to_download": 2}))
     return folder
 
 
-def test_trusted_shards_are_read_on_first_use_only(counted: Path) -> None:
-    watched, again = Watched(), Watched()
-    manifest = index_shards(watched, str(counted), trust_counts=True)
-    assert watched.tars == ["00003.tar"]
-    assert sizes(manifest) == [5, 3, 4, 2]
+def test_trusted_shards_are_read_on_first_use_and_must_have_the_count(counted: Path) -> None:
+    url = str(counted)
+    manifest, tars = watch(index_shards, url, trust_counts=True)
+    assert (sizes(manifest), tars) == ([5, 3, 4, 2], ["00003.tar"])
     assert [shard.is_trusted for shard in manifest.shards] == [True, True, True, False]
-    assert load_manifest(Storage(), str(counted)) == ensure_indexed(Storage(), str(counted)) == manifest
-    assert index_shards(again, str(counted), trust_counts=True) == manifest
-    assert again.names == ["manifest.json"]
+    assert load_manifest(STORAGE, url) == ensure_indexed(STORAGE, url) == manifest
+    again = Watched()
+    assert (index_shards(again, url, trust_counts=True), again.names) == (manifest, ["manifest.json"])
     watched = Watched()
-    one, other = (load_index(watched, str(counted), manifest.shards[1]) for _ in range(2))
+    one, other = (load_index(watched, url, manifest.shards[1]) for _ in range(2))
     assert one.keys == other.keys == ("counted00005", "counted00006", "counted00007")
     assert watched.tars == ["00001.tar"]
-    whole = index_shards(Storage(), str(counted))
+    whole = index_shards(STORAGE, url)
     assert not any(shard.is_trusted for shard in whole.shards)
     assert whole.shards[1].digest == one.digest == other.digest
     assert whole.digest != manifest.digest
-
-
-def test_wrong_count_and_replaced_shard_are_fatal_by_name(counted: Path) -> None:
+    for path in (*counted.glob("*.npz"), counted / "manifest.json"):
+        path.unlink()
     (counted / "00002_stats.json").write_text(json.dumps({"successes": 3}))
-    manifest = index_shards(Storage(), str(counted), trust_counts=True)
+    manifest = index_shards(STORAGE, url, trust_counts=True)
     assert sizes(manifest) == [5, 3, 3, 2]
     (counted / "00001.tar").write_bytes(pairs_tar(3))
     for shard, reason in (
@@ -230,7 +225,7 @@ def test_wrong_count_and_replaced_shard_are_fatal_by_name(counted: Path) -> None
         (2, r"00002\.tar: it has 4 samples, and the index of another tool said 3"),
     ):
         with pytest.raises(DataError, match=reason):
-            load_index(Storage(), str(counted), manifest.shards[shard])
+            load_index(STORAGE, url, manifest.shards[shard])
 
 
 def test_impossible_counts_are_rejected_by_name(counted: Path) -> None:
@@ -252,54 +247,49 @@ def test_impossible_counts_are_rejected_by_name(counted: Path) -> None:
         whole = (counted / name).read_bytes()
         (counted / name).write_bytes(content)
         with pytest.raises(DataError, match=rf"{name}: it does not fit .*{reason}"):
-            index_shards(Storage(), f"{counted}/{name[:5]}.tar", trust_counts=True)
+            index_shards(STORAGE, f"{counted}/{name[:5]}.tar", trust_counts=True)
         (counted / name).write_bytes(whole)
-    assert index_shards(Storage(), str(counted)).num_samples == 14
+    assert index_shards(STORAGE, str(counted)).num_samples == 14
 
 
 def test_tars_of_other_tools_are_indexed(shared: Path, tmp_path: Path) -> None:
-    shutil.copytree(shared / "data" / "webdataset_tars", tmp_path / "tars", ignore=lambda _, names: [
-        name for name in names if not name.endswith(".tar")
-    ])  # fmt: skip
-    manifest = index_shards(Storage(), str(tmp_path / "tars"))
+    for path in (shared / "data" / "webdataset_tars").glob("*.tar"):
+        shutil.copy(path, tmp_path)
+    manifest = index_shards(STORAGE, str(tmp_path))
     assert {shard.name.removesuffix(".tar"): shard.samples for shard in manifest.shards} == {
         "aistore_single-png-cls": 1, "aistore_small-mnist-3": 3, "clipretrieval_image1": 4, "clipretrieval_image2": 3,
         "clipretrieval_image3": 2, "clipretrieval_image4": 2, "webdataset_compressed": 3, "webdataset_mpdata": 100,
         "webdataset_tendata": 100, "webdataset_testgz": 1000,
     }  # fmt: skip
     for record in manifest.shards:
-        data = (tmp_path / "tars" / record.name).read_bytes()
-        index = load_index(Storage(), str(tmp_path / "tars"), record)
+        data, index = (tmp_path / record.name).read_bytes(), load_index(STORAGE, str(tmp_path), record)
         members = [(f"{key}.{m[0]}", *m[1:]) for number, key in enumerate(index.keys) for m in index.members(number)]
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            assert {name: data[at : at + size] for name, at, size in members} == {
-                m.name: tar.extractfile(m).read() for m in tar if m.isfile()
-            }
+            expected = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+        assert {name: data[at : at + size] for name, at, size in members} == expected
 
 
 def test_fuzzed_manifests_raise_data_errors_only(folder: Path) -> None:
-    index_shards(Storage(), str(folder))
-    path = folder / "manifest.json"
-    whole = json.loads(path.read_text())
-    rng = random.Random(3)
+    index_shards(STORAGE, str(folder))
+    path, rng, refused = folder / "manifest.json", random.Random(3), 0
+    whole = path.read_text()
     values = [None, -1, 0, 1e400, 10**30, "", "x", "../x", "\ud83d", [], {}, True, "etag:x:1"]
-    refused = 0
     for turn in range(fuzz_rounds(200)):
         if turn % 2:
-            path.write_bytes(mutate(json.dumps(whole).encode(), rng))
+            path.write_bytes(mutate(whole.encode(), rng))
         else:
-            content = json.loads(json.dumps(whole))
+            content = json.loads(whole)
             fields = content["shards"][rng.randrange(2)]
             fields[rng.choice(["name", "samples", "bytes", "digest", "etag"])] = rng.choice(values)
             with suppress(TypeError, KeyError):
                 content["digest"] = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"])).digest
             path.write_text(json.dumps(content))
         try:
-            for shard in load_manifest(Storage(), str(folder)).shards:
-                load_index(Storage(), str(folder), shard)
+            for shard in load_manifest(STORAGE, str(folder)).shards:
+                load_index(STORAGE, str(folder), shard)
         except DataError as error:
             refused += str(folder) in str(error)
     assert refused
     path.write_bytes(b"[" * 50_000)
     with pytest.raises(DataError, match=r"manifest\.json: not a manifest of shards"):
-        load_manifest(Storage(), str(folder))
+        load_manifest(STORAGE, str(folder))

@@ -48,8 +48,8 @@ def config(folder: str, opt_out: Path | str | None = None, **filters: dict) -> S
     return SourceConfig(shards=folder, filters=conditions, opt_out=None if opt_out is None else str(opt_out))
 
 
-def opened(folder: str, opt_out: Path | None = None, saved: str | None = None, **filters: dict) -> Source:
-    return open_source(Storage(), config(folder, opt_out, **filters), saved)
+def opened(folder: str, opt_out: Path | None = None, **filters: dict) -> Source:
+    return open_source(Storage(), config(folder, opt_out, **filters))
 
 
 def selected(source: Source) -> list[list[str]]:
@@ -64,14 +64,11 @@ def numbers(folder: str, opt_out: Path | None = None, **filters: dict) -> list[i
     return [int(key[1:]) for keys in selected(opened(folder, opt_out, **filters)) for key in keys]
 
 
-def test_source_without_filters_has_every_sample(folder: str) -> None:
-    source = opened(folder)
+def test_samples_that_pass_all_filters_are_selected(folder: str) -> None:
+    source = opened(folder)  # without filters: every sample
     assert (source.selection, source.digest) == (None, source.manifest.digest)
     assert source.selected(load_index(Storage(), folder, source.manifest.shards[0])) is None
     assert (source.counts.tolist(), source.counts.dtype) == ([5, 4], np.int64)
-
-
-def test_samples_that_pass_all_filters_are_selected(folder: str) -> None:
     for expected, filters in (
         ([1, 2, 5, 7, 8], {"score": {"min": 0.5}}),
         ([0, 4, 6], {"score": {"max": 0.3}}),
@@ -117,18 +114,18 @@ def test_opted_out_ids_are_not_selected(folder: str, tmp_path: Path, s3) -> None
 def test_digest_depends_on_the_selection_and_survives_pickling(folder: str, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"nobody {name}\nk1\n")
-    half = {"min": 0.5}
-    selections: list[tuple] = [
-        *((None, filters) for filters in ({}, {"score": half}, {"score": {"min": 0.51}})),
-        *((None, {"score": half | {"keep_missing": True}}), (tmp_path / "a.txt", {}), (tmp_path / "b.txt", {})),
-    ]
-    sources, again = ([opened(folder, listed, **filters) for listed, filters in selections] for _ in range(2))
-    assert len({source.digest for source in sources}) == 6
-    assert [source.digest for source in sources] == [source.digest for source in again]
+    scores = ({}, {"score": {"min": 0.5}}, {"score": {"min": 0.51}}, {"score": {"min": 0.5, "keep_missing": True}})
+    selections = [*((None, score) for score in scores), (tmp_path / "a.txt", {}), (tmp_path / "b.txt", {})]
+    digests, again = ([opened(folder, listed, **score).digest for listed, score in selections] for _ in range(2))
+    assert len(set(digests)) == 6
+    assert digests == again
     source = opened(folder, tmp_path / "a.txt", score={"min": 0.5})
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert copy.digest == source.digest
     assert selected(copy) == selected(source) == [["k2"], ["k5", "k7", "k8"]]
+    with closing(SampleReader(Storage(), {"pairs": source})) as reader:  # its samples are numbered among the selected
+        refs = [SampleRef("pairs", 0, shard, n) for shard, count in enumerate(source.counts) for n in range(count)]
+        assert [(ref.shard, reader.read(ref).key) for ref in refs] == [(0, "k2"), (1, "k5"), (1, "k7"), (1, "k8")]
 
 
 def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Path) -> None:
@@ -185,34 +182,9 @@ def test_opt_out_entries_match_in_every_normal_form(tmp_path: Path, caplog: Any)
     assert "3 of its 5 entries list a sample" in caplog.text
     assert "line 5, 'd0'" in caplog.text
     listed.write_text("clé\nhttp://host/D\n", encoding="utf-8")
-    opened(folder, listed, saved)
+    open_source(Storage(), config(folder, listed), saved)
     strict = SourceConfig(shards=folder, opt_out=str(listed), opt_out_must_match=True)
     with pytest.raises(DataError, match=r"1 of its 2 entries.*line 2, 'http://host/D'.*opt_out_must_match"):
         open_source(Storage(), strict, saved)
     listed.write_text("clé\nhttp://host/d\n", encoding="utf-8")
     assert open_source(Storage(), strict, saved).counts.tolist() == [2]
-
-
-def test_sample_refs_count_selected_samples_only(folder: str, tmp_path: Path) -> None:
-    (tmp_path / "out.txt").write_text("k2\n")
-    source = opened(folder, tmp_path / "out.txt", score={"min": 0.6})
-    with closing(SampleReader(Storage(), {"pairs": source})) as reader:
-        refs = [SampleRef("pairs", 0, shard, n) for shard, count in enumerate(source.counts) for n in range(count)]
-        assert [(ref.shard, reader.read(ref).key) for ref in refs] == [(1, "k5"), (1, "k7"), (1, "k8")]
-
-
-@pytest.mark.parametrize("last", [2, 1])
-def test_trusted_shards_are_read_like_others_and_a_wrong_count_stops(make_pairs: Any, last: int) -> None:
-    folder = make_pairs("pairs", [3, 2])
-    for shard, count in enumerate((3, last)):
-        Path(folder, f"{shard:05d}_stats.json").write_text(json.dumps({"successes": count}))
-    index_shards(Storage(), folder, trust_counts=True)
-    source = opened(folder)
-    assert all(shard.is_trusted for shard in source.manifest.shards)
-    refs = [SampleRef("pairs", 0, shard, n) for shard, count in enumerate(source.counts.tolist()) for n in range(count)]
-    with closing(SampleReader(Storage(), {"pairs": source})) as reader:
-        if last == 2:
-            assert [reader.read(ref).key for ref in refs] == [f"pairs{n:05d}" for n in range(5)]
-            return
-        with pytest.raises(DataError, match=r"00001\.tar: it has 2 samples, and the index of another tool said 1"):
-            [reader.read(ref) for ref in refs]
