@@ -237,13 +237,12 @@ def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> N
                 texts = [sentence] if answers is None else [sentence, answers]
             elif not isinstance(texts, str | list):
                 texts = [members["txt"].decode("utf-8", errors="replace")] if "txt" in members else []
-            sample = {
+            shown.append({
                 "shard": shard.name, "key": index.keys[number], "fault": fault,
                 "members": {name: len(content) for name, content in members.items()},
                 "image_size": list(image.size) if image else None,
                 "captions": [str(text) for text in ([texts] if isinstance(texts, str) else texts)],
-            }  # fmt: skip
-            shown.append(sample)
+            })  # fmt: skip
             images.append(image)
     if sheet is not None:
         buffer, info = io.BytesIO(), PngInfo()

@@ -177,7 +177,7 @@ def _on_actors(
     actor_class: Any = ray.remote(RegionActor).options(**resources, max_restarts=RESTARTS, max_task_retries=RESTARTS)
     actors = [actor_class.remote(*arguments) for _ in range(min(cluster.workers, len(shards)))]
     try:
-        yield from ActorPool(actors).map_unordered(lambda actor, shard: actor.detect.remote(*shard), shards.items())
+        yield from ActorPool(actors).map_unordered(lambda actor, shard: actor.detect.remote(*shard), [*shards.items()])
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, MomeError) else RunFailed(f"a detector failed: {error}") from None
     except ray.exceptions.RayActorError as error:
