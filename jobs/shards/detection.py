@@ -48,7 +48,7 @@ _MAX_PRINTED = 10  # bad samples
 class RegionSettings:
     """Everything that determines the regions of a given shard."""
 
-    detector: str  # its digest
+    detector: str  # SHA-256 (hex) of the files of its folder
     regions: int
     max_pixels: int
 
@@ -72,7 +72,15 @@ def detect_regions(
 
     Raises ConfigError for an unusable detector or an `out` with other content, DataError for a truncated shard.
     """
-    storage = Storage()
+    if not detector.is_dir():
+        raise ConfigError(
+            f"--detector {detector}: no such folder. Expected a detector on this machine, such as the folder that "
+            "`hf download facebook/detr-resnet-50 --local-dir detr` writes; nothing is downloaded here"
+        )
+    storage, digest = Storage(), hashlib.sha256()
+    for path in sorted(path for path in detector.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     with (
         list_of_findings(report, "--report") if report else nullcontext() as findings,
         ShardProgress("detecting") as progress,
@@ -83,7 +91,7 @@ def detect_regions(
         )
         if folder == target:
             raise ConfigError(f"{target}: the shards are copied, not changed; choose another folder than {url}")
-        setting = RegionSettings(detector_digest(detector), max_regions, max_pixels)
+        setting = RegionSettings(digest.hexdigest(), max_regions, max_pixels)
         sources, objects = storage.list_info(folder), storage.list_info(target)
         names = shard_names(url, sources)
         tars = [name for name in objects if name.endswith(".tar")]
@@ -236,17 +244,3 @@ class Detector:
         kept = (hidden[best], corners, classes[best], confidences[best])
         features, regions, numbers, scores = (values.cpu().numpy() for values in kept)
         return RegionRecord(features, regions, (height, width), numbers, scores)
-
-
-def detector_digest(folder: Path) -> str:
-    """Return the SHA-256 (hex) of the folder's files. Raise ConfigError unless it exists: nothing is downloaded."""
-    if not folder.is_dir():
-        raise ConfigError(
-            f"--detector {folder}: no such folder. Expected a detector on this machine, such as the folder that "
-            "`hf download facebook/detr-resnet-50 --local-dir detr` writes; nothing is downloaded here"
-        )
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()

@@ -37,33 +37,20 @@ VLMO = {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "imag
 
 
 def data_config(
-    sources: dict[str, str],
-    objectives: Iterable[str] | Values = ("itc", "mlm", "mim"),
-    source_type: str = "pairs",
-    model: Values | None = None,
-    data: Values | None = None,
-    stage: Values | None = None,
-    **changes: Any,
-) -> RunConfig:
+    sources: dict[str, str], objectives: Iterable[str] | Values = ("itc", "mlm", "mim"), source_type: str = "pairs",
+    model: Values | None = None, data: Values | None = None, stage: Values | None = None, **changes: Any,
+) -> RunConfig:  # fmt: skip
     """Return a run of one stage of batches of 10, which reads `sources` (name -> folder) with weights 1.0 and 1.7."""
+    usual = {
+        "name": "stage", "sources": dict(zip(sources, (1.0, 1.7), strict=False)), "steps": 100, "global_batch_size": 10,
+        "objectives": objectives if isinstance(objectives, dict) else {name: {} for name in objectives},
+        "max_text_length": 12,
+    }  # fmt: skip
     values = {
-        "name": "test",
-        "seed": 3,
-        "model": model or VLMO,
+        "name": "test", "seed": 3, "model": model or VLMO, "stages": [usual | (stage or {})],
         "sources": {name: {"shards": folder, "type": source_type} for name, folder in sources.items()},
         "data": {"streams": 5, "shuffle_window": 2, "max_bad_rate": 1.0} | (data or {}),
-        "stages": [
-            {
-                "name": "stage",
-                "sources": dict(zip(sources, (1.0, 1.7), strict=False)),
-                "objectives": objectives if isinstance(objectives, dict) else {name: {} for name in objectives},
-                "steps": 100,
-                "global_batch_size": 10,
-                "max_text_length": 12,
-            }
-            | (stage or {})
-        ],
-    }
+    }  # fmt: skip
     return validate(values | changes, "test")
 
 
@@ -80,12 +67,9 @@ def caption_tokenizer() -> Tokenizer:
 
 
 def open_loader(
-    config: RunConfig,
-    tokenizer: Tokenizer | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    config: RunConfig, tokenizer: Tokenizer | None = None, rank: int = 0, world_size: int = 1,
     backend: BackendFactory = local_backend,
-) -> closing[Loader]:
+) -> closing[Loader]:  # fmt: skip
     """Return a loader of the first stage, to use in `with`."""
     stage, storage, tokenizer = config.stages[0], Storage(config.storage), tokenizer or caption_tokenizer()
     loader = Loader(config, stage, batch_groups(config, stage), storage, tokenizer, rank, world_size, backend)
@@ -140,21 +124,14 @@ def record(config: RunConfig, tokenizer: Tokenizer, world_size: int, steps: rang
 
 def whole_lines(path: Path) -> list[str]:
     """Return the whole lines and cut off a torn last one, as a checkpoint without COMMIT is ignored."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     return whole.splitlines()
 
 
-def main() -> None:
+if __name__ == "__main__":
     config, vocabulary, world_size, first, last, path = sys.argv[1:]
     run = RunConfig.model_validate_json(Path(config).read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.load(Storage(), vocabulary)
-    record(run, tokenizer, int(world_size), range(int(first), int(last)), Path(path))
-
-
-if __name__ == "__main__":
-    main()
+    record(run, Tokenizer.load(Storage(), vocabulary), int(world_size), range(int(first), int(last)), Path(path))

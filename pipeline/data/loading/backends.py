@@ -195,11 +195,9 @@ class ProcessBackend(LoaderBackend):
         with worker_socket:
             descriptors = (worker_socket.fileno(), self._descriptor, worker.progress)
             worker.samples[:] = bytes(in_progress.BYTES)
-            worker.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *map(str, descriptors)],
-                pass_fds=descriptors,
-                env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
+            command = [sys.executable, "-c", PROGRAM, *map(str, descriptors)]
+            environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            worker.process = subprocess.Popen(command, pass_fds=descriptors, env=environment)
         worker.connection = Connection(own_socket.detach())
         for message in (worker.assignment, *worker.jobs.items()):
             worker.connection.send(message)

@@ -1,8 +1,7 @@
 """One rank's batches of a stage, in order, and the fingerprint that proves what they contain.
 
-A batch's content is determined by its step alone (contract C1). Batches are prepared ahead by a backend (threads,
-processes or actors). The loader's whole state is the step it delivers next: prefetched batches that are never used are
-not counted.
+A batch's content is determined by its step alone (contract C1). The loader's whole state is the step that it delivers
+next: batches that its backend prepared ahead and that are never used are not counted.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from pipeline.data.examples.builder import LoaderSpec
 from pipeline.data.loading.backends import BackendFactory, LoaderBackend, local_backend
 from pipeline.data.order import rank_slice
 from pipeline.data.quarantine import Quarantine
-from pipeline.data.shards.source import Source, open_source, selection_url
+from pipeline.data.shards.source import open_source, selection_url
 from pipeline.data.storage import Storage
 
 
@@ -35,23 +34,14 @@ class Loader:
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        stage: StageConfig,
-        groups: frozenset[str],
-        storage: Storage,
-        tokenizer: Tokenizer,
-        rank: int,
-        world_size: int,
-        backend: BackendFactory = local_backend,
-    ):
+        self, config: RunConfig, stage: StageConfig, groups: frozenset[str], storage: Storage, tokenizer: Tokenizer,
+        rank: int, world_size: int, backend: BackendFactory = local_backend,
+    ):  # fmt: skip
         config = config.for_stage(stage)
         self._config, self._stage, self._storage, self._world_size = config, stage, storage, world_size
         if unknown := stage.sources.keys() - config.sources.keys():
             raise ConfigError(f"stage source '{min(unknown)}' is not among the run's: {', '.join(config.sources)}")
-        sources: dict[str, Source] = {
-            name: open_source(storage, config.sources[name], selection_url(config, name)) for name in stage.sources
-        }
+        sources = {n: open_source(storage, config.sources[n], selection_url(config, n)) for n in stage.sources}
         self._names, self._sizes = sorted(sources), {name: int(sources[name].counts.sum()) for name in sources}
         data = config.data
         if data.cache.folder is not None:  # it must hold the open shuffle windows of this node's ranks
@@ -109,9 +99,9 @@ class Loader:
         """Return bad samples, samples and epochs of each source; summed over ranks they are the whole run's."""
         counts: dict[str, int | float] = {}
         for name, size in self._sizes.items():
-            samples, epochs = self._quarantine.seen[name], self._epochs_before[name]
+            samples = self._quarantine.seen[name]
             counts |= {f"bad/{name}": self._quarantine.bad[name], f"samples/{name}": samples}
-            counts[f"epochs/{name}"] = epochs + samples / size
+            counts[f"epochs/{name}"] = self._epochs_before[name] + samples / size
         return counts
 
     def quarantined(self) -> list[dict[str, str | int]]:
@@ -126,18 +116,12 @@ class Loader:
 
 
 def fingerprint(
-    config: RunConfig,
-    stage: StageConfig,
-    groups: frozenset[str],
-    storage: Storage,
-    tokenizer: Tokenizer,
-    steps: range,
-    world_size: int = 1,
-) -> str:
+    config: RunConfig, stage: StageConfig, groups: frozenset[str], storage: Storage, tokenizer: Tokenizer,
+    steps: range, world_size: int = 1,
+) -> str:  # fmt: skip
     """Return the SHA-256 (hex) of a stage's global batches at some steps: uids, pixels, text, masks and labels.
 
-    Examples are hashed without padding. The result is the same for every `world_size`, backend and store, or contract
-    C1 is broken.
+    Padding is left out. The result is the same for every `world_size`, backend and store, or contract C1 is broken.
     """
     digest = hashlib.sha256()
     with ExitStack() as stack:

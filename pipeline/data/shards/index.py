@@ -14,7 +14,7 @@ import string
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import reduce
@@ -217,10 +217,22 @@ def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] |
     names = sorted(set(extensions))
     codes = {extension: number for number, extension in enumerate(names)}
     lists["extension"] = [codes[extension] for extension in extensions]
-    columns, others = _columns_of(records)
+    # Fields of numbers and booleans become columns of float64, those of short texts with few values columns of str.
+    counts = Counter(name for record in records for name, value in record.items() if value is not None)
+    frequent = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_COLUMNS]
+    columns: dict[str, np.ndarray] = {}
+    for name in sorted(frequent):  # with a field per sample, memory would grow with the samples' square
+        values = [record.get(name) for record in records]
+        present = [value for value in values if value is not None]
+        if all(isinstance(value, (int, float)) for value in present):
+            with suppress(OverflowError):  # an integer beyond the range of floats
+                columns[name] = np.array([np.nan if value is None else float(value) for value in values])
+        elif all(isinstance(v, str) and len(v) <= MAX_CHARACTERS and v.isprintable() for v in present):
+            texts = np.array([value or "" for value in values], dtype=str)
+            columns |= {name: texts} if len(set(present)) <= MAX_VALUES else {}
     return ShardIndex(
-        keys=tuple(keys), extensions=tuple(names), columns=columns, other_fields=others, bytes=tar.position,
-        digest=tar.digest.hexdigest(), etag=etag,
+        keys=tuple(keys), extensions=tuple(names), columns=columns, other_fields=tuple(sorted(counts.keys() - columns)),
+        bytes=tar.position, digest=tar.digest.hexdigest(), etag=etag,
         **{name: np.array(lists[name], dtype=dtype) for name, dtype in _ARRAYS.items()},
     )  # fmt: skip
 
@@ -262,23 +274,3 @@ def normal_url(text: str) -> str:
         )
         encoded.append(quote(decoded, safe="%/:?#[]@!$&'()*+,;=~"))
     return urlunsplit((scheme, user + host, *encoded, ""))
-
-
-def _columns_of(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Return each field of the samples' metadata as an array, and the names of the fields that cannot be one.
-
-    Numbers and booleans become float64 with NaN for missing values, short texts with few distinct values str with ''.
-    """
-    counts = Counter(name for record in records for name, value in record.items() if value is not None)
-    names = sorted(counts, key=lambda name: (-counts[name], name))
-    columns: dict[str, np.ndarray] = {}
-    for name in sorted(names[:MAX_COLUMNS]):  # with a field per sample, memory would grow with the samples' square
-        values = [record.get(name) for record in records]
-        present = [value for value in values if value is not None]
-        if all(isinstance(value, (int, float)) for value in present):
-            with suppress(OverflowError):  # an integer beyond the range of floats
-                columns[name] = np.array([np.nan if value is None else float(value) for value in values])
-        elif all(isinstance(v, str) and len(v) <= MAX_CHARACTERS and v.isprintable() for v in present):
-            texts = np.array([value or "" for value in values], dtype=str)
-            columns |= {name: texts} if len(set(present)) <= MAX_VALUES else {}
-    return columns, tuple(sorted(set(names).difference(columns)))

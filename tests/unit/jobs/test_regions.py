@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 
-from jobs.shards.detection import Detector, RegionActor, detector_digest
+from jobs.shards.detection import Detector, RegionActor
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.regions import parse_regions
 from pipeline.data.quarantine import BadSample
@@ -77,14 +77,10 @@ def test_region_has_its_query_vector_box_and_class(tmp_path: Path, family: str) 
 
 
 def test_unusable_detectors_and_refused_images_are_named(tmp_path: Path) -> None:
-    one, other = save_yolos(tmp_path / "one"), save_yolos(tmp_path / "other")
-    assert detector_digest(one) == detector_digest(other)
-    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
-    assert detector_digest(one) != detector_digest(other)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no detector that transformers can load"):
         Detector(tmp_path, torch.device("cpu"))
-    detector = Detector(one, torch.device("cpu"))
+    detector = Detector(save_yolos(tmp_path / "one"), torch.device("cpu"))
     detector._prepare = Mock(side_effect=ValueError("too thin"))
     with pytest.raises(BadSample, match="too thin"):
         detector(IMAGE, 10)
@@ -161,8 +157,12 @@ def test_unusable_arguments_and_shards_are_rejected(pairs: str, detector: Path, 
     os.truncate(Path(cut) / "00001.tar", 2000)
     damaged = facts_of("regions", pairs, tmp_path / "damaged", "--detector", detector)["url"]
     (Path(damaged) / "00001.tar.regions.json").write_text('{"shard": 1}')
+    changed = save_yolos(tmp_path / "changed")
+    assert facts_of("regions", pairs, out, "--detector", changed)["bad_samples"] == 1  # a copy of the same detector
+    (changed / "config.json").write_text((changed / "config.json").read_text() + "\n")
     for url, target, options, kind, reason in (
         (pairs, out, ("--regions", 3), ConfigError, "other --regions"),
+        (pairs, out, ("--detector", changed), ConfigError, "made by another detector"),
         (pairs, make_pairs("other", [2]), (), ConfigError, "none of these shards with regions"),
         (pairs, os.path.relpath(pairs), (), ConfigError, "choose another folder than"),
         (pairs, damaged, (), DataError, "00001.tar.regions.json: not a record of a shard's regions"),

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import fields
 from itertools import islice
@@ -148,28 +148,23 @@ def test_shapes_types_and_padding(folders):
     assert digest_of(usual) != digest_of(larger)
 
 
-def test_augmentation_differs_between_epochs(folders):
+def test_augmentation_differs_between_epochs_and_image_ids_identify_equal_images(folders, indexed_pairs, make_pair):
     config = run_config({"one": folders["one"]}, stage={"global_batch_size": 5})
-    seen: dict[int, list[tuple[bytes, ...]]] = {}
+    seen = defaultdict[int, list[tuple[bytes, ...]]](list)
     for batch in take(config, 23):
         for row in range(len(batch)):
             parts = batch.image[row], batch.text[row][batch.text_keep[row]], batch.patch_positions[row]
-            seen.setdefault(int(batch.uid[row]), []).append(tuple(part.numpy().tobytes() for part in parts))
+            seen[int(batch.uid[row])].append(tuple(part.numpy().tobytes() for part in parts))
     assert [len(epochs) for epochs in seen.values()] == [5] * 23
     for part in range(3):
         assert sum(len({epoch[part] for epoch in epochs}) > 1 for epochs in seen.values()) > 20
-
-
-def test_image_id_identifies_equal_images(indexed_pairs, make_pair):
     named = {"json": b'{"captions": ["a thing"], "image_id": 9}'}
     planted = {(0, 1): make_pair(0), (0, 2): make_pair(5) | named, (0, 3): make_pair(6) | named}
     folder = indexed_pairs("equal", [10], planted)
     with open_loader(run_config({"one": folder})) as loader:
         numbers = next(loader.batches(0)).image_id.tolist()
         ids = dict(zip([sample.sample for sample in loader.order.samples(0)], numbers, strict=True))
-    assert ids[0] == ids[1]
-    assert ids[2] == ids[3]
-    assert len(set(ids.values())) == 8
+    assert (ids[0], ids[2], len(set(ids.values()))) == (ids[1], ids[3], 8)
     (texts,) = take(run_config({"one": folder}, "text"))
     assert torch.equal(texts.image_id, texts.uid)
 
@@ -343,8 +338,7 @@ def children() -> list[psutil.Process]:
     loaders = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):  # it ended just now
-            words = child.cmdline() if child.status() != psutil.STATUS_ZOMBIE else []
-            loaders += [child] if any("data.loading.backends" in word for word in words) else []
+            loaders += [child] if any("data.loading.backends" in word for word in child.cmdline()) else []
     return sorted(loaders, key=lambda child: child.pid)
 
 
