@@ -27,8 +27,7 @@ class Run:
     """The process of a data stream and its record."""
 
     def __init__(self, config: RunConfig, folder: Path):
-        self.record = folder / "record"
-        self._files = folder / "config.json", folder / "vocab.txt"
+        self.record, self._files = folder / "record", (folder / "config.json", folder / "vocab.txt")
         self._files[0].write_text(config.model_dump_json(), encoding="utf-8")
         self._files[1].write_bytes(caption_tokenizer().vocabulary_file)
         self.process: psutil.Popen | None = None
@@ -38,9 +37,8 @@ class Run:
         return len(whole_lines(self.record))
 
     def start(self, world: int, last: int = 1_000_000) -> None:
-        arguments = [data_stream.__file__, *self._files, world, self.steps, last, self.record]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = psutil.Popen([sys.executable, *map(str, arguments)], env=environment)
+        arguments = map(str, [data_stream.__file__, *self._files, world, self.steps, last, self.record])
+        self.process = psutil.Popen([sys.executable, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def kill(self) -> None:
         """Send SIGKILL to the process; its loader processes must notice and end."""

@@ -36,8 +36,7 @@ def test_check_and_loader_find_exactly_the_planted_samples(planted: Planted, tmp
     reports = [tmp_path / "deep" / f"{workers}.jsonl" for workers in (1, 2)]
     for workers, report in enumerate(reports, 1):
         summary = check(planted.folder, "--report", report, "--workers", workers, status=3)
-        assert (summary["num_samples"], summary["shards"]) == (planted.samples, 5)
-        assert summary["broken_shards"] == {}
+        assert (summary["num_samples"], summary["shards"], summary["broken_shards"]) == (planted.samples, 5, {})
     assert reports[0].read_text() == reports[1].read_text()
     checked = [json.loads(line) for line in reports[0].read_text().splitlines()]
     assert summary["bad_samples"] == len(checked) == sum(summary["kinds"].values())
@@ -48,9 +47,7 @@ def test_check_and_loader_find_exactly_the_planted_samples(planted: Planted, tmp
     assert {(as_expected(r), r["reason"]) for r in checked} == {(as_expected(r), r["reason"]) for r in records}
     bad = {sample.key for kind in BAD for sample in planted.bad[kind]}
     assert not bad & {record["replaced_by"] for record in records}
-
-
-def test_members_that_are_not_read_are_not_bad(planted: Planted) -> None:
+    # Members that are not read are not bad.
     images, text = (check(planted.folder, "--type", name, status=3)["bad_samples"] for name in ("images", "text"))
     always = sum(len(planted.bad[kind]) for kind in KINDS[-4:])  # executable members, duplicate keys
     counts = {kind: len(planted.bad[kind]) for kind in KINDS[:-4]}

@@ -74,10 +74,10 @@ class Planted:
 def write_tar(path: Path, samples: list[tuple[str, Members]]) -> list[int]:
     """Write keys and members in the given order, repeated keys included; return the offset of each sample's data."""
     path.write_bytes(tar_of((f"{key}.{name}", data) for key, members in samples for name, data in members.items()))
-    firsts = [0, *accumulate(len(members) for _, members in samples)]
+    firsts = accumulate((len(members) for _, members in samples[:-1]), initial=0)
     with tarfile.open(path) as tar:
         files = tar.getmembers()
-    return [files[first].offset_data for first in firsts[:-1]]
+    return [files[first].offset_data for first in firsts]
 
 
 def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted:
@@ -87,15 +87,12 @@ def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted
     bad: dict[str, list[Expected]] = {kind: [] for kind in KINDS}
     for shard in range(shards):
         name, mine = f"{shard:05d}.tar", todo[shard::shards]
-        samples: list[tuple[str, Members]] = []
-        kinds: list[str | None] = []
+        samples, kinds = list[tuple[str, Members]](), list[str | None]()
         for place in range(samples_per_shard):
             number = shard * samples_per_shard + place
             # Every second sample from the third on is bad, until all are placed, so good samples separate them.
             kind = mine.pop(0) if place >= 2 and place % 2 == 0 and mine else None
-            key = f"s{number:05d}"
-            if kind in (BESIDE, APART):
-                key = samples[-1 if kind == BESIDE else -2][0]
+            key = samples[-1 if kind == BESIDE else -2][0] if kind in (BESIDE, APART) else f"s{number:05d}"
             samples.append((key, BAD[kind][1](pair(number)) if kind in BAD else pair(number)))
             kinds.append(kind)
         assert not mine, "more bad samples than places for them"

@@ -277,11 +277,12 @@ def write_shards(
 
     existing()
     stream = iter(samples)
-    first = next(stream, None)
-    if first is None:
+    batches = iter(lambda: list(itertools.islice(stream, samples_per_shard)), [])
+    if (first := next(batches, None)) is None:
         raise DataError(f"nothing to write to {url}: no usable sample was found")
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
-        tars = _write_tars(Path(folder), itertools.chain([first], stream), samples_per_shard)
+        numbered = enumerate(itertools.chain([first], batches))
+        tars: Iterator[Path] = (write_tar(Path(folder, f"{n:06d}.tar"), batch) for n, batch in numbered)
         replaced = existing()
         if any(not name.endswith(SIDECAR) for name in replaced):
             tars = iter(list(tars))
@@ -303,18 +304,13 @@ def write_shards(
     return index_shards(storage, url, progress)
 
 
-def _write_tars(folder: Path, samples: Iterator[Sample], samples_per_shard: int) -> Iterator[Path]:
-    for number, batch in enumerate(iter(lambda: list(itertools.islice(samples, samples_per_shard)), [])):
-        try:
-            write_tar(folder / f"{number:06d}.tar", batch)
-        except OSError as error:
-            reason = f"cannot write temporary files ({error.strerror or error})"
-            raise DataError(f"{folder}: {reason}. Free space there, or set TMPDIR to another folder") from error
-        yield folder / f"{number:06d}.tar"
-
-
-def write_tar(path: Path, samples: Iterable[Sample]) -> None:
-    """Write the samples to one tar; the same samples give the same bytes."""
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for sample in samples:
-            tar.write(sample)
+def write_tar(path: Path, samples: Iterable[Sample]) -> Path:
+    """Write the samples to one tar of a temporary folder, and return it; the same samples give the same bytes."""
+    try:
+        with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for sample in samples:
+                tar.write(sample)
+    except OSError as error:
+        reason = f"cannot write temporary files ({error.strerror or error})"
+        raise DataError(f"{path.parent}: {reason}. Free space there, or set TMPDIR to another folder") from error
+    return path

@@ -9,6 +9,7 @@ import builtins
 import hashlib
 import io
 import json
+import logging
 import re
 import string
 import unicodedata
@@ -29,6 +30,8 @@ from pipeline.data.contents.members import image_bytes, image_id_of, record_of, 
 from pipeline.data.contents.regions import read_array
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.tar import BLOCK, Tar, TarSample, clean_name
+
+log = logging.getLogger(__name__)
 
 SIDECAR = ".index.npz"
 TRUSTED = "etag:"  # prefix of the digest of a shard that was not read
@@ -177,7 +180,7 @@ def open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[zipfile.ZipFile,
 
 
 def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] | None = None) -> ShardIndex:
-    """Index a tar by walking it, and call `visit` with each sample.
+    """Index a tar by walking it, and call `visit` with each sample; without it, warn of skipped entries.
 
     Damaged parts of a sample are unknown: they are counted, with the reason, where it is read. An image with several
     frames has the field `animated`. Raises DataError, naming the tar, unless it is complete and uncompressed.
@@ -214,6 +217,8 @@ def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] |
             lists[name].append(number)
         lists["offset"] += sample.offsets
         lists["size"] += map(len, members.values())
+    if not visit and (summary := tar.skipped_summary()):
+        log.warning("%s: skipped entries that belong to no sample: %s", tar.name, summary)
     names = sorted(set(extensions))
     codes = {extension: number for number, extension in enumerate(names)}
     lists["extension"] = [codes[extension] for extension in extensions]

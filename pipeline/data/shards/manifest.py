@@ -140,7 +140,8 @@ def index_shards(storage: Storage, url: str, progress: Progress | None = None, t
             samples = _trusted_count(storage, folder, name, info.size, objects)
             if samples is not None:
                 return ShardRecord(name, samples, info.size, f"{TRUSTED}{info.etag}:{info.size}", info.etag)
-        index = _make_index(storage, location, info)
+        with open_tar(storage, location, info) as tar:
+            index = index_tar(tar, info.etag)
         _write(storage, location + SIDECAR, index.to_bytes())
         return ShardRecord(name, len(index), index.bytes, index.digest, index.etag)
 
@@ -183,7 +184,8 @@ def load_index(storage: Storage, url: str, record: ShardRecord) -> ShardIndex:
         if saved is not None and (saved.bytes, saved.etag) == (info.size, info.etag):
             index = saved
         else:
-            index = _make_index(storage, location, info)
+            with open_tar(storage, location, info) as tar:
+                index = index_tar(tar, info.etag)
             try:
                 storage.write(sidecar, index.to_bytes())
             except StorageError as error:
@@ -263,14 +265,6 @@ def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
         else:
             choices.append(piece.split(",") if in_braces else [piece])
     return folder, ["".join(combination) for combination in product(*choices)]
-
-
-def _make_index(storage: Storage, location: str, info: ObjectInfo) -> ShardIndex:
-    with open_tar(storage, location, info) as tar:
-        index = index_tar(tar, info.etag)
-    if summary := tar.skipped_summary():
-        log.warning("%s: skipped entries that belong to no sample: %s", location, summary)
-    return index
 
 
 def _write(storage: Storage, location: str, data: bytes) -> None:

@@ -111,7 +111,8 @@ def open_source(
         return Source(config.shards, manifest, objects=objects)
     opt_out = None if config.opt_out is None else read_opt_out(storage, config.opt_out)
     filters = {name: config.filters[name].model_dump(mode="json") for name in sorted(config.filters)}
-    key = _digest(manifest.digest, filters, opt_out.digest if opt_out else None)
+    parts = json.dumps([manifest.digest, filters, opt_out.digest if opt_out else None], sort_keys=True)
+    key = hashlib.sha256(parts.encode()).hexdigest()
     counts = None
     if saved is not None and not config.opt_out_must_match:
         with suppress(NotFound, ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -127,8 +128,8 @@ def open_source(
         remedy = "Widen the filters, or inspect the samples with mome shards show"
         total = manifest.num_samples
         raise DataError(f"{config.shards}: filters and opt-out list leave none of its {total} samples. {remedy}")
-    selection = Selection(config.filters, opt_out, counts, _digest(key, counts.tolist()))
-    return Source(config.shards, manifest, selection, objects)
+    digest = hashlib.sha256(json.dumps([key, counts.tolist()]).encode()).hexdigest()
+    return Source(config.shards, manifest, Selection(config.filters, opt_out, counts, digest), objects)
 
 
 def read_opt_out(storage: Storage, url: str) -> OptOut:
@@ -237,7 +238,3 @@ def _select_mask(
                 passes &= values <= condition.max
         mask &= np.where(is_missing, condition.keep_missing, passes)
     return mask if opt_out is None else mask & (opt_out.entries_of(index) < 0).all(axis=0)
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

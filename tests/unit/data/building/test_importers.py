@@ -381,7 +381,7 @@ def test_failed_import_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
                 Storage(), text_stream(count, DataError(reason) if count else None), str(folder), 5, overwrite=True
             )
     no_space = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(importers, "write_tar", Mock(side_effect=no_space))
+    monkeypatch.setattr(importers, "TarWriter", Mock(side_effect=no_space))
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
         write_shards(Storage(), text_stream(5), url, overwrite=True)
     assert {path.name: path.read_bytes() for path in full.iterdir()} == content
