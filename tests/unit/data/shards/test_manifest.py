@@ -98,7 +98,7 @@ def test_replaced_shard_is_indexed_again_and_foreign_facts_are_rejected(folder: 
         load_manifest(STORAGE, str(folder))
 
 
-def test_brace_patterns_select_shards(folder: Path) -> None:
+def test_brace_patterns_select_shards_and_pipes_are_rejected(folder: Path, tmp_path: Path) -> None:
     assert sizes(index_shards(STORAGE, f"{folder}/0000{{0..1}}.tar")) == [5, 3]
     assert sizes(index_shards(STORAGE, f"{folder}/00002.tar")) == [4]  # the other shards stay in the manifest
     assert sizes(load_manifest(STORAGE, str(folder))) == [5, 3, 4]
@@ -107,6 +107,11 @@ def test_brace_patterns_select_shards(folder: Path) -> None:
         load_manifest(STORAGE, f"{folder}/{{00000..00003}}.tar")
     expanded = manifests.shard_names("s3://bucket/a-{08..11}.{x,y}", {})
     assert expanded == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
+    check = partial(check_shards, source_type="pairs", max_pixels=10**6, workers=1)
+    for call in (index_shards, ensure_indexed, load_manifest, check):
+        with pytest.raises(ConfigError, match=r"runs a command"):
+            list(call(STORAGE, f"pipe:touch {tmp_path}/done; cat x.tar"))
+    assert not (tmp_path / "done").exists()
 
 
 def test_missing_parts_name_the_command_to_run(tmp_path: Path) -> None:
@@ -173,14 +178,6 @@ def test_read_only_folder_is_named() -> None:
                 os.seteuid(user)
             os.chmod(folder, 0o755)
             assert sizes(ensure_indexed(STORAGE, folder)) == [1]
-
-
-def test_pipe_urls_are_rejected(tmp_path: Path) -> None:
-    check = partial(check_shards, source_type="pairs", max_pixels=10**6, workers=1)
-    for call in (index_shards, ensure_indexed, load_manifest, check):
-        with pytest.raises(ConfigError, match=r"runs a command"):
-            list(call(STORAGE, f"pipe:touch {tmp_path}/done; cat x.tar"))
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.fixture
