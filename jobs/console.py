@@ -186,11 +186,14 @@ def check_output(storage: Storage, url: str, option: str, data: bytes | None = N
 
 
 @contextmanager
-def list_of_findings(path: Path, option: str) -> Iterator[BinaryIO]:
+def list_of_findings(path: Path | None, option: str) -> Iterator[BinaryIO | None]:
     """Yield the file for a list of bad samples, one JSON object per line; it is complete only if the block succeeds.
 
     It replaces an earlier list. Raises ConfigError before the block if another file is there.
     """
+    if path is None:
+        yield None
+        return
     if path.is_dir():
         raise ConfigError(f"{option} {path}: is a folder; give the name of a file")
     if path.exists() and not path.is_file():  # /dev/stdout, a pipe

@@ -36,14 +36,11 @@ class RayBackend(LoaderBackend):
     def __init__(self, spec: LoaderSpec, storage: Storage):
         cluster = spec.config.cluster
         self._spec, self._parts = spec, spec.split(cluster.loader_actors)
-        options: dict[str, Any] = {
-            "num_cpus": cluster.loader_cpus,
-            "resources": {cluster.loader_resource: 0.001} if cluster.loader_resource else None,
-            "scheduling_strategy": "SPREAD",  # never inside the ranks' own placement group
-            "max_restarts": RESTARTS,
-            "max_task_retries": RESTARTS,
-        }
-        actor: Any = ray.remote(ExampleActor).options(**options)
+        actor: Any = ray.remote(ExampleActor).options(
+            num_cpus=cluster.loader_cpus, max_restarts=RESTARTS, max_task_retries=RESTARTS,
+            resources={cluster.loader_resource: 0.001} if cluster.loader_resource else None,
+            scheduling_strategy="SPREAD",  # never inside the ranks' own placement group
+        )  # fmt: skip
         self._actors = [actor.remote(part, storage) for part in self._parts]
         self._pending: dict[int, list[Any]] = {}
 

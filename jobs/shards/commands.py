@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -163,10 +163,7 @@ def check_folder(url: str, source_type: str, report: Path | None, max_pixels: in
     broken: dict[str, str] = {}  # shard -> reason
     kinds, skipped = Counter[str](), Counter[str]()  # of bad samples, and of entries that belong to no sample
     examples: dict[str, ShardFinding] = {}
-    with (
-        ShardProgress("checking") as progress,
-        list_of_findings(report, "--report") if report else nullcontext() as lines,
-    ):
+    with ShardProgress("checking") as progress, list_of_findings(report, "--report") as lines:
         for shard in check_shards(Storage(), url, cast(SourceType, source_type), max_pixels, workers, progress.shard):
             shards, samples = shards + 1, samples + shard.samples
             skipped.update(shard.skipped)

@@ -14,7 +14,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,14 +80,9 @@ def detect_regions(
     for path in sorted(path for path in detector.iterdir() if path.is_file()):
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    with (
-        list_of_findings(report, "--report") if report else nullcontext() as findings,
-        ShardProgress("detecting") as progress,
-    ):
-        folder, target = (  # valid for every actor, whatever its working folder
-            str(local_path(place).resolve()) if is_local(place) else place.rstrip("/")
-            for place in (shard_folder(url), out)
-        )
+    with list_of_findings(report, "--report") as findings, ShardProgress("detecting") as progress:
+        places = (shard_folder(url), out)  # valid for every actor, whatever its working folder
+        folder, target = (str(local_path(p).resolve()) if is_local(p) else p.rstrip("/") for p in places)
         if folder == target:
             raise ConfigError(f"{target}: the shards are copied, not changed; choose another folder than {url}")
         setting = RegionSettings(digest.hexdigest(), max_regions, max_pixels)

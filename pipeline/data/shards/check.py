@@ -63,10 +63,8 @@ def check_shards(
         classes = len(Choices.from_bytes(storage.read(join(folder, CLASSES)), join(folder, CLASSES)))
     check = partial(_check_shard, storage, url, partial(sample_defect, source_type, max_pixels, classes))
     with ExitStack() as stack:
-        if min(workers, len(names)) <= 1:
-            reports: Iterator[ShardReport] = map(check, names, map(records.get, names))
-        else:
-            # Spawned, because a forked process would inherit the store's connections and locks.
+        reports: Iterator[ShardReport] = map(check, names, map(records.get, names))
+        if min(workers, len(names)) > 1:  # spawned: a forked process would inherit the store's connections and locks
             pool = ProcessPoolExecutor(min(workers, len(names)), multiprocessing.get_context("spawn"))
             stack.callback(pool.shutdown, cancel_futures=True)
             reports = pool.map(check, names, map(records.get, names))
