@@ -70,50 +70,45 @@ def test_text_of_unknown_encoding_is_skipped_and_counted(tmp_path: Path, encodin
             list(read(source, Problems()).samples)
 
 
-UNUSABLE = {  # line -> reason
-    '{"image": "", "caption": "a"}': "expected",
-    '{"image": " ", "caption": "a"}': "expected",
-    '{"image": null, "caption": "a"}': "expected",
-    '{"image": ["a.jpg"], "caption": "a"}': "expected",
-    '{"captions": ["a"]}': "expected",
-    '{"image": "a.jpg", "regions": 5, "caption": "a"}': "expected",
-    "null": "expected",
-    "[1, 2]": "expected",
-    '{"image": "a.jpg\\u0000", "caption": "a"}': "not a file path",
-    '{"image": "a\\ud83d.jpg", "caption": "b"}': "not a file path",
-    '{"image": "' + "a" * 5000 + '.jpg", "caption": "a"}': "cannot be read",
-    '{"image": ".", "caption": "a"}': "cannot be read",
-    '{"image": "absent.jpg", "caption": "a"}': "absent.jpg cannot be read",
-    '{"image": "text.jpg", "caption": "a"}': "text.jpg is not a JPEG",
-    '{"image": "http://host/a.jpg", "caption": "a"}': "URL",
-    '{"image": "a.jpg", "caption": "a", "image_id": 1e400}': "finite",
-    '{"image": "a.jpg", "caption": "a", "image_id": NaN}': "finite",
-    '{"image": "a.jpg", "caption": "c", "image_id": "\\ud83d"}': "lone surrogate",
-    '{"image": "a.jpg", "caption": "nice \\ud83d"}': "lone surrogate",
-    '{"image": "a.jpg", "caption": 7}': "not a text",
-    '{"image": "a.jpg", "captions": {"a": 1}}': "not a text",
-    '{"image": "a.jpg", "captions": [7, 8]}': "not a text",
-    '{"image": "a.jpg", "captions": null}': "no caption",
-    '{"image": "a.jpg", "captions": ["", "  "]}': "no caption",
-    '{"image": "a.jpg"}': "no caption",
-    '{"image": ' + "[" * 100_000: "not JSON",
-    '{"image": "a.jpg", "image_id": ' + "9" * 5000 + "}": "not JSON",
-    "{": "not JSON",
-}
+UNUSABLE = {  # reason -> lines
+    "expected": (
+        '{"image": "", "caption": "a"}', '{"image": " ", "caption": "a"}', '{"image": null, "caption": "a"}', "null",
+        '{"image": ["a.jpg"], "caption": "a"}', '{"captions": ["a"]}', "[1, 2]",
+        '{"image": "a.jpg", "regions": 5, "caption": "a"}',
+    ),
+    "not a file path": ('{"image": "a.jpg\\u0000", "caption": "a"}', '{"image": "a\\ud83d.jpg", "caption": "b"}'),
+    "cannot be read": ('{"image": "' + "a" * 5000 + '.jpg", "caption": "a"}', '{"image": ".", "caption": "a"}'),
+    "absent.jpg cannot be read": ('{"image": "absent.jpg", "caption": "a"}',),
+    "text.jpg is not a JPEG": ('{"image": "text.jpg", "caption": "a"}',),
+    "URL": ('{"image": "http://host/a.jpg", "caption": "a"}',),
+    "finite": tuple('{"image": "a.jpg", "caption": "a", "image_id": ' + number + "}" for number in ("1e400", "NaN")),
+    "lone surrogate": (
+        '{"image": "a.jpg", "caption": "c", "image_id": "\\ud83d"}', '{"image": "a.jpg", "caption": "nice \\ud83d"}',
+    ),
+    "not a text": (
+        '{"image": "a.jpg", "caption": 7}', '{"image": "a.jpg", "captions": {"a": 1}}',
+        '{"image": "a.jpg", "captions": [7, 8]}',
+    ),
+    "no caption": (
+        '{"image": "a.jpg", "captions": null}', '{"image": "a.jpg", "captions": ["", "  "]}', '{"image": "a.jpg"}',
+    ),
+    "not JSON": ('{"image": ' + "[" * 100_000, '{"image": "a.jpg", "image_id": ' + "9" * 5000 + "}", "{"),
+}  # fmt: skip
 
 
 def test_unusable_lines_are_skipped_with_number_and_reason(tmp_path: Path, monkeypatch: Any) -> None:
     save_image(tmp_path / "a.jpg")
     (tmp_path / "text.jpg").write_text("no picture")
     good = ['{"image": "a.jpg", "captions": null, "caption": "one"}', '{"image": "a.jpg", "captions": ["two", ""]}']
-    file = write_lines(tmp_path / "lines.jsonl", good[0], *UNUSABLE, "", good[1])
+    lines = [(line, reason) for reason, lines in UNUSABLE.items() for line in lines]
+    file = write_lines(tmp_path / "lines.jsonl", good[0], *(line for line, _ in lines), "", good[1])
     with monkeypatch.context() as patch:
         patch.setattr(inputs, "MAX_MESSAGES", 99)
         samples = list(read(file, problems := Problems()).samples)
     assert captions_in(samples) == [["one"], ["two"]]
-    assert (problems.count, problems.faults, problems.absent) == (len(UNUSABLE), len(UNUSABLE), 1)
+    assert (problems.count, problems.faults, problems.absent) == (len(lines), len(lines), 1)
     by_line = sorted(problems.first, key=lambda problem: int(problem.split(", line ")[1].split(":")[0]))
-    for problem, (number, reason) in zip(by_line, enumerate(UNUSABLE.values(), 2), strict=True):
+    for problem, (number, (_, reason)) in zip(by_line, enumerate(lines, 2), strict=True):
         assert problem.startswith(f"{file}, line {number}: ")
         assert reason in problem
         assert len(problem) < 6000

@@ -28,34 +28,27 @@ CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8  # as in `read_epoch`
 USES: tuple[SourceType, ...] = ("pairs", "text", "labelled", "regions", "questions", "statements")
 DEEP = b'{"caption": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
 
-# The json, txt or other member of a sample with captions, and whether check and training accept it.
-CAPTIONS: dict[str, dict[bytes, bool]] = {
-    "json": {
-        b'{"caption": "nice \\ud83d"}': False,  # a lone surrogate
-        b'{"captions": ["fine", "nice \\udE00 day"]}': False,
-        b'{"caption": "\\ude00\\ud83d"}': False,  # in the wrong order
-        b'{"caption": "fine", "title": "\\ud83d"}': False,
-        b'{"caption": "fine", "\\ud83d": 1}': False,
-        b'{"caption": "fine", "image_id": "\\ud83d"}': False,
-        b'{"caption": "nice \xed\xa0\xbd"}': False,  # a surrogate encoded as UTF-8
-        DEEP: False,
-        b'{"caption": "fine", "x": ' + DEEP + b"}": False,
-        b'{"caption": "fine", "x": ' + b"9" * 5000 + b"}": False,
-        '{"caption": "fine"}'.encode("utf-16"): False,
-        '{"captions": ["fine", "\u0301"]}'.encode(): False,  # an accent without a letter
-        b'{"caption": "nice \\ud83d\\ude00"}': True,
-        b'{"caption": "nice \\\\ud83d"}': True,  # an escaped backslash
-        b'\xef\xbb\xbf{"caption": "fine"}': True,
-        b'{"caption": "fine", "x": NaN, "y": 1e400, "z": ' + b"9" * 400 + b"}": True,
-        b'{"caption": "fine", "image_id": NaN}': True,
-        b'{"caption": "fine", "image_id": 1e400}': True,
-        b'{"caption": "fine", "image_id": [1, {"a": null}]}': True,
-    },
-    "txt": {
-        "a thing".encode("utf-16"): False, "Tür".encode("latin-1"): False, "\u200b\u200d \ufeff".encode(): False,
-        b"\0\x01\x02": False, "\ufffd\ufffd".encode(): False,
-        b"\xef\xbb\xbffine": True, b"?!": True, "\U0001f600".encode(): True,
-    },
+# Members of samples with captions, and whether check and training accept them.
+CAPTIONS: dict[tuple[str, bool], tuple[bytes, ...]] = {
+    ("json", False): (
+        b'{"caption": "nice \\ud83d"}', b'{"captions": ["fine", "nice \\udE00 day"]}',  # lone surrogates
+        b'{"caption": "\\ude00\\ud83d"}',  # in the wrong order
+        b'{"caption": "fine", "title": "\\ud83d"}', b'{"caption": "fine", "\\ud83d": 1}',
+        b'{"caption": "fine", "image_id": "\\ud83d"}', b'{"caption": "nice \xed\xa0\xbd"}',  # encoded as UTF-8
+        DEEP, b'{"caption": "fine", "x": ' + DEEP + b"}", b'{"caption": "fine", "x": ' + b"9" * 5000 + b"}",
+        '{"caption": "fine"}'.encode("utf-16"), '{"captions": ["fine", "\u0301"]}'.encode(),  # without a letter
+    ),
+    ("json", True): (
+        b'{"caption": "nice \\ud83d\\ude00"}', b'{"caption": "nice \\\\ud83d"}',  # an escaped backslash
+        b'\xef\xbb\xbf{"caption": "fine"}', b'{"caption": "fine", "image_id": [1, {"a": null}]}',
+        b'{"caption": "fine", "x": NaN, "y": 1e400, "z": ' + b"9" * 400 + b"}",
+        b'{"caption": "fine", "image_id": NaN}', b'{"caption": "fine", "image_id": 1e400}',
+    ),
+    ("txt", False): (
+        "a thing".encode("utf-16"), "Tür".encode("latin-1"), "\u200b\u200d \ufeff".encode(), b"\0\x01\x02",
+        "\ufffd\ufffd".encode(),
+    ),
+    ("txt", True): (b"\xef\xbb\xbffine", b"?!", "\U0001f600".encode()),
 }  # fmt: skip
 _CLASSES = (b"9" * 5000, b"9" * 19, b"-1", b"+1", b"1.0", b"", "\u0661".encode(), b"1_0", b"nan", b"4")
 _SCORES = (b"Infinity", b"NaN", b"1" + b"0" * 400, b'"1"', b"null", b"true", b"-1", b"[[]]")
@@ -124,7 +117,7 @@ def variants(source_type: SourceType) -> dict[str, Members]:
     """Return samples that are bad, by keys with 'poison', and unusual ones that are good."""
     changes = [(False, change) for change in OTHERS.get(source_type, [])]
     if source_type in ("pairs", "text", "regions"):
-        changes += [(good, {name: data}) for name, contents in CAPTIONS.items() for data, good in contents.items()]
+        changes += [(is_good, {name: data}) for (name, is_good), contents in CAPTIONS.items() for data in contents]
     samples = {}
     for number, (is_good, change) in enumerate(changes):
         whole = sample(source_type, number)
