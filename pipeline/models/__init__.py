@@ -7,11 +7,11 @@ import torch
 from pipeline.config.schema import TransformerConfig
 from pipeline.models.model import HeadConfig, Model
 
-_CLASSES = {  # imported when used, because importing transformers, which ImageBERT needs, takes seconds
+_CLASSES = {  # imported when used: ImageBERT needs transformers, which takes seconds
     "vlmo": "pipeline.models.vlmo:VLMo",
-    "vilt": "pipeline.models.vilt:ViLT",
-    "vit": "pipeline.models.towers:ViT",
-    "dual_encoder": "pipeline.models.towers:DualEncoder",
+    "vilt": "pipeline.models.encoders:ViLT",
+    "vit": "pipeline.models.encoders:ViT",
+    "dual_encoder": "pipeline.models.encoders:DualEncoder",
     "imagebert": "pipeline.models.imagebert:ImageBERT",
 }
 

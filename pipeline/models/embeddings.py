@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pipeline.config.schema import TransformerConfig
+from pipeline.models.forward import PackedInputs
 from pipeline.models.model import HeadConfig
 from pipeline.models.multiway import TEXT_EPSILON, gather
-from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import resized_positions
 
 
@@ -42,8 +42,8 @@ class TextEmbedding(nn.Module):
 class ImageEmbedding(nn.Module):
     """Patch projection with [CLS], positions, and a modality vector in models that also read text.
 
-    Images are square, or with `any_shape` (ViLT) at the top left of a canvas as large as the largest of a batch; their
-    extent is given, never guessed from pixels, and the square grid of positions is resized to each image.
+    Images are square, or with `any_shape` (ViLT) at the top left of a canvas as large as the largest of a batch; the
+    square grid of positions is then resized to each image.
     """
 
     positions: nn.Parameter | None
@@ -67,10 +67,9 @@ class ImageEmbedding(nn.Module):
         # NLVR2's, but owned by their user: ZeRO-3 gathers a parameter only for its owner. With an image decoder the
         # encoder never reads masked patches.
         is_masked = heads.image_target is not None and heads.image_decoder is None
-        parameters = {"mask": is_masked, "modality": modality, "second": modality and heads.nlvr2}
         positions = nn.Parameter(torch.empty(1 + config.num_patches, config.width)) if absolute else None
         self.register_parameter("positions", positions)
-        for name, exists in parameters.items():
+        for name, exists in (("mask", is_masked), ("modality", modality), ("second", modality and heads.nlvr2)):
             self.register_parameter(name, nn.Parameter(torch.empty(config.width)) if exists else None)
 
     def forward(self, packed: PackedInputs) -> tuple[Tensor, Tensor]:
@@ -124,8 +123,8 @@ class ImageEmbedding(nn.Module):
         else:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
             if self.positions is not None:
-                places = None if visible is None else F.pad(visible + 1, (1, 0))
-                x = x + (self.positions if places is None else F.embedding(places, self.positions))
+                at = self.positions if visible is None else F.embedding(F.pad(visible + 1, (1, 0)), self.positions)
+                x = x + at
         keep = F.pad(keep, (1, 0), value=True)
         if self.modality is None:
             return x, keep
@@ -136,18 +135,15 @@ class ImageEmbedding(nn.Module):
 
 
 def canvas_patches(patches: Tensor, grid: Tensor, width: int) -> Tensor:
-    """Convert patch numbers over an image to numbers over its canvas, which is `width` patches wide: (B, K) int64.
-
-    patches (B, K) are numbers of real patches, grid (B, 2) each image's rows and columns of patches.
-    """
+    """Convert numbers of real patches (B, K) over images with `grid` (B, 2) to those over a canvas `width` wide."""
     columns = grid[:, 1:]
     return torch.div(patches, columns, rounding_mode="floor") * width + patches % columns
 
 
 class RelativePositions(nn.Module):
-    """An attention bias for each pair of tokens by their distance; each layer and head has a column of one table.
+    """An attention bias for each pair of tokens by their distance, of every layer and head: the columns of one table.
 
-    The table has three parts with rows in the release's order: `image`, a row for each of the (2g - 1)² offsets on the
+    It has three parts with rows in the release's order: `image`, a row for each of the (2g - 1)² offsets on the
     g x g grid, then patch-from-[CLS], [CLS]-from-patch, [CLS]-[CLS]; `cross`, text to image and image to text; `text`,
     a row for each of the 2T - 3 distances between words, then the same three for the text's [CLS].
     """
@@ -173,10 +169,7 @@ class RelativePositions(nn.Module):
             self.register_buffer(f"{name}_index", joined, persistent=False)
 
     def forward(self, text_length: int, with_image: bool) -> Tensor:
-        """Return the bias (N, H, L, L) of `text_length` tokens, followed by the image if there is one.
-
-        Longer padding adds rows and columns and changes none.
-        """
+        """Return the bias (N, H, L, L) of `text_length` tokens, followed by the image if there is one."""
         tables = [(self.text, self.text_index[:text_length, :text_length])] if text_length else []
         tables += [(self.image, self.image_index)] if with_image else []
         # Tables (R, C) at indices (Q, K) -> (C, Q, K)

@@ -1,11 +1,10 @@
-"""Heads that map encoder features to an objective's outputs, in float32 whatever the parameters' precision.
+"""Heads with outputs in float32 whatever the parameters' precision; `Model.build_heads` has the simple ones.
 
 Shapes: B examples, K positions or masked patches, V vocabulary or visible patches, P patches, g x g grid, D width,
 E embedding width, W width of the image decoder.
 """
 
 import math
-from collections import OrderedDict
 from typing import Literal
 
 import torch
@@ -19,16 +18,6 @@ MAX_SCALE = 100.0  # CLIP's bound
 INITIAL_SCALE = 1 / 0.07
 DECODER_RATIO = 4  # of the image decoder's feed-forward width to its own
 LONGEST_WAVE = 10_000.0  # of the image decoder's positions, in radians times patches
-
-
-class FloatHead(nn.Sequential):
-    """Named layers applied in order, with float32 outputs."""
-
-    def __init__(self, **layers: nn.Module) -> None:
-        super().__init__(OrderedDict(layers))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features).float()
 
 
 class ContrastiveHead(nn.Module):
@@ -63,10 +52,9 @@ class ContrastiveHead(nn.Module):
 class ImageDecoder(nn.Module):
     """MAE's decoder (arXiv 2111.06377, section 3): predicts the patches that the encoder never read.
 
-    The encoder spends nothing on masked patches. This light transformer reads the encoder's features of the visible
-    ones, and for each masked patch one embedding with its position. Positions are fixed sines and cosines, so that
-    weights serve any grid: zeros for [CLS]; then, for each patch, the first half encodes the column and the second the
-    row, as sines, then cosines.
+    A light transformer reads the encoder's features of the visible patches, and for each masked one an embedding with
+    its position. Positions are fixed, so that weights serve any grid: zeros for [CLS]; then, for each patch, the first
+    half encodes the column and the second the row, as sines, then cosines.
     """
 
     positions: Tensor
@@ -91,7 +79,6 @@ class ImageDecoder(nn.Module):
         """Return predictions (B, K, targets) float32 for the patches `masked` (B, K).
 
         `features` (B, 1 + V, D) are those of [CLS] and of the patches `visible` (B, V), padding where that is negative.
-        Masked tokens follow the others: tokens have their positions added, so that their order does not matter.
         """
         encoded = self.embed(features)
         positions = self.positions.to(encoded.dtype)

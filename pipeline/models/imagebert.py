@@ -1,8 +1,7 @@
 """ImageBERT (arXiv 2001.07966): BERT over a caption's words, followed by a detector's regions of the image.
 
-The encoder is Hugging Face's BERT, built from the config, so that BERT's own weights can start it. A region's embedding
-is the LayerNorm of four vectors: its projected feature, its projected location, the segment of images, and one position
-that all regions share, because they have no order.
+The encoder is Hugging Face's BERT, so that BERT's own weights can start it. Regions have no order: they share one
+position.
 
 Shapes: B examples, L tokens, R regions, F features of a region, D width.
 """
@@ -16,11 +15,9 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer
 
 from pipeline.config.schema import ImageBERTConfig
-from pipeline.models.forward import Regions
-from pipeline.models.heads import FloatHead
+from pipeline.models.forward import PackedInputs, Regions
 from pipeline.models.model import HeadConfig, Model
-from pipeline.models.multiway import gather, key_padding
-from pipeline.models.packing import PackedInputs
+from pipeline.models.multiway import gather, key_padding, named_layers
 
 LOCATION = 5  # values of `Regions.location`
 IMAGE_SEGMENT = 1  # words are of segment 0
@@ -82,7 +79,7 @@ class ImageBERT(Model):
             epsilon,
             region_embedding=self.region_embedding,
             # Logits (0, z) of (not matched, matched): their cross-entropy is the binary one of z, the paper's loss.
-            itm_head=FloatHead(classify=nn.Linear(width, 1), pad=nn.ConstantPad1d((1, 0), 0.0)),
+            itm_head=named_layers(classify=nn.Linear(width, 1), pad=nn.ConstantPad1d((1, 0), 0.0)),
             moc_head=nn.Linear(width, config.region_classes),
             mrfr_head=nn.Linear(width, config.region_features),
         )

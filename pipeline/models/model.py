@@ -1,14 +1,12 @@
 """The interface of every kind of model: named forward inputs in, named outputs out, parameters in named parts.
 
-A subclass says which parts each objective trains and how packed inputs become features. Packing several inputs into few
-runs of the encoder, and building and applying the heads, is shared.
+A subclass says which parts each objective trains and how packed inputs become features.
 
 Shapes: B examples, L tokens, I image tokens, K positions that a head reads, D width.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,10 +19,9 @@ from torch import Tensor, nn
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import ImageDecoderConfig, ImageTarget, TransformerConfig
 from pipeline.models import resize
-from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind
-from pipeline.models.heads import FloatHead, ImageDecoder
-from pipeline.models.multiway import TEXT_EPSILON, MultiwayBlock
-from pipeline.models.packing import PackedInputs
+from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind, PackedInputs
+from pipeline.models.heads import ImageDecoder
+from pipeline.models.multiway import TEXT_EPSILON, MultiwayBlock, named_layers
 
 COLOUR_CLASSES = 512  # three bits per channel
 # The modules of heads that are not called after them.
@@ -34,7 +31,7 @@ _POOLED_HEADS = ("itm", "answers", "nlvr2", "ranking")
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The heads that a stage needs beyond the model's section; None or False builds no such head."""
+    """The heads that a stage needs beyond the model's section."""
 
     image_target: ImageTarget | None = None
     visual_tokens: int = 0  # vocabulary of the image tokenizer
@@ -75,12 +72,12 @@ class Model(nn.Module, ABC):
             if module is not None:
                 pass
             elif part == "pooler":  # BERT's
-                module = nn.Sequential(OrderedDict(dense=nn.Linear(width, width), tanh=nn.Tanh()))
+                module = named_layers(dense=nn.Linear(width, width), tanh=nn.Tanh())
             elif part == "itm_head":
-                module = FloatHead(classify=nn.Linear(width, 2))  # (not matched, matched)
+                module = named_layers(classify=nn.Linear(width, 2))  # (not matched, matched)
             elif part == "mlm_head":  # BERT's transform, and a decoder with weights of its own
                 dense, norm = nn.Linear(width, width), nn.LayerNorm(width, eps=text_epsilon)
-                module = FloatHead(dense=dense, gelu=nn.GELU(), norm=norm, decode=nn.Linear(width, vocabulary))
+                module = named_layers(dense=dense, gelu=nn.GELU(), norm=norm, decode=nn.Linear(width, vocabulary))
             elif part == "mim_head" and heads.image_target is not None:
                 pixels = 3 * self.config.patch_size**2
                 sizes = {"mean_colour": COLOUR_CLASSES, "pixels": pixels, "visual_tokens": heads.visual_tokens}
@@ -88,16 +85,16 @@ class Model(nn.Module, ABC):
                 if heads.image_decoder is not None:
                     module = ImageDecoder(width, self.config.grid, targets, heads.image_decoder)
                 else:
-                    module = FloatHead(predict=nn.Linear(width, targets))
+                    module = named_layers(predict=nn.Linear(width, targets))
             elif part == "classification_head" and heads.classes:
-                module = FloatHead(classify=nn.Linear(width, heads.classes))
+                module = named_layers(classify=nn.Linear(width, heads.classes))
             elif (part == "vqa_head" and heads.answers) or (part == "nlvr2_head" and heads.nlvr2):
                 # NLVR2's reads the pooled features of both images.
                 inputs, outputs = (width, heads.answers or 0) if part == "vqa_head" else (2 * width, 2)
                 expand, classify = nn.Linear(inputs, 2 * width), nn.Linear(2 * width, outputs)
-                module = FloatHead(expand=expand, norm=nn.LayerNorm(2 * width), gelu=nn.GELU(), classify=classify)
+                module = named_layers(expand=expand, norm=nn.LayerNorm(2 * width), gelu=nn.GELU(), classify=classify)
             elif part == "ranking_head" and heads.ranking:
-                module = FloatHead(score=nn.Linear(width, 1), flatten=nn.Flatten(0))
+                module = named_layers(score=nn.Linear(width, 1), flatten=nn.Flatten(0))
             self.register_module(part, module)
 
     def forward(self, inputs: dict[str, ForwardInput]) -> ForwardOutput:
@@ -106,14 +103,13 @@ class Model(nn.Module, ABC):
         Inputs share a run if they have the same modalities, image shape and branching, and drop path in all or none.
         """
         groups: dict[tuple, dict[str, ForwardInput]] = {}
-        for name, forward_input in inputs.items():
+        for name, own in inputs.items():
             image = None
-            if forward_input.image is not None:  # images with a size are padded to one shape
-                shape = None if forward_input.image_size is not None else forward_input.image.shape[1:]
-                image = (shape, forward_input.image.dtype, forward_input.visible_patches is None)
-            members = (forward_input.regions, forward_input.text, forward_input.drop_path_mask)
-            key = (image, *(member is None for member in members), "itc" in forward_input.heads)
-            groups.setdefault(key, {})[name] = forward_input
+            if own.image is not None:  # images with a size are padded to one shape
+                shape = None if own.image_size is not None else own.image.shape[1:]
+                image = (shape, own.image.dtype, own.visible_patches is None)
+            absent = (member is None for member in (own.regions, own.text, own.drop_path_mask))
+            groups.setdefault((image, *absent, "itc" in own.heads), {})[name] = own
         outputs: ForwardOutput = {name: {} for name in inputs}
         for group in groups.values():
             packed = PackedInputs(list(group.values()))
@@ -126,9 +122,8 @@ class Model(nn.Module, ABC):
             features, branch = self.encode(packed)
             for index, (name, forward_input) in enumerate(group.items()):
                 for head in forward_input.heads:
-                    own = packed.select(features, index, head)
-                    own_branch = None if branch is None or head != "itc" else packed.select(branch, index, head)
-                    outputs[name] |= self.head_outputs(head, forward_input, own, own_branch)
+                    read = [packed.select(x, index, head) for x in (features, branch) if x is not None]
+                    outputs[name] |= self.head_outputs(head, forward_input, *read)
         return outputs
 
     @abstractmethod
@@ -145,10 +140,8 @@ class Model(nn.Module, ABC):
         x, keep = (torch.cat(parts, dim=1) for parts in zip(*tokens, strict=True))
         return x, keep
 
-    def head_outputs(
-        self, head: Head, inputs: ForwardInput, features: Tensor, branch: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Return a head's outputs by name, from the features (B, K, D) at the positions it reads."""
+    def head_outputs(self, head: Head, inputs: ForwardInput, features: Tensor, *branch: Tensor) -> dict[str, Tensor]:
+        """Return a head's outputs by name, from the features (B, K, D) at the positions it reads, in float32."""
         if head == "tokens":
             return {head: features}
         if head == "alignment" and head in self.HEADS:
@@ -159,7 +152,7 @@ class Model(nn.Module, ABC):
             raise ValueError(f"this {self.config.kind} model was built without the head '{head}'")
         if head == "itc":
             modality: Literal["image", "text"] = "image" if inputs.text is None else "text"
-            return module(modality, *(x[:, 0] for x in (features, branch) if x is not None))
+            return module(modality, *(x[:, 0] for x in (features, *branch)))
         if head == "decoded_image":
             return {"mim": module(features, inputs.visible_patches, inputs.patch_positions)}
         if head in ("classes", "itm", "answers", "ranking"):
@@ -190,8 +183,7 @@ class Model(nn.Module, ABC):
         """Return the parts selected by the names in a config's `freeze`. Raises ConfigError for an unknown name."""
         selected: set[str] = set()
         for name in names:
-            parts = {part for part in self.PARTS if part == name or part.startswith(f"{name}.")}
-            if not parts:
+            if not (parts := {part for part in self.PARTS if part == name or part.startswith(f"{name}.")}):
                 known = sorted({*self.PARTS, *(part.split(".")[0] for part in self.PARTS)})
                 matches = get_close_matches(name, known, n=1)
                 hint = f"did you mean '{matches[0]}'?" if matches else f"the parts are {', '.join(known)}"
@@ -206,8 +198,7 @@ class Model(nn.Module, ABC):
         that differ and are not in `RESIZABLE`, with both values.
         """
         own, other = self.config.architecture(), before.architecture()
-        different = [key for key in own | other if own.get(key) != other.get(key) and key not in self.RESIZABLE]
-        if different:
+        if different := [key for key in own | other if own.get(key) != other.get(key) and key not in self.RESIZABLE]:
             values = ", ".join(f"{key} {other.get(key)!r} there, {own.get(key)!r} here" for key in different)
             raise ConfigError(
                 f"the weights are of another architecture ({values}); give the same `model` section, or other weights"
@@ -228,10 +219,10 @@ class Model(nn.Module, ABC):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw truncated normal weights as BERT and BEiT do; biases 0, norms 1.
+        """Draw normal weights truncated at two deviations, as BERT and BEiT do; biases 0, norms 1.
 
-        Logit scales (CLIP's), LayerScale gammas and relative positions keep the values they were built with. Each draw
-        depends on the seed and the parameter's name, so that another head or layer changes no other.
+        Logit scales, LayerScale gammas and relative positions keep the values they were built with. Each draw depends
+        on the seed and the parameter's name, so that another head or layer changes no other.
         """
         std = self.config.init_std
         for name, parameter in self.named_parameters():
@@ -241,7 +232,6 @@ class Model(nn.Module, ABC):
             elif last.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif not last.startswith("log_scale") and not last.endswith("gamma") and not name.startswith("positions."):
-                # A generator of its own, seeded with a hash of the name, and values truncated at two deviations.
                 key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
                 values, generator = torch.empty(parameter.shape), torch.Generator().manual_seed(key)
                 parameter.copy_(nn.init.trunc_normal_(values, 0.0, std, -2 * std, 2 * std, generator))

@@ -22,6 +22,10 @@ EPSILON = 1e-6  # of the encoder's LayerNorms
 TEXT_EPSILON = 1e-12  # of BERT's
 
 
+def named_layers(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
+
+
 def gather(x: Tensor, positions: Tensor) -> Tensor:
     """Return the vectors of `x` (B, L, D) at `positions` (B, K): (B, K, D)."""
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -88,10 +92,7 @@ class Attention(nn.Module):
 
 
 class MultiwayBlock(nn.Module):
-    """Pre-norm block. Attention, its norm and the LayerScale gammas are shared; the feed-forward part is routed.
-
-    An expert is a feed-forward network with the norm before it.
-    """
+    """Pre-norm block: attention, its norm and the LayerScale gammas are shared; each expert has a norm of its own."""
 
     attention_gamma: nn.Parameter | None
     expert_gamma: nn.Parameter | None
@@ -115,7 +116,7 @@ class MultiwayBlock(nn.Module):
         for name in experts:
             norm, hidden = nn.LayerNorm(width, eps=epsilon), ratio * width
             expand, contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
-            self.experts[name] = nn.Sequential(OrderedDict(norm=norm, expand=expand, gelu=nn.GELU(), contract=contract))
+            self.experts[name] = named_layers(norm=norm, expand=expand, gelu=nn.GELU(), contract=contract)
         for gamma in ("attention_gamma", "expert_gamma"):
             scale = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
             self.register_parameter(gamma, scale)
@@ -131,9 +132,8 @@ class MultiwayBlock(nn.Module):
     ) -> Tensor:
         """Return (B, L, D), or (B, K, D) at `output_positions` (B, K) for a last block of which the rest is unused.
 
-        `route` names the token span of each expert; spans tile the sequence in order. `bias` (H, L, L) and `padding`
-        (B, L) are added inside attention. `drop_path_mask` (B, 2) bool is True where an example keeps its attention
-        and feed-forward branch; None keeps all, unscaled.
+        `route` names the token span of each expert; spans tile the sequence in order. `drop_path_mask` (B, 2) bool is
+        True where an example keeps its attention and feed-forward branch; None keeps all, unscaled.
         """
         mixed = self.attention(self.norm(x), bias, padding, output_positions)
         if output_positions is not None:
@@ -163,10 +163,7 @@ def run_blocks(
     drop_path_mask: Tensor | None = None,
     output_positions: Tensor | None = None,
 ) -> Tensor:
-    """Run blocks of a single expert; the last one computes only `output_positions` (B, K), if given.
-
-    `padding` (B, L) is added to the keys, `drop_path_mask` is (B, N, 2). Returns (B, L, D) or (B, K, D).
-    """
+    """Run blocks of a single expert, with `drop_path_mask` (B, N, 2); the last one computes only `output_positions`."""
     blocks = list(blocks)
     for layer, block in enumerate(blocks):
         keep = None if drop_path_mask is None else drop_path_mask[:, layer]

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 
-# bicubic: VLMo's and ALBEF's. bilinear: ViLT's, with aligned corners, which equals the order-1 `scipy.ndimage.zoom`
-# of ViT's JAX release.
+# bicubic: VLMo's and ALBEF's. bilinear: ViLT's, with aligned corners, which equals ViT's `scipy.ndimage.zoom`.
 GridRule = Literal["bicubic", "bilinear"]
 
 CLS_ROWS = 3  # the last rows of a table: patch (or word) from [CLS], [CLS] from it, [CLS] from itself
@@ -39,16 +38,13 @@ def resize_grid(positions: Tensor, grid: int | tuple[int, int], rule: GridRule) 
 def resized_positions(positions: Tensor, patches: Tensor, grid: Tensor) -> Tensor:
     """Interpolate a square grid of positions (g², D) at `patches` (B, K) of images with `grid` (B, 2): (B, K, D).
 
-    Bilinear with aligned corners (as `resize_grid`), for images of all shapes at once: a patch is between four
-    points of the square and weighs each by a hat function of its distance.
+    Bilinear as `resize_grid`, for images of all shapes at once: a hat function of its distance weighs each point.
     """
     side, columns = round(len(positions) ** 0.5), grid[:, 1:]
     points = torch.arange(side, device=positions.device)
     hats = []  # (B, K, g): weights of the rows and of the columns of points
-    for index, count in (
-        (torch.div(patches, columns, rounding_mode="floor"), grid[:, :1]),
-        (patches % columns, columns),
-    ):
+    rows = torch.div(patches, columns, rounding_mode="floor")
+    for index, count in ((rows, grid[:, :1]), (patches % columns, columns)):
         position = index * ((side - 1) / (count - 1).clamp(min=1))
         hats.append((1 - (position.unsqueeze(-1) - points).abs()).clamp(min=0))
     weights = (hats[0].unsqueeze(-1) * hats[1].unsqueeze(-2)).flatten(2)  # (B, K, g²)
@@ -58,9 +54,9 @@ def resized_positions(positions: Tensor, patches: Tensor, grid: Tensor) -> Tenso
 def resize_relative_grid(table: Tensor, grid: int) -> Tensor:
     """Resize a relative table of a square grid ((2g - 1)² + 3, C) to ((2 grid - 1)² + 3, C), as BEiT and VLMo do.
 
-    Old distances are laid out in geometric progression, so that the farthest old one falls on the farthest new one and
-    near distances keep their meaning. A cubic spline interpolates between them, and its edge value extrapolates. Toward
-    a smaller grid the ratio ends at its lower bound: distances keep their meaning, and far ones are dropped.
+    Old distances are laid out in geometric progression, so that the farthest old one falls on the farthest new one. A
+    cubic spline interpolates between them, and its edge value extrapolates. Toward a smaller grid the ratio ends at its
+    lower bound: distances keep their meaning, and far ones are dropped.
     """
     old, new = round((len(table) - CLS_ROWS) ** 0.5), 2 * grid - 1
     if old == new:
@@ -74,8 +70,8 @@ def resize_relative_grid(table: Tensor, grid: int) -> Tensor:
             low = ratio
     away = np.cumsum(ratio ** np.arange(old // 2))
     knots = np.concatenate([-away[::-1], [0.0], away])
-    # The spline is FITPACK's, as in SciPy's former `interp2d`: not-a-knot, constant outside the knots. It is linear in
-    # the values at the knots, and the same down and across. Fewer than four knots give the highest degree they allow.
+    # FITPACK's spline, as in SciPy's former `interp2d`: not-a-knot, constant outside the knots, linear in the values at
+    # the knots, the same down and across. Fewer than four knots give the highest degree they allow.
     spline = make_interp_spline(knots, np.eye(old), k=min(CUBIC, old - 1))
     weights = torch.from_numpy(spline(np.clip(np.arange(new) - new // 2, knots[0], knots[-1])))  # (new, old)
     square = rearrange(table[:-CLS_ROWS].double(), "(y x) c -> y x c", y=old)
@@ -84,10 +80,7 @@ def resize_relative_grid(table: Tensor, grid: int) -> Tensor:
 
 
 def resize_text_distances(table: Tensor, max_text_length: int) -> Tensor:
-    """Resize a relative table of texts (2T, C) to another longest text: (2 max_text_length, C).
-
-    Distances keep their rows; those beyond the old table take its farthest one.
-    """
+    """Resize a relative table of texts (2T, C) to (2 max_text_length, C); distances beyond it take its farthest row."""
     distances, cls = table[:-CLS_ROWS], table[-CLS_ROWS:]
     centre = len(distances) // 2
     rows = torch.arange(2 * max_text_length - CLS_ROWS, device=table.device) - (max_text_length - 2) + centre

@@ -1,8 +1,8 @@
 """Visual tokens (BEiT, arXiv 2106.08254, section 2.1): a frozen tokenizer gives each patch the target to predict.
 
-The tokenizer is DALL-E's encoder in Hugging Face's form (`FlavaImageCodebook`). A folder holds its `config.json` and
-`model.safetensors`, as `FlavaImageCodebook.save_pretrained` writes and facebook/flava-image-codebook has them. DALL-E's
-own names are read too. Its `encoder.pkl` is a pickled module, which is never loaded here; save its tensors once:
+The tokenizer is DALL-E's encoder as `config.json` and `model.safetensors` of a `FlavaImageCodebook`, such as
+facebook/flava-image-codebook, or with DALL-E's own names. Its `encoder.pkl` is a pickled module, which is never loaded
+here; save its tensors once:
 
     safetensors.torch.save_file(dall_e.load_model("encoder.pkl", "cpu").state_dict(), "model.safetensors")
 

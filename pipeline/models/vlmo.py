@@ -7,18 +7,17 @@ Shapes: B examples, L tokens (text first, then image with its [CLS] in front), K
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import VLMoConfig
 from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding
-from pipeline.models.forward import Head, InputKind
+from pipeline.models.forward import Head, InputKind, PackedInputs
 from pipeline.models.heads import MAX_SCALE, ContrastiveHead
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import Expert, MultiwayBlock, Route, gather_bias, key_padding
-from pipeline.models.packing import PackedInputs
 
 # "attention" has its norm, and both LayerScale gammas, which all experts share.
 _SHARED, _UPPER = {"attention", "norm"}, {"vision_expert.upper", "language_expert.upper"}
@@ -52,15 +51,14 @@ class VLMo(Model):
         self.image_embedding = ImageEmbedding(config, heads, absolute)
         self.positions = None if absolute else RelativePositions(config.layers, config.heads, config.grid, length)
         self.first_fused = config.layers - config.vision_language_layers
-        self.blocks = nn.ModuleList()
+        self.blocks, scale, epsilon = nn.ModuleList(), config.layer_scale, config.norm_eps
         for layer, rate in enumerate(config.drop_path_rates):
             experts: tuple[Expert, ...] = ("vision", "language")
             if layer >= self.first_fused:
                 experts += ("vision_language",)
-            scale, epsilon = config.layer_scale, config.norm_eps
             block = MultiwayBlock(width, config.heads, config.mlp_ratio, experts, scale, rate, epsilon=epsilon)
             self.blocks.append(block)
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
         max_scale = MAX_SCALE if heads.bounds_scales else math.inf
         self.build_heads(vocabulary, itc_head=ContrastiveHead(width, max_scale, config.contrasts))
 
@@ -114,22 +112,12 @@ class VLMo(Model):
             if names[3] == "vision_language":
                 return "vision_language_expert"
             return f"{names[3]}_expert.{'upper' if int(names[1]) >= self.first_fused else 'lower'}"
-        if names[0] == "positions":
-            return parameter
         if names[1] == "positions":
             return f"positions.{names[0].removesuffix('_embedding')}"
-        return super().part_of(parameter)
+        return parameter if names[0] == "positions" else super().part_of(parameter)
 
     def modules_for(self, inputs: frozenset[InputKind], head: Head) -> frozenset[str] | None:
         parts = super().modules_for(inputs, head)
         if parts is not None and head == "itc" and self.config.contrasts == 2:
             parts |= {"vision_language_expert"}
         return parts if parts is None or self.config.positions == "relative" else parts - {"positions.cross"}
-
-
-def copy_expert(
-    state: dict[str, Tensor], source: Literal["vision", "language"], target: Literal["language", "vision_language"]
-) -> dict[str, Tensor]:
-    """Return a copy of a state in which each `target` expert equals the `source` expert of its layer."""
-    before, after = f".experts.{source}.", f".experts.{target}."
-    return {name: state[name.replace(after, before)].clone() if after in name else state[name] for name in state}

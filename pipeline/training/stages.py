@@ -17,7 +17,6 @@ from pipeline.data.randomness import hash64
 from pipeline.data.storage import Storage
 from pipeline.models import build_model, skeleton
 from pipeline.models.model import Model
-from pipeline.models.vlmo import copy_expert
 from pipeline.objectives import check_objectives, head_config, trained_modules
 from pipeline.training.checkpoint.weights import load_weights, stage_url
 
@@ -112,7 +111,8 @@ def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) 
         parts, fresh = model.parts_named([f"{target}_expert"]), model.state_dict()
         prepared |= {name: fresh[name] for name in fresh if model.part_of(name) in parts}
         if source != "random":
-            prepared = copy_expert(prepared, source, target)  # type: ignore[arg-type]
+            before, after = f".experts.{source}.", f".experts.{target}."
+            prepared |= {name: prepared[name.replace(after, before)].clone() for name in prepared if after in name}
     return prepared
 
 

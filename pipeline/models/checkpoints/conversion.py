@@ -1,8 +1,8 @@
 """Conversion of published checkpoints to our states and back, by tables of names; `formats` holds the tables.
 
-Names are those of checkpoint files, which transformers keeps stable, and not those of its modules. One of our tensors
-may be several published ones (query, key and value have a matrix each), and one published tensor may hold several of
-ours, row upon row in the order of the model's parameters (the modality vectors are one table).
+Names are those of checkpoint files, which transformers keeps stable. One of our tensors may be several published ones
+(query, key and value have a matrix each), and one published tensor may hold several of ours, row upon row in the order
+of the model's parameters (the modality vectors are one table).
 """
 
 import logging
@@ -35,6 +35,14 @@ SIZES = {"width": "hidden_size", "layers": "num_hidden_layers"}  # ours -> confi
 IMAGE_SIZES = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
 MASK, SECOND = "image_embedding.mask", "image_embedding.second"
 MODALITIES = ("text_embedding.modality", "image_embedding.modality", SECOND)
+SIDE_BY_SIDE = {"positions.image": 1}  # the dimension that joins several published tensors, where it is not 0
+
+COUNTED = {  # parameters whose rows count the words and the outputs of heads
+    "words": ("text_embedding.word.weight", "text_embedding.word_embeddings.weight"),
+    "visual_tokens": ("mim_head.predict.bias",),
+    "classes": ("classification_head.classify.bias",),
+    "answers": ("vqa_head.classify.bias",),
+}
 
 # A layer of Hugging Face's ViT, BEiT and ViLT: our parameters, or their modules -> theirs.
 HUGGING_FACE_LAYER: Table = {
@@ -80,8 +88,8 @@ class Format:
     def section(self, config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keys of the `model` section that a config.json and an image processor's config give.
 
-        Missing keys of the processor have its defaults; its differences from ours are logged. Raises ConfigError for a
-        config of another kind, or of a variant that our model would compute differently.
+        Differences of the processor from ours are logged. Raises ConfigError for a config of another kind, or of a
+        variant that our model would compute differently.
         """
         own_type = self.prefix.removesuffix(".")
         if (model_type := config.get("model_type", own_type)) != own_type:
@@ -135,8 +143,7 @@ class Format:
             reason = f"VLMo's, for {layers} layers"
             section[key] = layers - fused[0] if fused else assumed(key, upper, reason, overrides)
         if table is not None and self.tables[-1].startswith(self.prefix + self.layers):
-            section["heads"] = table.shape[1]
-            section["image_size"] = (round((len(table) - 3) ** 0.5) + 1) // 2 * patch_size
+            section |= {"heads": table.shape[1], "image_size": (round((len(table) - 3) ** 0.5) + 1) // 2 * patch_size}
         elif table is not None:
             section["heads"] = table.shape[1] // layers
         elif self.tables and width in PUBLISHED_HEADS:
@@ -148,9 +155,8 @@ class Format:
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
         """Convert a published state to ours, with its own numbers of words, answers and classes.
 
-        Names that match `allowed` (see `require`) may differ, and are left out. Models without biases of query, key and
-        value (`qkv_bias: false`) get zeros, which compute the same. Raises CheckpointError listing every missing,
-        unexpected or wrong-shaped tensor. Results may share memory with the given state.
+        Names that match `allowed` (see `require`, which raises) may differ, and are left out. Models without biases of
+        query, key and value (`qkv_bias: false`) get zeros. Results may share memory with the given state.
         """
         state = {name: tensor for name, tensor in self.prepare(state).items() if not re.search(self.unused, name)}
         names, shapes = self.layout(config, state)
@@ -172,16 +178,15 @@ class Format:
             for (name, _), tensor in zip(contents[part], tensors, strict=True):
                 pieces.setdefault(name, []).append(tensor)
         return {
-            name: (pieces[name][0] if len(parts) == 1 else torch.cat(pieces[name], _dim(name))).reshape(shapes[name])
+            name: torch.cat(pieces[name], SIDE_BY_SIDE.get(name, 0)).reshape(shapes[name])
+            if len(parts) > 1
+            else pieces[name][0].reshape(shapes[name])
             for name, parts in names.items()
             if fitting.issuperset(parts)
         }
 
     def write(self, state: State, config: Any) -> State:
-        """Convert our state to the published form, without what the format has no names for.
-
-        Raises CheckpointError where a tensor is missing or misshapen.
-        """
+        """Convert our state to the published form, without what the format has no names for; see `require`."""
         names, shapes = self.layout(config, state)
         require({name: state[name] for name in names if name in state}, shapes)
         published = {}
@@ -190,7 +195,7 @@ class Format:
             for name, shape in own:
                 tensor, parts = state[name], names[name]
                 if len(parts) > 1:  # a copy, because files of tensors do not hold two views of one memory
-                    tensor = tensor.chunk(len(parts), _dim(name))[parts.index(part)].clone()
+                    tensor = tensor.chunk(len(parts), SIDE_BY_SIDE.get(name, 0))[parts.index(part)].clone()
                 tensors.append(tensor.reshape(shape))
             published[part] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         return published
@@ -222,21 +227,12 @@ class Format:
         Parts in `optional` of which it has no tensor are left out. So are the mask embedding and the second image's
         modality vector, which belong to heads but are published apart from them.
         """
-
-        def rows(*parameters: str) -> int:
-            names = [name for parameter in parameters for name in (parameter, *self.names(parameter))]
-            return next((len(state[name]) for name in names if name in state), 1)
-
-        heads = HeadConfig(
-            image_target="visual_tokens",
-            visual_tokens=rows("mim_head.predict.bias"),
-            classes=rows("classification_head.classify.bias"),
-            answers=rows("vqa_head.classify.bias"),
-            nlvr2=True,
-            ranking=True,
-        )
-        words = rows("text_embedding.word.weight", "text_embedding.word_embeddings.weight")
-        model = skeleton(config, words, heads)
+        rows: dict[str, Any] = {}
+        for part, parameters in COUNTED.items():
+            known = [name for parameter in parameters for name in (parameter, *self.names(parameter))]
+            rows[part] = next((len(state[name]) for name in known if name in state), 1)
+        words = rows.pop("words")
+        model = skeleton(config, words, HeadConfig("visual_tokens", nlvr2=True, ranking=True, **rows))
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if self.names(name)}
         names = {name: self.names(name) for name in shapes}
         present = {name for name in names if not state.keys().isdisjoint((name, *names[name]))}
@@ -265,23 +261,18 @@ def published_contents(names: Names, shapes: Mapping[str, Shape]) -> dict[str, l
         elif name.startswith("itc_head.log_scale"):
             shape = ()
         elif len(parts) > 1:
-            dim = _dim(name)
+            dim = SIDE_BY_SIDE.get(name, 0)
             shape = (*shape[:dim], shape[dim] // len(parts), *shape[dim + 1 :])
         for part in parts:
             contents.setdefault(part, []).append((name, shape))
     return contents
 
 
-def _dim(name: str) -> int:
-    """Return the dimension along which several published tensors make a parameter: layers' tables are side by side."""
-    return 1 if name == "positions.image" else 0
-
-
 def require(state: Mapping[str, Tensor], shapes: Mapping[str, Shape], allowed: Collection[str] = ()) -> set[str]:
     """Return the names of `shapes` that the state has with the right shape.
 
-    Names that match a pattern in `allowed` (`vqa_classifier.*`) may be missing, unexpected or of another shape, and are
-    left out. Raises CheckpointError listing every other fault.
+    Names that match a pattern in `allowed` (`vqa_classifier.*`) may differ. Raises CheckpointError listing every other
+    missing, unexpected or wrong-shaped tensor.
     """
     actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
     faults = {

@@ -48,10 +48,7 @@ def read_json(data: bytes, origin: str) -> dict[str, Any]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> bytes:
-    """Return the bytes of a file named `path`: safetensors by its suffix, else torch's, under `state_dict`.
-
-    Equal tensors and metadata give equal bytes.
-    """
+    """Return the bytes of a file named `path`, the same at each call: safetensors by its suffix, else torch's."""
     if path.endswith(".safetensors"):
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
         # The safetensors library writes the metadata in arbitrary order.
@@ -67,7 +64,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str
 
 
 def read_tensors(data: bytes, origin: str) -> Published:
-    """Read the tensors of a file's bytes from any known container; floating-point ones as float32.
+    """Read the tensors of a file's bytes from any known container, floating-point ones as float32.
 
     Prefixes of wrappers (DataParallel, torch.compile) are removed. Raises CheckpointError naming `origin` for a damaged
     file, one without named tensors, and one that needs code to be read.

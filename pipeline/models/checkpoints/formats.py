@@ -1,7 +1,6 @@
 """Published checkpoint formats by the names that `mome import` and `mome export` know them by.
 
-Each task has its own published checkpoint: a head that is wholly absent is left out of the result. All other tensors
-are required, with the right shape, except those that a format states as unused.
+A head that is wholly absent is left out of the result; all tensors are required except `unused` ones.
 
 Shapes: R rows of a table, H heads, g grid side, T longest text.
 """
@@ -16,8 +15,8 @@ from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models.checkpoints import conversion
 from pipeline.models.checkpoints.conversion import MASK, MODALITIES, Format, Names, Shape, State, Table, assumed
+from pipeline.models.encoders import VILT_EXPERT
 from pipeline.models.resize import cut_text_positions
-from pipeline.models.vilt import EXPERT
 
 LONGER_TO_SHORTER = 1333 / 800  # sides of images, in ViLT's release and in Hugging Face's processor
 PUBLISHED_MAX_TEXT = 196  # of every published relative table of VLMo
@@ -117,9 +116,8 @@ class VLMoFormat(Format):
 class ViLTFormat(Format):
     """The `state_dict` of the release's Lightning file.
 
-    BERT's second sentence type is never used, but kept for an exact round trip. Masked patches did not work in the
-    release, and are in no checkpoint. The longer side of images is at most int(1333 / 800 * shorter side), which is 639
-    for 384, as in Hugging Face's processor; the paper's 640 is our default.
+    Masked patches did not work in the release, and are in no checkpoint. The longer side of images is at most int(1333
+    / 800 * shorter side), which is 639 for 384, as in Hugging Face's processor; the paper's 640 is our default.
     """
 
     title: ClassVar = "ViLT"
@@ -131,11 +129,11 @@ class ViLTFormat(Format):
         "attention.weight": "attn.qkv.weight",
         **{f"attention.{part}_bias": "attn.qkv.bias" for part in ("query", "key", "value")},
         "attention.projection": "attn.proj",
-        f"experts.{EXPERT}.norm": "norm2",
-        f"experts.{EXPERT}.expand": "mlp.fc1",
-        f"experts.{EXPERT}.contract": "mlp.fc2",
+        f"experts.{VILT_EXPERT}.norm": "norm2",
+        f"experts.{VILT_EXPERT}.expand": "mlp.fc1",
+        f"experts.{VILT_EXPERT}.contract": "mlp.fc2",
     }
-    expert: ClassVar = EXPERT
+    expert: ClassVar = VILT_EXPERT
     optional: ClassVar = ("pooler", "itm_head", "mlm_head", "vqa_head", "nlvr2_head", "ranking_head")
     unused: ClassVar = r"text_embeddings\.position_ids$"
 
@@ -145,11 +143,7 @@ class ViLTFormat(Format):
 
 
 class ViLTHuggingFaceFormat(ViLTFormat):
-    """The state of a ViltModel with or without a head.
-
-    `classifier` is the VQA or the NLVR2 head, and the matching head has no name. A file without a decoder implies that
-    it is the word embedding, to which ViltForMaskedLM ties it.
-    """
+    """The state of a ViltModel with or without a head: `classifier` is VQA's or NLVR2's; matching has no name."""
 
     outside: ClassVar[Table] = {
         **{n: f"embeddings.{theirs}" for n, theirs in RELEASE.items() if n.startswith("text_embedding.")},
@@ -164,14 +158,14 @@ class ViLTHuggingFaceFormat(ViLTFormat):
     prefix: ClassVar = "vilt."
     unprefixed: ClassVar = ("mlm_score.", "rank_output.", "classifier.")
     layer: ClassVar[Table] = {
-        name.replace("experts.vision", f"experts.{EXPERT}"): theirs for name, theirs in Format.layer.items()
+        name.replace("experts.vision", f"experts.{VILT_EXPERT}"): theirs for name, theirs in Format.layer.items()
     }
     keys: ClassVar = Format.keys | {"text_norm_eps": "layer_norm_eps"}
     computed: ClassVar = Format.computed | {"num_images": (-1, 1, 2)}
     sizes: ClassVar = Format.sizes | {"max_text_length": "max_position_embeddings"}
 
     def write(self, state: State, config: Any) -> State:
-        """Convert as for every format; CheckpointError for both the VQA and the NLVR2 head, which share one name."""
+        """Convert as `Format`; CheckpointError for both the VQA and the NLVR2 head, which share one name."""
         if len({name.split(".")[0] for name in state} & {"vqa_head", "nlvr2_head"}) > 1:
             raise CheckpointError(
                 "Hugging Face's ViLT has one classifier, and these weights have both a VQA and an NLVR2 head; "
@@ -180,7 +174,7 @@ class ViLTHuggingFaceFormat(ViLTFormat):
         return super().write(state, config)
 
     def prepare(self, state: State) -> State:
-        """Prepare as for every format, drop the duplicate decoder bias of older files, and copy a tied decoder."""
+        """Prepare as `Format`, drop the duplicate decoder bias of older files, and copy a tied decoder."""
         state, (decoder,), words = super().prepare(state), self.names("mlm_head.decode"), "text_embedding.word.weight"
         if (bias := state.pop("mlm_score.bias", None)) is not None:
             state.setdefault(f"{decoder}.bias", bias)
@@ -202,8 +196,8 @@ class ViLTHuggingFaceFormat(ViLTFormat):
 class ViTFormat(Format):
     """Hugging Face's ViTModel and ViTForImageClassification; the pooler is unused.
 
-    Its LayerNorms have an epsilon of 1e-12 (`model.norm_eps`), the JAX release's, and ours by default, 1e-6: no hidden
-    vector of a trained ViT is small enough for a difference above 1e-5.
+    Its LayerNorms have an epsilon of 1e-12 (`model.norm_eps`), the JAX release's and our default 1e-6: outputs of a
+    trained ViT differ by less than 1e-5.
     """
 
     title: ClassVar = "ViT"
@@ -246,11 +240,10 @@ BEIT_RELEASE = (
 class BEiTFormat(Format):
     """BEiT as VLMo's vision stage, and back: Hugging Face's names, and those of BEiT's own release.
 
-    A BEiT provides the image embedding, attention, the vision expert and its part of the relative table, and with a
-    head for visual tokens that head too. Pretraining checkpoints have one relative table (R, H) for all layers,
-    fine-tuned ones a table for each, as VLMo does. VLMo's image modality vector starts as zeros, and is exported by
-    adding it to the tensors it is added to. Position indices are dropped, as is the classifier, which reads the mean of
-    all patches. The pooler's norm was trained for that mean as well, and is the closest that such models have.
+    Pretraining checkpoints have one relative table (R, H) for all layers, fine-tuned ones a table for each, as VLMo
+    does. VLMo's image modality vector starts as zeros, and is exported by adding it to the tensors it is added to. The
+    classifier, which reads the mean of all patches, is dropped; the pooler's norm was trained for that mean as well,
+    and is the closest that such models have to a final norm.
     """
 
     title: ClassVar = "BEiT"
@@ -274,9 +267,7 @@ class BEiTFormat(Format):
         """Convert the vision part to a BEiT that computes the same from images.
 
         A state that predicts visual tokens becomes a pretraining checkpoint, any other a BeitModel. Equal relative
-        tables are written as one, which Hugging Face's class for pretraining reads
-        (`use_shared_relative_position_bias`). Tables of zeros say nothing about sharing; a BeitModel then has one per
-        layer.
+        tables are written as one (`use_shared_relative_position_bias`), except zeros of a BeitModel.
         """
         if (modality := state.get(MODALITY)) is not None:  # BEiT has none: fold it into what begins an image token
             folded = ("image_embedding.cls", "image_embedding.patch.bias", MASK)
@@ -329,11 +320,10 @@ MAX_TEXT = ImageBERTConfig.model_fields["max_text_length"].default
 class BERTFormat(Format):
     """Hugging Face's BertModel, BertForPreTraining or BertForMaskedLM as the start of ImageBERT, and back.
 
-    BERT has no regions: the parts that read or predict them, and the matching head, are absent from the result, and a
-    stage that starts from BERT draws them at random. BERT's pooler and next-sentence head are dropped. BERT ties the
-    masked-word decoder to the word embedding; ImageBERT's starts as a copy and is trained separately, so that Hugging
-    Face's classes read exported weights only with `tie_word_embeddings=False`. Positions beyond `model.max_text_length`
-    are cut off (BERT has 512), which is all that a round trip loses.
+    The parts for regions and the matching head are absent from the result; BERT's pooler and next-sentence head are
+    dropped. BERT ties the masked-word decoder to the word embedding; ImageBERT's starts as a copy and is trained
+    separately, so that Hugging Face's classes read exported weights only with `tie_word_embeddings=False`. Positions
+    beyond `model.max_text_length` are cut off, which is all that a round trip loses.
     """
 
     title: ClassVar = "BERT"
@@ -377,7 +367,7 @@ class BERTFormat(Format):
         } | dict(overrides)
 
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
-        """Convert as for every format; ConfigError for a `max_text_length` above the number of BERT's positions."""
+        """Convert as `Format`; ConfigError for a `max_text_length` above the number of BERT's positions."""
         state = self.prepare(state)
         if POSITIONS in state:
             state[POSITIONS] = cut_text_positions(state[POSITIONS], config.max_text_length)
@@ -388,7 +378,7 @@ class BERTFormat(Format):
         return published | ({BIAS_AGAIN: published[BIAS].clone()} if BIAS in published else {})
 
     def prepare(self, state: State) -> State:
-        """Prepare as for every format, rename older files' LayerNorm gamma and beta, and copy a tied decoder."""
+        """Prepare as `Format`, rename older files' LayerNorm gamma and beta, and copy a tied decoder."""
         state = super().prepare(state)
         state = {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name)): state[name] for name in state}
         if BIAS in state and WORDS in state:  # a copy, because files of tensors do not hold one memory twice

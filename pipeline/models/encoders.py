@@ -1,37 +1,40 @@
-"""Models without fusion: ViT (arXiv 2010.11929), and a dual encoder trained by contrast (CLIP, arXiv 2103.00020).
+"""Multiway encoders with one expert and absolute positions: ViT, ViLT, and a dual encoder trained by contrast.
 
-ViT is a multiway encoder with one expert, absolute positions, and a key bias as published, for classification and
-masked-image modelling. The dual encoder is the baseline: each tower is a bidirectional transformer with absolute
-positions, whose [CLS] is projected into the shared unit sphere. CLIP's other choices (a causal text tower read at its
-end token, QuickGELU, a LayerNorm before the image tower) are left out, so that comparisons are about fusion.
+ViT (arXiv 2010.11929) and ViLT (arXiv 2102.03334) have a key bias, as published. The dual encoder (CLIP, arXiv
+2103.00020) is the baseline without fusion. CLIP's other choices (a causal text tower read at its end token, QuickGELU,
+a LayerNorm before the image tower) are left out, so that comparisons are about fusion.
 """
 
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from pipeline.config.schema import DualEncoderConfig, ViTConfig
+from pipeline.config.schema import DualEncoderConfig, TransformerConfig, ViLTConfig, ViTConfig
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding
+from pipeline.models.forward import PackedInputs
 from pipeline.models.heads import ContrastiveHead
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock, key_padding, run_blocks
-from pipeline.models.packing import PackedInputs
 
-_ENCODER = ("image_embedding", "positions.image", "blocks", "norm")
+VILT_EXPERT: Expert = "vision_language"
+_VIT_ENCODER = ("image_embedding", "positions.image", "blocks", "norm")
+_VILT_ENCODER = ("text_embedding", "image_embedding", "blocks", "norm")
+_FUSED = frozenset(_VILT_ENCODER)
 
 
 class ViT(Model):
+    """An encoder of images for classification and masked-image modelling; `vocabulary` is ignored."""
+
     HEAD_PARTS: ClassVar = ("mim_head", "classification_head")  # the first with the mask embedding
-    PARTS: ClassVar = _ENCODER + HEAD_PARTS
+    PARTS: ClassVar = _VIT_ENCODER + HEAD_PARTS
     PART_OF: ClassVar = Model.PART_OF | {"image_embedding.positions": "positions.image"}
-    ENCODER_PARTS: ClassVar = {frozenset({"image"}): frozenset(_ENCODER)}
+    ENCODER_PARTS: ClassVar = {frozenset({"image"}): frozenset(_VIT_ENCODER)}
     HEADS: ClassVar = ("mim", "classes")
     RESIZABLE: ClassVar = frozenset({"image_size"})
 
     config: ViTConfig
 
     def __init__(self, config: ViTConfig, vocabulary: int = 0, heads: HeadConfig = HeadConfig()) -> None:
-        """Build a ViT; `vocabulary` is ignored, as it reads no text."""
         super().__init__(config, heads)
         width, epsilon = config.width, config.norm_eps
         self.image_embedding = ImageEmbedding(config, heads, modality=False)
@@ -51,7 +54,64 @@ class ViT(Model):
         return self.norm(x), None
 
 
+class ViLT(Model):
+    """One transformer over words and patches; images keep their aspect ratio on the canvas that a batch shares."""
+
+    # The second image's modality vector is a part of `nlvr2_head`, the mask embedding of `mim_head`.
+    HEAD_PARTS: ClassVar = ("pooler", "itm_head", "mlm_head", "mim_head", "vqa_head", "nlvr2_head", "ranking_head")
+    PARTS: ClassVar = _VILT_ENCODER + HEAD_PARTS
+    ENCODER_PARTS: ClassVar = {
+        frozenset({"image", "text"}): _FUSED,
+        frozenset({"text"}): _FUSED - {"image_embedding"},
+        frozenset({"image"}): _FUSED - {"text_embedding"},
+    }
+    HEADS: ClassVar = ("itm", "mlm", "mim", "alignment", "answers", "nlvr2", "ranking")
+    RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
+
+    config: ViLTConfig
+
+    def __init__(self, config: ViLTConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
+        super().__init__(config, heads)
+        width, epsilon, text_epsilon = config.width, config.norm_eps, config.text_norm_eps
+        self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length, epsilon=text_epsilon)
+        self.image_embedding = ImageEmbedding(config, heads, any_shape=True)
+        self.blocks = nn.ModuleList(
+            MultiwayBlock(width, config.heads, config.mlp_ratio, (VILT_EXPERT,), None, rate, True, epsilon)
+            for rate in config.drop_path_rates
+        )
+        self.norm = nn.LayerNorm(width, eps=epsilon)
+        self.build_heads(vocabulary, text_epsilon)
+
+    def encode(self, packed: PackedInputs) -> tuple[Tensor, None]:
+        x, keep = self.embed(packed)
+        padding = key_padding(keep, x.dtype)
+        x = run_blocks(self.blocks, x, VILT_EXPERT, padding, packed.drop_path_mask, packed.output_positions)
+        return self.norm(x), None
+
+    def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
+        """Resize to another image size or text length, or start from a ViT as the paper does, with new words.
+
+        The ranking head starts from the matching head's row of "matched".
+        """
+        if before.kind == "vit":
+            keys = ("width", "layers", "heads", "mlp_ratio", "image_size", "patch_size")
+            own, prefixes = self.state_dict(), ("text_embedding.", "image_embedding.modality")
+            state = {name: own[name] for name in own if name.startswith(prefixes)} | {
+                name.replace(".experts.vision.", f".experts.{VILT_EXPERT}."): tensor
+                for name, tensor in state.items()
+                if not name.startswith("classification_head.")
+            }
+            before = self.config.model_copy(update={key: getattr(before, key) for key in keys})
+        resized = super().resize_state(state, before)
+        if self.heads.ranking and "itm_head.classify.weight" in resized:
+            for name in ("weight", "bias"):
+                resized.setdefault(f"ranking_head.score.{name}", resized[f"itm_head.classify.{name}"][1:].clone())
+        return resized
+
+
 class DualEncoder(Model):
+    """Two bidirectional transformers, whose [CLS] are projected into the shared unit sphere."""
+
     PARTS: ClassVar = ("image_embedding", "text_embedding", "image_tower", "text_tower", "itc_head")
     HEAD_PARTS: ClassVar = ("itc_head",)
     ENCODER_PARTS: ClassVar = {
