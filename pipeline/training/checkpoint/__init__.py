@@ -9,7 +9,4 @@
 
 The name holds the start that wrote it (see `ownership`) and the time, so that a retry never shares a folder with an
 earlier attempt, and no attempt deletes what a later one writes.
-
-`store` saves and restores, `serialization` is the file format, `retention` deletes, `committed` defines completeness,
-and `weights` is what stages hand over.
 """

@@ -36,9 +36,9 @@ def commit(
 ) -> bool:
     """Commit the files already written under `url`: write the manifest, then COMMIT.json.
 
-    `before` is called when everything except COMMIT.json is written. `other_name` chooses another name for a file whose
-    name is taken; without it the folder belongs to this attempt alone. Returns False if another attempt has committed
-    the folder. Raises StorageError if the files are not stored as they were written.
+    `before` is called when everything except COMMIT.json is written. `other_name` renames a file whose name is taken;
+    without it the folder belongs to this attempt alone. Returns False if another attempt has committed the folder.
+    Raises StorageError if the files are not stored as they were written.
     """
     manifest = json.dumps({"files": files, **metadata}, indent=1).encode()
     record = file_record(manifest)
@@ -61,7 +61,7 @@ def seal(storage: Storage, url: str, decision: str) -> bool:
 
 
 def describe_missing(storage: Storage, url: str, files: Mapping[str, Record]) -> str:
-    """Describe the first of a folder's files that is missing or has another size in a listing; empty if none is."""
+    """Describe the first of a folder's files that a listing lacks or has with another size; "" if there is none."""
     listing = storage.list_info(url)
     for name, record in files.items():
         name = record.get("file", name)
@@ -77,10 +77,7 @@ def is_committed(storage: Storage, url: str) -> bool:
 
 
 def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
-    """Return a committed folder's manifest, verified; the files it lists are not.
-
-    Raises CheckpointError if the folder is not committed, or its COMMIT.json or manifest is damaged.
-    """
+    """Return a committed folder's manifest, verified. Raises CheckpointError if there is none or it is damaged."""
     try:
         data = storage.read(join(url, COMMIT))
     except NotFound as error:
@@ -107,19 +104,15 @@ def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
 
 
 def read_committed(storage: Storage, url: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return a committed folder's manifest and the contents of its files; CheckpointError naming a damaged file."""
+    """Return a committed folder's manifest and files. Raises CheckpointError naming a damaged one."""
     manifest = read_manifest(storage, url)
     return manifest, {name: _read_verified(storage, url, name, record) for name, record in manifest["files"].items()}
 
 
 def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
-    """Verify a file of a committed folder without keeping its contents; return the version that was verified.
-
-    Raises CheckpointError if it is missing or damaged.
-    """
+    """Return the version of a committed file, verified in parts. Raises CheckpointError if missing or damaged."""
     name = record.get("file", name)
-    digest = hashlib.sha256()
-    pending: deque[Future[bytes]] = deque()
+    digest, pending = hashlib.sha256(), deque[Future[bytes]]()
     try:
         info = storage.info(join(url, name))
         if info.size == record["bytes"]:
@@ -127,10 +120,8 @@ def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
                 for start in range(0, info.size, _CHUNK):
                     stop = min(start + _CHUNK, info.size)
                     pending.append(pool.submit(storage.read_range, join(url, name), start, stop, info.etag))
-                    if len(pending) > _READAHEAD:
+                    while len(pending) > (_READAHEAD if stop < info.size else 0):
                         digest.update(pending.popleft().result())
-                while pending:
-                    digest.update(pending.popleft().result())
     except NotFound as error:
         raise CheckpointError(f"{url}: {name} is missing") from error
     except ObjectChanged as error:

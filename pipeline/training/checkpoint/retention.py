@@ -1,8 +1,7 @@
 """Retention: which checkpoints are kept, and the deletion of the others and of what dead attempts left unfinished.
 
-One rank does it, in the background, and only while its start owns the run. It touches only folders and files whose
-names this package gives, and never what a later start wrote. A storage failure is logged and not raised: it costs
-space, but is no reason to stop the run.
+One rank does it, in the background, and only while its start owns the run. It touches only names that this package
+gives, and never what a later start wrote. A storage failure is logged and not raised: it costs space only.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from pipeline.config.errors import CheckpointError, StorageError
@@ -29,18 +28,24 @@ NO_START = Start(0, "")  # of folders whose name has no start: they were not wri
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
-    """A committed checkpoint: its global step, its stage, and the metrics it was saved with."""
+class Checkpoint:
+    """A committed checkpoint by its manifest: the progress of the run and what its state was made from."""
 
     url: str
-    step: int
+    step: int  # global steps done
     stage: str = ""
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    stage_step: int = 0  # steps done in the stage
+    plan_digest: str = ""
+    data_counts: dict[str, float] = field(default_factory=dict)  # of the stage so far, by metric
+    time_account: dict[str, float] = field(default_factory=dict)  # seconds of the run so far, by phase
+    spikes: dict[str, Any] = field(default_factory=dict)  # state of the SpikeGuard
+    metrics: dict[str, float] = field(default_factory=dict)  # that it was saved with
     is_complete: bool = True  # as far as the manifest and the files' sizes show
 
     @classmethod
-    def of(cls, url: str, metadata: Mapping[str, Any]) -> CheckpointInfo:
-        return cls(url, metadata["step"], metadata["stage"], metadata.get("metrics", {}))
+    def of(cls, url: str, metadata: Mapping[str, Any]) -> Checkpoint:
+        names = {field.name for field in fields(cls)} & metadata.keys()
+        return cls(**{name: metadata[name] for name in names} | {"url": url})
 
 
 def parse_name(name: str) -> tuple[int, Start, int] | None:
@@ -56,7 +61,7 @@ def newest_first(storage: Storage, url: str) -> list[str]:
     return [join(url, name) for _, name in keys]
 
 
-def select_kept(checkpoints: Iterable[CheckpointInfo], newest: CheckpointInfo, config: CheckpointConfig) -> set[str]:
+def select_kept(checkpoints: Iterable[Checkpoint], newest: Checkpoint, config: CheckpointConfig) -> set[str]:
     """Return the URLs to keep: the last `keep`, one every `keep_every` steps, and the best of each stage.
 
     `newest` replaces others of its step: the state is the same, and an older one may be the damaged checkpoint that the
@@ -69,11 +74,12 @@ def select_kept(checkpoints: Iterable[CheckpointInfo], newest: CheckpointInfo, c
         kept |= {checkpoint.url for checkpoint in ordered if checkpoint.step % config.keep_every == 0}
     if config.keep_best is not None:
         metric, sign = config.keep_best.metric, 1 if config.keep_best.mode == "max" else -1
-        best: dict[str, CheckpointInfo] = {}  # by stage, the latest of equals
-        for info in reversed([info for info in ordered if not math.isnan(info.metrics.get(metric, math.nan))]):
-            if info.stage not in best or sign * info.metrics[metric] >= sign * best[info.stage].metrics[metric]:
-                best[info.stage] = info
-        kept |= {info.url for info in best.values()}
+        measured = [own for own in reversed(ordered) if not math.isnan(own.metrics.get(metric, math.nan))]
+        best: dict[str, Checkpoint] = {}  # by stage, the latest of equals
+        for own in measured:
+            if own.stage not in best or sign * own.metrics[metric] >= sign * best[own.stage].metrics[metric]:
+                best[own.stage] = own
+        kept |= {own.url for own in best.values()}
     return kept
 
 
@@ -83,11 +89,11 @@ class Retention:
     def __init__(self, storage: Storage, url: str, config: CheckpointConfig, ownership: Ownership):
         self._storage, self._url, self._config, self._ownership = storage, url, config, ownership
         self._start = ownership.start or NO_START
-        self._infos: dict[str, CheckpointInfo] = {}  # committed checkpoints whose manifests were read
+        self._read: dict[str, Checkpoint] = {}  # committed checkpoints whose manifests were read
         self._sealed: set[str] = set()  # uncommitted folders that were sealed at an earlier checkpoint
-        self.kept: tuple[CheckpointInfo, ...] = ()  # as of the last commit
+        self.kept: tuple[Checkpoint, ...] = ()  # as of the last commit
 
-    def apply(self, newest: CheckpointInfo | None, files: Mapping[str, Record] | None = None) -> None:
+    def apply(self, newest: Checkpoint | None, files: Mapping[str, Record] | None = None) -> None:
         """Remove the checkpoints that `newest`, just committed with `files`, makes obsolete, and unfinished ones.
 
         At the start of a run, without `files`, remove what earlier attempts left unfinished; `newest` is then the
@@ -114,33 +120,29 @@ class Retention:
             self._storage.delete(join(newest.url, COMMIT))
             raise StorageError(f"{newest.url}: the commit was withdrawn: {missing}")
 
-    def _remove_obsolete(self, newest: CheckpointInfo) -> None:
-        self._infos[newest.url] = newest
-        infos = []
-        for url in newest_first(self._storage, self._url):
-            if not committed.is_committed(self._storage, url):
-                continue
-            if url not in self._infos:
-                try:
-                    manifest = committed.read_manifest(self._storage, url)
-                    missing = committed.describe_missing(self._storage, url, manifest["files"])
-                    self._infos[url] = replace(CheckpointInfo.of(url, manifest), is_complete=not missing)
-                except CheckpointError:
-                    step, _, _ = parse_name(split(url)[1]) or (0, NO_START, 0)
-                    self._infos[url] = CheckpointInfo(url, step, is_complete=False)
-            infos.append(self._infos[url])
-        kept = select_kept(infos, newest, self._config)
-        for info in infos:
-            if info.url not in kept and self._is_ours(split(info.url)[1]):
-                self._remove(info.url)
-                self._infos.pop(info.url)
-        self.kept = tuple(info for info in infos if info.url in kept)
+    def _remove_obsolete(self, newest: Checkpoint) -> None:
+        self._read[newest.url] = newest
+        urls = [url for url in newest_first(self._storage, self._url) if committed.is_committed(self._storage, url)]
+        for url in (url for url in urls if url not in self._read):
+            try:
+                manifest = committed.read_manifest(self._storage, url)
+                missing = committed.describe_missing(self._storage, url, manifest["files"])
+                self._read[url] = replace(Checkpoint.of(url, manifest), is_complete=not missing)
+            except CheckpointError:
+                step, _, _ = parse_name(split(url)[1]) or (0, NO_START, 0)
+                self._read[url] = Checkpoint(url, step, is_complete=False)
+        kept = select_kept([self._read[url] for url in urls], newest, self._config)
+        for url in urls:
+            if url not in kept and self._is_ours(split(url)[1]):
+                self._remove(url)
+                self._read.pop(url)
+        self.kept = tuple(self._read[url] for url in urls if url in kept)
         best = self._config.keep_best
         if best is not None and best.metric not in newest.metrics:
             recorded = ", ".join(sorted(newest.metrics)) or "none"
             log.warning("checkpoint.keep_best.metric: '%s' is not recorded; available: %s", best.metric, recorded)
 
-    def _remove_partial(self, newest: CheckpointInfo) -> None:
+    def _remove_partial(self, newest: Checkpoint) -> None:
         """Remove folders of attempts that never committed, at steps up to that of a committed checkpoint."""
         for url in newest_first(self._storage, self._url):
             step, start, _ = parse_name(split(url)[1]) or (0, NO_START, 0)

@@ -1,7 +1,7 @@
 """Checkpoint state as safetensors files: copied to host memory, written in parts, and read back by range.
 
-A safetensors file (https://github.com/huggingface/safetensors#format) is 8 bytes with the length of a JSON header, the
-header with every tensor's dtype, shape and offsets, and the tensors' bytes, here in the order given.
+A file is 8 bytes with the length of a JSON header, the header with every tensor's dtype, shape and offsets, and the
+tensors' bytes (https://github.com/huggingface/safetensors#format).
 """
 
 import bisect
@@ -51,11 +51,9 @@ class HostCopy:
     def reserve(self, fragments: Iterable[Fragment]) -> dict[str, Tensor]:
         """Allocate the buffer ahead of the first `take`, which would otherwise stall training.
 
-        Returns the fragments' values by "name|start|kind", grouped by kind, so that reading all weights, or one rank's
-        moments, is sequential.
+        Returns the fragments' values by "name|start|kind", grouped by kind, so that reading one of them is sequential.
         """
-        keys = ((kind, fragment) for fragment in fragments for kind in fragment.values)
-        by_kind = sorted(keys, key=lambda key: key[0])
+        by_kind = sorted(((kind, part) for part in fragments for kind in part.values), key=lambda key: key[0])
         values = {f"{part.name}|{part.start}|{kind}": part.values[kind] for kind, part in by_kind}
         size = sum(len(value) for value in values.values())
         if len(self._buffer) < size:
@@ -112,9 +110,8 @@ class TensorFile:
 class SavedState:
     """A checkpoint's state, read by parameter and range whichever ranks wrote it.
 
-    `files` maps each file to the version that was verified; any other version is refused. Files are read through a
-    cache of blocks with readahead. An engine reads sequentially at several positions of every file at once; the block
-    size is chosen so that the cache holds the next blocks of all of them.
+    `files` maps each file to the version that was verified; any other is refused. An engine reads sequentially at
+    several positions of every file at once: the cache holds the next blocks of all of them.
     """
 
     def __init__(self, storage: Storage, url: str, files: Mapping[str, ObjectInfo], optimizer_step: int):
@@ -145,9 +142,8 @@ class SavedState:
 
         Raises CheckpointError if some are missing, StorageError if the store does not respond.
         """
-        result = torch.empty(stop - start)
+        result, num_read = torch.empty(stop - start), 0
         target = result.view(torch.uint8).numpy()
-        num_read = 0
         for offset, length, file, position in self._parts.get((name, kind), []):
             low, high = max(start, offset), min(stop, offset + length)
             if low < high:

@@ -1,9 +1,8 @@
 """The checkpoints of one run: saved asynchronously, verified when restored; and the callback that saves them.
 
 Training pauses only for the copy to host memory. A thread of each rank then writes the rank's file; that of rank 0
-waits for the files of all ranks, commits, and applies the retention policy. The threads call no collective, because
-nothing would order those relative to the trainer's: ranks report their files to rank 0 by small records in the store.
-If a rank dies during this, the folder is never committed.
+waits for all files, commits, and applies the retention policy. The threads call no collective, because nothing would
+order those relative to the trainer's: ranks report their files to rank 0 by small records in the store.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.background import in_background
@@ -24,7 +22,7 @@ from pipeline.data.storage import ObjectInfo, Storage, join
 from pipeline.tracking.tracker import SavedWeights
 from pipeline.training.callbacks import Callback, StageResult, StepEvent
 from pipeline.training.checkpoint.committed import Record, commit, read_manifest, seal, verify
-from pipeline.training.checkpoint.retention import CheckpointInfo, Retention, newest_first
+from pipeline.training.checkpoint.retention import Checkpoint, Retention, newest_first
 from pipeline.training.checkpoint.serialization import HostCopy, SavedState, TensorFile
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment
@@ -41,25 +39,10 @@ _MIN_POLL, _MAX_POLL = 0.05, 2.0  # seconds between two queries for the other ra
 _MAX_LAG = 4.0  # ranks may take this multiple of rank 0's time, plus the storage's retry timeout
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint's metadata: the progress of the run and what its state was made from."""
-
-    url: str
-    step: int  # global steps done
-    stage: str
-    stage_step: int  # steps done in the stage
-    plan_digest: str
-    data_counts: dict[str, float]  # of the stage so far, by metric
-    time_account: dict[str, float] = field(default_factory=dict)  # seconds of the run so far, by phase
-    spikes: dict[str, Any] = field(default_factory=dict)  # state of the SpikeGuard
-
-
 class CheckpointStore:
-    """Saves and restores the checkpoints of one run, by all its ranks together.
+    """Saves and restores the checkpoints of one run; `save`, `wait` and `latest` are collective.
 
-    `save`, `wait` and `latest` are collective. At most one save is in progress; its error, if any, is raised by the
-    next `check`, `save` or `wait`.
+    At most one save is in progress; its error, if any, is raised by the next `check`, `save` or `wait`.
     """
 
     def __init__(
@@ -72,15 +55,15 @@ class CheckpointStore:
     ):
         """`ownership`: of the start that saves; without it the run must not have been claimed."""
         self.storage, self.url, self.collectives = storage, join(folder, "checkpoints"), collectives
-        self.waited = 0.0  # seconds the last `save` waited for the previous one
         self.host_copy = HostCopy(collectives.device)
-        self._in_progress: Future[None] | None = None
-        self._abandoned = threading.Event()
+        self.waited = 0.0  # seconds the last `save` waited for the previous one
         # (step, seconds from the copy to the commit) of finished saves; on ranks other than 0, to the rank's own file.
         self.written: list[tuple[int, float]] = []
+        self._in_progress: Future[None] | None = None
+        self._abandoned = threading.Event()
         self._ownership = ownership or Ownership(storage, folder, claim="")
         self.retention = Retention(storage, self.url, config, self._ownership)
-        self._newest: CheckpointInfo | None = None  # set by `latest`
+        self._newest: Checkpoint | None = None  # set by `latest`
 
     def save(
         self,
@@ -90,8 +73,7 @@ class CheckpointStore:
     ) -> str:
         """Copy this rank's fragments and write them in the background. Returns the checkpoint's URL.
 
-        `before_commit` is called on rank 0, by the thread that then commits. `metadata` holds "step", "stage" and the
-        other fields of `Checkpoint`; its "metrics" are what `keep_best` compares.
+        `before_commit` is called on rank 0, by the thread that then commits. `metadata` has the fields of `Checkpoint`.
         """
         # Names of one step and start are ordered by time.
         start = "" if self._ownership.start is None else f"{self._ownership.start}-"
@@ -167,7 +149,7 @@ class CheckpointStore:
             self._ownership.check()
             before_commit()
             commit(self.storage, url, records, metadata, seal_folder)
-            self.retention.apply(CheckpointInfo.of(url, metadata), records)
+            self.retention.apply(Checkpoint.of(url, metadata), records)
         self.written.append((metadata["step"], time.perf_counter() - started))
 
     def _stop_if_abandoned(self) -> None:
@@ -205,10 +187,8 @@ class CheckpointStore:
             for url in self.collectives.broadcast(urls):
                 manifest, files = self._verify(url)
                 if manifest is not None:
-                    names = {field.name for field in fields(Checkpoint)} & manifest.keys()
-                    checkpoint = Checkpoint(**{name: manifest[name] for name in names} | {"url": url})
-                    self._newest = CheckpointInfo.of(url, manifest)
-                    return checkpoint, SavedState(self.storage, url, files, checkpoint.stage_step)
+                    self._newest = Checkpoint.of(url, manifest)
+                    return self._newest, SavedState(self.storage, url, files, self._newest.stage_step)
         return None
 
     def _verify(self, url: str) -> tuple[dict[str, Any] | None, dict[str, ObjectInfo]]:
@@ -225,12 +205,11 @@ class CheckpointStore:
                 log.warning("checkpoint skipped: %s", error)
         if (manifest := self.collectives.broadcast(manifest)) is None:
             return None, {}
-        verified: dict[str, tuple[int, str | None]] = {}
+        verified: dict[str, ObjectInfo] = {}
         faults = []
         for name in sorted(manifest["files"])[rank::world_size]:
             try:
-                info = verify(self.storage, url, name, manifest["files"][name])
-                verified[name] = info.size, info.etag
+                verified[name] = verify(self.storage, url, name, manifest["files"][name])
             except CheckpointError as error:
                 faults.append(str(error))
         results = self.collectives.gather_objects((verified, faults))
@@ -238,8 +217,7 @@ class CheckpointStore:
         if rank == 0:
             for fault in faults:
                 log.warning("checkpoint skipped: %s", fault)
-        files = {name: ObjectInfo(*info) for part, _ in results for name, info in part.items()}
-        return None if faults else manifest, files
+        return None if faults else manifest, {name: info for part, _ in results for name, info in part.items()}
 
     def remove_unfinished(self) -> None:
         """Remove what earlier attempts left unfinished. Call it after `latest` and before the first save."""

@@ -25,15 +25,8 @@ from pipeline.config.urls import absolute
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.text import tokens_of
 from pipeline.data.storage import Storage, join, split
-from pipeline.training.checkpoint.committed import (
-    MANIFEST,
-    commit,
-    file_record,
-    is_committed,
-    read_committed,
-    read_manifest,
-    verify,
-)
+from pipeline.training.checkpoint import committed
+from pipeline.training.checkpoint.committed import MANIFEST, commit, file_record, is_committed
 from pipeline.training.checkpoint.retention import parse_name
 from pipeline.training.checkpoint.serialization import SavedState, TensorFile
 from pipeline.training.ownership import Ownership, Start
@@ -51,10 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """Metadata of weights, read from their manifest alone.
-
-    `config` comes from `stored_config`: its folder is the one that the weights were read from.
-    """
+    """Metadata of weights by their manifest; the folder of `config` is the one that they were read from."""
 
     url: str
     config: RunConfig
@@ -89,8 +79,7 @@ def save_weights(
 ) -> bool:
     """Write and commit a stage's weights, vocabulary and label lists; called on rank 0 only.
 
-    Returns False, leaving the committed files unchanged, if another attempt has committed the folder. Raises Superseded
-    if `ownership` was lost, StorageError if the files could not be written.
+    Returns False, leaving the committed files unchanged, if another attempt has committed the folder.
     """
     start = (ownership and ownership.start) or Start(0, secrets.token_hex(4))
     check = ownership.check if ownership else lambda: None
@@ -106,10 +95,8 @@ def save_weights(
     if not storage.write_parts(join(url, WEIGHTS), weights.size, weights.read, create=True):
         records[WEIGHTS]["file"] = other_name(WEIGHTS)
         storage.write_parts(join(url, renamed[WEIGHTS]), weights.size, weights.read)
-    lists = {
-        VOCABULARY: "".join(f"{token}\n" for token in vocabulary).encode(),
-        **{name: labels.to_bytes() for name, labels in (choices or {}).items()},
-    }
+    lists = {VOCABULARY: "".join(f"{token}\n" for token in vocabulary).encode()}
+    lists |= {name: labels.to_bytes() for name, labels in (choices or {}).items()}
     for name, data in lists.items():
         records[name] = file_record(data)
         if not storage.write(join(url, name), data, create=True):
@@ -148,16 +135,15 @@ def weights_info(storage: Storage, url: str) -> WeightsInfo:
 
 
 def load_weights(storage: Storage, url: str) -> Weights:
-    """Load the weights of a stage's folder, of a run's last finished stage, or of a checkpoint.
-
-    Raises CheckpointError if there are none or they are damaged.
-    """
+    """Load the weights of a stage, of a run's last finished one, or of a checkpoint; CheckpointError without them."""
     with _opened(storage, url) as (info, manifest):
         if not info.is_checkpoint:
-            folder, (_, files) = info.url, read_committed(storage, info.url)
+            folder, (_, files) = info.url, committed.read_committed(storage, info.url)
             tensors = safetensors.torch.load(files[WEIGHTS])
         else:  # a checkpoint's fragments, or their moving average if there is one
-            versions = {name: verify(storage, info.url, name, record) for name, record in manifest["files"].items()}
+            versions = {
+                name: committed.verify(storage, info.url, name, record) for name, record in manifest["files"].items()
+            }
             saved = SavedState(storage, info.url, versions, manifest["stage_step"])
             tensors = {
                 name: saved.read(name, "ema" if saved.holds(name, "ema") else "weight", 0, math.prod(shape)).view(shape)
@@ -179,7 +165,7 @@ def load_weights(storage: Storage, url: str) -> Weights:
 
 @contextmanager
 def _opened(storage: Storage, url: str) -> Iterator[tuple[WeightsInfo, dict[str, Any]]]:
-    """Yield metadata and manifest of the weights in the folder `url`, or in the last finished stage of that run.
+    """Yield metadata and manifest of the weights in a folder, or in the last finished stage of a run's.
 
     Raises CheckpointError if there are none, or for any error in the block, which malformed files caused.
     """
@@ -189,7 +175,7 @@ def _opened(storage: Storage, url: str) -> Iterator[tuple[WeightsInfo, dict[str,
             f"{url}: contains no finished stage; give the folder of a run, of one of its stages or of a checkpoint"
         )
     try:
-        manifest, manifest_url = read_manifest(storage, url), join(url, MANIFEST)
+        manifest, manifest_url = committed.read_manifest(storage, url), join(url, MANIFEST)
         stage, step = manifest.get("stage"), manifest.get("step")
         if not isinstance(stage, str) or not isinstance(step, int):
             raise CheckpointError(

@@ -19,7 +19,7 @@ from pipeline.config.schema import CheckpointConfig, KeepBestConfig
 from pipeline.data.storage import ObjectChanged, Storage, join
 from pipeline.training.checkpoint import serialization
 from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, commit, file_record
-from pipeline.training.checkpoint.retention import NO_START, CheckpointInfo, newest_first, parse_name, select_kept
+from pipeline.training.checkpoint.retention import NO_START, Checkpoint, newest_first, parse_name, select_kept
 from pipeline.training.checkpoint.serialization import DTYPES, SavedState, TensorFile
 from pipeline.training.checkpoint.weights import load_weights, save_weights, weights_info
 from pipeline.training.ownership import Start
@@ -131,12 +131,12 @@ BEST = KeepBestConfig(metric="train/loss", mode="min")
 WORST = KeepBestConfig(metric="train/loss", mode="max")
 
 
-def info(step: int, stage: str = "s", url: str | None = None) -> CheckpointInfo:
-    return CheckpointInfo(url or str(step), step, stage, {"train/loss": LOSS[step]})
+def info(step: int, stage: str = "s", url: str | None = None) -> Checkpoint:
+    return Checkpoint(url or str(step), step, stage, metrics={"train/loss": LOSS[step]})
 
 
 SIX = [info(step) for step in LOSS]
-NOT_A_NUMBER = CheckpointInfo("100", 100, "s", {"train/loss": math.nan})
+NOT_A_NUMBER = Checkpoint("100", 100, "s", metrics={"train/loss": math.nan})
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ NOT_A_NUMBER = CheckpointInfo("100", 100, "s", {"train/loss": math.nan})
         ({"keep_best": BEST}, [info(s, "first" if s <= 300 else "second") for s in LOSS], {"200", "400", "600"}),
         (
             {"keep_best": BEST},
-            [info(100), CheckpointInfo("200", 200, "s", {"train/loss_itc": 0.0}), info(300)],
+            [info(100), Checkpoint("200", 200, "s", metrics={"train/loss_itc": 0.0}), info(300)],
             {"300"},
         ),
         ({"keep_best": BEST}, [NOT_A_NUMBER, info(200), info(300), info(500)], {"200", "500"}),
@@ -162,7 +162,7 @@ NOT_A_NUMBER = CheckpointInfo("100", 100, "s", {"train/loss": math.nan})
     ],
 )
 def test_last_periodic_and_best_checkpoints_are_kept(
-    config: dict[str, Any], checkpoints: list[CheckpointInfo], stay: set[str]
+    config: dict[str, Any], checkpoints: list[Checkpoint], stay: set[str]
 ) -> None:
     assert select_kept(checkpoints, checkpoints[-1], CheckpointConfig(**{"keep": 1} | config)) == stay
 
