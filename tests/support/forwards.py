@@ -3,7 +3,6 @@
 Shapes: ROWS examples, LENGTH tokens, 2 x 2 patches of 8 pixels (ViLT: 4 x 6, 6 x 4, 4 x 4 and 1 x 6), 4 regions.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -110,15 +109,15 @@ def forwards(name: str) -> dict[str, ForwardInput]:
     return chosen
 
 
-def each_row(one: ForwardInput, change: Callable[[Tensor], Tensor]) -> ForwardInput:
-    """Return the input with every tensor changed, for example cut to some examples."""
-    changed: dict[str, Any] = {}
-    for name, value in vars(one).items():
+def examples(inputs: dict[str, ForwardInput], rows: slice) -> dict[str, ForwardInput]:
+    """Return the inputs cut to some examples."""
+
+    def cut(value: Any) -> Any:
         if isinstance(value, Regions):
-            changed[name] = Regions(*(change(tensor) for tensor in vars(value).values()))
-        else:
-            changed[name] = change(value) if isinstance(value, Tensor) else value
-    return ForwardInput(**changed)
+            return Regions(*(tensor[rows] for tensor in vars(value).values()))
+        return value[rows] if isinstance(value, Tensor) else value
+
+    return {name: ForwardInput(**{key: cut(value) for key, value in vars(one).items()}) for name, one in inputs.items()}
 
 
 def values(outputs: ForwardOutput) -> dict[str, Tensor]:

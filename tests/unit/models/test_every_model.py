@@ -5,27 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from pipeline.config.errors import ConfigError
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
 from pipeline.objectives import trained_modules
-from tests.support.forwards import (
-    LAYERS,
-    MODELS,
-    PATCH,
-    ROWS,
-    VOCABULARY,
-    assert_same,
-    each_row,
-    forwards,
-    gradients,
-    lively_model,
-    run,
-    values,
-)
+from tests.support import forwards as tiny
+from tests.support.forwards import MODELS, ROWS, VOCABULARY, assert_same, examples, forwards, gradients, run, values
+
+close = torch.testing.assert_close
+READS_TEXT = pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith("vit")], indirect=True)
 
 
 @pytest.fixture(params=MODELS)
@@ -34,161 +25,135 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def model(name: str) -> Model:
-    return lively_model(name)
+def model(name: str) -> Any:
+    return tiny.lively_model(name)
 
 
-READS_TEXT = pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith("vit")], indirect=True)
+@pytest.fixture
+def inputs(name: str) -> dict[str, Any]:
+    return forwards(name)
 
 
-# ---- several forwards in one call
-
-
-def test_packed_forwards_equal_each_alone(model: Model, name: str) -> None:
+def test_packed_forwards_equal_each_alone(model: Model, inputs: dict[str, Any]) -> None:
     """Forwards of other text lengths, canvases and heads share a run of the encoder."""
-    together, alone = model(forwards(name)), {key: run(model, one) for key, one in forwards(name).items()}
+    together, alone = model(inputs), {key: run(model, one) for key, one in inputs.items()}
     assert list(together) == list(alone)
     assert_same(together, alone)
-    torch.testing.assert_close(gradients(model, together), gradients(model, alone), rtol=1e-4, atol=1e-5)
+    close(gradients(model, together), gradients(model, alone), rtol=1e-4, atol=1e-5)
 
 
-def test_reading_only_what_heads_need_equals_reading_everything(model: Model, name: str) -> None:
-    for one in forwards(name).values():
-        if "decoded_image" in one.heads:
-            continue  # the image decoder reads everything
+def test_reading_only_what_heads_need_equals_reading_everything(model: Model, inputs: dict[str, Any]) -> None:
+    for one in (one for one in inputs.values() if "decoded_image" not in one.heads):  # which reads everything
         everything = run(model, one, *one.heads, "tokens")
         assert everything["tokens"].shape[2] == 24
         for head in one.heads:
-            torch.testing.assert_close(run(model, one, head), everything[head], rtol=1e-5, atol=1e-5)
+            close(run(model, one, head), everything[head], rtol=1e-5, atol=1e-5)
         if "mlm" in one.heads:
             none = replace(one, mask_positions=torch.zeros(ROWS, 0, dtype=torch.int64))
             assert run(model, none, "mlm").shape == (ROWS, 0, VOCABULARY)
 
 
-def test_batched_examples_equal_each_alone(model: Model, name: str) -> None:
-    def cut(rows: slice) -> dict[str, Tensor]:
-        return values(model({key: each_row(one, lambda t: t[rows]) for key, one in forwards(name).items()}))
-
-    parts = cut(slice(0, 1)), cut(slice(1, ROWS))
-    for key, value in values(model(forwards(name))).items():
+def test_batched_examples_equal_each_alone_and_no_examples_run_the_same_graph(model: Any, inputs: Any) -> None:
+    whole = model(inputs)
+    first, others, none = (model(examples(inputs, rows)) for rows in (slice(1), slice(1, ROWS), slice(0)))
+    parts = values(first), values(others)
+    for key, value in values(whole).items():
         joined = torch.cat([part[key] for part in parts]) if value.dim() else parts[0][key]
-        torch.testing.assert_close(joined, value, rtol=1e-5, atol=1e-5)
-
-
-def test_empty_batch_runs_the_same_graph(model: Model, name: str) -> None:
-    empty = {key: each_row(one, lambda tensor: tensor[:0]) for key, one in forwards(name).items()}
-    assert set(gradients(model, model(empty))) == set(gradients(model, model(forwards(name))))
+        close(joined, value, rtol=1e-5, atol=1e-5)
+    assert set(gradients(model, none)) == set(gradients(model, whole))
 
 
 # ---- what is read
 
 
 @READS_TEXT
-def test_padding_of_texts_is_never_read(model: Model, name: str) -> None:
-    def scribbled(one: ForwardInput) -> ForwardInput:
-        assert one.text is not None
-        assert one.text_keep is not None
-        text = one.text.where(one.text_keep, (one.text + 1) % VOCABULARY)
-        keep = torch.cat([one.text_keep, torch.zeros(ROWS, 4, dtype=torch.bool)], dim=1)
-        return replace(one, text=torch.cat([text, torch.full((ROWS, 4), 3)], dim=1), text_keep=keep)
-
-    short = {key: one for key, one in forwards(name).items() if one.text is not None}
-    longer = {key: scribbled(one) for key, one in short.items()}
+def test_padding_of_texts_is_never_read(model: Model, inputs: dict[str, Any]) -> None:
+    short = {key: one for key, one in inputs.items() if one.text is not None}
+    longer = {}
+    for key, one in short.items():
+        text = F.pad(one.text.where(one.text_keep, (one.text + 1) % VOCABULARY), (0, 4), value=3)
+        longer[key] = replace(one, text=text, text_keep=F.pad(one.text_keep, (0, 4)))
     assert_same(model(short), model(longer))
-    expected, actual = gradients(model, model(short)), gradients(model, model(longer))
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    close(gradients(model, model(longer)), gradients(model, model(short)), rtol=1e-4, atol=1e-5)
 
 
 @READS_TEXT
-def test_trap_10_examples_of_only_padding_are_finite(model: Model, name: str) -> None:
-    nothing = {
-        key: replace(one, text_keep=torch.zeros_like(one.text_keep), drop_path_mask=None)
-        for key, one in forwards(name).items()
-        if one.text_keep is not None
-    }
+def test_trap_10_examples_of_only_padding_are_finite(model: Model, inputs: dict[str, Any]) -> None:
+    texts = {key: one for key, one in inputs.items() if one.text_keep is not None}
+    nothing = {k: replace(one, text_keep=one.text_keep & False, drop_path_mask=None) for k, one in texts.items()}
     for dtype in (torch.float32, torch.bfloat16):
-        found = gradients(model.to(dtype), model.to(dtype)(nothing))
-        assert all(gradient.isfinite().all() for gradient in found.values())
+        assert all(gradient.isfinite().all() for gradient in gradients(model, model.to(dtype)(nothing)).values())
 
 
 @pytest.mark.parametrize("name", ["vlmo", "vlmo_absolute", "vilt", "vit", "vit_decoded"], indirect=True)
-def test_masked_patches_are_never_read(model: Model, name: str) -> None:
-    one = forwards(name)["mim"]
-    assert one.image is not None
-    assert one.patch_positions is not None
+def test_masked_patches_are_never_read(model: Model, inputs: dict[str, Any]) -> None:
+    one, patch = inputs["mim"], tiny.PATCH
     painted = one.image.clone()
     for row, positions in enumerate(one.patch_positions.tolist()):
-        columns = (one.image.shape[2] if one.image_size is None else int(one.image_size[row, 1])) // PATCH
+        columns = (one.image.shape[2] if one.image_size is None else int(one.image_size[row, 1])) // patch
         for down, across in (divmod(position, columns) for position in positions):
-            painted[row, PATCH * down :, PATCH * across :][:PATCH, :PATCH] = 7
+            painted[row, patch * down :, patch * across :][:patch, :patch] = 7
     assert not torch.equal(painted, one.image)
     expected = run(model, one)
-    torch.testing.assert_close(run(model, replace(one, image=painted)), expected)
+    close(run(model, replace(one, image=painted)), expected)
     assert not torch.equal(run(model, replace(one, image=255 - one.image))["mim"], expected["mim"])
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "imagebert"], indirect=True)
-def test_drop_path_of_every_branch_leaves_the_embeddings(model: Model, name: str) -> None:
-    dropped = torch.zeros(ROWS, LAYERS, 2, dtype=torch.bool)
-    given = {key: replace(one, drop_path_mask=dropped) for key, one in forwards(name).items() if key != "nlvr2"}
+def test_drop_path_of_every_branch_leaves_the_embeddings(model: Model, inputs: dict[str, Any]) -> None:
+    dropped = torch.zeros(ROWS, tiny.LAYERS, 2, dtype=torch.bool)
+    given = {key: replace(one, drop_path_mask=dropped) for key, one in inputs.items() if key != "nlvr2"}
     given = {key: one for key, one in given.items() if one.visible_patches is None}  # an image decoder has blocks too
     before = model(given)
     with torch.no_grad():
-        for block in model.transformer_blocks():
-            for parameter in block.parameters():
-                parameter.mul_(3)
+        for parameter in (parameter for block in model.transformer_blocks() for parameter in block.parameters()):
+            parameter.mul_(3)
     assert all(torch.equal(value, values(model(given))[key]) for key, value in values(before).items())
 
 
-def test_uint8_images_equal_float_images_and_nothing_is_drawn(model: Model, name: str) -> None:
-    before, first = torch.get_rng_state(), values(model(forwards(name)))
-    second = values(model(forwards(name)))
+def test_uint8_images_equal_float_images_and_nothing_is_drawn(model: Model, inputs: dict[str, Any]) -> None:
+    before, first, second = torch.get_rng_state(), values(model(inputs)), values(model(inputs))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
-    given = {key: one for key, one in forwards(name).items() if one.image is not None and one.second_image is None}
-    floats = {key: replace(one, image=one.image / 127.5 - 1) for key, one in given.items()}  # type: ignore[operator]
-    assert_same(model(given), model(floats))
+    given = {key: one for key, one in inputs.items() if one.image is not None and one.second_image is None}
+    assert_same(model(given), model({key: replace(one, image=one.image / 127.5 - 1) for key, one in given.items()}))
 
 
-def test_bfloat16_gives_float32_results_near_those_of_float32(model: Model, name: str) -> None:
-    exact = values(model(forwards(name)))
-    for key, value in values(model.to(torch.bfloat16)(forwards(name))).items():
+def test_bfloat16_gives_float32_results_near_those_of_float32(model: Model, inputs: dict[str, Any]) -> None:
+    exact = values(model(inputs))
+    for key, value in values(model.to(torch.bfloat16)(inputs)).items():
         assert value.dtype == torch.float32, key
         if key.endswith(("itc", "itc_vl")):
-            torch.testing.assert_close(value.norm(dim=-1), torch.ones(ROWS))
-        similarity = torch.nn.functional.cosine_similarity(value.flatten(), exact[key].flatten(), dim=0)
-        assert similarity > 0.98, key
+            close(value.norm(dim=-1), torch.ones(ROWS))
+        assert F.cosine_similarity(value.flatten(), exact[key].flatten(), dim=0) > 0.98, key
 
 
 @pytest.mark.parametrize("name", ["vlmo", "dual_encoder"], indirect=True)
-def test_contrast_gives_unit_vectors_and_a_bounded_scale(model: Any, name: str) -> None:
-    def outputs() -> dict[str, Tensor]:
-        return values(model({key: forwards(name)[key] for key in ("image", "text")}))
-
-    found = outputs()
-    for key in ("image", "text"):
-        torch.testing.assert_close(found[f"{key}.itc"].norm(dim=-1), torch.ones(ROWS))
-    assert found["image.scale"] == found["text.scale"]
+def test_contrast_gives_unit_vectors_and_a_bounded_scale(model: Any, inputs: dict[str, Any]) -> None:
+    given = {key: inputs[key] for key in ("image", "text")}
+    outputs = values(model(given))
+    for key in given:
+        close(outputs[f"{key}.itc"].norm(dim=-1), torch.ones(ROWS))
+    assert outputs["image.scale"] == outputs["text.scale"]
     with torch.no_grad():
         model.itc_head.log_scale.fill_(9.0)
-    assert outputs()["image.scale"] == 100
-    assert outputs().get("text.scale_vl", torch.zeros(())) < 100
+    outputs = values(model(given))
+    assert outputs["image.scale"] == 100
+    assert outputs.get("text.scale_vl", torch.zeros(())) < 100
 
 
 @pytest.mark.parametrize("name", ["vlmo", "vlmo_absolute", "vilt"], indirect=True)
-def test_second_image_differs_by_its_modality_only(model: Any, name: str) -> None:
+def test_second_image_differs_by_its_modality_only(model: Any, inputs: dict[str, Any]) -> None:
     """With equal modality vectors two images equal two single ones; with different ones their order matters."""
-    one = forwards(name)["nlvr2"]
+    one = inputs["nlvr2"]
     images = {"image": one.second_image, "image_size": one.second_image_size}
     turned = replace(one, **images, second_image=one.image, second_image_size=one.image_size)
-
-    def cls(which: ForwardInput) -> tuple[Tensor, ...]:
-        return tuple(half[:, 0] for half in run(model, which, "tokens").chunk(2, dim=1))
-
-    assert not torch.allclose(cls(one)[0], cls(turned)[1], atol=1e-4)
-    with torch.no_grad():
-        model.image_embedding.second.copy_(model.image_embedding.modality)
-    torch.testing.assert_close(cls(one), cls(turned)[::-1])
+    for is_equal in (False, True):
+        first, other = (run(model, pair, "tokens").chunk(2, dim=1) for pair in (one, turned))
+        for half, twin in zip(first, other[::-1], strict=True):
+            assert torch.allclose(half[:, 0], twin[:, 0], rtol=1e-5, atol=1e-4) == is_equal
+        with torch.no_grad():
+            model.image_embedding.second.copy_(model.image_embedding.modality)
 
 
 # ---- parameters
@@ -241,42 +206,36 @@ SHAPED: dict[str, Any] = {"image": IMAGE, "image_size": torch.tensor([[16, 8]] *
         ("dual_encoder", ForwardInput(("mlm",), text=TEXT, mask_positions=TEXT), "without the head 'mlm'"),
     ],
 )
-def test_inputs_that_a_model_cannot_read_are_rejected(name: str, one: ForwardInput, message: str) -> None:
+def test_inputs_that_a_model_cannot_read_are_rejected(model: Model, one: ForwardInput, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lively_model(name)({"one": one})
+        model({"one": one})
 
 
 @pytest.mark.parametrize(
     ("name", "head"), [("vilt", "ranking"), ("vlmo", "answers"), ("vit", "classes"), ("imagebert", "alignment")]
 )
-def test_heads_that_the_stage_does_not_need_are_rejected_by_name(name: str, head: Any) -> None:
+def test_heads_that_the_stage_does_not_need_are_rejected_by_name(name: str, head: Any, inputs: dict[str, Any]) -> None:
     config, _ = MODELS[name]
     model = build_model(config, VOCABULARY)
-    one = next(one for one in forwards(name).values() if head in one.heads or head == "alignment")
+    one = next(one for one in inputs.values() if head in one.heads or head == "alignment")
     with pytest.raises(ValueError, match=f"{config.kind} model was built without the head '{head}'"):
         run(model, one, head)
-    if "mim" in forwards(name):
+    if "mim" in inputs:
         with pytest.raises(ValueError, match="built with an image target"):
-            run(model, forwards(name)["mim"])
+            run(model, inputs["mim"])
 
 
-@pytest.mark.parametrize(
-    ("name", "objective", "source_type", "message"),
-    [
+def test_unsupported_objectives_and_weights_of_another_architecture_are_rejected() -> None:
+    for name, objective, source_type, message in (
         ("vlmo", "itc", "text", r"itc.*pairs.*text"),
         ("vilt", "itc", "pairs", "kind 'vilt' does not learn"),
         ("vilt", "itm", "images", r"itm.*pairs.*images"),
         ("vit", "itc", "pairs", "kind 'vit'"),
         ("dual_encoder", "itm", "pairs", "mome objectives"),
         ("dual_encoder", "itc", "text", r"itc.*pairs.*text"),
-    ],
-)
-def test_unsupported_objectives_are_rejected(name: str, objective: str, source_type: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        trained_modules(skeleton(MODELS[name][0]), [objective], source_type)
-
-
-def test_weights_of_another_architecture_are_rejected() -> None:
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trained_modules(skeleton(MODELS[name][0]), [objective], source_type)  # type: ignore[arg-type]
     for name, key, value in (("vlmo", "layers", 3), ("vilt", "layers", 2), ("vit", "patch_size", 4)):
         config = MODELS[name][0]
         other = skeleton(config.model_copy(update={key: value}), VOCABULARY)

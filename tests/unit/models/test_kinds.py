@@ -1,17 +1,15 @@
-"""Properties of single kinds of model; those that they share are in test_every_model, outputs of BERT in checkpoints.
+"""Properties of single kinds of model; those that they share are in test_every_model."""
 
-ViLT's images have 4 x 6, 6 x 4, 4 x 4 and 1 x 6 patches; the dual encoder's towers have 4 and 2 layers.
-"""
-
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.errors import ConfigError
@@ -22,35 +20,16 @@ from pipeline.models.embeddings import canvas_patches
 from pipeline.models.forward import ForwardInput, Head, Regions
 from pipeline.models.model import HeadConfig
 from pipeline.models.resize import resize_grid, resized_positions
-from pipeline.models.vlmo import copy_expert
 from pipeline.objectives import modules_for, trained_modules
-from pipeline.training.stages import check_stages
-from tests.support.forwards import (
-    LAYERS,
-    LENGTH,
-    MODELS,
-    PATCH,
-    ROWS,
-    SIZES,
-    VOCABULARY,
-    assert_same,
-    forwards,
-    gradients,
-    lively_model,
-    run,
-)
+from pipeline.training.stages import check_stages, prepare_experts
+from tests.support import forwards as tiny
+from tests.support.forwards import LENGTH, PATCH, ROWS, SIZES, VOCABULARY, forwards, gradients, lively_model, run
 
-VLMO, VILT, DUAL = (MODELS[kind][0] for kind in ("vlmo", "vilt", "dual_encoder"))
-IMAGEBERT = ImageBERTConfig(
-    width=32, layers=2, heads=4, max_text_length=12, max_regions=6, region_features=8, region_classes=7, dropout=0.0
-)
+VLMO, VILT, DUAL = (tiny.MODELS[kind][0] for kind in ("vlmo", "vilt", "dual_encoder"))
 COUNTS = (SIZES // PATCH).prod(dim=1)
+EVERY = torch.arange(int(COUNTS.max())).expand(ROWS, -1)
+EVERY = EVERY.where(COUNTS[:, None] > EVERY, -1)  # every patch of each image, in order, padded with -1
 near = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def vlmo() -> Any:
-    return lively_model("vlmo")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +40,9 @@ def vilt() -> Any:
 # ---- VLMo
 
 
-def test_kept_branch_is_scaled_by_its_drop_path_rate(vlmo: Any) -> None:
-    one = replace(forwards("vlmo")["image"], drop_path_mask=torch.ones(ROWS, LAYERS, 2, dtype=torch.bool))
+def test_kept_branch_is_scaled_by_its_drop_path_rate() -> None:
+    vlmo, keep = lively_model("vlmo"), torch.ones(ROWS, tiny.LAYERS, 2, dtype=torch.bool)
+    one = replace(forwards("vlmo")["image"], drop_path_mask=keep)
     kept = run(vlmo, one, "tokens")
     assert VLMO.drop_path_rates == pytest.approx((0.0, 0.1, 0.2, 0.3))
     for block, rate in zip(vlmo.blocks, VLMO.drop_path_rates, strict=True):
@@ -83,19 +63,16 @@ class NoHostSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_forward_never_waits_for_the_device(vlmo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def copy_to_device(*_: Any, **__: Any) -> None:
-        raise AssertionError("a tensor of Python numbers is copied to the device, which the host waits for")
-
-    requests = forwards("vlmo")
-    monkeypatch.setattr(torch, "tensor", copy_to_device)
+def test_forward_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlmo, requests = lively_model("vlmo"), forwards("vlmo")
+    monkeypatch.setattr(torch, "tensor", None)  # which copies Python numbers to the device
     for heads in ((), ("tokens",)):  # what heads need, and everything
-        given = {name: replace(one, heads=(*one.heads, *heads)) for name, one in requests.items()}
         with NoHostSynchronisation():
-            vlmo(given)
+            vlmo({name: replace(one, heads=(*one.heads, *heads)) for name, one in requests.items()})
 
 
-def test_frozen_and_copied_experts_are_those_named(vlmo: Any) -> None:
+def test_frozen_and_copied_experts_are_those_named() -> None:
+    vlmo = lively_model("vlmo")
     frozen = vlmo.parts_named(["image_embedding", "attention", "vision_expert"])
     assert frozen == {"image_embedding", "attention", "vision_expert.lower", "vision_expert.upper"}
     left = trained_modules(skeleton(VLMO), frozenset({"mlm"}), "text") - frozen
@@ -103,8 +80,8 @@ def test_frozen_and_copied_experts_are_those_named(vlmo: Any) -> None:
     assert left == {*language, "norm", "mlm_head"}
     with pytest.raises(ConfigError, match="did you mean 'vision_expert'"):
         vlmo.parts_named(["vision_experts"])
-    before = vlmo.state_dict()
-    after = copy_expert(before, "vision", "vision_language")
+    before, experts = vlmo.state_dict(), SimpleNamespace(language="inherit", vision_language="vision")
+    after = prepare_experts(vlmo, before, SimpleNamespace(experts=experts))  # type: ignore[arg-type]
     sources = {name: name.replace("experts.vision_language", "experts.vision") for name in before}
     assert all(torch.equal(tensor, before[sources[name]]) for name, tensor in after.items())
     changed = {vlmo.part_of(name) for name in before if not torch.equal(before[name], after[name])}
@@ -127,28 +104,23 @@ def test_initialisation_is_the_published_one() -> None:
 # ---- published sizes
 
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 # Millions of parameters without task heads, with the pooler; rows and columns of the relative table: (2 * 14 - 1)² + 3
 # + 2 * 196 + 2, layers x heads (unilm#1256 shows base's).
-PUBLISHED = {
-    "vlmo_base": (176.0, (1126, 144)),
-    "vlmo_base_plus": (166.9, None),
-    "vlmo_large": (562.6, (1126, 384)),
-}
+PUBLISHED = [("vlmo_base", 176.0, (1126, 144)), ("vlmo_base_plus", 166.9, None), ("vlmo_large", 562.6, (1126, 384))]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_recipes_have_published_sizes_and_stages_that_can_be_built(name: str) -> None:
-    config, (millions, table) = load_config(CONFIGS / f"{name}.yaml"), PUBLISHED[name]
-    model = skeleton(config.model, 30522)
+@pytest.mark.parametrize(("name", "millions", "table"), PUBLISHED)
+def test_recipes_have_published_sizes_and_stages_that_can_be_built(name: str, millions: float, table: Any) -> None:
+    recipe = Path(__file__).resolve().parents[3] / "configs" / f"{name}.yaml"
+    model = skeleton(load_config(recipe).model, 30522)
     heads, parameters = set(model.HEAD_PARTS) - {"pooler"}, dict(model.named_parameters())
     count = sum(p.numel() for n, p in parameters.items() if model.part_of(n) not in heads)
     assert count / 1e6 == pytest.approx(millions, rel=1e-3)
     if table is not None:
         parts = [parameters[f"positions.{part}"] for part in ("image", "cross", "text")]
         assert (sum(len(part) for part in parts), parts[0].shape[1]) == table
-    check_stages(config)
-    check_stages(load_config(CONFIGS / f"{name}.yaml", ["reproduce_vlmo_release=true"]))
+    for overrides in ([], ["reproduce_vlmo_release=true"]):
+        check_stages(load_config(recipe, overrides))
 
 
 def test_base_vilt_and_imagebert_have_their_published_sizes() -> None:
@@ -156,54 +128,55 @@ def test_base_vilt_and_imagebert_have_their_published_sizes() -> None:
 
     ImageBERT: BERT-base's 110 M without pooler and 468 positions, plus the untied decoder and the region modules.
     """
-    counts: dict[str, dict[str, int]] = {}
-    for model in (skeleton(ViLTConfig(), 30522), skeleton(ImageBERTConfig(), 30522)):
-        parts = counts[model.config.kind] = dict.fromkeys(model.PARTS, 0)
+    vilt, imagebert = Counter[str](), Counter[str]()
+    for counts, config in ((vilt, ViLTConfig()), (imagebert, ImageBERTConfig())):
+        model = skeleton(config, 30522)
         for name, parameter in model.named_parameters():
-            parts[model.part_of(name)] += parameter.numel()
-    vilt, imagebert = counts["vilt"], counts["imagebert"]
+            counts[model.part_of(name)] += parameter.numel()
     assert (vilt["image_embedding"] + vilt["blocks"] + vilt["norm"]) / 1e6 == pytest.approx(87.4, rel=0.01)
     assert imagebert["encoder"] == 85_054_464
     assert imagebert["text_embedding"] == (30522 + 44 + 2 + 2) * 768
     assert imagebert["region_embedding"] == (2048 + 5 + 2 + 1 + 2) * 768
 
 
-# ---- dual encoder
+# ---- dual encoder, whose towers have 4 and 2 layers
 
 
 def test_towers_learn_from_their_modality_and_align_drop_path_at_the_end() -> None:
     model = lively_model("dual_encoder")
     for name, one in forwards("dual_encoder").items():
-        parts = {model.part_of(n) for n in gradients(model, model({name: one}))}
-        assert parts == {f"{name}_embedding", f"{name}_tower", "itc_head"}
+        trained = {model.part_of(parameter) for parameter in gradients(model, model({name: one}))}
+        assert trained == {f"{name}_embedding", f"{name}_tower", "itc_head"}
     assert modules_for(skeleton(DUAL), "itc", "pairs") == frozenset(model.PARTS)
-    rates = [[block.drop_path for block in tower["blocks"]] for tower in (model.image_tower, model.text_tower)]
-    assert [pytest.approx(each) for each in rates] == [[0.0, 0.1, 0.2, 0.3], [0.2, 0.3]]
+    for tower, rates in ((model.image_tower, [0.0, 0.1, 0.2, 0.3]), (model.text_tower, [0.2, 0.3])):
+        assert [block.drop_path for block in tower["blocks"]] == pytest.approx(rates)
     masks = [[True] * 4, [False, False, True, True], [True, True, True, False]]
-    keeps = [torch.ones(ROWS, LAYERS, 2, dtype=torch.bool) & torch.tensor(kept)[:, None] for kept in masks]
-    one = forwards("dual_encoder")["text"]
-    everything, last, less = (run(model, replace(one, drop_path_mask=keep))["itc"] for keep in keeps)
+    keeps = [torch.tensor(kept)[:, None].expand(ROWS, tiny.LAYERS, 2) for kept in masks]
+    text = forwards("dual_encoder")["text"]
+    everything, last, less = (run(model, replace(text, drop_path_mask=keep))["itc"] for keep in keeps)
     assert torch.equal(last, everything)
     assert not torch.allclose(less, everything)
 
 
 def test_only_positions_change_with_image_size_and_text_length() -> None:
+    image, text = (f"{modality}_embedding.positions" for modality in ("image", "text"))
     before = build_model(DUAL, VOCABULARY).state_dict()
     changes = {"image_size": DUAL.image_size + DUAL.patch_size, "max_text_length": DUAL.max_text_length - 2}
     other = build_model(DUAL.model_copy(update=changes), VOCABULARY)
     after = other.resize_state(before, DUAL)
     other.load_state_dict(after)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"image_embedding.positions", "text_embedding.positions"}
-    assert torch.equal(after["image_embedding.positions"][0], before["image_embedding.positions"][0])
-    assert torch.equal(after["text_embedding.positions"], before["text_embedding.positions"][:-2])
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {image, text}
+    assert torch.equal(after[image][0], before[image][0])
+    assert torch.equal(after[text], before[text][:-2])
 
 
 # ---- ImageBERT
 
 
 def test_regions_are_embedded_and_read_as_in_the_paper() -> None:
-    model: Any = build_model(IMAGEBERT, 40, seed=1)
+    sizes: dict[str, Any] = {"width": 32, "layers": 2, "heads": 4, "max_text_length": 12, "max_regions": 6}
+    config = ImageBERTConfig(**sizes, region_features=8, region_classes=7, dropout=0.0)
+    model: Any = build_model(config, 40, seed=1)
     draw = torch.Generator().manual_seed(2)
     features, location = torch.randn(3, 5, 8, generator=draw), torch.rand(3, 5, 5, generator=draw)
     regions = Regions(features, location, torch.arange(5)[None] < torch.tensor([5, 4, 3])[:, None])
@@ -244,24 +217,17 @@ def fused(*heads: Head, **changes: Any) -> Any:
     return replace(forwards("vilt")["pair"], heads=heads, drop_path_mask=None, **changes)
 
 
-def all_patches() -> Tensor:
-    """Return every patch of each image, in order, padded with -1."""
-    place = torch.arange(int(COUNTS.max())).expand(ROWS, -1)
-    return place.where(place < COUNTS[:, None], -1)
-
-
 def test_positions_of_any_grid_equal_bilinear_interpolation() -> None:
     square = torch.randn(1 + 4 * 4, 10)
     for grid in [(4, 6), (6, 4), (4, 4), (1, 6), (5, 1), (9, 13), (1, 1)]:
-        patches = torch.arange(grid[0] * grid[1])[None]
-        found = resized_positions(square[1:], patches, torch.tensor([grid]))[0]
-        near(found, resize_grid(square, grid, "bilinear")[1:])
-        chosen = torch.tensor([[grid[0] * grid[1] - 1, 0]])
-        near(resized_positions(square[1:], chosen, torch.tensor([grid]))[0], found[chosen[0]])
+        patches = torch.arange(grid[0] * grid[1])
+        for chosen in (patches, patches[[-1, 0]]):
+            resized = resized_positions(square[1:], chosen[None], torch.tensor([grid]))[0]
+            near(resized, resize_grid(square, grid, "bilinear")[1:][chosen])
     larger = VILT.model_copy(update={"image_size": 48, "max_visible_patches": None, "norm_eps": 1e-12})
     state, name = build_model(VILT, VOCABULARY).state_dict(), "image_embedding.positions"
-    resized = skeleton(larger, VOCABULARY).resize_state(state, VILT)
-    assert torch.equal(resized[name], resize_grid(state[name], 6, "bilinear"))
+    expected = resize_grid(state[name], 6, "bilinear")
+    assert torch.equal(skeleton(larger, VOCABULARY).resize_state(state, VILT)[name], expected)
 
 
 def test_trap_10_examples_without_words_or_patches_are_finite(vilt: Any) -> None:
@@ -281,16 +247,15 @@ def test_only_the_pixels_of_an_image_matter(vilt: Any) -> None:
     for row, (height, width) in enumerate(SIZES.tolist()):
         own, count = slice(row, row + 1), int(COUNTS[row])
         near(larger["patches"][row, :count], expected["patches"][row, :count])
-        scribbled[row, height:] = 200
-        scribbled[row, :, width:] = 100
-        image, text, keep = one.image[own, :height, :width], one.text[own], one.text_keep[own]
-        alone = ForwardInput(("itm",), image=image, text=text, text_keep=keep)
+        scribbled[row, height:] = scribbled[row, :, width:] = 200
+        words = {"text": one.text[own], "text_keep": one.text_keep[own]}
+        alone = ForwardInput(("itm",), image=one.image[own, :height, :width], **words)
         near(run(vilt, alone)["itm"][0], expected["itm"][row])
         # Numbers of patches refer to the image, not to its canvas.
         grid, canvas = SIZES[own] // PATCH, torch.arange(6 * 6).view(6, 6)[: height // PATCH, : width // PATCH]
         assert torch.equal(canvas_patches(torch.arange(count)[None], grid, 6)[0], canvas.flatten())
-    found = run(vilt, replace(one, image=scribbled))
-    assert all(torch.equal(found[name], expected[name]) for name in ("itm", "ranking"))
+    surrounded = run(vilt, replace(one, image=scribbled))
+    assert all(torch.equal(surrounded[name], expected[name]) for name in ("itm", "ranking"))
 
 
 def test_trap_pixel_sum_mask_grey_images_are_read(vilt: Any) -> None:
@@ -300,23 +265,19 @@ def test_trap_pixel_sum_mask_grey_images_are_read(vilt: Any) -> None:
     for image in (half, torch.zeros_like(half)):
         assert torch.equal(run(vilt, fused("alignment", image=image))["patches_keep"].sum(dim=1), COUNTS)
     grey = torch.zeros(ROWS, 48, 48, 3)  # floats in [-1, 1] with the sum by which the release detects padding
-    brighter = grey.clone()
-    brighter[:, :8, :8] = 0.5
+    brighter = F.pad(torch.full((ROWS, 8, 8, 3), 0.5), (0, 0, 0, 40, 0, 40))
     one, other = (run(vilt, fused("itm", image=image))["itm"] for image in (brighter, grey))
     assert not torch.allclose(one, other)
-
-
-# ---- ViLT: visible and masked patches
 
 
 def test_listing_every_patch_equals_reading_all(vilt: Any) -> None:
     places = {"mask_positions": torch.tensor([[1, 2]] * ROWS), "patch_positions": torch.tensor([[0, 3]] * ROWS)}
     one = fused("itm", "mlm", "mim", **places)
-    mine, others = vilt({"one": one}), vilt({"one": replace(one, visible_patches=all_patches())})
-    assert_same(others, mine)
+    mine, others = vilt({"one": one}), vilt({"one": replace(one, visible_patches=EVERY)})
+    tiny.assert_same(others, mine)
     torch.testing.assert_close(gradients(vilt, others), gradients(vilt, mine), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="two images are read with all their patches"):
-        run(vilt, replace(forwards("vilt")["nlvr2"], visible_patches=all_patches()))
+        run(vilt, replace(forwards("vilt")["nlvr2"], visible_patches=EVERY))
 
 
 def test_output_depends_on_the_set_of_visible_patches_only(vilt: Any) -> None:
@@ -334,20 +295,16 @@ def test_output_depends_on_the_set_of_visible_patches_only(vilt: Any) -> None:
 
 
 def test_alignment_excludes_special_tokens_and_padding_also_when_packed(vilt: Any) -> None:
-    first = fused("alignment", "tokens", visible_patches=all_patches())
-    found = run(vilt, first)
-    assert torch.equal(found["words_keep"].sum(dim=1), torch.tensor([5, 3, 4, 1]))
-    assert torch.equal(found["patches_keep"], all_patches() >= 0)
-    assert torch.equal(found["words"], found["tokens"][:, :LENGTH])
-    assert torch.equal(found["patches"], found["tokens"][:, LENGTH + 1 :])
-    second = ForwardInput(
-        ("alignment",),
-        image=first.image[:2, :24, :24],
-        image_size=torch.tensor([[16, 24], [24, 16]]),
-        visible_patches=torch.tensor([[0, 1, 2, 3, 4, 5], [0, 2, -1, -1, -1, -1]]),
-        text=first.text[:2, :3],
-        text_keep=torch.ones(2, 3, dtype=torch.bool),
-    )
+    first = fused("alignment", "tokens", visible_patches=EVERY)
+    whole = run(vilt, first)
+    assert torch.equal(whole["words_keep"].sum(dim=1), torch.tensor([5, 3, 4, 1]))
+    assert torch.equal(whole["patches_keep"], EVERY >= 0)
+    assert torch.equal(whole["words"], whole["tokens"][:, :LENGTH])
+    assert torch.equal(whole["patches"], whole["tokens"][:, LENGTH + 1 :])
+    words = {"text": first.text[:2, :3], "text_keep": torch.ones(2, 3, dtype=torch.bool)}
+    image = {"image": first.image[:2, :24, :24], "image_size": torch.tensor([[16, 24], [24, 16]])}
+    visible = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 2, -1, -1, -1, -1]])
+    second = ForwardInput(("alignment",), **image, **words, visible_patches=visible)
     joined, alone = vilt({"first": first, "second": second})["second"], run(vilt, second)
     assert joined["patches_keep"].sum(dim=1).tolist() == [6, 2]
     near(joined["patches"][joined["patches_keep"]], alone["patches"][alone["patches_keep"]])
@@ -365,19 +322,16 @@ def test_masked_patches_show_another_patch_or_a_trained_embedding(vilt: Any) -> 
         assert gradients(vilt, vilt({name: forwards("vilt")[name]}))["image_embedding.mask"].any()
 
 
-# ---- ViLT: weights
-
-
 def test_fine_tuning_modules_exist_when_needed_and_start_from_pretrained_ones() -> None:
     names = {name for name, _ in skeleton(VILT, VOCABULARY).named_parameters()}
     assert not names & {"image_embedding.mask", "image_embedding.second", "ranking_head.score.weight"}
     state = build_model(VILT, VOCABULARY, seed=3).state_dict()
     state["itm_head.classify.bias"] += torch.tensor([1.0, 2.0])
-    found = skeleton(VILT, VOCABULARY, HeadConfig(nlvr2=True, ranking=True)).resize_state(state, VILT)
+    tuned = skeleton(VILT, VOCABULARY, HeadConfig(nlvr2=True, ranking=True)).resize_state(state, VILT)
     for name in ("weight", "bias"):
-        assert torch.equal(found[f"ranking_head.score.{name}"], state[f"itm_head.classify.{name}"][1:])
-    assert torch.equal(found["image_embedding.second"], state["image_embedding.modality"])
-    trained = found | {"ranking_head.score.bias": torch.full((1,), 9.0)}
+        assert torch.equal(tuned[f"ranking_head.score.{name}"], state[f"itm_head.classify.{name}"][1:])
+    assert torch.equal(tuned["image_embedding.second"], state["image_embedding.modality"])
+    trained = tuned | {"ranking_head.score.bias": torch.full((1,), 9.0)}
     again = skeleton(VILT, VOCABULARY, HeadConfig(ranking=True)).resize_state(trained, VILT)
     assert again["ranking_head.score.bias"] == 9
 
