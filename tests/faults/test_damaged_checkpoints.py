@@ -100,14 +100,12 @@ def test_only_partial_checkpoints_are_removed_later(
     """A run that is killed while it writes leaves files of ranks without a commit; other files are not its own."""
     store = local if place == "local" else remote
     save(store, 10)
-    before, beyond = join(store.url, "step-00000010.0a0a"), join(store.url, "step-00000020.0b0b")
-    for url in (before, beyond):
-        store.storage.write(join(url, PART), b"half of it")
-        store.storage.write(join(url, "rank-00001.json"), b"{}")
-    unfinished = join(store.url, "step-00000006.0c0c")
-    foreign = [join(store.url, "step-00000005.copy", PART), join(store.url, "notes.txt")]
-    foreign.append(join(unfinished, "my-notes.txt"))
-    for url in [*foreign, join(unfinished, PART)]:
+    before, beyond, unfinished = (
+        join(store.url, f"step-{name}") for name in ("00000010.a", "00000020.b", "00000006.c")
+    )
+    foreign = [join(store.url, "step-00000005.copy", PART), join(store.url, "notes.txt"), f"{unfinished}/my-notes.txt"]
+    parts = [join(url, name) for url in (before, beyond) for name in (PART, "rank-00001.json")]
+    for url in (*foreign, *parts, join(unfinished, PART)):
         store.storage.write(url, b"mine")
     with caplog.at_level(logging.WARNING):
         assert newest_weight(store) == [10, 11, 12, 13]

@@ -1,7 +1,7 @@
 """`mome import` and `mome export`: published checkpoints predict like their original code, and unusable ones are named.
 
 The checkpoints are tiny models with random weights: of Hugging Face's own classes (contract C8), and for releases
-whose code is not packaged, of our models, which tests/golden compares with the released code.
+whose code is not packaged, the tensors of our models, which tests/golden compares with the released code.
 """
 
 import json
@@ -25,7 +25,7 @@ from jobs.cli import Format, app
 from jobs.convert import export_weights, import_weights
 from jobs.predict import predict
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
-from pipeline.config.schema import TransformerConfig, ViLTConfig, VLMoConfig
+from pipeline.config.schema import ViLTConfig, VLMoConfig
 from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.storage import Storage
 from pipeline.inference import build_trained_model, load_usable_weights
@@ -69,22 +69,14 @@ def ranked(probabilities: Tensor, names: list[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """Published checkpoint: its format, its construction, and the prediction of its original code."""
+    """A checkpoint of Hugging Face's class `kind`, and its predictions for images (1, 3, H, W) and tokens (1, L)."""
 
     format: str
-    make: Callable[[], Any]  # a Hugging Face model or ours
-    expected: Callable[[Any, list[Tensor], Tensor], dict[str, Any]]  # of the images (1, 3, H, W) and tokens (1, L)
+    kind: str
+    sizes: dict[str, Any]
+    expected: Callable[[Any, list[Tensor], Tensor], dict[str, Any]] = lambda *_: {}
     images: int = 1
     text: str | None = TEXT
-    overrides: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ("-",)  # beginnings of published names
-    needs_answers: bool = False
-
-
-def hugging_face(format_name: str, kind: str, sizes: dict[str, Any], expected: Any, **more: Any) -> Case:
-    name = {"vit": "ViT", "bei": "Beit", "ber": "Bert", "vil": "Vilt"}[format_name[:3]]
-    config = getattr(transformers, f"{name}Config")
-    return Case(format_name, lambda: randomised(getattr(transformers, kind)(config(**sizes))), expected, **more)
 
 
 def both(images: list[Tensor], ids: Tensor) -> dict[str, Tensor]:
@@ -97,111 +89,45 @@ def masked_words(model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any
     return {"words": [ranked(logits[0, place].softmax(0), TOKENS)]}
 
 
-def released(
-    section: TransformerConfig, *heads: str, has: HeadConfig = HeadConfig(), dropped: tuple[str, ...] = ("-",)
-) -> Case:
-    """Return a release of `section`, and the predictions of these heads of our model before its conversion."""
-
-    def predictions(model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any]:
-        pixels = [image.permute(0, 2, 3, 1) for image in images]
-        fused = {"image": pixels[0], "text": ids} | ({"second_image": pixels[1]} if "nlvr2" in heads else {})
-        found: dict[str, Any] = {}
-        for head in heads:
-            if head == "itc":
-                image, text = (
-                    model({"x": ForwardInput(("itc",), **one)})["x"] for one in ({"image": pixels[0]}, {"text": ids})
-                )
-                cosines = [image[name] @ text[name].T for name in ("itc", "itc_vl") if name in image]
-                found["similarity"] = near(sum(cosines) / len(cosines))  # type: ignore[arg-type]
-                continue
-            out = model({"x": ForwardInput((head,), **fused)})["x"][head][0]  # type: ignore[arg-type]
-            if head == "answers":
-                found["answers"] = ranked(out.sigmoid(), ANSWERS)
-            elif head == "ranking":
-                found["ranking"] = pytest.approx(out.item(), abs=2e-4)
-            else:
-                found[{"itm": "matched", "nlvr2": "true"}[head]] = near(out.softmax(0)[1])
-        return found
-
-    is_relative = getattr(section, "positions", None) == "relative"
-    return Case(
-        section.kind,
-        lambda: randomised(build_model(section, len(TOKENS), has)),  # type: ignore[arg-type]
-        predictions,
-        images=2 if "nlvr2" in heads else 1,
-        overrides=("max_text_length=10",) if is_relative else ("heads=3",),
-        dropped=dropped,
-        needs_answers="answers" in heads,
-    )
+def classes(model: Any, images: list[Tensor], _: Tensor) -> dict[str, Any]:
+    return {"classes": ranked(model(images[0]).logits[0].softmax(0), [*LABELS[:2], "crane (2)", *LABELS[3:]])}
 
 
+def answers(model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any]:
+    return {"answers": ranked(model(**both(images, ids)).logits[0].sigmoid(), ANSWERS)}
+
+
+def truth(model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any]:
+    return {"true": near(model(**both([torch.stack(images, 1)], ids)).logits[0].softmax(0)[1])}
+
+
+def ranking(model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any]:
+    return {"ranking": pytest.approx(model(**both(images, ids)).logits.item(), abs=2e-4)}
+
+
+BERT_SIZES = SIZES | {"vocab_size": len(TOKENS)}
+PRETRAINED = IMAGES | {"vocab_size": 192, "use_mask_token": True, "use_shared_relative_position_bias": True}
 CASES = {
-    "BERT, masked words": hugging_face(
-        "bert", "BertForMaskedLM", SIZES | {"vocab_size": len(TOKENS)}, masked_words, images=0, text=MASKED
-    ),
-    "ViT, bare": hugging_face("vit", "ViTModel", IMAGES | {"qkv_bias": False}, lambda *_: {}, text=None),
-    "ViT, classes": hugging_face(
-        "vit",
-        "ViTForImageClassification",
-        IMAGES | numbered(LABELS),
-        lambda model, images, _: {
-            "classes": ranked(model(images[0]).logits[0].softmax(0), [*LABELS[:2], "crane (2)", *LABELS[3:]])
-        },
-        text=None,
-    ),
-    "BEiT, pretrained": hugging_face(
-        "beit",
-        "BeitForMaskedImageModeling",
-        IMAGES | {"vocab_size": 192, "use_mask_token": True, "use_shared_relative_position_bias": True},
-        lambda *_: {},
-        text=None,
-    ),
-    "ViLT of Hugging Face, masked words": hugging_face("vilt-hf", "ViltForMaskedLM", VILT, masked_words, text=MASKED),
-    "ViLT of Hugging Face, VQA": hugging_face(
-        "vilt-hf",
-        "ViltForQuestionAnswering",
-        VILT | numbered(ANSWERS),
-        lambda model, images, ids: {"answers": ranked(model(**both(images, ids)).logits[0].sigmoid(), ANSWERS)},
-    ),
-    "ViLT of Hugging Face, NLVR2": hugging_face(
-        "vilt-hf",
-        "ViltForImagesAndTextClassification",
-        VILT | TWO,
-        lambda model, images, ids: {"true": near(model(**both([torch.stack(images, 1)], ids)).logits[0].softmax(0)[1])},
-        images=2,
-    ),
-    "ViLT of Hugging Face, retrieval": hugging_face(
-        "vilt-hf",
-        "ViltForImageAndTextRetrieval",
-        VILT | {"qkv_bias": False},
-        lambda model, images, ids: {"ranking": pytest.approx(model(**both(images, ids)).logits.item(), abs=2e-4)},
-    ),
-    "ViLT, pretrained": released(RELEASED_VILT, "itm"),
-    "ViLT, VQA": released(RELEASED_VILT, "answers", has=HeadConfig(answers=5), dropped=("itm", "mlm")),
-    "ViLT, NLVR2": released(RELEASED_VILT, "nlvr2", has=HeadConfig(nlvr2=True), dropped=("itm", "mlm")),
-    "ViLT, retrieval": released(RELEASED_VILT, "itm", "ranking", has=HeadConfig(ranking=True), dropped=("mlm",)),
-    "VLMo, pretrained": released(RELATIVE, "itc", "itm"),
-    "VLMo of absolute positions, pretrained": released(ABSOLUTE, "itc", "itm"),
-    "VLMo, retrieval": released(RETRIEVAL, "itc", dropped=("itm", "mlm", "pooler")),
-    "VLMo, VQA": released(RELATIVE, "answers", has=HeadConfig(answers=5), dropped=TASK),
-    "VLMo, NLVR2": released(RELATIVE, "nlvr2", has=HeadConfig(nlvr2=True), dropped=TASK),
+    "BERT": Case("bert", "BertForMaskedLM", BERT_SIZES, masked_words, images=0, text=MASKED),
+    "ViT, bare": Case("vit", "ViTModel", IMAGES | {"qkv_bias": False}, text=None),
+    "ViT, classes": Case("vit", "ViTForImageClassification", IMAGES | numbered(LABELS), classes, text=None),
+    "BEiT": Case("beit", "BeitForMaskedImageModeling", PRETRAINED, text=None),
+    "ViLT, masked words": Case("vilt-hf", "ViltForMaskedLM", VILT, masked_words, text=MASKED),
+    "ViLT, VQA": Case("vilt-hf", "ViltForQuestionAnswering", VILT | numbered(ANSWERS), answers),
+    "ViLT, NLVR2": Case("vilt-hf", "ViltForImagesAndTextClassification", VILT | TWO, truth, images=2),
+    "ViLT, retrieval": Case("vilt-hf", "ViltForImageAndTextRetrieval", VILT | {"qkv_bias": False}, ranking),
 }
-# Every case as a file; Hugging Face's also as a folder, and one in its rarer forms.
-LAYOUTS = [(name, "file") for name in CASES]
-LAYOUTS += [(name, "folder") for name, case in CASES.items() if bool(FORMATS[case.format].prefix)]
-LAYOUTS += [("BERT, masked words", "bin"), ("BERT, masked words", "shards"), ("ViLT of Hugging Face, VQA", "shards")]
+# Every case as a file and as a folder, and some in rarer forms.
+LAYOUTS = [(name, layout) for layout in ("file", "folder") for name in CASES]
+LAYOUTS += [("BERT", "bin"), ("BERT", "shards"), ("ViLT, VQA", "shards")]
 
 
 def publish(name: str, folder: Path, layout: str = "folder") -> tuple[Case, Any, str, Path]:
     """Publish a case below `folder`; return it, its model, the path to import, and the folder of its files."""
     case, folder = CASES[name], folder / "published"
-    model = case.make()
-    folder.mkdir()
-    if not isinstance(model, transformers.PreTrainedModel):
-        state = FORMATS[case.format].write(model.state_dict(), model.config)
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(case.dropped)}
-        torch.save({"state_dict": state}, folder / "model.ckpt")
-        return case, model, str(folder / "model.ckpt"), folder
+    config = {"vit": "ViT", "bei": "Beit", "ber": "Bert", "vil": "Vilt"}[case.format[:3]] + "Config"
+    model = randomised(getattr(transformers, case.kind)(getattr(transformers, config)(**case.sizes)))
+    folder.mkdir(parents=True)
     model.save_pretrained(folder, max_shard_size="30KB" if layout == "shards" else "1GB")
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in TOKENS))
     assert (folder / "model.safetensors.index.json").exists() == (layout == "shards")
@@ -230,12 +156,8 @@ def test_imported_checkpoint_predicts_like_the_original(
     name: str, layout: str, tmp_path: Path, vocabulary: str, photo: str
 ) -> None:
     case, model, path, _ = publish(name, tmp_path, layout)
-    out, is_hugging_face = f"{tmp_path}/imported", bool(FORMATS[case.format].prefix)
-    (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
-    answers = f"{tmp_path}/answers.json" if case.needs_answers else None
-    import_weights(
-        path, case.format, out, case.overrides, vocabulary=None if is_hugging_face else vocabulary, answers=answers
-    )
+    out = f"{tmp_path}/imported"
+    import_weights(path, case.format, out)
     weights = load_weights(Storage(), out)
     pixels = torch.tensor(resize_for(decode(Path(photo).read_bytes(), 10**6), weights.config.model)) / 127.5 - 1
     tokens = [TOKENS.index(word) for word in (case.text or "").split()]
@@ -273,6 +195,46 @@ def imported(state: Any, folder: Path, *overrides: str, format_name: str = "vlmo
     more = {"vocabulary": f"{folder}/vocab.txt", **more}
     import_weights(f"{folder}/weights.pt", format_name, f"{folder}/imported", sizes, **more)
     return load_weights(Storage(), f"{folder}/imported")
+
+
+RELEASED = [  # section, heads, beginnings of names that the release lacks, objectives of its weights
+    (RELEASED_VILT, HeadConfig(), (), {"itm", "mlm"}),
+    (RELEASED_VILT, HeadConfig(answers=5), ("itm", "mlm"), {"vqa"}),
+    (RELEASED_VILT, HeadConfig(nlvr2=True), ("itm", "mlm"), {"nlvr2"}),
+    (RELEASED_VILT, HeadConfig(ranking=True), ("mlm",), {"itm", "ranking"}),
+    (RELATIVE, HeadConfig(), (), {"itc", "itm", "mlm"}),
+    (ABSOLUTE, HeadConfig(), (), {"itc", "itm", "mlm"}),
+    (RETRIEVAL, HeadConfig(), ("itm", "mlm", "pooler"), {"itc"}),
+    (RELATIVE, HeadConfig(answers=5), TASK, {"vqa"}),
+    (RELATIVE, HeadConfig(nlvr2=True), TASK, {"nlvr2"}),
+]
+
+
+@pytest.mark.parametrize(("section", "heads", "lacks", "objectives"), RELEASED)
+def test_release_is_imported_bit_equal_with_the_objectives_of_its_heads(
+    section: Any, heads: HeadConfig, lacks: tuple[str, ...], objectives: set[str], tmp_path: Path
+) -> None:
+    own = randomised(build_model(section, len(TOKENS), heads)).state_dict()  # type: ignore[arg-type]
+    published = {
+        n: t for n, t in FORMATS[section.kind].write(own, section).items() if not lacks or not n.startswith(lacks)
+    }
+    (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
+    listed = {"answers": f"{tmp_path}/answers.json"} if heads.answers else {}
+    sizes = ["heads=3"] if section is ABSOLUTE else []
+    weights = imported({"state_dict": published}, tmp_path, *sizes, format_name=section.kind, **listed)
+    assert weights.config.model == section
+    assert weights.tensors
+    assert all(torch.equal(tensor, own[name]) for name, tensor in weights.tensors.items())
+    assert set(weights.config.stage_named(weights.stage).objectives) == objectives
+    # Export and re-import give the same weights (B6), in both file formats, without further arguments.
+    for ending in ("pt", "safetensors"):
+        again, vocabulary = f"{tmp_path}/again.{ending}", f"{tmp_path}/vocab.txt"
+        assert export_weights(f"{tmp_path}/imported", section.kind, again)["left_out"] == []
+        import_weights(again, section.kind, f"{tmp_path}/{ending}", vocabulary=vocabulary)
+        second = load_weights(Storage(), f"{tmp_path}/{ending}")
+        assert equal(second.tensors, weights.tensors)
+        assert (second.config.model, second.config.stages) == (section, weights.config.stages)
+        assert second.choices == weights.choices
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -359,7 +321,7 @@ def test_model_with_one_itc_head_starts_from_one_with_two() -> None:
 # ---- what is read besides tensors
 
 
-@pytest.mark.parametrize("name", ["BERT, masked words", "ViT, bare", "ViLT of Hugging Face, retrieval", "ViLT, VQA"])
+@pytest.mark.parametrize("name", ["BERT", "ViT, bare", "ViLT, retrieval"])
 def test_assumed_number_of_heads_is_logged(
     name: str, tmp_path: Path, vocabulary: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -386,11 +348,11 @@ def change(file: Path, **values: Any) -> None:
         ("ViT, classes", {"num_attention_heads": 7}, "width 24 must be a multiple of heads 7"),
         ("ViT, classes", {"num_attention_heads": "many"}, "heads"),
         ("ViT, classes", {"layer_norm_eps": -1}, "norm_eps"),
-        ("ViLT of Hugging Face, NLVR2", {"id2label": {"0": "True", "1": "False"}}, "0 is 'True'"),
-        ("ViLT of Hugging Face, VQA", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-        ("ViLT of Hugging Face, VQA", {"num_attention_heads": 10**9}, "multiple of heads"),
-        ("ViLT of Hugging Face, VQA", {"image_size": 10**9}, "image_size is 1000000000"),
-        ("ViLT of Hugging Face, VQA", {"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000"),
+        ("ViLT, NLVR2", {"id2label": {"0": "True", "1": "False"}}, "0 is 'True'"),
+        ("ViLT, VQA", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("ViLT, VQA", {"num_attention_heads": 10**9}, "multiple of heads"),
+        ("ViLT, VQA", {"image_size": 10**9}, "image_size is 1000000000"),
+        ("ViLT, VQA", {"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000"),
     ],
 )
 def test_unsupported_hugging_face_config_is_rejected(
@@ -419,7 +381,7 @@ WRONG_NAMES = [[7], {}, 1.5, True, "7", "\ud83d", "c\nd", None]
 
 def test_unusable_tokens_and_labels_are_rejected_or_dropped(tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
-    case, _, path, folder = publish("BERT, masked words", tmp_path / "bert")
+    case, _, path, folder = publish("BERT", tmp_path / "bert")
     (folder / "vocab.txt").unlink()
     for wrong in WRONG_NAMES:
         ids: dict[str, Any] = {token: number for number, token in enumerate(TOKENS[:-1])}
@@ -441,7 +403,7 @@ def test_unusable_tokens_and_labels_are_rejected_or_dropped(tmp_path: Path) -> N
 
 
 def test_import_replaces_no_file(tmp_path: Path) -> None:
-    case, _, path, folder = publish("BERT, masked words", tmp_path)
+    case, _, path, folder = publish("BERT", tmp_path)
     for name in ("weights.safetensors", "vocab.txt", "MANIFEST.json", "answers.json", "COMMIT.json"):
         out = tmp_path / name.replace(".", "_")
         out.mkdir()
@@ -506,7 +468,7 @@ def test_answers_are_read_in_every_common_format_and_checked(tmp_path: Path) -> 
 
 
 def test_a_folder_is_read_from_any_storage_and_its_index_is_checked(tmp_path: Path) -> None:
-    _, _, path, folder = publish("BERT, masked words", tmp_path, "shards")
+    _, _, path, folder = publish("BERT", tmp_path, "shards")
     storage, url = Storage(), f"memory://hub/copy-{tmp_path.name}"
     for file in folder.iterdir():
         storage.write(f"{url}/{file.name}", file.read_bytes())
@@ -525,7 +487,7 @@ def test_a_folder_is_read_from_any_storage_and_its_index_is_checked(tmp_path: Pa
             import_weights(path, "bert", f"{tmp_path}/other")
 
 
-@pytest.mark.parametrize("name", ["BERT, masked words", "ViLT of Hugging Face, VQA", "BEiT, pretrained"])
+@pytest.mark.parametrize("name", ["BERT", "ViLT, VQA", "BEiT"])
 def test_mutated_folders_raise_only_mome_errors(name: str, tmp_path: Path) -> None:
     """Mutate every file that the import reads. A mutation that only changes a number may be imported."""
     case, _, _, folder = publish(name, tmp_path, "shards")

@@ -1,7 +1,4 @@
-"""Parts of the models: the multiway block, relative positions, and each rule for resizing positions.
-
-Attention is compared with its definition, and rules for resizing with independent computations.
-"""
+"""Parts of the models compared with independent computations: the block, relative positions, rules for resizing."""
 
 import math
 
@@ -46,10 +43,9 @@ def test_attention_equals_its_definition_also_at_selected_queries() -> None:
             products = query[row, :, span] @ key[row, :, span].T / (WIDTH // HEADS) ** 0.5
             weights = (products + bias[head] + padding[row]).softmax(dim=-1)
             mixed[row, :, span] = weights @ value[row, :, span]
-    whole = attention(x, bias, padding, None)
+    whole, read = attention(x, bias, padding, None), torch.tensor([[0, 4], [2, 2], [1, 0]])
     torch.testing.assert_close(whole, attention.projection(mixed), rtol=1e-4, atol=1e-5)
-    read = torch.tensor([[0, 4], [2, 2], [1, 0]])
-    expected = torch.stack([row[places] for row, places in zip(whole, read, strict=True)])
+    expected = whole[torch.arange(ROWS)[:, None], read]
     torch.testing.assert_close(attention(x, bias, padding, read), expected, rtol=1e-4, atol=1e-5)
     padding[2] = torch.finfo(torch.float32).min / 2  # an example of only padding
     out = attention(x, bias, padding, None)
@@ -64,7 +60,7 @@ def block(layer_scale: float | None = 0.3, drop_path: float = 0.25) -> MultiwayB
     return module
 
 
-def test_each_span_is_processed_by_its_expert_only() -> None:
+def test_each_span_is_processed_by_its_expert_only_and_selected_positions_equal_the_full_output() -> None:
     module, x = block(), torch.randn(2, 6, 8)
     split = module(x, {"language": slice(0, 2), "vision": slice(2, None)})
     for expert, span in (("language", slice(0, 2)), ("vision", slice(2, None))):
@@ -73,6 +69,10 @@ def test_each_span_is_processed_by_its_expert_only() -> None:
     split.sum().backward()
     idle = {name for name, parameter in module.named_parameters() if parameter.grad is None}
     assert idle == {name for name, _ in module.named_parameters() if "vision_language" in name}
+    bias, read, keep = torch.randn(2, 6, 6), torch.tensor([[0, 3], [5, 1]]), torch.tensor([[True, False], [True, True]])
+    whole = module(x, {"vision": slice(None)}, bias, None, keep)
+    chosen = module(x, {"vision": slice(None)}, bias, None, keep, read)
+    torch.testing.assert_close(chosen, torch.stack([whole[0, [0, 3]], whole[1, [5, 1]]]))
 
 
 def test_examples_drop_branches_independently_and_only_by_a_mask() -> None:
@@ -89,25 +89,7 @@ def test_examples_drop_branches_independently_and_only_by_a_mask() -> None:
     assert torch.equal(block(None, 1.0)(x, route, drop_path_mask=torch.zeros(2, 2, dtype=torch.bool)), x)
 
 
-def test_selected_positions_equal_the_full_output() -> None:
-    module, x = block(), torch.randn(2, 6, 8)
-    bias, read = torch.randn(2, 6, 6), torch.tensor([[0, 3], [5, 1]])
-    keep = torch.tensor([[True, False], [True, True]])
-    whole = module(x, {"vision": slice(None)}, bias, None, keep)
-    chosen = module(x, {"vision": slice(None)}, bias, None, keep, read)
-    torch.testing.assert_close(chosen, torch.stack([whole[0, [0, 3]], whole[1, [5, 1]]]))
-
-
 # ---- relative positions
-
-
-@pytest.fixture
-def module() -> RelativePositions:
-    module = RelativePositions(LAYERS, HEADS, GRID, TEXT)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) + 1000 * parameter.numel())
-    return module
 
 
 def image_index(grid: int) -> Tensor:
@@ -132,15 +114,13 @@ def test_pairs_of_equal_offset_share_a_row_and_cls_has_its_own() -> None:
         assert index[0, 0] == first + 2
 
 
-def test_longer_text_keeps_the_bias_of_the_shorter(module: RelativePositions) -> None:
-    assert torch.equal(module(6, False)[:, :, :4, :4], module(4, False))
-    long, short = module(6, True), module(4, True)
-    kept = torch.tensor([0, 1, 2, 3, *range(6, 16)])
-    assert torch.equal(long[:, :, kept][:, :, :, kept], short)
-
-
-def test_fused_bias_has_one_value_per_cross_direction(module: RelativePositions) -> None:
+def test_fused_bias_has_one_value_per_cross_direction_and_longer_text_keeps_it() -> None:
+    module = RelativePositions(LAYERS, HEADS, GRID, TEXT)
+    randomised(module)
     bias = module(4, True)
+    assert torch.equal(module(6, False)[:, :, :4, :4], module(4, False))
+    kept = torch.tensor([0, 1, 2, 3, *range(6, 16)])
+    assert torch.equal(module(6, True)[:, :, kept][:, :, :, kept], bias)
     assert bias.shape == (LAYERS, HEADS, 14, 14)
     assert torch.equal(bias[:, :, :4, :4], module(4, False))
     assert torch.equal(bias[:, :, 4:, 4:], module(0, True))
@@ -173,9 +153,8 @@ def close(actual: Tensor, expected: np.ndarray) -> None:
 def bicubic(image: np.ndarray, new: int, a: float = -0.75) -> np.ndarray:
     """Interpolate between pixel centres with repeated borders, one tap of Keys's kernel (torch's `a`) at a time."""
     old = len(image)
-    places = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
-    for row, place in enumerate(places):
+    for row, place in enumerate((np.arange(new) + 0.5) * old / new - 0.5):
         for tap in range(math.floor(place) - 1, math.floor(place) + 3):
             d = abs(place - tap)
             near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
@@ -214,13 +193,12 @@ def geometric_by_roots(old: int, new: int) -> np.ndarray:
 @pytest.mark.parametrize(("old", "new"), GRIDS)
 def test_relative_table_equals_fitpacks_bivariate_spline(old: int, new: int) -> None:
     """`interp2d(kind='cubic')` on a grid called the FITPACK routine that RectBivariateSpline calls (regrid_smth)."""
-    before = table(old)
-    after = resize_relative_grid(before, new)
+    before, after = table(old), resize_relative_grid(table(old), new)
     assert after.shape == ((2 * new - 1) ** 2 + 3, before.shape[1])
     places, wanted = geometric_by_roots(2 * old - 1, 2 * new - 1), np.arange(-(new - 1), new - 1 + 0.1, 1.0)
     for column in range(before.shape[1]):
         spline = RectBivariateSpline(places, places, square(before[:-3])[..., column], kx=3, ky=3, s=0)
-        np.testing.assert_allclose(after[:-3, column].numpy(), spline(wanted, wanted).ravel(), rtol=1e-5, atol=1e-5)
+        close(after[:-3, column], spline(wanted, wanted))
     assert torch.equal(after[-3:], before[-3:])
 
 
@@ -237,23 +215,21 @@ def test_smooth_function_of_distance_is_preserved() -> None:
     bias = after[image_index(new)[1:, 1:]].squeeze(-1)
     assert (bias - torch.exp(-distance / 5)).abs().max() < 0.06  # a cubic cannot represent the kink at 0
 
-
-def test_small_tables_and_equal_sizes() -> None:
-    for old, new in ((2, 3), (1, 4), (2, 1)):  # too small for a cubic
-        after = resize_relative_grid(table(old), new)
-        assert len(after) == (2 * new - 1) ** 2 + 3
+    for small, larger in ((2, 3), (1, 4), (2, 1)):  # too small for a cubic
+        after = resize_relative_grid(table(small), larger)
+        assert len(after) == (2 * larger - 1) ** 2 + 3
         assert after.isfinite().all()
+
+
+# ---- texts, and equal sizes
+
+
+def test_words_keep_the_bias_of_their_distance_and_absolute_positions_are_cut() -> None:
     for size in (1, 2, 5):
         words = torch.arange(2.0 * size + 4)[:, None]
         assert torch.equal(resize_relative_grid(table(size), size), table(size))
         assert torch.equal(resize_grid(positions(size), size, "bicubic"), positions(size))
         assert torch.equal(resize_text_distances(words, size + 2), words)
-
-
-# ---- texts
-
-
-def test_words_keep_the_bias_of_their_distance_and_absolute_positions_are_cut() -> None:
     for old, new in ((12, 7), (7, 12), (5, 9)):
         before = torch.randn(2 * old, 4)
         read_before, read_after = before[text_index(old)], resize_text_distances(before, new)[text_index(new)]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config.schema import ImageDecoderConfig, ViTConfig, VLMoConfig
@@ -25,6 +24,7 @@ ABSOLUTE = RELATIVE.model_copy(update={"positions": "absolute"})
 ROWS, PATCHES = 3, 9
 POSITIONS = torch.tensor([[0, 4], [2, 8], [3, 5]])
 DECODER = ImageDecoderConfig(width=16, layers=2, heads=2)
+IMAGES = torch.randint(0, 256, (ROWS, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -42,33 +42,20 @@ def vlmo(request: pytest.FixtureRequest) -> Any:
     return model
 
 
-def images() -> Tensor:
-    return torch.randint(0, 256, (ROWS, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
-def reordered(tokens: Tensor, order: Tensor, before: int) -> Tensor:
-    """Return tokens with their patches in another order, behind `before` others."""
-    places = torch.cat([torch.arange(before).expand(len(order), -1), order + before], dim=1)
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def test_replaced_patches_equal_an_image_with_swapped_patches(vit: Any) -> None:
+def test_replaced_patches_equal_an_image_with_swapped_patches_also_when_packed(vit: Any) -> None:
     """Masked, replaced and kept: the three branches of ViT's masked patch prediction (ViLT's code lacks the third)."""
     positions = torch.tensor([[0, 4, 6], [1, 2, 8], [3, 5, 7]])
     replacements = torch.tensor([[7, -1, 6], [-1, 2, 0], [3, -1, 1]])
-    one = ForwardInput(("mim",), image=images(), patch_positions=positions, patch_replacements=replacements)
-    patches = patchify(images(), 8).clone()
+    one = ForwardInput(("mim",), image=IMAGES, patch_positions=positions, patch_replacements=replacements)
+    patches = patchify(IMAGES, 8).clone()
     patches[0, 0], patches[1, 8], patches[2, 7] = patches[0, 7].clone(), patches[1, 0].clone(), patches[2, 1].clone()
     plain = ForwardInput(("tokens",), image=unpatchify(patches, 8), patch_positions=torch.tensor([[4], [1], [5]]))
     expected = run(vit, plain, "tokens").gather(1, (positions + 1)[..., None].expand(-1, -1, 24))
     torch.testing.assert_close(run(vit, one, "mim"), vit.mim_head(expected))
     unmasked = replace(one, patch_replacements=positions)
-    untouched = ForwardInput(("tokens",), image=images())
+    untouched = ForwardInput(("tokens",), image=IMAGES)
     torch.testing.assert_close(run(vit, unmasked, "tokens"), run(vit, untouched, "tokens"))
-
-
-def test_forward_with_replacements_is_packed_with_one_without(vit: Any) -> None:
-    whole = ForwardInput(("mim",), image=images(), patch_positions=POSITIONS)
+    whole = ForwardInput(("mim",), image=IMAGES, patch_positions=POSITIONS)
     partly = replace(whole, patch_replacements=torch.tensor([[3, -1], [2, -1], [-1, -1]]))
     together = vit({"one": whole, "two": partly})
     torch.testing.assert_close(together["one"]["mim"], run(vit, whole, "mim"))
@@ -79,10 +66,12 @@ def test_forward_with_replacements_is_packed_with_one_without(vit: Any) -> None:
 def test_order_and_padding_of_visible_patches_do_not_matter(vit: Any, vlmo: Any) -> None:
     order = torch.stack([torch.randperm(PATCHES) for _ in range(ROWS)])
     text, keep = torch.randint(0, 11, (ROWS, 4)), torch.tensor([[True] * 4, [True] * 3 + [False], [True] * 4])
-    one = ForwardInput(("tokens",), image=images())
+    one = ForwardInput(("tokens",), image=IMAGES)
     for model, whole, before in ((vit, one, 1), (vlmo, one, 1), (vlmo, replace(one, text=text, text_keep=keep), 5)):
+        places = F.pad(order + before, (before, 0))
+        places[:, :before] = torch.arange(before)
+        expected = run(model, whole, "tokens")[torch.arange(ROWS)[:, None], places]
         read = run(model, replace(whole, visible_patches=order), "tokens")
-        expected = reordered(run(model, whole, "tokens"), order, before)
         torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-5)
     few, padded = torch.tensor([[3, 5]] * ROWS), torch.tensor([[3, 5, -1, -1]] * ROWS)
     outputs = [run(vit, replace(one, visible_patches=visible), "classes") for visible in (few, padded)]
@@ -93,12 +82,12 @@ def test_order_and_padding_of_visible_patches_do_not_matter(vit: Any, vlmo: Any)
 
 
 def test_decoder_reads_the_ascending_complement_of_the_masked_patches(vlmo: Any) -> None:
-    one = ForwardInput(("mim",), image=images(), patch_positions=torch.tensor([[7, 2, 0], [8, 3, 4], [0, 1, 2]]))
+    one = ForwardInput(("mim",), image=IMAGES, patch_positions=torch.tensor([[7, 2, 0], [8, 3, 4], [0, 1, 2]]))
     visible: Any = drop_masked_patches(one, 9).visible_patches
     assert visible.tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7], [3, 4, 5, 6, 7, 8]]
     none: Any = drop_masked_patches(replace(one, patch_positions=one.patch_positions[:0]), 9)  # type: ignore[index]
     assert none.visible_patches.shape == (0, 6)
-    one, patches = replace(one, patch_positions=POSITIONS), patchify(images(), 8).clone()
+    one, patches = replace(one, patch_positions=POSITIONS), patchify(IMAGES, 8).clone()
     for row, positions in enumerate(POSITIONS.tolist()):
         patches[row, positions] = 0
     painted = replace(one, image=unpatchify(patches, 8))
@@ -111,7 +100,7 @@ def test_decoder_reads_the_ascending_complement_of_the_masked_patches(vlmo: Any)
 
 def test_decoder_predicts_each_patch_by_its_position() -> None:
     model = build_model(VIT, 0, HeadConfig("pixels", image_decoder=DECODER), seed=1)
-    one = drop_masked_patches(ForwardInput(("mim",), image=images(), patch_positions=POSITIONS), PATCHES)
+    one = drop_masked_patches(ForwardInput(("mim",), image=IMAGES, patch_positions=POSITIONS), PATCHES)
     predictions = run(model, one)["mim"]
     backwards = replace(one, patch_positions=POSITIONS.flip(1))
     torch.testing.assert_close(run(model, backwards)["mim"], predictions.flip(1), rtol=1e-5, atol=1e-5)

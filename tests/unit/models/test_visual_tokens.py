@@ -4,10 +4,11 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
@@ -34,13 +35,10 @@ def theirs() -> FlavaImageCodebook:
 
 
 @pytest.fixture
-def folder(theirs: FlavaImageCodebook, tmp_path: Path) -> Path:
+def files(theirs: FlavaImageCodebook, tmp_path: Path) -> tuple[bytes, bytes, str]:
+    """Return config.json, tensors and folder of a saved tokenizer."""
     theirs.save_pretrained(tmp_path)
-    return tmp_path
-
-
-def read(folder: Path) -> tuple[bytes, bytes, str]:
-    return (folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes(), str(folder)
+    return (tmp_path / "config.json").read_bytes(), (tmp_path / "model.safetensors").read_bytes(), str(tmp_path)
 
 
 def images(side: int) -> Tensor:
@@ -48,33 +46,25 @@ def images(side: int) -> Tensor:
     return colours.repeat_interleave(side // 4, dim=1).repeat_interleave(side // 4, dim=2)
 
 
-def test_tokens_equal_hugging_face(theirs: FlavaImageCodebook, folder: Path) -> None:
-    tokenizer = read_tokenizer(*read(folder))
-    image = images(32)
+def test_tokens_equal_hugging_face_also_with_names_of_dall_e(theirs: FlavaImageCodebook, files: Any) -> None:
+    tokenizer, image, (config, weights, origin) = read_tokenizer(*files), images(32), files
     mapped = (image.permute(0, 3, 1, 2) / 255) * 0.8 + 0.1  # DALL-E's pixel transform
-    found = tokenizer(image, 4)
-    assert torch.equal(found, theirs.get_codebook_indices(mapped).flatten(1))
-    assert found.shape == (3, 16)
-    assert found.dtype == torch.int64
-    assert len(found.unique()) > 2
-    assert tokenizer.tokens == TOKENS
-
-
-def test_names_of_dall_e_are_read(folder: Path) -> None:
+    tokens = tokenizer(image, 4)
+    assert torch.equal(tokens, theirs.get_codebook_indices(mapped).flatten(1))
+    assert (tokens.shape, tokens.dtype, tokenizer.tokens) == ((3, 16), torch.int64, TOKENS)
+    assert len(tokens.unique()) > 2
     published = {
         re.sub(r"\.weight$", ".w", re.sub(r"\.bias$", ".b", name)).replace(".group.", ".").replace(".path.", "."): t
-        for name, t in load_file(folder / "model.safetensors").items()
+        for name, t in load(weights).items()
     }
     assert "blocks.group_1.block_1.res_path.conv_1.w" in published
-    config, _, origin = read(folder)
-    own, other = read_tokenizer(*read(folder)), read_tokenizer(config, save(published), origin)
-    assert torch.equal(own(images(32), 4), other(images(32), 4))
+    assert torch.equal(read_tokenizer(config, save(published), origin)(image, 4), tokens)
 
 
-def test_images_are_resized_and_tokenised_independently_without_gradient_or_randomness(folder: Path) -> None:
+def test_images_are_resized_and_tokenised_independently_without_gradient_or_randomness(files: Any) -> None:
     """A 14 x 14 grid of 16-pixel patches is tokenised from 112 pixels, as in BEiT."""
     before, image, small = torch.get_rng_state(), images(32), images(16)
-    tokenizer, large = read_tokenizer(*read(folder)), small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    tokenizer, large = read_tokenizer(*files), small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
     assert torch.equal(tokenizer(image, 4), torch.cat([tokenizer(image[:1], 4), tokenizer(image[1:], 4)]))
@@ -83,8 +73,8 @@ def test_images_are_resized_and_tokenised_independently_without_gradient_or_rand
     assert (tokenizer(large, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to the blur of smoothing
 
 
-def test_file_that_is_not_a_tokenizer_is_rejected(folder: Path) -> None:
-    config, weights, origin = read(folder)
+def test_file_that_is_not_a_tokenizer_is_rejected(files: tuple[bytes, bytes, str]) -> None:
+    config, weights, origin = files
     wrong: list[tuple[bytes, str]] = [(b'{"model_type": "beit"}', "another model"), (b"{", "cannot be read")]
     for sizes in ({"vocab_size": 10**12}, {"num_blocks_per_group": 10**9}, {"hidden_size": "x"}, {"num_groups": -1}):
         wrong.append((json.dumps(json.loads(config) | sizes).encode(), r"config\.json"))
@@ -94,8 +84,8 @@ def test_file_that_is_not_a_tokenizer_is_rejected(folder: Path) -> None:
             read_tokenizer(changed, weights, origin)
 
 
-def test_mutated_tokenizers_raise_only_checkpoint_errors(folder: Path) -> None:
-    config, weights, origin = read(folder)
+def test_mutated_tokenizers_raise_only_checkpoint_errors(files: tuple[bytes, bytes, str]) -> None:
+    config, weights, origin = files
     rng, escaped = random.Random("tokenizers"), []
     for number in range(fuzz_rounds(30)):
         try:
@@ -114,16 +104,14 @@ def stage(**keys: object) -> StageConfig:
     return validate(config, "test").stages[0]
 
 
-def test_stage_loads_its_configured_tokenizer(folder: Path, tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
-    assert load_image_tokenizer(stage(), Storage(), cpu) is None
-    named = {"image_target": "visual_tokens", "image_tokenizer": {"weights": str(folder), "tokens": TOKENS}}
-    tokenizer = load_image_tokenizer(stage(**named), Storage(), cpu)
-    assert tokenizer is not None
-    assert tokenizer.tokens == TOKENS
-    named["image_tokenizer"] = {"weights": str(folder)}
+def test_stage_loads_its_configured_tokenizer(files: tuple[bytes, bytes, str]) -> None:
+    def loaded(**tokenizer: Any) -> Any:
+        keys = {"image_target": "visual_tokens", "image_tokenizer": tokenizer} if tokenizer else {}
+        return load_image_tokenizer(stage(**keys), Storage(), torch.device("cpu"))
+
+    assert loaded() is None
+    assert loaded(weights=files[2], tokens=TOKENS).tokens == TOKENS
     with pytest.raises(ConfigError, match=f"tokens is 8192.*{TOKENS}"):
-        load_image_tokenizer(stage(**named), Storage(), cpu)
-    named["image_tokenizer"] = {"weights": str(tmp_path / "nowhere")}
+        loaded(weights=files[2])
     with pytest.raises(CheckpointError, match="no image tokenizer"):
-        load_image_tokenizer(stage(**named), Storage(), cpu)
+        loaded(weights=f"{files[2]}/nowhere")

@@ -44,23 +44,20 @@ def store(tmp_path: Path, storage: GatedStorage) -> Iterator[CheckpointStore]:
     made.close()
 
 
-def state(steps: int = 0) -> list[Fragment]:
-    """Build a parameter in two fragments with its moments, and a frozen one in half precision, after some steps."""
-    generator = torch.Generator().manual_seed(1)
-    kinds = ("weight", "exp_avg", "exp_avg_sq")
+def state() -> list[Fragment]:
+    """Build a parameter in two fragments with its moments, and a frozen one in half precision."""
+    generator, kinds = torch.Generator().manual_seed(1), ("weight", "exp_avg", "exp_avg_sq")
     fragments = [
         Fragment("a", start, {kind: torch.randn(size, generator=generator) for kind in kinds})
         for start, size in ((0, 7), (7, 1000))
     ]
-    fragments.append(Fragment("b", 0, {"weight": torch.randn(5, generator=generator).bfloat16()}))
-    return train(fragments) if steps else fragments
+    return [*fragments, Fragment("b", 0, {"weight": torch.randn(5, generator=generator).bfloat16()})]
 
 
 def train(fragments: list[Fragment]) -> list[Fragment]:
     """Overwrite the state in place, as the next step does."""
-    for fragment in fragments:
-        for value in fragment.values.values():
-            value.add_(1)
+    for value in (value for fragment in fragments for value in fragment.values.values()):
+        value.add_(1)
     return fragments
 
 
@@ -72,9 +69,11 @@ def assert_restored(store: CheckpointStore, expected: list[Fragment]) -> None:
             assert torch.equal(read, value.float()), (fragment.name, kind)
 
 
-def thread_of_the_save() -> threading.Thread:
+def end_of_the_save(storage: GatedStorage) -> None:
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
-    return thread
+    storage.gate.set()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_save_holds_the_state_at_the_call(store: CheckpointStore, storage: GatedStorage) -> None:
@@ -94,9 +93,8 @@ def test_save_holds_the_state_at_the_call(store: CheckpointStore, storage: Gated
 
 def test_second_save_waits_for_the_first_and_both_are_correct(store: CheckpointStore, storage: GatedStorage) -> None:
     store.host_copy.reserve(state())
-    reserved = store.host_copy._buffer.data_ptr()
+    reserved, fragments = store.host_copy._buffer.data_ptr(), state()
     storage.gate.clear()
-    fragments = state()
     store.save(fragments, metadata(1))
     threading.Timer(0.3, storage.gate.set).start()
     url = store.save(train(fragments), metadata(2))
@@ -104,7 +102,7 @@ def test_second_save_waits_for_the_first_and_both_are_correct(store: CheckpointS
     train(fragments)
     store.wait()
     assert [step for step, _ in store.written] == [1, 2]
-    assert_restored(store, state(steps=1))
+    assert_restored(store, train(state()))
     storage.delete(url)
     assert_restored(store, state())
     assert store.host_copy._buffer.data_ptr() == reserved, "both saves used the reserved host memory"
@@ -124,9 +122,7 @@ def test_failed_save_raises_at_the_next_step_and_may_be_repeated(store: Checkpoi
     assert store.latest() is None
     storage.gate.clear()
     store.save(state(), metadata(2))
-    thread = thread_of_the_save()
-    storage.gate.set()
-    thread.join(10)
+    end_of_the_save(storage)
     with pytest.raises(StorageError, match="no space left"):
         store.check()
     storage.fault = None
@@ -139,10 +135,7 @@ def test_failed_save_raises_at_the_next_step_and_may_be_repeated(store: Checkpoi
 def test_close_abandons_a_save_that_does_not_end(store: CheckpointStore, storage: GatedStorage, caplog) -> None:
     storage.gate.clear()
     url = store.save(state(), metadata(1))
-    thread = thread_of_the_save()
     store.close(seconds=0.1)
     assert "abandoned" in caplog.text
-    storage.gate.set()
-    thread.join(10)
-    assert not thread.is_alive()
+    end_of_the_save(storage)
     assert storage.list(url) == []

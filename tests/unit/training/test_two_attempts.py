@@ -1,8 +1,8 @@
 """Two attempts on one run, in every interleaving of their storage calls, never lose or corrupt a checkpoint.
 
-The old attempt owns the run and saves, retires and hands over. At any moment the new one claims the run, resumes, saves
-and hands over. For every order, and wherever both are killed, a complete committed checkpoint exists, everything
-committed is complete, and the old attempt neither deletes nor overwrites data of the new one.
+The old attempt owns the run and saves or hands over. At any moment the new one claims the run, resumes, and does so.
+For every order, and wherever both are killed, a complete committed checkpoint exists, everything committed is complete,
+and the old attempt neither deletes nor overwrites data of the new one.
 """
 
 import hashlib
@@ -39,11 +39,8 @@ def committed(disk: Disk) -> dict[str, bool]:
         files = {MANIFEST: json.loads(disk.objects[f"{folder}/{COMMIT}"])["manifest"]}
         manifest = disk.objects.get(f"{folder}/{files[MANIFEST].get('file', MANIFEST)}", b"{}")
         files |= json.loads(manifest).get("files", {})
-        complete[folder] = all(
-            hashlib.sha256(disk.objects.get(f"{folder}/{record.get('file', name)}", b"")).hexdigest()
-            == record["sha256"]
-            for name, record in files.items()
-        )
+        data = {name: disk.objects.get(f"{folder}/{record.get('file', name)}", b"") for name, record in files.items()}
+        complete[folder] = all(hashlib.sha256(data[n]).hexdigest() == record["sha256"] for n, record in files.items())
     return complete
 
 

@@ -35,17 +35,16 @@ def weights(model: str, heads: HeadConfig = HeadConfig()) -> dict[str, Tensor]:
     return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
 
 
+MASKED_IMAGE = ("mim_head.", "image_embedding.mask")
+
+
 @pytest.mark.parametrize(
     ("name", "model", "heads", "left_out"),
     [
-        ("vlmo", "vlmo", HeadConfig(), ()),
         ("vlmo", "vlmo_absolute", HeadConfig(answers=7, nlvr2=True), ()),
-        ("vlmo", "vlmo", HeadConfig("pixels", answers=7), ("mim_head.", "image_embedding.mask")),
-        ("vilt", "vilt", HeadConfig(), ()),
-        ("vilt", "vilt", HeadConfig(answers=5, nlvr2=True, ranking=True), ()),
-        ("vilt", "vilt", HeadConfig("pixels"), ("mim_head.", "image_embedding.mask")),
-        ("vilt-hf", "vilt", HeadConfig(ranking=True), ("itm_head.",)),
-        ("vilt-hf", "vilt", HeadConfig(answers=5), ("itm_head.",)),
+        ("vlmo", "vlmo", HeadConfig("pixels", answers=7), MASKED_IMAGE),
+        ("vilt", "vilt", HeadConfig("pixels", answers=5, nlvr2=True, ranking=True), MASKED_IMAGE),
+        ("vilt-hf", "vilt", HeadConfig(answers=5, ranking=True), ("itm_head.",)),
         ("vilt-hf", "vilt", HeadConfig(nlvr2=True), ("itm_head.",)),
         ("vit", "vit", HeadConfig("mean_colour", classes=5), ("mim_head.",)),
         ("bert", "imagebert", HeadConfig(), ("region_embedding.", "itm_head.", "moc_head.", "mrfr_head.")),
@@ -167,20 +166,20 @@ def test_imported_vilt_reads_the_releases_longest_side() -> None:
 
 # ---- BEiT's release
 
-BEIT_LAYER = {  # its names -> ours
+BEIT_MODULES = {  # its names -> ours
+    "attn.proj": "attention.projection",
+    "norm1": "norm",
+    "norm2": "experts.vision.norm",
+    "mlp.fc1": "experts.vision.expand",
+    "mlp.fc2": "experts.vision.contract",
+}
+BEIT_LAYER = {
     "attn.qkv.weight": "attention.weight",
     "attn.q_bias": "attention.query_bias",
     "attn.v_bias": "attention.value_bias",
-    "attn.proj.weight": "attention.projection.weight",
-    "attn.proj.bias": "attention.projection.bias",
     "gamma_1": "attention_gamma",
     "gamma_2": "expert_gamma",
-    "norm1.weight": "norm.weight",
-    "norm1.bias": "norm.bias",
-    **{f"norm2.{last}": f"experts.vision.norm.{last}" for last in ("weight", "bias")},
-    **{f"mlp.fc1.{last}": f"experts.vision.expand.{last}" for last in ("weight", "bias")},
-    **{f"mlp.fc2.{last}": f"experts.vision.contract.{last}" for last in ("weight", "bias")},
-}
+} | {f"{theirs}.{last}": f"{name}.{last}" for theirs, name in BEIT_MODULES.items() for last in ("weight", "bias")}
 BEIT = {
     "cls_token": "image_embedding.cls",
     "mask_token": "image_embedding.mask",
