@@ -251,7 +251,8 @@ def resume(state: StageState, rolled_back: guards.Spike | None) -> int:
     """Restore the stage's latest complete checkpoint; return the number of steps it holds, 0 without one."""
     stage, context = state.stage, state.context
     latest, start = state.checkpoints.latest(), 0
-    state.checkpoints.remove_unfinished()
+    if context.collectives.rank == 0:  # remove what earlier attempts left unfinished
+        state.checkpoints.retention.apply(latest and latest[0])
     if latest is None or latest[0].stage != stage.name:
         previous = {}
         if stage.index:

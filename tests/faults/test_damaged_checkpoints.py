@@ -11,7 +11,7 @@ from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint.committed import COMMIT, MANIFEST
 from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.collectives import Collectives
-from tests.support.small_checkpoint import newest_weight, save
+from tests.support.small_checkpoint import newest_weight, resume, save
 
 PART = "rank-00000.safetensors"
 
@@ -109,7 +109,7 @@ def test_only_partial_checkpoints_are_removed_later(
         store.storage.write(url, b"mine")
     with caplog.at_level(logging.WARNING):
         assert newest_weight(store) == [10, 11, 12, 13]
-        store.remove_unfinished()
+        resume(store)
     assert not store.storage.exists(before)
     assert store.storage.exists(beyond), "the work of another attempt, perhaps still alive, was removed"
     assert f"{before}: removed an unfinished checkpoint" in caplog.text
@@ -132,6 +132,5 @@ def test_parts_of_dead_uploads_are_removed_at_start(s3, remote: CheckpointStore)
     for name in (ours, other):
         upload = client.create_multipart_upload(Bucket=bucket, Key=name)["UploadId"]
         client.upload_part(Bucket=bucket, Key=name, UploadId=upload, PartNumber=1, Body=b"half")
-    assert remote.latest() is None
-    remote.remove_unfinished()
+    assert resume(remote) is None
     assert [upload_info["Key"] for upload_info in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [other]

@@ -89,9 +89,9 @@ def test_state_is_restored_into_engines_that_offload(saved: tuple[str, dict]) ->
 
 def test_zero_3_state_is_restored_at_zero_1_also_from_an_engine_that_offloads(tmp_path: Path) -> None:
     for world_size, offload in ((2, {}), (1, BOTH)):
-        folder, train = str(tmp_path / str(world_size)), partial(_train, **offload)
-        trained = run_ranks(train, 2, folder, 3, range(3), range(3, 5))[0]
-        for resumed in run_ranks(train, world_size, folder, 1, range(3, 5)):
+        folder = str(tmp_path / str(world_size))
+        trained = run_ranks(partial(_train, **offload), 2, folder, 3, range(3), range(3, 5))[0]
+        for resumed in run_ranks(_train, world_size, folder, 1, range(3, 5)):
             assert resumed["exact"]
             assert resumed["losses"] == pytest.approx(trained["losses"], rel=1e-5)
 

@@ -107,7 +107,8 @@ def _resume_and_save(folder: str) -> int:
     """Resume from the newest checkpoint and save the step at which the attempt before died."""
     store = _store(folder)
     checkpoint, _ = store.latest()
-    store.remove_unfinished()
+    if store.collectives.rank == 0:
+        store.retention.apply(checkpoint)
     _save(store, checkpoint.step + 1)
     store.wait()
     return checkpoint.step

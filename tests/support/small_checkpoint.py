@@ -7,6 +7,8 @@ import torch
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage
+from pipeline.training.checkpoint.retention import Checkpoint
+from pipeline.training.checkpoint.serialization import SavedState
 from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.engine import Fragment
 from pipeline.training.ownership import Ownership
@@ -40,6 +42,13 @@ def save(store: CheckpointStore, step: int, mark: float = 0.0) -> str:
     url = store.save([Fragment("a.weight", 0, {"weight": weight})], metadata(step))
     store.wait()
     return url
+
+
+def resume(store: CheckpointStore) -> tuple[Checkpoint, SavedState] | None:
+    """Return the newest checkpoint and remove what earlier attempts left unfinished, as a run does at its start."""
+    latest = store.latest()
+    store.retention.apply(latest and latest[0])
+    return latest
 
 
 def newest_weight(store: CheckpointStore) -> list[float]:

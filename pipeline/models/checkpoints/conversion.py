@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
 INTERPOLATIONS = {BILINEAR: "bilinear", BICUBIC: "bicubic"}
+LONGER_TO_SHORTER = 1333 / 800  # sides of images, in ViLT's release and in Hugging Face's processor
 HEAD_WIDTH = 64  # of nearly every published model
 PUBLISHED_HEADS = {544: 16}  # by width, of VLMo's base_plus
 SIZES = {"width": "hidden_size", "layers": "num_hidden_layers"}  # ours -> config.json's, of every transformer
@@ -135,6 +136,7 @@ class Format:
             section["image_size"] = round((image.shape[1] - 1) ** 0.5) * patch_size
         if text is not None:
             section["max_text_length"] = len(text)
+        is_vilt = section["kind"] == "vilt"
         if self.tables:  # a VLMo
             section["positions"] = "absolute" if table is None else "relative"
             section["layer_scale"] = 0.1 if self.names("blocks.0.attention_gamma")[0] in state else None
@@ -150,7 +152,8 @@ class Format:
             section["heads"] = assumed("heads", PUBLISHED_HEADS[width], f"VLMo's, for width {width}", overrides)
         else:
             section["heads"] = assumed("heads", max(1, width // HEAD_WIDTH), f"width/{HEAD_WIDTH}", overrides)
-        return section | dict(overrides)
+        section |= overrides
+        return {"longest_side": int(LONGER_TO_SHORTER * section["image_size"])} | section if is_vilt else section
 
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
         """Convert a published state to ours, with its own numbers of words, answers and classes.

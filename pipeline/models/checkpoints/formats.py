@@ -18,7 +18,6 @@ from pipeline.models.checkpoints.conversion import MASK, MODALITIES, Format, Nam
 from pipeline.models.encoders import VILT_EXPERT
 from pipeline.models.resize import cut_text_positions
 
-LONGER_TO_SHORTER = 1333 / 800  # sides of images, in ViLT's release and in Hugging Face's processor
 PUBLISHED_MAX_TEXT = 196  # of every published relative table of VLMo
 TEXT_POSITIONS = "text_embeddings.position_embeddings.weight"
 # VLMo's release (microsoft/unilm, vlmo) outside the layers, which grew from ViLT's (dandelin/ViLT); ours on the left.
@@ -136,10 +135,6 @@ class ViLTFormat(Format):
     expert: ClassVar = VILT_EXPERT
     optional: ClassVar = ("pooler", "itm_head", "mlm_head", "vqa_head", "nlvr2_head", "ranking_head")
     unused: ClassVar = r"text_embeddings\.position_ids$"
-
-    def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        section = super().infer(state, overrides)
-        return {"longest_side": int(LONGER_TO_SHORTER * section["image_size"])} | section
 
 
 class ViLTHuggingFaceFormat(ViLTFormat):
@@ -397,8 +392,7 @@ class PlainFormat(Format):
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
         return dict(state)
 
-    def write(self, state: State, config: Any) -> State:
-        return dict(state)
+    write = read
 
 
 FORMATS: dict[str, Format] = {

@@ -96,7 +96,7 @@ class Retention:
     def apply(self, newest: Checkpoint | None, files: Mapping[str, Record] | None = None) -> None:
         """Remove the checkpoints that `newest`, just committed with `files`, makes obsolete, and unfinished ones.
 
-        At the start of a run, without `files`, remove what earlier attempts left unfinished; `newest` is then the
+        Without `files`, at the start of a run, remove what earlier attempts left unfinished; `newest` is then the
         checkpoint from which the run resumes. Raises StorageError if the new checkpoint is incomplete: on a store that
         creates objects in two steps, another attempt may have deleted its files. Raises Superseded, having deleted
         nothing, if a later start owns the run.

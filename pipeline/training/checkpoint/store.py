@@ -63,7 +63,6 @@ class CheckpointStore:
         self._abandoned = threading.Event()
         self._ownership = ownership or Ownership(storage, folder, claim="")
         self.retention = Retention(storage, self.url, config, self._ownership)
-        self._newest: Checkpoint | None = None  # set by `latest`
 
     def save(
         self,
@@ -187,8 +186,7 @@ class CheckpointStore:
             for url in self.collectives.broadcast(urls):
                 manifest, files = self._verify(url)
                 if manifest is not None:
-                    self._newest = Checkpoint.of(url, manifest)
-                    return self._newest, SavedState(self.storage, url, files, self._newest.stage_step)
+                    return Checkpoint.of(url, manifest), SavedState(self.storage, url, files, manifest["stage_step"])
         return None
 
     def _verify(self, url: str) -> tuple[dict[str, Any] | None, dict[str, ObjectInfo]]:
@@ -218,11 +216,6 @@ class CheckpointStore:
             for fault in faults:
                 log.warning("checkpoint skipped: %s", fault)
         return None if faults else manifest, {name: info for part, _ in results for name, info in part.items()}
-
-    def remove_unfinished(self) -> None:
-        """Remove what earlier attempts left unfinished. Call it after `latest` and before the first save."""
-        if self.collectives.rank == 0:
-            self.retention.apply(self._newest)
 
 
 class Checkpointer(Callback):

@@ -20,7 +20,7 @@ from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.checkpoint.weights import WEIGHTS, save_weights
 from pipeline.training.ownership import Ownership
 from tests.support.failing_storage import FailingStorage, every_fault
-from tests.support.small_checkpoint import newest_weight, save, store_of
+from tests.support.small_checkpoint import newest_weight, resume, save, store_of
 
 Scenario = Callable[[Storage, str], object]
 
@@ -85,8 +85,7 @@ def test_failed_save_keeps_committed_checkpoints(tmp_path: Path) -> None:
         save(owned(storage, folder), 40)
         assert newest_weight(claimed(Storage(), folder)) == [40, 41, 42, 43]
         successor = claimed(Storage(), folder)
-        assert successor.latest() is not None
-        successor.remove_unfinished()
+        assert resume(successor) is not None
         for step in (50, 60, 70):
             save(successor, step)
         assert committed_steps(folder) == [60, 70]
@@ -102,7 +101,7 @@ def test_failed_restore_succeeds_when_repeated(tmp_path: Path) -> None:
     def restore(storage: Storage, folder: str) -> None:
         store = claimed(storage, folder)
         assert newest_weight(store) == [20, 21, 22, 23], "a fault of the store was taken for damage"
-        store.remove_unfinished()
+        resume(store)
 
     def check(storage: FailingStorage, folder: str) -> None:
         assert committed_steps(folder) == [10, 20]

@@ -20,7 +20,7 @@ from pipeline.training.checkpoint.weights import save_weights
 from pipeline.training.ownership import Ownership
 from tests.support.fuzz import fuzz_rounds
 from tests.support.interleaving import Disk, explore
-from tests.support.small_checkpoint import save, store_of
+from tests.support.small_checkpoint import resume, save, store_of
 
 RUN, STAGE = "memory://run", "memory://run/stages/0-s"
 OLD, NEW = 0.25, 0.5  # added to the step in the weights of each attempt
@@ -72,8 +72,7 @@ def test_no_interleaving_of_two_attempts_loses_or_damages_data(
         if is_committed(storage, STAGE):
             return
         store = store_of(storage, RUN, ownership, keep)
-        checkpoint, saved = store.latest() or pytest.fail("the new attempt found no checkpoint")
-        store.remove_unfinished()
+        checkpoint, saved = resume(store) or pytest.fail("the new attempt found no checkpoint")
         assert saved.read("a.weight", "weight", 0, 1).tolist() in ([checkpoint.step + OLD], [checkpoint.step + NEW])
         if new_hands_over:
             hand_over(storage, ownership, NEW)
