@@ -8,9 +8,8 @@ config.json                                      the model's sizes and the label
 preprocessor_config.json | processor_config.json image preprocessing
 vocab.txt | tokenizer.json                       vocabulary
 
-Imported weights become a folder like a finished stage's, which `start_from`, `mome evaluate` and `mome export` read.
-Its config names the objectives whose heads the file contains, with a source that does not exist: `mome evaluate` needs
-`--source`.
+Imported weights become a folder like a finished stage's. Its config names the objectives whose heads the file contains,
+with a source that does not exist: `mome evaluate` needs `--source`.
 """
 
 import itertools
@@ -73,10 +72,9 @@ def import_weights(
 ) -> dict[str, Any]:
     """Write the weights of a published file or folder where `start_from` reads them; return their description.
 
-    Sizes come from `overrides` (`heads=16`), else the model section of the config `model`, else the file's own header
-    if we wrote it, else the config.json next to the weights, else the tensors' shapes. `may_differ` holds names or
-    patterns of tensors that may be missing, unexpected or of another shape. `answers` lists the answers of a VQA head.
-    Raises ConfigError for an invalid request, CheckpointError for a file that does not fit.
+    Sizes come from `overrides` (`heads=16`), else the config `model`, else the file's header if we wrote it, else the
+    config.json next to the weights, else the tensors' shapes. Tensors whose names match `may_differ` may be missing,
+    unexpected or of another shape. `answers` is a file with the answers of a VQA head.
     """
     storage, chosen = Storage(), _format(format_name)
     if existing := [name for name in storage.list(out) if FILE.fullmatch(name) or name == COMMIT]:
@@ -146,8 +144,7 @@ def import_weights(
 def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any]:
     """Write a stage's weights in a published format, and read them back to see that they are the same.
 
-    The file's header lets it be imported without sizes and with equal predictions. Raises CheckpointError for a
-    checkpoint that is none, ConfigError for a format that cannot hold its model.
+    The file's header lets it be imported without sizes and with equal predictions.
     """
     storage, chosen = Storage(), _format(format_name)
     weights = load_weights(storage, checkpoint.rstrip("/"))
@@ -185,10 +182,7 @@ def _format(name: str) -> Format:
 
 
 def read_published(storage: Storage, path: str, is_hugging_face: bool) -> tuple[Published, str]:
-    """Return the tensors at a path and their folder, with Hugging Face's config.json and image processor's config.
-
-    Raises CheckpointError for missing or damaged files.
-    """
+    """Return the tensors at a path and their folder, with Hugging Face's config.json and image processor's config."""
     file, folder = path, path.rstrip("/")
     if (inside := next((join(path, name) for name in WEIGHTS if storage.exists(join(path, name))), None)) is not None:
         file = inside
@@ -206,9 +200,9 @@ def read_published(storage: Storage, path: str, is_hugging_face: bool) -> tuple[
         published = read_tensors(storage.read(file), file)
     else:  # tensors of several files of the same folder, which an index of Hugging Face names
         files = read_json(storage.read(file), file).get("weight_map")
-        files = files if isinstance(files, dict) else {}
-        plain = [n for n in files.values() if isinstance(n, str) and re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]{1,255}", n)]
-        if not files or len(plain) < len(files):
+        names = list(files.values()) if isinstance(files, dict) else []
+        plain = [n for n in names if isinstance(n, str) and re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]{1,255}", n)]
+        if not isinstance(files, dict) or not names or plain != names:
             raise CheckpointError(f"{file}: expected a weight_map of tensors' names to files of the same folder")
         tensors: State = {}
         for name in sorted(set(plain)):
@@ -270,10 +264,7 @@ def _config(
     tokenizer: Tokenizer | None = None,
     max_text_length: int = 1,
 ) -> RunConfig:
-    """Return the config stored with imported weights: a stage for each source type in `uses`, with its objectives.
-
-    Its folder is `out`, if that is a valid run name.
-    """
+    """Return the config stored with imported weights in `out`: a stage for each source type in `uses`."""
     target: dict[str, Any] = {} if heads.image_target is None else {"image_target": heads.image_target}
     if heads.image_target == "visual_tokens":
         target["image_tokenizer"] = {"weights": NO_SOURCE, "tokens": heads.visual_tokens}
@@ -306,10 +297,7 @@ def _config(
 
 
 def _heads(state: State, patch_size: int, target: ImageTarget | None) -> HeadConfig:
-    """Return the heads contained in weights of ours, as a stage would configure them.
-
-    `target` is the masked-image head's target; if None, it is inferred from the number of the head's outputs.
-    """
+    """Return the heads of weights of ours; without `target`, the masked-image head's is inferred from its outputs."""
     biases = ("mim_head.predict.bias", "classification_head.classify.bias", "vqa_head.classify.bias")
     outputs, classes, answers = (len(state.get(name, ())) for name in biases)
     known: dict[int, ImageTarget] = {COLOUR_CLASSES: "mean_colour", 3 * patch_size**2: "pixels"}
@@ -325,10 +313,7 @@ def _heads(state: State, patch_size: int, target: ImageTarget | None) -> HeadCon
 
 
 def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, num_words: int) -> Tokenizer:
-    """Return the tokenizer of the file `vocabulary`, else of a Hugging Face folder, whose case it keeps.
-
-    Raises ConfigError unless it has `num_words` tokens, one per row of the word embedding.
-    """
+    """Return the tokenizer, of `num_words` tokens, of the file `vocabulary` or else of a Hugging Face folder."""
     if vocabulary is not None:
         tokenizer, where = Tokenizer.load(storage, vocabulary), f"--vocabulary {vocabulary}"
     elif folder and storage.exists(join(folder, VOCABULARY)):
@@ -358,10 +343,7 @@ def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, num
 
 
 def _choices(storage: Storage, published: Published, heads: HeadConfig, answers_file: str | None) -> dict[str, Choices]:
-    """Return what the heads choose among, by file name: `answers_file`, else the file's own header, else id2label.
-
-    Raises ConfigError for a list that is not as long as its head, and for labels of statements the wrong way round.
-    """
+    """Return what the heads choose among, by file name: `answers_file`, else the file's own header, else id2label."""
     if answers_file is not None and heads.answers is None:
         raise ConfigError(f"--answers {answers_file}: these weights answer no questions; leave --answers out")
     labels = _numbered((published.config or {}).get("id2label")) or []

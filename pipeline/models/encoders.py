@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import DualEncoderConfig, TransformerConfig, ViLTConfig, ViTConfig
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding
 from pipeline.models.forward import PackedInputs
-from pipeline.models.heads import ContrastiveHead
-from pipeline.models.model import HeadConfig, Model
+from pipeline.models.model import ContrastiveHead, HeadConfig, Model
 from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock, key_padding, run_blocks
 
 VILT_EXPERT: Expert = "vision_language"

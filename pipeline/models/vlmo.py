@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import VLMoConfig
 from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding
 from pipeline.models.forward import Head, InputKind, PackedInputs
-from pipeline.models.heads import MAX_SCALE, ContrastiveHead
-from pipeline.models.model import HeadConfig, Model
+from pipeline.models.model import MAX_SCALE, ContrastiveHead, HeadConfig, Model
 from pipeline.models.multiway import Expert, MultiwayBlock, Route, gather_bias, key_padding
 
 # "attention" has its norm, and both LayerScale gammas, which all experts share.

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 
 from pipeline.evaluation.evaluate import COLLAPSED
-from pipeline.models.heads import MAX_SCALE
+from pipeline.models.model import MAX_SCALE
 from pipeline.training.callbacks import Callback
 from pipeline.training.health import StepHealth
 from pipeline.training.metrics import MetricsSnapshot

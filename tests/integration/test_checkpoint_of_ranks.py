@@ -42,12 +42,12 @@ def _store(folder: str, **storage: Any):
 def _save(store, step: int) -> str:
     """Save one parameter of 3000 elements, sharded over the ranks; element i of step s is i + s."""
     from pipeline.training.engine import Fragment
+    from tests.support.small_checkpoint import metadata
 
     share = 3000 // store.collectives.world_size
     start = share * store.collectives.rank
     weight = torch.arange(start, start + share) + float(step)
-    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 1, "data_counts": {}}
-    return store.save([Fragment("a", start, {"weight": weight})], metadata)
+    return store.save([Fragment("a", start, {"weight": weight})], metadata(step))
 
 
 def _latest(folder: str) -> int:
@@ -67,13 +67,24 @@ def _a_slow_rank(folder: str) -> tuple[float, str]:
     return store.written[0][1], url
 
 
-def test_rank_0_commits_once_the_slowest_rank_has_written(tmp_path: Path) -> None:
-    (first, url), (second, _) = run_ranks(_a_slow_rank, 2, str(tmp_path))
-    assert min(first, second) > 0.45
+def _bytes_read(folder: str) -> dict[str, int]:
+    store = _store(folder)
+    store.latest()
+    return store.storage.counts
+
+
+def test_rank_0_commits_once_the_slowest_rank_has_written_and_ranks_share_the_verification(tmp_path: Path) -> None:
+    """Each rank verifies half of four files and reads only the first block of the others (here the whole file)."""
+    (seconds, url), *others = run_ranks(_a_slow_rank, 4, str(tmp_path))
+    assert min(seconds, others[0][0]) > 0.45
     manifest = json.loads((Path(url) / MANIFEST).read_text(encoding="utf-8"))
-    assert sorted(manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
-    assert run_ranks(_latest, 1, str(tmp_path)) == [1]
-    assert run_ranks(_latest, 3, str(tmp_path)) == [1] * 3
+    assert sorted(manifest["files"]) == [f"rank-{rank:05d}.safetensors" for rank in range(4)]
+    for world_size in (1, 3):
+        assert run_ranks(_latest, world_size, str(tmp_path)) == [1] * world_size
+    sizes = {path.name: path.stat().st_size for path in Path(url).glob("*.safetensors")}
+    for rank, counts in enumerate(run_ranks(_bytes_read, 2, str(tmp_path))):
+        for number, (name, size) in enumerate(sorted(sizes.items())):
+            assert counts[name] == size * (2 if number % 2 == rank else 1)
 
 
 def _a_rank_that_writes_nothing(folder: str) -> bool:
@@ -125,25 +136,3 @@ def test_rank_killed_while_writing_leaves_the_one_before(tmp_path: Path) -> None
     assert run_ranks(_resume_and_save, 2, str(tmp_path)) == [1, 1]
     assert not unfinished.exists()
     assert run_ranks(_latest, 1, str(tmp_path)) == [2]
-
-
-def _save_committed(folder: str) -> None:
-    store = _store(folder)
-    _save(store, 1)
-    store.wait()
-
-
-def _bytes_read(folder: str) -> dict[str, int]:
-    store = _store(folder)
-    store.latest()
-    return store.storage.counts
-
-
-def test_ranks_share_the_verification_of_files(tmp_path: Path) -> None:
-    """Each rank verifies half of four files and reads only the first block of the others (here the whole file)."""
-    run_ranks(_save_committed, 4, str(tmp_path))
-    (folder,) = (tmp_path / "checkpoints").iterdir()
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    for rank, counts in enumerate(run_ranks(_bytes_read, 2, str(tmp_path))):
-        for number, (name, size) in enumerate(sorted(sizes.items())):
-            assert counts[name] == size * (2 if number % 2 == rank else 1)

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from pipeline.config.schema import ImageDecoderConfig, ViTConfig, VLMoConfig
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput, drop_masked_patches
-from pipeline.models.heads import ImageDecoder
-from pipeline.models.model import HeadConfig
+from pipeline.models.model import HeadConfig, ImageDecoder
 from pipeline.objectives.mim import patchify, unpatchify
 from tests.support.forwards import run
 

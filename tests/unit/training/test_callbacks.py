@@ -18,7 +18,7 @@ from jobs.distributed import PROGRESS_FILE, ProgressFile
 from pipeline.config.errors import ConfigError, Preempted
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
-from pipeline.models.heads import MAX_SCALE
+from pipeline.models.model import MAX_SCALE
 from pipeline.training import metrics
 from pipeline.training.alerts import CONSECUTIVE, JUMP, LOSSES, Alerts
 from pipeline.training.callbacks import Callback, Callbacks, StepEvent

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from pipeline.config.errors import CheckpointError
-from pipeline.models.checkpoints.files import read_json, read_tensors, write_tensors
+from pipeline.models.checkpoints.files import CONTAINERS, read_json, read_tensors, write_tensors
 from tests.support.fuzz import fuzz_rounds, mutate
 
 STATE = {"layer.0.weight": torch.arange(6.0).view(2, 3), "layer.0.bias": torch.arange(3), "half": torch.ones(2).half()}
@@ -104,8 +104,10 @@ def test_truncated_files_and_those_that_unpack_to_more_than_their_size_are_rejec
 def test_prefixes_of_wrappers_are_removed_and_doubled_names_rejected() -> None:
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."):
         wrapped = {f"{prefix}{name}".replace("layer.0.", "layer.0._orig_mod."): t for name, t in STATE.items()}
-        for data in (as_torch({"model": wrapped}), safetensors.torch.save(wrapped)):
-            assert read_tensors(data, "weights").tensors.keys() == STATE.keys()
+        for data in (*(as_torch({c: wrapped}) for c in CONTAINERS), as_torch(wrapped), safetensors.torch.save(wrapped)):
+            tensors = read_tensors(data, "weights").tensors
+            assert all(torch.equal(tensors.pop(name), tensor) for name, tensor in STATE.items())
+            assert not tensors
     with pytest.raises(CheckpointError, match="also holds epoch"):
         read_tensors(as_torch({"state_dict": STATE | {"epoch": 3}}), "weights")
     with pytest.raises(CheckpointError, match=r"tensor half more than once"):
@@ -141,4 +143,5 @@ def test_both_file_formats_keep_their_metadata() -> None:
     for name in ("a.safetensors", "a.pt"):
         published = read_tensors(write_tensors(STATE, name, {"model": "{}"}), name)
         assert published.metadata == {"model": "{}"}
-        assert published.tensors.keys() == STATE.keys()
+        dtypes = {name: tensor.dtype for name, tensor in published.tensors.items()}
+        assert dtypes == {"layer.0.weight": torch.float32, "layer.0.bias": torch.int64, "half": torch.float32}
