@@ -1,12 +1,14 @@
-"""A tiny model of every kind and forward inputs for all of its heads.
+"""A tiny model of every kind and forward inputs for all of its heads; random weights of Hugging Face's models.
 
 Shapes: ROWS examples, LENGTH tokens, 2 x 2 patches of 8 pixels (ViLT: 4 x 6, 6 x 4, 4 x 4 and 1 x 6), 4 regions.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config import schema
@@ -141,3 +143,17 @@ def run(model: Model, one: ForwardInput, *heads: Head) -> Any:
     """Return the outputs of one forward by name; of a single head of `heads`, the output itself."""
     outputs = model({"one": replace(one, heads=heads) if heads else one})["one"]
     return outputs[heads[0]] if len(heads) == 1 else outputs
+
+
+def randomised(model: Any) -> Any:
+    """Draw all parameters at random, biases and norms too, so that each one affects the output."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model.eval()
+
+
+def saved(model: Any, folder: Path) -> dict[str, Tensor]:
+    """Save the model and return the tensors of its file under their published names."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")

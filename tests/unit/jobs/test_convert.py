@@ -36,8 +36,8 @@ from pipeline.models.model import HeadConfig
 from pipeline.objectives import modules_for
 from pipeline.training.checkpoint.weights import Weights, load_weights, save_weights
 from pipeline.training.stages import load_matching
+from tests.support.forwards import randomised
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.hugging_face import randomised
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 TEXT, MASKED = "a b c d", "a [MASK] c"

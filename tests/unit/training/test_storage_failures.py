@@ -1,9 +1,13 @@
-"""Contract C5 when a storage call fails: each call of a save, restore or hand-over, once or permanently.
+"""Contract C5 when storage calls fail, once or permanently, and when two attempts interleave their calls.
 
-In all cases committed data restores bit-equal, nothing incomplete is visible, and once the store is available again,
-the same attempt or the next one succeeds.
+After each failure committed data restores bit-equal, nothing incomplete is visible, and once the store is available
+again, the same attempt or the next one succeeds. In every interleaving of an old attempt and a new one that claims the
+run, and wherever both are killed, a complete committed checkpoint exists, everything committed is complete, and the old
+attempt neither deletes nor overwrites data of the new one.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,13 +17,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.config.errors import StorageError
+from pipeline.config.errors import StorageError, Superseded
 from pipeline.data.storage import Storage, join
-from pipeline.training.checkpoint.committed import is_committed, read_committed
+from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, is_committed, read_committed
 from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.checkpoint.weights import WEIGHTS, save_weights
 from pipeline.training.ownership import Ownership
 from tests.support.failing_storage import FailingStorage, every_fault
+from tests.support.fuzz import fuzz_rounds
+from tests.support.interleaving import Disk, explore
 from tests.support.small_checkpoint import newest_weight, resume, save, store_of
 
 Scenario = Callable[[Storage, str], object]
@@ -128,3 +134,83 @@ def test_failed_hand_over_is_atomic_and_can_be_repeated(tmp_path: Path) -> None:
         assert was_committed or len(Storage().list(url)) == 4, "something was left"
 
     assert_all_failures(hand_over, lambda storage, folder: None, tmp_path, check)
+
+
+# ---- two attempts
+
+
+RUN, STAGE = "memory://run", "memory://run/stages/0-s"
+OLD, NEW = 0.25, 0.5  # added to the step in the weights of each attempt
+
+
+def hand_over(storage: Storage, ownership: Ownership, mark: float) -> None:
+    ownership.check()
+    if not save_weights(storage, STAGE, {"a": torch.tensor([mark])}, ["a"], {"stage": "s"}, ownership=ownership):
+        ownership.check()
+
+
+def committed(disk: Disk) -> dict[str, bool]:
+    """Return whether each committed folder is complete."""
+    complete = {}
+    for folder in [name.removesuffix(f"/{COMMIT}") for name in disk.objects if name.endswith(f"/{COMMIT}")]:
+        files = {MANIFEST: json.loads(disk.objects[f"{folder}/{COMMIT}"])["manifest"]}
+        manifest = disk.objects.get(f"{folder}/{files[MANIFEST].get('file', MANIFEST)}", b"{}")
+        files |= json.loads(manifest).get("files", {})
+        data = {name: disk.objects.get(f"{folder}/{record.get('file', name)}", b"") for name, record in files.items()}
+        complete[folder] = all(hashlib.sha256(data[n]).hexdigest() == record["sha256"] for n, record in files.items())
+    return complete
+
+
+@pytest.mark.parametrize(
+    ("keep", "old_hands_over", "new_hands_over", "max_switches"),
+    [(1, False, False, 2), (2, False, False, 2), (1, True, True, None), (1, False, True, None)],
+)
+def test_no_interleaving_of_two_attempts_loses_or_damages_data(
+    keep: int, old_hands_over: bool, new_hands_over: bool, max_switches: int | None
+) -> None:
+    """Limit the longest scenarios to a few switches between the attempts by default (see MOME_FUZZ)."""
+    first: list[Ownership] = []
+
+    def begin(storage: Storage) -> None:
+        first[:] = [Ownership.take(storage, RUN)]
+        save(store_of(storage, RUN, first[0], keep), 100, OLD)
+
+    def old(storage: Storage) -> None:
+        ownership = Ownership(storage, RUN, first[0].claim, first[0].start)
+        with suppress(Superseded, StorageError):  # both end the old attempt
+            if old_hands_over:
+                hand_over(storage, ownership, OLD)
+            else:
+                save(store_of(storage, RUN, ownership, keep), 110, OLD)
+
+    def start_anew(storage: Storage) -> None:
+        ownership = Ownership.take(storage, RUN, claim="of the new launcher")
+        if is_committed(storage, STAGE):
+            return
+        store = store_of(storage, RUN, ownership, keep)
+        checkpoint, saved = resume(store) or pytest.fail("the new attempt found no checkpoint")
+        assert saved.read("a.weight", "weight", 0, 1).tolist() in ([checkpoint.step + OLD], [checkpoint.step + NEW])
+        if new_hands_over:
+            hand_over(storage, ownership, NEW)
+        else:
+            save(store, 110, NEW)
+
+    def new(storage: Storage) -> None:
+        for _ in range(3):  # a launcher restarts failed ranks
+            with suppress(StorageError):
+                return start_anew(storage)
+        raise AssertionError("the new attempt failed three times")
+
+    def check(disk: Disk) -> None:
+        complete = committed(disk)
+        assert all(complete.values()), f"committed and not whole: {complete}"
+        assert any("/checkpoints/" in folder for folder in complete), "no checkpoint is left"
+
+    def check_end(disk: Disk) -> None:
+        if old_hands_over or new_hands_over:
+            assert STAGE in committed(disk)
+
+    max_switches = None if fuzz_rounds(1) > 1 else max_switches
+    explored = explore({"old": old, "new": new}, begin, check, check_end, max_switches)
+    print(f"keep {keep}: {explored.interleavings:.3g} interleavings, {explored.states} states, {explored.runs} runs")
+    assert explored.interleavings > 500

@@ -18,7 +18,7 @@ from pipeline.models.checkpoints.formats import FORMATS, LAYER_TABLE
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.model import HeadConfig
 from pipeline.objectives import modules_for
-from tests.support.hugging_face import randomised, saved
+from tests.support.forwards import randomised, saved
 
 VOCABULARY, LENGTH, PATCH, TOKENS = 29, 7, 8, 20
 EPSILON = 1e-3  # of norms: large enough that another value changes the results
