@@ -42,8 +42,7 @@ class TextEmbedding(nn.Module):
 class ImageEmbedding(nn.Module):
     """Patch projection with [CLS], positions, and a modality vector in models that also read text.
 
-    Images are square, or with `any_shape` (ViLT) at the top left of a canvas as large as the largest of a batch; the
-    square grid of positions is then resized to each image.
+    With `any_shape` (ViLT), images are at the top left of a canvas; the grid of positions is resized to each.
     """
 
     positions: nn.Parameter | None
@@ -73,10 +72,7 @@ class ImageEmbedding(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(config.width)) if exists else None)
 
     def forward(self, packed: PackedInputs) -> tuple[Tensor, Tensor]:
-        """Embed images: (B, I, D), and a bool mask (B, I) of the real tokens.
-
-        With visible patches, only those become tokens, in that order; the output where they are padding is meaningless.
-        """
+        """Embed images, or their visible patches in that order: (B, I, D), and a mask (B, I) of the real tokens."""
         image, visible, side = packed.image, packed.visible_patches, self.patch_size
         assert image is not None
         if not self.any_shape and image.shape[1:] != (self.image_size, self.image_size, 3):

@@ -94,10 +94,7 @@ def drop_masked_patches(forward_input: ForwardInput, num_patches: int) -> Forwar
 
 
 class PackedInputs:
-    """The examples of several inputs, padded to the longest text and largest image; two images are two pieces.
-
-    Raises ValueError where an input's members do not serve its heads.
-    """
+    """The examples of several inputs, padded to the longest text and largest image; two images are two pieces."""
 
     def __init__(self, inputs: list[ForwardInput]) -> None:
         pieces: list[ForwardInput] = []
@@ -158,10 +155,7 @@ class PackedInputs:
             self.output_positions = _join(torch.cat(list(own.values()), dim=1) for own in self._positions if own)
 
     def masking(self, num_patches: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return where the mask embedding replaces a patch, (B, P) bool, and the patch shown at each place, (B, P).
-
-        Each is None where no input has any.
-        """
+        """Return where the mask embedding is, (B, P) bool, and the patch shown at each place, (B, P); or None each."""
         # With an image decoder, masked patches are left out instead.
         covers = [piece.patch_positions is not None and "decoded_image" not in piece.heads for piece in self._pieces]
         is_replaced = any(piece.patch_replacements is not None for piece in self._pieces)

@@ -1,8 +1,7 @@
 """The interface of every kind of model: named forward inputs in, named outputs out, parameters in named parts.
 
-A subclass says which parts each objective trains and how packed inputs become features.
-
-Heads compute in the parameters' precision; their outputs are float32.
+A subclass says which parts each objective trains and how packed inputs become features. Outputs of heads are float32,
+whatever the parameters' precision.
 
 Shapes: B examples, L tokens, I image tokens, K positions that a head reads or masked patches, V visible patches,
 P patches, g x g grid, D width, E embedding width, W width of the image decoder.
@@ -51,10 +50,7 @@ class HeadConfig:
 
 
 class ContrastiveHead(nn.Module):
-    """Projections of each modality's [CLS] into one space, with a learned logit scale.
-
-    With two contrasts (VLMo), the second one projects the [CLS] of the vision-language expert.
-    """
+    """Projections of each modality's [CLS] (VLMo: and its vision-language expert's) into one space, with a scale."""
 
     def __init__(
         self, width: int, max_scale: float = MAX_SCALE, contrasts: Literal[1, 2] = 2, embedding: int | None = None
@@ -106,7 +102,7 @@ class ImageDecoder(nn.Module):
         self.predict = nn.Linear(config.width, targets)
 
     def forward(self, features: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """Return predictions (B, K, targets) float32 for the patches `masked` (B, K).
+        """Return predictions (B, K, targets) for the patches `masked` (B, K).
 
         `features` (B, 1 + V, D) are those of [CLS] and of the patches `visible` (B, V), padding where that is negative.
         """

@@ -41,10 +41,7 @@ def gather_bias(bias: Tensor, positions: Tensor) -> Tensor:
 
 
 def key_padding(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the attention padding of each key from `keep` (B, L) bool: 0, or a huge negative value where False.
-
-    It is finite, so that an example of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
-    """
+    """Return the padding of each key: 0, or a huge negative value where `keep` (B, L) is False, finite to avoid NaN."""
     return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min / 2)
 
 

@@ -116,10 +116,7 @@ class Format:
         return section | {"interpolation": INTERPOLATIONS[number]}
 
     def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Infer the `model` section of a published state from tensor shapes; keys in `overrides` take precedence.
-
-        Raises ConfigError for a state of another model, or of sizes that neither shapes nor `overrides` show.
-        """
+        """Infer the `model` section of a published state from `overrides`, else tensor shapes, else ConfigError."""
         state = self.prepare(state)
         expand_name, fused_name = (f"experts.{expert}.expand.weight" for expert in (self.expert, "vision_language"))
         shown = ("image_embedding.patch.weight", "image_embedding.positions", "text_embedding.positions")
@@ -227,8 +224,8 @@ class Format:
         """Return the published names and our shapes of the parameters that a state of this format holds.
 
         `state` has our names or the published ones, and gives the numbers of words and of outputs of heads (default 1).
-        Parts in `optional` of which it has no tensor are left out. So are the mask embedding and the second image's
-        modality vector, which belong to heads but are published apart from them.
+        Left out are parts in `optional` of which it has no tensor, and the mask embedding and the second image's
+        modality vector without theirs.
         """
         rows: dict[str, Any] = {}
         for part, parameters in COUNTED.items():
@@ -297,10 +294,7 @@ def require(state: Mapping[str, Tensor], shapes: Mapping[str, Shape], allowed: C
 
 
 def layer_count(state: State, prefix: str) -> int:
-    """Return the number of layers, whose tensors have names of `prefix`, a number and a dot.
-
-    Raises CheckpointError unless layers are numbered from 0 without a gap.
-    """
+    """Return the number of layers; CheckpointError unless they are numbered after `prefix` from 0 without a gap."""
     layers = {int(match[1]) for name in state if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", name))}
     if gaps := [number for number in range(len(layers)) if number not in layers]:
         raise CheckpointError(f"the checkpoint has {len(layers)} layers, but none numbered {gaps[0]}; it is incomplete")

@@ -259,10 +259,9 @@ class BEiTFormat(Format):
         return converted | {MODALITY: torch.zeros(config.width)}
 
     def write(self, state: State, config: Any) -> State:
-        """Convert the vision part to a BEiT that computes the same from images.
+        """Convert the vision part to a BEiT: with a head for visual tokens a pretraining checkpoint, else a BeitModel.
 
-        A state that predicts visual tokens becomes a pretraining checkpoint, any other a BeitModel. Equal relative
-        tables are written as one (`use_shared_relative_position_bias`), except zeros of a BeitModel.
+        Equal relative tables are written as one (`use_shared_relative_position_bias`), except zeros of a BeitModel.
         """
         if (modality := state.get(MODALITY)) is not None:  # BEiT has none: fold it into what begins an image token
             folded = ("image_embedding.cls", "image_embedding.patch.bias", MASK)

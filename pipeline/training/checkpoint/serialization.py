@@ -49,9 +49,9 @@ class HostCopy:
         self._buffer = torch.empty(0)
 
     def reserve(self, fragments: Iterable[Fragment]) -> dict[str, Tensor]:
-        """Allocate the buffer ahead of the first `take`, which would otherwise stall training.
+        """Allocate the buffer, and return the values by "name|start|kind", grouped by kind for sequential reading.
 
-        Returns the fragments' values by "name|start|kind", grouped by kind, so that reading one of them is sequential.
+        Called ahead of the first `take`, which would otherwise stall training.
         """
         by_kind = sorted(((kind, part) for part in fragments for kind in part.values), key=lambda key: key[0])
         values = {f"{part.name}|{part.start}|{kind}": part.values[kind] for kind, part in by_kind}
@@ -138,10 +138,7 @@ class SavedState:
         return (name, kind) in self._parts
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of a parameter's weight, moment or average, 1-d float32.
-
-        Raises CheckpointError if some are missing, StorageError if the store does not respond.
-        """
+        """Return elements [start, stop) of a parameter's `kind`, 1-d float32; CheckpointError if some are missing."""
         result, num_read = torch.empty(stop - start), 0
         target = result.view(torch.uint8).numpy()
         for offset, length, file, position in self._parts.get((name, kind), []):

@@ -42,7 +42,7 @@ _MAX_LAG = 4.0  # ranks may take this multiple of rank 0's time, plus the storag
 class CheckpointStore:
     """Saves and restores the checkpoints of one run; `save`, `wait` and `latest` are collective.
 
-    At most one save is in progress; its error, if any, is raised by the next `check`, `save` or `wait`.
+    At most one save is in progress; its error is raised by the next `check`, `save` or `wait`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CheckpointStore:
         metadata: Mapping[str, Any],
         before_commit: Callable[[], None] = lambda: None,
     ) -> str:
-        """Copy this rank's fragments and write them in the background. Returns the checkpoint's URL.
+        """Copy this rank's fragments, write them in the background, and return the checkpoint's URL.
 
         `before_commit` is called on rank 0, by the thread that then commits. `metadata` has the fields of `Checkpoint`.
         """
@@ -190,10 +190,7 @@ class CheckpointStore:
         return None
 
     def _verify(self, url: str) -> tuple[dict[str, Any] | None, dict[str, ObjectInfo]]:
-        """Return the manifest, None if it or a file is damaged, and the verified version of every file.
-
-        Each rank verifies a part of the files.
-        """
+        """Return the manifest, None if it or a file is damaged, and every file's version; ranks share the files."""
         rank, world_size = self.collectives.rank, self.collectives.world_size
         manifest: dict[str, Any] | None = None
         if rank == 0:

@@ -124,10 +124,7 @@ def test_recipes_have_published_sizes_and_stages_that_can_be_built(name: str, mi
 
 
 def test_base_vilt_and_imagebert_have_their_published_sizes() -> None:
-    """ViLT: 87.4 M (table 6), without the word embedding, the pooler and the heads.
-
-    ImageBERT: BERT-base's 110 M without pooler and 468 positions, plus the untied decoder and the region modules.
-    """
+    """ViLT: 87.4 M (table 6), without word embedding, pooler and heads. ImageBERT: BERT-base's without pooler."""
     vilt, imagebert = Counter[str](), Counter[str]()
     for counts, config in ((vilt, ViLTConfig()), (imagebert, ImageBERTConfig())):
         model = skeleton(config, 30522)
@@ -230,11 +227,20 @@ def test_positions_of_any_grid_equal_bilinear_interpolation() -> None:
     assert torch.equal(skeleton(larger, VOCABULARY).resize_state(state, VILT)[name], expected)
 
 
-def test_trap_10_examples_without_words_or_patches_are_finite(vilt: Any) -> None:
+def test_trap_10_examples_without_words_or_patches_are_finite_and_grey_images_are_read(vilt: Any) -> None:
+    """The release treats pixels that sum to 0 (mid grey, after normalising) as padding and so reads no grey patch."""
     keep, visible = torch.zeros(ROWS, LENGTH, dtype=torch.bool), torch.full((ROWS, 3), -1)
     outputs = vilt({"one": fused("itm", "alignment", text_keep=keep, visible_patches=visible)})
     assert all(value.isfinite().all() for value in outputs["one"].values())
     assert all(gradient.isfinite().all() for gradient in gradients(vilt, outputs).values())
+    half = fused("tokens").image.clone()
+    half[:, :, 24:] = 0
+    for image in (half, torch.zeros_like(half)):
+        assert torch.equal(run(vilt, fused("alignment", image=image))["patches_keep"].sum(dim=1), COUNTS)
+    grey = torch.zeros(ROWS, 48, 48, 3)  # floats in [-1, 1] with the sum by which the release detects padding
+    brighter = F.pad(torch.full((ROWS, 8, 8, 3), 0.5), (0, 0, 0, 40, 0, 40))
+    one, other = (run(vilt, fused("itm", image=image))["itm"] for image in (brighter, grey))
+    assert not torch.allclose(one, other)
 
 
 def test_only_the_pixels_of_an_image_matter(vilt: Any) -> None:
@@ -258,19 +264,7 @@ def test_only_the_pixels_of_an_image_matter(vilt: Any) -> None:
     assert all(torch.equal(surrounded[name], expected[name]) for name in ("itm", "ranking"))
 
 
-def test_trap_pixel_sum_mask_grey_images_are_read(vilt: Any) -> None:
-    """The release treats pixels that sum to 0 (mid grey, after normalising) as padding and so reads no grey patch."""
-    half = fused("tokens").image.clone()
-    half[:, :, 24:] = 0
-    for image in (half, torch.zeros_like(half)):
-        assert torch.equal(run(vilt, fused("alignment", image=image))["patches_keep"].sum(dim=1), COUNTS)
-    grey = torch.zeros(ROWS, 48, 48, 3)  # floats in [-1, 1] with the sum by which the release detects padding
-    brighter = F.pad(torch.full((ROWS, 8, 8, 3), 0.5), (0, 0, 0, 40, 0, 40))
-    one, other = (run(vilt, fused("itm", image=image))["itm"] for image in (brighter, grey))
-    assert not torch.allclose(one, other)
-
-
-def test_listing_every_patch_equals_reading_all(vilt: Any) -> None:
+def test_listing_every_patch_equals_reading_all_and_only_the_set_of_patches_matters(vilt: Any) -> None:
     places = {"mask_positions": torch.tensor([[1, 2]] * ROWS), "patch_positions": torch.tensor([[0, 3]] * ROWS)}
     one = fused("itm", "mlm", "mim", **places)
     mine, others = vilt({"one": one}), vilt({"one": replace(one, visible_patches=EVERY)})
@@ -278,9 +272,6 @@ def test_listing_every_patch_equals_reading_all(vilt: Any) -> None:
     torch.testing.assert_close(gradients(vilt, others), gradients(vilt, mine), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="two images are read with all their patches"):
         run(vilt, replace(forwards("vilt")["nlvr2"], visible_patches=EVERY))
-
-
-def test_output_depends_on_the_set_of_visible_patches_only(vilt: Any) -> None:
     read = torch.tensor([[0, 5, 7], [1, 2, 3], [4, 0, 15], [2, 5, -1]])
     one = fused("itm", visible_patches=read)
     kept = torch.zeros(ROWS, 6 * 6, dtype=torch.bool)

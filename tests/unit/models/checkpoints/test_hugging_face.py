@@ -248,7 +248,7 @@ def test_trap_section_3_layer_scale_and_shared_tables_come_from_beit(tmp_path: P
         FORMATS["beit"].read(both, BEIT)
 
 
-def test_missing_tied_decoder_is_a_copy_of_the_word_embedding() -> None:
+def test_missing_tied_decoder_is_a_copy_of_the_word_embedding_and_two_heads_cannot_share_a_name() -> None:
     for section, kind, decoder in (
         ("bert", "BertForMaskedLM", "cls.predictions.decoder.weight"),
         ("vilt-hf", "ViltForMaskedLM", "mlm_score.decoder.weight"),
@@ -259,6 +259,9 @@ def test_missing_tied_decoder_is_a_copy_of_the_word_embedding() -> None:
         words = next(tensor for name, tensor in read.items() if re.search(r"^text_embedding\.word.*weight$", name))
         assert torch.equal(words, read["mlm_head.decode.weight"])
         assert words.data_ptr() != read["mlm_head.decode.weight"].data_ptr()
+    both = build_model(SECTIONS["vilt-hf"], 5, HeadConfig(answers=5, nlvr2=True)).state_dict()
+    with pytest.raises(CheckpointError, match="one classifier"):
+        FORMATS["vilt-hf"].write(both, SECTIONS["vilt-hf"])
 
 
 def test_bert_is_read_with_old_names_and_at_most_its_positions() -> None:
@@ -271,9 +274,3 @@ def test_bert_is_read_with_old_names_and_at_most_its_positions() -> None:
     assert torch.equal(shorter["text_embedding.position_embeddings.weight"], positions[:7])
     with pytest.raises(ConfigError, match=r"model\.max_text_length"):
         read(state, section.model_copy(update={"max_text_length": 13}))
-
-
-def test_two_heads_with_one_name_are_rejected() -> None:
-    section = SECTIONS["vilt-hf"]
-    with pytest.raises(CheckpointError, match="one classifier"):
-        FORMATS["vilt-hf"].write(build_model(section, 5, HeadConfig(answers=5, nlvr2=True)).state_dict(), section)
