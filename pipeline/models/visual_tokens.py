@@ -71,7 +71,7 @@ def read_tokenizer(config: bytes, weights: bytes, origin: str) -> VisualTokenize
     keys = ("num_groups", "input_channels", "num_blocks_per_group", "hidden_size", "vocab_size")
     sizes = {key: stated[key] for key in keys if key in stated}
     wrong = [key for key, value in sizes.items() if not isinstance(value, int) or value < 1]
-    # There are at most as many groups and blocks as tensors.
+    # A model has at most as many groups and blocks as tensors.
     wrong += [key for key in ("num_groups", "num_blocks_per_group") if key in sizes and sizes[key] > len(state)]
     if wrong:
         raise CheckpointError(

@@ -62,7 +62,7 @@ class VLMo(Model):
         self.build_heads(vocabulary, itc_head=ContrastiveHead(width, max_scale, config.contrasts))
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
-        """Return normalised features, and for a second contrast those of a branch through the vision-language expert."""
+        """Return normalised features, and for two contrasts those of a branch through the vision-language expert."""
         if packed.image is not None and packed.image_size is not None:
             raise ValueError("VLMo reads whole square images; use ViLT for images of their own shape")
         text, visible = 0 if packed.text is None else packed.text.shape[1], packed.visible_patches

@@ -157,7 +157,7 @@ class Retention:
             self._sealed = self._sealed - {url} if is_final else self._sealed | {url}
 
     def _remove(self, url: str, keep: str | None = None) -> None:
-        """Delete a checkpoint's files except `keep`: COMMIT.json first, so that no partly deleted one looks complete."""
+        """Delete a checkpoint's files except `keep`, COMMIT.json first: no partly deleted one looks complete."""
         self._storage.delete(join(url, COMMIT))
         names = self._storage.list(url)
         if foreign := [name for name in names if not _FILE.fullmatch(name)]:
