@@ -7,7 +7,6 @@ whose code is not packaged, the tensors of our models, which tests/golden compar
 import json
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,53 +68,43 @@ def ranked(probabilities: Tensor, names: list[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint of Hugging Face's class `kind`, and its predictions for images (1, 3, H, W) and tokens (1, L)."""
+    """A checkpoint of Hugging Face's class `kind`, and the inputs of its prediction."""
 
     format: str
     kind: str
     sizes: dict[str, Any]
-    expected: Callable[[Any, list[Tensor], Tensor], dict[str, Any]] = lambda *_: {}
     images: int = 1
     text: str | None = TEXT
 
-
-def both(images: list[Tensor], ids: Tensor) -> dict[str, Tensor]:
-    words = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return words | ({"pixel_values": images[0]} if images else {})
-
-
-def masked_words(model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any]:
-    logits, (place,) = model(**both(images, ids)).logits, (ids[0] == TOKENS.index("[MASK]")).nonzero().flatten()
-    return {"words": [ranked(logits[0, place].softmax(0), TOKENS)]}
-
-
-def classes(model: Any, images: list[Tensor], _: Tensor) -> dict[str, Any]:
-    return {"classes": ranked(model(images[0]).logits[0].softmax(0), [*LABELS[:2], "crane (2)", *LABELS[3:]])}
-
-
-def answers(model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any]:
-    return {"answers": ranked(model(**both(images, ids)).logits[0].sigmoid(), ANSWERS)}
-
-
-def truth(model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any]:
-    return {"true": near(model(**both([torch.stack(images, 1)], ids)).logits[0].softmax(0)[1])}
+    def predictions(self, model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any]:
+        """Return what the original model predicts for images (1, 3, H, W) and tokens (1, L)."""
+        if self.kind == "ViTForImageClassification":
+            probabilities = model(images[0]).logits[0].softmax(0)
+            return {"classes": ranked(probabilities, [*LABELS[:2], "crane (2)", *LABELS[3:]])}
+        if self.text is None:
+            return {}
+        pixels = {"pixel_values": images[0] if self.images == 1 else torch.stack(images, 1)} if images else {}
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits
+        if self.kind == "ViltForQuestionAnswering":
+            return {"answers": ranked(logits[0].sigmoid(), ANSWERS)}
+        if self.kind == "ViltForImagesAndTextClassification":
+            return {"true": near(logits[0].softmax(0)[1])}
+        if self.kind == "ViltForImageAndTextRetrieval":
+            return {"ranking": pytest.approx(logits.item(), abs=2e-4)}
+        (place,) = (ids[0] == TOKENS.index("[MASK]")).nonzero().flatten()
+        return {"words": [ranked(logits[0, place].softmax(0), TOKENS)]}
 
 
-def ranking(model: Any, images: list[Tensor], ids: Tensor) -> dict[str, Any]:
-    return {"ranking": pytest.approx(model(**both(images, ids)).logits.item(), abs=2e-4)}
-
-
-BERT_SIZES = SIZES | {"vocab_size": len(TOKENS)}
 PRETRAINED = IMAGES | {"vocab_size": 192, "use_mask_token": True, "use_shared_relative_position_bias": True}
 CASES = {
-    "BERT": Case("bert", "BertForMaskedLM", BERT_SIZES, masked_words, images=0, text=MASKED),
+    "BERT": Case("bert", "BertForMaskedLM", SIZES | {"vocab_size": len(TOKENS)}, images=0, text=MASKED),
     "ViT, bare": Case("vit", "ViTModel", IMAGES | {"qkv_bias": False}, text=None),
-    "ViT, classes": Case("vit", "ViTForImageClassification", IMAGES | numbered(LABELS), classes, text=None),
+    "ViT, classes": Case("vit", "ViTForImageClassification", IMAGES | numbered(LABELS), text=None),
     "BEiT": Case("beit", "BeitForMaskedImageModeling", PRETRAINED, text=None),
-    "ViLT, masked words": Case("vilt-hf", "ViltForMaskedLM", VILT, masked_words, text=MASKED),
-    "ViLT, VQA": Case("vilt-hf", "ViltForQuestionAnswering", VILT | numbered(ANSWERS), answers),
-    "ViLT, NLVR2": Case("vilt-hf", "ViltForImagesAndTextClassification", VILT | TWO, truth, images=2),
-    "ViLT, retrieval": Case("vilt-hf", "ViltForImageAndTextRetrieval", VILT | {"qkv_bias": False}, ranking),
+    "ViLT, masked words": Case("vilt-hf", "ViltForMaskedLM", VILT, text=MASKED),
+    "ViLT, VQA": Case("vilt-hf", "ViltForQuestionAnswering", VILT | numbered(ANSWERS)),
+    "ViLT, NLVR2": Case("vilt-hf", "ViltForImagesAndTextClassification", VILT | TWO, images=2),
+    "ViLT, retrieval": Case("vilt-hf", "ViltForImageAndTextRetrieval", VILT | {"qkv_bias": False}),
 }
 # Every case as a file and as a folder, and some in rarer forms.
 LAYOUTS = [(name, layout) for layout in ("file", "folder") for name in CASES]
@@ -161,7 +150,7 @@ def test_imported_checkpoint_predicts_like_the_original(
     weights = load_weights(Storage(), out)
     pixels = torch.tensor(resize_for(decode(Path(photo).read_bytes(), 10**6), weights.config.model)) / 127.5 - 1
     tokens = [TOKENS.index(word) for word in (case.text or "").split()]
-    expected = case.expected(model, [pixels.permute(2, 0, 1)[None]] * case.images, torch.tensor([[2, *tokens, 3]]))
+    expected = case.predictions(model, [pixels.permute(2, 0, 1)[None]] * case.images, torch.tensor([[2, *tokens, 3]]))
     one, two = [*[photo] * case.images, None, None][:2]
     if not expected:
         with pytest.raises(ConfigError, match="nothing can be predicted"):
