@@ -1,10 +1,10 @@
 """Every interleaving of two attempts' storage calls, for tests of how they affect each other.
 
-    explored = explore({"old": old_attempt, "new": new_attempt}, begin, check, check_end)
+    interleavings, states, runs = explore({"old": old_attempt, "new": new_attempt}, begin, check, check_end)
 
 `begin(storage)` fills the store. An attempt is a function of its own Storage; each call of that Storage waits for its
 turn, and one call is made at a time. Interleavings that lead to the same store, with both attempts having received the
-same results, continue identically, so each such state is entered once; `explored.interleavings` counts the paths.
+same results, continue identically, so each such state is entered once; `interleavings` counts the paths.
 `check(disk)` is called in every state: it sees what a third process would see if both attempts were killed there.
 `check_end` is called where both have ended.
 
@@ -166,23 +166,17 @@ class _Turns:
             thread.join(SECONDS)
 
 
-@dataclass(frozen=True)
-class Explored:
-    interleavings: int
-    states: int
-    runs: int
-
-
 def explore(
     attempts: Mapping[str, Callable[[Storage], None]],
     begin: Callable[[Storage], None],
     check: Callable[[Disk], None],
     check_end: Callable[[Disk], None],
     max_switches: int | None = None,
-) -> Explored:
+) -> tuple[int, int, int]:
     """Enter every state, or those reached with at most `max_switches` switches between the attempts.
 
-    An AssertionError of a check, or an error of an attempt, names the schedule that led there.
+    Returns the numbers of interleavings, states and runs. An AssertionError of a check, or an error of an attempt, tells
+    the schedule that led there in a note.
     """
     successors: dict[bytes, dict[str, bytes]] = {}  # state -> attempt that continues -> next state
     frontier: list[tuple[str, ...]] = [()]
@@ -247,4 +241,4 @@ def explore(
 
     for state in reversed(successors):  # later states first: no deep recursion
         num_paths(state)
-    return Explored(num_paths(next(iter(successors))), len(successors), runs)
+    return num_paths(next(iter(successors))), len(successors), runs

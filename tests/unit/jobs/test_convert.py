@@ -7,6 +7,7 @@ whose code is not packaged, the tensors of our models, which tests/golden compar
 import json
 import random
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -461,18 +462,13 @@ def test_mutated_folders_raise_only_mome_errors(name: str, tmp_path: Path) -> No
     """Mutate every file that the import reads. A mutation that only changes a number may be imported."""
     case, _, _, folder = publish(name, tmp_path, "shards")
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
-    rng, escaped = random.Random(f"folders {name}"), []
+    rng = random.Random(f"folders {name}")
     for number in range(fuzz_rounds(25)):
         target = rng.choice(sorted(whole))
         (folder / target).write_bytes(mutate(whole[target], rng))
-        try:
+        with suppress(MomeError):
             import_weights(str(folder), case.format, f"{tmp_path}/out-{number}")
-        except MomeError:
-            pass
-        except Exception as error:
-            escaped.append(f"{target}: {type(error).__name__}: {error}")
         (folder / target).write_bytes(whole[target])
-    assert escaped == []
 
 
 def test_tensors_of_unsupported_dtype_are_rejected(tmp_path: Path) -> None:

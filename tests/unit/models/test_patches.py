@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,16 +216,11 @@ def test_file_that_is_not_a_tokenizer_is_rejected(files: tuple[bytes, bytes, str
 
 def test_mutated_tokenizers_raise_only_checkpoint_errors(files: tuple[bytes, bytes, str]) -> None:
     config, weights, origin = files
-    rng, escaped = random.Random("tokenizers"), []
+    rng = random.Random("tokenizers")
     for number in range(fuzz_rounds(30)):
-        try:
-            damaged = mutate(config, rng) if number % 2 else config
-            read_tokenizer(damaged, weights if number % 2 else mutate(weights, rng), origin)
-        except CheckpointError:
-            pass
-        except Exception as error:
-            escaped.append(repr(error))
-    assert escaped == []
+        damaged = (mutate(config, rng), weights) if number % 2 else (config, mutate(weights, rng))
+        with suppress(CheckpointError):
+            read_tokenizer(*damaged, origin)
 
 
 def stage(**keys: object) -> StageConfig:

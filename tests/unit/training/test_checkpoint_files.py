@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,6 @@ def test_mutated_files_with_correct_digests_raise_mome_errors(tmp_path: Path) ->
     save(tmp_path)
     rng, names = random.Random("weights"), ("weights.safetensors", "vocab.txt", MANIFEST)
     whole = {name: (tmp_path / name).read_bytes() for name in names}
-    escaped = []
     for _ in range(fuzz_rounds(100)):
         for name, data in whole.items():
             (tmp_path / name).write_bytes(data)
@@ -223,10 +223,5 @@ def test_mutated_files_with_correct_digests_raise_mome_errors(tmp_path: Path) ->
             rewritten(tmp_path, lambda manifest: None)
         except (ValueError, KeyError, AttributeError, TypeError):
             continue  # the mutated manifest cannot be rewritten
-        try:
+        with suppress(MomeError):
             load_weights(Storage(), str(tmp_path))
-        except MomeError:
-            pass
-        except Exception as error:
-            escaped.append(f"{name}: {type(error).__name__}: {error}")
-    assert escaped == []

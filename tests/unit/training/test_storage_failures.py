@@ -211,6 +211,6 @@ def test_no_interleaving_of_two_attempts_loses_or_damages_data(
             assert STAGE in committed(disk)
 
     max_switches = None if fuzz_rounds(1) > 1 else max_switches
-    explored = explore({"old": old, "new": new}, begin, check, check_end, max_switches)
-    print(f"keep {keep}: {explored.interleavings:.3g} interleavings, {explored.states} states, {explored.runs} runs")
-    assert explored.interleavings > 500
+    interleavings, states, runs = explore({"old": old, "new": new}, begin, check, check_end, max_switches)
+    print(f"keep {keep}: {interleavings:.3g} interleavings, {states} states, {runs} runs")
+    assert interleavings > 500
