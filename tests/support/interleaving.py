@@ -175,8 +175,8 @@ def explore(
 ) -> tuple[int, int, int]:
     """Enter every state, or those reached with at most `max_switches` switches between the attempts.
 
-    Returns the numbers of interleavings, states and runs. An AssertionError of a check, or an error of an attempt, tells
-    the schedule that led there in a note.
+    Returns the numbers of interleavings, states and runs. A failed check, or an error of an attempt, is noted with the
+    schedule that led there.
     """
     successors: dict[bytes, dict[str, bytes]] = {}  # state -> attempt that continues -> next state
     frontier: list[tuple[str, ...]] = [()]
