@@ -8,6 +8,7 @@ of the model's parameters (the modality vectors are one table).
 import logging
 import math
 import re
+import sys
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ SIZES = {"width": "hidden_size", "layers": "num_hidden_layers"}  # ours -> confi
 IMAGE_SIZES = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
 MASK, SECOND = "image_embedding.mask", "image_embedding.second"
 MODALITIES = ("text_embedding.modality", "image_embedding.modality", SECOND)
+POSITIONED = ("image_embedding.patch.weight", "image_embedding.positions", "text_embedding.positions")
 SIDE_BY_SIDE = {"positions.image": 1}  # the dimension that joins several published tensors, where it is not 0
 
 COUNTED = {  # parameters whose rows count the words and the outputs of heads
@@ -73,7 +75,6 @@ class Format:
     outside: ClassVar[Table] = {}
     layers: ClassVar[str] = "encoder.layer."  # what is in front of a layer's number
     layer: ClassVar[Table] = HUGGING_FACE_LAYER
-    expert: ClassVar[str] = "vision"  # of which every checkpoint has tensors
     optional: ClassVar[tuple[str, ...]] = ()  # parts that a checkpoint may lack, and is then read and written without
     prefix: ClassVar[str] = ""  # of the names of a model inside a class with heads; a model without them lacks it
     unprefixed: ClassVar[tuple[str, ...]] = ()  # how the names of the heads begin
@@ -84,6 +85,9 @@ class Format:
     keys: ClassVar[dict[str, str]] = {"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"}  # ours -> theirs
     computed: ClassVar[dict[str, tuple[Any, ...]]] = {"hidden_act": ("gelu",), "num_channels": (3,)}  # supported
     sizes: ClassVar[dict[str, str]] = IMAGE_SIZES  # ours -> theirs, of keys that tensors show as well
+    # Our parameters that show them: the first embedding, positions of patches and of words, a matrix of layer 0.
+    shown: ClassVar[tuple[str, str, str, str]] = (*POSITIONED, "blocks.0.experts.vision.expand.weight")
+    max_text_length: ClassVar[int] = sys.maxsize  # of which longer positions are cut
     resample: ClassVar[int] = BICUBIC  # Pillow's number of the kernel that the processor uses unless it says so
 
     def section(self, config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,39 +122,51 @@ class Format:
     def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Infer the `model` section of a published state from `overrides`, else tensor shapes, else ConfigError."""
         state = self.prepare(state)
-        expand_name, fused_name = (f"experts.{expert}.expand.weight" for expert in (self.expert, "vision_language"))
-        shown = ("image_embedding.patch.weight", "image_embedding.positions", "text_embedding.positions")
-        shown_names = [self.names(name) for name in (*shown, f"blocks.0.{expand_name}")]
-        patch, image, text, expand = (state.get(names[0]) if names else None for names in shown_names)
+        first, image, text, expand = (state.get((*self.names(name), "")[0]) for name in self.shown)
         table = next((state[name] for name in self.tables if name in state), None)
-        if patch is None or expand is None or (image is None and table is None):
-            raise ConfigError(f"no {self.title} checkpoint: the patch projection, layer 0 or positions are missing")
+        is_image = "patch_size" in self.sizes
+        if first is None or expand is None or (image is None and table is None if is_image else text is None):
+            raise ConfigError(f"no {self.title} checkpoint: the first embedding, positions or layer 0 are missing")
         assert self.kinds is not None
-        width, patch_size, layers = len(patch), patch.shape[-1], layer_count(state, self.prefix + self.layers)
-        section: dict[str, Any] = {"kind": self.kinds[0], "width": width, "layers": layers, "patch_size": patch_size}
-        section["mlp_ratio"] = len(expand) // width
+        prefix = re.escape(self.prefix + self.layers)
+        numbers = {int(match[1]) for name in state if (match := re.match(rf"{prefix}(\d+)\.", name))}
+        width, layers = expand.shape[1], len(numbers)
+        if gaps := [number for number in range(layers) if number not in numbers]:
+            raise CheckpointError(f"the checkpoint has {layers} layers, but none numbered {gaps[0]}; it is incomplete")
+        mlp_ratio = len(expand) // width
+        section: dict[str, Any] = {"kind": self.kinds[0], "width": width, "layers": layers, "mlp_ratio": mlp_ratio}
+        patch_size = first.shape[-1]
+        if is_image:
+            section["patch_size"] = patch_size
         if image is not None:
             section["image_size"] = round((image.shape[1] - 1) ** 0.5) * patch_size
         if text is not None:
-            section["max_text_length"] = len(text)
-        is_vilt = section["kind"] == "vilt"
+            section["max_text_length"] = min(len(text), self.max_text_length)
+        assumed = {"heads": (max(1, width // HEAD_WIDTH), f"width/{HEAD_WIDTH}")}  # value and reason
         if self.tables:  # a VLMo
             section["positions"] = "absolute" if table is None else "relative"
             section["layer_scale"] = 0.1 if self.names("blocks.0.attention_gamma")[0] in state else None
-            fused = [n for n in range(layers) if not state.keys().isdisjoint(self.names(f"blocks.{n}.{fused_name}"))]
-            key, upper = "vision_language_layers", 3 if layers > 12 else min(2, layers - 1)
-            reason = f"VLMo's, for {layers} layers"
-            section[key] = layers - fused[0] if fused else assumed(key, upper, reason, overrides)
-        if table is not None and self.tables[-1].startswith(self.prefix + self.layers):
-            section |= {"heads": table.shape[1], "image_size": (round((len(table) - 3) ** 0.5) + 1) // 2 * patch_size}
-        elif table is not None:
-            section["heads"] = table.shape[1] // layers
-        elif self.tables and width in PUBLISHED_HEADS:
-            section["heads"] = assumed("heads", PUBLISHED_HEADS[width], f"VLMo's, for width {width}", overrides)
-        else:
-            section["heads"] = assumed("heads", max(1, width // HEAD_WIDTH), f"width/{HEAD_WIDTH}", overrides)
+            names = [self.names(f"blocks.{n}.experts.vision_language.expand.weight") for n in range(layers)]
+            if fused := [n for n in range(layers) if not state.keys().isdisjoint(names[n])]:
+                section["vision_language_layers"] = layers - fused[0]
+            else:
+                upper = 3 if layers > 12 else min(2, layers - 1)
+                assumed["vision_language_layers"] = (upper, f"VLMo's, for {layers} layers")
+            if width in PUBLISHED_HEADS:
+                assumed["heads"] = (PUBLISHED_HEADS[width], f"VLMo's, for width {width}")
+        if table is not None:
+            is_of_layer = self.tables[-1].startswith(self.prefix + self.layers)
+            section["heads"] = table.shape[1] if is_of_layer else table.shape[1] // layers
+            if is_of_layer:
+                section["image_size"] = (round((len(table) - 3) ** 0.5) + 1) // 2 * patch_size
+        for key, (value, reason) in assumed.items():
+            if key not in section and key not in overrides:
+                log.warning("%s=%s assumed (%s); give %s=N if that is wrong", key, value, reason, key)
+                section[key] = value
         section |= overrides
-        return {"longest_side": int(LONGER_TO_SHORTER * section["image_size"])} | section if is_vilt else section
+        if section["kind"] == "vilt":
+            section.setdefault("longest_side", int(LONGER_TO_SHORTER * section["image_size"]))
+        return section
 
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
         """Convert a published state to ours, with its own numbers of words, answers and classes.
@@ -291,18 +307,3 @@ def require(state: Mapping[str, Tensor], shapes: Mapping[str, Shape], allowed: C
     if len(lines) > 1:
         raise CheckpointError("\n".join(lines))
     return {name for name, shape in shapes.items() if actual.get(name) == shape}
-
-
-def layer_count(state: State, prefix: str) -> int:
-    """Return the number of layers; CheckpointError unless they are numbered after `prefix` from 0 without a gap."""
-    layers = {int(match[1]) for name in state if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", name))}
-    if gaps := [number for number in range(len(layers)) if number not in layers]:
-        raise CheckpointError(f"the checkpoint has {len(layers)} layers, but none numbered {gaps[0]}; it is incomplete")
-    return len(layers)
-
-
-def assumed(key: str, value: int, reason: str, overrides: Mapping[str, Any]) -> int:
-    """Return `value` for a key that no tensor shows, with a warning unless it is in `overrides`."""
-    if key not in overrides:
-        log.warning("%s=%s assumed (%s); give %s=N if that is wrong", key, value, reason, key)
-    return value

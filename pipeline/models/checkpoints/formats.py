@@ -14,7 +14,7 @@ import torch
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models.checkpoints import conversion
-from pipeline.models.checkpoints.conversion import MASK, MODALITIES, Format, Names, Shape, State, Table, assumed
+from pipeline.models.checkpoints.conversion import MASK, MODALITIES, Format, Names, Shape, State, Table
 from pipeline.models.encoders import VILT_EXPERT
 from pipeline.models.resize import cut_text_positions
 
@@ -132,7 +132,7 @@ class ViLTFormat(Format):
         f"experts.{VILT_EXPERT}.expand": "mlp.fc1",
         f"experts.{VILT_EXPERT}.contract": "mlp.fc2",
     }
-    expert: ClassVar = VILT_EXPERT
+    shown: ClassVar = (*conversion.POSITIONED, f"blocks.0.experts.{VILT_EXPERT}.expand.weight")
     optional: ClassVar = ("pooler", "itm_head", "mlm_head", "vqa_head", "nlvr2_head", "ranking_head")
     unused: ClassVar = r"text_embeddings\.position_ids$"
 
@@ -308,7 +308,6 @@ class BEiTFormat(Format):
 WORDS, POSITIONS = (f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
 DECODER, BIAS = "cls.predictions.decoder.weight", "cls.predictions.bias"
 BIAS_AGAIN = "cls.predictions.decoder.bias"  # the same tensor, saved twice by some versions of transformers
-MAX_TEXT = ImageBERTConfig.model_fields["max_text_length"].default
 
 
 class BERTFormat(Format):
@@ -342,23 +341,12 @@ class BERTFormat(Format):
         "is_decoder": (False,),
         "add_cross_attention": (False,),
     }
-    sizes: ClassVar = conversion.SIZES
-
-    def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Infer the sizes that BERT has; those that it lacks, such as regions', are ImageBERT's defaults."""
-        state = self.prepare(state)
-        expand = state.get("bert.encoder.layer.0.intermediate.dense.weight")
-        if WORDS not in state or POSITIONS not in state or expand is None:
-            raise ConfigError("no BERT checkpoint: the word embedding, positions or layer 0 are missing")
-        width = state[WORDS].shape[1]
-        return {
-            "kind": "imagebert",
-            "width": width,
-            "layers": conversion.layer_count(state, self.prefix + self.layers),
-            "heads": assumed("heads", max(1, width // conversion.HEAD_WIDTH), "width/64", overrides),
-            "mlp_ratio": len(expand) // width,
-            "max_text_length": min(len(state[POSITIONS]), MAX_TEXT),
-        } | dict(overrides)
+    sizes: ClassVar = conversion.SIZES  # those that it lacks, such as regions', are ImageBERT's defaults
+    shown: ClassVar = (
+        *("text_embedding.word_embeddings.weight", "", "text_embedding.position_embeddings.weight"),
+        "encoder.layer.0.intermediate.dense.weight",
+    )
+    max_text_length: ClassVar = ImageBERTConfig.model_fields["max_text_length"].default
 
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
         """Convert as `Format`; ConfigError for a `max_text_length` above the number of BERT's positions."""
