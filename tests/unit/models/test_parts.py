@@ -130,7 +130,7 @@ def test_fused_bias_has_one_value_per_cross_direction_and_longer_text_keeps_it()
     assert torch.equal(module(1, False)[1, :, 0, 0], module.text[-1, HEADS:]), "columns are layers, then heads"
 
 
-# ---- absolute grids
+# ---- absolute grids and relative tables
 
 
 def positions(grid: int, width: int = 3) -> Tensor:
@@ -162,20 +162,6 @@ def bicubic(image: np.ndarray, new: int, a: float = -0.75) -> np.ndarray:
     return np.einsum("ay,bx,yxd->abd", weights, weights, image)
 
 
-@pytest.mark.parametrize(("old", "new"), GRIDS)
-def test_grids_equal_keys_kernel_and_ndimage_zoom_of_order_1(old: int, new: int) -> None:
-    before = positions(old)
-    after = resize_grid(before, new, "bicubic")
-    close(after[1:], bicubic(square(before[1:]), new))
-    assert torch.equal(after[0], before[0])
-    for grid in ((new, new), (new, old + 1)):  # which need not stay square
-        zoomed = zoom(square(before[1:]), (grid[0] / old, grid[1] / old, 1), order=1)
-        close(resize_grid(before, grid, "bilinear")[1:], zoomed)
-
-
-# ---- relative tables
-
-
 def geometric_by_roots(old: int, new: int) -> np.ndarray:
     """Return BEiT's progression, with its ratio from a polynomial's root instead of bisection.
 
@@ -191,7 +177,7 @@ def geometric_by_roots(old: int, new: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("old", "new"), GRIDS)
-def test_relative_table_equals_fitpacks_bivariate_spline(old: int, new: int) -> None:
+def test_tables_equal_fitpacks_spline_and_grids_keys_kernel_or_ndimage_zoom(old: int, new: int) -> None:
     """`interp2d(kind='cubic')` on a grid called the FITPACK routine that RectBivariateSpline calls (regrid_smth)."""
     before, after = table(old), resize_relative_grid(table(old), new)
     assert after.shape == ((2 * new - 1) ** 2 + 3, before.shape[1])
@@ -200,9 +186,16 @@ def test_relative_table_equals_fitpacks_bivariate_spline(old: int, new: int) -> 
         spline = RectBivariateSpline(places, places, square(before[:-3])[..., column], kx=3, ky=3, s=0)
         close(after[:-3, column], spline(wanted, wanted))
     assert torch.equal(after[-3:], before[-3:])
+    before = positions(old)
+    after = resize_grid(before, new, "bicubic")
+    close(after[1:], bicubic(square(before[1:]), new))
+    assert torch.equal(after[0], before[0])
+    for grid in ((new, new), (new, old + 1)):  # which need not stay square
+        zoomed = zoom(square(before[1:]), (grid[0] / old, grid[1] / old, 1), order=1)
+        close(resize_grid(before, grid, "bilinear")[1:], zoomed)
 
 
-def test_smooth_function_of_distance_is_preserved() -> None:
+def test_smooth_function_of_distance_is_preserved_and_small_tables_are_finite() -> None:
     """A bias that is a function of distance is the same function on the new grid; the largest distance stays so."""
     old, new = 14, 24
     places = geometric_by_roots(2 * old - 1, 2 * new - 1)
@@ -214,7 +207,6 @@ def test_smooth_function_of_distance_is_preserved() -> None:
     distance = (down[:, None] - down).abs() + (across[:, None] - across).abs()
     bias = after[image_index(new)[1:, 1:]].squeeze(-1)
     assert (bias - torch.exp(-distance / 5)).abs().max() < 0.06  # a cubic cannot represent the kink at 0
-
     for small, larger in ((2, 3), (1, 4), (2, 1)):  # too small for a cubic
         after = resize_relative_grid(table(small), larger)
         assert len(after) == (2 * larger - 1) ** 2 + 3

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.ndimage
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -134,17 +133,6 @@ def test_decoder_has_sine_positions_and_ignores_padding() -> None:
     features, visible, masked = torch.randn(2, 4, 24), torch.tensor([[0, 4, 2], [8, 1, 3]]), torch.tensor([[7], [5]])
     padded, longer = torch.cat([features, torch.randn(2, 2, 24)], dim=1), F.pad(visible, (0, 2), value=-1)
     torch.testing.assert_close(decoder(padded, longer, masked), decoder(features, visible, masked))
-
-
-def test_vits_positions_are_resized_as_in_the_jax_release() -> None:
-    larger = build_model(VIT.model_copy(update={"image_size": 40}), 0, HeadConfig(classes=7))
-    before = build_model(VIT, 0, HeadConfig(classes=5), seed=1).state_dict()
-    after = larger.resize_state(before, VIT)
-    name = "image_embedding.positions"
-    zoomed = scipy.ndimage.zoom(before[name][1:].reshape(3, 3, 24).numpy(), (5 / 3, 5 / 3, 1), order=1)
-    np.testing.assert_allclose(after[name][1:].reshape(5, 5, 24).numpy(), zoomed, atol=1e-6)
-    assert torch.equal(after[name][0], before[name][0])
-    assert all(torch.equal(after[other], before[other]) for other in before if other != name)
 
 
 # ---- visual tokens: the target that a frozen DALL-E encoder gives each patch
