@@ -23,7 +23,7 @@ from pipeline.config.durable import atomic_write
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.redaction import printable
 from pipeline.config.urls import parse
-from pipeline.pages.formatting import duration
+from pipeline.pages.charts import duration
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -256,8 +256,8 @@ def _deliver(
         step = [] if key.step is None else [f"step-{key.step}"]
         return file_name_of("@".join([key.name, *stage, *step]))
 
-    stages = read_records(config, storage).stages
-    curves = {stage.name: [(step, loss) for _, step, loss in stage.series("train/loss")] for stage in stages}
+    records = read_records(config, storage).stages
+    curves = {r.config.name: [(step, loss) for _, step, loss in r.series("train/loss")] for r in records}
     page = eval_report.render_report(data, config, curves, other).encode()
     try:
         eval_report.save_report_data(storage, config.folder, data)

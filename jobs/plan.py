@@ -20,8 +20,7 @@ from pipeline.config.urls import is_local
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
-from pipeline.pages.charts import Axis
-from pipeline.pages.formatting import duration
+from pipeline.pages.charts import Axis, duration
 from pipeline.pages.page import render_page
 from pipeline.planning import estimate as planning
 from pipeline.planning.estimate import Accelerator, Assumptions, Network, StageEstimate, StageSettings
@@ -272,7 +271,7 @@ def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
     lines = [part for line in assumed for part in textwrap.wrap(line, LINE_CHARACTERS)]
     powers = range(math.ceil(math.log10(y_of.low)), math.floor(math.log10(y_of.high)) + 1)
     return render_page(
-        "scaling.svg.j2", [Path(__file__).parent], subject=title, title=title,
+        "jobs/scaling.svg.j2", subject=title, title=title,
         plans=list(zip(plans, itertools.cycle(COLOURS), strict=False)),
         lines=[(bottom + 55 + LINE_HEIGHT * row, line) for row, line in enumerate(lines)],
         height=bottom + 65 + LINE_HEIGHT * len(lines),

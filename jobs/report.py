@@ -13,7 +13,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import join
-from pipeline.pages.formatting import significant
+from pipeline.pages.charts import significant
 from pipeline.reports.comparison import Comparison, compare, render_comparison
 from pipeline.reports.run_folder import open_run
 from pipeline.reports.run_report import ALERT, OVER, collect_report, render_run_report

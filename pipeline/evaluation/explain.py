@@ -12,7 +12,6 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -164,8 +163,7 @@ def render_explanation(explanation: Explanation, text: str, heading: str, notes:
     panels = [draw_heat_map(explanation), *(draw_heat_map(explanation, word) for word in explanation.words)]
     uris = [thumbnail(panel, PANEL, lossless=PANEL) for panel in panels]
     return render_page(
-        "explain.html.j2",
-        [Path(__file__).parent],
+        "pipeline/evaluation/explain.html.j2",
         subject=subject,
         explanation=explanation,
         text=text,

@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -28,14 +27,12 @@ from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.masked import MaskedLanguage, MaskedTokenPredictions, words_of
 from pipeline.evaluation.retrieval import BothDirections, Ranked
-from pipeline.pages.charts import Measure, Series, line_chart
-from pipeline.pages.formatting import percent
+from pipeline.pages.charts import Measure, Series, line_chart, percent
 from pipeline.pages.page import LOSSLESS, render_page, thumbnail
 from pipeline.tracking.describe import config_yaml
 
 log = logging.getLogger(__name__)
 
-HERE = Path(__file__).parent  # of the templates
 FOLDER = "evaluations"
 LATEST = 4_000_000_000_000  # milliseconds since 1970: the year 2096
 SHOWN = 4  # retrievals at each end
@@ -271,8 +268,7 @@ def render_report(
     drawn = {name: sorted(points) for name, points in curves.items() if points}
     common = data.metrics.keys() & (against.metrics.keys() if against else set()) - {"pairs"}
     return render_page(
-        "report.html.j2",
-        [HERE],
+        "pipeline/evaluation/report.html.j2",
         subject=f"evaluation {config.folder} {data.key}",
         shown=data,
         links=links,

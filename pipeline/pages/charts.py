@@ -1,4 +1,4 @@
-"""Polyline charts as coordinates and labels, which the pages' templates render as SVG.
+"""Number formats, and polyline charts as coordinates and labels, which the pages' templates render as SVG.
 
 A chart has one panel per measure, stacked above a shared axis (steps or seconds). Stages are bands of that axis, and
 events are marks across all panels. Coordinates are in units of the drawing; y grows downwards.
@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 34, 22  # margins: stage names and marks above, the axis below
@@ -17,6 +18,35 @@ MAX_POINTS = 400  # of a line; more are averaged
 TIME_UNITS = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (72 * 3600.0, 3600.0, "h"), (math.inf, 86400.0, "d"))
 
 
+def percent(fraction: float | None) -> str:
+    """Return '12.5 %' with a no-break space: one decimal, two below one percent, a dash for None."""
+    if fraction is None:
+        return "–"
+    return f"{fraction * 100:.{2 if 0 < round(fraction, 4) < 0.01 else 1}f}\N{NO-BREAK SPACE}%"
+
+
+def significant(value: float) -> str:
+    """Return four significant digits: '0.001235', '12.35', '12,346'."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Return `1 h 02 min`, `3 min 05 s` or `12 s`; one decimal below ten seconds."""
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60:,} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def moment(milliseconds: float) -> str:
+    """Return a time since 1970 as '2026-11-21 18:32:05 UTC'; a dash outside the years 1970 to 9999."""
+    if not 0 <= milliseconds < 253_402_300_800_000:  # the year 10000
+        return "–"
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
 class Series(NamedTuple):
     """Points (x, value) that are joined by a line; `stage` selects the colour."""
 
@@ -24,8 +54,7 @@ class Series(NamedTuple):
     points: Sequence[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Measure:
+class Measure(NamedTuple):
     """The content of one panel."""
 
     name: str

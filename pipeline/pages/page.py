@@ -1,11 +1,9 @@
 """Rendering of HTML pages: one file with styles, charts and images inside, without network access or scripts."""
 
 import base64
-import functools
 import hashlib
 import io
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,16 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from pipeline.pages.formatting import duration, moment, number, percent, significant
+from pipeline.pages.charts import duration, moment, percent, significant
 
 THUMBNAIL = 160  # maximum side in pixels
 LOSSLESS = 96  # images up to this side are stored losslessly
+HERE = Path(__file__).parent
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader([HERE, HERE.parents[1]]), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
+    lstrip_blocks=True,
+)  # fmt: skip
+ENVIRONMENT.filters |= {f.__name__: f for f in (percent, significant, duration, moment)}
 
 
 def signature(subject: str) -> str:
@@ -24,22 +28,13 @@ def signature(subject: str) -> str:
     return f"mome {hashlib.sha256(subject.encode(errors='replace')).hexdigest()[:32]}"
 
 
-def render_page(template: str, folders: Sequence[Path], subject: str, **values: Any) -> str:
-    """Render `template` from `folders`, which may use the shared templates of this folder (`base.html.j2`, …).
+def render_page(template: str, subject: str, **values: Any) -> str:
+    """Render a template, named by its path from the root of the code, or by its name in this folder.
 
     The page carries the signature of `subject`: a page may only overwrite an older one of the same subject.
     """
-    page = _environment(tuple(folders)).get_template(template)
-    return page.render(written=moment(1000 * time.time()), signature=signature(subject), **values)
-
-
-@functools.lru_cache  # keeps the compiled templates
-def _environment(folders: tuple[Path, ...]) -> Environment:
-    loader = FileSystemLoader([*folders, Path(__file__).parent])
-    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, undefined=StrictUndefined, **options)
-    environment.filters |= {f.__name__: f for f in (percent, number, significant, duration, moment)}
-    return environment
+    written, marker = moment(1000 * time.time()), signature(subject)
+    return ENVIRONMENT.get_template(template).render(written=written, signature=marker, **values)
 
 
 def thumbnail(pixels: Any, side: int = THUMBNAIL, lossless: int = LOSSLESS) -> str:

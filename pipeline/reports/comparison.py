@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import flatten
@@ -52,11 +51,10 @@ def compare(runs: Sequence[RunFolder]) -> Comparison:
     by_path: dict[str, dict[str, Any]] = {}
     explicit: set[str] = set()
     for number, (own_name, run) in enumerate(zip(names, runs, strict=True)):
-        for index, record in enumerate(run.stages):
-            first = run.config.stage_start(index)
+        for record in run.stages:
             if series := record.series("train/loss"):
-                curve = [(float(step - first), value) for _, step, value in series]
-                losses.setdefault(record.name, []).append(Series(number, curve))
+                curve = [(float(step - record.first_step), value) for _, step, value in series]
+                losses.setdefault(record.config.name, []).append(Series(number, curve))
         for group, name, value in _results_of(run):
             results.setdefault(group, {}).setdefault(name, [None] * len(runs))[number] = value
         for path, setting in flatten(_by_name(run.values)).items():
@@ -87,9 +85,8 @@ def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
     yield "Run", "restarts", float(run.num_restarts)
     yield "Run", "bad samples replaced", float(sum(1 for _ in run.records(*QUARANTINE)))
     for record in run.stages:
-        yield "Last loss", record.name, record.last("train/loss")
-    for record in run.stages:
-        yield "Samples per second (median)", record.name, record.samples_per_second
+        yield "Last loss", record.config.name, record.last("train/loss")
+        yield "Samples per second (median)", record.config.name, record.samples_per_second
     evaluations = load_report_data(run.storage, run.folder)
     for data in reversed(evaluations):
         key = data.key
@@ -116,7 +113,7 @@ def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
     for record in run.stages:
         for start in record.starts:
             for dataset in start["datasets"]:
-                yield "Data digest", f"{record.name}: {dataset['name']}", dataset["digest"][:16]
+                yield "Data digest", f"{record.config.name}: {dataset['name']}", dataset["digest"][:16]
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -125,5 +122,4 @@ def render_comparison(comparison: Comparison) -> str:
         stage: line_chart([Measure("loss", curves, HEIGHT)], WIDTH) for stage, curves in comparison.losses.items()
     }
     subject = f"comparison {' '.join(comparison.folders)}"
-    here = [Path(__file__).parent]
-    return render_page("comparison.html.j2", here, subject=subject, comparison=comparison, loss_charts=charts)
+    return render_page("pipeline/reports/comparison.html.j2", subject, comparison=comparison, loss_charts=charts)

@@ -8,11 +8,11 @@ import logging
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import RecordedLocation, parse_config, stored_config
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.journal import EVALUATION, Record, is_held
 from pipeline.tracking.locations import read_journal
@@ -27,11 +27,8 @@ QUARANTINE: tuple[str, Mapping[str, Any]] = ("quarantine", _BAD_SAMPLE)
 
 log = logging.getLogger(__name__)
 
-Values = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class MetricPoint:
+class MetricPoint(NamedTuple):
     """Metrics that were recorded together."""
 
     at: int  # milliseconds since 1970
@@ -43,16 +40,17 @@ class MetricPoint:
 class StageRecord:
     """A stage's records from all sessions."""
 
-    name: str
+    config: StageConfig
+    first_step: int  # the global step at which it starts
     points: list[MetricPoint] = field(default_factory=list)
     starts: list[Record] = field(default_factory=list)  # its `stage` records, one per start
     tags: dict[str, str] = field(default_factory=dict)  # the last value of each
     status: str = ""  # empty while the stage is running or after it was interrupted
 
     @property
-    def reached(self) -> int | None:
+    def reached(self) -> int:
         """The highest recorded step. A checkpoint's points are recorded late, after those of later steps."""
-        return max((point.step for point in self.points), default=None)
+        return max((point.step for point in self.points), default=0)
 
     @property
     def samples_per_second(self) -> float | None:
@@ -68,8 +66,7 @@ class StageRecord:
         return [(p.at, p.step, p.values[metric]) for p in self.points if metric in p.values]
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(NamedTuple):
     """The first and last record of a process that trained, in milliseconds, and its tags."""
 
     start: int
@@ -77,8 +74,7 @@ class Session:
     tags: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Tag:
+class Tag(NamedTuple):
     """A tag of the run or of a stage at the time it was set."""
 
     at: int
@@ -110,7 +106,7 @@ class RunFolder(JournalContents):
     storage: Storage  # the caller's
     config: RunConfig
     recorded: RecordedLocation
-    values: Values
+    values: dict[str, Any]
     reached: int  # the highest recorded global step
     num_restarts: int
     seconds: dict[str, float]  # by phase (`pipeline.training.goodput`); empty if unknown
@@ -120,7 +116,7 @@ class RunFolder(JournalContents):
         """Return the config as stored, for display."""
         return parse_config(json.dumps(self.values), join(self.folder, RUN_FILE))
 
-    def records(self, folder: str, types: Mapping[str, Any]) -> Iterator[Values]:
+    def records(self, folder: str, types: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the JSON objects in a folder's files (one per line in .jsonl) that have values of these types."""
         for name in self.storage.list(join(self.folder, folder)):
             if not name.endswith((".json", ".jsonl")):
@@ -155,10 +151,10 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
     config, recorded = stored_config(values, url, folder)
     account = goodput.read_record(storage, folder)
     seconds = account.get("seconds") if isinstance(account, dict) else None
-    if (
-        not isinstance(seconds, dict)
-        or "training" not in seconds
-        or not all(isinstance(v, int | float) and 0 <= v < MAX_SECONDS for v in seconds.values())
+    if not (
+        isinstance(seconds, dict)
+        and "training" in seconds
+        and all(isinstance(v, int | float) and 0 <= v < MAX_SECONDS for v in seconds.values())
     ):
         seconds = {}
     total, contents = sum(seconds.values()), read_records(config, storage)
@@ -170,7 +166,7 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
         config=config,
         recorded=recorded,
         values=values,
-        reached=max((stage.reached or 0 for stage in contents.stages), default=0),
+        reached=max((stage.reached for stage in contents.stages), default=0),
         num_restarts=max(len(contents.sessions) - 1, 0),
         seconds=seconds,
         goodput=seconds["training"] / total if total else None,
@@ -180,8 +176,9 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
 def read_records(config: RunConfig, storage: Storage) -> JournalContents:
     """Collect the records of a run's journal by stage, without damaged ones; empty if there is no journal."""
     journal = read_journal(config.folder, storage)
-    contents = JournalContents([StageRecord(stage.name) for stage in config.stages])
-    known = (None, *range(len(config.stages)))  # the journal may be another run's, with more stages
+    stages = [StageRecord(stage, config.stage_start(index)) for index, stage in enumerate(config.stages)]
+    contents = JournalContents(stages)
+    known = (None, *range(len(stages)))  # the journal may be another run's, with more stages
     for session in journal.sessions():
         contents.is_live |= is_held(journal.path(session))
         records = [record for _, record in journal.records(session)]
@@ -191,7 +188,7 @@ def read_records(config: RunConfig, storage: Storage) -> JournalContents:
             contents.status = ""
         step: int | None = None  # the last one recorded in this session
         for record in records:
-            stage = None if record["stage"] is None else contents.stages[record["stage"]]
+            stage = None if record["stage"] is None else stages[record["stage"]]
             match record["kind"]:
                 case "run":
                     contents.run = record["run"]
@@ -203,7 +200,7 @@ def read_records(config: RunConfig, storage: Storage) -> JournalContents:
                 case "stage_end" if stage is not None:
                     stage.status = record["status"]
                 case "tag":
-                    name = None if stage is None else stage.name
+                    name = None if stage is None else stage.config.name
                     contents.tags.append(Tag(record["at"], step, name, record["key"], record["value"]))
                     if stage is not None:
                         stage.tags[record["key"]] = record["value"]

@@ -7,13 +7,11 @@ and a few quarantined samples. The template reads the run's records (`reports.ru
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pipeline.config.errors import DataError, MomeError
 from pipeline.config.load import check_stored_url
 from pipeline.config.redaction import redact
-from pipeline.config.schema import StageConfig
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_bytes
 from pipeline.data.quarantine import BadSample
@@ -21,8 +19,7 @@ from pipeline.data.shards.manifest import load_index, load_manifest, shard_folde
 from pipeline.data.shards.source import open_source, selection_url
 from pipeline.data.storage import join
 from pipeline.evaluation import report as eval_report
-from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart
-from pipeline.pages.formatting import significant
+from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart, significant
 from pipeline.pages.page import render_page, thumbnail
 from pipeline.reports.comparison import Comparison
 from pipeline.reports.run_folder import QUARANTINE, RESTARTS, RunFolder, StageRecord, Tag
@@ -32,7 +29,6 @@ from pipeline.tracking.locations import absolute_uri, default_uri, experiment_na
 from pipeline.tracking.mlflow_replay import Cursor
 from pipeline.training.goodput import PHASES
 
-HERE = Path(__file__).parent  # folder of the templates
 ALERT, SPIKE = "mome.alert.", "mome.spike."  # prefixes of tags
 OVER = "over at step"  # prefix of the text of an alert that is over (`pipeline.training.alerts`)
 SHOWN_VERSIONS = ("mome", "torch", "deepspeed", "ray", "mlflow")
@@ -52,16 +48,14 @@ MEASURES = (
 RETRIEVAL = ("i2t_r1", "t2i_r1")
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     at: int  # milliseconds since 1970
     step: int | None  # global; None before the first
     kind: Literal["begun", "restart", "spike", "alert", "evaluation"]
     text: str
 
 
-@dataclass(frozen=True)
-class SourceState:
+class SourceState(NamedTuple):
     """The data of a stage's source at the stage's start and now."""
 
     digest: str  # at the start; empty before
@@ -70,9 +64,7 @@ class SourceState:
     change: str = ""  # why the data differs from what was trained on; empty if it does not
 
 
-@dataclass(frozen=True)
-class StageReport:
-    config: StageConfig
+class StageReport(NamedTuple):
     record: StageRecord
     reached: int  # completed steps
     start_from: str
@@ -80,8 +72,7 @@ class StageReport:
     sources: dict[str, SourceState]
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Cost of all time since the first start, restarts and lost work included."""
 
     ranks: float  # mean over the training time
@@ -101,6 +92,11 @@ class QuarantinedSample(NamedTuple):
     reason: str
 
 
+ReasonCount = tuple[str, str, str, int, int]  # source, stage, reason, distinct samples, times
+# A sample that was read again: its image as a data URI, or the error that prevents showing it.
+Inspected = tuple[QuarantinedSample, str | None, str]
+
+
 @dataclass(frozen=True)
 class RunReport:
     run: RunFolder = field(repr=False)
@@ -114,9 +110,8 @@ class RunReport:
     cost: Cost | None
     evaluations: list[eval_report.ReportData]  # newest first
     bad_samples: float  # replaced; the quarantine may lag behind by the steps since the last checkpoint
-    quarantine_counts: list[tuple[str, str, str, int, int]]  # source, stage, reason, distinct samples, times
-    # A few samples of each reason, read again: the image as a data URI, or the error that prevents showing it.
-    quarantine: list[tuple[QuarantinedSample, str | None, str]]
+    quarantine_counts: list[ReasonCount]
+    quarantine: list[Inspected]  # a few samples of each reason
     lineage: dict[str, str]
     mlflow_page: str  # URL of the run in MLflow's web interface; empty if unknown
 
@@ -136,7 +131,7 @@ def collect_report(run: RunFolder, price: float | None = None, server: str | Non
         price = run.config.cluster.price if price is None else price
         cost = Cost(ranks, hours, price, hours * price)
     latest = {(tag.stage, tag.key): tag for tag in run.tags if tag.key.startswith(ALERT)}
-    stages = [_stage(run, index) for index in range(len(run.config.stages))]
+    stages = [_stage(run, record) for record in run.stages]
     counts, inspected = _inspect_quarantine(run)
     lineage, mlflow_page = _lineage(run, server)
     return RunReport(
@@ -158,16 +153,14 @@ def collect_report(run: RunFolder, price: float | None = None, server: str | Non
     )
 
 
-def _stage(run: RunFolder, index: int) -> StageReport:
-    stage, record = run.config.stages[index], run.stages[index]
+def _stage(run: RunFolder, record: StageRecord) -> StageReport:
     digests = {dataset["name"]: dataset["digest"] for start in record.starts for dataset in start["datasets"]}
-    first = run.config.stage_start(index)
-    start_from = record.tags.get("start_from", stage.start_from)
+    start_from = record.tags.get("start_from", record.config.start_from)
     for number, other in enumerate(run.config.stages):  # name an earlier stage of this run instead of its URL
         if start_from.endswith(f"/{run.name}/stages/{number}-{other.name}"):
             start_from = f"stage {other.name}"
     sources = {}
-    for name in stage.sources:
+    for name in record.config.sources:
         config, digest = run.config.sources[name], digests.get(name, "")
         try:
             check_stored_url(config.shards, f"sources.{name}.shards")
@@ -179,9 +172,8 @@ def _stage(run: RunFolder, index: int) -> StageReport:
             sources[name] = SourceState(digest, len(source.manifest.shards), int(source.counts.sum()), change)
         except MomeError as error:
             sources[name] = SourceState(digest, change=f"cannot be read now: {error}")
-    reached = (record.reached or first) - first
     seconds = (record.points[-1].at - record.starts[0]["at"]) / 1000 if record.points and record.starts else 0.0
-    return StageReport(stage, record, reached, start_from, seconds, sources)
+    return StageReport(record, max(record.reached - record.first_step, 0), start_from, seconds, sources)
 
 
 def _events(run: RunFolder) -> list[Event]:
@@ -243,9 +235,7 @@ def _lineage(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
     return {name: value for name, value in lineage.items() if value}, page
 
 
-def _inspect_quarantine(
-    run: RunFolder,
-) -> tuple[list[tuple[str, str, str, int, int]], list[tuple[QuarantinedSample, str | None, str]]]:
+def _inspect_quarantine(run: RunFolder) -> tuple[list[ReasonCount], list[Inspected]]:
     """Return `RunReport.quarantine_counts` and `RunReport.quarantine`."""
     fields, storage = QuarantinedSample._fields, run.storage
     times = Counter(QuarantinedSample(*(record[name] for name in fields)) for record in run.records(*QUARANTINE))
@@ -255,7 +245,7 @@ def _inspect_quarantine(
     counts = [(*kind, len(samples), sum(times[sample] for sample in samples)) for kind, samples in kinds.items()]
     # One of each kind before a second one of any, so that rare reasons are included.
     rounds = [samples[turn] for turn in range(MAX_PER_REASON) for samples in kinds.values() if turn < len(samples)]
-    inspected: list[tuple[QuarantinedSample, str | None, str]] = []
+    inspected: list[Inspected] = []
     for sample in rounds[:MAX_SAMPLES]:
         image, error = None, ""
         try:
@@ -283,8 +273,7 @@ def render_run_report(report: RunReport, comparison: Comparison | None = None) -
     """Return the report as an HTML page, with a comparison with other runs if given."""
     axes = {"steps": False, "time": True}
     return render_page(
-        "run_report.html.j2",
-        [HERE, eval_report.HERE],
+        "pipeline/reports/run_report.html.j2",
         subject=f"report {report.run.folder}",
         report=report,
         run=report.run,
@@ -304,18 +293,17 @@ def draw_curves(report: RunReport, width: int, in_seconds: bool) -> Chart:
         return (at - (report.started or at)) / 1000 if in_seconds else float(step or 0)
 
     starts = [event.at for event in report.events if event.kind in ("begun", "restart")]
-    records = [(index, record) for index, record in enumerate(report.run.stages) if record.points]
-    measures = []
+    records = [record for record in report.run.stages if record.points]
+    measures, evaluations = [], report.run.evaluations
     for metric, name, height in MEASURES:
         series = []
-        for number, (_, record) in enumerate(records):
+        for number, record in enumerate(records):
             for start, end in zip(starts, [*starts[1:], float("inf")], strict=True):  # no line crosses a restart
                 points = [(x_of(at, step), value) for at, step, value in record.series(metric) if start <= at < end]
                 if points:
                     series.append(Series(number, points))
         if series:
             measures.append(Measure(name, series, height))
-    evaluations = report.run.evaluations
     if len(evaluations) > 1:
         names = sorted({n for p in evaluations for n in p.values if n.startswith(EVALUATION) and n.endswith(RETRIEVAL)})
         recalls = [
@@ -324,13 +312,10 @@ def draw_curves(report: RunReport, width: int, in_seconds: bool) -> Chart:
         ]
         measures.append(Measure("retrieval R@1 in both directions", recalls, 60))
     stages = []
-    for index, record in records:
-        last, first_step = record.points[-1], report.run.config.stage_start(index)
+    for record in records:
         first_at = record.starts[0]["at"] if record.starts else record.points[0].at
-        stages.append((record.name, x_of(first_at, first_step), x_of(last.at, record.reached)))
-    marks = [
-        Mark(x_of(event.at, event.step), event.kind, event.text)
-        for event in report.events
-        if event.kind != "begun" and (in_seconds or event.step is not None)
-    ]
+        first, last = x_of(first_at, record.first_step), x_of(record.points[-1].at, record.reached)
+        stages.append((record.config.name, first, last))
+    shown = [event for event in report.events if event.kind != "begun" and (in_seconds or event.step is not None)]
+    marks = [Mark(x_of(event.at, event.step), event.kind, event.text) for event in shown]
     return line_chart(measures, width, stages, marks, in_seconds)

@@ -11,7 +11,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.explain import alignment_examples
 from pipeline.evaluation.report import build_report_data, render_report
 from pipeline.evaluation.retrieval import rankings
-from pipeline.pages.formatting import percent
+from pipeline.pages.charts import percent
 from pipeline.pages.page import thumbnail
 
 CURVES = {"vision": [(step, 2.0 / (step + 1)) for step in range(50)], "language": []}

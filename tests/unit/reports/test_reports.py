@@ -19,7 +19,7 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, Guess, render_explanation
 from pipeline.evaluation.report import render_report
-from pipeline.pages.formatting import significant
+from pipeline.pages.charts import significant
 from pipeline.pages.page import thumbnail
 from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import QUARANTINE, open_run
