@@ -34,9 +34,6 @@ from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_o
 from pipeline.models.forward import ForwardInput, Head
 
 DECODED_BYTES = 256 * 2**20  # cache of decoded images: all of a small source, the most recent of a large one
-# Images of one sample (one or two, (H, W, 3) uint8), token ids [CLS] … [SEP] or none, and the annotation: a question, a
-# statement or the class of a labelled image.
-AnnotatedExample = tuple[tuple[np.ndarray, ...], list[int], contents.Question | contents.Statement | int]
 T = TypeVar("T")
 
 
@@ -98,6 +95,7 @@ class EvalPairs:
     image_id: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (N,): equal for copies
     keys: tuple[str, ...] = ()  # (N) keys of the samples in their shards
     image_size: Tensor | None = None  # (N, 2) int64: rows and columns of each canvas that hold the image; None: all
+    close: Callable[[], None] = lambda: None  # end the threads that read the images
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -107,10 +105,6 @@ class EvalPairs:
         image = self.images[index]
         height, width = image.shape[:2] if self.image_size is None else self.image_size[index].tolist()
         return image[:height, :width]
-
-    def close(self) -> None:
-        if isinstance(self.images, StoredImages):
-            self.images.close()
 
 
 def load_pairs(
@@ -151,9 +145,8 @@ def load_pairs(
                 skipped[str(bad)] += 1
         return pairs, skipped
 
-    parts = run_on_all_ranks(ranks, read)
-    pairs = [pair for own, _ in parts for pair in own]
-    skipped = sum((counts for _, counts in parts), Counter[str]())
+    parts, counts = zip(*run_on_all_ranks(ranks, read), strict=True)
+    pairs, skipped = list(itertools.chain(*parts)), sum(counts, Counter[str]())
     check_skipped(source, len(pairs), skipped, config.data.max_bad_rate)
     positions, keys, captions, tokens, image_ids, sizes = zip(*pairs, strict=True)
     stored.positions = np.array(positions, dtype=np.int64)
@@ -167,6 +160,7 @@ def load_pairs(
         image_id=torch.tensor(image_ids, dtype=torch.int64),
         keys=keys,
         image_size=torch.tensor(sizes) if isinstance(shape_of(config.model), KeepAspectRatio) else None,
+        close=stored.close,
     )
 
 
@@ -191,7 +185,11 @@ def check_skipped(source: str, used: int, skipped: Counter[str], max_bad_rate: f
 
 
 class LabelledEvalSet:
-    """A source of questions, statements or labelled images."""
+    """A source of questions, statements or labelled images.
+
+    An example has the sample's one or two images (H, W, 3), token ids [CLS] … [SEP] or none, and the annotation: a
+    question, a statement or the class of a labelled image.
+    """
 
     def __init__(
         self,
@@ -219,12 +217,10 @@ class LabelledEvalSet:
         on every rank; an input without a sample has one blank example and no annotation. Raises DataError when no
         sample is usable, or more are bad than `data.max_bad_rate` allows.
         """
-        config, pad = self._config, self._tokenizer.pad_id
-        shape = shape_of(config.model)
+        config, shape = self._config, shape_of(self._config.model)
         side = shape.shorter if isinstance(shape, KeepAspectRatio) else shape
-        blank_image = np.zeros((side, side, 3), dtype=np.uint8)
+        blank_images = (np.zeros((side, side, 3), dtype=np.uint8),) * (2 if self.type == "statements" else 1)
         blank_text = [] if self.type == "labelled" else self._tokenizer.encode("a", self._stage.max_text_length).ids
-        blank: AnnotatedExample = ((blank_image,) * (2 if self.type == "statements" else 1), blank_text, 0)
 
         def read() -> tuple[list[T], int, Counter[str]]:
             skipped, num_samples, results = Counter[str](), 0, list[T]()
@@ -232,7 +228,7 @@ class LabelledEvalSet:
             own = [rows for rows, is_own in turns if is_own]
             samples = iter_samples(self._storage, self._opened, *((own[0].start, own[-1].stop) if own else (0, 0)))
             for rows, is_own in turns:
-                batch: list[AnnotatedExample] = []
+                batch = []
                 for sample in itertools.islice(samples, rows.stop - rows.start if is_own else 0):
                     try:
                         with judging("members"):
@@ -240,8 +236,9 @@ class LabelledEvalSet:
                     except BadSample as bad:
                         skipped[str(bad)] += 1
                 num_samples += len(batch)
-                images, token_ids, _ = zip(*(batch or [blank]), strict=True)
-                inputs = collate_inputs(images, [ids for ids in token_ids if ids], pad, config.model, head)
+                images, token_ids, _ = zip(*(batch or [(blank_images, blank_text, None)]), strict=True)
+                texts = [ids for ids in token_ids if ids]
+                inputs = collate_inputs(images, texts, self._tokenizer.pad_id, config.model, head)
                 results += compute(inputs, [annotation for _, _, annotation in batch])
             return results, num_samples, skipped
 
@@ -250,19 +247,17 @@ class LabelledEvalSet:
         check_skipped(self._source, sum(counts), self.skipped, config.data.max_bad_rate)
         return list(itertools.chain(*results))
 
-    def _decode(self, sample: Sample) -> AnnotatedExample:
-        """Raise BadSample for the same samples as training does."""
-        members = sample.members
+    def _decode(self, sample: Sample) -> tuple[tuple[np.ndarray, ...], list[int], Any]:
+        """Return images, token ids and annotation. Raises BadSample for the same samples as training does."""
+        members, stage, token_ids = sample.members, self._stage, list[int]()
         contents.check_members(members, sample.is_duplicate)
         encoded = contents.both_images(members) if self.type == "statements" else (contents.image_bytes(members),)
         annotation: contents.Question | contents.Statement | int
-        token_ids: list[int] = []
         if self.type == "labelled":
-            trains = "classification" in self._stage.objectives
-            annotation = contents.class_of(members, self._stage.num_classes if trains else None)
+            annotation = contents.class_of(members, stage.num_classes if "classification" in stage.objectives else None)
         else:
             annotation = contents.question_of(members) if self.type == "questions" else contents.statement_of(members)
-            token_ids = _encode([annotation.text], self._tokenizer, self._stage.max_text_length)[0].ids
+            token_ids = _encode([annotation.text], self._tokenizer, stage.max_text_length)[0].ids
         images = tuple(resize_for(decode(data, self._config.data.max_pixels), self._config.model) for data in encoded)
         return images, token_ids, annotation
 

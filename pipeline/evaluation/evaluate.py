@@ -46,6 +46,7 @@ class Evaluation:
     source: str
     stage: str
     held_out: EvalPairs
+    trained_on: tuple[str, ...] = ()  # stages that trained on the same shards: the results are then not held out
     rankings: BothDirections[Ranked] | None = None  # of all images and captions
     retrieval: BothDirections[Recall] | None = None
     retrieval_by: Literal["itc"] | FusedHead = "itc"  # head whose scores order the candidates
@@ -53,12 +54,10 @@ class Evaluation:
     reranked: BothDirections[Recall] | None = None
     reranked_best: int = 0  # candidates per query
     mlm: masked.MaskedLanguage | None = None
-    # Text-only predictions of earlier stages, by name.
-    language_stages: dict[str, masked.MaskedTokenPredictions] = field(default_factory=dict)
+    language_stages: dict[str, float] = field(default_factory=dict)  # accuracy of earlier stages from text alone
     reconstruction: masked.Reconstruction | None = None
     # The results other than retrieval, by section of the JSON.
     sections: dict[str, dict[str, Any] | None] = field(default_factory=lambda: dict.fromkeys(SECTIONS))
-    trained_on: tuple[str, ...] = ()  # stages that trained on the same shards: the results are then not held out
     checkpoint: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -76,8 +75,8 @@ class Evaluation:
             ("reranked", self.reranked, {"best": self.reranked_best}),
         ):
             values[name] = recalls and {
-                **{d: {k: round(v, 6) for k, v in own.values().items()} for d, own in recalls._asdict().items()},
-                "chance": {f"r{k}": round(max(own.chance[k] for own in recalls), 6) for k in retrieval.KS},
+                **{d: {k: round(v, 6) for k, v in own.values.items()} for d, own in recalls._asdict().items()},
+                "chance": {k: round(max(own.chance[k] for own in recalls), 6) for k in recalls[0].chance},
                 **more,
             }
         for name, results in self.sections.items():
@@ -89,11 +88,10 @@ class Evaluation:
         metrics = {"pairs": float(len(self.held_out))}
         for prefix, recalls in (("", self.retrieval), ("reranked_", self.reranked)):
             for name, recall in zip(("i2t", "t2i"), recalls or (), strict=False):
-                metrics |= {f"{prefix}{name}_{key}": value for key, value in recall.values().items()}
+                metrics |= {f"{prefix}{name}_{key}": value for key, value in recall.values.items()}
         for section, results in self.sections.items():
             metrics |= {f"{section}_{k}": round(v, 6) for k, v in (results or {}).items() if isinstance(v, float)}
-        for name, predictions in self.language_stages.items():
-            metrics[f"mlm_{name}_stage_text_only"] = predictions.accuracy
+        metrics |= {f"mlm_{name}_stage_text_only": accuracy for name, accuracy in self.language_stages.items()}
         return {f"eval/{self.source}/{name}": value for name, value in metrics.items()}
 
 
@@ -123,40 +121,42 @@ def evaluate(
 
     Raises ConfigError and DataError as `load_pairs`, and ConfigError for a source type that the stage did not train.
     """
-    section = config.stage_named(stage)
-    source = source or config.evaluation.source
+    section, source = config.stage_named(stage), source or config.evaluation.source
     if source is None:
         raise ConfigError("evaluation.source: no held-out source is set; set it to one that no stage trains on")
     limit = limit or config.evaluation.max_images
     predictor = Predictor(model, tokenizer, config.evaluation.batch_size, ranks)
     source_type = config.sources[source].type if source in config.sources else "pairs"
-    tasks = evaluation_tasks(section, source_type)
+    tasks, trained_on = evaluation_tasks(section, source_type), stages_trained_on(config, source)
     if source_type == "pairs":
         if probe is not None:
             raise ConfigError(f"a linear probe needs a labelled source, and '{source}' is not one")
         if held_out is None:
             progress("reading the held-out pairs")
             held_out = load_pairs(config, storage, source, limit, tokenizer, section.max_text_length, ranks)
-        result = Evaluation(source, section.name, held_out, trained_on=stages_trained_on(config, source))
+        result = Evaluation(source, section.name, held_out, trained_on)
         _evaluate_pairs(result, predictor, section, config, rerank_best, progress)
         for name, other in (others or {}).items():  # what only earlier stages trained
             trained = config.stage_named(name)
             if "mlm" in trained.objectives and result.mlm is not None:
                 progress(f"predicting masked words from text with the stage '{name}'")
-                earlier = replace(predictor, model=other)
-                result.language_stages[name] = masked.predict_masked_tokens(earlier, result.mlm.masked)
+                predicted = masked.predict_masked_tokens(replace(predictor, model=other), result.mlm.masked)
+                result.mlm.predictions[f"{masked.TEXT_ONLY}, {name} stage"] = predicted
+                result.language_stages[name] = predicted.accuracy
             if "mim" in trained.objectives and result.reconstruction is None:
                 progress(f"filling in masked patches with the stage '{name}'")
                 result.reconstruction = masked.reconstruct_images(other, held_out, trained, config)
         if (mlm := result.mlm) is not None:
-            conditions = {
-                "accuracy": mlm.own_image,
-                "accuracy_other_image": mlm.other_image,
-                "accuracy_text_only": mlm.text_only,
-                "language_stage_text_only": next(reversed(result.language_stages.values()), None),
+            keys = {
+                "accuracy": masked.OWN,
+                "accuracy_other_image": masked.OTHER,
+                "accuracy_text_only": masked.TEXT_ONLY,
             }
-            accuracies = {name: predicted and predicted.accuracy for name, predicted in conditions.items()}
-            result.sections["mlm"] = accuracies | {"masked_tokens": len(mlm.text_only.tokens)}
+            measured = {condition: predictions.accuracy for condition, predictions in mlm.predictions.items()}
+            result.sections["mlm"] = {key: measured.get(condition) for key, condition in keys.items()} | {
+                "language_stage_text_only": next(reversed(result.language_stages.values()), None),
+                "masked_tokens": len(mlm.predictions[masked.TEXT_ONLY].tokens),
+            }
         if (patches := result.reconstruction) is not None:
             errors = {"error": patches.error, "error_without_model": patches.error_without_model}
             result.sections["reconstruction"] = errors | {"stage": patches.stage}
@@ -168,8 +168,7 @@ def evaluate(
             f"evaluated on it (it trains {', '.join(section.objectives)}); give another source or stage"
         )
     dataset = LabelledEvalSet(config, storage, source, section, tokenizer, limit, ranks)
-    pairs = EvalPairs({}, dataset.digest)
-    result = Evaluation(source, section.name, pairs, trained_on=stages_trained_on(config, source))
+    result = Evaluation(source, section.name, EvalPairs({}, dataset.digest), trained_on)
     sections = result.sections
     if "vqa" in tasks:
         progress("answering questions")
@@ -221,8 +220,7 @@ def _evaluate_pairs(
         images = predictor.embed_images(held_out.images).to(device)
         texts = predictor.embed_texts([tokens.ids for tokens in held_out.tokens]).to(device)
         scores = retrieval.dot_products(images, texts), retrieval.dot_products(texts, images)
-        keep = max(retrieval.KEPT, rerank_best or 0)
-        ranked = retrieval.rankings(*scores, captions, ids, keep, ranks)
+        ranked = retrieval.rankings(*scores, captions, ids, max(retrieval.KEPT, rerank_best or 0), ranks)
         result.rankings, result.retrieval_images = ranked, len(held_out)
         result.retrieval = retrieval.recall_at_k([direction.rank for direction in ranked], captions, ids)
 

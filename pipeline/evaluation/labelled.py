@@ -41,8 +41,6 @@ from pipeline.models.forward import ForwardInput, Head
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of half the squared weights, added to the mean loss per image
 VALIDATION_STRIDE = 5  # every fifth training image validates the choice of the penalty
 ITERATIONS = 200
-
-
 Section = dict[str, Any]  # of the JSON of an evaluation
 
 
@@ -57,11 +55,9 @@ def evaluate_classification(model: nn.Module, source: LabelledEvalSet, class_vec
         if class_vectors is None:
             logits = run_forward(model, batch)["classes"]
         else:  # before a label is rejected: at ZeRO 3 every rank takes part in the forward
-            logits = contrastive_features(model, batch) @ class_vectors.T
-            if max(labels, default=0) >= len(class_vectors):
-                raise DataError(
-                    f"an image has label {max(labels)}, and there are {len(class_vectors)} class names, from 0"
-                )
+            logits, known = contrastive_features(model, batch) @ class_vectors.T, len(class_vectors)
+            if max(labels, default=0) >= known:
+                raise DataError(f"an image has label {max(labels)}, and there are {known} class names, from 0")
         return [(rank, logits.shape[1]) for rank in label_ranks(logits, labels)]
 
     ranks, counts = zip(*source.map_batches("classes" if class_vectors is None else "itc", classify), strict=True)
@@ -154,13 +150,6 @@ def fit_linear_probe(x: Tensor, y: Tensor, classes: int, penalty: float) -> tupl
     return weight.detach(), bias.detach()
 
 
-def _predict(model: nn.Module, source: LabelledEvalSet, head: Head) -> list[tuple[int, Any]]:
-    """Return the best output of a head for each example, with the annotation."""
-    return source.map_batches(
-        head, lambda batch, labels: zip(run_forward(model, batch)[head].argmax(dim=1).tolist(), labels, strict=False)
-    )
-
-
 def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) -> Section:
     """Evaluate the answers head, whose outputs are named by `choices`.
 
@@ -177,24 +166,26 @@ def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) ->
 
 
 def evaluate_nlvr2(model: nn.Module, source: LabelledEvalSet) -> Section:
-    """Evaluate the nlvr2 head. `accuracy_without_model` is that of the more frequent label."""
-    predicted, statements = zip(*_predict(model, source, "nlvr2"), strict=True)
-    correct = [s.is_true == bool(p) for s, p in zip(statements, predicted, strict=True)]
-    count, labels = len(correct), Counter(s.is_true for s in statements)
+    """Evaluate the nlvr2 head. `accuracy_without_model` is that of the more frequent label.
+
+    `consistency` is the fraction of sentences judged correctly throughout; None unless ids are split-set-pair-sentence.
+    """
+    correct, labels, sentences = [], Counter[bool](), defaultdict[tuple[str, ...], list[bool]](list)
+    for best, statement in _predict(model, source, "nlvr2"):
+        correct.append(statement.is_true == bool(best))
+        labels[statement.is_true] += 1
+        sentences[tuple(part for n, part in enumerate(statement.id.split("-")) if n != 2)].append(correct[-1])
+    count, is_named = len(correct), all(len(sentence) == 3 for sentence in sentences)
     return {
         "statements": count,
         "accuracy": sum(correct) / count,
         "accuracy_without_model": max(labels.values()) / count,
-        "consistency": consistency([s.id for s in statements], correct),
+        "consistency": sum(map(all, sentences.values())) / len(sentences) if is_named else None,
     }
 
 
-def consistency(ids: Sequence[str], correct: Sequence[bool]) -> float | None:
-    """Return the fraction of sentences judged correctly throughout; None unless ids are split-set-pair-sentence."""
-    sentences: dict[tuple[str, ...], list[bool]] = defaultdict(list)
-    for name, is_correct in zip(ids, correct, strict=True):
-        parts = name.split("-")
-        if len(parts) != 4:
-            return None
-        sentences[parts[0], parts[1], parts[3]].append(is_correct)
-    return sum(map(all, sentences.values())) / len(sentences)
+def _predict(model: nn.Module, source: LabelledEvalSet, head: Head) -> list[tuple[int, Any]]:
+    """Return the best output of a head for each example, with the annotation."""
+    return source.map_batches(
+        head, lambda batch, labels: zip(run_forward(model, batch)[head].argmax(dim=1).tolist(), labels, strict=False)
+    )

@@ -16,6 +16,7 @@ p the patch side.
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from pipeline.objectives.mim import patchify, reconstruct, unpatchify
 
 RECONSTRUCTED = 64  # images whose masked patches are filled in; the report shows the first few
 _WORD_SEED, _PATCH_SEED = 2111_02358, 2106_08254  # fixed, so that every checkpoint predicts the same words and patches
+OWN, OTHER, TEXT_ONLY = "own image", "another image", "text only"  # conditions of the predictions of masked words
 _TOP = 3
 _GREY = 128
 
@@ -55,8 +57,7 @@ class MaskedCaptions:
         return list(itertools.accumulate((len(row) for row in self.labels), initial=0))
 
 
-@dataclass(frozen=True)
-class MaskedTokenPredictions:
+class MaskedTokenPredictions(NamedTuple):
     """The best tokens (T, 3), their probabilities, and the probability (T,) of the true token."""
 
     tokens: Tensor
@@ -65,19 +66,15 @@ class MaskedTokenPredictions:
     accuracy: float
 
 
-@dataclass(frozen=True)
-class MaskedLanguage:
-    """Predictions by condition. The image conditions are None where the model's stage never fused image and text."""
+class MaskedLanguage(NamedTuple):
+    """Predictions of the same masked words by condition, from images only where the model's stage fused them."""
 
     masked: MaskedCaptions
-    text_only: MaskedTokenPredictions
-    own_image: MaskedTokenPredictions | None = None
-    other_image: MaskedTokenPredictions | None = None
+    predictions: dict[str, MaskedTokenPredictions]
     image_of_other: Tensor | None = None  # (M,) the other image shown with each caption
 
 
-@dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(NamedTuple):
     """Images (N, H, W, 3) uint8: originals, with grey masked patches, and with the model's patches.
 
     `error` and `error_without_model` are mean absolute differences over masked patches, as fractions of full scale.
@@ -107,7 +104,7 @@ def mask_captions(held_out: EvalPairs, masking: MaskingConfig, tokenizer: Tokeni
     for tokens, (key, number) in zip(held_out.tokens, numbered, strict=True):
         random = CounterRandom(hash64(_WORD_SEED, key, number))
         masked = mask_whole_words(tokens, random, masking.mlm_probability, True, tokenizer)
-        chosen = tuple(int(position) for position in masked.positions)
+        chosen = tuple(map(int, masked.positions))
         rows.append(tuple(tokenizer.mask_id if i in chosen else token for i, token in enumerate(tokens.ids)))
         positions.append(chosen)
         labels.append(tuple(int(tokens.ids[position]) for position in chosen))
@@ -158,16 +155,14 @@ def predict_masked_tokens(
 
 def masked_language(predictor: Predictor, held_out: EvalPairs, masking: MaskingConfig, fused: bool) -> MaskedLanguage:
     """Predict under all conditions of one model; `fused`: its stage trained masked words with images."""
-    masked = mask_captions(held_out, masking, predictor.tokenizer)
-    text_only = predict_masked_tokens(predictor, masked)
-    if not fused:
-        return MaskedLanguage(masked, text_only)
-    own = predict_masked_tokens(predictor, masked, held_out, held_out.caption_of)
-    if len(held_out.image_id.unique()) < 2:
-        return MaskedLanguage(masked, text_only, own)
-    image_of_other = mismatched_images(held_out.image_id)[held_out.caption_of]
-    other = predict_masked_tokens(predictor, masked, held_out, image_of_other)
-    return MaskedLanguage(masked, text_only, own, other, image_of_other)
+    masked, predictions, image_of_other = mask_captions(held_out, masking, predictor.tokenizer), {}, None
+    if fused:
+        predictions[OWN] = predict_masked_tokens(predictor, masked, held_out, held_out.caption_of)
+        if len(held_out.image_id.unique()) >= 2:
+            image_of_other = mismatched_images(held_out.image_id)[held_out.caption_of]
+            predictions[OTHER] = predict_masked_tokens(predictor, masked, held_out, image_of_other)
+    predictions[TEXT_ONLY] = predict_masked_tokens(predictor, masked)
+    return MaskedLanguage(masked, predictions, image_of_other)
 
 
 def reconstruct_images(

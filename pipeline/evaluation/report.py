@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -25,7 +25,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.evaluate import Evaluation
-from pipeline.evaluation.masked import MaskedLanguage, MaskedTokenPredictions, words_of
+from pipeline.evaluation.masked import OTHER, OWN, MaskedLanguage, words_of
 from pipeline.evaluation.retrieval import BothDirections, Ranked
 from pipeline.pages.charts import Measure, Series, line_chart, percent
 from pipeline.pages.page import LOSSLESS, render_page, thumbnail
@@ -40,11 +40,30 @@ CANDIDATES = 5  # of each retrieval
 MASKED_SHOWN = 4  # captions of each kind
 RECONSTRUCTIONS_SHOWN = 6
 REASONS_SHOWN = 8
-OTHER = "another image"
+# Section of the JSON, its value, the measure's name, a note, and the baseline marked on the bar: a value or a number.
+MEASURES: tuple[tuple[str, str, str, str, str | float | None], ...] = (
+    ("vqa", "accuracy", "Questions answered (VQA accuracy)",
+     "{questions} questions; {accuracy_without_model} by one answer to all", None),
+    ("nlvr2", "accuracy", "Statements judged rightly",
+     "{statements} statements; {accuracy_without_model} by the frequent label", None),
+    ("nlvr2", "consistency", "Sentences judged rightly throughout", "correct for all images of a sentence", None),
+    ("classification", "top1", "Top-1 accuracy", "{images} images; chance {chance}", None),
+    ("classification", "top5", "Top-5 accuracy", "", None),
+    ("zero_shot", "top1", "Zero-shot top-1 accuracy", "{images} images; chance {chance}", None),
+    ("zero_shot", "top5", "Zero-shot top-5 accuracy", "", None),
+    ("linear_probe", "top1", "Linear probe top-1 accuracy",
+     "{images} images, trained on {trained_on}; chance {chance}", None),
+    ("itm", "accuracy", "Captions matched with their images",
+     f"{{accuracy_matched}} of the true pairs, {{accuracy_mismatched}} of the false; chance {percent(0.5)}", 0.5),
+    ("reconstruction", "error", "Error of filled patches ({stage})",
+     "{error_without_model} without a model: mean colour alone; in units of full scale", "error_without_model"),
+)  # fmt: skip
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 ImageUri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Query = TypeVar("Query")
+Candidate = TypeVar("Candidate")
 
 
 @dataclass(frozen=True)
@@ -91,27 +110,21 @@ class MeasureRow:
 
 
 @dataclass(frozen=True)
-class CaptionsOfImage:
-    image: ImageUri
-    rank: int
-    candidates: list[tuple[str, bool, Number]]  # caption, is right, similarity
-    truth: list[str]  # its own captions, if none was retrieved
+class Retrieval(Generic[Query, Candidate]):
+    """The best candidates of a query; images are data URIs, and texts are captions."""
 
-
-@dataclass(frozen=True)
-class ImagesOfCaption:
-    caption: str
+    query: Query
     rank: int
-    candidates: list[tuple[ImageUri, bool, Number]]  # image, is right, similarity
-    truth: ImageUri | None  # its own image, if it was not retrieved
+    candidates: list[tuple[Candidate, bool, Number]]  # candidate, is right, similarity
+    truth: Candidate | None  # its own candidate, if none was retrieved
 
 
 @dataclass(frozen=True)
 class Retrievals:
-    best_images: list[CaptionsOfImage]
-    worst_images: list[CaptionsOfImage]
-    best_captions: list[ImagesOfCaption]
-    worst_captions: list[ImagesOfCaption]
+    best_images: list[Retrieval[ImageUri, str]]
+    worst_images: list[Retrieval[ImageUri, str]]
+    best_captions: list[Retrieval[str, ImageUri]]
+    worst_captions: list[Retrieval[str, ImageUri]]
 
 
 @dataclass(frozen=True)
@@ -210,26 +223,29 @@ def build_report_data(
 ) -> ReportData:
     """Select and draw what the report shows. `key` defaults to that of an evaluation of all pairs of a source."""
     held_out, mlm, patches = result.held_out, result.mlm, result.reconstruction
-    recall = []
+    recall, measures = [], []
     num_captions = int((held_out.caption_of < result.retrieval_images).sum())
     sizes = (("Image → text", num_captions), ("Text → image", result.retrieval_images))
     best = f"best {result.reranked_best} reranked"
     for scores, recalls in ((str(result.retrieval_by), result.retrieval), (best, result.reranked)):
         for (direction, candidates), own in zip(sizes, recalls or (), strict=False):
-            cells = [(k, fraction, own.chance[k]) for k, fraction in own.at.items()]
-            recall.append(RecallRow(direction, scores, cells, own.median_rank, candidates))
+            cells = [(int(k.removeprefix("r")), own.values[k], chance) for k, chance in own.chance.items()]
+            recall.append(RecallRow(direction, scores, cells, own.values["median_rank"], candidates))
 
-    conditions: dict[str, MaskedTokenPredictions] = {}
-    if mlm is not None:
-        named = {"own image": mlm.own_image, OTHER: mlm.other_image, "text only": mlm.text_only}
-        named |= {f"text only, {name} stage": predictions for name, predictions in result.language_stages.items()}
-        conditions = {name: predictions for name, predictions in named.items() if predictions is not None}
-    reconstructions = []
-    if patches is not None:
-        rows = zip(patches.original, patches.masked, patches.filled, strict=True)
-        for original, hidden, filled in itertools.islice(rows, RECONSTRUCTIONS_SHOWN):
-            reconstructions.append((thumbnail(original), thumbnail(hidden), thumbnail(filled)))
+    predictions = {} if mlm is None else mlm.predictions
+    for number, (condition, predicted) in enumerate(predictions.items()):
+        note = f"{len(predicted.tokens)} masked tokens, the same for every row" if number == 0 else ""
+        if condition == OTHER:
+            note = f"own image {100 * (predictions[OWN].accuracy - predicted.accuracy):+z.1f} points"
+        measures.append(MeasureRow(f"Masked words guessed, {condition}", predicted.accuracy, note))
+    for section, key_of_value, name, note, baseline in MEASURES:
+        values = result.sections[section]
+        if values is not None and values[key_of_value] is not None:
+            shown = {k: percent(v) if isinstance(v, float) else v for k, v in values.items()}
+            mark = values[baseline] if isinstance(baseline, str) else baseline
+            measures.append(MeasureRow(name.format(**shown), values[key_of_value], note.format(**shown), mark))
 
+    rows = () if patches is None else zip(patches.original, patches.masked, patches.filled, strict=True)
     return ReportData(
         run=config.name,
         key=key or EvalKey(result.stage, None, result.source, held_out.digest),
@@ -244,11 +260,14 @@ def build_report_data(
         retrieval_images=result.retrieval_images,
         reranked_best=result.reranked_best if result.reranked else 0,
         recall=recall,
-        measures=_measures(result, conditions),
+        measures=measures,
         retrievals=None if result.rankings is None else _retrievals(result.rankings, held_out),
-        masked={} if mlm is None else _masked_captions(mlm, held_out, conditions, tokenizer),
+        masked={} if mlm is None else _masked_captions(mlm, held_out, tokenizer),
         reconstruction_stage="" if patches is None else patches.stage,
-        reconstructions=reconstructions,
+        reconstructions=[
+            (thumbnail(original), thumbnail(hidden), thumbnail(filled))
+            for original, hidden, filled in itertools.islice(rows, RECONSTRUCTIONS_SHOWN)
+        ],
         alignments=alignments,
         skipped=sorted(held_out.skipped.items(), key=lambda entry: -entry[1])[:REASONS_SHOWN],
     )
@@ -284,71 +303,27 @@ def render_report(
     )
 
 
-def _measures(result: Evaluation, conditions: Mapping[str, MaskedTokenPredictions]) -> list[MeasureRow]:
-    """Return the rows of everything but retrieval."""
-    rows, sections = [], result.sections
-    if vqa := sections["vqa"]:
-        note = f"{vqa['questions']} questions; {percent(vqa['accuracy_without_model'])} by one answer to all"
-        rows.append(MeasureRow("Questions answered (VQA accuracy)", vqa["accuracy"], note))
-    if nlvr2 := sections["nlvr2"]:
-        note = f"{nlvr2['statements']} statements; {percent(nlvr2['accuracy_without_model'])} by the frequent label"
-        rows.append(MeasureRow("Statements judged rightly", nlvr2["accuracy"], note))
-        if nlvr2["consistency"] is not None:
-            note = "correct for all images of a sentence"
-            rows.append(MeasureRow("Sentences judged rightly throughout", nlvr2["consistency"], note))
-    for prefix, name in (("Top", "classification"), ("Zero-shot top", "zero_shot")):
-        if classes := sections[name]:
-            note = f"{classes['images']} images; chance {percent(classes['chance'])}"
-            rows.append(MeasureRow(f"{prefix}-1 accuracy", classes["top1"], note))
-            rows.append(MeasureRow(f"{prefix}-5 accuracy", classes["top5"]))
-    if probe := sections["linear_probe"]:
-        note = f"{probe['images']} images, trained on {probe['trained_on']}; chance {percent(probe['chance'])}"
-        rows.append(MeasureRow("Linear probe top-1 accuracy", probe["top1"], note))
-    first = next(iter(conditions.values()), None)
-    for name, predictions in conditions.items():
-        note = f"{len(predictions.tokens)} masked tokens, the same for every row" if predictions is first else ""
-        if name == OTHER and first is not None:
-            note = f"own image {100 * (first.accuracy - predictions.accuracy):+z.1f} points"
-        rows.append(MeasureRow(f"Masked words guessed, {name}", predictions.accuracy, note))
-    if itm := sections["itm"]:
-        matched, mismatched = percent(itm["accuracy_matched"]), percent(itm["accuracy_mismatched"])
-        note = f"{matched} of the true pairs, {mismatched} of the false; chance {percent(0.5)}"
-        rows.append(MeasureRow("Captions matched with their images", itm["accuracy"], note, 0.5))
-    if (patches := result.reconstruction) is not None:
-        note = f"{percent(patches.error_without_model)} without a model: mean colour alone; in units of full scale"
-        name = f"Error of filled patches ({patches.stage})"
-        rows.append(MeasureRow(name, patches.error, note, patches.error_without_model))
-    return rows
-
-
 def _retrievals(ranked: BothDirections[Ranked], held_out: EvalPairs) -> Retrievals:
     """Return the clearest successes and failures of both directions, at most one of each image."""
-    texts = list(itertools.chain(*held_out.captions))
-    image_id, caption_of = held_out.image_id, held_out.caption_of.tolist()
-    of_image, of_caption = ranked
-    by_image, by_caption = (direction.margin.argsort(descending=True, stable=True).tolist() for direction in ranked)
-    cards_of_images: list[list[CaptionsOfImage]] = []
-    for chosen in _ends(by_image, by_image):
-        cards_of_images.append([])
-        for image in chosen:
-            best = of_image.best[image, :CANDIDATES]
-            right = (image_id[held_out.caption_of[best]] == image_id[image]).tolist()
-            listed = zip([texts[i] for i in best.tolist()], right, of_image.score[image].tolist(), strict=False)
-            truth = [] if any(right) else list(held_out.captions[image])
-            shown, rank = thumbnail(held_out.image(image)), int(of_image.rank[image])
-            cards_of_images[-1].append(CaptionsOfImage(shown, rank, list(listed), truth))
-    cards_of_captions: list[list[ImagesOfCaption]] = []
-    for chosen in _ends(by_caption, [caption_of[caption] for caption in by_caption]):
-        cards_of_captions.append([])
-        for caption in chosen:
-            own, best = caption_of[caption], of_caption.best[caption, :CANDIDATES]
-            right = (image_id[best] == image_id[own]).tolist()
-            images = [thumbnail(held_out.image(i)) for i in best.tolist()]
-            candidates = list(zip(images, right, of_caption.score[caption].tolist(), strict=False))
-            own_image = None if any(right) else thumbnail(held_out.image(own))
-            card = ImagesOfCaption(texts[caption], int(of_caption.rank[caption]), candidates, own_image)
-            cards_of_captions[-1].append(card)
-    return Retrievals(cards_of_images[0], cards_of_images[1], cards_of_captions[0], cards_of_captions[1])
+    texts, image_id = list(itertools.chain(*held_out.captions)), held_out.image_id
+    caption_id, cards = image_id[held_out.caption_of], list[list[Retrieval[Any, Any]]]()
+    for is_image, own, query_id, candidate_id, image_of in (  # is_image: the queries are images
+        (True, ranked.image_to_text, image_id, caption_id, list(range(len(held_out)))),
+        (False, ranked.text_to_image, caption_id, image_id, held_out.caption_of.tolist()),
+    ):
+        order = own.margin.argsort(descending=True, stable=True).tolist()
+        for chosen in _ends(order, [image_of[query] for query in order]):
+            cards.append([])
+            for query in chosen:
+                best, image = own.best[query, :CANDIDATES], image_of[query]
+                right = (candidate_id[best] == query_id[query]).tolist()
+                shown = [texts[i] if is_image else thumbnail(held_out.image(i)) for i in best.tolist()]
+                candidates = list(zip(shown, right, own.score[query].tolist(), strict=False))
+                drawn = thumbnail(held_out.image(image))
+                pair = (drawn, held_out.captions[image][0]) if is_image else (texts[query], drawn)
+                truth = None if any(right) else pair[1]
+                cards[-1].append(Retrieval(pair[0], int(own.rank[query]), candidates, truth))
+    return Retrievals(*cards)
 
 
 def _ends(order: list[int], group_of: list[int]) -> tuple[list[int], list[int]]:
@@ -361,16 +336,14 @@ def _ends(order: list[int], group_of: list[int]) -> tuple[list[int], list[int]]:
     return [firsts[group] for group in best_groups], worst
 
 
-def _masked_captions(
-    mlm: MaskedLanguage, held_out: EvalPairs, conditions: Mapping[str, MaskedTokenPredictions], tokenizer: Tokenizer
-) -> dict[str, list[MaskedCaption]]:
+def _masked_captions(mlm: MaskedLanguage, held_out: EvalPairs, tokenizer: Tokenizer) -> dict[str, list[MaskedCaption]]:
     """Return captions where the right image helped most, where it misled most, and evenly spaced others."""
     caption_of, first, truth = held_out.caption_of.tolist(), mlm.masked.first(), mlm.masked.truth()
     order = list(range(len(held_out.tokens)))
-    if mlm.own_image is None or mlm.other_image is None:
+    if mlm.image_of_other is None:
         chosen = {"even": order[:: max(1, len(order) // (3 * MASKED_SHOWN))][: 3 * MASKED_SHOWN]}
     else:
-        gain = mlm.own_image.truth_probability - mlm.other_image.truth_probability
+        gain = mlm.predictions[OWN].truth_probability - mlm.predictions[OTHER].truth_probability
         of_caption = [gain[start:stop].mean().item() for start, stop in itertools.pairwise(first)]
         order.sort(key=lambda caption: -of_caption[caption])
         helped, misled = _ends(order, [caption_of[caption] for caption in order])
@@ -386,8 +359,8 @@ def _masked_captions(
         for number, (word, places) in enumerate(masked_words.items(), 1):
             rows = [first[caption] + place for place in places]
             predictions = []
-            for name, condition in conditions.items():  # the best token of each masked piece, their joint probability
-                best, probability = condition.tokens[rows, 0], condition.probabilities[rows, 0].prod().item()
+            for name, predicted in mlm.predictions.items():  # the best token of each masked piece, their probability
+                best, probability = predicted.tokens[rows, 0], predicted.probabilities[rows, 0].prod().item()
                 is_right = bool((best == truth[rows]).all())
                 predictions.append((name, tokenizer.decode(best.tolist()), probability, is_right))
             words.append(MaskedWord(tokenizer.decode(truth[rows].tolist()), number, predictions))

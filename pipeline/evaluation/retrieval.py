@@ -39,22 +39,14 @@ class BothDirections(NamedTuple, Generic[T]):
     text_to_image: T
 
 
-@dataclass(frozen=True)
-class Recall:
-    """The fraction of queries with a right candidate among the first k, and statistics of the ranks."""
+class Recall(NamedTuple):
+    """Recall of one direction: the fraction of queries with a right candidate among the first k."""
 
-    at: dict[int, float]
-    chance: dict[int, float]  # expected for a random order
-    median_rank: float
-    mean_rank: float
-
-    def values(self) -> dict[str, float]:
-        ranks = {"median_rank": self.median_rank, "mean_rank": self.mean_rank}
-        return {f"r{k}": fraction for k, fraction in self.at.items()} | ranks
+    values: dict[str, float]  # r1, r5, r10, and the median_rank and mean_rank of the best right candidate
+    chance: dict[str, float]  # r1, r5, r10 expected for a random order
 
 
-@dataclass(frozen=True)
-class Ranked:
+class Ranked(NamedTuple):
     """The ranking of the candidates of each query in one direction."""
 
     rank: Tensor  # (Q,) int64 from 1: of the best right candidate; C + 1 where no candidate is right
@@ -94,11 +86,9 @@ class Predictor:
 
     def embed_images(self, images: Images) -> Tensor:
         """Return the unit vectors (N, HD) of images (N, H, W, 3) uint8."""
-
-        def embed(rows: slice) -> tuple[Tensor]:
-            return (contrastive_features(self.model, ForwardInput(heads=("itc",), image=images[rows])),)
-
-        return compute_batches(len(images), self.batch_size, self.ranks, embed)[0]
+        features = functools.partial(contrastive_features, self.model)
+        batches = functools.partial(compute_batches, len(images), self.batch_size, self.ranks)
+        return batches(lambda rows: (features(ForwardInput(heads=("itc",), image=images[rows])),))[0]
 
     def embed_texts(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Return the unit vectors (M, HD) of token ids ([CLS] … [SEP], without padding)."""
@@ -121,9 +111,8 @@ class Predictor:
             token_ids = [held_out.tokens[number].ids for number in caption.tolist()]
             text, keep = pad_token_ids(token_ids, self.tokenizer.pad_id)
             size = None if held_out.image_size is None else held_out.image_size[image]
-            fused = ForwardInput(
-                heads=(head,), image=held_out.images[image], image_size=size, text=text, text_keep=keep
-            )
+            shown = held_out.images[image]
+            fused = ForwardInput(heads=(head,), image=shown, image_size=size, text=text, text_keep=keep)
             scores = run_forward(self.model, fused)[head].float()
             return ((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu(),)
 
@@ -181,20 +170,22 @@ def _rank_block(scores: Scores, query_id: Tensor, candidate_id: Tensor, keep: in
 
 
 def recall_at_k(ranks: Sequence[Tensor], caption_of: Tensor, image_id: Tensor) -> BothDirections[Recall]:
-    """Return recall in both directions from the ranks of each image's (N,) and caption's (M,) best right candidate."""
+    """Return recall in both directions from the ranks of each image's (N,) and caption's (M,) best right candidate.
+
+    Among C candidates of which n are right, chance is 1 - (C - n choose k) / (C choose k), averaged over the queries.
+    """
     caption_id, recalls = image_id[caption_of], []
-    for rank, (query_id, candidate_id) in zip(ranks, ((image_id, caption_id), (caption_id, image_id)), strict=True):
-        at = {k: (rank <= k).double().mean().item() for k in KS}
-        chance = {k: chance_level(query_id, candidate_id, k) for k in KS}
-        recalls.append(Recall(at, chance, rank.double().quantile(0.5).item(), rank.double().mean().item()))
+    for rank, query_id, candidate_id in zip(ranks, (image_id, caption_id), (caption_id, image_id), strict=True):
+        values, chance = {}, {}
+        num_right, total = Counter(candidate_id.tolist()), len(candidate_id)
+        for k in KS:
+            values[f"r{k}"] = (rank <= k).double().mean().item()
+            missed = {n: math.comb(total - n, min(k, total)) for n in {0, *num_right.values()}}
+            hit = {n: 1 - count / missed[0] for n, count in missed.items()}
+            chance[f"r{k}"] = sum(hit[num_right[query]] for query in query_id.tolist()) / len(query_id)
+        values["median_rank"], values["mean_rank"] = rank.double().quantile(0.5).item(), rank.double().mean().item()
+        recalls.append(Recall(values, chance))
     return BothDirections(*recalls)
-
-
-def chance_level(query_id: Tensor, candidate_id: Tensor, k: int) -> float:
-    """Return the expected recall at k of a random order: 1 - (C - n choose k) / (C choose k) for n right among C."""
-    num_right, total, k = Counter(candidate_id.tolist()), len(candidate_id), min(k, len(candidate_id))
-    chance = {n: 1 - math.comb(total - n, k) / math.comb(total, k) for n in {0, *num_right.values()}}
-    return sum(chance[num_right[query]] for query in query_id.tolist()) / len(query_id)
 
 
 def rerank(

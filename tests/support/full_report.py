@@ -23,9 +23,9 @@ def fullest(run: str = "recorded") -> report.ReportData:
     masked = [report.MaskedCaption(noise(), noise(), pieces, words) for _ in range(3 * report.MASKED_SHOWN)]
     ends = report.SHOWN, 2 * report.SHOWN
     candidates = [[(noise(), False, 0.1) for _ in range(report.CANDIDATES)] for _ in range(ends[1])]
-    captions = [report.ImagesOfCaption(CAPTION, 7, images, noise()) for images in candidates]
+    captions = [report.Retrieval(CAPTION, 7, images, noise()) for images in candidates]
     listed = [(CAPTION, False, 0.5)] * report.CANDIDATES
-    images = [report.CaptionsOfImage(noise(), 7, listed, [CAPTION]) for _ in range(ends[1])]
+    images = [report.Retrieval(noise(), 7, listed, CAPTION) for _ in range(ends[1])]
     aligned = [
         report.AlignedCaption(
             noise(HEAT_MAP_PIXELS), CAPTION, [(word, noise(HEAT_MAP_PIXELS), 0.3) for word in CAPTION.split()]

@@ -30,7 +30,7 @@ def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs(
     assert result["reconstruction"]["stage"] == "vision"
     metrics = evaluation.metrics()
     assert all(name.startswith("eval/unseen/") and isinstance(value, float) for name, value in metrics.items())
-    assert metrics["eval/unseen/i2t_r1"] == pytest.approx(evaluation.retrieval.image_to_text.at[1])
+    assert metrics["eval/unseen/i2t_r1"] == pytest.approx(evaluation.retrieval.image_to_text.values["r1"])
     assert {"eval/unseen/mlm_accuracy", "eval/unseen/itm_accuracy", "eval/unseen/reranked_t2i_r10"} <= metrics.keys()
 
     held_out, ranked = evaluation.held_out, evaluation.rankings.text_to_image
@@ -134,7 +134,7 @@ def evaluated(config, ranks=None):
     tokenizer = Tokenizer.train(["a red square", "two blue circles and a green star"], 200)
     model = build_model(config.model, tokenizer.size, HeadConfig("pixels"), seed=3)
     result = evaluate(model, tokenizer, config, Storage(), others={"language": model}, ranks=ranks or Collectives())
-    tensors = [tensor for direction in result.rankings for tensor in vars(direction).values()]
+    tensors = [tensor for direction in result.rankings for tensor in direction]
     tensors += [result.mlm.own_image.truth_probability, result.mlm.text_only.tokens]
     return result.to_json(), result.metrics(), tensors
 
