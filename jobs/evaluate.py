@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from jobs.caller import Caller, untracked_because
+from jobs.caller import Caller
 from jobs.console import check_output, notify, write_output
 from jobs.distributed import device_of, on_workers, ranks_here
+from jobs.report import open_tracker
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.load import check_stored_url
-from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, SourceConfig, SourceType
 from pipeline.config.urls import absolute, file_name_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer
@@ -28,13 +28,11 @@ from pipeline.evaluation.evaluate import evaluate, is_collapsed
 from pipeline.evaluation.explain import alignment_examples
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.report import EvalKey, ReportData
-from pipeline.inference import build_trained_model, load_usable_weights
+from pipeline.inference import build_trained_model, drop_untrained_objectives
 from pipeline.objectives import evaluated_source_types
 from pipeline.reports.run_folder import open_run, read_records
-from pipeline.tracking.locations import configured_uri
-from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint.committed import is_committed
-from pipeline.training.checkpoint.weights import WeightsInfo, stage_url, weights_info
+from pipeline.training.checkpoint.weights import load_weights, stage_url, weights_info
 from pipeline.training.goodput import add_time
 from pipeline.training.prepare import RUN_FILE
 
@@ -82,22 +80,21 @@ def evaluate_checkpoint(
     ConfigError for a `name` of other data, and for an `against` that was not evaluated on these data, all before any
     weights are loaded.
     """
-    storage, checkpoint = caller.store(), checkpoint.rstrip("/")
-    if source_type is not None and source_type not in (expected := evaluated_source_types()):
-        raise ConfigError(f"--type {source_type}: expected one of {', '.join(expected)}")
+    storage, checkpoint, types = caller.store(), checkpoint.rstrip("/"), evaluated_source_types()
+    if source_type is not None and source_type not in types:
+        raise ConfigError(f"--type {source_type}: expected one of {', '.join(types)}")
     if report is not None:
         check_output(storage, str(report), "--report")
     info = weights_info(storage, checkpoint)
-    stored = info.config
+    config = stored = info.config
     for option, url in (("--source", source), ("--probe", probe)):
         if url is not None and url not in stored.sources and "/" not in url:
-            known = ", ".join(name for name, own in stored.sources.items() if own.type in evaluated_source_types())
+            known = ", ".join(name for name, own in stored.sources.items() if own.type in types)
             raise ConfigError(f"{option} {url}: no source of this run; give one of {known}, or the URL of shards")
-    config = stored
     if source is not None:
         trained_type = stored.source_type_of(stored.stage_named(info.stage))
-        default_type = trained_type if trained_type in evaluated_source_types() else "pairs"
-        config = _with_source(stored, source, source_type or ("labelled" if probe else default_type))
+        default_type = "labelled" if probe else trained_type if trained_type in types else "pairs"
+        config = _with_source(stored, source, source_type or default_type)
     source = source or stored.evaluation.source
     if source is None or source not in config.sources:
         fault = "no held-out source is named" if source is None else f"{source} is no source of this run"
@@ -132,15 +129,21 @@ def evaluate_checkpoint(
         other = eval_report.headline(same)
 
     config = caller.applied(config)
-    if workers is None:
-        ranks = ranks or ranks_here()
-        values, data = _evaluate(checkpoint, source, limit, rerank_best, probe, key, caller, ranks)
-    else:  # ranks have other working folders
+    if workers is not None:  # ranks have other working folders
         checkpoint, source = absolute(checkpoint), absolute(source) if "/" in source else source
         probe = absolute(probe) if probe and "/" in probe else probe
-        work = functools.partial(_evaluate, checkpoint, source, limit, rerank_best, probe, key, caller)
-        values, data = on_workers(work, config, workers, "evaluation")
-    return None if data is None else _deliver(values, data, config, info, storage, track, other, report)
+    work = functools.partial(_evaluate, checkpoint, source, limit, rerank_best, probe, key, caller)
+    values, data = work(ranks or ranks_here()) if workers is None else on_workers(work, config, workers, "evaluation")
+    if data is None:
+        return None
+    page, path = _store(values, data, config, storage, other, report)
+    if tracker := open_tracker(track, config, info.recorded, storage):
+        tracker.metrics(info.step, {f"eval/{key.name}/{name}": value for name, value in data.metrics.items()})
+        tracker.artifact(f"evaluation/{key.name}/{REPORT}", page)
+        if not storage.exists(join(config.folder, RUN_FILE)):  # weights without a run: nothing else would ever end it
+            tracker.finish()
+        tracker.close(timeout=60)
+    return values | {"report": path}
 
 
 def _with_source(config: RunConfig, source: str, source_type: str) -> RunConfig:
@@ -194,7 +197,7 @@ def _evaluate(
 ) -> tuple[dict[str, Any], ReportData | None]:
     """Evaluate on this rank; all ranks call it and get the same values, and rank 0 the report's data."""
     storage, device = caller.store(), device_of(ranks)
-    weights = load_usable_weights(storage, checkpoint)
+    weights = drop_untrained_objectives(load_weights(storage, checkpoint))
     config = _with_source(weights.config, source, key.source_type)
     if probe is not None:
         config = _with_source(config, probe, "labelled")
@@ -203,7 +206,8 @@ def _evaluate(
     others = {}  # finished earlier stages, which evaluate the objectives that only they trained
     for index, stage in enumerate(config.stages[: config.stages.index(config.stage_named(weights.stage))]):
         if is_committed(storage, url := stage_url(config, index)):
-            others[stage.name] = build_trained_model(load_usable_weights(storage, url)).to(device)
+            usable = drop_untrained_objectives(load_weights(storage, url))
+            others[stage.name] = build_trained_model(usable).to(device)
     result = evaluate(
         model,
         tokenizer,
@@ -228,17 +232,15 @@ def _evaluate(
     return result.to_json(), data
 
 
-def _deliver(
+def _store(
     values: dict[str, Any],
     data: ReportData,
     config: RunConfig,
-    info: WeightsInfo,
     storage: Storage,
-    track: bool | None,
     other: ReportData | None,
     report: Path | None,
-) -> dict[str, Any]:
-    """Log warnings, store the results next to the weights, and track the metrics at the step of the weights."""
+) -> tuple[bytes, str]:
+    """Log warnings, and store the results next to the weights; return the report's page and where it is."""
     if data.trained_on:
         message = "source '%s' was trained on (stages: %s): these results are not held-out"
         log.warning(message, data.key.name, ", ".join(data.trained_on))
@@ -250,11 +252,11 @@ def _deliver(
             100 * values["itm"]["accuracy_mismatched"],
         )
 
-    def label(key: EvalKey) -> str:
-        """Return a part of the report's name: what was evaluated, and the weights unless they are the run's last."""
+    def file_of(key: EvalKey) -> str:
+        """Return the name of a report: what was evaluated, and the weights unless they are the run's last."""
         stage = [] if key.stage == config.stages[-1].name else [key.stage]
         step = [] if key.step is None else [f"step-{key.step}"]
-        return file_name_of("@".join([key.name, *stage, *step]))
+        return f"report-{file_name_of('@'.join([key.name, *stage, *step]))}.html"
 
     records = read_records(config, storage).stages
     curves = {r.config.name: [(step, loss) for _, step, loss in r.series("train/loss")] for r in records}
@@ -262,31 +264,17 @@ def _deliver(
     try:
         eval_report.save_report_data(storage, config.folder, data)
         evaluations = eval_report.load_report_data(storage, config.folder)
-        links = [(evaluation, quote(f"report-{label(evaluation.key)}.html")) for evaluation in evaluations]
+        links = [(evaluation, quote(file_of(evaluation.key))) for evaluation in evaluations]
         main_page = eval_report.render_report(eval_report.headline(evaluations), config, curves, links=links)
         storage.write(join(config.folder, REPORT), main_page.encode())
     except StorageError as error:
         if report is None:
             raise
         log.warning("the results could not be stored next to the weights: %s", error)
+    path = join(config.folder, file_of(data.key)) if report is None else str(report)
     if report is None:
-        path = join(config.folder, f"report-{label(data.key)}.html")
         storage.write(path, page)
-        log.info("writing the results of %s to %s", info.url, config.folder)
+        log.info("writing the results of %s to %s", data.checkpoint, config.folder)
     else:
-        path = str(report)
         write_output(storage, path, page, "--report")
-
-    if track is None:
-        reason = untracked_because(config, info.recorded, storage)
-        if reason is not None:
-            notify(f"not recorded in MLflow: {reason}. Give --track to record it in {redact(configured_uri(config))}")
-        track = reason is None
-    if track:
-        tracker = Tracker.open(config, storage)
-        tracker.metrics(info.step, {f"eval/{data.key.name}/{name}": value for name, value in data.metrics.items()})
-        tracker.artifact(f"evaluation/{data.key.name}/{REPORT}", page)
-        if not storage.exists(join(config.folder, RUN_FILE)):  # weights without a run: nothing else would ever end it
-            tracker.finish()
-        tracker.close(timeout=60)
-    return values | {"report": path}
+    return page, path

@@ -12,7 +12,8 @@ from jobs.console import aligned, notify, write_output
 from pipeline.config.errors import ConfigError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
-from pipeline.data.storage import join
+from pipeline.config.stored import RecordedLocation
+from pipeline.data.storage import Storage, join
 from pipeline.pages.charts import significant
 from pipeline.reports.comparison import Comparison, compare, render_comparison
 from pipeline.reports.run_folder import open_run
@@ -50,14 +51,10 @@ def report(
         opened.storage.write(url, page)
     else:
         write_output(opened.storage, url, page, "--out")
-    if opened.run and not opened.is_live:  # a training process commits its own journal
-        reason = untracked_because(config, opened.recorded, opened.storage) if track is None else None
-        if reason is not None:
-            notify(f"the page is not logged in MLflow: {reason}. --track logs it in {redact(configured_uri(config))}")
-        elif track is not False:
-            tracker = Tracker.open(config, opened.storage)
-            tracker.artifact(RUN_REPORT, page)
-            tracker.close()
+    is_idle = opened.run and not opened.is_live  # a training process commits its own journal
+    if is_idle and (tracker := open_tracker(track, config, opened.recorded, opened.storage)):
+        tracker.artifact(RUN_REPORT, page)
+        tracker.close()
     return {
         "report": url,
         "status": summary.status,
@@ -69,6 +66,14 @@ def report(
         "rank_hours": summary.cost.rank_hours if summary.cost else None,
         "cost": summary.cost.total if summary.cost and summary.cost.price else None,
     }
+
+
+def open_tracker(track: bool | None, config: RunConfig, recorded: RecordedLocation, storage: Storage) -> Tracker | None:
+    """Open the tracker of a folder's run if `track`, or if that is None and `untracked_because` has no objection."""
+    reason = untracked_because(config, recorded, storage) if track is None else None
+    if reason is not None:
+        notify(f"not recorded in MLflow: {reason}. Give --track to record it in {redact(configured_uri(config))}")
+    return None if track is False or reason is not None else Tracker.open(config, storage)
 
 
 @contextmanager

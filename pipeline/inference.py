@@ -75,33 +75,20 @@ def load_model(
         from pipeline.tracking.mlflow_server import download_weights
 
         with tempfile.TemporaryDirectory() as folder:
-            weights = load_usable_weights(storage, download_weights(url, Path(folder), tracking_uri))
-        weights = replace(weights, url=url)
+            weights = replace(load_weights(storage, download_weights(url, Path(folder), tracking_uri)), url=url)
     else:
-        weights = load_usable_weights(storage, url)
+        weights = load_weights(storage, url)
+    weights = drop_untrained_objectives(weights)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
+    model = build_trained_model(weights).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    tokenizer = Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase)
     return TrainedModel(
-        model=build_trained_model(weights).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(),
-        tokenizer=Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase),
-        config=config,
-        stage=stage,
-        choices=weights.choices,
-        storage=storage,
-        url=weights.url,
-        step=weights.step,
+        model, tokenizer, config.for_stage(stage), stage, weights.choices, storage, weights.url, weights.step
     )
 
 
-def load_usable_weights(storage: Storage, url: str) -> Weights:
-    """Load the weights at a URL without the objectives they cannot serve. Raises CheckpointError as `load_weights`."""
-    return drop_untrained_objectives(load_weights(storage, url))
-
-
 def drop_untrained_objectives(weights: Weights) -> Weights:
-    """Return the weights without the objectives whose heads they lack, which would be drawn at random; log their names.
-
-    Imported weights may lack heads.
-    """
+    """Return the weights without the objectives whose heads they lack, as imported weights may; log their names."""
     config, stage = weights.config, weights.config.stage_named(weights.stage)
     model = skeleton(config.model, len(weights.vocabulary), head_config(config, config.stages.index(stage)))
     lacking = {
@@ -154,15 +141,12 @@ class TrainedModel:
 
     model: Model
     tokenizer: Tokenizer
-    config: RunConfig  # kept with the stage's image size
+    config: RunConfig  # with the stage's image size (`for_stage`)
     stage: StageConfig
     choices: Mapping[str, Choices]
     storage: Storage = field(default_factory=Storage)
     url: str = ""
     step: int = 0
-
-    def __post_init__(self) -> None:
-        self.config = self.config.for_stage(self.stage)
 
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (N, D) in the space shared with `encode_texts`."""

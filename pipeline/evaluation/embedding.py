@@ -13,7 +13,6 @@ import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,9 +91,8 @@ class Embedder:
                     usable = [(s, *d) for s, d in zip(batch, decoded, strict=True) if not isinstance(d, str)]
                     if not usable:
                         continue
-                    of_images = self.predictor.embed_images(
-                        torch.from_numpy(np.stack([image for _, image, _ in usable]))
-                    )
+                    images = torch.from_numpy(np.stack([image for _, image, _ in usable]))
+                    of_images = self.predictor.embed_images(images)
                     texts = [text for _, _, captions in usable for text in captions]
                     encoded = tokenizer.encode_batch(texts, self.stage.max_text_length)
                     of_texts = self.predictor.embed_texts([t.ids for t in encoded]) if texts else of_images[:0]
@@ -117,18 +115,15 @@ class Embedder:
 
     def _decode(self, sample: Sample) -> tuple[np.ndarray, list[str]] | str:
         """Return the resized image with its captions, if any, or the reason why it cannot be decoded."""
+        image: np.ndarray | None = None
         try:
             with judging("members"):
                 check_members(sample.members, sample.is_duplicate)
                 pixels = decode(image_bytes(sample.members), self.config.data.max_pixels)
                 image = resize_for(pixels, self.config.model)
-        except BadSample as bad:
-            return str(bad)
-        try:
-            with judging("members"):
                 return image, list(captions_of(sample.members))
-        except BadSample:  # only the image is embedded
-            return image, []
+        except BadSample as bad:  # without captions, only the image is embedded
+            return str(bad) if image is None else (image, [])
 
 
 def embed_shards(
@@ -145,14 +140,9 @@ def embed_shards(
             "images and texts have no common space; give the checkpoint of a stage with objective 'itc'"
         )
     manifest = load_manifest(storage, url)
-
-    def find() -> dict[str, EmbeddedShard]:
-        if ranks.rank != 0:
-            return {}
-        _claim(storage, out, url, manifest)
-        return _finished(storage, out, manifest.shards, embedder.digest)
-
-    done = run_on_all_ranks(ranks, find)[0]
+    done = run_on_all_ranks(ranks, lambda: {} if ranks.rank else _claim(storage, out, url, manifest, embedder.digest))[
+        0
+    ]
     waiting = [shard for shard in manifest.shards if shard.name not in done][ranks.rank :: ranks.world_size]
     sources = [Source(url, Manifest((shard,))) for shard in waiting]
     parts = run_on_all_ranks(ranks, lambda: [embedder.embed_shard(storage, source, out) for source in sources])
@@ -166,14 +156,15 @@ def embed_shards(
     }
 
 
-def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
-    """Record in `out` the folder of shards that its files belong to.
+def _claim(storage: Storage, out: str, url: str, manifest: Manifest, digest: str) -> dict[str, EmbeddedShard]:
+    """Record in `out` the folder of shards that its files belong to, and return the finished shards' records by name.
 
-    Raises ConfigError where they belong to another one, whose files of the same names would be lost. Folders are
-    compared by the content of their shards: one that has moved, grown or been repaired in part is still the same.
+    These are of complete files made from this content and the checkpoint `digest`. Raises ConfigError where the files
+    belong to another folder of shards, and those of the same names would be lost. Folders are compared by the content
+    of their shards: one that has moved, grown or been repaired in part is still the same.
     """
     shards = {shard.name: shard.digest for shard in manifest.shards}
-    record_url = join(out, SOURCE)
+    record_url, files = join(out, SOURCE), storage.list_info(out)
     if storage.exists(record_url):
         data = storage.read(record_url)
         try:
@@ -186,29 +177,25 @@ def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
                 f"--out {out}: holds the vectors of {known_url}, and files of the same names would be lost; name "
                 f"another folder for those of {url}"
             )
-    elif others := {_file_name(shard) for shard in manifest.shards} & set(storage.list(out)):
+    elif others := {_file_name(shard) for shard in manifest.shards} & files.keys():
         raise ConfigError(
             f"--out {out}: holds {min(others)}, and no {SOURCE} that says of which shards it is; name another folder"
         )
     storage.write(record_url, json.dumps({"url": url, "digest": manifest.digest, "shards": shards}, indent=1).encode())
 
-
-def _finished(storage: Storage, out: str, shards: Sequence[ShardRecord], digest: str) -> dict[str, EmbeddedShard]:
-    """Return the records, by shard name, of complete files made from this content and the checkpoint `digest`."""
-    files, known = storage.list_info(out), set(storage.list(join(out, DONE)))
-    recorded = [shard for shard in shards if _file_name(shard, "json") in known]
+    known, finished = set(storage.list(join(out, DONE))), {}
+    recorded = [shard for shard in manifest.shards if _file_name(shard, "json") in known]
     urls = [join(out, DONE, _file_name(shard, "json")) for shard in recorded]
-    finished = {}
     with ThreadPoolExecutor(_READERS, "records") as threads:
         for shard, data in zip(recorded, threads.map(storage.read, urls), strict=True):
             try:
-                record = EmbeddedShard(**json.loads(data))
+                embedded = EmbeddedShard(**json.loads(data))
             except (ValueError, TypeError, RecursionError):  # a damaged record counts as missing
                 continue
             file = files.get(_file_name(shard))
-            same = (record.checkpoint, record.shard) == (digest, shard.digest)
-            if same and file is not None and file.size == record.bytes:
-                finished[shard.name] = record
+            is_current = (embedded.checkpoint, embedded.shard) == (digest, shard.digest)
+            if is_current and file is not None and file.size == embedded.bytes:
+                finished[shard.name] = embedded
     return finished
 
 

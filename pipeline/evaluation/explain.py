@@ -12,6 +12,7 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,16 +57,14 @@ class Condition:
     truth_probability: float
 
 
-@dataclass(frozen=True)
-class ExplainedWord:
+class ExplainedWord(NamedTuple):
     word: str
     heat: Tensor  # (G, C) float32: fraction of the word assigned to each patch
     with_image: Condition
     without_image: Condition
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     image: Tensor  # (H, W, 3) uint8
     words: tuple[ExplainedWord, ...]
     distance: float  # cost of the plan: 0 where words equal their patches, 1 where they are orthogonal
@@ -130,20 +129,15 @@ def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:
 def alignment_examples(
     model: Model, tokenizer: Tokenizer, held_out: EvalPairs, config: RunConfig, stage: StageConfig
 ) -> Alignments:
-    """Explain the first captions of evenly spaced images; empty for a model that does not align words and patches.
-
-    Notes state what the weights were not trained for.
-    """
+    """Explain the first captions of evenly spaced images; empty for a model that does not align words and patches."""
     if modules_for(model, "wpa", "pairs") is None or not len(held_out):
         return Alignments()
     captions = []
     for number in range(0, len(held_out), -(-len(held_out) // ALIGNMENT_EXAMPLES)):
         caption = held_out.captions[number][0]
         explanation = explain(model, tokenizer, held_out.image(number), caption, stage.max_text_length)
-        words = [
-            (word.word, thumbnail(draw_heat_map(explanation, word), HEAT_MAP_PIXELS), word.heat.max().item())
-            for word in explanation.words
-        ]
+        maps = [thumbnail(draw_heat_map(explanation, word), HEAT_MAP_PIXELS) for word in explanation.words]
+        words = [(w.word, uri, w.heat.max().item()) for w, uri in zip(explanation.words, maps, strict=True)]
         captions.append(AlignedCaption(thumbnail(explanation.image, HEAT_MAP_PIXELS), caption, words))
     return Alignments(captions, untrained_notes(config, stage.name))
 
@@ -160,18 +154,10 @@ def render_explanation(explanation: Explanation, text: str, heading: str, notes:
         page = draw_explanation(explanation, text, heading, notes)
         page.save(buffer, "PNG", optimize=True, pnginfo=information)
         return buffer.getvalue()
-    panels = [draw_heat_map(explanation), *(draw_heat_map(explanation, word) for word in explanation.words)]
-    uris = [thumbnail(panel, PANEL, lossless=PANEL) for panel in panels]
-    return render_page(
-        "pipeline/evaluation/explain.html.j2",
-        subject=subject,
-        explanation=explanation,
-        text=text,
-        heading=heading,
-        notes=notes,
-        image=uris[0],
-        panels=list(zip(explanation.words, uris[1:], strict=True)),
-    ).encode()
+    panels = [(word, draw_heat_map(explanation, word)) for word in (None, *explanation.words)]
+    drawn = [(word, thumbnail(panel, PANEL, lossless=PANEL)) for word, panel in panels]
+    shown = {"explanation": explanation, "text": text, "heading": heading, "notes": notes, "panels": drawn}
+    return render_page("pipeline/evaluation/explain.html.j2", subject, **shown).encode()
 
 
 def draw_explanation(explanation: Explanation, text: str, heading: str, notes: Sequence[str]) -> Image.Image:

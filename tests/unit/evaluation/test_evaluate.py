@@ -10,6 +10,7 @@ from pipeline.config.schema import DualEncoderConfig, ObjectiveConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.masked import OWN, TEXT_ONLY
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_on_all_ranks
 from pipeline.evaluation.retrieval import Predictor
 from pipeline.models import build_model
@@ -47,7 +48,7 @@ def test_metrics_do_not_depend_on_the_batch_size(evaluation, model, config, stor
     again = evaluate(model, tokenizer, other, storage)
     scores = (result.rankings.image_to_text.score for result in (evaluation, again))
     torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-5)
-    assert evaluation.mlm.own_image.accuracy == again.mlm.own_image.accuracy
+    assert evaluation.sections["mlm"] | {"language_stage_text_only": None} == again.sections["mlm"]
     assert evaluation.sections["itm"] == again.sections["itm"]
 
 
@@ -135,7 +136,7 @@ def evaluated(config, ranks=None):
     model = build_model(config.model, tokenizer.size, HeadConfig("pixels"), seed=3)
     result = evaluate(model, tokenizer, config, Storage(), others={"language": model}, ranks=ranks or Collectives())
     tensors = [tensor for direction in result.rankings for tensor in direction]
-    tensors += [result.mlm.own_image.truth_probability, result.mlm.text_only.tokens]
+    tensors += [result.mlm.predictions[OWN].truth_probability, result.mlm.predictions[TEXT_ONLY].tokens]
     return result.to_json(), result.metrics(), tensors
 
 

@@ -1,6 +1,7 @@
 """Metrics of annotated sources, computed for models whose answers are known."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.load import validate
 from pipeline.config.schema import ObjectiveConfig
 from pipeline.data.contents.choices import ANSWERS, Choices, load_choices
+from pipeline.data.contents.members import Statement
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
@@ -103,17 +105,21 @@ def test_accuracies_of_right_and_wrong_models(prepared):
         assert 0.25 <= wrong["accuracy_without_model"] < 0.6  # the most frequent of four colours
     classified, statements = prepared("labelled")[2], prepared("statements")[2]
     right, wrong = (labelled.evaluate_classification(Colourist(wrong), classified) for wrong in (False, True))
-    assert right == {"images": 60, "top1": 1.0, "top5": 1.0, "chance": 0.25}
-    assert wrong["top1"] == 0.0
+    assert (right, wrong["top1"]) == ({"images": 60, "top1": 1.0, "top5": 1.0, "chance": 0.25}, 0.0)
     result, inverted = (labelled.evaluate_nlvr2(Colourist(wrong), statements) for wrong in (False, True))
     assert result["statements"] == 60
     assert 0.25 < result["accuracy"] < 0.75
     assert result["accuracy"] + inverted["accuracy"] == pytest.approx(1.0)
     assert result["accuracy_without_model"] >= 0.5
     ids = ["dev-1-0-0", "dev-1-1-0", "dev-1-0-1", "test-1-0-0"]
-    assert labelled.consistency(ids, [True, True, True, True]) == 1.0
-    assert labelled.consistency(ids, [True, False, True, True]) == pytest.approx(2 / 3)
-    assert labelled.consistency([*ids, "mine"], [True] * 5) is None
+    for names, predicted, expected in (
+        (ids, [1, 1, 1, 1], 1.0),
+        (ids, [1, 0, 1, 1], 2 / 3),
+        ([*ids, "a"], 5 * [1], None),
+    ):
+        judged = [(best, Statement("", True, name)) for best, name in zip(predicted, names, strict=True)]
+        source = SimpleNamespace(map_batches=lambda head, compute, judged=judged: judged)
+        assert labelled.evaluate_nlvr2(None, source)["consistency"] == expected
 
 
 def test_evaluation_reports_the_objective_of_the_stage_and_uses_saved_answers(prepared):
@@ -170,10 +176,10 @@ def test_zero_shot_classifies_by_the_means_of_the_class_names_prompts(prepared, 
             evaluate(model, tokenizer, config, Storage())
     finally:
         names.with_suffix(".away").rename(names)
-    without_placeholder = config.model_dump(mode="json")
-    without_placeholder["evaluation"]["prompts"] = ["a photo"]
+    values = config.model_dump(mode="json")
+    values["evaluation"]["prompts"] = ["a photo"]
     with pytest.raises(ConfigError, match=r"evaluation.prompts.*must contain \{\} exactly once"):
-        validate(without_placeholder, "tiny")
+        validate(values, "tiny")
 
 
 def test_the_probe_is_the_minimum_of_its_loss():

@@ -59,8 +59,9 @@ def test_page_is_self_contained_escaped_and_shows_metrics_with_chance(evaluation
     assert all(address.startswith("data:") for address in parsed.addresses)
     assert not re.search(r"<script|@import|url\(|https?://", page)
     assert len(page) < 5_000_000
-    chance = f"chance {percent(retrieval.text_to_image.chance[10])}"
-    shown = [percent(retrieval.image_to_text.at[10]), chance, percent(evaluation.mlm.own_image.accuracy)]
+    chance = f"chance {percent(retrieval.text_to_image.chance['r10'])}"
+    accuracy = percent(evaluation.sections["mlm"]["accuracy"])
+    shown = [percent(retrieval.image_to_text.values["r10"]), chance, accuracy]
     assert all(text in parsed.text for text in (*shown, "s3://bucket/run", "vision_language"))
     held_out = evaluation.held_out
     captions = tuple(("<script>alert('caption')</script>",) * len(own) for own in held_out.captions)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.evaluation import retrieval
-from pipeline.evaluation.retrieval import chance_level, dot_products, rankings, recall_at_k, rerank
+from pipeline.evaluation.retrieval import dot_products, rankings, recall_at_k, rerank
 
 
 def ranks_by_sorting(scores, query_id, candidate_id):
@@ -52,9 +52,8 @@ def test_recall_and_reranked_ranks_equal_a_brute_force(per_image, levels, duplic
         (recalls.text_to_image, reranked[1], similarity.T, second.T, caption_id, image_id),
     ):
         ranks = ranks_by_sorting(coarse, query_id, candidate_id)
-        assert recall.at == {k: np.mean(ranks <= k) for k in (1, 5, 10)}
-        assert recall.mean_rank == pytest.approx(np.mean(ranks), abs=1e-12)
-        assert recall.median_rank == np.median(ranks)
+        expected = {f"r{k}": np.mean(ranks <= k) for k in (1, 5, 10)} | {"median_rank": np.median(ranks)}
+        assert recall.values == expected | {"mean_rank": pytest.approx(np.mean(ranks), abs=1e-12)}
         best = np.argsort(-coarse, axis=1, kind="stable")[:, :4]
         lifted = coarse.copy()
         np.put_along_axis(lifted, best, 1000 + np.take_along_axis(exact, best, axis=1), axis=1)
@@ -77,29 +76,33 @@ def test_ranks_are_equal_in_blocks_and_equal_scores_keep_their_order(monkeypatch
         monkeypatch.setattr(retrieval, "_ROWS", rows)
         result = rankings(dot_products(images, texts), dot_products(texts, images), captions, ids)
         for own, other in zip(result, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(vars(own).values(), vars(other).values(), strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
 
 
-def test_margins_ties_perfect_models_and_duplicates_of_an_image():
+def test_margins_ties_perfect_models_duplicates_and_chance(monkeypatch):
     ranked, _ = evaluated([[0.9, 0.5, 0.1], [0.2, 0.3, 0.7]], [0, 0, 1], [4, 9])
     torch.testing.assert_close(ranked.image_to_text.margin, torch.tensor([0.8, 0.4]))
     torch.testing.assert_close(ranked.text_to_image.margin, torch.tensor([0.7, 0.2, 0.6]))
     _, equal = evaluated(np.zeros((30, 30)), np.arange(30), np.arange(30))
-    assert equal.image_to_text.at == equal.text_to_image.at == {1: 0.0, 5: 0.0, 10: 0.0}
-    assert equal.image_to_text.median_rank == 30
+    assert equal.image_to_text == equal.text_to_image
+    assert [equal.image_to_text.values[key] for key in ("r1", "r5", "r10", "median_rank")] == [0.0, 0.0, 0.0, 30]
     caption_of = np.arange(20).repeat(5)
     _, perfect = evaluated((np.arange(20)[:, None] == caption_of[None]).astype(float), caption_of, np.arange(20))
-    assert perfect.image_to_text.at[1] == perfect.text_to_image.at[1] == perfect.image_to_text.mean_rank == 1.0
+    assert perfect.image_to_text.values == perfect.text_to_image.values
+    assert perfect.image_to_text.values["r1"] == perfect.image_to_text.values["mean_rank"] == 1.0
     similarity = np.array([[0.1, 0.9, 0.2], [0.9, 0.1, 0.2], [0.0, 0.0, 1.0]])
     recalls = [evaluated(similarity, np.arange(3), ids)[1] for ids in ([7, 7, 8], [7, 6, 8])]
-    assert [recall.image_to_text.at[1] for recall in recalls] == [1.0, pytest.approx(1 / 3)]
+    assert [recall.image_to_text.values["r1"] for recall in recalls] == [1.0, pytest.approx(1 / 3)]
     with pytest.raises(ValueError, match="NaN"):
         evaluated(np.full((3, 3), np.nan), np.arange(3), np.arange(3))
 
-
-def test_chance_equals_the_mean_over_every_order():
-    for counts, k in (((1, 1, 1, 1), 2), ((2, 1, 3), 1), ((2, 1, 3), 2), ((1, 4), 3), ((1,), 10)):
-        candidates = [query for query, n in enumerate(counts) for _ in range(n)]
-        hits = [query in order[:k] for order in itertools.permutations(candidates) for query in range(len(counts))]
-        chance = chance_level(torch.arange(len(counts)), torch.tensor(candidates), k)
-        assert chance == pytest.approx(sum(hits) / len(hits), abs=1e-12), (counts, k)
+    monkeypatch.setattr(retrieval, "KS", (1, 2, 10))
+    for counts in ((1, 1, 1, 1), (2, 1, 3), (1, 4), (1,)):
+        captions, ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), torch.arange(len(counts))
+        (recall, _), orders = (
+            recall_at_k([ids, captions], captions, ids),
+            list(itertools.permutations(captions.tolist())),
+        )
+        for k in (1, 2, 10):
+            hits = [query in order[:k] for order in orders for query in range(len(counts))]
+            assert recall.chance[f"r{k}"] == pytest.approx(sum(hits) / len(hits), abs=1e-12), (counts, k)

@@ -123,7 +123,7 @@ def test_stored_evaluations_are_read_back_unchanged_and_their_images_are_data_ur
         "http://host/beacon", "//host/beacon", "data:text/html;base64,AAAA", "data:image/svg+xml;base64,AAAA",
         'data:image/png;base64,AAAA" onerror="alert(1)', "javascript:alert(1)", "", "file:///etc/passwd",
     ):  # fmt: skip
-        card = replace(whole.retrievals.best_images[0], image=address)
+        card = replace(whole.retrievals.best_images[0], query=address)
         heat = replace(whole.alignments.captions[0], words=[("a", address, 0.5)])
         for hostile in (
             replace(whole, retrievals=replace(whole.retrievals, best_images=[card])),
