@@ -128,18 +128,12 @@ class Retrievals:
 
 
 @dataclass(frozen=True)
-class MaskedWord:
-    truth: str
-    number: int
-    predictions: list[tuple[str, str, Number, bool]]  # condition, prediction, probability, is right
-
-
-@dataclass(frozen=True)
 class MaskedCaption:
     image: ImageUri
     other_image: ImageUri | None
-    pieces: list[tuple[str, int | None]]  # words; the number of the masked one, or None
-    words: list[MaskedWord]
+    pieces: list[tuple[str, int | None]]  # words; the number from 1 of the masked one, or None
+    # The masked words: each with its predictions (condition, prediction, probability, is right).
+    words: list[tuple[str, list[tuple[str, str, Number, bool]]]]
 
 
 @dataclass(frozen=True)
@@ -363,7 +357,7 @@ def _masked_captions(mlm: MaskedLanguage, held_out: EvalPairs, tokenizer: Tokeni
                 best, probability = predicted.tokens[rows, 0], predicted.probabilities[rows, 0].prod().item()
                 is_right = bool((best == truth[rows]).all())
                 predictions.append((name, tokenizer.decode(best.tolist()), probability, is_right))
-            words.append(MaskedWord(tokenizer.decode(truth[rows].tolist()), number, predictions))
+            words.append((tokenizer.decode(truth[rows].tolist()), predictions))
             numbers[word] = number
         in_order = words_of(tokens.word_of).items()
         pieces = [(tokenizer.decode([tokens.ids[p] for p in places]), numbers.get(word)) for word, places in in_order]

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
@@ -22,23 +21,10 @@ SHARDS = 60
 AFTER = (5, 20)  # number of records after which each process is killed
 
 
-def embed(shards: str, checkpoint: str, out: Path, kill_after: int | None = None) -> dict[str, Any] | int:
-    """Run `mome embed`; return its result, or the number of shards done by a process killed after so many."""
+def start_embedding(shards: str, checkpoint: str, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "jobs.cli", "embed", shards, "--checkpoint", checkpoint, "--out", str(out)]
     environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    process = subprocess.Popen([*command, "--json"], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-    if kill_after is None:
-        printed, log = process.communicate(timeout=SECONDS)
-        assert process.returncode == 0, log
-        assert "shards finished, of" in log
-        return json.loads(printed)
-    deadline = time.monotonic() + SECONDS
-    while len(list((out / DONE).glob("*.json"))) < kill_after and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
-    return len(list((out / DONE).glob("*.json")))
+    return subprocess.Popen([*command, "--json"], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.mark.slow
@@ -47,14 +33,25 @@ def test_killed_embedding_resumes_to_equal_files(tmp_path: Path) -> None:
     samples = iter_samples(Storage(), config.sources["scenes"].shards)
     shards, one, other = str(tmp_path / "shards"), tmp_path / "whole", tmp_path / "killed"
     write_shards(Storage(), ({"__key__": sample.key, **sample.members} for sample in samples), shards, 1)
-    whole, done = embed(shards, checkpoint, one), 0
-    for records in AFTER:
-        done = embed(shards, checkpoint, other, records)
-        assert records <= done < SHARDS, "killed in the middle"
-    finished = [next(other.glob(f"{record.stem}.parquet")) for record in (other / DONE).glob("*.json")]
-    before = {file: file.stat().st_mtime_ns for file in finished}
-    resumed = embed(shards, checkpoint, other)
-    assert {file: file.stat().st_mtime_ns for file in finished} == before, "what was finished is not written again"
+    for kill_after in AFTER:
+        process, deadline = start_embedding(shards, checkpoint, other), time.monotonic() + SECONDS
+        while len(list((other / DONE).glob("*.json"))) < kill_after and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        records = list((other / DONE).glob("*.json"))
+        assert kill_after <= len(records) < SHARDS, "killed in the middle"
+    before = {record: (other / f"{record.stem}.parquet").stat().st_mtime_ns for record in records}
+    results = []
+    for out in (one, other):
+        printed, log = (process := start_embedding(shards, checkpoint, out)).communicate(timeout=SECONDS)
+        assert process.returncode == 0, log
+        assert "shards finished, of" in log
+        results.append(json.loads(printed))
+    times = {record: (other / f"{record.stem}.parquet").stat().st_mtime_ns for record in records}
+    assert times == before, "what was finished is not written again"
+    whole, resumed, done = *results, len(records)
     assert (whole["shards"], whole["already_done"], resumed["already_done"]) == (SHARDS, 0, done)
     names = sorted(file.name for file in one.iterdir())
     assert sorted(file.name for file in other.iterdir()) == names, "nothing is left over"

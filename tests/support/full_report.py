@@ -9,6 +9,7 @@ from pipeline.pages.page import THUMBNAIL, thumbnail
 WORD = "counterrevolutionaries"  # wider than a table column on a phone
 CAPTION = " ".join([WORD, "a", "picture", "<script>alert(1)</script>"] * 9)
 CONDITIONS = ["own image", "another image", "text only", "text only, language stage"]
+NOTE = "No stage trained wpa: the drawn alignment comes from features that were not trained for it."
 
 
 def fullest(run: str = "recorded") -> report.ReportData:
@@ -17,22 +18,17 @@ def fullest(run: str = "recorded") -> report.ReportData:
     def noise(side: int = THUMBNAIL) -> str:
         return thumbnail(random.integers(0, 256, (side, side, 3), dtype=np.uint8), side)
 
-    guesses = [(name, WORD, 0.5, True) for name in CONDITIONS]
     pieces = [(word, None) for word in CAPTION.split()] + [(WORD, 1), (WORD, 2)]
-    words = [report.MaskedWord(WORD, number, guesses) for number in range(6)]
+    words = [(WORD, [(name, WORD, 0.5, True) for name in CONDITIONS])] * 6
     masked = [report.MaskedCaption(noise(), noise(), pieces, words) for _ in range(3 * report.MASKED_SHOWN)]
-    ends = report.SHOWN, 2 * report.SHOWN
-    candidates = [[(noise(), False, 0.1) for _ in range(report.CANDIDATES)] for _ in range(ends[1])]
-    captions = [report.Retrieval(CAPTION, 7, images, noise()) for images in candidates]
-    listed = [(CAPTION, False, 0.5)] * report.CANDIDATES
-    images = [report.Retrieval(noise(), 7, listed, CAPTION) for _ in range(ends[1])]
-    aligned = [
-        report.AlignedCaption(
-            noise(HEAT_MAP_PIXELS), CAPTION, [(word, noise(HEAT_MAP_PIXELS), 0.3) for word in CAPTION.split()]
-        )
-        for _ in range(ALIGNMENT_EXAMPLES)
-    ]
-    note = "No stage trained wpa: the drawn alignment comes from features that were not trained for it."
+    found = [[(noise(), False, 0.1) for _ in range(report.CANDIDATES)] for _ in range(2 * report.SHOWN)]
+    captions = [report.Retrieval(CAPTION, 7, images, noise()) for images in found]
+    images = [report.Retrieval(noise(), 7, [(CAPTION, False, 0.5)] * report.CANDIDATES, CAPTION) for _ in found]
+    ends = slice(report.SHOWN), slice(report.SHOWN, None)
+    aligned = []
+    for _ in range(ALIGNMENT_EXAMPLES):
+        heat = [(word, noise(HEAT_MAP_PIXELS), 0.3) for word in CAPTION.split()]
+        aligned.append(report.AlignedCaption(noise(HEAT_MAP_PIXELS), CAPTION, heat))
     recall = report.RecallRow("Image → text", "itc", [(k, 0.5, 0.001) for k in (1, 5, 10)], 1.0, 25_000)
     return report.ReportData(
         run=run,
@@ -49,10 +45,10 @@ def fullest(run: str = "recorded") -> report.ReportData:
         reranked_best=10,
         recall=[recall] * 4,
         measures=[report.MeasureRow(name, 0.7, CAPTION) for name in ("Questions answered", "Masked words guessed")],
-        retrievals=report.Retrievals(images[: ends[0]], images[ends[0] :], captions[: ends[0]], captions[ends[0] :]),
+        retrievals=report.Retrievals(*(cards[end] for cards in (images, captions) for end in ends)),
         masked={"helped": masked[:4], "misled": masked[4:8], "even": masked[8:]},
         reconstruction_stage="vision",
         reconstructions=[(noise(), noise(), noise()) for _ in range(report.RECONSTRUCTIONS_SHOWN)],
-        alignments=report.Alignments(aligned, [note]),
+        alignments=report.Alignments(aligned, [NOTE]),
         skipped=[(CAPTION, 3)],
     )

@@ -23,7 +23,9 @@ def storage():
 def config(tmp_path_factory, storage):
     """Draw the shards of one synthetic source (24 scenes, two captions each) and return a run of three stages on it."""
     shards, plain = str(tmp_path_factory.mktemp("scenes") / "shards"), {"steps": 4, "global_batch_size": 8}
-    values = {
+    stages = (("vision", "images", ["mim"]), ("language", "sentences", ["mlm"]))
+    stages += (("vision_language", "unseen", ["itc", "itm", "mlm"]),)
+    run = RunConfig.model_validate({
         "name": "tiny",
         "model": {**SECTION, "max_text_length": 40},
         "sources": {
@@ -34,16 +36,11 @@ def config(tmp_path_factory, storage):
         "data": {"streams": 4},
         "stages": tuple(
             {"name": name, "sources": {source: 1.0}, "objectives": {key: {} for key in objectives}, **plain}
-            for name, source, objectives in (
-                ("vision", "images", ["mim"]),
-                ("language", "sentences", ["mlm"]),
-                ("vision_language", "unseen", ["itc", "itm", "mlm"]),
-            )
+            for name, source, objectives in stages
         ),
         "engine": {"precision": "float32"},
         "evaluation": {"source": "unseen", "batch_size": 7},
-    }
-    run = RunConfig.model_validate(values)
+    })  # fmt: skip
     build_synthetic(storage, {"unseen": run.sources["unseen"]})
     return run
 

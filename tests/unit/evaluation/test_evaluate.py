@@ -1,6 +1,8 @@
-"""The evaluation of a tiny model has the documented JSON, equal for every batch size and number of ranks."""
+"""The evaluation of a tiny model has the documented JSON and page, equal for every batch size and number of ranks."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,15 +12,20 @@ from pipeline.config.schema import DualEncoderConfig, ObjectiveConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.explain import alignment_examples
 from pipeline.evaluation.masked import OWN, TEXT_ONLY
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_on_all_ranks
-from pipeline.evaluation.retrieval import Predictor
+from pipeline.evaluation.report import build_report_data, render_report
+from pipeline.evaluation.retrieval import Predictor, rankings
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
+from pipeline.pages.charts import percent
+from pipeline.pages.page import thumbnail
 from tests.support.ranks import run_ranks
 
 KS = {"r1", "r5", "r10"}
+CURVES = {"vision": [(step, 2.0 / (step + 1)) for step in range(50)], "language": []}
 
 
 def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs(evaluation, model):
@@ -31,9 +38,8 @@ def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs(
     assert result["reconstruction"]["stage"] == "vision"
     metrics = evaluation.metrics()
     assert all(name.startswith("eval/unseen/") and isinstance(value, float) for name, value in metrics.items())
-    assert metrics["eval/unseen/i2t_r1"] == pytest.approx(evaluation.retrieval.image_to_text.values["r1"])
+    assert metrics["eval/unseen/i2t_r1"] == evaluation.retrieval.image_to_text.values["r1"]
     assert {"eval/unseen/mlm_accuracy", "eval/unseen/itm_accuracy", "eval/unseen/reranked_t2i_r10"} <= metrics.keys()
-
     held_out, ranked = evaluation.held_out, evaluation.rankings.text_to_image
     image = ForwardInput(heads=("itc",), image=held_out.images[ranked.best[5, :1]])
     text = ForwardInput(heads=("itc",), text=torch.tensor([held_out.tokens[5].ids]))
@@ -64,20 +70,15 @@ def test_results_without_training_or_without_a_second_pair_are_null(model, confi
     result = evaluate(model, tokenizer, config, storage, limit=1).to_json()
     assert result["mlm"]["accuracy_other_image"] is result["itm"] is None
     assert result["retrieval"]["text_to_image"]["r1"] == result["retrieval"]["chance"]["r1"] == 1.0
-    known = "no stage 'visoin' in this run; its stages: vision, language, vision_language"
-    with pytest.raises(ConfigError, match=known):
+    with pytest.raises(ConfigError, match="no stage 'visoin' in this run; its stages: vision, language, vision_lang"):
         evaluate(model, tokenizer, config, storage, stage="visoin")
-
-
-def test_dual_encoder_is_evaluated_by_its_single_itc_head(config, storage, tokenizer):
     sizes = {"width": 32, "layers": 1, "text_layers": 1, "heads": 2, "image_size": 32, "patch_size": 8}
     stage = config.stages[-1].model_copy(update={"objectives": {"itc": ObjectiveConfig()}})
     dual = config.model_copy(update={"model": DualEncoderConfig(**sizes, embedding=16), "stages": (stage,)})
     result = evaluate(build_model(dual.model, tokenizer.size, seed=3), tokenizer, dual, storage)
-    assert result.rankings.image_to_text.score.abs().max() <= 1 + 1e-5
-    values = result.to_json()
-    assert values["retrieval"]["image_to_text"].keys() >= KS
-    assert all(values[name] is None for name in ("reranked", "itm", "mlm", "reconstruction"))
+    assert result.rankings.image_to_text.score.abs().max() <= 1 + 1e-5  # a dual encoder has a single itc head
+    assert result.to_json()["retrieval"]["image_to_text"].keys() >= KS
+    assert all(result.to_json()[name] is None for name in ("reranked", "itm", "mlm", "reconstruction"))
 
 
 def test_itm_without_itc_ranks_by_scoring_every_pair_of_the_first_images(
@@ -95,7 +96,6 @@ def test_itm_without_itc_ranks_by_scoring_every_pair_of_the_first_images(
     best = odds.view(len(held_out), -1).topk(10, dim=1).values
     torch.testing.assert_close(result.rankings.image_to_text.score, best)
     assert evaluate(model, tokenizer, config, storage, rerank_best=0).retrieval is None
-
     monkeypatch.setattr("pipeline.evaluation.evaluate.RERANK_PAIRS", 30)
     part = evaluate(model, tokenizer, config, storage)
     captions = int((part.held_out.caption_of < part.retrieval_images).sum())
@@ -109,9 +109,6 @@ class One(Ranks):
 
     def __init__(self, rank, world_size):
         self.rank, self.world_size = rank, world_size
-
-    def shares(self, count):
-        return [(r * count // self.world_size, (r + 1) * count // self.world_size) for r in range(self.world_size)]
 
 
 def test_rows_are_computed_once_with_equal_forward_counts_and_errors_reach_all_ranks(monkeypatch):
@@ -140,9 +137,57 @@ def evaluated(config, ranks=None):
     return result.to_json(), result.metrics(), tensors
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_results_do_not_depend_on_the_number_of_ranks(config, world_size):
+def test_results_do_not_depend_on_the_number_of_ranks(config):
     values, metrics, tensors = evaluated(config, SINGLE_PROCESS)
-    for own_values, own_metrics, own_tensors in run_ranks(evaluated, world_size, config):
+    for own_values, own_metrics, own_tensors in run_ranks(evaluated, 2, config) + run_ranks(evaluated, 3, config):
         assert (own_values, own_metrics) == (values, metrics)
         assert all(torch.equal(mine, other) for mine, other in zip(own_tensors, tensors, strict=True))
+
+
+def test_pages_show_metrics_with_chance_perfect_retrievals_and_partial_evaluations(
+    evaluation, model, config, storage, tokenizer
+):
+    def render(result):
+        return render_report(build_report_data(result, config, tokenizer), config, CURVES)
+
+    page, held_out = render(replace(evaluation, checkpoint="s3://bucket/run")), evaluation.held_out
+    of_images, of_texts = evaluation.retrieval
+    chance, accuracy = percent(of_texts.chance["r10"]), percent(evaluation.sections["mlm"]["accuracy"])
+    shown = [percent(of_images.values["r10"]), f"chance {chance}", accuracy, "s3://bucket/run", "vision_language"]
+    assert [text for text in shown if text not in page] == []
+    assert page.count("<img") > 30
+    perfect = (torch.arange(len(held_out))[:, None] == held_out.caption_of[None]).float()
+    ranked = rankings(perfect.__getitem__, perfect.T.__getitem__, held_out.caption_of, held_out.image_id)
+    page = render(replace(evaluation, rankings=ranked))
+    assert (page.count("found first"), len(re.findall(r"right (caption|image) at place", page))) == (16, 0)
+    for stage, limit in (("vision", 1), ("vision", 6), ("language", 6), ("vision_language", 1)):
+        page = render(evaluate(model, tokenizer, config, storage, stage=stage, limit=limit))
+        assert f"{limit} held-out images" in page
+        assert ("R@1" in page) == (stage == "vision_language")
+
+
+def test_images_are_reduced_and_small_percentages_keep_two_decimals():
+    torch.manual_seed(0)
+    assert len(thumbnail(torch.randint(0, 256, (640, 640, 3), dtype=torch.uint8))) < 40_000
+    assert thumbnail(torch.zeros(48, 48, 3, dtype=torch.uint8)).startswith("data:image/png")
+    texts = [percent(fraction) for fraction in (0.0, 0.005, 0.125, 1.0, None)]
+    assert " ".join(texts).replace("\N{NO-BREAK SPACE}", "") == "0.0% 0.50% 12.5% 100.0% –"
+
+
+def test_alignments_are_shown_and_comparisons_mark_different_data(model, evaluation, config, tokenizer):
+    alignments = alignment_examples(model, tokenizer, evaluation.held_out, config, config.stages[-1])
+    captions = [evaluation.held_out.captions[number][0] for number in range(0, 24, 6)]
+    assert [card.caption for card in alignments.captions] == captions
+    assert [word for word, _, _ in alignments.captions[0].words] == captions[0].split()
+    assert all(0 < fraction <= 1 for card in alignments.captions for _, _, fraction in card.words)
+    data = build_report_data(evaluation, config, tokenizer, alignments)
+    page = render_report(data, config, {})
+    assert "No stage trained wpa" in page
+    assert page.count('alt="heat map of') == sum(len(card.words) for card in alignments.captions)
+    data = replace(data, metrics={"i2t_r1": 0.5, "pairs": 24.0, "mlm_accuracy": 0.25})
+    other = replace(data, run="other", metrics={"i2t_r1": 2.0, "pairs": 24.0})
+    page = render_report(data, config, {}, other)
+    assert '<tr><th scope="row">i2t_r1</th><td>0.5</td><td>2</td><td>-1.5</td></tr>' in page
+    assert not any(text in page for text in (">pairs<", "cannot be compared"))
+    different = replace(other, key=replace(data.key, digest="another"))
+    assert "cannot be compared" in render_report(data, config, {}, different)

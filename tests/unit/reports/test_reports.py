@@ -1,11 +1,14 @@
 """Reports of runs show what is in their folders, comparisons what differs, and every page renders completely."""
 
 import html
+import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import botocore.session
@@ -19,11 +22,19 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, Guess, render_explanation
 from pipeline.evaluation.report import render_report
-from pipeline.pages.charts import significant
+from pipeline.pages.charts import Mark, Measure, Series, line_chart, significant
 from pipeline.pages.page import thumbnail
 from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import QUARANTINE, open_run
-from pipeline.reports.run_report import MAX_SAMPLES, THUMBNAIL, WIDE, collect_report, draw_curves, render_run_report
+from pipeline.reports.run_report import (
+    MAX_SAMPLES,
+    NARROW,
+    THUMBNAIL,
+    WIDE,
+    collect_report,
+    draw_curves,
+    render_run_report,
+)
 from pipeline.tracking.journal import CommittedJournal, Journal
 from tests.support.bad_shards import plant
 from tests.support.full_report import fullest
@@ -41,6 +52,7 @@ onload = () => {
 };
 </script>"""
 KINDS = ("evaluation", "run", "comparison", "explanation")
+VOID = {"meta", "link", "img", "br", "line", "circle", "polyline", "input", "rect", "path"}
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +94,13 @@ def test_report_has_events_in_order_alerts_first_time_cost_stages_and_sources(re
     alerts = [(alert.key, alert.stage, alert.value.startswith("over at step 19")) for alert in report.alerts]
     assert alerts == [("mome.alert.matching_collapsed", "pairs", False), ("mome.alert.starved", "pairs", True)]
     total = sum(SECONDS.values())
-    assert report.time == SECONDS
-    assert report.run.goodput == SECONDS["training"] / total
+    assert (report.time, report.run.goodput) == (SECONDS, SECONDS["training"] / total)
     assert report.cost.total == pytest.approx(4 * total / 3600 * 2.5)
     record_run(tmp_path, planted, "priced", "cluster.price=3")
     assert collect_report(open_run(str(tmp_path / "priced"))).cost.price == 3, "the configured price is the default"
-    vision, pairs = report.stages
-    assert (vision.start_from, pairs.start_from) == ("random", "stage vision")
-    assert (vision.reached, pairs.reached) == (STEPS, STEPS)
-    source = pairs.sources["pairs"]
-    assert (source.num_samples, source.num_shards, source.change) == (120, 5, "")
+    stages = [(stage.start_from, stage.reached) for stage in report.stages]
+    assert stages == [("random", STEPS), ("stage vision", STEPS)]
+    assert report.stages[1].sources["pairs"][1:] == (5, 120, "")  # shards, samples, change
     page = render_run_report(report)
     assert page.index(ALERT) < page.index("<h2>")
     assert SPIKE in page
@@ -101,11 +110,8 @@ def test_report_has_events_in_order_alerts_first_time_cost_stages_and_sources(re
         chart = draw_curves(report, WIDE, in_seconds)
         assert len(chart.bands) == 2
         assert {mark.kind for mark in chart.marks} == {"spike", "restart", "alert", "evaluation"}
-        loss = chart.panels[0]
-        lines = [[tuple(map(float, point.split(","))) for point in points.split()] for _, points in loss.lines]
-        assert [len(line) for line in lines] == [STEPS, RESUMED_AT + 2 - STEPS, 2 * STEPS - RESUMED_AT - 2]
-        points = [point for line in lines for point in line]
-        assert all(chart.left <= x <= WIDE - chart.right and loss.top <= y <= loss.bottom for x, y in points)
+        lengths = [len(points.split()) for _, points in chart.panels[0].lines]
+        assert lengths == [STEPS, RESUMED_AT + 2 - STEPS, 2 * STEPS - RESUMED_AT - 2]
 
 
 def test_bad_samples_show_their_image_or_an_error(report, planted):
@@ -150,8 +156,8 @@ def test_a_remote_run_is_read_from_its_committed_journal(run, moto_store, tmp_pa
     more = {"MOME_CACHE": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
     for name, value in (moto_store.environment | more).items():
         monkeypatch.setenv(name, value)
-    client = botocore.session.get_session().create_client("s3", endpoint_url=moto_store.endpoint)
-    client.create_bucket(Bucket="recorded-run")
+    session = botocore.session.get_session()
+    session.create_client("s3", endpoint_url=moto_store.endpoint).create_bucket(Bucket="recorded-run")
     storage, url, own = Storage(), "s3://recorded-run/recorded", Path(run.folder)
     for path in own.rglob("*"):
         if path.is_file() and "journal" not in path.parts:
@@ -176,15 +182,13 @@ def test_only_changed_and_explicit_keys_differ_and_runs_of_equal_name_have_their
     assert comparison.runs == [str(runs / "recorded"), str(tmp_path / "recorded")]
     assert set(comparison.config) == {"output"}
     record_run(tmp_path, planted, "shorter")
-    path = tmp_path / "shorter" / "run.json"
+    path, prefix = tmp_path / "shorter" / "run.json", "stages.vision."
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"stages": config["stages"][1:]}))
-    for session in (tmp_path / "shorter" / "journal").glob("*.jsonl"):
-        session.unlink()
+    shutil.rmtree(tmp_path / "shorter" / "journal")
     comparison = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "shorter"))])
-    own = {path: values for path, values in comparison.config.items() if path.startswith("stages.vision.")}
-    names = {path.removeprefix("stages.vision.") for path in own}
-    assert names == {"sources.pictures", "steps", "global_batch_size", "max_text_length"}
+    own = {path.removeprefix(prefix): v for path, v in comparison.config.items() if path.startswith(prefix)}
+    assert own.keys() == {"sources.pictures", "steps", "global_batch_size", "max_text_length"}
     assert all("shorter" not in values for values in own.values())
 
 
@@ -192,15 +196,13 @@ def test_compare_prints_json_and_a_table_writes_a_page_and_needs_runs(runs, tmp_
     page = tmp_path / "comparison.html"
     arguments = ["compare", str(runs / "recorded"), str(runs / "other"), "--html", str(page), "--json"]
     printed = json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1])
+    results, goodput = printed["results"], SECONDS["training"] / sum(SECONDS.values())
     assert printed["runs"] == ["recorded", "other"]
-    results = printed["results"]
     assert results["vision"]["recorded"] is not None
     assert results["eval/pairs/i2t_r1"] == {"recorded": 0.5, "other": 0.5}
-    assert results["steps"]["other"] == 2 * STEPS
-    assert results["goodput"]["other"] == SECONDS["training"] / sum(SECONDS.values())
+    assert (results["steps"]["other"], results["goodput"]["other"]) == (2 * STEPS, goodput)
     table = CliRunner().invoke(app, arguments[:3]).stdout
-    assert "stages.pairs.global_batch_size" in page.read_text()
-    assert "stages.pairs.global_batch_size" in table
+    assert all("stages.pairs.global_batch_size" in text for text in (page.read_text(), table))
     assert "model.layers" not in table
     for command in (["compare", str(runs / "recorded")], ["report"]):
         monkeypatch.setattr("sys.argv", ["mome", *command, str(tmp_path)])
@@ -229,12 +231,30 @@ def pages(report, run, runs):
     }
 
 
+class Page(HTMLParser):
+    """Parser that collects addresses, and checks that tags are closed in the correct order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.open = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        self.open += [tag] * (tag not in VOID)
+
+    def handle_endtag(self, tag):
+        assert tag in VOID or self.open.pop() == tag  # <line/>
+
+
 def test_pages_are_single_small_files_without_scripts_or_passwords(pages, planted, tmp_path):
     for kind in KINDS:
-        page = pages[kind]
+        page, parsed = pages[kind], Page(pages[kind])
         assert len(page.encode()) < MAX_BYTES, kind
-        assert not re.search(r"<script|@import|url\(|https?://|<link rel=.stylesheet", page), kind
-        assert all(address.startswith("data:") for address in re.findall(r'(?:src|href)="([^"]*)"', page)), kind
+        assert not re.search(r"<script|@import|url\(|https?://", page), kind
+        assert (parsed.open, [uri for uri in parsed.addresses if not uri.startswith("data:")]) == ([], []), kind
+    assert "&lt;script&gt;" in pages["evaluation"]
     for name, password in (("one", "secret-one"), ("two", "secret-two")):
         record_run(tmp_path, planted, name, f"sources.pairs.opt_out=http://user:{password}@server:5000")
     one, two = (open_run(str(tmp_path / name)) for name in ("one", "two"))
@@ -249,14 +269,11 @@ def test_pages_render_in_a_browser_without_errors_or_overflow(pages, tmp_path):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium here (apt-get install chromium): how pages look in a browser is not tested")
-    frames = tmp_path / "frames.html"
+    frames, widths = tmp_path / "frames.html", [PHONE, DESKTOP] * len(KINDS)
     for kind in KINDS:
         (tmp_path / f"{kind}.html").write_text(pages[kind], encoding="utf-8")
-        for width in (PHONE, DESKTOP):
-            with frames.open("a") as file:
-                file.write(f'<iframe src="{kind}.html" width="{width}" height="900" style="border: 0"></iframe>')
-    with frames.open("a") as file:
-        file.write(MEASURE)
+    sources = [f'src="{kind}.html" width="{width}"' for kind in KINDS for width in (PHONE, DESKTOP)]
+    frames.write_text("".join(f'<iframe {s} height="900" style="border: 0"></iframe>' for s in sources) + MEASURE)
     options = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
     options += [f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--dump-dom", frames.as_uri()]
     for scheme in ("0", "1"):  # dark, light
@@ -264,4 +281,47 @@ def test_pages_render_in_a_browser_without_errors_or_overflow(pages, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         assert "CONSOLE" not in done.stderr
         measured = html.unescape(re.search("<title>(.*)</title>", done.stdout)[1])
-        assert json.loads(measured) == [[PHONE, DESKTOP] * len(KINDS), []]
+        assert json.loads(measured) == [widths, []]
+
+
+def chart(values, in_seconds=False, unit=1.0):
+    points = [(unit * number, value) for number, value in enumerate(values)]
+    last = unit * max(len(values) - 1, 0)
+    measure = Measure("loss", [Series(0, points)] if values else [])
+    return line_chart([measure], NARROW, [("a_stage", 0.0, last)], [Mark(last, "restart", "")], in_seconds)
+
+
+def points_of(panel):
+    return [tuple(map(float, point.split(","))) for _, line in panel.lines for point in line.split()]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [], [1.0], [2.0, 2.0], [0.0, 0.0], [9.3, 4.1, 3.9], [1e-7, 3e-7], [1e-6, 1e3], [0.0, 5.0], [-2.0, 5.0],
+        [-1.0, 1e9], [1e9, 3.0], [math.nan, 1.0, 3.0], [math.nan, math.inf], list(map(float, range(5000))),
+    ],
+)  # fmt: skip
+def test_every_element_is_inside_the_frame(values):
+    drawn = chart(values)
+    panel, ((x, width, _),) = drawn.panels[0], drawn.bands
+    points = points_of(panel) + [(x, y) for _, x, y in panel.dots]
+    assert len(points) == min(sum(map(math.isfinite, values)), 400) or len(values) > 400 >= len(points) > 200
+    assert all(drawn.left <= x <= NARROW - drawn.right and panel.top <= y <= panel.bottom for x, y in points)
+    assert 2 <= len(panel.ticks) == len({label for _, label in panel.ticks}) <= 7
+    assert all(panel.top <= y <= panel.bottom for y, _ in panel.ticks)
+    assert all(drawn.left <= at <= NARROW - drawn.right for at, *_ in [*drawn.ticks, *drawn.marks])
+    assert x + width <= NARROW - drawn.right + 0.1
+    assert panel.bottom < drawn.height
+
+
+def test_axes_are_logarithmic_over_decades_and_use_a_fitting_unit_of_time():
+    panel = chart([1000.0, 100.0, 10.0, 1.0]).panels[0]
+    steps = [after - before for (_, before), (_, after) in itertools.pairwise(points_of(panel))]
+    assert panel.is_logarithmic
+    assert steps == pytest.approx([30.0] * 3, abs=0.2), "lower values are drawn lower"
+    assert not chart([3.0, 2.0, 1.0]).panels[0].is_logarithmic
+    for unit, name in ((10.0, "s"), (600.0, "min"), (20_000.0, "h"), (100_000.0, "d")):
+        labels = [label for _, label in chart([1.0] * 8, in_seconds=True, unit=unit).ticks]
+        assert 2 <= len(labels) <= 7
+        assert all(label.endswith(f" {name}") for label in labels)

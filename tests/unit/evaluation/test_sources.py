@@ -1,16 +1,16 @@
-"""Held-out pairs are read completely, in the manifest's order and in bounded memory; unusable samples are counted."""
+"""Held-out pairs are read completely in bounded memory, and embeddings equal those of one sample at a time."""
 
-import io
 import json
 import resource
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from pipeline.config.errors import ConfigError, DataError
@@ -23,8 +23,10 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.evaluation import datasets
 from pipeline.evaluation.datasets import load_pairs
+from pipeline.evaluation.embedding import DONE, Embedder, embed_shards
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.masked import mask_captions, predict_masked_tokens
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.report import build_report_data, render_report
 from pipeline.evaluation.retrieval import Predictor
 from pipeline.models import build_model
@@ -42,9 +44,8 @@ def test_pairs_are_read_in_the_order_of_the_manifest_up_to_a_limit(config, stora
     assert [tokens.ids for tokens in held_out.tokens] == [tokenizer.encode(text, 40).ids for text in texts]
     assert held_out.skipped == {}
     few = load_pairs(config, storage, "unseen", 5, tokenizer, max_text_length=40)
-    assert few.keys == held_out.keys[:5]
+    assert (few.keys, few.image_id.tolist()) == (held_out.keys[:5], held_out.image_id[:5].tolist())
     assert torch.equal(few.images[:], held_out.images[:5])
-    assert torch.equal(few.image_id, held_out.image_id[:5])
     five_images = 5 * 3 * 32 * 32
     monkeypatch.setattr(datasets, "DECODED_BYTES", five_images)
     bounded = load_pairs(config, storage, "unseen", None, tokenizer, max_text_length=40)
@@ -53,34 +54,31 @@ def test_pairs_are_read_in_the_order_of_the_manifest_up_to_a_limit(config, stora
     assert torch.equal(bounded.image(11), held_out.image(11))
     assert bounded.images._decoded.size <= five_images
     text, keep = datasets.pad_token_ids([[2, 5, 3], [2, 3]], pad=0)
-    assert text.tolist() == [[2, 5, 3], [2, 3, 0]]
-    assert keep.tolist() == [[True, True, True], [True, True, False]]
+    assert (text.tolist(), keep.tolist()) == ([[2, 5, 3], [2, 3, 0]], [[True] * 3, [True, True, False]])
 
 
-@pytest.mark.parametrize("num_bad", [1, 5])
-def test_bad_samples_are_counted_and_too_many_and_unknown_sources_fatal(num_bad, config, storage, tmp_path, tokenizer):
-    samples = []
-    for number in range(10):
-        buffer = io.BytesIO()
-        Image.new("RGB", (20, 30), (number, 0, 0)).save(buffer, "PNG")
-        record = {"captions": ["a red square", "two circles"], "image_id": number // 2}
-        image = b"no image" if number < num_bad else buffer.getvalue()
-        samples.append({"__key__": f"{number:03d}", "png": image, "json": json.dumps(record).encode()})
-    write_shards(storage, iter(samples), str(tmp_path), 4)
-    mixed = SourceConfig(shards=str(tmp_path))
-    run = config.model_copy(update={"sources": {"mixed": mixed, "images": config.sources["images"]}})
-    faults = [("nowhere", ConfigError, "'nowhere' is not a source of this run; sources with pairs: mixed")]
-    faults.append(("images", ConfigError, "'images' has no pairs"))
-    if num_bad == 5:
-        faults.append(("mixed", DataError, r"5 of 10 samples are bad: image: .*max_bad_rate"))
-    for source, error, message in faults:
+def test_bad_samples_are_counted_and_too_many_and_unknown_sources_fatal(config, storage, tmp_path, tokenizer):
+    sources = {"images": config.sources["images"]}
+    for source, num_bad in (("one", 1), ("five", 5)):
+        samples = []
+        for number in range(10):
+            image = b"no image" if number < num_bad else simplejpeg.encode_jpeg(np.full((30, 20, 3), number, np.uint8))
+            record = {"captions": ["a red square", "two circles"], "image_id": number // 2}
+            samples.append({"__key__": f"{number:03d}", "jpg": image, "json": json.dumps(record).encode()})
+        write_shards(storage, iter(samples), f"{tmp_path}/{source}", 4)
+        sources[source] = SourceConfig(shards=f"{tmp_path}/{source}")
+    run = config.model_copy(update={"sources": sources})
+    pairs = load_pairs(run, storage, "one", None, tokenizer, max_text_length=40)
+    assert (len(pairs), list(pairs.skipped.values())) == (9, [1])
+    assert "image: " in next(iter(pairs.skipped))
+    assert pairs.image_id[1] == pairs.image_id[2] != pairs.image_id[3]
+    for source, error, message in (
+        ("nowhere", ConfigError, "'nowhere' is not a source of this run; sources with pairs: one, five"),
+        ("images", ConfigError, "'images' has no pairs"),
+        ("five", DataError, r"5 of 10 samples are bad: image: .*max_bad_rate"),
+    ):
         with pytest.raises(error, match=message):
             load_pairs(run, storage, source, None, tokenizer, max_text_length=40)
-    if num_bad == 1:
-        pairs = load_pairs(run, storage, "mixed", None, tokenizer, max_text_length=40)
-        assert (len(pairs), list(pairs.skipped.values())) == (9, [1])
-        assert "image: " in next(iter(pairs.skipped))
-        assert pairs.image_id[1] == pairs.image_id[2] != pairs.image_id[3]
 
 
 class Drawn(nn.Module):
@@ -114,11 +112,9 @@ def test_5000_images_and_25000_captions_take_less_than_4_gib(config, tmp_path):
         for number in range(IMAGES):
             colour = np.array([number % 251, number * 7 % 241, number * 13 % 239], dtype=np.uint8)
             captions = [f"picture {number} told in words {n} times" for n in range(CAPTIONS)]
-            yield {
-                "__key__": f"{number:06d}",
-                "jpg": simplejpeg.encode_jpeg(np.full((SIDE, SIDE, 3), colour)),
-                "json": json.dumps({"captions": captions, "image_id": number}).encode(),
-            }
+            record = json.dumps({"captions": captions, "image_id": number}).encode()
+            image = simplejpeg.encode_jpeg(np.full((SIDE, SIDE, 3), colour))
+            yield {"__key__": f"{number:06d}", "jpg": image, "json": record}
 
     write_shards(Storage(), samples(), str(tmp_path), 1000)
     objectives = {"itc": config.stages[-1].objectives["itc"]}
@@ -183,3 +179,80 @@ def test_the_canvas_around_images_of_own_shape_changes_no_result(make_pairs, mak
     assert "itm" in render_report(build_report_data(result, run, tokenizer), run, {})
     ranked = evaluate(model, tokenizer, run, Storage(), stage="ranked")
     assert (ranked.retrieval_by, ranked.rankings.text_to_image.best.shape) == ("ranking", (18, 6))
+
+
+@pytest.fixture(scope="module")
+def shards(config, tmp_path_factory):
+    """Pack the session's scenes into shards of seven."""
+    folder = str(tmp_path_factory.mktemp("shards"))
+    scenes = iter_samples(Storage(), config.sources["unseen"].shards)
+    write_shards(Storage(), ({"__key__": sample.key, **sample.members} for sample in scenes), folder, 7)
+    return folder
+
+
+@pytest.fixture
+def embed(model, config, tokenizer, shards, tmp_path):
+    """Return a function that embeds the shards into a folder and returns the summary."""
+
+    def embed(out, digest="weights-a", ranks=SINGLE_PROCESS, stage=-1, url=shards, storage=None):
+        embedder = Embedder(Predictor(model, tokenizer), config, config.stages[stage], digest)
+        return embed_shards(embedder, storage or Storage(), url, out if "://" in out else str(tmp_path / out), ranks)
+
+    return embed
+
+
+def tables(out: Path):
+    return {file.name: parquet.read_table(file) for file in sorted(out.glob("*.parquet"))}
+
+
+def test_every_image_and_caption_has_its_vector(embed, tmp_path, model, held_out, tokenizer):
+    summary = embed("out")
+    assert summary == {"shards": 4, "already_done": 0, "images": 24, "captions": 48, "skipped": 0}
+    rows = [row for table in tables(tmp_path / "out").values() for row in table.to_pylist()]
+    assert [row["key"] for row in rows] == [key for key in held_out.keys for _ in range(3)]
+    assert [row["caption"] for row in rows] == [None, 0, 1] * 24
+    assert [row["image_id"] for row in rows[::3]] == held_out.image_id.tolist()
+    vectors = torch.tensor(np.array([row["vector"] for row in rows], dtype=np.float32)).view(24, 3, -1)
+    predictor = Predictor(model, tokenizer)
+    texts = predictor.embed_texts([tokens.ids for tokens in held_out.tokens])
+    torch.testing.assert_close(vectors[:, 0], predictor.embed_images(held_out.images), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(vectors[:, 1:].flatten(0, 1), texts, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ConfigError, match="stage vision trained no contrast"):
+        embed("out", stage=0)
+
+
+def test_outdated_embeddings_are_computed_again_and_ranks_share_the_shards(embed, tmp_path):
+    first, last = Ranks(), Ranks()
+    first.world_size = last.world_size = 3
+    last.rank = 2
+    assert [embed("out")[key] for key in ("images", "already_done")] == [24, 4]
+    assert [embed("three", ranks=rank)["images"] for rank in (first, last)] == [10, 7]
+    assert embed("three")["already_done"] == 3
+    assert tables(tmp_path / "three") == tables(tmp_path / "out")
+    out = tmp_path / "out"
+    written, rows = {file: file.stat().st_mtime_ns for file in out.glob("*.parquet")}, tables(out)
+    next((out / DONE).iterdir()).unlink()  # killed after a shard's file and before its record
+    assert embed("out")["already_done"] == 3
+    assert sum(file.stat().st_mtime_ns != time for file, time in written.items()) == 1, "a finished file was rewritten"
+    assert tables(out) == rows
+    file = min(out.glob("*.parquet"))
+    file.unlink()
+    assert embed("out")["already_done"] == 3
+    record = next((out / DONE).iterdir())
+    record.write_text(json.dumps({**json.loads(record.read_text()), "shard": "another"}))
+    assert embed("out")["already_done"] == 3
+    assert embed("out", digest="weights-b")["already_done"] == 0
+    assert parquet.read_schema(file).metadata[b"mome.checkpoint"] == b"weights-b"
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_buckets_and_folders_give_equal_embeddings(embed, shards, tmp_path, s3):
+    storage = Storage(s3.config)
+    for file in Path(shards).iterdir():
+        storage.upload(file, s3.url("shards", file.name))
+    embed("here")
+    summaries = [embed(s3.url("out"), url=s3.url("shards"), storage=storage) for _ in range(2)]
+    assert [(summary["already_done"], summary["images"]) for summary in summaries] == [(0, 24), (4, 24)]
+    for name, table in tables(tmp_path / "here").items():
+        (tmp_path / name).write_bytes(storage.read(s3.url("out", name)))
+        assert parquet.read_table(tmp_path / name) == table
