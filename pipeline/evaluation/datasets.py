@@ -38,14 +38,10 @@ T = TypeVar("T")
 
 
 class StoredImages:
-    """A source's images as the model reads them, decoded on access.
-
-    Indexed like a tensor (N, H, W, 3): by a number, a slice, or a 1-d tensor of numbers. `positions` are those of the N
-    samples in the source.
-    """
+    """A source's images as the model reads them, decoded on access, and indexed like a tensor (N, H, W, 3)."""
 
     def __init__(self, config: RunConfig, storage: Storage, source: Source):
-        self.positions: np.ndarray = np.zeros(0, dtype=np.int64)
+        self.positions: np.ndarray = np.zeros(0, dtype=np.int64)  # (N,) of the images' samples in the source
         self._model, self._max_pixels = config.model, config.data.max_pixels
         self._refs = sample_refs(source)
         self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
@@ -116,11 +112,9 @@ def load_pairs(
     max_text_length: int,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> EvalPairs:
-    """Load the pairs among a source's first `limit` samples.
+    """Load the pairs among a source's first `limit` samples; one rank decodes each image, so that bad ones are known.
 
-    Each image is decoded once here, by one rank, so that all bad samples are known before anything is measured. Raises
-    ConfigError when the source is unknown or has no pairs, DataError when no sample is usable, or more are bad than
-    `data.max_bad_rate` allows.
+    Raises ConfigError when the source is unknown or has no pairs, DataError as `check_skipped`.
     """
     known = [name for name, section in config.sources.items() if section.type == "pairs"]
     if source not in known:
@@ -214,8 +208,7 @@ class LabelledEvalSet:
         """Return the results of `compute` for all batches, in order, on every rank.
 
         `compute` is called with the forward input for a head and the annotations of its first examples, equally often
-        on every rank; an input without a sample has one blank example and no annotation. Raises DataError when no
-        sample is usable, or more are bad than `data.max_bad_rate` allows.
+        on every rank; an input without a sample has one blank example and no annotation. Raises as `check_skipped`.
         """
         config, shape = self._config, shape_of(self._config.model)
         side = shape.shorter if isinstance(shape, KeepAspectRatio) else shape

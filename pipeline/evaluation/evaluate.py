@@ -1,12 +1,8 @@
 """Evaluate a stage's weights on a held-out source, for every objective that the stage trained.
 
-The contrast is evaluated by retrieval, matching by its accuracy and by reranking, masked language by the words
-predicted with the right image, a mismatched one and none. Earlier stages add what only they trained: the language stage
-its accuracy from text, the vision stage its reconstructions. Fine-tuned stages are evaluated on sources of their own
-type: questions, statements, labelled images.
-
-Evaluation always uses a stage's last weights and selects no model on test data. A source that a stage trained on can be
-evaluated, and the result says so (`trained_on`).
+Earlier stages add what only they trained: the language stage its accuracy from text, the vision stage its
+reconstructions. Evaluation always uses a stage's last weights and selects no model on test data. A source that a stage
+trained on can be evaluated, and the result says so (`trained_on`).
 """
 
 import functools
@@ -114,12 +110,10 @@ def evaluate(
     """Evaluate `model`, the weights of stage `stage` (default: the last), on a source. Called on all ranks together.
 
     `source` and `limit` default to the config's. `others` are the models of other stages by name. `rerank_best` is the
-    number of candidates per query that the fusion encoder reranks; 0 skips reranking. `progress` is called with a
-    message before each measure. `choices` are the answer and class lists saved with the weights (default: those that
-    the config names). `held_out` are the source's pairs, if they are loaded already. `probe` is a labelled source on
-    whose frozen features a linear classifier is trained, to be evaluated on `source`.
-
-    Raises ConfigError and DataError as `load_pairs`, and ConfigError for a source type that the stage did not train.
+    number of candidates per query that the fusion encoder reranks; 0 skips reranking. `progress` is called before each
+    measure. `choices` are the answer and class lists saved with the weights (default: those that the config names).
+    `held_out` are the source's pairs if they are loaded already, `probe` a labelled source to train a linear classifier
+    on. Raises ConfigError and DataError as `load_pairs`, and ConfigError for a type that the stage did not train.
     """
     section, source = config.stage_named(stage), source or config.evaluation.source
     if source is None:

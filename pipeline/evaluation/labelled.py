@@ -1,20 +1,6 @@
 """Evaluation on annotated sources: image classification, VQA and NLVR2.
 
-Classification is by a trained head, zero-shot by class names, or by a linear probe on frozen features. Accuracy is
-top-1 and top-5 on whole images (ViT's published figures use the centre crop).
-
-Zero-shot: a class is the normalised mean of its prompts' vectors (CLIP, arXiv 2103.00020, section 3.1.4).
-
-Linear probe: features are the last layer's [CLS] concatenated with the mean of the patches, because masked-image
-training leaves [CLS] untrained and contrastive training the patches. They are standardised over the training images,
-and multinomial logistic regression is fitted by full-batch L-BFGS from zero, so that nothing is random and the number
-of ranks does not matter. The penalty is chosen on every fifth training image, and the final classifier uses all.
-
-VQA: the answers' scores in the shards are the official evaluation's own average (see `data.building.answers`), so that
-their mean is VQA accuracy. An answer that annotators gave and the list lacks is never predicted and counts as an error.
-
-NLVR2 shows each sentence with up to four pairs of images, named split-set-pair-sentence; a sentence is understood
-consistently if it is judged correctly with every pair (arXiv 1811.00491, section 5).
+Classification accuracy is top-1 and top-5 on whole images (ViT's published figures use the centre crop).
 
 Shapes: N images, B examples of a batch, C classes, D features. Every `evaluate_…` evaluates its whole source and raises
 DataError as `LabelledEvalSet.map_batches`.
@@ -93,14 +79,22 @@ def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, 
 
 
 def embed_classes(predictor: Predictor, names: Sequence[str], prompts: Sequence[str], max_text_length: int) -> Tensor:
-    """Return unit vectors (C, D) of the classes; each prompt has {} in the place of the name."""
+    """Return each class's normalised mean (C, D) of its prompts' vectors; {} is the place of the name in a prompt.
+
+    Source: CLIP, arXiv 2103.00020, section 3.1.4.
+    """
     texts = [prompt.replace("{}", name.replace("_", " ")) for name in names for prompt in prompts]
     vectors = predictor.embed_texts([t.ids for t in predictor.tokenizer.encode_batch(texts, max_text_length)])
     return F.normalize(vectors.unflatten(0, (len(names), len(prompts))).mean(dim=1), dim=1)
 
 
 def evaluate_linear_probe(model: nn.Module, training: LabelledEvalSet, held_out: LabelledEvalSet) -> Section:
-    """Fit on one labelled source and evaluate on another; `trained_on` is a number of images."""
+    """Fit on one labelled source and evaluate on another; `trained_on` is a number of images.
+
+    Features are the last layer's [CLS] with the mean of the patches, because masked-image training leaves [CLS]
+    untrained and contrastive training the patches; they are standardised over the training images. Logistic regression
+    by full-batch L-BFGS from zero makes nothing random. The penalty is chosen on every fifth training image.
+    """
     device = next(model.parameters()).device
 
     def features(batch: ForwardInput, labels: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -151,9 +145,10 @@ def fit_linear_probe(x: Tensor, y: Tensor, classes: int, penalty: float) -> tupl
 
 
 def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) -> Section:
-    """Evaluate the answers head, whose outputs are named by `choices`.
+    """Evaluate the answers head, whose outputs are named by `choices`; answers that the list lacks count as errors.
 
-    `accuracy_without_model` is that of the one answer with the highest total score, given to every question.
+    The scores in the shards are the official evaluation's average (see `data.building.answers`): their mean is VQA
+    accuracy. `accuracy_without_model` is that of the answer with the highest total score, given to every question.
     """
     scores, totals = [], Counter[str]()
     for best, question in _predict(model, source, "answers"):
@@ -168,7 +163,8 @@ def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) ->
 def evaluate_nlvr2(model: nn.Module, source: LabelledEvalSet) -> Section:
     """Evaluate the nlvr2 head. `accuracy_without_model` is that of the more frequent label.
 
-    `consistency` is the fraction of sentences judged correctly throughout; None unless ids are split-set-pair-sentence.
+    `consistency` is the fraction of sentences judged correctly with all of their pairs of images (arXiv 1811.00491,
+    section 5); None unless ids are split-set-pair-sentence.
     """
     correct, labels, sentences = [], Counter[bool](), defaultdict[tuple[str, ...], list[bool]](list)
     for best, statement in _predict(model, source, "nlvr2"):

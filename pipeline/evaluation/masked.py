@@ -5,10 +5,6 @@ accuracies is what the image contributes. Whole words are replaced by [MASK], ch
 alone, even where training masks single tokens, whose neighbours give them away. The accuracy is therefore a property of
 the weights, for every batch size and limit.
 
-Normalised pixels of patches are shown with each patch's own mean and standard deviation, as masked autoencoders do.
-The error is compared with a prediction without a model: the patch's mean for pixels, otherwise the visible patches'
-mean colour.
-
 Shapes: N images, M captions, T masked tokens of all captions, K masked patches of an image, H x W pixels, P patches,
 p the patch side.
 """
@@ -75,14 +71,15 @@ class MaskedLanguage(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """Images (N, H, W, 3) uint8: originals, with grey masked patches, and with the model's patches.
+    """Images (N, H, W, 3) uint8, and mean absolute differences over masked patches as fractions of full scale.
 
-    `error` and `error_without_model` are mean absolute differences over masked patches, as fractions of full scale.
+    Without a model, a patch is predicted by its own mean for pixels, otherwise by the visible patches' mean colour.
+    Normalised pixels are shown with each patch's own mean and standard deviation, as masked autoencoders do.
     """
 
     original: Tensor
-    masked: Tensor
-    filled: Tensor
+    masked: Tensor  # with grey masked patches
+    filled: Tensor  # with the model's patches
     error: float
     error_without_model: float
     stage: str
@@ -114,13 +111,12 @@ def mask_captions(held_out: EvalPairs, masking: MaskingConfig, tokenizer: Tokeni
 def mismatched_images(image_id: Tensor) -> Tensor:
     """Return for each image the index (N,) of another one with a different id, each used once where possible.
 
-    Images in the order of their ids are rotated by the size of the largest group of equal ids, so that none meets its
-    own. Where one id fills more than half, the rest take the first image that differs. Raises ValueError where all
-    images are the same one.
+    Raises ValueError where all images are the same one.
     """
     ids, counts = image_id.unique(return_counts=True)
     if len(ids) < 2:
         raise ValueError("all held-out images are the same one: there is no other image to compare with")
+    # Rotated by the size of the largest group of equal ids, none meets its own, unless one id fills more than half.
     order = image_id.argsort(stable=True)
     other = torch.empty_like(order)
     other[order] = order.roll(-int(counts.max()))
@@ -170,8 +166,7 @@ def reconstruct_images(
 ) -> Reconstruction | None:
     """Mask patches of the first images as `stage` does, chosen by key, and fill them with its model's predictions.
 
-    Images have the stage's own size. None where they cannot be shown: for visual tokens, which cannot be drawn, and for
-    images of different shapes, which cannot be stacked.
+    Images have the stage's own size. None for visual tokens, which cannot be drawn, and for images of different shapes.
     """
     if stage.image_target == "visual_tokens" or held_out.image_size is not None:
         return None
@@ -194,9 +189,8 @@ def reconstruct_images(
     filled = reconstruct(images, positions, torch.cat(predictions), patch_size)
     index = positions[..., None].expand(-1, -1, patches.shape[-1])
     truth, predicted = patches.gather(1, index), patchify(filled.float(), patch_size).gather(1, index)
-    colours, true_colours, predicted_colours = (
-        pixels.unflatten(-1, (-1, 3)).mean(dim=-2) for pixels in (patches, truth, predicted)
-    )
+    pixels = (patches, truth, predicted)
+    colours, true_colours, predicted_colours = (values.unflatten(-1, (-1, 3)).mean(dim=-2) for values in pixels)
     if stage.image_target == "pixels":
         without_model = true_colours.tile(patch_size**2)
     else:
@@ -204,6 +198,6 @@ def reconstruct_images(
         mean = (colours * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
         without_model = mean[:, None].expand(-1, positions.shape[1], -1)
         truth, predicted = true_colours, predicted_colours
-    error, error_without = ((other - truth).abs().mean().div(255).item() for other in (predicted, without_model))
+    errors = ((other - truth).abs().mean().div(255).item() for other in (predicted, without_model))
     grey = unpatchify(patches.scatter(1, index, float(_GREY)), patch_size).round().to(torch.uint8)
-    return Reconstruction(images, grey, filled, error, error_without, stage.name)
+    return Reconstruction(images, grey, filled, *errors, stage.name)

@@ -1,9 +1,6 @@
 """The report of an evaluation: its values and thumbnails as one JSON file in the run's folder, and its HTML page.
 
-The evaluation's own page is rendered at once; the run's report and comparisons with other runs are rendered from the
-file, without the weights and the held-out pairs. The file may come from an untrusted writer: images are data URIs,
-never addresses, and damaged files are skipped.
-
+The file may come from an untrusted writer: images are data URIs, never addresses, and damaged files are skipped.
 Examples are chosen by rule: retrievals by the margin between the best right and the best wrong candidate, masked words
 by how much the right image changed the probability of the truth, both ends of each.
 """
@@ -202,7 +199,7 @@ def load_report_data(storage: Storage, folder: str) -> list[ReportData]:
 def headline(evaluations: Sequence[ReportData]) -> ReportData:
     """Return the evaluation that represents the run, out of several with the newest first.
 
-    This is the one that the run's config defines; one of fewer samples, other data or other weights never replaces it.
+    One of fewer samples, other data or other weights never replaces the one that the run's config defines.
     """
     complete = [data for data in evaluations if data.key.limit is None and data.key.step is None]
     return next((data for data in evaluations if data.key.is_headline), (complete or evaluations)[0])
@@ -240,31 +237,23 @@ def build_report_data(
             measures.append(MeasureRow(name.format(**shown), values[key_of_value], note.format(**shown), mark))
 
     rows = () if patches is None else zip(patches.original, patches.masked, patches.filled, strict=True)
+    reconstructions = [
+        (thumbnail(original), thumbnail(hidden), thumbnail(filled))
+        for original, hidden, filled in itertools.islice(rows, RECONSTRUCTIONS_SHOWN)
+    ]
     return ReportData(
-        run=config.name,
-        key=key or EvalKey(result.stage, None, result.source, held_out.digest),
-        checkpoint=result.checkpoint,
-        at=time.time_ns() // 1_000_000,
-        pairs=len(held_out),
-        captions=len(held_out.tokens),
-        trained_on=list(result.trained_on),
+        run=config.name, key=key or EvalKey(result.stage, None, result.source, held_out.digest),
+        checkpoint=result.checkpoint, at=time.time_ns() // 1_000_000, pairs=len(held_out),
+        captions=len(held_out.tokens), trained_on=list(result.trained_on),
         metrics={name.removeprefix(f"eval/{result.source}/"): value for name, value in result.metrics().items()},
-        small_images=config.model.image_size <= LOSSLESS,
-        retrieval_by=result.retrieval_by,
-        retrieval_images=result.retrieval_images,
-        reranked_best=result.reranked_best if result.reranked else 0,
-        recall=recall,
-        measures=measures,
+        small_images=config.model.image_size <= LOSSLESS, retrieval_by=result.retrieval_by,
+        retrieval_images=result.retrieval_images, reranked_best=result.reranked_best if result.reranked else 0,
+        recall=recall, measures=measures,
         retrievals=None if result.rankings is None else _retrievals(result.rankings, held_out),
-        masked={} if mlm is None else _masked_captions(mlm, held_out, tokenizer),
-        reconstruction_stage="" if patches is None else patches.stage,
-        reconstructions=[
-            (thumbnail(original), thumbnail(hidden), thumbnail(filled))
-            for original, hidden, filled in itertools.islice(rows, RECONSTRUCTIONS_SHOWN)
-        ],
-        alignments=alignments,
+        masked={} if mlm is None else _masked_captions(mlm, held_out, tokenizer), alignments=alignments,
+        reconstruction_stage="" if patches is None else patches.stage, reconstructions=reconstructions,
         skipped=sorted(held_out.skipped.items(), key=lambda entry: -entry[1])[:REASONS_SHOWN],
-    )
+    )  # fmt: skip
 
 
 def render_report(
@@ -274,27 +263,16 @@ def render_report(
     against: ReportData | None = None,
     links: Sequence[tuple[ReportData, str]] = (),
 ) -> str:
-    """Render the page. `against` is another run's evaluation to compare with, `links` the other pages of this run.
-
-    The page of a link is relative to this one.
-    """
-    drawn = {name: sorted(points) for name, points in curves.items() if points}
+    """Render the page with another run's evaluation, and links to this run's other pages, relative to this one."""
+    drawn = [(name, sorted(points)) for name, points in curves.items() if points]
+    charts = [(name, p[-1], line_chart([Measure("loss", [Series(0, p)], 130)], width=350)) for name, p in drawn]
     common = data.metrics.keys() & (against.metrics.keys() if against else set()) - {"pairs"}
     return render_page(
-        "pipeline/evaluation/report.html.j2",
-        subject=f"evaluation {config.folder} {data.key}",
-        shown=data,
-        links=links,
-        config=config,
-        curves=[
-            (name, points[-1], line_chart([Measure("loss", [Series(0, points)], 130)], width=350))
-            for name, points in drawn.items()
-        ],
+        "pipeline/evaluation/report.html.j2", f"evaluation {config.folder} {data.key}", shown=data, links=links,
+        config=config, curves=charts, against=against, yaml=config_yaml(config, exclude_defaults=True),
         last_loss={name: points[-1][1] for name, points in curves.items() if points},
-        against=against,
         compared={name: value for name, value in data.metrics.items() if name in common},
-        yaml=config_yaml(config, exclude_defaults=True),
-    )
+    )  # fmt: skip
 
 
 def _retrievals(ranked: BothDirections[Ranked], held_out: EvalPairs) -> Retrievals:

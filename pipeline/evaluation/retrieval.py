@@ -1,9 +1,6 @@
 """Zero-shot retrieval among all held-out pairs: images retrieve their captions and captions their images.
 
-Pairs are scored by the mean cosine of the contrastive heads: `itc`, and `itc_vl` of a VLMo with two contrasts (VLMo's
-release scores by the first alone). A stage that trained matching reranks each query's best candidates by the fusion
-encoder; a model without a contrast scores every pair by it.
-
+Pairs are scored by the mean cosine of the contrastive heads, or by the fusion encoder where a model has no contrast.
 Candidates with the query's `image_id` are right. Among equal scores wrong candidates rank first, so that a collapsed
 model, which scores all pairs equally, recalls nothing. Queries are ranked in blocks, which ranks share: the N x M
 scores are never in memory at once.
@@ -69,7 +66,10 @@ def run_forward(model: nn.Module, forward_input: ForwardInput) -> dict[str, Tens
 
 
 def contrastive_features(model: nn.Module, forward_input: ForwardInput) -> Tensor:
-    """Return unit vectors (B, HD) on the CPU; their dot products are the mean of the H contrastive heads' cosines."""
+    """Return unit vectors (B, HD) on the CPU; their dot products are the mean of the H contrastive heads' cosines.
+
+    VLMo's release scores by the first of its two contrasts alone.
+    """
     outputs = run_forward(model, forward_input)
     heads = [outputs[name] for name in ("itc", "itc_vl") if name in outputs]
     return (torch.cat(heads, dim=1).float() / len(heads) ** 0.5).cpu()

@@ -159,18 +159,11 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
         seconds = {}
     total, contents = sum(seconds.values()), read_records(config, storage)
     return RunFolder(
-        **vars(contents),
-        name=str(values["name"]),
-        folder=folder,
-        storage=storage,
-        config=config,
-        recorded=recorded,
-        values=values,
-        reached=max((stage.reached for stage in contents.stages), default=0),
-        num_restarts=max(len(contents.sessions) - 1, 0),
-        seconds=seconds,
+        **vars(contents), name=str(values["name"]), folder=folder, storage=storage, config=config, recorded=recorded,
+        values=values, reached=max((stage.reached for stage in contents.stages), default=0),
+        num_restarts=max(len(contents.sessions) - 1, 0), seconds=seconds,
         goodput=seconds["training"] / total if total else None,
-    )
+    )  # fmt: skip
 
 
 def read_records(config: RunConfig, storage: Storage) -> JournalContents:

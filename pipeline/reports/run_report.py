@@ -135,22 +135,15 @@ def collect_report(run: RunFolder, price: float | None = None, server: str | Non
     counts, inspected = _inspect_quarantine(run)
     lineage, mlflow_page = _lineage(run, server)
     return RunReport(
-        run=run,
-        status=run.status or ("NOT STARTED" if started is None else "UNFINISHED"),
-        started=started,
+        run=run, status=run.status or ("NOT STARTED" if started is None else "UNFINISHED"), started=started,
         ended=max((point.at for record in run.stages for point in record.points), default=None),
-        stages=stages,
-        events=_events(run),
+        stages=stages, events=_events(run), cost=cost,
         alerts=sorted(latest.values(), key=lambda tag: (tag.value.startswith(OVER), tag.at)),
         time={phase: run.seconds[phase] for phase in PHASES if run.seconds.get(phase)},
-        cost=cost,
         evaluations=eval_report.load_report_data(run.storage, run.folder),
         bad_samples=sum(stage.record.last(f"data/bad/{name}") or 0.0 for stage in stages for name in stage.sources),
-        quarantine_counts=counts,
-        quarantine=inspected,
-        lineage=lineage,
-        mlflow_page=mlflow_page,
-    )
+        quarantine_counts=counts, quarantine=inspected, lineage=lineage, mlflow_page=mlflow_page,
+    )  # fmt: skip
 
 
 def _stage(run: RunFolder, record: StageRecord) -> StageReport:
@@ -207,8 +200,7 @@ def _events(run: RunFolder) -> list[Event]:
 def _lineage(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
     """Return code, versions and user of the last start, how to find the run in MLflow, and the URL of its page there.
 
-    MLflow's run is named by its id if this machine uploaded it, otherwise by its tag. The URL is on the reader's own
-    server, never on one that the run's folder names.
+    The run is named by its id if this machine uploaded it, otherwise by its tag. The URL is on the reader's own server.
     """
     tags = run.sessions[-1].tags if run.sessions else {}
     commit = tags.get("mlflow.source.git.commit", "")
@@ -273,17 +265,11 @@ def render_run_report(report: RunReport, comparison: Comparison | None = None) -
     """Return the report as an HTML page, with a comparison with other runs if given."""
     axes = {"steps": False, "time": True}
     return render_page(
-        "pipeline/reports/run_report.html.j2",
-        subject=f"report {report.run.folder}",
-        report=report,
-        run=report.run,
+        "pipeline/reports/run_report.html.j2", f"report {report.run.folder}", report=report, run=report.run,
         curves={axis: [draw_curves(report, width, timed) for width in (WIDE, NARROW)] for axis, timed in axes.items()},
-        shown=eval_report.headline(report.evaluations) if report.evaluations else None,
-        max_events=MAX_EVENTS,
-        over=OVER,
-        comparison=comparison,
-        yaml=config_yaml(report.run.recorded_config(), exclude_defaults=True),
-    )
+        shown=eval_report.headline(report.evaluations) if report.evaluations else None, max_events=MAX_EVENTS,
+        over=OVER, comparison=comparison, yaml=config_yaml(report.run.recorded_config(), exclude_defaults=True),
+    )  # fmt: skip
 
 
 def draw_curves(report: RunReport, width: int, in_seconds: bool) -> Chart:

@@ -125,22 +125,22 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module", params=["vlmo", "vilt"])
-def model(request):
+def aligner(request):
     return build_model(tiny_section(request.param), TOKENIZER.size, seed=4)
 
 
 @pytest.fixture(scope="module")
-def explanation(model):
-    return explain(model, TOKENIZER, torch.from_numpy(resize_for(IMAGE, model.config)), TEXT, 12)
+def explanation(aligner):
+    return explain(aligner, TOKENIZER, torch.from_numpy(resize_for(IMAGE, aligner.config)), TEXT, 12)
 
 
-def test_heat_is_the_transport_plan_and_guesses_are_those_of_the_model_with_the_word_masked(model, explanation):
-    rows, columns = (side // model.config.patch_size for side in explanation.image.shape[:2])
-    assert columns == (3 if model.config.kind == "vilt" else 2), "ViLT keeps the aspect ratio"
+def test_heat_is_the_transport_plan_and_guesses_are_those_of_the_model_with_the_word_masked(aligner, explanation):
+    rows, columns = (side // aligner.config.patch_size for side in explanation.image.shape[:2])
+    assert columns == (3 if aligner.config.kind == "vilt" else 2), "ViLT keeps the aspect ratio"
     tokens = TOKENIZER.encode(TEXT, 12)
     pair = ForwardInput(heads=("alignment",), image=explanation.image[None], text=torch.tensor([tokens.ids]))
     with torch.no_grad():
-        out = model({"x": pair})["x"]
+        out = aligner({"x": pair})["x"]
         cost = wpa_cost(out["words"], out["patches"])
         plan = wpa_plan(cost, out["words_keep"], out["patches_keep"])[0]
     assert explanation.distance == pytest.approx((plan * cost[0]).sum().item())
@@ -156,7 +156,7 @@ def test_heat_is_the_transport_plan_and_guesses_are_those_of_the_model_with_the_
         for image, condition in ((explanation.image[None], word.with_image), (None, word.without_image)):
             one = ForwardInput(heads=("mlm",), image=image, text=text, mask_positions=torch.tensor([places]))
             with torch.no_grad():
-                odds = model({"x": one})["x"]["mlm"][0].softmax(-1)
+                odds = aligner({"x": one})["x"]["mlm"][0].softmax(-1)
             expected = odds[torch.arange(len(truth)), truth].prod().item()
             assert condition.truth_probability == pytest.approx(expected, rel=1e-4)
             assert condition.guesses[0].word == TOKENIZER.decode(odds.argmax(dim=1).tolist())
