@@ -1,7 +1,6 @@
 """`mome evaluate`: evaluate a checkpoint on held-out data, with a report next to its weights.
 
-A single process, torchrun's ranks, or `--workers` ranks on Ray share the work. An evaluation is named before it starts:
-it replaces the evaluation of the same name, which is of the same data, and no other.
+An evaluation is named before it starts: it replaces the one of the same name, which is of the same data, and no other.
 """
 
 import functools
@@ -71,14 +70,12 @@ def evaluate_checkpoint(
     """Evaluate the weights of a run, a stage or a step; return what `mome evaluate --json` prints.
 
     `source` is a source of the run, or a URL of shards of `source_type` (default: the stage's type, or pairs; labelled
-    with a probe). Results are stored next to the weights, and the report there or at `report`; `against` is the folder
-    of a run whose figures on the same data are shown for comparison. `track` records the metrics in MLflow; None does
-    so unless `untracked_because` objects. With `workers`, that many ranks on Ray share the work; else `ranks` do (under
-    torchrun its ranks, by default), and all but rank 0 get None.
+    with a probe). `report` is where the report is written (default: next to the weights, as the results are), `against`
+    the folder of a run to compare with. `track` is as in `open_tracker`. With `workers`, that many ranks on Ray share
+    the work; else `ranks` do (under torchrun its ranks, by default), and all but rank 0 get None.
 
     Raises CheckpointError for a folder without finished weights, ConfigError and DataError for an invalid source,
-    ConfigError for a `name` of other data, and for an `against` that was not evaluated on these data, all before any
-    weights are loaded.
+    ConfigError for a `name` or `against` of other data, all before any weights are loaded.
     """
     storage, checkpoint, types = caller.store(), checkpoint.rstrip("/"), evaluated_source_types()
     if source_type is not None and source_type not in types:
@@ -115,10 +112,8 @@ def evaluate_checkpoint(
         there = eval_report.load_report_data(storage, open_run(against, storage).folder)
         same = [data for data in there if data.key.is_of_same_data(key)]
         if not there:
-            raise ConfigError(
-                f"--against {against}: that run was never evaluated, or by another version; "
-                f"run `mome evaluate {against}` first"
-            )
+            fault = "that run was never evaluated, or by another version"
+            raise ConfigError(f"--against {against}: {fault}; run `mome evaluate {against}` first")
         if not same:
             extent = "" if key.limit is None else f" --limit {key.limit}"
             raise ConfigError(
@@ -168,10 +163,8 @@ def _name(
         if not NAME.fullmatch(name):
             raise ConfigError(f"--as {name}: expected up to 100 letters, digits, '_', '.' and '-'")
         if name in taken:
-            raise ConfigError(
-                f"--as {name}: other data, or another number of samples, have this name; its results would be lost. "
-                "Give another name"
-            )
+            fault = "other data, or another number of samples, have this name; its results would be lost"
+            raise ConfigError(f"--as {name}: {fault}. Give another name")
         return name
     base = source
     if source not in config.sources:  # a URL of shards: its last part
@@ -209,22 +202,11 @@ def _evaluate(
             usable = drop_untrained_objectives(load_weights(storage, url))
             others[stage.name] = build_trained_model(usable).to(device)
     result = evaluate(
-        model,
-        tokenizer,
-        config,
-        storage,
-        source,
-        limit,
-        weights.stage,
-        others,
-        rerank_best,
+        model, tokenizer, config, storage, source, limit, weights.stage, others, rerank_best,
         progress=lambda message: notify(f"evaluating: {message}", style="dim") if ranks.rank == 0 else None,
-        choices=weights.choices,
-        ranks=ranks,
-        probe=probe,
-    )
-    result.source, result.checkpoint = key.name, weights.url
-    data = None
+        choices=weights.choices, ranks=ranks, probe=probe,
+    )  # fmt: skip
+    result.source, result.checkpoint, data = key.name, weights.url, None
     if ranks.rank == 0:
         alignments = alignment_examples(model, tokenizer, result.held_out, config, config.stage_named(result.stage))
         data = eval_report.build_report_data(result, config, tokenizer, alignments, key)

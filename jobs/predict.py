@@ -1,6 +1,5 @@
 """Predictions of a checkpoint for given inputs (`mome predict`, `mome explain`) and for shards (`mome embed`)."""
 
-import functools
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
@@ -37,22 +36,17 @@ def _load(checkpoint: str, caller: Caller, device: str | None = None) -> Trained
 
 
 def predict(
-    checkpoint: str,
-    image: str | None,
-    second_image: str | None,
-    text: str | None,
-    top: int = 5,
-    caller: Caller = Caller(),
+    checkpoint: str, image: str | None, other: str | None, text: str | None, top: int = 5, caller: Caller = Caller()
 ) -> dict[str, Any]:
-    """Return probabilities by name, as `mome predict --json` prints them; images are paths or URLs.
+    """Return probabilities by name, as `mome predict --json` prints them; `image` and `other` are paths or URLs.
 
     Raises ConfigError when the checkpoint predicts nothing from these inputs, CheckpointError for a folder without
     complete weights, DataError for an unreadable image.
     """
-    if second_image is not None and image is None:
+    if other is not None and image is None:
         raise ConfigError("--second-image is given without --image; give the first image with --image")
     model = _load(checkpoint, caller)
-    images = [url for url in (image, second_image) if url is not None]
+    images = [url for url in (image, other) if url is not None]
     return model.predict(images, text, top) | {"stage": model.stage.name, "checkpoint": model.url}
 
 
@@ -96,12 +90,21 @@ def embed(
     CheckpointError, DataError.
     """
     shards, checkpoint, out = (absolute(url.rstrip("/")) for url in (shards, checkpoint, out))
-    work = functools.partial(_embed, shards, checkpoint, out, caller)
+    storage, folder = caller.store(), join(out, DONE)
+
+    def work(ranks: Ranks) -> dict[str, Any]:
+        """Embed on this rank; all ranks call it."""
+        own = caller.store()
+        trained = load_model(checkpoint, own, device_of(ranks))
+        digest = hashlib.sha256(own.read(join(trained.url, COMMIT))).hexdigest()
+        predictor = Predictor(trained.model, trained.tokenizer, trained.config.evaluation.batch_size)
+        embedder = Embedder(predictor, trained.config, trained.stage, digest)
+        return {"out": out, "checkpoint": trained.url, **embed_shards(embedder, own, shards, out, ranks)}
+
     ranks = ranks_here() if workers is None else SINGLE_PROCESS
     if ranks.rank != 0:
         work(ranks)
         return None
-    storage, folder = caller.store(), join(out, DONE)
     config = caller.applied(weights_info(storage, checkpoint).config)
     total = len(load_manifest(storage, shards).shards)
     before = last = storage.list_info(folder)
@@ -117,13 +120,3 @@ def embed(
 
     with poll(show_progress, PLAIN_SECONDS):
         return work(ranks) if workers is None else on_workers(work, config, workers, "embedding")
-
-
-def _embed(shards: str, checkpoint: str, out: str, caller: Caller, ranks: Ranks) -> dict[str, Any]:
-    """Embed on this rank; all ranks call it."""
-    storage = caller.store()
-    trained = load_model(checkpoint, storage, device_of(ranks))
-    digest = hashlib.sha256(storage.read(join(trained.url, COMMIT))).hexdigest()
-    predictor = Predictor(trained.model, trained.tokenizer, trained.config.evaluation.batch_size)
-    embedder = Embedder(predictor, trained.config, trained.stage, digest)
-    return {"out": out, "checkpoint": trained.url, **embed_shards(embedder, storage, shards, out, ranks)}

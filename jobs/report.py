@@ -55,17 +55,13 @@ def report(
     if is_idle and (tracker := open_tracker(track, config, opened.recorded, opened.storage)):
         tracker.artifact(RUN_REPORT, page)
         tracker.close()
+    cost, alerts = summary.cost, [tag for tag in summary.alerts if not tag.value.startswith(OVER)]
     return {
-        "report": url,
-        "status": summary.status,
-        "step": opened.reached,
-        "goodput": opened.goodput,
-        "restarts": opened.num_restarts,
-        "bad_samples": summary.bad_samples,
-        "alerts": [tag.key.removeprefix(ALERT) for tag in summary.alerts if not tag.value.startswith(OVER)],
-        "rank_hours": summary.cost.rank_hours if summary.cost else None,
-        "cost": summary.cost.total if summary.cost and summary.cost.price else None,
-    }
+        "report": url, "status": summary.status, "step": opened.reached, "goodput": opened.goodput,
+        "restarts": opened.num_restarts, "bad_samples": summary.bad_samples,
+        "alerts": [tag.key.removeprefix(ALERT) for tag in alerts], "rank_hours": cost and cost.rank_hours,
+        "cost": cost.total if cost and cost.price else None,
+    }  # fmt: skip
 
 
 def open_tracker(track: bool | None, config: RunConfig, recorded: RecordedLocation, storage: Storage) -> Tracker | None:
@@ -95,10 +91,7 @@ def reported(config: RunConfig) -> Iterator[None]:
 
 
 def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Caller()) -> Comparison:
-    """Compare the runs in these folders (paths or URLs); also write an HTML page to `html`.
-
-    Raises ConfigError for fewer than two runs, and for a folder without a run.
-    """
+    """Compare the runs in these folders (paths or URLs); also write an HTML page to `html`. Raises ConfigError."""
     if len(runs) < 2:
         raise ConfigError(f"mome compare: expected two runs or more, got {len(runs)}")
     storage = caller.store()
@@ -109,10 +102,7 @@ def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Cal
 
 
 def as_table(comparison: Comparison) -> str:
-    """Return two tables: the config keys that differ, and all results; `*` marks results that differ.
-
-    Of a long text the end is kept, in which paths differ.
-    """
+    """Return two tables: the config keys that differ, and all results; `*` marks results that differ."""
     runs = comparison.runs
     config, results = [["", "config", *runs]], [["", "results", *runs]]
     for path, settings in comparison.config.items():
@@ -125,6 +115,6 @@ def as_table(comparison: Comparison) -> str:
         for name, values in rows.items():
             cells = ["-" if v is None else v if isinstance(v, str) else significant(v) for v in values]
             results.append(["*" if any(v != values[0] for v in values) else "", f"  {name}", *cells])
-    for row in (*config, *results):
+    for row in (*config, *results):  # of a long text the end is kept, in which paths differ
         row[2:] = [t if len(t) <= MAX_CHARACTERS else f"…{t[1 - MAX_CHARACTERS :]}" for t in row[2:]]
     return f"{aligned(config)}\n\n{aligned(results)}"

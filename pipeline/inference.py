@@ -66,9 +66,8 @@ def load_model(
 
     `source` is the folder or URL of a run (its last finished stage), of a stage, of imported weights or of a
     checkpoint; or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of MLflow's registry at `tracking_uri` (default:
-    MLflow's own setting). `storage` holds the credentials of an object store (default: from the environment), `device`
-    is where the model runs (default: the GPU if there is one). Raises CheckpointError for a folder without complete
-    weights, TrackingError where MLflow has no such model.
+    MLflow's own setting). `storage` holds the credentials of an object store (default: from the environment); the model
+    runs on the GPU by default. Raises CheckpointError for incomplete weights, TrackingError for an unknown model.
     """
     storage, url = storage or Storage(), str(source).rstrip("/")
     if url.startswith("models:/"):
@@ -91,12 +90,9 @@ def drop_untrained_objectives(weights: Weights) -> Weights:
     """Return the weights without the objectives whose heads they lack, as imported weights may; log their names."""
     config, stage = weights.config, weights.config.stage_named(weights.stage)
     model = skeleton(config.model, len(weights.vocabulary), head_config(config, config.stages.index(stage)))
-    lacking = {
-        model.part_of(name)
-        for name, tensor in model.state_dict().items()
-        if name not in weights.tensors or weights.tensors[name].shape != tensor.shape
-    } & set(model.HEAD_PARTS)
-    source_type = config.source_type_of(stage)
+    own, stored, source_type = model.state_dict(), weights.tensors, config.source_type_of(stage)
+    unfit = [name for name in own if name not in stored or stored[name].shape != own[name].shape]
+    lacking = {model.part_of(name) for name in unfit} & set(model.HEAD_PARTS)
     dropped = [o for o in stage.objectives if (modules_for(model, o, source_type) or frozenset()) & lacking]
     if not dropped:
         return weights
@@ -225,12 +221,10 @@ class TrainedModel:
 
     def _predict(self, objective: str, pixels: tuple[np.ndarray, ...], text: str | None, top_k: int) -> Prediction:
         """Return the prediction of one objective by name, from inputs as `_PREDICTIONS` lists them."""
-        head = _PREDICTIONS[objective][0]
-        positions: list[int] = []
+        head, stage, positions = _PREDICTIONS[objective][0], self.stage, list[int]()
         if objective == "mlm":
             ids, positions = self.tokenize_masked(text or "")
-            if self.config.source_type_of(self.stage) != "pairs":
-                pixels = ()
+            pixels = pixels if self.config.source_type_of(stage) == "pairs" else ()
         else:
             ids = [] if text is None else self.tokenize(text)
         images, token_ids = [pixels] if pixels else [], [ids] if ids else []
@@ -240,7 +234,7 @@ class TrainedModel:
             of_text = contrastive_features(self.model, replace(inputs, image=None, image_size=None))
             return {"similarity": (of_image @ of_text.T).item()}
         if objective == "vqa":  # fails without the names of the head's outputs
-            answers = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}")
+            answers = answers_with(self.choices, stage.num_answers, f"stage {stage.name}")
         if positions:
             inputs = replace(inputs, mask_positions=torch.tensor([positions]))
         output = run_forward(self.model, inputs)[head][0].float().cpu()
@@ -252,9 +246,8 @@ class TrainedModel:
         if objective == "mlm":
             return {"words": [_top(row, self.tokenizer.tokens, top_k) for row in probabilities]}
         if objective == "classification":
-            classes, numbers = self.choices.get(CLASSES, ()), range(len(probabilities))
-            names = classes if len(classes) == len(numbers) else [str(number) for number in numbers]
-            return {"classes": _top(probabilities, names, top_k)}
+            classes, numbers = self.choices.get(CLASSES, ()), [str(number) for number in range(len(probabilities))]
+            return {"classes": _top(probabilities, classes if len(classes) == len(numbers) else numbers, top_k)}
         return {"true" if objective == "nlvr2" else "matched": probabilities[1].item()}
 
     def tokenize_masked(self, text: str) -> tuple[list[int], list[int]]:
@@ -349,8 +342,7 @@ class PyfuncModel:
         """
         import pandas as pd
 
-        trained = self.trained
-        outputs = pyfunc_outputs(trained.stage, trained.url)
+        trained, outputs = self.trained, pyfunc_outputs(self.trained.stage, self.trained.url)
         columns = [name for name in outputs if name != MATCHED or (params or {}).get("itm", True)]
         results: dict[str, list[Any]] = {name: [None] * len(model_input) for name in columns}
         for start in range(0, len(model_input), BATCH_SIZE):

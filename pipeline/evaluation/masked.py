@@ -198,6 +198,6 @@ def reconstruct_images(
         mean = (colours * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
         without_model = mean[:, None].expand(-1, positions.shape[1], -1)
         truth, predicted = true_colours, predicted_colours
-    errors = ((other - truth).abs().mean().div(255).item() for other in (predicted, without_model))
+    error, error_without = ((other - truth).abs().mean().div(255).item() for other in (predicted, without_model))
     grey = unpatchify(patches.scatter(1, index, float(_GREY)), patch_size).round().to(torch.uint8)
-    return Reconstruction(images, grey, filled, *errors, stage.name)
+    return Reconstruction(images, grey, filled, error, error_without, stage.name)
