@@ -252,8 +252,15 @@ def _evaluate_pairs(
 
     if "mlm" in tasks:
         progress("predicting masked words")
-        fused = config.source_type_of(stage) == "pairs"
-        result.mlm = masked.masked_language(predictor, held_out, stage.masking, fused)
+        words = masked.mask_captions(held_out, stage.masking, predictor.tokenizer)
+        predict, predictions, other = functools.partial(masked.predict_masked_tokens, predictor, words), {}, None
+        if config.source_type_of(stage) == "pairs":
+            predictions[masked.OWN] = predict(held_out, captions)
+            if len(ids.unique()) >= 2:
+                other = masked.mismatched_images(ids)[captions]
+                predictions[masked.OTHER] = predict(held_out, other)
+        predictions[masked.TEXT_ONLY] = predict()
+        result.mlm = masked.MaskedLanguage(words, predictions, other)
     if "mim" in tasks:
         progress("filling in masked patches")
         result.reconstruction = masked.reconstruct_images(predictor.model, held_out, stage, config)

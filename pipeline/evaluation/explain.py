@@ -9,7 +9,6 @@ Shapes: H x W pixels as the model reads them, G x C rows and columns of patches,
 
 import hashlib
 import io
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -93,10 +92,10 @@ def explain(model: Model, tokenizer: Tokenizer, image: Tensor, text: str, max_te
     of_word = torch.zeros(len(words), dtype=torch.int64)
     with_image = predict_masked_tokens(predictor, masked, EvalPairs({}, "", image[None]), of_word)
     without_image = predict_masked_tokens(predictor, masked)
-    explained = []
-    for word, (start, stop) in zip(words, itertools.pairwise(masked.first()), strict=True):
-        rows = slice(start, stop)
-        conditions = []
+    explained, stop = [], 0
+    for word in words:
+        rows, conditions = slice(stop, stop + len(word)), []
+        stop += len(word)
         for predicted in (with_image, without_image):
             # A word of several tokens gets one prediction, the best of each: second-best pieces do not form a word.
             best = predicted.tokens[rows, : 1 if len(word) > 1 else None]

@@ -9,7 +9,6 @@ Shapes: N images, M captions, T masked tokens of all captions, K masked patches 
 p the patch side.
 """
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -47,10 +46,6 @@ class MaskedCaptions:
     def truth(self) -> Tensor:
         """Return the masked tokens (T,) of all captions."""
         return torch.tensor([token for row in self.labels for token in row], dtype=torch.int64)
-
-    def first(self) -> list[int]:
-        """Return the offset of each caption's tokens among all T, followed by T."""
-        return list(itertools.accumulate((len(row) for row in self.labels), initial=0))
 
 
 class MaskedTokenPredictions(NamedTuple):
@@ -147,18 +142,6 @@ def predict_masked_tokens(
     tokens, probabilities, of_truth = compute_batches(count, predictor.batch_size, predictor.ranks, predict)
     accuracy = (tokens[:, 0] == masked.truth()).double().mean().item()
     return MaskedTokenPredictions(tokens, probabilities, of_truth, accuracy)
-
-
-def masked_language(predictor: Predictor, held_out: EvalPairs, masking: MaskingConfig, fused: bool) -> MaskedLanguage:
-    """Predict under all conditions of one model; `fused`: its stage trained masked words with images."""
-    masked, predictions, image_of_other = mask_captions(held_out, masking, predictor.tokenizer), {}, None
-    if fused:
-        predictions[OWN] = predict_masked_tokens(predictor, masked, held_out, held_out.caption_of)
-        if len(held_out.image_id.unique()) >= 2:
-            image_of_other = mismatched_images(held_out.image_id)[held_out.caption_of]
-            predictions[OTHER] = predict_masked_tokens(predictor, masked, held_out, image_of_other)
-    predictions[TEXT_ONLY] = predict_masked_tokens(predictor, masked)
-    return MaskedLanguage(masked, predictions, image_of_other)
 
 
 def reconstruct_images(

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config.load import apply_override, validate
 from pipeline.data.quarantine import BadRecord
+from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal, JournalWriter
 from tests.support.bad_shards import Planted
 from tests.support.finished_run import SECTION
@@ -25,39 +26,32 @@ ALERT = "matching is right for 3 % of the true pairs: raise stages.pairs.objecti
 def record_run(folder: Path, planted: Planted, name: str = "recorded", *overrides: str) -> None:
     """Write `<folder>/<name>`."""
     stage = {"steps": STEPS, "global_batch_size": 8, "max_text_length": 12}
+    vision = {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}, **stage}
+    pairs = {"name": "pairs", "sources": {"pairs": 1.0}, "objectives": {"itc": {}, "itm": {}}, **stage}
+    sources = {"pictures": {"shards": planted.folder, "type": "images"}, "pairs": {"shards": planted.folder}}
     values: dict[str, Any] = {
-        "name": name,
-        "output": str(folder),
-        "model": {**SECTION},
-        "sources": {"pictures": {"shards": planted.folder, "type": "images"}, "pairs": {"shards": planted.folder}},
-        "data": {"max_bad_rate": 1.0, "streams": 4},
-        "stages": [
-            {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}, **stage},
-            {"name": "pairs", "sources": {"pairs": 1.0}, "objectives": {"itc": {}, "itm": {}}, **stage},
-        ],
-        "evaluation": {"source": "pairs"},
-    }
+        "name": name, "output": str(folder), "model": {**SECTION}, "sources": sources, "stages": [vision, pairs],
+        "data": {"max_bad_rate": 1.0, "streams": 4}, "evaluation": {"source": "pairs"},
+    }  # fmt: skip
     for override in overrides:
         apply_override(values, override)
     cause = {"time": START / 1000 + 99.0, "cause": "failed", "message": "rank 1: killed"}
     account = {"at": START / 1000 + 800, "seconds": SECONDS | {"evaluation": 0.0}, "restarts": 1, "ended": True}
-    for file, text in {
-        "run.json": validate(values, name).model_dump_json(),
-        "time.json": json.dumps(account),
-        "restarts/0.json": json.dumps(cause),
-        "quarantine/1-pairs-00000020.jsonl": "\n".join(json.dumps(asdict(r)) for r in bad_records(planted)) + "\n",
-    }.items():
-        path = folder / name / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    bad, storage = "\n".join(json.dumps(asdict(record)) for record in bad_records(planted)) + "\n", Storage()
+    for file, text in (
+        ("run.json", validate(values, name).model_dump_json()), ("time.json", json.dumps(account)),
+        ("restarts/0.json", json.dumps(cause)), ("quarantine/1-pairs-00000020.jsonl", bad),
+    ):  # fmt: skip
+        storage.write(f"{folder}/{name}/{file}", text.encode())
     _record_journal(folder / name, planted)
 
 
 def bad_records(planted: Planted) -> list[BadRecord]:
     """Return every planted bad sample once, and the first one twice."""
+    samples = enumerate((kind, bad) for kind, all_bad in planted.bad.items() for bad in all_bad)
     records = [
         BadRecord("pairs", bad.shard, bad.key, bad.offset, 0, number, 0, bad.stage, f"the {kind}", "s00001")
-        for number, (kind, bad) in enumerate((kind, bad) for kind, all_bad in planted.bad.items() for bad in all_bad)
+        for number, (kind, bad) in samples
     ]
     return [*records, records[0]]
 

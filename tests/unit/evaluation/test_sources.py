@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,7 +206,9 @@ def tables(out: Path):
     return {file.name: parquet.read_table(file) for file in sorted(out.glob("*.parquet"))}
 
 
-def test_every_image_and_caption_has_its_vector(embed, tmp_path, model, held_out, tokenizer):
+def test_every_image_and_caption_has_its_vector_which_no_other_source_replaces(
+    embed, shards, tmp_path, model, held_out, tokenizer, make_pair
+):
     summary = embed("out")
     assert summary == {"shards": 4, "already_done": 0, "images": 24, "captions": 48, "skipped": 0}
     rows = [row for table in tables(tmp_path / "out").values() for row in table.to_pylist()]
@@ -219,6 +222,15 @@ def test_every_image_and_caption_has_its_vector(embed, tmp_path, model, held_out
     torch.testing.assert_close(vectors[:, 1:].flatten(0, 1), texts, atol=1e-6, rtol=1e-5)
     with pytest.raises(ConfigError, match="stage vision trained no contrast"):
         embed("out", stage=0)
+    moved = shutil.copytree(shards, tmp_path / "moved")
+    assert embed("out", url=str(moved))["already_done"] == 4
+    write_shards(Storage(), iter([{"__key__": "a", **make_pair(1)}]), str(tmp_path / "other"), 1)
+    before = tables(tmp_path / "out")
+    for remedy in ("holds the vectors of", "another folder"):
+        with pytest.raises(ConfigError, match=remedy):
+            embed("out", url=str(tmp_path / "other"))
+        (tmp_path / "out" / "_source.json").unlink()
+    assert tables(tmp_path / "out") == before
 
 
 def test_outdated_embeddings_are_computed_again_and_ranks_share_the_shards(embed, tmp_path):
