@@ -10,9 +10,9 @@ from typing import Any
 from jobs.caller import Caller, untracked_because
 from jobs.console import aligned, notify, write_output
 from pipeline.config.errors import ConfigError
+from pipeline.config.load import RecordedLocation
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
-from pipeline.config.stored import RecordedLocation
 from pipeline.data.storage import Storage, join
 from pipeline.pages.charts import significant
 from pipeline.reports.comparison import Comparison, compare, render_comparison
