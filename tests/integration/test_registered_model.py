@@ -44,18 +44,15 @@ requests = [json.loads(line) for line in sys.stdin]
 frame = pd.DataFrame([{"image": base64.b64decode(r["image"]), "text": r["text"]} for r in requests])
 rows = model.predict(frame).to_dict("records")
 import pipeline
-json.dump(
-    {
-        "rows": rows,
-        "only_text": model.predict(pd.DataFrame({"text": frame["text"][:2]})).to_dict("records"),
-        "without_matching": list(model.predict(frame[:1], params={"itm": False}).columns),
-        "code": pipeline.__file__,
-        "imported": sorted({"deepspeed", "jinja2", "ray", "rich", "transformers", "typer"} & sys.modules.keys()),
-        "outputs": [column["name"] for column in json.loads(model.metadata.signature.to_dict()["outputs"])],
-        "example": list(model.input_example.columns),
-    },
-    sys.stdout,
-)
+print(json.dumps({
+    "rows": rows,
+    "only_text": model.predict(pd.DataFrame({"text": frame["text"][:2]})).to_dict("records"),
+    "without_matching": list(model.predict(frame[:1], params={"itm": False}).columns),
+    "code": pipeline.__file__,
+    "imported": sorted({"deepspeed", "jinja2", "ray", "rich", "transformers", "typer"} & sys.modules.keys()),
+    "outputs": [column["name"] for column in json.loads(model.metadata.signature.to_dict()["outputs"])],
+    "example": list(model.input_example.columns),
+}))
 """
 
 
@@ -73,10 +70,8 @@ def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
     tracker.close(timeout=120)
     register_checkpoint(checkpoint, "tiny", "candidate")
     registered = register_checkpoint(checkpoint, "tiny", "candidate")
-    requests = [
-        json.dumps({"image": base64.b64encode(image).decode(), "text": text})
-        for image, text in zip(PICTURES, TEXTS, strict=True)
-    ]
+    encoded = [base64.b64encode(image).decode() for image in PICTURES]
+    requests = [json.dumps({"image": i, "text": text}) for i, text in zip(encoded, TEXTS, strict=True)]
     done = subprocess.run(
         [sys.executable, "-c", LOAD, uri, registered["uri"]], input="\n".join(requests), capture_output=True, text=True,
         check=False, cwd=tmp_path, env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
@@ -89,12 +84,9 @@ def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
     predictor, tokens = Predictor(model, tokenizer), tuple(tokenizer.encode_batch(TEXTS, 12))
     image, text = predictor.embed_images(images), predictor.embed_texts([one.ids for one in tokens])
     pairs = torch.arange(len(TEXTS))[:, None].expand(-1, 2)
-    expected = {
-        "image_embedding": image,
-        "text_embedding": text,
-        "similarity": (image * text).sum(dim=1),
-        "matched": predictor.fusion_scores(EvalPairs({}, "", images, tokens=tokens), pairs).sigmoid(),
-    }
+    matched = predictor.fusion_scores(EvalPairs({}, "", images, tokens=tokens), pairs).sigmoid()
+    expected = {"image_embedding": image, "text_embedding": text, "similarity": (image * text).sum(dim=1)}
+    expected["matched"] = matched
     for name, values in expected.items():
         column = np.array([row[name] for row in served["rows"]])
         assert np.abs(column - values.numpy()).max() <= 1e-6, name

@@ -24,17 +24,10 @@ from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, G
 from pipeline.evaluation.report import render_report
 from pipeline.pages.charts import Mark, Measure, Series, line_chart, significant
 from pipeline.pages.page import thumbnail
+from pipeline.reports import run_report
 from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import QUARANTINE, open_run
-from pipeline.reports.run_report import (
-    MAX_SAMPLES,
-    NARROW,
-    THUMBNAIL,
-    WIDE,
-    collect_report,
-    draw_curves,
-    render_run_report,
-)
+from pipeline.reports.run_report import WIDE, collect_report, draw_curves, render_run_report
 from pipeline.tracking.journal import CommittedJournal, Journal
 from tests.support.bad_shards import plant
 from tests.support.full_report import fullest
@@ -82,13 +75,9 @@ def report(run):
 
 
 def test_report_has_events_in_order_alerts_first_time_cost_stages_and_sources(report, planted, tmp_path):
-    assert [(event.kind, event.step) for event in report.events] == [
-        ("begun", None),
-        ("spike", STEPS),
-        ("restart", RESUMED_AT),
-        *[("alert", 2 * STEPS)] * 3,
-        *[("evaluation", 2 * STEPS)] * 2,
-    ]
+    ends = [("alert", 2 * STEPS)] * 3 + [("evaluation", 2 * STEPS)] * 2
+    events = [("begun", None), ("spike", STEPS), ("restart", RESUMED_AT), *ends]
+    assert [(event.kind, event.step) for event in report.events] == events
     assert "failed: rank 1: killed" in report.events[2].text
     assert "pairs/i2t_r1 0.25" in report.events[6].text
     alerts = [(alert.key, alert.stage, alert.value.startswith("over at step 19")) for alert in report.alerts]
@@ -103,9 +92,9 @@ def test_report_has_events_in_order_alerts_first_time_cost_stages_and_sources(re
     assert report.stages[1].sources["pairs"][1:] == (5, 120, "")  # shards, samples, change
     page = render_run_report(report)
     assert page.index(ALERT) < page.index("<h2>")
-    assert SPIKE in page
-    assert f"itc {significant(5.0 / (2 * STEPS))}, itm {significant(3.0 / (2 * STEPS))}" in page
-    assert f'data-label="samples read">{8 * 2 * STEPS}<' in page
+    losses = f"itc {significant(5.0 / (2 * STEPS))}, itm {significant(3.0 / (2 * STEPS))}"
+    shown = [SPIKE, losses, f'data-label="samples read">{8 * 2 * STEPS}<']
+    assert [text for text in shown if text not in page] == []
     for in_seconds in (False, True):  # every point is drawn, and no line crosses a restart
         chart = draw_curves(report, WIDE, in_seconds)
         assert len(chart.bands) == 2
@@ -116,22 +105,19 @@ def test_report_has_events_in_order_alerts_first_time_cost_stages_and_sources(re
 
 def test_bad_samples_show_their_image_or_an_error(report, planted):
     counts = [(samples, times) for *_, samples, times in report.quarantine_counts]
-    assert sum(times for _, times in counts) == len(bad_records(planted))
-    assert sum(samples for samples, _ in counts) == len(planted.expected)
+    assert [sum(column) for column in zip(*counts, strict=True)] == [len(planted.expected), len(bad_records(planted))]
     assert max(times - samples for samples, times in counts) == 1
-    assert len(report.quarantine) == MAX_SAMPLES
+    assert len(report.quarantine) == run_report.MAX_SAMPLES
     for sample, image, error in report.quarantine:
         assert (image is None) == bool(error)
-        if sample.reason in ("the truncated JPEG", "the PNG bomb", "the missing picture"):
-            assert image is None
+        assert image is None or sample.reason not in ("the truncated JPEG", "the PNG bomb", "the missing picture")
     sample, image, _ = next(entry for entry in report.quarantine if entry[0].reason == "the missing caption")
     data = Path(planted.folder, sample.shard).read_bytes()[sample.offset :]
-    assert image == thumbnail(decode(data[: data.index(b"\xff\xd9") + 2], 10_000), THUMBNAIL)
+    assert image == thumbnail(decode(data[: data.index(b"\xff\xd9") + 2], 10_000), run_report.THUMBNAIL)
 
 
 def test_missing_and_changed_shards_and_a_run_that_never_started_are_reported(planted, tmp_path):
-    moved = tmp_path / "pairs"
-    shutil.copytree(planted.folder, moved)
+    moved = shutil.copytree(planted.folder, tmp_path / "pairs")
     record_run(tmp_path, replace(planted, folder=str(moved)), "changed")
     for file in moved.glob("00000.tar*"):
         file.unlink()
@@ -285,42 +271,33 @@ def test_pages_render_in_a_browser_without_errors_or_overflow(pages, tmp_path):
 
 
 def chart(values, in_seconds=False, unit=1.0):
-    points = [(unit * number, value) for number, value in enumerate(values)]
-    last = unit * max(len(values) - 1, 0)
-    measure = Measure("loss", [Series(0, points)] if values else [])
-    return line_chart([measure], NARROW, [("a_stage", 0.0, last)], [Mark(last, "restart", "")], in_seconds)
+    points, last = [(unit * number, value) for number, value in enumerate(values)], unit * max(len(values) - 1, 0)
+    measure, mark = Measure("loss", [Series(0, points)] if values else []), Mark(last, "restart", "")
+    return line_chart([measure], run_report.NARROW, [("a_stage", 0.0, last)], [mark], in_seconds)
 
 
 def points_of(panel):
     return [tuple(map(float, point.split(","))) for _, line in panel.lines for point in line.split()]
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
+def test_charts_stay_inside_their_frame_with_logarithmic_axes_over_decades_and_a_fitting_unit_of_time():
+    for values in (
         [], [1.0], [2.0, 2.0], [0.0, 0.0], [9.3, 4.1, 3.9], [1e-7, 3e-7], [1e-6, 1e3], [0.0, 5.0], [-2.0, 5.0],
         [-1.0, 1e9], [1e9, 3.0], [math.nan, 1.0, 3.0], [math.nan, math.inf], list(map(float, range(5000))),
-    ],
-)  # fmt: skip
-def test_every_element_is_inside_the_frame(values):
-    drawn = chart(values)
-    panel, ((x, width, _),) = drawn.panels[0], drawn.bands
-    points = points_of(panel) + [(x, y) for _, x, y in panel.dots]
-    assert len(points) == min(sum(map(math.isfinite, values)), 400) or len(values) > 400 >= len(points) > 200
-    assert all(drawn.left <= x <= NARROW - drawn.right and panel.top <= y <= panel.bottom for x, y in points)
-    assert 2 <= len(panel.ticks) == len({label for _, label in panel.ticks}) <= 7
-    assert all(panel.top <= y <= panel.bottom for y, _ in panel.ticks)
-    assert all(drawn.left <= at <= NARROW - drawn.right for at, *_ in [*drawn.ticks, *drawn.marks])
-    assert x + width <= NARROW - drawn.right + 0.1
-    assert panel.bottom < drawn.height
-
-
-def test_axes_are_logarithmic_over_decades_and_use_a_fitting_unit_of_time():
+    ):  # fmt: skip
+        drawn = chart(values)
+        panel, ((x, width, _),), right = drawn.panels[0], drawn.bands, run_report.NARROW - drawn.right
+        points = points_of(panel) + [(x, y) for _, x, y in panel.dots]
+        assert len(points) == min(sum(map(math.isfinite, values)), 400) or len(values) > 400 >= len(points) > 200
+        assert all(drawn.left <= x <= right and panel.top <= y <= panel.bottom for x, y in points), values
+        assert 2 <= len(panel.ticks) == len({label for _, label in panel.ticks}) <= 7
+        assert all(panel.top <= y <= panel.bottom for y, _ in panel.ticks)
+        assert all(drawn.left <= at <= right for at, *_ in [*drawn.ticks, *drawn.marks])
+        assert (x + width <= right + 0.1, panel.bottom < drawn.height) == (True, True)
     panel = chart([1000.0, 100.0, 10.0, 1.0]).panels[0]
     steps = [after - before for (_, before), (_, after) in itertools.pairwise(points_of(panel))]
-    assert panel.is_logarithmic
     assert steps == pytest.approx([30.0] * 3, abs=0.2), "lower values are drawn lower"
-    assert not chart([3.0, 2.0, 1.0]).panels[0].is_logarithmic
+    assert [panel.is_logarithmic, chart([3.0, 2.0, 1.0]).panels[0].is_logarithmic] == [True, False]
     for unit, name in ((10.0, "s"), (600.0, "min"), (20_000.0, "h"), (100_000.0, "d")):
         labels = [label for _, label in chart([1.0] * 8, in_seconds=True, unit=unit).ticks]
         assert 2 <= len(labels) <= 7
