@@ -355,10 +355,10 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs: the keys in which their configs differ, and their results."""
-    from jobs.report import as_table, compare_runs
+    from jobs.report import compare_runs
 
-    comparison = compare_runs(runs, html, _caller(config))
-    print_result(comparison.as_json(), as_json, as_table(comparison))
+    comparison, table = compare_runs(runs, html, _caller(config))
+    print_result(comparison, as_json, table)
 
 
 @app.command(rich_help_panel=RESULTS)

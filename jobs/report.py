@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.pages.charts import significant
-from pipeline.reports.comparison import Comparison, compare, render_comparison
+from pipeline.reports.comparison import Result, compare, render_comparison
 from pipeline.reports.run_folder import open_run
 from pipeline.reports.run_report import ALERT, OVER, collect_report, render_run_report
 from pipeline.tracking.locations import configured_uri, tracking_uri
@@ -90,31 +91,33 @@ def reported(config: RunConfig) -> Iterator[None]:
             log.warning("no run report: %s: %s", type(error).__name__, error)
 
 
-def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Caller()) -> Comparison:
-    """Compare the runs in these folders (paths or URLs); also write an HTML page to `html`. Raises ConfigError."""
+def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Caller()) -> tuple[dict[str, Any], str]:
+    """Compare the runs in these folders (paths or URLs), also as an HTML page at `html`; raises ConfigError.
+
+    Returns what `--json` prints, in which non-finite numbers become null and repeated names get their group, and two
+    tables: the config keys that differ, and all results, with `*` for those that differ.
+    """
     if len(runs) < 2:
         raise ConfigError(f"mome compare: expected two runs or more, got {len(runs)}")
     storage = caller.store()
     comparison = compare([open_run(run, storage) for run in runs])
     if html is not None:
         write_output(storage, str(html), render_comparison(comparison).encode(), "--html")
-    return comparison
-
-
-def as_table(comparison: Comparison) -> str:
-    """Return two tables: the config keys that differ, and all results; `*` marks results that differ."""
-    runs = comparison.runs
-    config, results = [["", "config", *runs]], [["", "results", *runs]]
+    names, by_name = comparison.runs, dict[str, dict[str, Result]]()
+    config, results = [["", "config", *names]], [["", "results", *names]]
     for path, settings in comparison.config.items():
         texts = {run: value if isinstance(value, str) else json.dumps(value) for run, value in settings.items()}
-        config.append(["", path, *(texts.get(run, "(no such key)") for run in runs)])
+        config.append(["", path, *(texts.get(run, "(no such key)") for run in names)])
     if not comparison.config:
-        config.append(["", "no key differs", *("" for _ in runs)])
+        config.append(["", "no key differs", *("" for _ in names)])
     for group, rows in comparison.results.items():
-        results.append(["", f"{group}:", *("" for _ in runs)])
+        results.append(["", f"{group}:", *("" for _ in names)])
         for name, values in rows.items():
             cells = ["-" if v is None else v if isinstance(v, str) else significant(v) for v in values]
             results.append(["*" if any(v != values[0] for v in values) else "", f"  {name}", *cells])
+            finite = [None if isinstance(v, float) and not math.isfinite(v) else v for v in values]
+            by_name[f"{name} ({group})" if name in by_name else name] = dict(zip(names, finite, strict=True))
     for row in (*config, *results):  # of a long text the end is kept, in which paths differ
         row[2:] = [t if len(t) <= MAX_CHARACTERS else f"…{t[1 - MAX_CHARACTERS :]}" for t in row[2:]]
-    return f"{aligned(config)}\n\n{aligned(results)}"
+    table = f"{aligned(config)}\n\n{aligned(results)}"
+    return {"runs": names, "config": comparison.config, "results": by_name}, table

@@ -88,8 +88,7 @@ def explain(model: Model, tokenizer: Tokenizer, image: Tensor, text: str, max_te
         positions=tuple(tuple(word) for word in words),
         labels=tuple(tuple(tokens.ids[position] for position in word) for word in words),
     )
-    truth, predictor = masked.truth(), Predictor(model, tokenizer)
-    of_word = torch.zeros(len(words), dtype=torch.int64)
+    predictor, of_word = Predictor(model, tokenizer), torch.zeros(len(words), dtype=torch.int64)
     with_image = predict_masked_tokens(predictor, masked, EvalPairs({}, "", image[None]), of_word)
     without_image = predict_masked_tokens(predictor, masked)
     explained, stop = [], 0
@@ -101,7 +100,7 @@ def explain(model: Model, tokenizer: Tokenizer, image: Tensor, text: str, max_te
             best = predicted.tokens[rows, : 1 if len(word) > 1 else None]
             probabilities = predicted.probabilities[rows].prod(dim=0).tolist()
             guesses = tuple(
-                Guess(tokenizer.decode(ids.tolist()), probability, torch.equal(ids, truth[rows]))
+                Guess(tokenizer.decode(ids.tolist()), probability, torch.equal(ids, predicted.truth[rows]))
                 for ids, probability in zip(best.T, probabilities, strict=False)
             )
             conditions.append(Condition(guesses, predicted.truth_probability[rows].prod().item()))

@@ -10,7 +10,7 @@ p the patch side.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,24 +35,20 @@ _TOP = 3
 _GREY = 128
 
 
-@dataclass(frozen=True)
-class MaskedCaptions:
+class MaskedCaptions(NamedTuple):
     """Captions with [MASK] tokens: ids, masked positions, and the original tokens at those positions."""
 
     rows: tuple[tuple[int, ...], ...]
     positions: tuple[tuple[int, ...], ...]
     labels: tuple[tuple[int, ...], ...]
 
-    def truth(self) -> Tensor:
-        """Return the masked tokens (T,) of all captions."""
-        return torch.tensor([token for row in self.labels for token in row], dtype=torch.int64)
-
 
 class MaskedTokenPredictions(NamedTuple):
-    """The best tokens (T, 3), their probabilities, and the probability (T,) of the true token."""
+    """The best tokens (T, 3), their probabilities, the true tokens (T,) and the probability of each."""
 
     tokens: Tensor
     probabilities: Tensor
+    truth: Tensor
     truth_probability: Tensor
     accuracy: float
 
@@ -125,7 +121,7 @@ def predict_masked_tokens(
 ) -> MaskedTokenPredictions:
     """Predict every masked token with the image `image_of` (M,) of `held_out`, or else from the text alone."""
 
-    def predict(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(rows: slice) -> tuple[Tensor, ...]:
         text, keep = pad_token_ids(masked.rows[rows], predictor.tokenizer.pad_id)
         positions, is_masked = pad_token_ids(masked.positions[rows], 0)
         inputs = ForwardInput(heads=("mlm",), text=text, text_keep=keep, mask_positions=positions)
@@ -136,12 +132,12 @@ def predict_masked_tokens(
         probabilities = logits.softmax(dim=-1).cpu()[is_masked]  # (tokens, V)
         best = probabilities.topk(min(_TOP, probabilities.shape[1]), dim=1)
         truth = pad_token_ids(masked.labels[rows], 0)[0][is_masked]
-        return best.indices, best.values, probabilities.gather(1, truth[:, None])[:, 0]
+        return best.indices, best.values, truth, probabilities.gather(1, truth[:, None])[:, 0]
 
     count = len(masked.rows)
-    tokens, probabilities, of_truth = compute_batches(count, predictor.batch_size, predictor.ranks, predict)
-    accuracy = (tokens[:, 0] == masked.truth()).double().mean().item()
-    return MaskedTokenPredictions(tokens, probabilities, of_truth, accuracy)
+    tokens, probabilities, truth, of_truth = compute_batches(count, predictor.batch_size, predictor.ranks, predict)
+    accuracy = (tokens[:, 0] == truth).double().mean().item()
+    return MaskedTokenPredictions(tokens, probabilities, truth, of_truth, accuracy)
 
 
 def reconstruct_images(

@@ -310,7 +310,7 @@ def _ends(order: list[int], group_of: list[int]) -> tuple[list[int], list[int]]:
 
 def _masked_captions(mlm: MaskedLanguage, held_out: EvalPairs, tokenizer: Tokenizer) -> dict[str, list[MaskedCaption]]:
     """Return captions where the right image helped most, where it misled most, and evenly spaced others."""
-    caption_of, truth = held_out.caption_of.tolist(), mlm.masked.truth()
+    caption_of, truth = held_out.caption_of.tolist(), next(iter(mlm.predictions.values())).truth
     first = list(itertools.accumulate(map(len, mlm.masked.labels), initial=0))  # of each caption's tokens among all
     order = list(range(len(held_out.tokens)))
     if mlm.image_of_other is None:

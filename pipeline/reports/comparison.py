@@ -1,7 +1,6 @@
 """Comparison of runs: the config keys in which they differ, their results and loss curves, and the HTML page."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +25,6 @@ class Comparison:
     results: dict[str, dict[str, list[Result]]]  # group -> name -> values in the order of the runs; None: missing
     losses: dict[str, list[Series]]  # stage -> curve of each run over the steps since the stage's start
     folders: list[str]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the comparison as JSON values: non-finite numbers become null, and repeated names get their group."""
-        results: dict[str, dict[str, Result]] = {}
-        for group, rows in self.results.items():
-            for name, values in rows.items():
-                finite = [None if isinstance(v, float) and not math.isfinite(v) else v for v in values]
-                unique = f"{name} ({group})" if name in results else name
-                results[unique] = dict(zip(self.runs, finite, strict=True))
-        return {"runs": self.runs, "config": self.config, "results": results}
 
 
 def compare(runs: Sequence[RunFolder]) -> Comparison:

@@ -160,7 +160,7 @@ def test_predictions_equal_those_of_one_caption_at_a_time(model, held_out, token
         one = ForwardInput(heads=("mlm",), image=held_out.images[image][None], text=text, mask_positions=mask)
         with torch.no_grad():
             single.append(model.eval()({"x": one})["x"]["mlm"][0].softmax(-1))
-    expected, truth = torch.cat(single), masked.truth()
+    expected, truth = torch.cat(single), torch.tensor([token for labels in masked.labels for token in labels])
     of_truth = expected.gather(1, truth[:, None])[:, 0]
     torch.testing.assert_close(batched.truth_probability, of_truth, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(batched.probabilities, expected.topk(3).values, atol=1e-6, rtol=1e-4)
