@@ -144,18 +144,12 @@ def load_pairs(
     check_skipped(source, len(pairs), skipped, config.data.max_bad_rate)
     positions, keys, captions, tokens, image_ids, sizes = zip(*pairs, strict=True)
     stored.positions = np.array(positions, dtype=np.int64)
+    caption_of = torch.arange(len(pairs)).repeat_interleave(torch.tensor(list(map(len, captions))))
+    image_size = torch.tensor(sizes) if isinstance(shape_of(config.model), KeepAspectRatio) else None
     return EvalPairs(
-        skipped=dict(skipped),
-        digest=opened.digest,
-        images=stored,
-        captions=captions,
-        tokens=tuple(itertools.chain(*tokens)),
-        caption_of=torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(own) for own in captions])),
-        image_id=torch.tensor(image_ids, dtype=torch.int64),
-        keys=keys,
-        image_size=torch.tensor(sizes) if isinstance(shape_of(config.model), KeepAspectRatio) else None,
-        close=stored.close,
-    )
+        dict(skipped), opened.digest, stored, captions, tuple(itertools.chain(*tokens)), caption_of,
+        torch.tensor(image_ids, dtype=torch.int64), keys, image_size, stored.close,
+    )  # fmt: skip
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> list[Tokens]:
@@ -178,6 +172,7 @@ def check_skipped(source: str, used: int, skipped: Counter[str], max_bad_rate: f
         )
 
 
+@dataclass(eq=False)
 class LabelledEvalSet:
     """A source of questions, statements or labelled images.
 
@@ -185,22 +180,17 @@ class LabelledEvalSet:
     question, a statement or the class of a labelled image.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        storage: Storage,
-        source: str,
-        stage: StageConfig,
-        tokenizer: Tokenizer,
-        limit: int | None = None,
-        ranks: Ranks = SINGLE_PROCESS,
-    ):
-        self._config, self._storage, self._source = config.for_stage(stage), storage, source
-        self._stage, self._tokenizer, self._ranks = stage, tokenizer, ranks
-        section = config.sources[source]
-        self._opened = Source(section.shards, load_manifest(storage, section.shards))
-        total = int(self._opened.counts.sum())
-        self._count = total if limit is None else min(limit, total)
+    config: RunConfig
+    storage: Storage
+    source: str
+    stage: StageConfig
+    tokenizer: Tokenizer
+    limit: int | None = None
+    ranks: Ranks = SINGLE_PROCESS
+
+    def __post_init__(self) -> None:
+        self.config, section = self.config.for_stage(self.stage), self.config.sources[self.source]
+        self._opened = Source(section.shards, load_manifest(self.storage, section.shards))
         self.type, self.digest = section.type, self._opened.digest
         self.skipped: Counter[str] = Counter()  # unusable samples of the last call of `map_batches`, by reason
 
@@ -210,16 +200,17 @@ class LabelledEvalSet:
         `compute` is called with the forward input for a head and the annotations of its first examples, equally often
         on every rank; an input without a sample has one blank example and no annotation. Raises as `check_skipped`.
         """
-        config, shape = self._config, shape_of(self._config.model)
+        config, shape, total = self.config, shape_of(self.config.model), int(self._opened.counts.sum())
+        count = total if self.limit is None else min(self.limit, total)
         side = shape.shorter if isinstance(shape, KeepAspectRatio) else shape
         blank_images = (np.zeros((side, side, 3), dtype=np.uint8),) * (2 if self.type == "statements" else 1)
-        blank_text = [] if self.type == "labelled" else self._tokenizer.encode("a", self._stage.max_text_length).ids
+        blank_text = [] if self.type == "labelled" else self.tokenizer.encode("a", self.stage.max_text_length).ids
 
         def read() -> tuple[list[T], int, Counter[str]]:
             skipped, num_samples, results = Counter[str](), 0, list[T]()
-            turns = list(rank_batches(self._count, config.evaluation.batch_size, self._ranks))
+            turns = list(rank_batches(count, config.evaluation.batch_size, self.ranks))
             own = [rows for rows, is_own in turns if is_own]
-            samples = iter_samples(self._storage, self._opened, *((own[0].start, own[-1].stop) if own else (0, 0)))
+            samples = iter_samples(self.storage, self._opened, *((own[0].start, own[-1].stop) if own else (0, 0)))
             for rows, is_own in turns:
                 batch = []
                 for sample in itertools.islice(samples, rows.stop - rows.start if is_own else 0):
@@ -231,18 +222,18 @@ class LabelledEvalSet:
                 num_samples += len(batch)
                 images, token_ids, _ = zip(*(batch or [(blank_images, blank_text, None)]), strict=True)
                 texts = [ids for ids in token_ids if ids]
-                inputs = collate_inputs(images, texts, self._tokenizer.pad_id, config.model, head)
+                inputs = collate_inputs(images, texts, self.tokenizer.pad_id, config.model, head)
                 results += compute(inputs, [annotation for _, _, annotation in batch])
             return results, num_samples, skipped
 
-        results, counts, skipped = zip(*run_on_all_ranks(self._ranks, read), strict=True)
+        results, counts, skipped = zip(*run_on_all_ranks(self.ranks, read), strict=True)
         self.skipped = sum(skipped, Counter[str]())
-        check_skipped(self._source, sum(counts), self.skipped, config.data.max_bad_rate)
+        check_skipped(self.source, sum(counts), self.skipped, config.data.max_bad_rate)
         return list(itertools.chain(*results))
 
     def _decode(self, sample: Sample) -> tuple[tuple[np.ndarray, ...], list[int], Any]:
         """Return images, token ids and annotation. Raises BadSample for the same samples as training does."""
-        members, stage, token_ids = sample.members, self._stage, list[int]()
+        members, stage, token_ids = sample.members, self.stage, list[int]()
         contents.check_members(members, sample.is_duplicate)
         encoded = contents.both_images(members) if self.type == "statements" else (contents.image_bytes(members),)
         annotation: contents.Question | contents.Statement | int
@@ -250,8 +241,8 @@ class LabelledEvalSet:
             annotation = contents.class_of(members, stage.num_classes if "classification" in stage.objectives else None)
         else:
             annotation = contents.question_of(members) if self.type == "questions" else contents.statement_of(members)
-            token_ids = _encode([annotation.text], self._tokenizer, stage.max_text_length)[0].ids
-        images = tuple(resize_for(decode(data, self._config.data.max_pixels), self._config.model) for data in encoded)
+            token_ids = _encode([annotation.text], self.tokenizer, stage.max_text_length)[0].ids
+        images = tuple(resize_for(decode(data, self.config.data.max_pixels), self.config.model) for data in encoded)
         return images, token_ids, annotation
 
 

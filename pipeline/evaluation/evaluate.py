@@ -58,14 +58,11 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object of `mome evaluate --json`: fractions, null where something was not trained."""
+        pairs = self.held_out
         values: dict[str, Any] = {
-            "pairs": len(self.held_out),
-            "captions": len(self.held_out.tokens),
-            "skipped": sum(self.held_out.skipped.values()),
-            "source": self.source,
-            "source_digest": self.held_out.digest,
-            "stage": self.stage,
-        }
+            "pairs": len(pairs), "captions": len(pairs.tokens), "skipped": sum(pairs.skipped.values()),
+            "source": self.source, "source_digest": pairs.digest, "stage": self.stage,
+        }  # fmt: skip
         for name, recalls, more in (
             ("retrieval", self.retrieval, {"by": self.retrieval_by, "images": self.retrieval_images}),
             ("reranked", self.reranked, {"best": self.reranked_best}),
