@@ -7,7 +7,6 @@ events are marks across all panels. Coordinates are in units of the drawing; y g
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -70,8 +69,7 @@ class Mark(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     name: str
     top: float
     bottom: float
@@ -81,8 +79,7 @@ class Panel:
     is_logarithmic: bool
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     width: int
     height: float
     left: int
@@ -93,8 +90,7 @@ class Chart:
     ticks: list[tuple[float, str]]  # (x, label)
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """Maps values between `low` and `high` to coordinates between `start` and `end`."""
 
     low: float
