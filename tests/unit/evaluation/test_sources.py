@@ -229,7 +229,7 @@ def test_every_image_and_caption_has_its_vector_which_no_other_source_replaces(
     for remedy in ("holds the vectors of", "another folder"):
         with pytest.raises(ConfigError, match=remedy):
             embed("out", url=str(tmp_path / "other"))
-        (tmp_path / "out" / "_source.json").unlink()
+        (tmp_path / "out" / "_source.json").unlink(missing_ok=True)
     assert tables(tmp_path / "out") == before
 
 
