@@ -25,7 +25,7 @@ from pipeline.config.errors import ConfigError, MomeError, RunFailed
 from pipeline.config.redaction import configure_logging, show_exception
 
 if TYPE_CHECKING:
-    from jobs.caller import Caller
+    from jobs.configs import Caller
 
 TRAIN, EVALUATE, DATA = "Train", "Evaluate and use a model", "Data"
 RESULTS, CONFIGS, CLUSTER = "Results", "Configs and planning", "Machine and cluster"
@@ -59,9 +59,7 @@ jobs_app = typer.Typer(no_args_is_help=True, help="List jobs submitted to a clus
 
 
 @app.callback(invoke_without_command=True)
-def _options(
-    show_version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
-) -> None:
+def _options(show_version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False) -> None:
     if show_version:
         try:
             echo(f"mome {version('mome')}")
@@ -71,7 +69,7 @@ def _options(
 
 
 def _caller(config: Path | None, uri: str | None = None) -> Caller:
-    from jobs.caller import Caller
+    from jobs.configs import Caller
 
     return Caller.named(config, uri)
 
@@ -265,8 +263,7 @@ def import_(
     ] = None,
     vocabulary: Annotated[str | None, Option(help="Vocabulary file, one token per line (path or URL).")] = None,
     may_differ: Annotated[
-        list[str] | None,
-        Option(help="Pattern of tensors that may be missing or differ; repeatable."),
+        list[str] | None, Option(help="Pattern of tensors that may be missing or differ; repeatable.")
     ] = None,
     answers: Annotated[str | None, Option(help="VQA answers: a JSON list, or one per line (path or URL).")] = None,
     as_json: JsonOption = False,

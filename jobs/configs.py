@@ -1,11 +1,92 @@
-"""Configs of runs: the recipes of this package, the source types that models learn from, the data's fingerprint."""
+"""Configs of runs: the user's own servers and stores, the recipes of this package, and the fingerprint of the data.
 
+Stores, Ray cluster and MLflow server of a command on a run's folder come from the environment, from `--config FILE` and
+from `--uri`, never from the folder, which another person may have written (`pipeline.config.stored`).
+"""
+
+from __future__ import annotations
+
+import os
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
+
 from pipeline.config.errors import ConfigError
+from pipeline.config.load import load_config, with_absolute_paths
+from pipeline.config.redaction import redact
+from pipeline.config.schema import (
+    MODEL_SECTIONS,
+    ClusterConfig,
+    RunConfig,
+    Section,
+    SourceType,
+    StorageConfig,
+    objective_names,
+    parse_steps,
+)
+from pipeline.config.stored import RecordedLocation
+from pipeline.config.urls import absolute
+from pipeline.data.storage import Storage
+from pipeline.tracking.locations import absolute_uri, configured_uri, default_uri, read_run_id
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+class Caller(Section):
+    """Servers and stores that the user named; None leaves the choice to the environment."""
+
+    storage: StorageConfig | None = None
+    tracking_uri: str | None = None
+    cluster: ClusterConfig | None = None
+
+    @staticmethod
+    def of(config: RunConfig) -> Caller:
+        """Return the caller whose own config this is: it was read from a file that they named."""
+        return Caller(storage=config.storage, tracking_uri=configured_uri(config), cluster=config.cluster)
+
+    @staticmethod
+    def named(config: Path | None = None, uri: str | None = None) -> Caller:
+        """Return the caller who gave `--config` and `--uri`. Raises ConfigError as `load_config`."""
+        if config is None:
+            return Caller(tracking_uri=uri)
+        own = load_config(config)
+        return Caller(storage=own.storage, tracking_uri=uri or own.tracking.uri, cluster=own.cluster)
+
+    @property
+    def server(self) -> str | None:
+        """The MLflow URI that the caller gave, or the environment; None where neither does."""
+        return self.tracking_uri or os.environ.get(URI_VARIABLE)
+
+    def store(self) -> Storage:
+        """Return the access to stores that every URL is read and written by."""
+        return Storage(self.storage or StorageConfig())
+
+    def applied(self, stored: RunConfig) -> RunConfig:
+        """Return a stored config with the caller's stores and servers, as a tracker or a cluster is given it."""
+        tracking = stored.tracking.model_copy(update={"uri": self.server})
+        own = {"storage": self.storage or StorageConfig(), "tracking": tracking}
+        return stored.model_copy(update=own | {"cluster": self.cluster or stored.cluster})
+
+
+def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: Storage) -> str | None:
+    """Return why results of a folder are not recorded in MLflow unless the caller requests it; None where they are.
+
+    `config` is as `Caller.applied` makes it. Without a request, results are recorded only in the run that they are of,
+    and only on the server that tracked this run, if that is the caller's own too.
+    """
+    if read_run_id(config, storage) is None:
+        return f"{config.folder} is no tracked run"
+    places = [absolute(folder) for folder in (recorded.folder, config.folder)]
+    if len({place if "://" in place else os.path.realpath(place) for place in places}) > 1:
+        return f"it is a copy of {recorded.folder}"
+    known, own = recorded.tracking_uri or default_uri(config.output), configured_uri(config)
+    if redact(absolute_uri(known)) == redact(absolute_uri(own)):
+        return None
+    remedy = f"to record there, set {URI_VARIABLE}, or name the config that it was trained with (--config)"
+    return f"the run was tracked at {redact(known)}; {remedy}"
 
 
 def configs_folder() -> Path:
@@ -17,21 +98,18 @@ def configs_folder() -> Path:
 
 def list_recipes() -> dict[str, str]:
     """Return the kind of model and the stages of every recipe by name, such as `finetune/vilt_b32_vqa`."""
-    import yaml
-
     folder, recipes = configs_folder(), {}
     for path in sorted(folder.rglob("*.yaml")):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         stages = " → ".join(stage["name"] for stage in values["stages"])
-        kind = values.get("model", {}).get("kind", "vlmo")
-        recipes[path.relative_to(folder).with_suffix("").as_posix()] = f"{kind}: {stages}"
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        recipes[name] = f"{values.get('model', {}).get('kind', 'vlmo')}: {stages}"
     return recipes
 
 
 @cache
 def source_types(kind: str) -> dict[str, list[str]]:
     """Return the source types from which a kind of model learns each objective; none if it does not learn it."""
-    from pipeline.config.schema import MODEL_SECTIONS, SourceType, objective_names
     from pipeline.models import skeleton
     from pipeline.objectives import modules_for
 
@@ -43,16 +121,13 @@ def source_types(kind: str) -> dict[str, list[str]]:
 
 
 def fingerprint_of(
-    config: Any, stage: str | None, steps: str, world_size: int, workers: int, threads: int
+    config: RunConfig, stage: str | None, steps: str, world_size: int, workers: int, threads: int
 ) -> dict[str, Any]:
     """Hash the batches of steps A:B, read as `world_size` ranks with that many loader processes and threads read them.
 
     Nothing is written to the run's folder. Raises ConfigError for an invalid range, and whenever `mome train` would.
     """
-    from pipeline.config.load import with_absolute_paths
-    from pipeline.config.schema import parse_steps
     from pipeline.data.loading.loader import fingerprint
-    from pipeline.data.storage import Storage
     from pipeline.objectives import batch_groups
     from pipeline.training.prepare import apart, prepare
 

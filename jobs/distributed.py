@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from jobs.cluster import available_ranks, connect, for_ranks, root_cause, run_on_ranks
-from jobs.mailbox import STOP, Mailbox, forwarded_warnings
+from jobs.driver import STOP, Mailbox, forwarded_warnings
 from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.redaction import configure_logging, redact

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from jobs.caller import Caller
+from jobs.configs import Caller
 from jobs.console import check_output, notify, write_output
 from jobs.distributed import device_of, on_workers, ranks_here
 from jobs.report import open_tracker

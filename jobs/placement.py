@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from jobs import cluster as resources
 from jobs.console import notify
-from jobs.mailbox import NUM_PLACED, Mailbox
+from jobs.driver import NUM_PLACED, Mailbox
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.storage import Storage, join

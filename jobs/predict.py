@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from jobs.caller import Caller
-from jobs.configs import source_types
+from jobs.configs import Caller, source_types
 from jobs.console import PLAIN_SECONDS, notify, poll, write_output
 from jobs.distributed import device_of, on_workers, ranks_here
 from pipeline.config.errors import ConfigError

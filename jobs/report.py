@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jobs.caller import Caller, untracked_because
+from jobs.configs import Caller, untracked_because
 from jobs.console import aligned, notify, write_output
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import RecordedLocation

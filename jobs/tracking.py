@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jobs.caller import URI_VARIABLE, Caller
+from jobs.configs import URI_VARIABLE, Caller
 from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import redact, redact_values
 from pipeline.config.urls import absolute

@@ -14,8 +14,7 @@ from jobs.cluster import connect, for_ranks, root_cause, run_on_ranks
 from jobs.console import notify, poll, progress_display
 from jobs.distributed import FAILURE_FILE, PREEMPTED, PROGRESS_FILE, PROGRESS_SECONDS, error_from_json, run_rank
 from jobs.evaluate import evaluate_run
-from jobs.interrupts import Interrupts
-from jobs.mailbox import Mailbox
+from jobs.driver import Interrupts, Mailbox
 from jobs.report import reported
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.schema import RunConfig

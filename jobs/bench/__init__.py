@@ -19,8 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure loader, store, training st
 def loader(
     shards: Annotated[str | None, Option(help="Local indexed shards of pairs (default: synthetic).")] = None,
     photos: Annotated[
-        list[Path] | None,
-        Option(parser=local_file, help="Folder of captioned photos to build shards of; repeatable."),
+        list[Path] | None, Option(parser=local_file, help="Folder of captioned photos to build shards of; repeatable.")
     ] = None,
     vocabulary: Annotated[
         Path | None, Option(parser=local_file, help="A vocab.txt (default: trained on the captions).")

@@ -21,7 +21,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from jobs.caller import Caller
+from jobs.configs import Caller
 from jobs.tracking import sync
 from pipeline.config.errors import TrackingError
 from pipeline.config.schema import RunConfig

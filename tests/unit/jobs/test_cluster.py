@@ -200,8 +200,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(placement, "notify", simulated.printed.append)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: simulated.autoscaler_limits)
-    monkeypatch.setattr("jobs.mailbox.Mailbox.get", lambda *_: simulated.ranks)
-    monkeypatch.setattr("jobs.mailbox.Mailbox.put", lambda *_: True)
+    monkeypatch.setattr("jobs.driver.Mailbox.get", lambda *_: simulated.ranks)
+    monkeypatch.setattr("jobs.driver.Mailbox.put", lambda *_: True)
     return simulated
 
 

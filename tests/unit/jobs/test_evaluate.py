@@ -9,8 +9,8 @@ from urllib.parse import unquote
 import pytest
 from typer.testing import CliRunner
 
-from jobs.caller import URI_VARIABLE
 from jobs.cli import app
+from jobs.configs import URI_VARIABLE
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.data.storage import Storage
 from pipeline.evaluation.report import headline, load_report_data

@@ -16,8 +16,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import jobs.tracking
-from jobs.caller import URI_VARIABLE, Caller
 from jobs.cli import app
+from jobs.configs import URI_VARIABLE, Caller
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import check_stored_url, stored_config
 from pipeline.data.storage import Storage
