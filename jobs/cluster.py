@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +54,14 @@ def connect(cluster: ClusterConfig) -> None:
 
     Raises ConfigError if Ray is not installed, RunFailed within seconds if no cluster answers.
     """
-    without_ray = "torchrun --nproc-per-node N -m pipeline.training CONFIG"
+    alone = "torchrun --nproc-per-node N -m pipeline.training CONFIG"
     try:
         import ray
         import ray._private.utils as ray_utils
     except ImportError as error:
-        message = f"Ray is not installed here: pip install 'mome[ray]', or train without it: {without_ray}"
-        raise ConfigError(message) from error
+        raise ConfigError(
+            f"Ray is not installed here: pip install 'mome[ray]', or train without it: {alone}"
+        ) from error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Train reads these in the driver and passes them to its controller and ranks.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)
@@ -67,8 +69,6 @@ def connect(cluster: ClusterConfig) -> None:
     if ray.is_initialized():
         return
     address, origin = address_of(cluster) or (None, "")
-    if address is None:
-        keep_token_private()
     # Ray would replace this process's handlers for good, by ones that end it with status 15 or print a C++ stack.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     set_handler, ray_utils.set_sigterm_handler = ray_utils.set_sigterm_handler, lambda _: None
@@ -79,6 +79,7 @@ def connect(cluster: ClusterConfig) -> None:
                 _find_head(address)
             ray.init(address=address, **quiet)
         else:
+            keep_token_private()
             num_cpus = int(cluster.workers * (cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus))
             ray.init("local", num_cpus=max(os.cpu_count() or 1, num_cpus + 1), include_dashboard=False, **quiet)
     except Exception as error:  # Ray raises exceptions of many types, a bare Exception among them
@@ -93,7 +94,7 @@ def connect(cluster: ClusterConfig) -> None:
             "RAY_TMPDIR to a short one, such as /tmp"
             if "AF_UNIX" in str(error)
             else "If the machine is busy, try again; `mome doctor` checks its disk, memory and limits; "
-            f"`{without_ray}` needs no Ray"
+            f"`{alone}` needs no Ray"
         )
         raise RunFailed(f"Ray did not start on this machine ({root_cause(error)}). {remedy}.") from error
     finally:
@@ -138,12 +139,9 @@ def _find_head(address: str) -> None:
                 raise OSError(f"port {port} belongs to another service{hint}") from error
 
 
-def token_file() -> Path | None:
-    """Return where Ray keeps this user's token; None for a user without a home."""
-    try:
-        return Path(TOKEN_FILE).expanduser()
-    except RuntimeError:
-        return None
+def token_file() -> Path:
+    """Return where Ray keeps this user's token; a relative path, of no file, for a user without a home."""
+    return Path(os.path.expanduser(TOKEN_FILE))
 
 
 def keep_token_private() -> None:
@@ -155,7 +153,7 @@ def keep_token_private() -> None:
         return
     file = token_file()
     try:
-        if file is None:
+        if not file.is_absolute():
             raise FileNotFoundError
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
@@ -165,7 +163,7 @@ def keep_token_private() -> None:
             if stat.S_IMODE(file.stat().st_mode) & 0o077:
                 file.chmod(0o600)
     except OSError:
-        if file is None or not os.access(file, os.R_OK):
+        if not os.access(file, os.R_OK):
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
@@ -185,19 +183,18 @@ def for_ranks(config: RunConfig, **cluster: object) -> RunConfig:
 
 
 def run_on_ranks(
-    function: Callable[[dict[str, str]], Any],
+    function: Callable[[str], Any],
     config: RunConfig,
     name: str,
-    arguments: Mapping[str, str] | None = None,
+    budget: Any = None,
     placement: Placement | None = None,
     check: Callable[[], None] = lambda: None,
     callbacks: Sequence[Any] = (),
-    **run: Any,
 ) -> Any:
-    """Run `function({"config": json, **arguments})` on every rank that Ray Train places; return rank 0's result.
+    """Run `function(config as JSON)` on every rank that Ray Train places; return rank 0's result.
 
-    `check` is called every second while the ranks run, and may raise to end the run. `run` holds further fields of
-    Ray Train's RunConfig. Raises Ray Train's error when it gives up, and RunFailed if the ranks can never be placed.
+    `budget` is Ray Train's FailureConfig (None: no retries). `check` is called every second while the ranks run, and
+    may raise to end the run. Raises Ray Train's error when it gives up, and RunFailed if the ranks can never be placed.
     """
     import ray
     import ray.train.torch
@@ -216,8 +213,7 @@ def run_on_ranks(
         maximum = min(maximum, max(minimum, available_ranks(cluster, occupied=False)))
     with tempfile.TemporaryDirectory(prefix="mome-ray-train-", ignore_cleanup_errors=True) as folder:
         trainer = train.torch.TorchTrainer(
-            function,
-            train_loop_config={"config": config.model_dump_json(), **(arguments or {})},
+            partial(function, config.model_dump_json()),
             torch_config=train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
             scaling_config=train.ScalingConfig(
                 num_workers=maximum if minimum == cluster.workers else (minimum, maximum),
@@ -232,7 +228,7 @@ def run_on_ranks(
                 name=f"{name}-{secrets.token_hex(4)}",
                 storage_path=folder,
                 callbacks=[*callbacks, placement.callback],
-                **run,
+                failure_config=budget,
             ),
         )
         result = in_background(trainer.fit, "Ray Train")  # this thread checks the ranks and handles signals
@@ -248,7 +244,7 @@ def run_on_ranks(
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the last line of an error of Ray that is not its generic advice: the innermost message."""
+    """Return the innermost message of an error of Ray: its last line that is not generic advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
     return redact(lines[-1]) if lines else type(error).__name__
 
@@ -306,10 +302,7 @@ def requested_resources(cluster: ClusterConfig, ranks: int) -> dict[str, float]:
 
 
 def missing_resources(cluster: ClusterConfig, nodes: Sequence[Resources]) -> str | None:
-    """Return a message on the first resource that empty nodes lack for the minimum number of ranks; None if they fit.
-
-    The message states what is requested, what exists, and which keys change it.
-    """
+    """Return what empty nodes lack for the minimum number of ranks, and which keys change it; None if they fit."""
     ranks, loader = cluster.min_workers or cluster.workers, cluster.loader_resource
     fewer = "cluster.min_workers" if cluster.min_workers else "cluster.workers"
     for kind, number in requested_resources(cluster, ranks).items():
@@ -323,9 +316,8 @@ def missing_resources(cluster: ClusterConfig, nodes: Sequence[Resources]) -> str
                 f"it (ray start --resources='{{\"{kind}\": 1}}'), or leave cluster.loader_resource out"
             )
         loaders = ", cluster.loader_actors" if cluster.loader_actors else ""
-        remedy = f"{KEYS[kind]}{loaders} or {fewer} lower"
-        if kind == "GPU":
-            remedy = f"cluster.gpus_per_worker=0 to train on CPU, set {fewer} lower"
+        cpu = f"{KEYS[kind]}{loaders} or {fewer} lower"
+        remedy = f"cluster.gpus_per_worker=0 to train on CPU, set {fewer} lower" if kind == "GPU" else cpu
         return f"{needs} {quantity(number, kind)}; {has}. Set {remedy}, or use a larger cluster"
     per_rank = rank_resources(cluster)
     room = sum(ranks_on_node(node, per_rank) for node in nodes)
@@ -339,22 +331,21 @@ def missing_resources(cluster: ClusterConfig, nodes: Sequence[Resources]) -> str
     # Loader actors are placed one by one, on any node with a free CPU and the named resource.
     actors = ranks * cluster.loader_actors if loader is not None else 0
     cpus = sum(node.get("CPU", 0.0) for node in nodes if node.get(loader or "", 0.0) >= LOADER_AMOUNT)
-    if cpus < actors * cluster.loader_cpus:
-        return (
-            f"{actors} loader actors need {actors * cluster.loader_cpus:g} CPUs on nodes that offer '{loader}'; those "
-            f"have {cpus:g}. Set cluster.loader_actors or cluster.loader_cpus lower, or add such nodes"
-        )
-    return None
+    if cpus >= actors * cluster.loader_cpus:
+        return None
+    return (
+        f"{actors} loader actors need {actors * cluster.loader_cpus:g} CPUs on nodes that offer '{loader}'; those "
+        f"have {cpus:g}. Set cluster.loader_actors or cluster.loader_cpus lower, or add such nodes"
+    )
 
 
 def ranks_on_node(node: Resources, per_rank: Resources) -> int:
     """Return how many ranks fit on a node. Two GPUs have no room for three ranks of 0.6: a fraction is of one GPU."""
-    room = []
-    for kind, amount in per_rank.items():
-        existing = node.get(kind, 0.0) + 1e-9
-        is_fraction = kind == "GPU" and amount < 1
-        room.append(int(existing) * int(1 / amount + 1e-9) if is_fraction else int(existing / amount))
-    return min(room)
+    existing = {kind: node.get(kind, 0.0) + 1e-9 for kind in per_rank}
+    return min(
+        int(existing[kind]) * int(1 / amount + 1e-9) if kind == "GPU" and amount < 1 else int(existing[kind] / amount)
+        for kind, amount in per_rank.items()
+    )
 
 
 def quantity(number: float, kind: str) -> str:

@@ -14,19 +14,11 @@ from typing import Any, get_args
 
 import yaml
 
+from pipeline.config import schema
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config, with_absolute_paths
 from pipeline.config.redaction import redact
-from pipeline.config.schema import (
-    MODEL_SECTIONS,
-    ClusterConfig,
-    RunConfig,
-    Section,
-    SourceType,
-    StorageConfig,
-    objective_names,
-    parse_steps,
-)
+from pipeline.config.schema import ClusterConfig, RunConfig, Section, StorageConfig
 from pipeline.config.stored import RecordedLocation
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage
@@ -113,10 +105,10 @@ def source_types(kind: str) -> dict[str, list[str]]:
     from pipeline.models import skeleton
     from pipeline.objectives import modules_for
 
-    model = skeleton(MODEL_SECTIONS[kind].model_validate({}))
+    model = skeleton(schema.MODEL_SECTIONS[kind].model_validate({}))
     return {
-        objective: [name for name in get_args(SourceType) if modules_for(model, objective, name) is not None]
-        for objective in objective_names()
+        objective: [name for name in get_args(schema.SourceType) if modules_for(model, objective, name) is not None]
+        for objective in schema.objective_names()
     }
 
 
@@ -132,7 +124,7 @@ def fingerprint_of(
     from pipeline.training.prepare import apart, prepare
 
     try:
-        first, last = parse_steps(steps)
+        first, last = schema.parse_steps(steps)
     except ValueError as error:
         raise ConfigError(f"--steps {steps}: {error}") from None
     loader = config.data.loader.model_copy(update={"num_workers": workers, "threads_per_worker": threads})

@@ -1,6 +1,6 @@
 """Work of all ranks: training, evaluation, embedding and preflight checks, on Ray, under torchrun, or in this process.
 
-torchrun --nproc-per-node N --no-python mome evaluate CHECKPOINT
+    torchrun --nproc-per-node N --no-python mome evaluate CHECKPOINT
 
 Ray Train retries every exception of a rank. An error that a restart would only repeat (config, data or checkpoint
 fault, NaN, out of memory) is therefore reported as a value. While training, it is written to the run's folder: after
@@ -25,7 +25,7 @@ from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import ClusterConfig, RunConfig
-from pipeline.data.loading.backends import local_backend
+from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
@@ -48,27 +48,25 @@ CHECK_SECONDS = 1.0
 # ---- training on a rank
 
 
-def run_rank(loop_config: dict[str, str]) -> str | None:
-    """Train on a Ray Train worker.
+def run_rank(json_config: str, claim: str, start: str) -> str | None:
+    """Train on a Ray Train worker; return why the ranks saved and stopped before the end, or None.
 
-    Returns why the ranks saved and stopped before the end (preempted, grown or stopped), or None.
+    The reason is preempted, grown or stopped. `claim` and `start` identify the driver and its start of the run.
     """
     import ray.train
 
-    from jobs.loader_actors import RayBackend
-
     configure_logging()
-    config = RunConfig.model_validate_json(loop_config["config"])
+    config = RunConfig.model_validate_json(json_config)
     storage = Storage(config.storage)
-    ownership = Ownership(storage, config.folder, loop_config["claim"])
+    ownership = Ownership(storage, config.folder, claim)
     if storage.exists(join(config.folder, FAILURE_FILE)) or not ownership.holds():
         return None
-    context, mail = ray.train.get_context(), Mailbox(loop_config["start"])
+    context, mail = ray.train.get_context(), Mailbox(start)
     signal = RankPreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
-    progress, backend = ProgressFile(config, storage), RayBackend if config.cluster.loader_actors else local_backend
+    progress = ProgressFile(config, storage)
     with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
         try:
-            train(config, progress, backend, preempted=signal, claim=ownership.claim)
+            train(config, progress, _backend(config), preempted=signal, claim=claim)
         except Preempted as error:
             log.warning("%s", error)
             return signal.reason or PREEMPTED
@@ -86,6 +84,12 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
             progress.writer.close(PROGRESS_CLOSE_SECONDS)
             signal.thread.stop(timeout=0.0)
     return None
+
+
+def _backend(config: RunConfig) -> BackendFactory:
+    from jobs.loader_actors import RayBackend
+
+    return RayBackend if config.cluster.loader_actors else local_backend
 
 
 def error_from_json(values: dict[str, Any]) -> RunFailed:
@@ -178,25 +182,25 @@ def on_workers(work: Callable[[Ranks], Any], config: RunConfig, workers: int, na
     # Only training uses loader actors.
     config = for_ranks(config, workers=workers, min_workers=None, loader_actors=0, loader_resource=None)
     budget = train_api.FailureConfig(max_failures=config.cluster.max_failures)
-    return run_on_cluster(lambda _: work(Collectives()), config, name, failure_config=budget)
+    return run_on_cluster(lambda _: work(Collectives()), config, name, budget)
 
 
-def run_on_cluster(work: Callable[[RunConfig], Any], config: RunConfig, name: str, **run: Any) -> Any:
+def run_on_cluster(work: Callable[[RunConfig], Any], config: RunConfig, name: str, budget: Any = None) -> Any:
     """Run `work(config)`, which is pickled, on ranks placed by Ray, as `run_on_ranks`; return rank 0's result.
 
     Raises MomeError with the first failure of any rank.
     """
 
-    def on_rank(loop_config: dict[str, str]) -> dict[str, Any]:
+    def on_rank(json_config: str) -> dict[str, Any]:
         try:
-            return {"result": work(RunConfig.model_validate_json(loop_config["config"]))}
+            return {"result": work(RunConfig.model_validate_json(json_config))}
         except MomeError as error:
             return {"failure": {"message": str(error), "exit_status": error.exit_status}}
 
     config = for_ranks(config)
     connect(config.cluster)
     try:
-        result = run_on_ranks(on_rank, config, f"{config.name}-{name}", **run)
+        result = run_on_ranks(on_rank, config, f"{config.name}-{name}", budget)
     except MomeError:
         raise
     except Exception as error:
@@ -208,7 +212,5 @@ def run_on_cluster(work: Callable[[RunConfig], Any], config: RunConfig, name: st
 
 def check_rank(config: RunConfig) -> dict[str, Any]:
     """Run the preflight checks on a rank; return details and seconds by check."""
-    from jobs.loader_actors import RayBackend
-
-    checks = preflight(config, lambda _: None, RayBackend if config.cluster.loader_actors else local_backend)
+    checks = preflight(config, lambda _: None, _backend(config))
     return {check.name: {"told": check.message, "seconds": check.seconds} for check in checks}

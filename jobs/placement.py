@@ -53,20 +53,19 @@ class Placement:
 
     def __init__(self, cluster: ClusterConfig, start: str, clock: Callable[[], float] = time.monotonic):
         self.callback = PlacementCallback(start)
+        self.ranks = 0
         self._cluster, self._mail, self._clock = cluster, Mailbox(start), clock
         self._were_placed = False  # lost nodes may come back
         self._waiting_since: float | None = None
         self._last_message: float | None = None
-        self.ranks = 0
 
     def start(self) -> None:
         """Prepare for ranks to be placed. Raises RunFailed if a local Ray can never place them."""
         self._mail.put(NUM_PLACED, 0)
         self.ranks, self._waiting_since, self._last_message = 0, self._clock(), None
-        if resources.address_of(self._cluster) is None:
-            missing = resources.missing_resources(self._cluster, list(resources.usable_nodes().values()))
-            if missing:
-                raise RunFailed(f"{missing}. {REMEDY}")
+        is_local, nodes = resources.address_of(self._cluster) is None, list(resources.usable_nodes().values())
+        if is_local and (missing := resources.missing_resources(self._cluster, nodes)):
+            raise RunFailed(f"{missing}. {REMEDY}")
 
     def check(self) -> None:
         """Update `ranks` and report waiting ranks; call it every second. Raises RunFailed if they waited too long."""
@@ -91,10 +90,8 @@ class Placement:
                 limits = None
             fewest = resources.requested_resources(cluster, cluster.min_workers or cluster.workers)
             if limits is None or any(limits.get(kind, 0) < number for kind, number in fewest.items()):
-                raise RunFailed(
-                    f"{missing}; none came in {waited:.0f} s. {REMEDY} Set cluster.start_seconds higher where nodes "
-                    "take longer to join."
-                )
+                advice = f"{REMEDY} Set cluster.start_seconds higher where nodes take longer to join."
+                raise RunFailed(f"{missing}; none came in {waited:.0f} s. {advice}")
         last = self._waiting_since if self._last_message is None else self._last_message
         if not (missing and self._last_message is None) and now - last < QUIET_SECONDS:
             return
@@ -108,10 +105,8 @@ class Placement:
         for kind, number in resources.requested_resources(cluster, cluster.workers).items():
             existing = sum(node.get(kind, 0.0) for node in nodes)
             text = f"{resources.quantity(number, kind)} requested, {existing:g} in the cluster"
-            if number > existing:
-                lacking.append(text)
-            else:
-                present.append(f"{text}, {free.get(kind, 0.0):g} free")
+            lacking += [text] * (number > existing)
+            present.append(f"{text}, {free.get(kind, 0.0):g} free")
         notify(f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(lacking or present)}")
 
 
@@ -122,8 +117,7 @@ class Restarts(UserCallback):
     """
 
     def __init__(self, config: RunConfig):
-        self._config = config.storage
-        self._url = join(config.folder, RESTARTS_FOLDER)
+        self._config, self._url = config.storage, join(config.folder, RESTARTS_FOLDER)
         self._session = f"{int(time.time()):010d}-{secrets.token_hex(2)}"
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

@@ -8,13 +8,14 @@ of these restarts, and an error that a restart would only repeat (`jobs.distribu
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from jobs import distributed
 from jobs.cluster import connect, for_ranks, root_cause, run_on_ranks
 from jobs.console import notify, poll, progress_display
-from jobs.distributed import FAILURE_FILE, PREEMPTED, PROGRESS_FILE, PROGRESS_SECONDS, error_from_json, run_rank
-from jobs.evaluate import evaluate_run
 from jobs.driver import Interrupts, Mailbox
+from jobs.evaluate import evaluate_run
 from jobs.report import reported
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.schema import RunConfig
@@ -56,8 +57,8 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
     prepare(config, storage)
     if _unfinished(config, storage) is None:
         return False
-    progress_url = join(config.folder, PROGRESS_FILE)
-    storage.delete(join(config.folder, FAILURE_FILE))
+    progress_url = join(config.folder, distributed.PROGRESS_FILE)
+    storage.delete(join(config.folder, distributed.FAILURE_FILE))
     storage.delete(progress_url)
     connect(config.cluster)
     taken = Ownership.take(storage, config.folder)
@@ -72,15 +73,14 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
             last = data
             show(Progress(**json.loads(data)))
 
-    with poll(show_progress, PROGRESS_SECONDS):
+    with poll(show_progress, distributed.PROGRESS_SECONDS):
         try:
-            _train(config, storage, ownership, mail, open_alerts, interrupts or Interrupts(config))
+            _train(config, ownership, mail, open_alerts, interrupts or Interrupts(config))
         finally:
             show_messages(mail, open_alerts, is_last=True)
             mail.call("del", "", True)
-    _raise_failure(config, storage, ownership)
-    unfinished = _unfinished(config, storage)
-    if unfinished is not None:
+    _raise_failure(config, ownership)
+    if (unfinished := _unfinished(config, storage)) is not None:
         raise RunFailed(
             f"the ranks ended without finishing stage {unfinished} in {config.folder}; if this machine and the "
             "cluster's nodes do not share that folder, give an `output` that all of them see"
@@ -95,12 +95,7 @@ def _unfinished(config: RunConfig, storage: Storage) -> str | None:
 
 
 def _train(
-    config: RunConfig,
-    storage: Storage,
-    ownership: Ownership,
-    mail: Mailbox,
-    open_alerts: dict[str, str],
-    interrupts: Interrupts,
+    config: RunConfig, ownership: Ownership, mail: Mailbox, open_alerts: dict[str, str], interrupts: Interrupts
 ) -> None:
     """Run Ray Train until the stages are finished: again after preemption, growth or a failure of its controller.
 
@@ -121,24 +116,15 @@ def _train(
 
     while True:
         failures_left = cluster.max_failures - restarts.count(FAILED)
+        budget = train.FailureConfig(max_failures=failures_left, max_preemption_failures=-1 if limit is None else limit)
+        work = partial(distributed.run_rank, claim=ownership.claim, start=mail.start)
         try:
             with interrupts.deferred():
-                stopped: str | None = run_on_ranks(
-                    run_rank,
-                    config,
-                    config.name,
-                    arguments={"claim": ownership.claim, "start": mail.start},
-                    placement=placement,
-                    check=check,
-                    callbacks=[restarts],
-                    failure_config=train.FailureConfig(
-                        max_failures=failures_left, max_preemption_failures=-1 if limit is None else limit
-                    ),
-                )
+                stopped: str | None = run_on_ranks(work, config, config.name, budget, placement, check, [restarts])
         except MomeError:
             raise
         except Exception as error:
-            _raise_failure(config, storage, ownership)
+            _raise_failure(config, ownership)
             # A failure of the controller, or of the start of the ranks, is never retried by Ray Train itself.
             if failures_left > 0 and isinstance(error, train.ControllerError | ray.exceptions.RayActorError):
                 restarts.record(FAILED, root_cause(error))
@@ -152,19 +138,19 @@ def _train(
             return
         restarts.record(stopped, f"the ranks saved and stopped: {stopped}")
         log.warning("the ranks saved and stopped (%s); restarting them", stopped)
-        if limit is not None and restarts.count(PREEMPTED) > limit:
+        if limit is not None and restarts.count(distributed.PREEMPTED) > limit:
             raise RunFailed(
                 f"the run stopped after {limit} preemption(s). It is saved: re-run the same command "
                 "to resume; cluster.max_preemptions sets the budget."
             )
 
 
-def _raise_failure(config: RunConfig, storage: Storage, ownership: Ownership) -> None:
+def _raise_failure(config: RunConfig, ownership: Ownership) -> None:
     """Raise the error that the ranks recorded as permanent, if any."""
     ownership.check()
-    url = join(config.folder, FAILURE_FILE)
+    storage, url = Storage(config.storage), join(config.folder, distributed.FAILURE_FILE)
     if storage.exists(url):
-        raise error_from_json(json.loads(storage.read(url)))
+        raise distributed.error_from_json(json.loads(storage.read(url)))
 
 
 def show_messages(mail: Mailbox, open_alerts: dict[str, str], is_last: bool = False) -> None:
