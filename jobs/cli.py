@@ -3,29 +3,23 @@
 Commands import what they need when they run: `mome --help` loads neither torch, Ray nor MLflow.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from jobs.bench import app as bench_app
-from jobs.console import Config, JsonOption, Overrides, Stopped, aligned, echo, local_file, notify, print_result, status
-from jobs.shards import app as shards_app
+from jobs import bench, shards
+from jobs.console import Config, FileOption, JsonOption, Overrides, Stopped, aligned, echo, notify, print_result, status
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
 from pipeline.config.redaction import configure_logging, show_exception
-
-if TYPE_CHECKING:
-    from jobs.configs import Caller
 
 TRAIN, EVALUATE, DATA = "Train", "Evaluate and use a model", "Data"
 RESULTS, CONFIGS, CLUSTER = "Results", "Configs and planning", "Machine and cluster"
@@ -40,7 +34,7 @@ STOP_SECONDS = 60.0  # for a job to stop
 Checkpoint = Annotated[str, Argument(help="Folder of a run, of a stage or of a checkpoint (path or URL).")]
 Run = Annotated[str, Argument(help="Folder of a run (path or URL).")]
 Workers = Annotated[int | None, Option(min=1, help="Number of ranks on the run's Ray cluster (default: this process).")]
-OwnConfig = Annotated[Path | None, Option("--config", parser=local_file, help=OWN_CONFIG_HELP)]
+OwnConfig = Annotated[Path | None, FileOption("--config", help=OWN_CONFIG_HELP)]
 TrackingUri = Annotated[str | None, Option("--uri", help="MLflow server (default: MLFLOW_TRACKING_URI, or SQLite).")]
 Track = Annotated[bool | None, Option("--track/--no-track", help=TRACK_HELP)]
 Format = Annotated[str, Option(help=FORMAT_HELP)]
@@ -68,13 +62,11 @@ def _options(show_version: Annotated[bool, Option("--version", help="Print the v
         raise typer.Exit
 
 
-def _caller(config: Path | None, uri: str | None = None) -> Caller:
+def _caller(config: Path | None, uri: str | None = None) -> Any:
+    """Return the `jobs.configs.Caller` who gave `--config` and `--uri`."""
     from jobs.configs import Caller
 
     return Caller.named(config, uri)
-
-
-# ---- train
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -113,7 +105,7 @@ def train(
     config: Config,
     overrides: Overrides = None,
     preflight: Annotated[
-        bool, Option("--preflight", help="Check one step per stage, all ranks, storage and MLflow.")
+        bool, Option("--preflight", help="Check a step per stage, ranks, storage and MLflow.")
     ] = False,
     profile: Annotated[str | None, Option(help="Global steps A:B (B excluded) to record a profiler trace of.")] = None,
     as_json: JsonOption = False,
@@ -124,13 +116,10 @@ def train(
     from pipeline.config.load import load_config
     from pipeline.training.profile import profile_override
 
-    extra = [] if profile is None else [profile_override(profile)]
-    settings = load_config(config, [*(overrides or []), *extra])
-    if preflight:
-        with status("checking on every rank"):
-            result = run_on_cluster(check_rank, settings, "preflight")
-    else:
-        result = run_and_evaluate(settings)
+    traced = [] if profile is None else [profile_override(profile)]
+    settings = load_config(config, [*(overrides or []), *traced])
+    with status("checking on every rank") if preflight else nullcontext():
+        result = run_on_cluster(check_rank, settings, "preflight") if preflight else run_and_evaluate(settings)
     print_result(result, as_json)
 
 
@@ -153,21 +142,14 @@ def submit(
     print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id, token), as_json)
 
 
-# ---- evaluate and use a model
-
-
 @app.command(rich_help_panel=EVALUATE)
 def evaluate(
     checkpoint: Checkpoint,
     source: Annotated[str | None, Option(help="Source of the run, or URL (default: evaluation.source).")] = None,
     limit: Annotated[int | None, Option(min=1, help="Maximum number of images, for a partial evaluation.")] = None,
-    report: Annotated[
-        Path | None, Option(parser=local_file, help="HTML report (default: report-NAME.html next to the weights).")
-    ] = None,
+    report: Annotated[Path | None, FileOption(help="Report (default: report-NAME.html next to the weights).")] = None,
     track: Track = None,
-    name: Annotated[
-        str | None, Option("--as", metavar="NAME", help="Name of the evaluation (default: its source).")
-    ] = None,
+    name: Annotated[str | None, Option("--as", metavar="NAME", help="Evaluation's name (default: its source).")] = None,
     workers: Workers = None,
     rerank: Annotated[int | None, Option(min=0, help="Candidates to re-rank (default: evaluation.rerank).")] = None,
     against: Annotated[str | None, Option(help="Folder of another evaluated run, to compare in the report.")] = None,
@@ -186,21 +168,9 @@ def evaluate(
     """
     from jobs.evaluate import evaluate_checkpoint
 
-    result = evaluate_checkpoint(
-        checkpoint,
-        source=source,
-        limit=limit,
-        report=report,
-        track=track,
-        against=against,
-        workers=workers,
-        rerank_best=rerank,
-        source_type=source_type,
-        probe=probe,
-        name=name,
-        caller=_caller(config),
-    )
-    print_result(result, as_json)
+    choices: dict[str, Any] = {"source": source, "source_type": source_type, "probe": probe, "limit": limit}
+    choices |= {"rerank_best": rerank, "name": name, "report": report, "against": against, "track": track}
+    print_result(evaluate_checkpoint(checkpoint, **choices, workers=workers, caller=_caller(config)), as_json)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -258,9 +228,7 @@ def import_(
     overrides: Annotated[
         list[str] | None, Argument(help="Sizes that no tensor tells: heads=16 image_size=384", metavar="KEY=VALUE")
     ] = None,
-    model: Annotated[
-        Path | None, Option(parser=local_file, help="Config whose model section describes the weights.")
-    ] = None,
+    model: Annotated[Path | None, FileOption(help="Config whose model section describes the weights.")] = None,
     vocabulary: Annotated[str | None, Option(help="Vocabulary file, one token per line (path or URL).")] = None,
     may_differ: Annotated[
         list[str] | None, Option(help="Pattern of tensors that may be missing or differ; repeatable.")
@@ -303,10 +271,7 @@ def register(
     print_result(register_checkpoint(checkpoint, name, alias, _caller(config, uri)), as_json)
 
 
-# ---- data and results
-
-
-app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
+app.add_typer(shards.app, name="shards", rich_help_panel=DATA)
 
 
 @app.command(rich_help_panel=DATA)
@@ -331,7 +296,7 @@ def fingerprint(
 @app.command(rich_help_panel=RESULTS)
 def report(
     run: Run,
-    out: Annotated[Path | None, Option(parser=local_file, help="HTML page (default: RUN/run_report.html).")] = None,
+    out: Annotated[Path | None, FileOption(help="HTML page (default: RUN/run_report.html).")] = None,
     price: Annotated[float | None, Option(min=0, help="Price per rank-hour (default: cluster.price).")] = None,
     against: Annotated[list[str] | None, Option(help="Folder of another run to compare with; may be repeated.")] = None,
     track: Track = None,
@@ -347,7 +312,7 @@ def report(
 @app.command(rich_help_panel=RESULTS)
 def compare(
     runs: Annotated[list[str], Argument(help="Folders of two or more runs (paths or URLs).")],
-    html: Annotated[Path | None, Option(parser=local_file, help="Also write an HTML page to this path.")] = None,
+    html: Annotated[Path | None, FileOption(help="Also write an HTML page to this path.")] = None,
     config: OwnConfig = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -364,9 +329,6 @@ def sync(run: Run, uri: TrackingUri = None, config: OwnConfig = None, as_json: J
     from jobs.tracking import sync as upload
 
     print_result(upload(run, _caller(config, uri)), as_json)
-
-
-# ---- configs and planning
 
 
 @config_app.command("list")
@@ -415,7 +377,7 @@ def plan(
     sample_bytes: Annotated[float, Option(min=0, help="Bytes of a sample, without a local manifest.")] = 1.1e5,
     store_bandwidth: Annotated[float, Option(min=1, help="Write bandwidth of the checkpoint store, in bytes/s.")] = 1e9,
     text_tokens: Annotated[int | None, Option(min=4, help="Tokens per text (default: the stage's maximum).")] = None,
-    scaling: Annotated[Path | None, Option(parser=local_file, help="Also plan 1 to 1,024 GPUs, in this SVG.")] = None,
+    scaling: Annotated[Path | None, FileOption(help="Also plan 1 to 1,024 GPUs, in this SVG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate memory by ZeRO stage, time, communication, storage and cost of CONFIG. Needs no cluster and no data."""
@@ -424,15 +386,9 @@ def plan(
     from pipeline.planning.estimate import Assumptions
 
     settings = load_config(config, overrides or [])
-    assumptions = Assumptions(
-        mfu=mfu,
-        overlap=overlap,
-        cpu_milliseconds=cpu_milliseconds,
-        sample_bytes=sample_bytes,
-        checkpoint_bandwidth=store_bandwidth,
-        goodput=goodput,
-        price=settings.cluster.price if price is None else price,
-    )
+    rates = {"mfu": mfu, "overlap": overlap, "goodput": goodput, "checkpoint_bandwidth": store_bandwidth}
+    costs = {"cpu_milliseconds": cpu_milliseconds, "sample_bytes": sample_bytes}
+    assumptions = Assumptions(**rates, **costs, price=settings.cluster.price if price is None else price)
     result, text = plan_command(settings, accelerator, network, gpus, assumptions, text_tokens, scaling)
     print_result(result, as_json, text)
 
@@ -451,13 +407,10 @@ def objectives(as_json: JsonOption = False) -> None:
     print_result({"objectives": table}, as_json, aligned(lines))
 
 
-# ---- machine and cluster
-
-
 @app.command(rich_help_panel=CLUSTER)
 def doctor(
     overrides: Overrides = None,
-    config: Annotated[Path | None, Option(parser=local_file, help="Config of a run to check.")] = None,
+    config: Annotated[Path | None, FileOption(help="Config of a run to check.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine and the services a run needs, with a remedy for each failure. Exit status 1 on a failure."""
@@ -466,22 +419,20 @@ def doctor(
 
     if overrides and config is None:
         raise ConfigError("KEY=VALUE changes a config; give one with --config")
-    settings = load_config(config, overrides or []) if config else None
     results, lines = [], []
     with status("checking") as update:
-        for result in run_checks(settings):
-            results.append(result)
+        for result in run_checks(load_config(config, overrides or []) if config else None):
             update(f"checked: {result.name}")
+            results.append(vars(result))
             lines.append([result.status, result.name, result.detail])
             lines += [["", "", f"→ {result.remedy}"]] * bool(result.remedy)
-    is_healthy = not any(result.status == "failed" for result in results)
-    checks = {"passed": is_healthy, "checks": [vars(result) for result in results]}
-    print_result(checks, as_json, aligned(lines))
+    is_healthy = all(result["status"] != "failed" for result in results)
+    print_result({"passed": is_healthy, "checks": results}, as_json, aligned(lines))
     if not is_healthy:
         raise typer.Exit(1)
 
 
-app.add_typer(bench_app, name="bench", rich_help_panel=CLUSTER)
+app.add_typer(bench.app, name="bench", rich_help_panel=CLUSTER)
 app.add_typer(jobs_app, name="jobs", rich_help_panel=CLUSTER)
 
 
@@ -490,8 +441,7 @@ def list_jobs(address: Address = "", token: Token = None, as_json: JsonOption = 
     """List all jobs of the cluster, newest first."""
     from jobs.submit import describe_job, open_dashboard
 
-    jobs = open_dashboard(address, token).list_jobs()
-    jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
+    jobs = sorted(open_dashboard(address, token).list_jobs(), key=lambda job: job.start_time or 0, reverse=True)
     rows = [describe_job(job) for job in jobs if job.submission_id]
     lines = [[row[key] or "-" for key in ("job", "status", "started", "run")] for row in rows]
     if as_json or lines:

@@ -46,9 +46,6 @@ KEYS = {"CPU": "cluster.cpus_per_worker", "GPU": "cluster.gpus_per_worker"}
 Resources = Mapping[str, float]
 
 
-# ---- joining or starting a cluster
-
-
 def connect(cluster: ClusterConfig) -> None:
     """Join the configured cluster, or start a local one with enough CPUs for the ranks.
 
@@ -113,10 +110,7 @@ def address_of(cluster: ClusterConfig) -> tuple[str, str] | None:
 
 
 def _find_head(address: str) -> None:
-    """Check within seconds that a Ray head answers at host:port; Ray itself would wait for minutes.
-
-    Raises OSError or ValueError with what answers instead.
-    """
+    """Check within seconds that a Ray head answers at host:port; Ray waits for minutes. Raises OSError, ValueError."""
     import grpc
 
     if "://" in address:
@@ -167,14 +161,8 @@ def keep_token_private() -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-# ---- running ranks
-
-
 def for_ranks(config: RunConfig, **cluster: object) -> RunConfig:
-    """Return the config with absolute local paths and MLflow file, for ranks in any working folder.
-
-    `cluster` holds changed keys of that section. Raises ConfigError if the config does not allow them.
-    """
+    """Return the config with absolute paths and MLflow file, and changed keys of its cluster. Raises ConfigError."""
     values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
     values["tracking"] = {**values.get("tracking", {}), "uri": absolute_uri(configured_uri(config))}
     if cluster:
@@ -247,9 +235,6 @@ def root_cause(error: BaseException) -> str:
     """Return the innermost message of an error of Ray: its last line that is not generic advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
     return redact(lines[-1]) if lines else type(error).__name__
-
-
-# ---- resources: what nodes have, and what ranks request
 
 
 def usable_nodes() -> dict[str, Resources]:

@@ -64,10 +64,10 @@ class Caller(Section):
 
 
 def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: Storage) -> str | None:
-    """Return why results of a folder are not recorded in MLflow unless the caller requests it; None where they are.
+    """Return why results of a folder are not recorded in MLflow by default; None where they are.
 
-    `config` is as `Caller.applied` makes it. Without a request, results are recorded only in the run that they are of,
-    and only on the server that tracked this run, if that is the caller's own too.
+    They are recorded only in the run that they are of, on the server that tracked it, if that is the caller's own too.
+    `config` is as `Caller.applied` makes it.
     """
     if read_run_id(config, storage) is None:
         return f"{config.folder} is no tracked run"
@@ -115,7 +115,7 @@ def source_types(kind: str) -> dict[str, list[str]]:
 def fingerprint_of(
     config: RunConfig, stage: str | None, steps: str, world_size: int, workers: int, threads: int
 ) -> dict[str, Any]:
-    """Hash the batches of steps A:B, read as `world_size` ranks with that many loader processes and threads read them.
+    """Hash the batches of steps A:B, as `world_size` ranks with these loader processes and threads read them.
 
     Nothing is written to the run's folder. Raises ConfigError for an invalid range, and whenever `mome train` would.
     """

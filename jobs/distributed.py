@@ -45,9 +45,6 @@ PREEMPTED, GROWN, STOPPED = "preempted", "grown", "stopped"
 CHECK_SECONDS = 1.0
 
 
-# ---- training on a rank
-
-
 def run_rank(json_config: str, claim: str, start: str) -> str | None:
     """Train on a Ray Train worker; return why the ranks saved and stopped before the end, or None.
 
@@ -155,9 +152,6 @@ class RankPreemptionSignal:
         log.warning("there is room for %d more rank(s): saving, to restart with them", num_more)
         self.reason = GROWN
         return False
-
-
-# ---- other work of the ranks
 
 
 def ranks_here() -> Ranks:

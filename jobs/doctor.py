@@ -1,11 +1,8 @@
 """`mome doctor`: checks of this machine and of the services that a run uses, each with a remedy.
 
-The checks change nothing, except that DeepSpeed's operators are built if necessary, and that a small object is written
-to the run's output and deleted. `mome train --preflight` checks the ranks and stages of a run.
-
-A check returns a description, or raises Failed or Skipped. What may hang, crash or occupy the accelerator runs in
-processes of its own (`python -m jobs.doctor collective|operators|cluster CONFIG`) with a time limit: the last line of
-standard output is the result; after a failure, the last line of standard error is the reason.
+They change nothing, except that DeepSpeed's operators are built, and that a small object is written to the run's output
+and deleted. A check returns a description, or raises Failed or Skipped. Those that may hang, crash or occupy the
+accelerator run in processes of their own with a time limit.
 """
 
 import ipaddress
@@ -23,15 +20,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jobs.cluster import TOKEN_FILE, address_of, connect, requested_resources, token_file
 from jobs.submit import is_loopback
@@ -85,46 +80,40 @@ def run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("packages", packages),
-        ("accelerator", partial(accelerator, config)),
-        ("NCCL", partial(collective, "NCCL", count)),
-        ("gloo", partial(collective, "gloo")),
-        ("DeepSpeed operators", operators),
-        ("shared memory", partial(shared_memory, shared_memory_of(config, count))),
-        ("temporary disk", partial(disk, Path(tempfile.gettempdir()))),  # mostly Ray's
-    ]
+    yield diagnose("packages", packages)
+    yield diagnose("accelerator", accelerator, config)
+    yield diagnose("NCCL", collective, "NCCL", count)
+    yield diagnose("gloo", collective, "gloo")
+    yield diagnose("DeepSpeed operators", operators)
+    yield diagnose("shared memory", shared_memory, config, count)
+    yield diagnose("temporary disk", disk, Path(tempfile.gettempdir()))  # mostly Ray's
     if config is not None:
-        is_here, cache = is_local(config.output), config.data.cache.folder
-        folder = local_path(config.output) if is_here else journal_folder(config.folder)
-        checks.append(("output disk" if is_here else "journal disk", partial(disk, folder)))
-        if cache is not None:
-            checks.append(("cache disk", partial(disk, local_path(cache))))
-    checks += [
-        ("limits", limits),
-        ("rendezvous", rendezvous),
-        ("Ray", partial(ray_cluster, config)),
-        ("Ray token", partial(ray_token, config)),
-    ]
-    if config is not None:
-        storage = Storage(config.storage).within(RETRY_SECONDS)
-        checks.append(("output", partial(output, config, storage)))
-        users: dict[str, list[str]] = defaultdict(list)
-        for name, source_config in config.sources.items():
-            users[source_config.shards].append(name)
-        checks += [
-            (f"source {', '.join(names)}", partial(source, config, storage, url)) for url, names in users.items()
-        ]
-    checks += [("MLflow", partial(mlflow, config)), ("clock", partial(clock, config))]
-    yield from (diagnose(name, check) for name, check in checks)
+        if is_local(config.output):
+            yield diagnose("output disk", disk, local_path(config.output))
+        else:
+            yield diagnose("journal disk", disk, journal_folder(config.folder))
+        if config.data.cache.folder is not None:
+            yield diagnose("cache disk", disk, local_path(config.data.cache.folder))
+    yield diagnose("limits", limits)
+    yield diagnose("rendezvous", rendezvous)
+    yield diagnose("Ray", ray_cluster, config)
+    yield diagnose("Ray token", ray_token, config)
     if config is None:
         yield Diagnosis("storage", "skipped", "give --config to check a run's output and sources")
+    else:
+        storage = Storage(config.storage).within(RETRY_SECONDS)
+        yield diagnose("output", output, config, storage)
+        for url in dict.fromkeys(used.shards for used in config.sources.values()):
+            names = ", ".join(name for name, used in config.sources.items() if used.shards == url)
+            yield diagnose(f"source {names}", source, config, storage, url)
+    yield diagnose("MLflow", mlflow, config)
+    yield diagnose("clock", clock, config)
 
 
-def diagnose(name: str, check: Callable[[], str]) -> Diagnosis:
+def diagnose(name: str, check: Callable[..., str], *arguments: Any) -> Diagnosis:
     """Run a check and return its result."""
     try:
-        return Diagnosis(name, "passed", check())
+        return Diagnosis(name, "passed", check(*arguments))
     except Failed as failure:
         return Diagnosis(name, "failed", *failure.args)
     except Skipped as reason:
@@ -143,11 +132,10 @@ def packages(requirements: Iterable[str] | None = None, tested: Path = CONSTRAIN
     for name, minimum in [match.groups() for match in map(REQUIREMENT.match, requirements or ()) if match]:
         try:
             installed[name] = version(name)
+            if _numbers(installed[name]) < _numbers(minimum):
+                problems.append(f"{name} {installed[name]} is older than {minimum}")
         except PackageNotFoundError:
             problems.append(f"{name} is missing")
-            continue
-        if _numbers(installed[name]) < _numbers(minimum):
-            problems.append(f"{name} {installed[name]} is older than {minimum}")
     if problems:
         raise Failed("; ".join(problems), "pip install --constraint constraints.txt '.[ray]'")
     lines = tested.read_text(encoding="utf-8").splitlines() if tested.is_file() else []
@@ -181,49 +169,41 @@ def disk(folder: Path, needed: int = FREE_BYTES) -> str:
     return detail
 
 
-def shared_memory(needed: int, place: Path = SHARED_MEMORY) -> str:
-    """Check that `needed` bytes of shared memory are free: otherwise loader processes and NCCL die of a bus error."""
-    if not place.is_dir():
-        raise Failed(f"{place} is missing", "mount a tmpfs there")
-    free = shutil.disk_usage(place).free
-    detail = f"{place}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB needed"
-    if free < needed:
-        remedy = (
-            "containers have 64 MiB by default: docker run --shm-size=…, in Kubernetes an emptyDir of medium Memory at "
-            "/dev/shm; or reduce data.loader.num_workers"
-        )
-        raise Failed(detail, remedy)
-    return detail
-
-
-def shared_memory_of(config: RunConfig | None, accelerators: int) -> int:
-    """Return the bytes of shared memory that a run needs on one node: NCCL's, and the loader processes' batches.
+def shared_memory(config: RunConfig | None, accelerators: int, place: Path = SHARED_MEMORY) -> str:
+    """Check that shared memory has room for NCCL and the loader processes' batches: both die of a bus error without.
 
     Assumes one rank per accelerator of this machine; without accelerators, all ranks of the run.
     """
     needed = NCCL_BYTES if accelerators else 0
-    if config is None or not config.data.loader.num_workers:
-        return needed
-    ranks = min(accelerators or config.cluster.workers, config.cluster.workers)
-    sizes = [(stage.image_size or config.model.image_size, stage.global_batch_size) for stage in config.stages]
-    pixels = max(3 * side**2 * batch for side, batch in sizes)
-    return needed + (config.data.loader.prefetch_batches + 1) * pixels * ranks // config.cluster.workers
+    if config is not None and config.data.loader.num_workers:
+        ranks = min(accelerators or config.cluster.workers, config.cluster.workers)
+        sizes = [(stage.image_size or config.model.image_size, stage.global_batch_size) for stage in config.stages]
+        pixels = max(3 * side**2 * batch for side, batch in sizes)
+        needed += (config.data.loader.prefetch_batches + 1) * pixels * ranks // config.cluster.workers
+    if not place.is_dir():
+        raise Failed(f"{place} is missing", "mount a tmpfs there")
+    free = shutil.disk_usage(place).free
+    detail = f"{place}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB needed"
+    if free >= needed:
+        return detail
+    remedy = "docker run --shm-size=…, in Kubernetes an emptyDir of medium Memory at /dev/shm"
+    raise Failed(detail, f"containers have 64 MiB by default: {remedy}; or reduce data.loader.num_workers")
 
 
 def limits(adapters: Path = INFINIBAND) -> str:
     """Check the limits of open files (shards, connections, Ray's sockets) and, for InfiniBand, of locked memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     detail = f"{soft} files may be open, the hard limit is {'none' if hard == resource.RLIM_INFINITY else hard}"
-    faults: list[tuple[str, str]] = []
+    faults = {}  # description -> remedy
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
-        faults.append((detail, "ulimit -n 65536 in the shell that starts Ray or the ranks"))
+        faults[detail] = "ulimit -n 65536 in the shell that starts Ray or the ranks"
     names = ", ".join(sorted(path.name for path in adapters.iterdir())) if adapters.is_dir() else ""
     lockable, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if names and lockable != resource.RLIM_INFINITY:
         remedy = "ulimit -l unlimited; docker run --ulimit memlock=-1 --cap-add IPC_LOCK"
-        faults.append((f"{names}, and only {lockable} bytes may be locked", remedy))
+        faults[f"{names}, and only {lockable} bytes may be locked"] = remedy
     if faults:
-        raise Failed(*("; ".join(parts) for parts in zip(*faults, strict=True)))
+        raise Failed("; ".join(faults), "; ".join(faults.values()))
     return f"{detail}; {names or 'no InfiniBand or EFA adapter'} here"
 
 
@@ -234,13 +214,11 @@ def rendezvous() -> str:
         addresses = sorted({str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)})
     except OSError as error:
         raise Skipped(f"{host} has no address: {error}") from error
-    public = [address for address in addresses if ipaddress.ip_address(address).is_global]
+    public = ", ".join(address for address in addresses if ipaddress.ip_address(address).is_global)
     if not public:
         return f"{host} is {', '.join(addresses)}, not a public address"
-    return (
-        f"{host} is {', '.join(public)}: WARNING, a public address. Ranks accept commands from any machine that "
-        "reaches their ports: keep the nodes in a private network or behind a firewall"
-    )
+    risk = "Ranks accept commands from any machine that reaches their ports"
+    return f"{host} is {public}: WARNING, a public address. {risk}: keep the nodes in a private network or firewalled"
 
 
 # ---- accelerators, collectives, operators
@@ -257,12 +235,12 @@ def accelerator(config: RunConfig | None) -> str:
         gpus = [line for line in done.stdout.splitlines() if line.strip()]
     built, is_usable = torch.version.cuda, torch.cuda.is_available()
     if gpus and not is_usable:
-        reason, remedy = f"for CUDA {built} cannot use it", "update the driver, or install torch for an older CUDA; "
-        remedy += "give a container access to the GPUs"
+        seen = f"the driver sees {len(gpus)} ({gpus[0]}); torch"
         if built is None:
-            reason = f"{torch.__version__} has no CUDA"
             remedy = "install torch's CUDA build: pip install --force-reinstall torch, from an index that has it"
-        raise Failed(f"the driver sees {len(gpus)} ({gpus[0]}); torch {reason}", remedy)
+            raise Failed(f"{seen} {torch.__version__} has no CUDA", remedy)
+        remedy = "update the driver, or install torch for an older CUDA; give a container access to the GPUs"
+        raise Failed(f"{seen} for CUDA {built} cannot use it", remedy)
     per_rank = config.cluster.gpus_per_worker if config else 0.0
     is_here = config is not None and address_of(config.cluster) is None  # where the run's ranks are placed
     if not is_usable:
@@ -291,12 +269,11 @@ def collective(name: Literal["gloo", "NCCL"], gpus: int = 0) -> str:
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **hidden}
     environments = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(ranks)]
     try:
-        result = run_probes(["collective"], COLLECTIVE_SECONDS, environments)
+        return f"{ranks} rank(s) on this machine, {run_probes(['collective'], COLLECTIVE_SECONDS, environments)}"
     except RuntimeError as error:
         remedy = "NCCL_DEBUG=INFO shows more; " if name == "NCCL" else ""
         remedy += f"{name.upper()}_SOCKET_IFNAME must name an existing interface, if it is set (see ip link)"
         raise Failed(f"{ranks} rank(s) on this machine could not sum a tensor: {error}", remedy) from error
-    return f"{ranks} rank(s) on this machine, {result}"
 
 
 def operators() -> str:
@@ -304,13 +281,11 @@ def operators() -> str:
     try:
         installed = version("deepspeed")
     except PackageNotFoundError as error:
-        remedy = "pip install --constraint constraints.txt deepspeed"
-        raise Failed("DeepSpeed is not installed", remedy) from error
+        raise Failed("DeepSpeed is not installed", "pip install --constraint constraints.txt deepspeed") from error
     folder, began = Path(use_own_folder()), time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         remedy = "set TORCH_EXTENSIONS_DIR to a folder that allows writing and execution"
         raise Failed(f"{folder} cannot be written ({error.strerror})", remedy) from error
@@ -318,15 +293,15 @@ def operators() -> str:
         run_probes(["operators"], BUILD_SECONDS)
     except RuntimeError as error:
         compiler, number = os.environ.get("CXX", "c++"), ""
-        if shutil.which(compiler):
-            done = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=False)
-            number = "" if done.returncode else done.stdout.strip().split(".")[0]
+        with suppress(OSError, subprocess.SubprocessError):
+            number = subprocess.check_output([compiler, "-dumpversion"], text=True, stderr=subprocess.DEVNULL).split(
+                "."
+            )[0]
         fault, remedy = str(error), f"delete {folder} and try again; see the compiler's output"
         if not number.isdigit():
             fault, remedy = f"no C++ compiler ({compiler})", "apt-get install g++, or set CXX"
         elif "clang" not in compiler and int(number) < OLDEST_COMPILER:
-            fault = f"{compiler} has version {number}, expected {OLDEST_COMPILER} or newer"
-            remedy = "install a newer g++ and set CXX"
+            fault, remedy = f"{compiler} {number} is older than {OLDEST_COMPILER}", "install a newer g++ and set CXX"
         elif not (shutil.which("ninja") or (Path(sys.executable).parent / "ninja").exists()):
             fault, remedy = "ninja is missing", "pip install ninja"
         raise Failed(f"{installed} in {folder}: {fault}", remedy) from error
@@ -391,8 +366,9 @@ def mlflow(config: RunConfig | None) -> str:
         status, body = http_get(redact(uri).rstrip("/") + "/version", limit=100)
         stated = body.decode(errors="replace").strip()  # empty behind a login or some proxies
         server = stated if status == 200 and re.fullmatch(r"[0-9]+[0-9a-z.+]*", stated) else ""
-    if server and server.split(".")[0] != client.split(".")[0]:
-        remedy = f"run a server of version {client.split('.')[0]}, or install client {server}"
+    major = client.split(".")[0]
+    if server and server.split(".")[0] != major:
+        remedy = f"run a server of version {major}, or install client {server}"
         raise Failed(f"{redact(uri)} has version {server}, the client has {client}", remedy)
     return f"{redact(uri)} answers, version {server or 'unknown'}, client {client}"
 
@@ -439,12 +415,10 @@ def ray_cluster(config: RunConfig | None) -> str:
         raise Failed(f"{address}: {error}", "run ray start --head there, with this Ray version and token") from error
     offered = state["resources"]
     has = ", ".join(f"{offered.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
-    detail = f"{address}: {state['nodes']} node(s) with {has}, version {state['ray']}"
     needed = requested_resources(cluster, cluster.workers) if config else {}
-    missing = [f"{number:g} {kind}" for kind, number in needed.items() if number > offered.get(kind, 0)]
-    if missing:
-        detail += f"; the run needs {', '.join(missing)} and waits until nodes (of an autoscaler) join"
-    return detail
+    missing = ", ".join(f"{number:g} {kind}" for kind, number in needed.items() if number > offered.get(kind, 0))
+    waits = f"; the run needs {missing} and waits until nodes (of an autoscaler) join" if missing else ""
+    return f"{address}: {state['nodes']} node(s) with {has}, version {state['ray']}{waits}"
 
 
 def ray_token(config: RunConfig | None) -> str:
@@ -454,7 +428,7 @@ def ray_token(config: RunConfig | None) -> str:
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else token_file()
     address, _ = address_of(config.cluster if config else ClusterConfig()) or (None, "")
-    if path is None or not path.is_file():
+    if not path.is_file():
         if named:
             raise Failed(f"RAY_AUTH_TOKEN_PATH names {path}, which is not a file", "correct or unset it")
         if address and address != "auto" and not is_loopback(address):
@@ -466,8 +440,7 @@ def ray_token(config: RunConfig | None) -> str:
     # Can the group or all users read the file and enter its parent folders?
     mode, entered = stat.S_IMODE(path.stat().st_mode), [folder.stat().st_mode for folder in path.resolve().parents]
     everybody = mode & stat.S_IROTH and all(folder & stat.S_IXOTH for folder in entered)
-    group = mode & stat.S_IRGRP and all(folder & (stat.S_IXGRP | stat.S_IXOTH) for folder in entered)
-    if everybody or group:
+    if everybody or (mode & stat.S_IRGRP and all(folder & (stat.S_IXGRP | stat.S_IXOTH) for folder in entered)):
         raise Failed(f"{path} is readable by other users ({mode:o})", f"chmod 600 {path}")
     return f"{path}, readable only by its owner"
 
@@ -476,9 +449,9 @@ def ray_token(config: RunConfig | None) -> str:
 
 
 def run_probes(task: Sequence[str], seconds: float, environments: Sequence[Mapping[str, str]] = ({},)) -> str:
-    """Run `main(*task)` in one process per environment, at the same time; return the first one's result.
+    """Run `main(*task)` in one process per environment, at the same time; return the first one's last line of output.
 
-    Raises RuntimeError with the reason of the first that failed; those that hang are killed.
+    Raises RuntimeError with the last line of standard error of the first that failed; those that hang are killed.
     """
     own = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     command, deadline = [sys.executable, "-m", "jobs.doctor", *task], time.monotonic() + seconds

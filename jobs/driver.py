@@ -46,9 +46,6 @@ UNREACHABLE_SECONDS = 30.0  # how long the store may be unreachable while the ra
 Message = dict[str, Any]
 
 
-# ---- messages
-
-
 @dataclass(frozen=True)
 class Mailbox:
     """Values and messages of the driver and the ranks of one start of a run, which `start` identifies."""
@@ -123,9 +120,6 @@ def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
         thread.stop(timeout=0.0)
         handler.flush()
-
-
-# ---- signals
 
 
 class Interrupts:

@@ -1,18 +1,17 @@
 """`mome submit` and `mome jobs`: a run as a Ray job, whose driver is `mome train` on the cluster's head.
 
-The checkout's code and the resolved config travel in the job's working folder; the packages must be installed on the
-cluster (see `infra/`). Secrets never travel: the config names them, the cluster's nodes hold them. Submitting is
-idempotent: a job's id follows from the run's name and config, so that the same run is never two jobs at once.
+The checkout's code and the resolved config travel in the job's working folder; packages and secrets are the cluster's
+own (see `infra/`). A job's id follows from the run's name and config, so that a run is never two jobs at once.
 
-A Ray dashboard without authentication runs whatever anyone sends it, so that one is used on this machine alone. The
-token of one with authentication is named, never given: by `--token env:NAME` or `--token file:PATH`, or by Ray's own
-RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token.
+A Ray dashboard without authentication runs anyone's code, so it is used on this machine alone. The token of one with
+authentication is named, never given: by `--token env:NAME` or `file:PATH`, or by Ray's own variables and file.
 """
 
 import asyncio
 import hashlib
 import http.client
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -24,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,26 +77,24 @@ def submit(
     job = submission_id or job_id(config, states)
     if job not in states:
         _send(client, job, config)
-    token_option = f" --token {token}" if token else ""
-    notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{token_option}` shows its output")
+    option = f" --token {token}" if token else ""
+    notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{option}` shows its output")
     status = "SUBMITTED"
-    if follow:
-        try:
-            status = stream_logs(client, job)
-        except KeyboardInterrupt:
-            raise RunFailed(f"stopped following; job {job} is still running: `mome jobs stop {job}` ends it") from None
+    try:
+        status = stream_logs(client, job) if follow else status
+    except KeyboardInterrupt:
+        raise RunFailed(f"stopped following; job {job} is still running: `mome jobs stop {job}` ends it") from None
     if status not in ("SUCCEEDED", "SUBMITTED"):
-        reason = client.get_job_info(job).message or ""
         # Ray's message repeats the end of the output, which is shown already.
-        raise RunFailed(f"job {job} ended as {status}: {reason.partition(', last available logs')[0] or 'see above'}")
+        reason = (client.get_job_info(job).message or "").partition(", last available logs")[0]
+        raise RunFailed(f"job {job} ended as {status}: {reason or 'see above'}")
     return {"job": job, "status": status, "checkpoint": config.folder}
 
 
 def _send(client: Any, job: str, config: RunConfig) -> None:
     """Send the job with this installation's code. Raises RunFailed when the cluster does not take it.
 
-    It runs this interpreter if the head has it, otherwise `python`: a loopback address does not imply this machine,
-    because it may be the end of a tunnel.
+    It runs this interpreter if the head has it, otherwise `python`: a loopback address may be the end of a tunnel.
     """
     python, deadline = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"', time.monotonic() + START_SECONDS
     tags = describe.code_tags() | {"ray.submission_id": job}
@@ -126,31 +124,22 @@ def _send(client: Any, job: str, config: RunConfig) -> None:
 def job_id(config: RunConfig, states: Mapping[str, str]) -> str:
     """Return the job of this run and config that is active or succeeded, else the id of its next attempt.
 
-    `states` holds the status of every job of the cluster by id. Attempts are numbered: base, base-2, base-3, …
+    `states` holds the status of the cluster's jobs by id. Attempts are numbered: base, base-2, base-3, …
     """
     base = f"mome-{config.name}-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:10]}"
-    name, attempt = base, 1
-    while states.get(name) in ("FAILED", "STOPPED"):
-        attempt += 1
-        name = f"{base}-{attempt}"
-    return name
+    attempts = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+    return next(name for name in attempts if states.get(name) not in ("FAILED", "STOPPED"))
 
 
 def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
-    """Return the config as the cluster reads it, where paths relative to this folder are not valid.
-
-    For a head on this machine they become absolute; for another cluster they are an error that names them.
-    """
-    relative = {path: value for path, value in local_paths(config).items() if not Path(value).is_absolute()}
-    if relative and not same_machine:
-        listing = "\n".join(f"{'.'.join(map(str, path))}: {value}" for path, value in relative.items())
-        raise ConfigError(
-            f"the cluster cannot see folders of this machine:\n{listing}\n"
-            "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."
-        )
-    uri = configured_uri(config)
-    if not same_machine and uri.startswith("sqlite:"):
-        raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
+    """Return the config with absolute paths. Raises ConfigError for relative ones that another machine cannot see."""
+    if not same_machine:
+        relative = {path: value for path, value in local_paths(config).items() if not Path(value).is_absolute()}
+        if listing := "\n".join(f"{'.'.join(map(str, path))}: {value}" for path, value in relative.items()):
+            remedy = "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."
+            raise ConfigError(f"the cluster cannot see folders of this machine:\n{listing}\n{remedy}")
+        if (uri := configured_uri(config)).startswith("sqlite:"):
+            raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
     return for_ranks(config, address="auto")
 
 
@@ -196,17 +185,12 @@ def stream_logs(client: Any, job: str) -> str:
         """Print new output until the job or the connection ends, or no output came for `SILENT_SECONDS`."""
         nonlocal num_shown
         num_received, chunks = 0, client.tail_job_logs(job)
-        while True:
-            try:
+        with suppress(StopAsyncIteration, TimeoutError):
+            while True:
                 chunk = await asyncio.wait_for(anext(chunks), SILENT_SECONDS)
-            except (StopAsyncIteration, TimeoutError):
-                return
-            new = chunk[max(0, num_shown - num_received) :]
-            num_received += len(chunk)
-            if new:
-                sys.stderr.write(printable(new))
-                sys.stderr.flush()
-                num_shown = num_received
+                print(printable(chunk[max(0, num_shown - num_received) :]), end="", file=sys.stderr, flush=True)
+                num_received += len(chunk)
+                num_shown = max(num_shown, num_received)
 
     while True:
         try:
@@ -214,10 +198,9 @@ def stream_logs(client: Any, job: str) -> str:
             status = client.get_job_status(job)
         except Exception as error:  # HTTP and websocket libraries raise many types when a head goes away
             if time.monotonic() - last_reached > UNREACHABLE_SECONDS:
-                raise RunFailed(
-                    f"job {job}: the cluster has not answered for {UNREACHABLE_SECONDS:.0f} s ({first_line(error)}). "
-                    "If its head is lost, submit again to the new one: the run resumes."
-                ) from error
+                silence = f"the cluster has not answered for {UNREACHABLE_SECONDS:.0f} s ({first_line(error)})"
+                remedy = "If its head is lost, submit again to the new one: the run resumes."
+                raise RunFailed(f"job {job}: {silence}. {remedy}") from error
         else:
             last_reached = time.monotonic()
             if status.is_terminal():
@@ -235,10 +218,10 @@ def first_line(error: Exception) -> str:
 
 
 def open_dashboard(address: str, token: str | None = None) -> Any:
-    """Return Ray's JobSubmissionClient of the dashboard at `address`; `token` is a reference. Nothing is sent before it
-    is known that the cluster asks everyone for a token, or is on this machine; and nothing to any other address.
+    """Return Ray's JobSubmissionClient of the dashboard at `address`; `token` is a reference.
 
-    Raises ConfigError for an address that must not be used, RunFailed when it does not answer or does not let us in.
+    Nothing is sent before it is known that the cluster asks everyone for a token, or is on this machine. Raises
+    ConfigError for an address that must not be used, RunFailed when it does not answer or does not let us in.
     """
     address = dashboard_address(address)
     secret = find_token(token)
@@ -265,10 +248,7 @@ def open_dashboard(address: str, token: str | None = None) -> Any:
 
 
 def dashboard_address(address: str) -> str:
-    """Return `scheme://host:port` of what a user gives as a dashboard's address, its page in a browser included.
-
-    Raises ConfigError for what cannot be one.
-    """
+    """Return `scheme://host:port` of a dashboard's address or page in a browser. Raises ConfigError."""
     if not address:
         raise ConfigError("--address: give the cluster's dashboard, such as http://head:8265")
     if "@" in address.partition("#")[0]:
@@ -287,10 +267,7 @@ def dashboard_address(address: str) -> str:
 
 
 def find_token(reference: str | None) -> str | None:
-    """Return the token behind `env:NAME` or `file:PATH`, else where Ray looks for it; None if there is none.
-
-    Raises ConfigError, which does not show it, for a token that no HTTP header can carry.
-    """
+    """Return the token behind `env:NAME` or `file:PATH`, else Ray's or None. Raises ConfigError, which hides it."""
     if reference is not None:
         if not reference.startswith(("env:", "file:")):
             raise ConfigError("--token: is a secret and must be a reference: env:NAME or file:PATH")
@@ -299,8 +276,8 @@ def find_token(reference: str | None) -> str | None:
         origin = "RAY_AUTH_TOKEN"
     elif (path := os.environ.get("RAY_AUTH_TOKEN_PATH")) is not None:
         origin, token = f"RAY_AUTH_TOKEN_PATH {path}", resolve_secret(f"file:{path}")
-    elif (file := token_file()) is not None and os.path.lexists(file):
-        origin, token = TOKEN_FILE, resolve_secret(f"file:{file}")
+    elif os.path.lexists(token_file()):
+        origin, token = TOKEN_FILE, resolve_secret(f"file:{token_file()}")
     else:
         return None
     token = (token or "").strip()
@@ -322,39 +299,28 @@ class DashboardError(RunFailed, RuntimeError):
     """Error of the dashboard; also a RuntimeError, as Ray's client raises it."""
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """An answer that names another place is an error: the token must not go there."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
 def _is_guarded(address: str, secret: str | None) -> bool:
-    """Return whether the dashboard refuses to list jobs with this token, or without one.
-
-    Raises RunFailed if the address is not that of a Ray dashboard.
-    """
+    """Return whether the dashboard refuses to list jobs with this token, or without one. Raises RunFailed."""
     port = urlsplit(address).port or 0
     hint = "Start a head with `ray start --head`, or open a tunnel to the cluster's port 8265."
     if port in OTHER_PORTS:
         hint = f"Port {port} is {OTHER_PORTS[port]}; the dashboard's port is 8265. {hint}"
     headers = {"Authorization": f"Bearer {secret}"} if secret is not None else {}
     request = urllib.request.Request(f"{address}/api/jobs/", headers=headers)
-    handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-    if is_loopback(address):  # a proxy would connect to its own loopback
-        handlers.append(urllib.request.ProxyHandler({}))
-
-    opener = urllib.request.build_opener(*handlers)
+    # A redirect is an error, because the token must not go there; a proxy would use its own loopback.
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler({} if is_loopback(address) else None))
+    for name in ("HTTPHandler", "HTTPSHandler", "HTTPErrorProcessor", "HTTPDefaultErrorHandler"):
+        opener.add_handler(getattr(urllib.request, name)())
     try:
-        jobs = json.loads(
-            within(LIST_SECONDS, lambda: opener.open(request, timeout=ANSWER_SECONDS).read(LONGEST_LIST), "dashboard")
-        )
+        answer = within(LIST_SECONDS, lambda: opener.open(request, timeout=ANSWER_SECONDS).read(LONGEST_LIST), "list")
+        jobs = json.loads(answer)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             return True
-        where = error.headers.get("Location", "")
-        answer = f"it redirects to {where}" if 300 <= error.code < 400 and where else f"it answers with {error.code}"
-        raise RunFailed(f"--address {address}: no Ray dashboard ({answer}). {hint}") from error
+        where = error.headers.get("Location", "") if 300 <= error.code < 400 else ""
+        reason = f"redirects to {where}" if where else f"answers with {error.code}"
+        raise RunFailed(f"--address {address}: no Ray dashboard (it {reason}). {hint}") from error
     except (OSError, http.client.HTTPException) as error:
         raise RunFailed(f"--address {address}: no Ray dashboard answers there ({first_line(error)}). {hint}") from error
     except (ValueError, RecursionError):
@@ -383,8 +349,8 @@ def _client_class() -> Any:
             except AuthenticationError as error:
                 raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}") from error
             except (requests.RequestException, ValueError) as error:
-                message = f"the dashboard gave no answer to {endpoint} ({first_line(error)})"
-                raise RunFailed(f"--address {address}: {message}") from error
+                reason = f"the dashboard gave no answer to {endpoint} ({first_line(error)})"
+                raise RunFailed(f"--address {address}: {reason}") from error
             if 300 <= response.status_code < 400:
                 self._raise_error(response)
             return response

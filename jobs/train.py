@@ -33,10 +33,7 @@ PROGRESS_RETRY_SECONDS = 5.0  # per read of the progress file; the next poll tri
 
 
 def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start another run") -> dict[str, Any]:
-    """Train every unfinished stage, then evaluate; return what `mome train --json` prints.
-
-    `remedy` is the advice printed if all stages are finished already.
-    """
+    """Train every unfinished stage, then evaluate; return the result. `remedy` is printed if all were finished."""
     interrupts = Interrupts(config)
     with reported(config), interrupts.handled():
         with progress_display() as show:
@@ -97,10 +94,7 @@ def _unfinished(config: RunConfig, storage: Storage) -> str | None:
 def _train(
     config: RunConfig, ownership: Ownership, mail: Mailbox, open_alerts: dict[str, str], interrupts: Interrupts
 ) -> None:
-    """Run Ray Train until the stages are finished: again after preemption, growth or a failure of its controller.
-
-    Raises RunFailed when a failure budget is exhausted.
-    """
+    """Run Ray Train until the stages are finished, again after preemption, growth or a failure. Raises RunFailed."""
     import ray
     import ray.train
 

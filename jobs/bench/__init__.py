@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from jobs.console import Config, JsonOption, Overrides, local_file, print_result, status
+from jobs.console import Config, FileOption, JsonOption, Overrides, local_file, print_result, status
 
 PEERS = ("webdataset_pil", "open_clip_composition")  # loaders of other projects, see `bench.loader.peer_batches`
 MIB = 2**20
@@ -18,12 +18,8 @@ app = typer.Typer(no_args_is_help=True, help="Measure loader, store, training st
 @app.command()
 def loader(
     shards: Annotated[str | None, Option(help="Local indexed shards of pairs (default: synthetic).")] = None,
-    photos: Annotated[
-        list[Path] | None, Option(parser=local_file, help="Folder of captioned photos to build shards of; repeatable.")
-    ] = None,
-    vocabulary: Annotated[
-        Path | None, Option(parser=local_file, help="A vocab.txt (default: trained on the captions).")
-    ] = None,
+    photos: Annotated[list[Path] | None, FileOption(help="Folder of captioned photos for shards; repeatable.")] = None,
+    vocabulary: Annotated[Path | None, FileOption(help="A vocab.txt (default: trained on the captions).")] = None,
     samples: Annotated[int, Option(min=1, help="Number of samples that each loader loads per round.")] = 2048,
     workers: Annotated[int, Option(min=0, help="Number of our processes; 0 uses threads of the trainer.")] = 1,
     threads: Annotated[int, Option(min=1, help="Threads per process; peers use workers x threads processes.")] = 1,
@@ -60,15 +56,8 @@ def storage(
     from jobs.bench.storage import bench_storage
 
     with status("starting") as update:
-        result = bench_storage(
-            url,
-            object_bytes=object_mib * MIB,
-            range_bytes=range_mib * MIB,
-            in_flight=in_flight,
-            objects=objects,
-            rounds=rounds,
-            progress=update,
-        )
+        sizes = {"object_bytes": object_mib * MIB, "range_bytes": range_mib * MIB, "objects": objects}
+        result = bench_storage(url, **sizes, in_flight=in_flight, rounds=rounds, progress=update)
     print_result(result, as_json)
 
 
@@ -76,9 +65,7 @@ def storage(
 def checkpoint(
     config: Annotated[Path | None, Argument(parser=local_file, help="Config (default: VLMo base).")] = None,
     url: Annotated[str | None, Option(help="Folder or URL to save in (default: a temporary folder).")] = None,
-    mb_per_second: Annotated[
-        float, Option(min=0, help="MB/s that the simulated store writes; 0: the real store.")
-    ] = 50.0,
+    mb_per_second: Annotated[float, Option(min=0, help="MB/s that the simulated store writes; 0: no limit.")] = 50.0,
     rounds: Rounds = 1,
     as_json: JsonOption = False,
 ) -> None:

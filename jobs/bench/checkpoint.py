@@ -1,8 +1,6 @@
-"""`mome bench checkpoint`: how long asynchronous and synchronous saves stall training.
+"""`mome bench checkpoint`: how long asynchronous and synchronous saves stall training on a slow store.
 
-Fragments have the sizes of a real model's parameters, each with a weight and two Adam moments, and are saved as runs
-save them, to a store with limited write bandwidth. "Training" is matrix products of about a hundredth of a second,
-timed with and without a concurrent save.
+The state has a real model's sizes; "training" is matrix products of about a hundredth of a second.
 """
 
 import math
@@ -51,22 +49,19 @@ class ThrottledStorage(Storage):
 def bench_checkpoint(
     config: Path | None, url: str | None, mb_per_second: float, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Save the state of the model of `config` (VLMo base without one) into the folder `url` (a temporary one without).
+    """Save the state of the model of `config` (default: VLMo base) into the folder `url` (default: a temporary one).
 
-    `stall_seconds` is what a save takes from training, `synchronous_seconds` what it takes until it is committed when
-    training waits for it; both are medians of `rounds`, and `ratio` is that of the two. A store that takes
-    `mb_per_second` (10^6 bytes) is imitated; 0 takes the real one's pace. What was saved is restored and compared.
+    `stall_seconds` is the training time that a save takes, `synchronous_seconds` the time until it is committed when
+    training waits for it; both are medians of `rounds`. A store of `mb_per_second` (10^6 bytes) is simulated; 0 uses
+    the real one's pace. The saved state is restored and compared.
     """
     section = VLMoConfig() if config is None else load_config(config).model
     progress("creating the state")
     sizes = {name: parameter.numel() for name, parameter in skeleton(section, VOCABULARY).named_parameters()}
     fragments = [Fragment(name, 0, {kind: torch.rand(size) for kind in KINDS}) for name, size in sizes.items()]
     with ExitStack() as stack:
-        if url is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mome-bench-"))
-        else:
-            folder = join(url, "mome-bench-checkpoint")
-        storage = ThrottledStorage()
+        url = url or stack.enter_context(tempfile.TemporaryDirectory(prefix="mome-bench-"))
+        storage, folder = ThrottledStorage(), join(url, "mome-bench-checkpoint")
         storage.bytes_per_second = mb_per_second * 1e6 or math.inf
         store = CheckpointStore(storage, folder, Collectives(), CheckpointConfig(keep=1))
         stack.callback(storage.delete, store.url)
@@ -94,18 +89,15 @@ def bench_checkpoint(
         latest = store.latest()
         if latest is None:
             raise CheckpointError(f"{store.url}: no checkpoint found, although one was saved")
-        same = [
-            torch.equal(latest[1].read(fragment.name, kind, 0, len(value)), value)
-            for fragment in fragments
-            for kind, value in fragment.values.items()
-        ]
-        if not all(same):
-            raise CheckpointError(f"{store.url}: {same.count(False)} restored tensors differ from the saved ones")
+        saved = [(fragment.name, kind, value) for fragment in fragments for kind, value in fragment.values.items()]
+        differing = sum(not torch.equal(latest[1].read(name, kind, 0, len(v)), v) for name, kind, v in saved)
+        if differing:
+            raise CheckpointError(f"{store.url}: {differing} restored tensors differ from the saved ones")
         restored = time.perf_counter() - started
     synchronous, stall = median(seconds["synchronous"]), median(seconds["asynchronous"])
     return {
         "parameters": sum(sizes.values()),
-        "bytes": sum(value.nbytes for fragment in fragments for value in fragment.values.values()),
+        "bytes": sum(value.nbytes for _, _, value in saved),
         "store_mb_per_second": mb_per_second or None,
         "rounds": rounds,
         "reserve_seconds": reserved,

@@ -1,7 +1,7 @@
 """`mome bench loader`: CPU time per sample of our loader and of other projects' on the same shards.
 
-Every loader runs in a fresh process (`python -m jobs.bench.loader JOB.json RESULT.json`) with one thread per worker.
-Counting starts after a warm-up and includes every process the loader started.
+Every loader runs in a fresh process with one thread per worker. Counting starts after a warm-up and includes every
+process the loader started.
 """
 
 import io
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import gcd
@@ -60,6 +60,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
     "CUDA_VISIBLE_DEVICES": "",
 }
 DECODE = "simplejpeg"  # the contender that only decodes JPEGs
+SEED = 0
 WARM_UP_BATCHES = 6
 VOCABULARY_SIZE = 8192
 MIN_SHARDS, MAX_SAMPLES_PER_SHARD = 16, 1000
@@ -91,21 +92,15 @@ class BenchJob:
     workers: int
     threads: int
     num_ops: int  # of RandAugment; 0 disables it
-    seed: int = 0
 
     def config(self) -> RunConfig:
         """Return the work as a run: one vision-language stage over the shards."""
         stage = {"name": "bench", "sources": {"photos": 1.0}, "objectives": {"itc": {}, "mlm": {}}, "steps": 10**9}
         loader = {"num_workers": self.workers, "threads_per_worker": self.threads}
-        streams = gcd(self.batch_size, 16)
-        values = {
-            "name": "bench",
-            "seed": self.seed,
-            "model": {"kind": "vlmo"},
-            "sources": {"photos": {"shards": self.shards}},
-            "data": {"streams": streams, "augment": {"num_ops": self.num_ops}, "loader": loader},
-            "stages": [stage | {"global_batch_size": self.batch_size}],
-        }
+        data = {"streams": gcd(self.batch_size, 16), "augment": {"num_ops": self.num_ops}, "loader": loader}
+        values = {"name": "bench", "seed": SEED, "model": {"kind": "vlmo"}, "data": data}
+        values["sources"] = {"photos": {"shards": self.shards}}
+        values["stages"] = [stage | {"global_batch_size": self.batch_size}]
         return validate(values, "bench")
 
 
@@ -120,9 +115,8 @@ def bench_loader(
     """Measure all loaders on `shards`, on shards of `photos` (folders), or on synthetic images.
 
     `job` holds the load; its shards, and a vocabulary if it has none, are filled in. With RandAugment, loaders are also
-    measured without it.
-    Figures are medians of `rounds`, in which the contenders take turns. Raises ConfigError for unusable settings,
-    RunFailed when a contender fails.
+    measured without it. Figures are medians of `rounds`, in which the contenders take turns. Raises ConfigError for
+    unusable settings, RunFailed when a contender fails.
     """
     if unknown := set(peers) - set(PEERS):
         raise ConfigError(f"--peer {', '.join(sorted(unknown))}: unknown; expected {', '.join(PEERS)}")
@@ -136,16 +130,14 @@ def bench_loader(
             raise ConfigError(f"--shards {shards}: the peers read local files only (webdataset cannot read s3://)")
         num_shards = len(load_manifest(storage, shards).shards)
         if num_shards < num_processes:
-            raise ConfigError(
-                f"{shards} has {num_shards} shards; the peers need one for each of {num_processes} processes. "
-                "Use fewer workers"
-            )
-        job = replace(job, shards=shards)
+            needed = f"the peers need one for each of {num_processes} processes. Use fewer workers"
+            raise ConfigError(f"{shards} has {num_shards} shards; {needed}")
         if not job.vocabulary:
             progress("training a vocabulary")
             job = replace(job, vocabulary=join(folder, "vocabulary.txt"))
             trained = Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE)
             storage.write(job.vocabulary, trained.vocabulary_file)
+        job = replace(job, shards=shards)
         jobs = {name: replace(job, contender=name) for name in ("mome", DECODE, *peers)}
         if job.num_ops:
             jobs |= {f"{name}/off": replace(jobs[name], num_ops=0) for name in ("mome", *peers)}
@@ -160,16 +152,15 @@ def bench_loader(
     if job.num_ops:
         result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
     processors = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = processors[0].strip() if processors else platform.machine()
     load = {"samples": job.samples, "batch": job.batch_size, "workers": job.workers, "threads": job.threads}
-    result["settings"] = load | {
+    load |= {"rounds": rounds, "rand_augment": bool(job.num_ops), "peer_processes": num_processes}
+    machine = {"cores": os.cpu_count(), "processor": processor, "load": os.getloadavg()[0]}
+    result["settings"] = {
+        **load,
+        **machine,
         "data": ", ".join(map(str, photos)) or shards,
-        "rounds": rounds,
-        "rand_augment": bool(job.num_ops),
-        "peer_processes": num_processes,
         "outputs": {name: measured[name][0]["output"] for name in ("mome", *peers)},
-        "cores": os.cpu_count(),
-        "processor": processors[0].strip() if processors else platform.machine(),
-        "load": os.getloadavg()[0],
         "packages": {name: version(name) for name in PACKAGES},
     }
     return result
@@ -189,22 +180,14 @@ def _table(measured: dict[str, list[Measurement]]) -> dict[str, Any]:
     }
 
 
-# ---- one contender, in its own process
-
-
 def run_job(job: BenchJob, folder: Path) -> Measurement:
     """Measure one contender in a fresh interpreter, limited to one thread per worker."""
     request, answer = folder / "job.json", folder / "result.json"
     request.write_text(json.dumps(asdict(job)))
     answer.unlink(missing_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.bench.loader", str(request), str(answer)],
-        env={**os.environ, **ONE_THREAD},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+    command = [sys.executable, "-m", "jobs.bench.loader", str(request), str(answer)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, **pipes)
     try:
         output, _ = process.communicate()
     finally:
@@ -226,25 +209,24 @@ def measure(job: BenchJob) -> Measurement:
         for jpeg in data:
             simplejpeg.decode_jpeg(jpeg, "RGB")
         return {"samples": len(data), "cpu_seconds": max(time.thread_time() - started, 1e-9)}
-    if job.contender in PEERS:
-        return _count(peer_batches(job), job.samples)
-    config, storage = job.config(), Storage()
-    tokenizer = Tokenizer.load(storage, job.vocabulary)
-    stage = config.stages[0]
-    with closing(Loader(config, stage, batch_groups(config, stage), storage, tokenizer, 0, 1)) as loader:
-        return _count(((batch.image, batch.text) for batch in loader.batches(0)), job.samples)
-
-
-def _count(batches: Batches, samples: int) -> Measurement:
-    for _ in itertools.islice(batches, WARM_UP_BATCHES):
-        pass
-    before, started, counted = tree_cpu_seconds(), time.perf_counter(), 0
-    while counted < samples:
-        image, _ = next(batches)
-        counted += len(image)
-    seconds = time.perf_counter() - started
-    resolution = 1 / os.sysconf("SC_CLK_TCK")  # of CPU times; so few samples may have been loaded during the warm-up
-    cpu_seconds = max(tree_cpu_seconds() - before, resolution)
+    with ExitStack() as stack:
+        if job.contender in PEERS:
+            batches = peer_batches(job)
+        else:
+            config, storage = job.config(), Storage()
+            tokenizer, stage = Tokenizer.load(storage, job.vocabulary), config.stages[0]
+            loader = Loader(config, stage, batch_groups(config, stage), storage, tokenizer, 0, 1)
+            stack.callback(loader.close)
+            batches = ((batch.image, batch.text) for batch in loader.batches(0))
+        for _ in itertools.islice(batches, WARM_UP_BATCHES):
+            pass
+        before, started, counted = tree_cpu_seconds(), time.perf_counter(), 0
+        while counted < job.samples:
+            image, _ = next(batches)
+            counted += len(image)
+        seconds = time.perf_counter() - started
+        resolution = 1 / os.sysconf("SC_CLK_TCK")  # of CPU times; few samples may have been loaded since the warm-up
+        cpu_seconds = max(tree_cpu_seconds() - before, resolution)
     output = f"{str(image.dtype).removeprefix('torch.')} {'x'.join(str(side) for side in image.shape[1:])}"
     return {"samples": counted, "seconds": seconds, "cpu_seconds": cpu_seconds, "output": output}
 
@@ -258,9 +240,6 @@ def tree_cpu_seconds() -> float:
     return total
 
 
-# ---- other projects' loaders, as their documentation shows, on Pillow and with equal augmentation
-
-
 def peer_batches(job: BenchJob) -> Batches:
     """Yield batches of another loader without end.
 
@@ -271,14 +250,11 @@ def peer_batches(job: BenchJob) -> Batches:
     config = job.config()
     stage, augmentation, size = config.stages[0], config.data.augment, config.model.image_size
     shards, workers = load_manifest(Storage(), job.shards).shards, max(1, job.workers) * job.threads
-    tokenizer = BertTokenizer(job.vocabulary)
-    collator = DataCollatorForLanguageModeling(
-        tokenizer,
-        mlm_probability=stage.masking.mlm_probability,
-        whole_word_mask=True,
-        mask_replace_prob=1.0,  # the only choice that the collator supports for whole words
-        random_replace_prob=0.0,
+    tokenizer, masked = BertTokenizer(job.vocabulary), stage.masking.mlm_probability
+    collator = DataCollatorForLanguageModeling(  # whole words, which it can only replace by [MASK]
+        tokenizer, whole_word_mask=True, mlm_probability=masked, mask_replace_prob=1.0, random_replace_prob=0.0
     )
+    padding = {"padding": "max_length", "truncation": True, "max_length": stage.max_text_length}
 
     def example(sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Crop, flip, augment and normalise an image in torchvision's order, and tokenize one of its captions."""
@@ -294,14 +270,8 @@ def peer_batches(job: BenchJob) -> Batches:
             if random.random() < augment.APPLIED:
                 image = operation(image, augmentation.magnitude / augment.MAX_MAGNITUDE, sign)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
-        text = tokenizer(
-            random.choice(json.loads(sample["json"])["captions"]),
-            padding="max_length",
-            truncation=True,
-            max_length=stage.max_text_length,
-            return_special_tokens_mask=True,
-            return_offsets_mapping=True,
-        )
+        caption = random.choice(json.loads(sample["json"])["captions"])
+        text = tokenizer(caption, **padding, return_special_tokens_mask=True, return_offsets_mapping=True)
         return pixels.sub_(0.5).div_(0.5), text
 
     def collate(examples: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tensor]:
@@ -355,9 +325,6 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
 }
 
 
-# ---- data to measure on
-
-
 def write_photos(storage: Storage, folders: tuple[Path, ...], url: str, samples: int, min_shards: int) -> None:
     """Write `samples` samples of the folders' photos, repeated under new keys, or of synthetic images, to `url`."""
     photos: list[Sample] = []
@@ -374,9 +341,9 @@ def write_photos(storage: Storage, folders: tuple[Path, ...], url: str, samples:
     importers.write_shards(storage, repeated, url, per_shard, overwrite=True)
 
 
-def synthetic_photos(count: int = SYNTHETIC_IMAGES, seed: int = 0) -> Iterator[Sample]:
+def synthetic_photos(count: int = SYNTHETIC_IMAGES) -> Iterator[Sample]:
     """Yield images of coloured noise with a photo's frequency spectrum, and captions of common words."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None] * HEIGHT, np.fft.rfftfreq(WIDTH)[None] * WIDTH)
     amplitudes = 1 / np.maximum(frequency, 1) ** SLOPE
     for number in range(count):
@@ -395,6 +362,5 @@ def synthetic_photos(count: int = SYNTHETIC_IMAGES, seed: int = 0) -> Iterator[S
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    job = BenchJob(**json.loads(Path(sys.argv[1]).read_text()))
-    random.seed(job.seed)
-    Path(sys.argv[2]).write_text(json.dumps(measure(job)))
+    random.seed(SEED)
+    Path(sys.argv[2]).write_text(json.dumps(measure(BenchJob(**json.loads(Path(sys.argv[1]).read_text())))))

@@ -1,9 +1,7 @@
 """`mome bench step`: time and memory of a stage's training steps, next to the estimate of `mome plan`.
 
-    torchrun --nproc-per-node 8 -m jobs.bench.step configs/vlmo_base.yaml [--stage NAME] [key=value …]
-
-Engine, step and model are those of a run; the weights are random and the batch is synthetic, of maximum size.
-`mome bench step` starts the ranks on this machine. Rank 0 prints one JSON object on the last line.
+Engine, step and model are those of a run; the weights are random and the batch is synthetic, of maximum size. The
+command starts the ranks on this machine; on several: torchrun … -m jobs.bench.step CONFIG [--stage NAME] [key=value …]
 """
 
 import json
@@ -32,10 +30,7 @@ WARM_STEPS = 2
 
 
 def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks: int, steps: int) -> dict[str, Any]:
-    """Measure on `ranks` ranks of this machine, started by torchrun, and return rank 0's result.
-
-    Raises ConfigError before anything is started, RunFailed with the ranks' messages when they fail.
-    """
+    """Return rank 0's result of `ranks` ranks of this machine, started by torchrun. Raises ConfigError, RunFailed."""
     load_config(config, overrides)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "jobs.bench.step", str(config), f"--steps={steps}", *overrides]
@@ -53,15 +48,15 @@ def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks:
 def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[str, Any]:
     """Measure steps of a stage; all ranks must call it together.
 
-    Memory is measured in a separate step; with `steps` 0 it is the only step, and also the timed one. Times are of all
-    ranks together, TFLOPS of one rank, bytes of the rank with the largest allocation. `mfu` is a fraction of the data
-    sheet's peak, or on a CPU of the speed of a large matrix product.
+    Memory is measured in a separate step; with `steps` 0 it is also the timed one. Times are of all ranks together,
+    TFLOPS of one rank, bytes of the rank with the largest allocation. `mfu` is a fraction of the data sheet's peak, or
+    on a CPU of the speed of a large matrix product.
     """
     torch.set_num_threads(stage.run.engine.threads)
     device, vocabulary = collectives.device, stage.run.tokenizer.size
     on_cuda = device.type == "cuda"
-    stages = [config.model_copy(update={"start_from": "random"}) for config in stage.run.stages]
-    stage = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
+    stages = tuple(config.model_copy(update={"start_from": "random"}) for config in stage.run.stages)
+    stage = Stage(stage.run.model_copy(update={"stages": stages}), stage.index)
     stage = with_micro_batch(stage, collectives, vocabulary)
     batch_size = stage.config.global_batch_size
     before = living(device)
@@ -95,24 +90,20 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
     with engine.measuring():
         peak = held + peak_of(run, device)
     seconds = seconds or time.perf_counter() - started
-    held_by_engine = engine.memory()
-    categories = {
-        "states": held_by_engine["parameters"] + held_by_engine["optimizer"],
-        "gradients": engine.gradient_bytes,
-        "activations": engine.saved_bytes,
-    }
+    memory, gradients = engine.memory(), engine.gradient_bytes
+    states = memory["parameters"] + memory["optimizer"]
+    categories = {"states": states, "gradients": gradients, "activations": engine.saved_bytes}
     engine.close()
 
     # The estimate for this rank's examples, in its micro-batches.
     work = work_of(stage, vocabulary, "cuda" if on_cuda else "cpu")
-    rows_at_once = -(-num_rows // step.accumulation)
-    memory = memory_of(
-        work.parameters,
+    at_once = -(-num_rows // step.accumulation)
+    sharding, batch_memory = (
         sharding_of(stage, collectives.world_size, on_cuda),
-        work.activations.at(rows_at_once),
-        work.workspace.at(rows_at_once),
         work.batch_bytes_per_example * num_rows,
-    ).as_json()
+    )
+    activations, workspace = work.activations.at(at_once), work.workspace.at(at_once)
+    estimate = memory_of(work.parameters, sharding, activations, workspace, batch_memory).as_json()
     total, *parts = collectives.largest([peak, *categories.values()])
     flops = work.step_flops(num_rows, step.accumulation)
     return {
@@ -122,7 +113,7 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
         "mfu": flops / seconds / _reachable(device),
         "peak_memory_bytes": total,
         "measured": dict(zip(categories, parts, strict=True)) | {"total": total},
-        "predicted": {name: memory[name] for name in (*categories, "total")},
+        "predicted": {name: estimate[name] for name in (*categories, "total")},
     }
 
 
@@ -130,16 +121,15 @@ def _reachable(device: torch.device) -> float:
     """Return the peak FLOP/s that MFU refers to: the data sheet's, or the measured speed of a large matrix product."""
     if device.type == "cuda" and (known := accelerator_like(torch.cuda.get_device_name(device))):
         return known.flops
-    size = 2048 if device.type == "cpu" else 8192
-    matrix = torch.randn(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-    best = float("inf")
+    size, dtype = (2048, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    matrix, seconds = torch.randn(size, size, device=device, dtype=dtype), list[float]()
     for _ in range(4):
         started = time.perf_counter()
         matrix @ matrix
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
 def main(

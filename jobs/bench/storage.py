@@ -1,8 +1,7 @@
 """`mome bench storage`: read and list speed of a store with our client, fsspec and botocore.
 
-All clients read the same object, in turn, over several rounds; figures are medians. CPU seconds are those of this
-process: a store on the same machine is not counted, although it shares the cores. With moto's server only CPU seconds
-are meaningful, because it slices every range out of a copy of the whole object.
+Figures are medians over rounds in turn. CPU seconds are those of this process: a store on the same machine is not
+counted, although it shares the cores. With moto's server only they are meaningful: it copies the object for each range.
 """
 
 import importlib.util
@@ -34,7 +33,6 @@ READ_BYTES = MIB  # per read of a stream
 SERVER_START_SECONDS = 30.0
 KEY_VARIABLE = "MOME_BENCH_KEY"  # holds the key for moto, which accepts any
 
-Progress = Callable[[str], None]
 Figures = dict[str, float]
 Client = Callable[[], Iterable[bytes | str]]  # reads the object, or lists the folder
 
@@ -48,7 +46,7 @@ def bench_storage(
     in_flight: int = 4,
     objects: int = 500,
     rounds: int = 3,
-    progress: Progress = lambda message: None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Measure the store behind the folder `url`; without one, moto's server, or a local folder where moto is absent.
 
@@ -56,7 +54,6 @@ def bench_storage(
     and `list` hold, by client, MB (10^6 bytes) per second, CPU seconds per GiB, seconds until the first byte is in
     the caller's hands, and HTTP requests (0 where the store is not reached by S3).
     """
-    counts = {"object_bytes": object_bytes, "range_bytes": range_bytes, "in_flight": in_flight}
     with ExitStack() as stack:
         kind = "given"
         if url is None:
@@ -81,26 +78,21 @@ def bench_storage(
     for figures in listed.values():
         figures["objects_per_second"] = objects / figures["seconds"]
         del figures["first_byte_seconds"]
-    result = {"url": url, "store": kind, **counts, "rounds": rounds}
-    return {**result, "read": read, "list": {"objects": objects, **listed}}
+    settings = {"object_bytes": object_bytes, "range_bytes": range_bytes, "in_flight": in_flight, "rounds": rounds}
+    return {"url": url, "store": kind, **settings, "read": read, "list": {"objects": objects, **listed}}
 
 
 def clients_of(
     storage: Storage, folder: str, size: int, range_bytes: int, in_flight: int
 ) -> tuple[dict[str, Client], dict[str, Client]]:
-    """Return ways to read `folder`/object, of `size` bytes, and to list `folder`/many with sizes, by client.
-
-    Each call reads the whole object, in ranges of `range_bytes` with `in_flight` requests at a time.
-    """
+    """Return ways to read `folder`/object, of `size` bytes in ranges, and to list `folder`/many, by client."""
     config, url, starts = storage.config, f"{folder}/object", list(range(0, size, range_bytes))
     stops = [*starts[1:], size]
     protocol, _, rest = folder.partition("://")
+    keys = {"key": resolve_secret(config.key), "secret": resolve_secret(config.secret)}
+    options = {**keys, "endpoint_url": config.endpoint_url, "skip_instance_cache": True}
     is_s3 = protocol in ("s3", "s3a")
-    options: dict[str, Any] = {}
-    if is_s3:
-        options = {"key": resolve_secret(config.key), "secret": resolve_secret(config.secret)}
-        options |= {"endpoint_url": config.endpoint_url, "skip_instance_cache": True}
-    file_system, path = fsspec.core.url_to_fs(folder, **options)
+    file_system, path = fsspec.core.url_to_fs(folder, **(options if is_s3 else {}))
     ranges = {"batch_size": in_flight} if file_system.async_impl else {}
 
     def concurrently(read: Callable[[int, int], bytes]) -> Iterator[bytes]:
@@ -134,10 +126,10 @@ def clients_of(
 
     client = botocore.session.get_session().create_client(
         "s3",
+        os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
         endpoint_url=config.endpoint_url,
-        region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
-        aws_access_key_id=options["key"],
-        aws_secret_access_key=options["secret"],
+        aws_access_key_id=keys["key"],
+        aws_secret_access_key=keys["secret"],
         config=Config(request_checksum_calculation="when_required", response_checksum_validation="when_required"),
     )
     bucket, _, prefix = rest.partition("/")
@@ -155,12 +147,11 @@ def clients_of(
 
 
 def _medians(
-    clients: dict[str, Client], expected: int, shortfall: str, rounds: int, progress: Progress
+    clients: dict[str, Client], expected: int, shortfall: str, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, Figures]:
-    """Return the medians of each client's figures; the order rotates, so that no client is always first.
+    """Return the medians of each client's figures; the order rotates. Counts requests of botocore and aiobotocore.
 
-    Counts the HTTP requests that this process sends through botocore or aiobotocore. Raises StorageError with
-    `shortfall` when a client returns other than `expected` bytes or names.
+    Raises StorageError with `shortfall` when a client returns other than `expected` bytes or names.
     """
     from aiobotocore.httpsession import AIOHTTPSession
     from botocore.httpsession import URLLib3Session
@@ -190,10 +181,7 @@ def _medians(
                     raise StorageError(shortfall.format(count, expected))
                 figures = {"seconds": seconds, "cpu_seconds": spent, "first_byte_seconds": first - started}
                 measured[name].append(figures | {"requests": len(sent)})
-    return {
-        name: {key: median(figures[key] for figures in samples[1:]) for key in samples[0]}
-        for name, samples in measured.items()
-    }
+    return {name: {key: median(run[key] for run in runs[1:]) for key in runs[0]} for name, runs in measured.items()}
 
 
 @contextmanager
