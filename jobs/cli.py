@@ -104,9 +104,7 @@ def demo(
 def train(
     config: Config,
     overrides: Overrides = None,
-    preflight: Annotated[
-        bool, Option("--preflight", help="Check a step per stage, ranks, storage and MLflow.")
-    ] = False,
+    preflight: Annotated[bool, Option("--preflight", help="Check a step per stage, ranks, storage, MLflow.")] = False,
     profile: Annotated[str | None, Option(help="Global steps A:B (B excluded) to record a profiler trace of.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,7 +1,7 @@
 """`mome bench`: measure the loader, the store, a training step and checkpoints on this machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -56,7 +56,7 @@ def storage(
     from jobs.bench.storage import bench_storage
 
     with status("starting") as update:
-        sizes = {"object_bytes": object_mib * MIB, "range_bytes": range_mib * MIB, "objects": objects}
+        sizes: dict[str, Any] = {"object_bytes": object_mib * MIB, "range_bytes": range_mib * MIB, "objects": objects}
         result = bench_storage(url, **sizes, in_flight=in_flight, rounds=rounds, progress=update)
     print_result(result, as_json)
 

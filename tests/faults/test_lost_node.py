@@ -4,13 +4,12 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.ray_nodes import Cluster, raylets, wait_until
 from tests.support.train_process import TrainProcess, assert_same_losses, paced
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 STEPS = 24
 SECONDS = 900  # timeout of every wait on a loaded machine
@@ -31,10 +30,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainProcess:
 
 
 def elastic(cluster: Cluster, folder: Path, name: str, *more: str) -> TrainProcess:
-    """Return a run of two ranks, one on each node, that can continue with one."""
+    """Start a run of two ranks, one on each node, that can continue with one."""
+    cluster.wait_for_nodes(2)
     keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
     keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1", *more]
-    return TrainProcess(folder, name, STEPS, *keys, environment=cluster.environment)
+    return TrainProcess(folder, name, STEPS, *keys, environment=cluster.environment).start()
 
 
 def ranks(cluster: Cluster) -> list[int]:
@@ -42,23 +42,16 @@ def ranks(cluster: Cluster) -> list[int]:
     return [len(node.ranks()) for node in cluster.nodes]
 
 
-def all_ranks(cluster: Cluster) -> list[psutil.Process]:
-    return [rank for node in cluster.nodes for rank in node.ranks()]
-
-
-@pytest.mark.timeout(2400)
 def test_losing_a_node_changes_no_loss(cluster: Cluster, whole: TrainProcess) -> None:
-    run, lost = elastic(cluster, whole.folder, "lost").start(), cluster.others[0]
-    with paced(run, lambda: all_ranks(cluster)):
+    run, lost = elastic(cluster, whole.folder, "lost"), cluster.others[0]
+    with paced(run, cluster.ranks):
         wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
         assert ranks(cluster) == [1, 1], run.log_text()
-
         before = run.step()
         lost.lose()
         # One step may have been in flight.
         wait_until(lambda: run.step() > before + 1 or not run.running(), "a step without the node", SECONDS)
         assert ranks(cluster) == [1, 0], run.log_text()
-
         lost.start()
         wait_until(lambda: ranks(cluster) == [1, 1] or not run.running(), "both nodes in use", SECONDS)
     run.finish()
@@ -66,11 +59,9 @@ def test_losing_a_node_changes_no_loss(cluster: Cluster, whole: TrainProcess) ->
     assert_same_losses(run.losses(), whole.losses())
 
 
-@pytest.mark.timeout(2400)
 def test_announced_preemption_of_a_node_costs_no_step(cluster: Cluster, whole: TrainProcess) -> None:
-    cluster.wait_for_nodes(2)
-    run = elastic(cluster, whole.folder, "warned", "checkpoint.every=1000").start()
-    with paced(run, lambda: all_ranks(cluster)):
+    run = elastic(cluster, whole.folder, "warned", "checkpoint.every=1000")
+    with paced(run, cluster.ranks):
         wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
         cluster.announce_preemption(cluster.others[0], 600)
         wait_until(lambda: run.restart_causes() or not run.running(), "the ranks to save and stop", SECONDS)
@@ -87,11 +78,9 @@ def test_announced_preemption_of_a_node_costs_no_step(cluster: Cluster, whole: T
     assert_same_losses(run.losses(), whole.losses())
 
 
-@pytest.mark.timeout(2400)
 def test_run_resumes_under_its_name_on_a_new_head(cluster: Cluster, whole: TrainProcess) -> None:
-    cluster.wait_for_nodes(2)
-    run = elastic(cluster, whole.folder, "headless").start()
-    with paced(run, lambda: all_ranks(cluster)):
+    run = elastic(cluster, whole.folder, "headless")
+    with paced(run, cluster.ranks):
         wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
         run.kill()  # a submitted run's driver is on the head
         cluster.stop()

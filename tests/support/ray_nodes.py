@@ -1,4 +1,4 @@
-"""Several Ray nodes on one machine, each a raylet in a session of its own, and a network whose links can be cut.
+"""Several Ray nodes on one machine, each a raylet in a session of its own, and a network whose link can be cut.
 
 Every node has its own address, ports and processes. Losing a node sends SIGKILL to all its processes at once. Only
 processes started here are ended.
@@ -27,12 +27,17 @@ from tests.support.train_process import ROOT, is_rank, send_signal
 SECONDS = 600  # timeout of every wait on a loaded machine
 ATTEMPTS = 5
 MEMORY = 80 * 2**20  # bytes of each node's object store: the least that Ray takes
-# Ray notices a lost node in seconds instead of half a minute.
-HEALTH = {
+ENVIRONMENT = {
+    # Ray notices a lost node in seconds instead of half a minute.
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "5",
+    "RAY_memory_monitor_refresh_ms": "0",  # a full machine must not look like a fault of ours
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ADDRESS": "",
+    "OMP_NUM_THREADS": "1",
 }
 
 
@@ -43,13 +48,11 @@ def free_ports(count: int) -> list[int]:
         return [listener.getsockname()[1] for listener in listeners]
 
 
-def tree(pid: int) -> list[psutil.Process]:
-    """Return a process and its living descendants."""
-    try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,15 @@ class Node:
     def processes(self) -> list[psutil.Process]:
         """Return the node's processes, including workers that outlive their raylet for a while."""
         if self.process is not None:
-            self.known |= {process.pid: process for process in tree(self.process.pid)}
+            with suppress(psutil.NoSuchProcess):
+                root = psutil.Process(self.process.pid)
+                self.known |= {process.pid: process for process in (root, *root.children(recursive=True))}
         self.known = {pid: process for pid, process in self.known.items() if process.is_running()}
         return list(self.known.values())
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the training workers on this node."""
+        return [process for process in self.processes() if is_rank(process)]
 
     def lose(self) -> None:
         """Send SIGKILL to all the node's processes."""
@@ -97,35 +106,20 @@ class Node:
             self.process.wait(timeout=20)
             self.process = None
 
-    def ranks(self) -> list[psutil.Process]:
-        """Return the training workers on this node."""
-        return [process for process in self.processes() if is_rank(process)]
-
 
 class Cluster:
     """A head and nodes that join it; the CPUs of a node limit its ranks."""
 
-    def __init__(
-        self,
-        folder: Path,
-        cpus: list[int],
-        environment: dict[str, str] | None = None,
-        dashboard: bool = False,
-        hosts: list[Host] | None = None,
-    ):
-        """Start the head and nodes on `hosts` (the head's first; default: loopback addresses)."""
+    def __init__(self, folder: Path, cpus: list[int], environment: dict[str, str], dashboard: bool, hosts: list[Host]):
         self.folder = folder
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        self.environment = {**os.environ, **HEALTH, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
-        self.environment |= {"RAY_memory_monitor_refresh_ms": "0"}  # a full machine must not look like a fault of ours
-        self.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "", "PYTHONPATH": path}
-        self.environment |= environment or {}
+        self.environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **environment}
         # Not 127.0.0.1, which Ray replaces by the machine's own. Each test process of pytest-xdist has its own network.
         subnet = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         hosts = hosts or [Host(f"127.0.{subnet}.{number + 2}") for number in range(len(cpus))]
         port, self.dashboard_port, client = free_ports(3)
         self.address, self.dashboard = f"{hosts[0].address}:{port}", f"http://127.0.0.1:{self.dashboard_port}"
-        self._listening = [self.address, *[self.dashboard.removeprefix("http://")] * dashboard]
+        self._listening = [(hosts[0].address, port), *[("127.0.0.1", self.dashboard_port)] * dashboard]
         joining = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
         joining += [f"--dashboard-port={self.dashboard_port}", f"--include-dashboard={str(dashboard).lower()}"]
         self.nodes: list[Node] = []
@@ -150,27 +144,30 @@ class Cluster:
             node.start()
         self.wait_for_nodes(len(self.nodes))
 
-    def _is_listening(self) -> bool:
-        for address in self._listening:
-            host, _, port = address.partition(":")
-            with socket.socket() as probe:
-                probe.settimeout(1)
-                if probe.connect_ex((host, int(port))):
-                    return False
-        return True
+    def stop(self) -> None:
+        for node in reversed(self.nodes):
+            node.lose()
 
     def wait_for_nodes(self, count: int) -> None:
         self._wait(lambda: len(self.alive()) == count)
+
+    def _is_listening(self) -> bool:
+        with suppress(OSError):
+            for address in self._listening:
+                socket.create_connection(address, timeout=1).close()
+            return True
+        return False
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         """Wait, and start nodes again: a loaded machine may exceed the half minute that `ray start` allows."""
         end = time.monotonic() + SECONDS
         while not condition():
-            assert time.monotonic() < end, self.log_text()
+            logs = [node.log.read_text(encoding="utf-8")[-3000:] for node in self.nodes if node.log.exists()]
+            assert time.monotonic() < end, "\n".join(logs)
             for node in self.nodes:
                 if node.process is not None and node.process.poll() is not None:
                     node.attempts += 1
-                    assert node.attempts < ATTEMPTS, node.log.read_text(encoding="utf-8")[-3000:]
+                    assert node.attempts < ATTEMPTS, "\n".join(logs)
                     node.lose()
                     node.start()
             time.sleep(0.2)
@@ -210,19 +207,17 @@ class Cluster:
         """Return the folders of the nodes' sessions (logs, code of jobs), without the link `session_latest`."""
         return sorted(self.folder.glob("*/session_2*"))
 
-    def log_text(self) -> str:
-        return "\n".join(node.log.read_text(encoding="utf-8")[-2000:] for node in self.nodes if node.log.exists())
-
-    def stop(self) -> None:
-        for node in reversed(self.nodes):
-            node.lose()
+    def ranks(self) -> list[psutil.Process]:
+        return [rank for node in self.nodes for rank in node.ranks()]
 
 
 @contextmanager
-def raylets(cpus: list[int], environment: dict[str, str] | None = None, **options: Any) -> Iterator[Cluster]:
-    """Run a Cluster in a temporary folder with a short name, because sockets are created in it."""
+def raylets(
+    cpus: list[int], environment: dict[str, str] | None = None, dashboard: bool = False, hosts: list[Host] | None = None
+) -> Iterator[Cluster]:
+    """Run a Cluster on `hosts` (the head's first; default: loopback addresses), with short paths for its sockets."""
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
-    cluster = Cluster(folder, cpus, environment, **options)
+    cluster = Cluster(folder, cpus, environment or {}, dashboard, hosts or [])
     try:
         cluster.start()
         yield cluster
@@ -231,78 +226,35 @@ def raylets(cpus: list[int], environment: dict[str, str] | None = None, **option
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_until(condition: Any, what: str, seconds: float = SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
-
-
-# ---- a network
-
-
-class Network:
-    """Network of `count` machines: the first is this process's own network, the others are network namespaces.
-
-    Needs the right to create namespaces (root, or CAP_SYS_ADMIN and CAP_NET_ADMIN) and `ip`.
-    """
-
-    def __init__(self, count: int):
-        self._tag, self._others = f"m{os.getpid() % 100000}", range(1, count)
-        subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
-        # Gloo would choose the interface by host name, which is the same in every namespace.
-        own = Host(f"{subnet}.1", (), (("GLOO_SOCKET_IFNAME", f"{self._tag}b"),))
-        self.hosts = [own] + [
-            Host(
-                f"{subnet}.{number + 1}",
-                ("ip", "netns", "exec", f"{self._tag}n{number}"),
-                (("GLOO_SOCKET_IFNAME", f"{self._tag}e{number}"),),
-            )
-            for number in self._others
-        ]
-
-    def build(self) -> None:
-        """Join the namespaces by a bridge. Raises OSError or CalledProcessError where they are not permitted."""
-        bridge = f"{self._tag}b"
-        commands = [f"link add {bridge} type bridge", f"addr add {self.hosts[0].address}/24 dev {bridge}"]
-        commands.append(f"link set {bridge} up")
-        for number in self._others:
-            space, inside, outside = (f"{self._tag}{kind}{number}" for kind in "nev")
-            commands += [
-                f"netns add {space}",
-                f"link add {outside} type veth peer name {inside}",
-                f"link set {inside} netns {space}",
-                f"link set {outside} master {bridge} up",
-                f"-n {space} addr add {self.hosts[number].address}/24 dev {inside}",
-                f"-n {space} link set {inside} up",
-                f"-n {space} link set lo up",
-            ]
-        for command in commands:
-            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
-
-    def cut(self, number: int) -> None:
-        """Drop all packets of a machine without closing its connections."""
-        subprocess.run(["ip", "link", "set", f"{self._tag}v{number}", "down"], check=True, capture_output=True)
-
-    def remove(self) -> None:
-        names = [
-            f"{kind} del {self._tag}{end}{n}" for n in self._others for kind, end in (("netns", "n"), ("link", "v"))
-        ]
-        for command in [*names, f"link del {self._tag}b"]:
-            with suppress(FileNotFoundError):
-                subprocess.run(["ip", *command.split()], check=False, capture_output=True)
-
-
 @contextmanager
-def network(count: int) -> Iterator[Network | None]:
-    """Build the network and yield it; yield None where namespaces are not permitted."""
-    machines = Network(count)
+def network() -> Iterator[tuple[list[Host], Callable[[], object]] | None]:
+    """Yield the hosts of this process's own network and of a network namespace, and a function that cuts their link.
+
+    Cutting drops all packets without closing connections. Yield None without the right to create namespaces (root, or
+    CAP_SYS_ADMIN and CAP_NET_ADMIN).
+    """
+    tag = f"m{os.getpid() % 100000}"
+    bridge, space, inside, outside = (f"{tag}{kind}" for kind in "bnev")
+    subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
+    # Gloo would choose the interface by host name, which is the same in every namespace.
+    hosts = [Host(f"{subnet}.1", (), (("GLOO_SOCKET_IFNAME", bridge),))]
+    hosts.append(Host(f"{subnet}.2", ("ip", "netns", "exec", space), (("GLOO_SOCKET_IFNAME", inside),)))
+
+    def ip(*commands: str, check: bool = True) -> None:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=check, capture_output=True)
+
     try:
         try:
-            machines.build()
+            ip(f"link add {bridge} type bridge", f"addr add {subnet}.1/24 dev {bridge}", f"link set {bridge} up")
+            ip(f"netns add {space}", f"link add {outside} type veth peer name {inside}")
+            ip(f"link set {inside} netns {space}", f"link set {outside} master {bridge} up")
+            ip(f"-n {space} addr add {subnet}.2/24 dev {inside}")
+            ip(f"-n {space} link set {inside} up", f"-n {space} link set lo up")
         except (OSError, subprocess.CalledProcessError):
             yield None
             return
-        yield machines
+        yield hosts, lambda: ip(f"link set {outside} down")
     finally:
-        machines.remove()
+        with suppress(FileNotFoundError):
+            ip(f"netns del {space}", f"link del {outside}", f"link del {bridge}", check=False)

@@ -14,15 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ray.experimental import internal_kv
 
-from jobs import interrupts, mailbox, train
+from jobs import driver, train
 from jobs.cluster import for_ranks
 from jobs.console import Stopped
-from jobs.interrupts import Interrupts
-from jobs.mailbox import NUM_PLACED, STOP, Mailbox, forwarded_warnings
+from jobs.driver import NUM_PLACED, STOP, Interrupts, Mailbox, forwarded_warnings
 from jobs.placement import PlacementCallback
 from jobs.submit import for_cluster
 from pipeline.config.errors import ConfigError
@@ -47,16 +47,15 @@ def test_ranks_in_another_folder_use_the_same_files_and_mlflow(
     assert tracking_uri(settled) == expected
     assert settled.sources["scenes"].shards == str(tmp_path / "runs/demo-data/scenes")
     assert settled.output == ("s3://bucket/runs" if "s3" in override else str(tmp_path / "runs"))
-    if "sqlite" in override:
-        assert settled.tracking.uri == f"sqlite:///{tmp_path}/mine.db"
+    assert "sqlite" not in override or settled.tracking.uri == f"sqlite:///{tmp_path}/mine.db"
     assert for_ranks(settled) == settled
 
 
 def test_references_stay_unresolved_and_recorded_passwords_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SERVER", raising=False)  # set only on the cluster's nodes
     config = load_config(DEMO, ["tracking.uri=env:SERVER"])
-    assert for_ranks(config).tracking.uri == "env:SERVER"
-    assert for_cluster(config, same_machine=True).tracking.uri == "env:SERVER"
+    for settled in (for_ranks(config), for_cluster(config, same_machine=True)):
+        assert settled.tracking.uri == "env:SERVER"
     with pytest.raises(ConfigError, match=r"cluster\.min_workers: 3 is above cluster\.workers 2"):
         for_ranks(config, min_workers=3)
     values = json.loads(load_config(DEMO).model_dump_json())
@@ -74,30 +73,24 @@ class KeyValues(dict[bytes, bytes]):
 
     is_away = False
 
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("internal_kv") and self.is_away:
+    def __getattr__(self, name: str) -> Any:
+        if self.is_away:
             raise RuntimeError("the head does not answer")
-        return super().__getattribute__(name)
-
-    def internal_kv_get(self, key: bytes, *_: object) -> bytes | None:
-        return self.get(key)
-
-    def internal_kv_put(self, key: bytes, value: bytes, *_: object) -> int:
-        self[key] = value
-        return 1
-
-    def internal_kv_keys(self, prefix: bytes, *_: object) -> list[bytes]:
-        return [key for key in self if key.startswith(prefix)][::-1]
-
-    def internal_kv_del(self, key: bytes, by_prefix: bool, *_: object) -> int:
-        return len([self.pop(name) for name in list(self) if name == key or (by_prefix and name.startswith(key))])
+        return {
+            "internal_kv_get": lambda key, *_: self.get(key),
+            "internal_kv_put": lambda key, value, *_: self.update({key: value}) or 1,
+            "internal_kv_keys": lambda prefix, *_: [key for key in self if key.startswith(prefix)][::-1],
+            "internal_kv_del": lambda key, by_prefix, *_: len(
+                [self.pop(name) for name in list(self) if name == key or (by_prefix and name.startswith(key))]
+            ),
+        }[name]
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> KeyValues:
     values = KeyValues()
     monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda: values)
-    monkeypatch.setattr(mailbox, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(driver, "RETRY_SECONDS", 0.01)
     return values
 
 
@@ -121,41 +114,37 @@ def test_our_warnings_reach_the_driver_once_and_in_order(store: KeyValues) -> No
 
 
 def test_values_are_exchanged_within_one_start_and_an_unavailable_head_blocks_neither_side(store: KeyValues) -> None:
-    driver, rank, another = Mailbox("claim"), Mailbox("claim"), Mailbox("later")
+    mail, rank = Mailbox("claim"), Mailbox("claim")
     assert rank.get(STOP) is None
-    assert driver.put(STOP, 1)
-    assert (rank.get(STOP), another.get(STOP)) == ("1", None)
+    assert mail.put(STOP, 1)
+    assert (rank.get(STOP), Mailbox("later").get(STOP)) == ("1", None)
     callback = PlacementCallback("claim")
     for event, expected in ((callback.after_worker_group_start, "2"), (callback.before_worker_group_shutdown, "0")):
         event(SimpleNamespace(get_workers=lambda: [1, 2]))
-        assert driver.get(NUM_PLACED) == expected
+        assert mail.get(NUM_PLACED) == expected
     assert rank.put(NUM_PLACED, 3)
     callback.before_worker_group_start(None)
-    assert driver.get(NUM_PLACED) == "0", "the message of a shutdown may be lost; a failed start has no shutdown"
-    driver.call("del", "", True)
+    assert mail.get(NUM_PLACED) == "0", "the message of a shutdown may be lost; a failed start has no shutdown"
+    mail.call("del", "", True)
     assert store == {}
     store.is_away = True
-    assert (driver.get(NUM_PLACED), driver.put(STOP, 1), driver.receive()) == (None, False, [])
+    assert (mail.get(NUM_PLACED), mail.put(STOP, 1), mail.receive()) == (None, False, [])
     with forwarded_warnings(rank):
-        for number in range(3 * mailbox.MAX_QUEUED):
+        for number in range(3 * driver.MAX_QUEUED):
             ours.warning("line %d", number)
         store.is_away = False
-    assert driver.receive()[0]["text"] == "line 0"
+    assert mail.receive()[0]["text"] == "line 0"
 
 
 def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    def alert(name: str, text: str, **more: bool) -> dict[str, object]:
-        return {"level": "WARNING", "text": text, "alert": f"vision/{name}", **more}
-
-    printed: list[str] = []
+    collapse, clamp = ({"level": "WARNING", "alert": f"vision/{name}"} for name in ("itm_collapse", "itc_clamp"))
     received = [
-        [alert("itm_collapse", "collapsed"), alert("itc_clamp", "clamped")],
+        [{**collapse, "text": "collapsed"}, {**clamp, "text": "clamped"}],
         [{"level": "WARNING", "text": "resuming stage vision at step 130"}],
-        [alert("itc_clamp", "over", over=True)],
+        [{**clamp, "text": "over", "over": True}],
     ]
+    printed, mail, open_alerts = list[str](), Mock(receive=lambda: received.pop(0)), dict[str, str]()
     monkeypatch.setattr(train, "notify", lambda text, *_: printed.append(text))
-    monkeypatch.setattr(Mailbox, "receive", lambda _: received.pop(0))
-    mail, open_alerts = Mailbox("start"), dict[str, str]()
     train.show_messages(mail, open_alerts)
     assert open_alerts == {"vision/itm_collapse": "collapsed", "vision/itc_clamp": "clamped"}
     train.show_messages(mail, open_alerts)
@@ -166,25 +155,6 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
 
 
 # ---- signals
-
-
-class Mail:
-    """Mailbox to the ranks that counts the requests to save, and accepts those after the first `lost`."""
-
-    def __init__(self, lost: int = 0) -> None:
-        self.lost, self.requests = lost, 0
-
-    def put(self, name: str, value: object) -> bool:
-        self.requests += name == STOP
-        return self.requests > self.lost
-
-
-@pytest.fixture
-def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    messages: list[str] = []
-    monkeypatch.setattr(interrupts, "notify", messages.append)
-    monkeypatch.setattr(interrupts, "END_SECONDS", 1e8)  # the timeout would end the test process
-    return messages
 
 
 def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> None:
@@ -206,47 +176,47 @@ AWAY = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS
 
 
 def test_placed_ranks_are_requested_to_save_while_the_store_answers(
-    tmp_path: Path, printed: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, mail, started = load_config(DEMO, [f"output={tmp_path}"]), Mail(), time.monotonic()
+    printed, started = list[str](), time.monotonic()
+    monkeypatch.setattr(driver, "notify", printed.append)
+    monkeypatch.setattr(driver, "END_SECONDS", 1e8)  # the timeout would end the test process
+    config, mail = load_config(DEMO, [f"output={tmp_path}"]), Mock()
     drive(config, mail, ranks=0, seconds=60)  # no rank could save
-    assert (mail.requests, printed) == (0, [])
+    assert (mail.put.call_count, printed) == (0, [])
     assert time.monotonic() - started < 30
-    for lost in (0, 1):
-        mail = Mail(lost)
+    for accepted in ([True], [False, True]):  # the first request may be lost
+        mail.put = Mock(side_effect=accepted)
         drive(config, mail, ranks=2)
-        assert mail.requests == lost + 1
+        assert [call.args[0] for call in mail.put.call_args_list] == [STOP] * len(accepted)
     assert [message.partition(" after")[0] for message in printed] == 2 * ["SIGTERM: the ranks save"]
-    monkeypatch.setattr(interrupts, "UNREACHABLE_SECONDS", 0.2)
+    monkeypatch.setattr(driver, "UNREACHABLE_SECONDS", 0.2)
     for name, value in AWAY.items():
         monkeypatch.setenv(name, value)
-    drive(config.model_copy(update={"output": "s3://bucket/runs"}), Mail(), ranks=2, seconds=20)
+    drive(config.model_copy(update={"output": "s3://bucket/runs"}), Mock(), ranks=2, seconds=20)
     assert "has not answered" in printed[-1]
 
 
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from jobs import interrupts
-from pipeline.config.errors import ConfigError
+from jobs import driver
 from pipeline.config.load import load_config
 
-interrupts.END_SECONDS, interrupts.ANSWER_SECONDS = float(sys.argv[2]), 0.2
+driver.END_SECONDS, driver.ANSWER_SECONDS = float(sys.argv[2]), 0.2
 try:
-    with interrupts.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])).handled():
+    with driver.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])).handled():
         try:
             print("ready", flush=True)
             time.sleep(60)
         finally:
             time.sleep(float(sys.argv[3]))  # a store that is away
-except interrupts.Stopped as stopped:
+except driver.Stopped as stopped:
     sys.stderr.flush()
     os._exit(stopped.args[0])
 """
 # Another thread receives the signal, and no Python signal handler runs.
-BLOCKED = SCRIPT.replace(
-    "            time.sleep(60)", "            signal.pthread_sigmask(0, [2, 15]); time.sleep(60)", 1
-)
+BLOCKED = SCRIPT.replace("    time.sleep(60)", "    signal.pthread_sigmask(0, [2, 15]); time.sleep(60)", 1)
 
 
 @pytest.mark.parametrize(

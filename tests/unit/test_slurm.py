@@ -10,14 +10,20 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 
-from tests.support.rendered_infra import INFRA
 from tests.support.stores import Store
 
+INFRA = Path(__file__).resolve().parents[2] / "infra"
 Start = Callable[..., subprocess.Popen[str]]
+
+
+def write_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
 
 
 @pytest.fixture
@@ -28,23 +34,16 @@ def start(tmp_path: Path) -> Start:
     activate.write_text("")
 
     def begin(srun: str, **environment: str) -> subprocess.Popen[str]:
-        commands = {
-            "srun": f'printf "%s " srun "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n{srun}',
-            "scancel": f'echo scancel "$@" >> {tmp_path}/calls; kill -USR1 $(cat {tmp_path}/ranks)',
-            "scontrol": f'[ "$1" = show ] && {{ echo node7; echo node8; }} || echo scontrol "$@" >> {tmp_path}/calls',
-        }
-        for name, script in commands.items():
-            (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
-            (tmp_path / name).chmod(0o755)
+        calls = f"{tmp_path}/calls"
+        write_program(tmp_path / "srun", f'printf "%s " srun "$@" >> {calls}; echo >> {calls}\n{srun}')
+        write_program(tmp_path / "scancel", f'echo scancel "$@" >> {calls}; kill -USR1 $(cat {tmp_path}/ranks)')
+        show = f'[ "$1" = show ] && {{ echo node7; echo node8; }} || echo scontrol "$@" >> {calls}'
+        write_program(tmp_path / "scontrol", show)
         slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
-        return subprocess.Popen(
-            ["bash", str(INFRA / "slurm.sbatch"), "configs/demo.yaml", "name=a run", "output=s3://bucket/runs"],
-            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "MOME_VENV": str(tmp_path / "venv"), **slurm, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        base = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MOME_VENV": str(tmp_path / "venv")}
+        command = ["bash", str(INFRA / "slurm.sbatch"), "configs/demo.yaml", "name=a run", "output=s3://bucket/runs"]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env={**base, **slurm, **environment}, start_new_session=True, **pipes)
 
     return begin
 
@@ -60,10 +59,10 @@ def test_torchrun_starts_on_every_node_with_the_arguments(start: Start, tmp_path
     last = (tmp_path / "last").read_text().splitlines()
     assert last == ["configs/demo.yaml", "name=a run", "output=s3://bucket/runs"]
     words = step.split()
-    given = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
-    assert "SIGUSR1" in given.signals_to_handle  # passed on to the ranks
-    assert given.shutdown_timeout < 120  # of --signal=B:USR1@120
-    assert given.max_restarts == 0  # ranks that saved and ended must not be restarted
+    parsed = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+    assert "SIGUSR1" in parsed.signals_to_handle  # passed on to the ranks
+    assert parsed.shutdown_timeout < 120  # of --signal=B:USR1@120
+    assert parsed.max_restarts == 0  # ranks that saved and ended must not be restarted
 
 
 def test_failed_job_is_retried_within_bounds_and_keeps_the_last_status(start: Start, tmp_path: Path) -> None:
@@ -83,31 +82,37 @@ def test_failed_job_is_retried_within_bounds_and_keeps_the_last_status(start: St
 @pytest.mark.parametrize("sent", ["USR1", "TERM"])
 def test_preemption_is_passed_to_the_ranks_and_requeues_the_job(sent: str, start: Start, tmp_path: Path) -> None:
     saves = f"trap 'echo saved >> {tmp_path}/calls; exit 1' USR1"
-    job = start(f"{saves}; echo $$ > {tmp_path}/ranks; while :; do sleep 0.1; done")
-    deadline = time.monotonic() + 30
+    job, deadline = start(f"{saves}; echo $$ > {tmp_path}/ranks; while :; do sleep 0.1; done"), time.monotonic() + 30
     while not (tmp_path / "ranks").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(job.pid, getattr(signal, f"SIG{sent}"))  # to the script alone, as --signal=B: does
     output, _ = job.communicate(timeout=30)
-    assert (tmp_path / "calls").read_text().splitlines()[1:] == [
-        f"scancel --signal={sent} 17",
-        "saved",
-        "scontrol requeue 17",
-    ], output
+    calls = (tmp_path / "calls").read_text().splitlines()[1:]
+    assert calls == [f"scancel --signal={sent} 17", "saved", "scontrol requeue 17"], output
     assert job.returncode == 0
 
 
+def test_superseded_job_is_not_retried(start: Start, tmp_path: Path) -> None:
+    """Retries share a claim; another start of the same job has its own."""
+    write_program(tmp_path / "python", f'printf "%s " "$MOME_CLAIM" "$@" > {tmp_path}/owner\nexit 76')
+    for number, restart in enumerate(("0", "3"), start=1):
+        job = start("exit 1", SLURM_RESTART_COUNT=restart)
+        output, _ = job.communicate(timeout=30)
+        assert job.returncode == 76, output
+        assert (tmp_path / "calls").read_text().count("srun") == number
+        claim = f"slurm--17-{restart} -m pipeline.training.ownership configs/demo.yaml name=a"
+        assert (tmp_path / "owner").read_text().startswith(claim)
+
+
 def test_a_local_store_refuses_a_used_port(moto_store: Store) -> None:
-    port = moto_store.endpoint.rpartition(":")[2]
-    command = ["bash", str(INFRA / "local_s3.sh"), port, "not-made"]
+    command = ["bash", str(INFRA / "local_s3.sh"), port := moto_store.endpoint.rpartition(":")[2], "not-made"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if "not installed" in done.stderr:
         pytest.skip("this checkout has no .venv")
-    assert done.returncode == 1
+    assert (done.returncode, done.stdout) == (1, "")
     assert f"port {port} is taken" in done.stderr
     assert "is served" not in done.stderr
-    assert done.stdout == ""
     keys = {"aws_access_key_id": moto_store.key, "aws_secret_access_key": moto_store.secret}
     client = boto3.client("s3", "us-east-1", endpoint_url=moto_store.endpoint, **keys)
     assert "not-made" not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
@@ -119,23 +124,10 @@ def test_scripts_are_valid_bash_and_explain_a_missing_environment_or_argument(tm
         assert os.access(path, os.X_OK), path
     (tmp_path / "infra").mkdir()
     script = shutil.copy(INFRA / "local_s3.sh", tmp_path / "infra" / "local_s3.sh")
-    for path, message in {
-        script: "Run 'make .venv/installed' in the checkout first",
-        INFRA / "slurm.sbatch": "usage: sbatch",
-    }.items():
+    for path, message in (
+        (script, "Run 'make .venv/installed' in the checkout first"),
+        (INFRA / "slurm.sbatch", "usage: sbatch"),
+    ):
         done = subprocess.run(["bash", str(path)], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert message in done.stderr
-
-
-def test_superseded_job_is_not_retried(start: Start, tmp_path: Path) -> None:
-    """Retries share a claim; another start of the same job has its own."""
-    (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "%s " "$MOME_CLAIM" "$@" > {tmp_path}/owner\nexit 76\n')
-    (tmp_path / "python").chmod(0o755)
-    for number, restart in enumerate(("0", "3"), start=1):
-        job = start("exit 1", SLURM_RESTART_COUNT=restart)
-        output, _ = job.communicate(timeout=30)
-        assert job.returncode == 76, output
-        assert (tmp_path / "calls").read_text().count("srun") == number
-        claim = f"slurm--17-{restart} -m pipeline.training.ownership configs/demo.yaml name=a"
-        assert (tmp_path / "owner").read_text().startswith(claim)
