@@ -1,17 +1,19 @@
-"""Jobs over Ray's HTTP API on two nodes that require a token run with it and are rejected without it."""
+"""A run's driver on a Ray cluster: jobs need the cluster's token, and a stopped driver saves and resumes."""
 
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from tests.support.ray_nodes import raylets
+from tests.support.ray_nodes import raylets, wait_until
 from tests.support.train_process import ROOT, STAGES, TrainProcess
 
 STEPS = 6
@@ -28,7 +30,11 @@ def mome(*arguments: str, home: Path, **environment: str) -> subprocess.Complete
 def result_of(*arguments: str, home: Path, **environment: str) -> dict[str, Any]:
     done = mome(*arguments, "--json", home=home, **environment)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return {**json.loads(done.stdout.splitlines()[-1]), "stderr": done.stderr}
+
+
+def ended(run: TrainProcess) -> int:
+    return run.process.wait(timeout=300)
 
 
 @pytest.mark.slow
@@ -50,11 +56,9 @@ def test_jobs_on_two_nodes_require_the_token_and_are_resubmitted_under_a_new_id(
 
         job = result_of(*submit, *reach, "--no-follow", home=tmp_path)["job"]
         token = token_file.read_text(encoding="utf-8")
-        followed = mome(*submit, *at, "--token", "env:TOKEN", "--json", home=tmp_path, TOKEN=token)
-        assert followed.returncode == 0, followed.stderr
-        result = json.loads(followed.stdout.splitlines()[-1])
-        assert (result["job"], result["status"]) == (job, "SUCCEEDED")
-        assert f"vision_language {STEPS}/{STEPS}" in followed.stderr, "progress was not streamed"
+        followed = result_of(*submit, *at, "--token", "env:TOKEN", home=tmp_path, TOKEN=token)
+        assert (followed["job"], followed["status"]) == (job, "SUCCEEDED")
+        assert f"vision_language {STEPS}/{STEPS}" in followed["stderr"], "progress was not streamed"
         assert len(run.losses()) == len(STAGES) * STEPS
         client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -73,9 +77,53 @@ def test_jobs_on_two_nodes_require_the_token_and_are_resubmitted_under_a_new_id(
         assert "mome jobs list" in unknown.stderr
 
         arguments = TrainProcess(tmp_path, "stopped", 300, "cluster.workers=2").arguments
-        job = result_of("submit", *arguments, *reach, "--no-follow", home=tmp_path)["job"]
-        for stopped in (job, f"{job}-2"):  # a stopped job is submitted again under a new id
-            assert result_of("jobs", "stop", stopped, *reach, home=tmp_path) == {"job": stopped, "status": "STOPPED"}
-            if stopped == job:
-                again = result_of("submit", *arguments, *reach, "--no-follow", home=tmp_path)
-                assert again["job"] == f"{job}-2"
+        for suffix in ("", "-2"):  # a stopped job is submitted again under a new id
+            stopped = result_of("submit", *arguments, *reach, "--no-follow", home=tmp_path)["job"]
+            job = job if suffix else stopped
+            assert stopped == job + suffix
+            assert result_of("jobs", "stop", stopped, *reach, home=tmp_path)["status"] == "STOPPED"
+
+
+@pytest.mark.slow
+def test_stopped_driver_saves_and_resumes_without_losing_a_step(tmp_path: Path) -> None:
+    run = TrainProcess(tmp_path, "run", 60, "checkpoint.every=1000").start()
+    try:
+        wait_until(lambda: run.step() >= 3 or not run.running(), "the first steps")
+        run.process.send_signal(signal.SIGTERM)
+        assert ended(run) == 75, run.log_text()
+        (saved,) = run.saved_steps()
+        assert f"stopped (SIGTERM): checkpoint at step {saved}; re-run the same command to resume" in run.log_text()
+        assert run.step() == saved, "a step was made after the one that was saved"
+        assert "***" not in run.log_text(), "a C++ stack"
+
+        run.start()  # the second signal arrives while Ray starts
+        time.sleep(15)
+        run.process.send_signal(signal.SIGINT)
+        assert ended(run) == 130, run.log_text()
+        wait_until(lambda: "stopped (SIGINT)" in run.log_text(), "the last word", 5)
+        assert f"step {saved}; re-run" in run.log_text().splitlines()[-2]
+        assert "Traceback" not in run.log_text()
+    finally:
+        run.kill()
+
+
+def test_missing_gpus_of_this_machine_are_reported_at_once(tmp_path: Path) -> None:
+    run = TrainProcess(tmp_path, "here", 1, "cluster.gpus_per_worker=1").start()
+    assert ended(run) == 1
+    assert "2 ranks need 2 GPUs; this cluster has 0" in run.log_text()
+
+
+@pytest.mark.slow
+def test_missing_gpus_are_awaited_and_wrong_port_fails_fast(tmp_path: Path) -> None:
+    with raylets([1, 1], dashboard=True) as cluster:
+        keys = [f"cluster.address={cluster.address}", "cluster.gpus_per_worker=1", "cluster.start_seconds=5"]
+        run = TrainProcess(tmp_path, "there", 1, *keys, environment=cluster.environment).start()
+        assert ended(run) == 1
+        assert "waiting: 0 of 2 workers placed; 2 GPUs requested, 0 in the cluster" in run.log_text()
+        assert "this cluster has 0" in run.log_text().splitlines()[-1]
+
+        began, address = time.monotonic(), f"127.0.0.1:{cluster.dashboard_port}"
+        run = TrainProcess(tmp_path, "port", 1, f"cluster.address={address}", environment=cluster.environment).start()
+        assert ended(run) == 1
+        assert f"cluster.address {address}: no Ray cluster answers" in run.log_text()
+        assert time.monotonic() - began < 120, "Ray alone would wait for four minutes"

@@ -8,7 +8,9 @@ import os
 import socket
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -16,6 +18,7 @@ from ray._private.state import state
 
 from jobs import cluster, placement
 from jobs.cluster import connect, keep_token_private, missing_resources
+from jobs.driver import Mailbox
 from jobs.placement import Placement
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import ClusterConfig
@@ -40,7 +43,7 @@ def joined(address: str) -> str:
 
 
 def test_address_is_returned_with_its_origin(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases: list[tuple[str | None, str | None, tuple[str, str] | None]] = [
+    for named, variable, expected in (
         (None, None, None),
         (None, "local", None),
         ("head:6379", None, ("head:6379", "cluster.address")),
@@ -49,25 +52,21 @@ def test_address_is_returned_with_its_origin(monkeypatch: pytest.MonkeyPatch) ->
         ("auto", "other:6379", ("other:6379", "RAY_ADDRESS")),
         ("auto", None, ("auto", "cluster.address")),
         ("local", "", None),
-    ]
-    for named, variable, expected in cases:
-        monkeypatch.setenv("RAY_ADDRESS", variable or "")
-        if variable is None:
-            monkeypatch.delenv("RAY_ADDRESS")
+    ):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("RAY_ADDRESS", variable)
         assert cluster.address_of(ClusterConfig(address=named)) == expected
 
 
 def test_hosts_may_be_ipv6_addresses_and_malformed_addresses_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    hosts = {
+    for address, groups in {
         "head:6379": (None, "head", "6379"),
         "10.0.0.1:6379": (None, "10.0.0.1", "6379"),
         "[::1]:6379": ("::1", None, "6379"),
         "[fe80::1%eth0]:6379": ("fe80::1%eth0", None, "6379"),
-    }
-    for address, groups in hosts.items():
-        match = cluster.HOST_AND_PORT.fullmatch(address)
-        assert match is not None
-        assert match.groups() == groups
+    }.items():
+        assert cluster.HOST_AND_PORT.fullmatch(address).groups() == groups
     for address in ("head", "head:", ":6379", "::1:6379", "[::1]", "head:port", "head:99999", "a b:1"):
         assert "expected host:port" in joined(address)
     assert "cannot place ranks" in joined("ray://head:10001")
@@ -80,32 +79,23 @@ def test_hosts_may_be_ipv6_addresses_and_malformed_addresses_are_rejected(monkey
 def test_port_of_another_service_and_a_silent_port_are_reported(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if ":" in host and not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     monkeypatch.setattr(cluster, "HEAD_SECONDS", 0.5)
-    with socket.create_server((host, 0), family=family) as silent:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as silent:
         port = silent.getsockname()[1]
         assert "is no Ray head" in joined(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     with serving(give("a page", 404)) as server:
         assert "is no Ray head" in joined(server.url.removeprefix("http://"))
 
 
-@pytest.mark.parametrize(
-    ("error", "remedy"),
-    [
+def test_local_ray_that_does_not_start_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for error, remedy in (
         (OSError("AF_UNIX path length cannot exceed 107 bytes: /very/long"), "set TMPDIR or RAY_TMPDIR"),
         (Exception("The current node timed out during startup."), "mome doctor"),
-    ],
-)
-def test_local_ray_that_does_not_start_is_one_message(
-    error: Exception, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(ray, "init", fail)
-    with pytest.raises(RunFailed, match=f"Ray did not start on this machine .*{remedy}"):
-        connect(ClusterConfig())
+    ):
+        monkeypatch.setattr(ray, "init", Mock(side_effect=error))
+        with pytest.raises(RunFailed, match=f"Ray did not start on this machine .*{remedy}"):
+            connect(ClusterConfig())
 
 
 def test_token_is_private_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,15 +109,15 @@ def test_token_is_private_before_ray_starts(tmp_path: Path, monkeypatch: pytest.
     keep_token_private()
     assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == (token, 0o600), "and a token there stays"
     assert "RAY_AUTH_TOKEN" not in os.environ
-    for home in ("/dev/null", "/proc/no-such"):  # where no file can be written
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path.replace("~", os.environ["HOME"]))
+    for home in ("/dev/null", "/proc/no-such", "~"):  # where no file can be written, or there is none
         monkeypatch.setenv("HOME", home)
         monkeypatch.setenv("RAY_AUTH_TOKEN", "")
         monkeypatch.delenv("RAY_AUTH_TOKEN")
         keep_token_private()
         assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
-
-
-# ---- resources
+    assert os.listdir(tmp_path) == [".ray"]
 
 
 LOADERS = {"loader_actors": 1, "loader_resource": "loader"}
@@ -162,24 +152,14 @@ def test_missing_resources_are_reported_with_their_keys(
     requested: dict[str, Any], nodes: list[dict[str, float]], message: str | None
 ) -> None:
     missing = missing_resources(ClusterConfig.model_validate({"workers": 2, **requested}), nodes)
-    assert (missing is None) == (message is None)
-    if message is not None:
-        assert message in missing
-        assert "cluster." in missing
+    assert missing is None if message is None else message in missing and "cluster." in missing
 
 
 # ---- waiting for ranks to be placed
 
 
-class World:
+class World(SimpleNamespace):
     """Simulated cluster and clock, and the driver's console output."""
-
-    def __init__(self) -> None:
-        self.node: dict[str, float] = {"CPU": 4.0}
-        self.now = 1000.0
-        self.ranks: int | None = 0
-        self.printed: list[str] = []
-        self.autoscaler_limits: dict[str, float] | None = None
 
     def placement(self, **values: object) -> Placement:
         keys = {"workers": 2, "start_seconds": 60, "address": "head:6379", **values}
@@ -195,13 +175,13 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    simulated = World()
+    simulated = World(node={"CPU": 4.0}, now=1000.0, ranks=0, printed=[], limits=None)
     monkeypatch.setattr(cluster, "usable_nodes", lambda: {"node": simulated.node})
     monkeypatch.setattr(placement, "notify", simulated.printed.append)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: simulated.autoscaler_limits)
-    monkeypatch.setattr("jobs.driver.Mailbox.get", lambda *_: simulated.ranks)
-    monkeypatch.setattr("jobs.driver.Mailbox.put", lambda *_: True)
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: simulated.limits)
+    monkeypatch.setattr(Mailbox, "get", lambda *_: simulated.ranks)
+    monkeypatch.setattr(Mailbox, "put", lambda *_: True)
     return simulated
 
 
@@ -226,11 +206,10 @@ def test_nodes_that_join_in_time_or_that_an_autoscaler_may_add_are_awaited(world
     assert world.printed[-1] == f"waiting: 0 of 2 workers placed; {amounts}"
     world.ranks = 2
     waiting.check()
-    assert world.printed[-1] == "2 of 2 workers placed"
-    assert waiting.ranks == 2
-    world.node, world.ranks, world.autoscaler_limits = {"CPU": 4.0}, 0, {"CPU": 64, "GPU": 8}
+    assert (world.printed[-1], waiting.ranks) == ("2 of 2 workers placed", 2)
+    world.node, world.ranks, world.limits = {"CPU": 4.0}, 0, {"CPU": 64, "GPU": 8}
     world.pass_seconds(world.placement(gpus_per_worker=1), 1000)
-    world.autoscaler_limits = {"CPU": 64, "GPU": 1}
+    world.limits = {"CPU": 64, "GPU": 1}
     with pytest.raises(RunFailed, match="this cluster has 0"):
         world.pass_seconds(world.placement(gpus_per_worker=1), 100)
 
