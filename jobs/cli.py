@@ -29,6 +29,8 @@ OWN_CONFIG_HELP = (
     "the environment, AWS_*, MLFLOW_TRACKING_URI and RAY_ADDRESS)."
 )
 TRACK_HELP = "Record the result in MLflow (default: only if the folder is not a copy and its run was tracked there)."
+SUBMISSION_ID_HELP = "Id of the job; a known id is not submitted again (default: derived from the config)."
+SOURCE_TYPE_HELP = "Type of a URL: pairs, labelled, questions, statements (default: the stage's)."
 STOP_SECONDS = 60.0  # for a job to stop
 
 Checkpoint = Annotated[str, Argument(help="Folder of a run, of a stage or of a checkpoint (path or URL).")]
@@ -41,6 +43,7 @@ Format = Annotated[str, Option(help=FORMAT_HELP)]
 StageName = Annotated[str | None, Option("--stage", help="Name of the stage (default: the last one).")]
 Address = Annotated[str, Option(help="Cluster's dashboard: http://head:8265.", envvar="RAY_API_SERVER_ADDRESS")]
 Token = Annotated[str | None, Option(help="Reference to the cluster's token: env:NAME or file:PATH (default: Ray's).")]
+
 Job = Annotated[str, Argument(help="Id of the job, as printed by `mome submit` and `mome jobs list`.")]
 
 app = typer.Typer(
@@ -128,9 +131,7 @@ def submit(
     address: Address = "",
     token: Token = None,
     follow: Annotated[bool, Option(help="Stream the job's output until it ends.")] = True,
-    submission_id: Annotated[
-        str | None, Option(help="Id of the job; a known id is not submitted again (default: derived from the config).")
-    ] = None,
+    submission_id: Annotated[str | None, Option(help=SUBMISSION_ID_HELP)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run CONFIG as a Ray job: `mome train` on the cluster's head, with this checkout's code."""
@@ -151,10 +152,7 @@ def evaluate(
     workers: Workers = None,
     rerank: Annotated[int | None, Option(min=0, help="Candidates to re-rank (default: evaluation.rerank).")] = None,
     against: Annotated[str | None, Option(help="Folder of another evaluated run, to compare in the report.")] = None,
-    source_type: Annotated[
-        str | None,
-        Option("--type", help="Type of a URL: pairs, labelled, questions, statements (default: the stage's)."),
-    ] = None,
+    source_type: Annotated[str | None, Option("--type", help=SOURCE_TYPE_HELP)] = None,
     probe: Annotated[str | None, Option(help="Labelled source to train a linear classifier on.")] = None,
     config: OwnConfig = None,
     as_json: JsonOption = False,

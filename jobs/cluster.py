@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.background import in_background
 from pipeline.config.errors import ConfigError, RunFailed
@@ -34,7 +34,7 @@ CONNECT_SECONDS = 5.0
 HEAD_SECONDS = 15.0  # limit for a head to answer a health check
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+)):(\d{1,5})")
-OTHER_PORTS = {8265: "the dashboard, for mome submit", 10001: "ray:// clients"}
+OTHER_PORTS = {8265: "the port of the dashboard, for mome submit", 10001: "the port of ray:// clients"}
 CHECK_SECONDS = 1.0
 ADVICE = ("Refer to the documentation", "Consider provisioning")
 HEALTH_SECONDS = 100.0  # a rank that is silent for this long is lost; Ray's default is ten minutes
@@ -56,9 +56,8 @@ def connect(cluster: ClusterConfig) -> None:
         import ray
         import ray._private.utils as ray_utils
     except ImportError as error:
-        raise ConfigError(
-            f"Ray is not installed here: pip install 'mome[ray]', or train without it: {alone}"
-        ) from error
+        remedy = f"pip install 'mome[ray]', or train without it: {alone}"
+        raise ConfigError(f"Ray is not installed here: {remedy}") from error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Train reads these in the driver and passes them to its controller and ranks.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)
@@ -81,18 +80,13 @@ def connect(cluster: ClusterConfig) -> None:
             ray.init("local", num_cpus=max(os.cpu_count() or 1, num_cpus + 1), include_dashboard=False, **quiet)
     except Exception as error:  # Ray raises exceptions of many types, a bare Exception among them
         if address is not None:
-            raise RunFailed(
-                f"{origin} {address}: no Ray cluster answers ({root_cause(error)}). Start one (ray start --head), "
-                "correct the address (host:6379), or leave it out to run on this machine."
-            ) from error
+            remedy = "Start one (ray start --head), correct the address (host:6379), or leave it out to run here"
+            raise RunFailed(f"{origin} {address}: no Ray cluster answers ({root_cause(error)}). {remedy}.") from error
         ray.shutdown()
-        remedy = (
-            f"The folder of temporary files, {tempfile.gettempdir()}, has a path too long for sockets: set TMPDIR or "
-            "RAY_TMPDIR to a short one, such as /tmp"
-            if "AF_UNIX" in str(error)
-            else "If the machine is busy, try again; `mome doctor` checks its disk, memory and limits; "
-            f"`{alone}` needs no Ray"
-        )
+        remedy = f"If the machine is busy, try again; `mome doctor` checks disk, memory, limits; `{alone}` needs no Ray"
+        if "AF_UNIX" in str(error):
+            long = f"The folder of temporary files, {tempfile.gettempdir()}, has a path too long for sockets"
+            remedy = f"{long}: set TMPDIR or RAY_TMPDIR to a short one, such as /tmp"
         raise RunFailed(f"Ray did not start on this machine ({root_cause(error)}). {remedy}.") from error
     finally:
         ray_utils.set_sigterm_handler = set_handler
@@ -126,11 +120,9 @@ def _find_head(address: str) -> None:
         try:
             channel.unary_unary(ALIVE)(b"", timeout=HEAD_SECONDS)
         except grpc.RpcError as error:
-            hint = f"; this port is used by {OTHER_PORTS[port]}" if port in OTHER_PORTS else ""
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            codes, hint = grpc.StatusCode, f"; it is {OTHER_PORTS[port]}" if port in OTHER_PORTS else ""
+            if error.code() in (codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED, codes.UNIMPLEMENTED):
                 raise OSError(f"the process at port {port} is no Ray head{hint}") from error
-            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-                raise OSError(f"port {port} belongs to another service{hint}") from error
 
 
 def token_file() -> Path:
@@ -190,8 +182,7 @@ def run_on_ranks(
 
     from jobs.placement import Placement
 
-    train: Any = ray.train  # Ray's annotations are those of Train v1
-    cluster = config.cluster
+    train, cluster = cast(Any, ray.train), config.cluster  # Ray's annotations are those of Train v1
     placement = placement or Placement(cluster, secrets.token_hex(8))
     placement.start()
     # Ray also counts nodes that are being drained, where it can place nothing, so they are subtracted here.
@@ -296,10 +287,9 @@ def missing_resources(cluster: ClusterConfig, nodes: Sequence[Resources]) -> str
             continue
         needs, has = f"{ranks} {'rank needs' if ranks == 1 else 'ranks need'}", f"this cluster has {existing:g}"
         if kind == loader:
-            return (
-                f"{needs} {number:g} of '{kind}', which cluster.loader_resource names; {has}. Start nodes that offer "
-                f"it (ray start --resources='{{\"{kind}\": 1}}'), or leave cluster.loader_resource out"
-            )
+            offer = f"Start nodes that offer it (ray start --resources='{{\"{kind}\": 1}}')"
+            needs += f" {number:g} of '{kind}', which cluster.loader_resource names"
+            return f"{needs}; {has}. {offer}, or leave cluster.loader_resource out"
         loaders = ", cluster.loader_actors" if cluster.loader_actors else ""
         cpu = f"{KEYS[kind]}{loaders} or {fewer} lower"
         remedy = f"cluster.gpus_per_worker=0 to train on CPU, set {fewer} lower" if kind == "GPU" else cpu
@@ -309,19 +299,16 @@ def missing_resources(cluster: ClusterConfig, nodes: Sequence[Resources]) -> str
     if room < ranks:
         needs = " and ".join(quantity(amount, kind) for kind, amount in per_rank.items())
         largest = ", ".join(f"{max(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in per_rank)
-        return (
-            f"each of {ranks} ranks needs {needs} on one node; there is room for {room} (most on a node: {largest}). "
-            f"Set {' or '.join(KEYS[kind] for kind in per_rank)} or cluster.workers lower, or use larger nodes"
-        )
+        remedy = f"Set {' or '.join(KEYS[kind] for kind in per_rank)} or cluster.workers lower, or use larger nodes"
+        exists = f"there is room for {room} (most on a node: {largest})"
+        return f"each of {ranks} ranks needs {needs} on one node; {exists}. {remedy}"
     # Loader actors are placed one by one, on any node with a free CPU and the named resource.
     actors = ranks * cluster.loader_actors if loader is not None else 0
     cpus = sum(node.get("CPU", 0.0) for node in nodes if node.get(loader or "", 0.0) >= LOADER_AMOUNT)
     if cpus >= actors * cluster.loader_cpus:
         return None
-    return (
-        f"{actors} loader actors need {actors * cluster.loader_cpus:g} CPUs on nodes that offer '{loader}'; those "
-        f"have {cpus:g}. Set cluster.loader_actors or cluster.loader_cpus lower, or add such nodes"
-    )
+    needs = f"{actors} loader actors need {actors * cluster.loader_cpus:g} CPUs on nodes that offer '{loader}'"
+    return f"{needs}; those have {cpus:g}. Set cluster.loader_actors or cluster.loader_cpus lower, or add such nodes"
 
 
 def ranks_on_node(node: Resources, per_rank: Resources) -> int:

@@ -105,11 +105,9 @@ def source_types(kind: str) -> dict[str, list[str]]:
     from pipeline.models import skeleton
     from pipeline.objectives import modules_for
 
-    model = skeleton(schema.MODEL_SECTIONS[kind].model_validate({}))
-    return {
-        objective: [name for name in get_args(schema.SourceType) if modules_for(model, objective, name) is not None]
-        for objective in schema.objective_names()
-    }
+    model, types = skeleton(schema.MODEL_SECTIONS[kind].model_validate({})), get_args(schema.SourceType)
+    names = schema.objective_names()
+    return {name: [source for source in types if modules_for(model, name, source) is not None] for name in names}
 
 
 def fingerprint_of(

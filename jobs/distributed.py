@@ -25,7 +25,7 @@ from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import ClusterConfig, RunConfig
-from pipeline.data.loading.backends import BackendFactory, local_backend
+from pipeline.data.loading.backends import local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
@@ -52,6 +52,8 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
     """
     import ray.train
 
+    from jobs.loader_actors import RayBackend
+
     configure_logging()
     config = RunConfig.model_validate_json(json_config)
     storage = Storage(config.storage)
@@ -60,10 +62,10 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
         return None
     context, mail = ray.train.get_context(), Mailbox(start)
     signal = RankPreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
-    progress = ProgressFile(config, storage)
+    progress, backend = ProgressFile(config, storage), RayBackend if config.cluster.loader_actors else local_backend
     with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
         try:
-            train(config, progress, _backend(config), preempted=signal, claim=claim)
+            train(config, progress, backend, preempted=signal, claim=claim)
         except Preempted as error:
             log.warning("%s", error)
             return signal.reason or PREEMPTED
@@ -81,12 +83,6 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
             progress.writer.close(PROGRESS_CLOSE_SECONDS)
             signal.thread.stop(timeout=0.0)
     return None
-
-
-def _backend(config: RunConfig) -> BackendFactory:
-    from jobs.loader_actors import RayBackend
-
-    return RayBackend if config.cluster.loader_actors else local_backend
 
 
 def error_from_json(values: dict[str, Any]) -> RunFailed:
@@ -161,9 +157,8 @@ def ranks_here() -> Ranks:
 
 def device_of(ranks: Ranks) -> torch.device:
     """Return the device of this rank."""
-    if isinstance(ranks, Collectives):
-        return ranks.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    alone = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return ranks.device if isinstance(ranks, Collectives) else alone
 
 
 def on_workers(work: Callable[[Ranks], Any], config: RunConfig, workers: int, name: str) -> Any:
@@ -206,5 +201,7 @@ def run_on_cluster(work: Callable[[RunConfig], Any], config: RunConfig, name: st
 
 def check_rank(config: RunConfig) -> dict[str, Any]:
     """Run the preflight checks on a rank; return details and seconds by check."""
-    checks = preflight(config, lambda _: None, _backend(config))
+    from jobs.loader_actors import RayBackend
+
+    checks = preflight(config, lambda _: None, RayBackend if config.cluster.loader_actors else local_backend)
     return {check.name: {"told": check.message, "seconds": check.seconds} for check in checks}

@@ -153,9 +153,6 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", release))
 
 
-# ---- disks, memory, limits, network
-
-
 def disk(folder: Path, needed: int = FREE_BYTES) -> str:
     """Check that the disk of `folder`, which may not exist yet, has `needed` bytes free and is not nearly full."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -219,9 +216,6 @@ def rendezvous() -> str:
         return f"{host} is {', '.join(addresses)}, not a public address"
     risk = "Ranks accept commands from any machine that reaches their ports"
     return f"{host} is {public}: WARNING, a public address. {risk}: keep the nodes in a private network or firewalled"
-
-
-# ---- accelerators, collectives, operators
 
 
 def accelerator(config: RunConfig | None) -> str:
@@ -306,9 +300,6 @@ def operators() -> str:
             fault, remedy = "ninja is missing", "pip install ninja"
         raise Failed(f"{installed} in {folder}: {fault}", remedy) from error
     return f"{installed}, loaded from {folder} in {time.monotonic() - began:.0f} s"
-
-
-# ---- storage and services
 
 
 def output(config: RunConfig, storage: Storage) -> str:
@@ -443,9 +434,6 @@ def ray_token(config: RunConfig | None) -> str:
     if everybody or (mode & stat.S_IRGRP and all(folder & (stat.S_IXGRP | stat.S_IXOTH) for folder in entered)):
         raise Failed(f"{path} is readable by other users ({mode:o})", f"chmod 600 {path}")
     return f"{path}, readable only by its owner"
-
-
-# ---- checks in their own processes
 
 
 def run_probes(task: Sequence[str], seconds: float, environments: Sequence[Mapping[str, str]] = ({},)) -> str:

@@ -22,7 +22,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,13 +52,8 @@ SILENT_SECONDS = 60.0  # without output, after which the status is requested: a 
 OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # with these Ray's client replaces the address it was given
 EXPECTED = "expected the cluster's dashboard, such as http://head:8265"
 OTHER_PORTS = {6379: "where Ray's nodes and `cluster.address` connect", 10001: "the port of ray:// clients"}
-GIVE_TOKEN = (
-    "Name the cluster's token: --token file:PATH or --token env:NAME, or RAY_AUTH_TOKEN_PATH, or put it into "
-    "~/.ray/auth_token."
-)
-
-
-# ---- submitting a run
+REFERENCES = "--token file:PATH or --token env:NAME, or RAY_AUTH_TOKEN_PATH"
+GIVE_TOKEN = f"Name the cluster's token: {REFERENCES}, or put it into ~/.ray/auth_token."
 
 
 def submit(
@@ -67,6 +61,7 @@ def submit(
 ) -> dict[str, Any]:
     """Submit the run, and with `follow` stream the job's output until it ends; `token` names the cluster's token.
 
+    A job of the same run and config that is active or succeeded is not submitted again; attempts are numbered from 2.
     Raises ConfigError for a config the cluster could not run or an address that must not be used, RunFailed when the
     cluster does not answer or the job fails.
     """
@@ -74,7 +69,9 @@ def submit(
     config = for_cluster(config, is_loopback(address))
     client = open_dashboard(address, token)
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
-    job = submission_id or job_id(config, states)
+    base = f"mome-{config.name}-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:10]}"
+    attempts = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+    job = submission_id or next(name for name in attempts if states.get(name) not in ("FAILED", "STOPPED"))
     if job not in states:
         _send(client, job, config)
     option = f" --token {token}" if token else ""
@@ -121,16 +118,6 @@ def _send(client: Any, job: str, config: RunConfig) -> None:
                 time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
 
 
-def job_id(config: RunConfig, states: Mapping[str, str]) -> str:
-    """Return the job of this run and config that is active or succeeded, else the id of its next attempt.
-
-    `states` holds the status of the cluster's jobs by id. Attempts are numbered: base, base-2, base-3, …
-    """
-    base = f"mome-{config.name}-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:10]}"
-    attempts = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
-    return next(name for name in attempts if states.get(name) not in ("FAILED", "STOPPED"))
-
-
 def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
     """Return the config with absolute paths. Raises ConfigError for relative ones that another machine cannot see."""
     if not same_machine:
@@ -141,9 +128,6 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
         if (uri := configured_uri(config)).startswith("sqlite:"):
             raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
     return for_ranks(config, address="auto")
-
-
-# ---- jobs of a cluster
 
 
 def open_job(job: str, address: str, token: str | None) -> tuple[Any, dict[str, Any]]:
@@ -157,20 +141,14 @@ def open_job(job: str, address: str, token: str | None) -> tuple[Any, dict[str, 
 
 def describe_job(job: Any) -> dict[str, Any]:
     """Return Ray's details of a job as `mome jobs` prints them."""
-    metadata = job.metadata or {}
-    started, ended = (
-        datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else None
-        for milliseconds in (job.start_time, job.end_time)
-    )
-    return {
-        "job": job.submission_id,
-        "run": metadata.get("run"),
-        "status": getattr(job.status, "value", job.status),
-        "started": started,
-        "ended": ended,
-        "message": job.message,
-        "checkpoint": metadata.get("checkpoint"),
+    metadata, times = job.metadata or {}, {"started": job.start_time, "ended": job.end_time}  # milliseconds
+    stamps = {
+        name: datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if at else None
+        for name, at in times.items()
     }
+    status = getattr(job.status, "value", job.status)
+    details = {"job": job.submission_id, "run": metadata.get("run"), "status": status, **stamps}
+    return details | {"message": job.message, "checkpoint": metadata.get("checkpoint")}
 
 
 def stream_logs(client: Any, job: str) -> str:
@@ -214,9 +192,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---- a cluster's dashboard: its address, its token, and whether it may be trusted
-
-
 def open_dashboard(address: str, token: str | None = None) -> Any:
     """Return Ray's JobSubmissionClient of the dashboard at `address`; `token` is a reference.
 
@@ -227,17 +202,44 @@ def open_dashboard(address: str, token: str | None = None) -> Any:
     secret = find_token(token)
     guarded = _is_guarded(address, None)
     if not guarded and not is_loopback(address):
-        raise ConfigError(
-            f"--address {address}: refused, because it lets anyone run code there. Start the cluster with "
-            "RAY_AUTH_MODE=token and a token on every node, or open a tunnel to it and give this machine's end of it."
-        )
+        guard = "Start the cluster with RAY_AUTH_MODE=token and a token on every node"
+        remedy = f"{guard}, or open a tunnel to it and give this machine's end of it."
+        raise ConfigError(f"--address {address}: refused, because it lets anyone run code there. {remedy}")
     if guarded and secret is None:
         raise RunFailed(f"--address {address}: the cluster asks for a token, and none is known here. {GIVE_TOKEN}")
     if guarded and _is_guarded(address, secret):
         raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}")
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            address = self.get_address()
+            options |= {"timeout": ANSWER_SECONDS, "allow_redirects": False}
+            if is_loopback(address):
+                options["proxies"] = {"http": "", "https": ""}
+            try:
+                response = super()._do_request(method, endpoint, **options)
+                if response.status_code == 200 and response.content:  # packages are answered with nothing
+                    response.json()
+            except AuthenticationError as error:
+                raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}") from error
+            except (requests.RequestException, ValueError) as error:
+                reason = f"the dashboard gave no answer to {endpoint} ({first_line(error)})"
+                raise RunFailed(f"--address {address}: {reason}") from error
+            if 300 <= response.status_code < 400:
+                self._raise_error(response)
+            return response
+
+        def _raise_error(self, r: Any) -> NoReturn:
+            lines = [line.strip() for line in r.text.splitlines() if line.strip()]  # of a traceback, often
+            detail = f": {lines[-1]}" if lines else ""
+            raise DashboardError(f"--address {self.get_address()}: the dashboard answers with {r.status_code}{detail}")
+
     overriding = {name: os.environ.pop(name) for name in OVERRIDING if name in os.environ}
     try:
-        client = _client_class()(address, headers={"Authorization": f"Bearer {secret}"} if guarded else None)
+        client = Client(address, headers={"Authorization": f"Bearer {secret}"} if guarded else None)
     except (ConnectionError, RuntimeError) as error:
         raise RunFailed(f"--address {address}: the dashboard takes no jobs ({first_line(error)})") from error
     finally:
@@ -328,36 +330,3 @@ def _is_guarded(address: str, secret: str | None) -> bool:
     if not (isinstance(jobs, list) and all(isinstance(job, dict) and "status" in job for job in jobs)):
         raise RunFailed(f"--address {address}: a web server answers there that is no Ray dashboard. {hint}")
     return False
-
-
-def _client_class() -> Any:
-    """Return Ray's client, with a limit on how long an answer may take, without redirects, and one message a fault."""
-    import requests
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
-    class Client(JobSubmissionClient):
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            address = self.get_address()
-            options |= {"timeout": ANSWER_SECONDS, "allow_redirects": False}
-            if is_loopback(address):
-                options["proxies"] = {"http": "", "https": ""}
-            try:
-                response = super()._do_request(method, endpoint, **options)
-                if response.status_code == 200 and response.content:  # packages are answered with nothing
-                    response.json()
-            except AuthenticationError as error:
-                raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}") from error
-            except (requests.RequestException, ValueError) as error:
-                reason = f"the dashboard gave no answer to {endpoint} ({first_line(error)})"
-                raise RunFailed(f"--address {address}: {reason}") from error
-            if 300 <= response.status_code < 400:
-                self._raise_error(response)
-            return response
-
-        def _raise_error(self, r: Any) -> NoReturn:
-            lines = [line.strip() for line in r.text.splitlines() if line.strip()]  # of a traceback, often
-            detail = f": {lines[-1]}" if lines else ""
-            raise DashboardError(f"--address {self.get_address()}: the dashboard answers with {r.status_code}{detail}")
-
-    return Client

@@ -78,10 +78,8 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
             mail.call("del", "", True)
     _raise_failure(config, ownership)
     if (unfinished := _unfinished(config, storage)) is not None:
-        raise RunFailed(
-            f"the ranks ended without finishing stage {unfinished} in {config.folder}; if this machine and the "
-            "cluster's nodes do not share that folder, give an `output` that all of them see"
-        )
+        remedy = "if this machine and the cluster's nodes do not share it, give an `output` that all of them see"
+        raise RunFailed(f"the ranks ended without finishing stage {unfinished} in {config.folder}; {remedy}")
     return True
 
 
@@ -124,19 +122,16 @@ def _train(
                 restarts.record(FAILED, root_cause(error))
                 log.warning("Ray Train's controller failed (%s); restarting the ranks", root_cause(error))
                 continue
-            raise RunFailed(
-                f"the run stopped after {restarts.count(FAILED)} failure(s) (cluster.max_failures: "
-                f"{cluster.max_failures}): {root_cause(error)}. Re-run the same command to resume."
-            ) from error
+            failures = f"{restarts.count(FAILED)} failure(s) (cluster.max_failures: {cluster.max_failures})"
+            advice = "Re-run the same command to resume."
+            raise RunFailed(f"the run stopped after {failures}: {root_cause(error)}. {advice}") from error
         if stopped is None:
             return
         restarts.record(stopped, f"the ranks saved and stopped: {stopped}")
         log.warning("the ranks saved and stopped (%s); restarting them", stopped)
         if limit is not None and restarts.count(distributed.PREEMPTED) > limit:
-            raise RunFailed(
-                f"the run stopped after {limit} preemption(s). It is saved: re-run the same command "
-                "to resume; cluster.max_preemptions sets the budget."
-            )
+            advice = "It is saved: re-run the same command to resume; cluster.max_preemptions sets the budget."
+            raise RunFailed(f"the run stopped after {limit} preemption(s). {advice}")
 
 
 def _raise_failure(config: RunConfig, ownership: Ownership) -> None:

@@ -95,18 +95,11 @@ def bench_checkpoint(
             raise CheckpointError(f"{store.url}: {differing} restored tensors differ from the saved ones")
         restored = time.perf_counter() - started
     synchronous, stall = median(seconds["synchronous"]), median(seconds["asynchronous"])
-    return {
-        "parameters": sum(sizes.values()),
-        "bytes": sum(value.nbytes for _, _, value in saved),
-        "store_mb_per_second": mb_per_second or None,
-        "rounds": rounds,
-        "reserve_seconds": reserved,
-        "synchronous_seconds": synchronous,
-        "stall_seconds": stall,
-        "ratio": stall / synchronous,
-        "step_seconds": {"alone": alone, "beside_a_save": median(overlapping)},
-        "restore_seconds": restored,
-    }
+    size = {"parameters": sum(sizes.values()), "bytes": sum(value.nbytes for _, _, value in saved)}
+    saves = {"synchronous_seconds": synchronous, "stall_seconds": stall, "ratio": stall / synchronous}
+    settings = {"store_mb_per_second": mb_per_second or None, "rounds": rounds, "reserve_seconds": reserved}
+    step_seconds = {"alone": alone, "beside_a_save": median(overlapping)}
+    return {**size, **settings, **saves, "step_seconds": step_seconds, "restore_seconds": restored}
 
 
 def _train(go_on: Callable[[int], bool]) -> float:

@@ -93,7 +93,7 @@ def clients_of(
     options = {**keys, "endpoint_url": config.endpoint_url, "skip_instance_cache": True}
     is_s3 = protocol in ("s3", "s3a")
     file_system, path = fsspec.core.url_to_fs(folder, **(options if is_s3 else {}))
-    ranges = {"batch_size": in_flight} if file_system.async_impl else {}
+    ranges, paths = {"batch_size": in_flight} if file_system.async_impl else {}, [f"{path}/object"] * len(starts)
 
     def concurrently(read: Callable[[int, int], bytes]) -> Iterator[bytes]:
         with ThreadPoolExecutor(in_flight) as threads:
@@ -107,9 +107,7 @@ def clients_of(
     readers: dict[str, Client] = {
         "mome": lambda: concurrently(partial(storage.read_range, url, etag=storage.info(url).etag)),
         "mome.open": lambda: streamed(storage.open(url)),
-        "fsspec.cat_ranges": lambda: file_system.cat_ranges(
-            [f"{path}/object"] * len(starts), starts, stops, on_error="raise", **ranges
-        ),
+        "fsspec.cat_ranges": lambda: file_system.cat_ranges(paths, starts, stops, on_error="raise", **ranges),
         "fsspec.open": lambda: streamed(file_system.open(f"{path}/object", "rb")),
     }
     listers: dict[str, Client] = {

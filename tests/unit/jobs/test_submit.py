@@ -21,7 +21,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from jobs import submit as module
-from jobs.submit import dashboard_address, find_token, is_loopback, job_id, open_dashboard, submit
+from jobs.submit import dashboard_address, find_token, is_loopback, open_dashboard, submit
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
 from pipeline.config.load import load_config
 from pipeline.tracking import describe
@@ -188,15 +188,22 @@ def test_token_is_given_by_reference_fits_a_header_and_is_not_shown(monkeypatch:
 # ---- the job
 
 
-def test_job_and_its_code_are_submitted_with_an_id_of_the_config_and_its_failed_attempts(tmp_path: Path) -> None:
+def test_job_and_its_code_are_submitted_with_an_id_of_the_config_and_its_failed_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submitted(states: dict[str, str], *overrides: str) -> str:
+        jobs = [SimpleNamespace(submission_id=name, status=status) for name, status in states.items()]
+        monkeypatch.setattr(module, "open_dashboard", lambda *_: Mock(list_jobs=lambda: jobs))
+        return submit(load_config(DEMO, overrides), "127.0.0.1:8265", False)["job"]
+
     (tmp_path / "run.yaml").write_text("name: run")
     with serving(ray_dashboard) as server:
         client = open_dashboard(server.url)
         assert client.submit_job(entrypoint="true", runtime_env={"working_dir": str(tmp_path)}) == "job"
         assert [method for method, *_ in server.seen[-3:]] == ["GET", "PUT", "POST"]
-    base = job_id(load_config(DEMO), {"another": "FAILED"})
+    base = submitted({"another": "FAILED"})
     assert base.startswith("mome-demo-")
-    assert base != job_id(load_config(DEMO, ["stages.vision.steps=81"]), {})
+    assert base != submitted({}, "stages.vision.steps=81")
     for states, suffix in (
         ({}, ""),
         ({"": "RUNNING"}, ""),
@@ -205,7 +212,7 @@ def test_job_and_its_code_are_submitted_with_an_id_of_the_config_and_its_failed_
         ({"": "FAILED", "-2": "STOPPED"}, "-3"),
         ({"": "FAILED", "-2": "PENDING"}, "-2"),
     ):
-        assert job_id(load_config(DEMO), {base + known: status for known, status in states.items()}) == base + suffix
+        assert submitted({base + known: status for known, status in states.items()}) == base + suffix
 
 
 def test_job_uses_this_interpreter_if_the_head_has_it_and_a_failure_is_not_repeated(
