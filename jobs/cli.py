@@ -43,7 +43,6 @@ Format = Annotated[str, Option(help=FORMAT_HELP)]
 StageName = Annotated[str | None, Option("--stage", help="Name of the stage (default: the last one).")]
 Address = Annotated[str, Option(help="Cluster's dashboard: http://head:8265.", envvar="RAY_API_SERVER_ADDRESS")]
 Token = Annotated[str | None, Option(help="Reference to the cluster's token: env:NAME or file:PATH (default: Ray's).")]
-
 Job = Annotated[str, Argument(help="Id of the job, as printed by `mome submit` and `mome jobs list`.")]
 
 app = typer.Typer(

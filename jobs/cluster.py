@@ -47,10 +47,7 @@ Resources = Mapping[str, float]
 
 
 def connect(cluster: ClusterConfig) -> None:
-    """Join the configured cluster, or start a local one with enough CPUs for the ranks.
-
-    Raises ConfigError if Ray is not installed, RunFailed within seconds if no cluster answers.
-    """
+    """Join the configured cluster, or start a local one with room for the ranks. Raises ConfigError, RunFailed."""
     alone = "torchrun --nproc-per-node N -m pipeline.training CONFIG"
     try:
         import ray
@@ -131,10 +128,7 @@ def token_file() -> Path:
 
 
 def keep_token_private() -> None:
-    """Create Ray's authentication token with permissions for this user only; Ray itself writes it world-readable.
-
-    If the home folder is not writable, the token is set in the environment of this process and its children.
-    """
+    """Create Ray's token, which Ray writes world-readable, for this user only; in the environment without a home."""
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or os.environ.get("RAY_AUTH_MODE") == "disabled":
         return
     file = token_file()

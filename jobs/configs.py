@@ -113,10 +113,7 @@ def source_types(kind: str) -> dict[str, list[str]]:
 def fingerprint_of(
     config: RunConfig, stage: str | None, steps: str, world_size: int, workers: int, threads: int
 ) -> dict[str, Any]:
-    """Hash the batches of steps A:B, as `world_size` ranks with these loader processes and threads read them.
-
-    Nothing is written to the run's folder. Raises ConfigError for an invalid range, and whenever `mome train` would.
-    """
+    """Hash the batches of steps A:B, without writing to the run. Raises ConfigError whenever `mome train` would."""
     from pipeline.data.loading.loader import fingerprint
     from pipeline.objectives import batch_groups
     from pipeline.training.prepare import apart, prepare

@@ -46,10 +46,7 @@ CHECK_SECONDS = 1.0
 
 
 def run_rank(json_config: str, claim: str, start: str) -> str | None:
-    """Train on a Ray Train worker; return why the ranks saved and stopped before the end, or None.
-
-    The reason is preempted, grown or stopped. `claim` and `start` identify the driver and its start of the run.
-    """
+    """Train on a Ray Train worker; return why the ranks saved before the end (preempted, grown or stopped), or None."""
     import ray.train
 
     from jobs.loader_actors import RayBackend
@@ -175,10 +172,7 @@ def on_workers(work: Callable[[Ranks], Any], config: RunConfig, workers: int, na
 
 
 def run_on_cluster(work: Callable[[RunConfig], Any], config: RunConfig, name: str, budget: Any = None) -> Any:
-    """Run `work(config)`, which is pickled, on ranks placed by Ray, as `run_on_ranks`; return rank 0's result.
-
-    Raises MomeError with the first failure of any rank.
-    """
+    """Return rank 0's `work(config)`, pickled, of ranks placed by Ray. Raises MomeError with a rank's first failure."""
 
     def on_rank(json_config: str) -> dict[str, Any]:
         try:

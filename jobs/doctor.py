@@ -121,10 +121,7 @@ def diagnose(name: str, check: Callable[..., str], *arguments: Any) -> Diagnosis
 
 
 def packages(requirements: Iterable[str] | None = None, tested: Path = CONSTRAINTS) -> str:
-    """Check that the required packages are installed and recent enough; list those that differ from the tested ones.
-
-    `requirements`: by default those of mome's metadata without extras; none if it is not installed as a package.
-    """
+    """Check required packages (default: those of mome's metadata); list those that differ from the tested versions."""
     installed, problems = {}, []
     if requirements is None:
         with suppress(PackageNotFoundError):
@@ -167,7 +164,7 @@ def disk(folder: Path, needed: int = FREE_BYTES) -> str:
 
 
 def shared_memory(config: RunConfig | None, accelerators: int, place: Path = SHARED_MEMORY) -> str:
-    """Check that shared memory has room for NCCL and the loader processes' batches: both die of a bus error without.
+    """Check the room for NCCL and the loader processes' batches, without which they die of a bus error.
 
     Assumes one rank per accelerator of this machine; without accelerators, all ranks of the run.
     """
@@ -288,9 +285,8 @@ def operators() -> str:
     except RuntimeError as error:
         compiler, number = os.environ.get("CXX", "c++"), ""
         with suppress(OSError, subprocess.SubprocessError):
-            number = subprocess.check_output([compiler, "-dumpversion"], text=True, stderr=subprocess.DEVNULL).split(
-                "."
-            )[0]
+            done = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=True)
+            number = done.stdout.strip().split(".")[0]
         fault, remedy = str(error), f"delete {folder} and try again; see the compiler's output"
         if not number.isdigit():
             fault, remedy = f"no C++ compiler ({compiler})", "apt-get install g++, or set CXX"
@@ -309,10 +305,10 @@ def output(config: RunConfig, storage: Storage) -> str:
     started = time.monotonic()
     try:
         check_storage(storage, config.output, f"mome-doctor-{secrets.token_hex(4)}", num_bytes=1024)
-    except (StorageError, ConfigError) as error:
-        raise Failed(f"{config.output}: {error}", "check the config's `storage` section") from error
-    except OSError as error:
-        raise Failed(f"{config.output}: {error}", "set `output` to a writable folder") from error
+    except (OSError, ConfigError) as error:
+        is_store = isinstance(error, MomeError)
+        remedy = "check the config's `storage` section" if is_store else "set `output` to a writable folder"
+        raise Failed(f"{config.output}: {error}", remedy) from error
     return f"{config.output}: written, listed, read and deleted in {time.monotonic() - started:.2f} s"
 
 
@@ -437,9 +433,9 @@ def ray_token(config: RunConfig | None) -> str:
 
 
 def run_probes(task: Sequence[str], seconds: float, environments: Sequence[Mapping[str, str]] = ({},)) -> str:
-    """Run `main(*task)` in one process per environment, at the same time; return the first one's last line of output.
+    """Run `main(*task)` in one process per environment, at the same time; return the first one's last line.
 
-    Raises RuntimeError with the last line of standard error of the first that failed; those that hang are killed.
+    Raises RuntimeError with the reason of the first that failed; those that hang are killed.
     """
     own = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     command, deadline = [sys.executable, "-m", "jobs.doctor", *task], time.monotonic() + seconds

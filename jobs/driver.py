@@ -74,10 +74,7 @@ class Mailbox:
         return messages
 
     def call(self, operation: str, name: str, *arguments: Any) -> Any:
-        """Call the key-value store; return None if it has no value or does not answer.
-
-        `call("del", "", True)` deletes all values and messages. Ray's public functions for it have no timeout.
-        """
+        """Call the key-value store, whose public functions have no timeout; return None without value or answer."""
         from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
         try:

@@ -111,10 +111,7 @@ class Placement:
 
 
 class Restarts(UserCallback):
-    """Record of the restarts of all ranks since this driver started, in the run's folder.
-
-    Ray Train's controller records failures; the driver records ranks that saved and stopped.
-    """
+    """Record of all restarts since this driver started: failures by Ray Train's controller, others by the driver."""
 
     def __init__(self, config: RunConfig):
         self._config, self._url = config.storage, join(config.folder, RESTARTS_FOLDER)

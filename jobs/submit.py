@@ -89,10 +89,8 @@ def submit(
 
 
 def _send(client: Any, job: str, config: RunConfig) -> None:
-    """Send the job with this installation's code. Raises RunFailed when the cluster does not take it.
-
-    It runs this interpreter if the head has it, otherwise `python`: a loopback address may be the end of a tunnel.
-    """
+    """Send the job with this installation's code. Raises RunFailed when the cluster does not take it."""
+    # A loopback address may be the end of a tunnel, to a head without this interpreter.
     python, deadline = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"', time.monotonic() + START_SECONDS
     tags = describe.code_tags() | {"ray.submission_id": job}
     environment = {describe.PROPAGATED_TAGS[tag]: value for tag, value in tags.items()}
@@ -152,15 +150,14 @@ def describe_job(job: Any) -> dict[str, Any]:
 
 
 def stream_logs(client: Any, job: str) -> str:
-    """Stream a job's output to standard error until the job ends; return the status it ended with.
+    """Stream a job's output to standard error until the job ends, each character once; return its last status.
 
-    A broken connection is re-established, and each character is shown once. Raises RunFailed when the cluster is
-    unreachable for `UNREACHABLE_SECONDS`.
+    Raises RunFailed when the cluster is unreachable for `UNREACHABLE_SECONDS`.
     """
     num_shown, last_reached = 0, time.monotonic()
 
     async def show_new() -> None:
-        """Print new output until the job or the connection ends, or no output came for `SILENT_SECONDS`."""
+        """Print new output until the job or the connection ends, or none came for `SILENT_SECONDS`."""
         nonlocal num_shown
         num_received, chunks = 0, client.tail_job_logs(job)
         with suppress(StopAsyncIteration, TimeoutError):

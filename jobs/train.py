@@ -44,10 +44,7 @@ def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start an
 
 
 def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: Interrupts | None = None) -> bool:
-    """Run every unfinished stage; return False if all were finished. `interrupts` handles signals.
-
-    Raises MomeError with one message for what ended the run, Stopped when a signal ended the driver.
-    """
+    """Run every unfinished stage; return False if all were finished. Raises MomeError, and Stopped after a signal."""
     config = for_ranks(config)
     storage = Storage(config.storage)
     check_server(config)

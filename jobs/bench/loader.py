@@ -114,9 +114,8 @@ def bench_loader(
 ) -> dict[str, Any]:
     """Measure all loaders on `shards`, on shards of `photos` (folders), or on synthetic images.
 
-    `job` holds the load; its shards, and a vocabulary if it has none, are filled in. With RandAugment, loaders are also
-    measured without it. Figures are medians of `rounds`, in which the contenders take turns. Raises ConfigError for
-    unusable settings, RunFailed when a contender fails.
+    `job` holds the load; its shards, and a vocabulary if it has none, are filled in. Figures are medians of `rounds` in
+    turn, with RandAugment also without it. Raises ConfigError for unusable settings, RunFailed when a contender fails.
     """
     if unknown := set(peers) - set(PEERS):
         raise ConfigError(f"--peer {', '.join(sorted(unknown))}: unknown; expected {', '.join(PEERS)}")

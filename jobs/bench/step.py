@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -41,8 +41,7 @@ def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks:
     if done.returncode or not results:
         errors = [line for line in done.stderr.splitlines() if line.startswith("rank ") or "Error" in line]
         raise RunFailed("bench step: " + ("\n".join(errors[:5]) or done.stderr[-2000:]))
-    result: dict[str, Any] = json.loads(results[-1])
-    return result
+    return cast(dict[str, Any], json.loads(results[-1]))
 
 
 def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[str, Any]:
@@ -58,8 +57,7 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
     stages = tuple(config.model_copy(update={"start_from": "random"}) for config in stage.run.stages)
     stage = Stage(stage.run.model_copy(update={"stages": stages}), stage.index)
     stage = with_micro_batch(stage, collectives, vocabulary)
-    batch_size = stage.config.global_batch_size
-    before = living(device)
+    batch_size, before = stage.config.global_batch_size, living(device)
     engine = MeasuredEngine(build_stage_model(stage, Storage(), vocabulary), stage, collectives)
     step = TrainingStep(engine, stage, collectives)
     rows = slice(*share(batch_size, collectives.rank, collectives.world_size))
@@ -82,7 +80,6 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
             torch.cuda.synchronize(device)
         collectives.barrier()
         seconds = (time.perf_counter() - started) / steps
-
     members = [member for member in vars(batch).values() if isinstance(member, torch.Tensor)]
     batch_bytes = sum(member.untyped_storage().nbytes() for member in members)
     held = sum(size for address, size in living(device).items() if address not in before) - batch_bytes
@@ -98,11 +95,8 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
     # The estimate for this rank's examples, in its micro-batches.
     work = work_of(stage, vocabulary, "cuda" if on_cuda else "cpu")
     at_once = -(-num_rows // step.accumulation)
-    sharding, batch_memory = (
-        sharding_of(stage, collectives.world_size, on_cuda),
-        work.batch_bytes_per_example * num_rows,
-    )
-    activations, workspace = work.activations.at(at_once), work.workspace.at(at_once)
+    sharding, activations = sharding_of(stage, collectives.world_size, on_cuda), work.activations.at(at_once)
+    batch_memory, workspace = work.batch_bytes_per_example * num_rows, work.workspace.at(at_once)
     estimate = memory_of(work.parameters, sharding, activations, workspace, batch_memory).as_json()
     total, *parts = collectives.largest([peak, *categories.values()])
     flops = work.step_flops(num_rows, step.accumulation)

@@ -102,7 +102,7 @@ def test_other_loaders_draw_the_same_operations_as_ours(sign: float) -> None:
         assert 10 * math.log10(255**2 / max(((ours - theirs) ** 2).mean(), 1e-9)) > 26, name
 
 
-def test_cpu_time_includes_children_that_run_and_that_ended() -> None:
+def test_cpu_time_includes_children_and_synthetic_photos_are_of_real_size() -> None:
     before = loader.tree_cpu_seconds()
     program = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True)\ninput()"
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -111,9 +111,6 @@ def test_cpu_time_includes_children_that_run_and_that_ended() -> None:
     child.communicate(b"\n")
     assert while_running > 0.15
     assert loader.tree_cpu_seconds() - before >= while_running - 0.02
-
-
-def test_synthetic_photos_are_deterministic_and_of_real_size() -> None:
     photos = list(loader.synthetic_photos(2))
     assert photos == list(loader.synthetic_photos(2))
     assert photos[0]["jpg"] != photos[1]["jpg"]
@@ -158,7 +155,9 @@ def test_every_client_reads_an_object_and_lists_a_folder(place: str, tmp_path: P
     assert all(sorted(names()) == ["one", "other"] for names in listers.values())
 
 
-def test_results_count_requests_and_leave_no_files(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_count_requests_leave_no_files_and_a_missing_url_starts_a_store(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = {"object_bytes": SIZE, "range_bytes": MIB, "objects": 3}
     result = bench_storage(s3.url("measured"), s3.config, **small, rounds=2)
     read, listing = result["read"], result["list"]
@@ -176,9 +175,6 @@ def test_results_count_requests_and_leave_no_files(s3: Any, tmp_path: Path, monk
     with pytest.raises(StorageError, match=rf"object: 1 of {SIZE} bytes were read"):
         bench_storage(str(tmp_path), object_bytes=SIZE)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_without_a_url_a_store_is_started_and_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     started, popen = [], subprocess.Popen

@@ -178,7 +178,7 @@ def test_access_needs_a_token_and_containers_have_limits_and_never_run_as_root(s
         assert (context["allowPrivilegeEscalation"], context["capabilities"]) == (False, {"drop": ["ALL"]})
 
 
-def test_secrets_are_references_only() -> None:
+def test_secrets_are_references_and_a_permanent_cluster_survives_the_loss_of_its_head() -> None:
     pending: list[Any] = [document for path in KUBERAY.glob("*.yaml") for document in rendered(path)]
     assert "Secret" not in {document.get("kind") for document in pending}
     secrets = []
@@ -189,6 +189,16 @@ def test_secrets_are_references_only() -> None:
         pending += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     assert len(secrets) > 5
     assert all(set(variable.get("valueFrom", ())) == {"secretKeyRef"} for variable in secrets)
+    (cluster,) = rendered(KUBERAY / "raycluster.yaml")
+    service, redis, policy = rendered(KUBERAY / "redis.yaml")
+    (port,) = service["spec"]["ports"]
+    options = cluster["spec"]["gcsFaultToleranceOptions"]
+    assert options["redisAddress"] == f"redis://{service['metadata']['name']}:{port['port']}"
+    (container,) = redis["spec"]["template"]["spec"]["containers"]
+    assert options["redisPassword"]["valueFrom"] == container["env"][0]["valueFrom"]
+    labels = redis["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == labels == policy["spec"]["podSelector"]["matchLabels"]
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
 
 
 def test_a_job_is_retried_with_its_claim_cleans_up_and_runs_an_existing_command(
@@ -211,19 +221,6 @@ def test_a_job_is_retried_with_its_claim_cleans_up_and_runs_an_existing_command(
     monkeypatch.setattr(train, "pretrain", lambda settings, *_: trained.append(settings))
     CliRunner().invoke(cli.app, [command, str(ROOT / "configs" / "demo.yaml"), f"output={tmp_path}", *rest])
     assert [settings.cluster.address for settings in trained] == ["auto"]
-
-
-def test_a_permanent_cluster_survives_the_loss_of_its_head() -> None:
-    (cluster,) = rendered(KUBERAY / "raycluster.yaml")
-    service, redis, policy = rendered(KUBERAY / "redis.yaml")
-    (port,) = service["spec"]["ports"]
-    options = cluster["spec"]["gcsFaultToleranceOptions"]
-    assert options["redisAddress"] == f"redis://{service['metadata']['name']}:{port['port']}"
-    (container,) = redis["spec"]["template"]["spec"]["containers"]
-    assert options["redisPassword"]["valueFrom"] == container["env"][0]["valueFrom"]
-    labels = redis["spec"]["template"]["metadata"]["labels"]
-    assert service["spec"]["selector"] == labels == policy["spec"]["podSelector"]["matchLabels"]
-    assert policy["spec"]["policyTypes"] == ["Ingress"]
 
 
 # ---- Ray's launcher
@@ -277,7 +274,7 @@ CONFIG: dict[str, Any] = yaml.safe_load(INTERPOLATED.sub(lambda match: VALUES[ma
 SERVICES: dict[str, dict[str, Any]] = CONFIG["services"]
 
 
-def test_every_value_is_required_and_the_example_holds_no_secret() -> None:
+def test_compose_needs_every_value_holds_no_secret_exposes_no_port_and_refers_to_what_exists() -> None:
     assert len(re.findall(r"\$\{", COMPOSE)) == len(INTERPOLATED.findall(COMPOSE)), "a ${…} without :? may be empty"
     assert set(INTERPOLATED.findall(COMPOSE)) == set(VALUES)
     assert {name for name, value in VALUES.items() if not value} == SECRETS
@@ -285,9 +282,6 @@ def test_every_value_is_required_and_the_example_holds_no_secret() -> None:
         for name, is_ignored in (("infra/compose.env", True), ("infra/compose.example.env", False)):
             check = ["git", "check-ignore", "--quiet", name]
             assert (subprocess.run(check, cwd=ROOT, check=False).returncode == 0) == is_ignored
-
-
-def test_services_have_no_unneeded_privileges_no_secret_arguments_and_ports_of_this_machine_only() -> None:
     for service in SERVICES.values():
         assert (service["security_opt"], service["cap_drop"]) == (["no-new-privileges:true"], ["ALL"])
         visible = yaml.safe_dump([service.get("command", []), service.get("healthcheck", {})])  # to all users
@@ -301,9 +295,6 @@ def test_services_have_no_unneeded_privileges_no_secret_arguments_and_ports_of_t
     assert "--dashboard-port=8265" in SERVICES["head"]["command"]
     environment = SERVICES["head"]["environment"]
     assert (environment["RAY_AUTH_MODE"], environment["RAY_AUTH_TOKEN"]) == ("token", "the-RAY_AUTH_TOKEN")
-
-
-def test_dependencies_volumes_images_and_the_gpu_file_exist() -> None:
     for name, service in SERVICES.items():
         for other, how in service.get("depends_on", {}).items():
             assert other in SERVICES, f"{name} waits for {other}"
@@ -369,7 +360,7 @@ RUN = STAGES["run"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_the_image_has_the_required_python_no_build_stage_an_unprivileged_user_and_its_commands() -> None:
+def test_the_image_has_an_unprivileged_user_its_commands_and_only_copied_files() -> None:
     known = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
     assert {word for stage in STAGES.values() for word, _ in stage} <= known
     assert list(STAGES) == ["", "build", "run"]
@@ -390,6 +381,12 @@ def test_the_image_has_the_required_python_no_build_stage_an_unprivileged_user_a
     (command,) = [rest for _, rest in RUN if rest.startswith("python -c")]
     ((module, name),) = re.findall(r"from (\S+) import (\w+)", command)
     assert f"def {name}()" in (ROOT / f"{module.replace('.', '/')}.py").read_text(), "code run during the build"
+    copies = [rest for stage in STAGES.values() for word, rest in stage if word == "COPY"]
+    copied = [source for rest in copies if not rest.startswith("--from") for source in rest.split()[:-1]]
+    assert {"pipeline", "jobs", "configs", "setup.py"} <= set(copied)
+    assert [source for source in copied if not (ROOT / source).exists() or is_ignored(source)] == []
+    others = [".git", ".venv", "runs/demo", "infra/compose.env", "settings.env", "tests"]
+    assert [path for path in others if not is_ignored(path)] == []
 
 
 def is_ignored(path: str) -> bool:
@@ -398,15 +395,6 @@ def is_ignored(path: str) -> bool:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     matching = [line for line in lines if any(fnmatch.fnmatch(str(part), line.removeprefix("!")) for part in parts)]
     return bool(matching) and not matching[-1].startswith("!")
-
-
-def test_only_copied_files_are_sent_to_the_builder() -> None:
-    copies = [rest for stage in STAGES.values() for word, rest in stage if word == "COPY"]
-    copied = [source for rest in copies if not rest.startswith("--from") for source in rest.split()[:-1]]
-    assert {"pipeline", "jobs", "configs", "setup.py"} <= set(copied)
-    assert [source for source in copied if not (ROOT / source).exists() or is_ignored(source)] == []
-    others = [".git", ".venv", "runs/demo", "infra/compose.env", "settings.env", "tests"]
-    assert [path for path in others if not is_ignored(path)] == []
 
 
 def test_packages_have_hashes_and_tested_compatible_versions() -> None:

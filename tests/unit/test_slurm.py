@@ -48,7 +48,7 @@ def start(tmp_path: Path) -> Start:
     return begin
 
 
-def test_torchrun_starts_on_every_node_with_the_arguments(start: Start, tmp_path: Path) -> None:
+def test_torchrun_starts_on_every_node_and_is_retried_within_bounds(start: Start, tmp_path: Path) -> None:
     from torch.distributed.run import get_args_parser
 
     job = start('printf "%s\\n" "${@: -3}" > ' + str(tmp_path / "last"), SLURM_GPUS_ON_NODE="8")
@@ -63,9 +63,6 @@ def test_torchrun_starts_on_every_node_with_the_arguments(start: Start, tmp_path
     assert "SIGUSR1" in parsed.signals_to_handle  # passed on to the ranks
     assert parsed.shutdown_timeout < 120  # of --signal=B:USR1@120
     assert parsed.max_restarts == 0  # ranks that saved and ended must not be restarted
-
-
-def test_failed_job_is_retried_within_bounds_and_keeps_the_last_status(start: Start, tmp_path: Path) -> None:
     job = start(f"[ $(wc -l < {tmp_path}/calls) = 3 ]")  # the third attempt succeeds
     assert job.wait(30) == 0
     steps = (tmp_path / "calls").read_text().splitlines()
@@ -105,7 +102,9 @@ def test_superseded_job_is_not_retried(start: Start, tmp_path: Path) -> None:
         assert (tmp_path / "owner").read_text().startswith(claim)
 
 
-def test_a_local_store_refuses_a_used_port(moto_store: Store) -> None:
+def test_scripts_are_valid_bash_and_explain_a_used_port_and_a_missing_environment_or_argument(
+    moto_store: Store, tmp_path: Path
+) -> None:
     command = ["bash", str(INFRA / "local_s3.sh"), port := moto_store.endpoint.rpartition(":")[2], "not-made"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if "not installed" in done.stderr:
@@ -116,9 +115,6 @@ def test_a_local_store_refuses_a_used_port(moto_store: Store) -> None:
     keys = {"aws_access_key_id": moto_store.key, "aws_secret_access_key": moto_store.secret}
     client = boto3.client("s3", "us-east-1", endpoint_url=moto_store.endpoint, **keys)
     assert "not-made" not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
-
-
-def test_scripts_are_valid_bash_and_explain_a_missing_environment_or_argument(tmp_path: Path) -> None:
     for path in [*INFRA.glob("*.sh"), *INFRA.glob("*.sbatch")]:
         subprocess.run(["bash", "-n", str(path)], check=True)
         assert os.access(path, os.X_OK), path

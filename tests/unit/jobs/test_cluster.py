@@ -42,7 +42,7 @@ def joined(address: str) -> str:
     return str(error.value)
 
 
-def test_address_is_returned_with_its_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address_is_returned_with_its_origin_and_a_malformed_one_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for named, variable, expected in (
         (None, None, None),
         (None, "local", None),
@@ -57,9 +57,6 @@ def test_address_is_returned_with_its_origin(monkeypatch: pytest.MonkeyPatch) ->
         if variable is not None:
             monkeypatch.setenv("RAY_ADDRESS", variable)
         assert cluster.address_of(ClusterConfig(address=named)) == expected
-
-
-def test_hosts_may_be_ipv6_addresses_and_malformed_addresses_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for address, groups in {
         "head:6379": (None, "head", "6379"),
         "10.0.0.1:6379": (None, "10.0.0.1", "6379"),
@@ -185,7 +182,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return simulated
 
 
-def test_waiting_for_a_cluster_is_reported_until_the_timeout(world: World) -> None:
+def test_waiting_is_reported_until_nodes_join_or_the_timeout_and_an_autoscaler_is_awaited(world: World) -> None:
     with pytest.raises(RunFailed, match=r"2 ranks need 2 GPUs; this cluster has 0.*cluster\.gpus_per_worker"):
         world.placement(gpus_per_worker=1, address=None)  # a local Ray never gets more
     waiting = world.placement(gpus_per_worker=1)
@@ -195,9 +192,6 @@ def test_waiting_for_a_cluster_is_reported_until_the_timeout(world: World) -> No
     assert len(world.printed) == 6, "the message is repeated every ten seconds"
     with pytest.raises(RunFailed, match=r"this cluster has 0.*none came in 6\d s.*start_seconds"):
         world.pass_seconds(waiting, 10)
-
-
-def test_nodes_that_join_in_time_or_that_an_autoscaler_may_add_are_awaited(world: World) -> None:
     waiting = world.placement(gpus_per_worker=1)
     world.pass_seconds(waiting, 50)
     world.node = {"CPU": 4.0, "GPU": 2.0}

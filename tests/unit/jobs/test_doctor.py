@@ -88,7 +88,9 @@ def test_packages_are_compared_with_required_and_tested_versions(tmp_path: Path)
     assert int(count) > 15
 
 
-def test_full_disks_impossible_folders_and_low_limits_fail(tmp_path: Path) -> None:
+def test_full_disks_impossible_folders_low_limits_and_public_addresses_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     assert "free" in passes(doctor.disk, tmp_path / "runs" / "demo", 1)
     assert "free" in fails(doctor.disk, tmp_path / "runs" / "demo", 2**60)
@@ -106,6 +108,12 @@ def test_full_disks_impossible_folders_and_low_limits_fail(tmp_path: Path) -> No
                 assert "no InfiniBand" in passes(doctor.limits, tmp_path / "none")
         finally:
             resource.setrlimit(limit, (soft, hard))
+    public = {"10.1.2.3": False, "127.0.0.1": False, "8.8.8.8": True, "2001:4860:4860::8888": True, "fe80::1": False}
+    for address, is_warned in public.items():
+        monkeypatch.setenv("MASTER_ADDR", address)
+        assert ("WARNING, a public address" in passes(doctor.rendezvous)) == is_warned
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    result_of("skipped", doctor.rendezvous)
 
 
 def test_shared_memory_must_hold_the_batches_of_loader_processes_and_nccl(
@@ -124,15 +132,6 @@ def test_shared_memory_must_hold_the_batches_of_loader_processes_and_nccl(
         assert "needed" in passes(doctor.shared_memory, config, accelerators, tmp_path)
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=needed - 1: SimpleNamespace(free=free))
         assert "needed" in fails(doctor.shared_memory, config, accelerators, tmp_path)
-
-
-def test_a_public_rendezvous_address_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    public = {"10.1.2.3": False, "127.0.0.1": False, "8.8.8.8": True, "2001:4860:4860::8888": True, "fe80::1": False}
-    for address, is_warned in public.items():
-        monkeypatch.setenv("MASTER_ADDR", address)
-        assert ("WARNING, a public address" in passes(doctor.rendezvous)) == is_warned
-    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
-    result_of("skipped", doctor.rendezvous)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has an accelerator")

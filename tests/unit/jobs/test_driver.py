@@ -94,7 +94,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> KeyValues:
     return values
 
 
-def test_our_warnings_reach_the_driver_once_and_in_order(store: KeyValues) -> None:
+def test_warnings_and_values_are_exchanged_within_one_start_and_an_absent_head_blocks_neither_side(
+    store: KeyValues,
+) -> None:
     mail = Mailbox("claim")
     with forwarded_warnings(mail):
         for number in range(20):
@@ -111,9 +113,6 @@ def test_our_warnings_reach_the_driver_once_and_in_order(store: KeyValues) -> No
         (handler,) = (handler for handler in logging.getLogger().handlers if type(handler).__name__ == "Forward")
         handler.flush()  # by `logging.shutdown` before `os._exit` in a hung rank, which leaves no block
         assert [message["text"] for message in mail.receive()] == ["hung"]
-
-
-def test_values_are_exchanged_within_one_start_and_an_unavailable_head_blocks_neither_side(store: KeyValues) -> None:
     mail, rank = Mailbox("claim"), Mailbox("claim")
     assert rank.get(STOP) is None
     assert mail.put(STOP, 1)
