@@ -1,7 +1,7 @@
 """Configs of runs: the user's own servers and stores, the recipes of this package, and the fingerprint of the data.
 
 Stores, Ray cluster and MLflow server of a command on a run's folder come from the environment, from `--config FILE` and
-from `--uri`, never from the folder, which another person may have written (`pipeline.config.stored`).
+from `--uri`, never from the folder, which another person may have written (`pipeline.config.load`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import yaml
 
 from pipeline.config import schema
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import load_config, with_absolute_paths
+from pipeline.config.load import RecordedLocation, load_config, with_absolute_paths
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig, Section, StorageConfig
-from pipeline.config.stored import RecordedLocation
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage
 from pipeline.tracking.locations import absolute_uri, configured_uri, default_uri, read_run_id
