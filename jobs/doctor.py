@@ -118,6 +118,9 @@ def diagnose(name: str, check: Callable[..., str], *arguments: Any) -> Diagnosis
         return Diagnosis(name, "failed", *failure.args)
     except Skipped as reason:
         return Diagnosis(name, "skipped", *reason.args)
+    except PackageNotFoundError as error:
+        remedy = f"pip install --constraint constraints.txt {error.name}"
+        return Diagnosis(name, "failed", f"{error.name} is not installed", remedy)
 
 
 def packages(requirements: Iterable[str] | None = None, tested: Path = CONSTRAINTS) -> str:
@@ -269,11 +272,7 @@ def collective(name: Literal["gloo", "NCCL"], gpus: int = 0) -> str:
 
 def operators() -> str:
     """Load DeepSpeed's operators for CPU ranks, building them if necessary; a failure names a fault of the compiler."""
-    try:
-        installed = version("deepspeed")
-    except PackageNotFoundError as error:
-        raise Failed("DeepSpeed is not installed", "pip install --constraint constraints.txt deepspeed") from error
-    folder, began = Path(use_own_folder()), time.monotonic()
+    installed, folder, began = version("deepspeed"), Path(use_own_folder()), time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -49,7 +49,8 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
     storage = Storage(config.storage)
     check_server(config)
     prepare(config, storage)
-    if _unfinished(config, storage) is None:
+    weights = [stage_url(config, index) for index in range(len(config.stages))]
+    if all(is_committed(storage, url) for url in weights):
         return False
     progress_url = join(config.folder, distributed.PROGRESS_FILE)
     storage.delete(join(config.folder, distributed.FAILURE_FILE))
@@ -74,16 +75,10 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
             show_messages(mail, open_alerts, is_last=True)
             mail.call("del", "", True)
     _raise_failure(config, ownership)
-    if (unfinished := _unfinished(config, storage)) is not None:
+    if unfinished := [s.name for s, url in zip(config.stages, weights, strict=True) if not is_committed(storage, url)]:
         remedy = "if this machine and the cluster's nodes do not share it, give an `output` that all of them see"
-        raise RunFailed(f"the ranks ended without finishing stage {unfinished} in {config.folder}; {remedy}")
+        raise RunFailed(f"the ranks ended without finishing stage {unfinished[0]} in {config.folder}; {remedy}")
     return True
-
-
-def _unfinished(config: RunConfig, storage: Storage) -> str | None:
-    """Return the first stage without final weights; None if all are finished."""
-    names = [stage.name for stage in config.stages]
-    return next((n for i, n in enumerate(names) if not is_committed(storage, stage_url(config, i))), None)
 
 
 def _train(

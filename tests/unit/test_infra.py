@@ -311,7 +311,9 @@ def test_compose_needs_every_value_holds_no_secret_exposes_no_port_and_refers_to
     assert "deploy" not in SERVICES["head"]
 
 
-def test_mlflow_knows_the_variables_and_arguments_of_its_service() -> None:
+def test_mlflow_knows_its_arguments_and_the_bucket_may_be_created_twice(
+    moto_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MLflow's own command line parses the arguments."""
     from mlflow.cli import server
     from mlflow.utils.uri import extract_db_type_from_uri
@@ -323,6 +325,14 @@ def test_mlflow_knows_the_variables_and_arguments_of_its_service() -> None:
     assert {"MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION"} <= variables
     options = {name for option in server.params for name in option.opts}
     assert {argument for argument in service["command"][2:] if argument.startswith("--")} <= options
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in moto_store.environment.items():
+        monkeypatch.setenv(name, value)
+    make_bucket = load_script(INFRA / "make_bucket.py").make_bucket
+    for _ in range(2):
+        make_bucket("mome-compose")
+    assert [bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]].count("mome-compose") == 1
 
 
 def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
@@ -333,17 +343,6 @@ def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     env.write_text("".join(f"{name}={value or 'x'}\n" for name, value in VALUES.items()))
     files = ["--file", str(INFRA / "compose.yaml"), "--file", str(INFRA / "compose.gpu.yaml")]
     subprocess.run([docker, "compose", "--env-file", str(env), *files, "config", "--quiet"], check=True)
-
-
-def test_creating_the_bucket_twice_succeeds(moto_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in moto_store.environment.items():
-        monkeypatch.setenv(name, value)
-    make_bucket = load_script(INFRA / "make_bucket.py").make_bucket
-    for _ in range(2):
-        make_bucket("mome-compose")
-    assert [bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]].count("mome-compose") == 1
 
 
 # ---- the image

@@ -48,7 +48,9 @@ def start(tmp_path: Path) -> Start:
     return begin
 
 
-def test_torchrun_starts_on_every_node_and_is_retried_within_bounds(start: Start, tmp_path: Path) -> None:
+def test_torchrun_starts_on_every_node_and_is_retried_within_bounds_unless_superseded(
+    start: Start, tmp_path: Path
+) -> None:
     from torch.distributed.run import get_args_parser
 
     job = start('printf "%s\\n" "${@: -3}" > ' + str(tmp_path / "last"), SLURM_GPUS_ON_NODE="8")
@@ -74,6 +76,16 @@ def test_torchrun_starts_on_every_node_and_is_retried_within_bounds(start: Start
     assert job.returncode == 7
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
     assert "failed 2 times, the last with status 7" in output
+    # Retries share a claim; another start of the same job has its own.
+    (tmp_path / "calls").unlink()
+    write_program(tmp_path / "python", f'printf "%s " "$MOME_CLAIM" "$@" > {tmp_path}/owner\nexit 76')
+    for number, restart in enumerate(("0", "3"), start=1):
+        job = start("exit 1", SLURM_RESTART_COUNT=restart)
+        output, _ = job.communicate(timeout=30)
+        assert job.returncode == 76, output
+        assert (tmp_path / "calls").read_text().count("srun") == number
+        claim = f"slurm--17-{restart} -m pipeline.training.ownership configs/demo.yaml name=a"
+        assert (tmp_path / "owner").read_text().startswith(claim)
 
 
 @pytest.mark.parametrize("sent", ["USR1", "TERM"])
@@ -88,18 +100,6 @@ def test_preemption_is_passed_to_the_ranks_and_requeues_the_job(sent: str, start
     calls = (tmp_path / "calls").read_text().splitlines()[1:]
     assert calls == [f"scancel --signal={sent} 17", "saved", "scontrol requeue 17"], output
     assert job.returncode == 0
-
-
-def test_superseded_job_is_not_retried(start: Start, tmp_path: Path) -> None:
-    """Retries share a claim; another start of the same job has its own."""
-    write_program(tmp_path / "python", f'printf "%s " "$MOME_CLAIM" "$@" > {tmp_path}/owner\nexit 76')
-    for number, restart in enumerate(("0", "3"), start=1):
-        job = start("exit 1", SLURM_RESTART_COUNT=restart)
-        output, _ = job.communicate(timeout=30)
-        assert job.returncode == 76, output
-        assert (tmp_path / "calls").read_text().count("srun") == number
-        claim = f"slurm--17-{restart} -m pipeline.training.ownership configs/demo.yaml name=a"
-        assert (tmp_path / "owner").read_text().startswith(claim)
 
 
 def test_scripts_are_valid_bash_and_explain_a_used_port_and_a_missing_environment_or_argument(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from email.utils import formatdate
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,19 +57,14 @@ def demo(tmp_path: Path, *overrides: str) -> RunConfig:
     return load_config(DEMO, [f"output={tmp_path}/runs", *overrides])
 
 
-def result_of(status: str, check: Callable[..., str], *arguments: Any) -> Diagnosis:
-    """Return the result of a check that ends with `status`, with a remedy if it failed."""
+def detail_of(status: str, check: Callable[..., str], *arguments: Any) -> str:
+    """Return the description of a check that ends with `status`, with a remedy if it failed."""
     result = diagnose("check", check, *arguments)
     assert (result.status, bool(result.remedy)) == (status, status == "failed"), result
-    return result
+    return result.detail
 
 
-def passes(check: Callable[..., str], *arguments: Any) -> str:
-    return result_of("passed", check, *arguments).detail
-
-
-def fails(check: Callable[..., str], *arguments: Any) -> str:
-    return result_of("failed", check, *arguments).detail
+passes, fails, skips = (partial(detail_of, status) for status in ("passed", "failed", "skipped"))
 
 
 # ---- the machine
@@ -113,7 +109,7 @@ def test_full_disks_impossible_folders_low_limits_and_public_addresses_are_repor
         monkeypatch.setenv("MASTER_ADDR", address)
         assert ("WARNING, a public address" in passes(doctor.rendezvous)) == is_warned
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
-    result_of("skipped", doctor.rendezvous)
+    skips(doctor.rendezvous)
 
 
 def test_shared_memory_must_hold_the_batches_of_loader_processes_and_nccl(
@@ -146,14 +142,14 @@ def test_an_accelerator_fails_if_torch_cannot_use_it_or_a_local_run_needs_one(
     program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     gpus = "cluster.gpus_per_worker=1"
     for config in (None, demo(tmp_path), demo(tmp_path, gpus, "cluster.address=head:6379")):
-        result_of("skipped", doctor.accelerator, config)
+        skips(doctor.accelerator, config)
     assert "cluster.gpus_per_worker" in fails(doctor.accelerator, demo(tmp_path, gpus))
 
 
 def test_ranks_that_cannot_communicate_or_hang_and_operators_that_cannot_be_built_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result_of("skipped", doctor.collective, "NCCL")  # there is no accelerator
+    skips(doctor.collective, "NCCL")  # there is no accelerator
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     assert re.search("could not sum a tensor.*nosuch0", fails(doctor.collective, "gloo"))
     with pytest.raises(RuntimeError, match="did not finish in time and was killed"):
@@ -213,13 +209,13 @@ def test_mlflow_must_respond_with_the_clients_major_version_and_the_clocks_must_
     now, silent = time.time(), f"http://127.0.0.1:{free_ports(1)[0]}"
     with ExitStack() as stack:
         old, late = start(stack, {"/health": "OK", "/version": "2.9.1"}), start(stack, {}, date=now + 3600)
-        result_of("skipped", doctor.mlflow, None)
+        skips(doctor.mlflow, None)
         assert "is writable" in passes(doctor.mlflow, demo(tmp_path)), "SQLite"
         assert "answers" in passes(doctor.mlflow, config(start(stack, MLFLOW)))
         assert "has version 2.9.1" in fails(doctor.mlflow, config(old))
         assert "does not answer" in fails(doctor.mlflow, config(silent))
-        result_of("skipped", doctor.clock, None)
-        result_of("skipped", *clock(silent))
+        skips(doctor.clock, None)
+        skips(*clock(silent))
         passes(*clock(start(stack, {"/": ""}), silent))
         assert "behind" in fails(*clock(silent, late))  # the first server that responds counts
         assert "ahead of" in fails(*clock(start(stack, {}, date=now - 3600)))
@@ -228,7 +224,7 @@ def test_mlflow_must_respond_with_the_clients_major_version_and_the_clocks_must_
 
 
 def test_a_configured_cluster_is_compared_with_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result_of("skipped", doctor.ray_cluster, demo(tmp_path))
+    skips(doctor.ray_cluster, demo(tmp_path))
     closed = f"cluster.address=127.0.0.1:{free_ports(1)[0]}"
     assert "no Ray cluster answers" in fails(doctor.ray_cluster, demo(tmp_path, closed))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -248,7 +244,7 @@ def test_a_token_is_private_needed_for_a_remote_cluster_and_exists_where_it_is_n
         monkeypatch.setenv("HOME", folder)
         assert "not on this machine" in fails(doctor.ray_token, demo(tmp_path, "cluster.address=head:6379"))
         for address in ("127.0.0.1:6379", "auto"):
-            result_of("skipped", doctor.ray_token, demo(tmp_path, f"cluster.address={address}"))
+            skips(doctor.ray_token, demo(tmp_path, f"cluster.address={address}"))
         token.write_text("a token")
         # Nobody else can enter a home folder of mode 700.
         for home_mode, mode, remedy in (
@@ -257,7 +253,7 @@ def test_a_token_is_private_needed_for_a_remote_cluster_and_exists_where_it_is_n
         ):  # fmt: skip
             home.chmod(home_mode)
             token.chmod(mode)
-            assert result_of("failed" if remedy else "passed", doctor.ray_token, None).remedy == remedy
+            assert diagnose("Ray token", doctor.ray_token, None).remedy == remedy
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
         assert "is not a file" in fails(doctor.ray_token, None)
         (home / "token").write_text("\n")
@@ -269,7 +265,9 @@ def test_a_token_is_private_needed_for_a_remote_cluster_and_exists_where_it_is_n
 # ---- the command
 
 
-def test_the_exit_status_reflects_failed_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_runs_here_and_its_exit_status_reflects_failed_checks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     results = [Diagnosis("gloo", "passed", "2 ranks"), Diagnosis("NCCL", "skipped", "none")]
     monkeypatch.setattr(doctor, "run_checks", lambda config: iter(results))
     for status in (0, 1):
@@ -278,9 +276,6 @@ def test_the_exit_status_reflects_failed_checks(monkeypatch: pytest.MonkeyPatch)
         assert all(result.detail in outcome.output and result.remedy in outcome.output for result in results)
         results.append(Diagnosis("disk", "failed", "full", "free some"))
     assert "--config" in str(CliRunner().invoke(app, ["doctor", "name=other"]).exception), "overrides need a config"
-
-
-def test_the_command_runs_on_this_machine(tmp_path: Path) -> None:
     with ExitStack() as stack:
         command = [sys.executable, "-m", "jobs.cli", "doctor", "--json", "--config", str(DEMO)]
         overrides = [f"output={tmp_path}/runs", f"tracking.uri={start(stack, MLFLOW)}"]

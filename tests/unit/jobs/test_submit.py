@@ -4,7 +4,6 @@ Job identifiers are stable per config, and submitting imports no training librar
 """
 
 import asyncio
-import os
 import socket
 import subprocess
 import sys
@@ -69,19 +68,17 @@ def test_address_may_be_copied_from_a_browser_and_only_loopback_is_this_machine(
     assert [address for address in own + others if is_loopback(address)] == own
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["", "http://[::1", "http://head:82x65", "http://head:99999999", "ray://head:10001", "file:///etc", "http://",
-     "head 1:8265", "http://head:8265\\@elsewhere", "http://alice:secret@head:8265", "http://a:secret@head:82x65",
-     "ray://alice:secret@head:10001", "http://alice:[secret@head", "alice:secret@", "http://a..b:8265", 64 * "a"],
-)  # fmt: skip
-def test_invalid_dashboard_address_is_one_message(address: str) -> None:
-    with pytest.raises(ConfigError, match="--address") as error:
-        open_dashboard(address)
-    assert "secret" not in str(error.value)
-
-
-def test_dashboard_of_another_machine_without_authentication_is_rejected_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_address_and_another_machine_without_authentication_are_rejected_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for address in (
+        "", "http://[::1", "http://head:82x65", "http://head:99999999", "ray://head:10001", "file:///etc", "http://",
+        "head 1:8265", "http://head:8265\\@elsewhere", "http://alice:secret@head:8265", "http://a:secret@head:82x65",
+        "ray://alice:secret@head:10001", "http://alice:[secret@head", "alice:secret@", "http://a..b:8265", 64 * "a",
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="--address") as error:
+            open_dashboard(address)
+        assert "secret" not in str(error.value)
     monkeypatch.setattr(module, "is_loopback", lambda address: False)
     with serving(give([])) as server:
         with pytest.raises(ConfigError, match="lets anyone run code"):
@@ -238,19 +235,6 @@ def test_job_uses_this_interpreter_if_the_head_has_it_and_a_failure_is_not_repea
         submit(load_config(DEMO), "127.0.0.1:8265", True, "mine")
     assert client.submit_job.call_args.kwargs["submission_id"] == "mine"
     assert client.submit_job.call_count == 3
-
-
-def test_submitting_needs_neither_cuda_nor_training_libraries() -> None:
-    """A laptop has no GPU, and importing DeepSpeed searches for one and for its compiler."""
-    script = (
-        "import sys, jobs.cli, jobs.submit\n"
-        "loaded = {name for name in ('deepspeed', 'mlflow', 'transformers') if name in sys.modules}\n"
-        "import torch\n"
-        "assert not loaded, loaded\n"
-        "assert not torch.cuda.is_initialized()\n"
-    )
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
 
 
 @pytest.mark.parametrize("silent", [False, True])
