@@ -45,11 +45,8 @@ Address = Annotated[str, Option(help="Cluster's dashboard: http://head:8265.", e
 Token = Annotated[str | None, Option(help="Reference to the cluster's token: env:NAME or file:PATH (default: Ray's).")]
 Job = Annotated[str, Argument(help="Id of the job, as printed by `mome submit` and `mome jobs list`.")]
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Staged vision-language pretraining on a Ray cluster, from image-text tars in object storage.",
-)
+HELP = "Staged vision-language pretraining on a Ray cluster, from image-text tars in object storage."
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
 config_app = typer.Typer(no_args_is_help=True, help="List and show the recipes of this package; print the schema.")
 jobs_app = typer.Typer(no_args_is_help=True, help="List jobs submitted to a cluster, show status and logs, stop them.")
 
@@ -221,7 +218,7 @@ def import_(
     format: Format,
     out: Annotated[str, Option(help="New folder (path or URL), for `start_from` and `mome evaluate`.")],
     overrides: Annotated[
-        list[str] | None, Argument(help="Sizes that no tensor tells: heads=16 image_size=384", metavar="KEY=VALUE")
+        list[str] | None, Argument(help="Sizes that no tensor has: heads=16 image_size=384", metavar="KEY=VALUE")
     ] = None,
     model: Annotated[Path | None, FileOption(help="Config whose model section describes the weights.")] = None,
     vocabulary: Annotated[str | None, Option(help="Vocabulary file, one token per line (path or URL).")] = None,

@@ -28,11 +28,8 @@ from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.loading.backends import local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
-from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
-from pipeline.training.callbacks import Progress
+from pipeline.training import background_writer, callbacks, health, loop
 from pipeline.training.collectives import Collectives
-from pipeline.training.health import is_out_of_memory
-from pipeline.training.loop import train
 from pipeline.training.ownership import Ownership
 from pipeline.training.preflight import preflight
 
@@ -62,13 +59,13 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
     progress, backend = ProgressFile(config, storage), RayBackend if config.cluster.loader_actors else local_backend
     with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
         try:
-            train(config, progress, backend, preempted=signal, claim=claim)
+            loop.train(config, progress, backend, preempted=signal, claim=claim)
         except Preempted as error:
             log.warning("%s", error)
             return signal.reason or PREEMPTED
         except Exception as error:
             failure: dict[str, Any] | None = None  # of an error that a restart would only repeat
-            if is_out_of_memory(error):
+            if health.is_out_of_memory(error):
                 remedy = "Set engine.micro_batch_size lower, or engine.zero_stage higher."
                 failure = {"message": f"out of memory: {redact(str(error))}. {remedy}", "exit_status": 1}
             elif isinstance(error, MomeError) and not isinstance(error, StorageError | Superseded):
@@ -93,10 +90,10 @@ class ProgressFile:
     """Progress report of rank 0: a small file in the run's folder, written in the background at most once a second."""
 
     def __init__(self, config: RunConfig, storage: Storage):
-        self.writer = BackgroundWriter(storage, DEADLINE_SECONDS, logging.DEBUG)
+        self.writer = background_writer.BackgroundWriter(storage, background_writer.DEADLINE_SECONDS, logging.DEBUG)
         self._url, self._last = join(config.folder, PROGRESS_FILE), 0.0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: callbacks.Progress) -> None:
         last_of_stage = progress.stage_step == progress.stage_steps
         if last_of_stage or time.monotonic() - self._last >= PROGRESS_SECONDS:
             self._last = time.monotonic()
@@ -106,9 +103,8 @@ class ProgressFile:
 class RankPreemptionSignal:
     """Signal that healthy ranks should save and stop: a node is drained, more ranks would fit, or the driver asks.
 
-    Each rank calls its own signal at every step, and the training loop makes the ranks agree. Ray's public function,
-    `ray.train.get_preemption_info()`, is a barrier among the ranks and too slow for every step; Ray's watcher stores
-    the same information in each rank's own context. `thread`, on rank 0, looks for room and for the driver's request.
+    Each rank calls its own at every step, and the training loop makes the ranks agree. Ray's public function is a
+    barrier, too slow for every step; its watcher stores the same in each rank's context. `thread` is rank 0's.
     """
 
     def __init__(self, cluster: ClusterConfig, rank: int, world_size: int, mail: Mailbox):

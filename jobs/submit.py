@@ -59,9 +59,8 @@ GIVE_TOKEN = f"Name the cluster's token: {REFERENCES}, or put it into ~/.ray/aut
 def submit(
     config: RunConfig, address: str, follow: bool, submission_id: str | None = None, token: str | None = None
 ) -> dict[str, Any]:
-    """Submit the run, and with `follow` stream the job's output until it ends; `token` names the cluster's token.
+    """Submit the run unless its job is active or succeeded; with `follow`, stream the job's output until it ends.
 
-    A job of the same run and config that is active or succeeded is not submitted again; attempts are numbered from 2.
     Raises ConfigError for a config the cluster could not run or an address that must not be used, RunFailed when the
     cluster does not answer or the job fails.
     """

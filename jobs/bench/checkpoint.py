@@ -51,9 +51,8 @@ def bench_checkpoint(
 ) -> dict[str, Any]:
     """Save the state of the model of `config` (default: VLMo base) into the folder `url` (default: a temporary one).
 
-    `stall_seconds` is the training time that a save takes, `synchronous_seconds` the time until it is committed when
-    training waits for it; both are medians of `rounds`. A store of `mb_per_second` (10^6 bytes) is simulated; 0 uses
-    the real one's pace. The saved state is restored and compared.
+    A save stalls training for `stall_seconds`, or for `synchronous_seconds` if it waits for the commit (medians). A
+    store of `mb_per_second` (10^6 bytes) is simulated; 0 uses the real pace. The saved state is restored and compared.
     """
     section = VLMoConfig() if config is None else load_config(config).model
     progress("creating the state")

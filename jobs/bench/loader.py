@@ -240,10 +240,8 @@ def tree_cpu_seconds() -> float:
 
 
 def peer_batches(job: BenchJob) -> Batches:
-    """Yield batches of another loader without end.
+    """Yield batches of another loader without end: webdataset's tutorial, or the pipeline of open_clip's training data.
 
-    `webdataset_pil` is webdataset's tutorial: its reader and shuffle, and torch's DataLoader. `open_clip_composition`
-    is the pipeline of open_clip's training data: a seeded shuffle of shards, larger buffers, batches made by workers.
     Images are (B, 3, S, S) float32 in [-1, 1]; text is (B, 3, L) int64: the tokens, the masked tokens and the labels.
     """
     config = job.config()

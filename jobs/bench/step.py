@@ -45,11 +45,10 @@ def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks:
 
 
 def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[str, Any]:
-    """Measure steps of a stage; all ranks must call it together.
+    """Measure steps of a stage on all ranks together; with `steps` 0, only the one that measures memory.
 
-    Memory is measured in a separate step; with `steps` 0 it is also the timed one. Times are of all ranks together,
-    TFLOPS of one rank, bytes of the rank with the largest allocation. `mfu` is a fraction of the data sheet's peak, or
-    on a CPU of the speed of a large matrix product.
+    TFLOPS are of one rank, bytes of the rank with the largest allocation. `mfu` is a fraction of the data sheet's peak,
+    or on a CPU of the speed of a large matrix product.
     """
     torch.set_num_threads(stage.run.engine.threads)
     device, vocabulary = collectives.device, stage.run.tokenizer.size

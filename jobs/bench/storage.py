@@ -50,9 +50,8 @@ def bench_storage(
 ) -> dict[str, Any]:
     """Measure the store behind the folder `url`; without one, moto's server, or a local folder where moto is absent.
 
-    Writes one object of `object_bytes` and `objects` small ones into a new folder under `url`, and deletes it. `read`
-    and `list` hold, by client, MB (10^6 bytes) per second, CPU seconds per GiB, seconds until the first byte is in
-    the caller's hands, and HTTP requests (0 where the store is not reached by S3).
+    `read` and `list` hold, by client, MB (10^6 bytes) per second, CPU seconds per GiB, seconds until the caller has the
+    first byte, and HTTP requests (0 where the store is not reached by S3). What is written is deleted.
     """
     with ExitStack() as stack:
         kind = "given"

@@ -53,7 +53,7 @@ def test_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> None
     assert not (tmp_path / "runs").exists()
 
 
-def test_missing_and_empty_data_are_named(tmp_path: Path) -> None:
+def test_missing_and_empty_data_changed_keys_and_local_folders_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "0.tar").write_bytes(tar_bytes({}))
     index_shards(Storage(), f"{tmp_path}/empty")
@@ -61,18 +61,14 @@ def test_missing_and_empty_data_are_named(tmp_path: Path) -> None:
         assert expected in refuse(demo(tmp_path, f"sources.pictures.shards={tmp_path}/{name}"))
     assert not (tmp_path / "runs" / "demo" / "run.json").exists()
     prepare(demo(tmp_path), Storage())
-    shard = sorted((tmp_path / "scenes").glob("*.tar"))[0]
-    shard.unlink()
-    assert shard.name in refuse(demo(tmp_path))
-
-
-def test_changed_fixed_keys_and_local_folders_of_a_cluster_are_rejected(tmp_path: Path) -> None:
-    prepare(demo(tmp_path), Storage())
     overrides = ("stages.vision.masking.image_mask_ratio=0.7", "seed=8", "cluster.workers=1")
     message = refuse(demo(tmp_path, *overrides), ConfigError, status=2)
     assert "stages.0.masking.image_mask_ratio: was 0.4, now 0.7" in message
     assert "seed: was 7, now 8" in message
     assert "cluster.workers" not in message
+    shard = sorted((tmp_path / "scenes").glob("*.tar"))[0]
+    shard.unlink()
+    assert shard.name in refuse(demo(tmp_path))
     with pytest.raises(ConfigError, match=r"sources\.scenes\.shards"):
         for_cluster(load_config(DEMO), same_machine=False)
 
