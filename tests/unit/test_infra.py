@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import tomllib
 from collections import defaultdict
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,35 +56,30 @@ def rendered(path: Path, **changes: str) -> list[dict[str, Any]]:
 # ---- rendering
 
 
-def test_the_example_sets_and_explains_every_variable() -> None:
+def test_the_example_sets_and_explains_every_variable_and_missing_or_invalid_ones_are_named(
+    tmp_path: Path, capsys: Any
+) -> None:
     """A comment, or another setting explained by the same comment, is directly above."""
     assert set(SETTINGS) == set().union(*(render.variables(path) for path in FILES))
     assert not [path for path in FILES if "${" in render.render(path, SETTINGS)]
     for above, line in itertools.pairwise(EXAMPLE.read_text().splitlines()):
         assert "=" not in line or line.startswith("#") or above.startswith("#") or "=" in above, line
-
-
-@pytest.mark.parametrize(
-    ("settings", "arguments", "status", "out", "error"),
-    [
-        ("ONE=1", [], 2, "", "no value for TWO"),
-        ("ONE=1\nTWO=", [], 2, "", "no value for TWO"),
-        ("# mine\n\nONE=1\nTWO=2", ["ONE=3"], 0, "a: 3\nb: 2-3\nc: $RAY_HEAD_IP $(date)\n", ""),
-        ("TWO=2\nexport ONE=1", [], 2, "", "my.env, line 2"),
-        ("TWO=2\nONE", [], 2, "", "my.env, line 2"),
-        ("TWO=2\none=1", [], 2, "", "my.env, line 2"),
-    ],
-)
-def test_arguments_override_settings_and_missing_or_invalid_ones_are_named(
-    settings: str, arguments: list[str], status: int, out: str, error: str, tmp_path: Path, capsys: Any
-) -> None:
     file, env = tmp_path / "file.yaml", tmp_path / "my.env"
     file.write_text("a: ${ONE}\nb: ${TWO}-${ONE}\nc: $RAY_HEAD_IP $(date)\n")
-    env.write_text(settings)
-    assert render.main([str(file), str(env), *arguments]) == status
-    output = capsys.readouterr()
-    assert output.out == out
-    assert error in output.err
+    for settings, error in (
+        ("ONE=1", "no value for TWO"),
+        ("ONE=1\nTWO=", "no value for TWO"),
+        ("TWO=2\nexport ONE=1", "my.env, line 2"),
+        ("TWO=2\nONE", "my.env, line 2"),
+        ("TWO=2\none=1", "my.env, line 2"),
+    ):
+        env.write_text(settings)
+        assert render.main([str(file), str(env)]) == 2
+        output = capsys.readouterr()
+        assert (output.out, error in output.err) == ("", True)
+    env.write_text("# mine\n\nONE=1\nTWO=2")
+    assert render.main([str(file), str(env), "ONE=3"]) == 0
+    assert capsys.readouterr() == ("a: 3\nb: 2-3\nc: $RAY_HEAD_IP $(date)\n", "")
 
 
 # ---- KubeRay
@@ -98,29 +92,23 @@ def spec(request: pytest.FixtureRequest) -> dict[str, Any]:
     return cluster.get("rayClusterSpec", cluster)
 
 
-@cache
-def definition(kind: str, folder: Path) -> dict[str, Any]:
-    """Return the schema of a custom resource with unknown keys forbidden, because Kubernetes drops them silently."""
-    versions = yaml.load((folder / f"ray.io_{kind}.yaml").read_text(), Loader=yaml.CSafeLoader)["spec"]["versions"]
-    schema: dict[str, Any] = next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1")
-    schema["properties"]["metadata"] = {"type": "object"}  # of Kubernetes itself, not described there
-    pending = [schema]
-    while pending:
-        place = pending.pop()
-        if "properties" in place:
-            place.setdefault("additionalProperties", False)
-        inner = [*place.get("properties", {}).values(), place.get("items"), place.get("additionalProperties")]
-        pending += [value for value in inner if isinstance(value, dict)]
-    return schema
-
-
 def test_manifests_are_valid_for_kuberay_and_wrong_keys_and_values_are_not(shared: Path) -> None:
     folder = shared / "schemas" / "kuberay"
     if not folder.is_dir():
         pytest.skip("../shared/schemas/kuberay is absent: it holds KubeRay's definitions")
     for name, kind in KINDS.items():
+        versions = yaml.load((folder / f"ray.io_{kind}.yaml").read_text(), Loader=yaml.CSafeLoader)["spec"]["versions"]
+        schema: dict[str, Any] = next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1")
+        schema["properties"]["metadata"] = {"type": "object"}  # of Kubernetes itself, not described there
+        pending = [schema]
+        while pending:  # forbid unknown keys, because Kubernetes drops them silently
+            place = pending.pop()
+            if "properties" in place:
+                place.setdefault("additionalProperties", False)
+            inner = [*place.get("properties", {}).values(), place.get("items"), place.get("additionalProperties")]
+            pending += [value for value in inner if isinstance(value, dict)]
         (valid,) = rendered(KUBERAY / f"{name}.yaml")
-        validator = jsonschema.Draft202012Validator(definition(kind, folder))
+        validator = jsonschema.Draft202012Validator(schema)
         assert list(validator.iter_errors(valid)) == []
     for path, value in {  # of the job, the last one
         "spec.backoffLimits": 3,
@@ -137,7 +125,9 @@ def test_manifests_are_valid_for_kuberay_and_wrong_keys_and_values_are_not(share
         assert len(list(validator.iter_errors(manifest))) == 1, path
 
 
-def test_rays_autoscaler_parses_the_groups(spec: dict[str, Any]) -> None:
+def test_groups_are_parsed_access_needs_a_token_and_containers_have_limits_and_never_run_as_root(
+    spec: dict[str, Any],
+) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
 
     read = derive({"metadata": {"name": "mome", "namespace": "mome"}, "spec": spec})
@@ -148,9 +138,6 @@ def test_rays_autoscaler_parses_the_groups(spec: dict[str, Any]) -> None:
     # cluster.loader_resource requests a thousandth of the resource `loader`.
     assert (workers, resources["loader"], resources["CPU"], "GPU" in resources) == (4, 1, 30, False)
     assert read["idle_timeout_minutes"] == 10
-
-
-def test_access_needs_a_token_and_containers_have_limits_and_never_run_as_root(spec: dict[str, Any]) -> None:
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["networkPolicy"]["mode"] in ("DenyAll", "DenyAllIngress")
     for rule in spec["networkPolicy"]["head"]["ingressRules"]:
@@ -359,7 +346,7 @@ RUN = STAGES["run"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_the_image_has_an_unprivileged_user_its_commands_and_only_copied_files() -> None:
+def test_the_image_has_an_unprivileged_user_its_commands_only_copied_files_and_hashed_packages() -> None:
     known = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
     assert {word for stage in STAGES.values() for word, _ in stage} <= known
     assert list(STAGES) == ["", "build", "run"]
@@ -386,17 +373,6 @@ def test_the_image_has_an_unprivileged_user_its_commands_and_only_copied_files()
     assert [source for source in copied if not (ROOT / source).exists() or is_ignored(source)] == []
     others = [".git", ".venv", "runs/demo", "infra/compose.env", "settings.env", "tests"]
     assert [path for path in others if not is_ignored(path)] == []
-
-
-def is_ignored(path: str) -> bool:
-    """Apply Docker's rule: the last pattern that matches the path or a parent folder decides."""
-    parts = [Path(path), *Path(path).parents[:-1]]
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
-    matching = [line for line in lines if any(fnmatch.fnmatch(str(part), line.removeprefix("!")) for part in parts)]
-    return bool(matching) and not matching[-1].startswith("!")
-
-
-def test_packages_have_hashes_and_tested_compatible_versions() -> None:
     locked: dict[str, int] = {}
     name = ""
     for line in (INFRA / "requirements.lock").read_text().splitlines():
@@ -415,3 +391,11 @@ def test_packages_have_hashes_and_tested_compatible_versions() -> None:
     assert set(extra) <= set(locked)
     # Released together, with requirements on each other's version.
     assert dict(line.split("==") for line in extra)["boto3"] == PINS["botocore"]
+
+
+def is_ignored(path: str) -> bool:
+    """Apply Docker's rule: the last pattern that matches the path or a parent folder decides."""
+    parts = [Path(path), *Path(path).parents[:-1]]
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    matching = [line for line in lines if any(fnmatch.fnmatch(str(part), line.removeprefix("!")) for part in parts)]
+    return bool(matching) and not matching[-1].startswith("!")
