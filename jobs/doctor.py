@@ -325,7 +325,7 @@ def source(config: RunConfig, storage: Storage, url: str) -> str:
             if not shards:
                 raise
             detail = f"{url}: {len(shards)} tars, not indexed yet: the run will index them"
-        if shards and not storage.read_range(join(folder, shards[0]), 0, 512):
+        if shards and not storage.read(join(folder, shards[0]), 0, 512):
             raise Failed(f"{url}: {shards[0]} is empty", "run `mome shards check`")
     except (StorageError, ConfigError, DataError) as error:
         if not is_generated:

@@ -104,7 +104,7 @@ def clients_of(
                 yield data
 
     readers: dict[str, Client] = {
-        "mome": lambda: concurrently(partial(storage.read_range, url, etag=storage.info(url).etag)),
+        "mome": lambda: concurrently(partial(storage.read, url, etag=storage.info(url).etag)),
         "mome.open": lambda: streamed(storage.open(url)),
         "fsspec.cat_ranges": lambda: file_system.cat_ranges(paths, starts, stops, on_error="raise", **ranges),
         "fsspec.open": lambda: streamed(file_system.open(f"{path}/object", "rb")),

@@ -216,7 +216,7 @@ def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> N
         index = load_index(storage, url, shard)
         for number in numbers:
             start, stop = index.byte_range(number)
-            data = storage.read_range(join(shard_folder(url), shard.name), start, stop)
+            data = storage.read(join(shard_folder(url), shard.name), start, stop)
             members = {name: data[at - start : at - start + size] for name, at, size in index.members(number)}
             encoded = next((content for name, content in members.items() if name.split(".")[-1] in EXTENSIONS), None)
             image, fault = None, None

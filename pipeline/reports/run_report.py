@@ -251,7 +251,7 @@ def _inspect_quarantine(run: RunFolder) -> tuple[list[ReasonCount], list[Inspect
             if number is None or index.keys[number] != sample.key:
                 raise DataError(f"{sample.shard} now has another sample at byte {sample.offset}")
             file = join(shard_folder(url), sample.shard)
-            members = {name: storage.read_range(file, at, at + size) for name, at, size in index.members(number)}
+            members = {name: storage.read(file, at, at + size) for name, at, size in index.members(number)}
             image = thumbnail(decode(image_bytes(members), run.config.data.max_pixels), THUMBNAIL)
         except BadSample as bad:
             error = bad.reason

@@ -47,7 +47,7 @@ def test_random_ranges_are_exact_under_heavy_faults(through: Through, url: str):
     chance = random.Random(1)
     ranges = [sorted(chance.sample(range(len(DATA) + 1), 2)) for _ in range(100)]
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(lambda place: storage.read_range(url, *place), ranges))
+        read = list(pool.map(lambda place: storage.read(url, *place), ranges))
     assert all(data == DATA[start:stop] for data, (start, stop) in zip(read, ranges, strict=True))
     assert set(proxy.injected) == set(rates)
 
@@ -56,7 +56,7 @@ def test_broken_body_is_resumed_at_the_failed_byte(through: Through, url: str):
     for fault in ("cut", "short"):
         proxy, storage = through()
         proxy.inject(fault, fault, fault)
-        assert storage.read_range(url, 100_000, 2_900_000) == DATA[100_000:2_900_000]
+        assert storage.read(url, 100_000, 2_900_000) == DATA[100_000:2_900_000]
         expected = 100_000
         for served in proxy.served:
             assert served.range == (expected, 2_900_000)
@@ -82,13 +82,13 @@ def test_read_accepts_no_other_range_and_never_mixes_two_versions(through: Throu
     for fault in ("longer", "misplaced"):
         proxy, storage = through()
         proxy.inject(fault)
-        assert storage.read_range(url, 5, 1_000_000) == DATA[5:1_000_000]
+        assert storage.read(url, 5, 1_000_000) == DATA[5:1_000_000]
         assert (proxy.injected, len(proxy.served)) == ({fault: 1}, 2)
     proxy, storage = through()
     proxy.inject("short")
     proxy.rates["unavailable"] = 1.0  # from the second request on
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(storage.read_range, url, 0, len(DATA))
+        reading = pool.submit(storage.read, url, 0, len(DATA))
         while not proxy.injected["unavailable"]:
             pass
         assert 0 < proxy.bytes_sent < len(DATA)
@@ -101,9 +101,9 @@ def test_read_accepts_no_other_range_and_never_mixes_two_versions(through: Throu
     Storage(s3.config).write(url, DATA[:1000])
     for start in (0, 5000):
         with pytest.raises(StorageError, match=r"object: .*too short: it holds 1000 bytes, and bytes \d+ to 9000"):
-            storage.read_range(url, start, 9000)
+            storage.read(url, start, 9000)
         with pytest.raises(ObjectChanged, match=r"object: .*replaced"):
-            storage.read_range(url, start, 9000, etag)
+            storage.read(url, start, 9000, etag)
 
 
 def test_retries_respect_retry_after_and_end_at_the_deadline(through: Through, url: str):
@@ -130,7 +130,7 @@ def test_reads_continue_after_an_outage(through: Through, url: str):
     places = [(start, start + 50_000) for start in range(0, len(DATA), 50_000)]
     proxy.away(OUTAGE, after=10)
     with ThreadPoolExecutor(4) as pool:
-        assert b"".join(pool.map(lambda place: storage.read_range(url, *place), places)) == DATA
+        assert b"".join(pool.map(lambda place: storage.read(url, *place), places)) == DATA
     assert proxy.injected["away"]
 
 
@@ -212,7 +212,7 @@ def test_processes_started_during_reads_open_new_connections(through: Through, u
 
     def keep_reading() -> None:
         while not done.is_set():
-            assert storage.read_range(url, 1000, 200_000) == DATA[1000:200_000]
+            assert storage.read(url, 1000, 200_000) == DATA[1000:200_000]
 
     context = multiprocessing.get_context(method)
     with ThreadPoolExecutor(3) as pool:

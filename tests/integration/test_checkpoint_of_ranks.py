@@ -26,9 +26,10 @@ class FaultyStorage(Storage):
         self.trouble()
         super().write_parts(url, size, part)
 
-    def read_range(self, url: str, start: int, stop: int, etag: str | None = None) -> bytes:
-        self.__dict__.setdefault("counts", Counter())[url.rpartition("/")[2]] += stop - start
-        return super().read_range(url, start, stop, etag)
+    def read(self, url: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+        if stop is not None:
+            self.__dict__.setdefault("counts", Counter())[url.rpartition("/")[2]] += stop - start
+        return super().read(url, start, stop, etag)
 
 
 def _store(folder: str, **storage: Any):

@@ -57,7 +57,7 @@ def test_objects_are_written_read_listed_and_deleted(s3, storage, monkeypatch):
     storage.write(s3.url("run", "deep", "b.bin"), b"b")
     storage.write(s3.url("run2", "a.bin"), b"c")
     assert storage.read(s3.url("run", "a.bin")) == data
-    assert storage.read_range(s3.url("run", "a.bin"), 1000, 250_000) == data[1000:250_000]
+    assert storage.read(s3.url("run", "a.bin"), 1000, 250_000) == data[1000:250_000]
     assert storage.list(s3.url("run")) == ["a.bin", "deep"]
     assert storage.list(s3.url()) == ["run", "run2"]
     assert storage.list(s3.url("absent")) == []
@@ -91,7 +91,7 @@ def test_missing_objects_need_no_second_attempt(s3, storage, monkeypatch: pytest
         with pytest.raises(NotFound, match=r"none: reading failed: it does not exist"):
             storage.read(s3.url("none"))
         with pytest.raises(StorageError, match=r"key: .*too short: it holds 5 bytes"):
-            storage.read_range(s3.url("folder", "key"), 2, 9)
+            storage.read(s3.url("folder", "key"), 2, 9)
         with pytest.raises(NotFound, match=r"no-such-bucket.* does not exist"):
             storage.info("s3://no-such-bucket/key")  # a response without a body does not name the bucket
         for call in (storage.list, storage.read, storage.exists):
@@ -115,10 +115,10 @@ def test_large_files_are_uploaded_in_parts(s3, storage, tmp_path: Path):
     tag = storage.info(s3.url("large")).etag
     assert storage.list_info(s3.url()) == {"large": ObjectInfo(len(data), tag)}
     edge = module.PART_BYTES  # of the first part
-    assert storage.read_range(s3.url("large"), edge - 9, edge + 9, etag=tag) == data[edge - 9 : edge + 9]
+    assert storage.read(s3.url("large"), edge - 9, edge + 9, etag=tag) == data[edge - 9 : edge + 9]
     storage.write(s3.url("large"), data[1:])
     with pytest.raises(ObjectChanged, match=r"large: .*replaced while it was in use"):
-        storage.read_range(s3.url("large"), 0, 9, etag=tag)
+        storage.read(s3.url("large"), 0, 9, etag=tag)
 
 
 def test_replaced_and_truncated_shards_are_rejected_by_name(s3, storage, make_pairs):

@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeVar
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import PartReader, Storage
-from pipeline.data.storage.backends import Backend
+from pipeline.data.storage.storage import Backend
 
 T = TypeVar("T")
 Kind = Literal["read", "look", "list", "write", "upload", "delete", "abandon"]

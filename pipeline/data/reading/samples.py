@@ -293,7 +293,7 @@ class SampleReader:
         """Return the bytes [start, stop) of a shard from its store."""
         location = source.location(shard)
         try:
-            return self._storage.read_range(location, start, stop, source.etags[shard])
+            return self._storage.read(location, start, stop, source.etags[shard])
         except ObjectChanged as error:
             raise DataError(_CHANGED.format(location, "it was replaced while the run read it")) from error
         except NotFound as error:

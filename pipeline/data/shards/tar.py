@@ -190,7 +190,7 @@ class Tar:
 def open_tar(storage: Storage, location: str, info: ObjectInfo) -> Iterator[Tar]:
     """Open a tar of a store for one walk; `info` is the store's info about it."""
     with storage.open(location) as stream:
-        yield Tar(stream, location, info.size, lambda start, stop: storage.read_range(location, start, stop, info.etag))
+        yield Tar(stream, location, info.size, lambda start, stop: storage.read(location, start, stop, info.etag))
 
 
 def clean_name(name: bytes) -> str:

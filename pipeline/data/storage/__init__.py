@@ -5,9 +5,8 @@ byte where it broke off. Missing objects and denied access fail at once. Every f
 URL and the remedy.
 """
 
-from pipeline.data.storage.backends import ObjectInfo, PartReader
 from pipeline.data.storage.retry import NoSpace, NotFound, ObjectChanged
-from pipeline.data.storage.storage import Progress, Storage, in_parallel, join, split
+from pipeline.data.storage.storage import ObjectInfo, PartReader, Progress, Storage, in_parallel, join, split
 
 __all__ = [
     "NoSpace", "NotFound", "ObjectChanged", "ObjectInfo", "PartReader", "Progress", "Storage",

@@ -1,8 +1,7 @@
 """Storage errors: which are transient, how these are retried, and the message that the user gets for each.
 
-Retries use exponential backoff with full jitter, and respect the store's Retry-After. The number of attempts is not
-limited: `storage.retry_timeout_seconds` bounds the time for which a store may be unavailable or slow before the run
-fails. That timeout applies to one request, and restarts every 16 MiB of a response body.
+Retries use exponential backoff with full jitter, and respect the store's Retry-After. Only time limits them:
+`storage.retry_timeout_seconds` applies to one request, and restarts every 16 MiB of a response body.
 """
 
 import errno
@@ -38,38 +37,30 @@ class NoSpace(StorageError):
     """The file system or the user's quota is full."""
 
 
-class TransientError(Exception):
-    """Failure that a retry may resolve."""
-
-    retry_after = 0.0  # seconds to wait that the store requested
-
-
-class ConnectionFailed(TransientError):
-    """No connection to the store could be made."""
-
-
-class PermanentError(Exception):
-    """Failure that a retry would repeat; `hint` says what the user can do."""
+class StoreFailure(Exception):
+    """Failure of a store; `hint` says what the user can do."""
 
     def __init__(self, message: str, hint: str = "Check the URL, and that the store is healthy."):
         super().__init__(message)
         self.hint = hint
 
 
+class TransientError(StoreFailure):
+    """Failure that a retry may resolve."""
+
+    retry_after = 0.0  # seconds to wait that the store requested
+
+
+class PermanentError(StoreFailure):
+    """Failure that a retry would repeat."""
+
+
 class PreconditionFailed(Exception):
     """The object's ETag differs from the expected one."""
 
 
-class ObjectTooShort(EOFError):
-    """The object ends before the requested bytes; the arguments are its size, and their start and stop."""
-
-
 class BucketNotFound(FileNotFoundError):
     """The object's bucket does not exist."""
-
-
-class NoCredentials(PermissionError):
-    """Credentials are missing or incomplete."""
 
 
 class RetryTimeout(Exception):
@@ -78,9 +69,7 @@ class RetryTimeout(Exception):
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _PERMANENT_ERRNO = {errno.EINVAL, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.ELOOP, errno.EFBIG}
-_NEVER_TRANSIENT = (
-    MomeError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError,
-)  # fmt: skip
+_PERMANENT = (MomeError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 # TLS failures of a broken connection. All others are permanent: a plain HTTP port, a certificate, a TLS version.
 BROKEN_TLS = re.compile(r"EOF|BAD_RECORD_MAC|timed? ?out|reset|shutdown", re.IGNORECASE)
 TLS_HINT = (
@@ -90,31 +79,13 @@ TLS_HINT = (
 # Error -> the class to raise for the user, and the reason; the first match counts.
 _REASONS: list[tuple[type[Exception] | tuple[type[Exception], ...], type[StorageError], str]] = [
     (PreconditionFailed, ObjectChanged, "the object was replaced while it was in use. Do not change what a run reads."),
-    (
-        ObjectTooShort,
-        StorageError,
-        "the object is too short: it holds {error.args[0]} bytes, and bytes {error.args[1]} to {error.args[2]} were "
-        "requested. It was truncated or replaced; write it again.",
-    ),
     (EOFError, StorageError, "the object is too short: {error}. It was truncated or replaced; write it again."),
     (BucketNotFound, NotFound, "bucket '{bucket}' does not exist{where}. Create it, or correct the URL."),
     ((FileNotFoundError, NotADirectoryError), NotFound, "it does not exist{where}. Check the URL."),
-    (
-        NoCredentials,
-        StorageError,
-        "no credentials{where} ({error}). Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY; for a public bucket, storage.anonymous: true or AWS_NO_SIGN_REQUEST=YES.",
-    ),
     (PermissionError, StorageError, "access was denied{where} ({error}). Check the credentials and permissions."),
-    (
-        ConnectionFailed,
-        StorageError,
-        "the store did not answer{where} ({error}). Check storage.endpoint_url, and that the store is running.",
-    ),
     (IsADirectoryError, StorageError, "it is a folder, not a file. Pass the URL of a file in it."),
     (UnicodeError, StorageError, "its name has characters that no file or object name can have. Rename it."),
-    (PermanentError, StorageError, "{error}{where}. {error.hint}"),
-    (TransientError, StorageError, "{error}{where}. Check the URL, and that the store is healthy."),
+    (StoreFailure, StorageError, "{error}{where}. {error.hint}"),
     (OSError, StorageError, "{name}: {error}. Check the URL, and that it can be reached."),
 ]
 
@@ -128,12 +99,11 @@ def explain(url: str, action: str, error: BaseException, endpoint: str | None) -
     name, where = type(error).__name__, f" at {endpoint}" if endpoint and url.startswith("s3") else ""
     if isinstance(error, ssl.SSLError) and not BROKEN_TLS.search(str(error)):
         error = PermanentError(f"{name}: {error}", TLS_HINT)
-    kinds = [(kind, reason) for errors, kind, reason in _REASONS if isinstance(error, errors)]
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        kinds = [(NoSpace, "no space left ({error.strerror}). Free some space, or choose another output.")]
-    if isinstance(error, MomeError) or not kinds:  # already a message for the user, or a bug
+    kind, reason = next(((kind, reason) for kinds, kind, reason in _REASONS if isinstance(error, kinds)), (None, ""))
+    if isinstance(error, MomeError) or kind is None:  # already a message for the user, or a bug
         return None
-    kind, reason = kinds[0]
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        kind, reason = NoSpace, "no space left ({error.strerror}). Free some space, or choose another output."
     text = reason.format(error=error, name=name, where=where, bucket=parse(url)[1].partition("/")[0])
     return kind(f"{url}: {action} failed: {text}{retries}")
 
@@ -177,11 +147,9 @@ class RetryBudget:
 
     def wait(self, error: Exception) -> None:
         """Sleep before the next attempt. Raise `error` if it is permanent, RetryTimeout after the timeout."""
-        is_transient = isinstance(error, (TransientError, OSError)) and not isinstance(error, _NEVER_TRANSIENT)
-        if isinstance(error, OSError):
-            is_permanent_tls = isinstance(error, ssl.SSLError) and not BROKEN_TLS.search(str(error))
-            is_transient &= error.errno not in _PERMANENT_ERRNO | _NO_SPACE and not is_permanent_tls
-        if not is_transient:
+        is_transient = isinstance(error, (TransientError, OSError)) and not isinstance(error, _PERMANENT)
+        is_permanent_tls = isinstance(error, ssl.SSLError) and not BROKEN_TLS.search(str(error))
+        if not is_transient or is_permanent_tls or getattr(error, "errno", None) in _PERMANENT_ERRNO | _NO_SPACE:
             raise error
         self.attempts += 1
         now = time.monotonic()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http.client import BadStatusLine, RemoteDisconnected
 from time import time
 from typing import Any
@@ -33,8 +34,8 @@ from pipeline.config.load import resolve_secret
 from pipeline.config.redaction import printable, redact, remember
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import retry
-from pipeline.data.storage.backends import Backend, ObjectInfo, PartReader
 from pipeline.data.storage.retry import BucketNotFound, PermanentError, PreconditionFailed, TransientError
+from pipeline.data.storage.storage import Backend, ObjectInfo, PartReader
 
 PAGE_SIZE = 1000  # objects in one page of a listing
 PART_BYTES = 16 * 2**20  # one part of a multipart upload; a failure repeats this much
@@ -76,7 +77,13 @@ _HINTS = {
 }
 _MAX_CLOCK_SKEW = 15 * 60  # seconds between a request's signature and the store's clock
 _ENDPOINT_HINT = "Check storage.endpoint_url (or AWS_ENDPOINT_URL): scheme, host and port."
+_UNREACHABLE_HINT = "Check storage.endpoint_url, and that the store is running."
 _KEYS_HINT = "Check storage.key, storage.secret and the AWS_ variables."
+_CREDENTIALS_HINT = (
+    "Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket, "
+    "storage.anonymous: true or AWS_NO_SIGN_REQUEST=YES."
+)
+_TOO_SHORT = "it holds {} bytes, and bytes {} to {} were requested"
 # Matches the first request header that a message repeats; the message is cut there.
 _HEADER = re.compile(
     r"""[{("'\s]*\b(?:authorization|x-amz-[\w-]+|host|user-agent|accept-encoding|cookie)["']?\s*[:=]\s.*""",
@@ -117,7 +124,15 @@ class S3Backend(Backend):
         return data.getvalue()
 
     def info(self, path: str) -> ObjectInfo:
-        return self._policy(f"s3://{path}", lambda: self._head(_bucket_key(path)))
+        query = _bucket_key(path)
+        head = self._request("head_object", **query)
+        if "ContentLength" in head:
+            return ObjectInfo(head["ContentLength"], _etag(head))
+        page = self._request("list_objects_v2", Bucket=query["Bucket"], Prefix=query["Key"], MaxKeys=1)
+        items: list[dict[str, Any]] = page.get("Contents", [])
+        item = next((item for item in items if item.get("Key") == query["Key"]), {})
+        _require(item, "Key", "Content-Length")
+        return ObjectInfo(_require(item, "Size"), _etag(head) or _etag(item))
 
     def exists(self, path: str) -> bool:
         with suppress(FileNotFoundError):
@@ -178,16 +193,13 @@ class S3Backend(Backend):
         with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
             list(pool.map(delete_one, keys))
 
-    def _request(self, operation: str, **query: Any) -> dict[str, Any]:
-        """Return the response to one request, with retries."""
-        url = "/".join(filter(None, ["s3:/", query["Bucket"], query.get("Key") or query.get("Prefix")]))
-        return self._policy(url, lambda: self._request_once(operation, **query))
-
-    def _request_once(self, operation: str, **query: Any) -> dict[str, Any]:
+    def _request(self, operation: str, retries: bool = True, **query: Any) -> dict[str, Any]:
+        """Return the response to one request."""
+        if retries:
+            url = "/".join(filter(None, ["s3:/", query["Bucket"], query.get("Key") or query.get("Prefix")]))
+            return self._policy(url, lambda: self._request(operation, retries=False, **query))
         try:
             response = getattr(self._client, operation)(**query)
-        except PermanentError:  # from `_stop_at_redirect`
-            raise
         except Exception as error:
             message = _HEADER.split(" ".join(printable(redact(str(error))).split()), maxsplit=1)[0].rstrip(" .")
             message = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}…"
@@ -216,34 +228,22 @@ class S3Backend(Backend):
                 _require({}, "a next page")
             visited.update(place)
 
-    def _head(self, query: dict[str, Any]) -> ObjectInfo:
-        """Return size and ETag from a HEAD request; from a listing if the response has no Content-Length."""
-        head = self._request_once("head_object", **query)
-        if "ContentLength" in head:
-            return ObjectInfo(head["ContentLength"], _etag(head))
-        page = self._request_once("list_objects_v2", Bucket=query["Bucket"], Prefix=query["Key"], MaxKeys=1)
-        items: list[dict[str, Any]] = page.get("Contents", [])
-        item = next((item for item in items if item.get("Key") == query["Key"]), {})
-        _require(item, "Key", "Content-Length")
-        return ObjectInfo(_require(item, "Size"), _etag(head) or _etag(item))
-
     def _get(self, path: str, start: int, stop: int | None, etag: str | None) -> tuple[Any, int, int, str | None]:
         """Request the bytes [start, stop) of an object: its body, the bytes to skip there, the exclusive end, the ETag.
 
         Raises for a response with other bytes or another version.
         """
-        query = _bucket_key(path)
-        condition = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
+        condition: dict[str, Any] = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         if etag is not None:
             condition["IfMatch"] = f'"{etag}"'
         try:
-            response = self._request_once("get_object", **query, **condition)
+            response = self._request("get_object", retries=False, **_bucket_key(path), **condition)
         except _OutOfRange as error:  # some stores check the range before the ETag
-            info = self._head(query)
+            info = self.info(path)
             if etag is not None and info.etag not in (etag, None):
                 raise PreconditionFailed() from error
             if stop is not None and info.size < stop:
-                raise retry.ObjectTooShort(info.size, start, stop) from error
+                raise EOFError(_TOO_SHORT.format(info.size, start, stop)) from error
             raise TransientError(str(error)) from error
         body, received, length, skip = response["Body"], _etag(response), response.get("ContentLength"), 0
         content_range = _CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))
@@ -262,18 +262,18 @@ class S3Backend(Backend):
             elif response["ResponseMetadata"]["HTTPStatusCode"] == 206:
                 raise TransientError(f"{length} bytes of no stated range arrived for bytes {start} to {stop}")
             else:  # the whole object: as requested, or from a store that does not serve ranges
-                info = self._head(query) if length is None else ObjectInfo(length, received)
+                info = self.info(path) if length is None else ObjectInfo(length, received)
                 if received is not None and info.etag not in (received, None):
                     raise TransientError("the object was replaced between two requests")
                 size, skip = info.size, start
             if stop is not None and size < stop:
-                raise retry.ObjectTooShort(size, start, stop)
+                raise EOFError(_TOO_SHORT.format(size, start, stop))
         except BaseException:
             body.close()
             raise
         return body, skip, size if stop is None else stop, received
 
-    def _put(self, path: str, size: int, part: PartReader, condition: dict[str, str]) -> None:
+    def _put(self, path: str, size: int, part: PartReader, condition: dict[str, Any]) -> None:
         if size <= PART_BYTES:
             self._request("put_object", Body=part(0, size), **_bucket_key(path), **condition)
             return
@@ -281,38 +281,30 @@ class S3Backend(Backend):
         upload["UploadId"] = _require(self._request("create_multipart_upload", **upload), "UploadId")
         spans = [(start, min(start + length, size)) for start in range(0, size, length)]
 
-        def send(number: int) -> dict[str, Any]:
-            response = self._request("upload_part", PartNumber=number, Body=part(*spans[number - 1]), **upload)
-            return {"PartNumber": number, "ETag": _require(response, "ETag")}
-
-        def complete() -> None:
+        try:
+            with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+                responses = pool.map(
+                    lambda number, span: self._request("upload_part", PartNumber=number, Body=part(*span), **upload),
+                    *zip(*enumerate(spans, 1), strict=True),
+                )
+                parts = [{"PartNumber": n, "ETag": _require(sent, "ETag")} for n, sent in enumerate(responses, 1)]
             try:
-                body = {"Parts": parts}
-                self._request_once("complete_multipart_upload", MultipartUpload=body, **upload, **condition)
+                self._request("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload, **condition)
             except BucketNotFound:
                 raise
             except FileNotFoundError as error:  # an earlier attempt may have completed it, and the response been lost
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError), ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
                     info = self.info(path)
-                    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-
-                        def is_equal(span: tuple[int, int]) -> bool:
-                            return self.read(path, *span, info.etag) == part(*span)
-
-                        if info.size == size and all(pool.map(is_equal, spans)):
-                            return
+                    equal = pool.map(lambda span: self.read(path, span[0], span[1], info.etag) == part(*span), spans)
+                    if info.size == size and all(equal):
+                        return
                 raise PermanentError(
                     "the upload was removed before it was complete",
                     "Another process resumed this run, or the store removes incomplete uploads too early.",
                 ) from error
-
-        try:
-            with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-                parts = list(pool.map(send, range(1, len(spans) + 1)))
-            self._policy(f"s3://{path}", complete)
         except BaseException:
             with suppress(Exception):
-                self._request_once("abort_multipart_upload", **upload)
+                self._request("abort_multipart_upload", retries=False, **upload)
             raise
 
 
@@ -373,9 +365,8 @@ def _make_client(config: StorageConfig) -> Any:
             f"storage: the S3 client cannot be created: {error}. "
             "Check storage.endpoint_url (http://host:port), storage.key and storage.secret, and the AWS_ variables"
         ) from error
-    client.meta.events.register("before-parse.s3.ListObjectsV2", _check_listing)
-    if "amazonaws" not in client.meta.endpoint_url:
-        client.meta.events.register("response-received.s3", _stop_at_redirect)
+    is_aws = "amazonaws" in client.meta.endpoint_url
+    client.meta.events.register("response-received.s3", partial(_check_response, is_aws))
     credentials = None if key or "signature_version" in options else session.get_credentials()
     if credentials and type(credentials) is Credentials:
         for value in filter(None, (credentials.access_key, credentials.secret_key, credentials.token)):
@@ -383,28 +374,22 @@ def _make_client(config: StorageConfig) -> Any:
     return client
 
 
-def _stop_at_redirect(parsed_response: dict[str, Any] | None, **_: Any) -> None:
-    """Raise for a redirect without a region, which botocore would follow endlessly."""
-    response = parsed_response or {}
-    meta = response.get("ResponseMetadata", {})
-    status, headers = meta.get("HTTPStatusCode"), meta.get("HTTPHeaders", {})
-    if status in _REDIRECTS and not (headers.get("x-amz-bucket-region") or response.get("Error", {}).get("Region")):
-        raise _redirect_error(status, headers)
+def _check_response(
+    is_aws: bool, event_name: str, response_dict: dict[str, Any] | None, parsed_response: dict[str, Any], **_: Any
+) -> None:
+    """Raise for responses that botocore misreads.
 
-
-def _redirect_error(status: int, headers: dict[str, str]) -> PermanentError:
-    target = urlsplit(headers.get("location", ""))
-    if not target.hostname:
-        return PermanentError(f"the store answers with a redirect ({status}) to nowhere", _ENDPOINT_HINT)
-    endpoint = f"{target.scheme}://{target.hostname}" + (f":{target.port}" if target.port else "")
-    hint = f"If that is the store's own address, set storage.endpoint_url (or AWS_ENDPOINT_URL) to {endpoint}."
-    return PermanentError(f"the store answers with a redirect ({status}) to {endpoint}", hint)
-
-
-def _check_listing(response_dict: dict[str, Any], **_: Any) -> None:
-    """Turn a proxy's page or an empty response into an error; botocore would parse it as an empty folder."""
-    if response_dict["status_code"] == 200 and b"ListBucketResult" not in response_dict["body"]:
-        response_dict["status_code"] = 500
+    It would follow a redirect without a region endlessly, unless it is one of AWS, and take the page of a proxy or an
+    empty response for the listing of an empty folder.
+    """
+    if response_dict is None:
+        return
+    status, headers = response_dict["status_code"], response_dict["headers"]
+    region = headers.get("x-amz-bucket-region") or parsed_response.get("Error", {}).get("Region")
+    if status in _REDIRECTS and not region and not is_aws:
+        raise botocore_errors.ClientError(parsed_response, event_name)
+    if event_name.endswith("ListObjectsV2") and status == 200 and b"ListBucketResult" not in response_dict["body"]:
+        raise ResponseParserError("the response is not a listing")
 
 
 def _require(response: dict[str, Any], name: str, what: str | None = None) -> Any:
@@ -429,9 +414,9 @@ def _translate(error: Exception, message: str, is_http: bool) -> Exception:
         case botocore_errors.ClientError():
             return _translate_response(error.response, message)
         case botocore_errors.NoCredentialsError() | botocore_errors.PartialCredentialsError():
-            return retry.NoCredentials(message)
+            return PermanentError(f"no credentials ({message})", _CREDENTIALS_HINT)
         case botocore_errors.EndpointConnectionError() | botocore_errors.ConnectTimeoutError():
-            return retry.ConnectionFailed(message)
+            return TransientError(f"the store did not answer ({message})", _UNREACHABLE_HINT)
         case botocore_errors.SSLError():
             is_broken = retry.BROKEN_TLS.search(str(error))
             return TransientError(named) if is_broken else PermanentError(named, retry.TLS_HINT)
@@ -457,7 +442,12 @@ def _translate_response(response: dict[str, Any], message: str) -> Exception:
     if status in (412, 416):
         return PreconditionFailed() if status == 412 else _OutOfRange(message)
     if status in _REDIRECTS:
-        return _redirect_error(status, headers)
+        target = urlsplit(headers.get("location", ""))
+        if not target.hostname:
+            return PermanentError(f"the store answers with a redirect ({status}) to nowhere", _ENDPOINT_HINT)
+        endpoint = f"{target.scheme}://{target.hostname}" + (f":{target.port}" if target.port else "")
+        hint = f"If that is the store's own address, set storage.endpoint_url (or AWS_ENDPOINT_URL) to {endpoint}."
+        return PermanentError(f"the store answers with a redirect ({status}) to {endpoint}", hint)
     is_full = status == 507 or (status < 500 and _NO_SPACE.search(f"{code} {body.get('Message')}"))
     is_failing = not 300 <= status < 500 and not {status, code} & _PERMANENT
     if {status, code} & _TRANSIENT or (is_failing and not is_full):

@@ -1,23 +1,41 @@
-"""`Storage`: one interface to every URL of a run, with errors that name the URL and the remedy."""
+"""`Storage`: one interface to every URL of a run, over backends for local files, S3 (`s3.py`) and fsspec."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from pipeline.config.durable import TEMPORARY, atomic_write
+from pipeline.config.errors import StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.config.urls import is_local, parse
-from pipeline.data.storage.backends import Backend, FsspecBackend, LocalBackend, ObjectInfo, PartReader, open_file
-from pipeline.data.storage.retry import RetryPolicy, explain
+from pipeline.data.storage.retry import PermanentError, PreconditionFailed, RetryPolicy, TransientError, explain
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # (calls done, total, name of the last)
-_BUFFER_BYTES = 16 * 2**20
+# Returns the bytes [start, stop) of the data to write. Any thread may call it, and more than once for a range.
+PartReader = Callable[[int, int], bytes]
+_PIECE_BYTES = 16 * 2**20  # read or written at once
 _REMOTE_CALLS = 16  # in flight
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """Size in bytes, and a tag that changes with the content: the ETag, or a local file's time and size."""
+
+    size: int
+    etag: str | None
 
 
 class Storage:
@@ -42,21 +60,17 @@ class Storage:
         shorter = min(seconds, self.config.retry_timeout_seconds)
         return Storage(self.config.model_copy(update={"retry_timeout_seconds": shorter}))
 
-    def read(self, url: str) -> bytes:
-        """Return the whole object."""
-        return self._do(url, "reading", lambda backend, path: backend.read(path, 0, None, None))
-
-    def read_range(self, url: str, start: int, stop: int, etag: str | None = None) -> bytes:
-        """Return exactly the bytes [start, stop). Raise ObjectChanged if `etag` is not the object's."""
-        if stop <= start:
+    def read(self, url: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+        """Return exactly the bytes [start, stop), or the whole object. Raise ObjectChanged if `etag` is not its own."""
+        if stop is not None and stop <= start:
             return b""
         return self._do(url, "reading", lambda backend, path: backend.read(path, start, stop, etag))
 
     def open(self, url: str) -> BinaryIO:
         """Open the object as a stream that is read forward in large pieces and fails if the object changes."""
         if is_local(url):
-            return self._do(url, "opening", lambda _, local: open_file(local))
-        return io.BufferedReader(_RemoteStream(self, url), _BUFFER_BYTES)
+            return self._do(url, "opening", lambda _, local: _open(local))
+        return io.BufferedReader(_RemoteStream(self, url, self.info(url)), _PIECE_BYTES)
 
     def info(self, url: str) -> ObjectInfo:
         """Return size and tag of an object. Raise NotFound if it does not exist."""
@@ -111,17 +125,7 @@ class Storage:
         self._do(url, "deleting", lambda backend, path: backend.delete(path))
 
     def _do(self, url: str, action: str, call: Callable[[Backend, str], T]) -> T:
-        backend, path = self._backend(url)
-        try:
-            return call(backend, path) if backend.retries else self._policy(url, lambda: call(backend, path))
-        except Exception as error:
-            failure = explain(url, action, error, self.config.endpoint_url)
-            if failure is None:
-                raise  # a bug, or an error that already has a message for the user
-            raise failure from error
-
-    def _backend(self, url: str) -> tuple[Backend, str]:
-        """Return the backend of a URL, made on first use in this process, and the path there."""
+        """Call an operation of the URL's backend, which is made on first use in this process."""
         protocol, path = parse(url)
         if self._process != os.getpid():  # forked: a thread that does not exist here may hold the lock
             Storage.__init__(self, self.config)
@@ -133,29 +137,38 @@ class Storage:
                     self._backends[protocol] = S3Backend(self.config, self._policy)
                 else:
                     self._backends[protocol] = LocalBackend() if protocol == "file" else FsspecBackend(protocol)
-            return self._backends[protocol], path
+            backend = self._backends[protocol]
+        try:
+            return call(backend, path) if backend.retries else self._policy(url, lambda: call(backend, path))
+        except Exception as error:
+            failure = explain(url, action, error, self.config.endpoint_url)
+            if failure is None:
+                raise  # a bug, or an error that already has a message for the user
+            raise failure from error
 
 
+@dataclass(eq=False)
 class _RemoteStream(io.RawIOBase):
     """Forward stream over ranged reads of one version of an object."""
 
-    def __init__(self, storage: Storage, url: str):
-        self._storage, self._url, self._info = storage, url, storage.info(url)
-        self._position = 0
+    storage: Storage
+    url: str
+    info: ObjectInfo
+    position: int = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        stop = min(self._position + len(buffer), self._info.size)
-        data = self._storage.read_range(self._url, self._position, stop, self._info.etag)
-        self._position = stop  # after the read: a read that follows an error must skip no bytes
+        stop = min(self.position + len(buffer), self.info.size)
+        data = self.storage.read(self.url, self.position, stop, self.info.etag)
+        self.position = stop  # after the read: a read that follows an error must skip no bytes
         buffer[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:  # the base class would read 8 KiB at a time
-        data = self._storage.read_range(self._url, self._position, self._info.size, self._info.etag)
-        self._position = self._info.size
+        data = self.storage.read(self.url, self.position, self.info.size, self.info.etag)
+        self.position = self.info.size
         return data
 
 
@@ -184,3 +197,202 @@ def in_parallel(call: Callable[[str], T], names: Iterable[str], url: str) -> Ite
             yield calls.pop(done), done.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Backend:
+    """Operations on a store with the store's own paths, which raise the failures of `storage.retry`."""
+
+    retries = False  # True if each request is retried, so that `Storage` need not repeat the operation
+    # (path, start, stop, etag) -> the bytes [start, stop) (stop None: the whole object) of the version `etag` (None:
+    # any), or an error instead of fewer bytes.
+    read: Callable[[str, int, int | None, str | None], bytes]
+    exists: Callable[[str], bool]  # an object or a folder
+    info: Callable[[str], ObjectInfo]  # FileNotFoundError or IsADirectoryError for anything but an object
+    # The objects directly in a folder and its folders (None), by name; none if it does not exist.
+    entries: Callable[[str], Iterator[tuple[str, ObjectInfo | None]]]
+    # (path, size, part, create) -> True; with `create`, write nothing and return False if the object exists.
+    write: Callable[[str, int, PartReader, bool], bool]
+    delete: Callable[[str], None]  # an object, or a folder with all that it contains, if it exists
+
+    def upload(self, local: str, path: str) -> None:
+        """Copy a file of this machine to an object."""
+        with open(local, "rb") as file:
+
+            def part(start: int, stop: int) -> bytes:
+                pieces = []
+                while start < stop:  # one call returns at most 2 GiB
+                    if not (piece := os.pread(file.fileno(), min(stop - start, _PIECE_BYTES), start)):
+                        raise EOFError(f"the file that is uploaded became shorter: {start} bytes are left")
+                    pieces.append(piece)
+                    start += len(piece)
+                return b"".join(pieces)
+
+            self.write(path, os.fstat(file.fileno()).st_size, part, False)
+
+    def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
+        """Abort the unfinished uploads of objects in a folder whose name there satisfies `match`; return the number."""
+        return 0  # local partial files are in the folder itself, and fsspec lists no uploads
+
+
+class LocalBackend(Backend):
+    """Local file system. Files are replaced atomically, so that readers never see a partial file."""
+
+    def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
+        with _open(path) as file:
+            info = _stat_info(os.fstat(file.fileno()))
+            if etag is not None and info.etag != etag:
+                raise PreconditionFailed()
+            if stop is None:
+                return file.read()
+            if not file.seekable():
+                raise PermanentError("it is a pipe, which has no ranges", "Pass the path of a file.")
+            file.seek(start)
+            data = file.read(stop - start)
+            if len(data) < stop - start:
+                raise EOFError(f"it holds {info.size} bytes, and bytes {start} to {stop} were requested")
+            return data
+
+    def exists(self, path: str) -> bool:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
+            return True
+        return False
+
+    def info(self, path: str) -> ObjectInfo:
+        if stat.S_ISDIR((status := os.stat(path)).st_mode):
+            raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
+        return _stat_info(status)
+
+    def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
+        with suppress(FileNotFoundError), os.scandir(path) as items:
+            for item in items:
+                if not TEMPORARY.fullmatch(item.name):
+                    with suppress(FileNotFoundError):  # deleted since the listing, or a broken link
+                        yield item.name, None if item.is_dir() else _stat_info(item.stat())
+
+    def write(self, path: str, size: int, part: PartReader, create: bool) -> bool:
+        def link(temporary: str, path: str) -> None:
+            """Rename `temporary` to `path`. Raise FileExistsError if `path` exists."""
+            try:
+                os.link(temporary, path)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if os.path.lexists(path):  # not atomic on a file system without hard links
+                    raise FileExistsError(errno.EEXIST, "exists already", path) from error
+                os.replace(temporary, path)
+            else:
+                os.unlink(temporary)
+
+        try:
+            with atomic_write(path, link if create else None) as file:
+                for start in range(0, size, _PIECE_BYTES):
+                    file.write(part(start, min(start + _PIECE_BYTES, size)))
+        except FileExistsError:
+            if not create:
+                raise
+            return False
+        return True
+
+    def delete(self, path: str) -> None:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)
+
+
+def _open(path: str) -> BinaryIO:
+    """Open a file for reading. A pipe is refused unless the shell made it (`<(…)`), because opening it would block."""
+    if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith(("/dev/", "/proc/")):
+        raise PermanentError("it is a pipe, not a file", "Pass the path of a file.")
+    return open(path, "rb")
+
+
+def _stat_info(status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+
+
+class FsspecBackend(Backend):
+    """Any store that fsspec supports (gs://, az://, hf://, memory://, …). Paths are whole URLs.
+
+    Raises StorageError if no file system of the protocol is installed.
+    """
+
+    def __init__(self, protocol: str):
+        import fsspec  # a local run does not need it
+
+        try:
+            self._fs = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False)
+        except Exception as error:  # packages raise anything when their settings or libraries are missing
+            raise StorageError(
+                f"{protocol}:// cannot be reached from here: {' '.join(str(error).split())}. "
+                f"Install the fsspec package for '{protocol}' and its dependencies, or use a local path or s3://."
+            ) from error
+
+    def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
+        if stop is None:
+            return self._call(self._fs.cat_file, path)
+        data: bytes = self._call(self._fs.cat_file, path, start=start, end=stop)
+        if len(data) != stop - start:
+            if (size := self.info(path).size) < stop:
+                raise EOFError(f"it holds {size} bytes, and bytes {start} to {stop} were requested")
+            raise TransientError(f"{len(data)} bytes arrived for bytes {start} to {stop}")
+        if etag is not None and self.info(path).etag != etag:  # fsspec has no conditional reads
+            raise PreconditionFailed()
+        return data
+
+    def info(self, path: str) -> ObjectInfo:
+        info = self._call(self._fs.info, path)
+        if info["type"] == "directory":
+            raise FileNotFoundError(errno.ENOENT, "is a folder, not a file")
+        if not isinstance(info.get("size"), int):
+            raise PermanentError("the store does not report the object's size", "Copy it to a local folder or s3://.")
+        return ObjectInfo(info["size"], info.get("etag") or info.get("ETag"))
+
+    def exists(self, path: str) -> bool:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            self._call(self._fs.info, path)  # the object's size may be unknown
+            return True
+        return self._call(self._fs.isdir, path)
+
+    def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
+        items: list[dict[str, Any]] = []
+        with suppress(FileNotFoundError):
+            items = self._call(self._fs.ls, path, detail=True)
+        for item in items:
+            info = None
+            if item["type"] != "directory":
+                etag = item.get("etag") or item.get("ETag")
+                is_sized = isinstance(item.get("size"), int)  # in listings of web servers it is not
+                info = ObjectInfo(item["size"], etag) if is_sized else self.info(item["name"])
+            yield item["name"].rstrip("/").rpartition("/")[2], info
+
+    def write(self, path: str, size: int, part: PartReader, create: bool) -> bool:
+        if create and self._call(self._fs.exists, path):  # not atomic: fsspec has no conditional writes
+            return False
+        # In one piece: fsspec cannot abort an upload of which a part failed.
+        self._call(self._fs.pipe_file, path, part(0, size))
+        return True
+
+    def upload(self, local: str, path: str) -> None:
+        self._call(self._fs.put_file, local, path)  # in constant memory, which `write` cannot do
+
+    def delete(self, path: str) -> None:
+        if self._call(self._fs.exists, path):
+            self._call(self._fs.rm, path, recursive=True)
+
+    def _call(self, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call an operation of the file system; turn its exceptions into those of `storage.retry`."""
+        try:
+            return operation(*arguments, **options)
+        except (OSError, TypeError, AssertionError):
+            raise  # a standard error already, or a bug
+        except NotImplementedError as error:
+            raise PermanentError("stores of this kind do not offer that", "Use a local path or s3://.") from error
+        except Exception as error:
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            status = getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(error, "code", 0)
+            is_permanent = isinstance(error, (ValueError, LookupError, AttributeError)) or (
+                isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
+            )
+            raise (PermanentError if is_permanent else TransientError)(message) from error

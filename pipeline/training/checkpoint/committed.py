@@ -119,7 +119,7 @@ def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
             with ThreadPoolExecutor(_READAHEAD, "verify") as pool:
                 for start in range(0, info.size, _CHUNK):
                     stop = min(start + _CHUNK, info.size)
-                    pending.append(pool.submit(storage.read_range, join(url, name), start, stop, info.etag))
+                    pending.append(pool.submit(storage.read, join(url, name), start, stop, info.etag))
                     while len(pending) > (_READAHEAD if stop < info.size else 0):
                         digest.update(pending.popleft().result())
     except NotFound as error:

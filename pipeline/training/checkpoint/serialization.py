@@ -164,7 +164,7 @@ class SavedState:
                 elif block * size < info.size:
                     bounds = block * size, min((block + 1) * size, info.size)
                     url = join(self._url, file)
-                    self._blocks[file, block] = self._pool.submit(self._storage.read_range, url, *bounds, info.etag)
+                    self._blocks[file, block] = self._pool.submit(self._storage.read, url, *bounds, info.etag)
                     if len(self._blocks) > self._capacity:
                         self._blocks.popitem(last=False)
             parts.append(self._blocks[file, index].result()[max(start - index * size, 0) : stop - index * size])

@@ -26,7 +26,7 @@ from pipeline.data.storage.retry import RetryPolicy, RetryTimeout, TransientErro
 from pipeline.data.storage.s3 import S3Backend, _seconds_until
 
 storage = Storage()
-READS = [storage.read, storage.open, lambda url: storage.read_range(url, 0, 3)]
+READS = [storage.read, storage.open, lambda url: storage.read(url, 0, 3)]
 
 
 @pytest.fixture(params=["local", "file", "memory"])
@@ -40,7 +40,7 @@ def test_objects_are_written_read_listed_and_deleted(folder: str, tmp_path: Path
     url, data = join(folder, "deep", "file.bin"), os.urandom(100_000)
     storage.write(url, b"0123456789")
     assert storage.read(url) == b"0123456789"
-    assert [storage.read_range(url, start, stop) for start, stop in ((3, 7), (4, 4))] == [b"3456", b""]
+    assert [storage.read(url, start, stop) for start, stop in ((3, 7), (4, 4))] == [b"3456", b""]
     assert storage.info(url).size == 10
     with storage.open(url) as stream:
         assert (stream.read(4), stream.read(), stream.read()) == (b"0123", b"456789", b"")
@@ -73,7 +73,7 @@ def test_missing_and_short_objects_are_named_without_retry(folder: str):
             call(join(folder, "none"))
     for start in (2, 7):
         with pytest.raises(StorageError, match=rf"short: .*too short: it holds 5 bytes, and bytes {start} to 9 "):
-            storage.read_range(join(folder, "short"), start, 9)
+            storage.read(join(folder, "short"), start, 9)
 
 
 def test_read_after_a_failed_read_skips_no_bytes(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_read_after_a_failed_read_skips_no_bytes(tmp_path: Path) -> None:
     storage.write(url, b"0123456789")
     raw = storage.open(url).raw  # unbuffered
     for read, expected in ((lambda: raw.read(4), b"0123"), (lambda: raw.read(2), b"45"), (raw.read, b"6789")):
-        with mock.patch.object(storage, "read_range", side_effect=StorageError("away")), pytest.raises(StorageError):
+        with mock.patch.object(storage, "read", side_effect=StorageError("away")), pytest.raises(StorageError):
             read()
         assert read() == expected
     storage.delete(url)
@@ -109,10 +109,10 @@ def test_pipes_folders_and_broken_links_are_told_from_files(tmp_path: Path):
     os.write(writer, b"answers")
     os.close(writer)
     with pytest.raises(StorageError, match="it is a pipe, which has no ranges"):
-        storage.read_range(f"/dev/fd/{reader}", 0, 3)
+        storage.read(f"/dev/fd/{reader}", 0, 3)
     assert storage.read(f"/dev/fd/{reader}") == b"answers"  # a pipe of the shell
     os.close(reader)
-    for call in (storage.read, lambda url: storage.write(url, b""), lambda url: storage.read_range(url, 0, 1)):
+    for call in (storage.read, lambda url: storage.write(url, b""), lambda url: storage.read(url, 0, 1)):
         with pytest.raises(StorageError, match=r"it is a folder, not a file"):
             call(str(tmp_path))
     (tmp_path / "file").write_bytes(b"x")
@@ -132,10 +132,10 @@ def test_writes_are_atomic_complete_and_change_the_tag(tmp_path: Path):
     url, texts = str(tmp_path / "file"), [bytes([65 + n]) * 10_000 for n in range(8)]
     storage.write(url, b"12345")
     tag = storage.info(url).etag
-    assert storage.read_range(url, 0, 2, etag=tag) == b"12"
+    assert storage.read(url, 0, 2, etag=tag) == b"12"
     storage.write(url, b"123456")
     with pytest.raises(ObjectChanged, match=r"file: .*replaced"):
-        storage.read_range(url, 0, 2, etag=tag)
+        storage.read(url, 0, 2, etag=tag)
     with pytest.raises(StorageError, match=r"uploading to"):
         storage.upload(tmp_path / "absent", url)
     with pytest.raises(TypeError):

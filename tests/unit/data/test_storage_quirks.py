@@ -66,8 +66,8 @@ def quirky(
 # name -> (what is done, its result in a store without quirks)
 OPERATIONS: dict[str, tuple[Callable[[Storage, Path], object], object]] = {
     "read": (lambda s, _: s.read(OBJECT), DATA),
-    "read_range": (lambda s, _: s.read_range(OBJECT, 10, 99_990), DATA[10:99_990]),
-    "read_known": (lambda s, _: s.read_range(OBJECT, 1, 9, s.info(OBJECT).etag), DATA[1:9]),
+    "read_range": (lambda s, _: s.read(OBJECT, 10, 99_990), DATA[10:99_990]),
+    "read_known": (lambda s, _: s.read(OBJECT, 1, 9, s.info(OBJECT).etag), DATA[1:9]),
     "open": (lambda s, _: s.open(OBJECT).read(), DATA),
     "info": (lambda s, _: s.info(OBJECT).size, len(DATA)),
     "exists": (lambda s, _: s.exists(OBJECT), True),
@@ -178,7 +178,7 @@ def test_responses_with_odd_headers_are_explained(quirky):
     store, storage = quirky("none")
     store.edit = lambda answer: re.sub(rb"bytes 0-9/\d+", b"bytes 0-" + b"9" * 5000 + b"/" + b"9" * 5000, answer)
     with pytest.raises(StorageError, match="no stated range"):
-        storage.read_range(OBJECT, 0, 10)
+        storage.read(OBJECT, 0, 10)
     store.edit = lambda _: b"HTTP/1.1 301 x\r\nContent-Length: 0\r\nx-amz-bucket-region: eu-west-1\r\n\r\n"
     for call, url in ((storage.info, OBJECT), (storage.list, FOLDER), (storage.read, OBJECT)):
         with pytest.raises(StorageError, match=r"redirect \(301\) to nowhere"):
@@ -293,7 +293,7 @@ def test_http_urls_are_read_and_refused_operations_not_retried(quirky, clock):
     store, _ = quirky("none")
     web = f"{store.endpoint}/bucket/folder/a.tar"
     assert Storage().read(web) == DATA
-    assert Storage().read_range(web, 5, 50) == DATA[5:50]
+    assert Storage().read(web, 5, 50) == DATA[5:50]
     with pytest.raises(NotFound):
         Storage().read(f"{web}.absent")
     with pytest.raises(StorageError, match="do not offer that"):

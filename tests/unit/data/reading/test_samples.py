@@ -45,9 +45,10 @@ class CountingStorage(Storage):
         super().__init__(config)
         self.ranges: list[tuple[str, int, int]] = []
 
-    def read_range(self, url: str, start: int, stop: int, etag: str | None = None) -> bytes:
-        self.ranges.append((url.rpartition("/")[2], start, stop))
-        return super().read_range(url, start, stop, etag)
+    def read(self, url: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+        if stop is not None:
+            self.ranges.append((url.rpartition("/")[2], start, stop))
+        return super().read(url, start, stop, etag)
 
 
 def reader(folder: str) -> SampleReader:
