@@ -43,7 +43,7 @@ class StoredImages:
     def __init__(self, config: RunConfig, storage: Storage, source: Source):
         self.positions: np.ndarray = np.zeros(0, dtype=np.int64)  # (N,) of the images' samples in the source
         self._model, self._max_pixels = config.model, config.data.max_pixels
-        self._refs = sample_refs(source)
+        self._source = source
         self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
         self._threads = ThreadPoolExecutor(config.data.loader.threads_per_worker, "held-out")
         self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)
@@ -54,7 +54,7 @@ class StoredImages:
         """Return the image (H, W, 3) of a sample, which is read unless given. Raises BadSample as training does."""
 
         def resized() -> np.ndarray:
-            members = (sample or self._reader.read(self._refs(position, position + 1)[0])).members
+            members = (sample or self._reader.read(sample_refs(self._source, position, position + 1)[0])).members
             return resize_for(decode(contents.image_bytes(members), self._max_pixels), self._model)
 
         return self._decoded.get(position, self._image_bytes, resized)

@@ -11,6 +11,7 @@ import pytest
 from pipeline.config.errors import DataError, StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.data.order import SampleRef
+from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import SampleReader, iter_captions
 from pipeline.data.shards.manifest import index_shards, load_manifest
 from pipeline.data.shards.source import Source
@@ -121,15 +122,21 @@ def test_large_files_are_uploaded_in_parts(s3, storage, tmp_path: Path):
         storage.read(s3.url("large"), 0, 9, etag=tag)
 
 
-def test_replaced_and_truncated_shards_are_rejected_by_name(s3, storage, make_pairs):
+def test_replaced_and_truncated_shards_are_rejected_by_name(s3, storage, make_pairs, tmp_path: Path):
     url = copy_shards(make_pairs("pairs", [5, 4]), s3)
     manifest, shard = load_manifest(storage, url), join(url, "00001.tar")
-    reader = SampleReader(storage, {"pairs": Source(url, manifest)})
-    reader.read(SampleRef("pairs", 0, 0, 1))
+    refs, source = [SampleRef("pairs", 0, number, 1) for number in range(2)], {"pairs": Source(url, manifest)}
+    readers = [SampleReader(storage, source, cache=cache) for cache in (None, NodeCache(tmp_path / "cache", 2**30))]
     whole = storage.read(shard)
     storage.write(shard, whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
-    with pytest.raises(DataError, match=r"00001\.tar: the shard was changed: it was replaced while the run read it"):
-        reader.read(SampleRef("pairs", 0, 1, 1))
+    for reader in readers:
+        reader.start_prefetch(lambda step: refs if step == 0 else [], 0)
+        reader.read(refs[0])
+        with pytest.raises(
+            DataError, match=r"00001\.tar: the shard was changed: it was replaced while the run read it"
+        ):
+            reader.read(refs[1])
+        reader.close()
     with pytest.raises(DataError, match=r"00001\.tar: the shard was changed: sample 'pairs00005'"):
         SampleReader(storage, {"pairs": Source(url, manifest)}).read(SampleRef("pairs", 0, 1, 0))
     for stop in (200, 1536, len(whole) - 512, 900):

@@ -11,12 +11,13 @@ import resource
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,9 +30,9 @@ from pipeline.data.order import SampleRef
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.randomness import hash64, signed
 from pipeline.data.reading.cache import CacheFull, NodeCache, OpenShard
-from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, Prefetcher, PrefetchRequest
+from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, PrefetchRequest
+from pipeline.data.shards import manifest
 from pipeline.data.shards.index import ShardIndex, checksum
-from pipeline.data.shards.manifest import check_present, check_size, load_index, load_manifest, shard_folder
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import NotFound, ObjectChanged, Storage, join
 
@@ -45,8 +46,6 @@ _BATCH = 16  # samples of a step when a source is iterated
 _CHANGED = (
     "{}: the shard was changed: {}. Restore it, or index the folder again (mome shards index) and start a new run"
 )
-
-Members = list[tuple[str, bytes]]  # (extension, content), in the tar's order
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,9 @@ class ShardView:
     """Index of a shard without its metadata columns, the selected samples, and the chunks to fetch."""
 
     index: ShardIndex
-    selected: np.ndarray | None  # numbers of the selected samples; None: all
+    numbers: np.ndarray  # of the selected samples in the shard
     bounds: list[int]  # the sample numbers at which chunks begin, and the number of samples
     chunks: list[Chunk]
-
-    def number(self, sample: int) -> int:
-        """Return the number in the shard of the `sample`-th selected one."""
-        return sample if self.selected is None else int(self.selected[sample])
 
     def chunk(self, number: int) -> Chunk:
         """Return the chunk that contains a sample."""
@@ -90,7 +85,7 @@ class ShardView:
 
 
 def make_shard_view(index: ShardIndex, selected: np.ndarray | None = None) -> ShardView:
-    """Split a shard into chunks of at least 8 MiB, or a single chunk if it is smaller."""
+    """Split a shard into chunks of at least 8 MiB, or a single chunk if it is smaller. `selected` None: all samples."""
     starts = np.maximum.accumulate(index.offset[index.first[:-1]])  # a hard link's data precedes its position
     bounds = [0]
     while len(starts) and index.bytes - starts[bounds[-1]] >= 2 * CHUNK_BYTES:  # so that the last is not too small
@@ -99,26 +94,22 @@ def make_shard_view(index: ShardIndex, selected: np.ndarray | None = None) -> Sh
             break
         bounds.append(following)
     bounds.append(len(starts))
-    counts = np.diff(bounds if selected is None else np.searchsorted(selected, bounds)).tolist()
-    spans = zip(pairwise(bounds), counts, strict=True)
+    numbers = np.arange(len(starts)) if selected is None else selected
+    spans = zip(pairwise(bounds), np.diff(np.searchsorted(numbers, bounds)).tolist(), strict=True)
     chunks = [Chunk(*index.byte_range(first, stop), count) for (first, stop), count in spans if first < stop]
-    return ShardView(replace(index, columns={}), selected, bounds, chunks)
+    return ShardView(replace(index, columns={}), numbers, bounds, chunks)
 
 
-@dataclass(eq=False)
-class _OpenSource:
-    """A source and what is known of its shards."""
+@dataclass(eq=False, slots=True)
+class _Shard:
+    """A shard of an open source."""
 
-    name: str
     source: Source
-    folder: str
+    record: manifest.ShardRecord
+    location: str
     is_local: bool
-    etags: list[str | None]  # a remote shard is pinned to its version; a local one is identified by its checksums alone
-    retry_at: dict[int, float] = field(default_factory=dict)  # shard without room in the cache -> when to try it again
-    has_warned: bool = False
-
-    def location(self, shard: int) -> str:
-        return join(self.folder, self.source.manifest.shards[shard].name)
+    etag: str | None  # version of a remote shard; a local one is identified by its checksums alone
+    retry_at: float = 0.0  # time at which to try again to download it into the cache, which had no room
 
 
 class SampleReader:
@@ -136,54 +127,74 @@ class SampleReader:
         cache: NodeCache | None = None,
     ):
         self._storage, self._loader, self._cache = storage, loader, cache
-        self._sources: dict[str, _OpenSource] = {}
+        self._shards: dict[str, list[_Shard]] = {}
         for name, source in sources.items():
-            objects, local = source.objects, is_local(source.url)
+            objects, local, folder = source.objects, is_local(source.url), manifest.shard_folder(source.url)
             if objects is None:
-                objects = check_present(storage, source.url, source.manifest)
-            etags = [None if local else objects[shard.name].etag for shard in source.manifest.shards]
-            self._sources[name] = _OpenSource(name, source, shard_folder(source.url), local, etags)
+                objects = manifest.check_present(storage, source.url, source.manifest)
+            self._shards[name] = [
+                _Shard(source, record, join(folder, record.name), local, None if local else objects[record.name].etag)
+                for record in source.manifest.shards
+            ]
         shortage = (
             f"data.loader.memory_bytes {loader.memory_bytes} is below what the open windows of this process need: "
             "chunks of shards are fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder"
         )
         self._memory: PrefetchCache[Any] = PrefetchCache(loader.memory_bytes, shortage)  # views and chunks, in bytes
-        self._files: PrefetchCache[OpenShard] = PrefetchCache(
-            max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-        )
+        max_files = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._files: PrefetchCache[OpenShard] = PrefetchCache(max_files)
         self._requests = ThreadPoolExecutor(loader.max_concurrent_requests, thread_name_prefix="requests")
-        self._downloads = ThreadPoolExecutor(
-            _DOWNLOADS, thread_name_prefix="downloads"
-        )  # of whole shards into the cache
-        self._prefetcher: Prefetcher | None = None
+        self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads")  # into the cache
+        self._prefetcher: Thread | None = None
+        self._has_warned = False
 
     def read(self, ref: SampleRef) -> Sample:
-        """Return a sample. Raise DataError if its shard changed, StorageError if it cannot be read."""
-        source = self._sources[ref.source]
-        view: ShardView = self._memory.get(*self._view_entry(source, ref.shard))
-        index, number = view.index, view.number(ref.sample)
-        for _ in range(2):  # the cached bytes may have been damaged in transit: read again
-            members, invalidate = self._read_members(source, ref.shard, view, number)
-            if checksum(data for _, data in members) == index.crc[number]:
-                record = source.source.manifest.shards[ref.shard]
+        """Return a sample. Raise DataError if its shard changed, StorageError if it cannot be read.
+
+        A local shard is read sample by sample, because the operating system caches and prefetches its pages.
+        """
+        shard, view, number = self._locate(ref)
+        index = view.index
+        # Read again bytes that were damaged in transit or on this node, at last past the node's file: `Storage`
+        # retries a local file that fails, and explains the failure.
+        for in_chunks in (False, False, True):
+            request = self._request(shard, view, number, in_chunks)
+            try:
+                content = request.cache.get(request.key, request.size, request.fetch)
+            except OSError as error:
+                if in_chunks or not (shard.is_local or isinstance(error, CacheFull)):
+                    raise
+                continue
+            members: list[tuple[str, bytes]] = []
+            if isinstance(content, OpenShard):
+                with suppress(OSError):
+                    places = index.members(number)
+                    members = [(name, os.pread(content.descriptor, size, at)) for name, at, size in places]
+            else:
+                start = view.chunk(number).start
+                places = index.members(number)
+                members = [(name, content[at - start : at - start + size]) for name, at, size in places]
+            if members and checksum(data for _, data in members) == index.crc[number]:
                 return Sample(
                     source=ref.source,
-                    shard=record.name,
+                    shard=shard.record.name,
                     key=index.keys[number],
                     offset=int(index.offset[index.first[number]]),
-                    uid=signed(hash64(record.digest, number)),
+                    uid=signed(hash64(shard.record.digest, number)),
                     image_id=int(index.image_id[number]),
                     is_duplicate=bool(index.duplicate[number]),
                     members=dict(members),
                 )
-            invalidate()
-        reason = f"sample '{index.keys[number]}' is not the one that was indexed"
-        raise DataError(_CHANGED.format(source.location(ref.shard), reason))
+            if self._cache is not None and isinstance(content, OpenShard) and content.is_cached:
+                self._cache.discard(content)
+            request.cache.invalidate(request.key, content)
+        fault = f"sample '{index.keys[number]}' is not the one that was indexed"
+        raise DataError(_CHANGED.format(shard.location, fault))
 
     def index(self, ref: SampleRef) -> tuple[ShardIndex, int]:
         """Return the index of a sample's shard and the sample's number in it."""
-        view: ShardView = self._memory.get(*self._view_entry(self._sources[ref.source], ref.shard))
-        return view.index, view.number(ref.sample)
+        _, view, number = self._locate(ref)
+        return view.index, number
 
     def start_prefetch(self, refs: Callable[[int], Iterable[SampleRef]], step: int) -> None:
         """Prefetch the samples `refs(step)` of the steps from `step` on in a thread. Local files need no prefetch."""
@@ -193,37 +204,36 @@ class SampleReader:
 
             A shard whose index cannot be loaded is skipped; its reader meets the failure.
             """
-            remote = [ref for ref in refs(step) if not self._sources[ref.source].is_local]
-            entries = {(r.source, r.shard): self._view_entry(self._sources[r.source], r.shard) for r in remote}
-            for key, size, load in entries.values():
-                if self._memory.plan(key, size, step):
-                    self._memory.prefetch(key, size, load, self._requests.submit)
-            views = {}
-            for place, entry in entries.items():  # here and not in the pool, whose threads may all be fetching samples
+            samples = [(self._shards[ref.source][ref.shard], ref.sample) for ref in refs(step)]
+            loads = {shard: self._view_request(shard) for shard, _ in samples if not shard.is_local}
+            for request in loads.values():
+                if self._memory.plan(request, step):
+                    self._memory.prefetch(request)
+            views: dict[_Shard, ShardView] = {}
+            for shard, request in loads.items():  # here and not in the pool, whose threads may all be fetching samples
                 try:
-                    views[place] = self._memory.get(*entry)
+                    views[shard] = self._memory.get(request.key, request.size, request.fetch)
                 except Exception as error:
                     log.debug("prefetching an index failed: %s", error)
-            for ref in remote:
-                if (view := views.get((ref.source, ref.shard))) is not None:
-                    yield self._request(self._sources[ref.source], ref.shard, view, view.number(ref.sample))
+            for shard, sample in samples:
+                if (view := views.get(shard)) is not None:
+                    yield self._request(shard, view, int(view.numbers[sample]))
 
         assert self._prefetcher is None
-        if not all(source.is_local for source in self._sources.values()):
-            self._prefetcher = Prefetcher(requests, step, self._loader.read_ahead_bytes)
+        if not all(shard.is_local for shards in self._shards.values() for shard in shards[:1]):
+            arguments = requests, step, self._loader.read_ahead_bytes
+            self._prefetcher = Thread(target=self._memory.read_ahead, args=arguments, name="read-ahead", daemon=True)
+            self._prefetcher.start()
 
     def finish_step(self, step: int) -> None:
         """Mark all samples up to those of `step` as read, and release what no later step needs."""
         if self._prefetcher is not None:
-            self._memory.finish_step(step)
             self._files.finish_step(step)
             self._files.release(HORIZON)
-            self._prefetcher.finish_step(step)
+            self._memory.finish_step(step)  # last, because it continues the prefetching
 
     def close(self) -> None:
         """End all threads after the requests in flight, and drop all cached data."""
-        if self._prefetcher is not None:
-            self._prefetcher.stop()
         self._memory.close()
         self._files.close()
         for wait in (False, True):
@@ -233,80 +243,55 @@ class SampleReader:
             self._prefetcher.join()
             self._prefetcher = None
 
-    def _view_entry(self, source: _OpenSource, shard: int) -> tuple[Hashable, int, Callable[[], ShardView]]:
-        """Return key, approximate bytes and fetch of a shard's view, which is loaded from the shard's index."""
-        record = source.source.manifest.shards[shard]
+    def _locate(self, ref: SampleRef) -> tuple[_Shard, ShardView, int]:
+        """Return a sample's shard, its view, and the sample's number in it."""
+        shard = self._shards[ref.source][ref.shard]
+        request = self._view_request(shard)
+        view: ShardView = self._memory.get(request.key, request.size, request.fetch)
+        return shard, view, int(view.numbers[ref.sample])
 
-        def load() -> ShardView:
-            index = load_index(self._storage, source.source.url, record)
-            return make_shard_view(index, source.source.selected(index))
+    def _view_request(self, shard: _Shard) -> PrefetchRequest:
+        """Return the request for a shard's view, which is loaded from the shard's index; its size is approximate."""
+        source, record = shard.source, shard.record
+        return PrefetchRequest(
+            self._memory,
+            shard,
+            _VIEW_BYTES + _INDEX_BYTES * record.samples,
+            lambda: make_shard_view(
+                index := manifest.load_index(self._storage, source.url, record), source.selected(index)
+            ),
+            self._requests.submit,
+        )
 
-        return (source.name, shard), _VIEW_BYTES + _INDEX_BYTES * record.samples, load
-
-    def _request(
-        self, source: _OpenSource, shard: int, view: ShardView, number: int, in_chunks: bool = False
-    ) -> PrefetchRequest:
+    def _request(self, shard: _Shard, view: ShardView, number: int, in_chunks: bool = False) -> PrefetchRequest:
         """Return the request for a sample's file, or with `in_chunks` or without room in the cache for its chunk."""
-        is_cached = self._cache is not None and source.retry_at.get(shard, 0.0) <= time.monotonic()
-        if not in_chunks and (source.is_local or is_cached):
-            reads = len(view.index) if view.selected is None else len(view.selected)
-            fetch = partial(self._open, source, shard)
+        is_cached = self._cache is not None and shard.retry_at <= time.monotonic()
+        if not in_chunks and (shard.is_local or is_cached):
+            open_file, num_reads = partial(self._open, shard), len(view.numbers)
             return PrefetchRequest(
-                self._files, (source.name, shard), 1, view.index.bytes, reads, fetch, self._downloads.submit
+                self._files, shard, 1, open_file, self._downloads.submit, view.index.bytes, num_reads
             )
-        start, stop, num_selected = view.chunk(number)
-        key = (source.name, shard, start, stop)  # chunks with hard links may have the same start
-        read = partial(self._fetch, source, shard, start, stop)
-        return PrefetchRequest(self._memory, key, stop - start, stop - start, num_selected, read, self._requests.submit)
+        start, stop, num_reads = view.chunk(number)
+        key = (shard, start, stop)  # chunks with hard links may have the same start
+        fetch, size = partial(self._fetch, shard, start, stop), stop - start
+        return PrefetchRequest(self._memory, key, size, fetch, self._requests.submit, size, num_reads)
 
-    def _read_members(
-        self, source: _OpenSource, shard: int, view: ShardView, number: int
-    ) -> tuple[Members, Callable[[], None]]:
-        """Return a sample's members, and a function to call if they are damaged, before the sample is read again.
-
-        A local shard is read sample by sample, because the operating system caches and prefetches its pages.
-        """
-        places, request = list(view.index.members(number)), self._request(source, shard, view, number)
-        if request.cache is self._files:
-            with suppress(OSError if source.is_local else CacheFull):
-                file: OpenShard = self._files.get(request.key, request.size, request.fetch)
-
-                def discard() -> None:
-                    if self._cache is not None and not source.is_local:
-                        self._cache.discard(file)
-                    self._files.invalidate(request.key, file)
-
-                with suppress(OSError):
-                    members = [(name, file.read(at, at + size)) for name, at, size in places]
-                    if [len(data) for _, data in members] == [size for _, _, size in places]:
-                        return members, discard
-                discard()
-            if source.is_local:  # Storage retries a file that fails or is too short, and explains the failure
-                return [(name, self._fetch(source, shard, at, at + size)) for name, at, size in places], lambda: None
-            request = self._request(source, shard, view, number, in_chunks=True)
-        chunk: bytes = self._memory.get(request.key, request.size, request.fetch)
-        start = view.chunk(number).start
-        members = [(name, chunk[at - start : at - start + size]) for name, at, size in places]
-        return members, partial(self._memory.invalidate, request.key, chunk)
-
-    def _fetch(self, source: _OpenSource, shard: int, start: int, stop: int) -> bytes:
+    def _fetch(self, shard: _Shard, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop) of a shard from its store."""
-        location = source.location(shard)
         try:
-            return self._storage.read(location, start, stop, source.etags[shard])
+            return self._storage.read(shard.location, start, stop, shard.etag)
         except ObjectChanged as error:
-            raise DataError(_CHANGED.format(location, "it was replaced while the run read it")) from error
+            raise DataError(_CHANGED.format(shard.location, "it was replaced while the run read it")) from error
         except NotFound as error:
-            raise DataError(f"{location}: the shard is missing, and was there at first. Put it back") from error
+            raise DataError(f"{shard.location}: the shard is missing, and was there at first. Put it back") from error
         except StorageError:
-            check_size(location, source.source.manifest.shards[shard], self._storage.info(location).size)
+            manifest.check_size(shard.location, shard.record, self._storage.info(shard.location).size)
             raise
 
-    def _open(self, source: _OpenSource, shard: int) -> OpenShard:
+    def _open(self, shard: _Shard) -> OpenShard:
         """Open the shard's local file, or its file in the cache after a download. Raise CacheFull without room."""
-        record, location = source.source.manifest.shards[shard], source.location(shard)
-        if source.is_local:
-            path = local_path(location)
+        if shard.is_local:
+            path = local_path(shard.location)
             return OpenShard(os.open(path, os.O_RDONLY), path, is_cached=False)
 
         def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
@@ -316,7 +301,7 @@ class SampleReader:
                 for start, stop in pieces:
                     if len(in_flight) == max(2, self._loader.max_concurrent_requests // 2):
                         yield in_flight.popleft().result()
-                    in_flight.append(self._requests.submit(self._fetch, source, shard, start, stop))
+                    in_flight.append(self._requests.submit(self._fetch, shard, start, stop))
                 while in_flight:
                     yield in_flight.popleft().result()
             finally:
@@ -324,47 +309,43 @@ class SampleReader:
                     request.cancel()
 
         assert self._cache is not None
-        version = source.etags[shard] or record.digest
+        version = shard.etag or shard.record.digest
+        open_cached = partial(self._cache.open, shard.location, shard.record.bytes, version, fetch)
         with suppress(CacheFull):
-            return self._cache.open(location, record.bytes, version, fetch)
+            return open_cached()
         self._files.release()
         try:
-            return self._cache.open(location, record.bytes, version, fetch)
+            return open_cached()
         except CacheFull as error:
-            source.retry_at[shard] = time.monotonic() + _RETRY_CACHE_SECONDS
-            if not source.has_warned:
-                source.has_warned = True
+            shard.retry_at = time.monotonic() + _RETRY_CACHE_SECONDS
+            if not self._has_warned:
+                self._has_warned = True
                 log.warning("%s; such shards are read over the network in chunks", error)
             raise
 
 
-def sample_refs(source: Source) -> Callable[[int, int], list[SampleRef]]:
-    """Return `refs(start, stop)`, which lists samples of a source by their numbers in the manifest's order."""
-    ends = np.cumsum(source.counts)
-
-    def refs(start: int, stop: int) -> list[SampleRef]:
-        numbers = np.arange(start, stop)
-        shards = np.searchsorted(ends, numbers, side="right")
-        samples = numbers - (ends - source.counts)[shards]
-        places = zip(shards.tolist(), samples.tolist(), strict=True)
-        return [SampleRef(source.url, 0, shard, sample) for shard, sample in places]
-
-    return refs
+def sample_refs(source: Source, start: int, stop: int) -> list[SampleRef]:
+    """Return the samples [start, stop) of a source, in the manifest's order."""
+    ends, numbers = np.cumsum(source.counts), np.arange(start, stop)
+    shards = np.searchsorted(ends, numbers, side="right")
+    samples = numbers - (ends - source.counts)[shards]
+    places = zip(shards.tolist(), samples.tolist(), strict=True)
+    return [SampleRef(source.url, 0, shard, sample) for shard, sample in places]
 
 
 def iter_samples(storage: Storage, source: str | Source, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
     """Yield the samples [start, stop) of a folder of shards, or all of them, in the manifest's order."""
-    source = Source(source, load_manifest(storage, source)) if isinstance(source, str) else source
-    firsts = range(start, int(source.counts.sum()) if stop is None else stop, _BATCH)
-    refs_between = sample_refs(source)
+    opened = Source(source, manifest.load_manifest(storage, source)) if isinstance(source, str) else source
+    numbers = range(start, int(opened.counts.sum()) if stop is None else stop)
 
     def refs(step: int) -> list[SampleRef]:
-        return refs_between(firsts[step], min(firsts[step] + _BATCH, firsts.stop)) if step < len(firsts) else []
+        batch = numbers[step * _BATCH : (step + 1) * _BATCH]
+        return sample_refs(opened, batch.start, batch.stop)
 
     loader = LoaderConfig(memory_bytes=16 * CHUNK_BYTES, read_ahead_bytes=8 * CHUNK_BYTES)
-    with closing(SampleReader(storage, {source.url: source}, loader)) as reader:
+    with closing(SampleReader(storage, {opened.url: opened}, loader)) as reader:
         reader.start_prefetch(refs, 0)
-        for step in range(len(firsts)):
+        for step in range(-(-len(numbers) // _BATCH)):
             yield from map(reader.read, refs(step))
             reader.finish_step(step)
 

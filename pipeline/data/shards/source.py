@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class Source:
     selection: Selection | None = None  # None: every sample
     objects: Mapping[str, ObjectInfo] | None = None  # the store's info on each shard; None: not yet requested
 
-    @property
+    @cached_property
     def counts(self) -> np.ndarray:
         """(shards,) int64: the selected samples of each shard in the manifest's order; 0 is allowed."""
         samples = [shard.samples for shard in self.manifest.shards]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from pipeline.config.errors import DataError, StorageError
-from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, Prefetcher, PrefetchRequest
+from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, PrefetchRequest
 
 
 class Letters(PrefetchCache[str]):
@@ -23,8 +23,11 @@ class Letters(PrefetchCache[str]):
         for key in keys:
             assert self.get(key, 1, lambda key=key: key) == key
 
-    def ahead(self, key: str) -> bool:
-        return self.prefetch(key, 1, lambda: key, lambda task: task())
+    def ahead(self, key: str, submit=lambda task: task()) -> bool:
+        return self.prefetch(PrefetchRequest(self, key, 1, lambda: key, submit))
+
+    def needs(self, key: str, step: int, reads: int = 0) -> bool:
+        return self.plan(PrefetchRequest(self, key, 1, lambda: key, lambda task: task(), reads=reads), step)
 
     @property
     def held(self) -> str:
@@ -64,7 +67,7 @@ def test_threads_wait_for_a_single_fetch_and_share_its_failure(fails: bool):
 def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pytest.LogCaptureFixture):
     cache = Letters(4, "abcd")
     for key, step in [("a", 5), ("b", 2), ("d", 3)]:
-        cache.plan(key, 1, step)
+        cache.needs(key, step)
     cache.finish_step(2)
     cache.put("e")
     assert cache.held == "abde"  # c was not planned
@@ -74,13 +77,13 @@ def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pyt
     assert cache.held == "adfg"
     exhausted = Letters(2, "ab")
     for key, step in [("b", 0), ("b", 1), ("a", 0)]:
-        exhausted.plan(key, 1, step, reads=2)
+        exhausted.needs(key, step, reads=2)
     exhausted.finish_step(3)
     exhausted.put("c")
     assert exhausted.held == "ac"
     unused = Letters(2)
     for key in "ab":
-        unused.plan(key, 1, 3)
+        unused.needs(key, 3)
         unused.ahead(key)
     unused.put("b")
     assert caplog.messages == []
@@ -88,28 +91,28 @@ def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pyt
     assert (unused.held, caplog.messages) == ("ac", ["a shortage"])
     caplog.clear()
     needed = Letters(2, "ab")
-    needed.plan("a", 1, 3)
-    needed.plan("b", 1, 4)
+    needed.needs("a", 3)
+    needed.needs("b", 4)
     assert not needed.ahead("c"), "a prefetch evicts no needed entry"
     assert (needed.held, caplog.messages) == ("ab", [])
     for key in "cd":
         needed.put(key)  # a reader's entry does
-        needed.plan(key, 1, 5)  # needed from now on, so that the next eviction is a shortage again
+        needed.needs(key, 5)  # from now on, so that the next eviction is a shortage again
     assert (len(needed.held), caplog.messages) == (2, ["a shortage"])
 
 
 def test_queued_evicted_and_invalidated_entries_are_fetched_when_next_needed():
     cache, queued = Letters(2), []
-    assert cache.prefetch("a", 1, lambda: "a", queued.append)
+    assert cache.ahead("a", queued.append)
     assert cache.get("a", 1, lambda: "another") == "a"
     queued[0]()
     assert (cache.size, cache.held, len(queued)) == (1, "a", 1)
     evicted = Letters(1)
-    assert [evicted.plan("a", 1, step) for step in (1, 2)] == [True, False]
+    assert [evicted.needs("a", step) for step in (1, 2)] == [True, False]
     evicted.ahead("a")
-    assert not evicted.plan("a", 1, 3)
+    assert not evicted.needs("a", 3)
     evicted.put("b")
-    assert evicted.plan("a", 1, 4)
+    assert evicted.needs("a", 4)
     lists: PrefetchCache[list] = PrefetchCache(3)
     bad, good = ["bad"], ["good"]
     lists.get("a", 1, lambda: bad)
@@ -121,20 +124,20 @@ def test_queued_evicted_and_invalidated_entries_are_fetched_when_next_needed():
 def test_finished_entries_are_released_and_purged():
     cache = Letters(9, "abc")
     for key, step, reads in [("a", 1, 1), ("b", 2, 5), ("c", 60, 5)]:
-        cache.plan(key, 1, step, reads)
+        cache.needs(key, step, reads)
     for finished, expected in [(2, "bc"), (12, "c")]:
         cache.finish_step(finished)
         cache.release(unneeded_steps=10)
         assert cache.held == expected
     for step in range(1000):  # entries that are never fetched
-        cache.plan(step, 1, step)
+        cache.needs(f"{step}", step)
         cache.finish_step(step)
     assert len(cache._entries) < 20
 
 
 def test_close_raises_in_waiting_and_later_calls():
     cache, release = Letters(2), threading.Event()
-    cache.prefetch("a", 1, lambda: "a", lambda task: None)
+    cache.ahead("a", lambda task: None)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(cache.get, "b", 1, lambda: release.wait(60) and "b")
         future = cache._entries["a"].future
@@ -160,24 +163,22 @@ class Fetches:
             raise StorageError(f"no {key}")
         return key
 
+    def get(self, key: str) -> str:
+        return self.cache.get(key, 10, lambda: self.fetch(key))
+
     @contextmanager
     def ahead(self, keys: Callable[[int], Iterable[str]], max_bytes: int, step: int = 0) -> Iterator[None]:
-        with ThreadPoolExecutor(1) as pool:
+        def requests(step: int) -> list[PrefetchRequest]:
+            entries = [(key, 10, lambda key=key: self.fetch(key), pool.submit, 10) for key in keys(step)]
+            return [PrefetchRequest(self.cache, *entry) for entry in entries]
 
-            def requests(step: int) -> list[PrefetchRequest]:
-                parts = [(key, 10, 10, 0, lambda key=key: self.fetch(key), pool.submit) for key in keys(step)]
-                return [PrefetchRequest(self.cache, *part) for part in parts]
-
-            self.prefetcher = Prefetcher(requests, step, max_bytes)
+        with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as prefetcher:
+            ended = prefetcher.submit(self.cache.read_ahead, requests, step, max_bytes)
             try:
                 yield
             finally:
-                self.prefetcher.stop()
-                self.prefetcher.join()
-
-    def finish_step(self, step: int) -> None:
-        self.cache.finish_step(step)
-        self.prefetcher.finish_step(step)
+                self.cache.close()
+                ended.result(60)
 
     def expect(self, *keys: str) -> None:
         """Wait until these fetches have started, and check that no other one follows."""
@@ -197,11 +198,11 @@ def test_entries_of_unfinished_steps_are_fetched_in_order_within_the_byte_limit(
     fetches, first = Fetches(), ("own2", "shared1", "own3", "own4")
     with fetches.ahead(lambda step: [f"own{step}", f"shared{step // 2}"], max_bytes=40, step=2):
         fetches.expect(*first)
-        fetches.finish_step(2)
+        fetches.cache.finish_step(2)
         fetches.expect(*first, "shared2", "own5")
     fetches, slow = Fetches(), threading.Event()
     with fetches.ahead(lambda step: [f"{step}"] if step or slow.wait(60) else [], max_bytes=30):
-        fetches.finish_step(99)
+        fetches.cache.finish_step(99)
         slow.set()
         fetches.expect("100", "101", "102")
 
@@ -212,14 +213,14 @@ def test_large_or_blocked_entry_is_fetched_when_a_step_finishes(max_size: int, m
     with fetches.ahead(lambda step: [f"{step}"], max_bytes):
         for step in range(3):
             fetches.expect(*"01234"[: step + num_at_once])
-            fetches.finish_step(step)
+            fetches.cache.finish_step(step)
 
 
 def test_walk_stays_within_the_horizon():
     fetches, walked = Fetches(), []
     with fetches.ahead(lambda step: walked.append(step) or ["same"], max_bytes=30):
         until(lambda: len(walked) == HORIZON)
-        fetches.finish_step(3)
+        fetches.cache.finish_step(3)
         until(lambda: len(walked) == HORIZON + 4)
         fetches.expect("same")
     assert walked == list(range(HORIZON + 4))
@@ -235,8 +236,7 @@ def test_prefetch_failure_is_left_to_the_reader():
 
     with fetches.ahead(keys, max_bytes=1000):
         until(lambda: "9" in fetches.started)
-        for key in ("once", "3"):
-            assert fetches.cache.get(key, 10, lambda key=key: fetches.fetch(key)) == key
+        assert [fetches.get(key) for key in ("once", "3")] == ["once", "3"]
         assert fetches.started.count("once") == 2
         with pytest.raises(StorageError, match="no bad"):
-            fetches.cache.get("bad", 10, lambda: fetches.fetch("bad"))
+            fetches.get("bad")

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +21,7 @@ import psutil
 import pytest
 
 from pipeline.config.errors import DataError
-from pipeline.config.schema import LoaderConfig, SourceConfig, StorageConfig
+from pipeline.config.schema import LoaderConfig
 from pipeline.data.order import DataOrder, OrderSource, SampleRef
 from pipeline.data.randomness import hash64, signed
 from pipeline.data.reading import cache as cache_module
@@ -29,20 +30,18 @@ from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import SampleReader, iter_captions, iter_samples, make_shard_view
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.shards.manifest import index_shards, load_index, load_manifest
-from pipeline.data.shards.source import Source, open_source
-from pipeline.data.storage import Storage, join
+from pipeline.data.shards.source import Source
+from pipeline.data.storage import Storage
 from tests.support.cache_reader import held_bytes
-from tests.support.data_stream import copy_shards
 
-ON_MOTO = pytest.mark.parametrize("s3", ["moto"], indirect=True)
 SIZES = [40, 25, 33, 8, 40, 36, 21, 37]  # 240 samples
 
 
 class CountingStorage(Storage):
     """Storage that records the requested ranges of tars."""
 
-    def __init__(self, config: StorageConfig = StorageConfig()):
-        super().__init__(config)
+    def __init__(self) -> None:
+        super().__init__()
         self.ranges: list[tuple[str, int, int]] = []
 
     def read(self, url: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
@@ -70,6 +69,19 @@ def folder(make_pairs) -> str:
     return folder
 
 
+@pytest.fixture
+def remote() -> Iterator[Storage]:
+    storage = CountingStorage()
+    yield storage
+    storage.delete("memory://samples")
+
+
+def copy_to_memory(folder: str) -> str:
+    for file in Path(folder).iterdir():
+        Storage().write(f"memory://samples/{file.name}", file.read_bytes())
+    return "memory://samples"
+
+
 def test_sample_has_the_packed_bytes_and_an_identity_of_its_own(folder: str, make_pair):
     sample, later = (reader(folder).read(SampleRef("pairs", epoch, 1, 2)) for epoch in (0, 5))
     assert sample.members == make_pair(8)
@@ -95,17 +107,6 @@ def test_equal_images_and_duplicate_keys_are_identified(tmp_path: Path, make_tar
     assert [sample.is_duplicate for sample in samples] == [False, False, True, False]
     assert len({sample.image_id for sample in samples}) == 3
     assert samples[1].image_id == samples[3].image_id != 0
-
-
-def test_sample_refs_count_selected_samples(folder: str):
-    index, opt_out = first_index(folder), Path(folder, "opt_out.txt")
-    opt_out.write_text("\n".join([index.keys[0], index.keys[3]]))
-    source = open_source(Storage(), SourceConfig(shards=folder, opt_out=str(opt_out)))
-    selected = SampleReader(Storage(), {"pairs": source})
-    assert source.counts.tolist() == [4, 4]
-    for sample, number in enumerate([1, 2, 4, 5]):
-        assert selected.index(ref(0, sample))[1] == number
-        assert selected.read(ref(0, sample)) == reader(folder).read(ref(0, number))
 
 
 def test_truncated_shard_is_rejected_by_name_at_the_start_and_during_the_run(folder: str):
@@ -176,15 +177,12 @@ def test_chunks_cover_the_shard_and_are_never_small(make_pairs, monkeypatch: pyt
         assert sum(chunk.num_selected for chunk in chunks) == number
 
 
-def test_remote_chunk_is_fetched_once_and_again_if_damaged(folder: str, monkeypatch):
-    storage, fetches, damaged, fetch = Storage(), [], [], module.SampleReader._fetch
-    for file in Path(folder).iterdir():
-        storage.write(f"memory://samples/{file.name}", file.read_bytes())
+def test_remote_chunk_is_fetched_once_and_again_if_damaged(folder: str, remote: CountingStorage, monkeypatch):
+    url, damaged, fetch = copy_to_memory(folder), [], module.SampleReader._fetch
 
-    def slow(reader, source, shard, start, stop):
-        fetches.append(shard)
+    def slow(*arguments) -> bytes:
         time.sleep(0.05)
-        data = bytearray(fetch(reader, source, shard, start, stop))
+        data = bytearray(fetch(*arguments))
         data[10] ^= 255 if damaged else 0
         damaged.clear()
         return bytes(data)
@@ -192,13 +190,13 @@ def test_remote_chunk_is_fetched_once_and_again_if_damaged(folder: str, monkeypa
     refs = [ref(shard, sample) for shard, size in enumerate([6, 4]) for sample in range(size)]
     expected = [reader(folder).read(slot) for slot in refs]
     monkeypatch.setattr(module.SampleReader, "_fetch", slow)
+    first, second = (SampleReader(remote, {"pairs": Source(url, load_manifest(remote, url))}) for _ in range(2))
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(reader("memory://samples").read, refs)) == expected
-    assert sorted(fetches) == [0, 1]
+        assert list(pool.map(first.read, refs)) == expected
+    assert sorted(name for name, _, _ in remote.ranges) == ["00000.tar", "00001.tar"]
     damaged.append(True)
-    assert reader("memory://samples").read(ref(0, 0)) == expected[0]
-    assert len(fetches) == 4
-    storage.delete("memory://samples")
+    assert second.read(ref(0, 0)) == expected[0]
+    assert len(remote.ranges) == 4
 
 
 # ---- prefetching from a store
@@ -208,12 +206,11 @@ class Epoch:
     """One epoch of 240 samples in batches of 8, over 2 streams with windows of 1 shard; shards have several chunks."""
 
     def __init__(self, folder: str, url: str):
-        self.url, self.source = url, Source(url, load_manifest(Storage(), folder))
+        self.local, self.source = reader(folder), Source(url, load_manifest(Storage(), folder))
         sources = {"pairs": OrderSource(self.source.counts, 1.0, self.source.digest)}
         self.order = DataOrder(sources, num_streams=2, shuffle_window=1, seed=3, batch_size=8)
         self.steps = range(30)
-        local = reader(folder)
-        self.expected = [[local.read(slot) for slot in self.order.samples(step)] for step in self.steps]
+        self.expected = [[self.local.read(slot) for slot in self.order.samples(step)] for step in self.steps]
         self.chunks = {
             (record.name, chunk.start, chunk.stop)
             for record in self.source.manifest.shards
@@ -223,21 +220,17 @@ class Epoch:
     def reader(self, storage: Storage, loader: LoaderConfig, cache: NodeCache | None = None) -> closing[SampleReader]:
         return closing(SampleReader(storage, {"pairs": self.source}, loader, cache))
 
-    def refs(self, step: int, places: range = range(8)) -> list[SampleRef]:
-        return self.order.samples(step, places) if step in self.steps else []
-
     def read(self, storage: Storage, loader: LoaderConfig, places: range = range(8), cache: NodeCache | None = None):
         """Return the samples of each step, read by four threads two batches ahead."""
-        samples = []
-        with self.reader(storage, loader, cache) as remote, ThreadPoolExecutor(4) as pool:
-            remote.start_prefetch(lambda step: self.refs(step, places), 0)
-            reads = {}
+        samples, reads = [], {}
+        refs = {step: self.order.samples(step, places) for step in self.steps}
+        with self.reader(storage, loader, cache) as opened, ThreadPoolExecutor(4) as pool:
+            opened.start_prefetch(lambda step: refs.get(step, []), 0)
             for step in self.steps:
-                for ahead in range(step, step + 3):
-                    if ahead not in reads:
-                        reads[ahead] = [pool.submit(remote.read, slot) for slot in self.refs(ahead, places)]
+                for ahead in {*range(step, step + 3)} & refs.keys() - reads.keys():
+                    reads[ahead] = [pool.submit(opened.read, slot) for slot in refs[ahead]]
                 samples.append([read.result(60) for read in reads[step]])
-                remote.finish_step(step)
+                opened.finish_step(step)
         return samples
 
 
@@ -246,105 +239,77 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.fixture
-def epoch(s3, make_pairs, monkeypatch: pytest.MonkeyPatch) -> Epoch:
+def epoch(make_pairs, monkeypatch: pytest.MonkeyPatch) -> Epoch:
     monkeypatch.setattr(module, "CHUNK_BYTES", 16_000)
     monkeypatch.setattr(cache_module, "PIECE", 16_000)
-    folder = make_pairs("pairs", SIZES)
-    return Epoch(folder, copy_shards(folder, s3))
+    index_shards(Storage(), folder := make_pairs("pairs", SIZES))
+    return Epoch(folder, copy_to_memory(folder))
 
 
 ROOM = LoaderConfig(memory_bytes=2**20, read_ahead_bytes=30_000, max_concurrent_requests=4)
 
 
-@ON_MOTO
-def test_epoch_from_a_store_fetches_each_chunk_once_unless_memory_is_too_small(s3, epoch: Epoch, caplog):
+def test_epoch_from_a_store_fetches_each_chunk_once_unless_memory_is_too_small(remote, epoch: Epoch, caplog):
     total = sum(stop - start for _, start, stop in epoch.chunks)
     assert len(epoch.chunks) > 30
     for memory_bytes in (2**20, total * 6 // 10):  # the second suffices for the open windows and the prefetch only
-        storage = CountingStorage(s3.config)
-        assert epoch.read(storage, ROOM.model_copy(update={"memory_bytes": memory_bytes})) == epoch.expected
-        assert Counter(storage.ranges) == Counter(epoch.chunks)
+        remote.ranges.clear()
+        assert epoch.read(remote, ROOM.model_copy(update={"memory_bytes": memory_bytes})) == epoch.expected
+        assert Counter(remote.ranges) == Counter(epoch.chunks)
         assert warnings_of(caplog) == []
-    assert epoch.read(storage, ROOM.model_copy(update={"memory_bytes": 60_000})) == epoch.expected
-    assert len(storage.ranges) > 2 * len(epoch.chunks) == 2 * len(set(storage.ranges))
+    assert epoch.read(remote, ROOM.model_copy(update={"memory_bytes": 60_000})) == epoch.expected
+    assert len(remote.ranges) > 2 * len(epoch.chunks) == 2 * len(set(remote.ranges))
     assert warnings_of(caplog) == [
         "data.loader.memory_bytes 60000 is below what the open windows of this process need: chunks of shards are "
         "fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder"
     ]
 
 
-@ON_MOTO
-def test_readers_of_one_node_share_the_cache_and_download_damaged_shards_again(s3, epoch: Epoch, tmp_path: Path):
-    cache, halves = NodeCache(tmp_path / "cache", 2**30), (range(4), range(4, 8))
-    storages = [CountingStorage(s3.config) for _ in range(3)]
+def test_readers_of_one_node_share_the_cache_and_download_damaged_shards_again(remote, epoch: Epoch, tmp_path: Path):
+    cache, shards = NodeCache(tmp_path / "cache", 2**30), epoch.source.manifest.shards
     with ThreadPoolExecutor(2) as pool:
-        reads = [
-            pool.submit(epoch.read, *pair, cache=cache) for pair in zip(storages, [ROOM] * 2, halves, strict=False)
-        ]
-        batches = [a + b for a, b in zip(*(read.result() for read in reads), strict=True)]
-    assert batches == epoch.expected
-    pieces = Counter(storages[0].ranges) + Counter(storages[1].ranges)
-    assert set(pieces.values()) == {1}
-    covered = sum(stop - start for _, start, stop in pieces)
-    assert covered == sum(shard.bytes for shard in epoch.source.manifest.shards) == held_bytes(cache)
+        halves = list(pool.map(lambda places: epoch.read(remote, ROOM, places, cache), (range(4), range(4, 8))))
+    assert [a + b for a, b in zip(*halves, strict=True)] == epoch.expected
+    assert set(Counter(remote.ranges).values()) == {1}
+    covered = sum(stop - start for _, start, stop in remote.ranges)
+    assert covered == sum(shard.bytes for shard in shards) == held_bytes(cache)
     for damages, downloads in ((False, set()), (True, {1}), (False, set())):
+        remote.ranges.clear()
         for path in cache.folder.glob("*.tar") if damages else ():
             path.write_bytes(bytes(path.stat().st_size))
-        assert epoch.read(storages[2], ROOM, cache=cache) == epoch.expected
-        assert set(Counter(storages[2].ranges).values()) == downloads
-        storages[2].ranges.clear()
+        assert epoch.read(remote, ROOM, cache=cache) == epoch.expected
+        assert set(Counter(remote.ranges).values()) == downloads
     other = NodeCache(tmp_path / "other", 2**30)
-    with epoch.reader(Storage(s3.config), ROOM, other) as remote:
-        remote.read(ref(0, 0))
+    with epoch.reader(remote, ROOM, other) as opened:
+        opened.read(ref(0, 0))
         (cached,) = other.folder.glob("*.tar")
         os.truncate(cached, 1000)  # while it is read
-        assert [remote.read(ref(0, sample)).key for sample in (39, 38)] == ["pairs00039", "pairs00038"]
-    assert cached.stat().st_size == epoch.source.manifest.shards[0].bytes
+        assert [opened.read(ref(0, sample)).key for sample in (39, 38)] == ["pairs00039", "pairs00038"]
+    assert cached.stat().st_size == shards[0].bytes
 
 
-@ON_MOTO
-def test_full_cache_warns_once_and_changes_no_sample(s3, epoch: Epoch, tmp_path: Path, caplog):
-    largest = max(shard.bytes for shard in epoch.source.manifest.shards)
-    cache = NodeCache(tmp_path, largest * 3 // 2)
-    assert epoch.read(Storage(s3.config), ROOM, cache=cache) == epoch.expected
+def test_full_cache_warns_once_and_changes_no_sample(remote, epoch: Epoch, tmp_path: Path, caplog):
+    cache = NodeCache(tmp_path, max(shard.bytes for shard in epoch.source.manifest.shards) * 3 // 2)
+    assert epoch.read(remote, ROOM, cache=cache) == epoch.expected
     (message,) = warnings_of(caplog)
     assert "no room for its" in message
     assert f"data.cache.max_bytes is {cache.max_bytes}. Raise it; such shards are read over the network" in message
     assert held_bytes(cache) <= cache.max_bytes
 
 
-@ON_MOTO
-@pytest.mark.parametrize("is_cached", [False, True])
-def test_shard_replaced_in_the_store_is_rejected_by_name(s3, epoch: Epoch, tmp_path: Path, is_cached: bool):
-    storage, url = Storage(s3.config), join(epoch.url, "00002.tar")
-    with epoch.reader(storage, ROOM, NodeCache(tmp_path, 2**30) if is_cached else None) as remote:
-        data = bytearray(storage.read(url))
-        data[600] ^= 1
-        storage.write(url, bytes(data))
-        remote.start_prefetch(epoch.refs, 0)
-        remote.read(ref(1, 0))
-        with pytest.raises(
-            DataError, match=r"00002\.tar: the shard was changed: it was replaced while the run read it"
-        ):
-            remote.read(ref(2, 0))
-
-
-@ON_MOTO
-def test_reader_owns_its_threads(s3, epoch: Epoch, make_pairs, tmp_path: Path):
+def test_reader_owns_its_threads(remote, epoch: Epoch, tmp_path: Path):
     def threads() -> list[str]:
         names = ("requests", "downloads", "read-ahead")
         return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
 
-    index_shards(Storage(), folder := make_pairs("local", [6]))
-    local = reader(folder)
-    local.start_prefetch(lambda step: [ref(0, 0)], 0)
-    local.read(ref(0, 0))
-    local.finish_step(0)
+    epoch.local.start_prefetch(lambda step: [ref(0, 0)], 0)
+    epoch.local.read(ref(0, 0))
+    epoch.local.finish_step(0)
     assert threads() == [], "local files need no thread"
-    with epoch.reader(Storage(s3.config), ROOM, NodeCache(tmp_path, 2**30)) as remote:
+    with epoch.reader(remote, ROOM, NodeCache(tmp_path, 2**30)) as opened:
         assert threads() == []
-        remote.start_prefetch(epoch.refs, 0)
-        remote.read(epoch.order.samples(0)[0])
+        opened.start_prefetch(lambda step: epoch.order.samples(step) if step in epoch.steps else [], 0)
+        opened.read(epoch.order.samples(0)[0])
         assert "read-ahead" in threads()
     assert threads() == []
     assert held_bytes(NodeCache(tmp_path, 1)) % 512 == 0
