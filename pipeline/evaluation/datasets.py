@@ -54,7 +54,7 @@ class StoredImages:
         """Return the image (H, W, 3) of a sample, which is read unless given. Raises BadSample as training does."""
 
         def resized() -> np.ndarray:
-            members = (sample or self._reader.read(sample_refs(self._source, position, position + 1)[0])).members
+            members = (sample or self._reader.read(sample_refs(self._source, [position])[0])).members
             return resize_for(decode(contents.image_bytes(members), self._max_pixels), self._model)
 
         return self._decoded.get(position, self._image_bytes, resized)

@@ -94,10 +94,10 @@ class LoaderSpec:
             """Return what buckets sort by: the longest caption's characters, or the aspect ratio in thousandths."""
             assert reader is not None, "the lengths of a bucketed order are read from the shards' indexes"
             assert buckets is not None
-            index, sample = reader.index(ref)
+            view, sample = reader.view(ref)
             if buckets.by == "caption":
-                return int(index.caption_length[sample])
-            return int(1000 * index.width[sample] / max(1, index.height[sample]))
+                return int(view.index.caption_length[sample])
+            return int(1000 * view.index.width[sample] / max(1, view.index.height[sample]))
 
         return DataOrder(
             sources,

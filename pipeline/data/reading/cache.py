@@ -1,13 +1,10 @@
 """Node cache: remote shards as files of one node, within a byte budget, shared by all its processes.
 
-A cached file is named by the hash of its URL and ETag, so that a replaced shard is another file. Only files with such
-names, in the cache's own folder, are counted or deleted. The only other state is the kernel's file locks, which do not
-survive a crash: a reader holds a shared lock on a file, which pins it; a downloader holds an exclusive lock on its
-`.part`; a `.part` without a lock was left by a process that died. These need a shared mode and must not create or
-truncate the files, so they are plain flock calls; filelock provides the lock of the folder.
-
-The folder belongs to one user. Files that other users could have written are neither read nor written to, because a
-shard's checksums do not protect against forgery.
+A cached file is named by the hash of its URL and ETag, so that a replaced shard is another file; files with other names
+are neither counted nor deleted. The only other state is the kernel's file locks, which do not survive a crash: a reader
+pins a file by a shared lock, a downloader holds an exclusive lock on its `.part`, and a `.part` without a lock was left
+by a process that died. The folder belongs to one user: files that others could have written are neither read nor
+written to, because a shard's checksums do not protect against forgery.
 """
 
 import errno
@@ -49,10 +46,6 @@ class OpenShard:
     path: Path
     is_cached: bool
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Return the bytes [start, stop), fewer if the file is shorter. Thread-safe."""
-        return os.pread(self.descriptor, stop - start, start)
-
     def close(self) -> None:
         """Record the use, which the eviction goes by, and close the file. No thread may be reading it."""
         if self.descriptor >= 0:
@@ -87,19 +80,16 @@ class NodeCache:
                 with self._locked():
                     self._sweep()
                 self._is_swept = True
-            while True:
-                if shard := self._pin(path, size):
-                    return shard
-                part = _lock(path.with_suffix(".part"), os.O_RDWR | os.O_CREAT)
-                if part is not None:
+            while (shard := self._pin(path, size)) is None:
+                if (part := _lock(path.with_suffix(".part"), os.O_RDWR | os.O_CREAT)) is not None:
                     return self._download(part, path, url, size, fetch)
                 time.sleep(_POLL_SECONDS)
+            return shard
         except StorageError:
             raise
         except OSError as error:
-            # A full disk disables the cache and does not fail the run.
-            kind = CacheFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-            raise kind(
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # disables the cache and does not fail the run
+            raise (CacheFull if is_full else StorageError)(
                 f"data.cache.folder {self.folder.parent} cannot be used: {error.strerror or error}. Free space there "
                 "or lower data.cache.max_bytes, choose another local disk, or unset data.cache.folder"
             ) from error
@@ -168,17 +158,16 @@ class NodeCache:
     def _sweep(self) -> list[tuple[Path, os.stat_result]]:
         """Delete the partial downloads of processes that died; return all other files. The cache must be locked."""
         entries = []
-        for path in self.folder.iterdir():
-            if _CACHE_FILE.fullmatch(path.name):
-                with suppress(FileNotFoundError):
-                    status = path.lstat()
-                    if not stat.S_ISREG(status.st_mode):
-                        continue
-                    if path.suffix == ".part" and (part := _lock(path, os.O_RDWR)) is not None:
-                        path.unlink(missing_ok=True)
-                        os.close(part)
-                    else:
-                        entries.append((path, status))
+        for path in filter(lambda path: _CACHE_FILE.fullmatch(path.name), self.folder.iterdir()):
+            with suppress(FileNotFoundError):
+                status = path.lstat()
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                if path.suffix == ".part" and (part := _lock(path, os.O_RDWR)) is not None:
+                    path.unlink(missing_ok=True)
+                    os.close(part)
+                else:
+                    entries.append((path, status))
         return entries
 
     def _make_folder(self) -> None:

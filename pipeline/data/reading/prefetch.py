@@ -44,15 +44,11 @@ class _Entry(Generic[T]):
     is_planned: bool = False  # to be prefetched
     last_step: int = -1  # last known step that needs it
     num_planned: int = 0  # known reads
-    reads: int = 0  # maximum number of reads in an epoch
+    is_exhausted: bool = False  # the known reads are all of their epoch
 
     @property
     def is_held(self) -> bool:
         return self.future is not None and self.future.done()
-
-    @property
-    def is_exhausted(self) -> bool:
-        return self.reads > 0 and self.num_planned % self.reads == 0
 
 
 class PrefetchCache(Generic[T]):
@@ -89,8 +85,9 @@ class PrefetchCache(Generic[T]):
         """Register a read of an entry by `step`. Return True if the entry should be prefetched."""
         with self._changed:
             entry = self._entry(request.key, request.size)
-            entry.last_step, entry.reads = max(entry.last_step, step), request.reads
+            entry.last_step = max(entry.last_step, step)
             entry.num_planned += 1
+            entry.is_exhausted = request.reads > 0 and entry.num_planned % request.reads == 0
             if entry.future is not None or entry.is_planned:
                 return False
             entry.is_planned = True

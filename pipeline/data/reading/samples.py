@@ -153,7 +153,7 @@ class SampleReader:
 
         A local shard is read sample by sample, because the operating system caches and prefetches its pages.
         """
-        shard, view, number = self._locate(ref)
+        shard, (view, number) = self._shards[ref.source][ref.shard], self.view(ref)
         index = view.index
         # Read again bytes that were damaged in transit or on this node, at last past the node's file: `Storage`
         # retries a local file that fails, and explains the failure.
@@ -191,10 +191,11 @@ class SampleReader:
         fault = f"sample '{index.keys[number]}' is not the one that was indexed"
         raise DataError(_CHANGED.format(shard.location, fault))
 
-    def index(self, ref: SampleRef) -> tuple[ShardIndex, int]:
-        """Return the index of a sample's shard and the sample's number in it."""
-        _, view, number = self._locate(ref)
-        return view.index, number
+    def view(self, ref: SampleRef) -> tuple[ShardView, int]:
+        """Return the view of a sample's shard and the sample's number in the shard."""
+        request = self._view_request(self._shards[ref.source][ref.shard])
+        view: ShardView = self._memory.get(request.key, request.size, request.fetch)
+        return view, int(view.numbers[ref.sample])
 
     def start_prefetch(self, refs: Callable[[int], Iterable[SampleRef]], step: int) -> None:
         """Prefetch the samples `refs(step)` of the steps from `step` on in a thread. Local files need no prefetch."""
@@ -242,13 +243,6 @@ class SampleReader:
         if self._prefetcher is not None:
             self._prefetcher.join()
             self._prefetcher = None
-
-    def _locate(self, ref: SampleRef) -> tuple[_Shard, ShardView, int]:
-        """Return a sample's shard, its view, and the sample's number in it."""
-        shard = self._shards[ref.source][ref.shard]
-        request = self._view_request(shard)
-        view: ShardView = self._memory.get(request.key, request.size, request.fetch)
-        return shard, view, int(view.numbers[ref.sample])
 
     def _view_request(self, shard: _Shard) -> PrefetchRequest:
         """Return the request for a shard's view, which is loaded from the shard's index; its size is approximate."""
@@ -324,11 +318,11 @@ class SampleReader:
             raise
 
 
-def sample_refs(source: Source, start: int, stop: int) -> list[SampleRef]:
-    """Return the samples [start, stop) of a source, in the manifest's order."""
-    ends, numbers = np.cumsum(source.counts), np.arange(start, stop)
+def sample_refs(source: Source, numbers: Sequence[int]) -> list[SampleRef]:
+    """Return samples of a source by their numbers in the manifest's order."""
+    ends = np.cumsum(source.counts)
     shards = np.searchsorted(ends, numbers, side="right")
-    samples = numbers - (ends - source.counts)[shards]
+    samples = np.asarray(numbers, dtype=np.int64) - (ends - source.counts)[shards]
     places = zip(shards.tolist(), samples.tolist(), strict=True)
     return [SampleRef(source.url, 0, shard, sample) for shard, sample in places]
 
@@ -337,16 +331,11 @@ def iter_samples(storage: Storage, source: str | Source, start: int = 0, stop: i
     """Yield the samples [start, stop) of a folder of shards, or all of them, in the manifest's order."""
     opened = Source(source, manifest.load_manifest(storage, source)) if isinstance(source, str) else source
     numbers = range(start, int(opened.counts.sum()) if stop is None else stop)
-
-    def refs(step: int) -> list[SampleRef]:
-        batch = numbers[step * _BATCH : (step + 1) * _BATCH]
-        return sample_refs(opened, batch.start, batch.stop)
-
     loader = LoaderConfig(memory_bytes=16 * CHUNK_BYTES, read_ahead_bytes=8 * CHUNK_BYTES)
     with closing(SampleReader(storage, {opened.url: opened}, loader)) as reader:
-        reader.start_prefetch(refs, 0)
+        reader.start_prefetch(lambda step: sample_refs(opened, numbers[step * _BATCH :][:_BATCH]), 0)
         for step in range(-(-len(numbers) // _BATCH)):
-            yield from map(reader.read, refs(step))
+            yield from map(reader.read, sample_refs(opened, numbers[step * _BATCH :][:_BATCH]))
             reader.finish_step(step)
 
 

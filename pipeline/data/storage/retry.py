@@ -67,6 +67,7 @@ class RetryTimeout(Exception):
     """Transient failures outlasted the retry timeout; the cause is the last of them."""
 
 
+TOO_SHORT = "it holds {} bytes, and bytes {} to {} were requested"  # the argument of an EOFError
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _PERMANENT_ERRNO = {errno.EINVAL, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.ELOOP, errno.EFBIG}
 _PERMANENT = (MomeError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)

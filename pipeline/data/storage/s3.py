@@ -1,14 +1,13 @@
 """S3-compatible stores through botocore, which signs requests, finds credentials and regions, and pools connections.
 
-Each request is retried on its own, so that neither a long listing nor a large upload restarts.
-
-s3fs was measured as the client, with the same conditional ranged reads (8 MiB, 8 threads, loopback server, median of
-3): 0.45 of this client's MB/s and 1.3 times its CPU time per byte, because all bytes of a process pass through one
-event loop.
+Each request is retried on its own, so that neither a long listing nor a large upload restarts. s3fs was measured as the
+client, with the same conditional ranged reads (8 MiB, 8 threads, loopback server): 0.45 of this client's MB/s and 1.3
+times its CPU time per byte, because all bytes of a process pass through one event loop.
 """
 
 import errno
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -42,9 +41,6 @@ PART_BYTES = 16 * 2**20  # one part of a multipart upload; a failure repeats thi
 _PARALLEL_REQUESTS = 8
 _MAX_PARTS = 10_000
 _READ_BYTES = 2**20  # maximum read from the socket at once
-_READ_TIMEOUT = 30.0  # seconds without a byte after which a connection is dropped
-_CONNECT_TIMEOUT = 10.0
-_MAX_CONNECTIONS = 64
 _MAX_EMPTY_PAGES = 10_000  # consecutive pages of a listing without an object
 _LISTINGS = {  # operation -> the list in a page, and the parameters that continue it, which a page gives as Next…
     "list_objects_v2": ("Contents", ("ContinuationToken",)),
@@ -83,7 +79,6 @@ _CREDENTIALS_HINT = (
     "Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket, "
     "storage.anonymous: true or AWS_NO_SIGN_REQUEST=YES."
 )
-_TOO_SHORT = "it holds {} bytes, and bytes {} to {} were requested"
 # Matches the first request header that a message repeats; the message is cut there.
 _HEADER = re.compile(
     r"""[{("'\s]*\b(?:authorization|x-amz-[\w-]+|host|user-agent|accept-encoding|cookie)["']?\s*[:=]\s.*""",
@@ -154,15 +149,12 @@ class S3Backend(Backend):
     def write(self, path: str, size: int, part: PartReader, create: bool) -> bool:
         try:
             self._put(path, size, part, {"IfNoneMatch": "*"} if create else {})
-        except PreconditionFailed:
+        except (PreconditionFailed, _Unsupported) as error:
             if not create:
                 raise
-            return False
-        except _Unsupported:
-            if not create:
-                raise
-            with suppress(FileNotFoundError):  # a store without conditional writes: check, then write
-                self.info(path)
+            with suppress(FileNotFoundError):
+                if isinstance(error, _Unsupported):  # a store without conditional writes: check, then write
+                    self.info(path)
                 return False
             self._put(path, size, part, {})
         return True
@@ -243,7 +235,7 @@ class S3Backend(Backend):
             if etag is not None and info.etag not in (etag, None):
                 raise PreconditionFailed() from error
             if stop is not None and info.size < stop:
-                raise EOFError(_TOO_SHORT.format(info.size, start, stop)) from error
+                raise EOFError(retry.TOO_SHORT.format(info.size, start, stop)) from error
             raise TransientError(str(error)) from error
         body, received, length, skip = response["Body"], _etag(response), response.get("ContentLength"), 0
         content_range = _CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))
@@ -267,7 +259,7 @@ class S3Backend(Backend):
                     raise TransientError("the object was replaced between two requests")
                 size, skip = info.size, start
             if stop is not None and size < stop:
-                raise EOFError(_TOO_SHORT.format(size, start, stop))
+                raise EOFError(retry.TOO_SHORT.format(size, start, stop))
         except BaseException:
             body.close()
             raise
@@ -285,7 +277,8 @@ class S3Backend(Backend):
             with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
                 responses = pool.map(
                     lambda number, span: self._request("upload_part", PartNumber=number, Body=part(*span), **upload),
-                    *zip(*enumerate(spans, 1), strict=True),
+                    itertools.count(1),
+                    spans,
                 )
                 parts = [{"PartNumber": n, "ETag": _require(sent, "ETag")} for n, sent in enumerate(responses, 1)]
             try:
@@ -294,10 +287,10 @@ class S3Backend(Backend):
                 raise
             except FileNotFoundError as error:  # an earlier attempt may have completed it, and the response been lost
                 with suppress(FileNotFoundError), ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-                    info = self.info(path)
-                    equal = pool.map(lambda span: self.read(path, span[0], span[1], info.etag) == part(*span), spans)
-                    if info.size == size and all(equal):
-                        return
+                    if (info := self.info(path)).size == size:
+                        tag = info.etag
+                        if all(pool.map(lambda span: self.read(path, span[0], span[1], tag) == part(*span), spans)):
+                            return
                 raise PermanentError(
                     "the upload was removed before it was complete",
                     "Another process resumed this run, or the store removes incomplete uploads too early.",
@@ -318,10 +311,10 @@ class _Unsupported(PermanentError):
 
 def _make_client(config: StorageConfig) -> Any:
     options: dict[str, Any] = {
-        "connect_timeout": min(_CONNECT_TIMEOUT, config.retry_timeout_seconds / 4),
-        "read_timeout": min(_READ_TIMEOUT, config.retry_timeout_seconds / 4),
+        "connect_timeout": min(10.0, config.retry_timeout_seconds / 4),
+        "read_timeout": min(30.0, config.retry_timeout_seconds / 4),  # without a byte
         "retries": {"total_max_attempts": 1},  # `RetryPolicy` retries
-        "max_pool_connections": _MAX_CONNECTIONS,
+        "max_pool_connections": 64,
         "tcp_keepalive": True,
         # Stores other than AWS reject the newer checksum trailers, and most expect the bucket in the path.
         "request_checksum_calculation": "when_required",
@@ -352,21 +345,16 @@ def _make_client(config: StorageConfig) -> Any:
     try:
         if config.endpoint_url is not None:
             check(config.endpoint_url)  # first: botocore's message does not say what is expected
-        client = session.create_client(
-            "s3",
-            endpoint_url=config.endpoint_url,
-            config=Config(**options),
-            aws_access_key_id=key,
-            aws_secret_access_key=secret,
-        )
+        keys = {"aws_access_key_id": key, "aws_secret_access_key": secret}
+        client = session.create_client("s3", endpoint_url=config.endpoint_url, config=Config(**options), **keys)
         check(client.meta.endpoint_url)  # which environment variables and files of AWS can set
     except (botocore_errors.BotoCoreError, ValueError) as error:
         raise ConfigError(
             f"storage: the S3 client cannot be created: {error}. "
             "Check storage.endpoint_url (http://host:port), storage.key and storage.secret, and the AWS_ variables"
         ) from error
-    is_aws = "amazonaws" in client.meta.endpoint_url
-    client.meta.events.register("response-received.s3", partial(_check_response, is_aws))
+    check_response = partial(_check_response, "amazonaws" in client.meta.endpoint_url)
+    client.meta.events.register("response-received.s3", check_response)
     credentials = None if key or "signature_version" in options else session.get_credentials()
     if credentials and type(credentials) is Credentials:
         for value in filter(None, (credentials.access_key, credentials.secret_key, credentials.token)):

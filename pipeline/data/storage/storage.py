@@ -19,7 +19,8 @@ from pipeline.config.durable import TEMPORARY, atomic_write
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.config.urls import is_local, parse
-from pipeline.data.storage.retry import PermanentError, PreconditionFailed, RetryPolicy, TransientError, explain
+from pipeline.data.storage import retry
+from pipeline.data.storage.retry import PermanentError, PreconditionFailed, TransientError
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # (calls done, total, name of the last)
@@ -49,7 +50,7 @@ class Storage:
         self.config = config
         self._lock = threading.Lock()
         self._backends: dict[str, Backend] = {}
-        self._policy = RetryPolicy(config.retry_timeout_seconds)
+        self._policy = retry.RetryPolicy(config.retry_timeout_seconds)
         self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,19 +93,17 @@ class Storage:
     def write(self, url: str, data: bytes, create: bool = False) -> bool:
         """Write an object atomically: readers see the old content or the new. Return True if it was written.
 
-        With `create` it is not if the object exists, and at most one of several concurrent calls succeeds. This is
-        atomic in local folders and in S3; stores without conditional writes are checked first. A retry after a lost
-        response may find the object that the first attempt wrote, and return False: compare the content where that
-        matters.
+        With `create` it is not if the object exists, and at most one of several concurrent calls succeeds; stores
+        without conditional writes, which local folders and S3 have, are checked first. A retry after a lost response
+        may find the object of the first attempt, and return False: compare the content where that matters.
         """
         size = len(data)
         return self._do(url, "writing", lambda backend, path: backend.write(path, size, lambda a, b: data[a:b], create))
 
     def write_parts(self, url: str, size: int, part: PartReader, create: bool = False) -> bool:
-        """Do as `write` with `size` bytes, read as ranges from `part(start, stop)`.
+        """Do as `write` with `size` bytes, read as ranges from `part`, an exception of which ends the upload.
 
-        S3 uploads several parts at once, retries each on its own, and holds only those in memory. An exception of
-        `part` ends the upload, and nothing is written.
+        S3 uploads several parts at once, retries each on its own, and holds only those in memory.
         """
         return self._do(url, "writing", lambda backend, path: backend.write(path, size, part, create))
 
@@ -114,9 +113,9 @@ class Storage:
         self._do(url, "uploading to", lambda backend, path: backend.upload(local, path))
 
     def abort_uploads(self, url: str, match: Callable[[str], bool] = lambda name: True) -> int:
-        """Abort incomplete multipart uploads in a folder, and return their number. Only S3 keeps such uploads.
+        """Abort incomplete multipart uploads in a folder, which only S3 keeps, and return their number.
 
-        Only objects whose name relative to the folder satisfies `match` are affected. An upload in progress fails.
+        Affected are objects whose name relative to the folder satisfies `match`. An upload in progress fails.
         """
         return self._do(url, "aborting uploads", lambda backend, path: backend.abort_uploads(path, match))
 
@@ -141,7 +140,7 @@ class Storage:
         try:
             return call(backend, path) if backend.retries else self._policy(url, lambda: call(backend, path))
         except Exception as error:
-            failure = explain(url, action, error, self.config.endpoint_url)
+            failure = retry.explain(url, action, error, self.config.endpoint_url)
             if failure is None:
                 raise  # a bug, or an error that already has a message for the user
             raise failure from error
@@ -249,7 +248,7 @@ class LocalBackend(Backend):
             file.seek(start)
             data = file.read(stop - start)
             if len(data) < stop - start:
-                raise EOFError(f"it holds {info.size} bytes, and bytes {start} to {stop} were requested")
+                raise EOFError(retry.TOO_SHORT.format(info.size, start, stop))
             return data
 
     def exists(self, path: str) -> bool:
@@ -335,7 +334,7 @@ class FsspecBackend(Backend):
         data: bytes = self._call(self._fs.cat_file, path, start=start, end=stop)
         if len(data) != stop - start:
             if (size := self.info(path).size) < stop:
-                raise EOFError(f"it holds {size} bytes, and bytes {start} to {stop} were requested")
+                raise EOFError(retry.TOO_SHORT.format(size, start, stop))
             raise TransientError(f"{len(data)} bytes arrived for bytes {start} to {stop}")
         if etag is not None and self.info(path).etag != etag:  # fsspec has no conditional reads
             raise PreconditionFailed()
