@@ -135,8 +135,8 @@ class QuirkyStore:
         self.clock = 0.0  # seconds by which the store's clock is ahead
 
     def __enter__(self) -> QuirkyStore:
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.store = self
+        self._server = Server(("127.0.0.1", 0), _Handler)
+        self._server.rig = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
@@ -240,9 +240,12 @@ class QuirkyStore:
         return answer
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
+    """Server of a store or a proxy, which its handlers find in `rig`."""
+
     daemon_threads = True
-    store: QuirkyStore
+    request_queue_size = 128
+    rig: Any
 
     def handle_error(self, *_: Any) -> None:
         pass  # the client has gone
@@ -250,12 +253,12 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+    server: Server
 
     def _serve(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         body = self.rfile.read(int(headers.get("content-length", "0")))
-        store = self.server.store
+        store: QuirkyStore = self.server.rig
         answer = store.answer(Request(self.command, self.path, headers, body))
         head = f"HTTP/1.1 {answer.status} Said\r\nDate: {formatdate(time() + store.clock, usegmt=True)}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
