@@ -1,12 +1,17 @@
-"""Bad samples: recorded, counted per source, and fatal above a rate (contract C7).
+"""Samples that cannot be used: recorded, counted per source, and fatal above a rate (contract C7).
 
 A bad sample is one that reading again cannot repair: a corrupt image, a missing member, an empty caption, a
-decompression bomb. Storage faults and changed shards are not bad samples: they never cause a replacement.
+decompression bomb. Storage faults and changed shards are not bad samples: they never cause a replacement. A sample that
+hangs its decoder cannot be recorded: each thread writes the sample that it decodes into memory that a loader process
+shares with its rank, for the report of a hung rank.
 """
 
 from __future__ import annotations
 
+import itertools
+import mmap
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +21,13 @@ from pipeline.config.errors import DataError, MomeError
 
 _MAX_REASON = 300  # characters of a parser's own words
 MIN_SEEN = 100  # minimum number of samples for a meaningful rate
+_ENTRY, _THREADS = 256, 64  # bytes of a name; threads of a process
+BOARD_BYTES = _ENTRY * _THREADS
+
+# Names of samples being decoded: the first board is written by this process, the others by processes that it watches.
+boards: list[mmap.mmap] = [mmap.mmap(-1, BOARD_BYTES)]
+_numbers = itertools.count()
+_thread = threading.local()
 
 
 class BadSample(Exception):
@@ -35,8 +47,7 @@ class BadSample(Exception):
 def judging(stage: str) -> Iterator[None]:
     """Turn any exception of parsing one sample into BadSample(stage, type: text): parsers fail in many ways.
 
-    BadSample itself passes unchanged, and so do errors that are not the sample's fault: the package's own errors
-    (StorageError, DataError, …) and MemoryError.
+    BadSample, the package's own errors (StorageError, DataError, …) and MemoryError pass unchanged.
     """
     try:
         yield
@@ -44,6 +55,27 @@ def judging(stage: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise BadSample(stage, f"{type(error).__name__}: {error}"[:_MAX_REASON]) from error
+
+
+@contextmanager
+def decoding(sample: str) -> Iterator[None]:
+    """Record that this thread decodes a sample, while in `with`."""
+    if not hasattr(_thread, "start"):
+        _thread.start = next(_numbers) % _THREADS * _ENTRY
+    start, data = _thread.start, sample.encode("utf-8", "backslashreplace")[: _ENTRY - 1]
+    boards[0][start : start + len(data) + 1] = data + b"\0"
+    try:
+        yield
+    finally:
+        boards[0][start] = 0
+
+
+def samples_in_progress() -> list[str]:
+    """Return the samples being decoded by this process and by those it watches."""
+    names = [
+        board[at : at + _ENTRY].partition(b"\0")[0] for board in list(boards) for at in range(0, BOARD_BYTES, _ENTRY)
+    ]
+    return [name.decode("utf-8", "replace") for name in names if name]
 
 
 @dataclass(frozen=True)

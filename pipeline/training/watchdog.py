@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from pipeline.config.background import PeriodicThread, within
 from pipeline.config.errors import MomeError, Preempted
-from pipeline.data import in_progress
+from pipeline.data import quarantine
 from pipeline.data.storage import Storage, join
 from pipeline.training.collectives import Collectives, KeyValueStore
 from pipeline.training.goodput import Phase
@@ -170,7 +170,7 @@ class Watchdog(PeriodicThread):
             patience = WRITE_SECONDS + 2 * PEER_SECONDS + 4 * REQUEST_SECONDS
             faulthandler.dump_traceback_later(patience, exit=True, file=sys.__stderr__)
         log.error("hung: %s", message)
-        samples = in_progress.samples()  # a decoder that hangs on a sample hangs again after every restart
+        samples = quarantine.samples_in_progress()  # a decoder that hangs on a sample hangs again after every restart
         decoding = f"samples being decoded: {', '.join(samples)}" if samples else ""
         if decoding:
             log.error("%s", decoding)

@@ -204,7 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Length"] = str(len(body))
         end = int(chance.random() * len(body)) if fault in ("cut", "short", "stall") else len(body)
         if fault != "lost":
-            self.wfile.write(f"HTTP/1.1 {status} Status\r\n{headers}".encode("latin-1"))
+            lines = [f"HTTP/1.1 {status} Status", *(f"{name}: {value}" for name, value in headers.items())]
+            self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
         for start in range(0, end if fault != "lost" else 0, CHUNK):
             piece = body[start : min(start + CHUNK, end)]
             served.sent += len(piece)  # counted first, because the client may check the count at once

@@ -17,7 +17,6 @@ import numpy as np
 
 from pipeline.config.errors import DataError
 from pipeline.config.schema import ImageBERTConfig, RunConfig, StageConfig, ViLTConfig
-from pipeline.data import in_progress
 from pipeline.data.batch import BatchBuffer, BatchSizes, BatchSpec
 from pipeline.data.contents import members
 from pipeline.data.contents.choices import Choices
@@ -27,7 +26,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.augment import SIDES, augment
 from pipeline.data.examples.masking import ZEROED, mask_patches, mask_whole_words, patch_replacements
 from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, rank_slice
-from pipeline.data.quarantine import BadRecord, BadSample, judging
+from pipeline.data.quarantine import BadRecord, BadSample, decoding, judging
 from pipeline.data.randomness import CounterRandom, hash64, permutation
 from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import Sample, SampleReader
@@ -243,7 +242,7 @@ class ExampleBuilder:
                     content, shard, key = example.sample.members, example.sample.shard, example.sample.key
                     two = "second_image" in self._groups
                     images = members.both_images(content) if two else (members.image_bytes(content),)
-                    with in_progress.decoding(f"{example.ref.source}: {shard} {key}"):
+                    with decoding(f"{example.ref.source}: {shard} {key}"):
                         decoded[row] = [decode(image, self._config.data.max_pixels) for image in images]
             waiting = sum(image.nbytes for pixels in decoded.values() for image in pixels)
             while decoded and (waiting > _DECODED_BYTES or row == last):

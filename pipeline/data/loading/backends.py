@@ -29,7 +29,7 @@ import torch
 
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.redaction import configure_logging
-from pipeline.data import in_progress
+from pipeline.data import quarantine
 from pipeline.data.batch import BatchBuffer, BatchSpec
 from pipeline.data.examples.builder import ExampleBuilder, LoaderSpec
 from pipeline.data.quarantine import BadRecord
@@ -139,12 +139,12 @@ class ProcessBackend(LoaderBackend):
         self._workers: list[_Worker] = []
         try:
             for part in spec.split(loader.num_workers):
-                progress = _anonymous_file(self, in_progress.BYTES)
-                samples = mmap.mmap(progress, in_progress.BYTES)
+                progress = _anonymous_file(self, quarantine.BOARD_BYTES)
+                samples = mmap.mmap(progress, quarantine.BOARD_BYTES)
                 worker = _Worker((part, storage, self._spec, spec.places.start), progress, samples)
                 self._start(worker)
                 self._workers.append(worker)
-                in_progress.boards.append(samples)
+                quarantine.boards.append(samples)
         except BaseException:
             self.close()
             raise
@@ -187,14 +187,14 @@ class ProcessBackend(LoaderBackend):
             worker.connection.close()
         for worker in self._workers:
             _wait_or_kill(worker.process)
-            in_progress.boards.remove(worker.samples)
+            quarantine.boards.remove(worker.samples)
 
     def _start(self, worker: _Worker) -> None:
         """Start a process with its unfinished jobs."""
         own_socket, worker_socket = socket.socketpair()
         with worker_socket:
             descriptors = (worker_socket.fileno(), self._descriptor, worker.progress)
-            worker.samples[:] = bytes(in_progress.BYTES)
+            worker.samples[:] = bytes(quarantine.BOARD_BYTES)
             command = [sys.executable, "-c", PROGRAM, *map(str, descriptors)]
             environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             worker.process = subprocess.Popen(command, pass_fds=descriptors, env=environment)
@@ -246,7 +246,7 @@ def main() -> None:
     configure_logging()
     torch.set_num_threads(1)
     number, descriptor, progress = map(int, sys.argv[1:4])
-    in_progress.boards[0] = mmap.mmap(progress, in_progress.BYTES)
+    quarantine.boards[0] = mmap.mmap(progress, quarantine.BOARD_BYTES)
     connection, memory = Connection(number), mmap.mmap(descriptor, 0)
 
     def answer(threads: ThreadBackend, step: int, error: Exception | None) -> None:
