@@ -72,10 +72,8 @@ def decoding(sample: str) -> Iterator[None]:
 
 def samples_in_progress() -> list[str]:
     """Return the samples being decoded by this process and by those it watches."""
-    names = [
-        board[at : at + _ENTRY].partition(b"\0")[0] for board in list(boards) for at in range(0, BOARD_BYTES, _ENTRY)
-    ]
-    return [name.decode("utf-8", "replace") for name in names if name]
+    entries = [board[at : at + _ENTRY] for board in list(boards) for at in range(0, BOARD_BYTES, _ENTRY)]
+    return [entry.partition(b"\0")[0].decode("utf-8", "replace") for entry in entries if entry[0]]
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,7 @@ from typing import Any, Literal, TypeVar
 
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage import PartReader, Storage
-from pipeline.data.storage.storage import Backend
+from pipeline.data.storage import Backend, PartReader, Storage
 
 T = TypeVar("T")
 Kind = Literal["read", "look", "list", "write", "upload", "delete", "abandon"]

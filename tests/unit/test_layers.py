@@ -28,7 +28,7 @@ HOMES = {
     "deepspeed": ("pipeline/training/deepspeed_",),
     "mlflow": ("pipeline/tracking/mlflow_",),
     "torch.distributed": ("pipeline/training/collectives.py", "pipeline/training/deepspeed_engine.py"),
-    "fsspec": ("pipeline/data/storage/storage.py", "jobs/bench/"),
+    "fsspec": ("pipeline/data/storage/__init__.py", "jobs/bench/"),
     "s3fs": ("jobs/bench/",),
     "botocore": ("pipeline/data/storage/s3.py", "jobs/bench/"),
 }

@@ -32,9 +32,8 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_secret
 from pipeline.config.redaction import printable, redact, remember
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage import retry
+from pipeline.data.storage import Backend, ObjectInfo, PartReader, retry
 from pipeline.data.storage.retry import BucketNotFound, PermanentError, PreconditionFailed, TransientError
-from pipeline.data.storage.storage import Backend, ObjectInfo, PartReader
 
 PAGE_SIZE = 1000  # objects in one page of a listing
 PART_BYTES = 16 * 2**20  # one part of a multipart upload; a failure repeats this much
