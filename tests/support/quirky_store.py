@@ -18,35 +18,31 @@ import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from email.utils import formatdate
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 Expectation = Literal["works", "lasts", "passes"]
 
 
-@dataclass
-class Answer:
+class Answer(NamedTuple):
     status: int
     body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = {}  # noqa: RUF012
 
 
-@dataclass
-class Request:
+class Request(NamedTuple):
     method: str
     target: str
+    bucket: str
+    key: str
+    query: dict[str, str]
     headers: dict[str, str]
     body: bytes
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.target)
-        self.query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        self.bucket, _, self.key = unquote(parts.path).lstrip("/").partition("/")
 
 
 def _error(status: int, code: str, message: str = "Said by the store.") -> Answer:
@@ -59,6 +55,10 @@ def _endless(xml: str) -> tuple[Expectation, str, Callable[[Request], Answer]]:
     page = f"<ListBucketResult>{xml}<IsTruncated>true</IsTruncated><NextContinuationToken>%d</NextContinuationToken>"
     numbers = itertools.count()
     return "lasts", "listing", lambda _: Answer(200, f"{page}</ListBucketResult>".encode() % next(numbers))
+
+
+def _redirect(status: int, request: Request) -> Answer:
+    return Answer(status, b"", {"Location": f"https://store.example{request.target}"})
 
 
 CONCERNED: dict[str, Callable[[Request], bool]] = {
@@ -95,12 +95,7 @@ REFUSALS: dict[str, tuple[Expectation, str, Answer | Callable[[Request], Answer]
     "unavailable": ("passes", "any", _error(503, "SlowDown")),
     "throttled": ("passes", "any", _error(429, "TooManyRequests")),
 }
-for _status in (301, 302, 303, 307, 308):
-    REFUSALS[f"redirect_{_status}"] = (
-        "lasts",
-        "any",
-        lambda request, status=_status: Answer(status, b"", {"Location": f"https://store.example{request.target}"}),
-    )
+REFUSALS |= {f"redirect_{status}": ("lasts", "any", partial(_redirect, status)) for status in (301, 302, 303, 307, 308)}
 # Modification of the response to an executed request.
 MANNERS: dict[str, Expectation] = {
     "none": "works",
@@ -156,88 +151,84 @@ class QuirkyStore:
                     return refusal if isinstance(refusal, Answer) else refusal(request)
             if self.quirk == "unsigned_only" and "authorization" in request.headers:
                 return _error(403, "InvalidAccessKeyId")
-            if request.key:
-                return self._of_object(request)
-            if "uploads" not in request.query:
-                return self._listing(request.bucket, request.query)
-            keys = [(name, key) for name, ((bucket, key), _) in self.uploads.items() if bucket == request.bucket]
-            xml = "".join(f"<Upload><Key>{escape(key)}</Key><UploadId>{name}</UploadId></Upload>" for name, key in keys)
-            return Answer(200, f"<ListMultipartUploadsResult>{xml}</ListMultipartUploadsResult>".encode())
+            if "uploads" in request.query or "uploadId" in request.query:
+                return self._of_upload(request)
+            return self._of_object(request) if request.key else self._listing(request.bucket, request.query)
 
     def _listing(self, bucket: str, query: dict[str, str]) -> Answer:
-        prefix = "" if self.quirk == "no_prefix" else query.get("prefix", "")
-        delimiter = query.get("delimiter", "") if self.quirk != "no_prefix" else ""
-        after = query.get("continuation-token", "")
-        most = 1 if self.quirk == "pages_of_one" else int(query.get("max-keys", "1000"))
+        if self.quirk == "no_prefix":
+            query = {name: value for name, value in query.items() if name not in ("prefix", "delimiter")}
+        prefix, delimiter, after = (query.get(name, "") for name in ("prefix", "delimiter", "continuation-token"))
         names: dict[str, bytes | None] = {}
         for where, key in sorted(self.objects):
             if where == bucket and key.startswith(prefix):
-                rest, mark, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key[len(prefix) :], "", "")
+                rest, mark, _ = key[len(prefix) :].partition(delimiter or "\0")
                 names[prefix + rest + mark] = None if mark else self.objects[where, key]
-        shown = [name for name in names if name > after][:most]
+        rest = [name for name in names if name > after]
+        shown = rest[: 1 if self.quirk == "pages_of_one" else int(query.get("max-keys", "1000"))]
+        more = shown and len(rest) > len(shown)
         xml = "" if self.quirk == "no_key_count" else f"<KeyCount>{len(shown)}</KeyCount>"
         for name in shown:
-            data = names[name]
-            if data is None:
+            if (data := names[name]) is None:
                 xml += f"<CommonPrefixes><Prefix>{quote(name)}</Prefix></CommonPrefixes>"
             else:
-                tag = "" if self.quirk == "no_etag" else f"<ETag>&quot;{hashlib.md5(data).hexdigest()}&quot;</ETag>"
-                xml += f"<Contents><Key>{quote(name)}</Key>{tag}<Size>{len(data)}</Size></Contents>"
-        more = bool(shown) and any(name > shown[-1] for name in names)
-        xml += f"<IsTruncated>{str(more).lower()}</IsTruncated><EncodingType>url</EncodingType>"
+                tags = "".join(f"<ETag>{escape(tag)}</ETag>" for tag in self._tag(data).values())
+                xml += f"<Contents><Key>{quote(name)}</Key>{tags}<Size>{len(data)}</Size></Contents>"
+        xml += f"<IsTruncated>{'true' if more else 'false'}</IsTruncated><EncodingType>url</EncodingType>"
         xml += f"<NextContinuationToken>{escape(shown[-1])}</NextContinuationToken>" if more else ""
         return Answer(200, f"<ListBucketResult>{xml}</ListBucketResult>".encode())
 
     def _of_object(self, request: Request) -> Answer:
-        where, query = (request.bucket, request.key), request.query
-        if "uploads" in query or "uploadId" in query:
-            return self._of_upload(request, where, query)
+        where = request.bucket, request.key
         if "if-none-match" in request.headers and where in self.objects:
             return _error(412, "PreconditionFailed")
         if request.method == "PUT":
             self.objects[where] = request.body
-            return self._tagged(Answer(200), request.body)
+            return Answer(200, headers=self._tag(request.body))
+        if where not in self.objects and (request.method != "DELETE" or self.quirk == "deleting_absent_is_404"):
+            return _error(404, "NoSuchKey")
         if request.method == "DELETE":
-            if where not in self.objects and self.quirk == "deleting_absent_is_404":
-                return _error(404, "NoSuchKey")
             self.objects.pop(where, None)
             return Answer(204)
-        if where not in self.objects:
-            return _error(404, "NoSuchKey")
         data = self.objects[where]
-        tag = f'"{hashlib.md5(data).hexdigest()}"'
-        if request.headers.get("if-match", tag) != tag:
+        if request.headers.get("if-match") not in (None, _md5(data)):
             return _error(412, "PreconditionFailed")
         requested = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
         if requested is None or self.quirk == "no_ranges":
-            return self._tagged(Answer(200, data), data)
+            return Answer(200, data, self._tag(data))
         start, stop = int(requested[1]), min(int(requested[2]) + 1, len(data))
         if start >= len(data):
             return _error(416, "InvalidRange")
         place = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
-        return self._tagged(Answer(206, data[start:stop], place), data)
+        return Answer(206, data[start:stop], place | self._tag(data))
 
-    def _of_upload(self, request: Request, where: tuple[str, str], query: dict[str, str]) -> Answer:
-        if "uploads" in query:
+    def _of_upload(self, request: Request) -> Answer:
+        name, where = request.query.get("uploadId"), (request.bucket, request.key)
+        if not request.key:
+            keys = [(name, key) for name, ((bucket, key), _) in self.uploads.items() if bucket == request.bucket]
+            xml = "".join(f"<Upload><Key>{escape(key)}</Key><UploadId>{name}</UploadId></Upload>" for name, key in keys)
+            return Answer(200, f"<ListMultipartUploadsResult>{xml}</ListMultipartUploadsResult>".encode())
+        if name is None:
             name = f"upload-{len(self.uploads)}-{len(self.requests)}"
             self.uploads[name] = (where, {})
             return Answer(200, f"<X><UploadId>{name}</UploadId></X>".encode())
-        if query["uploadId"] not in self.uploads:
+        if name not in self.uploads:
             return _error(404, "NoSuchUpload")
-        parts = self.uploads[query["uploadId"]][1]
         if request.method == "PUT":
-            parts[int(query["partNumber"])] = request.body
-            return self._tagged(Answer(200), request.body)
-        del self.uploads[query["uploadId"]]
-        if request.method == "POST":
-            self.objects[where] = b"".join(data for _, data in sorted(parts.items()))
-            return Answer(200, b"<X></X>")
-        return Answer(204)
+            self.uploads[name][1][int(request.query["partNumber"])] = request.body
+            return Answer(200, headers=self._tag(request.body))
+        parts = self.uploads.pop(name)[1]
+        if request.method == "DELETE":
+            return Answer(204)
+        self.objects[where] = b"".join(data for _, data in sorted(parts.items()))
+        return Answer(200, b"<X></X>")
 
-    def _tagged(self, answer: Answer, data: bytes) -> Answer:
-        if self.quirk != "no_etag":
-            answer.headers["ETag"] = f'"{hashlib.md5(data).hexdigest()}"'
-        return answer
+    def _tag(self, data: bytes) -> dict[str, str]:
+        return {} if self.quirk == "no_etag" else {"ETag": _md5(data)}
+
+
+def _md5(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 class Server(ThreadingHTTPServer):
@@ -257,12 +248,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
-        body = self.rfile.read(int(headers.get("content-length", "0")))
-        store: QuirkyStore = self.server.rig
-        answer = store.answer(Request(self.command, self.path, headers, body))
-        head = f"HTTP/1.1 {answer.status} Said\r\nDate: {formatdate(time() + store.clock, usegmt=True)}\r\n"
-        head += "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
-        body = answer.body
+        body, store = self.rfile.read(int(headers.get("content-length", "0"))), self.server.rig
+        parts = urlsplit(self.path)
+        bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        status, body, more = store.answer(Request(self.command, self.path, bucket, key, query, headers, body))
+        head = f"HTTP/1.1 {status} Said\r\nDate: {formatdate(time() + store.clock, usegmt=True)}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in more.items())
         if store.quirk == "no_length" and body and self.command == "GET":
             head += "Transfer-Encoding: chunked\r\n"
             body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
