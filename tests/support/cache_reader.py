@@ -46,30 +46,27 @@ def held_bytes(cache: NodeCache) -> int:
 
 def open_checked(cache: NodeCache, store: Path, name: str) -> module.OpenShard:
     """Return a pinned file of the cache after checking its content; each piece takes a moment to read."""
-    url = str(store / name)
 
     def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         for start, stop in pieces:
             time.sleep(0.0005)
-            yield Storage().read(url, start, stop)
+            yield Storage().read(str(store / name), start, stop)
 
-    shard = cache.open(url, SIZE, "tag", fetch)
+    shard = cache.open(str(store / name), SIZE, "tag", fetch)
     assert os.pread(shard.descriptor, SIZE, 0) == content(name), f"{name} is damaged"
     return shard
 
 
 def read_files(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
     """Open a random file each round and keep the one before pinned."""
-    names, chance, before = sorted(os.listdir(store)), random.Random(seed), None
-    for _ in range(rounds):
-        name = chance.choice(names)
+    names, chance, pinned, pinned_content = sorted(os.listdir(store)), random.Random(seed), None, b""
+    for name in chance.choices(names, k=rounds):
         shard = open_checked(cache, store, name)
-        if before is not None:
-            held, held_name = before
-            assert held.path.exists(), f"{held_name} was evicted while it was pinned"
-            assert os.pread(held.descriptor, SIZE, 0) == content(held_name)
-            held.close()
-        before = shard, name
+        if pinned is not None:
+            assert pinned.path.exists(), "a file was evicted while it was pinned"
+            assert os.pread(pinned.descriptor, SIZE, 0) == pinned_content
+            pinned.close()
+        pinned, pinned_content = shard, content(name)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -23,11 +24,11 @@ class Letters(PrefetchCache[str]):
         for key in keys:
             assert self.get(key, 1, lambda key=key: key) == key
 
-    def ahead(self, key: str, submit=lambda task: task()) -> bool:
-        return self.prefetch(PrefetchRequest(self, key, 1, lambda: key, submit))
+    def request(self, key: str, submit=lambda task: task(), reads: int = 0) -> PrefetchRequest:
+        return PrefetchRequest(self, key, 1, lambda: key, submit, reads=reads)
 
     def needs(self, key: str, step: int, reads: int = 0) -> bool:
-        return self.plan(PrefetchRequest(self, key, 1, lambda: key, lambda task: task(), reads=reads), step)
+        return self.plan(self.request(key, reads=reads), step)
 
     @property
     def held(self) -> str:
@@ -73,7 +74,7 @@ def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pyt
     assert cache.held == "abde"  # c was not planned
     cache.put("f")
     assert cache.held == "adef"  # b was planned up to step 2
-    assert cache.ahead("g")
+    assert cache.prefetch(cache.request("g"))
     assert cache.held == "adfg"
     exhausted = Letters(2, "ab")
     for key, step in [("b", 0), ("b", 1), ("a", 0)]:
@@ -84,7 +85,7 @@ def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pyt
     unused = Letters(2)
     for key in "ab":
         unused.needs(key, 3)
-        unused.ahead(key)
+        unused.prefetch(unused.request(key))
     unused.put("b")
     assert caplog.messages == []
     unused.put("c")
@@ -93,7 +94,7 @@ def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pyt
     needed = Letters(2, "ab")
     needed.needs("a", 3)
     needed.needs("b", 4)
-    assert not needed.ahead("c"), "a prefetch evicts no needed entry"
+    assert not needed.prefetch(needed.request("c")), "a prefetch evicts no needed entry"
     assert (needed.held, caplog.messages) == ("ab", [])
     for key in "cd":
         needed.put(key)  # a reader's entry does
@@ -103,13 +104,13 @@ def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pyt
 
 def test_queued_evicted_and_invalidated_entries_are_fetched_when_next_needed():
     cache, queued = Letters(2), []
-    assert cache.ahead("a", queued.append)
+    assert cache.prefetch(cache.request("a", queued.append))
     assert cache.get("a", 1, lambda: "another") == "a"
     queued[0]()
     assert (cache.size, cache.held, len(queued)) == (1, "a", 1)
     evicted = Letters(1)
     assert [evicted.needs("a", step) for step in (1, 2)] == [True, False]
-    evicted.ahead("a")
+    evicted.prefetch(evicted.request("a"))
     assert not evicted.needs("a", 3)
     evicted.put("b")
     assert evicted.needs("a", 4)
@@ -137,7 +138,7 @@ def test_finished_entries_are_released_and_purged():
 
 def test_close_raises_in_waiting_and_later_calls():
     cache, release = Letters(2), threading.Event()
-    cache.ahead("a", lambda task: None)
+    cache.prefetch(cache.request("a", lambda task: None))
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(cache.get, "b", 1, lambda: release.wait(60) and "b")
         future = cache._entries["a"].future
@@ -150,35 +151,39 @@ def test_close_raises_in_waiting_and_later_calls():
         cache.put("c")
 
 
-class Fetches:
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in 30 s"
+        time.sleep(0.002)
+
+
+class Fetches(PrefetchCache[str]):
     """Cache whose entries of 10 bytes are fetched by one thread; `started` records the order of the fetches."""
 
     def __init__(self, max_size: int = 10_000):
+        super().__init__(max_size)
         self.started: list[str] = []
-        self.cache: PrefetchCache[str] = PrefetchCache(max_size)
+
+    @contextmanager
+    def ahead(self, keys: Callable[[int], Iterable[str]], max_bytes: int, step: int = 0) -> Iterator[None]:
+        with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as prefetcher:
+
+            def requests(step: int) -> list[PrefetchRequest]:
+                return [PrefetchRequest(self, key, 10, partial(self.fetch, key), pool.submit, 10) for key in keys(step)]
+
+            ended = prefetcher.submit(self.read_ahead, requests, step, max_bytes)
+            try:
+                yield
+            finally:
+                self.close()
+                ended.result(60)
 
     def fetch(self, key: str) -> str:
         self.started.append(key)
         if key == "bad" or (key == "once" and self.started.count(key) == 1):
             raise StorageError(f"no {key}")
         return key
-
-    def get(self, key: str) -> str:
-        return self.cache.get(key, 10, lambda: self.fetch(key))
-
-    @contextmanager
-    def ahead(self, keys: Callable[[int], Iterable[str]], max_bytes: int, step: int = 0) -> Iterator[None]:
-        def requests(step: int) -> list[PrefetchRequest]:
-            entries = [(key, 10, lambda key=key: self.fetch(key), pool.submit, 10) for key in keys(step)]
-            return [PrefetchRequest(self.cache, *entry) for entry in entries]
-
-        with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as prefetcher:
-            ended = prefetcher.submit(self.cache.read_ahead, requests, step, max_bytes)
-            try:
-                yield
-            finally:
-                self.cache.close()
-                ended.result(60)
 
     def expect(self, *keys: str) -> None:
         """Wait until these fetches have started, and check that no other one follows."""
@@ -187,40 +192,30 @@ class Fetches:
         assert self.started == list(keys)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in 30 s"
-        time.sleep(0.002)
-
-
 def test_entries_of_unfinished_steps_are_fetched_in_order_within_the_byte_limit():
     fetches, first = Fetches(), ("own2", "shared1", "own3", "own4")
     with fetches.ahead(lambda step: [f"own{step}", f"shared{step // 2}"], max_bytes=40, step=2):
         fetches.expect(*first)
-        fetches.cache.finish_step(2)
+        fetches.finish_step(2)
         fetches.expect(*first, "shared2", "own5")
     fetches, slow = Fetches(), threading.Event()
     with fetches.ahead(lambda step: [f"{step}"] if step or slow.wait(60) else [], max_bytes=30):
-        fetches.cache.finish_step(99)
+        fetches.finish_step(99)
         slow.set()
         fetches.expect("100", "101", "102")
-
-
-@pytest.mark.parametrize(("max_size", "max_bytes", "num_at_once"), [(10_000, 1, 1), (20, 1000, 2)])
-def test_large_or_blocked_entry_is_fetched_when_a_step_finishes(max_size: int, max_bytes: int, num_at_once: int):
-    fetches = Fetches(max_size)
-    with fetches.ahead(lambda step: [f"{step}"], max_bytes):
-        for step in range(3):
-            fetches.expect(*"01234"[: step + num_at_once])
-            fetches.cache.finish_step(step)
+    for max_size, max_bytes, num_at_once in [(10_000, 1, 1), (20, 1000, 2)]:  # large and blocked entries
+        fetches = Fetches(max_size)
+        with fetches.ahead(lambda step: [f"{step}"], max_bytes):
+            for step in range(3):
+                fetches.expect(*"01234"[: step + num_at_once])
+                fetches.finish_step(step)
 
 
 def test_walk_stays_within_the_horizon():
     fetches, walked = Fetches(), []
     with fetches.ahead(lambda step: walked.append(step) or ["same"], max_bytes=30):
         until(lambda: len(walked) == HORIZON)
-        fetches.cache.finish_step(3)
+        fetches.finish_step(3)
         until(lambda: len(walked) == HORIZON + 4)
         fetches.expect("same")
     assert walked == list(range(HORIZON + 4))
@@ -236,7 +231,8 @@ def test_prefetch_failure_is_left_to_the_reader():
 
     with fetches.ahead(keys, max_bytes=1000):
         until(lambda: "9" in fetches.started)
-        assert [fetches.get(key) for key in ("once", "3")] == ["once", "3"]
+        for key in ("once", "3"):
+            assert fetches.get(key, 10, partial(fetches.fetch, key)) == key
         assert fetches.started.count("once") == 2
         with pytest.raises(StorageError, match="no bad"):
-            fetches.get("bad")
+            fetches.get("bad", 10, partial(fetches.fetch, "bad"))

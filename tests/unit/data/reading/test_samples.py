@@ -28,7 +28,6 @@ from pipeline.data.reading import cache as cache_module
 from pipeline.data.reading import samples as module
 from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import SampleReader, iter_captions, iter_samples, make_shard_view
-from pipeline.data.shards.index import ShardIndex
 from pipeline.data.shards.manifest import index_shards, load_index, load_manifest
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
@@ -50,22 +49,22 @@ class CountingStorage(Storage):
         return super().read(url, start, stop, etag)
 
 
-def reader(folder: str) -> SampleReader:
-    return SampleReader(Storage(), {"pairs": Source(folder, load_manifest(Storage(), folder))})
+def reader(folder: str, storage: Storage | None = None) -> SampleReader:
+    storage = storage or Storage()
+    return SampleReader(storage, {"pairs": Source(folder, load_manifest(storage, folder))})
 
 
 def ref(shard: int, sample: int) -> SampleRef:
     return SampleRef("pairs", 0, shard, sample)
 
 
-def first_index(folder: str) -> ShardIndex:
-    return load_index(Storage(), folder, load_manifest(Storage(), folder).shards[0])
+def view_of(folder: str, number: int = 0, selected: np.ndarray | None = None, storage: Storage = Storage()):
+    return make_shard_view(load_index(storage, folder, load_manifest(storage, folder).shards[number]), selected)
 
 
 @pytest.fixture
 def folder(make_pairs) -> str:
-    folder = make_pairs("pairs", [6, 4])
-    index_shards(Storage(), folder)
+    index_shards(Storage(), folder := make_pairs("pairs", [6, 4]))
     return folder
 
 
@@ -109,9 +108,9 @@ def test_equal_images_and_duplicate_keys_are_identified(tmp_path: Path, make_tar
     assert samples[1].image_id == samples[3].image_id != 0
 
 
-def test_truncated_shard_is_rejected_by_name_at_the_start_and_during_the_run(folder: str):
-    opened, others, path = reader(folder), [reader(folder) for _ in range(2)], Path(folder, "00000.tar")
-    index = first_index(folder)
+def test_truncated_missing_or_changed_shard_is_rejected_by_name(folder: str):
+    opened, others, path = reader(folder), [reader(folder) for _ in range(3)], Path(folder, "00000.tar")
+    index, data, times = view_of(folder).index, path.read_bytes(), path.stat()
     start, stop = index.byte_range(3)
     end = -(-index.byte_range(5)[1] // 512) * 512
     opened.read(ref(0, 0))
@@ -128,51 +127,37 @@ def test_truncated_shard_is_rejected_by_name_at_the_start_and_during_the_run(fol
         others[1].read(ref(0, 4))
     with pytest.raises(DataError, match=r"00000\.tar: the shard is missing"):
         reader(folder)
-
-
-def test_changed_shard_of_equal_size_is_rejected_by_name(folder: str):
-    path = Path(folder, "00000.tar")
-    data, times = bytearray(path.read_bytes()), path.stat()
-    data[first_index(folder).byte_range(3)[0] + 20] ^= 1
-    path.write_bytes(data)
+    path.write_bytes(data[: start + 20] + bytes([data[start + 20] ^ 1]) + data[start + 21 :])
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    opened = reader(folder)
-    opened.read(ref(0, 2))
+    others[2].read(ref(0, 2))
     with pytest.raises(DataError, match=r"00000\.tar: the shard was changed: sample 'pairs00003'"):
-        opened.read(ref(0, 3))
+        others[2].read(ref(0, 3))
 
 
 def test_number_of_open_files_is_bounded(make_pairs, monkeypatch: pytest.MonkeyPatch):
-    folder = make_pairs("many", [1] * 40)
-    index_shards(Storage(), folder)
+    index_shards(Storage(), folder := make_pairs("many", [1] * 40))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
 
     def open_tars() -> int:
         return sum(file.path.startswith(folder + "/") for file in psutil.Process().open_files())
 
-    opened, counts = reader(folder), []
-    for shard in range(40):
-        opened.read(ref(shard, 0))
-        counts.append(open_tars())
+    opened = reader(folder)
+    counts = [open_tars() for shard in range(40) if opened.read(ref(shard, 0))]
     opened.close()
     assert (max(counts), open_tars()) == (16, 0)
 
 
 @pytest.mark.parametrize("least", [1, 3000, 10_000, 10**9])
 def test_chunks_cover_the_shard_and_are_never_small(make_pairs, monkeypatch: pytest.MonkeyPatch, least: int):
-    folder = make_pairs("pairs", [40])
-    index_shards(Storage(), folder)
-    index = first_index(folder)
+    index_shards(Storage(), folder := make_pairs("pairs", [40]))
     monkeypatch.setattr(module, "CHUNK_BYTES", least)
-    view = make_shard_view(index)
+    view, selection = view_of(folder), view_of(folder, selected=np.array([0, 7, 39]))
     for sample in range(40):
-        start, stop = index.byte_range(sample)
-        assert view.chunk(sample).start <= start
-        assert stop <= view.chunk(sample).stop
+        start, stop = view.index.byte_range(sample)
+        assert view.chunk(sample).start <= start < stop <= view.chunk(sample).stop
     assert all(chunk.stop <= following.start for chunk, following in itertools.pairwise(view.chunks))
     assert len(view.chunks) == 1 or all(chunk.stop - chunk.start > least - 1024 for chunk in view.chunks)
     assert (len(view.chunks) == 1) == (least == 10**9)
-    selection = make_shard_view(index, np.array([0, 7, 39]))
     for chunks, number in [(view.chunks, 40), (selection.chunks, 3)]:
         assert sum(chunk.num_selected for chunk in chunks) == number
 
@@ -190,16 +175,13 @@ def test_remote_chunk_is_fetched_once_and_again_if_damaged(folder: str, remote: 
     refs = [ref(shard, sample) for shard, size in enumerate([6, 4]) for sample in range(size)]
     expected = [reader(folder).read(slot) for slot in refs]
     monkeypatch.setattr(module.SampleReader, "_fetch", slow)
-    first, second = (SampleReader(remote, {"pairs": Source(url, load_manifest(remote, url))}) for _ in range(2))
+    first, second = reader(url, remote), reader(url, remote)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(first.read, refs)) == expected
     assert sorted(name for name, _, _ in remote.ranges) == ["00000.tar", "00001.tar"]
     damaged.append(True)
     assert second.read(ref(0, 0)) == expected[0]
     assert len(remote.ranges) == 4
-
-
-# ---- prefetching from a store
 
 
 class Epoch:
@@ -211,11 +193,8 @@ class Epoch:
         self.order = DataOrder(sources, num_streams=2, shuffle_window=1, seed=3, batch_size=8)
         self.steps = range(30)
         self.expected = [[self.local.read(slot) for slot in self.order.samples(step)] for step in self.steps]
-        self.chunks = {
-            (record.name, chunk.start, chunk.stop)
-            for record in self.source.manifest.shards
-            for chunk in make_shard_view(load_index(Storage(), folder, record)).chunks
-        }
+        views = [(record.name, view_of(folder, n)) for n, record in enumerate(self.source.manifest.shards)]
+        self.chunks = [(name, chunk.start, chunk.stop) for name, view in views for chunk in view.chunks]
 
     def reader(self, storage: Storage, loader: LoaderConfig, cache: NodeCache | None = None) -> closing[SampleReader]:
         return closing(SampleReader(storage, {"pairs": self.source}, loader, cache))
@@ -317,33 +296,27 @@ def test_reader_owns_its_threads(remote, epoch: Epoch, tmp_path: Path):
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
-def test_hard_links_are_read_from_their_target(where: str, tmp_path: Path, monkeypatch) -> None:
+def test_hard_links_are_read_from_their_target(where: str, tmp_path: Path, remote: Storage, monkeypatch) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
-    rng = random.Random(5)
-    buffer, files, expected = io.BytesIO(), [], []
+    rng, buffer, files, expected = random.Random(5), io.BytesIO(), [], {}
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for number in range(60):
-            members = {}
-            for extension in ("txt", "json"):
-                info = tarfile.TarInfo(f"{number:02d}.{extension}")
-                if files and rng.random() < 0.4:
-                    info.linkname, content = rng.choice(files)
-                    info.type = tarfile.LNKTYPE
-                    tar.addfile(info)
-                else:
-                    content = json.dumps({"caption": f"{extension} {number}" * rng.randint(1, 90)}).encode()
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-                files.append((info.name, content))
-                members[extension] = content
-            expected.append((f"{number:02d}", members))
-    folder = str(tmp_path) if where == "local" else "memory://links"
-    storage = Storage()
-    storage.write(f"{folder}/0.tar", buffer.getvalue())
-    manifest = index_shards(storage, folder)
-    opened = make_shard_view(load_index(storage, folder, manifest.shards[0]))
-    assert len(opened.chunks) > 3
+        for number, extension in itertools.product(range(60), ("txt", "json")):
+            info = tarfile.TarInfo(f"{number:02d}.{extension}")
+            content = json.dumps({"caption": f"{extension} {number}" * rng.randint(1, 90)}).encode()
+            if files and rng.random() < 0.4:
+                info.type = tarfile.LNKTYPE
+                info.linkname, content = rng.choice(files)
+            else:
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            files.append((info.name, content))
+            expected.setdefault(f"{number:02d}", {})[extension] = content
+    folder = str(tmp_path) if where == "local" else "memory://samples"
+    remote.write(f"{folder}/0.tar", buffer.getvalue())
+    index_shards(remote, folder)
+    view = view_of(folder, storage=remote)
+    assert len(view.chunks) > 3
     for number in range(60):
-        start, stop, _ = opened.chunk(number)
-        assert all(start <= at and at + size <= stop for _, at, size in opened.index.members(number))
-    assert [(sample.key, sample.members) for sample in iter_samples(storage, folder)] == expected
+        start, stop, _ = view.chunk(number)
+        assert all(start <= at and at + size <= stop for _, at, size in view.index.members(number))
+    assert {sample.key: sample.members for sample in iter_samples(remote, folder)} == expected
