@@ -25,7 +25,7 @@ from pipeline.data.storage import join
 from tests.support.fault_proxy import FaultProxy
 from tests.support.mlflow_server import Server
 from tests.support.ray_nodes import Cluster, Node, raylets, wait_until
-from tests.support.small_disk import fill_disk, small_disk
+from tests.support.stores import fill_disk, small_disk
 from tests.support.train_process import STAGES, TrainProcess, assert_same_losses, paced
 
 FAULTS = int(os.environ.get("MOME_CHAOS", "3"))  # about a minute each

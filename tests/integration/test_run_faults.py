@@ -15,7 +15,7 @@ from pipeline.training.callbacks import Callback
 from tests.support import short_run
 from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, BeforeStep, committed, journal, losses, train_short
-from tests.support.small_disk import fill_disk, small_disk
+from tests.support.stores import fill_disk, small_disk
 
 
 def _batches(folder: str, name: str, killed_at: int | None = None, planted: tuple[int, ...] = (4,)) -> list[int]:

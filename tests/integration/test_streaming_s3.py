@@ -1,11 +1,16 @@
 """Streaming from an S3 store equals streaming from a folder, and every fault of a store is reported by name.
 
-The `s3` fixture runs each test on moto's server and on OpenStack Swift, whose responses differ where the API allows.
+The `s3` fixture runs a test on moto's server and on OpenStack Swift, whose responses differ where the API allows; Swift
+is started and stopped by infra/swift.sh.
 """
 
 import os
+import socket
+import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from pipeline.config.errors import DataError, StorageError
@@ -19,6 +24,7 @@ from pipeline.data.storage import NotFound, ObjectChanged, ObjectInfo, Storage, 
 from pipeline.data.storage import s3 as module
 from pipeline.data.storage.retry import RetryBudget
 from tests.support.data_stream import copy_shards, data_config, hash_of, open_loader
+from tests.support.stores import SWIFT
 
 
 @pytest.fixture
@@ -46,24 +52,17 @@ def test_s3_equals_local_for_every_world_size(s3, storage, make_pairs):
     assert len(prints) == len(digests) == 1
 
 
-def test_objects_are_written_read_listed_and_deleted(s3, storage, monkeypatch):
-    data = os.urandom(300_000)
+def test_pages_prefixes_and_odd_keys_are_listed_read_and_deleted(s3, storage, monkeypatch):
     monkeypatch.setattr(module, "PAGE_SIZE", 3)
     for number in range(7):
         storage.write(s3.url("many", f"{number}.tar"), b"x")
     assert storage.list(s3.url("many")) == [f"{number}.tar" for number in range(7)]
     storage.delete(s3.url("many"))
-    assert storage.list(s3.url()) == []
-    storage.write(s3.url("run", "a.bin"), data)
-    storage.write(s3.url("run", "deep", "b.bin"), b"b")
-    storage.write(s3.url("run2", "a.bin"), b"c")
-    assert storage.read(s3.url("run", "a.bin")) == data
-    assert storage.read(s3.url("run", "a.bin"), 1000, 250_000) == data[1000:250_000]
-    assert storage.list(s3.url("run")) == ["a.bin", "deep"]
-    assert storage.list(s3.url()) == ["run", "run2"]
-    assert storage.list(s3.url("absent")) == []
-    present = [storage.exists(s3.url(*parts)) for parts in (["run"], ["run", "a.bin"], ["ru"])]
-    assert present == [True, True, False]
+    for parts in (("run", "a.bin"), ("run", "deep", "b.bin"), ("run2", "a.bin")):
+        storage.write(s3.url(*parts), b"x")
+    listed = [storage.list(s3.url(*parts)) for parts in (["run"], [], ["absent"])]
+    assert listed == [["a.bin", "deep"], ["run", "run2"], []]
+    assert [storage.exists(s3.url(*parts)) for parts in (["run"], ["run", "a.bin"], ["ru"])] == [True, True, False]
     for _ in range(2):
         storage.delete(s3.url("run"))
         assert storage.list(s3.url()) == ["run2"]
@@ -71,7 +70,7 @@ def test_objects_are_written_read_listed_and_deleted(s3, storage, monkeypatch):
         url = s3.url("folder", name)
         storage.write(url, content)
         assert storage.read(url) == content
-        assert storage.info(url) == storage.list_info(s3.url("folder"))[name]
+        assert storage.list_info(s3.url("folder")) == {name: storage.info(url)}
         assert storage.info(url).size == len(content)
         storage.delete(url)
         assert storage.list(s3.url("folder")) == []
@@ -85,25 +84,25 @@ def test_missing_objects_need_no_second_attempt(s3, storage, monkeypatch: pytest
 
     monkeypatch.setattr(RetryBudget, "wait", refuse)
     storage.write(s3.url("folder", "key"), b"12345")
+    bucket = r"bucket 'no-such-bucket' does not exist at http"
     for _ in range(3):
         assert not storage.exists(s3.url("none"))
-        with pytest.raises(NotFound, match=r"none: checking failed: it does not exist"):
-            storage.info(s3.url("none"))
-        with pytest.raises(NotFound, match=r"none: reading failed: it does not exist"):
-            storage.read(s3.url("none"))
+        for call, action in ((storage.info, "checking"), (storage.read, "reading")):
+            with pytest.raises(NotFound, match=rf"none: {action} failed: it does not exist"):
+                call(s3.url("none"))
         with pytest.raises(StorageError, match=r"key: .*too short: it holds 5 bytes"):
             storage.read(s3.url("folder", "key"), 2, 9)
         with pytest.raises(NotFound, match=r"no-such-bucket.* does not exist"):
             storage.info("s3://no-such-bucket/key")  # a response without a body does not name the bucket
         for call in (storage.list, storage.read, storage.exists):
-            with pytest.raises(NotFound, match=r"bucket 'no-such-bucket' does not exist at http"):
+            with pytest.raises(NotFound, match=bucket):
                 call("s3://no-such-bucket/x")
         assert storage.exists(s3.url("folder"))
         assert storage.read(s3.url("folder", "key")) == b"12345"
     with pytest.raises(DataError, match=r"empty: no such folder of shards"):
         load_manifest(storage, s3.url("empty"))
     # Last, because Swift closes the connection after a rejected body, and the next request may notice it too late.
-    with pytest.raises(NotFound, match=r"bucket 'no-such-bucket' does not exist at http"):
+    with pytest.raises(NotFound, match=bucket):
         storage.write("s3://no-such-bucket/x", b"x")
 
 
@@ -145,3 +144,41 @@ def test_replaced_and_truncated_shards_are_rejected_by_name(s3, storage, make_pa
             SampleReader(storage, {"pairs": Source(url, manifest)})
     with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
         index_shards(storage, url)
+
+
+def swift(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["/bin/bash", str(SWIFT), *map(str, arguments)]
+    return subprocess.run(command, env=environment or None, capture_output=True, text=True, timeout=120)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])]
+
+
+def test_stopped_store_leaves_no_process_and_no_port(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    started = swift("start", folder)
+    if started.returncode == 3:
+        pytest.skip(started.stderr.strip())
+    try:
+        settings = dict(word.split("=", 1) for word in started.stdout.split()[1:])
+        assert set(settings) == {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        address = (urlsplit(settings["AWS_ENDPOINT_URL"]).hostname, urlsplit(settings["AWS_ENDPOINT_URL"]).port)
+        socket.create_connection(address).close()
+        assert len(processes_of(folder)) == 5
+        again = swift("start", folder)
+        assert (again.returncode, "a store runs in" in again.stderr) == (1, True)
+        assert len(processes_of(folder)) == 5
+    finally:
+        assert swift("stop", folder).returncode == 0
+    assert processes_of(folder) == []
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+    assert list(folder.glob("*.pid")) == []
+
+
+def test_message_without_swift_names_the_installation(tmp_path: Path) -> None:
+    refused = swift("start", tmp_path / "store", PATH="/nonexistent", HOME=os.environ.get("HOME", "/"))
+    assert refused.returncode == 3
+    assert "Swift is not installed; as root: infra/swift.sh install" in refused.stderr
+    assert not (tmp_path / "store").exists()

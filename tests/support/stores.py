@@ -1,9 +1,9 @@
-"""Object stores with an S3 API that run on this machine, and one test's bucket in them."""
+"""Object stores with an S3 API that run on this machine, one test's bucket in them, and a small file system."""
 
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +25,8 @@ class Store:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": self.key,
-            "AWS_SECRET_ACCESS_KEY": self.secret,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        keys = {"AWS_ACCESS_KEY_ID": self.key, "AWS_SECRET_ACCESS_KEY": self.secret}
+        return {"AWS_ENDPOINT_URL": self.endpoint, "AWS_DEFAULT_REGION": "us-east-1"} | keys
 
 
 @dataclass(frozen=True)
@@ -77,3 +73,23 @@ def swift(folder: Path) -> Iterator[Store]:
         process.terminate()
         assert process.wait(30) == 0
     shutil.rmtree(folder)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """Mount a file system of 8 MiB; yield None where this process may not mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "mome-test", str(folder)]
+    is_mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield folder if is_mounted else None
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
+
+
+def fill_disk(file: Path) -> None:
+    """Append to a file until its file system is full."""
+    with suppress(OSError), file.open("ab", buffering=0) as stream:
+        while True:
+            stream.write(bytes(2**12))

@@ -16,7 +16,7 @@ import pytest
 from pipeline.config.errors import StorageError
 from pipeline.data.reading.cache import FOLDER, CacheFull, NodeCache, OpenShard
 from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked, start_reader
-from tests.support.small_disk import small_disk
+from tests.support.stores import small_disk
 
 
 def opened(cache: NodeCache, name: str, data=bytes(100), tag: str = "tag", requested=None) -> closing[OpenShard]:
