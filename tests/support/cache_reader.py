@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,12 @@ def content(name: str) -> bytes:
     return np.random.default_rng(int(name)).bytes(SIZE)
 
 
-def fill(store: Path, files: int) -> None:
+def fill(store: Path, files: int) -> Path:
     """Write the store's files."""
     store.mkdir()
     for number in range(files):
         (store / f"{number}").write_bytes(content(f"{number}"))
+    return store
 
 
 def start_reader(cache: NodeCache, store: Path, seed: int, rounds: int = 100_000) -> subprocess.Popen:
@@ -46,26 +47,21 @@ def held_bytes(cache: NodeCache) -> int:
 
 def open_checked(cache: NodeCache, store: Path, name: str) -> module.OpenShard:
     """Return a pinned file of the cache after checking its content; each piece takes a moment to read."""
-
-    def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        for start, stop in pieces:
-            time.sleep(0.0005)
-            yield Storage().read(str(store / name), start, stop)
-
-    shard = cache.open(str(store / name), SIZE, "tag", fetch)
+    url = str(store / name)
+    fetch = partial(map, lambda piece: time.sleep(0.0005) or Storage().read(url, *piece))
+    shard = cache.open(url, SIZE, "tag", fetch)
     assert os.pread(shard.descriptor, SIZE, 0) == content(name), f"{name} is damaged"
     return shard
 
 
 def read_files(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
     """Open a random file each round and keep the one before pinned."""
-    names, chance, pinned, pinned_content = sorted(os.listdir(store)), random.Random(seed), None, b""
-    for name in chance.choices(names, k=rounds):
+    names, pinned, pinned_content = sorted(os.listdir(store)), None, b""
+    for name in random.Random(seed).choices(names, k=rounds):
         shard = open_checked(cache, store, name)
         if pinned is not None:
             assert pinned.path.exists(), "a file was evicted while it was pinned"
             assert os.pread(pinned.descriptor, SIZE, 0) == pinned_content
-            pinned.close()
         pinned, pinned_content = shard, content(name)
 
 

@@ -23,8 +23,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import StorageConfig
@@ -34,34 +33,20 @@ T = TypeVar("T")
 Kind = Literal["read", "look", "list", "write", "upload", "delete", "abandon"]
 When = Literal["before", "halfway", "after"]
 
-KINDS: dict[str, Kind] = {  # the action of Storage's message -> kind
-    "reading": "read",
-    "opening": "read",
-    "checking": "look",
-    "checking for": "look",
-    "listing": "list",
-    "writing": "write",
-    "uploading to": "upload",
-    "deleting": "delete",
-    "aborting uploads": "abandon",
-}
-WHEN: dict[Kind, tuple[When, ...]] = {  # others only fail before: a failure after a read equals one before it
-    "write": ("before", "halfway", "after"),
-    "upload": ("before", "after"),
-    "delete": ("before", "halfway", "after"),
-    "abandon": ("before", "after"),
-}
+KINDS: dict[str, Kind] = {"opening": "read", "checking": "look", "checking for": "look", "uploading to": "upload"}
+KINDS |= {"reading": "read", "listing": "list", "writing": "write", "deleting": "delete", "aborting uploads": "abandon"}
+ALWAYS: tuple[When, ...] = ("before", "halfway", "after")
+WHEN: dict[Kind, tuple[When, ...]] = {"write": ALWAYS, "delete": ALWAYS, "upload": ALWAYS[::2], "abandon": ALWAYS[::2]}
+# Other kinds only fail before: a failure after a read equals one before it.
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     kind: Kind
     url: str
     thread: int
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """A fault of the `number`th call (from 0) of a kind; None for all kinds."""
 
     number: int
@@ -138,8 +123,7 @@ class _Halfway:
 
     def delete(self, path: str) -> None:
         folders, files = [path], []
-        while folders:
-            folder = folders.pop()
+        for folder in folders:  # grows meanwhile
             with suppress(NotADirectoryError):
                 for name, info in self._backend.entries(folder):
                     (folders if info is None else files).append(f"{folder.rstrip('/')}/{name}")

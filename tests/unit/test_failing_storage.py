@@ -12,7 +12,7 @@ from pipeline.data.storage import Storage, join
 from tests.support.failing_storage import FailingStorage, Fault, every_fault
 
 
-def test_every_fault_is_met_and_raised(tmp_path: Path):
+def test_every_fault_is_met_and_raised_with_the_effect_of_its_moment(tmp_path: Path):
     def scenario(storage: Storage, folder: str) -> None:
         storage.write(join(folder, "a"), b"1")
         storage.write_parts(join(folder, "b"), 4, lambda start, stop: b"2222"[start:stop])
@@ -20,8 +20,7 @@ def test_every_fault_is_met_and_raised(tmp_path: Path):
         storage.list(folder)
         storage.delete(folder)
 
-    clean = FailingStorage()
-    scenario(clean, str(tmp_path / "clean"))
+    scenario(clean := FailingStorage(), str(tmp_path / "clean"))
     assert [call.kind for call in clean.calls] == ["write", "write", "read", "list", "delete"]
     faults = list(every_fault(clean.calls))
     assert len(faults) == len(set(faults)) == 3 * (3 + 3 + 1 + 1 + 3)
@@ -30,20 +29,16 @@ def test_every_fault_is_met_and_raised(tmp_path: Path):
         with pytest.raises(StorageError, match="injected fault"):
             scenario(storage, str(tmp_path / str(number)))
         assert storage.num_failed == 1
-
-
-def test_effects_match_when(tmp_path: Path):
     for when, remaining, is_written in (("before", "abcd", False), ("halfway", "cd", False), ("after", "", True)):
         folder, part = str(tmp_path / when), mock.Mock(return_value=b"1234")
         for name in "abcd":
             Storage().write(join(folder, "inner", name), b"x")
         with suppress(StorageError):
             FailingStorage(Fault(0, when=when)).delete(folder)
-        assert Storage().list(join(folder, "inner")) == list(remaining)
         with suppress(StorageError):
             FailingStorage(Fault(0, "write", when)).write_parts(f"{folder}.x", 4, part)
-        assert (tmp_path / f"{when}.x").exists() is is_written
-        assert part.called is (when != "before")
+        assert Storage().list(join(folder, "inner")) == list(remaining)
+        assert ((tmp_path / f"{when}.x").exists(), part.called) == (is_written, when != "before")
 
 
 def test_lasting_fault_ends_when_healed_and_copies_fail_alike(tmp_path: Path):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,13 +20,14 @@ from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_che
 from tests.support.stores import small_disk
 
 
-def opened(cache: NodeCache, name: str, data=bytes(100), tag: str = "tag", requested=None) -> closing[OpenShard]:
+def opened(
+    cache: NodeCache, name: str, data=bytes(100), tag: str = "tag", requested: Any = mock.Mock()
+) -> closing[OpenShard]:
     """Open an object with this content; the list `requested` receives the downloaded ranges."""
 
     def fetch(pieces):
-        for start, stop in pieces:
-            (requested if requested is not None else []).append((start, stop))
-            yield data[start:stop]
+        requested.extend(pieces)
+        return [data[start:stop] for start, stop in pieces]
 
     return closing(cache.open(f"s3://bucket/{name}", len(data), tag, fetch))
 
@@ -143,8 +145,7 @@ def test_full_disk_raises_and_leaves_nothing(tmp_path: Path):
 
 def test_processes_share_the_cache_within_its_budget(tmp_path: Path):
     """Four processes with two pins each fit exactly; all bytes and pins are checked."""
-    store, cache = tmp_path / "store", NodeCache(tmp_path / "cache", 8 * SIZE)
-    fill(store, 20)
+    store, cache = fill(tmp_path / "store", 20), NodeCache(tmp_path / "cache", 8 * SIZE)
     open_checked(cache, store, "0").close()
     users = [start_reader(cache, store, seed, 60) for seed in range(4)]
     sizes = []
