@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 HORIZON = 256  # steps that the walk may be ahead
-_PURGE_EVERY = 16  # steps
 
 
 class PrefetchRequest(NamedTuple):
@@ -99,12 +98,10 @@ class PrefetchCache(Generic[T]):
             entry = self._entry(request.key, request.size)
             if entry.future is not None:
                 return True
-            if not self._queue(entry, request.fetch, force=False):
+            if not self._queue(entry, request.fetch, force=False) or entry.task is None:
                 return False
-            task = entry.task
-        assert task is not None
-        request.submit(task)
-        return True
+            request.submit(entry.task)
+            return True
 
     def read_ahead(self, requests: Callable[[int], Iterable[PrefetchRequest]], step: int, max_bytes: int) -> None:
         """Prefetch the entries `requests(step)` of the steps from `step` on, in order, until this cache is closed.
@@ -160,9 +157,8 @@ class PrefetchCache(Generic[T]):
         """Mark all reads up to `step` as done."""
         with self._changed:
             self._finished_step = max(self._finished_step, step)
-            if step % _PURGE_EVERY == 0:
-                for key in [k for k, e in self._entries.items() if e.future is None and e.last_step <= step]:
-                    del self._entries[key]
+            for key in [k for k, e in self._entries.items() if e.future is None and e.last_step <= step]:
+                del self._entries[key]
             self._changed.notify_all()
 
     def release(self, unneeded_steps: int = 0) -> None:
@@ -199,9 +195,9 @@ class PrefetchCache(Generic[T]):
         return self._entries.setdefault(key, _Entry(size))
 
     def _queue(self, entry: _Entry[T], fetch: Callable[[], T], force: bool) -> bool:
-        """Queue the fetch of an absent entry, after evicting others until it fits.
+        """Queue the fetch of an absent entry, after evicting others until it fits; False if needed ones leave no room.
 
-        Entries that a known step needs are evicted only with `force`; without, return False if they have no room.
+        With `force`, needed entries are evicted too, and if that does not suffice the bound is exceeded.
         """
         while self.size + entry.size > self._max_size:
             candidates = []  # (is needed, rank among those, key); of equals the least recently used is first

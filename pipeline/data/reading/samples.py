@@ -1,8 +1,7 @@
-"""Samples by reference: read from local files or a store, verified against the index, prefetched for coming steps.
+"""Samples by reference: read from local files or a store, compared with the index's checksums, and prefetched.
 
-Every sample's bytes are compared with the checksum in the index, so that a changed shard is always detected. A remote
-shard is fetched into memory in chunks of at least 8 MiB of whole samples, because a request costs more than decoding a
-sample, or as a whole into the node's cache.
+A remote shard is fetched into memory in chunks of at least 8 MiB of whole samples, because a request costs more than
+decoding a sample, or as a whole into the node's cache.
 """
 
 import logging
@@ -149,14 +148,10 @@ class SampleReader:
         self._has_warned = False
 
     def read(self, ref: SampleRef) -> Sample:
-        """Return a sample. Raise DataError if its shard changed, StorageError if it cannot be read.
-
-        A local shard is read sample by sample, because the operating system caches and prefetches its pages.
-        """
+        """Return a sample. Raise DataError if its shard changed, StorageError if it cannot be read."""
         shard, (view, number) = self._shards[ref.source][ref.shard], self.view(ref)
         index = view.index
-        # Read again bytes that were damaged in transit or on this node, at last past the node's file: `Storage`
-        # retries a local file that fails, and explains the failure.
+        # Read again what was damaged in transit or on this node; at last by `Storage`, which explains a failing file.
         for in_chunks in (False, False, True):
             request = self._request(shard, view, number, in_chunks)
             try:
@@ -168,12 +163,10 @@ class SampleReader:
             members: list[tuple[str, bytes]] = []
             if isinstance(content, OpenShard):
                 with suppress(OSError):
-                    places = index.members(number)
-                    members = [(name, os.pread(content.descriptor, size, at)) for name, at, size in places]
+                    members = [(n, os.pread(content.descriptor, size, at)) for n, at, size in index.members(number)]
             else:
                 start = view.chunk(number).start
-                places = index.members(number)
-                members = [(name, content[at - start : at - start + size]) for name, at, size in places]
+                members = [(n, content[at - start : at - start + size]) for n, at, size in index.members(number)]
             if members and checksum(data for _, data in members) == index.crc[number]:
                 return Sample(
                     source=ref.source,
@@ -201,10 +194,7 @@ class SampleReader:
         """Prefetch the samples `refs(step)` of the steps from `step` on in a thread. Local files need no prefetch."""
 
         def requests(step: int) -> Iterator[PrefetchRequest]:
-            """Yield a step's requests, after loading its shards' indexes in parallel.
-
-            A shard whose index cannot be loaded is skipped; its reader meets the failure.
-            """
+            """Yield a step's requests, after loading its shards' indexes in parallel, without shards where that fails."""
             samples = [(self._shards[ref.source][ref.shard], ref.sample) for ref in refs(step)]
             loads = {shard: self._view_request(shard) for shard, _ in samples if not shard.is_local}
             for request in loads.values():
