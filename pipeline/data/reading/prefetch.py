@@ -157,8 +157,9 @@ class PrefetchCache(Generic[T]):
         """Mark all reads up to `step` as done."""
         with self._changed:
             self._finished_step = max(self._finished_step, step)
-            for key in [k for k, e in self._entries.items() if e.future is None and e.last_step <= step]:
-                del self._entries[key]
+            if step % 16 == 0:  # now and then, because it takes time
+                for key in [k for k, e in self._entries.items() if e.future is None and e.last_step <= step]:
+                    del self._entries[key]
             self._changed.notify_all()
 
     def release(self, unneeded_steps: int = 0) -> None:

@@ -194,7 +194,7 @@ class SampleReader:
         """Prefetch the samples `refs(step)` of the steps from `step` on in a thread. Local files need no prefetch."""
 
         def requests(step: int) -> Iterator[PrefetchRequest]:
-            """Yield a step's requests, after loading its shards' indexes in parallel, without shards where that fails."""
+            """Yield a step's requests, after loading its shards' indexes in parallel; skip a shard without one."""
             samples = [(self._shards[ref.source][ref.shard], ref.sample) for ref in refs(step)]
             loads = {shard: self._view_request(shard) for shard, _ in samples if not shard.is_local}
             for request in loads.values():

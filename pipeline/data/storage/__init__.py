@@ -124,7 +124,8 @@ class Storage:
 
         Affected are objects whose name relative to the folder satisfies `match`. An upload in progress fails.
         """
-        return self._do(url, "aborting uploads", lambda backend, path: backend.abort_uploads(path, match))
+        action = "aborting uploads"
+        return self._do(url, action, lambda store, path: store.abort_uploads(path, match) if store.abort_uploads else 0)
 
     def delete(self, url: str) -> None:
         """Delete an object, or a folder with its contents, if it exists."""
@@ -219,6 +220,8 @@ class Backend:
     # (path, size, part, create) -> True; with `create`, write nothing and return False if the object exists.
     write: Callable[[str, int, PartReader, bool], bool]
     delete: Callable[[str], None]  # an object, or a folder with all that it contains, if it exists
+    # Abort a folder's unfinished uploads. None: local partial files are in the folder itself, and fsspec lists none.
+    abort_uploads: Callable[[str, Callable[[str], bool]], int] | None = None
 
     def upload(self, local: str, path: str) -> None:
         """Copy a file of this machine to an object."""
@@ -234,10 +237,6 @@ class Backend:
                 return b"".join(pieces)
 
             self.write(path, os.fstat(file.fileno()).st_size, part, False)
-
-    def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
-        """Abort the unfinished uploads of objects in a folder whose name there satisfies `match`; return the number."""
-        return 0  # local partial files are in the folder itself, and fsspec lists no uploads
 
 
 class LocalBackend(Backend):
