@@ -2,7 +2,6 @@
 
     with QuirkyStore("no_etag") as store:
         Storage(StorageConfig(endpoint_url=store.endpoint, ...)).read("s3://bucket/key")
-        assert store.requests
 
 QUIRKS names the deviations and what to expect of a client: "works" (every operation gives its usual result), "lasts"
 (every operation the quirk concerns fails at once, by a StorageError) or "passes" (the store may recover, so a client
@@ -73,43 +72,36 @@ REFUSALS: dict[str, tuple[Expectation, str, Answer | Callable[[Request], Answer]
     "no_conditions_501": ("works", "condition", _error(501, "NotImplemented")),
     "redirect_nowhere": ("lasts", "any", Answer(301)),
     "bad_request": ("lasts", "any", _error(400, "InvalidRequest", "\x1b[2J\n" * 1000)),
-    "denied": ("lasts", "any", _error(403, "AccessDenied")),
     "denied_in_html": ("lasts", "any", Answer(403, b"<html>No", {"Content-Type": "text/html"})),
     "echo": ("lasts", "any", lambda request: _error(403, "SignatureDoesNotMatch", f"You sent: {request.headers}")),
-    "clock_skew": ("lasts", "any", _error(403, "RequestTimeTooSkewed")),
-    "expired": ("lasts", "any", _error(400, "ExpiredToken")),
-    "not_implemented": ("lasts", "any", _error(501, "NotImplemented")),
-    "old_http": ("lasts", "any", _error(505, "HTTPVersionNotSupported")),
     "proxy_login": ("lasts", "any", Answer(407)),
-    "quota_403": ("lasts", "write", _error(403, "QuotaExceeded")),
     "quota_413": ("lasts", "write", _error(413, "EntityTooLarge", "Upload exceeds quota.")),
-    "quota_507": ("lasts", "write", _error(507, "InsufficientStorage")),
-    "full": ("lasts", "write", _error(507, "XMinioStorageFull")),
     "endless_listing": _endless("<Contents><Key>folder/a.tar</Key><Size>9</Size></Contents>"),
     "endless_empty_listing": _endless(""),
     "endless_folders": _endless("<CommonPrefixes><Prefix>folder/in/</Prefix></CommonPrefixes>"),
     "listing_in_html": ("passes", "listing", Answer(200, b"<html>Log in</html>")),
     "listing_of_nothing": ("passes", "listing", Answer(200)),
-    "broken": ("passes", "any", _error(500, "InternalError")),
     "gateway": ("passes", "any", Answer(502, b"<html>Bad gateway")),
-    "unavailable": ("passes", "any", _error(503, "SlowDown")),
-    "throttled": ("passes", "any", _error(429, "TooManyRequests")),
 }
+_CODES: dict[str, tuple[Expectation, str, int, str]] = {
+    "denied": ("lasts", "any", 403, "AccessDenied"), "clock_skew": ("lasts", "any", 403, "RequestTimeTooSkewed"),
+    "expired": ("lasts", "any", 400, "ExpiredToken"), "not_implemented": ("lasts", "any", 501, "NotImplemented"),
+    "old_http": ("lasts", "any", 505, "HTTPVersionNotSupported"), "full": ("lasts", "write", 507, "XMinioStorageFull"),
+    "quota_403": ("lasts", "write", 403, "QuotaExceeded"), "quota_507": ("lasts", "write", 507, "InsufficientStorage"),
+    "broken": ("passes", "any", 500, "InternalError"), "unavailable": ("passes", "any", 503, "SlowDown"),
+    "throttled": ("passes", "any", 429, "TooManyRequests"),
+}  # fmt: skip
+REFUSALS |= {name: (expected, of, _error(status, code)) for name, (expected, of, status, code) in _CODES.items()}
 REFUSALS |= {f"redirect_{status}": ("lasts", "any", partial(_redirect, status)) for status in (301, 302, 303, 307, 308)}
-# Modification of the response to an executed request.
-MANNERS: dict[str, Expectation] = {
-    "none": "works",
-    "no_etag": "works",
-    "no_length": "works",  # every body is chunked, and HEAD has no size
-    "no_length_closing": "works",  # the end of the connection ends the body
-    "no_key_count": "works",
-    "no_ranges": "works",  # every GET returns the whole object
-    "deleting_absent_is_404": "works",
-    "no_prefix": "works",  # every listing covers the whole bucket
-    "pages_of_one": "works",
-    "unsigned_only": "works",
-}
-QUIRKS: dict[str, Expectation] = {name: expected for name, (expected, _, _) in REFUSALS.items()} | MANNERS
+# Modification of the response to an executed request. `no_length`: every body is chunked, and HEAD has no size;
+# `no_length_closing`: the end of the connection ends the body; `no_ranges`: every GET returns the whole object;
+# `no_prefix`: every listing covers the whole bucket.
+MANNERS = (
+    "none", "no_etag", "no_length", "no_length_closing", "no_key_count", "no_ranges", "deleting_absent_is_404",
+    "no_prefix", "pages_of_one", "unsigned_only",
+)  # fmt: skip
+QUIRKS: dict[str, Expectation] = {name: expected for name, (expected, _, _) in REFUSALS.items()}
+QUIRKS |= dict.fromkeys(MANNERS, "works")
 
 
 class QuirkyStore:

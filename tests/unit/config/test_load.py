@@ -246,7 +246,7 @@ REJECTED: dict[str, list[str]] = {  # expected part of the message -> URLs
     "%SCRATCH%": ["%SCRATCH%/runs"], "{{ bucket }}": ["s3://{{ bucket }}/runs"], "<bucket>": ["s3://<bucket>/runs"],
     "home folder of": ["~nobody-of-this-name/runs", "file://~nobody-of-this-name/runs"],
     "'~/runs'": ["/data/~/runs", "./~/runs"], "Windows": ["C:\\runs", "C:/runs"], "empty": ["", "  "],
-    "control character": ["a\x00b", "a\x1b[2Jb"], "runs a program": ["pipe:cat x"],
+    "control character": ["a\x00b", "a\x1b[2Jb"], "runs a program": ["pipe:cat x", "/data/pipe:cat x", "reference://x"],
 }  # fmt: skip
 WRONG = {url: expected for expected, urls in REJECTED.items() for url in urls}
 LOCAL = [

@@ -92,10 +92,8 @@ OPERATIONS: dict[str, tuple[Callable[[Storage, Path], object], object, dict[str,
 WRITES = {"write", "write_parts", "upload", "create", "create_parts", "create_present"}
 LISTS = {"list", "list_info", "delete", "delete_one", "delete_absent"}
 NO_SPACE = ("quota_403", "quota_413", "quota_507", "full")
-CONCERNS = dict.fromkeys(NO_SPACE, WRITES) | {"endless_listing": LISTS}
-CONCERNS |= dict.fromkeys(
-    ("endless_empty_listing", "endless_folders", "listing_in_html", "listing_of_nothing"), LISTS | {"exists_folder"}
-)
+BY_KIND = {"any": {*OPERATIONS}, "condition": set(), "write": WRITES, "listing": LISTS | {"exists_folder"}}
+CONCERNS = {quirk: BY_KIND[concerned] for quirk, (_, concerned, _) in REFUSALS.items()} | {"endless_listing": LISTS}
 # Operations that may fail because they need what the quirk removes.
 MAY_FAIL = {("no_etag", "write_parts"), ("no_etag", "create_parts")}
 REMEDIES = dict.fromkeys(NO_SPACE, r"^(?!.*credentials).*no space left.*Free some") | {
@@ -118,20 +116,19 @@ def check_message(error: str) -> None:
 
 
 # A store that refuses every request refuses them all alike: one operation of each kind shows it.
-DISTINCT = {"read", "info", "exists_folder", "list", "write_parts", "create", "delete", "abort_uploads"}
-REFUSES_ALL = {quirk for quirk, (_, concerned, _) in REFUSALS.items() if concerned == "any"}
+DISTINCT = ("read", "info", "exists_folder", "list", "write_parts", "create", "delete", "abort_uploads")
 
 
 @pytest.mark.parametrize(
     ("quirk", "operation"),
-    [(quirk, name) for quirk in QUIRKS for name in OPERATIONS if quirk not in REFUSES_ALL or name in DISTINCT],
+    [(q, name) for q in QUIRKS for name in (DISTINCT if CONCERNS.get(q) == OPERATIONS.keys() else OPERATIONS)],
 )
 def test_operation_works_or_raises_a_storage_error_with_the_remedy(
     quirky, tmp_path: Path, clock, quirk: str, operation: str
 ):
     store, storage = quirky(quirk)
     do, expected, contents = OPERATIONS[operation]
-    fails, error = QUIRKS[quirk] != "works" and operation in CONCERNS.get(quirk, OPERATIONS), None
+    fails, error = QUIRKS[quirk] != "works" and operation in CONCERNS.get(quirk, set()), None
     try:
         assert do(storage, tmp_path) == expected
         for name, data in contents.items():
@@ -256,7 +253,7 @@ def test_lost_completion_is_verified_by_content(quirky, ours: bool):
 def test_damaged_responses_raise_storage_errors_only(quirky, tmp_path: Path):
     rng = random.Random(0)
     for number in range(fuzz_rounds(400)):
-        store, storage = quirky(rng.choice(list(MANNERS)))
+        store, storage = quirky(rng.choice(MANNERS))
         chosen, name = rng.random(), rng.choice(list(OPERATIONS))
         store.edit = lambda answer, chosen=chosen: mutate(answer, rng) if rng.random() < chosen else answer
         try:
