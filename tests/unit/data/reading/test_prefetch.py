@@ -13,19 +13,33 @@ from pipeline.config.errors import DataError, StorageError
 from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, PrefetchRequest
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in 30 s"
+        time.sleep(0.002)
+
+
 class Letters(PrefetchCache[str]):
-    """A cache whose entries are their own keys and of size 1; it holds those of `keys` at first."""
+    """Cache whose entries are their keys, of size 1 and 10 bytes, at first those of `keys`; it records the fetches."""
 
-    def __init__(self, max_size: int, keys: str = ""):
+    def __init__(self, max_size: int = 1000, keys: str = ""):
         super().__init__(max_size, "a shortage")
-        self.put(keys)
+        self.started: list[str] = []
+        self.put(*keys)
 
-    def put(self, keys: str) -> None:
+    def fetch(self, key: str) -> str:
+        self.started.append(key)
+        if key == "bad" or (key == "once" and self.started.count(key) == 1):
+            raise StorageError(f"no {key}")
+        return key
+
+    def put(self, *keys: str) -> None:
         for key in keys:
-            assert self.get(key, 1, lambda key=key: key) == key
+            assert self.get(key, 1, partial(self.fetch, key)) == key
 
     def request(self, key: str, submit=lambda task: task(), reads: int = 0) -> PrefetchRequest:
-        return PrefetchRequest(self, key, 1, lambda: key, submit, reads=reads)
+        return PrefetchRequest(self, key, 1, partial(self.fetch, key), submit, 10, reads)
 
     def needs(self, key: str, step: int, reads: int = 0) -> bool:
         return self.plan(self.request(key, reads=reads), step)
@@ -33,6 +47,24 @@ class Letters(PrefetchCache[str]):
     @property
     def held(self) -> str:
         return "".join(sorted(str(key) for key, entry in self._entries.items() if entry.is_held))
+
+    @contextmanager
+    def ahead(self, keys: Callable[[int], Iterable[str]], max_bytes: int, step: int = 0) -> Iterator[None]:
+        """Fetch the entries of each step ahead in one thread."""
+        with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as prefetcher:
+            requests = (lambda step: [self.request(key, pool.submit) for key in keys(step)], step, max_bytes)
+            ended = prefetcher.submit(self.read_ahead, *requests)
+            try:
+                yield
+            finally:
+                self.close()
+                ended.result(60)
+
+    def expect(self, *keys: str) -> None:
+        """Wait until these fetches have started, and check that no other one follows."""
+        until(lambda: len(self.started) >= len(keys))
+        time.sleep(0.05)
+        assert self.started == list(keys)
 
 
 def test_cache_keeps_the_newest_entries_within_its_bound():
@@ -151,60 +183,19 @@ def test_close_raises_in_waiting_and_later_calls():
         cache.put("c")
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in 30 s"
-        time.sleep(0.002)
-
-
-class Fetches(PrefetchCache[str]):
-    """Cache whose entries of 10 bytes are fetched by one thread; `started` records the order of the fetches."""
-
-    def __init__(self, max_size: int = 10_000):
-        super().__init__(max_size)
-        self.started: list[str] = []
-
-    @contextmanager
-    def ahead(self, keys: Callable[[int], Iterable[str]], max_bytes: int, step: int = 0) -> Iterator[None]:
-        with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as prefetcher:
-
-            def requests(step: int) -> list[PrefetchRequest]:
-                return [PrefetchRequest(self, key, 10, partial(self.fetch, key), pool.submit, 10) for key in keys(step)]
-
-            ended = prefetcher.submit(self.read_ahead, requests, step, max_bytes)
-            try:
-                yield
-            finally:
-                self.close()
-                ended.result(60)
-
-    def fetch(self, key: str) -> str:
-        self.started.append(key)
-        if key == "bad" or (key == "once" and self.started.count(key) == 1):
-            raise StorageError(f"no {key}")
-        return key
-
-    def expect(self, *keys: str) -> None:
-        """Wait until these fetches have started, and check that no other one follows."""
-        until(lambda: len(self.started) >= len(keys))
-        time.sleep(0.05)
-        assert self.started == list(keys)
-
-
 def test_entries_of_unfinished_steps_are_fetched_in_order_within_the_byte_limit():
-    fetches, first = Fetches(), ("own2", "shared1", "own3", "own4")
+    fetches, first = Letters(), ("own2", "shared1", "own3", "own4")
     with fetches.ahead(lambda step: [f"own{step}", f"shared{step // 2}"], max_bytes=40, step=2):
         fetches.expect(*first)
         fetches.finish_step(2)
         fetches.expect(*first, "shared2", "own5")
-    fetches, slow = Fetches(), threading.Event()
+    fetches, slow = Letters(), threading.Event()
     with fetches.ahead(lambda step: [f"{step}"] if step or slow.wait(60) else [], max_bytes=30):
         fetches.finish_step(99)
         slow.set()
         fetches.expect("100", "101", "102")
-    for max_size, max_bytes, num_at_once in [(10_000, 1, 1), (20, 1000, 2)]:  # large and blocked entries
-        fetches = Fetches(max_size)
+    for max_size, max_bytes, num_at_once in [(1000, 1, 1), (2, 1000, 2)]:  # large and blocked entries
+        fetches = Letters(max_size)
         with fetches.ahead(lambda step: [f"{step}"], max_bytes):
             for step in range(3):
                 fetches.expect(*"01234"[: step + num_at_once])
@@ -212,7 +203,7 @@ def test_entries_of_unfinished_steps_are_fetched_in_order_within_the_byte_limit(
 
 
 def test_walk_stays_within_the_horizon():
-    fetches, walked = Fetches(), []
+    fetches, walked = Letters(), []
     with fetches.ahead(lambda step: walked.append(step) or ["same"], max_bytes=30):
         until(lambda: len(walked) == HORIZON)
         fetches.finish_step(3)
@@ -222,7 +213,7 @@ def test_walk_stays_within_the_horizon():
 
 
 def test_prefetch_failure_is_left_to_the_reader():
-    fetches = Fetches()
+    fetches = Letters()
 
     def keys(step: int) -> list[str]:
         if step == 3:
@@ -231,8 +222,7 @@ def test_prefetch_failure_is_left_to_the_reader():
 
     with fetches.ahead(keys, max_bytes=1000):
         until(lambda: "9" in fetches.started)
-        for key in ("once", "3"):
-            assert fetches.get(key, 10, partial(fetches.fetch, key)) == key
+        fetches.put("once", "3")
         assert fetches.started.count("once") == 2
         with pytest.raises(StorageError, match="no bad"):
-            fetches.get("bad", 10, partial(fetches.fetch, "bad"))
+            fetches.put("bad")

@@ -98,9 +98,10 @@ def test_sample_has_the_packed_bytes_and_an_identity_of_its_own(folder: str, mak
 
 
 def test_equal_images_and_duplicate_keys_are_identified(tmp_path: Path, make_tar, make_pair):
-    parts = [make_tar({key: make_pair(number)}) for key, number in [("a", 0), ("b", 1), ("a", 2), ("c", 1)]]
-    data = b"".join(part.rstrip(b"\0") + bytes(-len(part.rstrip(b"\0")) % 512) for part in parts) + bytes(1024)
-    (tmp_path / "0.tar").write_bytes(data)
+    parts = [
+        make_tar({key: make_pair(number)}).rstrip(b"\0") for key, number in (("a", 0), ("b", 1), ("a", 2), ("c", 1))
+    ]
+    (tmp_path / "0.tar").write_bytes(b"".join(part + bytes(-len(part) % 512) for part in parts) + bytes(1024))
     index_shards(Storage(), str(tmp_path))
     samples = list(iter_samples(Storage(), str(tmp_path)))
     assert [sample.is_duplicate for sample in samples] == [False, False, True, False]
