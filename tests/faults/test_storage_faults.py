@@ -136,12 +136,14 @@ def test_retried_writes_and_deletes_take_effect_once(through: Through, s3, tmp_p
     storage.upload(tmp_path / "large", s3.url("run", "large"))
     for number in range(20):
         storage.write(s3.url("run", f"{number}.tar"), DATA[number : 2 * number])
-    plain = Storage(s3.config)
-    assert plain.read(s3.url("run", "large")) == DATA * 4
-    assert {name: info.size for name, info in storage.list_info(s3.url("run")).items()} == {
-        "large": 4 * len(DATA),
-        **{f"{number}.tar": number for number in range(20)},
-    }
+    plain, url, edge = Storage(s3.config), s3.url("run", "large"), module.PART_BYTES  # of the first part
+    with plain.open(url) as stream:
+        assert stream.read() == DATA * 4
+    infos = storage.list_info(s3.url("run"))
+    assert infos["large"] == plain.info(url)
+    assert plain.read(url, edge - 9, edge + 9, etag=infos["large"].etag) == (DATA * 2)[edge - 9 : edge + 9]
+    sizes = {"large": 4 * len(DATA)} | {f"{number}.tar": number for number in range(20)}
+    assert {name: info.size for name, info in infos.items()} == sizes
     storage.delete(s3.url("run"))
     assert plain.list(s3.url()) == []
     assert min(proxy.injected[kind] for kind in ("lost", "unavailable")) > 3

@@ -20,7 +20,7 @@ from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import SampleReader, iter_captions
 from pipeline.data.shards.manifest import index_shards, load_manifest
 from pipeline.data.shards.source import Source
-from pipeline.data.storage import NotFound, ObjectChanged, ObjectInfo, Storage, join
+from pipeline.data.storage import NotFound, Storage, join
 from pipeline.data.storage import s3 as module
 from pipeline.data.storage.retry import RetryBudget
 from tests.support.data_stream import copy_shards, data_config, hash_of, open_loader
@@ -104,21 +104,6 @@ def test_missing_objects_need_no_second_attempt(s3, storage, monkeypatch: pytest
     # Last, because Swift closes the connection after a rejected body, and the next request may notice it too late.
     with pytest.raises(NotFound, match=bucket):
         storage.write("s3://no-such-bucket/x", b"x")
-
-
-def test_large_files_are_uploaded_in_parts(s3, storage, tmp_path: Path):
-    data = os.urandom(2**20) * 40
-    (tmp_path / "large").write_bytes(data)
-    storage.upload(tmp_path / "large", s3.url("large"))
-    with storage.open(s3.url("large")) as stream:
-        assert stream.read() == data
-    tag = storage.info(s3.url("large")).etag
-    assert storage.list_info(s3.url()) == {"large": ObjectInfo(len(data), tag)}
-    edge = module.PART_BYTES  # of the first part
-    assert storage.read(s3.url("large"), edge - 9, edge + 9, etag=tag) == data[edge - 9 : edge + 9]
-    storage.write(s3.url("large"), data[1:])
-    with pytest.raises(ObjectChanged, match=r"large: .*replaced while it was in use"):
-        storage.read(s3.url("large"), 0, 9, etag=tag)
 
 
 def test_replaced_and_truncated_shards_are_rejected_by_name(s3, storage, make_pairs, tmp_path: Path):
