@@ -104,12 +104,30 @@ QUIRKS: dict[str, Expectation] = {name: expected for name, (expected, _, _) in R
 QUIRKS |= dict.fromkeys(MANNERS, "works")
 
 
-class QuirkyStore:
-    """S3 server on a port of 127.0.0.1 (`endpoint`) while its `with` block runs."""
+class Server(ThreadingHTTPServer):
+    """Server of a store or of a proxy on a port of 127.0.0.1."""
+
+    daemon_threads = True
+    request_queue_size = 128
+    rig: Any  # for the handlers
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # the client has gone
+
+
+class QuirkyStore(Server):
+    """S3 server at `endpoint` while its `with` block runs."""
 
     def __init__(self, quirk: str = "none"):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
         self.lock = threading.Lock()
         self.reset(quirk)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def server_close(self) -> None:
+        self.shutdown()
+        super().server_close()
 
     def reset(self, quirk: str) -> None:
         """Forget all objects, uploads and requests, and take another quirk."""
@@ -120,19 +138,6 @@ class QuirkyStore:
         self.requests: list[Request] = []
         self.edit: Callable[[bytes], bytes] | None = None  # applied to each response as transmitted
         self.clock = 0.0  # seconds by which the store's clock is ahead
-
-    def __enter__(self) -> QuirkyStore:
-        self._server = Server(("127.0.0.1", 0), _Handler)
-        self._server.rig = self
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
     def answer(self, request: Request) -> Answer:
         with self.lock:
@@ -223,24 +228,13 @@ def _md5(data: bytes) -> str:
     return f'"{hashlib.md5(data).hexdigest()}"'
 
 
-class Server(ThreadingHTTPServer):
-    """Server of a store or a proxy, which its handlers find in `rig`."""
-
-    daemon_threads = True
-    request_queue_size = 128
-    rig: Any
-
-    def handle_error(self, *_: Any) -> None:
-        pass  # the client has gone
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Server
+    server: QuirkyStore
 
     def _serve(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
-        body, store = self.rfile.read(int(headers.get("content-length", "0"))), self.server.rig
+        body, store = self.rfile.read(int(headers.get("content-length", "0"))), self.server
         parts = urlsplit(self.path)
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
