@@ -21,6 +21,7 @@ DATA = random.Random(0).randbytes(100_000)
 KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"
 FOLDER = "s3://bucket/folder"
 OBJECT, NEW = f"{FOLDER}/a.tar", f"{FOLDER}/new"
+ALERT = b"\x15\x03\x03\x00\x02\x02\x46"  # of TLS
 SECRET_WORDS = (KEY, SECRET, "AWS4-HMAC", "Signature=", "Credential=", "otocore/")
 
 
@@ -164,29 +165,21 @@ def test_responses_with_odd_headers_are_explained(quirky):
             call(url)
 
 
-TLS_ALERT = b"\x15\x03\x03\x00\x02\x02\x46"
-
-
-@pytest.mark.parametrize(
-    ("scheme", "greeting"),
-    [("http", b"SSH-2.0\r\n"), ("http", TLS_ALERT), ("https", TLS_ALERT), ("https", b"-ERR unknown\r\n")],
-)
-def test_port_of_another_protocol_fails_without_retry(shared_store, clock, greeting: bytes, scheme: str):
-    with babbler(greeting) as (address, clients):
-        with pytest.raises(StorageError, match=rf"{scheme}://{address}.*scheme.*port"):
-            storage_at(f"{scheme}://{address}").read(OBJECT)
-        assert len(clients) == 1
+def test_port_of_another_protocol_fails_without_retry(shared_store, clock):
+    greetings = {"http": (b"SSH-2.0\r\n", ALERT), "https": (ALERT, b"-ERR unknown\r\n")}
+    for scheme, greeting in [(scheme, greeting) for scheme in greetings for greeting in greetings[scheme]]:
+        with babbler(greeting) as (address, clients):
+            with pytest.raises(StorageError, match=rf"{scheme}://{address}.*scheme.*port"):
+                storage_at(f"{scheme}://{address}").read(OBJECT)
+            assert len(clients) == 1
     with pytest.raises(StorageError, match=r"SSLError.*http:// if the store does not speak TLS"):
         storage_at(shared_store.endpoint.replace("http:", "https:")).read(OBJECT)
     assert clock.now == 0.0
 
 
 def test_variables_and_keys_are_never_shown(monkeypatch, shared_store, clock):
-    for name, value in [
-        ("AWS_ACCESS_KEY_ID", "two\nlines"),
-        ("AWS_SECRET_ACCESS_KEY", "a\x1b[2Jb"),
-        ("AWS_DEFAULT_REGION", "us-east-1\r"),
-    ]:
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    for name, value in zip(names, ("two\nlines", "a\x1b[2Jb", "us-east-1\r"), strict=True):
         with monkeypatch.context() as patched:
             patched.setenv(name, value)
             with pytest.raises(ConfigError, match=rf"{name} has a line break") as rejected:
@@ -200,33 +193,30 @@ def test_variables_and_keys_are_never_shown(monkeypatch, shared_store, clock):
         assert value not in str(raised.value)
         check_message(str(raised.value))
     assert clock.now == 0.0
-
-
-def test_invalid_endpoint_is_rejected_and_its_password_hidden(monkeypatch):
     for endpoint in ("not-a-url", "ftp://host", "http://", "http://host:99999", "http://[::1", "http://host:x", ""):
         with pytest.raises(ConfigError, match=r"storage: .*storage\.endpoint_url"):
-            storage_at(endpoint).read("s3://bucket/key")
+            storage_at(endpoint).read(OBJECT)
     for endpoint in ("localhost:9000", "minio", "http://", "http://a b"):
         with pytest.raises(ConfigError, match=r"expected http://host:port, got .*storage\.endpoint_url"):
-            storage_at(endpoint).exists("s3://bucket/key")
+            storage_at(endpoint).exists(OBJECT)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://name:word-of-pass@host")
     with pytest.raises(ConfigError, match=r"storage: .*user name") as raised:
-        Storage().read("s3://bucket/key")
+        Storage().read(OBJECT)
     assert "word-of-pass" not in str(raised.value)
 
 
-def test_anonymous_access_sends_unsigned_requests(monkeypatch, shared_store: QuirkyStore):
+def test_anonymous_access_sends_unsigned_requests(quirky, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/nonexistent")
-    shared_store.reset("unsigned_only")
-    shared_store.objects["bucket", "key"] = DATA
+    monkeypatch.setattr(s3, "_make_client", _client.__wrapped__)
+    store, anonymous = quirky("unsigned_only")
     with pytest.raises(StorageError, match=r"no credentials.*for a public bucket, storage\.anonymous: true"):
-        storage_at(shared_store.endpoint).read("s3://bucket/key")
-    assert storage_at(shared_store.endpoint, anonymous=True).read("s3://bucket/key") == DATA
+        storage_at(store.endpoint).read(OBJECT)
+    assert anonymous.read(OBJECT) == DATA
     monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
-    assert storage_at(shared_store.endpoint).read("s3://bucket/key") == DATA
-    assert not any("authorization" in request.headers for request in shared_store.requests)
+    assert storage_at(store.endpoint).read(OBJECT) == DATA
+    assert not any("authorization" in request.headers for request in store.requests)
     with pytest.raises(ValueError, match=r"anonymous.*remove storage\.key"):
         StorageConfig(anonymous=True, key="env:X", secret="env:Y")
 
@@ -273,14 +263,10 @@ def test_http_urls_are_read_and_refused_operations_not_retried(quirky, clock):
         Storage().read(f"{web}.absent")
     with pytest.raises(StorageError, match="do not offer that"):
         Storage().delete(web)
-    for url, message in [
-        (web.replace("http://", "https://"), "http:// if the store does not speak TLS"),
-        ("http://127.0.0.1:99999/x", "."),
-        ("http:///x", "."),
-        ("hdfs://host/x", "hdfs:// cannot be reached"),
-        ("qq://host/x", "qq:// cannot be reached"),
-        ("gs://host/x", "gs:// cannot be reached"),
-    ]:
+    faults = {web.replace("http:", "https:"): "http:// if the store does not speak TLS"}
+    faults |= {"http://127.0.0.1:99999/x": ".", "http:///x": "."}
+    faults |= {f"{name}://host/x": f"{name}:// cannot be reached" for name in ("hdfs", "qq", "gs")}
+    for url, message in faults.items():
         with pytest.raises((StorageError, ConfigError), match=message):
             Storage().read(url)
     store.quirk = "denied"
