@@ -5,7 +5,7 @@
         assert proxy.injected["cut"]
 
 The fault of a request is a function of the seed, the request (method, key and query, range; not the bucket) and how
-often it was made before, so neither threads nor timing change it. Headers are forwarded unchanged, `Host` included: a
+often it was made before, so threads and timing do not change it. Headers are forwarded unchanged, `Host` included: a
 signature made for the proxy's address is valid at the store.
 """
 
@@ -185,7 +185,16 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["Retry-After"] = str(proxy.retry_after)
                 proxy.spared[identity] = time.monotonic() + proxy.retry_after
         else:
-            status, headers, body = self._forward(data)
+            with closing(HTTPConnection(proxy.upstream)) as connection:
+                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    if name.lower() not in ("connection", "expect", "transfer-encoding"):
+                        connection.putheader(name, value)
+                connection.endheaders(data)
+                answer = connection.getresponse()
+                status, headers, body = answer.status, answer.headers, answer.read()
+            for name in ("Connection", "Keep-Alive", "Transfer-Encoding"):
+                del headers[name]
             if fault != "lost" and (self.command != "GET" or status not in (200, 206) or not body):
                 fault = None
             elif fault != "lost":
@@ -220,19 +229,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection |= fault in ("cut", "lost", "short", "stall")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
-
-    def _forward(self, data: bytes) -> tuple[int, HTTPMessage, bytes]:
-        """Return the store's status, headers and body. Swift's responses are not valid for stricter clients."""
-        with closing(HTTPConnection(self.server.rig.upstream)) as connection:
-            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                if name.lower() not in ("connection", "expect", "transfer-encoding"):
-                    connection.putheader(name, value)
-            connection.endheaders(data)
-            answer = connection.getresponse()
-            for name in ("Connection", "Keep-Alive", "Transfer-Encoding"):
-                del answer.headers[name]
-            return answer.status, answer.headers, answer.read()
 
     def log_message(self, *_: object) -> None:
         pass
