@@ -167,7 +167,7 @@ def test_responses_with_odd_headers_are_explained(quirky):
 
 def test_port_of_another_protocol_fails_without_retry(shared_store, clock):
     greetings = {"http": (b"SSH-2.0\r\n", ALERT), "https": (ALERT, b"-ERR unknown\r\n")}
-    for scheme, greeting in [(scheme, greeting) for scheme in greetings for greeting in greetings[scheme]]:
+    for scheme, greeting in [(name, first) for name, firsts in greetings.items() for first in firsts]:
         with babbler(greeting) as (address, clients):
             with pytest.raises(StorageError, match=rf"{scheme}://{address}.*scheme.*port"):
                 storage_at(f"{scheme}://{address}").read(OBJECT)
