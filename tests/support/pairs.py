@@ -18,11 +18,12 @@ Members = dict[str, bytes]  # extension -> content
 
 
 class Watched(Storage):
-    """Storage that records the files that are read."""
+    """Storage that records the files that are read, and the requested ranges of others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.ranges: list[tuple[str, int, int]] = []
 
     @property
     def tars(self) -> list[str]:
@@ -33,7 +34,10 @@ class Watched(Storage):
         return super().open(url)
 
     def read(self, url: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
-        self.names += [Path(url).name] if stop is None else []
+        if stop is None:
+            self.names.append(Path(url).name)
+        else:
+            self.ranges.append((Path(url).name, start, stop))
         return super().read(url, start, stop, etag)
 
 

@@ -32,21 +32,9 @@ from pipeline.data.shards.manifest import index_shards, load_index, load_manifes
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
 from tests.support.cache_reader import held_bytes
+from tests.support.pairs import Watched
 
 SIZES = [40, 25, 33, 8, 40, 36, 21, 37]  # 240 samples
-
-
-class CountingStorage(Storage):
-    """Storage that records the requested ranges of tars."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ranges: list[tuple[str, int, int]] = []
-
-    def read(self, url: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
-        if stop is not None:
-            self.ranges.append((url.rpartition("/")[2], start, stop))
-        return super().read(url, start, stop, etag)
 
 
 def reader(folder: str, storage: Storage | None = None) -> SampleReader:
@@ -69,8 +57,8 @@ def folder(make_pairs) -> str:
 
 
 @pytest.fixture
-def remote() -> Iterator[Storage]:
-    storage = CountingStorage()
+def remote() -> Iterator[Watched]:
+    storage = Watched()
     yield storage
     storage.delete("memory://samples")
 
@@ -163,7 +151,7 @@ def test_chunks_cover_the_shard_and_are_never_small(make_pairs, monkeypatch: pyt
         assert sum(chunk.num_selected for chunk in chunks) == number
 
 
-def test_remote_chunk_is_fetched_once_and_again_if_damaged(folder: str, remote: CountingStorage, monkeypatch):
+def test_remote_chunk_is_fetched_once_and_again_if_damaged(folder: str, remote: Watched, monkeypatch):
     url, damaged, fetch = copy_to_memory(folder), [], module.SampleReader._fetch
 
     def slow(*arguments) -> bytes:
