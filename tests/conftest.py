@@ -21,13 +21,9 @@ SHARED = TESTS.parents[1] / "shared"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run long modules first, so that the short unit tests fill both test processes until the end."""
-    order = {"faults": 0, "integration": 1, "golden": 2, "unit": 3}
+    order = ["faults", "integration", "golden", "unit"]
     has_slow = {item.path for item in items if item.get_closest_marker("slow")}
-
-    def rank(item: pytest.Item) -> tuple[bool, int]:
-        return item.path not in has_slow, order.get(item.path.relative_to(TESTS).parts[0], len(order))
-
-    items.sort(key=rank)
+    items.sort(key=lambda item: (item.path not in has_slow, order.index(item.path.relative_to(TESTS).parts[0])))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,25 +83,15 @@ def s3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3:
     store: Store = request.getfixturevalue(f"{request.param}_store")
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("MOME_TEST_KEY", store.key)
-    monkeypatch.setenv("MOME_TEST_SECRET", store.secret)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    bucket = f"test-{uuid.uuid4().hex[:12]}"
-    client = botocore.session.get_session().create_client(
-        "s3",
-        endpoint_url=store.endpoint,
-        region_name="us-east-1",
-        aws_access_key_id=store.key,
-        aws_secret_access_key=store.secret,
-    )
-    client.create_bucket(Bucket=bucket)
-    config = StorageConfig(
-        endpoint_url=store.endpoint,
-        key="env:MOME_TEST_KEY",
-        secret="env:MOME_TEST_SECRET",
-        retry_timeout_seconds=20.0,
-    )
-    return S3(store.endpoint, bucket, config, store.environment)
+    secrets = {"MOME_TEST_KEY": store.key, "MOME_TEST_SECRET": store.secret, "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    keys, url = {"aws_access_key_id": store.key, "aws_secret_access_key": store.secret}, store.endpoint
+    client = botocore.session.get_session().create_client("s3", "us-east-1", endpoint_url=url, **keys)
+    client.create_bucket(Bucket=(bucket := f"test-{uuid.uuid4().hex[:12]}"))
+    key, secret = "env:MOME_TEST_KEY", "env:MOME_TEST_SECRET"
+    config = StorageConfig(endpoint_url=url, key=key, secret=secret, retry_timeout_seconds=20.0)
+    return S3(url, bucket, config, store.environment)
 
 
 @pytest.fixture
@@ -123,8 +109,7 @@ def make_pairs(tmp_path: Path) -> Callable[..., str]:
     """Return make_pairs(name, sizes, planted={(shard, sample): members}), which writes a folder of unindexed tars."""
 
     def make(name: str, sizes: list[int], planted: dict[tuple[int, int], Members] | None = None) -> str:
-        folder = tmp_path / name
-        folder.mkdir()
+        (folder := tmp_path / name).mkdir()
         number = 0
         for shard, size in enumerate(sizes):
             samples = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
@@ -57,9 +58,8 @@ def fixed(default: Any, description: str, **bounds: Any) -> Any:
     return Field(default, description=description, **bounds)
 
 
-def changeable(default: Any, description: str, **bounds: Any) -> Any:
-    """Declare a key that may change when a run is resumed; the change is recorded."""
-    return Field(default, description=description, json_schema_extra={"changeable": True}, **bounds)
+# Declare a key that may change when a run is resumed; the change is recorded.
+changeable = partial(fixed, json_schema_extra={"changeable": True})
 
 
 def objective_names() -> tuple[str, ...]:
@@ -257,9 +257,6 @@ ModelConfig = Annotated[
 ]
 
 
-# ---- storage, sources and loading
-
-
 class StorageConfig(Section):
     """Access to object stores. Keys that are not set come from the store's usual environment variables."""
 
@@ -361,9 +358,6 @@ class DataConfig(Section):
     augment: AugmentConfig = fixed(AugmentConfig(), "Image augmentation")
     loader: LoaderConfig = changeable(LoaderConfig(), "Loader resources")
     cache: CacheConfig = changeable(CacheConfig(), "Node-local disk cache")
-
-
-# ---- stages
 
 
 class MaskingConfig(Section):
@@ -475,9 +469,6 @@ class StageConfig(Section):
     start_from: Url = fixed("previous", "Starting weights: 'previous', 'random', or URL of a run, stage or checkpoint")
     experts: ExpertsConfig = fixed(ExpertsConfig(), "Initialization of experts")
     optimizer: OptimizerConfig = changeable(OptimizerConfig(), "Optimizer and learning rate")
-
-
-# ---- engine, cluster, checkpoints, tracking, evaluation
 
 
 class EngineConfig(Section):

@@ -36,11 +36,7 @@ NOT_OF_RECIPE = {"name", "output", "seed", "storage", "cluster", "guards", "chec
 
 
 def run_tags(config: RunConfig) -> dict[str, str]:
-    """Return the tags of the parent run: user, host, versions, commit, recipe hash, and a summary in Markdown.
-
-    The recipe hash is equal for runs that differ in names, seeds and machines only. MLflow shows the summary above the
-    tags.
-    """
+    """Return the tags of the parent run: user, host, versions, commit, recipe hash, and a summary in Markdown."""
     tags = {"mlflow.source.name": "mome", "mlflow.source.type": "JOB", "mome.host": socket.gethostname()}
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no entry in the password database
         tags["mlflow.user"] = getpass.getuser()
@@ -48,6 +44,7 @@ def run_tags(config: RunConfig) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             tags[f"version.{package}"] = importlib.metadata.version(package)
     tags |= code_tags() | {tag: os.environ[name] for tag, name in PROPAGATED_TAGS.items() if os.environ.get(name)}
+    # The recipe hash is equal for runs that differ in names, seeds and machines only.
     recipe: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_OF_RECIPE)
     for source in recipe["sources"].values():
         del source["shards"]  # the location; the data digest covers the content

@@ -125,7 +125,7 @@ class Lease:
     def __init__(self, path: Path):
         self._path, self._file = path, path.with_name(f"{path.name}.heartbeat")
         self._heartbeat: PeriodicThread | None = None
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -230,9 +230,7 @@ class Journal:
 
     def all_records(self) -> Iterator[Record]:
         """Yield the records of all sessions in order."""
-        for session in self.sessions():
-            for _, record in self.records(session):
-                yield record
+        return (record for session in self.sessions() for _, record in self.records(session))
 
     def run_records(self) -> list[Record]:
         """Return the first record of every session, which identifies the run and its MLflow server."""
@@ -240,16 +238,14 @@ class Journal:
         return [first[1] for first in firsts if first is not None and first[1]["kind"] == "run"]
 
 
-class JournalWriter:
+class JournalWriter(Lease):
     """Appends records to a new session: killing this process loses none, and after `sync` power failures neither."""
 
     def __init__(self, journal: Journal):
         (folder := journal.folder).mkdir(parents=True, exist_ok=True)
         self._folder, self._lock, self._pending, self._failing = folder, threading.Lock(), b"", False
         number = min(max((int(name.split("-")[0]) for name in journal.sessions()), default=0) + 1, 999_999)
-        path = journal.path(f"{number:06d}-{secrets.token_hex(4)}")
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        self._lease = Lease(path)  # shows other processes that this session is being written
+        super().__init__(journal.path(f"{number:06d}-{secrets.token_hex(4)}"))
         sync_folder(folder)
 
     def append(self, record: Record) -> None:
@@ -271,8 +267,7 @@ class JournalWriter:
 
     def close(self) -> None:
         self.sync()
-        os.close(self._fd)
-        self._lease.close()
+        super().close()
 
 
 def committed_segments(store: Storage, url: str) -> dict[str, list[Segment]]:

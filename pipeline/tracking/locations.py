@@ -66,8 +66,7 @@ def experiment_name(config: RunConfig) -> str:
 
 def read_run_id(config: RunConfig, storage: Storage) -> str | None:
     """Return the id that tags the run's MLflow runs as `mome.run`; None before the first start."""
-    url = f"{config.folder}/{RUN_FILE}"
-    if not storage.exists(url):
+    if not storage.exists(url := f"{config.folder}/{RUN_FILE}"):
         return None
     data = storage.read(url)
     try:

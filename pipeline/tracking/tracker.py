@@ -275,15 +275,15 @@ class Tracker:
     @log_exceptions
     def log_weights(self, weights: SavedWeights, role: str = FINAL_WEIGHTS) -> None:
         """Record weights: by default a stage's final ones, from which a stage, an evaluation or an export starts."""
-        history, step = self._history, weights.step
+        url, step, stage = weights
         points = [
             {"stage": record["stage"], "key": key, "value": value, "at": record["at"]}
-            for record in history.recent.get(step) or history.evaluations.get(step) or []
-            if record["stage"] in (weights.stage, None)
+            for record in self._history.recent.get(step) or self._history.evaluations.get(step) or []
+            if record["stage"] in (stage, None)
             for key, value in record["values"].items()
             if key.startswith(QUALITY_PREFIXES)
         ]
-        self._append("model", stage=weights.stage, step=step, url=redact(weights.url), role=role, points=points)
+        self._append("model", stage=stage, step=step, url=redact(url), role=role, points=points)
 
     @log_exceptions
     def end_stage(self, status: Status = "FINISHED") -> None:

@@ -27,7 +27,6 @@ from pipeline.tracking.mlflow_server import ServerUnavailable
 
 logger = logging.getLogger("mome.tracking")
 
-LOG_TAIL = 4096  # bytes of the child's log that are searched for its last line
 MAX_RESTART_SECONDS = 60.0  # between two starts of a child that keeps ending
 RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0  # between two attempts while the server is unavailable
 ORPHAN_SECONDS = 30.0  # for uploading the rest after the recording process has died
@@ -38,8 +37,7 @@ class Uploader:
 
     def __init__(self, journal: Journal, writer: JournalWriter, config: RunConfig):
         self._journal, self._writer, self._uri = journal, writer, tracking_uri(config)
-        self._every = config.tracking.flush_seconds
-        self._log = journal.folder / "uploader.log"
+        self._every, self._log = config.tracking.flush_seconds, journal.folder / "uploader.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._last_start, self._restart_seconds, self._reported = float("-inf"), 0.0, False
         self._thread = PeriodicThread(self._supervise, self._every, "mome-tracking", immediately=True).start()
@@ -84,14 +82,14 @@ class Uploader:
             return
         if self._last_start > 0 and not self._reported:
             status = "did not start" if process is None else f"ended with status {process.returncode}"
-            lines: list[str] = []
+            reason = ""  # the last line of its log
             with contextlib.suppress(OSError), self._log.open("rb") as log:
-                log.seek(max(self._log.stat().st_size - LOG_TAIL, 0))
-                lines = [line.strip() for line in log.read().decode(errors="replace").split("\n") if line.strip()]
+                log.seek(max(self._log.stat().st_size - 4096, 0))
+                reason = log.read().decode(errors="replace").strip().rpartition("\n")[2]
             logger.warning(
                 "tracking: the process that uploads to MLflow %s (%s; see %s). It will be restarted; the "
                 "journal keeps every record, and `mome sync` can upload it later",
-                status, redact(lines[-1] if lines else "no output"), self._log,
+                status, redact(reason.strip() or "no output"), self._log,
             )  # fmt: skip
             self._reported = True
         if now - self._last_start < self._restart_seconds:
@@ -124,10 +122,9 @@ def _forward_messages(lines: Iterable[bytes]) -> None:
 
 
 class UploadProcess:
-    """Uploads the journal in a folder until its input holds a command to close.
+    """Uploads the journal in a folder until its input holds a command to close, or the recording process has died.
 
-    The end of its input means that the recording process died. So does a changed parent process, in case one of its
-    own children keeps the pipe open.
+    A changed parent process shows that too, in case one of its own children keeps the pipe of the input open.
     """
 
     def __init__(self, folder: Path, uri: str, every: float):
@@ -194,9 +191,8 @@ class UploadProcess:
 def main() -> int:
     """Upload the journal in the folder argv[1]; return 0 if everything was uploaded, 3 if not, 1 after an error."""
     os.nice(10)  # training has priority
-    line = b""
-    while not line.endswith(b"\n") and (byte := os.read(0, 1)):  # unbuffered: `UploadProcess` reads the rest
-        line += byte
+    with open(0, "rb", buffering=0, closefd=False) as channel:  # `UploadProcess` reads the rest
+        line = channel.readline()
     if not line:
         return 1
     settings = json.loads(line)

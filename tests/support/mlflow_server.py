@@ -41,13 +41,13 @@ class Server:
             "--artifacts-destination", artifacts or str(folder / "files"),
         ]  # fmt: skip
         if login:
-            (folder / "auth.ini").write_text(
+            (settings := folder / "auth.ini").write_text(
                 "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
                 f"database_uri = sqlite:///{folder}/auth.db\nadmin_username = {ADMIN}\nadmin_password = {PASSWORD}\n"
                 "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
             )
-            self._environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini")}
-            self._environment |= {"MLFLOW_FLASK_SERVER_SECRET_KEY": "a secret of the test's"}
+            secret = "a secret of the test's"
+            self._environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": secret}
             self._command += ["--app-name", "basic-auth"]
 
     def __enter__(self) -> Server:

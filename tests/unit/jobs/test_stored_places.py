@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -67,32 +68,23 @@ def hostile(tmp_path, shards, observer, monkeypatch):
     monkeypatch.setenv("CANARY", "hunter2")
     monkeypatch.delenv(URI_VARIABLE, raising=False)
     server, secret = f"http://{observer.address}", f"{observer.guarded}/secret"
+    storage = {"endpoint_url": server, "key": "env:CANARY", "secret": f"file:{secret}", "retry_timeout_seconds": 1.0}
     recorded = config_of(
-        Path(observer.guarded),
-        {"pairs": {"shards": shards}, "beacon": {"shards": f"{server}/shards"}},
-        "pairs",
-        storage={"endpoint_url": server, "key": "env:CANARY", "secret": f"file:{secret}", "retry_timeout_seconds": 1.0},
-        tracking={"uri": server},
-        cluster={"address": f"ray://{observer.address}"},
+        Path(observer.guarded), {"pairs": {"shards": shards}, "beacon": {"shards": f"{server}/shards"}}, "pairs",
+        storage=storage, tracking={"uri": server}, cluster={"address": f"ray://{observer.address}"},
         tokenizer={"vocabulary": secret},
-    )
+    )  # fmt: skip
     stage = recorded.stages[0].model_copy(update={"start_from": secret, "sources": {"pairs": 1.0, "beacon": 1.0}})
     return write_run(tmp_path / "theirs", recorded.model_copy(update={"stages": (stage,)}), shards)
 
 
 USING = [
-    "report {run}",
-    "compare {run} {run} --html {out}/compare.html",
-    "sync {run}",
-    "evaluate {run}",
-    "evaluate {run} --source beacon",
-    "evaluate {run} --against {run}",
-    "predict {run} --image {image} --text circle",
-    "explain {run} --image {image} --text circle --out {out}/e.html",
+    "report {run}", "compare {run} {run} --html {out}/compare.html", "sync {run}", "evaluate {run}",
+    "evaluate {run} --source beacon", "evaluate {run} --against {run}", "predict {run} --image {image} --text circle",
+    "explain {run} --image {image} --text circle --out {out}/e.html", "register {run} --name theirs",
     "embed {shards} --checkpoint {run} --out {out}/vectors",
-    "register {run} --name theirs",
     "export {run} --format safetensors --out {out}/w.safetensors",
-]
+]  # fmt: skip
 REFUSED = {"sync {run}", "evaluate {run} --source beacon"}
 
 
@@ -104,12 +96,7 @@ def test_commands_use_no_server_secret_or_file_named_by_a_folder(hostile, shards
     used = Caller().applied(config)
     assert (used.storage.endpoint_url, used.storage.key, used.storage.secret) == (None, None, None)
     assert (used.tracking.uri, used.cluster.address) == (None, None)
-    registered = []
-
-    def register(uri, experiment, name, alias, **export):
-        registered.append(uri)
-        return {"name": name, "version": 1, "alias": alias, "uri": f"models:/{name}/1"}
-
+    register = Mock(return_value={"name": "theirs", "version": 1, "alias": None, "uri": "models:/theirs/1"})
     monkeypatch.setattr(jobs.tracking, "register", register)
     Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
     observer.opened.clear()
@@ -118,9 +105,8 @@ def test_commands_use_no_server_secret_or_file_named_by_a_folder(hostile, shards
         result = CliRunner().invoke(app, words)
         assert (result.exit_code == 0) == (command not in REFUSED), (command, result.output, result.exception)
         assert result.exit_code == 0 or isinstance(result.exception, MomeError), (command, result.exception)
-    assert observer.connections == []
-    assert observer.opened == []
-    assert registered == [f"sqlite:///{tmp_path}/mlflow.db"]
+    assert (observer.connections, observer.opened) == ([], [])
+    assert [call.args[0] for call in register.call_args_list] == [f"sqlite:///{tmp_path}/mlflow.db"]
     assert sorted(path.name for path in Path(observer.guarded).iterdir()) == ["secret"]
     journal = b"".join(path.read_bytes() for path in Path(hostile, "journal").glob("*.jsonl"))
     assert journal.count(b'"kind":"run"') == 1  # nothing was recorded
@@ -145,9 +131,9 @@ def test_caller_settings_come_from_the_config_it_names(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text(own.model_dump_json(), encoding="utf-8")
     monkeypatch.setenv(URI_VARIABLE, "http://environment:5000")
     assert Caller().server == Caller.named().server == "http://environment:5000"
-    assert Caller.named(uri="http://argument:5000").server == "http://argument:5000"
+    for config in (None, tmp_path / "own.yaml"):
+        assert Caller.named(config, "http://argument:5000").server == "http://argument:5000"
     assert Caller.named(tmp_path / "own.yaml").server == "http://own:5000"
-    assert Caller.named(tmp_path / "own.yaml", "http://argument:5000").server == "http://argument:5000"
 
 
 @pytest.mark.parametrize(("name", "part"), [("run", ""), ("renamed run", "stages/0-pairs")])
@@ -159,8 +145,7 @@ def test_results_are_written_next_to_the_given_weights(shards, tmp_path, name, p
     before = contents(tmp_path / "runs")
     result = CliRunner().invoke(app, ["evaluate", str(copy / part), "--json"])
     assert result.exit_code == 0, result.output
-    values = json.loads(result.stdout.splitlines()[-1])
-    assert Path(values["report"]) == copy / "report-pairs.html"
+    assert Path(json.loads(result.stdout.splitlines()[-1])["report"]) == copy / "report-pairs.html"
     assert {"report-pairs.html", "report.html"} <= {path.name for path in copy.iterdir()}
     assert (copy / "evaluations" / "pairs-pairs.json").exists()
     assert contents(tmp_path / "runs") == before
@@ -173,6 +158,19 @@ def test_results_are_written_next_to_the_given_weights(shards, tmp_path, name, p
     assert contents(tmp_path / "runs") == before
 
 
+READING = [
+    "fingerprint {out}/run.yaml --steps 0:1", "plan {out}/run.yaml", "doctor --config {out}/run.yaml",
+    "fingerprint {out}/run.yaml data.loader.threads_per_worker=3 --steps 0:1 --workers 1",
+    "predict {folder}/run --image {out}/image.png --text circle", "predict {weights} --text [MASK]",
+    "explain {folder}/run --image {out}/image.png --text circle --out {out}/explained.html",
+    "embed {folder}/scenes --checkpoint {folder}/run --out {out}/vectors",
+    "export {folder}/run --format safetensors --out {out}/weights.safetensors",
+    "compare {folder}/run {folder}/run --html {out}/compared.html",
+    "shards show {folder}/scenes --sheet {out}/sheet.png",
+    "shards check {folder}/scenes --report {out}/bad.jsonl --workers 1",
+]  # fmt: skip
+
+
 def test_a_command_that_reads_changes_nothing(tmp_path):
     folder, out = tmp_path / "runs", tmp_path / "outside"
     out.mkdir()
@@ -181,20 +179,7 @@ def test_a_command_that_reads_changes_nothing(tmp_path):
     (out / "run.yaml").write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
     Image.new("RGB", (30, 20), "red").save(out / "image.png")
     before = contents(folder)
-    for command in (
-        "fingerprint {out}/run.yaml --steps 0:1",
-        "fingerprint {out}/run.yaml data.loader.threads_per_worker=3 --steps 0:1 --workers 1",
-        "plan {out}/run.yaml",
-        "doctor --config {out}/run.yaml",
-        "predict {folder}/run --image {out}/image.png --text circle",
-        "predict {weights} --text [MASK]",
-        "explain {folder}/run --image {out}/image.png --text circle --out {out}/explained.html",
-        "embed {folder}/scenes --checkpoint {folder}/run --out {out}/vectors",
-        "export {folder}/run --format safetensors --out {out}/weights.safetensors",
-        "compare {folder}/run {folder}/run --html {out}/compared.html",
-        "shards show {folder}/scenes --sheet {out}/sheet.png",
-        "shards check {folder}/scenes --report {out}/bad.jsonl --workers 1",
-    ):
+    for command in READING:
         words = command.format(folder=folder, out=out, weights=weights).split()
         result = CliRunner().invoke(app, words, catch_exceptions=False)
         assert result.exit_code in ((0, 1) if command.startswith("doctor") else (0,)), (command, result.output)
