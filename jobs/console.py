@@ -48,9 +48,6 @@ class Stopped(BaseException):
     """A signal ended the command, with this exit status; no Exception, so that no handler takes it for a fault."""
 
 
-# ---- arguments and options that several commands share
-
-
 def local_file(value: str) -> Path:
     """Return a local path; a URL is an error, because pathlib would create a local folder named `s3:`."""
     try:
@@ -69,9 +66,6 @@ Overrides = Annotated[
 ]
 FileOption = partial(typer.Option, parser=local_file)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
-
-
-# ---- terminal
 
 
 def notify(message: str, style: str = "") -> None:
@@ -104,10 +98,8 @@ def progress_display() -> Iterator[Callable[[Progress], None]]:
 
     def show(progress: Progress) -> None:
         nonlocal last
-        state = (
-            f"loss {progress.loss:.4f}  {progress.samples_per_second:.0f} samples/s  "
-            f"stage ends in {duration(progress.seconds_left)}"
-        )
+        speed, end = f"{progress.samples_per_second:.0f} samples/s", duration(progress.seconds_left)
+        state = f"loss {progress.loss:.4f}  {speed}  stage ends in {end}"
         if console.is_terminal:
             if progress.stage not in tasks:
                 tasks[progress.stage] = bar.add_task(progress.stage, total=progress.stage_steps, state="")
@@ -162,9 +154,7 @@ def print_result(result: dict[str, Any] | None, as_json: bool, text: str | None 
 def aligned(lines: list[list[str]]) -> str:
     """Return a table whose columns are as wide as their widest cells; all lines have the same number of cells."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # ---- output files named on the command line, which never overwrite an unrelated file

@@ -160,34 +160,30 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
     """
     chosen, stages = [plan.chosen for plan in plans], []
     steps = [stage.hours / stage.step_seconds for stage in chosen]
-    for plan in plans:
-        stages.append(asdict(plan.chosen) | {"memory": plan.chosen.memory.as_json()})
-        stages[-1] |= {
-            "sample_bytes": plan.assumptions.sample_bytes,
-            "by_zero_stage": {
-                name: {"memory_bytes": alternative.memory.as_json()}
-                | {key: getattr(alternative, key) for key in ("fits", "largest_micro_batch", "step_seconds")}
-                for name, alternative in plan.by_zero_stage.items()
-            },
-            "scaling": [
-                {key: getattr(point, key) for key in SCALING_KEYS} | {"efficiency": plan.efficiency(point)}
-                for point in plan.scaling
-            ],
-        }
-    return {
-        "parameters": max(stage.parameters.total for stage in chosen),
-        "flops_per_step": sum(stage.flops_per_step * n for stage, n in zip(chosen, steps, strict=True)) / sum(steps),
-        "memory_bytes_per_gpu": max(chosen, key=lambda stage: stage.memory.total).memory.as_json(),
-        "step_seconds": sum(stage.step_seconds * n for stage, n in zip(chosen, steps, strict=True)) / sum(steps),
-        "hours": sum(stage.hours for stage in chosen),
-        "cost": sum(stage.cost for stage in chosen),
-        "fits": all(stage.fits for stage in chosen),
-        "accelerator": target.accelerator.name,
-        "network": target.network.name,
-        "gpus": target.gpus,
-        "assumptions": asdict(target.assumptions),
-        "stages": stages,
+    means = {
+        key: sum(getattr(stage, key) * n for stage, n in zip(chosen, steps, strict=True)) / sum(steps)
+        for key in ("flops_per_step", "step_seconds")
     }
+    for plan in plans:
+        memory = {"memory": plan.chosen.memory.as_json(), "sample_bytes": plan.assumptions.sample_bytes}
+        by_zero_stage = {
+            name: {"memory_bytes": alternative.memory.as_json()}
+            | {key: getattr(alternative, key) for key in ("fits", "largest_micro_batch", "step_seconds")}
+            for name, alternative in plan.by_zero_stage.items()
+        }
+        scaling = [
+            {key: getattr(point, key) for key in SCALING_KEYS} | {"efficiency": plan.efficiency(point)}
+            for point in plan.scaling
+        ]
+        stages.append(asdict(plan.chosen) | memory | {"by_zero_stage": by_zero_stage, "scaling": scaling})
+    return means | {
+        "parameters": max(stage.parameters.total for stage in chosen),
+        "memory_bytes_per_gpu": max(chosen, key=lambda stage: stage.memory.total).memory.as_json(),
+        "hours": sum(stage.hours for stage in chosen), "cost": sum(stage.cost for stage in chosen),
+        "fits": all(stage.fits for stage in chosen), "accelerator": target.accelerator.name,
+        "network": target.network.name, "gpus": target.gpus, "assumptions": asdict(target.assumptions),
+        "stages": stages,
+    }  # fmt: skip
 
 
 def as_text(plans: list[StagePlan], target: Target) -> str:
@@ -197,12 +193,10 @@ def as_text(plans: list[StagePlan], target: Target) -> str:
     heading = f"  GB of each GPU, {room:,.1f} usable{' ' * 8}{''.join(f'{name:>12}' for name in CATEGORIES)}"
     for plan in plans:
         stage = plan.chosen
-        lines.append(
-            f"stage {stage.name}: {stage.parameters.total / 1e6:,.1f} M parameters, "
-            f"{stage.parameters.trained / 1e6:,.1f} M trained; "
-            f"{stage.gpus} GPUs x {stage.accumulation} x {stage.micro_batch_size} rows"
-        )
-        rows = {
+        size = f"{stage.parameters.total / 1e6:,.1f} M parameters, {stage.parameters.trained / 1e6:,.1f} M trained"
+        rows = f"{stage.gpus} GPUs x {stage.accumulation} x {stage.micro_batch_size} rows"
+        lines.append(f"stage {stage.name}: {size}; {rows}")
+        properties = {
             "step": f"{stage.step_seconds * 1000:,.0f} ms: arithmetic {stage.compute_seconds * 1000:,.0f}, "
             f"communication {stage.communication_seconds * 1000:,.0f} "
             f"({stage.communication_bytes / GB:,.2f} GB sent by each GPU)",
@@ -213,7 +207,7 @@ def as_text(plans: list[StagePlan], target: Target) -> str:
             "checkpoint": f"{stage.checkpoint_bytes / GB:,.2f} GB, {duration(stage.checkpoint_seconds)} to the store",
             "time": f"{stage.hours:,.1f} h" + (f", cost {stage.cost:,.0f}" if target.assumptions.price else ""),
         }
-        lines += [f"  {name:<10}  {value}" for name, value in rows.items()]
+        lines += [f"  {name:<10}  {value}" for name, value in properties.items()]
         lines.append(f"{heading}  largest micro-batch")
         for name, alternative in {"as configured": stage, **plan.by_zero_stage}.items():
             memory = alternative.memory.as_json()

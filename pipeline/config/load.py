@@ -114,9 +114,7 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
             shown = list(location)
             if location[:2] in _MODEL_KINDS:
                 del shown[1]
-            elif (
-                location[:1] == ["stages"] and len(location) > 1 and location[1].isdigit() and location[2:] != ["name"]
-            ):
+            elif re.match(r"stages\.[0-9]", ".".join(location)) and location[2:] != ["name"]:
                 names = [stage.get("name") if isinstance(stage, dict) else None for stage in values["stages"]]
                 name = names[int(location[1])]
                 if isinstance(name, str) and name and names.count(name) == 1:
@@ -203,12 +201,10 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def changes(old: RunConfig, new: RunConfig) -> tuple[Changes, Changes]:
     """Return the keys that differ between two configs, as (allowed, refused) on resume: path -> (old, new)."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    allowed: Changes = {}
-    refused: Changes = {}
-    for path in sorted(before.keys() | after.keys()):
-        if before.get(path) != after.get(path):
-            (allowed if is_changeable(path) else refused)[path] = (before.get(path), after.get(path))
-    return allowed, refused
+    paths = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    different = {path: (before.get(path), after.get(path)) for path in paths}
+    allowed = {path: values for path, values in different.items() if is_changeable(path)}
+    return allowed, {path: values for path, values in different.items() if path not in allowed}
 
 
 def is_changeable(path: str) -> bool:
@@ -219,10 +215,8 @@ def is_changeable(path: str) -> bool:
 
 def local_paths(config: RunConfig) -> dict[tuple[str | int, ...], str]:
     """Return the value of every key that names a local file or folder, by the key's parts: a name may contain dots."""
-    places: dict[tuple[str | int, ...], str | None] = {
-        ("output",): config.output,
-        ("tokenizer", "vocabulary"): config.tokenizer.vocabulary,
-    }
+    places: dict[tuple[str | int, ...], str | None] = {("output",): config.output}
+    places["tokenizer", "vocabulary"] = config.tokenizer.vocabulary
     for name, source in config.sources.items():
         places["sources", name, "shards"] = source.shards
         places["sources", name, "opt_out"] = source.opt_out
@@ -255,9 +249,7 @@ def parse_yaml(content: str | bytes, origin: str) -> Any:
         return yaml.load(content, Loader=_StrictLoader)
     except yaml.reader.ReaderError as error:
         raise ConfigError(f"{origin}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {error}") from error
-    except (RecursionError, ValueError, OverflowError) as error:  # nested too deep, or an invalid date or number
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # or an invalid date or number
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ConfigError(f"{origin}: not valid YAML: {reason}") from error
 
@@ -265,8 +257,7 @@ def parse_yaml(content: str | bytes, origin: str) -> Any:
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one dotted `key=value` in plain values. Raises ConfigError for a path that leads nowhere.
 
-    A key that contains a dot is found where it is in the config already; `"…"` quotes one that is not, or that
-    contains `=`.
+    A key that contains a dot is recognized if the config has it; `"…"` quotes any other, or one that contains `=`.
     """
     match = _OVERRIDE.fullmatch(override)
     if match is None:
@@ -289,12 +280,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not rest:
             target[key] = parse_yaml(match["value"], f"override '{override}'")
             return
-        child = target[key] if isinstance(target, list) else target.setdefault(key, {})
-        if child is None:
-            child = target[key] = {}
-        if not isinstance(child, dict | list):
+        if (isinstance(target, dict) and key not in target) or target[key] is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict | list):
             raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
-        target = child
 
 
 # ---- configs stored with runs and weights, which may come from an untrusted author

@@ -614,7 +614,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_consistent(self) -> Self:
         """Report all violated rules between sections at once: each is one line that begins with the key's path."""
-        model, cluster, gpus = self.model, self.cluster, self.cluster.gpus_per_worker
+        model, cluster, gpus, streams = self.model, self.cluster, self.cluster.gpus_per_worker, self.data.streams
         known, held_out, engine = f"known: {', '.join(self.sources)}", self.evaluation.source, self.engine
         rules = EngineConfig.COMBINATIONS.items()
         faults = [message.format(**dict(engine)) for message, holds in rules if not holds(engine)]
@@ -640,9 +640,8 @@ class RunConfig(Section):
             path, batch_size, limit = f"stages.{stage.name}", stage.global_batch_size, model.max_text_length
             if stage.name in [other.name for other in self.stages[:index]]:
                 faults.append(f"stages.{index}.name: another stage has the name '{stage.name}'")
-            if batch_size % self.data.streams:
-                expected = f"must be a multiple of data.streams {self.data.streams}"
-                faults.append(f"{path}.global_batch_size: {batch_size} {expected}")
+            if batch_size % streams:
+                faults.append(f"{path}.global_batch_size: {batch_size} must be a multiple of data.streams {streams}")
             if stage.max_text_length > limit:
                 faults.append(f"{path}.max_text_length: {stage.max_text_length} is above model.max_text_length {limit}")
             if stage.image_size is not None:
@@ -676,12 +675,10 @@ class RunConfig(Section):
 
     def stage_named(self, name: str | None) -> StageConfig:
         """Return the stage of that name, or the last one. Raises ConfigError listing the stages."""
-        if name is None:
-            return self.stages[-1]
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise ConfigError(f"no stage '{name}' in this run; its stages: {', '.join(s.name for s in self.stages)}")
+        by_name = {stage.name: stage for stage in self.stages}
+        if name is not None and name not in by_name:
+            raise ConfigError(f"no stage '{name}' in this run; its stages: {', '.join(by_name)}")
+        return self.stages[-1] if name is None else by_name[name]
 
     def for_stage(self, stage: StageConfig) -> RunConfig:
         """Return the config with `model.image_size` of the stage; a config made by this may be passed again."""

@@ -24,12 +24,9 @@ CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL buffers and cuBLAS workspace
 PARAMETERS_OF_A_MODULE = 2  # gathered together by ZeRO 3: typically a weight and its bias
 
 
-# ---- accelerators and networks, from their manufacturers' data sheets
-
-
 @dataclass(frozen=True)
 class Accelerator:
-    """Peak performance of one accelerator."""
+    """Peak performance of one accelerator, from its manufacturer's data sheet."""
 
     name: str
     flops: float  # dense bfloat16 per second
@@ -94,9 +91,6 @@ def accelerator_like(device: str) -> Accelerator | None:
         small = any(word in ("40gb", "pcie") for word in words)
         matches = [match for match in matches if match.name.endswith(("-40", "-pcie")) == small] or matches
     return matches[0] if matches else None
-
-
-# ---- work and memory of one rank
 
 
 @dataclass(frozen=True)
@@ -233,9 +227,6 @@ def memory_of(
     states = weights + optimizer + (FLOAT32 * part if sharding.averages else 0.0)
     buffers += parameters.buffers
     return Memory(states, gradients, buffers, activations, backward + workspace, update, loader, host)
-
-
-# ---- the estimate
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Measurement of running code: the bytes that its tensors occupy, and its FLOPs.
+"""Measurement of running code: the bytes that its tensors occupy, and its FLOPs, also on the meta device.
 
 Storages are tracked from allocation to release, so that tensors saved by autograd, dropped by checkpointing and
-temporary in backward are counted without naming any layer, on the meta device as with real tensors.
-
+temporary in backward are counted without naming any layer.
 Shapes: B examples, H heads, Q queries, K keys, D width of a head.
 """
 

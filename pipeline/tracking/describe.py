@@ -24,11 +24,9 @@ PACKAGES = ("mome", "torch", "deepspeed", "ray", "mlflow", "webdataset", "transf
 COMMIT, DIRTY = "mlflow.source.git.commit", "mome.git.dirty"
 # Tags that ranks cannot determine themselves: the launcher passes them in these environment variables.
 PROPAGATED_TAGS = {
-    "ray.submission_id": "MOME_SUBMISSION_ID",
-    COMMIT: "MOME_GIT_COMMIT",
-    DIRTY: "MOME_GIT_DIRTY",
-    "image_digest": "MOME_IMAGE_DIGEST",
-}
+    "ray.submission_id": "MOME_SUBMISSION_ID", "image_digest": "MOME_IMAGE_DIGEST",
+    COMMIT: "MOME_GIT_COMMIT", DIRTY: "MOME_GIT_DIRTY",
+}  # fmt: skip
 _INVALID_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # characters that MLflow rejects in names of metrics, params and tags
 CONFIG_TAG = "config."  # prefix of the tags of config keys that may change on resume
 # Config sections without influence on what is learnt: names, locations, machines, monitoring.
@@ -48,9 +46,8 @@ def run_tags(config: RunConfig) -> dict[str, str]:
     recipe: dict[str, Any] = config.model_dump(mode="json", exclude=NOT_OF_RECIPE)
     for source in recipe["sources"].values():
         del source["shards"]  # the location; the data digest covers the content
-    for key in ("loader", "cache"):
-        del recipe["data"][key]
-    recipe["engine"] = {"precision": recipe["engine"]["precision"]}
+    del recipe["data"]["loader"], recipe["data"]["cache"]
+    recipe["engine"] = {"precision": config.engine.precision}
     tags["recipe_hash"] = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     lines = [f"**{config.name}**: {config.model.kind}, {config.total_steps:,} steps in {config.folder}", ""]
     lines += ["| stage | objectives | sources | steps | batch | starts from |", "|---|---|---|---|---|---|"]

@@ -80,16 +80,14 @@ def find_fault(uri: str) -> str | None:
             query = dict(urllib.parse.parse_qsl(parts.query))
             host, number = parts.hostname or query.get("host", ""), query.get("port", port or _PORTS[engine])
             place = query.get("unix_socket") or (f"{host}/.s.PGSQL.{number}" if host.startswith("/") else "")
-            if not place:
-                if not host or "," in host or (engine == "mssql" and parts.port is None and "driver" not in query):
-                    return None  # the driver chooses: a default socket, one of several hosts, or a data source name
-                port = int(number)
-                place = f"{host}:{port}"
-                socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
-            else:
+            if place:
                 with socket.socket(socket.AF_UNIX) as connection:
                     connection.settimeout(ANSWER_SECONDS)
                     connection.connect(place)
+            # Otherwise the driver chooses: a default socket, one of several hosts, or a data source name.
+            elif host and "," not in host and (engine != "mssql" or parts.port is not None or "driver" in query):
+                place = f"{host}:{int(number)}"
+                socket.create_connection((host, int(number)), timeout=ANSWER_SECONDS).close()
             return None
     except ValueError as error:
         return f"not a URI ({redact(str(error))}); {_EXPECTED}"

@@ -25,18 +25,7 @@ from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking import describe, locations
-from pipeline.tracking.journal import (
-    ARTIFACT_NAME,
-    CHECKPOINT,
-    EVALUATION,
-    FINAL_WEIGHTS,
-    CommittedJournal,
-    Dataset,
-    Journal,
-    JournalWriter,
-    Record,
-    Status,
-)
+from pipeline.tracking import journal as records
 from pipeline.tracking.uploader import Uploader
 
 if TYPE_CHECKING:
@@ -44,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mome.tracking")
 
-QUALITY_PREFIXES = ("train/", EVALUATION)  # prefixes of the metrics that are attached to saved weights
+QUALITY_PREFIXES = ("train/", records.EVALUATION)  # prefixes of the metrics that are attached to saved weights
 RECENT_STEPS = 256  # whose metrics are kept, with those of every evaluation, to annotate saved weights
 P = ParamSpec("P")
 
@@ -66,11 +55,11 @@ class History:
     are replays only if step and value are equal.
     """
 
-    def __init__(self, journal: Journal):
+    def __init__(self, journal: records.Journal):
         self.last_steps: defaultdict[int, dict[str, int]] = defaultdict(dict)  # stage -> key -> highest step
         self._outside_stages: set[tuple[str, int, float | str]] = set()
-        self.recent: OrderedDict[int, list[Record]] = OrderedDict()  # metrics records by step
-        self.evaluations: dict[int, list[Record]] = {}
+        self.recent: OrderedDict[int, list[records.Record]] = OrderedDict()  # metrics records by step
+        self.evaluations: dict[int, list[records.Record]] = {}
         self.checkpoints: dict[str, int] = {}  # retained checkpoints: URL -> stage index
         self.origins: dict[int, str] = {}  # weights from which each stage last started
         self.stage_starts: Counter[int] = Counter()
@@ -87,13 +76,13 @@ class History:
                     self.stage_keys[stage] = {key: tags[key] for key in tags if key.startswith(describe.CONFIG_TAG)}
             self.training_sessions += has_trained
 
-    def observe(self, record: Record) -> None:
+    def observe(self, record: records.Record) -> None:
         """Update points and checkpoints from a record."""
         kind, stage, step = record["kind"], record["stage"], record.get("step", 0)
         if kind == "metrics":
             self.keep_new(stage, step, record["values"])
             self.recent.setdefault(step, []).append(record)
-            if any(key.startswith(EVALUATION) for key in record["values"]):
+            if any(key.startswith(records.EVALUATION) for key in record["values"]):
                 self.evaluations.setdefault(step, []).append(record)
             if len(self.recent) > RECENT_STEPS:
                 self.recent.popitem(last=False)
@@ -102,7 +91,7 @@ class History:
             for by_step in (self.recent, self.evaluations):
                 for later in [other for other in by_step if other > step]:
                     by_step[later] = [point for point in by_step[later] if point["stage"] != stage]
-        elif kind == "model" and record["role"] == CHECKPOINT:
+        elif kind == "model" and record["role"] == records.CHECKPOINT:
             self.checkpoints[record["url"]] = stage
         elif kind == "model_gone":
             self.checkpoints.pop(record["url"], None)
@@ -142,10 +131,10 @@ class Tracker:
 
     is_recording = False
     _config: RunConfig
-    _journal: Journal
-    _committed: CommittedJournal
+    _journal: records.Journal
+    _committed: records.CommittedJournal
     _history: History
-    _writer: JournalWriter
+    _writer: records.JournalWriter
     _uploader: Uploader
     _stage: int | None = None
     _has_trained = False  # True once this session has started a stage
@@ -161,8 +150,8 @@ class Tracker:
         """
         tracker = cls()
         tracker._config, tracker.is_recording = config, True
-        tracker._journal = journal = Journal(locations.journal_folder(config.folder))
-        tracker._committed = CommittedJournal(storage, config.folder)
+        tracker._journal = journal = records.Journal(locations.journal_folder(config.folder))
+        tracker._committed = records.CommittedJournal(storage, config.folder)
         known = locations.read_run_id(config, storage)
         run = known or uuid.uuid4().hex
         if known is None:
@@ -177,7 +166,7 @@ class Tracker:
             tracker._committed.restore(journal)
             was_lost = known is not None and not journal.sessions()
             tracker._history = History(journal)
-            tracker._writer = JournalWriter(journal)
+            tracker._writer = records.JournalWriter(journal)
         params, changeable = describe.split_changeable(config.model_dump(mode="json"))
         tracker._append(
             "run", run=run, name=config.name, uri=redact(locations.tracking_uri(config)),
@@ -191,7 +180,9 @@ class Tracker:
         return tracker
 
     @log_exceptions
-    def begin_stage(self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[Dataset]) -> None:
+    def begin_stage(
+        self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[records.Dataset]
+    ) -> None:
         """Assign the following records to stage `index`, until `end_stage`. A stage that began before is resumed."""
         history, attempt = self._history, str(self._history.training_sessions + 1)
         params, changeable = describe.split_changeable(stage.model_dump(mode="json"), f"stages.{index}")
@@ -256,7 +247,7 @@ class Tracker:
         """Store bytes, or a copy of a local file, under `name`, which may contain folders ('report/index.html')."""
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
         file = f"{hashlib.sha256(data).hexdigest()[:16]}/{posixpath.basename(name)}"
-        if not ARTIFACT_NAME.match(name) or (path := self._journal.file(file)) is None:
+        if not records.ARTIFACT_NAME.match(name) or (path := self._journal.file(file)) is None:
             raise ValueError(f"{name!r} is not a valid artifact name, which is a relative path without '..'")
         if not path.exists():
             write_durably(path, data)
@@ -270,10 +261,10 @@ class Tracker:
             self._append("model_gone", stage=self._history.checkpoints[url], url=url)
         for url, weights in current.items():
             if url not in known:
-                self.log_weights(weights, CHECKPOINT)
+                self.log_weights(weights, records.CHECKPOINT)
 
     @log_exceptions
-    def log_weights(self, weights: SavedWeights, role: str = FINAL_WEIGHTS) -> None:
+    def log_weights(self, weights: SavedWeights, role: str = records.FINAL_WEIGHTS) -> None:
         """Record weights: by default a stage's final ones, from which a stage, an evaluation or an export starts."""
         url, step, stage = weights
         points = [
@@ -286,13 +277,13 @@ class Tracker:
         self._append("model", stage=stage, step=step, url=redact(url), role=role, points=points)
 
     @log_exceptions
-    def end_stage(self, status: Status = "FINISHED") -> None:
+    def end_stage(self, status: records.Status = "FINISHED") -> None:
         self._append("stage_end", status=status)
         self._stage = None
         self._uploader.send("upload")
 
     @log_exceptions
-    def finish(self, status: Status = "FINISHED") -> None:
+    def finish(self, status: records.Status = "FINISHED") -> None:
         """End the run, and a stage that is still open, with `status`. `close` must still be called."""
         if self._stage is not None:
             self.end_stage(status)

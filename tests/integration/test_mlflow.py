@@ -184,8 +184,7 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(tmp_path, uri, monke
     second.finish()
     second.close(timeout=60)
     vision = runs_of(uri, config)["vision"]
-    assert vision.info.status == "FINISHED"
-    assert points(uri, vision) == losses(range(100))
+    assert (vision.info.status, points(uri, vision)) == ("FINISHED", losses(range(100)))
     Storage().delete(config.folder)
 
 
@@ -238,24 +237,19 @@ def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path, uri):
     assert content(uri) == before
     runs = runs_of(uri, config)
     parent, vision, last = (runs[name] for name in (config.name, "vision", "second"))
-    models = MlflowClient(uri).search_logged_models(
-        [parent.info.experiment_id],
-        filter_string=f"tags.`mome.run` = '{parent.data.tags['mome.run']}'",
-        order_by=[{"field_name": "metrics.eval/unseen/r1", "ascending": False}],
-    )
-    assert [
-        (model.params["step"], model.source_run_id, {metric.key: metric.value for metric in model.metrics})
-        for model in models
-    ] == [
+    condition = f"tags.`mome.run` = '{parent.data.tags['mome.run']}'"
+    order = [{"field_name": "metrics.eval/unseen/r1", "ascending": False}]
+    models = MlflowClient(uri).search_logged_models([parent.info.experiment_id], condition, order_by=order)
+    logged = [(m.params["step"], m.source_run_id, {metric.key: metric.value for metric in m.metrics}) for m in models]
+    assert logged == [
         ("200", last.info.run_id, {"train/loss": 1 / 201, "train/lr": 200 / 3, "eval/unseen/r1": 0.75}),
         ("90", vision.info.run_id, {"train/loss": 1 / 91, "train/lr": 90 / 3, "eval/unseen/r1": 0.5}),
         ("60", vision.info.run_id, {"train/loss": 1 / 61, "train/lr": 60 / 3, "eval/unseen/r1": 0.2}),
         ("100", vision.info.run_id, {"train/loss": 1 / 101, "train/lr": 100 / 3}),
     ]
-    handed_over = models[-1]
+    outputs, inputs, handed_over = vision.outputs.model_outputs, last.inputs.model_inputs, models[-1]
     assert handed_over.tags["mome.url"] == weights(config, 0).url
-    assert [item.model_id for item in vision.outputs.model_outputs] == [handed_over.model_id]
-    assert [item.model_id for item in last.inputs.model_inputs] == [handed_over.model_id]
+    assert [item.model_id for item in (*outputs, *inputs)] == [handed_over.model_id] * 2
     assert last.data.tags["start_from.run_id"] == vision.info.run_id
     assert points(uri, vision) == losses(range(1, 101))
     assert parent.data.tags["mlflow.note.content"].startswith("**kept.models**: vlmo, 200 steps")

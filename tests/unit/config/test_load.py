@@ -30,8 +30,8 @@ def test_every_config_of_the_project_loads_and_the_reference_describes_every_key
     assert len(paths) > 10
     assert all(load_config(path).stages for path in paths)
     text, schema = markdown(), RunConfig.model_json_schema()
-    remedy = "run `python -m pipeline.config.reference > configs/README.md`"
-    assert (CONFIGS / "README.md").read_text(encoding="utf-8") == text, remedy
+    stored = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    assert stored == text, "run `python -m pipeline.config.reference > configs/README.md`"
     for name, section in [("run", schema), *schema["$defs"].items()]:
         assert section.get("description"), name
         assert {key for key, value in section["properties"].items() if not value.get("description")} <= {"kind"}, name

@@ -25,20 +25,9 @@ from pipeline.tracking.mlflow_replay import Cursor, pending_bytes
 from pipeline.tracking.tracker import History, Tracker
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.journals import (
-    REPORT,
-    RUN,
-    STAGE_START,
-    URL,
-    Objects,
-    artifact,
-    config_of,
-    point,
-    restored,
-    steps,
-    training,
-)
+from tests.support.journals import RUN, STAGE_START, URL, Objects, artifact, config_of, point, restored, steps, training
 
+REPORT = artifact()["file"]
 TAG = {"kind": "tag", "at": 1, "stage": None, "key": "a", "value": "b"}
 END = encode({"kind": "run_end", "at": 1, "stage": None, "status": "FINISHED"})
 SERVER = "http://server"
