@@ -1,7 +1,4 @@
-"""Options that commands share, terminal output (results on standard output, the rest on standard error), output files.
-
-Imports neither torch nor the training package, so that `mome --help` starts quickly.
-"""
+"""Options, terminal output and output files that commands share; without torch, so that `mome --help` is quick."""
 
 from __future__ import annotations
 
@@ -179,10 +176,7 @@ def check_output(storage: Storage, url: str, option: str, data: bytes | None = N
 
 @contextmanager
 def list_of_findings(path: Path | None, option: str) -> Iterator[BinaryIO | None]:
-    """Yield the file for a list of bad samples, one JSON object per line; it is complete only if the block succeeds.
-
-    It replaces an earlier list. Raises ConfigError before the block if another file is there.
-    """
+    """Yield the file for a list of bad samples, complete if the block succeeds. Raises ConfigError for another file."""
     if path is None:
         yield None
         return

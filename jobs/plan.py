@@ -154,10 +154,7 @@ def _plan_stage(stage: Stage, vocabulary: int, target: Target, scaling: bool) ->
 
 
 def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
-    """Return the numbers of the run and of each stage.
-
-    Of the run: memory is that of the stage which needs most, and a step's time and arithmetic are means over its steps.
-    """
+    """Return the numbers of each stage and of the run: most memory, and mean time and arithmetic of a step."""
     chosen, stages = [plan.chosen for plan in plans], []
     steps = [stage.hours / stage.step_seconds for stage in chosen]
     means = {
@@ -251,8 +248,7 @@ def _assumption_lines(plans: list[StagePlan], target: Target) -> list[str]:
 def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
     """Draw every stage's scaling curve as one self-contained SVG, with the assumptions below it.
 
-    GPUs are on x and samples per second on y, both logarithmic; the dashed line is ideal scaling from one GPU, and a
-    hollow point does not fit.
+    Both axes are logarithmic; the dashed line is ideal scaling from one GPU, and a hollow point does not fit.
     """
     width, left, top, right, bottom = CHART.values()
     points = [point for plan in plans for point in plan.scaling]

@@ -35,9 +35,8 @@ def register_checkpoint(
 ) -> dict[str, Any]:
     """Register the weights of a run, a stage or a checkpoint's folder; return the version and how to load it.
 
-    The MLflow server is the caller's, else the SQLite file next to the run's folder. Raises CheckpointError for a
-    folder without complete weights, ConfigError for weights that give neither embeddings nor matching scores,
-    TrackingError for what MLflow refuses.
+    The server is the caller's, else the SQLite file next to the run's folder. Raises CheckpointError for incomplete
+    weights, ConfigError for weights without embeddings and matching scores, TrackingError for what MLflow refuses.
     """
     import pandas as pd  # here, with torch: `sync` starts in half a second
     from PIL import Image
@@ -78,9 +77,7 @@ def sync(run: str, caller: Caller = Caller()) -> dict[str, Any]:
     """Upload the journal of the run in folder `run` (path or URL) to the caller's server.
 
     Without a server, that is the SQLite file next to the run's folder. The server named in the journal is not used: the
-    journal may come from another person. Uploading again changes nothing. Returns the server, the bytes of journal that
-    were pending, and the number of metric points uploaded. Raises TrackingError if there is no journal, if another
-    process is uploading it, or if the server does not accept it.
+    journal may come from another person. Uploading again changes nothing. Raises TrackingError.
     """
     journal = locations.read_journal(run, caller.store())
     run_records = journal.run_records()

@@ -31,10 +31,9 @@ def within(seconds: float, call: Callable[[], T], name: str) -> T:
 
 
 class PeriodicThread:
-    """Daemon thread that calls `task` every `seconds` until `stop`, or until the task returns False.
+    """Daemon thread that calls `task` every `seconds`, at once if `immediately`, until `stop` or it returns False.
 
-    `task` handles its own exceptions: one that escapes ends the thread. With `immediately` the first call is made when
-    the thread starts, otherwise after `seconds`.
+    `task` handles its own exceptions: one that escapes ends the thread.
     """
 
     def __init__(self, task: Callable[[], object], seconds: float, name: str, immediately: bool = False):

@@ -145,10 +145,9 @@ def _redact_urls(text: str, depth: int = 0) -> str:
 
 
 def _end_of_user(scheme: str, rest: str) -> int:
-    """Return the end of `user:password@` in the part of a URL after its scheme, or 0.
+    """Return the end of `user:password@` in the part of a URL after its scheme, or 0; if in doubt, more is removed.
 
-    A password may contain '/', '?', '#' and '@' that should have been percent-encoded, as SQLAlchemy accepts them; if
-    in doubt, more is removed than necessary.
+    A password may contain '/', '?', '#' and '@' that should have been percent-encoded, as SQLAlchemy accepts them.
     """
     authority = re.match(r"[^/?#\\]*", rest).group()  # type: ignore[union-attr]
     if "@" in authority:

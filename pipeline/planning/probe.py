@@ -24,12 +24,10 @@ unwatched = _disable_current_modes  # a context manager in which nothing is coun
 
 
 class Probe(TorchDispatchMode):
-    """Counts FLOPs and the bytes of storages allocated inside the context: alive now and at most.
+    """Counts FLOPs (two per multiply-add) and bytes of storages, except of `known` tensors: alive now and at most.
 
-    Storages of the `known` tensors (weights and the batch) are not counted. `flops` are those of all matrix products,
-    two per multiply-add. Attention on meta tensors is replaced by an operation with the bytes and FLOPs of the device's
-    kernel, which computes no values; it patches torch's function, because a function mode would not be active when
-    backward recomputes checkpointed blocks.
+    Attention on meta tensors is replaced by an operation with the bytes and FLOPs of the device's kernel; it patches
+    torch's function, because a function mode would not be active when backward recomputes checkpointed blocks.
     """
 
     def __init__(self, known: Iterable[Tensor], kernels: Kernels) -> None:

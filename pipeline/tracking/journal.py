@@ -115,11 +115,10 @@ class InUse(Exception):
 
 
 class Lease:
-    """Marks a file, creating it if necessary, as used by this process until `close` or the process's death.
+    """Marks a file, creating it if necessary, as used by this process until `close` or the process's death, else InUse.
 
-    A process that dies loses its file lock at once. Where the file system has none (Lustre without `-o flock`, some
-    NFS), which is logged, the owner touches a file next to the used one every few seconds instead, and counts as dead
-    60 s after the last touch. Raises InUse when another process uses the file.
+    Without file locks (Lustre without `-o flock`, some NFS), which is logged, the owner touches a file next to it every
+    few seconds instead, and counts as dead 60 s after the last touch.
     """
 
     def __init__(self, path: Path):

@@ -308,9 +308,9 @@ class MlflowUploader:
     def _run_id(self, stage: int | None, start: Record | None = None) -> str:
         """Return the MLflow run id of a stage, or of the parent run for None.
 
-        With its `start` record, the run is looked up and created if necessary, in one request with the tags by which it
-        is found, so that a lost response does not create a second one. Raises RunNotFound without a record, and
-        ServerUnavailable if the run is deleted.
+        With its `start` record a missing run is created, in one request with the tags by which it is found, so that a
+        lost response does not create a second one. Otherwise raises RunNotFound, and ServerUnavailable if the run is
+        deleted.
         """
         if start is None and stage in self._runs:
             return self._runs[stage]

@@ -144,11 +144,7 @@ def _fault_of_http(url: str) -> str | None:
 
 
 def http_get(url: str, limit: int = 2**16) -> tuple[int, bytes]:
-    """Return (status, body) of a GET request, using the TLS settings that MLflow's client reads.
-
-    Raises one of HTTP_ERRORS when there is no complete response within 2 * ANSWER_SECONDS. A socket's own timeout is
-    not enough: it never expires for a server that sends a byte now and then.
-    """
+    """Return (status, body) of a GET request with the TLS settings of MLflow's client. Raises one of HTTP_ERRORS."""
 
     def get() -> tuple[int, bytes]:
         handlers = []
@@ -238,10 +234,9 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def try_writing(uri: str, experiment: str) -> str:
-    """Create a run with a tag, read it back and delete it; return a description of the result.
+    """Create a run with a tag, read it back and delete it; return a description. Raises TrackingError.
 
-    The run is created in `experiment` if it exists, otherwise in MLflow's default one. A database that does not exist
-    is not created. Raises TrackingError with the server's error.
+    The run is created in `experiment` if that exists, else in MLflow's default one; no database is created.
     """
     if (database := sqlite_file(uri)) is not None and not database.exists():
         return "its database will be created with the run"
@@ -272,14 +267,11 @@ def register(
 ) -> dict[str, Any]:  # fmt: skip
     """Log a model of the stage that made it, register it as the next version of `name`, set the alias.
 
-    `mlflow.pyfunc.load_model("models:/NAME@ALIAS")` loads it by itself: weights, the code that reads them and the name
-    of the loader module, without pickle and without this repository on the serving machine. A prediction reads per row
-    an encoded image, a text, or both, and returns one column per output.
-
-    `run` is the tag `mome.run` of the run that made it, and `pyfunc` the model's files, code and example, as
-    `mlflow.pyfunc.log_model` takes them. The result has the "name", "version", "alias", "model_id", the stage's MLflow
-    "run_id" (None if the server does not know it), and the "uri" for `load_model`. Raises TrackingError with the
-    server's error.
+    `mlflow.pyfunc.load_model` loads it without pickle and without this repository. A prediction reads per row an
+    encoded image, a text, or both, and returns one column per output. `run` is the tag `mome.run` of the run that made
+    it, and `pyfunc` the model's files, code and example, as `mlflow.pyfunc.log_model` takes them. Returns "name",
+    "version", "alias", "model_id", the stage's MLflow "run_id" (None if the server does not know it), and the "uri" for
+    `load_model`. Raises TrackingError with the server's error.
     """
     uri = resolve_uri(uri)
     client = connect(uri)

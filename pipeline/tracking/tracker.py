@@ -49,10 +49,9 @@ class SavedWeights(NamedTuple):
 class History:
     """State derived from a journal's records, both of earlier sessions and of this one.
 
-    It separates replayed points from new ones. The points of a stage arrive in the order of their steps. A point at or
-    below the highest step of its key is a replay, and since a resumed run equals the uninterrupted run (C4), the first
-    point counts; a rewind lowers the highest step. Points outside stages (evaluations of any checkpoint, in any order)
-    are replays only if step and value are equal.
+    A point of a stage at or below the highest step of its key is a replay, and since a resumed run equals the
+    uninterrupted run (C4), the first point counts; a rewind lowers the highest step. Points outside stages (evaluations
+    of any checkpoint, in any order) are replays only if step and value are equal.
     """
 
     def __init__(self, journal: records.Journal):
@@ -145,8 +144,8 @@ class Tracker:
     def open(cls, config: RunConfig, storage: Storage, attempt_tags: Mapping[str, str] = {}) -> Tracker:
         """Open the run's journal, creating it on the first start, and start its upload.
 
-        `attempt_tags` describe this start (world size, attempt, submission id, …) and are set on the parent run.
-        Raises StorageError or TrackingError when the run's folder or the journal cannot be read or written.
+        `attempt_tags` (world size, attempt, submission id, …) are set on the parent run. Raises StorageError or
+        TrackingError when the run's folder or the journal cannot be read or written.
         """
         tracker = cls()
         tracker._config, tracker.is_recording = config, True
@@ -300,7 +299,7 @@ class Tracker:
         """Upload the remaining records for at most `timeout` seconds; `mome sync` uploads the rest later.
 
         None stops at once, without final records, because another process now records this run. A run that never
-        trained (such as an evaluation of imported weights) is marked as finished here.
+        trained, such as an evaluation of imported weights, is finished here.
         """
         if timeout is not None:
             if not self._has_trained and not self._history.training_sessions:

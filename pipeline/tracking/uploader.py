@@ -122,10 +122,7 @@ def _forward_messages(lines: Iterable[bytes]) -> None:
 
 
 class UploadProcess:
-    """Uploads the journal in a folder until its input holds a command to close, or the recording process has died.
-
-    A changed parent process shows that too, in case one of its own children keeps the pipe of the input open.
-    """
+    """Uploads a journal until its input has a command to close or ends, or its parent process changes (died)."""
 
     def __init__(self, folder: Path, uri: str, every: float):
         self._folder, self._uri, self._every, self._parent = folder, uri, every, os.getppid()
