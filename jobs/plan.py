@@ -4,6 +4,7 @@ It runs the stages' own training step on models without memory (`pipeline.traini
 on the hardware (`pipeline.planning`). A manifest on this machine replaces the assumed bytes of a sample.
 """
 
+import difflib
 import itertools
 import math
 import textwrap
@@ -73,8 +74,12 @@ def plan_command(
     if scaling is not None:
         check_output(Storage(), str(scaling), "--scaling")
     config = for_ranks(config, workers=gpus or config.cluster.workers, min_workers=None)
-    device = planning.hardware_named("--accelerator", planning.ACCELERATORS, accelerator)
-    interconnect = planning.hardware_named("--network", planning.NETWORKS, network)
+    tables = {"--accelerator": (planning.ACCELERATORS, accelerator), "--network": (planning.NETWORKS, network)}
+    for option, (table, name) in tables.items():
+        if name not in table:
+            hint = "".join(f"did you mean '{match}'? " for match in difflib.get_close_matches(name, table, n=1))
+            raise ConfigError(f"{option} {name}: {hint}known: {', '.join(table)}")
+    device, interconnect = planning.ACCELERATORS[accelerator], planning.NETWORKS[network]
     target = Target(device, interconnect, config.cluster.workers, assumptions, text_tokens)
     with status("planning") as update:
         plans = plan_run(config, target, scaling is not None, update)

@@ -8,10 +8,7 @@ and is verified on running engines (`mome bench step`). Nothing is measured here
 import math
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
-from typing import Literal, TypeVar
-
-from pipeline.config.errors import ConfigError
+from typing import Literal
 
 GB, TERA = 10**9, 10**12
 PCIE = 25 * GB  # generation 4, 16 streams, as measured in copies
@@ -71,16 +68,6 @@ NETWORKS = {
         Network("ethernet-25", 25 * GB / 8 / 8, 50e-6, 0.7),  # one card of 25 Gbit/s for the eight of a node
     )
 }
-
-Named = TypeVar("Named", Accelerator, Network)
-
-
-def hardware_named(option: str, table: dict[str, Named], name: str) -> Named:
-    """Return the entry of that name. Raises ConfigError, naming the command-line option, with the known names."""
-    if name not in table:
-        hint = "".join(f"did you mean '{match}'? " for match in get_close_matches(name, table, n=1))
-        raise ConfigError(f"{option} {name}: {hint}known: {', '.join(table)}")
-    return table[name]
 
 
 def accelerator_like(device: str) -> Accelerator | None:

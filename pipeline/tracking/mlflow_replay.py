@@ -79,7 +79,7 @@ class MlflowUploader:
 
     _client: MlflowClient
     _run_record: Record  # the journal's first; a run stays in the experiment in which it started
-    _deleted: set[str]  # URLs of weights, which are not logged if they were deleted before
+    _deleted: set[str]  # URLs of weights that were deleted before the models were requested: not logged any more
 
     def __init__(self, folder: Path, uri: str, report: Callable[[str], None]):
         os.environ.update(mlflow_server.CLIENT_ENVIRONMENT)
@@ -119,8 +119,7 @@ class MlflowUploader:
                     self._run_record = request(lambda: self._journal.run_records()[0])  # if damaged: tried again
                     name = self._run_record.get("experiment", "Default")
                     experiment = request(mlflow_server.experiment_id, client, self._uri, name)
-                    gone = (record for record in self._journal.all_records() if record["kind"] == "model_gone")
-                    self._deleted, self._models = {record["url"] for record in gone}, None
+                    self._models = None
                     self._client, self._experiment = client, experiment  # last: a failed connection is made again
                 if record["kind"] != "metrics":
                     self._send_points()
@@ -255,7 +254,8 @@ class MlflowUploader:
                 models |= {model.tags["mome.url"]: model for model in page if "mome.url" in model.tags}
                 if not (token := page.token):
                     break
-            self._models = models
+            gone = (record for record in self._journal.all_records() if record["kind"] == "model_gone")
+            self._models, self._deleted = models, {record["url"] for record in gone}
         return self._models
 
     def _log_model(self, record: Record, run_id: str) -> str | None:
@@ -263,9 +263,10 @@ class MlflowUploader:
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
         url, step, role, client = record["url"], record["step"], record["role"], self._client
+        models = self._logged_models()
         if url in self._deleted:
             return None
-        run, models = request(client.get_run, run_id), self._logged_models()
+        run = request(client.get_run, run_id)
         if (model := models.get(url)) is None:
             stage = run.data.tags.get("stage", str(record["stage"]))
             name = f"{self._run_record.get('name', 'run')}-{stage}-{step:08d}"

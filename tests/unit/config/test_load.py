@@ -113,29 +113,26 @@ def test_overrides_use_dotted_paths_and_numbers_are_read_as_in_yaml_1_2(tmp_path
 
 
 TAGS = ("int", "float", "bool", "null", "timestamp", "binary", "set", "omap", "map", "value", "x")
+VALUES = ("null", "5", "text", "[]", "[1]", "true", "1.5", "2024-01-01", "{a: {b: c}}")
 
 
-@pytest.mark.parametrize("value", ["null", "5", "text", "[]", "[1]", "true", "1.5", "2024-01-01", "{a: {b: c}}"])
-def test_value_of_any_type_at_any_key_raises_only_config_errors(value):
+def test_any_value_at_any_key_and_mutated_or_mistagged_files_raise_only_config_errors(tmp_path):
     demo, keys = parse_yaml(DEMO.read_bytes(), "demo"), load.flatten(load_config(DEMO).model_dump(mode="json"))
     for path in sorted({key.rsplit(".", depth)[0] for key in keys for depth in range(4)}):
-        values = copy.deepcopy(demo)
-        with contextlib.suppress(ConfigError):
-            load.apply_override(values, f"{path}={value}")
-            load.validate(values, "demo")
-
-
-def test_mutated_and_mistagged_values_raise_only_config_errors(tmp_path):
+        for value in VALUES:
+            values = copy.deepcopy(demo)
+            with contextlib.suppress(ConfigError):
+                load.apply_override(values, f"{path}={value}")
+                load.validate(values, "demo")
     rng, content = random.Random(14), DEMO.read_bytes()
     for _ in range(fuzz_rounds(60)):
         (tmp_path / "run.yaml").write_bytes(mutate(content, rng))
         with contextlib.suppress(ConfigError):
             load_config(tmp_path / "run.yaml")
-    for value in ("''", "maybe", "x", "é", "[1]", "{a: 1}"):
-        for tagged in (f"!!{tag} {value}" for tag in TAGS):
-            for text in (tagged, f"[{tagged}]"):
-                with contextlib.suppress(ConfigError):
-                    load_config(DEMO, [f"tracking.experiment={text}"])
+    for tagged in (f"!!{tag} {value}" for value in ("''", "maybe", "x", "é", "[1]", "{a: 1}") for tag in TAGS):
+        for text in (tagged, f"[{tagged}]"):
+            with contextlib.suppress(ConfigError):
+                load_config(DEMO, [f"tracking.experiment={text}"])
 
 
 UNREADABLE: dict[str, list[bytes]] = {  # expected part of the message -> contents of a file

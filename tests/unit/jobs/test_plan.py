@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from jobs.cluster import for_ranks
-from jobs.plan import SIZES, Target, as_json_object, as_text, plan_run, scaling_svg
+from jobs.plan import SIZES, Target, as_json_object, as_text, plan_command, plan_run, scaling_svg
 from pipeline.config.errors import ConfigError
 from pipeline.planning.estimate import ACCELERATORS, NETWORKS, Assumptions
 from tests.support.tiny_model import tiny_config
@@ -56,3 +56,5 @@ def test_scaling_ends_where_a_rank_would_have_no_example(plans):
     assert SIZES[-1] == 1024
     with pytest.raises(ConfigError, match="12 rows only"):
         plan_run(tiny_config(), replace(TARGET, gpus=16), scaling=False)
+    with pytest.raises(ConfigError, match="--accelerator h1000: did you mean 'h100'"):
+        plan_command(tiny_config(), "h1000", "ib-400", None, Assumptions(), None, None)

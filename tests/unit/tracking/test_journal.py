@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from pipeline.config.durable import write_durably
 from pipeline.config.errors import ConfigError, StorageError, TrackingError
 from pipeline.config.urls import local_path
 from pipeline.data.storage import Storage
@@ -260,9 +261,8 @@ def test_restore_keeps_evaluations_sessions_being_written_and_copied_runs(tmp_pa
     store, node, local = Objects(), Journal(tmp_path / "node"), Journal(tmp_path / "local")
     training(node, 1, 9).close()
     CommittedJournal(store, RUN).commit(node)
-    evaluation = JournalWriter(local)
-    evaluation.append(point(50, stage=None))
-    evaluation.close()
+    with closing(JournalWriter(local)) as evaluation:
+        evaluation.append(point(50, stage=None))
     alive = training(local, 30, 31)
     restored(store, local.folder)
     assert sorted(steps(local)) == [*range(1, 10), 30, 31, 50]
@@ -319,8 +319,7 @@ def _commits(storage: Storage, folder: Path, run: str) -> None:
         committed.restore(journal)
     writer = training(journal, 1, 3)
     for step, file in ((4, "0123456789abcdef/a.html"), (5, "0123456789abcdee/b.html")):
-        (journal.folder / "files" / file).parent.mkdir(parents=True)
-        (journal.folder / "files" / file).write_bytes(file.encode())
+        write_durably(journal.folder / "files" / file, file.encode())
         writer.append(artifact(file))
         writer.append(point(step))
         with suppress(StorageError):  # `Tracker.commit` warns
@@ -404,10 +403,9 @@ def test_links_are_not_followed_and_missing_artifacts_skipped(tmp_path, link, ca
     (outside / "0123456789abcdef").mkdir(parents=True)
     for place in (outside, outside / "0123456789abcdef"):
         (place / "report.html").write_text("a secret")
-    writer = training(journal, 1, 2)
-    writer.append(artifact())
-    writer.append(point(3))
-    writer.close()
+    with closing(training(journal, 1, 2)) as writer:
+        writer.append(artifact())
+        writer.append(point(3))
     path = journal.folder / "files" / REPORT
     link_path = {"files": path.parent.parent, "its folder": path.parent}.get(link, path)
     link_path.parent.mkdir(parents=True, exist_ok=True)
