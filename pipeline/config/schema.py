@@ -116,8 +116,10 @@ class TransformerConfig(Section):
     """Sizes common to all models: the transformer, and the images and texts it reads."""
 
     READS_TEXT: ClassVar[bool] = True
-    # Keys that do not change which weights fit.
-    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"init_std", "drop_path", "interpolation"})
+    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({  # keys of any kind that do not change which weights fit
+        "init_std", "drop_path", "interpolation", "norm_eps", "text_norm_eps", "dropout", "contrasts", "longest_side",
+        "max_visible_patches", "max_regions",
+    })  # fmt: skip
     RULES: ClassVar[Rules] = {
         "width {width} must be a multiple of heads {heads}": lambda model: model.width % model.heads == 0,
         "image_size {image_size} must be a multiple of patch_size {patch_size}": (
@@ -164,7 +166,6 @@ class TransformerConfig(Section):
 class VLMoConfig(TransformerConfig):
     """VLMo (arXiv 2111.02358); the defaults are VLMo-base at 224 px."""
 
-    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"norm_eps", "contrasts"}
     RULES: ClassVar[Rules] = {
         "vision_language_layers must be below layers {layers}": lambda m: m.vision_language_layers < m.layers
     }
@@ -188,9 +189,6 @@ class ViLTConfig(TransformerConfig):
     make results depend on generator state.
     """
 
-    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
-        "longest_side", "max_visible_patches", "norm_eps", "text_norm_eps"
-    }  # fmt: skip
     RULES: ClassVar[Rules] = {
         "longest_side {longest_side} is below image_size {image_size}, the shorter side": (
             lambda model: model.longest_side >= model.image_size
@@ -210,7 +208,7 @@ class ViTConfig(TransformerConfig):
     """ViT (arXiv 2010.11929); the defaults are ViT-B/16. It reads no text."""
 
     READS_TEXT: ClassVar = False
-    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"max_text_length", "norm_eps"}
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"max_text_length"}
 
     kind: Literal["vit"] = "vit"
     norm_eps: PositiveFloat = fixed(1e-6, "Epsilon of the layer norms; Hugging Face's configs state 1e-12")
@@ -219,9 +217,7 @@ class ViTConfig(TransformerConfig):
 class ImageBERTConfig(TransformerConfig):
     """ImageBERT (arXiv 2001.07966): BERT-base over words and an object detector's regions. It reads no pixels."""
 
-    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
-        "image_size", "patch_size", "max_regions", "dropout", "norm_eps"
-    }  # fmt: skip
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"image_size", "patch_size"}
     RULES: ClassVar[Rules] = {
         "drop_path does not exist in BERT; leave it 0 and set dropout": lambda model: not model.drop_path
     }
