@@ -23,7 +23,7 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
 
 
 def within(seconds: float, call: Callable[[], T], name: str) -> T:
-    """Return the result of `call`, or raise its exception, or TimeoutError after `seconds`; its thread then goes on."""
+    """Return or raise what `call` does, or raise TimeoutError after `seconds`; its thread then keeps running."""
     future = in_background(call, name)
     if not wait([future], seconds).done:
         raise TimeoutError(f"no complete response within {seconds:.0f} s")
