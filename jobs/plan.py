@@ -74,11 +74,11 @@ def plan_command(
     if scaling is not None:
         check_output(Storage(), str(scaling), "--scaling")
     config = for_ranks(config, workers=gpus or config.cluster.workers, min_workers=None)
-    tables = {"--accelerator": (planning.ACCELERATORS, accelerator), "--network": (planning.NETWORKS, network)}
-    for option, (table, name) in tables.items():
-        if name not in table:
-            hint = "".join(f"did you mean '{match}'? " for match in difflib.get_close_matches(name, table, n=1))
-            raise ConfigError(f"{option} {name}: {hint}known: {', '.join(table)}")
+    options = {"--accelerator": (accelerator, [*planning.ACCELERATORS]), "--network": (network, [*planning.NETWORKS])}
+    for option, (name, known) in options.items():
+        if name not in known:
+            hint = "".join(f"did you mean '{match}'? " for match in difflib.get_close_matches(name, known, n=1))
+            raise ConfigError(f"{option} {name}: {hint}known: {', '.join(known)}")
     device, interconnect = planning.ACCELERATORS[accelerator], planning.NETWORKS[network]
     target = Target(device, interconnect, config.cluster.workers, assumptions, text_tokens)
     with status("planning") as update:
