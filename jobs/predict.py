@@ -74,7 +74,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     for word in explanation.words:
         row, column = divmod(int(word.heat.argmax()), word.heat.shape[1])
         hottest = {"row": row, "column": column, "share": word.heat.max().item()}
-        conditions = {name: asdict(getattr(word, name)) for name in ("with_image", "without_image")}
+        conditions = {"with_image": asdict(word.with_image), "without_image": asdict(word.without_image)}
         words.append({"word": word.word, "hottest_patch": hottest, **conditions})
     return {"out": out, "distance": explanation.distance, "notes": notes, "words": words}
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,10 +146,12 @@ class TrainedModel:
 
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (N, D) in the space shared with `encode_texts`."""
-        self._require("itc", "embeddings")
-        predictor = Predictor(self.model, self.tokenizer, batch_size)
-        batches = (np.stack([self.pixels(image) for image in images[rows]]) for rows in _batches(images, batch_size))
-        return torch.cat([predictor.embed_images(torch.from_numpy(batch)) for batch in batches])
+        self._require("itc", "embeddings", len(images))
+        predictor, features = Predictor(self.model, self.tokenizer, batch_size), []
+        for start in range(0, len(images), batch_size):
+            pixels = np.stack([self.pixels(image) for image in images[start : start + batch_size]])
+            features.append(predictor.embed_images(torch.from_numpy(pixels)))
+        return torch.cat(features)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (M, D) in the space shared with `encode_images`."""
@@ -172,9 +174,9 @@ class TrainedModel:
         if len(images) != len(texts):
             raise ValueError(f"score_pairs got {len(images)} images and {len(texts)} texts; give one text per image")
         head = head or ("ranking" if "ranking" in self.stage.objectives else "itm")
-        self._require(head, "pair scores")
+        self._require(head, "pair scores", len(images))
         results = []
-        for rows in _batches(images, batch_size):
+        for rows in (slice(start, start + batch_size) for start in range(0, len(images), batch_size)):
             token_ids, pixels = map(self.tokenize, texts[rows]), [(self.pixels(image),) for image in images[rows]]
             pairs = collate_inputs(pixels, list(token_ids), self.tokenizer.pad_id, self.config.model, head)
             scores = run_forward(self.model, pairs)[head].float().cpu()
@@ -292,18 +294,15 @@ class TrainedModel:
             raise ConfigError(f"no token is left of the text {text!r:.60}; give at least one word")
         return ids
 
-    def _require(self, objective: str, purpose: str) -> None:
+    def _require(self, objective: str, purpose: str, num_images: int | None = None) -> None:
+        """Raise ConfigError for a stage without the objective, ValueError where no images are given."""
         if objective not in self.stage.objectives:
             raise ConfigError(
                 f"{self.url or 'this model'}: {purpose} need objective {objective}, and stage {self.stage.name} was "
                 f"trained for {', '.join(self.stage.objectives)}; give the checkpoint of a stage with {objective}"
             )
-
-
-def _batches(images: Sequence[ImageInput], size: int) -> Iterator[slice]:
-    if len(images) == 0:  # not its truth value: it may be an array
-        raise ValueError("no images are given; give at least one")
-    return (slice(start, start + size) for start in range(0, len(images), size))
+        if num_images == 0:
+            raise ValueError("no images are given; give at least one")
 
 
 def _top(probabilities: Tensor, names: Sequence[str], k: int) -> dict[str, float]:

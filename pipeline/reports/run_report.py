@@ -93,8 +93,7 @@ class QuarantinedSample(NamedTuple):
 
 
 ReasonCount = tuple[str, str, str, int, int]  # source, stage, reason, distinct samples, times
-# A sample that was read again: its image as a data URI, or the error that prevents showing it.
-Inspected = tuple[QuarantinedSample, str | None, str]
+Inspected = tuple[QuarantinedSample, str | None, str]  # read again: its image as a data URI, or why it is not shown
 
 
 @dataclass(frozen=True)

@@ -171,22 +171,29 @@ def test_predictions_equal_those_of_one_caption_at_a_time(model, held_out, token
     model.eval()
 
 
-class Knowing(nn.Module):
-    """Model that predicts exactly the targets of the loss; `decoded`: reads only visible patches."""
+class Known(nn.Module):
+    """Model whose outputs are known: `outputs(one)` of its only forward."""
 
-    def __init__(self, target, decoded):
+    def __init__(self, **attributes):
         super().__init__()
-        self.target, self.decoded = target, decoded
-        self.unused = nn.Parameter(torch.zeros(1))
+        self.weight = nn.Parameter(torch.zeros(1))
+        vars(self).update(attributes)
 
     def forward(self, forwards):
         (one,) = forwards.values()
+        return {"only": self.outputs(one)}
+
+
+class Knowing(Known):
+    """Model that predicts exactly the targets of the loss; `decoded`: reads only visible patches."""
+
+    def outputs(self, one):
         assert one.heads == (("decoded_image",) if self.decoded else ("mim",))
         if self.decoded:
             both = torch.cat([one.visible_patches, one.patch_positions], dim=1).sort(dim=1).values
             assert torch.equal(both, torch.arange(16).expand(len(both), -1))
         target = patch_targets(one.image, one.patch_positions, 8, self.target)
-        return {"only": {"mim": target if self.target == "pixels" else nn.functional.one_hot(target, 512).float()}}
+        return {"mim": target if self.target == "pixels" else F.one_hot(target, 512).float()}
 
 
 def test_only_masked_patches_change_follow_the_key_alone_and_true_predictions_restore_them(held_out, model, config):
@@ -194,7 +201,9 @@ def test_only_masked_patches_change_follow_the_key_alone_and_true_predictions_re
     predicted = [("pixels", None, 0.005), ("pixels", autoencoder, 0.005), ("mean_colour", None, 16.5 / 255)]
     for target, decoder, error in predicted:  # mean colours are predicted within half a class
         stage = config.stages[0].model_copy(update={"image_target": target, "image_decoder": decoder})
-        result = filling.reconstruct_images(Knowing(target, decoder is not None), held_out, stage, config)
+        result = filling.reconstruct_images(
+            Knowing(target=target, decoded=decoder is not None), held_out, stage, config
+        )
         assert result.error <= error
         assert result.error < result.error_without_model
         if target == "pixels":
@@ -221,41 +230,31 @@ HEADS = {"answers": 6, "classes": 4}  # outputs
 PROMPTS = ("a photo of a {}.", "the {} thing")
 
 
-class Colourist(nn.Module):
+class Colourist(Known):
     """Model that answers with the colour of an image, or with the next colour if `wrong`."""
 
-    def __init__(self, wrong=False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.wrong, self.rows = wrong, 0
+    wrong, rows = False, 0
 
-    def forward(self, forwards):
-        (one,) = forwards.values()
+    def outputs(self, one):
         (head,) = one.heads
         self.rows += len(one.image)
         if head == "nlvr2":  # true where the first image is redder than the second
             first, second = (image.float().mean(dim=(1, 2)) for image in (one.image, one.second_image))
             redder = first[:, 0] - first[:, 2] > second[:, 0] - second[:, 2]
-            return {"only": {head: F.one_hot(redder.long() ^ self.wrong, 2).float()}}
-        return {"only": {head: F.one_hot((colour_of(one.image) + self.wrong) % 4, HEADS[head]).float()}}
+            return {head: F.one_hot(redder.long() ^ self.wrong, 2).float()}
+        return {head: F.one_hot((colour_of(one.image) + self.wrong) % 4, HEADS[head]).float()}
 
 
-class ColourSpace(nn.Module):
+class ColourSpace(Known):
     """Model that embeds images and texts by the colour they show or name, with an offset for each text."""
 
-    def __init__(self, tokenizer):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.ids = [tokenizer.encode(name, 8).ids[1] for name in COLOURS]
-
-    def forward(self, forwards):
-        (one,) = forwards.values()
+    def outputs(self, one):
         if one.text is None:
             colour = F.one_hot(colour_of(one.image), 4).float()
-            return {"only": {"tokens": colour[:, None].expand(-1, 5, -1), "itc": colour}}
+            return {"tokens": colour[:, None].expand(-1, 5, -1), "itc": colour}
         named = torch.stack([(one.text == number).any(dim=1) for number in self.ids], dim=1).float()
         noise = 0.1 * (one.text.sum(dim=1, keepdim=True) % 7)
-        return {"only": {"itc": F.normalize(named + noise, dim=1)}}
+        return {"itc": F.normalize(named + noise, dim=1)}
 
 
 @pytest.fixture(scope="module")
@@ -292,9 +291,9 @@ def test_accuracies_of_right_and_wrong_models(prepared):
         assert wrong["accuracy"] == 0.0
         assert 0.25 <= wrong["accuracy_without_model"] < 0.6  # the most frequent of four colours
     classified, statements = prepared("labelled")[2], prepared("statements")[2]
-    right, wrong = (labelled.evaluate_classification(Colourist(wrong), classified) for wrong in (False, True))
+    right, wrong = (labelled.evaluate_classification(Colourist(wrong=wrong), classified) for wrong in (False, True))
     assert (right, wrong["top1"]) == ({"images": 60, "top1": 1.0, "top5": 1.0, "chance": 0.25}, 0.0)
-    result, inverted = (labelled.evaluate_nlvr2(Colourist(wrong), statements) for wrong in (False, True))
+    result, inverted = (labelled.evaluate_nlvr2(Colourist(wrong=wrong), statements) for wrong in (False, True))
     assert result["statements"] == 60
     assert 0.25 < result["accuracy"] < 0.75
     assert result["accuracy"] + inverted["accuracy"] == pytest.approx(1.0)
@@ -334,7 +333,7 @@ def test_evaluation_reports_the_objective_of_the_stage_bad_samples_and_training_
 def test_zero_shot_classifies_by_the_means_of_the_class_names_prompts(prepared, drawn):
     config = prepared("labelled")[0]
     tokenizer = Tokenizer.train([*COLOURS, "a photo of the thing."] * 5, 200)
-    model = ColourSpace(tokenizer)
+    model = ColourSpace(ids=[tokenizer.encode(name, 8).ids[1] for name in COLOURS])
     rows = labelled.embed_classes(Predictor(model, tokenizer, 3), COLOURS, PROMPTS, 16)
     for row, name in zip(rows, COLOURS, strict=True):
         ids = [torch.tensor([tokenizer.encode(prompt.replace("{}", name), 16).ids]) for prompt in PROMPTS]
