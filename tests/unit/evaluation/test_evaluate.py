@@ -1,5 +1,6 @@
 """The evaluation of a tiny model has the documented JSON and page, equal for every batch size and number of ranks."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -30,9 +31,9 @@ CURVES = {"vision": [(step, 2.0 / (step + 1)) for step in range(50)], "language"
 
 def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs(evaluation, model):
     result = json.loads(json.dumps(evaluation.to_json()))
+    mlm = result["mlm"]
     assert (result["pairs"], result["captions"], result["reranked"]["best"]) == (24, 48, 10)
     assert all(result["retrieval"][part].keys() >= KS for part in ("image_to_text", "text_to_image", "chance"))
-    mlm = result["mlm"]
     assert mlm.keys() >= {"accuracy", "accuracy_other_image", "accuracy_text_only", "language_stage_text_only"}
     assert mlm["language_stage_text_only"] == mlm["accuracy_text_only"]  # the language stage has the same weights
     assert result["reconstruction"]["stage"] == "vision"
@@ -104,21 +105,16 @@ def test_itm_without_itc_ranks_by_scoring_every_pair_of_the_first_images(
     assert (part.rankings, part.retrieval is None) == (None, False)
 
 
-class One(Ranks):
-    """One of several ranks, without collective calls."""
-
-    def __init__(self, rank, world_size):
-        self.rank, self.world_size = rank, world_size
-
-
 def test_rows_are_computed_once_with_equal_forward_counts_and_errors_reach_all_ranks(monkeypatch):
-    for count, world_size in ((count, size) for count in (1, 7, 50, 64) for size in (1, 2, 9)):
-        turns = [list(rank_batches(count, 7, One(rank, world_size))) for rank in range(world_size)]
+    for count, world_size in itertools.product((1, 7, 50, 64), (1, 2, 9)):
+        all_ranks = [Ranks() for _ in range(world_size)]
+        for rank, ranks in enumerate(all_ranks):
+            ranks.rank, ranks.world_size = rank, world_size
+        turns = [list(rank_batches(count, 7, ranks)) for ranks in all_ranks]
         own = [row for of_rank in turns for rows, is_own in of_rank if is_own for row in range(count)[rows]]
         assert own == list(range(count))
         assert len({len(of_rank) for of_rank in turns}) == 1
         assert all(0 < rows.stop - rows.start <= 7 for of_rank in turns for rows, _ in of_rank)
-    ranks = One(0, 2)
     monkeypatch.setattr(ranks, "gather_objects", lambda value: [value, (None, DataError("shard 3 changed"))])
     with pytest.raises(DataError, match="shard 3 changed"):
         run_on_all_ranks(ranks, lambda: 1)
@@ -166,15 +162,14 @@ def test_pages_show_metrics_with_chance_perfect_retrievals_and_partial_evaluatio
         assert ("R@1" in page) == (stage == "vision_language")
 
 
-def test_images_are_reduced_and_small_percentages_keep_two_decimals():
+def test_alignments_are_shown_comparisons_mark_different_data_and_images_are_reduced(
+    model, evaluation, config, tokenizer
+):
     torch.manual_seed(0)
     assert len(thumbnail(torch.randint(0, 256, (640, 640, 3), dtype=torch.uint8))) < 40_000
     assert thumbnail(torch.zeros(48, 48, 3, dtype=torch.uint8)).startswith("data:image/png")
     texts = [percent(fraction) for fraction in (0.0, 0.005, 0.125, 1.0, None)]
     assert " ".join(texts).replace("\N{NO-BREAK SPACE}", "") == "0.0% 0.50% 12.5% 100.0% –"
-
-
-def test_alignments_are_shown_and_comparisons_mark_different_data(model, evaluation, config, tokenizer):
     alignments = alignment_examples(model, tokenizer, evaluation.held_out, config, config.stages[-1])
     captions = [evaluation.held_out.captions[number][0] for number in range(0, 24, 6)]
     assert [card.caption for card in alignments.captions] == captions

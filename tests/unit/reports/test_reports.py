@@ -65,13 +65,8 @@ def runs(tmp_path_factory, planted):
 
 
 @pytest.fixture(scope="module")
-def run(runs):
-    return open_run(str(runs / "recorded"))
-
-
-@pytest.fixture(scope="module")
-def report(run):
-    return collect_report(run, price=2.5)
+def report(runs):
+    return collect_report(open_run(str(runs / "recorded")), price=2.5)
 
 
 def test_report_has_events_in_order_alerts_first_time_cost_stages_and_sources(report, planted, tmp_path):
@@ -138,13 +133,13 @@ def test_missing_and_changed_shards_and_a_run_that_never_started_are_reported(pl
     assert "Nothing was recorded yet" in render_run_report(waiting)
 
 
-def test_a_remote_run_is_read_from_its_committed_journal(run, moto_store, tmp_path, monkeypatch):
+def test_a_remote_run_is_read_from_its_committed_journal(report, moto_store, tmp_path, monkeypatch):
     more = {"MOME_CACHE": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
     for name, value in (moto_store.environment | more).items():
         monkeypatch.setenv(name, value)
     session = botocore.session.get_session()
     session.create_client("s3", endpoint_url=moto_store.endpoint).create_bucket(Bucket="recorded-run")
-    storage, url, own = Storage(), "s3://recorded-run/recorded", Path(run.folder)
+    run, storage, url, own = report.run, Storage(), "s3://recorded-run/recorded", Path(report.run.folder)
     for path in own.rglob("*"):
         if path.is_file() and "journal" not in path.parts:
             storage.write(join(url, str(path.relative_to(own))), path.read_bytes())
@@ -199,9 +194,9 @@ def test_compare_prints_json_and_a_table_writes_a_page_and_needs_runs(runs, tmp_
 
 
 @pytest.fixture(scope="module")
-def pages(report, run, runs):
+def pages(report, runs):
     """Return each kind of page with as much content as possible."""
-    data, comparison = fullest(), compare([run, open_run(str(runs / "other"))])
+    data, comparison = fullest(), compare([report.run, open_run(str(runs / "other"))])
     against = replace(data, key=replace(data.key, digest="e" * 64))
     curves = {"vision": [(step, 1.0 / step) for step in range(1, 500)]}
     guesses = Guess("of-the-longest-kind", 0.5, True), Guess("b", 0.25, False), Guess("c", 0.2, False)
@@ -210,7 +205,7 @@ def pages(report, run, runs):
     explanation = Explanation(torch.zeros(24, 32, 3, dtype=torch.uint8), tuple(words), 0.5)
     about = "unpronounceable" * 4, "s3://bucket/" + "run/" * 30, ["a note"]
     return {
-        "evaluation": render_report(data, run.config, curves, against=against),
+        "evaluation": render_report(data, report.run.config, curves, against=against),
         "run": render_run_report(replace(report, evaluations=[data]), comparison),
         "comparison": render_comparison(comparison),
         "explanation": render_explanation(explanation, *about, ".html").decode(),
