@@ -39,8 +39,7 @@ def report(
 ) -> dict[str, Any]:
     """Write the page of the run in folder `run` (path or URL) there, or to `out`; return what `--json` prints.
 
-    With `track` the page is logged in MLflow unless the run is active on this machine; if it is None, only where
-    `untracked_because` finds no objection. Raises ConfigError for a folder without a run.
+    It is logged in MLflow as in `open_tracker` unless the run is active here. Raises ConfigError without a run.
     """
     opened = open_run(run, caller.store())
     config = caller.applied(opened.config)

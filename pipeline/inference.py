@@ -253,10 +253,7 @@ class TrainedModel:
         return {"true" if objective == "nlvr2" else "matched": probabilities[1].item()}
 
     def tokenize_masked(self, text: str) -> tuple[list[int], list[int]]:
-        """Return token ids, with the mask token where `text` spells [MASK], and the positions of the masks.
-
-        The tokenizer itself would split the spelling into letters. Raises ConfigError without a mask.
-        """
+        """Return token ids and the positions of the masks, which the tokenizer itself would split into letters."""
         ids, positions = [self.tokenizer.tokens.index(CLS)], []
         for number, piece in enumerate(text.split(MASK)):
             if number:

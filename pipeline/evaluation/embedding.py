@@ -61,10 +61,9 @@ class Embedder:
     digest: str
 
     def embed_shard(self, storage: Storage, source: Source, out: str) -> EmbeddedShard:
-        """Embed a source of one shard; write its file, then its record.
+        """Embed a source of one shard, each image before its captions; write its file, then its record.
 
-        Rows of an image are followed by those of its captions. Raises ConfigError where pyarrow is not installed,
-        DataError for a changed shard or one with too many bad samples.
+        Raises ConfigError where pyarrow is not installed, DataError for a changed or largely bad shard.
         """
         try:
             import pyarrow as pa
@@ -131,8 +130,7 @@ def embed_shards(
 ) -> dict[str, int]:
     """Embed the shards that are not embedded yet. All ranks call this together and get the folder's totals.
 
-    Raises ConfigError for a stage without contrast, and where `out` holds the files of other shards, DataError for a
-    folder without an index, a changed shard, or one with too many bad samples.
+    Raises ConfigError for a stage without contrast, DataError for a folder without an index; else as `embed_shard`.
     """
     if "itc" not in embedder.stage.objectives:
         raise ConfigError(

@@ -1,8 +1,7 @@
 """Explanation of a model on one image and one text: the patches each word aligns to, and predictions of each word.
 
 Patches are those that optimal transport assigns to the word's final features (`objectives.wpa`), as in ViLT's figure 4.
-For the predictions each word is masked in turn, with and without the image. An explanation is drawn as one HTML file or
-one PNG, and in the report of an evaluation.
+For the predictions each word is masked in turn, with and without the image.
 
 Shapes: H x W pixels as the model reads them, G x C rows and columns of patches, L tokens, P = GC patches.
 """
@@ -70,9 +69,9 @@ class Explanation(NamedTuple):
 
 
 def explain(model: Model, tokenizer: Tokenizer, image: Tensor, text: str, max_text_length: int) -> Explanation:
-    """Explain the model on an image (H, W, 3) uint8 with a text of at most `max_text_length` tokens; the rest is cut.
+    """Explain a model with the heads `alignment` and `mlm` on an image (H, W, 3) uint8 with a text, cut to the length.
 
-    The model has the heads `alignment` and `mlm`. Raises DataError where no token is left of the text.
+    Raises DataError where no token is left of the text.
     """
     tokens = tokenizer.encode(text, max_text_length)
     words = list(words_of(tokens.word_of).values())
@@ -141,10 +140,7 @@ def alignment_examples(
 
 
 def render_explanation(explanation: Explanation, text: str, heading: str, notes: Sequence[str], suffix: str) -> bytes:
-    """Return an explanation as a file of type .html or .png; `notes` state what the checkpoint was not trained for.
-
-    The file carries the signature of the weights, image and text that it explains.
-    """
+    """Return an explanation as an .html or .png file with its signature; `notes` state what was not trained."""
     subject = f"explanation {heading} {text} {hashlib.sha256(explanation.image.numpy().tobytes()).hexdigest()}"
     if suffix == ".png":
         information, buffer = PngInfo(), io.BytesIO()

@@ -31,10 +31,7 @@ Section = dict[str, Any]  # of the JSON of an evaluation
 
 
 def evaluate_classification(model: nn.Module, source: LabelledEvalSet, class_vectors: Tensor | None = None) -> Section:
-    """Evaluate the trained head, or zero-shot classification by class vectors (C, D). Chance is of the first guess.
-
-    Raises DataError for a label without a class vector too.
-    """
+    """Evaluate the trained head, or zero-shot by class vectors (C, D); raise DataError for a label without one."""
 
     def classify(batch: ForwardInput, labels: list[int]) -> list[tuple[int, int]]:
         """Return the rank of each label and the number of classes."""
@@ -56,10 +53,7 @@ def _accuracies(ranks: Sequence[int], classes: int) -> Section:
 
 
 def label_ranks(logits: Tensor, labels: list[int]) -> list[int]:
-    """Return the rank, from 1, of the labels of the first images among the classes, from logits (B, C).
-
-    Among equal logits the label ranks last, and NaN ranks before every label.
-    """
+    """Return the ranks from 1 of the first images' labels, from logits (B, C); equal logits and NaN rank before them."""
     own = logits[: len(labels)].float().cpu()
     label_logit = own.gather(1, torch.tensor(labels, dtype=torch.int64)[:, None])
     ranks: list[int] = (~(own < label_logit)).sum(dim=1).tolist()

@@ -145,7 +145,7 @@ def reconstruct_images(
 ) -> Reconstruction | None:
     """Mask patches of the first images as `stage` does, chosen by key, and fill them with its model's predictions.
 
-    Images have the stage's own size. None for visual tokens, which cannot be drawn, and for images of different shapes.
+    None for visual tokens, which cannot be drawn, and for images of different shapes.
     """
     if stage.image_target == "visual_tokens" or held_out.image_size is not None:
         return None

@@ -1,8 +1,7 @@
 """Share an evaluation among ranks, with bit-identical results for any number of them.
 
-Batches depend on row numbers alone, and a single rank computes each one, so that a forward is the same on any rank. All
-ranks run equally many forwards, those with fewer batches by repeating one, because at ZeRO-3 every forward gathers
-weights from all of them.
+Batches depend on row numbers alone, and a single rank computes each one. All ranks run equally many forwards, those
+with fewer batches by repeating one, because at ZeRO-3 every forward gathers weights from all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,10 +49,7 @@ def rank_batches(count: int, batch: int, ranks: Ranks) -> Iterator[tuple[slice, 
 def compute_batches(
     count: int, batch: int, ranks: Ranks, compute: Callable[[slice], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    """Compute the batches of `count` > 0 rows and return their results, concatenated in order, on every rank.
-
-    A batch may return any number of rows, the same in each of its tensors.
-    """
+    """Return the results of the batches of `count` > 0 rows, of any length, concatenated in order on every rank."""
     results: list[tuple[Tensor, ...]] = []
     for rows, is_own in rank_batches(count, batch, ranks):
         result = compute(rows)
@@ -64,10 +60,7 @@ def compute_batches(
 
 
 def run_on_all_ranks(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
-    """Run `work` on each rank and return all results on every rank; raise the first rank's MomeError on all.
-
-    No rank then waits for one that has failed. `work` itself must make no collective call.
-    """
+    """Run `work`, without collective calls, on each rank; return all results, or raise the first MomeError, on all."""
     try:
         results = ranks.gather_objects((work(), None))
     except MomeError as error:

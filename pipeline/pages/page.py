@@ -24,21 +24,18 @@ ENVIRONMENT.filters |= {f.__name__: f for f in (percent, significant, duration, 
 
 
 def signature(subject: str) -> str:
-    """Return the marker that identifies a page or image of `subject`; it is unique to the subject."""
+    """Return the marker of a page or image of `subject`, which may only overwrite an older one of the same subject."""
     return f"mome {hashlib.sha256(subject.encode(errors='replace')).hexdigest()[:32]}"
 
 
 def render_page(template: str, subject: str, **values: Any) -> str:
-    """Render a template, named by its path from the root of the code, or by its name in this folder.
-
-    The page carries the signature of `subject`: a page may only overwrite an older one of the same subject.
-    """
+    """Render a template of this folder, or named by its path in the code, with the signature of `subject`."""
     written, marker = moment(1000 * time.time()), signature(subject)
     return ENVIRONMENT.get_template(template).render(written=written, signature=marker, **values)
 
 
 def thumbnail(pixels: Any, side: int = THUMBNAIL, lossless: int = LOSSLESS) -> str:
-    """Return an image (H, W, 3) uint8 (array, tensor or PIL) as a data URI, at most `side` pixels wide and high.
+    """Return an image (H, W, 3) uint8 (array, tensor or PIL), reduced to `side` pixels, as the data URI of a file.
 
     It is a PNG if neither side is longer than `lossless`, otherwise a JPEG.
     """

@@ -134,10 +134,7 @@ class RunFolder(JournalContents):
 
 
 def open_run(run: str, storage: Storage | None = None) -> RunFolder:
-    """Read the run in folder `run` (path or URL) through `storage` (default: one configured by the environment).
-
-    Raises ConfigError if there is no readable run.
-    """
+    """Read the run in folder `run` (path or URL; default storage: from the environment); raise ConfigError if none."""
     folder, storage = run.rstrip("/"), storage or Storage()
     url = join(folder, RUN_FILE)
     if not storage.exists(url):

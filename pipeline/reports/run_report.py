@@ -116,10 +116,7 @@ class RunReport:
 
 
 def collect_report(run: RunFolder, price: float | None = None, server: str | None = None) -> RunReport:
-    """Collect a run's report. `price` per rank-hour defaults to the run's `cluster.price`.
-
-    `server` is the reader's MLflow URI, to which the page may link.
-    """
+    """Collect a run's report, with a price per rank-hour (default: `cluster.price`) and the reader's MLflow URI."""
     started = min((session.start for session in run.sessions), default=None)
     # Ranks are occupied during all of the time; their number is the mean over the training time.
     cost, total = None, sum(run.seconds.values())
