@@ -53,7 +53,7 @@ def _accuracies(ranks: Sequence[int], classes: int) -> Section:
 
 
 def label_ranks(logits: Tensor, labels: list[int]) -> list[int]:
-    """Return the ranks from 1 of the first images' labels, from logits (B, C); equal logits and NaN rank before them."""
+    """Return the ranks from 1 of the first images' labels, from logits (B, C); equal logits and NaN rank before."""
     own = logits[: len(labels)].float().cpu()
     label_logit = own.gather(1, torch.tensor(labels, dtype=torch.int64)[:, None])
     ranks: list[int] = (~(own < label_logit)).sum(dim=1).tolist()
