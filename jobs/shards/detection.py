@@ -98,8 +98,10 @@ def detect_regions(
             try:
                 shard = TypeAdapter(RegionShard).validate_json(storage.read(location))
             except ValueError as error:
-                remedy = "Delete it and its tar"
-                raise DataError(f"{location}: not a record of a shard's regions ({error}). {remedy}") from error
+                fault = " ".join(str(error).split())
+                raise DataError(
+                    f"{location}: not a record of a shard's regions ({fault}). Delete it and its tar"
+                ) from error
             if shard.setting != setting:
                 options = "another detector, or with other --regions or --max-pixels"
                 raise ConfigError(f"{target}: {name} was made by {options}; give the same, or choose another folder")

@@ -1,8 +1,7 @@
 """Import of files into tar shards: detection of a source's format, readers of each, and the writer.
 
-A reader yields samples one by one, {"__key__": …, "jpg": bytes, "json": bytes} or {"__key__": …, "txt": bytes},
-and records in `Problems` what it skips. Encoded images are copied unchanged, never re-encoded. Tables and published
-annotation files have modules of their own.
+A reader yields samples one by one, {"__key__": …, "jpg": bytes, "json": bytes} or {"__key__": …, "txt": bytes}, and
+records in `Problems` what it skips. Encoded images are copied unchanged.
 """
 
 import itertools
@@ -147,13 +146,12 @@ def text_samples(job: Import) -> Iterator[Sample]:
         try:
             for number, piece in enumerate(filter(is_visible, text_pieces(path, job.options.words, problems))):
                 yield job.sample(f"{path.stem}-{number:07d}", {"txt": piece.encode()})
+            if number < 0:
+                problems.add(str(path), "it contains no text")
         except DataError as error:
             if is_file or problems.strict:
                 raise
             problems.add(str(path), str(error))  # one unreadable text among many is skipped
-            continue
-        if number < 0:
-            problems.add(str(path), "it contains no text")
 
 
 def text_pieces(path: Path, words: int, problems: inputs.Problems) -> Iterator[str]:
@@ -176,12 +174,8 @@ def text_pieces(path: Path, words: int, problems: inputs.Problems) -> Iterator[s
                     yield " ".join(tokens[:words])
                     tokens = tokens[words:]
                 piece += tokens
-            if piece:
-                yield " ".join(piece)
+            yield " ".join(piece)  # the caller omits empty ones
             paragraph = []
-
-
-# Records of images and captions ---------------------------------------------------------------------------------------
 
 
 def json_records(job: Import) -> Iterator[Record]:
@@ -249,9 +243,6 @@ def record_samples(job: Import, records: Iterable[Record]) -> Iterator[Sample]:
             is_usable = True
         for record in others if not is_usable else ():
             job.problems.add(record.where, f"its image {first.name} is skipped, see {first.where}")
-
-
-# Shards ---------------------------------------------------------------------------------------------------------------
 
 
 def write_shards(

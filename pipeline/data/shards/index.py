@@ -29,7 +29,7 @@ from pipeline.data.contents.images import ImageSize, measure
 from pipeline.data.contents.members import image_bytes, image_id_of, record_of, texts_of
 from pipeline.data.contents.regions import read_array
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.shards.tar import BLOCK, Tar, TarSample, clean_name
+from pipeline.data.shards.tar import BLOCK, Tar, TarSample
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +133,8 @@ class ShardIndex:
             columns = dict(zip(names["numbers"], read_array(npz, "numbers", "f", limit), strict=True))
             for (name, values), codes in zip(names["texts"].items(), read_array(npz, "texts", "u", limit), strict=True):
                 columns[name] = np.array(values, dtype=str)[codes]
-            if not all(isinstance(text, str) for text in (*keys, *extensions)):
-                raise ValueError("its keys and extensions are not texts")
+            for text in (*keys, *extensions):
+                text.encode()  # raises unless it is a text without lone surrogates
             if len(keys) != samples:
                 raise ValueError(f"{len(keys)} keys for {samples} samples")
             arrays = {name: read_array(npz, name, np.dtype(dtype).kind, limit) for name, dtype in _ARRAYS.items()}
@@ -148,10 +148,8 @@ class ShardIndex:
             is_inside = (offset >= 0) & (size >= 0) & (size <= facts.bytes - offset)
             if not (is_whole and is_named and is_inside.all()):
                 raise ValueError("its members are outside the tar")
-            # Earlier versions stored bytes that are not UTF-8 as surrogates.
-            clean = (k if k.isascii() else clean_name(k.encode("utf-8", "surrogateescape")) for k in keys)
             return ShardIndex(
-                keys=tuple(clean), extensions=tuple(extensions), columns=columns,
+                keys=tuple(keys), extensions=tuple(extensions), columns=columns,
                 other_fields=tuple(names["other_fields"]), bytes=facts.bytes, digest=facts.digest, etag=facts.etag,
                 **arrays,
             )  # fmt: skip
@@ -164,8 +162,6 @@ def open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[zipfile.ZipFile,
         if not data.startswith(b"PK\x03\x04"):
             raise ValueError("no zip archive")
         npz = zipfile.ZipFile(io.BytesIO(data))
-        if "facts.npy" not in npz.namelist():
-            raise ValueError("of an earlier version")
         facts = json.loads(read_array(npz, "facts", "u", _FACTS_BYTES).tobytes())
         if facts["version"] != VERSION:
             raise ValueError(f"version {facts['version']}, expected {VERSION}")

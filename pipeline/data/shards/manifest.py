@@ -58,10 +58,6 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
 
-class OldManifest(DataError):
-    """A manifest of version 1, which is made again where that is allowed."""
-
-
 def load_manifest(storage: Storage, url: str) -> Manifest:
     """Load the manifest of a folder of shards, restricted to the shards of a brace pattern ('…/{0000..0095}.tar').
 
@@ -92,14 +88,13 @@ def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None)
     """
     folder, pattern = _folder_and_names(url)
     objects = storage.list_info(folder)
-    with suppress(OldManifest):
-        if MANIFEST in objects:
-            manifest = _read_manifest(storage, folder, pattern)
-            check_present(storage, url, manifest, objects)
-            expected = [name for name in objects if name.endswith(".tar")] if pattern is None else pattern
-            is_indexed = all(shard.is_trusted or shard.name + SIDECAR in objects for shard in manifest.shards)
-            if manifest.num_samples and is_indexed and not set(expected) - {shard.name for shard in manifest.shards}:
-                return manifest
+    if MANIFEST in objects:
+        manifest = _read_manifest(storage, folder, pattern)
+        check_present(storage, url, manifest, objects)
+        expected = [name for name in objects if name.endswith(".tar")] if pattern is None else pattern
+        is_indexed = all(shard.is_trusted or shard.name + SIDECAR in objects for shard in manifest.shards)
+        if manifest.num_samples and is_indexed and not set(expected) - {shard.name for shard in manifest.shards}:
+            return manifest
     index_shards(storage, url, progress)
     return load_manifest(storage, url)
 
@@ -117,7 +112,7 @@ def index_shards(storage: Storage, url: str, progress: Progress | None = None, t
     if absent := next((name for name in names if name not in objects), None):
         raise DataError(f"{join(folder, absent)}: the shard is missing. Put it there, or correct the pattern {url}")
     stored, records, selected = Manifest(()), dict[str, ShardRecord](), set(names)
-    with suppress(DataError):  # damaged, or of version 1: made again
+    with suppress(DataError):  # damaged, or of another version: made again
         stored = _read_manifest(storage, folder) if MANIFEST in objects else stored
     for shard in stored.shards:
         info = objects.get(shard.name)
@@ -277,13 +272,12 @@ def _write(storage: Storage, location: str, data: bytes) -> None:
 
 def _read_manifest(storage: Storage, folder: str, names: list[str] | None = None) -> Manifest:
     """Read a folder's manifest, restricted to `names`. Raise DataError, naming it, for an invalid or forged one."""
-    location, version = join(folder, MANIFEST), None
+    location = join(folder, MANIFEST)
     data = storage.read(location)
     try:
         content = json.loads(data)
-        version = content["version"]
-        if version != _VERSION:
-            raise ValueError(f"version {version}, expected {_VERSION}")
+        if content["version"] != _VERSION:
+            raise ValueError(f"version {content['version']}, expected {_VERSION}")
         manifest = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"]))
         for shard in manifest.shards:
             name, sizes = shard.name, (shard.samples, shard.bytes)
@@ -297,8 +291,7 @@ def _read_manifest(storage: Storage, folder: str, names: list[str] | None = None
         if manifest.digest != content["digest"]:
             raise ValueError("its digest does not fit its shards; it was edited or damaged")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        kind = OldManifest if version == 1 else DataError
-        raise kind(f"{location}: not a manifest of shards ({error}). Make it again: mome shards index") from error
+        raise DataError(f"{location}: not a manifest of shards ({error}). Make it again: mome shards index") from error
     selected = set(names or ())
     return Manifest(tuple(shard for shard in manifest.shards if names is None or shard.name in selected))
 
