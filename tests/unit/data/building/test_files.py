@@ -261,18 +261,14 @@ def vqa_files(folder: Path, subtype: str = "train2014") -> tuple[Path, Path]:
         (11, 1, "Is it a net?", "yes", [*["Yes."] * 9, "no"]),
         (20, 2, "Why?", "because", ["because"]),
     ]
-    questions = [{"question_id": row[0], "image_id": row[1], "question": row[2]} for row in rows]
-    annotations = [
-        {"question_id": row[0], "multiple_choice_answer": row[3], "answers": [{"answer": text} for text in row[4]]}
-        for row in rows
-    ]
+    questions = [{"question_id": number, "image_id": image, "question": text} for number, image, text, *_ in rows]
+    answers = [{"multiple_choice_answer": row[3], "answers": [{"answer": text} for text in row[4]]} for row in rows]
+    annotations = [{"question_id": row[0]} | answer for row, answer in zip(rows, answers, strict=True)]
     for image in (1, 2):
         save_image(folder / f"COCO_{subtype}_{image:012d}.jpg", image)
     content = {"info": {}, "data_subtype": subtype, "questions": questions}
-    return (
-        write_lines(folder / f"v2_OpenEnded_mscoco_{subtype}_questions.json", content),
-        write_lines(folder / f"v2_mscoco_{subtype}_annotations.json", {"annotations": annotations, "info": {}}),
-    )
+    file = write_lines(folder / f"v2_mscoco_{subtype}_annotations.json", {"annotations": annotations, "info": {}})
+    return write_lines(folder / f"v2_OpenEnded_mscoco_{subtype}_questions.json", content), file
 
 
 def test_vqa_questions_get_scored_answers_and_a_list(tmp_path: Path) -> None:

@@ -266,13 +266,10 @@ def test_errors_are_raised_in_their_own_step_and_close_ends_every_thread(folders
 def test_missing_data_and_a_small_cache_are_rejected_at_the_start(s3, folders, tmp_path: Path):
     sizes = sum(file.stat().st_size for file in Path(folders["one"]).glob("*.tar"))
     cache = {"folder": str(tmp_path / "cache"), "max_bytes": sizes - 1}
-    remote = {"one": copy_shards(folders["one"], s3)}, {"cache": cache}, s3.config.model_dump()
+    remote = {"folders": {"one": copy_shards(folders["one"], s3)}, "storage": s3.config.model_dump()}
     with pytest.raises(ConfigError, match=rf"max_bytes {sizes - 1} is below the {sizes} bytes of the open windows"):
-        open_loader(run_config(remote[0], data=remote[1], storage=remote[2]))
-    cache["max_bytes"] = sizes
-    assert len(take(run_config(remote[0], data=remote[1], storage=remote[2]))[0]) == 10
-    with pytest.raises(DataError, match=r"absent: no such folder of shards"):
-        open_loader(run_config(folders | {"one": str(tmp_path / "absent")}))
+        open_loader(run_config(**remote, data={"cache": cache}))
+    assert len(take(run_config(**remote, data={"cache": cache | {"max_bytes": sizes}}))[0]) == 10
     Path(folders["two"], "00001.tar").unlink()
     with pytest.raises(DataError, match=r"00001\.tar: the shard is missing"):
         open_loader(run_config(folders))

@@ -3,7 +3,6 @@
 import json
 import pickle
 import unicodedata
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import pytest
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import FilterConfig, SourceConfig
-from pipeline.data.order import SampleRef
-from pipeline.data.reading.samples import SampleReader
 from pipeline.data.shards.index import normal_url
 from pipeline.data.shards.manifest import index_shards, load_index
 from pipeline.data.shards.source import Source, open_source
@@ -123,9 +120,6 @@ def test_digest_depends_on_the_selection_and_survives_pickling(folder: str, tmp_
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert copy.digest == source.digest
     assert selected(copy) == selected(source) == [["k2"], ["k5", "k7", "k8"]]
-    with closing(SampleReader(Storage(), {"pairs": source})) as reader:  # its samples are numbered among the selected
-        refs = [SampleRef("pairs", 0, shard, n) for shard, count in enumerate(source.counts) for n in range(count)]
-        assert [(ref.shard, reader.read(ref).key) for ref in refs] == [(0, "k2"), (1, "k5"), (1, "k7"), (1, "k8")]
 
 
 def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Path) -> None:
