@@ -17,7 +17,7 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from pipeline.config.errors import DataError
+from pipeline.config.errors import DataError, MomeError
 from pipeline.data.building import annotation_files as published
 from pipeline.data.building import inputs
 from pipeline.data.building.inputs import Import, Sample, Unusable
@@ -301,6 +301,8 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> Path:
         with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
             for sample in samples:
                 tar.write(sample)
+    except MomeError:  # of the samples' reader
+        raise
     except OSError as error:
         reason = f"cannot write temporary files ({error.strerror or error})"
         raise DataError(f"{path.parent}: {reason}. Free space there, or set TMPDIR to another folder") from error

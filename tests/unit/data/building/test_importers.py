@@ -14,7 +14,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from pipeline.config.errors import DataError
+from pipeline.config.errors import DataError, StorageError
 from pipeline.data.building import importers
 from pipeline.data.building.importers import find_kind, write_shards
 from pipeline.data.building.inputs import Import, Problems, Sample
@@ -377,6 +377,8 @@ def test_failed_import_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
             write_shards(
                 Storage(), text_stream(count, DataError(reason) if count else None), str(folder), 5, overwrite=True
             )
+    with pytest.raises(StorageError, match="unreachable"):
+        importers.write_tar(tmp_path / "0.tar", text_stream(1, StorageError("the store is unreachable")))
     no_space = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(importers, "TarWriter", Mock(side_effect=no_space))
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
