@@ -267,13 +267,13 @@ def write_shards(
         return sorted((*old, *sidecars), key=lambda name: name != MANIFEST)
 
     existing()
-    stream = iter(samples)
-    batches = iter(lambda: list(itertools.islice(stream, samples_per_shard)), [])
-    if (first := next(batches, None)) is None:
+    stream: Iterator[Sample] = iter(samples)
+    if (first := next(stream, None)) is None:
         raise DataError(f"nothing to write to {url}: no usable sample was found")
+    stream = itertools.chain([first], stream)
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
-        numbered = enumerate(itertools.chain([first], batches))
-        tars: Iterator[Path] = (write_tar(Path(folder, f"{n:06d}.tar"), batch) for n, batch in numbered)
+        batches = enumerate(iter(lambda: list(itertools.islice(stream, samples_per_shard)), []))
+        tars: Iterator[Path] = (write_tar(Path(folder, f"{n:06d}.tar"), batch) for n, batch in batches)
         replaced = existing()
         if any(not name.endswith(SIDECAR) for name in replaced):
             tars = iter(list(tars))
