@@ -64,6 +64,8 @@ def test_imported_contents_are_counted_and_hints_name_the_option_to_try(images: 
         save_image(tmp_path / "classes" / name / "1.jpg")
     for folder, is_advised in ((tmp_path / "classes", True), (images, False)):
         assert ("--kind classes" in build(folder, tmp_path / "out", "--overwrite").stderr) == is_advised
+    result = facts_of("build", tmp_path / "classes", tmp_path / "out", "--overwrite", "--kind", "classes")
+    assert (result["num_samples"], result["classes.json"]) == (2, 2)
     write_lines(tmp_path / "tars" / "0.tar", "")
     assert "mome shards index" in str(build(tmp_path / "tars", tmp_path / "none", fails=DataError).exception)
 
