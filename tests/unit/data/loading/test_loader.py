@@ -85,21 +85,8 @@ def test_ranks_and_restarts_read_parts_of_the_uninterrupted_run(folders):
         parts = [take(config, 1, 4, rank=rank, world_size=world)[0] for rank in range(world)]
         assert [place for part in parts for place in part.place.tolist()] == list(range(10))
         assert [row for part in parts for row in row_hashes(part)] == row_hashes(uninterrupted[4])
-
-
-def test_every_sample_is_read_once_per_epoch_and_epochs_continue_after_a_restart(folders):
-    config = run_config({"one": folders["one"]})
-    with open_loader(config) as loader:
-        read = [
-            (sample.epoch, uid)
-            for batch in islice(loader.batches(0), 23)
-            for sample, uid in zip(loader.order.samples(batch.step), batch.uid.tolist(), strict=True)
-        ]
-    assert len(set(read)) == len(read)
-    assert Counter(epoch for epoch, _ in read) == dict.fromkeys(range(10), 23)
-    assert len({uid for _, uid in read}) == 23
-    with open_loader(config) as loader:
-        next(loader.batches(23))
+    with open_loader(run_config({"one": folders["one"]})) as loader:
+        next(loader.batches(23))  # 230 of 23 samples were read before
         assert loader.counts()["epochs/one"] == pytest.approx(10 + 10 / 23)
 
 
