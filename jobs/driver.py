@@ -25,8 +25,7 @@ from pipeline.config.background import PeriodicThread, in_background
 from pipeline.config.errors import Preempted, StorageError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.training.checkpoint.committed import is_committed
-from pipeline.training.checkpoint.retention import newest_first, parse_name
+from pipeline.training.checkpoint.committed import is_committed, newest_first
 from pipeline.training.checkpoint.weights import stage_url
 from pipeline.training.prepare import RUN_FILE
 
@@ -148,10 +147,10 @@ class Interrupts:
                 stages = [is_committed(storage, stage_url(config, index)) for index in range(len(config.stages))]
                 steps = [config.stage_start(index + 1) for index, finished in enumerate(stages) if finished]
                 folder = join(config.folder, "checkpoints")
-                for url in newest_first(storage, folder) if storage.exists(folder) else []:
-                    if (key := parse_name(url.rpartition("/")[2])) is not None and is_committed(storage, url):
-                        steps.append(key[0])
-                        break
+                keys = newest_first(storage, folder) if storage.exists(folder) else {}
+                for step in (key[0] for url, key in keys.items() if is_committed(storage, url)):
+                    steps.append(step)
+                    break
                 saved = f"checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
                 saved = "every stage is finished" if all(stages) else saved
                 notify(f"{reason}: {saved}; re-run the same command to resume")

@@ -252,7 +252,7 @@ def resume(state: StageState, rolled_back: guards.Spike | None) -> int:
     stage, context = state.stage, state.context
     latest, start = state.checkpoints.latest(), 0
     if context.collectives.rank == 0:  # remove what earlier attempts left unfinished
-        state.checkpoints.retention.apply(latest and latest[0])
+        state.checkpoints.clean(latest and latest[0])
     if latest is None or latest[0].stage != stage.name:
         previous = {}
         if stage.index:

@@ -120,7 +120,7 @@ def _resume_and_save(folder: str) -> int:
     store = _store(folder)
     checkpoint, _ = store.latest()
     if store.collectives.rank == 0:
-        store.retention.apply(checkpoint)
+        store.clean(checkpoint)
     _save(store, checkpoint.step + 1)
     store.wait()
     return checkpoint.step

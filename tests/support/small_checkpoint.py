@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage
-from pipeline.training.checkpoint.retention import Checkpoint
+from pipeline.training.checkpoint.committed import Checkpoint
 from pipeline.training.checkpoint.serialization import SavedState
 from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.engine import Fragment
@@ -47,7 +47,7 @@ def save(store: CheckpointStore, step: int, mark: float = 0.0) -> str:
 def resume(store: CheckpointStore) -> tuple[Checkpoint, SavedState] | None:
     """Return the newest checkpoint and remove what earlier attempts left unfinished, as a run does at its start."""
     latest = store.latest()
-    store.retention.apply(latest and latest[0])
+    store.clean(latest and latest[0])
     return latest
 
 

@@ -5,19 +5,28 @@ attempt that finds a name taken writes its own file under another name, which it
 would commit what the other would remove, SEAL.json decides: the attempt that creates it proceeds, the other stops.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
+import math
+import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline.config.errors import CheckpointError, StorageError
+from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import NotFound, ObjectChanged, ObjectInfo, Storage, join
+from pipeline.training.ownership import Start
 
 MANIFEST, SEAL, COMMIT = "MANIFEST.json", "SEAL.json", "COMMIT.json"
 Record = dict[str, Any]  # {"bytes": size, "sha256": hexadecimal digest}, and "file" if stored under another name
 
+_FOLDER = re.compile(r"step-(\d{8,})\.(?:(\d{4,}-[0-9a-f]{8})-)?([0-9a-f]+)")
+NO_START = Start(0, "")  # of folders whose name has no start: they were not written by a run
 _CHUNK = 16 * 2**20  # bytes of one request when a file is verified
 _READAHEAD = 4  # chunks in flight
 
@@ -146,3 +155,62 @@ def _compare(url: str, name: str, record: Record, actual: Record) -> None:
     if (size, actual["sha256"]) != (record["bytes"], record["sha256"]):
         expected = f"{record['bytes']} bytes of SHA-256 {record['sha256'][:12]}…"
         raise CheckpointError(f"{url}: {name} is damaged: expected {expected}, found {size} bytes{digest}")
+
+
+# ---- checkpoints among committed folders
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint by its manifest: the progress of the run and what its state was made from."""
+
+    url: str
+    step: int  # global steps done
+    stage: str = ""
+    stage_step: int = 0  # steps done in the stage
+    plan_digest: str = ""
+    data_counts: dict[str, float] = field(default_factory=dict)  # of the stage so far, by metric
+    time_account: dict[str, float] = field(default_factory=dict)  # seconds of the run so far, by phase
+    spikes: dict[str, Any] = field(default_factory=dict)  # state of the SpikeGuard
+    metrics: dict[str, float] = field(default_factory=dict)  # that it was saved with
+    is_complete: bool = True  # as far as the manifest and the files' sizes show
+
+    @classmethod
+    def of(cls, url: str, metadata: Mapping[str, Any]) -> Checkpoint:
+        names = {field.name for field in fields(cls)} & metadata.keys()
+        return cls(**{name: metadata[name] for name in names} | {"url": url})
+
+
+def parse_name(name: str) -> tuple[int, Start, int] | None:
+    """Return (global step, start, time) of a checkpoint folder's name, in which order they sort; None for others."""
+    match = _FOLDER.fullmatch(name)
+    return match and (int(match[1]), Start.parse(match[2]) if match[2] else NO_START, int(match[3], 16))
+
+
+def newest_first(storage: Storage, url: str) -> dict[str, tuple[int, Start, int]]:
+    """Return the URLs of the checkpoints in `url`, committed or not, with their step, start and time; latest first."""
+    names = (name.rstrip("/") for name in storage.list(url))
+    keys = sorted(((key, name) for name in names if (key := parse_name(name))), reverse=True)
+    return {join(url, name): key for key, name in keys}
+
+
+def select_kept(checkpoints: Iterable[Checkpoint], newest: Checkpoint, config: CheckpointConfig) -> set[str]:
+    """Return the URLs to keep: the last `keep`, one every `keep_every` steps, and the best of each stage.
+
+    `newest` replaces others of its step: the state is the same, and an older one may be the damaged checkpoint that the
+    run fell back from. An incomplete checkpoint does not count as one of those kept.
+    """
+    others = [checkpoint for checkpoint in checkpoints if checkpoint.step != newest.step and checkpoint.is_complete]
+    ordered = sorted([*others, newest], key=lambda checkpoint: checkpoint.step, reverse=True)
+    kept = {newest.url, *(checkpoint.url for checkpoint in ordered[: config.keep])}
+    if config.keep_every is not None:
+        kept |= {checkpoint.url for checkpoint in ordered if checkpoint.step % config.keep_every == 0}
+    if config.keep_best is not None:
+        metric, sign = config.keep_best.metric, 1 if config.keep_best.mode == "max" else -1
+        measured = [own for own in reversed(ordered) if not math.isnan(own.metrics.get(metric, math.nan))]
+        best: dict[str, Checkpoint] = {}  # by stage, the latest of equals
+        for own in measured:
+            if own.stage not in best or sign * own.metrics[metric] >= sign * best[own.stage].metrics[metric]:
+                best[own.stage] = own
+        kept |= {own.url for own in best.values()}
+    return kept

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.background import in_background
@@ -21,8 +23,8 @@ from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import ObjectInfo, Storage, join
 from pipeline.tracking.tracker import SavedWeights
 from pipeline.training.callbacks import Callback, StageResult, StepEvent
-from pipeline.training.checkpoint.committed import Record, commit, read_manifest, seal, verify
-from pipeline.training.checkpoint.retention import Checkpoint, Retention, newest_first
+from pipeline.training.checkpoint import committed
+from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, NO_START, SEAL, Checkpoint, Record
 from pipeline.training.checkpoint.serialization import HostCopy, SavedState, TensorFile
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PART, _RECORD = "rank-{:05d}.safetensors", "rank-{:05d}.json"  # a rank's file, and its record for rank 0
+_FILE = re.compile(rf"rank-\d{{5,}}\.(safetensors|json)|{'|'.join(map(re.escape, (MANIFEST, SEAL, COMMIT)))}")
 _MIN_POLL, _MAX_POLL = 0.05, 2.0  # seconds between two queries for the other ranks' records
 _MAX_LAG = 4.0  # ranks may take this multiple of rank 0's time, plus the storage's retry timeout
 
@@ -62,7 +65,10 @@ class CheckpointStore:
         self._in_progress: Future[None] | None = None
         self._abandoned = threading.Event()
         self._ownership = ownership or Ownership(storage, folder, claim="")
-        self.retention = Retention(storage, self.url, config, self._ownership)
+        self.kept: tuple[Checkpoint, ...] = ()  # as of the last commit
+        self._config, self._start = config, self._ownership.start or NO_START
+        self._known: dict[str, Checkpoint] = {}  # committed checkpoints whose manifests were read
+        self._sealed: set[str] = set()  # uncommitted folders that were sealed at an earlier checkpoint
 
     def save(
         self,
@@ -130,7 +136,7 @@ class CheckpointStore:
         def seal_folder() -> None:
             """Raise Superseded, or StorageError if a later start has sealed the folder for removal."""
             self._ownership.check()
-            if not seal(self.storage, url, f"committed by {self._ownership.start}"):
+            if not committed.seal(self.storage, url, f"committed by {self._ownership.start}"):
                 self._ownership.check()
                 raise StorageError(f"{url}: not committed: another attempt on this run is removing it")
 
@@ -147,8 +153,8 @@ class CheckpointStore:
             self._stop_if_abandoned()  # `close` returns then, and the caller closes what `before_commit` uses
             self._ownership.check()
             before_commit()
-            commit(self.storage, url, records, metadata, seal_folder)
-            self.retention.apply(Checkpoint.of(url, metadata), records)
+            committed.commit(self.storage, url, records, metadata, seal_folder)
+            self.clean(Checkpoint.of(url, metadata), records)
         self.written.append((metadata["step"], time.perf_counter() - started))
 
     def _stop_if_abandoned(self) -> None:
@@ -182,7 +188,7 @@ class CheckpointStore:
         # An attempt that this start supersedes may still commit one checkpoint and delete the one examined here. A
         # second search then finds that commit, after which the old attempt deletes nothing more.
         for _ in range(2):
-            urls = newest_first(self.storage, self.url) if self.collectives.rank == 0 else None
+            urls = list(committed.newest_first(self.storage, self.url)) if self.collectives.rank == 0 else None
             for url in self.collectives.broadcast(urls):
                 manifest, files = self._verify(url)
                 if manifest is not None:
@@ -195,7 +201,7 @@ class CheckpointStore:
         manifest: dict[str, Any] | None = None
         if rank == 0:
             try:
-                manifest = read_manifest(self.storage, url)
+                manifest = committed.read_manifest(self.storage, url)
             except CheckpointError as error:
                 log.warning("checkpoint skipped: %s", error)
         if (manifest := self.collectives.broadcast(manifest)) is None:
@@ -204,7 +210,7 @@ class CheckpointStore:
         faults = []
         for name in sorted(manifest["files"])[rank::world_size]:
             try:
-                verified[name] = verify(self.storage, url, name, manifest["files"][name])
+                verified[name] = committed.verify(self.storage, url, name, manifest["files"][name])
             except CheckpointError as error:
                 faults.append(str(error))
         results = self.collectives.gather_objects((verified, faults))
@@ -213,6 +219,88 @@ class CheckpointStore:
             for fault in faults:
                 log.warning("checkpoint skipped: %s", fault)
         return None if faults else manifest, {name: info for part, _ in results for name, info in part.items()}
+
+    def clean(self, newest: Checkpoint | None, files: Mapping[str, Record] | None = None) -> None:
+        """Remove the checkpoints that `newest`, just committed with `files`, makes obsolete, and unfinished ones.
+
+        Called on rank 0. It touches only names that this package gives, and never what a later start wrote. A storage
+        failure is logged and not raised: it costs space only.
+
+        Without `files`, at the start of a run, remove what earlier attempts left unfinished; `newest` is then the
+        checkpoint from which the run resumes. Raises StorageError if the new checkpoint is incomplete: on a store that
+        creates objects in two steps, another attempt may have deleted its files. Raises Superseded, having deleted
+        nothing, if a later start owns the run.
+        """
+        missing = ""
+        try:
+            if newest is not None and files is not None:
+                missing = committed.describe_missing(self.storage, newest.url, files)
+            self._ownership.check()
+            if files is None:
+                count = self.storage.abort_uploads(self.url, self._is_ours)
+                if count:
+                    log.warning("%s: aborted %d unfinished multipart uploads of earlier attempts", self.url, count)
+            if newest is not None and not missing:
+                if files is not None:
+                    self._remove_obsolete(newest)
+                self._remove_partial(newest)
+        except StorageError as error:
+            log.warning("%s: obsolete or unfinished checkpoints could not be removed: %s", self.url, error)
+        if newest is not None and missing:
+            self.storage.delete(join(newest.url, COMMIT))
+            raise StorageError(f"{newest.url}: the commit was withdrawn: {missing}")
+
+    def _remove_obsolete(self, newest: Checkpoint) -> None:
+        self._known[newest.url] = newest
+        keys = committed.newest_first(self.storage, self.url)
+        urls = [url for url in keys if committed.is_committed(self.storage, url)]
+        for url in (url for url in urls if url not in self._known):
+            try:
+                manifest = committed.read_manifest(self.storage, url)
+                missing = committed.describe_missing(self.storage, url, manifest["files"])
+                self._known[url] = replace(Checkpoint.of(url, manifest), is_complete=not missing)
+            except CheckpointError:
+                self._known[url] = Checkpoint(url, keys[url][0], is_complete=False)
+        kept = committed.select_kept([self._known[url] for url in urls], newest, self._config)
+        for url in urls:
+            if url not in kept and keys[url][1] <= self._start:
+                self._remove(url)
+                self._known.pop(url)
+        self.kept = tuple(self._known[url] for url in urls if url in kept)
+        best = self._config.keep_best
+        if best is not None and best.metric not in newest.metrics:
+            recorded = ", ".join(sorted(newest.metrics)) or "none"
+            log.warning("checkpoint.keep_best.metric: '%s' is not recorded; available: %s", best.metric, recorded)
+
+    def _is_ours(self, name: str) -> bool:
+        """Return whether an object is of a checkpoint of this start or of one it has superseded."""
+        key = committed.parse_name(name.partition("/")[0])
+        return key is not None and key[1] <= self._start
+
+    def _remove_partial(self, newest: Checkpoint) -> None:
+        """Remove folders of attempts that never committed, at steps up to that of a committed checkpoint."""
+        for url, (step, start, _) in committed.newest_first(self.storage, self.url).items():
+            if step > newest.step or start > self._start or committed.is_committed(self.storage, url):
+                continue
+            # Another start's writer may be about to commit: the seal decides, and is kept until the next checkpoint.
+            is_final = start in (self._start, NO_START) or url in self._sealed
+            if is_final or committed.seal(self.storage, url, f"given up by {self._start}"):
+                self.storage.abort_uploads(url)
+                self._remove(url, keep=None if is_final else SEAL)
+                log.warning("%s: removed an unfinished checkpoint", url)
+            self._sealed = self._sealed - {url} if is_final else self._sealed | {url}
+
+    def _remove(self, url: str, keep: str | None = None) -> None:
+        """Delete a checkpoint's files except `keep`, COMMIT.json first: no partly deleted one looks complete."""
+        self.storage.delete(join(url, COMMIT))
+        names = self.storage.list(url)
+        if foreign := [name for name in names if not _FILE.fullmatch(name)]:
+            log.warning("%s: not removed, because it contains other files: %s", url, ", ".join(foreign))
+        if spared := {*foreign, keep} & set(names):
+            for name in sorted(set(names) - spared):
+                self.storage.delete(join(url, name))
+        else:
+            self.storage.delete(url)
 
 
 class Checkpointer(Callback):
@@ -276,7 +364,7 @@ class Checkpointer(Callback):
             tracker.metrics(step, {"ckpt/write_s": seconds})
         if finished:
             names = [stage.name for stage in state.stage.run.stages]
-            kept = state.checkpoints.retention.kept
+            kept = state.checkpoints.kept
             tracker.log_checkpoints(
                 [SavedWeights(info.url, info.step, names.index(info.stage)) for info in kept if info.stage]
             )

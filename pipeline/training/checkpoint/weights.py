@@ -26,8 +26,7 @@ from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.text import tokens_of
 from pipeline.data.storage import Storage, join, split
 from pipeline.training.checkpoint import committed
-from pipeline.training.checkpoint.committed import MANIFEST, commit, file_record, is_committed
-from pipeline.training.checkpoint.retention import parse_name
+from pipeline.training.checkpoint.committed import MANIFEST, commit, file_record, is_committed, parse_name
 from pipeline.training.checkpoint.serialization import SavedState, TensorFile
 from pipeline.training.ownership import Ownership, Start
 

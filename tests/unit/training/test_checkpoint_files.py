@@ -17,9 +17,8 @@ import torch
 from pipeline.config.errors import CheckpointError, MomeError
 from pipeline.config.schema import CheckpointConfig, KeepBestConfig
 from pipeline.data.storage import ObjectChanged, Storage, join
-from pipeline.training.checkpoint import serialization
-from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, commit, file_record
-from pipeline.training.checkpoint.retention import NO_START, Checkpoint, newest_first, parse_name, select_kept
+from pipeline.training.checkpoint import committed, serialization
+from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, NO_START, Checkpoint, parse_name, select_kept
 from pipeline.training.checkpoint.serialization import DTYPES, SavedState, TensorFile
 from pipeline.training.checkpoint.weights import load_weights, save_weights, weights_info
 from pipeline.training.ownership import Start
@@ -165,7 +164,7 @@ def test_checkpoints_are_ordered_by_step_then_start_then_time_of_their_names(tmp
     ]
     for name in (*ordered, "notes.txt", "step-7"):
         Storage().write(str(tmp_path / name / COMMIT), b"")
-    checkpoints = [url.rpartition("/")[2] for url in newest_first(Storage(), str(tmp_path))]
+    checkpoints = [url.rpartition("/")[2] for url in committed.newest_first(Storage(), str(tmp_path))]
     assert checkpoints == ordered[::-1]
     expected = {
         "step-00000150.0003-9f86d081-19ad3c7f2e1": (150, Start(3, "9f86d081"), 0x19AD3C7F2E1),
@@ -196,9 +195,9 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
     for name in manifest.get("files", {}):
-        manifest["files"][name] = file_record((folder / name).read_bytes())
+        manifest["files"][name] = committed.file_record((folder / name).read_bytes())
     files = manifest.pop("files", {})
-    commit(Storage(), str(folder), files, manifest)
+    committed.commit(Storage(), str(folder), files, manifest)
 
 
 def test_manifest_without_a_key_is_rejected(tmp_path: Path) -> None:
