@@ -7,7 +7,7 @@ whose code is not packaged, the tensors of our models, which tests/golden compar
 import json
 import random
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -334,7 +334,7 @@ def test_unsupported_hugging_face_config_is_rejected(
         import_weights(path, case.format, f"{tmp_path}/out")
 
 
-def test_interpolation_is_read_from_the_processor_config(tmp_path: Path) -> None:
+def test_interpolation_is_read_from_the_processor_config_and_quantised_tensors_are_rejected(tmp_path: Path) -> None:
     _, _, path, folder = publish("ViT, classes", tmp_path)
     for resample, expected in (({"resample": 2}, "bilinear"), ({"resample": 3}, "bicubic"), ({}, "bilinear")):
         values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **resample}
@@ -344,6 +344,14 @@ def test_interpolation_is_read_from_the_processor_config(tmp_path: Path) -> None
             import_weights(path, "vit", out)
             assert load_weights(Storage(), out).config.model.interpolation == expected
             (folder / f"{file}.json").unlink()
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    for kind in (torch.int8, torch.bool, torch.complex64):
+        for number in (1, 1000):
+            quantised = {name: (10 * tensor).to(kind) for name, tensor in list(state.items())[:number]}
+            safetensors.torch.save_file({**state, **quantised}, folder / "model.safetensors")
+            with pytest.raises(CheckpointError, match="floating-point"):
+                import_weights(path, "vit", f"{tmp_path}/out")
+    assert not (tmp_path / "out").exists()
 
 
 WRONG_NAMES = [[7], {}, 1.5, True, "7", "\ud83d", "c\nd", None]
@@ -364,10 +372,7 @@ def test_unusable_tokens_and_labels_are_rejected_or_dropped(tmp_path: Path) -> N
     labels = json.loads((folder / "config.json").read_text())["id2label"]
     for number, wrong in enumerate(WRONG_NAMES):
         change(folder / "config.json", id2label={**labels, "0": wrong})
-        if wrong == "\ud83d":  # no UTF-8 text
-            with pytest.raises(MomeError):
-                import_weights(path, case.format, f"{tmp_path}/out{number}")
-        else:
+        with pytest.raises(MomeError) if wrong == "\ud83d" else nullcontext():  # no UTF-8 text
             import_weights(path, case.format, f"{tmp_path}/out{number}")
         assert (tmp_path / f"out{number}").exists() == (wrong != "\ud83d"), wrong
 
@@ -469,18 +474,6 @@ def test_mutated_folders_raise_only_mome_errors(name: str, tmp_path: Path) -> No
         with suppress(MomeError):
             import_weights(str(folder), case.format, f"{tmp_path}/out-{number}")
         (folder / target).write_bytes(whole[target])
-
-
-def test_tensors_of_unsupported_dtype_are_rejected(tmp_path: Path) -> None:
-    _, _, path, _ = publish("ViT, classes", tmp_path, "file")
-    state = safetensors.torch.load_file(path)
-    for kind in (torch.int8, torch.bool, torch.complex64):
-        for number in (1, 1000):
-            quantised = {name: (10 * tensor).to(kind) for name, tensor in list(state.items())[:number]}
-            safetensors.torch.save_file({**state, **quantised}, path)
-            with pytest.raises(CheckpointError, match="floating-point"):
-                import_weights(path, "vit", f"{tmp_path}/out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
