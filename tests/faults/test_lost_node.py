@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,24 +30,27 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainProcess:
     return run
 
 
-def elastic(cluster: Cluster, folder: Path, name: str, *more: str) -> TrainProcess:
-    """Start a run of two ranks, one on each node, that can continue with one."""
-    cluster.wait_for_nodes(2)
-    keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
-    keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1", *more]
-    return TrainProcess(folder, name, STEPS, *keys, environment=cluster.environment).start()
-
-
 def ranks(cluster: Cluster) -> list[int]:
     """Return the number of ranks on each node."""
     return [len(node.ranks()) for node in cluster.nodes]
 
 
-def test_losing_a_node_changes_no_loss(cluster: Cluster, whole: TrainProcess) -> None:
-    run, lost = elastic(cluster, whole.folder, "lost"), cluster.others[0]
+@contextmanager
+def elastic(cluster: Cluster, folder: Path, name: str, *more: str) -> Iterator[TrainProcess]:
+    """Run two ranks, one on each node, that can continue with one; yield the run after its first steps."""
+    cluster.wait_for_nodes(2)
+    keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
+    keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1", *more]
+    run = TrainProcess(folder, name, STEPS, *keys, environment=cluster.environment).start()
     with paced(run, cluster.ranks):
         wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
         assert ranks(cluster) == [1, 1], run.log_text()
+        yield run
+
+
+def test_losing_a_node_changes_no_loss(cluster: Cluster, whole: TrainProcess) -> None:
+    lost = cluster.others[0]
+    with elastic(cluster, whole.folder, "lost") as run:
         before = run.step()
         lost.lose()
         # One step may have been in flight.
@@ -60,9 +64,7 @@ def test_losing_a_node_changes_no_loss(cluster: Cluster, whole: TrainProcess) ->
 
 
 def test_announced_preemption_of_a_node_costs_no_step(cluster: Cluster, whole: TrainProcess) -> None:
-    run = elastic(cluster, whole.folder, "warned", "checkpoint.every=1000")
-    with paced(run, cluster.ranks):
-        wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
+    with elastic(cluster, whole.folder, "warned", "checkpoint.every=1000") as run:
         cluster.announce_preemption(cluster.others[0], 600)
         wait_until(lambda: run.restart_causes() or not run.running(), "the ranks to save and stop", SECONDS)
         assert run.restart_causes() == ["preempted"]
@@ -79,9 +81,7 @@ def test_announced_preemption_of_a_node_costs_no_step(cluster: Cluster, whole: T
 
 
 def test_run_resumes_under_its_name_on_a_new_head(cluster: Cluster, whole: TrainProcess) -> None:
-    run = elastic(cluster, whole.folder, "headless")
-    with paced(run, cluster.ranks):
-        wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
+    with elastic(cluster, whole.folder, "headless") as run:
         run.kill()  # a submitted run's driver is on the head
         cluster.stop()
     cluster.start()

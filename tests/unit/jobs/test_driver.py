@@ -239,23 +239,20 @@ def test_driver_waits_for_ranks_that_were_placed_before_and_for_a_cluster_that_d
 # ---- the config of ranks
 
 
-@pytest.mark.parametrize("override", ["output=runs", "output=s3://bucket/runs", "tracking.uri=sqlite:///mine.db"])
-def test_ranks_in_another_folder_use_the_same_files_and_mlflow(
-    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ranks_in_another_folder_use_the_same_files_and_mlflow_and_references_stay_unresolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "rank").mkdir()
-    monkeypatch.chdir(tmp_path)
-    config = load_config(DEMO, [override])
-    expected, settled = absolute_uri(tracking_uri(config)), for_ranks(config)
-    monkeypatch.chdir(tmp_path / "rank")
-    assert tracking_uri(settled) == expected
-    assert settled.sources["scenes"].shards == str(tmp_path / "runs/demo-data/scenes")
-    assert settled.output == ("s3://bucket/runs" if "s3" in override else str(tmp_path / "runs"))
-    assert "sqlite" not in override or settled.tracking.uri == f"sqlite:///{tmp_path}/mine.db"
-    assert for_ranks(settled) == settled
-
-
-def test_references_stay_unresolved_and_recorded_passwords_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for override in ("output=runs", "output=s3://bucket/runs", "tracking.uri=sqlite:///mine.db"):
+        monkeypatch.chdir(tmp_path)
+        config = load_config(DEMO, [override])
+        expected, settled = absolute_uri(tracking_uri(config)), for_ranks(config)
+        monkeypatch.chdir(tmp_path / "rank")
+        assert tracking_uri(settled) == expected
+        assert settled.sources["scenes"].shards == str(tmp_path / "runs/demo-data/scenes")
+        assert settled.output == ("s3://bucket/runs" if "s3" in override else str(tmp_path / "runs"))
+        assert "sqlite" not in override or settled.tracking.uri == f"sqlite:///{tmp_path}/mine.db"
+        assert for_ranks(settled) == settled
     monkeypatch.delenv("SERVER", raising=False)  # set only on the cluster's nodes
     config = load_config(DEMO, ["tracking.uri=env:SERVER"])
     for settled in (for_ranks(config), for_cluster(config, same_machine=True)):
