@@ -69,9 +69,7 @@ def test_loaders_are_measured_with_and_without_rand_augment(photos: Path) -> Non
 
 
 @pytest.mark.parametrize("peer", PEERS)
-def test_peer_delivers_the_pairs_of_the_shards_and_its_failure_is_reported(
-    tmp_path: Path, photos: Path, peer: str
-) -> None:
+def test_peer_delivers_the_shards_pairs_and_its_failure_is_reported(tmp_path: Path, photos: Path, peer: str) -> None:
     storage, shards, vocabulary = Storage(), str(tmp_path / "shards"), str(tmp_path / "vocabulary.txt")
     loader.write_photos(storage, (photos,), shards, samples=32, min_shards=2)
     storage.write(vocabulary, Tokenizer.train(iter_captions(storage, shards), 200).vocabulary_file)
@@ -155,9 +153,7 @@ def test_every_client_reads_an_object_and_lists_a_folder(place: str, tmp_path: P
     assert all(sorted(names()) == ["one", "other"] for names in listers.values())
 
 
-def test_results_count_requests_leave_no_files_and_a_missing_url_starts_a_store(
-    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_are_counted_and_no_files_are_left(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"object_bytes": SIZE, "range_bytes": MIB, "objects": 3}
     result = bench_storage(s3.url("measured"), s3.config, **small, rounds=2)
     read, listing = result["read"], result["list"]

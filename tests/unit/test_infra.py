@@ -56,9 +56,7 @@ def rendered(path: Path, **changes: str) -> list[dict[str, Any]]:
 # ---- rendering
 
 
-def test_the_example_sets_and_explains_every_variable_and_missing_or_invalid_ones_are_named(
-    tmp_path: Path, capsys: Any
-) -> None:
+def test_the_example_explains_every_variable_and_missing_ones_are_named(tmp_path: Path, capsys: Any) -> None:
     """A comment, or another setting explained by the same comment, is directly above."""
     assert set(SETTINGS) == set().union(*(render.variables(path) for path in FILES))
     assert not [path for path in FILES if "${" in render.render(path, SETTINGS)]
@@ -125,7 +123,7 @@ def test_manifests_are_valid_for_kuberay_and_wrong_keys_and_values_are_not(share
         assert len(list(validator.iter_errors(manifest))) == 1, path
 
 
-def test_groups_are_parsed_access_needs_a_token_and_containers_have_limits_and_never_run_as_root(
+def test_groups_are_parsed_and_access_privileges_and_resources_are_limited(
     spec: dict[str, Any],
 ) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
@@ -165,7 +163,7 @@ def test_groups_are_parsed_access_needs_a_token_and_containers_have_limits_and_n
         assert (context["allowPrivilegeEscalation"], context["capabilities"]) == (False, {"drop": ["ALL"]})
 
 
-def test_secrets_are_references_and_a_permanent_cluster_survives_the_loss_of_its_head() -> None:
+def test_secrets_are_references_and_a_permanent_cluster_survives_its_head() -> None:
     pending: list[Any] = [document for path in KUBERAY.glob("*.yaml") for document in rendered(path)]
     assert "Secret" not in {document.get("kind") for document in pending}
     secrets = []
@@ -188,9 +186,7 @@ def test_secrets_are_references_and_a_permanent_cluster_survives_the_loss_of_its
     assert policy["spec"]["policyTypes"] == ["Ingress"]
 
 
-def test_a_job_is_retried_with_its_claim_cleans_up_and_runs_an_existing_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_job_is_retried_cleans_up_and_runs_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """KubeRay retries with the manifest's entry point; every rendering is a new launch."""
     from jobs import cli, train
 
@@ -261,7 +257,7 @@ CONFIG: dict[str, Any] = yaml.safe_load(INTERPOLATED.sub(lambda match: VALUES[ma
 SERVICES: dict[str, dict[str, Any]] = CONFIG["services"]
 
 
-def test_compose_needs_every_value_holds_no_secret_exposes_no_port_and_refers_to_what_exists() -> None:
+def test_compose_needs_every_value_holds_no_secret_and_exposes_no_port() -> None:
     assert len(re.findall(r"\$\{", COMPOSE)) == len(INTERPOLATED.findall(COMPOSE)), "a ${…} without :? may be empty"
     assert set(INTERPOLATED.findall(COMPOSE)) == set(VALUES)
     assert {name for name, value in VALUES.items() if not value} == SECRETS
@@ -298,7 +294,7 @@ def test_compose_needs_every_value_holds_no_secret_exposes_no_port_and_refers_to
     assert "deploy" not in SERVICES["head"]
 
 
-def test_mlflow_knows_its_arguments_and_the_bucket_may_be_created_twice(
+def test_mlflow_knows_its_arguments_and_the_bucket_may_exist(
     moto_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow's own command line parses the arguments."""
@@ -346,7 +342,7 @@ RUN = STAGES["run"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_the_image_has_an_unprivileged_user_its_commands_only_copied_files_and_hashed_packages() -> None:
+def test_the_image_is_unprivileged_with_copied_files_and_hashed_packages() -> None:
     known = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
     assert {word for stage in STAGES.values() for word, _ in stage} <= known
     assert list(STAGES) == ["", "build", "run"]

@@ -49,9 +49,7 @@ def start(tmp_path: Path) -> Start:
     return begin
 
 
-def test_torchrun_starts_on_every_node_and_is_retried_within_bounds_unless_superseded(
-    start: Start, tmp_path: Path
-) -> None:
+def test_torchrun_starts_on_every_node_and_is_retried_unless_superseded(start: Start, tmp_path: Path) -> None:
     from torch.distributed.run import get_args_parser
 
     job = start('printf "%s\\n" "${@: -3}" > ' + str(tmp_path / "last"), SLURM_GPUS_ON_NODE="8")
@@ -101,9 +99,7 @@ def test_preemption_is_passed_to_the_ranks_and_requeues_the_job(sent: str, start
     assert job.returncode == 0
 
 
-def test_scripts_are_valid_bash_and_explain_a_used_port_and_a_missing_environment_or_argument(
-    moto_store: Store, tmp_path: Path
-) -> None:
+def test_scripts_are_valid_bash_and_explain_what_is_missing_or_taken(moto_store: Store, tmp_path: Path) -> None:
     command = ["bash", str(INFRA / "local_s3.sh"), port := moto_store.endpoint.rpartition(":")[2], "not-made"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if "not installed" in done.stderr:

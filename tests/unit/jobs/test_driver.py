@@ -199,7 +199,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return simulated
 
 
-def test_waiting_is_reported_until_nodes_join_or_the_timeout_and_an_autoscaler_is_awaited(world: World) -> None:
+def test_waiting_is_reported_until_nodes_join_or_the_timeout(world: World) -> None:
     with pytest.raises(RunFailed, match=r"2 ranks need 2 GPUs; this cluster has 0.*cluster\.gpus_per_worker"):
         world.placement(gpus_per_worker=1, address=None)  # a local Ray never gets more
     waiting = world.placement(gpus_per_worker=1)
@@ -239,9 +239,7 @@ def test_driver_waits_for_ranks_that_were_placed_before_and_for_a_cluster_that_d
 # ---- the config of ranks
 
 
-def test_ranks_in_another_folder_use_the_same_files_and_mlflow_and_references_stay_unresolved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_use_the_same_files_and_resolve_no_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rank").mkdir()
     for override in ("output=runs", "output=s3://bucket/runs", "tracking.uri=sqlite:///mine.db"):
         monkeypatch.chdir(tmp_path)
@@ -295,9 +293,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> KeyValues:
     return values
 
 
-def test_warnings_and_values_are_exchanged_within_one_start_and_an_absent_head_blocks_neither_side(
-    store: KeyValues,
-) -> None:
+def test_one_start_exchanges_warnings_and_values_and_an_absent_head_blocks_none(store: KeyValues) -> None:
     mail = Mailbox("claim")
     with forwarded_warnings(mail):
         for number in range(20):
@@ -375,9 +371,7 @@ def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> Non
 AWAY = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
 
 
-def test_placed_ranks_are_requested_to_save_while_the_store_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_placed_ranks_save_while_the_store_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed, started = list[str](), time.monotonic()
     monkeypatch.setattr(driver, "notify", printed.append)
     monkeypatch.setattr(driver, "END_SECONDS", 1e8)  # the timeout would end the test process

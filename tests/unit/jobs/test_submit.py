@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ def own_token(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the address
 
 
-def test_address_may_be_copied_from_a_browser_and_only_loopback_is_this_machine() -> None:
+def test_pages_are_addresses_and_invalid_or_unguarded_ones_are_rejected_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for address, expected in {
         "head:8265": "http://head:8265",
         "http://head:8265/": "http://head:8265",
@@ -66,11 +67,6 @@ def test_address_may_be_copied_from_a_browser_and_only_loopback_is_this_machine(
     own = ["127.0.0.1", "localhost", "http://127.0.0.1:8265", "http://[::1]:8265"]
     others = ["10.0.0.1", "head", "http://head:8265", "http://127.0.0.1.evil.com:8265"]
     assert [address for address in own + others if is_loopback(address)] == own
-
-
-def test_invalid_address_and_another_machine_without_authentication_are_rejected_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
     for address in (
         "", "http://[::1", "http://head:82x65", "http://head:99999999", "ray://head:10001", "file:///etc", "http://",
         "head 1:8265", "http://head:8265\\@elsewhere", "http://alice:secret@head:8265", "http://a:secret@head:82x65",
@@ -87,9 +83,7 @@ def test_invalid_address_and_another_machine_without_authentication_are_rejected
 
 
 @pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "http_proxy", "all_proxy"])
-def test_local_address_takes_precedence_over_variables_of_ray_and_proxies(
-    variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_address_precedes_variables_of_ray_and_proxies(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     addresses = {"RAY_ADDRESS": ("auto", "ray://127.0.0.1:10001"), "RAY_API_SERVER_ADDRESS": ("127.0.0.1:6379",)}
     with serving(ray_dashboard) as another:
         for value in (another.url, *addresses.get(variable, ())):
@@ -140,23 +134,20 @@ def test_server_that_is_no_dashboard_is_detected_and_its_port_named(monkeypatch:
 
 
 def test_silent_and_endless_responses_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def drip(header: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
-        def answer(handler: BaseHTTPRequestHandler) -> None:
-            """Send one byte every 20 ms until the client disconnects."""
-            handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + header)
-            with suppress(OSError):
-                for _ in range(200):
-                    handler.wfile.write(b" ")
-                    time.sleep(0.02)
-
-        return answer
+    def drip(header: bytes, handler: BaseHTTPRequestHandler) -> None:
+        """Send one byte every 20 ms until the client disconnects."""
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + header)
+        with suppress(OSError):
+            for _ in range(200):
+                handler.wfile.write(b" ")
+                time.sleep(0.02)
 
     def hang(handler: BaseHTTPRequestHandler) -> None:
         over.wait(20) if handler.path == "/api/jobs/job" else ray_dashboard(handler)
 
     monkeypatch.setattr(module, "LIST_SECONDS", 0.3)
     for header in (b"X-Slow: ", b"Content-Length: 1000000\r\n\r\n"):
-        with serving(drip(header)) as server, pytest.raises(RunFailed, match="no complete response"):
+        with serving(partial(drip, header)) as server, pytest.raises(RunFailed, match="no complete response"):
             open_dashboard(server.url)
     monkeypatch.setattr(module, "LIST_SECONDS", 60.0)
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0.2)
@@ -185,9 +176,7 @@ def test_token_is_given_by_reference_fits_a_header_and_is_not_shown(monkeypatch:
 # ---- the job
 
 
-def test_job_and_its_code_are_submitted_with_an_id_of_the_config_and_its_failed_attempts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_has_its_code_a_stable_id_and_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def submitted(states: dict[str, str], *overrides: str) -> str:
         jobs = [SimpleNamespace(submission_id=name, status=status) for name, status in states.items()]
         monkeypatch.setattr(module, "open_dashboard", lambda *_: Mock(list_jobs=lambda: jobs))
@@ -210,11 +199,6 @@ def test_job_and_its_code_are_submitted_with_an_id_of_the_config_and_its_failed_
         ({"": "FAILED", "-2": "PENDING"}, "-2"),
     ):
         assert submitted({base + known: status for known, status in states.items()}) == base + suffix
-
-
-def test_job_uses_this_interpreter_if_the_head_has_it_and_a_failure_is_not_repeated(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
     ended = "Job entrypoint command failed with exit code 1"
     info = SimpleNamespace(message=f"{ended}, last available logs (truncated):\nerror: no data")
     client = Mock(list_jobs=list, get_job_info=lambda job: info)
