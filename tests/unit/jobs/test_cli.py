@@ -47,9 +47,6 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-# ---- help, arguments, results and errors
-
-
 def test_every_parameter_has_a_help_text_without_markup_and_every_path_is_local() -> None:
     """Rich would drop `[word …]`."""
     texts, described = {}, []
@@ -116,9 +113,6 @@ def test_error_text_with_markup_is_printed_verbatim(
         with pytest.raises(SystemExit):
             cli.main()
         assert capsys.readouterr().err == f"error: {message}\n"
-
-
-# ---- configs
 
 
 def test_fingerprint_equals_that_of_the_run_and_changes_no_file(

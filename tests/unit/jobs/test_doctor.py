@@ -67,9 +67,6 @@ def detail_of(status: str, check: Callable[..., str], *arguments: Any) -> str:
 passes, fails, skips = (partial(detail_of, status) for status in ("passed", "failed", "skipped"))
 
 
-# ---- the machine
-
-
 def test_packages_are_compared_with_required_and_tested_versions(tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     for requirement, tested, outcome, expected in (
@@ -152,9 +149,6 @@ def test_ranks_must_communicate_and_operators_be_built(tmp_path: Path, monkeypat
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler (no-such-compiler)" in fails(doctor.operators)
-
-
-# ---- services
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
@@ -248,9 +242,6 @@ def test_a_token_is_private_and_needed_for_a_remote_cluster(tmp_path: Path, monk
         assert "is empty" in fails(doctor.ray_token, None)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a token")
     passes(doctor.ray_token, None)
-
-
-# ---- the command
 
 
 def test_the_command_runs_and_its_status_reflects_failures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

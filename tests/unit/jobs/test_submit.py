@@ -51,9 +51,6 @@ def own_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
 
 
-# ---- the address
-
-
 def test_pages_are_addresses_and_invalid_or_unguarded_ones_are_rejected_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for address, expected in {
         "head:8265": "http://head:8265",
@@ -94,9 +91,6 @@ def test_local_address_precedes_variables_of_ray_and_proxies(variable: str, monk
                 assert named.seen[0] == ("GET", "/api/jobs/", None), "the token was sent before it was asked for"
                 assert {token for *_, token in named.seen[1:]} == {f"Bearer {TOKEN}"}
         assert another.seen == [], "something was sent to the other cluster"
-
-
-# ---- the server
 
 
 @pytest.mark.parametrize("status", [302, 308])
@@ -171,9 +165,6 @@ def test_token_is_given_by_reference_fits_a_header_and_is_not_shown(monkeypatch:
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # of a user without a home
     assert find_token(None) is None
-
-
-# ---- the job
 
 
 def test_job_has_its_code_a_stable_id_and_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
