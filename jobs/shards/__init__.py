@@ -8,16 +8,14 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from jobs.console import JsonOption, local_file
+from jobs.console import FileOption, JsonOption, local_file
 
 # "auto", then the formats of pipeline.data.building
 SourceFormat = StrEnum(
     "SourceFormat", "auto folder jsonl coco list table parquet text vqa vg_qa nlvr2 karpathy classes"
 )
 SourceType = StrEnum("SourceType", "pairs images text labelled regions questions statements")
-Report = Annotated[
-    Path | None, Option(parser=local_file, help="Write all bad samples to this file, one JSON per line.")
-]
+Report = Annotated[Path | None, FileOption(help="Write all bad samples to this file, one JSON per line.")]
 MaxPixels = Annotated[int, Option(min=1, help="Maximum pixels of an image; more are rejected as a decompression bomb.")]
 MAX_PIXELS = 25_000_000  # default of data.max_pixels
 
@@ -32,7 +30,7 @@ def build(
     out: Annotated[str, Argument(help="Folder or URL (s3://bucket/path) to write the shards to.")],
     kind: Annotated[SourceFormat, Option(help="Format of SOURCE; auto detects it.")] = SourceFormat.auto,
     images: Annotated[
-        Path | None, Option(parser=local_file, help="Folder that image paths are relative to (default: SOURCE's).")
+        Path | None, FileOption(help="Folder that image paths are relative to (default: SOURCE's).")
     ] = None,
     allow_outside: Annotated[bool, Option("--allow-outside", help="Also read images outside of that folder.")] = False,
     image_column: Annotated[str | None, Option(help="table, parquet: name or number of the image column.")] = None,
@@ -40,8 +38,7 @@ def build(
     samples_per_shard: Annotated[int, Option(min=1, help="Number of samples in each tar.")] = 1000,
     words: Annotated[int, Option(min=1, help="text: maximum number of words per sample.")] = 64,
     annotations: Annotated[
-        list[Path] | None,
-        Option(parser=local_file, help="vqa: annotations file; repeat for each file whose answers are listed."),
+        list[Path] | None, FileOption(help="vqa: annotations file; repeat for each file whose answers are listed.")
     ] = None,
     split: Annotated[str | None, Option(help="karpathy: import the images of this split only.")] = None,
     listed_only: Annotated[
@@ -133,7 +130,7 @@ def check(
 def show(
     url: Annotated[str, Argument(help="Folder of indexed shards, brace pattern, or one tar of them.")],
     samples: Annotated[int, Option(min=1, help="Number of samples to show, spread over the shards.")] = 8,
-    sheet: Annotated[Path | None, Option(parser=local_file, help="PNG file for a contact sheet of samples.")] = None,
+    sheet: Annotated[Path | None, FileOption(help="PNG file for a contact sheet of samples.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print keys, members, sizes and captions of some samples, and save their images as one contact sheet."""
@@ -147,7 +144,7 @@ def regions(
     url: Annotated[str, Argument(help="Folder of tars with images, or brace pattern.")],
     out: Annotated[str, Argument(help="Folder or URL to write the shards with regions to.")],
     detector: Annotated[
-        Path, Option(parser=local_file, help="Folder of a Hugging Face object-detection model, present on every node.")
+        Path, FileOption(help="Folder of a Hugging Face object-detection model, present on every node.")
     ],
     max_regions: Annotated[int, Option("--regions", min=1, help="Regions per image, the most confident ones.")] = 100,
     workers: Annotated[int, Option(min=1, help="Number of Ray actors; each loads a detector.")] = 1,
