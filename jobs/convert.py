@@ -142,10 +142,7 @@ def import_weights(
 
 
 def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any]:
-    """Write a stage's weights in a published format, and read them back to see that they are the same.
-
-    The file's header lets it be imported without sizes and with equal predictions.
-    """
+    """Write a stage's weights in a published format, with a header for `import_weights`, and verify them."""
     storage, chosen = Storage(), _format(format_name)
     weights = load_weights(storage, checkpoint.rstrip("/"))
     config, section = weights.config, weights.config.model

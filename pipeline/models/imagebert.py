@@ -1,7 +1,6 @@
 """ImageBERT (arXiv 2001.07966): BERT over a caption's words, followed by a detector's regions of the image.
 
-The encoder is Hugging Face's BERT, so that BERT's own weights can start it. Regions have no order: they share one
-position.
+The encoder is Hugging Face's BERT, so that BERT's own weights can start it. Regions have no order and share a position.
 
 Shapes: B examples, L tokens, R regions, F features of a region, D width.
 """

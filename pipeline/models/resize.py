@@ -36,10 +36,7 @@ def resize_grid(positions: Tensor, grid: int | tuple[int, int], rule: GridRule) 
 
 
 def resized_positions(positions: Tensor, patches: Tensor, grid: Tensor) -> Tensor:
-    """Interpolate a square grid of positions (g², D) at `patches` (B, K) of images with `grid` (B, 2): (B, K, D).
-
-    Bilinear as `resize_grid`, for images of all shapes at once: a hat function of its distance weighs each point.
-    """
+    """Interpolate positions (g², D) bilinearly at `patches` (B, K) of images with `grid` (B, 2): (B, K, D)."""
     side, columns = round(len(positions) ** 0.5), grid[:, 1:]
     points = torch.arange(side, device=positions.device)
     hats = []  # (B, K, g): weights of the rows and of the columns of points

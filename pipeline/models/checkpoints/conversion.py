@@ -287,8 +287,7 @@ def published_contents(names: Names, shapes: Mapping[str, Shape]) -> dict[str, l
 def require(state: Mapping[str, Tensor], shapes: Mapping[str, Shape], allowed: Collection[str] = ()) -> set[str]:
     """Return the names of `shapes` that the state has with the right shape.
 
-    Names that match a pattern in `allowed` (`vqa_classifier.*`) may differ. Raises CheckpointError listing every other
-    missing, unexpected or wrong-shaped tensor.
+    Raises CheckpointError listing every other difference, except of names that match `allowed` (`vqa_classifier.*`).
     """
     actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
     faults = {

@@ -76,10 +76,7 @@ def save_weights(
     choices: Mapping[str, Choices] | None = None,
     ownership: Ownership | None = None,
 ) -> bool:
-    """Write and commit a stage's weights, vocabulary and label lists; called on rank 0 only.
-
-    Returns False, leaving the committed files unchanged, if another attempt has committed the folder.
-    """
+    """Write and commit a stage's weights, vocabulary and lists on rank 0; False if another attempt has committed."""
     start = (ownership and ownership.start) or Start(0, secrets.token_hex(4))
     check = ownership.check if ownership else lambda: None
     renamed: dict[str, str] = {}  # names that another attempt has used -> this attempt's own names
