@@ -2,21 +2,17 @@
 
 First count the calls of a scenario, then repeat it with every one of them failing:
 
-    clean = FailingStorage()
-    scenario(clean, folder)                                  # a local folder or any other URL
+    scenario(clean := FailingStorage(), folder)              # a local folder or any other URL
     for fault in every_fault(clean.calls):
-        storage = FailingStorage(fault)
         with suppress(StorageError):
-            scenario(storage, new_folder)
-        assert storage.num_failed                            # the fault was met
+            scenario(FailingStorage(fault), new_folder)
         check(Storage(), new_folder)                         # what must hold after any failure
 
-A call is one public call of `Storage`, after its retries; `storage.calls` holds kind, URL and thread of every call,
-failed ones included. `fault.when` says how far the call got: "before" (no effect), "halfway" (a folder lost half of its
-files; half the parts of an object were requested, and nothing became visible) or "after" (it took effect, and its
-answer was lost). `fault.lasting` makes the later calls of the same kind fail as well, before any effect; with
-`kind=None` all later calls, as in an outage; `storage.heal()` ends it. Threads may share a FailingStorage. A copy sent
-to another process meets the same fault, counted in that process alone.
+A call is one public call of `Storage`, after its retries. `fault.when` says how far it got: "before" (no effect),
+"halfway" (a folder lost half of its files; half the parts of an object were requested, and nothing became visible) or
+"after" (it took effect, and its answer was lost). `fault.lasting` makes the later calls of the same kind fail as well,
+before any effect; with `kind=None` all later calls, as in an outage; `storage.heal()` ends it. Threads may share a
+FailingStorage. A copy sent to another process meets the same fault, counted in that process alone.
 """
 
 import threading

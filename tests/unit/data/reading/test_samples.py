@@ -58,8 +58,7 @@ def folder(make_pairs) -> str:
 
 @pytest.fixture
 def remote() -> Iterator[Watched]:
-    storage = Watched()
-    yield storage
+    yield (storage := Watched())
     storage.delete("memory://samples")
 
 
