@@ -17,9 +17,10 @@ import typer
 
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.load import load_config
+from pipeline.data.order import share
 from pipeline.data.storage import Storage
 from pipeline.planning.estimate import TERA, accelerator_like, memory_of
-from pipeline.training.collectives import Collectives, share
+from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_setup import sharding_of
 from pipeline.training.profile import MeasuredEngine, living, peak_of
 from pipeline.training.stages import Stage, build_stage_model

@@ -214,9 +214,9 @@ class DataOrder:
         return np.concatenate([[0], np.cumsum(sizes[shards])]), shards, hash64(seed, "window", epoch)
 
 
-def rank_slice(batch: int, rank: int, world: int) -> range:
-    """Return the places of a global batch that a rank reads: ⌊rB/W⌋ to ⌊(r+1)B/W⌋ - 1. W need divide nothing."""
-    return range(rank * batch // world, (rank + 1) * batch // world)
+def share(batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return the places [⌊rB/W⌋, ⌊(r+1)B/W⌋) of a global batch that a rank reads; W need not divide B."""
+    return rank * batch // world_size, (rank + 1) * batch // world_size
 
 
 def mixing_cycle(weights: Sequence[float]) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ whole global batch (contract C2).
 Shapes: n examples of this rank, B global batch, C classes, D feature width.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, ClassVar, get_args
@@ -99,6 +99,9 @@ class Objective:
     targets: ClassVar[tuple[str, ...]] = ()  # batch fields
     counted: ClassVar[str] = ""  # batch field whose numbers from 0 are the loss's summands; empty: the examples
     compares_similarity: ClassVar[bool] = False  # hard negatives, two per example, are drawn by ITC similarity
+    towers: ClassVar[tuple[frozenset[InputKind], ...]] = ()  # the inputs of each forward, if no forward fuses them
+    # Of a stage: the members of `HeadConfig` that give the model the objective's head, where it is optional.
+    head_options: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(lambda stage: {})
 
     def __init__(self, context: ObjectiveContext):
         self.context, self.stage = context, context.stage
@@ -108,17 +111,12 @@ class Objective:
     @classmethod
     def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
         """Return the inputs of each kind of forward; by default one forward fuses all that the source has."""
-        return (SOURCE_INPUTS[source_type],)
+        return cls.towers or (SOURCE_INPUTS[source_type],)
 
     @staticmethod
-    def head_options(stage: StageConfig) -> dict[str, Any]:
-        """Return the members of `HeadConfig` that give the model the objective's head, where it is optional."""
-        return {}
-
-    @classmethod
-    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
-        """Yield what the stage lacks or contradicts besides `required`, as 'KEY: message' relative to the stage."""
-        yield from ()
+    def faults(config: RunConfig, stage: StageConfig) -> Iterable[str]:
+        """Return what the stage lacks or contradicts besides `required`, as 'KEY: message' relative to the stage."""
+        return ()
 
     def count(self, examples: Batch) -> Tensor | int:
         """Return the number of summands of the loss."""

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.schema import SourceType, TransformerConfig
 from pipeline.data.batch import Batch
-from pipeline.models.forward import ForwardInput, ForwardOutput, InputKind
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.objectives import Objective
 
 # Feature and logit scale of each contrast. VLMo has both (its loss is their mean), other models only the first.
@@ -47,10 +46,7 @@ class ITC(Objective):
     source_types = frozenset({"pairs"})
     head = "itc"
     evaluations: ClassVar = {"pairs": "retrieval", "labelled": "zero_shot"}
-
-    @classmethod
-    def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
-        return frozenset({"image"}), frozenset({"text"})
+    towers = (frozenset({"image"}), frozenset({"text"}))
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
         image, text = (self.context.drop_path_mask(examples, name) for name in ("image", "text"))

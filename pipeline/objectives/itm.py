@@ -56,8 +56,8 @@ class ITM(Objective):
     evaluations: ClassVar = {"pairs": "matching"}
     forward_name, compares_similarity = "pair", True
 
-    @classmethod
-    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    @staticmethod
+    def faults(config: RunConfig, stage: StageConfig) -> Iterator[str]:
         if stage.negatives == "hard" and "itc" not in stage.objectives:
             yield "objectives: itm draws hard negatives by itc similarity; add itc, or set negatives: random"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from einops import rearrange
@@ -96,6 +96,13 @@ class MIM(Objective):
     evaluations: ClassVar = {"pairs": "mim"}
     fields = frozenset({"masked_patches"})
     counted = "patch_positions"
+    head_options = staticmethod(
+        lambda stage: {
+            "image_target": stage.image_target,
+            "visual_tokens": stage.image_tokenizer.tokens if stage.image_tokenizer else 0,
+            "image_decoder": stage.image_decoder,
+        }
+    )
 
     @classmethod
     def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
@@ -103,12 +110,7 @@ class MIM(Objective):
         return (frozenset({"image", "text"}) if with_text else frozenset({"image"}),)
 
     @staticmethod
-    def head_options(stage: StageConfig) -> dict[str, Any]:
-        tokens = stage.image_tokenizer.tokens if stage.image_tokenizer else 0
-        return {"image_target": stage.image_target, "visual_tokens": tokens, "image_decoder": stage.image_decoder}
-
-    @classmethod
-    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    def faults(config: RunConfig, stage: StageConfig) -> Iterator[str]:
         kind = config.model.kind
         if stage.image_target == "visual_tokens" and stage.image_tokenizer is None:
             yield "image_tokenizer: required by image_target: visual_tokens; set the location of its weights"

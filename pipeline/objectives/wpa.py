@@ -1,9 +1,8 @@
 """Word-patch alignment (WPA): optimal transport of words to image patches (UNITER, ViLT).
 
 The transport plan comes from IPOT (arXiv 1802.04307), an inexact proximal point method: `OUTER` steps of a
-Sinkhorn-like scaling with `INNER` iterations each. Everything is float32, also under autocast. Padding is excluded by
-masks instead of large costs, so that a caption without words, or an image without patches, costs nothing (the published
-code divides by zero).
+Sinkhorn-like scaling. Everything is float32, also under autocast. Padding is excluded by masks instead of large costs:
+a caption without words, or an image without patches, costs nothing (the published code divides by zero).
 
 Shapes: n examples, L words, P patches, D width.
 """
@@ -21,8 +20,7 @@ from pipeline.objectives import Objective
 from pipeline.objectives.itm import matched_examples
 
 BETA = 0.5  # proximal step: costs are divided by it
-OUTER = 50
-INNER = 1
+OUTER = 50  # steps of one iteration each
 NORM_EPSILON = 1e-5  # smallest norm a feature is divided by
 
 
@@ -34,9 +32,7 @@ def wpa_cost(words: Tensor, patches: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def wpa_plan(
-    cost: Tensor, words_keep: Tensor, patches_keep: Tensor, beta: float = BETA, outer: int = OUTER, inner: int = INNER
-) -> Tensor:
+def wpa_plan(cost: Tensor, words_keep: Tensor, patches_keep: Tensor, outer: int = OUTER) -> Tensor:
     """Return the transport plan for costs (n, L, P), without gradient: (n, L, P) float32 that sums to 1 per example.
 
     words_keep (n, L) and patches_keep (n, P) are False at [CLS], [SEP] and padding, where the plan is 0. It is 0
@@ -44,18 +40,17 @@ def wpa_plan(
     """
     with torch.autocast(cost.device.type, enabled=False):
         is_kept = words_keep[:, :, None] & patches_keep[:, None, :]
-        kernel = torch.exp(-cost.float() / beta) * is_kept
+        kernel = torch.exp(-cost.float() / BETA) * is_kept
         num_words = words_keep.sum(dim=1, keepdim=True).clamp(min=1).float()
         num_patches = patches_keep.sum(dim=1, keepdim=True).clamp(min=1).float()
         plan = is_kept.float()
         word_scale = words_keep / num_words
         for _ in range(outer):
             step = kernel * plan
-            for _ in range(inner):
-                mass = num_patches * torch.einsum("blp, bl -> bp", step, word_scale)
-                patch_scale = torch.where(patches_keep & (mass > 0), 1 / mass.where(mass > 0, 1), 0)
-                mass = num_words * torch.einsum("blp, bp -> bl", step, patch_scale)
-                word_scale = torch.where(words_keep & (mass > 0), 1 / mass.where(mass > 0, 1), 0)
+            mass = num_patches * torch.einsum("blp, bl -> bp", step, word_scale)
+            patch_scale = torch.where(patches_keep & (mass > 0), 1 / mass.where(mass > 0, 1), 0)
+            mass = num_words * torch.einsum("blp, bp -> bl", step, patch_scale)
+            word_scale = torch.where(words_keep & (mass > 0), 1 / mass.where(mass > 0, 1), 0)
             plan = word_scale[:, :, None] * step * patch_scale[:, None, :]
         return plan
 
@@ -77,8 +72,8 @@ class WPA(Objective):
     source_types = frozenset({"pairs"})
     head = "alignment"
 
-    @classmethod
-    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    @staticmethod
+    def faults(config: RunConfig, stage: StageConfig) -> Iterator[str]:
         objectives = stage.objectives
         if "itm" not in objectives or stage.negatives != "random":
             yield "objectives: wpa reads the random negatives of itm; add itm and set negatives: random"

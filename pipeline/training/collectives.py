@@ -22,11 +22,6 @@ from pipeline.evaluation.ranks import Ranks
 STORE_SECONDS = 5.0  # timeout of a request to the key-value store
 
 
-def share(batch: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Return the row range [⌊rB/W⌋, ⌊(r+1)B/W⌋) (contract C1); W need not divide B. Sizes differ by at most 1."""
-    return rank * batch // world_size, (rank + 1) * batch // world_size
-
-
 class Collectives(Ranks):
     """Collectives of the default process group, which is initialised on first use; without a launcher it has one rank.
 

@@ -6,6 +6,7 @@ One process does it, once. Everything is idempotent, so that repeating it for a 
 import itertools
 import json
 import logging
+import sys
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable
@@ -192,7 +193,8 @@ def measure_coverage(storage: Storage, folder: str, tokenizer: Tokenizer, urls: 
     unknown = {}
     for url in urls:
         captions = list(itertools.islice(iter_captions(storage, url), COVERAGE_CAPTIONS))
-        unknown[url] = round(tokenizer.unknown_share(captions), 6)
+        ids = [i for tokens in tokenizer.encode_batch(captions, sys.maxsize) for i in tokens.ids[1:-1]]
+        unknown[url] = round(ids.count(tokenizer.unk_id) / max(1, len(ids)), 6)
         log.info("%s: %.2f %% of the tokens of %d captions are [UNK]", url, 100 * unknown[url], len(captions))
     coverage = Coverage(tokenizer.digest, unknown)
     if coverage.alert is not None:

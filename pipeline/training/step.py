@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.data.batch import Batch
+from pipeline.data.order import share
 from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.objectives import ImageTokenizer, NegativePool, Objective, ObjectiveContext, RowSwap, objective_types
 from pipeline.objectives.itc import Contrast, global_contrast
-from pipeline.training.collectives import Collectives, share
+from pipeline.training.collectives import Collectives
 from pipeline.training.stages import Stage
 
 RELEASED_MLM_FACTOR = 0.25  # by which VLMo's release multiplies the loss of MLM on pairs besides its weight

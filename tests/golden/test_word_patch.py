@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import alignment_outputs
-from pipeline.objectives.wpa import BETA, INNER, OUTER, wpa_cost, wpa_loss, wpa_plan
+from pipeline.objectives.wpa import BETA, OUTER, wpa_cost, wpa_loss, wpa_plan
 
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden" / "word_patch_alignment.safetensors"
 
@@ -21,7 +21,7 @@ def golden() -> dict[str, Tensor]:
         pytest.skip(f"reference tensors are not here: {GOLDEN}")
     with safe_open(GOLDEN, "pt") as file:
         meta = json.loads(file.metadata()["meta"])
-        assert (meta["beta"], meta["iterations"], meta["inner"]) == (BETA, OUTER, INNER)
+        assert (meta["beta"], meta["iterations"], meta["inner"]) == (BETA, OUTER, 1)
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 

@@ -61,8 +61,9 @@ def test_recomputed_blocks_give_an_equal_gradient(kind: str) -> None:
 
 def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
     """Return the gradients of two VLMo steps for every layout; ZeRO 3 traces the first and follows it in the second."""
+    from pipeline.data.order import share
     from pipeline.data.storage import Storage
-    from pipeline.training.collectives import Collectives, share
+    from pipeline.training.collectives import Collectives
     from pipeline.training.health import ExecutionOrderCheck
     from pipeline.training.stages import Stage, build_stage_model
     from tests.support.engines import build_engine

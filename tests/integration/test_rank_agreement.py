@@ -15,7 +15,8 @@ BATCHES = (8, 2)  # on three ranks: 2, 3 and 3 examples; 0, 1 and 1
 
 def _exchanged() -> tuple[list[Any], Any, list[tuple[int, list[int], list[int]]]]:
     """Return gathered and broadcast values; of each batch: number of own examples, all gathered ones, fetched ones."""
-    from pipeline.training.collectives import Collectives, share
+    from pipeline.data.order import share
+    from pipeline.training.collectives import Collectives
 
     collectives = Collectives()
     rank, results = collectives.rank, []

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, SourceType
 from pipeline.data.batch import Batch
-from pipeline.training.collectives import share
+from pipeline.data.order import share
 from tests.support.fine_tuning_data import run_config
 from tests.support.gradients import TOLERANCE, relative_errors
 from tests.support.ranks import run_ranks

@@ -8,7 +8,7 @@ import torch
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
-from pipeline.training.collectives import share
+from pipeline.data.order import share
 from tests.support.trial import VOCABULARY, invented_batch
 
 __all__ = ["VOCABULARY", "tiny_batch", "tiny_config"]

@@ -132,12 +132,6 @@ class Tokenizer:
             encoded.append(Tokens([self.cls_id, *pieces.ids[:room], self.sep_id], [-1, *words, -1]))
         return encoded
 
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        """Return the fraction of [UNK] among the tokens of some texts; 0 without any token."""
-        pieces = self._pieces.encode_batch(list(texts), add_special_tokens=False)
-        total = sum(len(encoding.ids) for encoding in pieces)
-        return sum(encoding.ids.count(self.unk_id) for encoding in pieces) / max(1, total)
-
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids without [PAD], [CLS] and [SEP]; [MASK] and [UNK] are kept."""
         frame = {self.pad_id, self.cls_id, self.sep_id}

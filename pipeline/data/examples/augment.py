@@ -51,11 +51,6 @@ def augment(
     return image
 
 
-def enhance_factor(strength: float) -> float:
-    """Return the brightness or sharpness factor at `strength` 0 … 1."""
-    return ENHANCE[0] + (ENHANCE[1] - ENHANCE[0]) * strength
-
-
 def auto_contrast(image: np.ndarray) -> np.ndarray:
     """Stretch each channel to the whole range; constant channels are unchanged."""
     channels = []
@@ -105,8 +100,8 @@ OPERATIONS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
     "Identity": lambda image, strength, sign: image,
     "AutoContrast": lambda image, strength, sign: auto_contrast(image),
     "Equalize": lambda image, strength, sign: cv2.merge([cv2.equalizeHist(channel) for channel in cv2.split(image)]),
-    "Brightness": lambda image, strength, sign: cv2.convertScaleAbs(image, alpha=enhance_factor(strength)),
-    "Sharpness": lambda image, strength, sign: sharpness(image, enhance_factor(strength)),
+    "Brightness": lambda image, strength, sign: cv2.convertScaleAbs(image, alpha=np.interp(strength, (0, 1), ENHANCE)),
+    "Sharpness": lambda image, strength, sign: sharpness(image, np.interp(strength, (0, 1), ENHANCE)),
     "ShearX": lambda image, strength, sign: warp(image, [[1, sign * strength * SHEAR, 0], [0, 1, 0]]),
     "ShearY": lambda image, strength, sign: warp(image, [[1, 0, 0], [sign * strength * SHEAR, 1, 0]]),
     "TranslateX": lambda image, strength, sign: translate(image, sign * strength * TRANSLATE, horizontal=True),

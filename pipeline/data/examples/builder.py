@@ -25,7 +25,7 @@ from pipeline.data.contents.regions import regions_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.augment import SIDES, augment
 from pipeline.data.examples.masking import ZEROED, mask_patches, mask_whole_words, patch_replacements
-from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, rank_slice
+from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, share
 from pipeline.data.quarantine import BadRecord, BadSample, decoding, judging
 from pipeline.data.randomness import CounterRandom, hash64, permutation
 from pipeline.data.reading.cache import NodeCache
@@ -43,15 +43,15 @@ def batch_spec(config: RunConfig, stage: StageConfig, groups: frozenset[str], nu
     model, masking, shape = config.model, stage.masking, shape_of(config.model)
     if isinstance(shape, KeepAspectRatio):
         assert isinstance(model, ViLTConfig)
-        side, most = shape.canvas, (shape.shorter // shape.patch) * (shape.longest // shape.patch)
+        most = (shape.shorter // shape.patch) * (shape.longest // shape.patch)
         patches = min(most, model.max_visible_patches or most)
         groups |= {f"{name}_size" for name in ("image", "second_image") if name in groups}
         if "image" in groups and "second_image" not in groups:  # models read all patches of two images
             groups |= {"visible_patches"}
     else:
-        side, patches = shape, model.num_patches
+        patches = model.num_patches
     masked = len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0)))
-    sizes = BatchSizes(text=stage.max_text_length, image_side=side, visible_patches=patches, masked_patches=masked)
+    sizes = BatchSizes(shape if isinstance(shape, int) else shape.canvas, stage.max_text_length, patches, masked)
     if "regions" in groups:
         assert isinstance(model, ImageBERTConfig), "the schema accepts regions for no other kind of model"
         masked = len(mask_patches(model.max_regions, masking.region_mask_ratio, CounterRandom(0)))
@@ -78,8 +78,8 @@ class LoaderSpec:
     def split(self, parts: int) -> list[LoaderSpec]:
         """Return the spec in contiguous parts of equal size to within one place, none of them empty."""
         count = min(parts, len(self.places))
-        slices = [rank_slice(len(self.places), part, count) for part in range(count)]
-        return [replace(self, places=self.places[part.start : part.stop]) for part in slices]
+        slices = [slice(*share(len(self.places), part, count)) for part in range(count)]
+        return [replace(self, places=self.places[part]) for part in slices]
 
     def order(self, reader: SampleReader | None = None) -> DataOrder:
         """Return the stage's data order. Without a reader only the digest of a bucketed order can be used."""

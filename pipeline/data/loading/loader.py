@@ -20,7 +20,7 @@ from pipeline.data.contents.choices import ANSWERS, load_choices
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.builder import LoaderSpec
 from pipeline.data.loading.backends import BackendFactory, LoaderBackend, local_backend
-from pipeline.data.order import rank_slice
+from pipeline.data.order import share
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.shards.source import open_source, selection_url
 from pipeline.data.storage import Storage
@@ -56,7 +56,7 @@ class Loader:
                     f"{streams} streams: shards would be deleted while they are read. Raise it to at least {needed}, "
                     "lower data.shuffle_window or data.streams, or unset data.cache.folder"
                 )
-        places = rank_slice(stage.global_batch_size, rank, world_size)
+        places = range(*share(stage.global_batch_size, rank, world_size))
         answers = load_choices(config, stage, storage, ANSWERS)
         self._spec = LoaderSpec(config, stage, tokenizer, sources, places, groups, answers)
         self.order = self._spec.order()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.data.order import WEIGHT_PARTS, DataOrder, LengthBuckets, OrderSource, SampleRef, mixing_cycle, rank_slice
+from pipeline.data.order import WEIGHT_PARTS, DataOrder, LengthBuckets, OrderSource, SampleRef, mixing_cycle, share
 
 
 def shards(*counts: int, weight: float = 1.0, digest: str = "") -> OrderSource:
@@ -121,7 +121,7 @@ def test_cycle_keeps_tijdemans_bound_and_is_periodic(weights: list[float]):
 @pytest.mark.parametrize("streams", [1, 12, 192])
 def test_number_of_ranks_per_stream_follows_the_formula(streams: int):
     for world in (1, 2, 3, 7, 36, 64, 100, 128, 256, 384):
-        slices = [rank_slice(4608, rank, world) for rank in range(world)]
+        slices = [range(*share(4608, rank, world)) for rank in range(world)]
         fetched = sum(len({place // (4608 // streams) for place in places}) for places in slices)
         formula = streams + world - math.gcd(streams, world)
         assert fetched <= formula  # rounding a rank's first position down can only move it to the start of a stream
@@ -139,7 +139,7 @@ def test_batch_is_a_function_of_its_step():
     for places in (range(32), range(5, 29), range(3, 32, 4), range(4, 4)):
         assert order.samples(7, places) == [batch[place] for place in places]
     for world in (1, 2, 3, 5, 7, 8, 40):
-        slices = [rank_slice(64, rank, world) for rank in range(world)]
+        slices = [range(*share(64, rank, world)) for rank in range(world)]
         assert [place for rows in slices for place in rows] == list(range(64))
         assert np.ptp([*map(len, slices)]) <= 1
         for step in (1003, 2) if world in (1, 5, 8) else ():
