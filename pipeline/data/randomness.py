@@ -52,10 +52,7 @@ def uniform_array(key: int, values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class CounterRandom:
-    """A stream of random numbers: the n-th is a hash of the key and n.
-
-    The key of a sample's crop, caption or masks is `hash64(seed, epoch, uid, purpose)`.
-    """
+    """A stream of random numbers: the n-th is a hash of n and of the key, `hash64(seed, epoch, uid, purpose)`."""
 
     key: int
     counter: int = 0

@@ -69,10 +69,7 @@ class Contrast:
     by_source: Tensor | None  # (S, 2) sum of the loss over each source's pairs, and their number
 
     def surrogate_loss(self, outputs: ForwardOutput, examples: slice, parts: int) -> Tensor:
-        """Return a scalar whose gradient in these examples' features is that of the global loss.
-
-        It is one of `parts`, over all ranks and micro-batches, and has 1 / `parts` of the scales' gradient.
-        """
+        """Return one of `parts` scalars, over ranks and micro-batches, whose gradients add up to the global loss's."""
         features = [(outputs[name][head].float() * g[examples]).sum() for (name, head), g in self.gradients.items()]
         scales = [outputs["image"][name].float() * g / parts for name, g in self.scale_gradients.items()]
         return torch.stack([*features, *scales]).sum()

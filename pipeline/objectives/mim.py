@@ -86,10 +86,7 @@ def reconstruct(image: Tensor, positions: Tensor, prediction: Tensor, patch_size
 
 
 class MIM(Objective):
-    """Masked patches, replaced at the encoder's input or, with an image decoder, left out of it.
-
-    Images are read alone, except by ViLT, which reads them with their text if the source has one.
-    """
+    """Masked patches, replaced in the encoder's input or, with a decoder, left out. Only ViLT reads the text too."""
 
     source_types = frozenset({"pairs", "images"})
     head = "mim"
@@ -151,11 +148,7 @@ class MIM(Objective):
 
 
 def load_image_tokenizer(stage: StageConfig, storage: Storage, device: torch.device) -> VisualTokenizer | None:
-    """Return the stage's image tokenizer on a device, or None if it needs none.
-
-    Raises CheckpointError if the tokenizer does not exist, ConfigError if it has another number of tokens than the
-    config states.
-    """
+    """Return the stage's image tokenizer on a device, or None if it needs none; check its number of tokens."""
     settings = stage.image_tokenizer
     if "mim" not in stage.objectives or stage.image_target != "visual_tokens" or settings is None:
         return None

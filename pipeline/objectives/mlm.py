@@ -1,7 +1,4 @@
-"""Masked language modelling (MLM, BERT): predict the masked tokens, with the image or regions if the source has them.
-
-Shapes: n examples, K masked tokens per example (padded), V vocabulary.
-"""
+"""Masked language modelling (MLM, BERT): predict the masked tokens, with the image or regions if there are any."""
 
 from typing import ClassVar
 

@@ -29,10 +29,7 @@ def draw_distinct_negatives(keys: Tensor, row_id: Tensor, column_id: Tensor, cou
 
 
 class Ranking(Objective):
-    """Score of each image with its own text above those with `num_negative_texts` texts of the global batch.
-
-    The loss is the cross-entropy of the first of N texts being the image's own.
-    """
+    """Cross-entropy of an image's own text being the first among `num_negative_texts` others of the global batch."""
 
     source_types = frozenset({"pairs"})
     head = "ranking"

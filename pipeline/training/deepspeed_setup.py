@@ -31,10 +31,7 @@ FOLDER = "TORCH_EXTENSIONS_DIR"  # torch's own variable; a folder that the user 
 
 
 def deepspeed_config(stage: Stage, world_size: int) -> dict[str, Any]:
-    """Return a stage's DeepSpeed JSON. Every setting is explicit, because defaults change between releases.
-
-    The micro-batch size is nominal: the training step itself splits the rows (contract C2).
-    """
+    """Return a stage's DeepSpeed JSON, every setting explicit; the step itself splits the rows (contract C2)."""
     engine = stage.run.engine
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     offload = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
@@ -113,10 +110,7 @@ def load_extensions() -> None:
 
 
 def use_own_folder() -> Path:
-    """Put this installation's ninja first in PATH, and return torch's build folder, set to one of this installation.
-
-    Two versions of ninja, or two installations that share a folder, rebuild each other's extensions every time.
-    """
+    """Put this installation's ninja first in PATH, and return torch's build folder, set to one of this installation."""
     scripts = sysconfig.get_path("scripts")
     paths = os.environ.get("PATH", "").split(os.pathsep)
     if Path(scripts, "ninja").exists() and paths[0] != scripts:

@@ -108,11 +108,9 @@ class TrainingStep:
         return self._backward(outputs, batch, counts, contrast, slice(0, len(batch)), last=True)
 
     def forward_seconds(self) -> float:
-        """Return the median seconds of this rank's forwards since the last call; 0 without one.
+        """Return the median seconds of this rank's forwards since the last call; call it where the device has finished.
 
-        No rank waits for another in a forward (below ZeRO 3). The whole step would not identify a slow machine, which
-        delays every rank at the next reduction. Call it where the device has finished. The median is insensitive to
-        the first steps and to those with an execution-order check.
+        No rank waits for another in a forward (below ZeRO 3): a slow machine would delay every rank's whole step.
         """
         seconds = [*self._forward_seconds, *(start.elapsed_time(end) / 1000 for start, end in self._forward_events)]
         self._forward_seconds, self._forward_events = [], []
@@ -171,10 +169,7 @@ class TrainingStep:
         rows: slice,
         last: bool,
     ) -> dict[str, Tensor]:
-        """Run the backward of a micro-batch, the rows `rows` of this rank.
-
-        Returns losses whose sums over ranks and micro-batches are the global batch's.
-        """
+        """Run the backward of the rows `rows` of this rank; return its part of the global batch's losses."""
         losses = {n: o.loss(outputs, self._examples(examples, n)[1]) / counts[n] for n, o in self.objectives.items()}
         if self._with_metrics:
             self._add_metrics(outputs, examples)
@@ -190,19 +185,13 @@ class TrainingStep:
         return {"loss": total} | report
 
     def _examples(self, batch: Batch, name: str) -> tuple[Tensor, Batch]:
-        """Return the examples that an objective reads in this step, one in `every` in rotation.
-
-        Before them come their indices in the batch, int64 on the CPU.
-        """
+        """Return indices (int64, CPU) and examples that an objective reads in this step, one in `every` in rotation."""
         every = self.stage.config.objectives[name].every
         indices = torch.nonzero((batch.place + batch.step) % every == 0).flatten()
         return indices, batch if every == 1 else batch.rows(indices)
 
     def _forwards(self, batch: Batch | None, swapped: Swapped) -> dict[str, ForwardInput]:
-        """Return every forward over unchanged examples, if any, and over swapped ones.
-
-        Forwards of the same name read the same examples and are merged into one.
-        """
+        """Return the forwards over unchanged examples, if any, and over swapped ones, those of one name merged."""
         forwards: dict[str, ForwardInput] = {}
         if batch is not None:
             forwards = self.itc.forwards(batch) if self.itc is not None else {}
@@ -251,10 +240,7 @@ class TrainingStep:
         return swapped
 
     def _add_metrics(self, outputs: ForwardOutput, batch: Batch) -> None:
-        """Add a micro-batch's diagnostics and losses per source.
-
-        The latter need no second forward: the outputs are indexed, which copies those of one source at a time.
-        """
+        """Add a micro-batch's diagnostics and losses per source; these index the outputs, one source at a time."""
         for name, objective in self.objectives.items():
             indices, examples = self._examples(batch, name)
             for metric, value in objective.diagnostics(outputs, examples).items():
@@ -276,8 +262,8 @@ class TrainingStep:
     def _drop_path_mask(self, examples: Batch, forward: str) -> Tensor | None:
         """Return which branches (attention, feed-forward) a forward keeps: (n, N, 2) bool, or None without drop path.
 
-        The mask is a hash of the example's place in the global batch, the step, the layer and the forward, never
-        generator state (C2): any repeated forward, on any rank and in any micro-batch, drops the same branches.
+        It is a hash of the example's place in the global batch, the step, the layer and the forward (C2): any repeated
+        forward, on any rank and in any micro-batch, drops the same branches.
         """
         rates = self.stage.run.model.drop_path_rates
         if not any(rates):

@@ -4,34 +4,36 @@ Every test is named after its trap (`test_trap_NN_…`); this module has those t
 
     trap                                                        tests
      1  gather and averaging give 1/W of ITC's gradient         training/test_step; integration/test_world_size
-     2  a confident softmax leaves no negative to draw          objectives/test_itm
-     3  captions of one image are each other's negatives        objectives/test_itc, test_itm
-     4  ITM settles at the label frequencies unnoticed          here; floors: training/test_every_objective
+     2  a confident softmax leaves no negative to draw          objectives/test_losses
+     3  captions of one image are each other's negatives        objectives/test_losses
+     4  ITM settles at the label frequencies unnoticed          here; floors: training/test_objectives
      5  whole-word masking masks padding, halves or nothing     data/examples/test_masking
-     6  words are predicted with a mismatched image             here; training/test_image_objectives
+     6  words are predicted with a mismatched image             here; training/test_objectives
      7  loss "weights" only switch losses on                    here
      8  weight decay is chosen by fragments of names            training/test_step
      9  a model is selected by its test results                 here; evaluation/test_labelled
     10  half precision, masked rows and unbounded scales        objectives/test_wpa; training/test_step; models/
     11  parameters that no objective reads                      training/test_stages; models/test_kinds
     12  accumulation shrinks ITC's batch                        here
-    13  the text stage changes what images share                training/test_stages, test_image_recipes
-    14  masked images and ITC in one stage                      training/test_image_recipes
+    13  the text stage changes what images share                here; training/test_stages
+    14  masked images and ITC in one stage                      here
     15  ranks with unequal examples wait for each other         integration/test_rank_agreement
 """
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import RunConfig, SourceType
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
 from pipeline.evaluation.evaluate import is_collapsed, stages_trained_on
-from pipeline.models.forward import ForwardInput
 from pipeline.training.collectives import Collectives
+from pipeline.training.stages import Stage, freeze_untrained, stage_skeleton
 from tests.support.trial import begin, tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,8 +41,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_trap_has_a_test_named_after_it() -> None:
     texts = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py")]
-    found = {int(number) for text in texts for number in re.findall(r"def test_trap_(\d\d)_\w+", text)}
-    assert found == set(range(1, 16))
+    named = {int(number) for text in texts for number in re.findall(r"def test_trap_(\d\d)_\w+", text)}
+    assert named == set(range(1, 16))
 
 
 def test_trap_04_constant_predictions_are_collapsed() -> None:
@@ -51,50 +53,50 @@ def test_trap_04_constant_predictions_are_collapsed() -> None:
 
 def test_trap_09_training_source_is_recognised_under_any_name() -> None:
     values = tiny_run("vlmo", "pairs", {"itc": {}}).model_dump(mode="json")
-    values["sources"] |= {
-        "renamed": {"shards": values["sources"]["trial"]["shards"] + "/"},
-        "held_out": {"shards": "elsewhere"},
-    }
+    shards = values["sources"]["trial"]["shards"]
+    values["sources"] |= {"renamed": {"shards": shards + "/"}, "held_out": {"shards": "elsewhere"}}
     config = RunConfig.model_validate_json(json.dumps(values))
     assert stages_trained_on(config, "trial") == stages_trained_on(config, "renamed") == ("trial",)
     assert stages_trained_on(config, "held_out") == ()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
+def test_trap_14_mim_and_itc_share_no_stage_images_follow_text(path: Path) -> None:
+    """A text-only stage moves the final norm and the relative table, which images share.
+
+    Joint training of MIM and ITC did not converge (unilm#969). The code permits it, but no recipe does it.
+    """
+    config = load_config(path)
+    assert not any({"mim", "itc"} <= stage.objectives.keys() for stage in config.stages)
+    source_types = [config.source_type_of(stage) for stage in config.stages]
+    for index, (source_type, following) in enumerate(pairwise(source_types)):
+        if source_type == "text":
+            stage, after = Stage(config, index), Stage(config, index + 1)
+            drifting = {"norm", "positions.text"} & freeze_untrained(stage_skeleton(stage), stage)
+            assert drifting <= freeze_untrained(stage_skeleton(after), after)
+            assert following != "text"
 
 
 # ---- 6, 7, 12: the training step
 
 
 @pytest.mark.parametrize(
-    ("kind", "source_type", "objectives", "negatives"),
-    [
-        ("vlmo", "pairs", ("itc", "itm", "mlm"), "hard"),
-        ("vilt", "pairs", ("itm", "mlm", "wpa"), "random"),
-        ("imagebert", "regions", ("itm", "mlm", "moc", "mrfr"), "random"),
-    ],
+    ("kind", "objectives", "negatives"),
+    [("vlmo", ("itc", "itm", "mlm"), "hard"), ("vilt", ("itm", "mlm", "wpa"), "random")],
 )
-def test_trap_06_masked_objectives_read_matched_pairs_only(
-    kind: str, source_type: SourceType, objectives: tuple[str, ...], negatives: str, collectives: Collectives
+def test_trap_06_mlm_reads_matched_pairs_only(
+    kind: str, objectives: tuple[str, ...], negatives: str, collectives: Collectives
 ) -> None:
-    begun = begin(tiny_run(kind, source_type, {name: {} for name in objectives}, negatives=negatives), collectives)
-    seen: dict[str, ForwardInput] = {}
-    begun.engine.model.register_forward_hook(lambda module, arguments, outputs: seen.update(arguments[0]))
-    begun.step(begun.batch)
-    batch = begun.batch
-    guessing = [name for name, inputs in seen.items() if {"mlm", "moc", "mrfr"} & {*inputs.heads}]
-    assert guessing == ["masked"]
-    assert torch.equal(seen["masked"].text, batch.masked_text)
-    if source_type == "pairs":
-        assert torch.equal(seen["masked"].image, batch.image)
-    else:
-        own = batch.region_features.masked_fill(batch.region_hidden.unsqueeze(-1), 0)  # type: ignore[union-attr]
-        assert torch.equal(seen["masked"].regions.features, own)
-    own_image = batch.image if source_type == "pairs" else batch.region_features
-    other_pairs = [
-        not torch.equal(inputs.text, batch.text)
-        or not torch.equal(inputs.image if inputs.regions is None else inputs.regions.features, own_image)
-        for inputs in seen.values()
-        if "itm" in inputs.heads
-    ]
-    assert any(other_pairs), "there are negatives that it could have been guessed on"
+    begun = begin(tiny_run(kind, "pairs", {name: {} for name in objectives}, negatives=negatives), collectives)
+    forwards, batch = dict[str, object](), begun.batch
+    begun.engine.model.register_forward_hook(lambda module, arguments, outputs: forwards.update(arguments[0]))
+    begun.step(batch)
+    assert [name for name, inputs in forwards.items() if "mlm" in inputs.heads] == ["masked"]
+    assert torch.equal(forwards["masked"].text, batch.masked_text)
+    assert torch.equal(forwards["masked"].image, batch.image)
+    pairs = [inputs for inputs in forwards.values() if "itm" in inputs.heads]
+    unchanged = [torch.equal(inputs.text, batch.text) and torch.equal(inputs.image, batch.image) for inputs in pairs]
+    assert not all(unchanged), "there are negatives that it could have been guessed on"
 
 
 def gradients(config: RunConfig, collectives: Collectives) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -115,10 +117,8 @@ def test_trap_07_an_objectives_weight_multiplies_its_gradient(weight: float, col
 
 @pytest.mark.parametrize("kind", ["vlmo", "dual_encoder"])
 def test_trap_12_accumulated_itc_equals_the_whole_batch(kind: str, collectives: Collectives) -> None:
-    whole = tiny_run(kind, "pairs", {"itc": {}})
-    cut = whole.model_copy(update={"engine": whole.engine.model_copy(update={"micro_batch_size": 5})})
-    (expected, loss), (found, same_loss) = gradients(whole, collectives), gradients(cut, collectives)
-    # The step multiplies by the number of micro-batches, because a real engine divides by it.
-    found = {name: gradient / 3 for name, gradient in found.items()}
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    """The step multiplies by the 3 micro-batches, because a real engine divides by their number."""
+    whole, cut = (tiny_run(kind, "pairs", {"itc": {}}, engine={"micro_batch_size": size}) for size in (None, 5))
+    (expected, loss), (parts, same_loss) = gradients(whole, collectives), gradients(cut, collectives)
+    torch.testing.assert_close({name: g / 3 for name, g in parts.items()}, expected, rtol=1e-4, atol=1e-6)
     assert same_loss == pytest.approx(loss, rel=1e-5)

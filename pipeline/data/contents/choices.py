@@ -135,9 +135,6 @@ def answer_scores(answers: Iterable[str]) -> dict[str, float]:
 
 
 def frequent_answers(chosen: Iterable[str], min_count: int = MIN_COUNT) -> tuple[str, ...]:
-    """Return the plain answers chosen for at least `min_count` questions, in order of first appearance.
-
-    Those of VQA v2's train and val annotations, in this order, are the classes of the published models.
-    """
+    """Return the plain answers chosen for at least `min_count` questions, in order of first appearance."""
     counts = Counter(plain for answer in chosen if (plain := plain_answer(answer)))
     return tuple(answer for answer, count in counts.items() if count >= min_count)

@@ -39,10 +39,7 @@ class Header(NamedTuple):
 
 
 def segments(data: bytes, headers_only: bool = False) -> Iterator[Segment]:
-    """Yield the segments up to the end-of-image marker or the end of the data; raise ValueError for a truncated one.
-
-    With `headers_only`, stop after the first scan's header.
-    """
+    """Yield the segments up to the end (`headers_only`: the first scan's header); raise ValueError for a cut one."""
     at = len(SOI)
     while (match := _NEXT_MARKER.search(data, at)) is not None:
         marker, at = match[1][0], match.end()
@@ -98,10 +95,7 @@ def refuse_many_scans(data: bytes) -> None:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return the same image without metadata, junk between segments, and fields that decoders ignore.
-
-    A strict decoder then fails for damaged pixels alone. What decides the colour space (JFIF, Adobe) is kept.
-    """
+    """Return the same image without metadata, except for its colour space: strict decoding then checks the pixels."""
     parts, num_components, frame = [SOI], 0, 0
     for marker, start, end, stop in segments(data):
         payload = data[start:end]

@@ -107,10 +107,7 @@ def regions_of(members: Members, num_features: int | None = None, num_classes: i
 
 
 def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> RegionRecord:
-    """Return the regions of a member's content, with boxes clipped to the image. Raises BadSample for every fault.
-
-    `image_size` (height, width) is used for a member without its own.
-    """
+    """Return a member's regions, with boxes clipped to the image: of `image_size` (height, width) without its own."""
     try:
         npz = zipfile.ZipFile(io.BytesIO(data))
         stored = [name for name in _KINDS if f"{name}.npy" in npz.namelist()]

@@ -1,11 +1,13 @@
-"""Losses that compare a head's output with labels equal their definitions, and the registry's declarations are checked.
+"""Losses equal their definitions on any number of ranks, negatives are drawn correctly, and declarations are checked.
 
-Shapes: 6 examples, 7 classes, 4 answers or 2 masked positions of each example, 5 regions.
+Shapes of the cases: 6 examples, 7 classes, 4 answers or 2 masked positions of each example, 5 regions.
 """
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -18,11 +20,15 @@ from pipeline import objectives
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 from pipeline.config.schema import SourceType, objective_names
-from pipeline.objectives import cross_entropy
-from pipeline.objectives.mim import mim_loss
+from pipeline.data.batch import Batch
+from pipeline.objectives import NegativePool, ObjectiveContext, cross_entropy
+from pipeline.objectives.itc import itc_loss
+from pipeline.objectives.itm import ITM, draw_negatives, matched_examples
+from pipeline.objectives.mim import mim_loss, patch_targets, patchify, reconstruct, unpatchify
 from pipeline.objectives.moc import moc_loss
 from pipeline.objectives.mrfr import mrfr_loss
 from pipeline.objectives.vqa import vqa_loss
+from tests.support.tiny_model import tiny_batch, tiny_config
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 LABEL = torch.tensor([0, 3, 1, 2, 2, 0])
@@ -120,3 +126,151 @@ def test_evaluations_and_inputs_are_derived_from_source_types() -> None:
     stage = load_config(DEMO).stage_named("vision_language")
     expected = {"pairs": {"retrieval", "matching", "mlm"}, "labelled": {"zero_shot"}, "questions": set()}
     assert {kind: objectives.evaluation_tasks(stage, kind) for kind in expected} == expected
+
+
+# ---- ITC
+
+PAIRS, WIDTH = 12, 6
+DISTINCT, REPEATED = torch.arange(PAIRS), torch.tensor([0, 1, 2, 0, 4, 5, 1, 1, 8, 9, 10, 0])
+
+
+def features() -> tuple[Tensor, Tensor, Tensor]:
+    """Return unit vectors of images and texts, and the logit scale."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(PAIRS, WIDTH, generator=generator), dim=-1) for _ in range(2))
+    return image.requires_grad_(), text.requires_grad_(), torch.tensor(14.0, requires_grad=True)
+
+
+def test_itc_of_distinct_images_is_the_plain_symmetric_cross_entropy_on_any_ranks_in_any_order_and_in_float32() -> None:
+    image, text, scale = whole = features()
+    expected = itc_loss(*whole, REPEATED)
+    for ranks in (2, 4):
+        cut = features()
+        parts = torch.stack([itc_loss(*cut, REPEATED, rows) for rows in DISTINCT.chunk(ranks)]).sum()
+        torch.testing.assert_close(parts, expected)
+        gradients = torch.autograd.grad(expected, whole, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(parts, cut), gradients)
+    logits = scale * image @ text.T
+    plain = F.cross_entropy(logits, DISTINCT, reduction="sum") + F.cross_entropy(logits.T, DISTINCT, reduction="sum")
+    torch.testing.assert_close(itc_loss(image, text, scale, DISTINCT), plain / 2)
+    order = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(itc_loss(image[order], text[order], scale, REPEATED[order]), expected)
+    same = torch.ones(PAIRS, WIDTH) / WIDTH**0.5
+    assert itc_loss(same, same, scale, DISTINCT).item() == pytest.approx(PAIRS * math.log(PAIRS), rel=1e-5)
+    rounded = [tensor.bfloat16() for tensor in (image, text, scale)]
+    loss = itc_loss(*rounded, DISTINCT)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, itc_loss(*(tensor.float() for tensor in rounded), DISTINCT))
+
+
+def test_trap_03_equal_images_are_never_negatives() -> None:
+    (image, text, scale), total = features(), 0.0
+    for i in range(PAIRS):
+        others = [j for j in range(PAIRS) if j == i or REPEATED[j] != REPEATED[i]]
+        for query, candidates in ((image[i], text), (text[i], image)):
+            total -= (scale * candidates[others] @ query).log_softmax(0)[others.index(i)].item() / 2
+    assert itc_loss(image, text, scale, REPEATED).item() == pytest.approx(total, rel=1e-5)
+    of_one_image = itc_loss(image, text, scale, torch.zeros(PAIRS, dtype=torch.int64))
+    assert of_one_image == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(of_one_image, [image, text]))
+
+
+# ---- ITM
+
+
+def logits(rows: int, columns: int, scale: float = 3.0) -> Tensor:
+    return scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def test_negatives_follow_the_softmax_over_other_images_if_it_is_finite_on_any_ranks() -> None:
+    image_id, draws = torch.tensor([0, 1, 2, 1, 4, 5]), 20_000
+    evenly, row_id = (torch.arange(draws) + 0.5) / draws, torch.ones(draws, dtype=torch.int64)
+    for poison in (None, math.nan, math.inf, -math.inf):
+        similarity = logits(1, 6) if poison is None else torch.full((1, 6), poison)
+        drawn = draw_negatives(similarity.expand(draws, -1), row_id, image_id, evenly)
+        scores = similarity[0] if poison is None else torch.zeros(6)
+        expected = scores.masked_fill(image_id == 1, -math.inf).softmax(0)
+        torch.testing.assert_close(torch.bincount(drawn, minlength=6) / draws, expected, rtol=0, atol=1e-4)
+    similarity, ids = logits(12, 12), torch.arange(12) // 2
+    uniform = torch.rand(12, generator=torch.Generator().manual_seed(1))
+    parts = zip(similarity.chunk(4), ids.chunk(4), uniform.chunk(4), strict=True)
+    drawn = torch.cat([draw_negatives(rows, row_id, ids, numbers) for rows, row_id, numbers in parts])
+    assert torch.equal(drawn, draw_negatives(similarity, ids, ids, uniform))
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0, 1e30])
+def test_trap_02_and_03_equal_image_is_never_drawn_and_confident_rows_still_draw(scale: float) -> None:
+    image_id, row_id = torch.arange(50) // 3, torch.arange(40) // 3
+    for uniform in (0.0, 0.3, 1 - 2**-24, 1 - 2**-53):
+        drawn = draw_negatives(logits(40, 50, scale), row_id, image_id, torch.full((40,), uniform, dtype=torch.float64))
+        assert (image_id[drawn] != row_id).all()
+    similarity = torch.tensor([[-1e4, -1e4, 1e4, -1e4]])
+    assert draw_negatives(similarity, torch.tensor([2]), torch.arange(4), torch.tensor([0.9])).item() == 3
+    drawn = draw_negatives(logits(3, 3, scale), torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 0.5, 0.999]))
+    assert ((drawn >= 0) & (drawn < 3)).all(), "a batch of one image draws among all"
+
+
+def test_random_negative_has_the_same_source_and_another_image_whatever_else_the_rank_reads() -> None:
+    batch, stage = tiny_batch(tiny_config(), 3, 0, 1, 12), tiny_config().stages[3]
+
+    def random_negatives(seed: int, examples: Batch, source: Tensor = batch.source) -> Tensor:
+        """Return the examples whose image replaces each example's; -1 where a pair stays matched."""
+        objective = ITM(ObjectiveContext(stage, "pairs", seed, 8, None, lambda *_: None))
+        return objective.swaps(examples, NegativePool(batch.image_id, source))["pair"][0].places
+
+    drawn = torch.stack([random_negatives(seed, batch) for seed in range(200)])
+    is_matched = matched_examples(batch, stage)
+    assert (drawn[:, is_matched] == -1).all()
+    for row in torch.nonzero(~is_matched).flatten():
+        allowed = (batch.source == batch.source[row]) & (batch.image_id != batch.image_id[row])
+        assert set(drawn[:, row].tolist()) == set(torch.nonzero(allowed).flatten().tolist())
+        alone = torch.ones(12, dtype=torch.int64).index_fill(0, row, 7)
+        assert random_negatives(1, batch, alone)[row] not in (-1, row)
+    assert torch.equal(random_negatives(1, batch)[5:9], random_negatives(1, batch.rows(slice(5, 9))))
+    for step in range(6):
+        indices = torch.nonzero((batch.place + step) % 2 == 0).flatten()
+        examples = replace(batch.rows(indices), step=step)
+        assert matched_examples(examples, stage).sum() == len(examples) / 2
+
+
+# ---- MIM: 8 images of side 12, of which 5 patches of side 4 are masked
+
+IMAGE = torch.randint(0, 256, (8, 12, 12, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+HIDDEN = torch.rand(8, 9, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :5]
+
+
+def test_targets_are_the_colour_class_or_the_normalized_pixels_of_a_patch() -> None:
+    assert torch.equal(unpatchify(patchify(IMAGE, 4), 4), IMAGE)
+    assert torch.equal(patchify(IMAGE, 4)[0, 5].view(4, 4, 3), IMAGE[0, 4:8, 8:12])
+    image = torch.zeros(1, 12, 12, 3, dtype=torch.uint8)
+    image[0, :4, :4], image[0, :4, 4:8] = torch.tensor([255, 31, 32]), torch.tensor([0, 255, 128])
+    image[0, 4:6, :4] = 255
+    classes = patch_targets(image, torch.tensor([[0, 1, 2, 3]]), 4, "mean_colour")
+    assert classes.tolist() == [[0o701, 0o074, 0, 0o333]], "the three highest bits per channel of the mean"
+    pixels = patch_targets(IMAGE, HIDDEN, 4, "pixels")
+    assert (pixels.shape, pixels.dtype) == ((8, 5, 48), torch.float32)
+    torch.testing.assert_close(pixels.mean(dim=-1), torch.zeros(8, 5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pixels.var(dim=-1), torch.ones(8, 5), rtol=1e-4, atol=0)
+    of_one_colour = torch.full((1, 12, 12, 3), 77, dtype=torch.uint8)
+    assert patch_targets(of_one_colour, torch.tensor([[3]]), 4, "pixels").abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("kind", "width"), [("pixels", 48), ("mean_colour", 512)])
+def test_mim_loss_is_a_sum_over_patches_that_are_not_padding(kind: str, width: int) -> None:
+    target, prediction = patch_targets(IMAGE, HIDDEN, 4, kind), torch.randn(8, 5, width)
+    is_masked = torch.arange(5).expand(8, -1) < 3
+    torch.testing.assert_close(mim_loss(prediction, target, is_masked), mim_loss(prediction[:, :3], target[:, :3]))
+    parts = [mim_loss(p, t) for p, t in zip(prediction.chunk(4), target.chunk(4), strict=True)]
+    torch.testing.assert_close(torch.stack(parts).sum(), mim_loss(prediction, target))
+    if kind == "pixels":  # patches that are predicted as their mean cost one each
+        assert mim_loss(torch.zeros_like(target), target).item() == pytest.approx(8 * 5 * 47 / 48, rel=1e-4)
+
+
+def test_perfect_predictions_paint_the_image_or_its_colours_and_leave_the_rest() -> None:
+    painted = reconstruct(IMAGE, HIDDEN, patch_targets(IMAGE, HIDDEN, 4, "pixels"), 4)
+    assert (painted.int() - IMAGE.int()).abs().max() <= 1
+    classes = patch_targets(IMAGE, HIDDEN, 4, "mean_colour")
+    painted = reconstruct(IMAGE, HIDDEN, F.one_hot(classes, 512).float(), 4)
+    assert torch.equal(patch_targets(painted, HIDDEN, 4, "mean_colour"), classes)
+    is_hidden = torch.zeros(8, 9, dtype=torch.bool).scatter(1, HIDDEN, True)
+    assert torch.equal(patchify(painted, 4)[~is_hidden], patchify(IMAGE, 4)[~is_hidden])

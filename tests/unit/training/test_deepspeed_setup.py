@@ -42,17 +42,14 @@ def test_process_killed_while_building_leaves_no_lock(tmp_path: Path) -> None:
         assert not (tmp_path / "op" / "lock").exists()
 
 
-def test_ninja_and_folder_are_those_of_the_installation_or_the_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ninja_and_folder_are_those_of_the_installation_or_the_user(tmp_path, monkeypatch) -> None:
     """DeepSpeed depends on ninja, which is therefore installed next to it."""
-    scripts = Path(sys.executable).parent
+    scripts, folders = str(Path(sys.executable).parent), set[Path]()
     monkeypatch.setenv("PATH", os.pathsep.join(["/usr/bin", "/bin"]))
     monkeypatch.setenv(FOLDER, str(tmp_path))
     assert use_own_folder() == use_own_folder() == tmp_path
-    assert os.environ["PATH"].split(os.pathsep) == [str(scripts), "/usr/bin", "/bin"]
-    assert shutil.which("ninja") == str(scripts / "ninja")
-    folders = set()
+    assert os.environ["PATH"].split(os.pathsep) == [scripts, "/usr/bin", "/bin"]
+    assert shutil.which("ninja") == f"{scripts}/ninja"
     for origin in ("/here/deepspeed/__init__.py", "/there/deepspeed/__init__.py"):
         monkeypatch.delenv(FOLDER)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, origin=origin: SimpleNamespace(origin=origin))
@@ -61,9 +58,7 @@ def test_ninja_and_folder_are_those_of_the_installation_or_the_user(
     assert all("mome-py" in folder.name for folder in folders)
 
 
-def test_folder_without_write_access_or_file_locks_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_folder_without_write_access_or_file_locks_is_reported(tmp_path, monkeypatch, caplog) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match="TORCH_EXTENSIONS_DIR"), exclusive_build(tmp_path / "file" / "extensions"):
         pass

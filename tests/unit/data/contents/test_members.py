@@ -1,15 +1,24 @@
-"""The members of a sample are parsed, and missing, malformed or unsafe ones rejected with a reason."""
+"""The members of a sample, and the lists of answers and classes: parsed, or rejected with a reason."""
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.data.contents import members
+from pipeline.config.errors import ConfigError
+from pipeline.data.contents import choices, members
+from pipeline.data.contents.choices import ANSWERS, CLASSES, SCORES, Choices, choices_of, load_choices, plain_answer
 from pipeline.data.contents.members import captions_of, class_of, image_id_of, question_of, statement_of, texts_of
 from pipeline.data.quarantine import BadSample
+from pipeline.data.storage import Storage
+from tests.support.fine_tuning_data import COLOURS, run_config, write_set
+
+_check, _class = partial(members.check_members, is_duplicate=False), partial(class_of, classes=4)
+SO = {"so": 1}
 
 
 def with_json(**record: Any) -> dict[str, bytes]:
@@ -38,11 +47,7 @@ def test_captions_questions_statements_classes_and_images_are_read_in_every_layo
     assert members.image_bytes({"seg.png": b"mask", "webp": b"picture"}) == b"picture"
     assert members.both_images({"0.jpg": b"a", "1.png": b"b"}) == (b"a", b"b")
     assert members.both_images({"right.jpg": b"b", "left.webp": b"a"}) == (b"a", b"b")
-
-
-_check = partial(members.check_members, is_duplicate=False)
-_class = partial(class_of, classes=4)
-SO = {"so": 1}
+    members.check_members({"jpg": b"", "json": b"", "npz": b""}, is_duplicate=False)
 
 
 @pytest.mark.parametrize(
@@ -91,4 +96,58 @@ def test_equal_images_have_equal_ids() -> None:
     named = [image_id_of({"jpg": picture, "json": b'{"image_id": 7}'}) for picture in (b"x", b"y")]
     assert named[0] == named[1] == image_id_of({"jpg": b"z", "json": b'{"image_id": "7"}'})
     assert -(2**63) <= named[0] < 2**63
-    members.check_members({"jpg": b"", "json": b"", "npz": b""}, is_duplicate=False)
+
+
+# ---- lists of answers and classes
+
+
+def test_choices_are_loaded_from_shards_or_from_the_stages_url_and_must_match(tmp_path: Path) -> None:
+    listed, storage = Choices(("ja", "neïn", "2")), Storage()
+    assert Choices.from_bytes(listed.to_bytes(), "there") == listed
+    for content, reason in (
+        *((content, "expected a JSON list") for content in (b"{}", b"[]", b"[1]")),
+        (b'["a", "a"]', "'a' is listed more than once"),
+        (b"no", "is not JSON"),
+    ):
+        with pytest.raises(ConfigError, match=f"there.*{reason}"):
+            Choices.from_bytes(content, "there")
+    config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
+    stage = config.stages[0]
+    assert load_choices(config, stage, storage, ANSWERS) == Choices((*COLOURS, "yes", "no"))
+    (tmp_path / "other.json").write_text(json.dumps(["a", "b"]))
+    named = stage.model_copy(update={"answer_list": str(tmp_path / "other.json"), "num_answers": 2})
+    assert load_choices(config, named, storage, ANSWERS) == Choices(("a", "b"))
+    assert choices_of(config, [named], storage).keys() == {ANSWERS}
+    for change, reason in (
+        ({"num_answers": 7}, r"num_answers: 7, but .* lists 6"),
+        ({"answer_list": str(tmp_path / "nowhere.json")}, r"nowhere.json does not exist; set it"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            load_choices(config, stage.model_copy(update=change), storage, ANSWERS)
+    config = run_config(tmp_path, "labelled", "classification", 1, num_classes=4)
+    stage = config.stages[0]
+    assert choices_of(config, [stage], storage) == {CLASSES: Choices(COLOURS)}
+    with pytest.raises(ConfigError, match="num_classes: 5, but"):
+        load_choices(config, stage.model_copy(update={"num_classes": 5}), storage, CLASSES)
+    Path(write_set(tmp_path, "labelled", 8), CLASSES).unlink()
+    assert load_choices(config, stage, storage, CLASSES) is None, "names of classes are optional"
+
+
+def test_answers_are_compared_counted_and_scored_as_in_the_official_evaluation() -> None:
+    plain_forms = {
+        "A Teddy Bear.": "teddy bear", "the  net\n": "net", "Two": "2", "none": "0", "dont know": "don't know",
+        "couldnt've": "couldn't've", "its": "its", "1,000": "1000", "3.50": "3.50", "no.": "no", "?": "",
+        "yes, it is": "yes it is",  # punctuation at the edge of a word is removed
+        "black/white": "black white",  # punctuation between words becomes a space
+    }  # fmt: skip
+    assert {said: plain_answer(said) for said in plain_forms} == plain_forms
+    for said in ("black white", "don't know", "2", "3.50", "teddy bear", "y'all'd've"):
+        assert plain_answer(plain_answer(said)) == plain_answer(said)
+    assert choices.answer_scores(["Net", "a net", "net.", "mesh", "", "?"]) == {"net": 0.9, "mesh": 0.3}
+    chosen = ["no", "yes", "No.", "2", "two", "yes", "red"]
+    assert choices.frequent_answers(chosen, min_count=2) == ("no", "yes", "2")
+    assert choices.frequent_answers(["yes"] * 9 + ["no"] * 8) == ("yes",)
+    for count in range(11):  # the rule in full: min(agreeing others / 3, 1), for each nine of the ten people
+        people = [True] * count + [False] * (10 - count)
+        official = sum(min(sum(nine) / 3, 1.0) for nine in itertools.combinations(people, 9)) / 10
+        assert SCORES[min(count, 4)] == pytest.approx(official), count

@@ -40,11 +40,9 @@ def written(folder: Path, content: str, config: str | None = None) -> str:
 def test_texts_are_framed_truncated_and_their_words_numbered(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("A red playground", max_length=40)
     assert (tokens.ids[0], tokens.ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id)
-    assert tokens.word_of[0] == tokens.word_of[-1] == -1
-    real = tokens.word_of[1:-1]
-    assert real == sorted(real)
-    assert set(real) == {0, 1, 2}
-    assert len(tokens.ids) == len(tokens.word_of) > 5  # 'playground' was never seen, so it takes several tokens
+    words = len(tokens.ids) - 4  # of 'playground', which was never seen
+    assert words > 1
+    assert tokens.word_of == [-1, 0, 1, *[2] * words, -1]
     whole, cut = (tokenizer.encode(CAPTIONS[0], length) for length in (100, 7))
     assert cut.ids == [*whole.ids[:6], tokenizer.sep_id]
     assert cut.word_of == [*whole.word_of[:6], -1]
@@ -55,9 +53,7 @@ def test_texts_are_framed_truncated_and_their_words_numbered(tokenizer: Tokenize
             tokenizer.encode_batch(["fine", invalid], 8)
 
 
-def test_case_accents_and_spelt_special_tokens_do_not_matter_and_decoding_returns_the_words(
-    tokenizer: Tokenizer,
-) -> None:
+def test_case_accents_and_spelt_special_tokens_do_not_matter_and_decoding_returns_words(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("CAFÉ élégant", 40) == tokenizer.encode("cafe elegant", 40)
     specials = {tokenizer.mask_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id}
     assert not specials & set(tokenizer.encode("a [MASK] on the [CLS] [PAD] [SEP]", 40).ids[1:-1])
@@ -67,7 +63,7 @@ def test_case_accents_and_spelt_special_tokens_do_not_matter_and_decoding_return
     assert tokenizer.decode([*ids, tokenizer.pad_id]) == "a large [MASK] circle"
 
 
-def test_trained_vocabularies_start_with_specials_and_keep_size(tokenizer: Tokenizer) -> None:
+def test_trained_vocabularies_start_with_specials_keep_size_and_are_reproducible(tokenizer: Tokenizer) -> None:
     assert tokenizer.tokens[:5] == SPECIALS
     ids = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
     assert ids == (0, 1, 2, 3, 4)
@@ -76,9 +72,6 @@ def test_trained_vocabularies_start_with_specials_and_keep_size(tokenizer: Token
     assert Tokenizer.train(["äöüß" + "".join(map(chr, range(0x3B1, 0x3C9)))], size=20).size <= 20
     with pytest.raises(DataError, match="no caption"):
         Tokenizer.train(["", "  "], 100)
-
-
-def test_vocabulary_training_is_deterministic(tokenizer: Tokenizer) -> None:
     code = "import json, sys; from pipeline.data.contents.text import Tokenizer;"
     code += "print(Tokenizer.train(json.load(sys.stdin) * 20, 160).digest)"
     options: dict[str, Any] = {"input": json.dumps(CAPTIONS), "capture_output": True, "text": True, "cwd": ROOT}

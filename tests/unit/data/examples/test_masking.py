@@ -1,5 +1,7 @@
 """Masking: whole words with equal probability, at least one of a text; a fixed number of patches."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -55,17 +57,15 @@ def test_trap_05_all_tokens_of_a_word_are_replaced_equally_unless_single_tokens_
 
 
 def test_eight_words_in_ten_become_masks_and_one_in_ten_stays(tokenizer):
-    tokens = tokenizer.encode("a b c d e f g h i j", 40)
-    fates, counts = {"mask": 0, "kept": 0, "random": 0}, np.zeros(len(tokens.ids))
+    tokens, fates = tokenizer.encode("a b c d e f g h i j", 40), Counter[str]()
+    counts = np.zeros(len(tokens.ids))
     for masked in masked_many(tokenizer, tokens, 5000, probability=0.1):
-        now = masked.ids[masked.positions]
-        assert (now > tokenizer.mask_id).sum() + (now == tokenizer.mask_id).sum() == 1  # random ids: never special
+        (now,) = masked.ids[masked.positions].tolist()
+        assert now >= tokenizer.mask_id  # random ids are never special
         fates["mask" if now == tokenizer.mask_id else "kept" if now == masked.labels else "random"] += 1
         counts[masked.positions] += 1
-    kept = 0.1 + 0.1 / len(tokenizer.ordinary_ids)
-    assert {fate: n / 5000 for fate, n in fates.items()} == pytest.approx(
-        {"mask": 0.8, "kept": kept, "random": 0.1}, abs=0.02
-    )
+    expected = {"mask": 0.8, "kept": 0.1 + 0.1 / len(tokenizer.ordinary_ids), "random": 0.1}
+    assert {fate: n / 5000 for fate, n in fates.items()} == pytest.approx(expected, abs=0.02)
     assert counts[0] == counts[-1] == 0
     assert np.abs(counts[1:-1] / 5000 - 0.1).max() < 0.02  # the same for every word
 
@@ -93,20 +93,16 @@ def test_masking_does_not_depend_on_pieces_or_text_length(tokenizer, whole):
     assert abs(np.mean(fractions) - 0.15) < 0.003
 
 
-@pytest.mark.parametrize(
-    ("patches", "expected", "blocks"),
-    [
-        *((n, k, False) for n, k in ((196, 78), (36, 14), (4, 1), (4, 4))),
-        *((grid**2, k, True) for grid, k in ((14, 78), (14, 75), (14, 1), (4, 6), (4, 15), (3, 9))),
-    ],
-)
-def test_number_of_masked_patches_is_fixed(patches, expected, blocks):
-    drawn = [mask_patches(patches, expected / patches, CounterRandom(hash64(key)), blocks) for key in range(50)]
-    assert {len(np.unique(positions)) for positions in drawn} == {expected}
-    assert all((np.diff(p) > 0).all() and p[0] >= 0 and p[-1] < patches and p.dtype == np.int64 for p in drawn)
-    assert len({p.tobytes() for p in drawn}) > 1 or expected == patches
-    for fraction, count in ((0.01, max(1, round(patches / 100))), (1.0, patches)):
-        assert len(mask_patches(patches, fraction, CounterRandom(1), blocks)) == count
+def test_number_of_masked_patches_is_fixed():
+    single = [(196, 78, False), (36, 14, False), (4, 1, False), (4, 4, False)]
+    blocks = [(grid**2, k, True) for grid, k in ((14, 78), (14, 75), (14, 1), (4, 6), (4, 15), (3, 9))]
+    for patches, expected, in_blocks in single + blocks:
+        drawn = [mask_patches(patches, expected / patches, CounterRandom(hash64(k)), in_blocks) for k in range(50)]
+        assert {len(np.unique(positions)) for positions in drawn} == {expected}
+        assert all((np.diff(p) > 0).all() and p[0] >= 0 and p[-1] < patches and p.dtype == np.int64 for p in drawn)
+        assert len({p.tobytes() for p in drawn}) > 1 or expected == patches
+        for fraction, count in ((0.01, max(1, round(patches / 100))), (1.0, patches)):
+            assert len(mask_patches(patches, fraction, CounterRandom(1), in_blocks)) == count
 
 
 def test_blocks_are_compact_and_all_positions_are_masked_sometimes():
@@ -118,8 +114,7 @@ def test_blocks_are_compact_and_all_positions_are_masked_sometimes():
         pairs = (masks[:, 1:] & masks[:, :-1]).sum() + (masks[:, :, 1:] & masks[:, :, :-1]).sum()
         fractions[blocks] = pairs / (2 * masks.sum())
         assert masks.sum(axis=0).min() > 8  # corners are rare among blocks, which lie wholly inside
-    assert fractions[True] > 0.75
-    assert fractions[False] < 0.45
+    assert fractions[False] < 0.45 < 0.75 < fractions[True]
     counts = np.bincount(np.concatenate([mask_patches(16, 0.5, CounterRandom(hash64(k))) for k in range(1000)]))
     assert np.abs(counts / 1000 - 0.5).max() < 0.06
 
@@ -131,9 +126,7 @@ def test_trap_section_3_patch_replacement_has_three_branches():
     is_covered, is_kept = drawn == COVERED, drawn == positions
     assert is_covered.mean() == pytest.approx(0.8, abs=0.01)
     assert is_kept.mean() == pytest.approx(0.1, abs=0.01)
-    swapped = drawn[~is_covered & ~is_kept]
-    assert len(swapped) / drawn.size == pytest.approx(0.1, abs=0.01)
-    assert set(swapped.tolist()) == set(range(196))
+    assert set(drawn[~is_covered & ~is_kept].tolist()) == set(range(196))
     assert (patch_replacements(positions, 196, 1.0, 0.0, CounterRandom(1)) == COVERED).all()
     assert (patch_replacements(positions, 196, 0.0, 0.0, CounterRandom(1)) == positions).all()
     assert (patch_replacements(positions, 196, 0.0, 1.0, CounterRandom(1)) != positions).all()

@@ -1,6 +1,8 @@
-"""The training step on images and regions: masked, decoded or classified patches, ViLT's pairs, ImageBERT's regions."""
+"""Every objective with every model that supports it, and the training step on images and regions."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,23 +10,84 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import RunConfig
-from pipeline.objectives import Objective, head_config, objective_type
+from pipeline.config.load import load_config
+from pipeline.config.schema import MODEL_SECTIONS, RunConfig, objective_names
+from pipeline.data.contents.text import SPECIALS
+from pipeline.data.storage import Storage
+from pipeline.models import skeleton
+from pipeline.models.model import HeadConfig
+from pipeline.objectives import Objective, head_config, objective_type, trained_modules
 from pipeline.objectives.itm import matched_examples
 from pipeline.objectives.wpa import wpa_loss
 from pipeline.training.collectives import Collectives
-from pipeline.training.stages import check_stages
-from tests.support.trial import ROWS, VISUAL_TOKENS, TrialState, begin, invented_batch, tiny_run
+from pipeline.training.prepare import choose_tokenizer
+from pipeline.training.stages import Stage, check_stages, stage_skeleton
+from tests.support.gradients import TOLERANCE, relative_errors
+from tests.support.trial import (
+    ROWS,
+    VISUAL_TOKENS,
+    Cell,
+    Trial,
+    TrialState,
+    begin,
+    cells,
+    invented_batch,
+    tiny_run,
+    train,
+    trial_config,
+)  # fmt: skip
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+SHIFTS = {"ranking_head.score.bias"}  # added to every logit of the softmax, so its gradient is 0 up to rounding
+
+
+@pytest.mark.parametrize("cell", cells(), ids=str)
+def test_loss_falls_in_thirty_steps_and_declared_modules_are_those_with_a_gradient(
+    cell: Cell, collectives: Collectives
+) -> None:
+    trial = train(cell, collectives)
+    assert trial.is_learnt, [round(loss, 3) for loss in trial.losses]
+    begun = begin(trial_config(cell), collectives)
+    model = begun.engine.model.requires_grad_(True)  # including parameters that the stage froze
+    begun.step(begun.batch)
+    moved = {name for name, gradient in begun.engine.gradients().items() if gradient.abs().max() > 0}
+    expected = trained_modules(model, begun.step.stage.config.objectives, cell.source_type)
+    declared = {name for name, _ in model.named_parameters() if model.part_of(name) in expected}
+    assert declared - SHIFTS == moved - SHIFTS
+
+
+def test_every_model_kind_and_objective_is_tried_and_a_collapsed_itm_head_does_not_count_as_learnt() -> None:
+    """A constant prediction reaches 0.6365 where one pair in three matches, and 0.6931 where one in two does."""
+    assert {cell.kind for cell in cells()} == set(MODEL_SECTIONS)
+    assert {cell.objective for cell in cells()} == set(objective_names())
+    for negatives, collapsed in (("hard", 0.6365), ("random", 0.6931)):
+        cell = Cell("itm", "vlmo", "pairs", {"negatives": negatives})
+        assert Trial(cell, []).floor == pytest.approx(collapsed, abs=1e-4)
+        assert not Trial(cell, [2.0, collapsed]).is_learnt
+        assert Trial(cell, [2.0, collapsed / 2]).is_learnt
+
+
+def test_error_of_gradients_equals_the_tolerance_where_c2_is_just_met() -> None:
+    expected = {"large": torch.full((4,), 3.0), "small": torch.full((2,), 1e-6)}
+    allowed = 1e-5 * math.sqrt(2) * 1e-6 + 1e-7 * math.sqrt(4 * 9.0 + 2 * 1e-12)
+    gradients = {"large": expected["large"], "small": expected["small"].double() + allowed / math.sqrt(2)}
+    assert relative_errors(expected, gradients) == {"large": 0, "small": pytest.approx(TOLERANCE, rel=1e-4)}
+    misshapen = relative_errors({"a": torch.ones(3), "b": torch.ones(3)}, {"b": torch.ones(4), "c": torch.ones(1)})
+    assert misshapen == {"a": math.inf, "b": math.inf, "c": math.inf}
+
+
+# ---- images: masked, decoded or classified patches
 
 MASKING = {"image_mask_ratio": 0.3, "mask_token_prob": 0.5, "random_patch_prob": 0.3}
-TOKENIZER = {"weights": "nowhere", "tokens": VISUAL_TOKENS}
 VARIANTS: dict[str, dict[str, Any]] = {
     "covered": {"image_target": "mean_colour"},
     "shown in part": {"image_target": "mean_colour", "masking": MASKING},
     "decoded": {"image_target": "pixels", "image_decoder": {"width": 16, "layers": 1, "heads": 2}},
-    "named by tokens": {"image_target": "visual_tokens", "image_tokenizer": TOKENIZER},
+    "named by tokens": {
+        "image_target": "visual_tokens", "image_tokenizer": {"weights": "nowhere", "tokens": VISUAL_TOKENS}
+    },
     "classified": {},
-}
+}  # fmt: skip
 
 
 def run_config(kind: str, variant: str = "", micro_batch_size: int | None = None, **stage: Any) -> RunConfig:
@@ -39,21 +102,21 @@ def run_config(kind: str, variant: str = "", micro_batch_size: int | None = None
 def test_micro_batches_have_the_whole_gradient_of_the_trained_parameters(
     kind: str, variant: str, collectives: Collectives
 ) -> None:
-    def gradients(config: RunConfig) -> tuple[dict[str, Tensor], float]:
+    results: list[tuple[dict[str, Tensor], float]] = []
+    for micro_batch_size in (None, 5):
+        config = run_config(kind, variant, micro_batch_size)
         begun = begin(config, collectives)
         batch = begun.batch
         if config.stages[0].masking.mask_token_prob < 1:  # some masked patches show another patch
             shown = torch.randint(0, 9, batch.patch_positions.shape, generator=torch.Generator().manual_seed(3))
             batch = replace(batch, patch_replacements=shown.index_fill(1, torch.tensor([0]), -1))
         loss = float(begun.step(batch)["loss"])
-        return {name: g / begun.step.accumulation for name, g in begun.engine.gradients().items()}, loss
-
-    whole, loss = gradients(run_config(kind, variant))
-    parts, loss_of_parts = gradients(run_config(kind, variant, micro_batch_size=5))
+        results.append(({name: g / begun.step.accumulation for name, g in begun.engine.gradients().items()}, loss))
+    (whole, loss), (parts, loss_of_parts) = results
     assert loss_of_parts == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
-    model = begin(run_config(kind, variant), collectives).engine.model
-    assert whole.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in begun.engine.model.named_parameters() if parameter.requires_grad}
+    assert whole.keys() == trained
 
 
 def test_encoder_reads_no_patch_that_the_decoder_predicts(collectives: Collectives) -> None:
@@ -83,6 +146,30 @@ def test_encoder_reads_no_patch_that_the_decoder_predicts(collectives: Collectiv
 def test_unsupported_stage_is_rejected(kind: str, variant: str, keys: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         check_stages(run_config(kind, variant, **keys))
+
+
+def test_vit_has_the_published_size_and_masking_and_its_alternatives_can_be_built(tmp_path: Path) -> None:
+    """ViT-B/16 has 86 M parameters (table 1); 86,567,656 with the head of ImageNet's 1,000 classes."""
+    plain, masked = (load_config(CONFIGS / f"{name}.yaml") for name in ("vit_b16", "vit_b16_masked_patches"))
+    model = skeleton(plain.model, heads=HeadConfig(classes=1000))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 86_567_656
+    for config in (plain, masked):
+        check_stages(config)
+        sizes = [stage_skeleton(Stage(config, index)).config.image_size for index in range(len(config.stages))]
+        assert sizes == [224, 384]
+        config = config.model_copy(update={"output": str(tmp_path)})
+        assert choose_tokenizer(config, Storage()).tokens == SPECIALS, "the stages read no text"
+    stage = masked.stages[0]
+    probabilities = (stage.masking.image_mask_ratio, stage.masking.mask_token_prob, stage.masking.random_patch_prob)
+    assert (probabilities, stage.image_target) == ((0.5, 0.8, 0.1), "mean_colour")
+    mae = ("masking={image_mask_ratio: 0.75}", "image_decoder={}", "image_target=pixels")
+    blocks, tokenizer = "masking={image_mask_ratio: 0.4, patch_shape: blocks}", "image_tokenizer={weights: nowhere}"
+    for keys in (mae, (blocks, tokenizer, "image_target=visual_tokens")):  # the latter is BEiT
+        overrides = [f"stages.masked_patches.{key}" for key in keys]
+        check_stages(load_config(CONFIGS / "vit_b16_masked_patches.yaml", overrides))
+
+
+# ---- ViLT's pairs and ImageBERT's regions
 
 
 def vilt_trial(collectives: Collectives, objectives: dict[str, Any], **stage: Any) -> TrialState:
@@ -138,8 +225,8 @@ def test_trap_06_masked_objectives_share_one_forward_of_true_pairs_and_a_negativ
     masked, pair = (begun.engine.forwards[name] for name in ("masked", "pair"))
     assert begun.engine.forwards.keys() == {"masked", "pair"}
     assert (masked.heads, pair.heads) == (("mlm", "moc", "mrfr"), ("itm",))
-    zeroed = (masked.regions.features == 0).all(dim=-1)
-    assert torch.equal(zeroed[batch.region_keep], batch.region_hidden[batch.region_keep])
+    zeroed = batch.region_features.masked_fill(batch.region_hidden.unsqueeze(-1), 0)  # type: ignore[union-attr]
+    assert torch.equal(masked.regions.features, zeroed)
     assert not (pair.regions.features[pair.regions.keep] == 0).any()
     assert torch.equal(masked.text, batch.masked_text)
     assert all(objective_type(name).swaps is Objective.swaps for name in ("mlm", "moc", "mrfr"))

@@ -1,8 +1,9 @@
-"""VLMo equals the published implementation on its own random weights (contract C8): outputs and gradients to 1e-5."""
+"""VLMo and word-patch alignment equal the published implementations (contract C8): outputs and gradients to 1e-5."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +13,27 @@ from torch import Tensor
 from pipeline.config.schema import VLMoConfig
 from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.forward import ForwardInput
+from pipeline.models.model import alignment_outputs
 from pipeline.models.vlmo import VLMo
-from pipeline.objectives import cross_entropy
+from pipeline.objectives import cross_entropy, wpa
 from pipeline.objectives.itc import itc_loss
 
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 PUBLISHED_MLM_WEIGHT = 0.25
 
 
+def reference(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the settings and the tensors of a published implementation; skip the test without them."""
+    path = GOLDEN / f"{name}.safetensors"
+    if not path.exists():
+        pytest.skip(f"reference tensors are not here: {path}")
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["meta"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
 class Golden:
     def __init__(self, name: str) -> None:
-        path = GOLDEN / f"{name}.safetensors"
-        if not path.exists():
-            pytest.skip(f"reference tensors are not here: {path}")
-        with safe_open(path, "pt") as file:
-            meta = json.loads(file.metadata()["meta"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        meta, tensors = reference(name)
         self.state, self.input, self.output = (
             {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             for prefix in ("state.", "input.", "output.")
@@ -103,19 +109,15 @@ def losses(golden: Golden) -> tuple[Tensor, Tensor]:
     return contrast / 2 / rows, PUBLISHED_MLM_WEIGHT * masked
 
 
-def test_losses_equal_the_release(golden: Golden) -> None:
+def test_losses_and_gradients_equal_the_release(golden: Golden) -> None:
+    summed: list[Tensor] = []
+    golden.model.text_embedding.norm.register_forward_pre_hook(lambda _, args: summed.append(args[0]))
     contrast, masked = losses(golden)
     agree(contrast, golden.output["itc_loss"])
     agree(masked, golden.output["mlm_loss_weighted"])
-
-
-def test_gradients_equal_the_release(golden: Golden) -> None:
-    summed: list[Tensor] = []
-    golden.model.text_embedding.norm.register_forward_pre_hook(lambda _, args: summed.append(args[0]))
-    total = sum(losses(golden))
     for tensor in summed:
         tensor.retain_grad()
-    total.backward()
+    (contrast + masked).backward()
     ours = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in golden.model.named_parameters()}
     published = FORMATS["vlmo"].write(ours, golden.config)
     expected = {k.removeprefix("grad."): t for k, t in golden.output.items() if k.startswith("grad.")}
@@ -147,14 +149,29 @@ def test_language_stage_equals_the_release() -> None:
     keep = golden.input["text_masks"].bool()
     masked, labels = golden.input["text_ids_mlm"], golden.input["text_labels_mlm"]
     everywhere = torch.arange(masked.shape[1]).expand_as(masked)
+    text = ForwardInput(heads=("tokens",), text=masked, text_keep=keep)
     with torch.no_grad():
-        out = golden.model(
-            {
-                "text": ForwardInput(heads=("tokens",), text=masked, text_keep=keep),
-                "masked": ForwardInput(heads=("mlm",), text=masked, text_keep=keep, mask_positions=everywhere),
-            }
-        )
+        out = golden.model({"text": text, "masked": replace(text, heads=("mlm",), mask_positions=everywhere)})
     assert golden.missing == {"vision_language_expert", "itc_head", "itm_head"}
     agree(out["text"]["tokens"], golden.output["text_feats"])
     loss = cross_entropy(out["masked"]["mlm"], labels) / (labels >= 0).sum()
     agree(loss, golden.output["textmlm_loss"])
+
+
+def test_word_patch_alignment_equals_the_release() -> None:
+    meta, golden = reference("word_patch_alignment")
+    assert (meta["beta"], meta["iterations"], meta["inner"]) == (wpa.BETA, wpa.OUTER, 1)
+    features = [golden[f"input.{name}_features"].requires_grad_() for name in ("text", "image")]
+    keep, labels = golden["input.text_mask"], golden["input.itm_labels"]
+    visible = golden["input.image_mask"][:, 1:].long() - 1  # -1 at padding
+    words = torch.zeros_like(keep, dtype=torch.int64)
+    forward = ForwardInput(("alignment",), text=words, text_keep=keep, visible_patches=visible)
+    aligned = alignment_outputs(forward, torch.cat(features, dim=1), patch_size=32)
+    cost = wpa.wpa_cost(aligned["words"], aligned["patches"])
+    plan = wpa.wpa_plan(cost, aligned["words_keep"], aligned["patches_keep"])
+    loss = wpa.wpa_loss(**aligned, matched=labels == 1) / len(labels)
+    agree(torch.nn.functional.pad(plan, (1, 0)), golden["output.transport_plan"])  # without the image's [CLS]
+    agree((cost * plan).sum(dim=(1, 2)).detach(), golden["output.distance"])
+    agree(loss.detach(), golden["output.wpa_loss"])
+    for name, gradient in zip(("text", "image"), torch.autograd.grad(loss, features), strict=True):
+        agree(gradient, golden[f"output.grad_{name}_features"])
