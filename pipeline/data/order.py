@@ -18,7 +18,6 @@ import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -41,8 +40,7 @@ class SampleRef(NamedTuple):
     sample: int
 
 
-@dataclass(frozen=True)
-class OrderSource:
+class OrderSource(NamedTuple):
     """A source as the order sees it. `digest` identifies the data; `weight` is relative to the other sources'."""
 
     counts: np.ndarray  # (S,) int64, selected samples of each shard
@@ -50,8 +48,7 @@ class OrderSource:
     digest: str
 
 
-@dataclass(frozen=True)
-class LengthBuckets:
+class LengthBuckets(NamedTuple):
     """Batches of samples of similar length: each stream sorts blocks of `batches` batches' worth of its samples.
 
     `length` returns a sample's length, always the same for the same sample; what it measures belongs in the order's

@@ -12,9 +12,9 @@ Shapes: n examples of this rank, B global batch, C classes, D feature width.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,8 +41,7 @@ SOURCE_INPUTS: dict[SourceType, frozenset[InputKind]] = {
 }
 
 
-@dataclass(frozen=True)
-class ObjectiveContext:
+class ObjectiveContext(NamedTuple):
     """Settings shared by the objectives of a stage."""
 
     stage: StageConfig
@@ -53,8 +52,7 @@ class ObjectiveContext:
     drop_path_mask: DropPathMask
 
 
-@dataclass(frozen=True)
-class NegativePool:
+class NegativePool(NamedTuple):
     """The global batch, from which negatives are drawn."""
 
     image_id: Tensor  # (B,)
@@ -64,8 +62,7 @@ class NegativePool:
     scale: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class RowSwap:
+class RowSwap(NamedTuple):
     """For each example the place in the global batch of the example whose `fields` replace its own; -1 keeps them."""
 
     fields: dict[str, float]  # names of batch fields and their padding values

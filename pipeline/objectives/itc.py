@@ -8,8 +8,7 @@ Shapes: B global batch, n examples of this rank, D feature width, S sources.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +55,7 @@ class ITC(Objective):
         }
 
 
-@dataclass(frozen=True)
-class Contrast:
+class Contrast(NamedTuple):
     """The loss of the global batch and its gradient in this rank's features. All tensors are detached."""
 
     loss: Tensor  # unweighted mean over the global batch

@@ -231,7 +231,7 @@ class TrainingStep:
         size, gather_rows = self.stage.config.global_batch_size, self.collectives.gather_rows
         pool = NegativePool(gather_rows(batch.image_id, size), gather_rows(batch.source, size))
         if contrast is not None:
-            pool = replace(pool, image=contrast.image, text=contrast.text, scale=contrast.scale)
+            pool = pool._replace(image=contrast.image, text=contrast.text, scale=contrast.scale)
         swapped: Swapped = {}
         for objective in drawing:
             indices, examples = self._examples(batch, objective)

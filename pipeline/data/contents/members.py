@@ -15,8 +15,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers.normalizers import BertNormalizer
 
@@ -33,15 +32,13 @@ MAX_ANSWERS = 10  # different answers to a question: VQA asks ten people
 _normalizer = BertNormalizer(lowercase=True)
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     text: str
     answers: Mapping[str, float]  # plain answer -> 0 … 1; at least one
     id: str  # '' if the sample has none
 
 
-@dataclass(frozen=True)
-class Statement:
+class Statement(NamedTuple):
     text: str
     is_true: bool
     id: str  # '' if the sample has none
@@ -55,18 +52,16 @@ def check_members(members: Members, is_duplicate: bool) -> None:
         raise BadSample("members", f"member .{unsafe[0]} executes code when it is loaded; pack such shards without it")
 
 
-def names_of(members: Members) -> str:
-    """Return the names of a sample's members, for a message."""
-    return ", ".join(sorted(members)) or "none"
-
-
 def image_bytes(members: Members, prefixes: tuple[str, ...] = ("",)) -> bytes:
     """Return the encoded image, whose member is an image's extension with one of the prefixes."""
     for name in (f"{prefix}{extension}" for prefix in prefixes for extension in EXTENSIONS):
         if name in members:
             return members[name]
     expected = " or ".join(f"{prefix}jpg" for prefix in prefixes)
-    raise BadSample("members", f"no image {expected} (or {', '.join(EXTENSIONS[1:])}); it has {names_of(members)}")
+    raise BadSample(
+        "members",
+        f"no image {expected} (or {', '.join(EXTENSIONS[1:])}); it has {', '.join(sorted(members)) or 'none'}",
+    )
 
 
 def both_images(members: Members) -> tuple[bytes, bytes]:
@@ -81,7 +76,7 @@ def captions_of(members: Members) -> list[str]:
         if (caption := record.get("caption")) is None:
             if "txt" not in members:
                 expected = "json with 'captions' or 'caption', or txt"
-                raise BadSample("members", f"no caption ({expected}); it has {names_of(members)}")
+                raise BadSample("members", f"no caption ({expected}); it has {', '.join(sorted(members)) or 'none'}")
             try:
                 caption = members["txt"].decode("utf-8-sig")
             except UnicodeDecodeError as error:
@@ -148,7 +143,7 @@ def texts_of(members: Members) -> list[str]:
 def class_of(members: Members, classes: int | None = None) -> int:
     """Return the number of an image's class, below `classes` if given, from webdataset's `cls` member."""
     if "cls" not in members:
-        raise BadSample("label", f"no class (member cls, a number); it has {names_of(members)}")
+        raise BadSample("label", f"no class (member cls, a number); it has {', '.join(sorted(members)) or 'none'}")
     text = members["cls"].strip()
     if not text.isdigit() or len(text) > MAX_DIGITS:
         raise BadSample("label", f"its cls {text[:20]!r} is not a class number")

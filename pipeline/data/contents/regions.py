@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.data.contents.members import REGIONS, Members, names_of
+from pipeline.data.contents.members import REGIONS, Members
 from pipeline.data.quarantine import BadSample
 
 MAX_BYTES = 64 * 2**20  # of one array: 8,192 regions of 2,048 numbers; a larger one is a bomb
@@ -93,7 +93,8 @@ class RegionRecord:
 def regions_of(members: Members, num_features: int | None = None, num_classes: int | None = None) -> RegionRecord:
     """Return a sample's regions; raise BadSample unless they have `num_features` and classes below `num_classes`."""
     if REGIONS not in members:
-        raise BadSample("members", f"no regions ({REGIONS}; see `mome shards regions`); it has {names_of(members)}")
+        names = ", ".join(sorted(members)) or "none"
+        raise BadSample("members", f"no regions ({REGIONS}; see `mome shards regions`); it has {names}")
     record = parse_regions(members[REGIONS])
     if num_features not in (None, record.features.shape[1]):
         raise _fault(f"{record.features.shape[1]} features per region, but model.region_features is {num_features}")

@@ -10,8 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -30,8 +29,7 @@ RARE = 1e-7  # fraction of all characters below which a further one is not worth
 HUGGING_FACE = "tokenizer_config.json"  # next to a vocabulary; its `do_lower_case` says whether it is uncased
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """One text: [CLS], its tokens, [SEP]. `word_of` numbers the words from 0 and is -1 at the special tokens."""
 
     ids: list[int]

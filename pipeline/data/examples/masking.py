@@ -1,8 +1,8 @@
 """Masking of whole words of a text, before it is padded, and of patches or regions of an image."""
 
 import math
-from dataclasses import dataclass
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,7 @@ ZEROED = 0.9  # ImageBERT: 90 % of the masked regions lose their features, 10 % 
 REPLACED, KEPT = 0.8, 0.9  # BERT: 80 % of the chosen words become [MASK], 10 % random tokens, 10 % stay
 
 
-@dataclass(frozen=True)
-class Masked:
+class Masked(NamedTuple):
     """A text with masked words: ids (L,) int64; positions (K,) int64 ascending; labels (K,) the original ids."""
 
     ids: np.ndarray
