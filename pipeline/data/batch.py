@@ -1,8 +1,7 @@
 """The batch, the contract between data and training: one rank's examples of one global batch.
 
-Every field is declared once, in `Batch`, with the type and shape of one example, its padding and its group. That
-declaration drives the memory layout (`BatchSpec`, `BatchBuffer`), collation, fingerprints, the swap of negatives and
-synthetic batches: a new field is one line here, and the code that writes its values.
+Every field is declared once, in `Batch`. The declaration drives the memory layout, collation, fingerprints, the swap of
+negatives and synthetic batches: a new field is one line here, and the code that writes its values.
 
 Shapes: B examples, H x W pixels, S side of the square that holds every image, P patches, L tokens, R regions,
 F features of a region, K masked tokens, patches or regions of an example.

@@ -151,9 +151,8 @@ class DataOrder:
     def _look_up(self, stream: np.ndarray, position: np.ndarray, attempt: int | None = None) -> list[SampleRef]:
         """Return the samples at positions (L,) of mixed streams, or with an `attempt` their replacements.
 
-        Stream c has as many of a source's samples before epoch e as there are integers below eN that are c modulo C:
-        streams never differ by more than one sample, and the odd samples of an epoch go to the streams after those of
-        the epoch before.
+        Before epoch e, stream c reads one sample of a source for each integer below eN that equals c modulo C: streams
+        differ by at most one sample, and an epoch's odd samples go to the streams after those of the epoch before.
         """
         starts = self._starts[stream]
         cycles, offset = np.divmod(starts + position, len(self._cycle))

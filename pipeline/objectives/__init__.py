@@ -7,8 +7,6 @@ of declarations alone (`vqa`). Objectives of one stage may use the same forward,
 
 An objective sums its loss over the examples that it reads and divides by nothing: the step divides by the counts of the
 whole global batch (contract C2).
-
-Shapes: n examples of this rank, B global batch, C classes, D feature width.
 """
 
 from collections.abc import Callable, Iterable

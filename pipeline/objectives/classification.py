@@ -1,4 +1,4 @@
-"""Image classification (ViT, section 3.1)."""
+"""Image classification (ViT, section 3.1): cross-entropy of the classes (n, C) to `label` (n,)."""
 
 from typing import ClassVar
 
@@ -6,8 +6,6 @@ from pipeline.objectives import Objective
 
 
 class Classification(Objective):
-    """Cross-entropy of the classes (n, C) to `label` (n,)."""
-
     source_types = frozenset({"labelled"})
     head = "classes"
     evaluations: ClassVar = {"labelled": "classification"}

@@ -1,8 +1,8 @@
 """Image-text contrastive loss (ITC) over the global batch (CLIP, VLMo).
 
-Every rank gathers the features of all ranks, differentiates the loss of the whole batch with respect to them, and feeds
-the gradients of its own examples' features into its own backward through a surrogate loss. With gradient accumulation
-the features come from a first forward without gradient; each micro-batch then repeats it with the same drop-path masks.
+Every rank differentiates the loss of the whole batch with respect to the gathered features, and feeds the gradients of
+its own examples' features into its own backward through a surrogate loss. With gradient accumulation the features come
+from a first forward without gradient; each micro-batch then repeats it with the same drop-path masks.
 
 Shapes: B global batch, n examples of this rank, D feature width, S sources.
 """

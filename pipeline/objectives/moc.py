@@ -1,7 +1,4 @@
-"""Masked object classification (MOC, ImageBERT section 3.3): predict the detector's class of masked regions.
-
-Shapes: n examples, R regions, K masked regions per example (padded with -1), C classes.
-"""
+"""Masked object classification (MOC, ImageBERT section 3.3): predict the detector's class of masked regions."""
 
 from torch import Tensor
 

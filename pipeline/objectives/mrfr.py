@@ -1,7 +1,4 @@
-"""Masked region feature regression (MRFR, ImageBERT section 3.3): predict the feature vectors of masked regions.
-
-Shapes: n examples, R regions, K masked regions per example (padded with -1), F feature dimension.
-"""
+"""Masked region feature regression (MRFR, ImageBERT section 3.3): predict the feature vectors of masked regions."""
 
 from torch import Tensor
 
@@ -12,8 +9,7 @@ def mrfr_loss(predicted: Tensor, features: Tensor, positions: Tensor) -> Tensor:
     """Return the squared L2 distance to the detector's features, summed over masked regions and feature dimensions.
 
     predicted (n, K, F), features (n, R, F) before masking, positions (n, K) int64 with -1 at padding. The paper does
-    not divide by F (UNITER's release does): divided by the number of masked regions, the loss grows with F and with
-    the scale of the features.
+    not divide by F (UNITER's release does): the mean over regions grows with F and with the scale of the features.
     """
     is_masked = positions >= 0
     index = positions.clamp(min=0).unsqueeze(-1).expand(-1, -1, features.shape[-1])

@@ -1,4 +1,7 @@
-"""Natural language for visual reasoning (NLVR2): decide whether a statement about two images is true."""
+"""Natural language for visual reasoning (NLVR2): decide whether a statement about two images is true.
+
+The loss is the cross-entropy of (false, true), (n, 2), to `label` (n,), 1 for a true statement.
+"""
 
 from typing import ClassVar
 
@@ -6,8 +9,6 @@ from pipeline.objectives import Objective
 
 
 class NLVR2(Objective):
-    """Cross-entropy of (false, true), (n, 2), to `label` (n,), 1 for a true statement."""
-
     source_types = frozenset({"statements"})
     head = "nlvr2"
     evaluations: ClassVar = {"statements": "nlvr2"}

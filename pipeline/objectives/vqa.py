@@ -1,7 +1,4 @@
-"""Visual question answering (VQA) with soft targets over a fixed list of answers.
-
-Shapes: n examples, A listed answers, K annotated answers per question (padded).
-"""
+"""Visual question answering (VQA) with soft targets over a fixed list of answers."""
 
 from typing import ClassVar
 
@@ -12,7 +9,7 @@ from pipeline.objectives import Objective
 
 
 def vqa_loss(logits: Tensor, answers: Tensor, scores: Tensor) -> Tensor:
-    """Return the binary cross-entropy summed over examples and all listed answers, as ViLT and VLMo fine-tune.
+    """Return the binary cross-entropy summed over n examples and all A listed answers, as ViLT and VLMo fine-tune.
 
     logits (n, A); answers (n, K) int64 indices into the list, -1 at padding; scores (n, K) in [0, 1].
     """

@@ -14,7 +14,8 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -62,8 +63,7 @@ def format_of(data: bytes) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class ImageSize:
+class ImageSize(NamedTuple):
     """The size of an encoded image in pixels after its EXIF rotation, and whether it has further frames (not read)."""
 
     height: int
@@ -74,7 +74,7 @@ class ImageSize:
 def measure(data: bytes) -> ImageSize:
     """Return the size of what `decode` returns, from the header alone. Raises BadSample if that is no image's."""
     size, orientation, _ = _read(data, None)
-    return replace(size, height=size.width, width=size.height) if orientation in _TRANSPOSED else size
+    return size._replace(height=size.width, width=size.height) if orientation in _TRANSPOSED else size
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
@@ -249,9 +249,9 @@ def _read_with_pillow(data: bytes, kind: str, max_pixels: int | None) -> _Stored
         size, orientation = ImageSize(height, width), 1
         if max_pixels is None:
             try:
-                size = replace(size, is_animated=bool(getattr(picture, "is_animated", False)))
+                size = ImageSize(height, width, bool(getattr(picture, "is_animated", False)))
             except Exception:  # a damaged second frame
-                size = replace(size, is_animated=True)
+                size = ImageSize(height, width, is_animated=True)
         else:
             _refuse_costly(size, max_pixels)
             for name, _, is_intact in _png_chunks(data) if kind == "PNG" else ():
