@@ -66,12 +66,6 @@ class Contrast(NamedTuple):
     scale: Tensor
     by_source: Tensor | None  # (S, 2) sum of the loss over each source's pairs, and their number
 
-    def surrogate_loss(self, outputs: ForwardOutput, examples: slice, parts: int) -> Tensor:
-        """Return one of `parts` scalars, over ranks and micro-batches, whose gradients add up to the global loss's."""
-        features = [(outputs[name][head].float() * g[examples]).sum() for (name, head), g in self.gradients.items()]
-        scales = [outputs["image"][name].float() * g / parts for name, g in self.scale_gradients.items()]
-        return torch.stack([*features, *scales]).sum()
-
 
 def global_contrast(
     outputs: ForwardOutput,

@@ -13,8 +13,7 @@ Shapes: B global batch, n examples of this rank, S sources, N layers.
 
 import statistics
 import time
-from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -176,10 +175,12 @@ class TrainingStep:
         weighted = [self.weights[name] * loss for name, loss in losses.items()]
         parts = self.collectives.world_size * self.accumulation
         if contrast is not None:
-            weighted.append(contrast.surrogate_loss(outputs, rows, parts))
+            # A surrogate: of all ranks and micro-batches together, its gradient is that of the global loss.
+            weighted += [(outputs[n][head].float() * g[rows]).sum() for (n, head), g in contrast.gradients.items()]
+            weighted += [outputs["image"][n].float() * g / parts for n, g in contrast.scale_gradients.items()]
         self.engine.backward(torch.stack(weighted).sum() * parts, last)  # DeepSpeed divides by both
         report = {name: loss.detach().float() for name, loss in losses.items()}
-        if contrast is not None:  # in the backward a surrogate, which has ITC's gradient but not its value
+        if contrast is not None:
             report["itc"] = contrast.loss / parts
         total = torch.stack([self.weights[name] * loss for name, loss in report.items()]).sum()
         return {"loss": total} | report
@@ -253,8 +254,11 @@ class TrainingStep:
                 for number in range(self._num_sources):
                     rows = torch.nonzero(source == number).flatten()
                     if len(rows):
-                        own: Any = {key: _IndexedOutputs(heads, rows, len(source)) for key, heads in outputs.items()}
-                        chosen = examples.rows(rows)
+                        index, chosen = rows.to(device, non_blocking=True), examples.rows(rows)
+                        own = {  # scales and outputs of other examples stay whole
+                            key: {n: t[index] if t.dim() and len(t) == len(source) else t for n, t in heads.items()}
+                            for key, heads in outputs.items()
+                        }
                         count = torch.as_tensor(objective.count(chosen), device=device)
                         sums[number] = torch.stack([objective.loss(own, chosen).float(), count.float()])
             self.by_source[name] = self.by_source.get(name, 0) + sums
@@ -299,17 +303,3 @@ def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor
             changes: dict[str, Any] = {name: swapped}
             result = replace(result, **changes)
     return result
-
-
-class _IndexedOutputs(UserDict[str, Tensor]):
-    """A forward's outputs for some of its examples, indexed on access; outputs that are not per example stay whole."""
-
-    def __init__(self, heads: Mapping[str, Tensor], indices: Tensor, num_examples: int):
-        super().__init__(heads)
-        self._indices, self._num_examples = indices, num_examples
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self.data[name]
-        if value.dim() == 0 or len(value) != self._num_examples:
-            return value
-        return value[self._indices.to(value.device, non_blocking=True)]
