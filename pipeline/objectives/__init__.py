@@ -225,8 +225,8 @@ def trained_modules(model: Model, objectives: Iterable[str], source_type: Source
 
 def evaluated_source_types() -> tuple[SourceType, ...]:
     """Return the source types that some objective is evaluated on."""
-    evaluated = {kind for name in objective_names() for kind in objective_type(name).evaluations}
-    return tuple(kind for kind in get_args(SourceType) if kind in evaluated)
+    kinds = [objective_type(name) for name in objective_names()]
+    return tuple(source for source in get_args(SourceType) if any(source in kind.evaluations for kind in kinds))
 
 
 def evaluation_tasks(stage: StageConfig, source_type: SourceType) -> frozenset[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.order import share
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import Model
 from pipeline.training.checkpoint.serialization import SavedState
@@ -47,8 +48,12 @@ class DeepSpeedEngine:
         self.reader: nn.Module = self.deepspeed  # for inference; at ZeRO 3 its forward is a collective call
         self.module: nn.Module = self.deepspeed.module
         self._plain_norm: Tensor | None = None
+        # The tensors that Adam steps: whole parameters, or this rank's flat float32 partitions.
+        self._optimized: list[Tensor] = [tensor for group in self.adam.param_groups for tensor in group["params"]]
+        if self._zero_stage == 3:
+            self._optimized = list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
         # DeepSpeed creates Adam's state lazily, and restored moments would have no place: create it now.
-        for tensor in self.optimized_tensors():
+        for tensor in self._optimized:
             step = torch.zeros((), dtype=torch.float32, device=tensor.device if on_cuda else "cpu")
             moments = {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
             self.adam.state[tensor] |= {"step": step, **moments}
@@ -122,14 +127,14 @@ class DeepSpeedEngine:
         partitioned = getattr(self.deepspeed.optimizer, "averaged_gradients", None) or {}
         gradients = [tensor for group in partitioned.values() if group is not None for tensor in group]
         if not gradients:  # stage 0, or offloaded with the optimizer
-            tensors = [*self._parameters.values(), *self.optimized_tensors()]
+            tensors = [*self._parameters.values(), *self._optimized]
             gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         return gradients
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of this rank's parameters, gradients, and optimizer state with master weights."""
         held = [getattr(parameter, "ds_tensor", parameter) for parameter in self._parameters.values()]
-        masters = [tensor for tensor in self.optimized_tensors() if all(tensor is not parameter for parameter in held)]
+        masters = [tensor for tensor in self._optimized if all(tensor is not parameter for parameter in held)]
         moments = [value for state in self.adam.state.values() for value in state.values() if torch.is_tensor(value)]
         optimizer = [*masters, *moments, *self.averages.values()]
         reduced = getattr(self.deepspeed.optimizer, "fp32_groups_gradients_flat", [])  # of bfloat16 at stage 1
@@ -163,7 +168,7 @@ class DeepSpeedEngine:
                 elif start < stop:
                     partition = parameter.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
                     partition[: stop - start].copy_(source.read(name, "weight", start, stop))
-        for tensor in self.optimized_tensors():
+        for tensor in self._optimized:
             self.adam.state[tensor]["step"].fill_(float(source.optimizer_step))
         self._steps = source.optimizer_step
 
@@ -194,17 +199,11 @@ class DeepSpeedEngine:
                 gathered[name] = whole.view(getattr(parameter, "ds_shape", parameter.shape))
         return gathered if self._collectives.rank == 0 else None
 
-    def optimized_tensors(self) -> list[Tensor]:
-        """Return the tensors Adam steps: whole parameters, or this rank's flat float32 partitions."""
-        if self._zero_stage == 3:
-            return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
-        return [tensor for group in self.adam.param_groups for tensor in group["params"]]
-
     def _range(self, name: str) -> tuple[int, int]:
         """Return the range of a flattened parameter that this rank saves and restores."""
         parameter: Any = self._parameters[name]
         numel: int = getattr(parameter, "ds_numel", parameter.numel())  # at ZeRO 3 the parameter itself is empty
-        rank, world_size = self._collectives.rank, self._collectives.world_size
+        rank = self._collectives.rank
         if self._zero_stage == 3:
             size = parameter.ds_tensor.numel()
             return min(rank * size, numel), min((rank + 1) * size, numel)
@@ -213,7 +212,7 @@ class DeepSpeedEngine:
                 return 0, 0
             address = parameter._hp_mapping.lp_fragment_address
             return address.start, address.start + address.numel
-        return rank * numel // world_size, (rank + 1) * numel // world_size
+        return share(numel, rank, self._collectives.world_size)
 
     def _local(self, name: str, kind: str) -> Tensor:
         """Return a writable view of the float32 master weight or moment in this rank's range."""
