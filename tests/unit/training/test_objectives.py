@@ -22,32 +22,21 @@ from pipeline.objectives.wpa import wpa_loss
 from pipeline.training.collectives import Collectives
 from pipeline.training.prepare import choose_tokenizer
 from pipeline.training.stages import Stage, check_stages, stage_skeleton
+from tests.support import trial as trials
 from tests.support.gradients import TOLERANCE, relative_errors
-from tests.support.trial import (
-    ROWS,
-    VISUAL_TOKENS,
-    Cell,
-    Trial,
-    TrialState,
-    begin,
-    cells,
-    invented_batch,
-    tiny_run,
-    train,
-    trial_config,
-)  # fmt: skip
+from tests.support.trial import ROWS, VISUAL_TOKENS, Cell, TrialState, begin, tiny_run
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SHIFTS = {"ranking_head.score.bias"}  # added to every logit of the softmax, so its gradient is 0 up to rounding
 
 
-@pytest.mark.parametrize("cell", cells(), ids=str)
+@pytest.mark.parametrize("cell", trials.cells(), ids=str)
 def test_loss_falls_in_thirty_steps_and_declared_modules_are_those_with_a_gradient(
     cell: Cell, collectives: Collectives
 ) -> None:
-    trial = train(cell, collectives)
+    trial = trials.train(cell, collectives)
     assert trial.is_learnt, [round(loss, 3) for loss in trial.losses]
-    begun = begin(trial_config(cell), collectives)
+    begun = begin(trials.trial_config(cell), collectives)
     model = begun.engine.model.requires_grad_(True)  # including parameters that the stage froze
     begun.step(begun.batch)
     moved = {name for name, gradient in begun.engine.gradients().items() if gradient.abs().max() > 0}
@@ -58,13 +47,13 @@ def test_loss_falls_in_thirty_steps_and_declared_modules_are_those_with_a_gradie
 
 def test_every_model_kind_and_objective_is_tried_and_a_collapsed_itm_head_does_not_count_as_learnt() -> None:
     """A constant prediction reaches 0.6365 where one pair in three matches, and 0.6931 where one in two does."""
-    assert {cell.kind for cell in cells()} == set(MODEL_SECTIONS)
-    assert {cell.objective for cell in cells()} == set(objective_names())
+    assert {cell.kind for cell in trials.cells()} == set(MODEL_SECTIONS)
+    assert {cell.objective for cell in trials.cells()} == set(objective_names())
     for negatives, collapsed in (("hard", 0.6365), ("random", 0.6931)):
         cell = Cell("itm", "vlmo", "pairs", {"negatives": negatives})
-        assert Trial(cell, []).floor == pytest.approx(collapsed, abs=1e-4)
-        assert not Trial(cell, [2.0, collapsed]).is_learnt
-        assert Trial(cell, [2.0, collapsed / 2]).is_learnt
+        assert trials.Trial(cell, []).floor == pytest.approx(collapsed, abs=1e-4)
+        assert not trials.Trial(cell, [2.0, collapsed]).is_learnt
+        assert trials.Trial(cell, [2.0, collapsed / 2]).is_learnt
 
 
 def test_error_of_gradients_equals_the_tolerance_where_c2_is_just_met() -> None:
@@ -175,7 +164,7 @@ def test_vit_has_the_published_size_and_masking_and_its_alternatives_can_be_buil
 def vilt_trial(collectives: Collectives, objectives: dict[str, Any], **stage: Any) -> TrialState:
     """Begin a trial on a batch in which every example is another one."""
     config = tiny_run("vilt", "pairs", objectives, negatives="random", **stage)
-    return begin(config, collectives)._replace(batch=invented_batch(config.model, "pairs", 1, ROWS))
+    return begin(config, collectives)._replace(batch=trials.invented_batch(config.model, "pairs", 1, ROWS))
 
 
 def test_wpa_reads_the_forward_of_itm(collectives: Collectives) -> None:
