@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,8 +27,6 @@ from pipeline.tracking.locations import absolute_uri, configured_uri
 
 if TYPE_CHECKING:
     from jobs.placement import Placement
-
-log = logging.getLogger(__name__)
 
 TOKEN_FILE = "~/.ray/auth_token"
 CONNECT_SECONDS = 5.0
@@ -248,11 +247,9 @@ def refresh_node_counts() -> None:
     """Make Ray Train recount the nodes' resources, which it otherwise does every 20 s."""
     import ray
 
-    try:
+    with suppress(Exception):  # it does not exist before the first run, and an old count costs only time
         counter = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
         ray.get(counter.get_reserved_resources.remote("", recompute=True), timeout=COUNT_SECONDS)
-    except Exception as error:  # it does not exist before the first run, and an old count costs only time
-        log.debug("node counts not refreshed: %s", error)
 
 
 def rank_resources(cluster: ClusterConfig) -> dict[str, float]:

@@ -365,21 +365,17 @@ def clock(config: RunConfig | None) -> str:
     for url in (store, configured_uri(config) if config else None):
         if not url or not url.startswith(("http://", "https://")):
             continue
-        try:
-            with urllib.request.urlopen(redact(url), timeout=ANSWER_SECONDS) as answer:
-                date = answer.headers["Date"]
-        except urllib.error.HTTPError as error:  # an error response has a date, too
-            date = error.headers["Date"]
-        except HTTP_ERRORS:
-            continue
-        try:
+        with suppress(*HTTP_ERRORS, TypeError, ValueError):  # no answer, or a missing or malformed date
+            try:
+                with urllib.request.urlopen(redact(url), timeout=ANSWER_SECONDS) as answer:
+                    date = answer.headers["Date"]
+            except urllib.error.HTTPError as error:  # an error response has a date, too
+                date = error.headers["Date"]
             skew = time.time() - parsedate_to_datetime(date).timestamp()
-        except (TypeError, ValueError):  # missing or malformed
-            continue
-        detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {redact(url)}"
-        if abs(skew) > SKEW_SECONDS:
-            raise Failed(detail, "run NTP (chrony, systemd-timesyncd): S3 tolerates 15 minutes")
-        return detail
+            detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {redact(url)}"
+            if abs(skew) > SKEW_SECONDS:
+                raise Failed(detail, "run NTP (chrony, systemd-timesyncd): S3 tolerates 15 minutes")
+            return detail
     raise Skipped("no server to compare with")
 
 

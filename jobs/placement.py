@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +84,9 @@ class Placement:
         nodes, waited = list(resources.usable_nodes().values()), now - self._waiting_since
         missing = resources.missing_resources(cluster, nodes)
         if missing and waited > cluster.start_seconds and not self._were_placed:
-            try:  # an autoscaler may add enough nodes
+            limits = None
+            with suppress(Exception):  # an autoscaler may add enough nodes
                 limits = ray_state.get_max_resources_from_cluster_config()
-            except Exception as error:
-                log.debug("the autoscaler's limits are not known: %s", error)
-                limits = None
             fewest = resources.requested_resources(cluster, cluster.min_workers or cluster.workers)
             if limits is None or any(limits.get(kind, 0) < number for kind, number in fewest.items()):
                 advice = f"{REMEDY} Set cluster.start_seconds higher where nodes take longer to join."
@@ -96,11 +95,9 @@ class Placement:
         if not (missing and self._last_message is None) and now - last < QUIET_SECONDS:
             return
         self._last_message = now
-        try:
-            free = dict(ray.available_resources())
-        except Exception as error:
-            log.debug("free resources not known: %s", error)
-            free = {}
+        free: dict[str, float] = {}
+        with suppress(Exception):  # the head may not answer
+            free = ray.available_resources()
         lacking, present = [], []  # descriptions of what the cluster is too small for, and of what it has
         for kind, number in resources.requested_resources(cluster, cluster.workers).items():
             existing = sum(node.get(kind, 0.0) for node in nodes)
