@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -21,14 +21,14 @@ import torch
 
 from jobs.cluster import available_ranks, connect, for_ranks, root_cause, run_on_ranks
 from jobs.driver import STOP, Mailbox, forwarded_warnings
-from pipeline.config.background import PeriodicThread
+from pipeline.config.background import PeriodicThread, within
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.loading.backends import local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
-from pipeline.training import background_writer, callbacks, health, loop
+from pipeline.training import callbacks, health, loop
 from pipeline.training.collectives import Collectives
 from pipeline.training.ownership import Ownership
 from pipeline.training.preflight import preflight
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 FAILURE_FILE, PROGRESS_FILE = "failure.json", "progress.json"
 PROGRESS_SECONDS = 1.0
+PROGRESS_WRITE_SECONDS = 10.0  # limit for retrying one write
 PROGRESS_CLOSE_SECONDS = 5.0  # for the last progress file to be written
 PREEMPTED, GROWN, STOPPED = "preempted", "grown", "stopped"
 CHECK_SECONDS = 1.0
@@ -56,7 +57,8 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
         return None
     context, mail = ray.train.get_context(), Mailbox(start)
     signal = RankPreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
-    progress, backend = ProgressFile(config, storage), RayBackend if config.cluster.loader_actors else local_backend
+    progress = ProgressFile(config, storage).start()
+    backend = RayBackend if config.cluster.loader_actors else local_backend
     with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
         try:
             loop.train(config, progress, backend, preempted=signal, claim=claim)
@@ -74,7 +76,7 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
                 storage.write(join(config.folder, FAILURE_FILE), json.dumps(failure).encode())
             raise
         finally:
-            progress.writer.close(PROGRESS_CLOSE_SECONDS)
+            progress.close()
             signal.thread.stop(timeout=0.0)
     return None
 
@@ -86,18 +88,36 @@ def error_from_json(values: dict[str, Any]) -> RunFailed:
     return error
 
 
-class ProgressFile:
-    """Progress report of rank 0: a small file in the run's folder, written in the background at most once a second."""
+class ProgressFile(PeriodicThread):
+    """Progress report of rank 0: a small file in the run's folder, which this thread writes at most once a second."""
 
     def __init__(self, config: RunConfig, storage: Storage):
-        self.writer = background_writer.BackgroundWriter(storage, background_writer.DEADLINE_SECONDS, logging.DEBUG)
-        self._url, self._last = join(config.folder, PROGRESS_FILE), 0.0
+        super().__init__(self._write, PROGRESS_SECONDS, "mome-progress")
+        self._storage, self._url = storage.within(PROGRESS_WRITE_SECONDS), join(config.folder, PROGRESS_FILE)
+        self._newest: callbacks.Progress | None = None
+        self._written: callbacks.Progress | None = None
 
     def __call__(self, progress: callbacks.Progress) -> None:
-        last_of_stage = progress.stage_step == progress.stage_steps
-        if last_of_stage or time.monotonic() - self._last >= PROGRESS_SECONDS:
-            self._last = time.monotonic()
-            self.writer.write(self._url, json.dumps(asdict(progress)).encode())
+        self._newest = progress
+
+    def close(self) -> None:
+        """Write the newest progress, within `PROGRESS_CLOSE_SECONDS`."""
+
+        def finish() -> None:
+            self.stop()
+            self._write()
+
+        with suppress(TimeoutError):
+            within(PROGRESS_CLOSE_SECONDS, finish, "mome-progress-end")
+
+    def _write(self) -> None:
+        newest = self._newest
+        if newest is not None and newest is not self._written:
+            self._written = newest
+            try:
+                self._storage.write(self._url, json.dumps(asdict(newest)).encode())
+            except Exception as error:  # no failure here is a reason to stop the run
+                log.debug("%s was not written: %s: %s", self._url, type(error).__name__, error)
 
 
 class RankPreemptionSignal:
@@ -193,5 +213,4 @@ def check_rank(config: RunConfig) -> dict[str, Any]:
     """Run the preflight checks on a rank; return details and seconds by check."""
     from jobs.loader_actors import RayBackend
 
-    checks = preflight(config, lambda _: None, RayBackend if config.cluster.loader_actors else local_backend)
-    return {check.name: {"told": check.message, "seconds": check.seconds} for check in checks}
+    return preflight(config, lambda _: None, RayBackend if config.cluster.loader_actors else local_backend)

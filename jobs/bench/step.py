@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -62,10 +63,15 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
     step = TrainingStep(engine, stage, collectives)
     rows = slice(*share(batch_size, collectives.rank, collectives.world_size))
     num_rows = rows.stop - rows.start
-    batch = full_batch(stage.run, stage.config, batch_size, vocabulary).rows(rows)
+    batch = full_batch(stage.run, stage.config, vocabulary).rows(rows)
 
-    def run() -> None:
+    gradients = 0
+
+    def run(measures_gradients: bool = False) -> None:
+        nonlocal gradients
         step(batch)
+        if measures_gradients:
+            gradients = engine.memory()["gradients"]
         engine.step(stage.config.optimizer.lr)
 
     seconds = 0.0
@@ -84,12 +90,12 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
     batch_bytes = sum(member.untyped_storage().nbytes() for member in members)
     held = sum(size for address, size in living(device).items() if address not in before) - batch_bytes
     started = time.perf_counter()
-    with engine.measuring():
-        peak = held + peak_of(run, device)
+    with torch.autograd.graph.saved_tensors_hooks(engine.record_saved, lambda tensor: tensor):
+        peak = held + peak_of(partial(run, measures_gradients=True), device)
     seconds = seconds or time.perf_counter() - started
-    memory, gradients = engine.memory(), engine.gradient_bytes
+    memory = engine.memory()
     states = memory["parameters"] + memory["optimizer"]
-    categories = {"states": states, "gradients": gradients, "activations": engine.saved_bytes}
+    categories = {"states": states, "gradients": gradients, "activations": engine.activation_bytes}
     engine.close()
 
     # The estimate for this rank's examples, in its micro-batches.

@@ -30,7 +30,7 @@ from pipeline.tracking.mlflow_replay import Cursor
 from pipeline.training.goodput import PHASES
 
 ALERT, SPIKE = "mome.alert.", "mome.spike."  # prefixes of tags
-OVER = "over at step"  # prefix of the text of an alert that is over (`pipeline.training.alerts`)
+OVER = "over at step"  # prefix of the text of an alert that is over (`pipeline.training.metrics`)
 SHOWN_VERSIONS = ("mome", "torch", "deepspeed", "ray", "mlflow")
 WIDE, NARROW = 1040, 350  # widths of the charts in pixels, for desktops and phones
 MAX_EVENTS = 60

@@ -1,12 +1,10 @@
-"""Train without Ray:  torchrun --nproc-per-node 2 -m pipeline.training configs/demo.yaml [key=value …]
+"""Train without Ray:  torchrun --nproc-per-node 2 -m pipeline.training configs/demo.yaml [key=value …]"""
 
-`--preflight` checks everything on every rank and trains nothing; `--profile A:B` records a trace of these steps.
-"""
-
+import argparse
 import os
 import sys
 
-from pipeline.config.errors import ConfigError, MomeError
+from pipeline.config.errors import MomeError
 from pipeline.config.load import load_config
 from pipeline.config.redaction import configure_logging, printable
 from pipeline.training.loop import train
@@ -16,24 +14,23 @@ from pipeline.training.profile import profile_override
 
 def main(arguments: list[str]) -> int:
     configure_logging()
+    parser = argparse.ArgumentParser(prog="torchrun -m pipeline.training")
+    parser.add_argument("config", help="Path of the run's config.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Values that replace the config's.")
+    parser.add_argument("--preflight", action="store_true", help="Check everything on every rank and train nothing.")
+    parser.add_argument("--profile", metavar="A:B", help="Global steps A:B (B excluded) to record a trace of.")
+    options = parser.parse_intermixed_args(arguments)
     try:
-        rest = [argument for argument in arguments if argument != "--preflight"]
-        if "--profile" in rest and rest[-1] != "--profile":
-            position = rest.index("--profile")
-            _, window = rest.pop(position), rest.pop(position)
-            rest.append(profile_override(window))
-        if not rest or any(argument.startswith("-") for argument in rest):
-            raise ConfigError("usage: torchrun -m pipeline.training CONFIG [--preflight] [--profile A:B] [key=value …]")
-        config = load_config(rest[0], rest[1:])
-        if "--preflight" in arguments:
+        profiled = [profile_override(options.profile)] if options.profile else []
+        config = load_config(options.config, [*options.overrides, *profiled])
+        if options.preflight:
             preflight(config, lambda line: print(line, flush=True))
         else:
             train(
                 config,
                 lambda progress: print(
                     f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  loss {progress.loss:.4f}  "
-                    f"{progress.samples_per_second:.1f} samples/s  "
-                    f"stage ends in {progress.seconds_left / 60:.1f} min",
+                    f"{progress.samples_per_second:.1f} samples/s  stage ends in {progress.seconds_left / 60:.1f} min",
                     flush=True,
                 ),
             )

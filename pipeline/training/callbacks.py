@@ -1,7 +1,7 @@
 """Callbacks: everything that surrounds a training step, and the data that the loop gives them.
 
-Metrics, checkpoints, evaluation, alerts, progress, the profiler, goodput and the execution-order check are callbacks. A
-hook that calls a collective must do so on every rank in the same order, so such callbacks are attached on all ranks.
+Metrics, checkpoints, evaluation, alerts, progress, the profiler and the execution-order check are callbacks. A hook
+that calls a collective must do so on every rank in the same order, so such callbacks are attached on all ranks.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,11 +107,8 @@ class Callbacks(Callback):
     def __init__(self, callbacks: Iterable[Callback] = ()):
         self.members = tuple(callbacks)
         for hook in [name for name in vars(Callback) if name.startswith(("on_", "before_", "after_"))]:
-            setattr(self, hook, partial(self._forward, hook))
-
-    def _forward(self, hook: str, *arguments: Any) -> None:
-        for callback in self.members:
-            getattr(callback, hook)(*arguments)
+            calls = [getattr(callback, hook) for callback in self.members]
+            setattr(self, hook, lambda *arguments, calls=calls: [call(*arguments) for call in calls])
 
     def close(self) -> None:
         with ExitStack() as stack:

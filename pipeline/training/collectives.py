@@ -1,8 +1,7 @@
 """Collective operations among the ranks: the only module besides the engine that uses `torch.distributed`.
 
 The ranks' parts of a global batch may differ by one row, so gathers pad to the largest and cut afterwards. None of the
-operations propagates gradients: every rank differentiates the loss of the whole batch with respect to its own rows (see
-`step`).
+operations propagates gradients: every rank differentiates the loss of the whole batch by its own rows (see `step`).
 
 Shapes: B rows of the global batch, n rows of this rank.
 """
@@ -43,8 +42,8 @@ class Collectives(Ranks):
                 os.environ.setdefault(name, value)
             alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
             if alone and sys.platform == "linux":  # the backends open a port even for one rank
-                for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                    os.environ.setdefault(name, "lo")
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
             dist.init_process_group(
                 "nccl" if torch.cuda.is_available() else "gloo",
                 timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -94,12 +93,10 @@ class Collectives(Ranks):
     def fetcher(self, positions: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
         """Build a function that fetches rows of the global batch, sending only the requested rows between ranks.
 
-        `positions` (n,) holds, for each local row, a position in the global batch, or -1 for none. The returned
-        function takes this rank's rows (n, ...) and returns one row per position >= 0, in order. Both calls are
-        collective.
+        `positions` (n,) holds, for each local row, a position in the global batch, or -1 for none. The function takes
+        this rank's rows (n, ...) and returns one row per position >= 0, in order. Both calls are collective.
         """
-        all_positions = self.gather_rows(positions.to(self.device), batch).cpu()
-        shares = self.shares(batch)
+        all_positions, shares = self.gather_rows(positions.to(self.device), batch).cpu(), self.shares(batch)
         starts = torch.tensor([start for start, _ in shares])
         owner = torch.where(all_positions < 0, -1, torch.searchsorted(starts, all_positions, right=True) - 1)
         requested = [all_positions[start:stop][owner[start:stop] == self.rank] for start, stop in shares]
@@ -145,10 +142,9 @@ class Collectives(Ranks):
 
 
 class KeyValueStore:
-    """Messages of the ranks in the process group's store; no operation waits for another rank.
+    """Messages of the ranks in the process group's store, from any thread; no operation waits for another rank.
 
-    It has a connection of its own and can be used from any thread. Every call raises RuntimeError or OSError if the
-    store's host does not respond within `STORE_SECONDS`.
+    Every call raises RuntimeError or OSError if the store's host does not respond within `STORE_SECONDS`.
     """
 
     def __init__(self, collectives: Collectives):

@@ -1,9 +1,8 @@
 """Goodput: where a run's wall time goes, over all its restarts.
 
-Every second belongs to exactly one phase, and the phases sum to the wall time. Rank 0 keeps the totals. Each checkpoint
-and hand-over stores them, and `<run>/time.json` holds them as of the last heartbeat. After a restart, the training time
-between the restored checkpoint and the last heartbeat is lost work, and the time from the last heartbeat to the first
-step belongs to the restart.
+Every second belongs to exactly one phase, and the phases sum to the wall time. Rank 0 keeps the totals: checkpoints and
+hand-overs store them, and `<run>/time.json` holds them as of the last heartbeat. After a restart, the training time
+between the restored checkpoint and the last heartbeat is lost work; the time until the first step is the restart's.
 """
 
 import json
@@ -14,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-from pipeline.config.background import PeriodicThread
+from pipeline.config.background import PeriodicThread, within
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage, join
-from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
 
 log = logging.getLogger(__name__)
 
@@ -25,26 +23,22 @@ Phase = Literal["startup", "training", "data_wait", "checkpoint", "evaluation", 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 PROGRESS: tuple[Phase, ...] = ("training", "data_wait")  # lost if no checkpoint holds it
 FILE = "time.json"
+WRITE_SECONDS = 10.0  # limit for retrying one heartbeat, which the next one replaces
 CLOSE_SECONDS = 10.0  # limit for the last write, whatever the storage's retry timeout
 HEARTBEAT_SECONDS = 5.0  # bounds the time that is attributed to the restart instead of to lost work
-
 Seconds = dict[str, float]  # by phase
 
 
 class GoodputTracker(PeriodicThread):
     """Seconds by phase since the run first started, saved to the run's folder by this thread. Thread-safe."""
 
-    def __init__(
-        self, storage: Storage, folder: str, is_writer: bool, elapsed: float = 0.0, now: float | None = None
-    ) -> None:
+    def __init__(self, storage: Storage, folder: str, is_writer: bool, elapsed: float = 0.0) -> None:
         """Continue from the folder's last heartbeat if `is_writer`; only rank 0 reads or writes it.
 
-        The process began `elapsed` seconds ago, at `now` (seconds since the epoch).
+        The process began `elapsed` seconds ago.
         """
         super().__init__(self._write, HEARTBEAT_SECONDS, "mome-goodput", immediately=True)
-        now = time.time() - elapsed if now is None else now
-        self._url = join(folder, FILE)
-        self._writer = BackgroundWriter(storage, DEADLINE_SECONDS)
+        self._storage, self._url = storage.within(WRITE_SECONDS), join(folder, FILE)
         self._lock = threading.Lock()
         self._account: Seconds = dict.fromkeys(PHASES, 0.0)
         self._phase: Phase = "startup"
@@ -55,7 +49,7 @@ class GoodputTracker(PeriodicThread):
             self.restarts = previous["restarts"]
             if not previous["ended"]:  # a finished run that is extended was not down in between
                 self.restarts += 1
-                self._account["restart"] += max(now - previous["at"], 0.0)
+                self._account["restart"] += max(time.time() - elapsed - previous["at"], 0.0)
                 self._phase = "restart"
 
     def resume_from(self, seconds: Seconds) -> None:
@@ -83,25 +77,26 @@ class GoodputTracker(PeriodicThread):
             return dict(self._account)
 
     def close(self, ended: bool, write: bool = True) -> None:
-        """Stop the heartbeat and write the final account.
+        """Stop the heartbeat and write the final account, within `CLOSE_SECONDS`.
 
         `ended`: the run has completed all steps. `write=False`: another process owns the account now.
         """
-        if self.stop():
-            if write:
+
+        def finish() -> None:
+            if self.stop() and write:
                 self._write(ended)
-            self._writer.close(CLOSE_SECONDS)
+
+        try:
+            within(CLOSE_SECONDS, finish, "mome-goodput-end")
+        except TimeoutError:
+            log.warning("goodput: %s was not written within %.0f s", self._url, CLOSE_SECONDS)
 
     def _write(self, ended: bool = False) -> None:
         record = {"at": time.time(), "seconds": self.seconds(), "restarts": self.restarts, "ended": ended}
-        self._writer.write(self._url, json.dumps(record).encode())
-
-
-def goodput_metrics(seconds: Seconds) -> dict[str, float]:
-    """Return the seconds of each phase and the goodput: the fraction of all time spent in steps that were kept."""
-    total = sum(seconds.values())
-    metrics = {f"time/{phase}_s": value for phase, value in seconds.items()}
-    return metrics | {"perf/goodput": seconds["training"] / total if total else 0.0}
+        try:
+            self._storage.write(self._url, json.dumps(record).encode())
+        except Exception as error:  # no failure here is a reason to stop the run
+            log.warning("goodput: %s was not written: %s: %s", self._url, type(error).__name__, error)
 
 
 def read_record(storage: Storage, folder: str) -> dict[str, Any] | None:

@@ -29,8 +29,6 @@ from pipeline.training.callbacks import Callback
 from pipeline.training.collectives import Collectives
 from pipeline.training.stages import Stage
 
-# ---- the check before an update
-
 
 @dataclass(frozen=True)
 class StepHealth:
@@ -125,7 +123,7 @@ def _non_finite(value: object) -> str:
 # ---- ranks that execute different modules (contract C3)
 
 FIRST_STEPS = 3
-END = "(the end of the forward)"
+FORWARD_END, BACKWARD_END = "(the end of the forward)", "(the end of the backward)"
 
 
 class ExecutionOrderCheck(Callback):
@@ -134,10 +132,8 @@ class ExecutionOrderCheck(Callback):
     DeepSpeed computes silently wrong gradients when ranks run different modules in one step (`diverging_ranks` among
     the project's probes: 96 % error at ZeRO 2; at ZeRO 3 it mixes up weights, or hangs). The ranks therefore compare
     before any gradient is reduced, at the end of each forward; at ZeRO 3, whose forward gathers weights, before every
-    module.
-
-    Raises RunFailed on every rank, naming the first modules that differ. The hooks must be registered before the
-    engine's. Recomputation in activation checkpointing and modules inside a compiled block are not recorded.
+    module. Raises RunFailed on every rank, naming the first modules that differ. The hooks must be registered before
+    the engine's. Recomputation in activation checkpointing and modules inside a compiled block are not recorded.
     """
 
     def __init__(self, collectives: Collectives, every: int, first_step: int = 0):
@@ -153,7 +149,7 @@ class ExecutionOrderCheck(Callback):
         self._model = model
         for name, module in model.named_modules():
             module.register_forward_pre_hook(partial(self._observe, name))
-        model.register_forward_hook(partial(self._observe, END))
+        model.register_forward_hook(partial(self._observe, FORWARD_END))
 
     def before_step(self, step: int, batch: Batch | None = None) -> None:
         self._start = step if self._start is None else self._start
@@ -164,27 +160,26 @@ class ExecutionOrderCheck(Callback):
         self._digest = hashlib.sha256()
 
     def after_backward(self, step: int) -> None:
-        if self._is_active:
-            self._record("(the end of the backward)", compares=True)
+        self._observe(BACKWARD_END)
         self._is_active = False
 
     def _observe(self, name: str, *_: object) -> None:
-        """Record that a module is about to run, or that the model's forward has ended. A forward hook."""
+        """Record a module that is about to run, or the end of a forward or backward; a hook of the model's modules.
+
+        Where the ranks compare, a collective call that raises RunFailed unless all of them ran the same.
+        """
         if torch.compiler.is_compiling():  # first, so that Dynamo traces nothing else of this hook
             return
-        if not name:
-            self._in_forward = True
-        elif self._is_active and self._in_forward:
-            self._record(name, self._compares_each_module or name == END)
-        if name == END:
-            self._in_forward = False
-
-    def _record(self, name: str, compares: bool) -> None:
-        """Record what runs next; if `compares` (a collective call), raise RunFailed unless all ranks ran the same."""
+        is_recorded = self._is_active and (name == BACKWARD_END or (bool(name) and self._in_forward))
+        self._in_forward = name != FORWARD_END and (self._in_forward or not name)  # "" is the model itself
+        if not is_recorded:
+            return
         self._executed.append(name)
         self._digest.update(f"{name}\n".encode())
+        if not self._compares_each_module and name not in (FORWARD_END, BACKWARD_END):
+            return
         digest = int.from_bytes(self._digest.digest()[:7], "big")
-        if not compares or self._collectives.largest([digest, -digest]) == [digest, -digest]:
+        if self._collectives.largest([digest, -digest]) == [digest, -digest]:
             return
         by_rank: list[list[str]] = self._collectives.gather_objects(self._executed)
         for position, names in enumerate(zip_longest(*by_rank, fillvalue="(nothing)")):
@@ -199,8 +194,6 @@ class ExecutionOrderCheck(Callback):
 
 
 # ---- loss spikes
-
-Range = tuple[int, int]  # batches start … stop - 1 of a stage
 
 
 @dataclass(frozen=True)
@@ -219,16 +212,15 @@ class SpikeGuard:
 
     After a spike the stage rolls back to its last checkpoint and skips the batches read since. The data order is a
     function of the step (contract C1), so skipping only changes which batch a step reads: batch = step + the batches
-    skipped before it. The skipped ranges and the recent losses are part of every checkpoint. A run killed after a
-    rollback and before the next checkpoint meets the spike again and skips the same batches. The state is the same on
-    every rank.
+    skipped before it. The state is part of every checkpoint and the same on every rank: a run killed after a rollback
+    and before the next checkpoint meets the spike again and skips the same batches.
     """
 
     def __init__(self, config: SpikeConfig | None, state: Mapping[str, Any] = MappingProxyType({})):
         """`state`: what `state` returned when the checkpoint was saved from which the stage resumes."""
         self.config = config
         self._losses = deque[float](state.get("losses", []), maxlen=config.window if config else 1)
-        self.skipped: list[Range] = [(start, stop) for start, stop in state.get("skipped", [])]
+        self.skipped = [(int(start), int(stop)) for start, stop in state.get("skipped", [])]
         self._num_rollbacks = state.get("rollbacks", 0)  # exceeds len(skipped) if two spikes preceded a checkpoint
 
     def state(self) -> dict[str, Any]:
@@ -249,8 +241,8 @@ class SpikeGuard:
         self._losses.append(loss)
         return None
 
-    def skip_range(self, spike: Spike, resumed_at: int, stage: str) -> Range:
-        """Skip the batches read since step `resumed_at` up to the spike and `skip` more.
+    def skip_range(self, spike: Spike, resumed_at: int, stage: str) -> tuple[int, int]:
+        """Skip the batches read since step `resumed_at` up to the spike and `skip` more; return them as (start, stop).
 
         Raises RunFailed if the stage has used up its rollbacks.
         """

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from functools import partial
 
 import torch
 
+from pipeline.config.background import in_background
 from pipeline.config.errors import CheckpointError, Preempted, RunFailed, Superseded
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.choices import Choices, choices_of
@@ -23,7 +23,6 @@ from pipeline.objectives.mim import load_image_tokenizer
 from pipeline.tracking.journal import Status
 from pipeline.tracking.tracker import SavedWeights, Tracker
 from pipeline.training import health as guards
-from pipeline.training.alerts import Alerts
 from pipeline.training.callbacks import Callback, Callbacks, Report, StageResult, StepEvent
 from pipeline.training.checkpoint.committed import is_committed, read_manifest
 from pipeline.training.checkpoint.store import Checkpointer, CheckpointStore, checkpoint_metadata
@@ -31,9 +30,9 @@ from pipeline.training.checkpoint.weights import VOCABULARY, save_weights, stage
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.engine import learning_rate
-from pipeline.training.metrics import EvaluationCallback, MetricsCollector
+from pipeline.training.metrics import Alerts, EvaluationCallback, MetricsCollector
 from pipeline.training.ownership import Ownership
-from pipeline.training.prepare import Coverage, load_coverage, prepare
+from pipeline.training.prepare import load_coverage, prepare
 from pipeline.training.profile import Profiler
 from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
@@ -58,7 +57,7 @@ class RunContext:
     loader_backend: BackendFactory
     supervisor: RankSupervisor
     ownership: Ownership
-    coverage: Coverage | None = None  # of the vocabulary; on rank 0
+    coverage: dict[str, float] | None = None  # of the vocabulary: fraction of [UNK] by folder of shards; on rank 0
 
 
 @dataclass
@@ -90,13 +89,12 @@ def train(
 ) -> None:
     """Run every unfinished stage from its latest complete checkpoint. Call it once on each rank.
 
-    `loader_backend` builds the backend that prepares this rank's batches. `preempted` is polled on every rank and says
-    whether its machine is about to be taken away; in a process's main thread SIGTERM and SIGUSR1 mean the same. `claim`
-    is given by a launcher that has prepared the run and taken its ownership; otherwise rank 0 does both. `callbacks`
-    are attached to every stage after the standard ones.
+    `preempted` is polled on every rank and says whether its machine is about to be taken away; in a process's main
+    thread SIGTERM and SIGUSR1 mean the same. `claim` is given by a launcher that has prepared the run and taken its
+    ownership; otherwise rank 0 does both. `callbacks` are attached to every stage after the standard ones.
 
     Raises Preempted once the run is saved, Superseded (on rank 0) if a later start owns it, and another MomeError for
-    failures that a restart would repeat; any other error may be retried. A hung rank ends the process (`watchdog`).
+    failures that a restart would repeat; any other error may be retried. A hung rank ends the process (`Watchdog`).
     """
     began = time.monotonic()
     torch.set_num_threads(config.engine.threads)
@@ -109,14 +107,12 @@ def train(
             prepare(config, storage)
         taken = Ownership.take(storage, config.folder, claim)
         claim, start = taken.claim, taken.start
-    claim, start = collectives.broadcast((claim, start))
-    ownership = Ownership(storage, config.folder, claim, start)
+    ownership = Ownership(storage, config.folder, *collectives.broadcast((claim, start)))
     tokenizer = Tokenizer.load(storage, join(config.folder, VOCABULARY), config.tokenizer.lowercase)
-    tracker = Tracker()
+    tracker, coverage = Tracker(), None
     if is_first:
         tags = {"world_size": str(collectives.world_size), "zero_stage": str(config.engine.zero_stage)}
-        tracker = Tracker.open(config, storage, tags)
-    coverage = load_coverage(storage, config.folder) if is_first else None
+        tracker, coverage = Tracker.open(config, storage, tags), load_coverage(storage, config.folder, tokenizer)
     context = RunContext(
         config, storage, tokenizer, collectives, tracker, report, loader_backend, supervisor, ownership, coverage
     )
@@ -151,8 +147,10 @@ def train_stage(
         batches = state.loader.batches(state.spikes.batch_of(start))
         result = StageResult(stage.steps)
         for step in range(start, stage.steps):
+            supervisor.enter("data_wait", stage.global_step(step))
             callbacks.before_batch(step)
             batch = next(batches)
+            supervisor.enter("training", stage.global_step(step))
             callbacks.before_step(step, batch)
             with_metrics = stage.is_metrics_step(step)
             losses = state.step(batch, with_metrics=with_metrics)
@@ -192,19 +190,16 @@ def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callb
     Raises Preempted if steps of the run remain, and RunFailed after `guards.spike.max_rollbacks` rollbacks.
     """
     collectives, supervisor, is_first = context.collectives, context.supervisor, context.collectives.rank == 0
-    spike, is_first_attempt = None, True
-    while is_first_attempt or spike is not None:
-        supervisor.begin_stage(context.config.stage_start(index), is_rollback=not is_first_attempt)
+    result = None
+    while result is None or result.spike is not None:
+        supervisor.begin_stage(context.config.stage_start(index), is_rollback=result is not None)
         stage = with_micro_batch(Stage(context.config, index), collectives, context.tokenizer.size)
         check = guards.ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step)
         # The order matters within a hook: a save includes the step's evaluation.
         callbacks: list[Callback] = [Profiler()] if is_first and stage.run.tracking.profile is not None else []
-        callbacks += [supervisor, check, MetricsCollector()]
-        if is_first:
-            callbacks.append(Alerts())
+        callbacks += [check, MetricsCollector(), *[Alerts()] * is_first]
         callbacks += [EvaluationCallback(stage, context.storage), Checkpointer(), *extra]
-        result = train_stage(stage, context, Callbacks(callbacks), spike)
-        spike, is_first_attempt = result.spike, False
+        result = train_stage(stage, context, Callbacks(callbacks), result.spike if result else None)
     step = stage.global_step(result.num_steps)
     if result.preempted and step < context.config.total_steps:
         message = f"stage {stage.name}, step {step}: preempted; checkpoint saved. Re-run the same command to resume."
@@ -250,15 +245,10 @@ def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -
 def resume(state: StageState, rolled_back: guards.Spike | None) -> int:
     """Restore the stage's latest complete checkpoint; return the number of steps it holds, 0 without one."""
     stage, context = state.stage, state.context
-    latest, start = state.checkpoints.latest(), 0
+    latest, start, account = state.checkpoints.latest(), 0, dict[str, float]()
     if context.collectives.rank == 0:  # remove what earlier attempts left unfinished
         state.checkpoints.clean(latest and latest[0])
-    if latest is None or latest[0].stage != stage.name:
-        previous = {}
-        if stage.index:
-            previous = read_manifest(context.storage, stage_url(stage.run, stage.index - 1))
-        context.supervisor.resume_from(previous.get("time_account", {}))
-    else:
+    if latest is not None and latest[0].stage == stage.name:
         checkpoint, saved = latest
         if checkpoint.plan_digest != state.loader.digest:
             raise CheckpointError(
@@ -267,11 +257,14 @@ def resume(state: StageState, rolled_back: guards.Spike | None) -> int:
                 "run under another `name`."
             )
         state.engine.restore(saved)
-        context.supervisor.resume_from(checkpoint.time_account)
         state.spikes = guards.SpikeGuard(stage.run.guards.spike, checkpoint.spikes)
         state.resumed_from, state.data_counts = checkpoint.url, checkpoint.data_counts
-        start = checkpoint.stage_step
+        start, account = checkpoint.stage_step, checkpoint.time_account
         log.warning("resuming stage %s at step %d from %s", stage.name, start, checkpoint.url)
+    elif stage.index:
+        account = read_manifest(context.storage, stage_url(stage.run, stage.index - 1)).get("time_account", {})
+    if context.supervisor.resumes_account:
+        context.supervisor.goodput.resume_from(account)
     if rolled_back is not None:
         first, stop = state.spikes.skip_range(rolled_back, start, stage.name)
         description = (
@@ -306,8 +299,7 @@ def export_weights(state: StageState) -> None:
 def _close_tracker(tracker: Tracker, status: Status) -> None:
     """Close the tracker; unless the run has finished, wait only briefly, because the machine may be about to go."""
     tracker.finish(status)
-    closing = threading.Thread(target=tracker.close, name="closing tracker", daemon=True)
-    closing.start()
-    closing.join(None if status == "FINISHED" else CLOSE_SECONDS)
-    if closing.is_alive():
+    try:
+        in_background(tracker.close, "closing tracker").result(None if status == "FINISHED" else CLOSE_SECONDS)
+    except TimeoutError:
         log.warning("tracking: not closed within %.0f s; the next start continues from the journal", CLOSE_SECONDS)

@@ -1,10 +1,13 @@
-"""Metrics of a stage: losses, throughput, differences between ranks, data counts, and evaluation during training.
+"""Metrics of a stage: losses, throughput, differences between ranks, data counts; alerts; evaluation during training.
 
 Collecting them is a collective call and, besides the health check, the only place where a step waits for the device.
 """
 
+import logging
 import statistics
 import time
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +15,20 @@ import torch
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage
 from pipeline.evaluation.datasets import EvalPairs
-from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.evaluate import COLLAPSED, evaluate
 from pipeline.evaluation.labelled import class_names
+from pipeline.models.model import MAX_SCALE
 from pipeline.objectives import evaluation_tasks
 from pipeline.tracking.journal import Dataset
 from pipeline.training.callbacks import Callback, Progress, StepEvent
 from pipeline.training.checkpoint.weights import finished_stage
 from pipeline.training.collectives import Collectives
-from pipeline.training.goodput import goodput_metrics
+from pipeline.training.health import StepHealth
+from pipeline.training.prepare import coverage_alert
 from pipeline.training.stages import Stage
 from pipeline.training.workload import peak_step_seconds
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class MetricsCollector(Callback):
             if start:
                 tags |= {"resumed_at": str(stage.global_step(start)), "resumed_from": state.resumed_from}
             if context.coverage is not None and stage.run.model.READS_TEXT:
-                tags["unknown_tokens"] = f"{max(context.coverage.unknown.values(), default=0.0):.4f}"
+                tags["unknown_tokens"] = f"{max(context.coverage.values(), default=0.0):.4f}"
             datasets = [
                 Dataset(name=name, source=stage.run.sources[name].shards, digest=digest, context="training")
                 for name, digest in state.loader.sources.items()
@@ -82,8 +89,7 @@ class MetricsCollector(Callback):
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.state.context.tracker.metrics(self.state.stage.global_step(step + 1), metrics)
-        # Exclude the evaluation's time.
-        self._clock = time.perf_counter(), step + 1, self.state.loader.wait_seconds
+        self._clock = time.perf_counter(), step + 1, self.state.loader.wait_seconds  # excludes the evaluation's time
 
     def after_step(self, event: StepEvent) -> None:
         """Collect the metrics of a completed step, if it is a metrics step. A collective call."""
@@ -104,8 +110,7 @@ class MetricsCollector(Callback):
         by_rank[:, collectives.rank] = torch.tensor([data_wait, state.step.forward_seconds()])
         parts = [state.step.diagnostics[name].float().reshape(1) for name in names]
         summed = collectives.sum(torch.cat([*parts, by_rank.flatten()])).tolist()
-        timings = summed[len(names) :]
-        ranks_data_wait, forward_seconds = timings[:world_size], timings[world_size:]
+        ranks_data_wait, forward_seconds = summed[len(names) : -world_size], summed[-world_size:]
 
         losses = event.health.losses
         values = {("train/loss" if name == "loss" else f"train/loss_{name}"): loss for name, loss in losses.items()}
@@ -130,21 +135,17 @@ class MetricsCollector(Callback):
         if self._peak_step_seconds is not None:
             values["perf/mfu"] = steps_per_second * self._peak_step_seconds
         values |= total_data_counts(state.loader, state.data_counts, collectives)
-        values |= goodput_metrics(context.supervisor.goodput.seconds())
+        phases = context.supervisor.goodput.seconds()
+        values |= {f"time/{phase}_s": spent for phase, spent in phases.items()}
+        # The fraction of the wall time spent in steps that were kept.
+        values["perf/goodput"] = phases["training"] / max(sum(phases.values()), 1e-9)
         step, is_warm = stage.global_step(completed), event.step >= stage.config.optimizer.warmup_steps
         if collectives.rank == 0:
-            context.tracker.metrics(step, values | context.supervisor.nodes.take())
-            progress = Progress(
-                stage=stage.name,
-                stage_step=completed,
-                stage_steps=stage.steps,
-                step=step,
-                total_steps=stage.run.total_steps,
-                loss=losses["loss"],
-                samples_per_second=values["perf/samples_per_s"],
-                seconds_left=(stage.steps - completed) / max(steps_per_second, 1e-9),
-            )
-            context.report(progress)
+            nodes = context.supervisor.nodes.newest
+            context.tracker.metrics(step, values | (nodes.pop() if nodes else {}))
+            total_steps, rate = stage.run.total_steps, values["perf/samples_per_s"]
+            left = (stage.steps - completed) / max(steps_per_second, 1e-9)
+            context.report(Progress(stage.name, completed, stage.steps, step, total_steps, losses["loss"], rate, left))
         snapshot = MetricsSnapshot(step, values, is_warm, ranks_data_wait, forward_seconds)
         state.callbacks.on_metrics(event.step, snapshot)
 
@@ -162,21 +163,22 @@ def total_data_counts(loader: Loader, previous: dict[str, float], collectives: C
     }
 
 
+# ---- evaluation
+
+
 class EvaluationCallback(Callback):
     """Evaluates on `evaluation.source` every `evaluation.every` steps and at the end of each stage but the last.
 
-    All ranks evaluate held-out pairs with the current weights, not their moving average: `eval/<source>/…` over the
-    first `max_images_during_training` images, the same on every rank. The training stream is not affected (contracts
-    C1, C4): modules return to the mode they were in, no gradient is kept, no random generator is used, and the loader
-    keeps its position. Every rank runs the same number of forwards through the engine, which at ZeRO 3 gathers weights
-    from all.
+    All ranks evaluate the first `max_images_during_training` held-out images with the current weights, not their moving
+    average. The training stream is not affected (contracts C1, C4): modules return to the mode they were in, no
+    gradient is kept, no random generator is used, and the loader keeps its position. Every rank runs the same number of
+    forwards through the engine, which at ZeRO 3 gathers weights from all.
     """
 
     def __init__(self, stage: Stage, storage: Storage):
         """Raises ConfigError if classes that are named by their texts have no names, before anything is built."""
         self._pairs: EvalPairs | None = None  # kept between evaluations
-        run, source = stage.run, stage.run.evaluation.source
-        self._is_enabled = False
+        run, source, self._is_enabled = stage.run, stage.run.evaluation.source, False
         if run.evaluation.every is not None and source is not None:
             self._is_enabled = bool(evaluation_tasks(stage.config, run.sources[source].type))
             if run.sources[source].type == "labelled" and "itc" in stage.config.objectives:
@@ -185,10 +187,8 @@ class EvaluationCallback(Callback):
     def after_step(self, event: StepEvent) -> None:
         """Evaluate if it is due. `mome train` evaluates the finished run by itself."""
         stage, context, num_steps = self.state.stage, self.state.context, event.step + 1
-        section = stage.run.evaluation
-        is_due = num_steps % (section.every or 1) == 0
-        if num_steps == stage.steps:
-            is_due = stage.index + 1 < len(stage.run.stages)
+        section, is_last = stage.run.evaluation, stage.index + 1 == len(stage.run.stages)
+        is_due = not is_last if num_steps == stage.steps else num_steps % (section.every or 1) == 0
         if not self._is_enabled or not is_due or event.preempted:
             return
         with context.supervisor.during("evaluation", stage.global_step(event.step)):
@@ -211,3 +211,99 @@ class EvaluationCallback(Callback):
     def close(self) -> None:
         if self._pairs is not None:
             self._pairs.close()
+
+
+# ---- alerts
+
+CONSECUTIVE = 5  # metrics steps until an alert is raised or cleared
+CLAMPED = 0.999  # of the contrastive loss's maximum scale
+MAX_DATA_WAIT = 0.1  # fraction of its time that a rank may wait for data
+MAX_SLOWDOWN = 1.5  # of a rank's forward, relative to the median rank
+JUMP = 3.0  # of the loss, relative to the median of the last `LOSSES`
+LOSSES = 50
+
+
+class Alerts(Callback):
+    """Conditions of a running stage that need attention: tags on its MLflow run and log lines with a remedy.
+
+    They are evaluated on rank 0 at the metrics steps, and loss spikes at every health check. An alert is raised once,
+    after several consecutive steps have met its condition, and cleared after the same number have not.
+    """
+
+    def on_stage_start(self, start: int) -> None:
+        self._run_length: Counter[str] = Counter()  # consecutive steps that met the condition; negative: that did not
+        self._raised: dict[str, str] = {}
+        self._losses: deque[float] = deque(maxlen=LOSSES)
+        if alert := coverage_alert(self.state.context.coverage or {}):
+            self.on_fault(start, "unknown_tokens", alert)
+
+    def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
+        """Evaluate the conditions of all alerts except the loss spike."""
+        met = dict(conditions(snapshot))
+        for name in sorted(met.keys() | self._run_length.keys()):
+            length = self._run_length[name]
+            self._run_length[name] = length = max(length, 0) + 1 if name in met else min(length, 0) - 1
+            if length >= CONSECUTIVE and name not in self._raised:
+                self.on_fault(step + 1, name, met[name])
+            elif length <= -CONSECUTIVE and name in self._raised:
+                text = f"over at step {snapshot.step}; {self._raised.pop(name)}"
+                stage = self.state.stage.name
+                extra = {"alert": f"{stage}/{name}", "over": True}
+                log.warning("stage %s: alert %s is over at step %d", stage, name, snapshot.step, extra=extra)
+                self.state.context.tracker.tag(f"mome.alert.{name}", text)
+
+    def on_health(self, step: int, health: StepHealth) -> None:
+        """Check the global batch's loss for a spike."""
+        loss = health.losses["loss"]
+        if len(self._losses) == LOSSES and loss > JUMP * (median := statistics.median(self._losses)):
+            message = (
+                f"the loss jumped to {loss:.4g} (median of the last {LOSSES}: {median:.4g}). If it does not recover, "
+                "resume from an earlier checkpoint with a lower optimizer.lr or with optimizer.max_grad_norm; "
+                "guards.spike rolls back and skips the data automatically"
+            )
+            self.on_fault(step, "loss_spike", message)
+            self._losses.clear()  # one jump raises one alert
+        self._losses.append(loss)
+
+    def on_fault(self, step: int, name: str, message: str) -> None:
+        """Raise an alert; `message` states the observation and the remedy."""
+        stage = self.state.stage
+        self._raised[name] = text = f"since step {stage.global_step(step)}: {message}"
+        log.warning("stage %s: ALERT %s, %s", stage.name, name, text, extra={"alert": f"{stage.name}/{name}"})
+        self.state.context.tracker.tag(f"mome.alert.{name}", text)
+
+
+def conditions(metrics: MetricsSnapshot) -> Iterator[tuple[str, str]]:
+    """Yield each alert whose condition is met, with the observation and the remedy."""
+    values = metrics.values
+    names = [f"train/itm_recall_{kind}" for kind in ("matched", "mismatched")]
+    recalls = [values[name] for name in names if name in values]
+    if metrics.is_warm and len(recalls) == 2 and min(recalls) < COLLAPSED:
+        yield (
+            "itm_collapse",
+            f"image-text matching is right for {recalls[0]:.0%} of the matched pairs and {recalls[1]:.0%} of the "
+            "mismatched ones: it predicts nearly the same class for all. Check that the stage started from the "
+            "intended weights (tag start_from), lower optimizer.lr or warm up longer, or begin with negatives=random",
+        )
+    if values.get("train/itc_temperature", 1.0) <= 1 / (CLAMPED * MAX_SCALE):
+        yield (
+            "itc_clamp",
+            f"the contrastive temperature has reached its minimum ({1 / MAX_SCALE:g}), where its gradient is cut off. "
+            "This is common if batches are too easy: use a larger batch, or look for duplicate images with different "
+            "image ids",
+        )
+    if (worst := max(metrics.data_wait)) >= MAX_DATA_WAIT:
+        yield (
+            "data_starvation",
+            f"rank {metrics.data_wait.index(worst)} waits for data {worst:.0%} of its time. Raise "
+            "data.loader.num_workers or data.loader.threads_per_worker, cache shards on the node with data.cache, or "
+            "let CPU nodes prepare batches with cluster.loader_actors; `mome bench loader` measures the throughput per "
+            "core",
+        )
+    if (ratio := values.get("perf/slowest_rank_ratio", 1.0)) >= MAX_SLOWDOWN:
+        slowest = metrics.forward_seconds.index(max(metrics.forward_seconds))
+        yield (
+            "straggler",
+            f"rank {slowest} needs {ratio:.1f} times as long for its forward as the median rank, and all wait for it. "
+            "Check its machine for other processes or a throttled GPU; run `mome doctor` there, or exclude the node",
+        )

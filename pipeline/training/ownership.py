@@ -1,20 +1,17 @@
 """Ownership of a run: only its latest start may write it.
 
 A launcher that was disconnected or believed dead may come back and continue training concurrently with its successor.
-Each start of a run's ranks therefore writes a file to the run's folder:
+Each start of a run's ranks therefore writes a file to the run's folder, of which the last by name is the owner's:
 
     <run>/owners/0003-9f86d081.4c1de8a0b2f35a67.json    the start (its number and token), and its launcher's claim
 
-The last by name is the owner. Names are unique and ordered, so two starts that claim the run at the same time need no
-conditional write to agree on the owner. Ownership is checked before every commit and every deletion. Because the check
-and the operation are two requests, checkpoints carry the start in their names, and no start deletes what a later one
-wrote, however long it was suspended in between.
+Names are unique, so two starts that claim the run at the same time agree without a conditional write. Ownership is
+checked before every commit and deletion. Because the check and the operation are two requests, checkpoints carry the
+start in their names, and no start deletes what a later one wrote, however long it was suspended in between.
 
 The restarts of one launcher share its claim. Once another launcher owns the run, they do not take it back, and
-
-    python -m pipeline.training.ownership CONFIG [key=value …]
-
-exits with status 76 under that launcher, which `infra/slurm.sbatch` checks before it retries; otherwise with 0.
+`python -m pipeline.training.ownership CONFIG [key=value …]` exits with status 76 under that launcher, which
+`infra/slurm.sbatch` checks before it retries; otherwise with 0.
 """
 
 from __future__ import annotations
@@ -57,10 +54,7 @@ class Start:
 
 
 class Ownership:
-    """The right to write a run: of a launcher, or of one start of its ranks.
-
-    `claim` is shared by the restarts of one launcher. Without `start`, the ownership covers all of them.
-    """
+    """The right to write a run: of one start of a launcher's ranks or, without `start`, of all its restarts."""
 
     def __init__(self, storage: Storage, folder: str, claim: str, start: Start | None = None):
         self._storage, self._url = storage, join(folder, OWNER_FILE)
@@ -68,10 +62,9 @@ class Ownership:
 
     @classmethod
     def take(cls, storage: Storage, folder: str, claim: str | None = None) -> Ownership:
-        """Make this start the run's owner.
+        """Make this start the run's owner; `claim` identifies the launcher (default: this process's, else a new one).
 
-        `claim` identifies the launcher (default: that of this process's launcher, else a new one). Raises Superseded
-        if that launcher owned the run and another has taken it since.
+        Raises Superseded if that launcher owned the run and another has taken it since.
         """
         ownership = cls(storage, folder, claim or _claim_of_launcher() or secrets.token_hex(8))
         while True:
@@ -89,10 +82,9 @@ class Ownership:
         With `may_begin`, a launcher that has never owned the run passes too.
         """
         starts = self._starts()
-        if not starts or (may_begin and self.claim not in {claim for _, claim in starts}):
-            return starts
-        start, claim = starts[-1]
-        if claim == self.claim and self.start in (None, start):
+        start, claim = starts[-1] if starts else (self.start, self.claim)
+        is_new = may_begin and all(claim != self.claim for _, claim in starts)
+        if is_new or (claim == self.claim and self.start in (None, start)):
             return starts
         url = join(self._url, f"{start}.{claim}.json")
         try:
@@ -116,7 +108,7 @@ class Ownership:
 
     def _starts(self) -> list[tuple[Start, str]]:
         """Return every start and its launcher's claim, in order."""
-        matches = (_NAME.fullmatch(name) for name in self._storage.list(self._url))
+        matches = map(_NAME.fullmatch, self._storage.list(self._url))
         return sorted((Start(int(match[1]), match[2]), match[3]) for match in matches if match)
 
 

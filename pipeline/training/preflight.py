@@ -11,9 +11,9 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,21 +41,12 @@ WRITTEN_BYTES = 8 * 2**20
 GB = 1e9
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """A check that passed on all ranks, with the slowest rank's seconds."""
-
-    name: str
-    message: str
-    seconds: float
-
-
 def preflight(
     config: RunConfig, say: Callable[[str], None], loader_backend: BackendFactory = local_backend
-) -> list[CheckResult]:
-    """Run all checks; call it once on each rank. Raises MomeError on failure.
+) -> dict[str, dict[str, Any]]:
+    """Run all checks, called once on each rank; return each one's `message` and the slowest rank's `seconds`.
 
-    `say` receives a line for each check on rank 0 when it is done.
+    `say` receives a line for each check on rank 0 when it is done. Raises MomeError on failure.
     """
     torch.set_num_threads(config.engine.threads)
     collectives, storage = Collectives(), Storage(config.storage)
@@ -67,50 +58,39 @@ def preflight(
         for stage in scratch.stages
     ]
     scratch = scratch.model_copy(update={"stages": tuple(stages)})
-    messages: dict[str, str] = {}
-    results: list[CheckResult] = []
+    results: dict[str, dict[str, Any]] = {}
 
-    @contextmanager
-    def check(name: str) -> Iterator[None]:
+    def check(name: str, work: Callable[[], str]) -> None:
         """Run a check on every rank; if any fails, all of them raise, so that none waits for it."""
-        started, failure = time.perf_counter(), ""
+        started, message, failure = time.perf_counter(), "", ""
         try:
-            yield
+            message = work()
         except (MomeError, torch.OutOfMemoryError, MemoryError) as error:
             failure = f"rank {rank}: {type(error).__name__}: {error}"
-        own = messages.get(name, ""), failure, time.perf_counter() - started
-        by_rank, failures, seconds = zip(*collectives.gather_objects(own), strict=True)
+        own = message, failure, time.perf_counter() - started
+        messages, failures, seconds = zip(*collectives.gather_objects(own), strict=True)
         if any(failures):
             raise RunFailed(f"preflight, {name}: " + "\n".join(filter(None, failures)))
-        results.append(CheckResult(name, by_rank[0], max(seconds)))
+        results[name] = {"message": messages[0], "seconds": max(seconds)}
         if rank == 0:
-            say(f"ok  {name:<24} {max(seconds):7.1f} s  {by_rank[0]}")
+            say(f"ok  {name:<24} {max(seconds):7.1f} s  {messages[0]}")
 
     try:
-        with check("storage"):
-            messages["storage"] = check_storage(storage, scratch.folder, f"preflight-rank-{rank}", WRITTEN_BYTES)
-        with check("tracking"):
-            if rank == 0:
-                try:
-                    check_server(config, required=True)
-                    messages["tracking"] = try_writing(tracking_uri(config), experiment_name(config))
-                except MomeError as error:
-                    if config.tracking.required:
-                        raise
-                    messages["tracking"] = f"not required, and unavailable: {error}"
-        with check("data and vocabulary"):
-            messages["data and vocabulary"] = f"{len(scratch.sources)} sources"
-            if rank == 0:
-                prepare(scratch, storage)
+        key = f"preflight-rank-{rank}"
+        check("storage", lambda: check_storage(storage, scratch.folder, key, WRITTEN_BYTES))
+        check("tracking", lambda: "" if rank else _check_tracking(config))
+        sources = f"{len(scratch.sources)} sources"
+        check(
+            "data and vocabulary",
+            lambda: "" if rank else f"{sources}, {prepare(scratch, storage).size} tokens",
+        )
         tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY), scratch.tokenizer.lowercase)
         supervisor, ownership = RankSupervisor(scratch, storage, collectives), Ownership(storage, scratch.folder, "")
         context = RunContext(
             scratch, storage, tokenizer, collectives, Tracker(), lambda _: None, loader_backend, supervisor, ownership
         )
         for index, settings in enumerate(scratch.stages):
-            name = f"stage {settings.name}"
-            with check(name):
-                messages[name] = _try_stage(Stage(scratch, index), context)
+            check(f"stage {settings.name}", partial(_try_stage, Stage(scratch, index), context))
     finally:
         if rank == 0:
             try:
@@ -136,6 +116,16 @@ def check_storage(storage: Storage, folder: str, key: str, num_bytes: int) -> st
         raise StorageError(f"{url}: the store accepted an object but {fault}; it is not consistent, use another")
     speeds = (num_bytes / 1e6 / max(seconds, 1e-9) for seconds in (written - started, read - written))
     return "written at {:.0f} MB/s, read at {:.0f} MB/s, deleted".format(*speeds)
+
+
+def _check_tracking(config: RunConfig) -> str:
+    try:
+        check_server(config, required=True)
+        return try_writing(tracking_uri(config), experiment_name(config))
+    except MomeError as error:
+        if config.tracking.required:
+            raise
+        return f"not required, and unavailable: {error}"
 
 
 def _try_stage(stage: Stage, context: RunContext) -> str:

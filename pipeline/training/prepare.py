@@ -1,6 +1,6 @@
 """Preparation of a run before a cluster is reserved: sources, stages, vocabulary, and the config's admission.
 
-One process does it, once. Everything is idempotent, so that repeating it for a restarted run changes nothing.
+One process does it, once. It is idempotent: repeating it for a restarted run changes nothing.
 """
 
 import itertools
@@ -10,7 +10,6 @@ import sys
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.errors import ConfigError, StorageError
@@ -101,7 +100,7 @@ def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:
 def apart(config: RunConfig, storage: Storage, output: str, name: str) -> RunConfig:
     """Return the run with another folder but its own vocabulary, so that preparing it does not affect the run.
 
-    Raises ConfigError if the run itself could not be resumed with this config (`admit`).
+    Raises ConfigError as `admit` does.
     """
     admit(config, storage)
     tokenizer, vocabulary = config.tokenizer, join(config.folder, VOCABULARY)
@@ -112,10 +111,8 @@ def apart(config: RunConfig, storage: Storage, output: str, name: str) -> RunCon
 
 def check_start(stage: Stage, storage: Storage, tokenizer: Tokenizer) -> None:
     """Check that a stage's starting weights fit its model and vocabulary. Raises ConfigError or CheckpointError."""
-    url = stage.config.start_from
-    where = f"stages.{stage.name}.start_from: {url}"
-    weights = load_weights(storage, url)
-    model = stage_skeleton(stage, tokenizer.size)
+    where = f"stages.{stage.name}.start_from: {stage.config.start_from}"
+    weights, model = load_weights(storage, stage.config.start_from), stage_skeleton(stage, tokenizer.size)
     try:
         state = model.resize_state(weights.tensors, weights.config.model)
     except ConfigError as error:
@@ -164,31 +161,12 @@ def _folders_with_text(config: RunConfig) -> list[str]:
     return sorted({config.sources[name].shards for name in used if "text" in SOURCE_INPUTS[config.sources[name].type]})
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """The fraction of [UNK] among the tokens of each folder's first captions."""
-
-    vocabulary: str  # its digest
-    unknown: dict[str, float]
-
-    @property
-    def alert(self) -> str | None:
-        """The message for a vocabulary that does not fit the captions; None if it does."""
-        worst, folder = max(((fraction, url) for url, fraction in self.unknown.items()), default=(0.0, ""))
-        if worst <= MAX_UNKNOWN:
-            return None
-        return (
-            f"{worst:.1%} of the tokens of {folder}'s captions are [UNK]. Set tokenizer.vocabulary to one of "
-            "their language, or train one: remove the key, and raise tokenizer.size"
-        )
-
-
-def measure_coverage(storage: Storage, folder: str, tokenizer: Tokenizer, urls: Iterable[str]) -> Coverage:
-    """Measure how well the vocabulary covers the captions at `urls`, and save the result in the run's folder.
+def measure_coverage(storage: Storage, folder: str, tokenizer: Tokenizer, urls: Iterable[str]) -> dict[str, float]:
+    """Return the fraction of [UNK] among the tokens of the first captions of each URL; save it in the run's folder.
 
     A saved result for the same vocabulary is returned instead.
     """
-    if (saved := load_coverage(storage, folder)) is not None and saved.vocabulary == tokenizer.digest:
+    if (saved := load_coverage(storage, folder, tokenizer)) is not None:
         return saved
     unknown = {}
     for url in urls:
@@ -196,16 +174,28 @@ def measure_coverage(storage: Storage, folder: str, tokenizer: Tokenizer, urls: 
         ids = [i for tokens in tokenizer.encode_batch(captions, sys.maxsize) for i in tokens.ids[1:-1]]
         unknown[url] = round(ids.count(tokenizer.unk_id) / max(1, len(ids)), 6)
         log.info("%s: %.2f %% of the tokens of %d captions are [UNK]", url, 100 * unknown[url], len(captions))
-    coverage = Coverage(tokenizer.digest, unknown)
-    if coverage.alert is not None:
-        log.warning("%s", coverage.alert)
-    storage.write(join(folder, COVERAGE_FILE), json.dumps(asdict(coverage), indent=1).encode())
-    return coverage
+    if alert := coverage_alert(unknown):
+        log.warning("%s", alert)
+    record = {"vocabulary": tokenizer.digest, "unknown": unknown}
+    storage.write(join(folder, COVERAGE_FILE), json.dumps(record, indent=1).encode())
+    return unknown
 
 
-def load_coverage(storage: Storage, folder: str) -> Coverage | None:
-    """Return the result that `measure_coverage` saved; None if it cannot be read."""
+def load_coverage(storage: Storage, folder: str, tokenizer: Tokenizer) -> dict[str, float] | None:
+    """Return what `measure_coverage` saved for this vocabulary; None if there is none or it cannot be read."""
     try:
-        return Coverage(**json.loads(storage.read(join(folder, COVERAGE_FILE))))
-    except (StorageError, ValueError, TypeError):
+        record = json.loads(storage.read(join(folder, COVERAGE_FILE)))
+        return record["unknown"] if record["vocabulary"] == tokenizer.digest else None
+    except (StorageError, ValueError, TypeError, KeyError):
         return None
+
+
+def coverage_alert(unknown: dict[str, float]) -> str:
+    """Return the message for a vocabulary that does not fit the captions; empty if it does."""
+    worst, folder = max(((fraction, url) for url, fraction in unknown.items()), default=(0.0, ""))
+    if worst <= MAX_UNKNOWN:
+        return ""
+    return (
+        f"{worst:.1%} of the tokens of {folder}'s captions are [UNK]. Set tokenizer.vocabulary to one of their "
+        "language, or train one: remove the key, and raise tokenizer.size"
+    )

@@ -1,20 +1,17 @@
 """Profiling: traces of training steps, and the memory of an engine by category.
 
-`--profile A:B` records a trace of these steps, counted over all stages, to be opened with chrome://tracing or Perfetto.
-Rank 0 records its own steps A to B - 1. The trace is written to RUN/profile and logged in MLflow. Without the option no
-profiler is created.
-
-Memory is measured to validate the estimate of `pipeline.planning`. Tensors are identified by their storages.
-Activations are the storages that autograd saves for backward; the peak is the allocator's own (CUDA's counter, or the
-CPU allocator's events as the profiler records them).
+`--profile A:B` makes rank 0 record a trace of its steps A to B - 1, counted over all stages, which Perfetto and
+chrome://tracing open. It is written to RUN/profile and logged in MLflow. Memory is measured to validate the estimate of
+`pipeline.planning`; activations are the storages that autograd saves for the backward.
 """
 
 import gc
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from pipeline.config.background import in_background
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import parse_steps
 from pipeline.data.storage import join
-from pipeline.training.background_writer import BackgroundWriter
 from pipeline.training.callbacks import Callback
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 
@@ -48,7 +45,7 @@ class Profiler(Callback):
     """Records the stage's steps within `tracking.profile`. A step's part of the trace includes its wait for data."""
 
     _profile: profile | None = None
-    _writer: BackgroundWriter | None = None
+    _upload: Future[bool] | None = None
     _first = _next = 0  # global step of the trace's beginning, and the one after the current step
 
     def before_batch(self, step: int) -> None:
@@ -68,22 +65,24 @@ class Profiler(Callback):
         if self._profile is None:
             return
         self._profile.stop()
-        name = f"profile/steps-{self._first:08d}-{last:08d}.json.gz"
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "trace.json.gz"
             self._profile.export_chrome_trace(str(path))
             trace = path.read_bytes()
-        self._profile = None
+        self._profile, context = None, self.state.context
+        name = f"profile/steps-{self._first:08d}-{last:08d}.json.gz"
         url = join(self.state.stage.run.folder, name)
-        self.state.context.tracker.artifact(name, trace)
-        self._writer = BackgroundWriter(self.state.context.storage)
-        self._writer.write(url, trace)
+        context.tracker.artifact(name, trace)
+        self._upload = in_background(partial(context.storage.write, url, trace), "mome-profile")
         log.info("the trace of steps %d:%d is being written to %s", self._first, last, url)
 
     def close(self) -> None:
         self._save(self._next)
-        if self._writer is not None:
-            self._writer.close(UPLOAD_SECONDS)
+        if self._upload is not None:
+            try:
+                self._upload.result(UPLOAD_SECONDS)
+            except Exception as error:  # no failure here is a reason to stop the run
+                log.warning("the trace was not written: %s: %s", type(error).__name__, error)
 
 
 # ---- memory
@@ -107,37 +106,24 @@ def living(device: torch.device) -> Storages:
 
 
 class MeasuredEngine(DeepSpeedEngine):
-    """An engine that records the memory of activations and gradients while `measuring`."""
+    """An engine that measures activations, if `record_saved` is the pack hook of `saved_tensors_hooks`."""
 
-    saved_bytes = gradient_bytes = 0  # saved by autograd when a backward began; of the gradients before the update
-    _saved: Storages | None = None
+    activation_bytes = 0  # most bytes that were saved when the backward of a micro-batch began
 
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Measure the steps in the block."""
-        saved: Storages = {}
-        self._saved = saved
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._saved: Storages = {}
 
-        def pack(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                yield
-        finally:
-            self._saved = None
+    def record_saved(self, tensor: Tensor) -> Tensor:
+        """Record a tensor that autograd saves for backward, unless it is a parameter or a view of one."""
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            self._saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        if self._saved is not None:
-            self.saved_bytes = max(self.saved_bytes, sum(self._saved.values()))
-            self._saved.clear()
+        self.activation_bytes = max(self.activation_bytes, sum(self._saved.values()))
         super().backward(loss, last)
-        if self._saved is not None:
-            self._saved.clear()
-            if last:
-                self.gradient_bytes = max(self.gradient_bytes, self.memory()["gradients"])
+        self._saved.clear()
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> int:

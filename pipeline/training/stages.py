@@ -7,6 +7,7 @@ built: an idle but trainable expert would drift under Adam's momentum, and at Ze
 from __future__ import annotations
 
 import logging
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,8 @@ from pipeline.training.checkpoint.weights import load_weights, stage_url
 
 log = logging.getLogger(__name__)
 
+SHOWN = 160  # characters of a list of names in a message
+
 
 class Stage:
     """One stage of a run. Its steps count from 0; `run` is the run's config with the stage's overrides applied."""
@@ -35,9 +38,8 @@ class Stage:
         self.first_step = run.stage_start(index)  # global step
         self.url = stage_url(run, index)  # folder of the weights it hands over
         start = self.config.start_from
-        self.start_url: str | None = None if start == "random" else start  # of its starting weights; None: random
-        if start == "previous":
-            self.start_url = stage_url(run, index - 1) if index else None
+        previous = stage_url(run, index - 1) if index else None
+        self.start_url = {"random": None, "previous": previous}.get(start, start)  # of its starting weights
 
     def with_engine(self, **settings: Any) -> Stage:
         """Return the stage with other settings of the config's `engine` section."""
@@ -71,8 +73,7 @@ def check_stages(config: RunConfig) -> None:
     Raises ConfigError.
     """
     check_objectives(config)
-    for index in range(len(config.stages)):
-        stage = Stage(config, index)
+    for stage in (Stage(config, index) for index in range(len(config.stages))):
         freeze_untrained(stage_skeleton(stage), stage)
 
 
@@ -123,7 +124,8 @@ def load_matching(model: Model, state: dict[str, Tensor], stage: str, absent: fr
     """
     fresh = check_fit(model, state, f"stage {stage}", absent)
     if fresh:
-        log.warning("stage %s: no weights of this shape to start from, initialised at random: %s", stage, _few(fresh))
+        names = shorten(", ".join(fresh), SHOWN, placeholder=" …")
+        log.warning("stage %s: %d weights have no start of their shape, set at random: %s", stage, len(fresh), names)
     own = model.state_dict().keys() - set(fresh)
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
 
@@ -147,19 +149,14 @@ def check_fit(model: Model, state: dict[str, Tensor], who: str, absent: frozense
         "unexpected": sorted(state.keys() - own.keys()),
         "of another shape": reshaped,
     }
-    faults = {
-        fault: names
+    mismatches = [
+        f"{len(names)} {fault}: {shorten(', '.join(names), SHOWN, placeholder=' …')}"
         for fault, all_names in names_by_fault.items()
         if (names := [name for name in all_names if parts[name] not in model.HEAD_PARTS])
-    }
-    if faults:
-        mismatches = "; ".join(f"{fault}: {_few(names)}" for fault, names in faults.items())
+    ]
+    if mismatches:
         raise CheckpointError(
-            f"{who} starts from weights of another architecture ({mismatches}); "
+            f"{who} starts from weights of another architecture ({'; '.join(mismatches)}); "
             "use the same `model` section as the run that trained them"
         )
     return reshaped + [name for name in missing if parts[name] in absent]
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

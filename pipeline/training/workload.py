@@ -1,18 +1,15 @@
 """Compute and memory of one step of a stage, measured by running the training step on a model without memory.
 
-The code that trains is run itself: `TrainingStep`, its objectives and the model's forward and backward, on two small
-batches of full-size rows. All costs are linear in the rows except the contrastive loss, which spans the global batch
-and is run at its size. The estimate therefore follows every change of a model, an objective or the step.
-
-The model is on the meta device; computations of the step itself (losses, drawing negatives) are real. The same estimate
-resolves `engine.micro_batch_size: auto` before anything is allocated.
+The code that trains runs on two small batches of full-size rows, the model on the meta device, the computations of the
+step itself (losses, drawing negatives) for real. All costs are linear in the rows except the contrastive loss, which
+spans the global batch and is run at its size. The estimate therefore follows every change of a model or an objective.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,8 +40,6 @@ GB = 10**9
 USABLE = 0.9  # of a GPU's free memory: the allocator leaves some of it in fragments
 UNBOUNDED = 2**62
 
-# ---- what the work of a stage decides
-
 
 def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) -> Stage:
     """Resolve `engine.micro_batch_size: auto` to the largest micro-batch that fits the smallest rank's memory.
@@ -63,6 +58,7 @@ def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) ->
         # The allocator gives this stage what it keeps of an earlier one.
         room = int(USABLE * (free + torch.cuda.memory_reserved(collectives.device)))
     room = -collectives.largest([-room])[0]
+    limit = "no limit is known on a CPU: a rank's whole share"
     if room < UNBOUNDED:
         if collectives.rank == 0:
             unsplit = stage.with_engine(micro_batch_size=None)
@@ -71,7 +67,7 @@ def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) ->
             share = math.ceil(stage.config.global_batch_size / collectives.world_size)
             if rows := largest_micro_batch(work, sharding, share, room):
                 needed = memory_at(work, sharding, share, rows).total
-                log.warning("stage %s: %.2f GB of %.2f GB expected", stage.name, needed / GB, room / GB)
+                limit = f"{rows} rows fit, {needed / GB:.2f} GB of {room / GB:.2f} GB expected"
         rows = collectives.broadcast(rows)
     if rows == 0:
         raise RunFailed(
@@ -79,16 +75,14 @@ def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) ->
             "engine.zero_stage, or more ranks; `mome plan` shows what each needs"
         )
     if collectives.rank == 0:
-        limit = f"{rows} rows fit" if rows else "no limit is known on a CPU: a rank's whole share"
         log.warning("stage %s: engine.micro_batch_size auto: %s", stage.name, limit)
     return stage.with_engine(micro_batch_size=rows)
 
 
 def peak_step_seconds(gpu: str, stage: Stage, vocabulary: int, world_size: int) -> float | None:
-    """Return the duration of a step of the stage at the peak bfloat16 performance of a GPU; None if unknown.
+    """Return the duration of a step of the stage at a GPU's peak bfloat16 performance; None for an unknown GPU.
 
-    Multiplied by the measured steps per second it is the model FLOPs utilisation (MFU). Texts count with the longest
-    length that the stage allows. `gpu` is the name CUDA gives. The call takes seconds.
+    Multiplied by the measured steps per second it is the model FLOPs utilisation (MFU). `gpu` is the name CUDA gives.
     """
     if (accelerator := accelerator_like(gpu)) is None:
         return None
@@ -101,16 +95,18 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
 
     `text_tokens` is the length of every text (default: the longest that the stage allows).
     """
-    model = model_without_memory(stage, vocabulary)
     every = math.lcm(*(objective.every for objective in stage.config.objectives.values()))
     rows = every * -(-SAMPLE_ROWS // every)  # every objective reads its exact fraction
 
-    def run(batch_size: int, micro_batch_size: int | None = None) -> ProbedEngine:
+    def run(batch_size: int, micro_batch_size: int | None = None, model: Model | None = None) -> ProbedEngine:
         stages = [config.model_copy(update={"global_batch_size": batch_size}) for config in stage.run.stages]
         cut = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
-        return run_step(model, cut.with_engine(micro_batch_size=micro_batch_size), vocabulary, kernels, text_tokens)
+        cut = cut.with_engine(micro_batch_size=micro_batch_size)
+        return run_step(cut, vocabulary, kernels, text_tokens, model)
 
-    single, double, split = run(rows), run(2 * rows), run(2 * rows, rows)  # the last one in two micro-batches
+    single = run(rows)
+    model = single.model
+    double, split = run(2 * rows, model=model), run(2 * rows, rows, model)  # the last one in two micro-batches
     lines = {}
     for name in ("flops", "activations", "workspace", "tokens"):
         slope = (getattr(double, name) - getattr(single, name)) / rows
@@ -128,15 +124,15 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
             contrast_flops = probe.flops
             contrast_bytes = probe.peak_bytes + sum(4 * feature.numel() for feature in features)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    parameters = Parameters(
-        trained=sum(size for size, is_trained in sizes if is_trained),
-        frozen=sum(size for size, is_trained in sizes if not is_trained),
-        buffers=sum(buffer.nbytes for buffer in model.buffers()),
-        largest=max(size for size, _ in sizes),
-        tensors=len(sizes),
-    )
+    trained = sum(size for size, is_trained in sizes if is_trained)
     return Work(
-        parameters=parameters,
+        parameters=Parameters(
+            trained=trained,
+            frozen=sum(size for size, _ in sizes) - trained,
+            buffers=sum(buffer.nbytes for buffer in model.buffers()),
+            largest=max(size for size, _ in sizes),
+            tensors=len(sizes),
+        ),
         flops_per_example_accumulated=split.flops / (2 * rows),
         batch_bytes_per_example=single.batch_bytes / rows,
         contrast_flops=contrast_flops,
@@ -149,29 +145,28 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
 # ---- one step on the meta device
 
 
-def model_without_memory(stage: Stage, vocabulary: int) -> Model:
-    """Build the stage's model on the meta device, in its precision and with its frozen parts frozen."""
-    engine = stage.run.engine
-    model = stage_skeleton(stage, vocabulary).to(DTYPES[engine.precision])
-    freeze_untrained(model, stage)
-    prepare_blocks(model, engine.model_copy(update={"compile": False}))  # compilation changes no number here
-    return model
-
-
 def run_step(
-    model: Model, stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None
+    stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None, model: Model | None = None
 ) -> ProbedEngine:
-    """Run one step of the stage over its whole batch, on one rank with a model on the meta device; return its costs."""
-    batch = full_batch(stage.run, stage.config, stage.config.global_batch_size, vocabulary, text_tokens)
-    members = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
+    """Run one step of the stage over its whole batch, on one rank with a model on the meta device; return its costs.
+
+    `model`: that of an earlier step of the stage.
+    """
+    if model is None:
+        settings = stage.run.engine
+        model = stage_skeleton(stage, vocabulary).to(DTYPES[settings.precision])
+        freeze_untrained(model, stage)
+        prepare_blocks(model, settings.model_copy(update={"compile": False}))  # compilation changes no number here
+    batch = full_batch(stage.run, stage.config, vocabulary, text_tokens)
+    members = [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)]
     probe = Probe([*model.parameters(), *model.buffers(), *members], kernels)
     engine = ProbedEngine(model, probe, sum(member.nbytes for member in members))
+    # The image tokenizer's arithmetic is not counted.
     step = TrainingStep(
         engine,
         stage,
         Collectives(timeout_seconds=None),
-        # The image tokenizer's arithmetic is not counted.
-        image_tokenizer=lambda images, grid: torch.zeros(len(images), grid * grid, dtype=torch.int64),
+        lambda images, grid: torch.zeros(len(images), grid * grid, dtype=torch.int64),
     )
     with probe:
         step(batch)
@@ -180,18 +175,16 @@ def run_step(
 
 
 class ProbedEngine:
-    """Runs the model on the meta device; the step receives zeros of the outputs' shapes in real memory.
+    """Runs the model on the meta device; the step receives zeros of the outputs' shapes in real memory."""
 
-    It holds the costs of one step of one rank, and the peak of one of its micro-batches.
-    """
+    flops = tokens = 0  # of one step of one rank
+    activations = 0  # bytes alive when the backward of a micro-batch starts, at most
+    workspace = 0  # additional bytes in the backward
+    contrast_widths: tuple[int, ...] = ()
 
     def __init__(self, model: Model, probe: Probe, batch_bytes: int) -> None:
         self.model, self._probe, self.batch_bytes = model, probe, batch_bytes
         self._outputs: list[tuple[Tensor, Tensor]] = []  # the model's outputs and the zeros that replace them
-        self.flops = self.tokens = 0
-        self.activations = 0  # bytes alive when the backward starts
-        self.workspace = 0  # additional bytes in the backward
-        self.contrast_widths: tuple[int, ...] = ()
         for parameter in model.parameters():
             if parameter.requires_grad:  # the engine keeps gradients elsewhere, and they are counted there
                 parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
@@ -235,28 +228,29 @@ class ProbedEngine:
 
 def _on_meta(inputs: ForwardInput | Regions) -> Any:
     """Move the tensors of a forward, and of its regions, to the meta device."""
-    values = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
-    moved: dict[str, Any] = {name: value.to("meta") for name, value in values.items() if isinstance(value, Tensor)}
-    moved |= {name: _on_meta(value) for name, value in values.items() if isinstance(value, Regions)}
+    moved: dict[str, Any] = {}
+    for name, value in vars(inputs).items():
+        if isinstance(value, Regions):
+            moved[name] = _on_meta(value)
+        elif isinstance(value, Tensor):
+            moved[name] = value.to("meta")
     return replace(inputs, **moved)
 
 
 # ---- batches of maximum size
 
 
-def full_batch(
-    config: RunConfig, stage: StageConfig, rows: int, vocabulary: int, text_tokens: int | None = None, step: int = 0
-) -> Batch:
-    """Return a whole global batch of `rows` examples of maximum size, a function of its arguments alone.
+def full_batch(config: RunConfig, stage: StageConfig, vocabulary: int, text_tokens: int | None = None) -> Batch:
+    """Return a whole global batch of examples of maximum size, a function of its arguments alone.
 
     Texts have `text_tokens` tokens (default: the maximum of the stage), images the model's largest size, and the
     masking's fractions determine the number of masked words, patches and regions. Fields without values of their own
     are random numbers, False or 0 by their type.
     """
-    config = config.for_stage(stage)
+    config, rows = config.for_stage(stage), stage.global_batch_size
     spec = batch_spec(config, stage, batch_groups(config, stage), rows)
     sizes, model = spec.sizes, config.model
-    buffer, random = BatchBuffer(spec), np.random.default_rng(step)
+    buffer, random = BatchBuffer(spec), np.random.default_rng(0)
 
     def positions(count: int, total: int) -> np.ndarray:
         return np.stack([random.permutation(total)[:count] for _ in range(rows)])
@@ -305,4 +299,4 @@ def full_batch(
     for name, value in values.items():
         if name in buffer:
             buffer[name][...] = value
-    return buffer.to_batch(step, range(rows))
+    return buffer.to_batch(0, range(rows))
