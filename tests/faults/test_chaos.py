@@ -3,8 +3,8 @@
 MOME_CHAOS=30 python -m pytest -s tests/faults/test_chaos.py
 
 Shards, checkpoints and journals are in an object store behind a proxy; metrics go to an MLflow server. After each fault
-the test waits for the next step and for evidence that the fault was noticed. It prints the recovery time of each fault
-and the goodput: the fraction of time in which no fault was being recovered from.
+the test waits for the next step and for evidence that the fault was noticed. It prints recovery times and the goodput:
+the fraction of time in which no fault was being recovered from.
 """
 
 import os
@@ -50,11 +50,6 @@ class Site:
     draw: random.Random
     stopped: set[int]  # ranks that must not be woken
 
-    @property
-    def node(self) -> Node:
-        """Return the node that is lost and returns; the head stays."""
-        return self.cluster.others[0]
-
     def ranks(self) -> list[psutil.Process]:
         return [rank for node in self.cluster.nodes for rank in node.ranks() if rank.pid not in self.stopped]
 
@@ -64,11 +59,10 @@ class Site:
     def count_logged(self, words: str) -> int:
         """Count how often the ranks logged `words`."""
         count = 0
-        for session in self.cluster.sessions():
-            for file in (session / "logs").glob("**/*"):
-                with suppress(FileNotFoundError):
-                    if file.is_file() and not file.is_symlink():
-                        count += file.read_bytes().count(words.encode())
+        for file in (file for session in self.cluster.sessions() for file in (session / "logs").glob("**/*")):
+            with suppress(FileNotFoundError):
+                if file.is_file() and not file.is_symlink():
+                    count += file.read_bytes().count(words.encode())
         return count
 
     def strike(self, number: signal.Signals) -> psutil.Process | None:
@@ -97,35 +91,31 @@ def rank_killed(site: Site) -> Callable[[], bool]:
 def rank_stopped(site: Site) -> Callable[[], bool]:
     """Stop a rank, and stop it again: the thread that paces the ranks may be about to wake it."""
     before, rank = site.restarts("failed"), site.strike(signal.SIGSTOP)
-
-    def missed() -> bool:
-        if site.restarts("failed") > before:
-            return True
+    while rank is not None and site.run.running() and site.restarts("failed") == before:
         with suppress(psutil.NoSuchProcess):
-            if rank is not None:
-                site.stopped.add(rank.pid)
-                rank.suspend()
-        return False
+            site.stopped.add(rank.pid)
+            rank.suspend()
+        time.sleep(0.1)
+    return lambda: site.restarts("failed") > before
 
-    site.wait_for(missed, "the stopped rank to be missed")
-    return missed
+
+def replaced(site: Site, cause: str, blow: Callable[[Node], object]) -> Callable[[], bool]:
+    """Strike the second node (the head stays), wait until its ranks are missed, and start it again."""
+    node = site.cluster.others[0]
+    before, here = site.restarts(cause), node.ranks()
+    blow(node)
+    site.wait_for(lambda: not here or site.restarts(cause) > before, f"a restart after ranks {cause}")
+    node.lose()
+    node.start()
+    return lambda: len(site.cluster.alive()) == 2
 
 
 def node_lost(site: Site) -> Callable[[], bool]:
-    before, here = site.restarts("failed"), site.node.ranks()
-    site.node.lose()
-    site.wait_for(lambda: not here or site.restarts("failed") > before, "the loss to be noticed")
-    site.node.start()
-    return lambda: len(site.cluster.alive()) == 2
+    return replaced(site, "failed", lambda node: node.lose())
 
 
 def preempted(site: Site) -> Callable[[], bool]:
-    before, here = site.restarts("preempted"), site.node.ranks()
-    site.cluster.announce_preemption(site.node, 600)
-    site.wait_for(lambda: not here or site.restarts("preempted") > before, "the ranks to save and stop")
-    site.node.lose()
-    site.node.start()
-    return lambda: len(site.cluster.alive()) == 2
+    return replaced(site, "preempted", lambda node: site.cluster.announce_preemption(node, 600))
 
 
 def driver_killed(site: Site) -> Callable[[], bool]:
@@ -142,17 +132,11 @@ def until_missed(site: Site, words: str, pause: float, blow: Callable[[], object
     A single fault may go unnoticed: a rank that is starting or ending does not use what it breaks.
     """
     before, again = site.count_logged(words), 0.0
-
-    def missed() -> bool:
-        nonlocal again
-        if site.count_logged(words) > before:
-            return True
+    while site.run.running() and site.count_logged(words) == before:
         if time.monotonic() > again:
             blow()
             again = time.monotonic() + pause
-        return False
-
-    site.wait_for(missed, f"a log that says '{words}'")
+        time.sleep(0.1)
     return lambda: site.count_logged(words) > before
 
 
@@ -217,7 +201,7 @@ KINDS = [
 def schedule(draw: random.Random, kinds: list[Fault]) -> list[tuple[int, Fault]]:
     """Return (step, kind) of each fault: a random moment of each equal part of the run, every kind before any repeats.
 
-    The last part of the run has no fault: one that happens just before the end may go unnoticed.
+    The last part has none: a fault just before the end may go unnoticed.
     """
     part = len(STAGES) * STEPS / (FAULTS + 1)
     order = kinds[:FAULTS]
@@ -230,8 +214,7 @@ def schedule(draw: random.Random, kinds: list[Fault]) -> list[tuple[int, Fault]]
 @pytest.mark.timeout(14400)
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 def test_run_with_every_fault_equals_uninterrupted_run(s3, tmp_path: Path) -> None:
-    whole = TrainProcess(tmp_path, "whole", STEPS)
-    whole.start_alone().finish()
+    whole = TrainProcess(tmp_path, "whole", STEPS).start_alone().finish()
     draw, times = random.Random(5), defaultdict(list)
     server = Server(tmp_path)
     server.start()
@@ -247,11 +230,9 @@ def test_run_with_every_fault_equals_uninterrupted_run(s3, tmp_path: Path) -> No
             keys += [f"storage={{endpoint_url: '{proxy.endpoint}', retry_timeout_seconds: 120}}"]
             keys += ["tracking.flush_seconds=1", "data.loader.num_workers=1"]
             keys += [f"data.cache={{folder: '{cache}', max_bytes: 4000000}}"] if cache else []
-            run = TrainProcess(
-                tmp_path, "chaos", STEPS, *keys,
-                environment=cluster.environment, output=s3.url("runs"), storage=s3.config,
-            )  # fmt: skip
-            site = Site(run.start(), cluster, proxy, server, cache or tmp_path, draw, set())
+            stored = {"environment": cluster.environment, "output": s3.url("runs"), "storage": s3.config}
+            run = TrainProcess(tmp_path, "chaos", STEPS, *keys, **stored).start()
+            site = Site(run, cluster, proxy, server, cache or tmp_path, draw, set())
             kinds = [kind for kind in KINDS if cache or kind is not disk_full]
             began = time.monotonic()
             with paced(run, site.ranks, REST):

@@ -76,7 +76,7 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
         model = build_stage_model(Stage(config, 0), Storage(), VOCABULARY)
         check = ExecutionOrderCheck(collectives, every=1)
         check.on_model_built(model)
-        built, gradients = build_engine(config, collectives=collectives, model=model), []
+        built, gradients = build_engine(config, model=model), []
         for number in range(2):
             rows = slice(*share(size, collectives.rank, collectives.world_size))
             check.before_step(number)

@@ -6,42 +6,31 @@ from typing import Any
 import pyarrow.parquet as parquet
 import pytest
 
+from jobs.evaluate import evaluate_checkpoint
+from jobs.predict import embed
 from tests.support.finished_run import untrained_weights
 from tests.support.ranks import run_ranks
-from tests.support.short_run import journal, losses, train_short, without_mlflow
+from tests.support.short_run import journal, losses, train_short
 
 STEPS, EVERY = 6, 2
 
 
 def _both_runs(folder: str, zero_stage: int) -> None:
     """Train without and with evaluation: twelve images in batches of five, so the ranks have unequal batches."""
-    without_mlflow()
     stage: dict[str, Any] = {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": {"itc": {}, "mlm": {}}}
     stage |= {"steps": STEPS, "global_batch_size": 8, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
-    shared: dict[str, Any] = {
-        "engine__zero_stage": zero_stage,
-        "sources": {
-            "scenes": {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}},
-            "unseen": {"shards": f"{folder}/unseen", "synthetic": {"scenes": 13, "image_size": 24, "seed": 9}},
-        },
-        "stages": [stage],
-    }
+    unseen = {"shards": f"{folder}/unseen", "synthetic": {"scenes": 13, "image_size": 24, "seed": 9}}
+    shared: dict[str, Any] = {"engine__zero_stage": zero_stage, "sources__unseen": unseen, "stages": [stage]}
     train_short(folder, "plain", **shared, checkpoint__every=EVERY)
+    evaluation = {"source": "unseen", "every": EVERY, "max_images_during_training": 12, "batch_size": 5}
     best = {"metric": "eval/unseen/i2t_mean_rank", "mode": "min"}
-    train_short(
-        folder,
-        "evaluating",
-        **shared,
-        evaluation={"source": "unseen", "every": EVERY, "max_images_during_training": 12, "batch_size": 5},
-        checkpoint={"every": EVERY, "keep": 1, "keep_best": best},
-    )
+    checkpoint = {"every": EVERY, "keep": 1, "keep_best": best}
+    train_short(folder, "evaluating", **shared, evaluation=evaluation, checkpoint=checkpoint)
 
 
 # At ZeRO 3 every forward gathers weights from all ranks: what disturbs nothing there does so nowhere.
 @pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_evaluation_changes_no_loss_and_equals_that_of_the_checkpoint(tmp_path: Path, zero_stage: int) -> None:
-    from jobs.evaluate import evaluate_checkpoint
-
     run_ranks(_both_runs, 2, str(tmp_path), zero_stage)
     assert losses(tmp_path, "evaluating") == losses(tmp_path, "plain")
     assert len(losses(tmp_path, "plain")) == STEPS
@@ -63,9 +52,6 @@ def test_evaluation_changes_no_loss_and_equals_that_of_the_checkpoint(tmp_path: 
 
 @pytest.mark.slow
 def test_evaluation_and_embedding_on_ray_equal_one_process(tmp_path: Path) -> None:
-    from jobs.evaluate import evaluate_checkpoint
-    from jobs.predict import embed
-
     config, url = untrained_weights(tmp_path)
     report = tmp_path / "report.html"
     alone = evaluate_checkpoint(url, track=False, report=report)

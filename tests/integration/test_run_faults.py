@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.training.alerts import CONSECUTIVE
+from pipeline.config.errors import Preempted, RunFailed
+from pipeline.data.loading.backends import ThreadBackend
 from pipeline.training.callbacks import Callback
-from tests.support import short_run
+from pipeline.training.metrics import CONSECUTIVE
+from pipeline.training.step import TrainingStep
 from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, BeforeStep, committed, journal, losses, train_short
 from tests.support.stores import fill_disk, small_disk
@@ -20,9 +22,6 @@ from tests.support.stores import fill_disk, small_disk
 
 def _batches(folder: str, name: str, killed_at: int | None = None, planted: tuple[int, ...] = (4,)) -> list[int]:
     """Return the batches that stage 0 read, in order, until its end or `killed_at`; losses of `planted` ones spike."""
-    from pipeline.training.loop import train
-    from pipeline.training.step import TrainingStep
-
     read: list[int] = []
     original = TrainingStep.__call__
 
@@ -35,21 +34,16 @@ def _batches(folder: str, name: str, killed_at: int | None = None, planted: tupl
         result = original(self, batch, **options)
         return result | {"loss": result["loss"] * 100} if batch.step in planted else result
 
-    spike = {"factor": 3.0, "window": 2, "skip": 1, "max_rollbacks": 2}
-    TrainingStep.__call__ = call  # type: ignore[method-assign]
-    try:
-        train(short_run.short_config(folder, name, guards__spike=spike), lambda progress: None)
-    except KeyboardInterrupt:
-        assert killed_at is not None
-    finally:
-        TrainingStep.__call__ = original  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", call)
+        try:
+            train_short(folder, name, guards__spike={"factor": 3.0, "window": 2, "skip": 1, "max_rollbacks": 2})
+        except KeyboardInterrupt:
+            assert killed_at is not None
     return read
 
 
 def _spiked(folder: str) -> dict[str, Any]:
-    from pipeline.config.errors import RunFailed
-
-    short_run.without_mlflow()
     batches: dict[str, Any] = {"whole": _batches(folder, "whole")}
     # Killed before the next checkpoint (6 steps: batches 0 1 2 6 7 8) and after it.
     for name, killed_at in {"before": 8, "after": 10}.items():
@@ -72,16 +66,6 @@ def test_spike_skips_its_data_also_in_a_resumed_run(tmp_path: Path) -> None:
     assert "back to step 3 without batches 3 to 5" in tags["mome.spike.1"]
 
 
-class _NaNGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone()
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * float("nan")
-
-
 class Spoiler(Callback):
     """Callback that makes rank 1 produce non-finite values in step 2 and compares the weights before and after."""
 
@@ -89,12 +73,18 @@ class Spoiler(Callback):
         self._kind, self.is_unchanged = kind, False
 
     def before_step(self, step: int, batch: Any) -> None:
-        if step == 2:
-            if os.environ["RANK"] == "1":  # with "gradient", the forward stays finite
-                change = _NaNGradient.apply if self._kind == "gradient" else lambda output: output * float("inf")
-                attention = self.state.engine.module.get_submodule("blocks.1.attention")
-                attention.register_forward_hook(lambda module, arguments, output: change(output))
-            self._before = [fragment.values["weight"].clone() for fragment in self.state.engine.fragments()]
+        if step != 2:
+            return
+        if os.environ["RANK"] == "1":
+            attention = self.state.engine.module.get_submodule("blocks.1.attention")
+            attention.register_forward_hook(self._spoil)
+        self._before = [fragment.values["weight"].clone() for fragment in self.state.engine.fragments()]
+
+    def _spoil(self, module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if self._kind == "output":
+            return output * float("inf")
+        output.register_hook(lambda gradient: gradient * float("nan"))  # the forward stays finite
+        return None
 
     def on_fault(self, step: int, name: str, message: str) -> None:
         after = [fragment.values["weight"] for fragment in self.state.engine.fragments()]
@@ -105,29 +95,20 @@ SPOILT = [("output", 2, "float32"), ("gradient", 2, "float32"), ("output", 3, "b
           ("gradient", 0, "float32"), ("gradient", 1, "bfloat16")]  # fmt: skip
 
 
-def _spoil(folder: str) -> dict[tuple[str, int, str], tuple[str, bool]]:
-    """Return each run's error and whether its weights are those before the step."""
-    from pipeline.config.errors import RunFailed
-
-    short_run.without_mlflow()
-    results = {}
-    for case in SPOILT:
-        spoiler, engine = Spoiler(case[0]), {"engine__zero_stage": case[1], "engine__precision": case[2]}
+def _spoil(folder: str) -> None:
+    for kind, zero_stage, precision in SPOILT:
+        spoiler, case = Spoiler(kind), f"{kind}-{zero_stage}-{precision}"
         with pytest.raises(RunFailed) as caught:
-            train_short(folder, "-".join(map(str, case)), callbacks=[spoiler], **engine)
-        results[case] = str(caught.value), spoiler.is_unchanged
-    return results
+            train_short(folder, case, [spoiler], engine__zero_stage=zero_stage, engine__precision=precision)
+        message, direction = str(caught.value), "forward" if kind == "output" else "backward"
+        for part in ("step 2: ", f"on rank 1, in the {direction}", "module 'blocks.1.attention", "were not updated"):
+            assert part in message, (case, message)
+        assert ("is nan on rank 1" in message) == (kind == "output"), case
+        assert spoiler.is_unchanged, case
 
 
 def test_non_finite_value_stops_the_run_before_the_update(tmp_path: Path) -> None:
-    for results in run_ranks(_spoil, 2, str(tmp_path)):
-        for case, (message, is_unchanged) in results.items():
-            assert "step 2: " in message, case
-            assert f"on rank 1, in the {'forward' if case[0] == 'output' else 'backward'}" in message, case
-            assert "module 'blocks.1.attention" in message, case
-            assert ("is nan on rank 1" in message) == (case[0] == "output"), case
-            assert "weights were not updated" in message, case
-            assert is_unchanged, case
+    run_ranks(_spoil, 2, str(tmp_path))
 
 
 PREEMPTED = {  # name -> kind of signal, receiving rank, and step in which it arrives
@@ -139,10 +120,6 @@ PREEMPTED = {  # name -> kind of signal, receiving rank, and step in which it ar
 
 def _preempt(folder: str) -> None:
     """Train until one rank receives a preemption signal in the middle of a step, then resume, for every case."""
-    from pipeline.config.errors import Preempted
-    from pipeline.training.loop import train
-
-    short_run.without_mlflow()
     train_short(folder, "whole")
     for name, (kind, rank, step) in PREEMPTED.items():
         announced: list[bool] = []
@@ -153,14 +130,10 @@ def _preempt(folder: str) -> None:
             elif os.environ["RANK"] == str(rank):
                 os.kill(os.getpid(), signal.Signals[kind])
 
+        poll = {"preempted": lambda announced=announced: bool(announced)}
         handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
         with pytest.raises(Preempted, match="Re-run the same command") as caught:
-            train(
-                short_run.short_config(folder, name),
-                lambda progress: None,
-                preempted=lambda announced=announced: bool(announced),
-                callbacks=[BeforeStep(step, act)],
-            )
+            train_short(folder, name, [BeforeStep(step, act)], poll)
         assert caught.value.exit_status == 75
         assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
         assert max(losses(folder, name)) == step + 1, "the step was finished and no other was started"
@@ -175,49 +148,36 @@ def test_preempted_run_saves_at_once_and_loses_no_step(tmp_path: Path) -> None:
         assert losses(tmp_path, name) == losses(tmp_path, "whole"), name
 
 
-def _allocate_too_much(folder: str) -> dict[str, str]:
-    """Return the messages of runs that exceed memory in a step and while the model is built."""
-    from pipeline.config.errors import RunFailed
+MEMORY_REPORT = (
+    "stage vision, rank 0 of 1: out of memory: ", "engine.zero_stage 2: parameters ", "gradients ", "optimizer ",
+    "8 of the rank's 8 rows (engine.micro_batch_size: not set)", "engine.micro_batch_size=4", "engine.zero_stage=3",
+)  # fmt: skip
 
-    class AllocateWhileBuilding(Callback):
-        def on_model_built(self, model: Any) -> None:
-            torch.empty(10**15)
 
-    short_run.without_mlflow()
-    messages = {}
-    callbacks = {"step": BeforeStep(2, lambda _: torch.empty(10**15)), "build": AllocateWhileBuilding()}
-    for name, callback in callbacks.items():
+def _allocate_too_much(folder: str) -> None:
+    """Exceed memory in a step, and while the model is built."""
+    building = Callback()
+    building.on_model_built = lambda model: torch.empty(10**15)  # type: ignore[method-assign, assignment]
+    step = BeforeStep(2, lambda _: torch.empty(10**15))
+    for name, callback, parts in (("step", step, MEMORY_REPORT), ("build", building, ["before the first step"])):
         with pytest.raises(RunFailed) as caught:
-            train_short(folder, name, engine__zero_stage=2, callbacks=[callback])
-        messages[name] = str(caught.value)
-    return messages
+            train_short(folder, name, [callback], engine__zero_stage=2)
+        assert [part for part in parts if part not in str(caught.value)] == []
 
 
 def test_out_of_memory_reports_use_and_remedies(tmp_path: Path) -> None:
-    (messages,) = run_ranks(_allocate_too_much, 1, str(tmp_path))
-    for part in (
-        "stage vision, rank 0 of 1: out of memory: ", "engine.zero_stage 2: parameters ", "gradients ", "optimizer ",
-        "8 of the rank's 8 rows (engine.micro_batch_size: not set)", "engine.micro_batch_size=4", "engine.zero_stage=3",
-    ):  # fmt: skip
-        assert part in messages["step"]
-    assert "before the first step" in messages["build"]
+    run_ranks(_allocate_too_much, 1, str(tmp_path))
 
 
 def _fill_the_disk(folder: str, disk: str) -> str:
     """Train on a disk that is full from the fifth step on, then again with room; return the first run's message."""
-    from pipeline.config.errors import RunFailed
-
-    short_run.without_mlflow()
     ballast = Path(disk, "ballast")
-    scenes = {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}}
-    sources = {"scenes": scenes, "pictures": {"shards": f"{folder}/scenes", "type": "images"}}
-
     train_short(folder, "whole")
     with pytest.raises(RunFailed) as caught:
-        train_short(disk, callbacks=[BeforeStep(4, lambda _: fill_disk(ballast))], sources=sources)
+        train_short(disk, callbacks=[BeforeStep(4, lambda _: fill_disk(ballast))], data=folder)
     assert committed(Path(disk, "run")) == ["step-00000003"]
     ballast.unlink()
-    train_short(disk, sources=sources)
+    train_short(disk, data=folder)
     return str(caught.value)
 
 
@@ -247,24 +207,13 @@ class Trouble(Callback):
 
 def _troubled(folder: str) -> list[str]:
     """Train with `Trouble` and slow data; return the logged alerts."""
-    from pipeline.data.loading.backends import ThreadBackend
-    from pipeline.training.loop import train
-
-    class SlowBackend(ThreadBackend):
-        def result(self, step: int) -> Any:
-            time.sleep(0.1)
-            return super().result(step)
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    lines: list[str] = []
-    short_run.without_mlflow()
-    logging.getLogger("pipeline.training.alerts").addHandler(Lines())
+    result, lines = ThreadBackend.result, list[str]()
+    ThreadBackend.result = lambda self, step: time.sleep(0.1) or result(self, step)  # type: ignore
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pipeline.training.metrics").addHandler(handler)
     stages = {"stages.pairs.objectives": {"itc": {}, "itm": {}}, "stages.pairs.global_batch_size": 8}
-    config = short_run.short_config(folder, data__streams=8, **stages)
-    train(config, lambda progress: None, loader_backend=SlowBackend, callbacks=[Trouble()])
+    train_short(folder, callbacks=[Trouble()], data__streams=8, **stages)
     return lines
 
 

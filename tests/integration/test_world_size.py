@@ -2,9 +2,7 @@
 
 import os
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,8 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, SourceType
 from pipeline.data.batch import Batch
 from pipeline.data.order import share
-from tests.support.fine_tuning_data import run_config
+from pipeline.training.engine import learning_rate
+from tests.support.engines import build_engine, gradients_and_losses, tiny_model
 from tests.support.gradients import TOLERANCE, relative_errors
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import tiny_config
@@ -24,25 +23,24 @@ from tests.support.trial import invented_batch, tiny_run
 Result = tuple[dict[str, Tensor], dict[str, float]]  # gradients, losses
 
 
-def pairs_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
-    """Return 48 pairs; every second one repeats the image before it, which must not become a negative."""
-    batch = replace(invented_batch(config.model, "pairs", 1, 48), image_id=torch.arange(48) // 2 * 2)
-    return batch.rows(slice(*share(48, rank, world_size)))
+def pairs_batch(batch: Batch, rank: int, world_size: int) -> Batch:
+    """Return pairs of which every second one repeats the image before it, which must not become a negative."""
+    batch = replace(batch, image_id=torch.arange(len(batch)) // 2 * 2)
+    return batch.rows(slice(*share(len(batch), rank, world_size)))
 
 
-def regions_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
+def regions_batch(batch: Batch, rank: int, world_size: int) -> Batch:
     """Return examples with regions, padded to this rank's maximum as the loader does: the first ranks have fewer."""
-    batch = invented_batch(config.model, "regions", 1, 10)
     batch.region_keep[:4, -1] = False
-    rows = batch.rows(slice(*share(10, rank, world_size)))
+    rows = batch.rows(slice(*share(len(batch), rank, world_size)))
     length = int(rows.region_keep.sum(dim=1).max())
     names = ("region_features", "region_location", "region_keep", "region_class", "region_hidden")
     return replace(rows, **{name: getattr(rows, name)[:, :length] for name in names})
 
 
-def shaped_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
+def shaped_batch(batch: Batch, rank: int, world_size: int) -> Batch:
     """Return images that keep their aspect ratio, padded to this rank's largest image and longest text."""
-    rows = invented_batch(config.model, "pairs", 1, 12).rows(slice(*share(12, rank, world_size)))
+    rows = batch.rows(slice(*share(len(batch), rank, world_size)))
     height, width = rows.image_size.max(dim=0).values.tolist()
     patches, length = int((rows.visible_patches >= 0).sum(dim=1).max()), int(rows.text_keep.sum(dim=1).max())
     text = {name: getattr(rows, name)[:, :length] for name in ("text", "text_keep", "masked_text")}
@@ -52,13 +50,13 @@ def shaped_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
 
 @dataclass(frozen=True)
 class Case:
-    """A stage of a tiny run with noise, and this rank's examples of its global batch of `size` examples."""
+    """A stage of a tiny run with noise; `part` selects a rank's examples of its global batch of `size` examples."""
 
     kind: str
     source_type: SourceType
     objectives: dict[str, Any]
     size: int
-    batch: Callable[[RunConfig, int, int], Batch]
+    part: Callable[[Batch, int, int], Batch] = pairs_batch
     stage: dict[str, Any] = field(default_factory=dict)
 
     def config(self, engine: dict[str, Any]) -> RunConfig:
@@ -66,22 +64,24 @@ class Case:
         keys = {"negatives": "hard" if self.kind == "vlmo" else "random", "global_batch_size": self.size, **self.stage}
         return tiny_run(self.kind, self.source_type, self.objectives, noise, engine, **keys)
 
+    def batch(self, config: RunConfig, rank: int, world_size: int) -> Batch:
+        return self.part(invented_batch(config.model, self.source_type, 1, self.size), rank, world_size)
 
+
+# With `every: 4`, many micro-batches of three examples hold none that MIM reads.
+EVERY_FOURTH: dict[str, Any] = {"itc": {}, "itm": {"every": 2}, "mlm": {}, "mim": {"every": 4}}
+REGIONS: dict[str, Any] = {"itm": {"every": 2}, "mlm": {}, "moc": {}, "mrfr": {"weight": 0.1}}
+SHAPED: dict[str, Any] = {"itm": {}, "wpa": {"weight": 0.1}, "mlm": {}, "mim": {"every": 2}}
 CASES = {
-    # With `every: 4`, many micro-batches of three examples hold none that MIM reads.
-    "48 pairs": Case(
-        "vlmo", "pairs", {"itc": {}, "itm": {"every": 2}, "mlm": {}, "mim": {"every": 4}}, 48, pairs_batch
-    ),
+    "48 pairs": Case("vlmo", "pairs", EVERY_FOURTH, 48),
     # 10 examples: neither 3 ranks nor micro-batches of 2 divide it.
-    "regions": Case(
-        "imagebert", "regions", {"itm": {"every": 2}, "mlm": {}, "moc": {}, "mrfr": {"weight": 0.1}}, 10, regions_batch
-    ),
-    "shaped images": Case(
-        "vilt", "pairs", {"itm": {}, "wpa": {"weight": 0.1}, "mlm": {}, "mim": {"every": 2}}, 12, shaped_batch,
-        {"image_target": "mean_colour"},
-    ),
+    "regions": Case("imagebert", "regions", REGIONS, 10, regions_batch),
+    "shaped images": Case("vilt", "pairs", SHAPED, 12, shaped_batch, {"image_target": "mean_colour"}),
     "ranking": Case("vilt", "pairs", {"ranking": {}}, 12, shaped_batch),
-}  # fmt: skip
+    "questions": Case("vlmo", "questions", {"vqa": {}}, 10),
+    "statements": Case("vlmo", "statements", {"nlvr2": {}}, 10),
+    "labelled": Case("vlmo", "labelled", {"classification": {}}, 10),
+}
 TINY_STAGES = {stage.name: number for number, stage in enumerate(tiny_config().stages)}
 # Ranks and micro-batch size -> engines. All cases run on the first engine of a layout, the 48 pairs on every one.
 LAYOUTS: dict[tuple[int, int | None], list[dict[str, Any]]] = {
@@ -94,8 +94,6 @@ LAYOUTS: dict[tuple[int, int | None], list[dict[str, Any]]] = {
 
 
 def _results(names: list[str], plain: bool, engines: list[dict[str, Any]]) -> list[dict[str, Result]]:
-    from tests.support.engines import gradients_and_losses
-
     def result(name: str, engine: dict[str, Any]) -> Result:
         if name in TINY_STAGES:
             return gradients_and_losses(tiny_config(**engine), TINY_STAGES[name], plain)
@@ -107,7 +105,6 @@ def _results(names: list[str], plain: bool, engines: list[dict[str, Any]]) -> li
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Result]:
-    """Return each case's gradient by autograd in one process."""
     return run_ranks(_results, 1, [*TINY_STAGES, *CASES], True, [{}])[0][0]
 
 
@@ -124,61 +121,8 @@ def test_gradient_equals_one_process(expected, world_size, micro_batch_size):
             assert errors[worst] <= TOLERANCE, (name, engine, worst, errors[worst])
 
 
-FINE_TUNING: dict[str, tuple[str, dict[str, Any]]] = {
-    "questions": ("vqa", {"num_answers": 6}),
-    "statements": ("nlvr2", {}),
-    "labelled": ("classification", {"num_classes": 4}),
-}
-
-
-def _fine_tuning_gradients(folder: str, zero_stage: int, micro_batch_size: int | None) -> dict[str, Result]:
-    """Return the gradient and losses of one batch from the loader, with drop path, for each fine-tuning objective."""
-    from pipeline.data.contents.text import Tokenizer
-    from pipeline.data.loading.loader import Loader
-    from pipeline.data.reading.samples import iter_captions
-    from pipeline.data.storage import Storage
-    from pipeline.objectives import batch_groups
-    from pipeline.training.collectives import Collectives
-    from pipeline.training.stages import Stage, build_stage_model
-    from tests.support.engines import build_engine
-
-    collectives, storage, results = Collectives(), Storage(), {}
-    ranks = (collectives.rank, collectives.world_size)
-    for source_type, (objective, keys) in FINE_TUNING.items():
-        config = run_config(Path(folder, source_type), source_type, objective, 1, is_drawn=True, **keys)
-        engine = config.engine.model_copy(update={"zero_stage": zero_stage, "micro_batch_size": micro_batch_size})
-        model = config.model.model_copy(update={"drop_path": 0.1})
-        config = config.model_copy(update={"engine": engine, "model": model})
-        tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
-        stage_model = build_stage_model(Stage(config, 0), storage, tokenizer.size)
-        built = build_engine(config, collectives=collectives, model=stage_model)
-        with closing(
-            Loader(config, built.stage, batch_groups(config, built.stage), storage, tokenizer, *ranks)
-        ) as loader:
-            losses = built.losses(next(loader.batches(0)))
-        results[source_type] = built.engine.gradients(), losses
-        built.engine.close()
-    return results
-
-
-def test_fine_tuning_gradient_equals_one_process(tmp_path: Path) -> None:
-    for source_type, (objective, keys) in FINE_TUNING.items():
-        (tmp_path / source_type).mkdir()
-        run_config(tmp_path / source_type, source_type, objective, 1, **keys)  # draws the shards
-    expected = run_ranks(_fine_tuning_gradients, 1, str(tmp_path), 0, None)[0]
-    for layout in ((2, 2, 5), (3, 3, None)):
-        results = run_ranks(_fine_tuning_gradients, layout[0], str(tmp_path), *layout[1:])[0]
-        for source_type, (gradients, losses) in results.items():
-            assert losses == pytest.approx(expected[source_type][1], rel=1e-5)
-            errors = relative_errors(expected[source_type][0], gradients)
-            assert max(errors.values()) <= TOLERANCE, (source_type, layout)
-
-
 def _losses(steps: int, zero_stages: list[int]) -> list[list[float]]:
     """Return the losses of `steps` steps and the last gradient norm, for each ZeRO stage."""
-    from pipeline.training.engine import learning_rate
-    from tests.support.engines import build_engine
-
     results = []
     for zero_stage in zero_stages:
         config = tiny_config(zero_stage=zero_stage)
@@ -194,9 +138,7 @@ def _losses(steps: int, zero_stages: list[int]) -> list[list[float]]:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("ranks", "steps", "with_norm"), [((2, 3), 20, True), ((1, 2, 3, 4), 5, False)])
-def test_losses_are_equal_for_every_number_of_ranks_and_zero_stage(
-    ranks: tuple[int, ...], steps: int, with_norm: bool
-) -> None:
+def test_losses_are_equal_for_every_number_of_ranks_and_zero_stage(ranks, steps, with_norm):
     if "MOME_LONG_RUNS" in os.environ:  # they take half an hour
         steps = 100
     results = [losses for n in ranks for losses in run_ranks(_losses, n, steps, [0, 1, 2, 3], seconds=3600.0)[0]]
@@ -208,8 +150,6 @@ def test_losses_are_equal_for_every_number_of_ranks_and_zero_stage(
 
 def _updates(zero_stage: int) -> list[dict[str, Tensor]]:
     """Return the change of each trained parameter in one step of the vision stage, for two multipliers."""
-    from tests.support.engines import build_engine, tiny_model
-
     updates = []
     for factor in (1.0, 20.0):
         config = tiny_config(zero_stage=zero_stage)
@@ -238,8 +178,6 @@ def test_head_lr_multiplier_scales_the_heads_alone(world_size: int, zero_stage: 
 
 def _itc_gradients() -> list[dict[str, Tensor]]:
     """Return the gradients of ITC with this project's gathers and with those of VLMo's release."""
-    from tests.support.engines import gradients_and_losses
-
     values = tiny_config().model_dump(mode="json")
     values["stages"] = [values["stages"][2] | {"objectives": {"itc": {}}}]
     configs = [validate(values | {"reproduce_vlmo_release": released}, "tiny") for released in (False, True)]

@@ -1,7 +1,4 @@
-"""Engines of tiny runs on the calling rank, for tests of gradients, optimizer state and checkpoints.
-
-Everything that builds a model, engine and training step from a config for a test does so here.
-"""
+"""Engines of tiny runs on the calling rank, for tests of gradients, optimizer state and checkpoints."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -26,12 +23,9 @@ from tests.support.small_checkpoint import metadata
 from tests.support.tiny_model import tiny_batch
 from tests.support.trial import VOCABULARY
 
-LEARNING_RATE = 1e-3
-Gradients = dict[str, Tensor]
-
 
 class ReadableEngine(DeepSpeedEngine):
-    def gradients(self) -> Gradients:
+    def gradients(self) -> dict[str, Tensor]:
         """Return the global batch's full gradients; valid between the last `backward` and `step`."""
         from deepspeed.utils import safe_get_full_grad
 
@@ -59,7 +53,7 @@ class EngineOnRank:
         """Run forward and backward on this rank's examples and return the losses of the global batch."""
         return {name: float(self.collectives.sum(loss)) for name, loss in self.step(batch).items()}
 
-    def train(self, steps: Iterable[int], learning_rate: float = LEARNING_RATE) -> list[float]:
+    def train(self, steps: Iterable[int], learning_rate: float = 1e-3) -> list[float]:
         """Make optimizer steps on tiny batches and return their global losses."""
         losses = []
         for step in steps:
@@ -75,8 +69,7 @@ class EngineOnRank:
 
     def restore(self, folder: str) -> bool | None:
         """Load the newest checkpoint; return whether the engine equals it bit for bit, or None without one."""
-        latest = self.store(folder).latest()
-        if latest is None:
+        if (latest := self.store(folder).latest()) is None:
             return None
         saved = latest[1]
         self.engine.restore(saved)
@@ -100,15 +93,9 @@ def tiny_model(config: RunConfig, index: int = 0, freeze: Iterable[str] = ()) ->
     return model
 
 
-def build_engine(
-    config: RunConfig,
-    index: int = 0,
-    collectives: Collectives | None = None,
-    model: Model | None = None,
-    plain: bool = False,
-) -> EngineOnRank:
+def build_engine(config: RunConfig, index: int = 0, model: Model | None = None, plain: bool = False) -> EngineOnRank:
     """Build the engine of stage `index` on this rank. `plain` selects autograd and Adam in one process."""
-    collectives, stage = collectives or Collectives(), Stage(config, index)
+    collectives, stage = Collectives(), Stage(config, index)
     model = model or tiny_model(config, index)
     engine = PlainEngine(model, stage.config.optimizer) if plain else ReadableEngine(model, stage, collectives)
     return EngineOnRank(config, stage.config, collectives, engine, TrainingStep(engine, stage, collectives))
@@ -116,7 +103,7 @@ def build_engine(
 
 def gradients_and_losses(
     config: RunConfig, index: int = 0, plain: bool = False, batch: Callable[[RunConfig, int, int], Batch] | None = None
-) -> tuple[Gradients, dict[str, float]]:
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the gradient and losses of one global batch (`batch(config, rank, world_size)`; default: a tiny batch)."""
     built = build_engine(config, index, plain=plain)
     rank, world_size = built.collectives.rank, built.collectives.world_size

@@ -28,14 +28,8 @@ def draw(folder: Path, seed: int = 0) -> str:
 
 
 def config_of(output: Path, sources: dict[str, Any], source: str, **more: Any) -> RunConfig:
-    stage = {
-        "name": "pairs",
-        "sources": {next(iter(sources)): 1.0},
-        "objectives": {"itc": {}, "itm": {}},
-        "steps": 4,
-        "global_batch_size": 8,
-        "max_text_length": 24,
-    }
+    stage = {"name": "pairs", "sources": {next(iter(sources)): 1.0}, "objectives": {"itc": {}, "itm": {}}}
+    stage |= {"steps": 4, "global_batch_size": 8, "max_text_length": 24}
     values = {
         "name": "run",
         "output": str(output),
@@ -59,8 +53,7 @@ def save_untrained(config: RunConfig, index: int, shards: str, url: str, step: i
 
 def untrained_weights(folder: Path) -> tuple[RunConfig, str]:
     """Write untrained weights of a run's second stage and its drawn scenes; return the config and the weights' URL."""
-    section = {"source": "scenes", "max_images": 22, "batch_size": 5}
-    config = short_config(str(folder), evaluation=section)
+    config = short_config(str(folder), evaluation={"source": "scenes", "max_images": 22, "batch_size": 5})
     build_synthetic(Storage(), config.sources)
     url = stage_url(config, 1)
     save_untrained(config, 1, config.sources["scenes"].shards, url, step=16)

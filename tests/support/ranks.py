@@ -12,18 +12,11 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
 SECONDS = float(os.environ.get("MOME_RANK_SECONDS", "600"))  # raise it on a slow machine
-PRELOADED = ["torch", "deepspeed", "transformers", "pipeline.training.loop"]
-
-
-def context() -> ForkServerContext:
-    """Return the context of the fork server, which starts on first use and ends with this process."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(PRELOADED)
-    return server
+FORK_SERVER = multiprocessing.get_context("forkserver")  # starts on first use and ends with this process
+FORK_SERVER.set_forkserver_preload(["torch", "deepspeed", "transformers", "pipeline.training.loop"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, seconds: float = SECONDS) -> list[Any]:
@@ -31,7 +24,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, se
 
     Raises RuntimeError with the traceback of the first rank that fails, or when a rank dies or exceeds `seconds`.
     """
-    results = context().Queue()
+    results = FORK_SERVER.Queue()
     processes = start_ranks(_send_result, world_size, results, function, arguments)
     received: dict[int, Any] = {}
     try:
@@ -63,7 +56,7 @@ def start_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) 
         {**os.environ, **launcher, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         for rank in range(world_size)
     ]
-    processes = [context().Process(target=_rank, args=(env, function, arguments)) for env in environments]
+    processes = [FORK_SERVER.Process(target=_rank, args=(env, function, arguments)) for env in environments]
     for process in processes:
         process.start()
     return processes

@@ -8,27 +8,34 @@ from typing import Any
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
+from pipeline.tracking import tracker
 from pipeline.tracking.journal import Journal
 from pipeline.training.callbacks import Callback
+from pipeline.training.loop import train
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 STEPS = 8
+MODEL = {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 24, "patch_size": 8}
 
 
-def short_config(folder: str, name: str = "run", **overrides: Any) -> RunConfig:
-    """Return a config of two stages of `STEPS` steps, a checkpoint every third; `a__b=c` overrides the key a.b."""
+def short_config(folder: str, name: str = "run", data: str = "", **overrides: Any) -> RunConfig:
+    """Return a config of two stages of `STEPS` steps, a checkpoint every third; `a__b=c` overrides the key a.b.
+
+    The scenes are in `data` (default: `folder`).
+    """
     stages = [
         {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}},
         {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": {"itc": {}, "mlm": {}}},
     ]
     shared = {"steps": STEPS, "global_batch_size": 8, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
+    shards = f"{data or folder}/scenes"
     values: dict[str, Any] = {
         "output": folder,
         "name": name,
-        "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 24, "patch_size": 8},
+        "model": MODEL,
         "sources": {
-            "scenes": {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}},
-            "pictures": {"shards": f"{folder}/scenes", "type": "images"},
+            "scenes": {"shards": shards, "synthetic": {"scenes": 60, "image_size": 24}},
+            "pictures": {"shards": shards, "type": "images"},
         },
         "stages": [stage | shared for stage in stages],
         "engine.zero_stage": 2,
@@ -50,27 +57,19 @@ class NoUploader:
     def close(self, timeout: float | None) -> None: ...
 
 
-def without_mlflow() -> None:
-    """Write journals on this rank, but start no process that uploads them."""
-    from pipeline.tracking import tracker
-
+def train_short(
+    folder: str, name: str = "run", callbacks: Sequence[Callback] = (), options: Any = None, **overrides: Any
+) -> None:
+    """Train a short run on this rank, without an upload process; `options` are further arguments of `train`."""
     tracker.Uploader = NoUploader  # type: ignore[misc, assignment]
-
-
-def train_short(folder: str, name: str = "run", callbacks: Sequence[Callback] = (), **overrides: Any) -> None:
-    """Train a short run on this rank."""
-    from pipeline.training.loop import train
-
-    train(short_config(folder, name, **overrides), lambda progress: None, callbacks=callbacks)
+    train(short_config(folder, name, **overrides), lambda progress: None, callbacks=callbacks, **(options or {}))
 
 
 def losses(folder: str | Path, name: str = "run") -> dict[int, str]:
     """Return step -> loss, exactly as the journal has it; fail if a step was recorded twice."""
-    by_step: dict[int, str] = {}
-    for record in journal(folder, name):
-        if record["kind"] == "metrics" and "train/loss" in record["values"]:
-            assert record["step"] not in by_step, "a step was journaled twice"
-            by_step[record["step"]] = repr(record["values"]["train/loss"])
+    records = [record for record in journal(folder, name) if "train/loss" in record.get("values", {})]
+    by_step = {record["step"]: repr(record["values"]["train/loss"]) for record in records}
+    assert len(by_step) == len(records), "a step was journaled twice"
     return by_step
 
 

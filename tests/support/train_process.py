@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from pipeline.config.background import in_background
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage, join
+from pipeline.tracking.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("vision", "language", "vision_language")
@@ -42,15 +43,9 @@ class TrainProcess:
     """One run: its process, while there is one, and its journal."""
 
     def __init__(
-        self,
-        folder: Path,
-        name: str,
-        steps: int,
-        *more: str,
-        environment: Mapping[str, str] | None = None,
-        output: str | None = None,
-        storage: StorageConfig = StorageConfig(),
-    ) -> None:
+        self, folder: Path, name: str, steps: int, *more: str, output: str | None = None,
+        environment: Mapping[str, str] | None = None, storage: StorageConfig = StorageConfig(),
+    ) -> None:  # fmt: skip
         """Store the command. `output`: URL of a bucket instead of `folder`, which the test reads through `storage`."""
         self.folder, self.name = folder, name
         self.url, self.storage = join(output or str(folder), name), Storage(storage)
@@ -62,16 +57,16 @@ class TrainProcess:
             self.journal = folder / hashlib.sha256(self.url.encode()).hexdigest()[:16] / "journal"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, command: tuple[str, ...] = ("jobs.cli", "train")) -> TrainProcess:
-        """Start `mome train`."""
+    def start(self, *command: str) -> TrainProcess:
+        """Start `mome train`, or another module's command."""
         with self.log.open("ab") as log:
-            words = [sys.executable, "-m", *command, *self.arguments]
+            words = [sys.executable, "-m", *(command or ("jobs.cli", "train")), *self.arguments]
             self.process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=self.environment)
         return self
 
     def start_alone(self) -> TrainProcess:
         """Start the run in one process, without Ray."""
-        return self.start(("pipeline.training",))
+        return self.start("pipeline.training")
 
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
@@ -79,17 +74,18 @@ class TrainProcess:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def finish(self) -> None:
+    def finish(self) -> TrainProcess:
+        """Wait for the end of the run, and assert that it is a success."""
         assert self.process is not None
         try:
             assert self.process.wait(timeout=SECONDS) == 0, self.log_text()[-3000:]
         finally:
             self.kill()
+        return self
 
     def kill(self) -> None:
         """Send SIGKILL to the driver alone."""
-        if self.running():
-            assert self.process is not None
+        if self.process is not None:
             self.process.kill()
             self.process.wait()
 
@@ -100,26 +96,18 @@ class TrainProcess:
 
     def sessions(self) -> int:
         """Return the number of processes that have recorded this run."""
-        return len(list(self.journal.glob("*.jsonl")))
+        return len(Journal(self.journal).sessions())
 
     def losses(self) -> Losses:
         """Return (stage, step) -> loss, exactly as the journal has it."""
-        losses: Losses = {}
-        for file in sorted(self.journal.glob("*.jsonl")):
-            for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-                if record["kind"] == "metrics" and "train/loss" in record["values"]:
-                    place = (record["stage"], record["step"])
-                    assert place not in losses, f"step {place} was journaled twice"
-                    losses[place] = record["values"]["train/loss"]
+        records = [r for r in Journal(self.journal).all_records() if "train/loss" in r.get("values", {})]
+        losses = {(record["stage"], record["step"]): record["values"]["train/loss"] for record in records}
+        assert len(losses) == len(records), "a step was journaled twice"
         return losses
-
-    def last_step(self) -> tuple[int, int]:
-        """Return (stage, step) of the last loss."""
-        return max(self.losses(), default=(-1, -1))
 
     def step(self) -> int:
         """Return the number of steps over all stages."""
-        return self.last_step()[1]
+        return max((step for _, step in self.losses()), default=-1)
 
     def checkpoints(self) -> list[str]:
         """Return the URLs of committed checkpoints, the newest last."""
@@ -131,13 +119,11 @@ class TrainProcess:
         """Return the global steps of committed checkpoints, the newest last."""
         return [int(url.rpartition("/step-")[2].partition(".")[0]) for url in self.checkpoints()]
 
-    def restarts(self) -> list[dict[str, Any]]:
-        """Return the run's records of its restarts, in order."""
-        folder = join(self.url, "restarts")
-        return [json.loads(self.storage.read(join(folder, name))) for name in sorted(self.storage.list(folder))]
-
     def restart_causes(self) -> list[str]:
-        return [restart["cause"] for restart in self.restarts()]
+        """Return the causes of the run's restarts, in order."""
+        folder = join(self.url, "restarts")
+        names = sorted(self.storage.list(folder))
+        return [json.loads(self.storage.read(join(folder, name)))["cause"] for name in names]
 
 
 @contextmanager
@@ -157,13 +143,12 @@ def paced(run: TrainProcess, ranks: Callable[[], list[psutil.Process]], seconds_
                 resting = 0.0
         send_signal(ranks(), signal.SIGCONT)
 
-    thread = threading.Thread(target=pace, daemon=True)
-    thread.start()
+    done = in_background(pace, "pace")
     try:
         yield
     finally:
         over.set()
-        thread.join()
+        done.result()
 
 
 def send_signal(processes: list[psutil.Process], number: int) -> None:

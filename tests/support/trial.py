@@ -43,10 +43,9 @@ _SIZES_OF: dict[str, dict[str, Any]] = {
     "imagebert": {"max_regions": 6, "region_features": 8, "region_classes": 7, "dropout": 0.0},
     "dual_encoder": {"text_layers": 2, "embedding": 16},
 }
-
-# Matching loss of a head that ignores its input: the entropy of the labels.
-COLLAPSED_1_TO_2 = math.log(3) - 2 / 3 * math.log(2)  # 0.6365: hard negatives, one image and one text per pair
-COLLAPSED_1_TO_1 = math.log(2)  # 0.6931: random negatives
+# Matching loss of a head that ignores its input, the entropy of the labels, by the kind of negatives: hard ones have
+# one image and one text per pair (0.6365, and 0.6931).
+COLLAPSED = {"hard": math.log(3) - 2 / 3 * math.log(2), "random": math.log(2)}
 
 
 @dataclass(frozen=True)
@@ -72,19 +71,14 @@ class Trial:
 
     @property
     def floor(self) -> float | None:
-        """Return the loss of a model that has learnt only the label frequencies, or None if unknown."""
-        if self.cell.objective != "itm":
-            return None
-        return COLLAPSED_1_TO_2 if self.cell.keys["negatives"] == "hard" else COLLAPSED_1_TO_1
+        """The loss of a model that has learnt only the label frequencies; None if unknown."""
+        return COLLAPSED[self.cell.keys["negatives"]] if self.cell.objective == "itm" else None
 
     @property
     def is_learnt(self) -> bool:
-        """True if the loss fell to less than half, and well below that of a collapsed model.
-
-        Word-patch alignment is a difference of distances, which starts near 0 and ends near -1.
-        """
+        """True if the loss fell to less than half, and well below that of a collapsed model."""
         start, end = self.losses[0], self.losses[-1]
-        if self.cell.objective == "wpa":
+        if self.cell.objective == "wpa":  # a difference of distances, which starts near 0 and ends near -1
             return end < start - 0.5
         return end < 0.5 * start and (self.floor is None or end < 0.8 * self.floor)
 
@@ -113,54 +107,38 @@ def tiny_section(kind: str) -> TransformerConfig:
 
 
 def tiny_run(
-    kind: str,
-    source_type: SourceType,
-    objectives: dict[str, Any],
-    model: dict[str, Any] | None = None,
-    engine: dict[str, Any] | None = None,
-    **stage: Any,
+    kind: str, source_type: SourceType, objectives: dict[str, Any], model: Any = None, engine: Any = None, **stage: Any
 ) -> RunConfig:
     """Return a run of one stage of `ROWS` examples a step with a tiny model; `stage` are further keys of the stage."""
+    settings = {"name": "trial", "sources": {"trial": 1.0}, "objectives": objectives, "steps": STEPS}
+    settings |= {"global_batch_size": ROWS, "max_text_length": _SIZES["max_text_length"], "num_classes": CLASSES}
+    settings |= {"num_answers": ANSWERS, "num_negative_texts": 3}
+    optimizer = {"lr": 1e-2, "warmup_steps": 3, "lr_schedule": "constant", "weight_decay": 0.0}
     values = {
         "name": "trial",
         "model": {"kind": kind, **_SIZES, **_SIZES_OF.get(kind, {}), **(model or {})},
         "sources": {"trial": {"shards": "invented", "type": source_type}},
         "data": {"streams": 1},
+        "stages": [settings | {"optimizer": optimizer} | stage],
         "engine": {"precision": "float32", **(engine or {})},
     }
-    settings = {
-        "name": "trial",
-        "sources": {"trial": 1.0},
-        "objectives": objectives,
-        "steps": STEPS,
-        "global_batch_size": ROWS,
-        "max_text_length": _SIZES["max_text_length"],
-        "num_classes": CLASSES,
-        "num_answers": ANSWERS,
-        "num_negative_texts": 3,
-        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "lr_schedule": "constant", "weight_decay": 0.0},
-        **stage,
-    }
-    return validate(values | {"stages": [settings]}, "trial")
+    return validate(values, "trial")
 
 
 def trial_config(cell: Cell) -> RunConfig:
     """Return a run of one stage that trains the cell together with the objectives it requires."""
     objectives: dict[str, Any] = {cell.objective: {}}
     keys = dict(cell.keys)
-    if cell.objective == "itm" and keys["negatives"] == "hard":
+    if keys.get("negatives") == "hard":
         objectives["itc"] = {}
     if cell.objective == "wpa":
-        objectives["itm"] = {}
-        keys["negatives"] = "random"
+        objectives["itm"], keys["negatives"] = {}, "random"
     if keys.get("image_target") == "visual_tokens":
         keys["image_tokenizer"] = {"weights": "invented", "tokens": VISUAL_TOKENS}
     return tiny_run(cell.kind, cell.source_type, objectives, **keys)
 
 
 class TrialState(NamedTuple):
-    """A trial before its first step."""
-
     engine: PlainEngine
     step: TrainingStep
     batch: Batch
@@ -170,8 +148,7 @@ def begin(config: RunConfig, collectives: Collectives) -> TrialState:
     """Build the model, the step and the batch of a run's only stage."""
     stage, tokenizer = Stage(config, 0), None
     if stage.config.image_target == "visual_tokens":
-        # Random weights: its tokens are arbitrary, but equal for equal patches. Imported here, because transformers
-        # takes seconds to load.
+        # Random weights: equal tokens for equal patches. Transformers takes seconds to load.
         from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
         from pipeline.models.visual_tokens import VisualTokenizer
@@ -269,13 +246,10 @@ def _texts(size: int, draw: torch.Generator) -> dict[str, Tensor]:
     positions = torch.stack([torch.ones(size, dtype=torch.int64), 2 + torch.arange(size) % 3], dim=1)
     labels = text.gather(1, positions)
     labels[torch.arange(size) % 4 == 0, 1] = -100
+    masked = text.scatter(1, positions, MASK)
     return {
-        "text": text,
-        "text_keep": keep,
-        "masked_text": text.scatter(1, positions, MASK),
-        "mask_positions": positions,
-        "mask_labels": labels,
-    }
+        "text": text, "text_keep": keep, "masked_text": masked, "mask_positions": positions, "mask_labels": labels
+    }  # fmt: skip
 
 
 def _regions(section: schema.ImageBERTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from pipeline.config.errors import DataError, StorageError
 from pipeline.data import quarantine
 from pipeline.data.quarantine import MIN_SEEN, BadRecord, BadSample, Quarantine, decoding, judging, samples_in_progress
 from pipeline.data.storage import Storage
-from pipeline.training.watchdog import Watchdog
+from pipeline.training.supervisor import Watchdog
 
 
 def record(number: int, source: str = "pairs") -> BadRecord:
@@ -88,7 +88,7 @@ def test_watchdog_reports_samples_of_other_processes(tmp_path, monkeypatch) -> N
     )
     subprocess.run([sys.executable, "-c", stuck, str(file.fileno())], pass_fds=(file.fileno(),), check=False)
     monkeypatch.setattr(quarantine, "boards", [*quarantine.boards, mmap.mmap(file.fileno(), quarantine.BOARD_BYTES)])
-    monkeypatch.setattr("pipeline.training.watchdog.KeyValueStore", mock.Mock(side_effect=RuntimeError("no store")))
+    monkeypatch.setattr("pipeline.training.supervisor.KeyValueStore", mock.Mock(side_effect=RuntimeError("no store")))
     rank, ended = mock.Mock(rank=0, world_size=1, calls=0, inside=""), []
     watchdog = Watchdog(rank, Storage(), str(tmp_path), {"startup": 1.0}, ended.append)
     try:

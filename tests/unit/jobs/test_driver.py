@@ -39,7 +39,7 @@ from tests.support.http_server import give, serving
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "configs" / "demo.yaml"
-ours = logging.getLogger("pipeline.training.alerts")
+ours = logging.getLogger("pipeline.training.metrics")
 
 
 @pytest.fixture(autouse=True)

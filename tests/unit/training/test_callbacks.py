@@ -1,34 +1,34 @@
-"""Callbacks are forwarded; alerts, profiles and node statistics; no step waits for the store."""
+"""Callbacks are forwarded; health of a step, alerts and profiles; no step waits for the store."""
 
+import errno
 import gzip
 import json
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, call
 
+import numpy as np
 import pytest
 import torch
 
 from jobs.distributed import PROGRESS_FILE, ProgressFile
-from pipeline.config.errors import ConfigError, Preempted
+from pipeline.config.errors import ConfigError, Preempted, RunFailed
+from pipeline.config.schema import SpikeConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.models.model import MAX_SCALE
 from pipeline.training import metrics
-from pipeline.training.alerts import CONSECUTIVE, JUMP, LOSSES, Alerts
 from pipeline.training.callbacks import Callback, Callbacks, StepEvent
 from pipeline.training.collectives import Collectives
-from pipeline.training.health import StepHealth
+from pipeline.training.health import Spike, SpikeGuard, StepHealth, is_out_of_memory, permanent_failures_explained
 from pipeline.training.loop import train
+from pipeline.training.metrics import CONSECUTIVE, JUMP, LOSSES, Alerts
 from pipeline.training.profile import Profiler, profile_override
 from pipeline.training.stages import Stage
-from pipeline.training.supervisor import NodeMonitor
-from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, BeforeStep, NoUploader, losses, short_config
 from tests.support.tiny_model import tiny_config
 
@@ -55,9 +55,8 @@ def test_every_hook_is_forwarded_in_order_and_closed_in_reverse() -> None:
 
 @pytest.fixture
 def alerts() -> Alerts:
-    """Return the alerts of a stage whose tracker is a mock."""
     alerts, stage = Alerts(), SimpleNamespace(name="pairs", global_step=lambda step: step)
-    alerts.state = Mock(stage=stage, **{"context.coverage": None})
+    alerts.state = Mock(stage=stage, **{"context.coverage": {"folder": 0.01}})
     alerts.on_stage_start(0)
     return alerts
 
@@ -93,11 +92,58 @@ def test_warmup_raises_no_collapse_and_a_loss_jump_one_alert(alerts: Alerts) -> 
     assert text.startswith("since step 200: the loss jumped to 30")
 
 
+SPIKES = SpikeConfig(factor=2.0, window=3, skip=2, max_rollbacks=2)
+
+
+def test_only_a_loss_above_factor_times_median_is_a_spike() -> None:
+    for config, history, spike in (
+        (SPIKES, [9.0, 1.0, 1.0, 1.2, 2.01], Spike(number=1, step=4, batch=4, loss=2.01, median=1.0)),
+        (SPIKES, [1.0, 1.0, 9.0], None),  # the window is not full
+        (SPIKES, [1.0, 1.0, 1.0, 2.0], None),  # at the factor
+        (SPIKES, [8.0, 4.0, 2.0, 1.0, 0.5], None),  # falling
+        (None, [1.0, 1.0, 1.0, 1e9], None),
+    ):
+        guard = SpikeGuard(config)
+        assert [guard.observe(step, loss) for step, loss in enumerate(history)] == [None] * (len(history) - 1) + [spike]
+
+
+def test_batches_since_the_checkpoint_and_some_more_are_skipped_also_after_a_restart() -> None:
+    guard = SpikeGuard(SPIKES)
+    for step, loss in enumerate((1.0, 1.1, 0.3, 1.7 / 3)):
+        guard.observe(step, loss)
+    assert guard.skip_range(Spike(1, 7, 7, 9.0, 1.0), resumed_at=5, stage="pairs") == (5, 10)
+    restored = SpikeGuard(SPIKES, json.loads(json.dumps(guard.state())))
+    assert restored.state() == guard.state()
+    for either in (guard, restored):
+        assert either.batch_of(5) == 10
+        # A second spike after a checkpoint at step 8, which read batch 13 next.
+        assert either.skip_range(Spike(2, 9, 14, 9.0, 1.0), resumed_at=8, stage="pairs") == (13, 17)
+        assert either.batch_of(8) == 17
+        with pytest.raises(RunFailed, match=r"stage pairs, step 9: .* guards\.spike\.max_rollbacks"):
+            either.skip_range(Spike(3, 9, 14, 9.0, 1.0), resumed_at=8, stage="pairs")
+
+
+def test_errors_of_allocators_devices_and_the_system_are_classified() -> None:
+    for allocate in (torch.empty, np.empty):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            allocate(10**15)
+        assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+    for zero_stage, can_offload in ((0, False), (2, True)):  # the config rejects offloading without ZeRO
+        stage = Stage(tiny_config(zero_stage=zero_stage), 0)
+        with pytest.raises(RunFailed) as failed, permanent_failures_explained(stage, Collectives()):
+            raise MemoryError("no room")
+        assert ("engine.offload_optimizer=true" in str(failed.value)) == can_offload
+        assert f"engine.zero_stage={zero_stage + 1}" in str(failed.value)
+
+
 @pytest.mark.parametrize(("window", "num_steps", "last"), [("6:8", 6, 8), ("6:50", 3, 7)], ids=["inside", "cut"])
-def test_steps_in_the_profile_window_are_traced_and_logged(
-    tmp_path: Path, window: str, num_steps: int, last: int
-) -> None:
-    """The first window is inside the stage; the second one is cut by its end."""
+def test_steps_in_the_window_are_traced_and_logged(tmp_path: Path, window: str, num_steps: int, last: int) -> None:
     config = tiny_config()
     tracking = config.tracking.model_copy(update={"profile": window})
     stage = Stage(config.model_copy(update={"output": str(tmp_path), "tracking": tracking}), 1)
@@ -118,10 +164,7 @@ def test_steps_in_the_profile_window_are_traced_and_logged(
 
 
 class StepGuard(Callback):
-    """Callback that makes storage calls of this thread raise between the first and the last step of a stage.
-
-    Evaluation is exempt: it reads its input, as a step does, and `guards.evaluate_seconds` allows for it.
-    """
+    """Makes storage calls of this thread raise between the first and the last step of a stage, but in evaluation."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.calls = 0  # calls by other threads between steps
@@ -137,10 +180,9 @@ class StepGuard(Callback):
 
         def unguarded_evaluate(*arguments: Any, **named: Any) -> Any:
             self._is_stepping = False
-            try:
-                return evaluate(*arguments, **named)
-            finally:
-                self._is_stepping = True
+            result = evaluate(*arguments, **named)
+            self._is_stepping = True
+            return result
 
         monkeypatch.setattr(Storage, "_do", guarded_do)
         monkeypatch.setattr(metrics, "evaluate", unguarded_evaluate)
@@ -156,25 +198,19 @@ class StepGuard(Callback):
 
 
 def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints, metrics, progress, the profiler and preemption do not wait for the store."""
     guard = StepGuard(monkeypatch)
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
-    config = short_config(
-        str(tmp_path),
-        cluster__workers=1,
-        engine__zero_stage=0,
-        tracking__profile="4:6",
-        evaluation={"source": "scenes", "every": 4, "max_images_during_training": 8},
-        guards__spike={"window": 4, "factor": 100.0},
-    )
-    progress, noticed = ProgressFile(config, Storage(config.storage)), threading.Event()
+    evaluation = {"source": "scenes", "every": 4, "max_images_during_training": 8}
+    keys = {"engine__zero_stage": 0, "tracking__profile": "4:6", "guards__spike": {"window": 4, "factor": 100.0}}
+    config = short_config(str(tmp_path), cluster__workers=1, evaluation=evaluation, **keys)
+    progress, noticed = ProgressFile(config, Storage(config.storage)).start(), threading.Event()
     try:
         preempt = BeforeStep(6, lambda _: noticed.set())
         with pytest.raises(Preempted):
             train(config, progress, preempted=noticed.is_set, callbacks=[preempt, guard])
         train(config, progress, callbacks=[guard])
     finally:
-        progress.writer.close(5.0)
+        progress.close()
         Collectives.close()
     assert guard.saves == [(3, True), (6, True), (7, True), (3, True), (6, True)], "7: preempted in the first stage"
     assert guard.calls > 0, "no other thread wrote checkpoints or progress between steps"
@@ -185,10 +221,6 @@ def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, mon
     assert len(list((folder / "checkpoints").glob("*/COMMIT.json"))) == config.checkpoint.keep
 
 
-EVERYWHERE = {
-    "cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage",
-    "disk_usage_percentage", "disk_usage_megabytes", "disk_available_megabytes",
-}  # fmt: skip
 ALONE = """
 from types import SimpleNamespace
 import psutil
@@ -216,28 +248,3 @@ collectives.close()
 def test_single_rank_opens_no_port_and_counts_every_sample() -> None:
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def watch(nodes: int) -> dict[str, float]:
-    """Run each rank as a node of its own; return the metrics rank 0 takes once all nodes have reported."""
-    collectives = Collectives()
-    monitor = NodeMonitor(collectives, seconds=0.1, name="host")
-    monitor.start()
-    taken: dict[str, float] = {}
-    deadline = time.monotonic() + 60
-    while collectives.rank == 0 and time.monotonic() < deadline:
-        taken |= monitor.take()
-        if len({key.split("/")[1] for key in taken}) == nodes:
-            break
-        time.sleep(0.05)
-    collectives.barrier()
-    monitor.stop()
-    return taken
-
-
-def test_rank_0_collects_statistics_of_every_node() -> None:
-    taken, nothing = run_ranks(watch, 2, 2)
-    assert nothing == {}
-    for node in ("host", "host-1"):  # the same name is distinguished by rank
-        assert {key.split("/")[2] for key in taken if key.startswith(f"system/{node}/")} >= EVERYWHERE
-        assert 0 < taken[f"system/{node}/system_memory_usage_percentage"] < 100

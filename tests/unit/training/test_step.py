@@ -70,7 +70,7 @@ def test_forwards_of_a_name_are_merged_with_the_heads_and_inputs_of_each() -> No
     objectives = dict.fromkeys(("mlm", "moc"), config.stages[0].objectives["moc"])
     config = config.model_copy(update={"stages": (config.stages[0].model_copy(update={"objectives": objectives}),)})
     built = build_engine(config, plain=True)
-    built.step(workload.full_batch(config, built.stage, built.stage.global_batch_size, VOCABULARY))
+    built.step(workload.full_batch(config, built.stage, VOCABULARY))
     (merged,) = [forward for forward in built.engine.forwards.values() if len(forward.heads) == 2]
     assert set(merged.heads) == {"mlm", "moc"}
     assert None not in (merged.mask_positions, merged.region_positions)
@@ -97,10 +97,9 @@ def test_flops_and_parameters_equal_those_of_a_real_step(index: int) -> None:
     config = tiny_config()
     built, stage = build_engine(config, index, plain=True), Stage(config, index)
     with FlopCounterMode(display=False) as counter:
-        built.step(workload.full_batch(config, stage.config, stage.config.global_batch_size, VOCABULARY))
-    model = workload.model_without_memory(stage, VOCABULARY)
+        built.step(workload.full_batch(config, stage.config, VOCABULARY))
     # FLOPs of attention are counted because VLMo's trainable bias prevents the fused kernel on CPU.
-    assert workload.run_step(model, stage, VOCABULARY, "cpu").flops == counter.get_total_flops()
+    assert workload.run_step(stage, VOCABULARY, "cpu").flops == counter.get_total_flops()
     sizes, real = workload.work_of(stage, VOCABULARY, "cpu").parameters, list(built.engine.model.parameters())
     assert sizes.total == sum(parameter.numel() for parameter in real)
     assert sizes.trained == sum(parameter.numel() for parameter in real if parameter.requires_grad)
@@ -112,7 +111,7 @@ ONE_OF_A_KIND = {f"{cell.kind}-{cell.objective}": cell for cell in cells() if "v
 @pytest.mark.parametrize("name", ONE_OF_A_KIND)
 def test_every_objective_of_every_model_can_be_planned(name: str) -> None:
     stage = Stage(trial_config(ONE_OF_A_KIND[name]), 0)
-    costs = workload.run_step(workload.model_without_memory(stage, VOCABULARY), stage, VOCABULARY, "cuda")
+    costs = workload.run_step(stage, VOCABULARY, "cuda")
     assert min(costs.flops, costs.activations, costs.tokens) > 0
 
 

@@ -1,0 +1,250 @@
+"""Supervision of a run: its time account, whose writes never block it; its owner; the statistics of its nodes."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from jobs.distributed import ProgressFile
+from pipeline.config.errors import StorageError, Superseded
+from pipeline.data.storage import Storage
+from pipeline.training import goodput, loop
+from pipeline.training.callbacks import Progress
+from pipeline.training.collectives import Collectives
+from pipeline.training.goodput import PHASES, GoodputTracker, add_time, read_record
+from pipeline.training.ownership import CLAIM_VARIABLE, OWNER_FILE, Ownership, main
+from pipeline.training.supervisor import NodeMonitor
+from tests.support.ranks import run_ranks
+from tests.support.short_run import DEMO, short_config
+
+Seconds = dict[str, float]
+# The seconds since the last heartbeat, and those (besides 10 of startup) of the heartbeat, of the checkpoint, and after
+# the restart.
+RESTARTS: dict[str, tuple[float, Seconds, Seconds | None, Seconds]] = {
+    "work after the checkpoint is lost": (
+        30, {"training": 82, "data_wait": 6, "checkpoint": 2}, {"training": 50, "data_wait": 5, "checkpoint": 1},
+        {"training": 50, "data_wait": 5, "checkpoint": 2, "lost_work": 33, "restart": 30},
+    ),
+    "killed before its first step": (
+        10, {"training": 50, "lost_work": 33, "restart": 107}, {"training": 50},
+        {"training": 50, "lost_work": 33, "restart": 117},
+    ),
+    "checkpoint newer than the heartbeat": (
+        40, {"training": 10}, {"training": 30, "checkpoint": 1}, {"training": 30, "checkpoint": 1, "restart": 19}
+    ),
+    "lost work is in the checkpoint and in the heartbeat": (
+        0, {"training": 60, "lost_work": 30}, {"training": 50, "lost_work": 40}, {"training": 50, "lost_work": 40}
+    ),
+    "without a checkpoint": (0, {"training": 40}, {}, {"lost_work": 40}),
+    "extended after its end": (9999, {"training": 40}, None, {"training": 40}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RESTARTS)
+def test_time_after_the_checkpoint_is_lost_work_then_restart(tmp_path: Path, case: str) -> None:
+    down, recorded, saved, expected = RESTARTS[case]
+    seconds = dict.fromkeys(PHASES, 0.0) | {"startup": 10} | recorded
+    record = {"at": time.time() - down, "seconds": seconds, "restarts": 0, "ended": saved is None}
+    (tmp_path / "time.json").write_text(json.dumps(record), encoding="utf-8")
+    tracker = GoodputTracker(Storage(), str(tmp_path), is_writer=True)
+    if saved is not None:
+        tracker.resume_from(saved and saved | {"startup": 10})
+    account = {phase: round(value) for phase, value in tracker.seconds().items() if round(value)}
+    assert account == expected | {"startup": 10}
+    assert sum(tracker.seconds().values()) == pytest.approx(sum(account.values()), abs=0.5)
+    assert tracker.restarts == (saved is not None)
+
+
+def test_record_is_saved_in_the_run_and_includes_evaluation(tmp_path: Path) -> None:
+    storage, folder = Storage(), str(tmp_path)
+    assert read_record(storage, folder) is None
+    GoodputTracker(storage, folder, is_writer=True).start().close(ended=True)
+    with add_time(storage, folder, "evaluation"):
+        time.sleep(0.1)
+    record = read_record(storage, folder)
+    assert record is not None
+    assert record["ended"]
+    assert record["seconds"]["evaluation"] >= 0.1
+    (tmp_path / "time.json").write_text("{", encoding="utf-8")
+    assert read_record(storage, folder) is None, "a damaged record counts as none"
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Replace `Storage.write` by one that waits for `back`, and then raises `fault`, if any, or keeps the data."""
+    store = Mock(back=threading.Event(), reached=threading.Event(), written=[], fault=None)
+
+    def write(_: Storage, url: str, data: bytes) -> None:
+        store.reached.set()
+        assert store.back.wait(30)
+        if store.fault is not None:
+            raise store.fault
+        store.written.append(json.loads(data))
+
+    monkeypatch.setattr(Storage, "write", write)
+    yield store
+    store.back.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("mome-")]:
+        thread.join(10)  # a write that was given up continues in the background
+
+
+@pytest.mark.parametrize("is_available", [False, True])
+def test_unavailable_store_or_a_new_owner_ends_the_account(
+    store: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_available: bool
+) -> None:
+    monkeypatch.setattr(goodput, "CLOSE_SECONDS", 10.0 if is_available else 0.05)
+    tracker = GoodputTracker(Storage(), "memory://run", is_writer=True)
+    if is_available:
+        store.back.set()
+    tracker.start()
+    assert store.reached.wait(10)
+    tracker.close(ended=not is_available, write=not is_available)
+    assert len(store.written) == is_available, "only the first heartbeat, whose write had begun"
+    assert ("time.json was not written within" in caplog.text) != is_available
+
+
+def test_write_errors_are_logged_and_only_new_progress_is_written(store: Any, caplog: pytest.LogCaptureFixture) -> None:
+    store.back.set()
+    for store.fault in (StorageError("away"), ValueError("no URL"), MemoryError()):
+        GoodputTracker(Storage(), "memory://run", is_writer=True).start().close(ended=True)
+        assert f"time.json was not written: {type(store.fault).__name__}" in caplog.text
+    progress = ProgressFile(SimpleNamespace(folder="memory://run"), Storage())  # type: ignore[arg-type]
+    first = Progress("pairs", 1, 9, 1, 9, loss=2.0, samples_per_second=1.0, seconds_left=8.0)
+    progress(first)
+    progress._write()  # fails
+    store.fault = None
+    progress.start()
+    for step in (2, 3):
+        progress(replace(first, step=step))
+    progress.close()
+    assert [record["step"] for record in store.written] == [3]
+
+
+@pytest.mark.parametrize(("status", "waits"), [("FINISHED", True), ("FAILED", False), ("KILLED", False)])
+def test_only_a_finished_run_waits_for_its_record_to_be_closed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: Any, waits: bool
+) -> None:
+    monkeypatch.setattr(loop, "CLOSE_SECONDS", 0.05)
+    closed = threading.Event()
+    loop._close_tracker(Mock(close=lambda: time.sleep(0.3) or closed.set()), status)  # type: ignore[func-returns-value]
+    assert closed.is_set() == waits
+    assert ("not closed within" in caplog.text) != waits
+
+
+# ---- the owner of a run
+
+TAKE = """
+import sys
+from pipeline.data.storage import Storage
+from pipeline.training.ownership import Ownership
+print(Ownership.take(Storage(), sys.argv[1]).claim)
+"""
+AGENT = "import subprocess, sys\nfor _ in range(2): subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)"
+take = partial(Ownership.take, Storage())
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}"
+
+
+def test_latest_start_owns_the_run_and_a_superseded_launcher_does_not_retake_it(folder: str) -> None:
+    assert Ownership(Storage(), folder, "of a run that was never started").holds()
+    starts = [take(folder, "launcher") for _ in range(12)]
+    assert [start.holds() for start in starts] == [False] * 11 + [True]
+    assert sorted(start.start for start in starts if start.start) == [start.start for start in starts]
+    assert Ownership(Storage(), folder, "launcher").holds(), "the launcher has it, whichever start of its ranks does"
+    old, new = take(folder), take(folder)
+    assert (old.holds(), new.holds()) == (False, True), "a manual launch always takes the run"
+    assert old.claim != new.claim
+    with pytest.raises(Superseded, match=f"owned by a later start, on .*/{OWNER_FILE}/"):
+        take(folder, "launcher")
+    new.check()
+    assert not Ownership(Storage(), folder, "launcher").holds()
+    assert take(folder, new.claim).holds()
+
+
+def test_launcher_is_identified_by_the_name_it_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, command = short_config(str(tmp_path)).folder, [str(DEMO), f"output={tmp_path}", "name=run"]
+    monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
+    assert main(command) == 0, "the launcher has not started yet"
+    take(folder, "of a run before it")
+    assert main(command) == 0, "the launcher has not started yet and may take the run"
+    first, again = take(folder), take(folder)
+    assert first.claim == again.claim
+    assert main(command) == 0
+    monkeypatch.setenv(CLAIM_VARIABLE, "slurm-18-0")
+    take(folder)
+    monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
+    with pytest.raises(Superseded, match=f"start it again with another {CLAIM_VARIABLE}"):
+        take(folder)
+    assert main(command) == Superseded.exit_status
+    monkeypatch.delenv(CLAIM_VARIABLE)
+    assert main(command) == 0
+
+
+def test_ranks_restarted_by_torchrun_share_a_claim(tmp_path: Path) -> None:
+    """They are children of one agent. Another torchrun is another launcher, even if its run id is equal."""
+    command = [sys.executable, "-c", AGENT, TAKE, str(tmp_path)]
+    settings: dict[str, Any] = {"env": {**os.environ, "TORCHELASTIC_RUN_ID": "none"}, "capture_output": True}
+    first, second = (subprocess.run(command, text=True, check=True, **settings).stdout.split() for _ in range(2))
+    assert [(len(claims), len(set(claims))) for claims in (first, second)] == [(2, 1), (2, 1)]
+    assert first[0] != second[0]
+
+
+def test_one_of_two_simultaneous_starts_owns_the_run(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither start sees the other when it chooses its number."""
+    starts, others = Ownership._starts, list[Any]()
+
+    def interleaved(ownership: Ownership) -> list[Any]:
+        before = starts(ownership)
+        if not others:
+            others.append(None)
+            others.append(take(folder, "another"))
+        return before
+
+    monkeypatch.setattr(Ownership, "_starts", interleaved)
+    try:
+        is_owner = take(folder, "one").holds()
+    except Superseded:
+        is_owner = False
+    assert others[1].holds() != is_owner
+
+
+# ---- nodes
+
+
+def watch(nodes: int) -> dict[str, float]:
+    """Run each rank as a node of its own; return the metrics rank 0 takes once all nodes have reported."""
+    collectives = Collectives()
+    monitor = NodeMonitor(collectives, seconds=0.1, name="host").start()
+    taken: dict[str, float] = {}
+    deadline = time.monotonic() + 60
+    while collectives.rank == 0 and time.monotonic() < deadline and len({key.split("/")[1] for key in taken}) < nodes:
+        time.sleep(0.05)
+        taken |= monitor.newest.pop() if monitor.newest else {}
+    collectives.barrier()
+    monitor.stop()
+    return taken
+
+
+def test_rank_0_collects_statistics_of_every_node() -> None:
+    taken, nothing = run_ranks(watch, 2, 2)
+    assert nothing == {}
+    everywhere = {"cpu_utilization_percentage"}
+    everywhere |= {f"system_memory_usage_{unit}" for unit in ("megabytes", "percentage")}
+    everywhere |= {f"disk_{amount}" for amount in ("usage_percentage", "usage_megabytes", "available_megabytes")}
+    for node in ("host", "host-1"):  # the same name is distinguished by rank
+        assert {key.split("/")[2] for key in taken if key.startswith(f"system/{node}/")} >= everywhere
+        assert 0 < taken[f"system/{node}/system_memory_usage_percentage"] < 100
