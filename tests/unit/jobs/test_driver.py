@@ -89,14 +89,12 @@ def test_address_is_returned_with_its_origin_and_a_malformed_one_is_rejected(mon
         connect(ClusterConfig())
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_port_of_another_service_and_a_silent_port_are_reported(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if ":" in host and not socket.has_dualstack_ipv6():
-        pytest.skip("this machine has no IPv6")
+def test_port_of_another_service_and_a_silent_port_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "HEAD_SECONDS", 0.5)
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as silent:
-        port = silent.getsockname()[1]
-        assert "is no Ray head" in joined(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    for host in ("127.0.0.1", "::1") if socket.has_dualstack_ipv6() else ("127.0.0.1",):
+        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as silent:
+            port = silent.getsockname()[1]
+            assert "is no Ray head" in joined(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     with serving(give("a page", 404)) as server:
         assert "is no Ray head" in joined(server.url.removeprefix("http://"))
 
@@ -169,9 +167,6 @@ def test_missing_resources_are_reported_with_their_keys(
     assert missing is None if message is None else message in missing and "cluster." in missing
 
 
-# ---- waiting for ranks to be placed
-
-
 class World(SimpleNamespace):
     """Simulated cluster and clock, and the driver's console output."""
 
@@ -236,9 +231,6 @@ def test_driver_waits_for_ranks_that_were_placed_before_and_for_a_cluster_that_d
     assert world.printed[0] == "waiting: 0 of 2 workers placed; 2 CPUs requested, 1 in the cluster"
 
 
-# ---- the config of ranks
-
-
 def test_ranks_use_the_same_files_and_resolve_no_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rank").mkdir()
     for override in ("output=runs", "output=s3://bucket/runs", "tracking.uri=sqlite:///mine.db"):
@@ -262,9 +254,6 @@ def test_ranks_use_the_same_files_and_resolve_no_reference(tmp_path: Path, monke
     values["storage"]["endpoint_url"] = "http://me:hunter2@store:9000"
     config = parse_config(json.dumps(values), "run.json")
     assert (config.tracking.uri, config.storage.endpoint_url) == ("http://server:5000", "http://store:9000")
-
-
-# ---- messages
 
 
 class KeyValues(dict[bytes, bytes]):
@@ -348,9 +337,6 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
     assert open_alerts == {"vision/itm_collapse": "collapsed"}
     texts = ("collapsed", "clamped", "resuming stage vision at step 130", "over")
     assert printed == [*(f"WARNING {text}" for text in texts), "alert not over: collapsed"]
-
-
-# ---- signals
 
 
 def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> None:
