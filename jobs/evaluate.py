@@ -142,11 +142,9 @@ def evaluate_checkpoint(
 
 
 def _with_source(config: RunConfig, source: str, source_type: str) -> RunConfig:
-    """Add a source that is given as a URL of shards to the config."""
-    if source in config.sources:
-        return config
-    added = SourceConfig(shards=source, type=cast(SourceType, source_type))
-    return config.model_copy(update={"sources": {**config.sources, source: added}})
+    """Add a source to the config if it is given as a URL of shards."""
+    section = config.sources.get(source) or SourceConfig(shards=source, type=cast(SourceType, source_type))
+    return config.model_copy(update={"sources": {**config.sources, source: section}})
 
 
 def _name(
@@ -192,8 +190,7 @@ def _evaluate(
     storage, device = caller.store(), device_of(ranks)
     weights = drop_untrained_objectives(load_weights(storage, checkpoint))
     config = _with_source(weights.config, source, key.source_type)
-    if probe is not None:
-        config = _with_source(config, probe, "labelled")
+    config = config if probe is None else _with_source(config, probe, "labelled")
     tokenizer = Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase)
     model = build_trained_model(weights).to(device)
     others = {}  # finished earlier stages, which evaluate the objectives that only they trained
@@ -253,10 +250,10 @@ def _store(
         if report is None:
             raise
         log.warning("the results could not be stored next to the weights: %s", error)
-    path = join(config.folder, file_of(data.key)) if report is None else str(report)
-    if report is None:
-        storage.write(path, page)
-        log.info("writing the results of %s to %s", data.checkpoint, config.folder)
-    else:
-        write_output(storage, path, page, "--report")
+    if report is not None:
+        write_output(storage, str(report), page, "--report")
+        return page, str(report)
+    path = join(config.folder, file_of(data.key))
+    storage.write(path, page)
+    log.info("writing the results of %s to %s", data.checkpoint, config.folder)
     return page, path

@@ -16,9 +16,8 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.pages.charts import significant
-from pipeline.reports.comparison import Result, compare, render_comparison
+from pipeline.reports import run_report
 from pipeline.reports.run_folder import open_run
-from pipeline.reports.run_report import ALERT, OVER, collect_report, render_run_report
 from pipeline.tracking.locations import configured_uri, tracking_uri
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.prepare import RUN_FILE
@@ -43,9 +42,9 @@ def report(
     """
     opened = open_run(run, caller.store())
     config = caller.applied(opened.config)
-    summary = collect_report(opened, price, None if config.tracking.uri is None else tracking_uri(config))
-    comparison = compare([opened, *(open_run(other, opened.storage) for other in against)]) if against else None
-    page = render_run_report(summary, comparison).encode()
+    summary = run_report.collect_report(opened, price, None if config.tracking.uri is None else tracking_uri(config))
+    runs = [opened, *(open_run(other, opened.storage) for other in against or ())]
+    page = run_report.render_run_report(summary, run_report.compare(runs) if against else None).encode()
     url = str(out) if out is not None else join(opened.folder, RUN_REPORT)
     if out is None:
         opened.storage.write(url, page)
@@ -55,11 +54,11 @@ def report(
     if is_idle and (tracker := open_tracker(track, config, opened.recorded, opened.storage)):
         tracker.artifact(RUN_REPORT, page)
         tracker.close()
-    cost, alerts = summary.cost, [tag for tag in summary.alerts if not tag.value.startswith(OVER)]
+    cost, alerts = summary.cost, [tag for tag in summary.alerts if not tag.value.startswith(run_report.OVER)]
     return {
         "report": url, "status": summary.status, "step": opened.reached, "goodput": opened.goodput,
         "restarts": opened.num_restarts, "bad_samples": summary.bad_samples,
-        "alerts": [tag.key.removeprefix(ALERT) for tag in alerts], "rank_hours": cost and cost.rank_hours,
+        "alerts": [tag.key.removeprefix(run_report.ALERT) for tag in alerts], "rank_hours": cost and cost.rank_hours,
         "cost": cost.total if cost and cost.price else None,
     }  # fmt: skip
 
@@ -99,10 +98,10 @@ def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Cal
     if len(runs) < 2:
         raise ConfigError(f"mome compare: expected two runs or more, got {len(runs)}")
     storage = caller.store()
-    comparison = compare([open_run(run, storage) for run in runs])
+    comparison = run_report.compare([open_run(run, storage) for run in runs])
     if html is not None:
-        write_output(storage, str(html), render_comparison(comparison).encode(), "--html")
-    names, by_name = comparison.runs, dict[str, dict[str, Result]]()
+        write_output(storage, str(html), run_report.render_comparison(comparison).encode(), "--html")
+    names, by_name = comparison.runs, dict[str, dict[str, run_report.Result]]()
     config, results = [["", "config", *names]], [["", "results", *names]]
     for path, settings in comparison.config.items():
         texts = {run: value if isinstance(value, str) else json.dumps(value) for run, value in settings.items()}

@@ -71,10 +71,12 @@ def load_model(
     """
     storage, url = storage or Storage(), str(source).rstrip("/")
     if url.startswith("models:/"):
+        from pipeline.tracking.locations import resolve_uri
         from pipeline.tracking.mlflow_server import download_weights
 
         with tempfile.TemporaryDirectory() as folder:
-            weights = replace(load_weights(storage, download_weights(url, Path(folder), tracking_uri)), url=url)
+            server = None if tracking_uri is None else resolve_uri(tracking_uri)
+            weights = replace(load_weights(storage, download_weights(url, Path(folder), server)), url=url)
     else:
         weights = load_weights(storage, url)
     weights = drop_untrained_objectives(weights)
@@ -147,11 +149,10 @@ class TrainedModel:
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (N, D) in the space shared with `encode_texts`."""
         self._require("itc", "embeddings", len(images))
-        predictor, features = Predictor(self.model, self.tokenizer, batch_size), []
-        for start in range(0, len(images), batch_size):
-            pixels = np.stack([self.pixels(image) for image in images[start : start + batch_size]])
-            features.append(predictor.embed_images(torch.from_numpy(pixels)))
-        return torch.cat(features)
+        predictor = Predictor(self.model, self.tokenizer, batch_size)
+        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        stacks = (np.stack([self.pixels(image) for image in batch]) for batch in batches)
+        return torch.cat([predictor.embed_images(torch.from_numpy(stack)) for stack in stacks])
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (M, D) in the space shared with `encode_images`."""
@@ -186,8 +187,7 @@ class TrainedModel:
     def answer(self, image: ImageInput, question: str, top_k: int = 5) -> dict[str, float]:
         """Return the `top_k` most probable answers to a question about an image, the best first."""
         self._require("vqa", "answers")
-        answers: dict[str, float] = self._predict("vqa", (self.pixels(image),), question, top_k)["answers"]
-        return answers
+        return dict(self._predict("vqa", (self.pixels(image),), question, top_k)["answers"])
 
     def fill_masks(self, text: str, image: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]:
         """Return the `top_k` most probable tokens for each [MASK] in `text`, the best first.
@@ -196,8 +196,7 @@ class TrainedModel:
         """
         self._require("mlm", "masked words")
         pixels = () if image is None else (self.pixels(image),)
-        words: list[dict[str, float]] = self._predict("mlm", pixels, text, top_k)["words"]
-        return words
+        return list(self._predict("mlm", pixels, text, top_k)["words"])
 
     def predict(self, images: Sequence[ImageInput] = (), text: str | None = None, top_k: int = 5) -> Prediction:
         """Return every prediction that the stage was trained for and that these inputs allow, by name.

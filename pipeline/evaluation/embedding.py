@@ -138,9 +138,9 @@ def embed_shards(
             "images and texts have no common space; give the checkpoint of a stage with objective 'itc'"
         )
     manifest = load_manifest(storage, url)
-    done = run_on_all_ranks(ranks, lambda: {} if ranks.rank else _claim(storage, out, url, manifest, embedder.digest))[
-        0
-    ]
+    done, *_ = run_on_all_ranks(
+        ranks, lambda: {} if ranks.rank else _claim(storage, out, url, manifest, embedder.digest)
+    )
     waiting = [shard for shard in manifest.shards if shard.name not in done][ranks.rank :: ranks.world_size]
     sources = [Source(url, Manifest((shard,))) for shard in waiting]
     parts = run_on_all_ranks(ranks, lambda: [embedder.embed_shard(storage, source, out) for source in sources])

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.schema import RunConfig
 from pipeline.data.contents.choices import Choices, answers_with, choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
@@ -126,7 +126,7 @@ def evaluate(
             progress("reading the held-out pairs")
             held_out = load_pairs(config, storage, source, limit, tokenizer, section.max_text_length, ranks)
         result = Evaluation(source, section.name, held_out, trained_on)
-        _evaluate_pairs(result, predictor, section, config, rerank_best, progress)
+        _evaluate_pairs(result, predictor, config, rerank_best, progress)
         for name, other in (others or {}).items():  # what only earlier stages trained
             trained = config.stage_named(name)
             if "mlm" in trained.objectives and result.mlm is not None:
@@ -138,13 +138,11 @@ def evaluate(
                 progress(f"filling in masked patches with the stage '{name}'")
                 result.reconstruction = masked.reconstruct_images(other, held_out, trained, config)
         if (mlm := result.mlm) is not None:
-            keys = {
-                "accuracy": masked.OWN,
-                "accuracy_other_image": masked.OTHER,
-                "accuracy_text_only": masked.TEXT_ONLY,
-            }
             measured = {condition: predictions.accuracy for condition, predictions in mlm.predictions.items()}
-            result.sections["mlm"] = {key: measured.get(condition) for key, condition in keys.items()} | {
+            result.sections["mlm"] = {
+                "accuracy": measured.get(masked.OWN),
+                "accuracy_other_image": measured.get(masked.OTHER),
+                "accuracy_text_only": measured[masked.TEXT_ONLY],
                 "language_stage_text_only": next(reversed(result.language_stages.values()), None),
                 "masked_tokens": len(mlm.predictions[masked.TEXT_ONLY].tokens),
             }
@@ -193,16 +191,12 @@ def stages_trained_on(config: RunConfig, source: str) -> tuple[str, ...]:
 
 
 def _evaluate_pairs(
-    result: Evaluation,
-    predictor: Predictor,
-    stage: StageConfig,
-    config: RunConfig,
-    rerank_best: int | None,
-    progress: Callable[[str], None],
+    result: Evaluation, predictor: Predictor, config: RunConfig, rerank_best: int | None, progress: Callable[[str], Any]
 ) -> None:
     """Add the results of every objective that the stage trained and that pairs evaluate."""
-    held_out, tasks, ranks = result.held_out, evaluation_tasks(stage, "pairs"), predictor.ranks
-    captions, ids = held_out.caption_of, held_out.image_id
+    held_out, stage, ranks = result.held_out, config.stage_named(result.stage), predictor.ranks
+    captions, ids, tasks = held_out.caption_of, held_out.image_id, evaluation_tasks(stage, "pairs")
+    other_image = masked.mismatched_images(ids)[captions] if len(ids.unique()) >= 2 else None
     score = functools.partial(predictor.fusion_scores, held_out)
 
     if "retrieval" in tasks:
@@ -217,11 +211,10 @@ def _evaluate_pairs(
 
     if "matching" in tasks:
         progress("matching captions and images")
-        if len(ids.unique()) >= 2:
+        if other_image is not None:
             numbers = torch.arange(len(captions))
             matched = (score(torch.stack([captions, numbers], dim=1)) > 0).double().mean().item()
-            others = masked.mismatched_images(ids)[captions]
-            mismatched = (score(torch.stack([others, numbers], dim=1)) <= 0).double().mean().item()
+            mismatched = (score(torch.stack([other_image, numbers], dim=1)) <= 0).double().mean().item()
             accuracies = {"accuracy_matched": matched, "accuracy_mismatched": mismatched}
             result.sections["itm"] = {"accuracy": (matched + mismatched) / 2, **accuracies}
         affordable = RERANK_PAIRS // (len(held_out) + len(captions))
@@ -250,14 +243,15 @@ def _evaluate_pairs(
     if "mlm" in tasks:
         progress("predicting masked words")
         words = masked.mask_captions(held_out, stage.masking, predictor.tokenizer)
-        predict, predictions, other = functools.partial(masked.predict_masked_tokens, predictor, words), {}, None
+        predict, predictions = functools.partial(masked.predict_masked_tokens, predictor, words), {}
         if config.source_type_of(stage) == "pairs":
             predictions[masked.OWN] = predict(held_out, captions)
-            if len(ids.unique()) >= 2:
-                other = masked.mismatched_images(ids)[captions]
-                predictions[masked.OTHER] = predict(held_out, other)
+        else:
+            other_image = None
+        if other_image is not None:
+            predictions[masked.OTHER] = predict(held_out, other_image)
         predictions[masked.TEXT_ONLY] = predict()
-        result.mlm = masked.MaskedLanguage(words, predictions, other)
+        result.mlm = masked.MaskedLanguage(words, predictions, other_image)
     if "mim" in tasks:
         progress("filling in masked patches")
         result.reconstruction = masked.reconstruct_images(predictor.model, held_out, stage, config)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import RecordedLocation, parse_config, stored_config
+from pipeline.config.load import RecordedLocation, stored_config
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.journal import EVALUATION, Record, is_held
@@ -112,10 +112,6 @@ class RunFolder(JournalContents):
     seconds: dict[str, float]  # by phase (`pipeline.training.goodput`); empty if unknown
     goodput: float | None  # the fraction of all time that was spent in steps that were kept
 
-    def recorded_config(self) -> RunConfig:
-        """Return the config as stored, for display."""
-        return parse_config(json.dumps(self.values), join(self.folder, RUN_FILE))
-
     def records(self, folder: str, types: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the JSON objects in a folder's files (one per line in .jsonl) that have values of these types."""
         for name in self.storage.list(join(self.folder, folder)):
@@ -143,8 +139,6 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
         values = json.loads(storage.read(url))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{url}: not JSON ({error}); the run's folder is damaged") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{url}: expected a config, got {type(values).__name__}; the run's folder is damaged")
     config, recorded = stored_config(values, url, folder)
     account = goodput.read_record(storage, folder)
     seconds = account.get("seconds") if isinstance(account, dict) else None

@@ -1,16 +1,18 @@
-"""Report of a run as one HTML page: curves on one axis, events, data, time and cost, evaluations, lineage.
+"""HTML pages: of one run, with its curves, events, data, cost, evaluations and lineage, and comparisons of several.
 
 Everything is read from the run's folder, except the shards' manifests, which show whether the data has changed since,
 and a few quarantined samples. The template reads the run's records (`reports.run_folder`) directly.
 """
 
+import json
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.config.errors import DataError, MomeError
-from pipeline.config.load import check_stored_url
+from pipeline.config.load import check_stored_url, flatten, parse_config
 from pipeline.config.redaction import redact
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_bytes
@@ -21,7 +23,6 @@ from pipeline.data.storage import join
 from pipeline.evaluation import report as eval_report
 from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart, significant
 from pipeline.pages.page import render_page, thumbnail
-from pipeline.reports.comparison import Comparison
 from pipeline.reports.run_folder import QUARANTINE, RESTARTS, RunFolder, StageRecord, Tag
 from pipeline.tracking.describe import config_yaml
 from pipeline.tracking.journal import EVALUATION
@@ -45,7 +46,10 @@ MEASURES = (
     ("perf/samples_per_s", "samples per second", 70),
     ("perf/data_wait_share", "fraction of time waiting for data", 60),
 )
-RETRIEVAL = ("i2t_r1", "t2i_r1")
+RETRIEVAL = ("/i2t_r1", "/t2i_r1")
+IGNORED_KEYS = ("name",)  # differ between any two runs
+LOSS_HEIGHT = 130  # of a chart in a comparison
+Result = float | str | None
 
 
 class Event(NamedTuple):
@@ -115,6 +119,15 @@ class RunReport:
     mlflow_page: str  # URL of the run in MLflow's web interface; empty if unknown
 
 
+@dataclass(frozen=True)
+class Comparison:
+    runs: list[str]  # names of the runs, or their folders if names are equal
+    config: dict[str, dict[str, Any]]  # dotted path -> run -> value; runs without the key are missing
+    results: dict[str, dict[str, list[Result]]]  # group -> name -> values in the order of the runs; None: missing
+    losses: dict[str, list[Series]]  # stage -> curve of each run over the steps since the stage's start
+    folders: list[str]
+
+
 def collect_report(run: RunFolder, price: float | None = None, server: str | None = None) -> RunReport:
     """Collect a run's report, with a price per rank-hour (default: `cluster.price`) and the reader's MLflow URI."""
     started = min((session.start for session in run.sessions), default=None)
@@ -171,7 +184,7 @@ def _events(run: RunFolder) -> list[Event]:
     events += [Event(tag.at, tag.step, "alert", tag.value) for tag in run.tags if tag.key.startswith(ALERT)]
     for point in run.evaluations:  # its recalls, or else its first metrics
         values = {name.removeprefix(EVALUATION): v for name, v in point.values.items() if name.startswith(EVALUATION)}
-        recalls = {name: value for name, value in values.items() if name.endswith(("/i2t_r1", "/t2i_r1"))}
+        recalls = {name: value for name, value in values.items() if name.endswith(RETRIEVAL)}
         shown = recalls or {name: value for name, value in values.items() if not name.endswith("/pairs")}
         text = ", ".join(f"{name} {significant(value)}" for name, value in list(shown.items())[:4])
         events.append(Event(point.at, point.step, "evaluation", text))
@@ -259,12 +272,13 @@ def _inspect_quarantine(run: RunFolder) -> tuple[list[ReasonCount], list[Inspect
 
 def render_run_report(report: RunReport, comparison: Comparison | None = None) -> str:
     """Return the report as an HTML page, with a comparison with other runs if given."""
-    axes = {"steps": False, "time": True}
+    axes, run = {"steps": False, "time": True}, report.run
+    yaml = config_yaml(parse_config(run.values, run.folder), exclude_defaults=True)
     return render_page(
-        "pipeline/reports/run_report.html.j2", f"report {report.run.folder}", report=report, run=report.run,
+        "pipeline/reports/run_report.html.j2", f"report {run.folder}", report=report, run=run,
         curves={axis: [draw_curves(report, width, timed) for width in (WIDE, NARROW)] for axis, timed in axes.items()},
         shown=eval_report.headline(report.evaluations) if report.evaluations else None, max_events=MAX_EVENTS,
-        over=OVER, comparison=comparison, yaml=config_yaml(report.run.recorded_config(), exclude_defaults=True),
+        over=OVER, comparison=comparison, yaml=yaml,
     )  # fmt: skip
 
 
@@ -301,3 +315,91 @@ def draw_curves(report: RunReport, width: int, in_seconds: bool) -> Chart:
     shown = [event for event in report.events if event.kind != "begun" and (in_seconds or event.step is not None)]
     marks = [Mark(x_of(event.at, event.step), event.kind, event.text) for event in shown]
     return line_chart(measures, width, stages, marks, in_seconds)
+
+
+def compare(runs: Sequence[RunFolder]) -> Comparison:
+    """Compare two or more runs.
+
+    Stages are identified by name. In a section that only some runs have, such as a stage, keys with default values are
+    not differences.
+    """
+    names, folders = [run.name for run in runs], [run.folder for run in runs]
+    names = names if len(set(names)) == len(names) else folders
+    losses: dict[str, list[Series]] = {}
+    results: dict[str, dict[str, list[Result]]] = {}
+    by_path: dict[str, dict[str, Any]] = {}
+    explicit: set[str] = set()
+    for number, (own_name, run) in enumerate(zip(names, runs, strict=True)):
+        for record in run.stages:
+            if series := record.series("train/loss"):
+                curve = [(float(step - record.first_step), value) for _, step, value in series]
+                losses.setdefault(record.config.name, []).append(Series(number, curve))
+        for group, name, value in _results_of(run):
+            results.setdefault(group, {}).setdefault(name, [None] * len(runs))[number] = value
+        for path, setting in flatten(_by_name(run.values)).items():
+            by_path.setdefault(path, {})[own_name] = redact(setting) if isinstance(setting, str) else setting
+        recorded = parse_config(run.values, run.folder)
+        explicit |= flatten(_by_name(recorded.model_dump(mode="json", exclude_defaults=True))).keys()
+    config = {
+        path: values
+        for path, values in by_path.items()
+        if path not in IGNORED_KEYS
+        and (len({json.dumps(v) for v in values.values()}) > 1 or (len(values) < len(runs) and path in explicit))
+    }
+    return Comparison(names, config, results, losses, folders)
+
+
+def _by_name(values: Any) -> Any:
+    """Convert lists of named sections to mappings, so that an additional stage does not shift the others."""
+    if isinstance(values, dict):
+        return {key: _by_name(value) for key, value in values.items()}
+    if isinstance(values, list) and values and all(isinstance(v, dict) and "name" in v for v in values):
+        return {v["name"]: {key: _by_name(value) for key, value in v.items() if key != "name"} for v in values}
+    return values
+
+
+def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
+    """Yield (group, name, result); evaluations are grouped by data, so that figures of different data do not meet."""
+    yield "Run", "status", run.status or "unfinished"
+    yield "Run", "steps", float(run.reached)
+    yield "Run", "restarts", float(run.num_restarts)
+    yield "Run", "bad samples replaced", float(sum(1 for _ in run.records(*QUARANTINE)))
+    for record in run.stages:
+        yield "Last loss", record.config.name, record.last("train/loss")
+        yield "Samples per second (median)", record.config.name, record.samples_per_second
+    evaluations = eval_report.load_report_data(run.storage, run.folder)
+    for data in reversed(evaluations):
+        key = data.key
+        weights = "" if (key.stage, key.step) == (run.config.stages[-1].name, None) else f" of {key.stage}"
+        weights += "" if key.step is None else f" at step {key.step}"
+        for name, value in data.metrics.items():
+            yield f"Evaluation {key.name}{weights} ({key.data})", f"{EVALUATION}{key.name}/{name}", value
+    if not evaluations:  # only the metrics recorded during training are known: show each source's last ones
+        latest: dict[str, dict[str, float]] = {}
+        for point in run.evaluations:
+            by_source: dict[str, dict[str, float]] = {}
+            for name, value in point.values.items():
+                if name.startswith(EVALUATION):
+                    by_source.setdefault(name.rpartition("/")[0], {})[name] = value
+            latest |= by_source
+        for values in latest.values():
+            for name, value in values.items():
+                yield "Evaluation, as recorded", name, value
+    if run.seconds:
+        yield "Time", "hours", sum(run.seconds.values()) / 3600
+        yield "Time", "goodput", run.goodput
+        for phase, seconds in run.seconds.items():
+            yield "Time", f"{phase} seconds", seconds
+    for record in run.stages:
+        for start in record.starts:
+            for dataset in start["datasets"]:
+                yield "Data digest", f"{record.config.name}: {dataset['name']}", dataset["digest"][:16]
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Return the comparison as an HTML page, with a chart of losses for each stage and one line per run."""
+    charts = {
+        stage: line_chart([Measure("loss", curves, LOSS_HEIGHT)], NARROW) for stage, curves in comparison.losses.items()
+    }
+    subject = f"comparison {' '.join(comparison.folders)}"
+    return render_page("pipeline/reports/comparison.html.j2", subject, comparison=comparison, loss_charts=charts)

@@ -11,9 +11,8 @@ import pytest
 from pipeline.config.errors import MomeError
 from pipeline.data.storage import Storage
 from pipeline.evaluation.report import Retrievals, headline, load_report_data, render_report, save_report_data
-from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import open_run
-from pipeline.reports.run_report import collect_report, render_run_report
+from pipeline.reports.run_report import collect_report, compare, render_comparison, render_run_report
 from pipeline.tracking.locations import read_run_id
 from pipeline.training.checkpoint.weights import load_weights, weights_info
 from tests.support.finished_run import config_of, draw, write_run

@@ -25,9 +25,15 @@ from pipeline.evaluation.report import render_report
 from pipeline.pages.charts import Mark, Measure, Series, line_chart, significant
 from pipeline.pages.page import thumbnail
 from pipeline.reports import run_report
-from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import QUARANTINE, open_run
-from pipeline.reports.run_report import WIDE, collect_report, draw_curves, render_run_report
+from pipeline.reports.run_report import (
+    WIDE,
+    collect_report,
+    compare,
+    draw_curves,
+    render_comparison,
+    render_run_report,
+)
 from pipeline.tracking.journal import CommittedJournal, Journal
 from tests.support.bad_shards import plant
 from tests.support.full_report import fullest
