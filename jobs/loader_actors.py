@@ -1,8 +1,7 @@
 """Loader backend of Ray actors on CPU nodes, for GPU nodes that are short of cores.
 
-The actors build the examples that their rank's own processes would build, byte for byte: an actor serves one rank, and
-each call names the step. The price is network traffic: decoded pixels (150 kB an image at 224 px) instead of JPEGs of
-30 to 90 kB.
+The actors build the examples that the rank's own processes would build, byte for byte. The price is network traffic:
+decoded pixels (150 kB an image at 224 px) instead of JPEGs of 30 to 90 kB.
 """
 
 from typing import Any

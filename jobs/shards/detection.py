@@ -67,10 +67,7 @@ def detect_regions(
     url: str, out: str, detector: Path, max_regions: int, max_pixels: int, cluster: ClusterConfig,
     report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write the shards with regions and print the result; the arguments are the options of `mome shards regions`.
-
-    Raises ConfigError for an unusable detector or an `out` with other content, DataError for a truncated shard.
-    """
+    """Write the shards with regions and print the result; the arguments are the options of `mome shards regions`."""
     if not detector.is_dir():
         raise ConfigError(
             f"--detector {detector}: no such folder. Expected a detector on this machine, such as the folder that "

@@ -181,8 +181,7 @@ def text_pieces(path: Path, words: int, problems: inputs.Problems) -> Iterator[s
 def json_records(job: Import) -> Iterator[Record]:
     """Yield the records {"image": path, "captions": [text, …]} or {"image": path, "caption": text} of lines or a list.
 
-    With `"regions"`, the path of a detector's .npz (see `contents.regions`), the image is optional, and `"image_size"`
-    may give the [height, width] that the boxes refer to, where the .npz does not.
+    With `"regions"`, a detector's .npz, the image is optional, and `"image_size"` may give the boxes' [height, width].
     """
     if job.kind == "jsonl":
         entries = inputs.json_lines(job.source, job.problems)
@@ -251,9 +250,8 @@ def write_shards(
 ) -> Manifest:  # fmt: skip
     """Write samples to tars at any URL, then index them; `manifest.json` is written last.
 
-    Each tar is written to a temporary file first, so that a shard is complete or absent. Existing shards are replaced
-    once all tars are written, which takes their size in temporary files. The same samples give the same bytes. Raises
-    DataError and changes nothing when there are shards that are not to be overwritten, no sample, or a reader fails.
+    Existing shards are replaced once all tars are written, which takes their size in temporary files. Raises DataError
+    and changes nothing when there are shards that are not to be overwritten, no sample, or a reader fails.
     """
 
     def existing() -> list[str]:

@@ -138,10 +138,7 @@ class Import:
         return paths[0]
 
     def sample(self, path: str, files: Files, record: Mapping[str, Any] | None = None) -> Sample:
-        """Return a sample with its json, if any. Raises Unusable if a text is not valid Unicode.
-
-        Its key is made from a path: unique, of letters, digits, '_' and '-', which tars and webdataset allow.
-        """
+        """Return a sample with its json, under a unique key made from a path. Raises Unusable for invalid Unicode."""
         if record is not None:
             check_text(encoded := json.dumps(record, ensure_ascii=False))
             files = files | {"json": encoded.encode()}
@@ -177,8 +174,8 @@ def check_text(text: str, what: str = "it") -> None:
 def lines_of(path: Path, longest: int = -1) -> Iterator[tuple[str, str]]:
     """Yield the location and the text of each line, or of its pieces of at most `longest` characters.
 
-    The file is in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Bytes that are not UTF-8 become lone
-    surrogates, which `check_text` reports. Raises DataError if the file cannot be read to its end.
+    Bytes that are not UTF-8 (or UTF-16 or UTF-32 with a byte order mark) become lone surrogates, which `check_text`
+    reports. Raises DataError if the file cannot be read to its end.
     """
     number = 0
     try:
@@ -300,10 +297,7 @@ def encoded_image(image: bytes | Path, name: str = "") -> Files:
 
 
 def folders_below(folder: Path, problems: Problems) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield a folder and those below it, each with the sorted names of its folders and files; links are followed.
-
-    Hidden names are skipped. A folder that several links lead to is entered once, so that cycles end.
-    """
+    """Yield a folder and those below, each once and with its sorted visible folders and files; links are followed."""
     entered, pending = set[tuple[int, int]](), [folder]
     while pending:
         path = pending.pop()

@@ -66,11 +66,7 @@ class Description(NamedTuple):
 
 
 def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> None:
-    """Draw every synthetic source that has no manifest yet.
-
-    Raises DataError when a folder has scenes of another configuration, or tars that are not scenes, and ConfigError
-    when a source excludes one that is not synthetic, or itself.
-    """
+    """Draw every synthetic source that has no manifest yet. Raises DataError for a folder with anything else."""
     for name, source in sources.items():
         if source.synthetic is None:
             continue
@@ -112,10 +108,7 @@ def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> No
 def scene_samples(
     config: SyntheticConfig, source_type: str, excluded: frozenset[Description] = frozenset()
 ) -> Iterator[Sample]:
-    """Yield the samples of a source of this type: one for each caption of `text`, else one for each image.
-
-    Scenes of one description have one image id: the captions of one are true of the other.
-    """
+    """Yield the samples of a source of this type: one for each caption of `text`, else one for each image."""
     for number, description in enumerate(draw_descriptions(config, excluded)):
         key, random = f"scene{number:07d}", CounterRandom(hash64("scene picture", str(config.seed), number))
         if source_type == "text":

@@ -122,10 +122,7 @@ class _Worker:
 
 
 class ProcessBackend(LoaderBackend):
-    """`loader.num_workers` processes of `loader.threads_per_worker` threads, which write into the trainer's memory.
-
-    They share equal buffers. One that was returned is free again when nothing refers to it any more.
-    """
+    """`loader.num_workers` processes of threads, which write into equal buffers of the trainer's memory."""
 
     def __init__(self, spec: LoaderSpec, storage: Storage):
         loader = spec.config.data.loader
@@ -238,10 +235,7 @@ def _anonymous_file(owner: object, size: int) -> int:
 
 
 def main() -> None:
-    """Run a loader process: build examples in memory that the rank shares, until it closes the socket.
-
-    Arguments: the descriptors of the socket, of the batches' memory, and of the names of samples being decoded.
-    """
+    """Run a loader process. Arguments: the descriptors of its socket, the buffers, and the samples being decoded."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the rank decides what ends
     configure_logging()
     torch.set_num_threads(1)

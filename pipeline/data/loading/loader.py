@@ -27,10 +27,9 @@ from pipeline.data.storage import Storage
 
 
 class Loader:
-    """One rank's batches of one stage. Steps count from the stage's start.
+    """One rank's batches of one stage, in steps from its start; `groups` are the groups of batch fields that it reads.
 
-    `groups` are the groups of batch fields that the stage reads (see `objectives.batch_groups`). Raises ConfigError,
-    DataError or StorageError when a source cannot be used. Close it after use.
+    Raises ConfigError, DataError or StorageError when a source cannot be used. Close it after use.
     """
 
     def __init__(
@@ -119,10 +118,7 @@ def fingerprint(
     config: RunConfig, stage: StageConfig, groups: frozenset[str], storage: Storage, tokenizer: Tokenizer,
     steps: range, world_size: int = 1,
 ) -> str:  # fmt: skip
-    """Return the SHA-256 (hex) of a stage's global batches at some steps: uids, pixels, text, masks and labels.
-
-    Padding is left out. The result is the same for every `world_size`, backend and store, or contract C1 is broken.
-    """
+    """Return the SHA-256 (hex) of global batches of a stage without padding, equal for every `world_size`."""
     digest = hashlib.sha256()
     with ExitStack() as stack:
         loaders = [Loader(config, stage, groups, storage, tokenizer, rank, world_size) for rank in range(world_size)]

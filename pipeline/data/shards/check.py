@@ -1,7 +1,6 @@
 """Validation of shards before training: every shard is walked to its end, and every sample is decoded.
 
-A bad sample is one that training would quarantine; a broken shard is one that it would refuse. The walk, the captions
-and the images are judged by the functions of the loader, so that both find the same.
+The functions of the loader judge the walk, the captions and the images, so that check and training find the same.
 """
 
 import multiprocessing

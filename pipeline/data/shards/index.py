@@ -1,7 +1,4 @@
-"""Index of one shard: the location of its samples, and the properties that are known without decoding an image.
-
-It is stored as `<shard>.index.npz` next to the tar. Sources are filtered, and length buckets planned, by properties.
-"""
+"""Index of one shard, `<shard>.index.npz`: its samples' location, and properties that are known without decoding."""
 
 from __future__ import annotations
 
@@ -15,10 +12,9 @@ import string
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -77,7 +73,7 @@ class ShardIndex:
     extension: np.ndarray  # (M,) int32 into `extensions`
     offset: np.ndarray  # (M,) int64, of the member's data in the tar
     size: np.ndarray  # (M,) int64
-    crc: np.ndarray  # (N,) uint32 of the sample's concatenated members
+    crc: np.ndarray  # (N,) uint32 CRC-32 of the sample's concatenated members (ISA-L's is ten times as fast as zlib's)
     image_id: np.ndarray  # (N,) int64, equal for samples with the same image; 0: neither an image nor its name
     width: np.ndarray  # (N,) int32 pixels in upright orientation; 0: unknown
     height: np.ndarray  # (N,) int32
@@ -178,8 +174,7 @@ def open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[zipfile.ZipFile,
 def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] | None = None) -> ShardIndex:
     """Index a tar by walking it, and call `visit` with each sample; without it, warn of skipped entries.
 
-    Damaged parts of a sample are unknown: they are counted, with the reason, where it is read. An image with several
-    frames has the field `animated`. Raises DataError, naming the tar, unless it is complete and uncompressed.
+    Damaged parts of a sample are unknown: they are reported where it is read. Raises DataError as `Tar.samples`.
     """
     keys: list[str] = []
     extensions: list[str] = []  # of each member
@@ -205,9 +200,9 @@ def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] |
         keys.append(sample.key)
         extensions += members
         numbers = {
-            "crc": checksum(members.values()), "image_id": image_id, "width": image.width, "height": image.height,
-            "caption_length": length, "url_id": text_hash(normal_url(url)) if isinstance(url, str) else 0,
-            "duplicate": sample.is_duplicate, "first": len(extensions),
+            "crc": isal_zlib.crc32(b"".join(members.values())), "image_id": image_id, "caption_length": length,
+            "url_id": text_hash(normal_url(url)) if isinstance(url, str) else 0, "duplicate": sample.is_duplicate,
+            "width": image.width, "height": image.height, "first": len(extensions),
         }  # fmt: skip
         for name, number in numbers.items():
             lists[name].append(number)
@@ -238,22 +233,13 @@ def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] |
     )  # fmt: skip
 
 
-def checksum(contents: Iterable[builtins.bytes]) -> int:
-    """Return the CRC-32 of a sample's concatenated members: zlib's value, computed ten times as fast by ISA-L."""
-    return reduce(lambda crc, data: isal_zlib.crc32(data, crc), contents, 0)
-
-
 def text_hash(text: str) -> int:
     """Return an unsigned 64-bit hash of a text: the first word of `randomness.hash64`."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def normal_url(text: str) -> str:
-    """Return the normal form of a URL (RFC 3986, sections 6.2.2 and 6.2.3); any other text in Unicode's NFC.
-
-    Scheme and host in lower case, no default port or fragment, '/' for an empty path, and percent encoding of exactly
-    the characters that need it. Path and query keep their case.
-    """
+    """Return the normal form of a URL (RFC 3986, sections 6.2.2 and 6.2.3); any other text in Unicode's NFC."""
     text = unicodedata.normalize("NFC", text.strip())
     if "://" not in text:
         return text

@@ -59,10 +59,7 @@ class Manifest:
 
 
 def load_manifest(storage: Storage, url: str) -> Manifest:
-    """Load the manifest of a folder of shards, restricted to the shards of a brace pattern ('…/{0000..0095}.tar').
-
-    Raises DataError if the folder, the manifest or a named shard is missing, or if the shards have no sample.
-    """
+    """Load the manifest of a folder or pattern; raise DataError if it, a named shard or every sample is missing."""
     folder, pattern = _folder_and_names(url)
     try:
         manifest = _read_manifest(storage, folder, pattern)
@@ -83,8 +80,7 @@ def load_manifest(storage: Storage, url: str) -> Manifest:
 def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None) -> Manifest:
     """Load the manifest of a source; index the shards first if it is missing or lacks a tar of the folder.
 
-    No shard of the manifest is read. Raises DataError, naming the shard, if one is missing or has another size, and
-    StorageError if shards must be indexed and the folder is not writable.
+    Reads no shard of the manifest; raises DataError, naming the shard, if one is missing or has another size.
     """
     folder, pattern = _folder_and_names(url)
     objects = storage.list_info(folder)
@@ -102,9 +98,8 @@ def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None)
 def index_shards(storage: Storage, url: str, progress: Progress | None = None, trust_counts: bool = False) -> Manifest:
     """Write the sidecars and the manifest of a folder (or brace pattern) of tars, and return the manifest.
 
-    Shards are indexed in parallel. A shard that the manifest describes, or whose sidecar is valid, is not read again,
-    so that an interrupted call continues. With `trust_counts`, a shard that another tool counted is not read either.
-    Raises DataError, naming the tar, for one that is truncated or unreadable.
+    A shard that the manifest or a valid sidecar describes is not read again, so that an interrupted call continues;
+    with `trust_counts`, nor is one that another tool counted. Raises DataError, naming the tar, for a damaged one.
     """
     folder, pattern = _folder_and_names(url)
     objects = storage.list_info(folder)
@@ -153,10 +148,7 @@ def index_shards(storage: Storage, url: str, progress: Progress | None = None, t
 
 
 def load_index(storage: Storage, url: str, record: ShardRecord) -> ShardIndex:
-    """Load the index of a shard of the folder or pattern `url`; index a trusted shard on first use.
-
-    Raises DataError if it is missing or of another tar, or if a trusted shard does not have the stated samples.
-    """
+    """Load the index of a shard, or index a trusted shard on first use. Raises DataError unless it fits the record."""
     location = join(shard_folder(url), record.name)
     sidecar = location + SIDECAR
     if not record.is_trusted:

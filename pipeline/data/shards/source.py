@@ -102,9 +102,9 @@ def open_source(
 ) -> Source:
     """Open the source of a config, whose shards must be indexed (`manifest.ensure_indexed`).
 
-    With filters or an opt-out list, the index of every shard is read in parallel, unless the URL `saved` has the counts
-    for the same arguments; they are written there otherwise. Raises DataError as `load_manifest` does and if no sample
-    is left; ConfigError for a property that no shard has or that cannot be compared in that way.
+    The counts of selected samples are those saved at the URL `saved` for the same arguments, else they are computed
+    from every index and saved. Raises DataError as `load_manifest`, or if no sample is left, and ConfigError for a
+    property that no shard has or that cannot be compared in that way.
     """
     manifest = load_manifest(storage, config.shards)
     objects = check_present(storage, config.shards, manifest)

@@ -55,8 +55,7 @@ class Tar:
     def samples(self) -> Iterator[TarSample]:
         """Yield every sample in order: 'folder/0001.seg.png' is member 'seg.png' of sample 'folder/0001'.
 
-        A repeated extension begins another sample with the same key. Raises DataError, naming the tar, unless it is a
-        complete, uncompressed tar with more than links.
+        A repeated extension begins another sample of the key. Raises DataError unless the tar is complete and plain.
         """
         keys: set[str] = set()
         sample: TarSample | None = None
@@ -194,10 +193,7 @@ def open_tar(storage: Storage, location: str, info: ObjectInfo) -> Iterator[Tar]
 
 
 def clean_name(name: bytes) -> str:
-    """Return a member's name as text. Bytes that are not UTF-8 are escaped: b'caf\\xe9' becomes 'caf\\\\xe9'.
-
-    Different names stay different: a backslash next to such bytes is doubled.
-    """
+    """Return a name as text; names stay distinct. Bytes that are not UTF-8 are escaped: b'\\xe9' becomes '\\\\xe9'."""
     try:
         return name.decode()
     except UnicodeDecodeError:
