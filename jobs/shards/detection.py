@@ -1,13 +1,12 @@
 """`mome shards regions`: run a detector over shards on Ray actors, and write them again with its regions.
 
-Each shard is the work of one actor. It is written to a temporary file and uploaded as two objects: first a record of
-its origin (`<shard>.regions.json`), then the tar, atomically. A shard with both is done, and a command that was
-interrupted continues with the others.
+Each shard is the work of one actor, which uploads a record of its origin (`<shard>.regions.json`), then the tar. A
+shard with both is done, and a command that was interrupted continues with the others.
 
-Detectors are Hugging Face's `AutoModelForObjectDetection` (DETR and its relatives, YOLOS, RT-DETR). Unlike Faster
-R-CNN, these have no pooled region feature. The feature of a region is the last hidden vector of its query (of the
-decoder, or of YOLOS's detection tokens), from which its class and box are predicted. Its class is the query's most
-likely one, and its confidence that class's probability. Shapes: Q queries of the detector, D its width, C its classes.
+Detectors are Hugging Face's `AutoModelForObjectDetection` (DETR and its relatives, YOLOS, RT-DETR). They have no pooled
+region feature: the feature of a region is the last hidden vector of its query, from which its class and box are
+predicted. Its class is the query's most likely one, and its confidence that class's probability. Shapes: Q queries of
+the detector, D its width, C its classes.
 """
 
 import hashlib

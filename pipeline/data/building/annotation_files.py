@@ -136,14 +136,12 @@ def karpathy_samples(job: Import) -> Iterator[Sample]:
     """Yield the images of one split, or of all, with their sentences; COCO's `train` includes `restval`."""
     file, chosen = job.source, job.options.split
 
-    def read(entry: Any) -> tuple[str, str, int, str, list[Any]]:
-        sentences = [sentence["raw"] for sentence in entry["sentences"]]
-        values = inputs.fields(entry, filename=str, split=str, **{"cocoid" if "cocoid" in entry else "imgid": int})
-        return *values, str(entry.get("filepath", "")), sentences
-
     listed = inputs.json_of(file, "Karpathy split file", "images")["images"]
     form = "'images' (filename, split, sentences: 'raw', cocoid or imgid)"
-    images = inputs.entries_of(file, "images", listed, read, job.problems, form)
+    images = inputs.entries_of(file, "images", listed, lambda entry: (
+        *inputs.fields(entry, filename=str, split=str, **{"cocoid" if "cocoid" in entry else "imgid": int}),
+        str(entry.get("filepath", "")), [sentence["raw"] for sentence in entry["sentences"]],
+    ), job.problems, form)  # fmt: skip
     counts = Counter(split for _, split, *_ in images)
     splits = set(counts) if chosen is None else set(TRAINED_WITH.get(chosen, (chosen,)))
     if chosen is not None and splits.isdisjoint(counts):

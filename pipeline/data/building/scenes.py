@@ -1,7 +1,6 @@
 """Synthetic pairs: two or three coloured shapes in a relation, and captions from a small grammar.
 
-A scene is defined by its *description*: the first shape (left or top), the second, their axis, and optionally a third.
-Every caption of a scene is true of it and states the whole description, so that scenes with different descriptions
+Every caption of a scene is true of it and states its whole *description*, so that scenes with different descriptions
 share no caption. All randomness is hashed from the source's seed and the scene's number.
 """
 

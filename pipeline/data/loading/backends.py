@@ -1,9 +1,8 @@
 """Loader backends: threads of the trainer's process, or loader processes that share memory with it.
 
 Each loader process builds a fixed, contiguous part of the rank's places, and so reads its own streams only. The memory
-is anonymous (it has no name in any file system) and the processes communicate with their rank through sockets alone,
-so that after a SIGKILL of any process the kernel reclaims everything: when the rank dies, the socket closes and its
-processes exit. A process that dies is noticed when its examples are next waited for, restarted, and given its
+is anonymous and the processes communicate with their rank through sockets alone, so that after a SIGKILL of any process
+the kernel reclaims everything. A process that dies is restarted when its examples are next waited for, and given its
 unfinished steps again: their examples come out the same.
 """
 

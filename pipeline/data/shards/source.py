@@ -2,8 +2,7 @@
 
 A filter applies to a property in the shards' indexes: `width`, `height`, `caption_length`, or a field of the samples'
 json. An opt-out list is a text file with one id per line: a sample's key, its `image_id` or its `url`. Both sides are
-compared in Unicode's NFC, and URLs in the normal form of RFC 3986. Memory holds the number of selected samples of each
-shard and the hashes of the listed ids; a shard's selected samples are computed from its index on demand.
+compared in Unicode's NFC, and URLs in the normal form of RFC 3986. Memory holds counts of samples and hashes of ids.
 """
 
 import hashlib

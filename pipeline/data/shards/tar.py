@@ -1,9 +1,8 @@
 """Walk through a tar: every regular file with the offset of its data, and proof that the tar is complete.
 
-ustar, GNU and PAX formats are read. A tar is complete if every member is and both zero blocks end it. Samples follow
-webdataset's rule: consecutive files whose paths agree up to the first dot of the file name. A hard link counts as a
-file, because its data is in the same tar. Entries without data (symbolic links, devices, …) and files that belong to no
-sample are skipped and counted.
+ustar, GNU and PAX formats are read. Samples follow webdataset's rule: consecutive files whose paths agree up to the
+first dot of the file name. A hard link counts as a file, because its data is in the same tar; entries without data
+(symbolic links, devices, …) and files that belong to no sample are skipped and counted.
 """
 
 from __future__ import annotations
