@@ -135,7 +135,6 @@ def nlvr2_samples(job: Import) -> Iterator[Sample]:
 def karpathy_samples(job: Import) -> Iterator[Sample]:
     """Yield the images of one split, or of all, with their sentences; COCO's `train` includes `restval`."""
     file, chosen = job.source, job.options.split
-
     listed = inputs.json_of(file, "Karpathy split file", "images")["images"]
     form = "'images' (filename, split, sentences: 'raw', cocoid or imgid)"
     images = inputs.entries_of(file, "images", listed, lambda entry: (
