@@ -150,10 +150,7 @@ def _with_source(config: RunConfig, source: str, source_type: str) -> RunConfig:
 def _name(
     name: str | None, source: str, key: EvalKey, is_limited: bool, config: RunConfig, known: list[EvalKey]
 ) -> str:
-    """Return the name of an evaluation: no other of these weights has it, unless it is of the same data.
-
-    `config` is the stored one, `source` one of its sources or a URL. Raises ConfigError for a `name` that is taken.
-    """
+    """Return a name that no evaluation of these weights on other data has; raise ConfigError for a `name` taken."""
     weights = (key.stage, key.step)
     taken = {k.name for k in known if (k.stage, k.step) == weights and not k.is_of_same_data(key)}
     taken |= {other for other, own in config.sources.items() if source not in (other, own.shards)}

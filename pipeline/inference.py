@@ -190,10 +190,7 @@ class TrainedModel:
         return dict(self._predict("vqa", (self.pixels(image),), question, top_k)["answers"])
 
     def fill_masks(self, text: str, image: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]:
-        """Return the `top_k` most probable tokens for each [MASK] in `text`, the best first.
-
-        The image is read only by a stage that trained masked language modelling with images.
-        """
+        """Return the `top_k` best tokens for each [MASK]; the image counts only where mlm was trained with images."""
         self._require("mlm", "masked words")
         pixels = () if image is None else (self.pixels(image),)
         return list(self._predict("mlm", pixels, text, top_k)["words"])

@@ -73,10 +73,7 @@ def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, 
 
 
 def embed_classes(predictor: Predictor, names: Sequence[str], prompts: Sequence[str], max_text_length: int) -> Tensor:
-    """Return each class's normalised mean (C, D) of its prompts' vectors; {} is the place of the name in a prompt.
-
-    Source: CLIP, arXiv 2103.00020, section 3.1.4.
-    """
+    """Return unit vectors (C, D), means over prompts with names for {} (CLIP, arXiv 2103.00020, section 3.1.4)."""
     texts = [prompt.replace("{}", name.replace("_", " ")) for name in names for prompt in prompts]
     vectors = predictor.embed_texts([t.ids for t in predictor.tokenizer.encode_batch(texts, max_text_length)])
     return F.normalize(vectors.unflatten(0, (len(names), len(prompts))).mean(dim=1), dim=1)

@@ -100,10 +100,7 @@ def mask_captions(held_out: EvalPairs, masking: MaskingConfig, tokenizer: Tokeni
 
 
 def mismatched_images(image_id: Tensor) -> Tensor:
-    """Return for each image the index (N,) of another one with a different id, each used once where possible.
-
-    Raises ValueError where all images are the same one.
-    """
+    """Return for each image one of another id (N,), all distinct if possible. Raises ValueError where all are equal."""
     ids, counts = image_id.unique(return_counts=True)
     if len(ids) < 2:
         raise ValueError("all held-out images are the same one: there is no other image to compare with")
@@ -143,10 +140,7 @@ def predict_masked_tokens(
 def reconstruct_images(
     model: nn.Module, held_out: EvalPairs, stage: StageConfig, config: RunConfig
 ) -> Reconstruction | None:
-    """Mask patches of the first images as `stage` does, chosen by key, and fill them with its model's predictions.
-
-    None for visual tokens, which cannot be drawn, and for images of different shapes.
-    """
+    """Mask patches of the first images as `stage` does and fill them; None for visual tokens and for varying shapes."""
     if stage.image_target == "visual_tokens" or held_out.image_size is not None:
         return None
     images, patch_size = held_out.images[:RECONSTRUCTED], config.model.patch_size

@@ -100,11 +100,8 @@ class Predictor:
         return compute_batches(len(token_ids), self.batch_size, self.ranks, embed)[0]
 
     def fusion_scores(self, held_out: EvalPairs, pairs: Tensor, head: FusedHead = "itm") -> Tensor:
-        """Return the fusion encoder's log-odds of 'matched', or its ranking scores: (P,).
-
-        `pairs` (P, 2) are indices of image and caption, and are read image by image.
-        """
-        order = pairs[:, 0].argsort(stable=True)
+        """Return log-odds of 'matched', or ranking scores (P,), of `pairs` (P, 2): indices of image and caption."""
+        order = pairs[:, 0].argsort(stable=True)  # image by image
 
         def score(rows: slice) -> tuple[Tensor]:
             image, caption = pairs[order[rows]].unbind(dim=1)

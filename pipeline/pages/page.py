@@ -35,10 +35,7 @@ def render_page(template: str, subject: str, **values: Any) -> str:
 
 
 def thumbnail(pixels: Any, side: int = THUMBNAIL, lossless: int = LOSSLESS) -> str:
-    """Return an image (H, W, 3) uint8 (array, tensor or PIL), reduced to `side` pixels, as the data URI of a file.
-
-    It is a PNG if neither side is longer than `lossless`, otherwise a JPEG.
-    """
+    """Return an image (array, tensor or PIL) of at most `side` pixels as a data URI: JPEG, or PNG up to `lossless`."""
     image, buffer = Image.fromarray(np.asarray(pixels)), io.BytesIO()
     image.thumbnail((side, side))
     kind, options = ("png", {"optimize": True}) if max(image.size) <= lossless else ("jpeg", {"quality": 80})

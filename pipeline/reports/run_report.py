@@ -207,10 +207,7 @@ def _events(run: RunFolder) -> list[Event]:
 
 
 def _lineage(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
-    """Return code, versions and user of the last start, how to find the run in MLflow, and the URL of its page there.
-
-    The run is named by its id if this machine uploaded it, otherwise by its tag. The URL is on the reader's own server.
-    """
+    """Return the origin of the last start with the run's MLflow id (or tag), and its page on the reader's server."""
     tags = run.sessions[-1].tags if run.sessions else {}
     commit = tags.get("mlflow.source.git.commit", "")
     if commit and tags.get("mome.git.dirty") == "true":
