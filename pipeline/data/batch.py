@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from pipeline.data.contents.regions import LOCATION
 IGNORED = -100  # the label of a padded masked position
 _ALIGNMENT = 64  # bytes, of every array: a cache line
 
-Values = TypeVar("Values", np.ndarray, Tensor)
 Modality = Literal["vision", "language"]
 
 
@@ -150,8 +149,9 @@ class Batch:
             digest.update(np.array([self.step, self.place[row], self.uid[row], self.image_id[row]]).tobytes())
             for name in hashed:
                 values, counter = getattr(self, name)[row], specs[name].counted_by
-                if counter is not None and (lengths := getattr(self, counter)) is not None:
-                    real = _real_lengths(lengths[row : row + 1], specs[counter].padding)[0]
+                if counter is not None and (counts := getattr(self, counter)) is not None:
+                    padding = specs[counter].padding
+                    real = counts[row] if padding is None else [(counts[row] != padding).sum()]
                     values = values[tuple(slice(int(length)) for length in real)]
                 digest.update(f"{name}{tuple(values.shape)}".encode())
                 digest.update(values.contiguous().numpy().tobytes())
@@ -160,11 +160,6 @@ class Batch:
 def field_specs(batch_type: type[Batch] = Batch) -> dict[str, FieldSpec]:
     """Return the declared fields of a batch by name, in order."""
     return {f.name: f.metadata["spec"] for f in dataclasses.fields(batch_type) if "spec" in f.metadata}
-
-
-def _real_lengths(values: Values, padding: float | None) -> Values:
-    """Return (B, axes): an example's sizes themselves (padding None), or its number of values that are not padding."""
-    return values if padding is None else (values != padding).sum(1)[:, None]
 
 
 @dataclass(frozen=True)
@@ -214,7 +209,8 @@ class BatchBuffer(dict[str, np.ndarray]):
         for name, array in self.items():
             counter = self._specs[name].counted_by
             if counter is not None and counter in self:
-                longest = _real_lengths(self[counter], self._specs[counter].padding).max(axis=0)
+                counts, padding = self[counter], self._specs[counter].padding
+                longest = counts.max(axis=0) if padding is None else [(counts != padding).sum(1).max()]
                 array = array[(slice(None), *(slice(int(length)) for length in longest))]
             tensors[name] = torch.from_numpy(array)
         return self.spec.batch_type(step=step, place=torch.arange(places.start, places.stop), **tensors)

@@ -60,11 +60,7 @@ class LengthBuckets(NamedTuple):
 
 
 class DataOrder:
-    """The order of one stage. `step` counts from the stage's start, `place` is the position in the global batch.
-
-    `extra` holds everything else that determines an example's content; it only enters the digest. Raises ConfigError
-    when the number of streams does not divide the batch, and DataError when a source has fewer samples than streams.
-    """
+    """The order of one stage. `extra` only enters the digest: everything else that determines an example's content."""
 
     def __init__(
         self,

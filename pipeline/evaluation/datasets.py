@@ -48,7 +48,7 @@ class StoredImages:
         self._threads = ThreadPoolExecutor(config.data.loader.threads_per_worker, "held-out")
         self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)
         shape = shape_of(config.model)
-        self._image_bytes = 3 * (shape.canvas if isinstance(shape, KeepAspectRatio) else shape) ** 2  # at most
+        self._image_bytes = 3 * (shape.longest if isinstance(shape, KeepAspectRatio) else shape) ** 2  # at most
 
     def load(self, position: int, sample: Sample | None = None) -> np.ndarray:
         """Return the image (H, W, 3) of a sample, which is read unless given. Raises BadSample as training does."""

@@ -156,10 +156,7 @@ class Objective:
 
 
 class MaskedRegionObjective(Objective):
-    """An objective on masked regions (ImageBERT, section 3.3). It shares the forward of MLM over masked words.
-
-    Both read true pairs only: mismatched ones say nothing about what was masked (the paper's conditional mask).
-    """
+    """An objective on masked regions of true pairs, with MLM's forward (ImageBERT, section 3.3: conditional mask)."""
 
     source_types = frozenset({"regions"})
     fields = frozenset({"masked_regions"})

@@ -56,11 +56,7 @@ def wpa_plan(cost: Tensor, words_keep: Tensor, patches_keep: Tensor, outer: int 
 
 
 def wpa_loss(words: Tensor, patches: Tensor, words_keep: Tensor, patches_keep: Tensor, matched: Tensor) -> Tensor:
-    """Return the distances of matched pairs minus those of mismatched ones, summed over pairs (ViLT, section 3.2).
-
-    words (n, L, D) and patches (n, P, D) are final features, `matched` (n,) bool. The gradient pushes mismatched pairs
-    apart. The published loss divides by the batch size and has weight 0.1.
-    """
+    """Return the distances of matched pairs (n,) minus those of mismatched ones, summed (ViLT, section 3.2)."""
     cost = wpa_cost(words, patches)
     distance = (cost * wpa_plan(cost.detach(), words_keep, patches_keep)).sum(dim=(1, 2))
     return torch.where(matched, distance, -distance).sum()

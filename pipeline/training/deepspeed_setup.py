@@ -83,10 +83,9 @@ def sharding_of(stage: Stage, world_size: int, on_cuda: bool) -> Sharding:
 
 
 def prepare_blocks(model: Model, engine: EngineConfig) -> None:
-    """Compile the model's transformer blocks or checkpoint their activations; names, parameters and hooks stay.
+    """Compile the model's transformer blocks or checkpoint their activations, before DeepSpeed gets the model.
 
-    Call it once, before the model is given to DeepSpeed. Drop path is an input and so the same when a block is
-    recomputed; element dropout is the same because the generator's state is preserved.
+    A recomputed block drops the same: drop path is an input, and for dropout the generator's state is preserved.
     """
     if engine.compile:
         # Beyond torch's limits a variant would silently run uncompiled; each layer's drop path alone makes one.

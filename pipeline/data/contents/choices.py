@@ -62,8 +62,8 @@ def answers_with(choices: Mapping[str, Choices], num_outputs: int | None, where:
 def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: str) -> Choices | None:
     """Return what a stage's head chooses among: its answers (`file` ANSWERS) or the names of its classes (CLASSES).
 
-    None without the objective vqa or classification, and for classes without a list of their names. Raises ConfigError
-    when a list of answers is missing, and when a list's length is not `num_answers` or `num_classes`.
+    None without the objective vqa or classification, and for classes without a list. Raises ConfigError when a list of
+    answers is missing, and when a list's length is not `num_answers` or `num_classes`.
     """
     is_answers = file == ANSWERS
     objective, key = ("vqa", "num_answers") if is_answers else ("classification", "num_classes")

@@ -105,11 +105,6 @@ class KeepAspectRatio:
     longest: int
     patch: int
 
-    @property
-    def canvas(self) -> int:
-        """The side of the square that holds every image."""
-        return self.longest // self.patch * self.patch
-
     def sides(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width that an image is resized to."""
         scale = min(self.shorter / min(height, width), self.longest / max(height, width))

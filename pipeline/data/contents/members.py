@@ -110,7 +110,10 @@ def question_of(members: Members) -> Question:
     for score in answers.values():
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
             raise BadSample("answers", f"the score {score!r:.40} is not a number in 0 … 1")
-    return Question(_text(record, "question"), answers, str(record.get("question_id", "")))
+    question = record.get("question")
+    if not isinstance(question, str) or not is_visible(question := question.strip()):
+        raise BadSample("caption", "no question (json with 'question': a text)")
+    return Question(question, answers, str(record.get("question_id", "")))
 
 
 def statement_of(members: Members) -> Statement:
@@ -119,14 +122,10 @@ def statement_of(members: Members) -> Statement:
     label = record.get("label")
     if label not in (True, False):  # 1 and 0 equal them
         raise BadSample("label", f"the label {label!r:.40} is neither true nor false")
-    return Statement(_text(record, "sentence"), bool(label), str(record.get("id", "")))
-
-
-def _text(record: Mapping[str, Any], key: str) -> str:
-    text = record.get(key)
-    if not isinstance(text, str) or not is_visible(text := text.strip()):
-        raise BadSample("caption", f"no {key} (json with {key!r}: a text)")
-    return text
+    sentence = record.get("sentence")
+    if not isinstance(sentence, str) or not is_visible(sentence := sentence.strip()):
+        raise BadSample("caption", "no sentence (json with 'sentence': a text)")
+    return Statement(sentence, bool(label), str(record.get("id", "")))
 
 
 def texts_of(members: Members) -> list[str]:

@@ -67,10 +67,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
-        """Read a `vocab.txt`. Raises DataError naming the file when it is not a vocabulary.
-
-        `lowercase` defaults to `do_lower_case` of Hugging Face's tokenizer_config.json next to the file, if it exists.
-        """
+        """Read a `vocab.txt`; `lowercase` defaults to `do_lower_case` of a tokenizer_config.json next to it."""
         try:
             tokens = tokens_of(storage.read(url))
             return cls(tokens, stated_lowercase(storage, split(url)[0]) if lowercase is None else lowercase)
@@ -79,11 +76,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], size: int, lowercase: bool = True) -> Tokenizer:
-        """Train a vocabulary of at most `size` tokens, a function of the captions alone.
-
-        The library numbers characters in hash-table order and breaks ties between merges by number. Passing the
-        characters as special tokens in sorted order makes the result reproducible.
-        """
+        """Train a vocabulary of at most `size` tokens, a function of the captions alone."""
         normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
         lines = [normalizer.normalize_str(caption) for caption in captions]
         for number, line in enumerate(lines):
@@ -98,6 +91,7 @@ class Tokenizer:
         known = {piece.removeprefix(CONTINUES) or piece for piece in alphabet}
         spelled = str.maketrans(dict.fromkeys(counts.keys() - known, " "))
         pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK), lowercase)
+        # The library numbers characters in hash-table order and breaks ties by number: it is given them in order.
         specials: list[Any] = [*SPECIALS, *alphabet]
         trainer = trainers.WordPieceTrainer(
             vocab_size=size, show_progress=False, special_tokens=specials, limit_alphabet=len(known)

@@ -43,15 +43,15 @@ def batch_spec(config: RunConfig, stage: StageConfig, groups: frozenset[str], nu
     model, masking, shape = config.model, stage.masking, shape_of(config.model)
     if isinstance(shape, KeepAspectRatio):
         assert isinstance(model, ViLTConfig)
-        most = (shape.shorter // shape.patch) * (shape.longest // shape.patch)
+        most, side = (shape.shorter // shape.patch) * (shape.longest // shape.patch), shape.longest
         patches = min(most, model.max_visible_patches or most)
         groups |= {f"{name}_size" for name in ("image", "second_image") if name in groups}
         if "image" in groups and "second_image" not in groups:  # models read all patches of two images
             groups |= {"visible_patches"}
     else:
-        patches = model.num_patches
+        patches, side = model.num_patches, shape
     masked = len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0)))
-    sizes = BatchSizes(shape if isinstance(shape, int) else shape.canvas, stage.max_text_length, patches, masked)
+    sizes = BatchSizes(side // model.patch_size * model.patch_size, stage.max_text_length, patches, masked)
     if "regions" in groups:
         assert isinstance(model, ImageBERTConfig), "the schema accepts regions for no other kind of model"
         masked = len(mask_patches(model.max_regions, masking.region_mask_ratio, CounterRandom(0)))

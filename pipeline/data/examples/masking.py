@@ -82,8 +82,7 @@ def patch_replacements(
 ) -> np.ndarray:
     """Return the patch shown at each of the masked `positions` (K,): (K,) int64, -1 for the mask embedding.
 
-    Each position shows the mask embedding with probability `mask_prob`, another patch of the image with probability
-    `random_prob`, and otherwise its own patch (ViT, section B.1.2: 0.8, 0.1 and 0.1).
+    With probability `mask_prob` that is shown, with `random_prob` another patch, else its own (ViT, section B.1.2).
     """
     shown = positions.copy()
     for place, position in enumerate(positions):
