@@ -79,8 +79,7 @@ _IDENTITY = {"spec": FieldSpec(None, np.int64, is_hashed=False)}
 class Batch:
     """Examples of global batch `step`. A field is None where the stage's objectives do not read it.
 
-    Lengths L, R and K, and H and W of images that keep their aspect ratio, are those of these examples and not of the
-    global batch: no result may depend on them.
+    The lengths H, W, L, R and K are those of these examples, not of the global batch: no result may depend on them.
     """
 
     step: int

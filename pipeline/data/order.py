@@ -51,8 +51,7 @@ class OrderSource(NamedTuple):
 class LengthBuckets(NamedTuple):
     """Batches of samples of similar length: each stream sorts blocks of `batches` batches' worth of its samples.
 
-    `length` returns a sample's length, always the same for the same sample; what it measures belongs in the order's
-    `extra`. A block may cross the end of an epoch. Only over a whole block are the sources mixed by their weights.
+    What `length` measures belongs in the order's `extra`. Only over a whole block are the sources mixed by weight.
     """
 
     batches: int

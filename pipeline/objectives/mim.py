@@ -57,10 +57,7 @@ def patch_targets(image: Tensor, positions: Tensor, patch_size: int, target: str
 
 
 def mim_loss(prediction: Tensor, target: Tensor, is_masked: Tensor | None = None) -> Tensor:
-    """Return the sum over masked patches of the cross-entropy (classes) or of the mean squared error (pixels).
-
-    target (n, K) int64 classes or (n, K, p * p * 3) pixels. `is_masked` (n, K) is False at padding; None: no padding.
-    """
+    """Return the sum over masked patches (None: all) of the cross-entropy (int64) or mean squared error (pixels)."""
     if target.is_floating_point():
         errors = (prediction.float() - target).square().mean(dim=-1)
         return (errors if is_masked is None else errors * is_masked).sum()
@@ -68,10 +65,7 @@ def mim_loss(prediction: Tensor, target: Tensor, is_masked: Tensor | None = None
 
 
 def reconstruct(image: Tensor, positions: Tensor, prediction: Tensor, patch_size: int) -> Tensor:
-    """Return the image with the selected patches replaced by their predictions: (n, H, W, 3) uint8, for display.
-
-    Classes are shown as the centre of their colour bin; pixels with the true patch's mean and deviation.
-    """
+    """Return the image with the selected patches painted from their predictions: (n, H, W, 3) uint8, for display."""
     patches = patchify(image, patch_size)
     index = positions.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
     if prediction.shape[-1] == patches.shape[-1]:

@@ -18,8 +18,7 @@ from pipeline.objectives import TEXT, NegativePool, Objective, RowSwap, cross_en
 def draw_distinct_negatives(keys: Tensor, row_id: Tensor, column_id: Tensor, count: int) -> Tensor:
     """Draw `count` different candidates per row that do not show the row's image: (n, count) int64.
 
-    keys (n, B) are random numbers; the smallest are drawn. Ids (n,) and (B,) are image ids. A row with fewer others
-    than `count` repeats them; a row without others draws from all candidates.
+    The smallest keys (n, B) are drawn. A row with fewer others than `count` repeats them; one without draws from all.
     """
     allowed = row_id[:, None] != column_id[None, :]
     allowed = allowed | ~allowed.any(dim=1, keepdim=True)

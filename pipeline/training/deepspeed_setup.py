@@ -124,9 +124,8 @@ def use_own_folder() -> Path:
 def exclusive_build(folder: Path) -> Iterator[None]:
     """Hold the node's lock for building or loading extensions in `folder`.
 
-    torch guards a build by a file that only the building process deletes: if it is killed, every later run on the
-    machine waits forever. The kernel releases this lock when its holder dies, so the holder may delete torch's file.
-    Raises ConfigError if the folder is not writable.
+    torch guards a build by a file that outlives a killed process, and later runs wait for it forever. The kernel
+    releases this lock, so that its holder may delete torch's file. Raises ConfigError if the folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

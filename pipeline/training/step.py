@@ -282,8 +282,7 @@ class TrainingStep:
 def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor, swaps: list[RowSwap]) -> Batch:
     """Return the examples at `indices` (n,) of this rank's `batch` with their fields swapped. A collective call.
 
-    `size` is the global batch's. Only the swapped fields travel between ranks, images as bytes; fields of different
-    lengths are padded to the longest first.
+    `size` is the global batch's. Only the swapped fields travel between ranks, padded to the longest.
     """
     result = batch.rows(indices)
     for swap in swaps:

@@ -95,11 +95,7 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class KeepAspectRatio:
-    """Resizing that keeps the aspect ratio (ViLT, section 4.1), up to `shorter` and `longest` pixels of the sides.
-
-    Both sides are then cut to multiples of `patch`, at least one. The paper's 384 and 640 give up to 240 patches; the
-    release's longest side is int(1333 / 800 * 384) = 639, which is cut to 608, 228 patches.
-    """
+    """Resizing that keeps the aspect ratio (ViLT, section 4.1): sides up to `shorter` and `longest`, cut to patches."""
 
     shorter: int
     longest: int

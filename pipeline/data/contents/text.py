@@ -61,8 +61,10 @@ class Tokenizer:
         self.ordinary_ids = np.array([i for token, i in ids.items() if not reserved.fullmatch(token)], dtype=np.int64)
         self.vocabulary_file = ("\n".join(self.tokens) + "\n").encode()
         self.digest = hashlib.sha256((b"" if self.lowercase else b"cased\n") + self.vocabulary_file).hexdigest()
-        model = models.WordPiece(vocab=ids, unk_token=UNK, max_input_chars_per_word=MAX_WORD)
-        self._pieces = _bert_pieces(model, self.lowercase)
+        # BERT's pipeline. No special token is registered: "[MASK]" in a caption is text like any other.
+        self._pieces = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=MAX_WORD))
+        self._pieces.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase)
+        self._pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._pieces.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=True)
 
     @classmethod
@@ -90,7 +92,7 @@ class Tokenizer:
             raise DataError(f"a vocabulary of {size} tokens has no room for characters; set at least 64")
         known = {piece.removeprefix(CONTINUES) or piece for piece in alphabet}
         spelled = str.maketrans(dict.fromkeys(counts.keys() - known, " "))
-        pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK), lowercase)
+        pieces = cls(SPECIALS, lowercase)._pieces
         # The library numbers characters in hash-table order and breaks ties by number: it is given them in order.
         specials: list[Any] = [*SPECIALS, *alphabet]
         trainer = trainers.WordPieceTrainer(
@@ -148,14 +150,6 @@ def tokens_of(data: bytes) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
-
-
-def _bert_pieces(model: models.Model, lowercase: bool) -> tokenizers.Tokenizer:
-    """Return BERT's pipeline: clean, lower-case and strip accents (if `lowercase`), split at spaces and punctuation."""
-    pieces = tokenizers.Tokenizer(model)  # without special tokens: "[MASK]" in a caption is text like any other
-    pieces.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return pieces
 
 
 def choose_alphabet(counts: Counter[str], room: int, normalizer: normalizers.Normalizer) -> list[str]:
