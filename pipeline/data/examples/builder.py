@@ -35,6 +35,7 @@ from pipeline.data.storage import Storage
 
 MAX_TRIES = 16  # candidates to replace one bad sample
 _CACHED_STEPS = 4  # steps whose order is kept: threads build the examples of one step and of the next
+_PURPOSES = {"image": "augment", "second_image": "augment second"}  # of the random numbers, by field
 _DECODED_BYTES = 8 * 2**20  # decoded images of one thread that wait to be augmented
 
 
@@ -248,25 +249,23 @@ class ExampleBuilder:
             while decoded and (waiting > _DECODED_BYTES or row == last):
                 ready, pixels = decoded.popitem()
                 with _collected(faults, ready, "image"):
-                    self._write_images(pending[ready], pixels, buffer, ready)
+                    shown, settings = pending[ready], self._config.data.augment
+                    names_side = any(map(SIDES.search, (shown.text, *shown.answers)))
+                    may_flip = not (settings.skip_flip_for_left_right and names_side)
+                    for image, (name, purpose) in zip(pixels, _PURPOSES.items(), strict=False):
+                        random, interpolation = shown.random(purpose), self._model.interpolation
+                        augmented = augment(image, settings, self._shape, random, may_flip, interpolation)
+                        canvas, (height, width) = buffer[name][ready], augmented.shape[:2]
+                        if f"{name}_size" in buffer:
+                            buffer[f"{name}_size"][ready] = height, width
+                        canvas[:height, :width] = augmented
+                        canvas[height:] = canvas[:height, width:] = 0
 
         for row, example in pending.items():
             if row not in faults:
                 with _collected(faults, row, "members"):
                     self._write_others(example, buffer, row)
         return faults
-
-    def _write_images(self, example: PendingExample, images: list[np.ndarray], buffer: BatchBuffer, row: int) -> None:
-        settings, interpolation = self._config.data.augment, self._model.interpolation
-        says_side = settings.skip_flip_for_left_right and any(map(SIDES.search, (example.text, *example.answers)))
-        purposes = {"image": "augment", "second_image": "augment second"}
-        for image, (name, purpose) in zip(images, purposes.items(), strict=False):
-            augmented = augment(image, settings, self._shape, example.random(purpose), not says_side, interpolation)
-            canvas, (height, width) = buffer[name][row], augmented.shape[:2]
-            if isinstance(self._shape, KeepAspectRatio):
-                buffer[f"{name}_size"][row] = height, width
-            canvas[:height, :width] = augmented
-            canvas[height:] = canvas[:height, width:] = 0
 
     def _write_others(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
         """Write everything but the text and the images. Raises BadSample without regions that fit the model."""
