@@ -235,7 +235,8 @@ class LabelledEvalSet:
         """Return images, token ids and annotation. Raises BadSample for the same samples as training does."""
         members, stage, token_ids = sample.members, self.stage, list[int]()
         contents.check_members(members, sample.is_duplicate)
-        encoded = contents.both_images(members) if self.type == "statements" else (contents.image_bytes(members),)
+        prefixes = contents.BOTH if self.type == "statements" else (("",),)
+        encoded = [contents.image_bytes(members, prefix) for prefix in prefixes]
         annotation: contents.Question | contents.Statement | int
         if self.type == "labelled":
             annotation = contents.class_of(members, stage.num_classes if "classification" in stage.objectives else None)

@@ -27,6 +27,7 @@ Members = Mapping[str, bytes]  # extension without its dot -> content
 REGIONS = "npz"  # the extension of a detector's regions (see `contents.regions`)
 # Loading one of these runs its author's code. Nothing here loads them, but other readers of the same shards would.
 EXECUTABLE = frozenset({"pickle", "pkl", "pth", "pt", "pyd", "pyc", "joblib", "dill"})
+BOTH = (("0.", "left."), ("1.", "right."))  # prefixes of a statement's first and second image
 MAX_DIGITS = 18  # of a class number: any such number fits an int64
 MAX_ANSWERS = 10  # different answers to a question: VQA asks ten people
 _normalizer = BertNormalizer(lowercase=True)
@@ -62,11 +63,6 @@ def image_bytes(members: Members, prefixes: tuple[str, ...] = ("",)) -> bytes:
         "members",
         f"no image {expected} (or {', '.join(EXTENSIONS[1:])}); it has {', '.join(sorted(members)) or 'none'}",
     )
-
-
-def both_images(members: Members) -> tuple[bytes, bytes]:
-    """Return the encoded first and second image of a statement."""
-    return image_bytes(members, ("0.", "left.")), image_bytes(members, ("1.", "right."))
 
 
 def captions_of(members: Members) -> list[str]:

@@ -241,8 +241,8 @@ class ExampleBuilder:
             if row not in faults:
                 with _collected(faults, row, "image"):
                     content, shard, key = example.sample.members, example.sample.shard, example.sample.key
-                    two = "second_image" in self._groups
-                    images = members.both_images(content) if two else (members.image_bytes(content),)
+                    prefixes = members.BOTH if "second_image" in self._groups else (("",),)
+                    images = [members.image_bytes(content, prefix) for prefix in prefixes]
                     with decoding(f"{example.ref.source}: {shard} {key}"):
                         decoded[row] = [decode(image, self._config.data.max_pixels) for image in images]
             waiting = sum(image.nbytes for pixels in decoded.values() for image in pixels)

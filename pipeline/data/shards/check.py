@@ -125,7 +125,7 @@ def sample_defect(source_type: SourceType, max_pixels: int, classes: int | None,
                 members.question_of(contents)
             elif source_type == "statements":
                 members.statement_of(contents)
-                images = members.both_images(contents)
+                images = tuple(members.image_bytes(contents, prefixes) for prefixes in members.BOTH)
             elif source_type == "labelled":
                 members.class_of(contents, classes)
             if source_type == "regions":

@@ -20,7 +20,7 @@ from pipeline.data.building.importers import find_kind
 from pipeline.data.building.inputs import Problems
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.images import FORMATS
-from pipeline.data.contents.members import both_images, captions_of, class_of, question_of, statement_of
+from pipeline.data.contents.members import BOTH, captions_of, class_of, image_bytes, question_of, statement_of
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.imports import captions_in, members_of, read, record_of, save_image, write_lines
 
@@ -338,7 +338,7 @@ def test_nlvr2_images_are_found_in_every_release_layout(tmp_path: Path) -> None:
         save_image(tmp_path / "train" / "37" / f"train-9-1-img{side}.png", 3 + side)
     assert find_kind(file) == "nlvr2"
     one, two, three = read(file, problems := Problems()).samples
-    assert both_images(members_of(one)) == (left, right)
+    assert [image_bytes(members_of(one), prefixes) for prefixes in BOTH] == [left, right]
     assert (statement_of(members_of(one)).is_true, statement_of(members_of(one)).id) == (True, "dev-8-0-0")
     assert record_of(two)["label"] is False
     assert three["__key__"] == "train-9-1-0"
@@ -402,6 +402,6 @@ def test_published_annotations_are_read(shared: Path) -> None:
         for members in samples:
             if kind == "nlvr2":
                 assert statement_of(members).id.count("-") == 3
-                both_images(members)
+                assert all(image_bytes(members, prefixes) for prefixes in BOTH)
             else:
                 assert question_of(members).answers

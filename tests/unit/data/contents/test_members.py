@@ -45,8 +45,8 @@ def test_captions_questions_statements_classes_and_images_are_read_in_every_layo
     assert texts_of(with_json(sentence="it is")) == ["it is"]
     assert texts_of(with_json(captions=["one"], question="why?")) == ["one"]
     assert members.image_bytes({"seg.png": b"mask", "webp": b"picture"}) == b"picture"
-    assert members.both_images({"0.jpg": b"a", "1.png": b"b"}) == (b"a", b"b")
-    assert members.both_images({"right.jpg": b"b", "left.webp": b"a"}) == (b"a", b"b")
+    for sample in ({"0.jpg": b"a", "1.png": b"b"}, {"right.jpg": b"b", "left.webp": b"a"}):
+        assert [members.image_bytes(sample, prefixes) for prefixes in members.BOTH] == [b"a", b"b"]
     members.check_members({"jpg": b"", "json": b"", "npz": b""}, is_duplicate=False)
 
 
@@ -79,7 +79,11 @@ def test_captions_questions_statements_classes_and_images_are_read_in_every_layo
         (_class, {"cls": b"4"}, "class is 4; expected 0 to 3"),
         *((_class, {"cls": text}, "not a class number") for text in (b"cat", b"-1", b"1.5", b"", b"\xc2\xb2", b"1 2")),
         (members.image_bytes, {"seg.png": b"mask"}, r"no image.*it has seg\.png"),
-        (members.both_images, {"0.jpg": b"a"}, r"no image 1.jpg or right.jpg .*; it has 0.jpg"),
+        (
+            partial(members.image_bytes, prefixes=members.BOTH[1]),
+            {"0.jpg": b"a"},
+            r"no image 1.jpg or right.jpg .*; it has 0.jpg",
+        ),
         *((_check, {"jpg": b"", name: b""}, "executes code") for name in ("pkl", "pth", "pickle", "features.pt")),
         (partial(members.check_members, is_duplicate=True), {"jpg": b""}, "occurs twice"),
     ],
