@@ -79,13 +79,13 @@ def plan_command(
         if name not in known:
             hint = "".join(f"did you mean '{match}'? " for match in difflib.get_close_matches(name, known, n=1))
             raise ConfigError(f"{option} {name}: {hint}known: {', '.join(known)}")
-    device, interconnect = planning.ACCELERATORS[accelerator], planning.NETWORKS[network]
-    target = Target(device, interconnect, config.cluster.workers, assumptions, text_tokens)
+    hardware = planning.ACCELERATORS[accelerator], planning.NETWORKS[network]
+    target = Target(*hardware, config.cluster.workers, assumptions, text_tokens)
     with status("planning") as update:
         plans = plan_run(config, target, scaling is not None, update)
     if scaling is not None:
-        title = f"{config.name} on {device.name}, {interconnect.name}"
-        write_output(Storage(), str(scaling), scaling_svg(plans, target, title).encode(), "--scaling")
+        page = scaling_svg(plans, target, f"{config.name} on {accelerator}, {network}")
+        write_output(Storage(), str(scaling), page.encode(), "--scaling")
     return as_json_object(plans, target), as_text(plans, target)
 
 

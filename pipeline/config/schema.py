@@ -292,9 +292,7 @@ class FilterConfig(Section):
     """Conditions on one indexed property; a sample is read if all conditions hold."""
 
     RULES: ClassVar[Rules] = {
-        "needs a condition: min, max, any_of or none_of": (
-            lambda filters: not (filters.min is filters.max is filters.any_of is filters.none_of is None)
-        )
+        "needs a condition: min, max, any_of or none_of": lambda f: {f.min, f.max, f.any_of, f.none_of} != {None}
     }
 
     min: float | None = fixed(None, "Smallest allowed value")

@@ -147,11 +147,6 @@ class Sharding:
         """Bytes per element of the model's weights."""
         return 2 if self.precision == "bfloat16" else FLOAT32
 
-    def part(self, elements: float) -> float:
-        """Return the elements of a flat buffer on one rank."""
-        step = ALIGNMENT * self.world_size
-        return -(-elements // step) * step / self.world_size
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -181,7 +176,9 @@ def memory_of(
 ) -> Memory:
     """Return the memory of one rank. `workspace` are the bytes that backward allocates besides the activations."""
     stage, element = sharding.zero_stage, sharding.element
-    trained, part = parameters.trained, sharding.part(parameters.trained)
+    trained, ranks = parameters.trained, sharding.world_size
+    # Elements of one rank's part of a flat buffer: of the trained weights, and of all.
+    part, part_of_all = (float(ALIGNMENT * math.ceil(n / (ALIGNMENT * ranks))) for n in (trained, parameters.total))
     # Bytes of a float32 copy of a weight, and of a second gradient, that only bfloat16 weights have.
     extra_copy, extra_gradient = (0, 0) if element == FLOAT32 else (FLOAT32, element)
     # torch's per-tensor loop takes two float32 copies of the largest tensor; one fused kernel takes none.
@@ -191,7 +188,7 @@ def memory_of(
     update, bucket = adam * part, min(sharding.reduce_bucket, trained)
     if stage == 0:  # everything on every rank; gradients are summed in one flat copy
         optimizer, gradients = (extra_copy + MOMENTS) * trained, (FLOAT32 + extra_gradient) * trained
-        flat_copy = FLOAT32 * min(trained, WHOLE_BUCKET) if sharding.world_size > 1 else 0.0
+        flat_copy = FLOAT32 * min(trained, WHOLE_BUCKET) if ranks > 1 else 0.0
         update = max(flat_copy, adam * parameters.largest)
     elif stage == 1 and sharding.precision == "bfloat16" and not sharding.offload_optimizer:
         # Whole, flat weights. Gradients are whole: in bfloat16 and, summed over micro-batches, in float32.
@@ -204,7 +201,7 @@ def memory_of(
             host, optimizer = optimizer + (FLOAT32 + element) * part, 0.0
             gradients, update = element * parameters.largest, 0.0
     else:  # everything partitioned; weights are gathered for use, and kept up to `max_live` elements
-        weights, buffers = element * sharding.part(parameters.total), sharding.reduce_bucket * FLOAT32
+        weights, buffers = element * part_of_all, sharding.reduce_bucket * FLOAT32
         # A bucket's copy in rank order and, if its type differs, the gradients it was filled from.
         backward = element * min(parameters.total, sharding.max_live) + (FLOAT32 + extra_gradient) * bucket
         if sharding.offload_optimizer:
@@ -302,8 +299,7 @@ def estimate(
     moved, communication = _communication(work, sharding, accelerator, network, accumulation, batch)
     step = compute + max(0.0, communication - assumptions.overlap * compute)
     samples = batch / step
-    checkpoint = FLOAT32 * work.parameters.total + MOMENTS * work.parameters.trained
-    checkpoint += FLOAT32 * work.parameters.trained if sharding.averages else 0
+    checkpoint = FLOAT32 * work.parameters.total + (MOMENTS + FLOAT32 * sharding.averages) * work.parameters.trained
     hours = stage.steps * step / assumptions.goodput / 3600
     return StageEstimate(
         stage.name, work.parameters, ranks, share, micro_batch_size=examples, accumulation=accumulation,
