@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 MAX_BATCH_POINTS, MAX_BATCH_PAIRS = 1000, 100  # MLflow's limits
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters
-IS_EXTERNAL = "mlflow.model.isExternal"  # MLflow's tag of models whose files it does not store
-PAGE_SIZE = 100  # of a search for models
 _INVALID_IN_MODEL_NAMES = re.compile(r"[/:.%\"']")
 
 
@@ -165,7 +163,7 @@ class MlflowUploader:
 
     def _apply(self, record: Record) -> None:
         """Upload one record other than metrics."""
-        from mlflow.entities import Metric
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
         kind, stage, client = record["kind"], record["stage"], self._client
         if kind == "run":
@@ -177,7 +175,21 @@ class MlflowUploader:
                     for metric in request(client.get_run, run.info.run_id).data.to_proto().metrics:
                         marks[metric.key] = max(metric.step, marks.get(metric.key, -1))
         elif kind == "stage":
-            self._begin_stage(record)
+            parent, child = self._run_id(None), self._run_id(stage, record)
+            datasets = []
+            for item in record["datasets"]:
+                scheme = urlsplit(item["source"]).scheme or "local"
+                source, profile = json.dumps({"uri": item["source"]}), json.dumps({"digest": item["digest"]})
+                dataset = Dataset(item["name"], item["digest"][:MAX_DIGEST], scheme, source, profile=profile)
+                datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", item["context"])]))
+            for run_id in (parent, child):
+                request(client.update_run, run_id, status="RUNNING")
+                if datasets:
+                    self._send(client.log_inputs, run_id, datasets)
+            self._log_params_and_tags(child, record)
+            origin = record["tags"].get("start_from", "random")
+            if origin != "random" and (origin_run := self._send(self._log_starting_weights, origin, child)) is not None:
+                self._send(client.set_tag, child, "start_from.run_id", origin_run)
         elif kind == "tag":
             self._send(client.set_tag, self._run_id(stage), record["key"], record["value"][:MAX_TAG])
         elif kind == "rewind":
@@ -209,25 +221,6 @@ class MlflowUploader:
         elif kind in ("stage_end", "run_end"):
             self._send(client.set_terminated, self._run_id(stage), record["status"], record["at"])
 
-    def _begin_stage(self, record: Record) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        parent, child = self._run_id(None), self._run_id(record["stage"], record)
-        datasets = []
-        for item in record["datasets"]:
-            kind = urlsplit(item["source"]).scheme or "local"
-            source, profile = json.dumps({"uri": item["source"]}), json.dumps({"digest": item["digest"]})
-            dataset = Dataset(item["name"], item["digest"][:MAX_DIGEST], kind, source, profile=profile)
-            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", item["context"])]))
-        for run in (parent, child):
-            request(self._client.update_run, run, status="RUNNING")
-            if datasets:
-                self._send(self._client.log_inputs, run, datasets)
-        self._log_params_and_tags(child, record)
-        origin = record["tags"].get("start_from", "random")
-        if origin != "random" and (origin_run := self._send(self._log_starting_weights, origin, child)) is not None:
-            self._send(self._client.set_tag, child, "start_from.run_id", origin_run)
-
     def _log_params_and_tags(self, run: str, record: Record) -> None:
         """Log params and tags. A param that already has another value is immutable and becomes a tag."""
         from mlflow.entities import Param, RunTag
@@ -250,7 +243,7 @@ class MlflowUploader:
             token, search = None, self._client.search_logged_models
             condition = f"tags.`mome.run` = '{self._run_record['run']}'"
             while True:
-                page = request(search, [self._experiment], condition, max_results=PAGE_SIZE, page_token=token)
+                page = request(search, [self._experiment], condition, max_results=100, page_token=token)
                 models |= {model.tags["mome.url"]: model for model in page if "mome.url" in model.tags}
                 if not (token := page.token):
                     break
@@ -274,7 +267,7 @@ class MlflowUploader:
             params = {"stage": stage, "step": str(step), "role": role}
             model = request(
                 client.create_logged_model, self._experiment, _INVALID_IN_MODEL_NAMES.sub("-", name), run_id,
-                tags | {IS_EXTERNAL: "true"}, params, "weights",
+                tags | {"mlflow.model.isExternal": "true"}, params, "weights",  # MLflow does not store its files
             )  # fmt: skip
             models[url] = model
         if model.status != LoggedModelStatus.READY:  # it was created but not finalized
@@ -291,16 +284,16 @@ class MlflowUploader:
 
         client = self._client
         if (own := self._logged_models().get(url)) is not None:
-            model = request(client.get_logged_model, own.model_id)
+            models = [request(client.get_logged_model, own.model_id)]
+        elif "'" in url:  # it cannot be quoted in a filter
+            return None
         else:
-            models: list[LoggedModel] = []
-            if "'" not in url:  # it cannot be quoted in a filter
-                experiments = [experiment.experiment_id for experiment in request(client.search_experiments)]
-                condition = f"tags.`mome.url` = '{url}'"
-                models = request(client.search_logged_models, experiments, condition, max_results=1)
-            if not models:
-                return None
-            model = models[0]
+            experiments = [experiment.experiment_id for experiment in request(client.search_experiments)]
+            search, condition = client.search_logged_models, f"tags.`mome.url` = '{url}'"
+            models = list(request(search, experiments, condition, max_results=1))
+        if not models:
+            return None
+        model = models[0]
         inputs = request(client.get_run, run_id).inputs
         if model.model_id not in {entry.model_id for entry in (inputs.model_inputs if inputs else ())}:
             request(client.log_inputs, run_id, models=[LoggedModelInput(model.model_id)])

@@ -246,15 +246,14 @@ def try_writing(uri: str, experiment: str) -> str:
         run = client.create_run(existing.experiment_id if existing else "0", run_name="mome preflight")
         try:
             client.set_tag(run.info.run_id, "mome.preflight", "written")
-            if client.get_run(run.info.run_id).data.tags.get("mome.preflight") != "written":
-                raise TrackingError(f"tracking.uri {redact(uri)}: a tag that was written could not be read back")
+            tags = client.get_run(run.info.run_id).data.tags
         finally:
             client.delete_run(run.info.run_id)
-    except TrackingError:
-        raise
     except Exception as error:  # connection and database errors of any underlying library
         fault = f"the server refused a run: {describe_error(error)}. {CREDENTIALS}"
         raise TrackingError(f"tracking.uri {redact(uri)}: {fault}") from error
+    if tags.get("mome.preflight") != "written":
+        raise TrackingError(f"tracking.uri {redact(uri)}: a tag that was written could not be read back")
     return "a run was written, read back and deleted"
 
 
