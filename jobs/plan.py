@@ -251,10 +251,7 @@ def _assumption_lines(plans: list[StagePlan], target: Target) -> list[str]:
 
 
 def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
-    """Draw every stage's scaling curve as one self-contained SVG, with the assumptions below it.
-
-    Both axes are logarithmic; the dashed line is ideal scaling from one GPU, and a hollow point does not fit.
-    """
+    """Draw the stages' scaling curves as one SVG; dashed lines are ideal scaling, and hollow points do not fit."""
     width, left, top, right, bottom = CHART.values()
     points = [point for plan in plans for point in plan.scaling]
     speeds = [point.samples_per_second for point in points]

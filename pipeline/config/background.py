@@ -31,10 +31,7 @@ def within(seconds: float, call: Callable[[], T], name: str) -> T:
 
 
 class PeriodicThread:
-    """Daemon thread that calls `task` every `seconds`, at once if `immediately`, until `stop` or it returns False.
-
-    `task` handles its own exceptions: one that escapes ends the thread.
-    """
+    """Daemon thread: calls `task` every `seconds`, at once if `immediately`, until `stop`, a False or an exception."""
 
     def __init__(self, task: Callable[[], object], seconds: float, name: str, immediately: bool = False):
         self._task, self._seconds, self._immediately = task, seconds, immediately

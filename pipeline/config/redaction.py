@@ -50,10 +50,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e
 
 
 def redact(text: str) -> str:
-    """Return `text` without secrets: user and password of URLs, and values named as a token or password.
-
-    The user part of a URL extends to its last '@', so that passwords with '/', '#' or '@' are removed entirely.
-    """
+    """Return `text` without secrets: user and password of URLs, and values named as a token or password."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     text = _redact_urls(text)

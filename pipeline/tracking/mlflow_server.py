@@ -234,10 +234,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def try_writing(uri: str, experiment: str) -> str:
-    """Create a run with a tag, read it back and delete it; return a description. Raises TrackingError.
-
-    The run is created in `experiment` if that exists, else in MLflow's default one; no database is created.
-    """
+    """Write, read back and delete a run, in `experiment` or MLflow's default; describe it. Raises TrackingError."""
     if (database := sqlite_file(uri)) is not None and not database.exists():
         return "its database will be created with the run"
     client = connect(uri)
