@@ -45,10 +45,7 @@ class BadSample(Exception):
 
 @contextmanager
 def judging(stage: str) -> Iterator[None]:
-    """Turn any exception of parsing one sample into BadSample(stage, type: text): parsers fail in many ways.
-
-    BadSample, the package's own errors (StorageError, DataError, …) and MemoryError pass unchanged.
-    """
+    """Turn exceptions into BadSample(stage, type: text), except the package's own (DataError, …) and MemoryError."""
     try:
         yield
     except (BadSample, MomeError, MemoryError):
@@ -96,8 +93,7 @@ class BadRecord:
 class Quarantine:
     """Counts of the delivered samples per source (`seen` and `bad`), and the records not yet logged (`new`).
 
-    A bad sample is counted at the place that planned it, once per epoch; a bad candidate for a replacement is not
-    counted again. The counts of all ranks therefore sum to the same at any world size.
+    A bad sample is counted once per epoch, at the place that planned it: sums over ranks equal those at any world size.
     """
 
     max_bad_rate: float
@@ -106,10 +102,7 @@ class Quarantine:
     new: list[BadRecord] = field(default_factory=list)
 
     def deliver(self, sources: Iterable[str], records: Sequence[BadRecord], is_last: bool = False) -> None:
-        """Count a batch's examples by source and its bad samples. Raises DataError when a source's rate is too high.
-
-        With the last batch of a stage the rates are checked however few samples it read, except for single bad ones.
-        """
+        """Count a batch; raise DataError for a rate above the limit, with the last batch also from two bad ones on."""
         self.seen.update(sources)
         self.new += records
         self.bad.update(record.source for record in records)

@@ -68,10 +68,9 @@ class NodeCache:
         self._is_swept = False
 
     def open(self, url: str, size: int, etag: str, fetch: Fetch) -> OpenShard:
-        """Return the object as a pinned file. Download it if absent; wait if another process downloads it.
+        """Return the object as a pinned file, downloaded by one process if absent; raise CacheFull without room.
 
-        `fetch` yields the bytes of each [start, stop) of a list, in order. Raises its errors, CacheFull without room,
-        and StorageError if the folder cannot be used.
+        `fetch` yields the bytes of each [start, stop) of a list, in order.
         """
         path = self.folder / (hashlib.sha256(f"{url}\n{etag}".encode()).hexdigest() + ".tar")
         try:
@@ -96,8 +95,8 @@ class NodeCache:
 
     def discard(self, shard: OpenShard) -> None:
         """Delete a damaged file. Readers that have it open keep it."""
-        with self._locked():
-            if _is_at(shard.descriptor, shard.path):
+        with self._locked(), suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(shard.descriptor), os.lstat(shard.path)):
                 shard.path.unlink()
 
     def _pin(self, path: Path, size: int) -> OpenShard | None:
@@ -226,17 +225,9 @@ def _lock(path: Path, flags: int) -> int | None:
             on_failure.callback(os.close, descriptor)
             # Never wait for this lock: the file may be renamed and then pinned for hours.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):  # another file has that name now
+                return None
         except (FileNotFoundError, BlockingIOError):
-            return None
-        if not _is_at(descriptor, path):
             return None
         on_failure.pop_all()
         return descriptor
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Return True if the open file still has that name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False

@@ -45,16 +45,11 @@ class _Entry(Generic[T]):
     num_planned: int = 0  # known reads
     is_exhausted: bool = False  # the known reads are all of their epoch
 
-    @property
-    def is_held(self) -> bool:
-        return self.future is not None and self.future.done()
-
 
 class PrefetchCache(Generic[T]):
-    """Bounded table by key, shared by threads. One thread fetches an entry while the others wait for it.
+    """Bounded table by key, shared by threads, of which one fetches an entry while the others wait for it.
 
-    Only entries that readers wait for may exceed the bound. The warning `shortage` is logged once when an entry is
-    evicted that a known step still needs.
+    Only entries that readers wait for may exceed the bound; `shortage` is logged once if that evicts a needed entry.
     """
 
     def __init__(self, max_size: int, shortage: str | None = None):
@@ -167,14 +162,14 @@ class PrefetchCache(Generic[T]):
         with self._changed:
             for key, entry in list(self._entries.items()):
                 bound = self._finished_step - (0 if entry.is_exhausted else unneeded_steps)
-                if entry.is_held and entry.last_step <= bound:
+                if entry.future and entry.future.done() and entry.last_step <= bound:
                     self._drop(key)
 
     def invalidate(self, key: Hashable, value: T) -> None:
         """Drop an entry whose value proved bad, unless it has been replaced since."""
         with self._changed:
             entry = self._entries.get(key)
-            if entry is not None and entry.is_held and entry.future and entry.future.result() is value:
+            if entry and entry.future and entry.future.done() and entry.future.result() is value:
                 self._drop(key)
 
     def close(self) -> None:
@@ -196,15 +191,12 @@ class PrefetchCache(Generic[T]):
         return self._entries.setdefault(key, _Entry(size))
 
     def _queue(self, entry: _Entry[T], fetch: Callable[[], T], force: bool) -> bool:
-        """Queue the fetch of an absent entry, after evicting others until it fits; False if needed ones leave no room.
-
-        With `force`, needed entries are evicted too, and if that does not suffice the bound is exceeded.
-        """
+        """Queue a fetch after evicting others until it fits; without `force`, False if needed ones leave no room."""
         while self.size + entry.size > self._max_size:
             candidates = []  # (is needed, rank among those, key); of equals the least recently used is first
             for key, other in self._entries.items():
                 is_needed = other.last_step > self._finished_step
-                if other.is_held and (force or not is_needed):
+                if other.future and other.future.done() and (force or not is_needed):
                     rank = (not other.is_used, 0) if is_needed else (not other.is_exhausted, other.last_step)
                     candidates.append((is_needed, rank, key))
             if not candidates:

@@ -115,17 +115,13 @@ class _Shard:
 class SampleReader:
     """Reads samples of `sources`, by name. Threads may share a reader; no thread starts before its first use.
 
-    The constructor checks that the store has every shard, unless its source did so: a missing, truncated or replaced
-    shard raises DataError, naming the shard. Remote shards go through `cache` if given. Close it after use.
+    The constructor raises DataError unless the store has every shard. Close it after use.
     """
 
     def __init__(
-        self,
-        storage: Storage,
-        sources: Mapping[str, Source],
-        loader: LoaderConfig = LoaderConfig(),
+        self, storage: Storage, sources: Mapping[str, Source], loader: LoaderConfig = LoaderConfig(),
         cache: NodeCache | None = None,
-    ):
+    ):  # fmt: skip
         self._storage, self._loader, self._cache = storage, loader, cache
         self._shards: dict[str, list[_Shard]] = {}
         for name, source in sources.items():
@@ -170,15 +166,10 @@ class SampleReader:
                 members = [(n, content[at - start : at - start + size]) for n, at, size in index.members(number)]
             if members and isal_zlib.crc32(b"".join(data for _, data in members)) == index.crc[number]:
                 return Sample(
-                    source=ref.source,
-                    shard=shard.record.name,
-                    key=index.keys[number],
-                    offset=int(index.offset[index.first[number]]),
-                    uid=signed(hash64(shard.record.digest, number)),
-                    image_id=int(index.image_id[number]),
-                    is_duplicate=bool(index.duplicate[number]),
-                    members=dict(members),
-                )
+                    source=ref.source, shard=shard.record.name, key=index.keys[number], members=dict(members),
+                    offset=int(index.offset[index.first[number]]), uid=signed(hash64(shard.record.digest, number)),
+                    image_id=int(index.image_id[number]), is_duplicate=bool(index.duplicate[number]),
+                )  # fmt: skip
             if self._cache is not None and isinstance(content, OpenShard) and content.is_cached:
                 self._cache.discard(content)
             request.cache.invalidate(request.key, content)
@@ -236,26 +227,21 @@ class SampleReader:
             self._prefetcher = None
 
     def _view_request(self, shard: _Shard) -> PrefetchRequest:
-        """Return the request for a shard's view, which is loaded from the shard's index; its size is approximate."""
-        source, record = shard.source, shard.record
+        """Return the request for a shard's view, whose size is approximate."""
+        source, record, load = shard.source, shard.record, manifest.load_index
         return PrefetchRequest(
-            self._memory,
-            shard,
-            _VIEW_BYTES + _INDEX_BYTES * record.samples,
-            lambda: make_shard_view(
-                index := manifest.load_index(self._storage, source.url, record), source.selected(index)
-            ),
+            self._memory, shard, _VIEW_BYTES + _INDEX_BYTES * record.samples,
+            lambda: make_shard_view(index := load(self._storage, source.url, record), source.selected(index)),
             self._requests.submit,
-        )
+        )  # fmt: skip
 
     def _request(self, shard: _Shard, view: ShardView, number: int, in_chunks: bool = False) -> PrefetchRequest:
         """Return the request for a sample's file, or with `in_chunks` or without room in the cache for its chunk."""
         is_cached = self._cache is not None and shard.retry_at <= time.monotonic()
         if not in_chunks and (shard.is_local or is_cached):
             open_file, num_reads = partial(self._open, shard), len(view.numbers)
-            return PrefetchRequest(
-                self._files, shard, 1, open_file, self._downloads.submit, view.index.bytes, num_reads
-            )
+            size, submit = view.index.bytes, self._downloads.submit
+            return PrefetchRequest(self._files, shard, 1, open_file, submit, size, num_reads)
         start, stop, num_reads = view.chunk(number)
         key = (shard, start, stop)  # chunks with hard links may have the same start
         fetch, size = partial(self._fetch, shard, start, stop), stop - start

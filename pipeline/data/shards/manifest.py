@@ -178,9 +178,8 @@ def load_index(storage: Storage, url: str, record: ShardRecord) -> ShardIndex:
             except StorageError as error:
                 log.warning("%s: its index could not be saved and will be made again: %s", location, error)
         if len(index) != record.samples:
-            stated = f"the index of another tool said {record.samples}"
-            remedy = "Count them: mome shards index, without --trust-counts"
-            raise DataError(f"{location}: it has {len(index)} samples, and {stated}. {remedy}")
+            fault = f"it has {len(index)} samples, and the index of another tool said {record.samples}"
+            raise DataError(f"{location}: {fault}. Count them: mome shards index, without --trust-counts")
         return index
 
 

@@ -126,8 +126,8 @@ def open_source(
             storage.write(saved, json.dumps(content).encode())
     if not counts.sum():
         remedy = "Widen the filters, or inspect the samples with mome shards show"
-        total = manifest.num_samples
-        raise DataError(f"{config.shards}: filters and opt-out list leave none of its {total} samples. {remedy}")
+        fault = f"filters and opt-out list leave none of its {manifest.num_samples} samples"
+        raise DataError(f"{config.shards}: {fault}. {remedy}")
     digest = hashlib.sha256(json.dumps([key, counts.tolist()]).encode()).hexdigest()
     return Source(config.shards, manifest, Selection(config.filters, opt_out, counts, digest), objects)
 

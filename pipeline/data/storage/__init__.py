@@ -100,18 +100,14 @@ class Storage:
     def write(self, url: str, data: bytes, create: bool = False) -> bool:
         """Write an object atomically: readers see the old content or the new. Return True if it was written.
 
-        With `create` it is not if the object exists, and at most one of several concurrent calls succeeds; stores
-        without conditional writes, which local folders and S3 have, are checked first. A retry after a lost response
-        may find the object of the first attempt, and return False: compare the content where that matters.
+        With `create` it is not if the object exists, and one of several concurrent calls succeeds (not by fsspec).
+        A retry after a lost response may find the first attempt's object, and return False: compare the content.
         """
         size = len(data)
         return self._do(url, "writing", lambda backend, path: backend.write(path, size, lambda a, b: data[a:b], create))
 
     def write_parts(self, url: str, size: int, part: PartReader, create: bool = False) -> bool:
-        """Do as `write` with `size` bytes, read as ranges from `part`, an exception of which ends the upload.
-
-        S3 uploads several parts at once, retries each on its own, and holds only those in memory.
-        """
+        """Do as `write` with `size` bytes, read as ranges from `part`, which S3 uploads and retries one by one."""
         return self._do(url, "writing", lambda backend, path: backend.write(path, size, part, create))
 
     def upload(self, local_path: str | os.PathLike[str], url: str) -> None:
@@ -120,10 +116,7 @@ class Storage:
         self._do(url, "uploading to", lambda backend, path: backend.upload(local, path))
 
     def abort_uploads(self, url: str, match: Callable[[str], bool] = lambda name: True) -> int:
-        """Abort incomplete multipart uploads in a folder, which only S3 keeps, and return their number.
-
-        Affected are objects whose name relative to the folder satisfies `match`. An upload in progress fails.
-        """
+        """Abort a folder's incomplete uploads (S3) of relative names that satisfy `match`; return their number."""
         action = "aborting uploads"
         return self._do(url, action, lambda store, path: store.abort_uploads(path, match) if store.abort_uploads else 0)
 
@@ -191,10 +184,7 @@ def split(url: str) -> tuple[str, str]:
 
 
 def in_parallel(call: Callable[[str], T], names: Iterable[str], url: str) -> Iterator[tuple[str, T]]:
-    """Yield (name, result) of each call in order of completion, from a thread pool sized for the storage of `url`.
-
-    The first error is raised, and no further call is started.
-    """
+    """Yield (name, result) of each call in order of completion; after the first error no further call is started."""
     # Local calls do not wait: more threads than cores would only contend.
     threads = os.cpu_count() or 1 if is_local(url) else _REMOTE_CALLS
     pool = ThreadPoolExecutor(threads, thread_name_prefix="parallel")
@@ -318,10 +308,7 @@ def _stat_info(status: os.stat_result) -> ObjectInfo:
 
 
 class FsspecBackend(Backend):
-    """Any store that fsspec supports (gs://, az://, hf://, memory://, …). Paths are whole URLs.
-
-    Raises StorageError if no file system of the protocol is installed.
-    """
+    """Any store that fsspec supports (gs://, az://, hf://, memory://, …). Paths are whole URLs."""
 
     def __init__(self, protocol: str):
         import fsspec  # a local run does not need it

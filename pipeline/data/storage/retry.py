@@ -135,16 +135,6 @@ class RetryBudget:
     start: float = field(default_factory=lambda: time.monotonic())
     attempts: int = 0
     failures: int = 0  # in a row, without a byte received
-    received: int = 0
-
-    def add_progress(self, num_bytes: int) -> None:
-        """Record received bytes, which reset the backoff. Raise TransientError after the timeout."""
-        self.failures = 0
-        self.received += num_bytes
-        if self.received >= PROGRESS_BYTES:
-            self.start, self.attempts, self.received = time.monotonic(), 0, 0
-        elif time.monotonic() - self.start >= self.policy.timeout:
-            raise TransientError("the response arrived too slowly")
 
     def wait(self, error: Exception) -> None:
         """Sleep before the next attempt. Raise `error` if it is permanent, RetryTimeout after the timeout."""

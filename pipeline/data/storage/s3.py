@@ -98,7 +98,7 @@ class S3Backend(Backend):
 
     def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
         """Return the bytes [start, stop) of one version. After a failure only the bytes that lack are requested."""
-        data, budget = io.BytesIO(), retry.RetryBudget(self._policy, f"s3://{path}")
+        data, received, budget = io.BytesIO(), 0, retry.RetryBudget(self._policy, f"s3://{path}")
         while stop is None or start < stop:
             try:
                 body, skip, stop, etag = self._get(path, start, stop, etag)
@@ -110,7 +110,11 @@ class S3Backend(Backend):
                         piece, skip = piece[skip:], max(0, skip - len(piece))
                         data.write(piece)
                         start += len(piece)
-                        budget.add_progress(len(piece))
+                        budget.failures, received = 0, received + len(piece)
+                        if received >= retry.PROGRESS_BYTES:
+                            received, budget = 0, retry.RetryBudget(self._policy, budget.url)
+                        elif retry.time.monotonic() - budget.start >= self._policy.timeout:
+                            raise TransientError("the response arrived too slowly")
             except urllib3.exceptions.HTTPError as error:
                 budget.wait(TransientError(f"{type(error).__name__}: {error}"))
             except Exception as error:
@@ -220,10 +224,7 @@ class S3Backend(Backend):
             visited.update(place)
 
     def _get(self, path: str, start: int, stop: int | None, etag: str | None) -> tuple[Any, int, int, str | None]:
-        """Request the bytes [start, stop) of an object: its body, the bytes to skip there, the exclusive end, the ETag.
-
-        Raises for a response with other bytes or another version.
-        """
+        """Request the bytes [start, stop) of a version: the body, the bytes to skip in it, the end, the ETag."""
         condition: dict[str, Any] = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         if etag is not None:
             condition["IfMatch"] = f'"{etag}"'
@@ -364,11 +365,7 @@ def _make_client(config: StorageConfig) -> Any:
 def _check_response(
     is_aws: bool, event_name: str, response_dict: dict[str, Any] | None, parsed_response: dict[str, Any], **_: Any
 ) -> None:
-    """Raise for responses that botocore misreads.
-
-    It would follow a redirect without a region endlessly, unless it is one of AWS, and take the page of a proxy or an
-    empty response for the listing of an empty folder.
-    """
+    """Raise for responses that botocore misreads: endless redirects without a region (not AWS's), pages of proxies."""
     if response_dict is None:
         return
     status, headers = response_dict["status_code"], response_dict["headers"]

@@ -46,7 +46,7 @@ class Letters(PrefetchCache[str]):
 
     @property
     def held(self) -> str:
-        return "".join(sorted(str(key) for key, entry in self._entries.items() if entry.is_held))
+        return "".join(sorted(str(key) for key, entry in self._entries.items() if entry.future and entry.future.done()))
 
     @contextmanager
     def ahead(self, keys: Callable[[int], Iterable[str]], max_bytes: int, step: int = 0) -> Iterator[None]:
