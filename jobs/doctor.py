@@ -38,7 +38,7 @@ from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_nam
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import configured_uri, journal_folder, tracking_uri
 from pipeline.tracking.mlflow_server import HTTP_ERRORS, check_server, http_get
-from pipeline.training.deepspeed_setup import load_extensions, use_own_folder
+from pipeline.training.deepspeed_engine import load_extensions, use_own_folder
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 SHARED_MEMORY = Path("/dev/shm")

@@ -25,7 +25,7 @@ from pipeline.pages.charts import Axis, duration
 from pipeline.pages.page import render_page
 from pipeline.planning import estimate as planning
 from pipeline.planning.estimate import Accelerator, Assumptions, Network, StageEstimate, StageSettings
-from pipeline.training.deepspeed_setup import sharding_of
+from pipeline.training.deepspeed_engine import sharding_of
 from pipeline.training.prepare import VOCABULARY
 from pipeline.training.stages import Stage, check_stages
 from pipeline.training.workload import work_of

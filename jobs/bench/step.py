@@ -22,7 +22,7 @@ from pipeline.data.order import share
 from pipeline.data.storage import Storage
 from pipeline.planning.estimate import TERA, accelerator_like, memory_of
 from pipeline.training.collectives import Collectives
-from pipeline.training.deepspeed_setup import sharding_of
+from pipeline.training.deepspeed_engine import sharding_of
 from pipeline.training.profile import MeasuredEngine, living, peak_of
 from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep

@@ -87,19 +87,17 @@ def global_contrast(
         features = {(name, head): gather(outputs[name][head].float()).requires_grad_() for name, head in names}
         scales = {CONTRASTS[h]: outputs["image"][CONTRASTS[h]].detach().float().requires_grad_() for h in heads}
         image_id = gather(batch.image_id)
-
-        def losses(rows: slice | Tensor = WHOLE) -> Tensor:
-            pairs = [(features["image", head], features["text", head], scales[CONTRASTS[head]]) for head in heads]
-            return torch.stack([itc_loss(image, text, scale, image_id, rows) for image, text, scale in pairs])
-
-        loss = losses().sum() / (len(heads) * len(image_id))
+        pairs = [(features["image", h], features["text", h], scales[CONTRASTS[h]], image_id) for h in heads]
+        loss = torch.stack([itc_loss(*pair) for pair in pairs]).sum() / (len(heads) * len(image_id))
         gradients = iter(torch.autograd.grad(loss * weight, [*features.values(), *scales.values()]))
     by_source = None
     if num_sources:
         source = gather(batch.source)
-        pairs_of = [torch.nonzero(source == number).flatten() for number in range(num_sources)]
+        sums = []
         with torch.no_grad():
-            sums = [torch.stack([losses(rows).mean(), loss.new_tensor(float(len(rows)))]) for rows in pairs_of]
+            for rows in (torch.nonzero(source == number).flatten() for number in range(num_sources)):
+                losses = torch.stack([itc_loss(*pair, rows) for pair in pairs])
+                sums.append(torch.stack([losses.mean(), loss.new_tensor(float(len(rows)))]))
         by_source = torch.stack(sums)
     return Contrast(
         loss=loss.detach(),

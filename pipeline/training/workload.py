@@ -27,7 +27,7 @@ from pipeline.objectives.itc import CONTRASTS, itc_loss
 from pipeline.planning.estimate import Line, Parameters, Work, accelerator_like, largest_micro_batch, memory_at
 from pipeline.planning.probe import Kernels, Probe, unwatched
 from pipeline.training.collectives import Collectives
-from pipeline.training.deepspeed_setup import prepare_blocks, sharding_of
+from pipeline.training.deepspeed_engine import prepare_blocks, sharding_of
 from pipeline.training.stages import Stage, freeze_untrained, stage_skeleton
 from pipeline.training.step import TrainingStep
 

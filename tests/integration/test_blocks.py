@@ -34,7 +34,7 @@ def _config(kind: str, **engine: Any):
 def _plain(kind: str, **engine: Any) -> tuple[Gradients, int]:
     """Return the gradient of one step in one process, and the bytes that autograd saved for it."""
     from pipeline.training.collectives import Collectives
-    from pipeline.training.deepspeed_setup import prepare_blocks
+    from pipeline.training.deepspeed_engine import prepare_blocks
     from tests.support.trial import begin
 
     config, saved = _config(kind, **engine), list[int]()

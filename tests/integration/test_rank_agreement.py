@@ -21,7 +21,7 @@ from pipeline.models.model import HeadConfig
 from pipeline.planning.estimate import memory_at
 from pipeline.tracking.mlflow_server import connect
 from pipeline.training.collectives import Collectives
-from pipeline.training.deepspeed_setup import sharding_of
+from pipeline.training.deepspeed_engine import sharding_of
 from pipeline.training.health import ExecutionOrderCheck
 from pipeline.training.preflight import preflight
 from pipeline.training.stages import Stage

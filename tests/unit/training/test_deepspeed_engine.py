@@ -13,12 +13,12 @@ from unittest.mock import Mock
 import pytest
 
 from pipeline.config.errors import ConfigError
-from pipeline.training.deepspeed_setup import FOLDER, exclusive_build, use_own_folder
+from pipeline.training.deepspeed_engine import FOLDER, exclusive_build, use_own_folder
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.training.deepspeed_setup import exclusive_build
+from pipeline.training.deepspeed_engine import exclusive_build
 with exclusive_build(Path(sys.argv[1])):
     (Path(sys.argv[1]) / "op").mkdir(exist_ok=True)
     (Path(sys.argv[1]) / "op" / "lock").touch()
