@@ -45,9 +45,8 @@ def matched_examples(examples: Batch, stage: StageConfig) -> Tensor:
 class ITM(Objective):
     """Classification of pairs as matched or mismatched.
 
-    Hard negatives: each example is read as it is, with another image and with another text, drawn by ITC similarity.
-    Random ones: every second example is read with the image (for half of those with regions: the text) of another
-    example of its source.
+    Hard negatives: each example is also read with another image and with another text, drawn by ITC similarity. Random
+    ones: every second example is read with the image (half of those with regions: the text) of another of its source.
     """
 
     source_types = frozenset({"pairs", "regions"})

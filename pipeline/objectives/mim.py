@@ -43,8 +43,7 @@ def patch_targets(image: Tensor, positions: Tensor, patch_size: int, target: str
     """Return what is predicted of the patches at `positions` (n, K) of an image (n, H, W, 3) uint8.
 
     "mean_colour": the class of a patch's mean colour, three bits per channel (ViT, section B.1.2), (n, K) int64.
-    "pixels": its pixels, normalized per patch, (n, K, p * p * 3) float32 (MAE, section 4); a patch of a single colour
-    becomes all zeros.
+    "pixels": its pixels, normalized per patch (of one colour: zeros), (n, K, p * p * 3) float32 (MAE, section 4).
     """
     patches = patchify(image, patch_size)
     pixels = patches.gather(1, positions.unsqueeze(-1).expand(-1, -1, patches.shape[-1])).float()

@@ -41,9 +41,8 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 def parameter_groups(model: Model, config: OptimizerConfig, reproduce_release: bool = False) -> list[dict[str, Any]]:
     """Group the trainable parameters by whether they decay and whether they belong to a head with its own rate.
 
-    Matrices decay; biases, norms, scales and embedding rows (fewer than two dimensions) do not. The VLMo release lists
-    names instead, which misses the experts' norms. The pooler does not count as a head: it comes from pretraining, and
-    the published recipes train it at the base rate. Raises ConfigError if no parameter is trainable.
+    Matrices decay; biases, norms, scales and embedding rows do not. The VLMo release lists names instead. The pooler is
+    no head: the published recipes train it at the base rate. Raises ConfigError if no parameter is trainable.
     """
     heads = set(model.HEAD_PARTS) - {"pooler"}
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}

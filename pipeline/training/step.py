@@ -80,9 +80,8 @@ class TrainingStep:
     def __call__(self, batch: Batch, with_metrics: bool = False) -> dict[str, Tensor]:
         """Run forward and backward over this rank's examples of one global batch.
 
-        Returns this rank's part of each objective's loss (0-d, detached): the sums over ranks are the losses of the
-        global batch, unweighted except for `loss`. With `with_metrics`, `diagnostics` and (in a stage of several
-        sources) `by_source` are filled too.
+        Returns this rank's part of each objective's loss (0-d, detached), unweighted except for `loss`: the ranks' parts
+        add up. With `with_metrics`, `diagnostics` and (in a stage of several sources) `by_source` are filled too.
         """
         self._with_metrics, num_sources = with_metrics, len(self.stage.config.sources)
         self._num_sources = num_sources if with_metrics and num_sources > 1 else 0

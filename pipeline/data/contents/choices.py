@@ -49,8 +49,7 @@ class Choices(tuple[str, ...]):
 
 def answers_with(choices: Mapping[str, Choices], num_outputs: int | None, where: str) -> Choices:
     """Return the answers that came with weights, which name the `num_outputs` of their head. Raises ConfigError."""
-    answers = choices.get(ANSWERS)
-    if answers is not None and num_outputs in (None, len(answers)):
+    if (answers := choices.get(ANSWERS)) is not None and num_outputs in (None, len(answers)):
         return answers
     listed = "came without a list of answers" if answers is None else f"came with a list of {len(answers)} answers"
     raise ConfigError(

@@ -148,8 +148,8 @@ def draw_crop(
 ) -> tuple[int, int, int, int]:
     """Draw (top, left, rows, columns) of a crop for a shape: fraction of the area uniform in `scale`, place uniform.
 
-    For a square the crop's aspect ratio is log-uniform in 3/4 … 4/3, otherwise the image's. A crop that does not fit is
-    drawn again; after ten tries the largest centred crop of an allowed ratio is returned.
+    For a square its aspect ratio is log-uniform in 3/4 … 4/3, otherwise the image's. After ten that do not fit, the
+    largest centred crop of an allowed ratio is returned.
     """
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     for _ in range(CROP_ATTEMPTS):

@@ -155,8 +155,7 @@ class ExampleBuilder:
     def build(self, step: int, places: range, buffer: BatchBuffer, first: int) -> list[BadRecord]:
         """Write the examples of `places` into the buffer, whose row 0 is place `first`; return what was replaced.
 
-        A bad sample does not raise. Raises DataError when a shard changed or no replacement is good, and StorageError
-        when a shard cannot be read.
+        Raises DataError when a shard changed or no replacement is good, StorageError when a shard cannot be read.
         """
         bad, pending = list[tuple[int, SampleRef, Sample, BadSample]](), dict[int, PendingExample]()
         planned = self._planned(step)
