@@ -80,7 +80,7 @@ class TrainingStep:
     def __call__(self, batch: Batch, with_metrics: bool = False) -> dict[str, Tensor]:
         """Run forward and backward over this rank's examples of one global batch.
 
-        Returns this rank's part of each objective's loss (0-d, detached), unweighted except for `loss`: the ranks' parts
+        Returns this rank's part of each objective's loss (0-d, detached), unweighted except `loss`: the ranks' parts
         add up. With `with_metrics`, `diagnostics` and (in a stage of several sources) `by_source` are filled too.
         """
         self._with_metrics, num_sources = with_metrics, len(self.stage.config.sources)
