@@ -25,7 +25,6 @@ from pipeline.config.background import PeriodicThread, within
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import ClusterConfig, RunConfig
-from pipeline.data.loading.backends import local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training import callbacks, health, loop
@@ -58,7 +57,7 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
     context, mail = ray.train.get_context(), Mailbox(start)
     signal = RankPreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
     progress = ProgressFile(config, storage).start()
-    backend = RayBackend if config.cluster.loader_actors else local_backend
+    backend = RayBackend if config.cluster.loader_actors else None
     with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
         try:
             loop.train(config, progress, backend, preempted=signal, claim=claim)
@@ -213,4 +212,4 @@ def check_rank(config: RunConfig) -> dict[str, Any]:
     """Run the preflight checks on a rank; return details and seconds by check."""
     from jobs.loader_actors import RayBackend
 
-    return preflight(config, lambda _: None, RayBackend if config.cluster.loader_actors else local_backend)
+    return preflight(config, lambda _: None, RayBackend if config.cluster.loader_actors else None)

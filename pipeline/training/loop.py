@@ -15,7 +15,7 @@ from pipeline.config.errors import CheckpointError, Preempted, RunFailed, Supers
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.choices import Choices, choices_of
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.backends import BackendFactory, local_backend
+from pipeline.data.loading.backends import BackendFactory
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
 from pipeline.objectives import batch_groups
@@ -54,7 +54,7 @@ class RunContext:
     collectives: Collectives
     tracker: Tracker
     report: Report
-    loader_backend: BackendFactory
+    loader_backend: BackendFactory | None
     supervisor: RankSupervisor
     ownership: Ownership
     coverage: dict[str, float] | None = None  # of the vocabulary: fraction of [UNK] by folder of shards; on rank 0
@@ -82,7 +82,7 @@ class StageState:
 def train(
     config: RunConfig,
     report: Report,
-    loader_backend: BackendFactory = local_backend,
+    loader_backend: BackendFactory | None = None,
     preempted: Callable[[], bool] | None = None,
     claim: str | None = None,
     callbacks: Sequence[Callback] = (),

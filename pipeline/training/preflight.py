@@ -20,7 +20,7 @@ import torch
 from pipeline.config.errors import MomeError, RunFailed, StorageError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.backends import BackendFactory, local_backend
+from pipeline.data.loading.backends import BackendFactory
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import experiment_name, tracking_uri
 from pipeline.tracking.mlflow_server import check_server, try_writing
@@ -42,7 +42,7 @@ GB = 1e9
 
 
 def preflight(
-    config: RunConfig, say: Callable[[str], None], loader_backend: BackendFactory = local_backend
+    config: RunConfig, say: Callable[[str], None], loader_backend: BackendFactory | None = None
 ) -> dict[str, dict[str, Any]]:
     """Run all checks, called once on each rank; return each one's `message` and the slowest rank's `seconds`.
 

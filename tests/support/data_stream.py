@@ -23,7 +23,7 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.backends import BackendFactory, local_backend
+from pipeline.data.loading.backends import BackendFactory
 from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
@@ -68,7 +68,7 @@ def caption_tokenizer() -> Tokenizer:
 
 def open_loader(
     config: RunConfig, tokenizer: Tokenizer | None = None, rank: int = 0, world_size: int = 1,
-    backend: BackendFactory = local_backend,
+    backend: BackendFactory | None = None,
 ) -> closing[Loader]:  # fmt: skip
     """Return a loader of the first stage, to use in `with`."""
     stage, storage, tokenizer = config.stages[0], Storage(config.storage), tokenizer or caption_tokenizer()

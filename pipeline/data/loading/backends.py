@@ -57,11 +57,6 @@ class LoaderBackend:
 BackendFactory = Callable[[LoaderSpec, Storage], LoaderBackend]
 
 
-def local_backend(spec: LoaderSpec, storage: Storage) -> LoaderBackend:
-    """Return processes, or threads of the trainer's process if `data.loader.num_workers` is 0."""
-    return ProcessBackend(spec, storage) if spec.config.data.loader.num_workers else ThreadBackend(spec, storage)
-
-
 class ThreadBackend(LoaderBackend):
     """Threads that build examples; in the trainer's own process they share its interpreter lock, and it slows them."""
 

@@ -19,7 +19,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.contents.choices import ANSWERS, load_choices
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.builder import LoaderSpec
-from pipeline.data.loading.backends import BackendFactory, LoaderBackend, local_backend
+from pipeline.data.loading.backends import BackendFactory, LoaderBackend, ProcessBackend, ThreadBackend
 from pipeline.data.order import share
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.shards.source import open_source, selection_url
@@ -34,7 +34,7 @@ class Loader:
 
     def __init__(
         self, config: RunConfig, stage: StageConfig, groups: frozenset[str], storage: Storage, tokenizer: Tokenizer,
-        rank: int, world_size: int, backend: BackendFactory = local_backend,
+        rank: int, world_size: int, backend: BackendFactory | None = None,
     ):  # fmt: skip
         config = config.for_stage(stage)
         self._config, self._stage, self._storage, self._world_size = config, stage, storage, world_size
@@ -61,7 +61,7 @@ class Loader:
         self.order = self._spec.order()
         self.digest = self.order.digest  # of the order and content of every batch; a run resumes only with the same
         self.sources = {name: source.digest for name, source in sources.items()}  # digests of what the stage reads
-        self._backend = backend
+        self._backend: BackendFactory = backend or (ProcessBackend if data.loader.num_workers else ThreadBackend)
         self._quarantine = Quarantine(data.max_bad_rate)
         self._epochs_before: dict[str, float] = dict.fromkeys(self._sizes, 0.0)
         self._open: list[LoaderBackend] = []

@@ -103,8 +103,7 @@ class Storage:
         With `create` it is not if the object exists, and one of several concurrent calls succeeds (not by fsspec).
         A retry after a lost response may find the first attempt's object, and return False: compare the content.
         """
-        size = len(data)
-        return self._do(url, "writing", lambda backend, path: backend.write(path, size, lambda a, b: data[a:b], create))
+        return self.write_parts(url, len(data), lambda start, stop: data[start:stop], create)
 
     def write_parts(self, url: str, size: int, part: PartReader, create: bool = False) -> bool:
         """Do as `write` with `size` bytes, read as ranges from `part`, which S3 uploads and retries one by one."""
