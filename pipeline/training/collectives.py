@@ -24,8 +24,7 @@ STORE_SECONDS = 5.0  # timeout of a request to the key-value store
 class Collectives(Ranks):
     """Collectives of the default process group, which is initialised on first use; without a launcher it has one rank.
 
-    `calls` counts the collectives this rank has entered, and `inside` names the one it is currently in, so that a hang
-    can be attributed to the rank that never entered it.
+    `calls` counts the collectives that this rank has entered, and `inside` names the current one, to attribute a hang.
     """
 
     calls, inside = 0, ""

@@ -174,11 +174,8 @@ class DeepSpeedEngine:
         on_cuda = collectives.device.type == "cuda"
         groups = parameter_groups(model, optimizer, stage.run.reproduce_vlmo_release)
         self.adam = torch.optim.AdamW(groups, optimizer.lr, optimizer.betas, optimizer.eps, fused=on_cuda)
-        self.deepspeed: Any
-        config = deepspeed_config(stage, collectives.world_size)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model.to(collectives.device), optimizer=self.adam, config=config
-        )
+        config, model = deepspeed_config(stage, collectives.world_size), model.to(collectives.device)
+        self.deepspeed: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=config)[0]
         self.reader: nn.Module = self.deepspeed  # for inference; at ZeRO 3 its forward is a collective call
         self.module: nn.Module = self.deepspeed.module
         self._plain_norm: Tensor | None = None
@@ -230,8 +227,7 @@ class DeepSpeedEngine:
         self.deepspeed.step()
 
         # Zero the gradient buffers that outlive a step: DeepSpeed writes a gradient only where a parameter was used, so
-        # an expert that a step leaves idle would get its last gradient again (DeepSpeed 0.19.8). These attributes are
-        # not documented; a release without them fails here by name.
+        # an expert that a step leaves idle would get its last one again (0.19.8). The attributes are not documented.
         buffers: list[Tensor] = []
         if self._zero_stage == 3:
             buffers = [optimizer.grad_partitions_flat_buffer]

@@ -33,10 +33,7 @@ class GoodputTracker(PeriodicThread):
     """Seconds by phase since the run first started, saved to the run's folder by this thread. Thread-safe."""
 
     def __init__(self, storage: Storage, folder: str, is_writer: bool, elapsed: float = 0.0) -> None:
-        """Continue from the folder's last heartbeat if `is_writer`; only rank 0 reads or writes it.
-
-        The process began `elapsed` seconds ago.
-        """
+        """Continue from the folder's last heartbeat if `is_writer` (rank 0); the process began `elapsed` s ago."""
         super().__init__(self._write, HEARTBEAT_SECONDS, "mome-goodput", immediately=True)
         self._storage, self._url = storage.within(WRITE_SECONDS), join(folder, FILE)
         self._lock = threading.Lock()
@@ -77,10 +74,7 @@ class GoodputTracker(PeriodicThread):
             return dict(self._account)
 
     def close(self, ended: bool, write: bool = True) -> None:
-        """Stop the heartbeat and write the final account, within `CLOSE_SECONDS`.
-
-        `ended`: the run has completed all steps. `write=False`: another process owns the account now.
-        """
+        """Stop the heartbeat; `write` the account unless another process owns it now; `ended`: all steps are done."""
 
         def finish() -> None:
             if self.stop() and write:

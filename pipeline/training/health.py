@@ -2,7 +2,7 @@
 
 Before an update, all ranks must agree on anything that changes what they do next, or some would wait forever: that a
 loss or gradient is not finite, that a machine is being preempted, and the loss of the global batch. One reduction
-carries all of it; read one step later, it could not stop before the update. `guards.health_check_every` spaces them.
+before the update carries all of it, every `guards.health_check_every` steps.
 """
 
 import errno
@@ -91,12 +91,12 @@ def locate_non_finite(
             first["backward"] = num_executed["backward"], name, f"the gradient of its output has {fault}"
 
     own = {name: loss.item() for name, loss in losses.items() if _non_finite(loss)}
-    bad_losses = [
+    bad_losses = ", ".join(
         f"'{name}' is {value} on rank {rank}"
         for rank, values in enumerate(collectives.gather_objects(own))
         for name, value in values.items()
-    ]
-    symptom = ", ".join(bad_losses) if bad_losses else "the gradient is not finite, though the losses are"
+    )
+    symptom = bad_losses or "the gradient is not finite, though the losses are"
     hooks = [m.register_forward_hook(partial(after_forward, name)) for name, m in model.named_modules() if name]
     try:
         repeat()
@@ -181,7 +181,7 @@ class ExecutionOrderCheck(Callback):
         digest = int.from_bytes(self._digest.digest()[:7], "big")
         if self._collectives.largest([digest, -digest]) == [digest, -digest]:
             return
-        by_rank: list[list[str]] = self._collectives.gather_objects(self._executed)
+        by_rank = self._collectives.gather_objects(self._executed)
         for position, names in enumerate(zip_longest(*by_rank, fillvalue="(nothing)")):
             if len(set(names)) > 1:
                 ran = ", ".join(f"rank {rank} ran '{name}'" for rank, name in enumerate(names))
@@ -234,10 +234,9 @@ class SpikeGuard:
 
     def observe(self, step: int, loss: float) -> Spike | None:
         """Record the global batch's loss, before the update; return the spike if it is one."""
-        if self.config is not None and len(self._losses) == self.config.window:
-            median = statistics.median(self._losses)
-            if loss > self.config.factor * median:
-                return Spike(self._num_rollbacks + 1, step, self.batch_of(step), loss, median)
+        config, losses = self.config, self._losses
+        if config and len(losses) == config.window and loss > config.factor * (median := statistics.median(losses)):
+            return Spike(self._num_rollbacks + 1, step, self.batch_of(step), loss, median)
         self._losses.append(loss)
         return None
 

@@ -98,10 +98,9 @@ def train(
     """
     began = time.monotonic()
     torch.set_num_threads(config.engine.threads)
-    collectives, storage = Collectives(), Storage(config.storage)
+    collectives, storage, start = Collectives(), Storage(config.storage), None
     is_first = collectives.rank == 0
     supervisor = RankSupervisor(config, storage, collectives, preempted, elapsed=time.monotonic() - began)
-    start = None
     if is_first:
         if claim is None:
             prepare(config, storage)
@@ -137,8 +136,7 @@ def train_stage(
     """Train one stage from its latest complete checkpoint, or its starting weights, until its weights are exported.
 
     `rolled_back`: the loss spike that ended the previous attempt, whose data is now skipped. Returns early after a
-    preemption, with the state saved, and at a loss spike, before its update. Raises RunFailed for failures that a
-    restart would repeat.
+    preemption (state saved) and at a loss spike (before its update). Raises RunFailed if a restart would fail too.
     """
     collectives, supervisor = context.collectives, context.supervisor
     with build_stage_state(stage, context, callbacks) as state:
@@ -171,11 +169,13 @@ def train_stage(
                 if spike := state.spikes.observe(step, health.losses["loss"]):
                     result = StageResult(step, spike=spike)
                     break
-            lr = learning_rate(step, stage.steps, stage.config.optimizer)
+            lr, is_preempted = (
+                learning_rate(step, stage.steps, stage.config.optimizer),
+                bool(health and health.preempted),
+            )
             state.engine.step(lr)
-            event = StepEvent(step, lr, health, preempted=health is not None and health.preempted)
-            callbacks.after_step(event)
-            if event.preempted:
+            callbacks.after_step(StepEvent(step, lr, health, is_preempted))
+            if is_preempted:
                 result = StageResult(step + 1, preempted=True)
                 break
         callbacks.on_stage_end(result)
@@ -268,9 +268,8 @@ def resume(state: StageState, rolled_back: guards.Spike | None) -> int:
     if rolled_back is not None:
         first, stop = state.spikes.skip_range(rolled_back, start, stage.name)
         description = (
-            f"step {stage.global_step(rolled_back.step)}: loss {rolled_back.loss:.4g}, median "
-            f"{rolled_back.median:.4g}; back to step {stage.global_step(start)} "
-            f"without batches {first} to {stop - 1} of the stage"
+            f"step {stage.global_step(rolled_back.step)}: loss {rolled_back.loss:.4g}, median {rolled_back.median:.4g};"
+            f" back to step {stage.global_step(start)} without batches {first} to {stop - 1} of the stage"
         )
         log.warning("stage %s: loss spike: %s", stage.name, description)
         state.rollback = (f"mome.spike.{rolled_back.number}", description)
@@ -280,17 +279,15 @@ def resume(state: StageState, rolled_back: guards.Spike | None) -> int:
 def export_weights(state: StageState) -> None:
     """Hand over the trained weights, with the journal up to the stage's end. A collective call."""
     stage, context, ownership, tracker = state.stage, state.context, state.context.ownership, state.context.tracker
-    end = stage.global_step(stage.steps)
     weights = state.engine.weights()  # on rank 0 only
     if weights is not None:
         ownership.check()
-    tracker.log_weights(SavedWeights(stage.url, end, stage.index))
+    tracker.log_weights(SavedWeights(stage.url, stage.global_step(stage.steps), stage.index))
     tracker.end_stage("FINISHED")
     tracker.commit()
     if weights is not None:
         metadata, tokens = checkpoint_metadata(state, stage.steps), list(context.tokenizer.tokens)
-        saved = save_weights(context.storage, stage.url, weights, tokens, metadata, state.choices, ownership)
-        if not saved:
+        if not save_weights(context.storage, stage.url, weights, tokens, metadata, state.choices, ownership):
             ownership.check()
             log.warning("%s: an earlier start has already handed it over; continuing from its weights", stage.url)
     context.collectives.barrier()

@@ -137,8 +137,7 @@ class MetricsCollector(Callback):
         values |= total_data_counts(state.loader, state.data_counts, collectives)
         phases = context.supervisor.goodput.seconds()
         values |= {f"time/{phase}_s": spent for phase, spent in phases.items()}
-        # The fraction of the wall time spent in steps that were kept.
-        values["perf/goodput"] = phases["training"] / max(sum(phases.values()), 1e-9)
+        values["perf/goodput"] = phases["training"] / max(sum(phases.values()), 1e-9)  # time in steps that were kept
         step, is_warm = stage.global_step(completed), event.step >= stage.config.optimizer.warmup_steps
         if collectives.rank == 0:
             nodes = context.supervisor.nodes.newest
@@ -152,14 +151,12 @@ class MetricsCollector(Callback):
 
 def total_data_counts(loader: Loader, previous: dict[str, float], collectives: Collectives) -> dict[str, float]:
     """Return the loaders' counters, summed over ranks, plus those of the restored checkpoint. A collective call."""
-    counts = loader.counts()
-    names = sorted(counts)
-    values = [float(counts[name]) for name in names]  # float32 would be exact only up to 2^24
-    summed = collectives.sum(torch.tensor(values, dtype=torch.float64, device=collectives.device)).tolist()
+    counts = dict(sorted(loader.counts().items()))
+    values = torch.tensor(list(counts.values()), dtype=torch.float64)  # float32 would be exact only up to 2^24
     # Epochs follow from the step; the other counters restart at zero with the process.
     return {
         f"data/{name}": value + (0.0 if name.startswith("epochs/") else previous.get(f"data/{name}", 0.0))
-        for name, value in zip(names, summed, strict=True)
+        for name, value in zip(counts, collectives.sum(values.to(collectives.device)).tolist(), strict=True)
     }
 
 
@@ -170,9 +167,8 @@ class EvaluationCallback(Callback):
     """Evaluates on `evaluation.source` every `evaluation.every` steps and at the end of each stage but the last.
 
     All ranks evaluate the first `max_images_during_training` held-out images with the current weights, not their moving
-    average. The training stream is not affected (contracts C1, C4): modules return to the mode they were in, no
-    gradient is kept, no random generator is used, and the loader keeps its position. Every rank runs the same number of
-    forwards through the engine, which at ZeRO 3 gathers weights from all.
+    average, by the same number of forwards (at ZeRO 3 each gathers weights from all). The training stream is not
+    affected (contracts C1, C4): modes, random generators and the loader's position stay.
     """
 
     def __init__(self, stage: Stage, storage: Storage):
@@ -226,8 +222,8 @@ LOSSES = 50
 class Alerts(Callback):
     """Conditions of a running stage that need attention: tags on its MLflow run and log lines with a remedy.
 
-    They are evaluated on rank 0 at the metrics steps, and loss spikes at every health check. An alert is raised once,
-    after several consecutive steps have met its condition, and cleared after the same number have not.
+    Rank 0 evaluates them at the metrics steps, and loss spikes at every health check. An alert is raised once, after
+    `CONSECUTIVE` steps have met its condition, and cleared after as many have not.
     """
 
     def on_stage_start(self, start: int) -> None:
@@ -246,8 +242,7 @@ class Alerts(Callback):
             if length >= CONSECUTIVE and name not in self._raised:
                 self.on_fault(step + 1, name, met[name])
             elif length <= -CONSECUTIVE and name in self._raised:
-                text = f"over at step {snapshot.step}; {self._raised.pop(name)}"
-                stage = self.state.stage.name
+                text, stage = f"over at step {snapshot.step}; {self._raised.pop(name)}", self.state.stage.name
                 extra = {"alert": f"{stage}/{name}", "over": True}
                 log.warning("stage %s: alert %s is over at step %d", stage, name, snapshot.step, extra=extra)
                 self.state.context.tracker.tag(f"mome.alert.{name}", text)
@@ -276,8 +271,7 @@ class Alerts(Callback):
 def conditions(metrics: MetricsSnapshot) -> Iterator[tuple[str, str]]:
     """Yield each alert whose condition is met, with the observation and the remedy."""
     values = metrics.values
-    names = [f"train/itm_recall_{kind}" for kind in ("matched", "mismatched")]
-    recalls = [values[name] for name in names if name in values]
+    recalls = [values[n] for kind in ("matched", "mismatched") if (n := f"train/itm_recall_{kind}") in values]
     if metrics.is_warm and len(recalls) == 2 and min(recalls) < COLLAPSED:
         yield (
             "itm_collapse",

@@ -23,6 +23,7 @@ import re
 import secrets
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -86,12 +87,10 @@ class Ownership:
         is_new = may_begin and all(claim != self.claim for _, claim in starts)
         if is_new or (claim == self.claim and self.start in (None, start)):
             return starts
-        url = join(self._url, f"{start}.{claim}.json")
-        try:
+        url, where = join(self._url, f"{start}.{claim}.json"), ""
+        with suppress(NotFound, ValueError, KeyError):
             record = json.loads(self._storage.read(url))
             where = f", on {record['host']} at {record['since']}"
-        except (NotFound, ValueError, KeyError):
-            where = ""
         other = f" with another {CLAIM_VARIABLE}" if CLAIM_VARIABLE in os.environ else ""
         raise Superseded(
             f"this run is owned by a later start{where} ({url}); this one ends, and what it has committed is kept. To "

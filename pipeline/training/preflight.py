@@ -50,9 +50,8 @@ def preflight(
     """
     torch.set_num_threads(config.engine.threads)
     collectives, storage = Collectives(), Storage(config.storage)
-    rank = collectives.rank
-    scratch_name = f"{config.name}.preflight-{collectives.broadcast(secrets.token_hex(4))}"
-    scratch = apart(config, storage, config.output, scratch_name)
+    rank, token = collectives.rank, collectives.broadcast(secrets.token_hex(4))
+    scratch = apart(config, storage, config.output, f"{config.name}.preflight-{token}")
     stages = [  # no earlier stage has trained the weights to start from
         stage.model_copy(update={"start_from": "random"}) if stage.start_from == "previous" else stage
         for stage in scratch.stages
@@ -76,14 +75,10 @@ def preflight(
             say(f"ok  {name:<24} {max(seconds):7.1f} s  {messages[0]}")
 
     try:
-        key = f"preflight-rank-{rank}"
-        check("storage", lambda: check_storage(storage, scratch.folder, key, WRITTEN_BYTES))
+        check("storage", lambda: check_storage(storage, scratch.folder, f"preflight-rank-{rank}", WRITTEN_BYTES))
         check("tracking", lambda: "" if rank else _check_tracking(config))
         sources = f"{len(scratch.sources)} sources"
-        check(
-            "data and vocabulary",
-            lambda: "" if rank else f"{sources}, {prepare(scratch, storage).size} tokens",
-        )
+        check("data and vocabulary", lambda: "" if rank else f"{sources}, {prepare(scratch, storage).size} tokens")
         tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY), scratch.tokenizer.lowercase)
         supervisor, ownership = RankSupervisor(scratch, storage, collectives), Ownership(storage, scratch.folder, "")
         context = RunContext(
@@ -102,8 +97,7 @@ def preflight(
 
 def check_storage(storage: Storage, folder: str, key: str, num_bytes: int) -> str:
     """Write, read, list and delete an object in `folder`; return the speeds. Raises StorageError."""
-    url, data = join(folder, key), secrets.token_bytes(num_bytes)
-    started = time.perf_counter()
+    url, data, started = join(folder, key), secrets.token_bytes(num_bytes), time.perf_counter()
     storage.write(url, data)
     written = time.perf_counter()
     is_equal = storage.read(url) == data

@@ -80,7 +80,7 @@ def _progress_log(task: str) -> Callable[[int, int, str], None]:
 
 
 def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:
-    """Compare with the config that the run folder was created with; return the changed keys as key -> (old, new).
+    """Compare with the run folder's config; return the changed keys as key -> (old, new).
 
     Raises ConfigError naming every changed key that must not change on resume (contract C4).
     """
@@ -98,10 +98,7 @@ def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:
 
 
 def apart(config: RunConfig, storage: Storage, output: str, name: str) -> RunConfig:
-    """Return the run with another folder but its own vocabulary, so that preparing it does not affect the run.
-
-    Raises ConfigError as `admit` does.
-    """
+    """Return the run with its vocabulary in another folder, to be prepared without effect on it; raise as `admit`."""
     admit(config, storage)
     tokenizer, vocabulary = config.tokenizer, join(config.folder, VOCABULARY)
     if storage.exists(vocabulary):
@@ -162,10 +159,7 @@ def _folders_with_text(config: RunConfig) -> list[str]:
 
 
 def measure_coverage(storage: Storage, folder: str, tokenizer: Tokenizer, urls: Iterable[str]) -> dict[str, float]:
-    """Return the fraction of [UNK] among the tokens of the first captions of each URL; save it in the run's folder.
-
-    A saved result for the same vocabulary is returned instead.
-    """
+    """Return the fraction of [UNK] among the tokens of each URL's first captions, saved once for a vocabulary."""
     if (saved := load_coverage(storage, folder, tokenizer)) is not None:
         return saved
     unknown = {}

@@ -1,8 +1,7 @@
 """Profiling: traces of training steps, and the memory of an engine by category.
 
-`--profile A:B` makes rank 0 record a trace of its steps A to B - 1, counted over all stages, which Perfetto and
-chrome://tracing open. It is written to RUN/profile and logged in MLflow. Memory is measured to validate the estimate of
-`pipeline.planning`; activations are the storages that autograd saves for the backward.
+`--profile A:B` makes rank 0 record a trace of its steps A to B - 1, counted over all stages, for Perfetto or
+chrome://tracing, in RUN/profile and MLflow. Memory is measured to validate the estimate of `pipeline.planning`.
 """
 
 import gc
@@ -11,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,10 @@ class Profiler(Callback):
             path = Path(scratch) / "trace.json.gz"
             self._profile.export_chrome_trace(str(path))
             trace = path.read_bytes()
-        self._profile, context = None, self.state.context
-        name = f"profile/steps-{self._first:08d}-{last:08d}.json.gz"
+        self._profile, name = None, f"profile/steps-{self._first:08d}-{last:08d}.json.gz"
         url = join(self.state.stage.run.folder, name)
-        context.tracker.artifact(name, trace)
-        self._upload = in_background(partial(context.storage.write, url, trace), "mome-profile")
+        self.state.context.tracker.artifact(name, trace)
+        self._upload = in_background(partial(self.state.context.storage.write, url, trace), "mome-profile")
         log.info("the trace of steps %d:%d is being written to %s", self._first, last, url)
 
     def close(self) -> None:
@@ -95,13 +94,11 @@ def living(device: torch.device) -> Storages:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # isinstance on deprecated objects warns
         for candidate in gc.get_objects():
-            try:
+            with suppress(ReferenceError, RuntimeError):
                 if isinstance(candidate, Tensor) and candidate.device.type == device.type:
                     gradient = candidate.grad if candidate.is_leaf else None
                     for tensor in [candidate] if gradient is None else [candidate, gradient]:
                         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            except (ReferenceError, RuntimeError):
-                continue
     return storages
 
 

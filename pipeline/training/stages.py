@@ -37,14 +37,12 @@ class Stage:
         self.source_type = self.run.source_type_of(self.config)
         self.first_step = run.stage_start(index)  # global step
         self.url = stage_url(run, index)  # folder of the weights it hands over
-        start = self.config.start_from
-        previous = stage_url(run, index - 1) if index else None
+        start, previous = self.config.start_from, stage_url(run, index - 1) if index else None
         self.start_url = {"random": None, "previous": previous}.get(start, start)  # of its starting weights
 
     def with_engine(self, **settings: Any) -> Stage:
         """Return the stage with other settings of the config's `engine` section."""
-        engine = self.run.engine.model_copy(update=settings)
-        return Stage(self.run.model_copy(update={"engine": engine}), self.index)
+        return Stage(self.run.model_copy(update={"engine": self.run.engine.model_copy(update=settings)}), self.index)
 
     def global_step(self, step: int) -> int:
         """Return the number over all stages of a step of this stage."""
@@ -68,10 +66,7 @@ class Stage:
 
 
 def check_stages(config: RunConfig) -> None:
-    """Check that each stage's sources and model support its objectives, and that `freeze` names parts of the model.
-
-    Raises ConfigError.
-    """
+    """Raise ConfigError if a stage's sources or model lack what its objectives need, or `freeze` names no part."""
     check_objectives(config)
     for stage in (Stage(config, index) for index in range(len(config.stages))):
         freeze_untrained(stage_skeleton(stage), stage)
@@ -122,8 +117,7 @@ def load_matching(model: Model, state: dict[str, Tensor], stage: str, absent: fr
 
     Raises CheckpointError, listing the names that do not match, for weights of another architecture.
     """
-    fresh = check_fit(model, state, f"stage {stage}", absent)
-    if fresh:
+    if fresh := check_fit(model, state, f"stage {stage}", absent):
         names = shorten(", ".join(fresh), SHOWN, placeholder=" …")
         log.warning("stage %s: %d weights have no start of their shape, set at random: %s", stage, len(fresh), names)
     own = model.state_dict().keys() - set(fresh)
@@ -144,14 +138,10 @@ def check_fit(model: Model, state: dict[str, Tensor], who: str, absent: frozense
             parts[name] = ""
     missing = sorted(own.keys() - state.keys())
     reshaped = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
-    names_by_fault = {
-        "missing": [name for name in missing if parts[name] not in absent],
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": reshaped,
-    }
+    required, unexpected = [name for name in missing if parts[name] not in absent], sorted(state.keys() - own.keys())
     mismatches = [
         f"{len(names)} {fault}: {shorten(', '.join(names), SHOWN, placeholder=' …')}"
-        for fault, all_names in names_by_fault.items()
+        for fault, all_names in (("missing", required), ("unexpected", unexpected), ("of another shape", reshaped))
         if (names := [name for name in all_names if parts[name] not in model.HEAD_PARTS])
     ]
     if mismatches:

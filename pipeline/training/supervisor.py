@@ -45,10 +45,7 @@ class RankSupervisor:
         poll: Callable[[], bool] | None = None,
         elapsed: float = 0.0,
     ):
-        """`poll` asks the scheduler or the cloud whether this machine is being preempted.
-
-        `elapsed`: seconds since the process began training, before the process group existed.
-        """
+        """`poll` says whether this machine is being preempted; `elapsed`: seconds since the process began training."""
         self._poll, self._notices = poll, list[int]()  # signals received; -1 from `poll`
         self._collectives, guards = collectives, config.guards
         self.goodput = GoodputTracker(storage, config.folder, is_writer=collectives.rank == 0, elapsed=elapsed)
@@ -154,11 +151,10 @@ class Heartbeat:
 class Watchdog(PeriodicThread):
     """Detects a hung rank, records all stacks, and ends the processes so that the launcher restarts them.
 
-    Collectives block until the process group's timeout if one rank never enters them. A thread of each rank therefore
-    measures how long the rank has been in the phase that `enter` reports. When a rank exceeds its limit, every rank
-    writes the stacks of all its threads to its log and to `<run>/stacks`, names the rank that is missing, and exits
-    with status 75. A rank that cannot run this code, because it is stopped or a thread holds the interpreter lock, is
-    named by the others; in the latter case `faulthandler`, which does not need the lock, ends the process. A rank that
+    A thread measures how long its rank has been in the phase that `enter` reports. When a rank exceeds its limit, every
+    rank writes the stacks of all its threads to its log and to `<run>/stacks`, names the rank that is missing, and
+    exits with status 75. A rank that cannot run this code, because it is stopped or a thread holds the interpreter
+    lock, is named by the others; in the latter case `faulthandler`, which needs no lock, ends the process. A rank that
     waits for an unavailable store is waited for while it sends heartbeats and is within its own limit.
     """
 
@@ -270,9 +266,7 @@ class Watchdog(PeriodicThread):
             faulthandler.dump_traceback_later(patience, exit=True, file=sys.__stderr__)
         log.error("hung: %s", message)
         decoding = ""
-        if (
-            samples := quarantine.samples_in_progress()
-        ):  # a decoder that hangs on a sample hangs again after every restart
+        if samples := quarantine.samples_in_progress():  # a decoder that hangs on one hangs again after every restart
             decoding = f"samples being decoded: {', '.join(samples)}"
             log.error("%s", decoding)
         phase, step, entered, _ = self._entered

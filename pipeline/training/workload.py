@@ -53,9 +53,8 @@ def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) ->
     room, rows = UNBOUNDED, None
     if engine.memory_gb is not None:
         room = int(engine.memory_gb * GB)
-    elif on_cuda:
+    elif on_cuda:  # the allocator gives this stage what it keeps of an earlier one
         free, _ = torch.cuda.mem_get_info(collectives.device)
-        # The allocator gives this stage what it keeps of an earlier one.
         room = int(USABLE * (free + torch.cuda.memory_reserved(collectives.device)))
     room = -collectives.largest([-room])[0]
     limit = "no limit is known on a CPU: a rank's whole share"
@@ -91,10 +90,7 @@ def peak_step_seconds(gpu: str, stage: Stage, vocabulary: int, world_size: int) 
 
 
 def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None) -> Work:
-    """Return a stage's work per rank as a function of the micro-batch size. Takes seconds.
-
-    `text_tokens` is the length of every text (default: the longest that the stage allows).
-    """
+    """Return a stage's work per rank as a function of the micro-batch size, with texts as in `full_batch`."""
     every = math.lcm(*(objective.every for objective in stage.config.objectives.values()))
     rows = every * -(-SAMPLE_ROWS // every)  # every objective reads its exact fraction
 
@@ -123,16 +119,11 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
             torch.autograd.grad(torch.stack(losses).sum(), features)
             contrast_flops = probe.flops
             contrast_bytes = probe.peak_bytes + sum(4 * feature.numel() for feature in features)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trained = sum(size for size, is_trained in sizes if is_trained)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
     return Work(
-        parameters=Parameters(
-            trained=trained,
-            frozen=sum(size for size, _ in sizes) - trained,
-            buffers=sum(buffer.nbytes for buffer in model.buffers()),
-            largest=max(size for size, _ in sizes),
-            tensors=len(sizes),
-        ),
+        parameters=Parameters(trained, sum(sizes) - trained, buffers, largest=max(sizes), tensors=len(sizes)),
         flops_per_example_accumulated=split.flops / (2 * rows),
         batch_bytes_per_example=single.batch_bytes / rows,
         contrast_flops=contrast_flops,
@@ -148,10 +139,7 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
 def run_step(
     stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None, model: Model | None = None
 ) -> ProbedEngine:
-    """Run one step of the stage over its whole batch, on one rank with a model on the meta device; return its costs.
-
-    `model`: that of an earlier step of the stage.
-    """
+    """Run one step over the stage's whole batch, on one rank and the meta device; `model`: that of an earlier step."""
     if model is None:
         settings = stage.run.engine
         model = stage_skeleton(stage, vocabulary).to(DTYPES[settings.precision])
@@ -244,8 +232,7 @@ def full_batch(config: RunConfig, stage: StageConfig, vocabulary: int, text_toke
     """Return a whole global batch of examples of maximum size, a function of its arguments alone.
 
     Texts have `text_tokens` tokens (default: the maximum of the stage), images the model's largest size, and the
-    masking's fractions determine the number of masked words, patches and regions. Fields without values of their own
-    are random numbers, False or 0 by their type.
+    masking's fractions determine the number of masked words, patches and regions. Other fields are random or 0.
     """
     config, rows = config.for_stage(stage), stage.global_batch_size
     spec = batch_spec(config, stage, batch_groups(config, stage), rows)
