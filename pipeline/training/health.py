@@ -42,10 +42,9 @@ class StepHealth:
 def check_step_health(
     losses: dict[str, Tensor], gradients: Iterable[Tensor], preempted: bool, collectives: Collectives
 ) -> StepHealth:
-    """Reduce the losses and this rank's condition over all ranks. A collective call.
+    """Reduce the losses (this rank's parts, 0-d) and this rank's condition over all ranks. A collective call.
 
-    `losses` are this rank's parts, 0-d, by name; `gradients` are those its next update reads. A gradient norm that
-    overflows counts as non-finite, because the update divides by it.
+    `gradients` are those the next update reads; an overflowing norm counts as non-finite: the update divides by it.
     """
     parts = torch.stack([loss.float() for loss in losses.values()])
     gradients = list(gradients)
@@ -62,9 +61,8 @@ def locate_non_finite(
 ) -> str:
     """Describe which losses are not finite and in which module and rank it began. A collective call.
 
-    Neither a loss, which is summed over the batch, nor a gradient, which is summed over ranks, identifies its source.
-    `repeat` therefore runs the step again, recording every module's output and gradient; the first module in execution
-    order is the source. Gradients are unusable afterwards.
+    `repeat` runs the step again, recording every module's output and gradient, because neither a summed loss nor a
+    reduced gradient identifies its source: the first module in execution order. Gradients are unusable afterwards.
     """
     num_executed: Counter[str] = Counter()
     first: dict[str, tuple[int, str, str]] = {}  # direction -> the first module that is not finite, and its cause

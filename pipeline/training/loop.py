@@ -169,13 +169,11 @@ def train_stage(
                 if spike := state.spikes.observe(step, health.losses["loss"]):
                     result = StageResult(step, spike=spike)
                     break
-            lr, is_preempted = (
-                learning_rate(step, stage.steps, stage.config.optimizer),
-                bool(health and health.preempted),
-            )
+            lr = learning_rate(step, stage.steps, stage.config.optimizer)
             state.engine.step(lr)
-            callbacks.after_step(StepEvent(step, lr, health, is_preempted))
-            if is_preempted:
+            event = StepEvent(step, lr, health, preempted=health is not None and health.preempted)
+            callbacks.after_step(event)
+            if event.preempted:
                 result = StageResult(step + 1, preempted=True)
                 break
         callbacks.on_stage_end(result)
@@ -208,10 +206,9 @@ def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callb
 
 @contextmanager
 def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -> Iterator[StageState]:
-    """Build a stage's state, with its starting weights, and release it at the end.
+    """Build a stage's state, with its starting weights, and release it at the end. A collective call.
 
-    A collective call. Errors that a restart would repeat, in the block too, are raised as RunFailed: with the memory
-    plan if the engine does not fit.
+    Errors that a restart would repeat, in the block too, are raised as RunFailed.
     """
     run, config, storage, collectives = stage.run, stage.config, context.storage, context.collectives
     rank, world_size, tokenizer = collectives.rank, collectives.world_size, context.tokenizer

@@ -92,7 +92,6 @@ class MetricsCollector(Callback):
         self._clock = time.perf_counter(), step + 1, self.state.loader.wait_seconds  # excludes the evaluation's time
 
     def after_step(self, event: StepEvent) -> None:
-        """Collect the metrics of a completed step, if it is a metrics step. A collective call."""
         state, stage, context, completed = self.state, self.state.stage, self.state.context, event.step + 1
         if not stage.is_metrics_step(event.step):
             return
@@ -234,7 +233,6 @@ class Alerts(Callback):
             self.on_fault(start, "unknown_tokens", alert)
 
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
-        """Evaluate the conditions of all alerts except the loss spike."""
         met = dict(conditions(snapshot))
         for name in sorted(met.keys() | self._run_length.keys()):
             length = self._run_length[name]
@@ -248,7 +246,6 @@ class Alerts(Callback):
                 self.state.context.tracker.tag(f"mome.alert.{name}", text)
 
     def on_health(self, step: int, health: StepHealth) -> None:
-        """Check the global batch's loss for a spike."""
         loss = health.losses["loss"]
         if len(self._losses) == LOSSES and loss > JUMP * (median := statistics.median(self._losses)):
             message = (

@@ -1,8 +1,8 @@
 """`--preflight`: everything a run does, once, before a large allocation is reserved for it; nothing is left behind.
 
 Every rank writes, reads and deletes an object in the run's storage; rank 0 does the same in MLflow. Then each stage is
-built as for training and runs one full step on its own data: read, forward, backward, update. The weights are
-discarded. Files are written to a temporary folder next to the run's; only indexes of shards that had none remain.
+built as for training and runs one full step on its own data. The weights are discarded. Files are written to a
+temporary folder next to the run's; only indexes of shards that had none remain.
 """
 
 import logging

@@ -58,8 +58,7 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     storage.write(join(config.folder, VOCABULARY), tokenizer.vocabulary_file)
     if config.model.READS_TEXT:
         measure_coverage(storage, config.folder, tokenizer, _folders_with_text(config))
-    for name, labels in ChainMap(*by_stage).items():
-        # Copied, so that the run's checkpoints can be used elsewhere, if all stages with such a head use the same list.
+    for name, labels in ChainMap(*by_stage).items():  # copied, so that the run's checkpoints can be used elsewhere
         if all(lists.get(name, labels) == labels for lists in by_stage):
             storage.write(join(config.folder, name), labels.to_bytes())
     storage.write(join(config.folder, RUN_FILE), config.model_dump_json(indent=1).encode())

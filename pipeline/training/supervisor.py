@@ -65,8 +65,7 @@ class RankSupervisor:
     def running(self) -> Iterator[None]:
         """Monitor the rank and its node during the block, and count signals as preemption notices.
 
-        Python allows signal handlers only in a process's main thread; in any other thread (a Ray Train worker) `poll`
-        is the only source of notices.
+        Python handles signals only in a process's main thread; in another (a Ray Train worker) only `poll` counts.
         """
         handled = SIGNALS if threading.current_thread() is threading.main_thread() else ()
         previous = {number: signal.signal(number, lambda number, _: self._notices.append(number)) for number in handled}
@@ -309,9 +308,9 @@ MEGA = 1e6
 class NodeMonitor(PeriodicThread):
     """Node statistics: CPU, memory, disk, network and GPU utilisation, named as MLflow's system metrics.
 
-    A thread of each node's first rank samples them every few seconds and publishes them in the ranks' key-value store,
-    from which rank 0 collects those of all nodes for the journal, as `system/<node>/…` in `newest`. No rank and no
-    training step waits for this. MLflow's own monitor would contact the server from the trainer (contract C6).
+    A thread of each node's first rank publishes them in the ranks' key-value store, from which rank 0 collects those of
+    all nodes for the journal, as `system/<node>/…` in `newest`. No training step waits for this. MLflow's own monitor
+    would contact the server from the trainer (contract C6).
     """
 
     def __init__(self, collectives: Collectives, seconds: float = NODE_SECONDS, name: str | None = None):

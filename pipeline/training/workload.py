@@ -44,8 +44,8 @@ UNBOUNDED = 2**62
 def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) -> Stage:
     """Resolve `engine.micro_batch_size: auto` to the largest micro-batch that fits the smallest rank's memory.
 
-    The gradient does not depend on it (contract C2), so that a run may resume on other devices; all ranks take the same
-    number and so run the same graph (C3). A collective call. Raises RunFailed if not even one row fits.
+    The gradient does not depend on it (contract C2), so a run may resume on other devices, but the graph does
+    (C3): all ranks take the same. A collective call. Raises RunFailed if not even one row fits.
     """
     engine, on_cuda = stage.run.engine, collectives.device.type == "cuda"
     if engine.micro_batch_size != "auto":
@@ -149,13 +149,8 @@ def run_step(
     members = [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)]
     probe = Probe([*model.parameters(), *model.buffers(), *members], kernels)
     engine = ProbedEngine(model, probe, sum(member.nbytes for member in members))
-    # The image tokenizer's arithmetic is not counted.
-    step = TrainingStep(
-        engine,
-        stage,
-        Collectives(timeout_seconds=None),
-        lambda images, grid: torch.zeros(len(images), grid * grid, dtype=torch.int64),
-    )
+    alone = Collectives(timeout_seconds=None)  # the image tokenizer's arithmetic is not counted
+    step = TrainingStep(engine, stage, alone, lambda image, grid: torch.zeros(len(image), grid**2, dtype=torch.int64))
     with probe:
         step(batch)
         engine.flops = probe.flops
