@@ -52,8 +52,6 @@ NO_SOURCE = "none"
 MODEL_KEY, IMAGE_TARGET_KEY = "model", "image_target"
 # One stage per source type that the heads support; the weights belong to the last one.
 USES: tuple[SourceType, ...] = ("images", "text", "labelled", "regions", "pairs", "questions", "statements")
-MAX_TEXT = StageConfig.model_fields["max_text_length"].default
-TRUE = ("true", "yes", "entailment", "1")
 UNNAMED = {
     ANSWERS: "the %d answers have no names: give --answers FILE (a JSON list) for mome predict and mome evaluate",
     CLASSES: "the %d classes have no names: mome predict gives their numbers",
@@ -122,7 +120,8 @@ def import_weights(
         if parts and parts <= complete:
             uses.setdefault(source_type, []).append(objective)
     sizes = section.model_dump(mode="json")
-    config = _config(out, sizes, uses, heads, tokenizer, min(section.max_text_length, MAX_TEXT))
+    max_text_length = min(section.max_text_length, StageConfig.model_fields["max_text_length"].default)
+    config = _config(out, sizes, uses, heads, tokenizer, max_text_length)
     metadata = {
         "config": config.model_dump(mode="json"),
         "stage": config.stages[-1].name,
@@ -344,7 +343,7 @@ def _choices(storage: Storage, published: Published, heads: HeadConfig, answers_
     if answers_file is not None and heads.answers is None:
         raise ConfigError(f"--answers {answers_file}: these weights answer no questions; leave --answers out")
     labels = _numbered((published.config or {}).get("id2label")) or []
-    if heads.nlvr2 and [label.lower() in TRUE for label in labels] == [True, False]:
+    if heads.nlvr2 and [label.lower() in ("true", "yes", "entailment", "1") for label in labels] == [True, False]:
         raise ConfigError(
             f"config.json: id2label says that 0 is {labels[0]!r}; in mome, statements are true at 1. Swap the labels "
             "and the two rows of classifier.3"

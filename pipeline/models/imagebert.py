@@ -18,8 +18,6 @@ from pipeline.models.forward import PackedInputs, Regions
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import gather, key_padding, named_layers
 
-LOCATION = 5  # values of `Regions.location`
-IMAGE_SEGMENT = 1  # words are of segment 0
 # The text embedding has the table of segments, whose second row the regions read.
 _FUSED = frozenset({"text_embedding", "encoder", "region_embedding"})
 
@@ -28,7 +26,7 @@ class RegionEmbedding(nn.Module):
     def __init__(self, features: int, width: int, dropout: float, epsilon: float) -> None:
         super().__init__()
         self.feature = nn.Linear(features, width)
-        self.location = nn.Linear(LOCATION, width)
+        self.location = nn.Linear(5, width)
         self.position = nn.Parameter(torch.empty(width))
         self.norm = nn.LayerNorm(width, eps=epsilon)
         self.dropout = nn.Dropout(dropout)
@@ -90,11 +88,11 @@ class ImageBERT(Model):
             )
         x, keep = self.text_embedding(packed.text), packed.text_keep
         if packed.regions is not None:
-            segment = self.text_embedding.token_type_embeddings(torch.tensor(IMAGE_SEGMENT, device=x.device))
+            # Words are of segment 0.
+            segment = self.text_embedding.token_type_embeddings(torch.tensor(1, device=x.device))
             x = torch.cat([x, self.region_embedding(packed.regions, segment)], dim=1)
             keep = torch.cat([keep, packed.regions.keep], dim=1)
-        padding = key_padding(keep, x.dtype)
-        count = len(x)
+        padding, count = key_padding(keep, x.dtype), len(x)
         if not count:  # BERT cannot view an empty batch, and every rank must run the same graph (contract C3)
             x, padding = F.pad(x, (0, 0, 0, 0, 0, 1)), F.pad(padding, (0, 0, 0, 1))
         x = self.encoder(x, attention_mask=padding[:, None, None, :]).last_hidden_state[:count]

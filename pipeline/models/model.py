@@ -27,9 +27,6 @@ from pipeline.models.multiway import EPSILON, TEXT_EPSILON, MultiwayBlock, key_p
 
 COLOUR_CLASSES = 512  # three bits per channel
 MAX_SCALE = 100.0  # CLIP's bound
-INITIAL_SCALE = 1 / 0.07
-DECODER_RATIO = 4  # of the image decoder's feed-forward width to its own
-LONGEST_WAVE = 10_000.0  # of the image decoder's positions, in radians times patches
 # The modules of heads that are not called after them.
 _HEAD_MODULES = {"decoded_image": "mim_head", "classes": "classification_head", "answers": "vqa_head"}
 _POOLED_HEADS = ("itm", "answers", "nlvr2", "ranking")
@@ -62,7 +59,7 @@ class ContrastiveHead(nn.Module):
             for name in ("image", "text"):
                 self.add_module(f"{name}{suffix}", nn.Linear(width, embedding or width, bias=False))
             # One element, not 0-d: DeepSpeed broadcasts parameters as bytes, which 0-d tensors cannot be viewed as.
-            self.register_parameter(f"log_scale{suffix}", nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)])))
+            self.register_parameter(f"log_scale{suffix}", nn.Parameter(torch.tensor([math.log(1 / 0.07)])))
 
     def forward(self, modality: Literal["image", "text"], *cls: Tensor) -> dict[str, Tensor]:
         """Return `itc`, `itc_vl`, unit vectors (B, E), and `scale`, `scale_vl` (0-d), from one [CLS] (B, D) each."""
@@ -89,13 +86,13 @@ class ImageDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(width, config.width)
         self.mask = nn.Parameter(torch.empty(config.width))
-        frequency = torch.exp(-math.log(LONGEST_WAVE) * torch.arange(config.width // 4) / (config.width // 4))
+        frequency = torch.exp(-math.log(10_000.0) * torch.arange(config.width // 4) / (config.width // 4))
         angle = torch.arange(grid)[:, None] * frequency
         axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (g, W / 2)
         places = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1)
         self.register_buffer("positions", F.pad(places, (0, 0, 1, 0)), persistent=False)  # (1 + P, W)
         self.blocks = nn.ModuleList(
-            MultiwayBlock(config.width, config.heads, DECODER_RATIO, ("vision",), None, 0.0, key_bias=True)
+            MultiwayBlock(config.width, config.heads, 4, ("vision",), None, 0.0, key_bias=True)
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width, eps=EPSILON)
@@ -127,7 +124,7 @@ class Model(nn.Module, ABC):
     HEADS: ClassVar[tuple[Head, ...]]  # besides "tokens", which trains nothing
     RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` can change
     GRID_RULE: ClassVar[resize.GridRule] = "bilinear"  # of absolute positions of patches at another image size
-    BLOCK: ClassVar[type[nn.Module]] = MultiwayBlock
+    BLOCK: ClassVar[type[nn.Module]] = MultiwayBlock  # of its transformers: nearly all computation and activations
 
     text_embedding: nn.Module
     image_embedding: nn.Module
@@ -246,10 +243,6 @@ class Model(nn.Module, ABC):
             return None
         parts = {_HEAD_MODULES.get(head, f"{head}_head"), *(["pooler"] if head in _POOLED_HEADS else [])}
         return encoder | parts.intersection(self.PARTS)
-
-    def transformer_blocks(self) -> list[nn.Module]:
-        """Return the blocks of all transformers, which hold nearly all computation and activations."""
-        return [module for module in self.modules() if isinstance(module, self.BLOCK)]
 
     def parts_named(self, names: Iterable[str]) -> frozenset[str]:
         """Return the parts selected by the names in a config's `freeze`. Raises ConfigError for an unknown name."""

@@ -19,9 +19,6 @@ from pipeline.config.errors import ConfigError
 GridRule = Literal["bicubic", "bilinear"]
 
 CLS_ROWS = 3  # the last rows of a table: patch (or word) from [CLS], [CLS] from it, [CLS] from itself
-CUBIC = 3
-RATIO_BOUNDS = (1.01, 1.5)  # between which BEiT searches its geometric ratio
-RATIO_PRECISION = 1e-6
 
 
 def resize_grid(positions: Tensor, grid: int | tuple[int, int], rule: GridRule) -> Tensor:
@@ -58,8 +55,8 @@ def resize_relative_grid(table: Tensor, grid: int) -> Tensor:
     old, new = round((len(table) - CLS_ROWS) ** 0.5), 2 * grid - 1
     if old == new:
         return table
-    low, high = RATIO_BOUNDS
-    while high - low > RATIO_PRECISION:
+    low, high = 1.01, 1.5  # between which BEiT searches its geometric ratio
+    while high - low > 1e-6:
         ratio = (low + high) / 2
         if (1 - ratio ** (old // 2)) / (1 - ratio) > new // 2:
             high = ratio
@@ -69,7 +66,7 @@ def resize_relative_grid(table: Tensor, grid: int) -> Tensor:
     knots = np.concatenate([-away[::-1], [0.0], away])
     # FITPACK's spline, as in SciPy's former `interp2d`: not-a-knot, constant outside the knots, linear in the values at
     # the knots, the same down and across. Fewer than four knots give the highest degree they allow.
-    spline = make_interp_spline(knots, np.eye(old), k=min(CUBIC, old - 1))
+    spline = make_interp_spline(knots, np.eye(old), k=min(3, old - 1))
     weights = torch.from_numpy(spline(np.clip(np.arange(new) - new // 2, knots[0], knots[-1])))  # (new, old)
     square = rearrange(table[:-CLS_ROWS].double(), "(y x) c -> y x c", y=old)
     resized = torch.einsum("ay, bx, yxc -> abc", weights, weights, square)

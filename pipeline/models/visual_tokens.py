@@ -23,7 +23,6 @@ from pipeline.config.errors import CheckpointError
 from pipeline.models.checkpoints.conversion import require
 from pipeline.models.checkpoints.files import read_json, read_tensors
 
-PIXELS_PER_TOKEN = 8  # along a side: the encoder halves its image three times
 LOGIT_LAPLACE_MARGIN = 0.1  # DALL-E reads pixels in [0.1, 0.9]
 
 _NAMES = (  # DALL-E's names for parts of Hugging Face's
@@ -45,7 +44,7 @@ class VisualTokenizer(nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor, grid: int) -> Tensor:
         """Return the token of each patch, row by row: image (B, H, W, 3) uint8 -> (B, P) int64 below `tokens`."""
-        side = grid * PIXELS_PER_TOKEN
+        side = 8 * grid  # the encoder halves its image three times
         pixels = rearrange(image, "b h w c -> b c h w").float() / 255
         with torch.autocast(image.device.type, enabled=False):
             if pixels.shape[2:] != (side, side):

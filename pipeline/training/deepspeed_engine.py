@@ -101,7 +101,7 @@ def prepare_blocks(model: Model, engine: EngineConfig) -> None:
         torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
         torch._dynamo.config.accumulated_recompile_limit = COMPILED_VARIANTS
     block: Any
-    for block in model.transformer_blocks():
+    for block in [module for module in model.modules() if isinstance(module, model.BLOCK)]:
         if engine.compile:
             block.forward = torch.compile(block.forward)
         if engine.activation_checkpointing:

@@ -39,6 +39,7 @@ class Experts(nn.Module):
     """A shared layer and three experts, of which a call runs those it names."""
 
     HEAD_PARTS: ClassVar = ()
+    BLOCK: ClassVar = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,9 +54,6 @@ class Experts(nn.Module):
 
     def part_of(self, parameter: str) -> str:
         return parameter
-
-    def transformer_blocks(self) -> list[nn.Module]:
-        return []
 
 
 def _loss(model: Any, step: int, micro_batch: int, rank: int, experts: str) -> Tensor:

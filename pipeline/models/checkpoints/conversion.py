@@ -30,9 +30,7 @@ log = logging.getLogger(__name__)
 
 BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
 INTERPOLATIONS = {BILINEAR: "bilinear", BICUBIC: "bicubic"}
-LONGER_TO_SHORTER = 1333 / 800  # sides of images, in ViLT's release and in Hugging Face's processor
 HEAD_WIDTH = 64  # of nearly every published model
-PUBLISHED_HEADS = {544: 16}  # by width, of VLMo's base_plus
 SIZES = {"width": "hidden_size", "layers": "num_hidden_layers"}  # ours -> config.json's, of every transformer
 IMAGE_SIZES = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
 MASK, SECOND = "image_embedding.mask", "image_embedding.second"
@@ -93,8 +91,7 @@ class Format:
     def section(self, config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keys of the `model` section that a config.json and an image processor's config give.
 
-        Differences of the processor from ours are logged. Raises ConfigError for a config of another kind, or of a
-        variant that our model would compute differently.
+        Differences of the processor are logged. Raises ConfigError for another kind, or a variant computed differently.
         """
         own_type = self.prefix.removesuffix(".")
         if (model_type := config.get("model_type", own_type)) != own_type:
@@ -152,8 +149,8 @@ class Format:
             else:
                 upper = 3 if layers > 12 else min(2, layers - 1)
                 assumed["vision_language_layers"] = (upper, f"VLMo's, for {layers} layers")
-            if width in PUBLISHED_HEADS:
-                assumed["heads"] = (PUBLISHED_HEADS[width], f"VLMo's, for width {width}")
+            if width == 544:  # base_plus
+                assumed["heads"] = (16, f"VLMo's, for width {width}")
         if table is not None:
             is_of_layer = self.tables[-1].startswith(self.prefix + self.layers)
             section["heads"] = table.shape[1] if is_of_layer else table.shape[1] // layers
@@ -165,7 +162,8 @@ class Format:
                 section[key] = value
         section |= overrides
         if section["kind"] == "vilt":
-            section.setdefault("longest_side", int(LONGER_TO_SHORTER * section["image_size"]))
+            # As in ViLT's release and in Hugging Face's processor.
+            section.setdefault("longest_side", int(1333 / 800 * section["image_size"]))
         return section
 
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:

@@ -20,8 +20,6 @@ from pipeline.config.errors import CheckpointError
 
 CONTAINERS = ("state_dict", "module", "model")  # Lightning; DeepSpeed; BEiT and MAE
 METADATA = "mome"  # next to `state_dict` in our torch files: the metadata of a safetensors header
-TORCH_BEGINNINGS = (b"PK", b"\x80")  # a zip file; before torch 1.6, a pickle
-MAX_SHARING = 4  # times the bytes of a file that its tensors may take: two names may share one memory (tied weights)
 _HEADER_LENGTH = 8  # bytes in front of a safetensors header, which say how long it is
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
@@ -83,7 +81,8 @@ def read_tensors(data: bytes, origin: str) -> Published:
             raise CheckpointError(
                 f"{origin}: expected tensors by name, bare or under one of {', '.join(CONTAINERS)}; it {contents}"
             )
-        if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > MAX_SHARING * len(data):
+        # Two names may share one memory (tied weights).
+        if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > 4 * len(data):
             raise CheckpointError(
                 f"{origin}: its tensors are many times larger than the file, unlike any published checkpoint's"
             )
@@ -113,7 +112,7 @@ def _load(data: bytes, origin: str) -> tuple[dict[Any, Any], Any]:
         tensors = safetensors.torch.load(data)  # first: it bounds the header and checks every tensor's range
         header = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")])
         return tensors, header.get("__metadata__")
-    if not data.startswith(TORCH_BEGINNINGS):
+    if not data.startswith((b"PK", b"\x80")):  # a zip file; before torch 1.6, a pickle
         raise ValueError(f"it begins with {data[:8]!r}")
     if data.startswith(b"PK"):  # compressed entries could unpack to any size
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -1,7 +1,5 @@
 """Published checkpoint formats by the names that `mome import` and `mome export` know them by.
 
-A head that is wholly absent is left out of the result; all tensors are required except `unused` ones.
-
 Shapes: R rows of a table, H heads, g grid side, T longest text.
 """
 
@@ -18,7 +16,6 @@ from pipeline.models.checkpoints.conversion import MASK, MODALITIES, Format, Nam
 from pipeline.models.encoders import VILT_EXPERT
 from pipeline.models.resize import cut_text_positions
 
-PUBLISHED_MAX_TEXT = 196  # of every published relative table of VLMo
 TEXT_POSITIONS = "text_embeddings.position_embeddings.weight"
 # VLMo's release (microsoft/unilm, vlmo) outside the layers, which grew from ViLT's (dandelin/ViLT); ours on the left.
 RELEASE = {
@@ -93,7 +90,7 @@ class VLMoFormat(Format):
         if table is None or {"image_size", "max_text_length"} <= overrides.keys():
             return section | dict(overrides)
         # The rows of the table are (2g - 1)² + 3 of images and 2 T + 2 of texts, which do not show both sizes.
-        texts = [PUBLISHED_MAX_TEXT]
+        texts = [196]  # of every published relative table
         texts += [len(state[name]) for name in ("text_relative_position_index", TEXT_POSITIONS) if name in state]
         for text in [overrides["max_text_length"]] if "max_text_length" in overrides else texts:
             distances = len(table) - 5 - 2 * text
@@ -307,7 +304,6 @@ class BEiTFormat(Format):
 
 WORDS, POSITIONS = (f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
 DECODER, BIAS = "cls.predictions.decoder.weight", "cls.predictions.bias"
-BIAS_AGAIN = "cls.predictions.decoder.bias"  # the same tensor, saved twice by some versions of transformers
 
 
 class BERTFormat(Format):
@@ -357,7 +353,9 @@ class BERTFormat(Format):
 
     def write(self, state: State, config: Any) -> State:
         published = super().write(state, config)
-        return published | ({BIAS_AGAIN: published[BIAS].clone()} if BIAS in published else {})
+        if BIAS in published:  # some versions of transformers read it under both names
+            published["cls.predictions.decoder.bias"] = published[BIAS].clone()
+        return published
 
     def prepare(self, state: State) -> State:
         """Prepare as `Format`, rename older files' LayerNorm gamma and beta, and copy a tied decoder."""

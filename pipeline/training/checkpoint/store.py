@@ -140,8 +140,7 @@ class CheckpointStore:
                 self._ownership.check()
                 raise StorageError(f"{url}: not committed: another attempt on this run is removing it")
 
-        started = time.perf_counter()
-        rank = self.collectives.rank
+        started, rank = time.perf_counter(), self.collectives.rank
         with ThreadPoolExecutor(1, "checksum") as hashing:
             record = hashing.submit(file.record)
             self.storage.write_parts(join(url, _PART.format(rank)), file.size, read_part)
@@ -223,27 +222,38 @@ class CheckpointStore:
     def clean(self, newest: Checkpoint | None, files: Mapping[str, Record] | None = None) -> None:
         """Remove the checkpoints that `newest`, just committed with `files`, makes obsolete, and unfinished ones.
 
-        Called on rank 0. It touches only names that this package gives, and never what a later start wrote. A storage
-        failure is logged and not raised: it costs space only.
-
-        Without `files`, at the start of a run, remove what earlier attempts left unfinished; `newest` is then the
-        checkpoint from which the run resumes. Raises StorageError if the new checkpoint is incomplete: on a store that
-        creates objects in two steps, another attempt may have deleted its files. Raises Superseded, having deleted
-        nothing, if a later start owns the run.
+        Without `files`, at the start of a run, remove only what earlier attempts left unfinished up to `newest`. Called
+        on rank 0; never touches what a later start wrote. Storage failures are logged: they cost space only. Raises
+        StorageError if the new checkpoint is incomplete: on a store that creates objects in two steps, another attempt
+        may have deleted its files. Raises Superseded, having deleted nothing, if a later start owns the run.
         """
         missing = ""
         try:
             if newest is not None and files is not None:
                 missing = committed.describe_missing(self.storage, newest.url, files)
             self._ownership.check()
-            if files is None:
-                count = self.storage.abort_uploads(self.url, self._is_ours)
+            if files is None:  # those of this start's folders and of folders it has superseded
+                count = self.storage.abort_uploads(
+                    self.url,
+                    lambda name: (
+                        (key := committed.parse_name(name.partition("/")[0])) is not None and key[1] <= self._start
+                    ),
+                )
                 if count:
                     log.warning("%s: aborted %d unfinished multipart uploads of earlier attempts", self.url, count)
             if newest is not None and not missing:
                 if files is not None:
                     self._remove_obsolete(newest)
-                self._remove_partial(newest)
+                for url, (step, start, _) in committed.newest_first(self.storage, self.url).items():
+                    if step > newest.step or start > self._start or committed.is_committed(self.storage, url):
+                        continue
+                    # Another start may be about to commit: the seal decides, and is kept until the next checkpoint.
+                    is_final = start in (self._start, NO_START) or url in self._sealed
+                    if is_final or committed.seal(self.storage, url, f"given up by {self._start}"):
+                        self.storage.abort_uploads(url)
+                        self._remove(url, keep=None if is_final else SEAL)
+                        log.warning("%s: removed an unfinished checkpoint", url)
+                    self._sealed = self._sealed - {url} if is_final else self._sealed | {url}
         except StorageError as error:
             log.warning("%s: obsolete or unfinished checkpoints could not be removed: %s", self.url, error)
         if newest is not None and missing:
@@ -267,28 +277,9 @@ class CheckpointStore:
                 self._remove(url)
                 self._known.pop(url)
         self.kept = tuple(self._known[url] for url in urls if url in kept)
-        best = self._config.keep_best
-        if best is not None and best.metric not in newest.metrics:
+        if (best := self._config.keep_best) is not None and best.metric not in newest.metrics:
             recorded = ", ".join(sorted(newest.metrics)) or "none"
             log.warning("checkpoint.keep_best.metric: '%s' is not recorded; available: %s", best.metric, recorded)
-
-    def _is_ours(self, name: str) -> bool:
-        """Return whether an object is of a checkpoint of this start or of one it has superseded."""
-        key = committed.parse_name(name.partition("/")[0])
-        return key is not None and key[1] <= self._start
-
-    def _remove_partial(self, newest: Checkpoint) -> None:
-        """Remove folders of attempts that never committed, at steps up to that of a committed checkpoint."""
-        for url, (step, start, _) in committed.newest_first(self.storage, self.url).items():
-            if step > newest.step or start > self._start or committed.is_committed(self.storage, url):
-                continue
-            # Another start's writer may be about to commit: the seal decides, and is kept until the next checkpoint.
-            is_final = start in (self._start, NO_START) or url in self._sealed
-            if is_final or committed.seal(self.storage, url, f"given up by {self._start}"):
-                self.storage.abort_uploads(url)
-                self._remove(url, keep=None if is_final else SEAL)
-                log.warning("%s: removed an unfinished checkpoint", url)
-            self._sealed = self._sealed - {url} if is_final else self._sealed | {url}
 
     def _remove(self, url: str, keep: str | None = None) -> None:
         """Delete a checkpoint's files except `keep`, COMMIT.json first: no partly deleted one looks complete."""
@@ -364,10 +355,8 @@ class Checkpointer(Callback):
             tracker.metrics(step, {"ckpt/write_s": seconds})
         if finished:
             names = [stage.name for stage in state.stage.run.stages]
-            kept = state.checkpoints.kept
-            tracker.log_checkpoints(
-                [SavedWeights(info.url, info.step, names.index(info.stage)) for info in kept if info.stage]
-            )
+            kept = [own for own in state.checkpoints.kept if own.stage]
+            tracker.log_checkpoints([SavedWeights(own.url, own.step, names.index(own.stage)) for own in kept])
 
     def _write_quarantine(self, step: int, records_by_rank: list[list[dict[str, Any]]]) -> None:
         """Write the bad samples that any rank replaced to the run's folder as JSON lines, on rank 0."""
@@ -376,8 +365,7 @@ class Checkpointer(Callback):
         if records and context.collectives.rank == 0:
             lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
             name = f"quarantine/{stage.index}-{stage.name}-{step:08d}.jsonl"
-            url = join(stage.run.folder, name)
-            context.storage.write(url, lines)
+            context.storage.write(url := join(stage.run.folder, name), lines)
             context.tracker.artifact(name, lines)
             log.warning("%d bad samples were replaced; see %s", len(records), url)
 
