@@ -47,8 +47,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "processor_config.json"
 VOCABULARY, TOKENIZER = "vocab.txt", "tokenizer.json"
 NO_SOURCE = "none"
-# Metadata keys of the files we write (JSON values): the model section, and the target of the masked-image head. Others
-# hold the answers and classes of further heads.
+# Metadata keys of the files we write (JSON values), next to those of the answers and classes of heads.
 MODEL_KEY, IMAGE_TARGET_KEY = "model", "image_target"
 # One stage per source type that the heads support; the weights belong to the last one.
 USES: tuple[SourceType, ...] = ("images", "text", "labelled", "regions", "pairs", "questions", "statements")
@@ -70,9 +69,8 @@ def import_weights(
 ) -> dict[str, Any]:
     """Write the weights of a published file or folder where `start_from` reads them; return their description.
 
-    Sizes come from `overrides` (`heads=16`), else the config `model`, else the file's header if we wrote it, else the
-    config.json next to the weights, else the tensors' shapes. Tensors whose names match `may_differ` may be missing,
-    unexpected or of another shape. `answers` is a file with the answers of a VQA head.
+    Sizes come from `overrides` (`heads=16`), else the config `model`, else our file's header, else config.json, else
+    the tensors' shapes. Tensors whose names match `may_differ` may be missing, unexpected or of another shape.
     """
     storage, chosen = Storage(), _format(format_name)
     if existing := [name for name in storage.list(out) if FILE.fullmatch(name) or name == COMMIT]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
-from pipeline.training.checkpoint.committed import read_committed
+from pipeline.training.checkpoint.committed import read_manifest
 from pipeline.training.checkpoint.weights import load_weights
 
 STEPS = 12
@@ -37,7 +37,7 @@ def test_checkpoints_of_a_run_are_kept_recorded_and_loadable(tmp_path: Path) -> 
             values.setdefault(name, {})[record["step"]] = value
     losses = values["train/loss"]
     best = max((step for step in losses if step % 2 == 0 and step < STEPS), key=lambda step: losses[step])
-    manifests = [read_committed(Storage(), str(folder))[0] for folder in (run / "checkpoints").iterdir()]
+    manifests = [read_manifest(Storage(), str(folder)) for folder in (run / "checkpoints").iterdir()]
     assert {manifest["step"] for manifest in manifests} == {4, 8, 10, best}
     for manifest in manifests:
         assert manifest["metrics"]["train/loss"] == losses[manifest["step"]]

@@ -92,12 +92,12 @@ class TurnStorage(Storage):
         super().__init__(StorageConfig(retry_timeout_seconds=1e-3))
         self._disk, self._turns, self._name = disk, turns, name
 
-    def _backend(self, url: str) -> tuple[Any, str]:
-        return self._disk, url
-
     def _do(self, url: str, action: str, call: Callable[[Any, str], T]) -> T:
+        def call_disk(backend: Any, path: str) -> T:
+            return call(self._disk, url)
+
         if (turns := self._turns) is None:
-            return super()._do(url, action, call)
+            return super()._do(url, action, call_disk)
         if not turns.is_killed:
             turns.stopped.release()
             turns.go[self._name].acquire()
@@ -105,7 +105,7 @@ class TurnStorage(Storage):
             raise Killed
         self._disk.who, outcome = self._name, ""
         try:
-            result = super()._do(url, action, call)
+            result = super()._do(url, action, call_disk)
             outcome = repr(result)
             return result
         except Exception as error:

@@ -238,8 +238,7 @@ class Format:
         """Return the published names and our shapes of the parameters that a state of this format holds.
 
         `state` has our names or the published ones, and gives the numbers of words and of outputs of heads (default 1).
-        Left out are parts in `optional` of which it has no tensor, and the mask embedding and the second image's
-        modality vector without theirs.
+        Left out are `optional` parts, the mask embedding and the second image's modality vector without a tensor in it.
         """
         rows: dict[str, Any] = {}
         for part, parameters in COUNTED.items():

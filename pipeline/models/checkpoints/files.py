@@ -62,10 +62,9 @@ def write_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str
 
 
 def read_tensors(data: bytes, origin: str) -> Published:
-    """Read the tensors of a file's bytes from any known container, floating-point ones as float32.
+    """Read the tensors of a file from any known container, without wrappers' prefixes, floating-point ones as float32.
 
-    Prefixes of wrappers (DataParallel, torch.compile) are removed. Raises CheckpointError naming `origin` for a damaged
-    file, one without named tensors, and one that needs code to be read.
+    Raises CheckpointError naming `origin` for a damaged file, one without named tensors, and one that needs code.
     """
     try:
         loaded, metadata = _load(data, origin)

@@ -233,9 +233,8 @@ class BEiTFormat(Format):
     """BEiT as VLMo's vision stage, and back: Hugging Face's names, and those of BEiT's own release.
 
     Pretraining checkpoints have one relative table (R, H) for all layers, fine-tuned ones a table for each, as VLMo
-    does. VLMo's image modality vector starts as zeros, and is exported by adding it to the tensors it is added to. The
-    classifier, which reads the mean of all patches, is dropped; the pooler's norm was trained for that mean as well,
-    and is the closest that such models have to a final norm.
+    does. The image modality vector starts as zeros, and is exported by adding it to the tensors it is added to. The
+    classifier of the mean patch is dropped; the pooler's norm, trained for that mean, is read as the final norm.
     """
 
     title: ClassVar = "BEiT"

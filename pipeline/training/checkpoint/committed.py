@@ -45,9 +45,8 @@ def commit(
 ) -> bool:
     """Commit the files already written under `url`: write the manifest, then COMMIT.json.
 
-    `before` is called when everything except COMMIT.json is written. `other_name` renames a file whose name is taken;
-    without it the folder belongs to this attempt alone. Returns False if another attempt has committed the folder.
-    Raises StorageError if the files are not stored as they were written.
+    `before` is called before COMMIT.json is written. `other_name` renames a file whose name is taken; without it the
+    folder is this attempt's alone. Returns False if another attempt has committed it; StorageError if a file is lost.
     """
     manifest = json.dumps({"files": files, **metadata}, indent=1).encode()
     record = file_record(manifest)
@@ -99,7 +98,7 @@ def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
         raise CheckpointError(f"{url}: {COMMIT} is damaged: it cannot be parsed") from error
     if data != json.dumps({"manifest": record}).encode():
         raise CheckpointError(f"{url}: {COMMIT} is damaged: it differs from what was written")
-    data = _read_verified(storage, url, MANIFEST, record)
+    data = read_verified(storage, url, MANIFEST, record)
     try:
         manifest: dict[str, Any] = json.loads(data)
         records = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in manifest["files"].items()}
@@ -110,12 +109,6 @@ def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
         if name in ("", ".", "..") or not {"/", "\\"}.isdisjoint(name):
             raise CheckpointError(f"{url}: {MANIFEST} lists {name!r:.80}, which is not a file name of this folder")
     return manifest
-
-
-def read_committed(storage: Storage, url: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return a committed folder's manifest and files. Raises CheckpointError naming a damaged one."""
-    manifest = read_manifest(storage, url)
-    return manifest, {name: _read_verified(storage, url, name, record) for name, record in manifest["files"].items()}
 
 
 def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
@@ -139,7 +132,8 @@ def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
     return info
 
 
-def _read_verified(storage: Storage, url: str, name: str, record: Record) -> bytes:
+def read_verified(storage: Storage, url: str, name: str, record: Record) -> bytes:
+    """Return the content of a committed file. Raises CheckpointError if it is missing or damaged."""
     name = record.get("file", name)
     try:
         data = storage.read(join(url, name))

@@ -49,10 +49,7 @@ class HostCopy:
         self._buffer = torch.empty(0)
 
     def reserve(self, fragments: Iterable[Fragment]) -> dict[str, Tensor]:
-        """Allocate the buffer, and return the values by "name|start|kind", grouped by kind for sequential reading.
-
-        Called ahead of the first `take`, which would otherwise stall training.
-        """
+        """Allocate the buffer ahead of the first `take`; return the values by "name|start|kind", grouped by kind."""
         by_kind = sorted(((kind, part) for part in fragments for kind in part.values), key=lambda key: key[0])
         values = {f"{part.name}|{part.start}|{kind}": part.values[kind] for kind, part in by_kind}
         size = sum(len(value) for value in values.values())
@@ -108,10 +105,9 @@ class TensorFile:
 
 
 class SavedState:
-    """A checkpoint's state, read by parameter and range whichever ranks wrote it.
+    """A checkpoint's state, read by parameter and range whichever ranks wrote it; only verified versions of `files`.
 
-    `files` maps each file to the version that was verified; any other is refused. An engine reads sequentially at
-    several positions of every file at once: the cache holds the next blocks of all of them.
+    An engine reads every file at several positions at once: the cache holds the next blocks of all of them.
     """
 
     def __init__(self, storage: Storage, url: str, files: Mapping[str, ObjectInfo], optimizer_step: int):

@@ -78,7 +78,7 @@ class CheckpointStore:
     ) -> str:
         """Copy this rank's fragments, write them in the background, and return the checkpoint's URL.
 
-        `before_commit` is called on rank 0, by the thread that then commits. `metadata` has the fields of `Checkpoint`.
+        `before_commit` is called by the thread that commits, on rank 0. `metadata` has the fields of `Checkpoint`.
         """
         # Names of one step and start are ordered by time.
         start = "" if self._ownership.start is None else f"{self._ownership.start}-"

@@ -134,7 +134,8 @@ def load_weights(storage: Storage, url: str) -> Weights:
     """Load the weights of a stage, of a run's last finished one, or of a checkpoint; CheckpointError without them."""
     with _opened(storage, url) as (info, manifest):
         if not info.is_checkpoint:
-            folder, (_, files) = info.url, committed.read_committed(storage, info.url)
+            folder, records = info.url, manifest["files"]
+            files = {name: committed.read_verified(storage, folder, name, records[name]) for name in records}
             tensors = safetensors.torch.load(files[WEIGHTS])
         else:  # a checkpoint's fragments, or their moving average if there is one
             versions = {

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -19,7 +20,7 @@ import torch
 
 from pipeline.config.errors import StorageError, Superseded
 from pipeline.data.storage import Storage, join
-from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, is_committed, read_committed
+from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, is_committed, read_manifest, read_verified
 from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.checkpoint.weights import WEIGHTS, save_weights
 from pipeline.training.ownership import Ownership
@@ -54,7 +55,13 @@ def committed_steps(folder: str) -> list[int]:
     """Return the steps of the run's committed checkpoints, after verifying each."""
     url = join(folder, "checkpoints")
     folders = [join(url, name) for name in Storage().list(url)]
-    return sorted(read_committed(Storage(), name)[0]["step"] for name in folders if is_committed(Storage(), name))
+    return sorted(read_committed(name)[0]["step"] for name in folders if is_committed(Storage(), name))
+
+
+def read_committed(url: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    manifest = read_manifest(Storage(), url)
+    records = manifest["files"].items()
+    return manifest, {name: read_verified(Storage(), url, name, record) for name, record in records}
 
 
 def assert_all_failures(
@@ -126,10 +133,10 @@ def test_failed_hand_over_is_atomic_and_can_be_repeated(tmp_path: Path) -> None:
     def check(storage: FailingStorage, folder: str) -> None:
         url = join(folder, "stages", "0-s")
         if was_committed := is_committed(Storage(), url):
-            read_committed(Storage(), url)
+            read_committed(url)
         storage.heal()
         hand_over(storage, folder, 2.0)
-        weights = safetensors.torch.load(read_committed(Storage(), url)[1][WEIGHTS])
+        weights = safetensors.torch.load(read_committed(url)[1][WEIGHTS])
         assert weights["a"].tolist() == [1.0 if was_committed else 2.0] * 9
         assert was_committed or len(Storage().list(url)) == 4, "something was left"
 
