@@ -218,7 +218,8 @@ def import_(
     format: Format,
     out: Annotated[str, Option(help="New folder (path or URL), for `start_from` and `mome evaluate`.")],
     overrides: Annotated[
-        list[str] | None, Argument(help="Sizes that no tensor has: heads=16 image_size=384", metavar="KEY=VALUE")
+        list[str] | None,
+        Argument(help="Sizes that the tensors do not show: heads=16 image_size=384", metavar="KEY=VALUE"),
     ] = None,
     model: Annotated[Path | None, FileOption(help="Config whose model section describes the weights.")] = None,
     vocabulary: Annotated[str | None, Option(help="Vocabulary file, one token per line (path or URL).")] = None,
@@ -359,7 +360,9 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     accelerator: Annotated[str, Option(help="GPU: h100, h200, b200, a100-80, a100-40, l40s …")] = "h100",
-    network: Annotated[str, Option(help="Of nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, -25.")] = "ib-400",
+    network: Annotated[
+        str, Option(help="Network of the nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, -25.")
+    ] = "ib-400",
     gpus: Annotated[int | None, Option(min=1, help="Number of GPUs (default: cluster.workers).")] = None,
     price: Annotated[float | None, Option(min=0, help="Price per GPU-hour (default: cluster.price).")] = None,
     mfu: Annotated[float, Option(min=0.01, max=1, help="Model FLOPs utilization, as a fraction.")] = 0.35,

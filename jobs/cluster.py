@@ -1,6 +1,4 @@
-"""The Ray cluster of a run: join or start it, run a function on its ranks, compare nodes with what ranks request."""
-
-from __future__ import annotations
+"""The Ray cluster of a run: join or start it, and compare its nodes with what ranks request."""
 
 import logging
 import os
@@ -11,22 +9,15 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import wait
-from contextlib import suppress
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from pipeline.config.background import in_background
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import validate, with_absolute_paths
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.tracking.locations import absolute_uri, configured_uri
-
-if TYPE_CHECKING:
-    from jobs.placement import Placement
 
 TOKEN_FILE = "~/.ray/auth_token"
 CONNECT_SECONDS = 5.0
@@ -34,11 +25,8 @@ HEAD_SECONDS = 15.0  # limit for a head to answer a health check
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+)):(\d{1,5})")
 OTHER_PORTS = {8265: "the port of the dashboard, for mome submit", 10001: "the port of ray:// clients"}
-CHECK_SECONDS = 1.0
 ADVICE = ("Refer to the documentation", "Consider provisioning")
 HEALTH_SECONDS = 100.0  # a rank that is silent for this long is lost; Ray's default is ten minutes
-COUNT_SECONDS = 5.0
-DISABLED_SECONDS = 1e9
 LOADER_AMOUNT = 0.001  # of `cluster.loader_resource` per loader actor; CPUs limit the number of actors per node
 KEYS = {"CPU": "cluster.cpus_per_worker", "GPU": "cluster.gpus_per_worker"}
 
@@ -155,101 +143,10 @@ def for_ranks(config: RunConfig, **cluster: object) -> RunConfig:
     return validate(values, config.name)
 
 
-def run_on_ranks(
-    function: Callable[[str], Any],
-    config: RunConfig,
-    name: str,
-    budget: Any = None,
-    placement: Placement | None = None,
-    check: Callable[[], None] = lambda: None,
-    callbacks: Sequence[Any] = (),
-) -> Any:
-    """Run `function(config as JSON)` on every rank that Ray Train places; return rank 0's result.
-
-    `budget` is Ray Train's FailureConfig (None: no retries). `check` is called every second while the ranks run, and
-    may raise to end the run. Raises Ray Train's error when it gives up, and RunFailed if the ranks can never be placed.
-    """
-    import ray
-    import ray.train.torch
-    from ray._private.state import state
-
-    from jobs.placement import Placement
-
-    train, cluster = cast(Any, ray.train), config.cluster  # Ray's annotations are those of Train v1
-    placement = placement or Placement(cluster, secrets.token_hex(8))
-    placement.start()
-    # Ray also counts nodes that are being drained, where it can place nothing, so they are subtracted here.
-    refresh_node_counts()
-    minimum, maximum = cluster.min_workers or cluster.workers, cluster.workers
-    if minimum < maximum and state.get_draining_nodes():
-        maximum = min(maximum, max(minimum, available_ranks(cluster, occupied=False)))
-    with tempfile.TemporaryDirectory(prefix="mome-ray-train-", ignore_cleanup_errors=True) as folder:
-        trainer = train.torch.TorchTrainer(
-            partial(function, config.model_dump_json()),
-            torch_config=train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-            scaling_config=train.ScalingConfig(
-                num_workers=maximum if minimum == cluster.workers else (minimum, maximum),
-                use_gpu=bool(cluster.gpus_per_worker),
-                resources_per_worker=rank_resources(cluster),
-                placement_strategy=cluster.placement.upper(),
-                # Ray's own growth restarts from the last checkpoint at any moment; ours (jobs.distributed) saves first.
-                elastic_resize_monitor_interval_s=DISABLED_SECONDS,
-            ),
-            run_config=train.RunConfig(
-                # Ray Train would resume a known name; our own checkpoints determine where a run resumes.
-                name=f"{name}-{secrets.token_hex(4)}",
-                storage_path=folder,
-                callbacks=[*callbacks, placement.callback],
-                failure_config=budget,
-            ),
-        )
-        result = in_background(trainer.fit, "Ray Train")  # this thread checks the ranks and handles signals
-        try:
-            while not wait([result], CHECK_SECONDS).done:
-                placement.check()
-                check()
-        except BaseException:
-            ray.shutdown()
-            wait([result], CHECK_SECONDS)
-            raise
-        return result.result().return_value
-
-
 def root_cause(error: BaseException) -> str:
     """Return the innermost message of an error of Ray: its last line that is not generic advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
     return redact(lines[-1]) if lines else type(error).__name__
-
-
-def usable_nodes() -> dict[str, Resources]:
-    """Return the resources of each node that is alive and not being drained, by node id."""
-    import ray
-    from ray._private.state import state
-
-    draining = state.get_draining_nodes()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-    return {node["NodeID"]: node["Resources"] for node in nodes}
-
-
-def available_ranks(cluster: ClusterConfig, occupied: bool = True) -> int:
-    """Return how many ranks fit on the usable nodes: in their free resources, or in all of them if not `occupied`."""
-    from ray._private.state import available_resources_per_node
-
-    needed = rank_resources(cluster)
-    if cluster.loader_resource is None:
-        needed["CPU"] += cluster.loader_actors * cluster.loader_cpus
-    usable = usable_nodes()
-    free = available_resources_per_node() if occupied else usable
-    return sum(ranks_on_node(free[node], needed) for node in usable if node in free)
-
-
-def refresh_node_counts() -> None:
-    """Make Ray Train recount the nodes' resources, which it otherwise does every 20 s."""
-    import ray
-
-    with suppress(Exception):  # it does not exist before the first run, and an old count costs only time
-        counter = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-        ray.get(counter.get_reserved_resources.remote("", recompute=True), timeout=COUNT_SECONDS)
 
 
 def rank_resources(cluster: ClusterConfig) -> dict[str, float]:

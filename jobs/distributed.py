@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from jobs.cluster import available_ranks, connect, for_ranks, root_cause, run_on_ranks
+from jobs.cluster import connect, for_ranks, root_cause
 from jobs.driver import STOP, Mailbox, forwarded_warnings
 from pipeline.config.background import PeriodicThread, within
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
@@ -144,6 +144,8 @@ class RankPreemptionSignal:
 
     def _check(self) -> bool:
         """Look for a request of the driver and for room; return False once there is a reason to stop."""
+        from jobs.placement import available_ranks
+
         if self._mail.get(STOP):
             self.reason = STOPPED
             return False
@@ -156,8 +158,9 @@ class RankPreemptionSignal:
         self._room_since = (self._room_since or now) if available > 0 else None
         if self._room_since is None or now - self._room_since < self._cluster.grow_seconds:
             return True
-        num_more = min(available, self._num_missing)
-        log.warning("there is room for %d more rank(s): saving, to restart with them", num_more)
+        log.warning(
+            "there is room for %d more rank(s): saving, to restart with them", min(available, self._num_missing)
+        )
         self.reason = GROWN
         return False
 
@@ -169,8 +172,9 @@ def ranks_here() -> Ranks:
 
 def device_of(ranks: Ranks) -> torch.device:
     """Return the device of this rank."""
-    alone = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return ranks.device if isinstance(ranks, Collectives) else alone
+    return (
+        ranks.device if isinstance(ranks, Collectives) else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
 
 
 def on_workers(work: Callable[[Ranks], Any], config: RunConfig, workers: int, name: str) -> Any:
@@ -197,6 +201,8 @@ def run_on_cluster(work: Callable[[RunConfig], Any], config: RunConfig, name: st
 
     config = for_ranks(config)
     connect(config.cluster)
+    from jobs.placement import run_on_ranks
+
     try:
         result = run_on_ranks(on_rank, config, f"{config.name}-{name}", budget)
     except MomeError:

@@ -1,4 +1,4 @@
-"""Placement and restarts of a run's ranks: why ranks wait, whether they can ever fit, and a record of every restart.
+"""Run a function on ranks that Ray Train places; report why they wait, and record every restart.
 
 Ray Train calls the two callbacks in its controller, a process of its own.
 """
@@ -6,13 +6,18 @@ Ray Train calls the two callbacks in its controller, a process of its own.
 import json
 import logging
 import secrets
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import ray
+import ray.train.torch
+from ray._private.state import available_resources_per_node
 from ray._private.state import state as ray_state
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -20,12 +25,14 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from jobs import cluster as resources
 from jobs.console import notify
 from jobs.driver import NUM_PLACED, Mailbox
+from pipeline.config.background import in_background
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.storage import Storage, join
 
 log = logging.getLogger(__name__)
 
+CHECK_SECONDS = 1.0
 QUIET_SECONDS = 10.0  # before the first message about waiting ranks, and between two messages
 REMEDY = "`mome doctor --config CONFIG` compares the two."
 RESTARTS_FOLDER = "restarts"
@@ -64,7 +71,7 @@ class Placement:
         """Prepare for ranks to be placed. Raises RunFailed if a local Ray can never place them."""
         self._mail.put(NUM_PLACED, 0)
         self.ranks, self._waiting_since, self._last_message = 0, self._clock(), None
-        is_local, nodes = resources.address_of(self._cluster) is None, list(resources.usable_nodes().values())
+        is_local, nodes = resources.address_of(self._cluster) is None, list(usable_nodes().values())
         if is_local and (missing := resources.missing_resources(self._cluster, nodes)):
             raise RunFailed(f"{missing}. {REMEDY}")
 
@@ -81,7 +88,7 @@ class Placement:
         self.ranks, now = 0, self._clock()
         if self._waiting_since is None:
             self._waiting_since = now
-        nodes, waited = list(resources.usable_nodes().values()), now - self._waiting_since
+        nodes, waited = list(usable_nodes().values()), now - self._waiting_since
         missing = resources.missing_resources(cluster, nodes)
         if missing and waited > cluster.start_seconds and not self._were_placed:
             limits = None
@@ -121,7 +128,7 @@ class Restarts(UserCallback):
             self.record(FAILED, "; ".join(f"rank {rank}: {resources.root_cause(error)}" for rank, error in errors))
         except Exception as error:  # a missing record must not prevent the restart
             log.warning("restart not recorded: %s", error)
-        resources.refresh_node_counts()  # the ranks must not be placed on a node that was lost
+        refresh_node_counts()  # the ranks must not be placed on a node that was lost
 
     def record(self, cause: str, message: str) -> None:
         """Record a restart (time in seconds since 1970) whose `cause` is failed, preempted or grown."""
@@ -134,3 +141,76 @@ class Restarts(UserCallback):
         storage = Storage(self._config)
         names = [name for name in storage.list(self._url) if name.startswith(self._session)]
         return sum(json.loads(storage.read(join(self._url, name)))["cause"] == cause for name in names)
+
+
+def run_on_ranks(
+    function: Callable[[str], Any], config: RunConfig, name: str, budget: Any = None,
+    placement: Placement | None = None, check: Callable[[], None] = lambda: None, callbacks: Sequence[Any] = (),
+) -> Any:  # fmt: skip
+    """Run `function(config as JSON)` on every rank that Ray Train places; return rank 0's result.
+
+    `budget` is Ray Train's FailureConfig (None: no retries). `check` is called every second while the ranks run, and
+    may raise to end the run. Raises Ray Train's error when it gives up, and RunFailed if the ranks can never be placed.
+    """
+    train, cluster = cast(Any, ray.train), config.cluster  # Ray's annotations are those of Train v1
+    placement = placement or Placement(cluster, secrets.token_hex(8))
+    placement.start()
+    # Ray also counts nodes that are being drained, where it can place nothing, so they are subtracted here.
+    refresh_node_counts()
+    minimum, maximum = cluster.min_workers or cluster.workers, cluster.workers
+    if minimum < maximum and ray_state.get_draining_nodes():
+        maximum = min(maximum, max(minimum, available_ranks(cluster, occupied=False)))
+    with tempfile.TemporaryDirectory(prefix="mome-ray-train-", ignore_cleanup_errors=True) as folder:
+        trainer = train.torch.TorchTrainer(
+            partial(function, config.model_dump_json()),
+            torch_config=train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+            scaling_config=train.ScalingConfig(
+                num_workers=maximum if minimum == cluster.workers else (minimum, maximum),
+                use_gpu=bool(cluster.gpus_per_worker),
+                resources_per_worker=resources.rank_resources(cluster),
+                placement_strategy=cluster.placement.upper(),
+                # Ray's own growth restarts from the last checkpoint at any moment; ours (jobs.distributed) saves first.
+                elastic_resize_monitor_interval_s=1e9,
+            ),
+            run_config=train.RunConfig(
+                # Ray Train would resume a known name; our own checkpoints determine where a run resumes.
+                name=f"{name}-{secrets.token_hex(4)}",
+                storage_path=folder,
+                callbacks=[*callbacks, placement.callback],
+                failure_config=budget,
+            ),
+        )
+        result = in_background(trainer.fit, "Ray Train")  # this thread checks the ranks and handles signals
+        try:
+            while not wait([result], CHECK_SECONDS).done:
+                placement.check()
+                check()
+        except BaseException:
+            ray.shutdown()
+            wait([result], CHECK_SECONDS)
+            raise
+        return result.result().return_value
+
+
+def usable_nodes() -> dict[str, resources.Resources]:
+    """Return the resources of each node that is alive and not being drained, by node id."""
+    draining = ray_state.get_draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    return {node["NodeID"]: node["Resources"] for node in nodes}
+
+
+def available_ranks(cluster: ClusterConfig, occupied: bool = True) -> int:
+    """Return how many ranks fit on the usable nodes: in their free resources, or in all of them if not `occupied`."""
+    needed = resources.rank_resources(cluster)
+    if cluster.loader_resource is None:
+        needed["CPU"] += cluster.loader_actors * cluster.loader_cpus
+    usable = usable_nodes()
+    free = available_resources_per_node() if occupied else usable
+    return sum(resources.ranks_on_node(free[node], needed) for node in usable if node in free)
+
+
+def refresh_node_counts() -> None:
+    """Make Ray Train recount the nodes' resources, which it otherwise does every 20 s."""
+    with suppress(Exception):  # it does not exist before the first run, and an old count costs only time
+        counter = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(counter.get_reserved_resources.remote("", recompute=True), timeout=5.0)

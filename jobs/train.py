@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from jobs import distributed
-from jobs.cluster import connect, for_ranks, root_cause, run_on_ranks
+from jobs.cluster import connect, for_ranks, root_cause
 from jobs.console import notify, poll, progress_display
 from jobs.driver import Interrupts, Mailbox
 from jobs.evaluate import evaluate_run
@@ -88,7 +88,7 @@ def _train(
     import ray
     import ray.train
 
-    from jobs.placement import FAILED, Placement, Restarts
+    from jobs.placement import FAILED, Placement, Restarts, run_on_ranks
 
     train: Any = ray.train  # Ray's annotations are those of Train v1
     cluster, limit = config.cluster, config.cluster.max_preemptions

@@ -185,7 +185,7 @@ class World(SimpleNamespace):
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     simulated = World(node={"CPU": 4.0}, now=1000.0, ranks=0, printed=[], limits=None)
-    monkeypatch.setattr(cluster, "usable_nodes", lambda: {"node": simulated.node})
+    monkeypatch.setattr(placement, "usable_nodes", lambda: {"node": simulated.node})
     monkeypatch.setattr(placement, "notify", simulated.printed.append)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: simulated.limits)
