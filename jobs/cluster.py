@@ -20,13 +20,10 @@ from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.tracking.locations import absolute_uri, configured_uri
 
 TOKEN_FILE = "~/.ray/auth_token"
-CONNECT_SECONDS = 5.0
 HEAD_SECONDS = 15.0  # limit for a head to answer a health check
-ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+)):(\d{1,5})")
 OTHER_PORTS = {8265: "the port of the dashboard, for mome submit", 10001: "the port of ray:// clients"}
 ADVICE = ("Refer to the documentation", "Consider provisioning")
-HEALTH_SECONDS = 100.0  # a rank that is silent for this long is lost; Ray's default is ten minutes
 LOADER_AMOUNT = 0.001  # of `cluster.loader_resource` per loader actor; CPUs limit the number of actors per node
 KEYS = {"CPU": "cluster.cpus_per_worker", "GPU": "cluster.gpus_per_worker"}
 
@@ -45,7 +42,7 @@ def connect(cluster: ClusterConfig) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Train reads these in the driver and passes them to its controller and ranks.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HEALTH_SECONDS))
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "100.0")  # of silence; the default is 600
     if ray.is_initialized():
         return
     address, origin = address_of(cluster) or (None, "")
@@ -97,12 +94,12 @@ def _find_head(address: str) -> None:
     if match is None or int(match[3]) > 65535:
         raise ValueError("expected host:port, with an IPv6 host as in [::1]:6379")
     port = int(match[3])
-    socket.create_connection((match[1] or match[2], port), timeout=CONNECT_SECONDS).close()
+    socket.create_connection((match[1] or match[2], port), timeout=5.0).close()
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
-            channel.unary_unary(ALIVE)(b"", timeout=HEAD_SECONDS)
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=HEAD_SECONDS)
         except grpc.RpcError as error:
             codes, hint = grpc.StatusCode, f"; it is {OTHER_PORTS[port]}" if port in OTHER_PORTS else ""
             if error.code() in (codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED, codes.UNIMPLEMENTED):

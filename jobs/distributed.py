@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 FAILURE_FILE, PROGRESS_FILE = "failure.json", "progress.json"
 PROGRESS_SECONDS = 1.0
-PROGRESS_WRITE_SECONDS = 10.0  # limit for retrying one write
-PROGRESS_CLOSE_SECONDS = 5.0  # for the last progress file to be written
 PREEMPTED, GROWN, STOPPED = "preempted", "grown", "stopped"
 CHECK_SECONDS = 1.0
 
@@ -92,7 +90,7 @@ class ProgressFile(PeriodicThread):
 
     def __init__(self, config: RunConfig, storage: Storage):
         super().__init__(self._write, PROGRESS_SECONDS, "mome-progress")
-        self._storage, self._url = storage.within(PROGRESS_WRITE_SECONDS), join(config.folder, PROGRESS_FILE)
+        self._storage, self._url = storage.within(10.0), join(config.folder, PROGRESS_FILE)  # seconds to retry a write
         self._newest: callbacks.Progress | None = None
         self._written: callbacks.Progress | None = None
 
@@ -100,14 +98,14 @@ class ProgressFile(PeriodicThread):
         self._newest = progress
 
     def close(self) -> None:
-        """Write the newest progress, within `PROGRESS_CLOSE_SECONDS`."""
+        """Write the newest progress, within five seconds."""
 
         def finish() -> None:
             self.stop()
             self._write()
 
         with suppress(TimeoutError):
-            within(PROGRESS_CLOSE_SECONDS, finish, "mome-progress-end")
+            within(5.0, finish, "mome-progress-end")
 
     def _write(self) -> None:
         newest = self._newest
@@ -181,12 +179,11 @@ def on_workers(work: Callable[[Ranks], Any], config: RunConfig, workers: int, na
     """Run `work(ranks)` on `workers` ranks, as `run_on_cluster`; lost ranks restart `cluster.max_failures` times."""
     import ray.train
 
-    train_api: Any = ray.train  # Ray's annotations are those of Train v1
     job_name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.name).strip("-._") or "weights"  # folders may have any name
     config = config.model_copy(update={"name": job_name})
     # Only training uses loader actors.
     config = for_ranks(config, workers=workers, min_workers=None, loader_actors=0, loader_resource=None)
-    budget = train_api.FailureConfig(max_failures=config.cluster.max_failures)
+    budget = cast(Any, ray.train).FailureConfig(max_failures=config.cluster.max_failures)  # annotated as of Train v1
     return run_on_cluster(lambda _: work(Collectives()), config, name, budget)
 
 

@@ -41,15 +41,11 @@ from pipeline.tracking.mlflow_server import HTTP_ERRORS, check_server, http_get
 from pipeline.training.deepspeed_engine import load_extensions, use_own_folder
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
-SHARED_MEMORY = Path("/dev/shm")
-INFINIBAND = Path("/sys/class/infiniband")
 REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[\w,]+\])?>=([\d.]+)$")  # as pyproject.toml writes them
 GIB = 2**30
 FREE_BYTES, FREE_SHARE = GIB, 0.05  # Ray stops putting objects on a disk that is 95 % full
 NCCL_BYTES = GIB  # of shared memory, for eight ranks of a node
 OPEN_FILES = 4096
-COLLECTIVE_SECONDS = 90.0
-BUILD_SECONDS = 300.0
 OLDEST_COMPILER = 9  # of g++, for DeepSpeed's operators
 RETRY_SECONDS = 20.0  # for the store; a run retries for storage.retry_timeout_seconds
 ANSWER_SECONDS = 5.0
@@ -166,7 +162,7 @@ def disk(folder: Path, needed: int = FREE_BYTES) -> str:
     return detail
 
 
-def shared_memory(config: RunConfig | None, accelerators: int, place: Path = SHARED_MEMORY) -> str:
+def shared_memory(config: RunConfig | None, accelerators: int, place: Path = Path("/dev/shm")) -> str:
     """Check the room for NCCL and the loader processes' batches, without which they die of a bus error.
 
     Assumes one rank per accelerator of this machine; without accelerators, all ranks of the run.
@@ -187,7 +183,7 @@ def shared_memory(config: RunConfig | None, accelerators: int, place: Path = SHA
     raise Failed(detail, f"containers have 64 MiB by default: {remedy}; or reduce data.loader.num_workers")
 
 
-def limits(adapters: Path = INFINIBAND) -> str:
+def limits(adapters: Path = Path("/sys/class/infiniband")) -> str:
     """Check the limits of open files (shards, connections, Ray's sockets) and, for InfiniBand, of locked memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     detail = f"{soft} files may be open, the hard limit is {'none' if hard == resource.RLIM_INFINITY else hard}"
@@ -263,7 +259,7 @@ def collective(name: Literal["gloo", "NCCL"], gpus: int = 0) -> str:
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **hidden}
     environments = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(ranks)]
     try:
-        return f"{ranks} rank(s) on this machine, {run_probes(['collective'], COLLECTIVE_SECONDS, environments)}"
+        return f"{ranks} rank(s) on this machine, {run_probes(['collective'], 90.0, environments)}"
     except RuntimeError as error:
         remedy = "NCCL_DEBUG=INFO shows more; " if name == "NCCL" else ""
         remedy += f"{name.upper()}_SOCKET_IFNAME must name an existing interface, if it is set (see ip link)"
@@ -280,7 +276,7 @@ def operators() -> str:
         remedy = "set TORCH_EXTENSIONS_DIR to a folder that allows writing and execution"
         raise Failed(f"{folder} cannot be written ({error.strerror})", remedy) from error
     try:
-        run_probes(["operators"], BUILD_SECONDS)
+        run_probes(["operators"], 300.0)
     except RuntimeError as error:
         compiler, number = os.environ.get("CXX", "c++"), ""
         with suppress(OSError, subprocess.SubprocessError):

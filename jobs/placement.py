@@ -35,9 +35,7 @@ log = logging.getLogger(__name__)
 CHECK_SECONDS = 1.0
 QUIET_SECONDS = 10.0  # before the first message about waiting ranks, and between two messages
 REMEDY = "`mome doctor --config CONFIG` compares the two."
-RESTARTS_FOLDER = "restarts"
 FAILED = "failed"
-MAX_MESSAGE = 400  # characters of an error that are recorded
 
 
 @dataclass(eq=False)
@@ -118,7 +116,7 @@ class Restarts(UserCallback):
     """Record of all restarts since this driver started: failures by Ray Train's controller, others by the driver."""
 
     def __init__(self, config: RunConfig):
-        self._config, self._url = config.storage, join(config.folder, RESTARTS_FOLDER)
+        self._config, self._url = config.storage, join(config.folder, "restarts")
         self._session = f"{int(time.time()):010d}-{secrets.token_hex(2)}"
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -132,7 +130,7 @@ class Restarts(UserCallback):
 
     def record(self, cause: str, message: str) -> None:
         """Record a restart (time in seconds since 1970) whose `cause` is failed, preempted or grown."""
-        restart = {"time": time.time(), "cause": cause, "message": message[:MAX_MESSAGE]}
+        restart = {"time": time.time(), "cause": cause, "message": message[:400]}
         url = join(self._url, f"{self._session}-{time.time_ns():020d}.json")
         Storage(self._config).write(url, json.dumps(restart).encode())
 

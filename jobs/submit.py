@@ -46,7 +46,6 @@ POLL_SECONDS = 2.0
 START_SECONDS = 60.0  # for a head that has just started to take a job
 ANSWER_SECONDS = 20.0  # that the dashboard may be silent in an answer
 LIST_SECONDS = 60.0  # that the list of jobs may take
-LONGEST_LIST = 2**28  # bytes of the list of jobs
 UNREACHABLE_SECONDS = 120.0  # how long the dashboard may be unreachable while logs are followed
 SILENT_SECONDS = 60.0  # without output, after which the status is requested: a dead connection is silent too
 OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # with these Ray's client replaces the address it was given
@@ -138,13 +137,10 @@ def open_job(job: str, address: str, token: str | None) -> tuple[Any, dict[str, 
 
 def describe_job(job: Any) -> dict[str, Any]:
     """Return Ray's details of a job as `mome jobs` prints them."""
-    metadata, times = job.metadata or {}, {"started": job.start_time, "ended": job.end_time}  # milliseconds
-    stamps = {
-        name: datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if at else None
-        for name, at in times.items()
-    }
-    status = getattr(job.status, "value", job.status)
-    details = {"job": job.submission_id, "run": metadata.get("run"), "status": status, **stamps}
+    metadata, status = job.metadata or {}, getattr(job.status, "value", job.status)
+    details = {"job": job.submission_id, "run": metadata.get("run"), "status": status}
+    for name, at in (("started", job.start_time), ("ended", job.end_time)):  # milliseconds
+        details[name] = datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if at else None
     return details | {"message": job.message, "checkpoint": metadata.get("checkpoint")}
 
 
@@ -311,7 +307,7 @@ def _is_guarded(address: str, secret: str | None) -> bool:
     for name in ("HTTPHandler", "HTTPSHandler", "HTTPErrorProcessor", "HTTPDefaultErrorHandler"):
         opener.add_handler(getattr(urllib.request, name)())
     try:
-        answer = within(LIST_SECONDS, lambda: opener.open(request, timeout=ANSWER_SECONDS).read(LONGEST_LIST), "list")
+        answer = within(LIST_SECONDS, lambda: opener.open(request, timeout=ANSWER_SECONDS).read(2**28), "list")
         jobs = json.loads(answer)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):

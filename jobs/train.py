@@ -29,8 +29,6 @@ from pipeline.training.prepare import prepare
 
 log = logging.getLogger(__name__)
 
-PROGRESS_RETRY_SECONDS = 5.0  # per read of the progress file; the next poll tries again
-
 
 def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start another run") -> dict[str, Any]:
     """Train every unfinished stage, then evaluate; return the result. `remedy` is printed if all were finished."""
@@ -59,7 +57,7 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
     taken = Ownership.take(storage, config.folder)
     ownership = Ownership(storage, config.folder, taken.claim)  # without the rank start, which restarts change
     mail, open_alerts = Mailbox(str(taken.start)), dict[str, str]()
-    impatient, last = storage.within(PROGRESS_RETRY_SECONDS), b""
+    impatient, last = storage.within(5.0), b""  # seconds to retry a read; the next poll tries again
 
     def show_progress() -> None:
         """Show the progress file if it has changed; rank 0 writes it, wherever it is."""

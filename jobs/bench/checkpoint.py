@@ -26,7 +26,6 @@ from pipeline.training.engine import Fragment
 
 VOCABULARY = 30522
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-STEPS_ALONE = 50  # of "training" while nothing is saved
 
 
 class ThrottledStorage(Storage):
@@ -68,7 +67,7 @@ def bench_checkpoint(
         started = time.perf_counter()
         store.host_copy.reserve(fragments)
         reserved = time.perf_counter() - started
-        alone = _train(lambda step: step < STEPS_ALONE)
+        alone = _train(lambda step: step < 50)  # while nothing is saved
         seconds: dict[str, list[float]] = {"synchronous": [], "asynchronous": []}  # until training may continue
         overlapping = []
         for step in range(2 * rounds):

@@ -61,13 +61,10 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 }
 DECODE = "simplejpeg"  # the contender that only decodes JPEGs
 SEED = 0
-WARM_UP_BATCHES = 6
-VOCABULARY_SIZE = 8192
 MIN_SHARDS, MAX_SAMPLES_PER_SHARD = 16, 1000
 IGNORED = -100  # label of a token that is not masked
 IMAGES = ("jpg", "png", "jpeg", "webp")
 
-SYNTHETIC_IMAGES = 48  # number of different images where no photos are given
 WIDTH, HEIGHT, QUALITY = 640, 480, 90
 SLOPE = 1.4  # amplitudes fall as frequency^-1.4, slightly less than in photos: sensor noise and sharp edges
 CONTRAST = 52.0  # standard deviation of the pixels; gives JPEGs of about 90 kB, like photos of this size
@@ -105,13 +102,9 @@ class BenchJob:
 
 
 def bench_loader(
-    shards: str | None,
-    photos: tuple[Path, ...],
-    job: BenchJob,
-    rounds: int,
-    peers: tuple[str, ...],
+    shards: str | None, photos: tuple[Path, ...], job: BenchJob, rounds: int, peers: tuple[str, ...],
     progress: Callable[[str], None],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Measure all loaders on `shards`, on shards of `photos` (folders), or on synthetic images.
 
     `job` holds the load; its shards, and a vocabulary if it has none, are filled in. Figures are medians of `rounds` in
@@ -134,7 +127,7 @@ def bench_loader(
         if not job.vocabulary:
             progress("training a vocabulary")
             job = replace(job, vocabulary=join(folder, "vocabulary.txt"))
-            trained = Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE)
+            trained = Tokenizer.train(iter_captions(storage, shards), 8192)
             storage.write(job.vocabulary, trained.vocabulary_file)
         job = replace(job, shards=shards)
         jobs = {name: replace(job, contender=name) for name in ("mome", DECODE, *peers)}
@@ -152,17 +145,17 @@ def bench_loader(
         result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
     processors = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     processor = processors[0].strip() if processors else platform.machine()
-    load = {"samples": job.samples, "batch": job.batch_size, "workers": job.workers, "threads": job.threads}
-    load |= {"rounds": rounds, "rand_augment": bool(job.num_ops), "peer_processes": num_processes}
-    machine = {"cores": os.cpu_count(), "processor": processor, "load": os.getloadavg()[0]}
-    result["settings"] = {
-        **load,
-        **machine,
-        "data": ", ".join(map(str, photos)) or shards,
-        "outputs": {name: measured[name][0]["output"] for name in ("mome", *peers)},
-        "packages": {name: version(name) for name in PACKAGES},
+    load: dict[str, Any] = {"samples": job.samples, "batch": job.batch_size, "workers": job.workers}
+    load |= {
+        "threads": job.threads,
+        "rounds": rounds,
+        "rand_augment": bool(job.num_ops),
+        "peer_processes": num_processes,
     }
-    return result
+    load |= {"cores": os.cpu_count(), "processor": processor, "load": os.getloadavg()[0]}
+    outputs = {name: measured[name][0]["output"] for name in ("mome", *peers)}
+    load |= {"data": ", ".join(map(str, photos)) or shards, "outputs": outputs}
+    return result | {"settings": load | {"packages": {name: version(name) for name in PACKAGES}}}
 
 
 def _table(measured: dict[str, list[Measurement]]) -> dict[str, Any]:
@@ -217,7 +210,7 @@ def measure(job: BenchJob) -> Measurement:
             loader = Loader(config, stage, batch_groups(config, stage), storage, tokenizer, 0, 1)
             stack.callback(loader.close)
             batches = ((batch.image, batch.text) for batch in loader.batches(0))
-        for _ in itertools.islice(batches, WARM_UP_BATCHES):
+        for _ in itertools.islice(batches, 6):  # the warm-up
             pass
         before, started, counted = tree_cpu_seconds(), time.perf_counter(), 0
         while counted < job.samples:
@@ -338,7 +331,7 @@ def write_photos(storage: Storage, folders: tuple[Path, ...], url: str, samples:
     importers.write_shards(storage, repeated, url, per_shard, overwrite=True)
 
 
-def synthetic_photos(count: int = SYNTHETIC_IMAGES) -> Iterator[Sample]:
+def synthetic_photos(count: int = 48) -> Iterator[Sample]:
     """Yield images of coloured noise with a photo's frequency spectrum, and captions of common words."""
     generator = np.random.default_rng(SEED)
     frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None] * HEIGHT, np.fft.rfftfreq(WIDTH)[None] * WIDTH)

@@ -11,7 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -28,8 +28,6 @@ from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
 from pipeline.training.workload import full_batch, with_micro_batch, work_of
 
-WARM_STEPS = 2
-
 
 def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks: int, steps: int) -> dict[str, Any]:
     """Return rank 0's result of `ranks` ranks of this machine, started by torchrun. Raises ConfigError, RunFailed."""
@@ -43,7 +41,7 @@ def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks:
     if done.returncode or not results:
         errors = [line for line in done.stderr.splitlines() if line.startswith("rank ") or "Error" in line]
         raise RunFailed("bench step: " + ("\n".join(errors[:5]) or done.stderr[-2000:]))
-    return cast(dict[str, Any], json.loads(results[-1]))
+    return dict(json.loads(results[-1]))
 
 
 def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[s
 
     seconds = 0.0
     if steps:
-        for _ in range(WARM_STEPS):
+        for _ in range(2):  # the warm-up
             run()
         collectives.barrier()
         started = time.perf_counter()

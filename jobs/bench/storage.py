@@ -29,7 +29,6 @@ from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage, join
 
 MIB = 2**20
-READ_BYTES = MIB  # per read of a stream
 SERVER_START_SECONDS = 30.0
 KEY_VARIABLE = "MOME_BENCH_KEY"  # holds the key for moto, which accepts any
 
@@ -100,7 +99,7 @@ def clients_of(
 
     def streamed(stream: Any) -> Iterator[bytes]:
         with closing(stream):
-            while data := stream.read(READ_BYTES):
+            while data := stream.read(MIB):
                 yield data
 
     readers: dict[str, Client] = {
@@ -205,8 +204,8 @@ def _own_store() -> Iterator[tuple[str, str, StorageConfig]]:
                     break
                 except OSError as error:
                     if time.monotonic() > deadline or server.poll() is not None:
-                        message = "moto's server did not start; name a store to measure: mome bench storage URL"
-                        raise StorageError(message) from error
+                        remedy = "name a store to measure: mome bench storage URL"
+                        raise StorageError(f"moto's server did not start; {remedy}") from error
                     time.sleep(0.05)
             yield "moto", "s3://bench", StorageConfig(endpoint_url=endpoint, key=key, secret=key)
         finally:

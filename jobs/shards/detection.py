@@ -94,10 +94,8 @@ def detect_regions(
             try:
                 shard = TypeAdapter(RegionShard).validate_json(storage.read(location))
             except ValueError as error:
-                fault = " ".join(str(error).split())
-                raise DataError(
-                    f"{location}: not a record of a shard's regions ({fault}). Delete it and its tar"
-                ) from error
+                fault = f"not a record of a shard's regions ({' '.join(str(error).split())}). Delete it and its tar"
+                raise DataError(f"{location}: {fault}") from error
             if shard.setting != setting:
                 options = "another detector, or with other --regions or --max-pixels"
                 raise ConfigError(f"{target}: {name} was made by {options}; give the same, or choose another folder")
