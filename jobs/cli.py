@@ -31,6 +31,9 @@ OWN_CONFIG_HELP = (
 TRACK_HELP = "Record the result in MLflow (default: only if the folder is not a copy and its run was tracked there)."
 SUBMISSION_ID_HELP = "Id of the job; a known id is not submitted again (default: derived from the config)."
 SOURCE_TYPE_HELP = "Type of a URL: pairs, labelled, questions, statements (default: the stage's)."
+SIZES_HELP = "Sizes that the tensors do not show: heads=16 image_size=384"
+MAY_DIFFER_HELP = "Pattern of tensors that may be missing or differ; repeatable."
+NETWORK_HELP = "Network of the nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, -25."
 STOP_SECONDS = 60.0  # for a job to stop
 
 Checkpoint = Annotated[str, Argument(help="Folder of a run, of a stage or of a checkpoint (path or URL).")]
@@ -217,15 +220,10 @@ def import_(
     path: Annotated[str, Argument(help="Published checkpoint: a file, or a Hugging Face folder (path or URL).")],
     format: Format,
     out: Annotated[str, Option(help="New folder (path or URL), for `start_from` and `mome evaluate`.")],
-    overrides: Annotated[
-        list[str] | None,
-        Argument(help="Sizes that the tensors do not show: heads=16 image_size=384", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: Annotated[list[str] | None, Argument(help=SIZES_HELP, metavar="KEY=VALUE")] = None,
     model: Annotated[Path | None, FileOption(help="Config whose model section describes the weights.")] = None,
     vocabulary: Annotated[str | None, Option(help="Vocabulary file, one token per line (path or URL).")] = None,
-    may_differ: Annotated[
-        list[str] | None, Option(help="Pattern of tensors that may be missing or differ; repeatable.")
-    ] = None,
+    may_differ: Annotated[list[str] | None, Option(help=MAY_DIFFER_HELP)] = None,
     answers: Annotated[str | None, Option(help="VQA answers: a JSON list, or one per line (path or URL).")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -360,9 +358,7 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     accelerator: Annotated[str, Option(help="GPU: h100, h200, b200, a100-80, a100-40, l40s …")] = "h100",
-    network: Annotated[
-        str, Option(help="Network of the nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, -25.")
-    ] = "ib-400",
+    network: Annotated[str, Option(help=NETWORK_HELP)] = "ib-400",
     gpus: Annotated[int | None, Option(min=1, help="Number of GPUs (default: cluster.workers).")] = None,
     price: Annotated[float | None, Option(min=0, help="Price per GPU-hour (default: cluster.price).")] = None,
     mfu: Annotated[float, Option(min=0.01, max=1, help="Model FLOPs utilization, as a fraction.")] = 0.35,

@@ -74,9 +74,8 @@ def submit(
         _send(client, job, config)
     option = f" --token {token}" if token else ""
     notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{option}` shows its output")
-    status = "SUBMITTED"
     try:
-        status = stream_logs(client, job) if follow else status
+        status = stream_logs(client, job) if follow else "SUBMITTED"
     except KeyboardInterrupt:
         raise RunFailed(f"stopped following; job {job} is still running: `mome jobs stop {job}` ends it") from None
     if status not in ("SUCCEEDED", "SUBMITTED"):

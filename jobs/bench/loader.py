@@ -146,15 +146,10 @@ def bench_loader(
     processors = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     processor = processors[0].strip() if processors else platform.machine()
     load: dict[str, Any] = {"samples": job.samples, "batch": job.batch_size, "workers": job.workers}
-    load |= {
-        "threads": job.threads,
-        "rounds": rounds,
-        "rand_augment": bool(job.num_ops),
-        "peer_processes": num_processes,
-    }
-    load |= {"cores": os.cpu_count(), "processor": processor, "load": os.getloadavg()[0]}
+    load |= {"threads": job.threads, "rounds": rounds, "rand_augment": bool(job.num_ops)}
+    load |= {"peer_processes": num_processes, "cores": os.cpu_count(), "processor": processor}
     outputs = {name: measured[name][0]["output"] for name in ("mome", *peers)}
-    load |= {"data": ", ".join(map(str, photos)) or shards, "outputs": outputs}
+    load |= {"load": os.getloadavg()[0], "data": ", ".join(map(str, photos)) or shards, "outputs": outputs}
     return result | {"settings": load | {"packages": {name: version(name) for name in PACKAGES}}}
 
 

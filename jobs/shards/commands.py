@@ -140,8 +140,7 @@ def build_shards(
             remedy = "give the folder that their paths are relative to with --images"
             notes.append(f"hint: none of the listed images exists; {remedy}")
         elif problems.faults > num_samples:
-            faults = f"more entries could not be used ({problems.faults}) than were imported ({num_samples})"
-            notes.append(f"hint: {faults}")
+            notes.append(f"hint: more entries could not be used ({problems.faults}) than were imported ({num_samples})")
         if format_name == "folder" and counts["images"] and not counts["captions"]:
             entries = [entry for entry in source.iterdir() if not entry.name.startswith(".")]
             has_images = any(suffix_of(entry.name) in EXTENSIONS for entry in entries)
