@@ -43,11 +43,11 @@ def claimed(storage: Storage, folder: str) -> CheckpointStore:
 
 
 def begin(_: Storage, folder: str) -> Ownership:
-    """Write a run with checkpoints of steps 10 and 20 and an unfinished save by an attempt at step 20."""
+    """Write a run with checkpoints of steps 10 and 20 and an unfinished, older save by an attempt at step 20."""
     first = claimed(Storage(), folder)
     for step in (10, 20):
         save(first, step)
-    Storage().write(join(first.url, "step-00000020.0001-0badcafe-1", "rank-00000.safetensors"), b"half")
+    Storage().write(join(first.url, "step-00000020.0001-00000000-1", "rank-00000.safetensors"), b"half")
     return Ownership.take(Storage(), folder)
 
 
