@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from jobs.console import echo, list_of_findings
@@ -89,12 +89,15 @@ def detect_regions(
             reason = "which is none of these shards with regions; choose another folder"
             raise ConfigError(f"{target} has {others[0]}, {reason}")
         done: dict[str, RegionShard] = {}
+        records = TypeAdapter(RegionShard)
         for name in tars:
             location = join(target, name + RECORD)
             try:
-                shard = TypeAdapter(RegionShard).validate_json(storage.read(location))
-            except ValueError as error:
-                fault = f"not a record of a shard's regions ({' '.join(str(error).split())}). Delete it and its tar"
+                shard = records.validate_json(storage.read(location))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                reason = ".".join(map(str, first["loc"])) + ": " + first["msg"] if first["loc"] else first["msg"]
+                fault = f"not a record of a shard's regions ({reason}). Delete it and its tar"
                 raise DataError(f"{location}: {fault}") from error
             if shard.setting != setting:
                 options = "another detector, or with other --regions or --max-pixels"

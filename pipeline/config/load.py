@@ -125,7 +125,7 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
                 close = difflib.get_close_matches(location[-1], known, n=1)
                 message = "unknown key; " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}")
             elif kind == "union_tag_invalid":
-                message = f"expected {fault['ctx']['expected_tags']} (got {fault['ctx']['tag']!r})"
+                message = f"expected {fault['ctx']['expected_tags']} (got {given['kind']!r:.200})"
                 path += ".kind"
             elif kind == "missing":
                 message = "required key is missing"

@@ -196,7 +196,8 @@ def _evaluate_pairs(
     """Add the results of every objective that the stage trained and that pairs evaluate."""
     held_out, stage, ranks = result.held_out, config.stage_named(result.stage), predictor.ranks
     captions, ids, tasks = held_out.caption_of, held_out.image_id, evaluation_tasks(stage, "pairs")
-    other_image = masked.mismatched_images(ids)[captions] if len(ids.unique()) >= 2 else None
+    needs_other = not tasks.isdisjoint(("matching", "mlm")) and len(ids.unique()) >= 2
+    other_image = masked.mismatched_images(ids)[captions] if needs_other else None
     score = functools.partial(predictor.fusion_scores, held_out)
 
     if "retrieval" in tasks:

@@ -298,7 +298,8 @@ def draw_curves(report: RunReport, width: int, in_seconds: bool) -> Chart:
         if series:
             measures.append(Measure(name, series, height))
     if len(evaluations) > 1:
-        names = sorted({n for p in evaluations for n in p.values if n.startswith(EVALUATION) and n.endswith(RETRIEVAL)})
+        tracked = {name for point in evaluations for name in point.values if name.startswith(EVALUATION)}
+        names = sorted(name for name in tracked if name.endswith(("i2t_r1", "t2i_r1")))  # also after re-ranking
         recalls = [
             Series(number, [(x_of(p.at, p.step), p.values[name]) for p in evaluations if name in p.values])
             for number, name in enumerate(names)

@@ -77,7 +77,6 @@ class MlflowUploader:
 
     _client: MlflowClient
     _run_record: Record  # the journal's first; a run stays in the experiment in which it started
-    _deleted: set[str]  # URLs of weights that were deleted before the models were requested: not logged any more
 
     def __init__(self, folder: Path, uri: str, report: Callable[[str], None]):
         os.environ.update(mlflow_server.CLIENT_ENVIRONMENT)
@@ -85,6 +84,7 @@ class MlflowUploader:
         self._cursor = Cursor.load(folder, uri)
         self._experiment = ""  # MLflow's id, once connected
         self._models: dict[str, LoggedModel] | None = None
+        self._deleted: set[str] | None = None  # URLs of deleted weights: not logged any more
         self._runs: dict[int | None, str] = {}  # stage index (None: the parent) -> MLflow run id
         self._points: list[Metric] = []
         self._points_run = ""
@@ -247,8 +247,7 @@ class MlflowUploader:
                 models |= {model.tags["mome.url"]: model for model in page if "mome.url" in model.tags}
                 if not (token := page.token):
                     break
-            gone = (record for record in self._journal.all_records() if record["kind"] == "model_gone")
-            self._models, self._deleted = models, {record["url"] for record in gone}
+            self._models, self._deleted = models, None
         return self._models
 
     def _log_model(self, record: Record, run_id: str) -> str | None:
@@ -257,6 +256,8 @@ class MlflowUploader:
 
         url, step, role, client = record["url"], record["step"], record["role"], self._client
         models = self._logged_models()
+        if self._deleted is None:
+            self._deleted = {own["url"] for own in self._journal.all_records() if own["kind"] == "model_gone"}
         if url in self._deleted:
             return None
         run = request(client.get_run, run_id)

@@ -15,6 +15,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.training.checkpoint.weights import save_weights
 from pipeline.training.prepare import prepare
 from tests.support.pairs import pair, tar_bytes
 
@@ -53,13 +54,19 @@ def test_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> None
     assert not (tmp_path / "runs").exists()
 
 
-def test_missing_and_empty_data_changed_keys_and_local_folders_are_rejected(tmp_path: Path) -> None:
+def test_missing_and_empty_data_other_widths_changed_keys_and_local_folders_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "0.tar").write_bytes(tar_bytes({}))
     index_shards(Storage(), f"{tmp_path}/empty")
     for name, expected in (("empty", "empty: its shards have no samples"), ("nowhere", f"{tmp_path}/nowhere")):
         assert expected in refuse(demo(tmp_path, f"sources.pictures.shards={tmp_path}/{name}"))
     assert not (tmp_path / "runs" / "demo" / "run.json").exists()
+    narrow = demo(tmp_path, "model.width=64", "name=narrow")
+    metadata = {"config": narrow.model_dump(mode="json"), "stage": "vision", "step": 1}
+    vocabulary = list(prepare(narrow, Storage()).tokens)
+    save_weights(Storage(), f"{narrow.folder}/stages/0-vision", {}, vocabulary, metadata)
+    message = refuse(demo(tmp_path, f"stages.language.start_from={narrow.folder}"), ConfigError, status=2)
+    assert "width 64 there, 128 here" in message
     prepare(demo(tmp_path), Storage())
     overrides = ("stages.vision.masking.image_mask_ratio=0.7", "seed=8", "cluster.workers=1")
     message = refuse(demo(tmp_path, *overrides), ConfigError, status=2)

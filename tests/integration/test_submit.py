@@ -33,6 +33,12 @@ def result_of(*arguments: str, home: Path, **environment: str) -> dict[str, Any]
     return {**json.loads(done.stdout.splitlines()[-1]), "stderr": done.stderr}
 
 
+def test_missing_gpus_of_this_machine_are_reported_at_once(tmp_path: Path) -> None:
+    run = TrainProcess(tmp_path, "here", 1, "cluster.gpus_per_worker=1").start()
+    assert run.process.wait(timeout=300) == 1
+    assert "2 ranks need 2 GPUs; this cluster has 0" in run.log_text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_jobs_on_two_nodes_require_the_token_and_are_resubmitted_under_a_new_id(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ Every test is named after its trap (`test_trap_NN_…`); this module has those t
      6  words are predicted with a mismatched image             here; training/test_objectives
      7  loss "weights" only switch losses on                    here
      8  weight decay is chosen by fragments of names            training/test_step
-     9  a model is selected by its test results                 here; evaluation/test_labelled
+     9  a model is selected by its test results                 here; evaluation/test_measures
     10  half precision, masked rows and unbounded scales        objectives/test_wpa; training/test_step; models/
     11  parameters that no objective reads                      training/test_stages; models/test_kinds
     12  accumulation shrinks ITC's batch                        here

@@ -187,9 +187,10 @@ def check_present(
     storage: Storage, url: str, manifest: Manifest, objects: Mapping[str, ObjectInfo] | None = None
 ) -> dict[str, ObjectInfo]:
     """Return the store's info on each shard, from one listing. Raise DataError if a shard is missing or resized."""
-    objects = storage.list_info(shard_folder(url)) if objects is None else objects
+    folder = shard_folder(url)  # once: it expands all of a brace pattern
+    objects = storage.list_info(folder) if objects is None else objects
     for shard in manifest.shards:
-        location = join(shard_folder(url), shard.name)
+        location = join(folder, shard.name)
         if shard.name not in objects:
             raise DataError(f"{location}: the shard is missing. Put it back, or run mome shards index {url} again")
         check_size(location, shard, objects[shard.name].size)

@@ -79,6 +79,11 @@ class Source:
         samples = [shard.samples for shard in self.manifest.shards]
         return self.selection.counts if self.selection else np.array(samples, dtype=np.int64)
 
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """(shards,) int64: the number of selected samples up to the end of each shard."""
+        return np.cumsum(self.counts)
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the shards' contents and the selection."""

@@ -273,14 +273,13 @@ class S3Backend(Backend):
         upload["UploadId"] = _require(self._request("create_multipart_upload", **upload), "UploadId")
         spans = [(start, min(start + length, size)) for start in range(0, size, length)]
 
+        def send(number: int, span: tuple[int, int]) -> dict[str, Any]:
+            sent = self._request("upload_part", PartNumber=number, Body=part(*span), **upload)
+            return {"PartNumber": number, "ETag": _require(sent, "ETag")}  # here: an error cancels the parts not sent
+
         try:
             with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-                responses = pool.map(
-                    lambda number, span: self._request("upload_part", PartNumber=number, Body=part(*span), **upload),
-                    itertools.count(1),
-                    spans,
-                )
-                parts = [{"PartNumber": n, "ETag": _require(sent, "ETag")} for n, sent in enumerate(responses, 1)]
+                parts = list(pool.map(send, itertools.count(1), spans))
             try:
                 self._request("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload, **condition)
             except BucketNotFound:

@@ -68,7 +68,7 @@ INVALID: dict[str, list[str]] = {  # expected part of the message -> overrides
     "at ZeRO 2 every rank computes with whole weights": ["engine={zero_stage: 2, offload_parameters: true}"],
     "engine.compile: ZeRO 3 gathers each module's weights in hooks": ["engine={zero_stage: 3, compile: true}"],
     "expected a whole number, or a fraction below 1": ["cluster.gpus_per_worker=1.5"],
-    "model: Input should be an object (got 'vlmo')": ["model=vlmo"], "model.kind: expected 'vlmo'": ["model.kind=null"],
+    "model: Input should be an object (got 'vlmo')": ["model=vlmo"], "(got None)": ["model.kind=null"],
     "must be a reference": ["storage.key=AKIA123"], "stages: ": ["stages=[]"], "expected key=value": ["steps"],
     "no element": [f"stages.{part}.steps=1" for part in ("nothing", "²", "9" * 5000, "-1", "3", "00")],
     "seed": [f"seed={value}" for value in ("1:30", "010", "-010", "1:30.5", "0o17")],

@@ -309,7 +309,13 @@ def test_accuracies_of_right_and_wrong_models(prepared):
         assert labelled.evaluate_nlvr2(None, source)["consistency"] == expected
 
 
-def test_evaluation_reports_the_objective_of_the_stage_bad_samples_and_training_data(prepared):
+def test_trap_09_result_on_training_data_is_marked(prepared):
+    config, tokenizer, _ = prepared("questions")
+    assert evaluate(Colourist(), tokenizer, config, Storage()).trained_on == ()
+    assert evaluate(Colourist(), tokenizer, config, Storage(), "train").to_json()["trained_on"] == ["finetune"]
+
+
+def test_evaluation_reports_the_objective_of_the_stage_and_bad_samples(prepared):
     for source_type, metric in (("questions", "accuracy"), ("labelled", "top1")):
         config, tokenizer, _ = prepared(source_type)
         objective, result = KEYS[source_type][0], evaluate(Colourist(), tokenizer, config, Storage())
@@ -319,8 +325,6 @@ def test_evaluation_reports_the_objective_of_the_stage_bad_samples_and_training_
     config, tokenizer, _ = prepared("questions")
     rotated = {ANSWERS: Choices((*COLOURS[1:], COLOURS[0], "yes", "no"))}
     assert evaluate(Colourist(), tokenizer, config, Storage(), choices=rotated).sections["vqa"]["accuracy"] == 0.0
-    assert evaluate(Colourist(), tokenizer, config, Storage()).trained_on == ()
-    assert evaluate(Colourist(), tokenizer, config, Storage(), "train").to_json()["trained_on"] == ["finetune"]
     config.sources["other"] = prepared("labelled")[0].sources["test"]
     with pytest.raises(ConfigError, match="of type labelled, and stage finetune trains no objective"):
         evaluate(Colourist(), tokenizer, config, Storage(), "other")

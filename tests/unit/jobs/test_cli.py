@@ -73,7 +73,7 @@ def test_help_and_submitting_import_no_heavy_library() -> None:
         "    app([*command, '--help'], standalone_mode=False)\n"
         f"loaded = [name for name in {heavy} if name in sys.modules]\n"
         "import jobs.tracking, jobs.submit\n"  # for `mome sync`, and `mome submit` on a laptop without a GPU
-        "print(loaded, [name for name in ('torch', 'deepspeed', 'transformers') if name in sys.modules])"
+        "print(loaded, [name for name in ('torch', 'deepspeed', 'transformers', 'mlflow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[] []"

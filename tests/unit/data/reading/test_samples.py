@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from pipeline.config.errors import DataError
-from pipeline.config.schema import LoaderConfig
+from pipeline.config.schema import LoaderConfig, SourceConfig
 from pipeline.data.order import DataOrder, OrderSource, SampleRef
 from pipeline.data.randomness import hash64, signed
 from pipeline.data.reading import cache as cache_module
@@ -29,7 +29,7 @@ from pipeline.data.reading import samples as module
 from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import SampleReader, iter_captions, iter_samples, make_shard_view
 from pipeline.data.shards.manifest import index_shards, load_index, load_manifest
-from pipeline.data.shards.source import Source
+from pipeline.data.shards.source import Source, open_source
 from pipeline.data.storage import Storage
 from tests.support.cache_reader import held_bytes
 from tests.support.pairs import Watched
@@ -66,6 +66,15 @@ def copy_to_memory(folder: str) -> str:
     for file in Path(folder).iterdir():
         Storage().write(f"memory://samples/{file.name}", file.read_bytes())
     return "memory://samples"
+
+
+def test_selected_samples_are_the_ones_read(folder: str) -> None:
+    keys = view_of(folder).index.keys
+    (opt_out := Path(folder, "opt_out.txt")).write_text(f"{keys[0]}\n{keys[3]}\n")
+    source = open_source(Storage(), SourceConfig(shards=folder, opt_out=str(opt_out)))
+    chosen = SampleReader(Storage(), {"pairs": source})
+    for sample, number in enumerate([1, 2, 4, 5]):
+        assert chosen.read(ref(0, sample)) == reader(folder).read(ref(0, number))
 
 
 def test_sample_has_the_packed_bytes_and_an_identity_of_its_own(folder: str, make_pair):
