@@ -91,11 +91,15 @@ def rank_killed(site: Site) -> Callable[[], bool]:
 def rank_stopped(site: Site) -> Callable[[], bool]:
     """Stop a rank, and stop it again: the thread that paces the ranks may be about to wake it."""
     before, rank = site.restarts("failed"), site.strike(signal.SIGSTOP)
-    while rank is not None and site.run.running() and site.restarts("failed") == before:
-        with suppress(psutil.NoSuchProcess):
-            site.stopped.add(rank.pid)
-            rank.suspend()
-        time.sleep(0.1)
+
+    def missed() -> bool:
+        if rank is not None and site.restarts("failed") == before:
+            with suppress(psutil.NoSuchProcess):
+                site.stopped.add(rank.pid)
+                rank.suspend()
+        return rank is None or site.restarts("failed") > before
+
+    site.wait_for(missed, "the stopped rank to be missed")
     return lambda: site.restarts("failed") > before
 
 
@@ -132,11 +136,16 @@ def until_missed(site: Site, words: str, pause: float, blow: Callable[[], object
     A single fault may go unnoticed: a rank that is starting or ending does not use what it breaks.
     """
     before, again = site.count_logged(words), 0.0
-    while site.run.running() and site.count_logged(words) == before:
-        if time.monotonic() > again:
-            blow()
-            again = time.monotonic() + pause
-        time.sleep(0.1)
+
+    def missed() -> bool:
+        nonlocal again
+        if (is_missed := site.count_logged(words) > before) or time.monotonic() <= again:
+            return is_missed
+        blow()
+        again = time.monotonic() + pause
+        return False
+
+    site.wait_for(missed, f"the ranks to log {words!r}")
     return lambda: site.count_logged(words) > before
 
 

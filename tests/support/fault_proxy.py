@@ -98,16 +98,13 @@ class FaultProxy:
         return self.next.popleft()[0] if is_affected else None
 
     def away(self, seconds: float, after: int = 0) -> None:
-        """Refuse connections for `seconds` and reset open ones: at once, or from the `after`th request on."""
+        """Refuse connections for `seconds` and end open ones: at once, or from the `after`th request on."""
         with self.lock:
             if after:
                 self.leaving = (after, seconds)
                 return
-            self._close()
             self.injected["away"] += len(self.connections)
-            for connection in self.connections:
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+            self._close()
             self._bind(self._server.server_address[1])
             self._return = threading.Timer(seconds, self._listen)
             self._return.start()
@@ -139,6 +136,9 @@ class FaultProxy:
             self._server.shutdown()
             self._server.socket.shutdown(socket.SHUT_RDWR)  # a forked child may hold the listening socket too
         self._server.server_close()
+        for connection in list(self.connections):  # a copy: each handler removes its own
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):

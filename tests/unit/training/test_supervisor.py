@@ -66,6 +66,17 @@ def test_time_after_the_checkpoint_is_lost_work_then_restart(tmp_path: Path, cas
     assert tracker.restarts == (saved is not None)
 
 
+def test_time_belongs_to_the_phase_entered_last(tmp_path: Path) -> None:
+    begin, tracker = time.monotonic(), GoodputTracker(Storage(), str(tmp_path), is_writer=False)
+    for phase, pause in (("training", 0.4), ("data_wait", 0.2)):
+        tracker.enter(phase)
+        time.sleep(pause)
+    seconds = tracker.seconds()
+    assert seconds["training"] >= 0.4
+    assert seconds["data_wait"] >= 0.2
+    assert seconds["training"] + seconds["data_wait"] <= time.monotonic() - begin
+
+
 def test_record_is_saved_in_the_run_and_includes_evaluation(tmp_path: Path) -> None:
     storage, folder = Storage(), str(tmp_path)
     assert read_record(storage, folder) is None
