@@ -13,7 +13,8 @@ Shapes: B global batch, n examples of this rank, S sources, N layers.
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -254,10 +255,7 @@ class TrainingStep:
                     rows = torch.nonzero(source == number).flatten()
                     if len(rows):
                         index, chosen = rows.to(device, non_blocking=True), examples.rows(rows)
-                        own = {  # scales and outputs of other examples stay whole
-                            key: {n: t[index] if t.dim() and len(t) == len(source) else t for n, t in heads.items()}
-                            for key, heads in outputs.items()
-                        }
+                        own: Any = {key: _IndexedOutputs(heads, index, len(source)) for key, heads in outputs.items()}
                         count = torch.as_tensor(objective.count(chosen), device=device)
                         sums[number] = torch.stack([objective.loss(own, chosen).float(), count.float()])
             self.by_source[name] = self.by_source.get(name, 0) + sums
@@ -301,3 +299,15 @@ def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor
             changes: dict[str, Any] = {name: swapped}
             result = replace(result, **changes)
     return result
+
+
+class _IndexedOutputs(UserDict[str, Tensor]):
+    """A forward's outputs for some of its examples, copied only when a loss reads them; scales stay whole."""
+
+    def __init__(self, heads: Mapping[str, Tensor], index: Tensor, num_examples: int):
+        super().__init__(heads)
+        self._index, self._num_examples = index, num_examples
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.data[name]
+        return value[self._index] if value.dim() and len(value) == self._num_examples else value

@@ -127,6 +127,9 @@ class Format:
         assert self.kinds is not None
         prefix = re.escape(self.prefix + self.layers)
         numbers = {int(match[1]) for name in state if (match := re.match(rf"{prefix}(\d+)\.", name))}
+        if expand.dim() != 2 or 0 in expand.shape:
+            name = self.names(self.shown[3])[0]
+            raise CheckpointError(f"{name} has the shape {tuple(expand.shape)}; expected (width of the MLP, width)")
         width, layers = expand.shape[1], len(numbers)
         if gaps := [number for number in range(layers) if number not in numbers]:
             raise CheckpointError(f"the checkpoint has {layers} layers, but none numbered {gaps[0]}; it is incomplete")

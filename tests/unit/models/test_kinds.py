@@ -339,3 +339,8 @@ def test_start_from_a_vit_preserves_its_image_outputs() -> None:
     near(run(model, one)["tokens"], run(vit, one)["tokens"])
     with pytest.raises(ConfigError, match="width 24 there, 48 here"):
         skeleton(VILT.model_copy(update={"width": 48}), VOCABULARY).resize_state(vit.state_dict(), section)
+    before, name = vit.state_dict(), "image_embedding.positions"
+    larger = skeleton(section.model_copy(update={"image_size": 40}), 0, HeadConfig(classes=4))
+    after = larger.resize_state(before, section)
+    assert torch.equal(after[name], resize_grid(before[name], 40 // section.patch_size, "bilinear"))
+    assert all(torch.equal(after[other], before[other]) for other in before if other != name)
