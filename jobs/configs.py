@@ -1,7 +1,6 @@
-"""Configs of runs: the user's own servers and stores, the recipes of this package, and the fingerprint of the data.
+"""Configs of runs: the user's own servers and stores, the recipes, and the fingerprint of the data.
 
-Stores, Ray cluster and MLflow server of a command on a run's folder come from the environment, from `--config FILE` and
-from `--uri`, never from the folder, which another person may have written (`pipeline.config.load`).
+Servers and stores come from the environment, `--config` or `--uri`, never from a run's folder, which anyone may write.
 """
 
 from __future__ import annotations
@@ -63,11 +62,7 @@ class Caller(Section):
 
 
 def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: Storage) -> str | None:
-    """Return why results of a folder are not recorded in MLflow by default; None where they are.
-
-    They are recorded only in the run that they are of, on the server that tracked it, if that is the caller's own too.
-    `config` is as `Caller.applied` makes it.
-    """
+    """Return why results are not recorded in MLflow by default, or None; `config` is as `Caller.applied` makes it."""
     if read_run_id(config, storage) is None:
         return f"{config.folder} is no tracked run"
     places = [absolute(folder) for folder in (recorded.folder, config.folder)]

@@ -8,8 +8,7 @@ config.json                                      the model's sizes and the label
 preprocessor_config.json | processor_config.json image preprocessing
 vocab.txt | tokenizer.json                       vocabulary
 
-Imported weights become a folder like a finished stage's. Its config names the objectives whose heads the file contains,
-with a source that does not exist: `mome evaluate` needs `--source`.
+Imported weights become a folder like a finished stage's, without a real source: `mome evaluate` needs `--source`.
 """
 
 import itertools

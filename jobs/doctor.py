@@ -1,8 +1,7 @@
 """`mome doctor`: checks of this machine and of the services that a run uses, each with a remedy.
 
-They change nothing, except that DeepSpeed's operators are built, and that a small object is written to the run's output
-and deleted. A check returns a description, or raises Failed or Skipped. Those that may hang, crash or occupy the
-accelerator run in processes of their own with a time limit.
+They change nothing, but build DeepSpeed's operators, and write and delete a small object in the run's output. Checks
+that may hang, crash or occupy the accelerator run in processes of their own with a time limit.
 """
 
 import ipaddress
@@ -163,10 +162,7 @@ def disk(folder: Path, needed: int = FREE_BYTES) -> str:
 
 
 def shared_memory(config: RunConfig | None, accelerators: int, place: Path = Path("/dev/shm")) -> str:
-    """Check the room for NCCL and the loader processes' batches, without which they die of a bus error.
-
-    Assumes one rank per accelerator of this machine; without accelerators, all ranks of the run.
-    """
+    """Check the room for NCCL and the loader processes' batches, without which they die of a bus error."""
     needed = NCCL_BYTES if accelerators else 0
     if config is not None and config.data.loader.num_workers:
         ranks = min(accelerators or config.cluster.workers, config.cluster.workers)
@@ -424,10 +420,7 @@ def ray_token(config: RunConfig | None) -> str:
 
 
 def run_probes(task: Sequence[str], seconds: float, environments: Sequence[Mapping[str, str]] = ({},)) -> str:
-    """Run `main(*task)` in one process per environment, at the same time; return the first one's last line.
-
-    Raises RuntimeError with the reason of the first that failed; those that hang are killed.
-    """
+    """Run `main(*task)` in parallel, once per environment; return the first one's last line, or raise RuntimeError."""
     own = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     command, deadline = [sys.executable, "-m", "jobs.doctor", *task], time.monotonic() + seconds
     processes = [

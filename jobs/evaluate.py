@@ -1,7 +1,4 @@
-"""`mome evaluate`: evaluate a checkpoint on held-out data, with a report next to its weights.
-
-An evaluation is named before it starts: it replaces the one of the same name, which is of the same data, and no other.
-"""
+"""`mome evaluate`: evaluate a checkpoint on held-out data; a result replaces only its namesake of the same data."""
 
 import functools
 import logging
@@ -70,11 +67,9 @@ def evaluate_checkpoint(
     """Evaluate the weights of a run, a stage or a step; return what `mome evaluate --json` prints.
 
     `source` is a source of the run, or a URL of shards of `source_type` (default: the stage's type, or pairs; labelled
-    with a probe). `report` is where the report is written (default: next to the weights, as the results are), `against`
-    the folder of a run to compare with. `track` is as in `open_tracker`. With `workers`, that many ranks on Ray share
-    the work; else `ranks` do (under torchrun its ranks, by default), and all but rank 0 get None.
-
-    Raises CheckpointError for a folder without finished weights, ConfigError and DataError for an invalid source,
+    with a probe). The `report` is by default next to the weights; `against` is the folder of a run to compare with.
+    With `workers`, that many ranks on Ray share the work, else `ranks` (default: torchrun's, or this process); all but
+    rank 0 get None. Raises CheckpointError for unfinished weights, ConfigError and DataError for an invalid source,
     ConfigError for a `name` or `against` of other data, all before any weights are loaded.
     """
     storage, checkpoint, types = caller.store(), checkpoint.rstrip("/"), evaluated_source_types()

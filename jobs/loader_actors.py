@@ -1,7 +1,6 @@
 """Loader backend of Ray actors on CPU nodes, for GPU nodes that are short of cores.
 
-The actors build the examples that the rank's own processes would build, byte for byte. The price is network traffic:
-decoded pixels (150 kB an image at 224 px) instead of JPEGs of 30 to 90 kB.
+Examples are the same, byte for byte; the price is sending pixels (150 kB at 224 px) instead of JPEGs (30 to 90 kB).
 """
 
 from typing import Any

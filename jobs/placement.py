@@ -1,7 +1,4 @@
-"""Run a function on ranks that Ray Train places; report why they wait, and record every restart.
-
-Ray Train calls the two callbacks in its controller, a process of its own.
-"""
+"""Run a function on ranks placed by Ray Train, whose controller, a process of its own, calls the two callbacks."""
 
 import json
 import logging

@@ -1,8 +1,4 @@
-"""`mome plan`: what a run will need on a named accelerator and network, stage by stage, before anything is started.
-
-It runs the stages' own training step on models without memory (`pipeline.training.workload`), and estimates the result
-on the hardware (`pipeline.planning`). A manifest on this machine replaces the assumed bytes of a sample.
-"""
+"""`mome plan`: estimate what each stage needs on an accelerator, from its own step on a model without memory."""
 
 import difflib
 import itertools

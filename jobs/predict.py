@@ -37,11 +37,7 @@ def _load(checkpoint: str, caller: Caller, device: str | None = None) -> Trained
 def predict(
     checkpoint: str, image: str | None, other: str | None, text: str | None, top: int = 5, caller: Caller = Caller()
 ) -> dict[str, Any]:
-    """Return probabilities by name, as `mome predict --json` prints them; `image` and `other` are paths or URLs.
-
-    Raises ConfigError when the checkpoint predicts nothing from these inputs, CheckpointError for a folder without
-    complete weights, DataError for an unreadable image.
-    """
+    """Return probabilities by name; images are paths or URLs. Raises ConfigError, CheckpointError, DataError."""
     if other is not None and image is None:
         raise ConfigError("--second-image is given without --image; give the first image with --image")
     model = _load(checkpoint, caller)
@@ -50,11 +46,7 @@ def predict(
 
 
 def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller: Caller = Caller()) -> dict[str, Any]:
-    """Draw the alignment of the words of `text` with the patches of `image` to `out`; return it as numbers.
-
-    `image` and `out` are paths or URLs. Raises ConfigError for a kind of model without word-patch alignment and for an
-    unknown suffix of `out`, CheckpointError for a folder without finished weights, DataError for an unreadable image.
-    """
+    """Draw the word-patch alignment to `out`; return it as numbers. Raises ConfigError, CheckpointError, DataError."""
     if not out.endswith(FORMATS):
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
     storage, trained = caller.store(), _load(checkpoint, caller, "cpu")

@@ -36,10 +36,7 @@ def report(
     track: bool | None = None,
     caller: Caller = Caller(),
 ) -> dict[str, Any]:
-    """Write the page of the run in folder `run` (path or URL) there, or to `out`; return what `--json` prints.
-
-    It is logged in MLflow as in `open_tracker` unless the run is active here. Raises ConfigError without a run.
-    """
+    """Write the run's page to its folder or `out`, and to MLflow (`open_tracker`) unless active. Raises ConfigError."""
     opened = open_run(run, caller.store())
     config = caller.applied(opened.config)
     summary = run_report.collect_report(opened, price, None if config.tracking.uri is None else tracking_uri(config))
@@ -90,11 +87,7 @@ def reported(config: RunConfig) -> Iterator[None]:
 
 
 def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Caller()) -> tuple[dict[str, Any], str]:
-    """Compare the runs in these folders (paths or URLs), also as an HTML page at `html`; raises ConfigError.
-
-    Returns what `--json` prints, in which non-finite numbers become null and repeated names get their group, and two
-    tables: the config keys that differ, and all results, with `*` for those that differ.
-    """
+    """Return what `--json` prints and two tables (`*`: a result differs); write the page `html`. Raises ConfigError."""
     if len(runs) < 2:
         raise ConfigError(f"mome compare: expected two runs or more, got {len(runs)}")
     storage = caller.store()

@@ -58,11 +58,7 @@ GIVE_TOKEN = f"Name the cluster's token: {REFERENCES}, or put it into ~/.ray/aut
 def submit(
     config: RunConfig, address: str, follow: bool, submission_id: str | None = None, token: str | None = None
 ) -> dict[str, Any]:
-    """Submit the run unless its job is active or succeeded; with `follow`, stream the job's output until it ends.
-
-    Raises ConfigError for a config the cluster could not run or an address that must not be used, RunFailed when the
-    cluster does not answer or the job fails.
-    """
+    """Submit the run unless its job is active or succeeded; `follow` its output. Raises ConfigError, RunFailed."""
     address = dashboard_address(address)
     config = for_cluster(config, is_loopback(address))
     client = open_dashboard(address, token)
@@ -144,10 +140,7 @@ def describe_job(job: Any) -> dict[str, Any]:
 
 
 def stream_logs(client: Any, job: str) -> str:
-    """Stream a job's output to standard error until the job ends, each character once; return its last status.
-
-    Raises RunFailed when the cluster is unreachable for `UNREACHABLE_SECONDS`.
-    """
+    """Stream a job's output to standard error, each character once; return its last status, or raise RunFailed."""
     num_shown, last_reached = 0, time.monotonic()
 
     async def show_new() -> None:

@@ -33,11 +33,7 @@ SERVING = (
 def register_checkpoint(
     checkpoint: str, name: str, alias: str | None = None, caller: Caller = Caller()
 ) -> dict[str, Any]:
-    """Register the weights of a run, a stage or a checkpoint's folder; return the version and how to load it.
-
-    The server is the caller's, else the SQLite file next to the run's folder. Raises CheckpointError for incomplete
-    weights, ConfigError for weights without embeddings and matching scores, TrackingError for what MLflow refuses.
-    """
+    """Register a folder's weights in the caller's MLflow. Raises CheckpointError, ConfigError, TrackingError."""
     import pandas as pd  # here, with torch: `sync` starts in half a second
     from PIL import Image
 
@@ -74,10 +70,9 @@ def register_checkpoint(
 
 
 def sync(run: str, caller: Caller = Caller()) -> dict[str, Any]:
-    """Upload the journal of the run in folder `run` (path or URL) to the caller's server.
+    """Upload the journal of the run in folder `run` to the caller's server, else to the SQLite file next to the folder.
 
-    Without a server, that is the SQLite file next to the run's folder. The server named in the journal is not used: the
-    journal may come from another person. Uploading again changes nothing. Raises TrackingError.
+    The server named in the journal, which another person may have written, is not used. Raises TrackingError.
     """
     journal = locations.read_journal(run, caller.store())
     run_records = journal.run_records()

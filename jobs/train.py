@@ -1,8 +1,7 @@
 """`mome train` and `mome demo`: train the stages of a run on Ray, evaluate the last one, and write the run's report.
 
-Ray Train places the ranks and restarts them; checkpoints, data order and tracking are ours. The driver handles what Ray
-leaves open: ranks that saved and stopped because a node leaves or joins are placed again, failure budgets hold over all
-of these restarts, and an error that a restart would only repeat (`jobs.distributed`) is raised here.
+Ray Train places and restarts the ranks. The driver places ranks again that stopped because a node leaves or joins,
+keeps failure budgets over all restarts, and raises errors that a restart would only repeat (`jobs.distributed`).
 """
 
 import json

@@ -1,7 +1,4 @@
-"""`mome bench checkpoint`: how long asynchronous and synchronous saves stall training on a slow store.
-
-The state has a real model's sizes; "training" is matrix products of about a hundredth of a second.
-"""
+"""`mome bench checkpoint`: how long asynchronous and synchronous saves of a real model's sizes stall training."""
 
 import math
 import tempfile
@@ -48,11 +45,7 @@ class ThrottledStorage(Storage):
 def bench_checkpoint(
     config: Path | None, url: str | None, mb_per_second: float, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Save the state of the model of `config` (default: VLMo base) into the folder `url` (default: a temporary one).
-
-    A save stalls training for `stall_seconds`, or for `synchronous_seconds` if it waits for the commit (medians). A
-    store of `mb_per_second` (10^6 bytes) is simulated; 0 uses the real pace. The saved state is restored and compared.
-    """
+    """Measure how long saves stall training (medians); `mb_per_second` (10^6 bytes) limits the store, 0 does not."""
     section = VLMoConfig() if config is None else load_config(config).model
     progress("creating the state")
     sizes = {name: parameter.numel() for name, parameter in skeleton(section, VOCABULARY).named_parameters()}

@@ -1,8 +1,4 @@
-"""`mome bench loader`: CPU time per sample of our loader and of other projects' on the same shards.
-
-Every loader runs in a fresh process with one thread per worker. Counting starts after a warm-up and includes every
-process the loader started.
-"""
+"""`mome bench loader`: CPU time per sample of our loader and others', in fresh processes, after a warm-up."""
 
 import io
 import itertools
@@ -105,11 +101,7 @@ def bench_loader(
     shards: str | None, photos: tuple[Path, ...], job: BenchJob, rounds: int, peers: tuple[str, ...],
     progress: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure all loaders on `shards`, on shards of `photos` (folders), or on synthetic images.
-
-    `job` holds the load; its shards, and a vocabulary if it has none, are filled in. Figures are medians of `rounds` in
-    turn, with RandAugment also without it. Raises ConfigError for unusable settings, RunFailed when a contender fails.
-    """
+    """Measure all loaders on `shards`, `photos` or synthetic images. Raises ConfigError, RunFailed."""
     if unknown := set(peers) - set(PEERS):
         raise ConfigError(f"--peer {', '.join(sorted(unknown))}: unknown; expected {', '.join(PEERS)}")
     with tempfile.TemporaryDirectory(prefix="mome-bench-") as folder:

@@ -1,7 +1,6 @@
-"""`mome bench step`: time and memory of a stage's training steps, next to the estimate of `mome plan`.
+"""`mome bench step`: time and memory of training steps, with random weights and synthetic batches of maximum size.
 
-Engine, step and model are those of a run; the weights are random and the batch is synthetic, of maximum size. The
-command starts the ranks on this machine; on several: torchrun … -m jobs.bench.step CONFIG [--stage NAME] [key=value …]
+On several machines: torchrun … -m jobs.bench.step CONFIG [--stage NAME] [key=value …]
 """
 
 import json

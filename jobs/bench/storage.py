@@ -1,7 +1,6 @@
 """`mome bench storage`: read and list speed of a store with our client, fsspec and botocore.
 
-Figures are medians over rounds in turn. CPU seconds are those of this process: a store on the same machine is not
-counted, although it shares the cores. With moto's server only they are meaningful: it copies the object for each range.
+CPU seconds are of this process alone; with moto's server, which copies the object for each range, only they count.
 """
 
 import importlib.util
@@ -145,10 +144,7 @@ def clients_of(
 def _medians(
     clients: dict[str, Client], expected: int, shortfall: str, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, Figures]:
-    """Return the medians of each client's figures; the order rotates. Counts requests of botocore and aiobotocore.
-
-    Raises StorageError with `shortfall` when a client returns other than `expected` bytes or names.
-    """
+    """Return each client's median figures; raise StorageError unless `expected` bytes or names arrive."""
     from aiobotocore.httpsession import AIOHTTPSession
     from botocore.httpsession import URLLib3Session
 

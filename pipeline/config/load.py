@@ -27,10 +27,7 @@ Changes = dict[str, tuple[Any, Any]]  # dotted path -> (old, new)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number and refuses duplicate keys (PyYAML silently keeps the last).
-
-    As in YAML 1.2, `1:30` and `010` are strings, which numeric keys refuse; YAML 1.1 reads them as 90 and 8.
-    """
+    """SafeLoader for which `1e-4` is a number, `1:30` and `010` are strings (YAML 1.2), duplicate keys are errors."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

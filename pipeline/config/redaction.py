@@ -1,7 +1,6 @@
 """Text that is safe to show, log and record: no secrets, and no characters that control a terminal.
 
-`redact` is applied to values and messages, never to serialized text such as JSON or YAML, whose quotes and commas could
-also be parts of a password.
+Never `redact` serialized text, such as JSON or YAML, whose quotes and commas could also be parts of a password.
 """
 
 import json

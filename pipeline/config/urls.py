@@ -1,8 +1,4 @@
-"""URLs of files and folders: parsing, with a correction in the error message for a URL that is malformed.
-
-A malformed URL would otherwise name a local folder: `s3:/bucket/x`, which pathlib makes of `s3://bucket/x`, or
-`${SCRATCH}/runs`, which no shell has expanded.
-"""
+"""URLs of files and folders; a malformed one, such as `s3:/bucket/x`, is an error and never names a local folder."""
 
 import os
 import re

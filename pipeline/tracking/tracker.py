@@ -1,8 +1,7 @@
 """Run tracking: an append-only local journal, which a separate process uploads to MLflow.
 
-No call waits for a server (contract C6): `metrics` appends one line to a file. Uploads run in their own process because
-importing mlflow and its Python work hold the interpreter lock. As a thread they made steps up to four times as long
-during the import, and delayed single steps by 0.3 s.
+No call waits for a server (contract C6). Uploads need their own process, because mlflow holds the interpreter lock: as
+a thread, its import made steps up to four times as long, and its work delayed single steps by 0.3 s.
 """
 
 from __future__ import annotations
@@ -122,11 +121,7 @@ def log_exceptions(method: Callable[Concatenate[Tracker, P], None]) -> Callable[
 
 
 class Tracker:
-    """Records a run, in rank 0 of training or in an evaluation, once created with `open`.
-
-    `Tracker()` is that of the other ranks, which records nothing. Errors are logged as warnings and never raised,
-    except by `open`, which runs before training.
-    """
+    """Records a run in rank 0; other ranks' `Tracker()` records nothing. Errors are only logged, except by `open`."""
 
     is_recording = False
     _config: RunConfig
@@ -142,11 +137,7 @@ class Tracker:
 
     @classmethod
     def open(cls, config: RunConfig, storage: Storage, attempt_tags: Mapping[str, str] = {}) -> Tracker:
-        """Open the run's journal, creating it on the first start, and start its upload.
-
-        `attempt_tags` (world size, attempt, submission id, …) are set on the parent run. Raises StorageError or
-        TrackingError when the run's folder or the journal cannot be read or written.
-        """
+        """Open the journal, tag the parent run, and start the upload. Raises StorageError, TrackingError."""
         tracker = cls()
         tracker._config, tracker.is_recording = config, True
         tracker._journal = journal = records.Journal(locations.journal_folder(config.folder))
