@@ -1,12 +1,9 @@
-"""Training objectives: one module each, with its loss, its forwards and everything the system needs to know about it.
+"""Training objectives: one module each, with a loss (arithmetic on tensors) and one subclass of `Objective`.
 
-An objective is a loss function (arithmetic on tensors) and one subclass of `Objective`, known by its module's name. To
-add one, add a module here: the config schema lists this folder, and the rest of the system reads the class's
-declarations. An objective with one forward, whose loss compares its head's output with fields of the batch, consists
-of declarations alone (`vqa`). Objectives of one stage may use the same forward, which then runs once with all heads.
-
-An objective sums its loss over the examples that it reads and divides by nothing: the step divides by the counts of the
-whole global batch (contract C2).
+To add one, add a module of its name here: the config schema lists this folder, and the rest of the system reads the
+class's declarations, which can be all that it needs (`vqa`). Objectives of one stage may use the same forward, which
+then runs once with all heads. An objective sums its loss over the examples that it reads and divides by nothing: the
+step divides by the counts of the whole global batch (contract C2).
 """
 
 from collections.abc import Callable, Iterable
@@ -221,7 +218,6 @@ def trained_modules(model: Model, objectives: Iterable[str], source_type: Source
 
 
 def evaluated_source_types() -> tuple[SourceType, ...]:
-    """Return the source types that some objective is evaluated on."""
     kinds = [objective_type(name) for name in objective_names()]
     return tuple(source for source in get_args(SourceType) if any(source in kind.evaluations for kind in kinds))
 

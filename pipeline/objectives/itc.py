@@ -78,8 +78,7 @@ def global_contrast(
 ) -> Contrast:
     """Compute the loss over all B x B pairs from this rank's features. A collective call.
 
-    `gather` returns all ranks' rows of a tensor, (n, ...) -> (B, ...); `own` are this rank's rows among them. With
-    `num_sources` the loss of each source is computed too. The features get 1 / `divisor` of their gradient.
+    `gather` maps (n, ...) -> (B, ...), where `own` are this rank's rows. Features get 1 / `divisor` of their gradient.
     """
     heads = [head for head in CONTRASTS if head in outputs["image"]]
     names = [(name, head) for head in heads for name in ("image", "text")]

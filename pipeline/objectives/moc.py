@@ -6,10 +6,7 @@ from pipeline.objectives import MaskedRegionObjective, cross_entropy
 
 
 def moc_loss(logits: Tensor, classes: Tensor, positions: Tensor) -> Tensor:
-    """Return the cross-entropy to the detector's most likely class, summed over masked regions.
-
-    logits (n, K, C), classes (n, R) int64, positions (n, K) int64 with -1 at padding.
-    """
+    """Return the summed cross-entropy of logits (n, K, C) to classes (n, R) at positions (n, K), -1 at padding."""
     is_masked = positions >= 0
     return cross_entropy(logits[is_masked], classes.gather(1, positions.clamp(min=0))[is_masked])
 

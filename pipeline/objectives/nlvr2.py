@@ -1,7 +1,4 @@
-"""Natural language for visual reasoning (NLVR2): decide whether a statement about two images is true.
-
-The loss is the cross-entropy of (false, true), (n, 2), to `label` (n,), 1 for a true statement.
-"""
+"""Natural language for visual reasoning (NLVR2): cross-entropy of (false, true), (n, 2), to `label` (n,), 1 if true."""
 
 from typing import ClassVar
 

@@ -35,8 +35,7 @@ def wpa_cost(words: Tensor, patches: Tensor) -> Tensor:
 def wpa_plan(cost: Tensor, words_keep: Tensor, patches_keep: Tensor, outer: int = OUTER) -> Tensor:
     """Return the transport plan for costs (n, L, P), without gradient: (n, L, P) float32 that sums to 1 per example.
 
-    words_keep (n, L) and patches_keep (n, P) are False at [CLS], [SEP] and padding, where the plan is 0. It is 0
-    everywhere if an example keeps no word or no patch.
+    It is 0 where words_keep (n, L) or patches_keep (n, P) is False: at [CLS], [SEP] and padding.
     """
     with torch.autocast(cost.device.type, enabled=False):
         is_kept = words_keep[:, :, None] & patches_keep[:, None, :]

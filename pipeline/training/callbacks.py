@@ -1,7 +1,6 @@
 """Callbacks: everything that surrounds a training step, and the data that the loop gives them.
 
-Metrics, checkpoints, evaluation, alerts, progress, the profiler and the execution-order check are callbacks. A hook
-that calls a collective must do so on every rank in the same order, so such callbacks are attached on all ranks.
+A hook that calls a collective must do so on every rank in the same order, so such callbacks are attached on all ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """Position, loss and speed of a run, for display."""
-
     stage: str
     stage_step: int
     stage_steps: int

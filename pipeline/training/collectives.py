@@ -22,12 +22,9 @@ STORE_SECONDS = 5.0  # timeout of a request to the key-value store
 
 
 class Collectives(Ranks):
-    """Collectives of the default process group, which is initialised on first use; without a launcher it has one rank.
+    """Collectives of the default process group, initialised on first use; without a launcher it has one rank."""
 
-    `calls` counts the collectives that this rank has entered, and `inside` names the current one, to attribute a hang.
-    """
-
-    calls, inside = 0, ""
+    calls, inside = 0, ""  # collectives that this rank has entered, and the current one's name, to attribute a hang
     local_rank, device = 0, torch.device("cpu")
 
     def __init__(self, timeout_seconds: float | None = 1800.0):
@@ -141,10 +138,7 @@ class Collectives(Ranks):
 
 
 class KeyValueStore:
-    """Messages of the ranks in the process group's store, from any thread; no operation waits for another rank.
-
-    Every call raises RuntimeError or OSError if the store's host does not respond within `STORE_SECONDS`.
-    """
+    """Messages of the ranks, from any thread, waiting for none; RuntimeError or OSError if the store is silent."""
 
     def __init__(self, collectives: Collectives):
         self._rank, self._world_size = collectives.rank, collectives.world_size

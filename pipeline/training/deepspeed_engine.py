@@ -131,10 +131,9 @@ def use_own_folder() -> Path:
 
 @contextmanager
 def exclusive_build(folder: Path) -> Iterator[None]:
-    """Hold the node's lock for building or loading extensions in `folder`.
+    """Hold the node's lock for building extensions in `folder`; ConfigError if the folder is not writable.
 
-    torch guards a build by a file that outlives a killed process, and later runs wait for it forever. The kernel
-    releases this lock, so that its holder may delete torch's file. Raises ConfigError if the folder is not writable.
+    torch's own guard, a file, outlives a killed process and blocks later runs; the holder of this lock may delete it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +208,6 @@ class DeepSpeedEngine:
         return self.deepspeed(passes)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient; `last` marks the last one before `step`."""
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
         if last and self._offloads and self._zero_stage >= 2 and self.deepspeed.gradient_accumulation_steps() > 1:

@@ -66,7 +66,6 @@ class GoodputTracker(PeriodicThread):
         self._phase = phase
 
     def seconds(self) -> Seconds:
-        """Return the seconds by phase up to now."""
         with self._lock:
             now = time.monotonic()
             self._account[self._phase] += now - self._entered

@@ -1,8 +1,7 @@
 """Health of a training step: non-finite values, loss spikes, diverging ranks, and exhausted memory.
 
-Before an update, all ranks must agree on anything that changes what they do next, or some would wait forever: that a
-loss or gradient is not finite, that a machine is being preempted, and the loss of the global batch. One reduction
-before the update carries all of it, every `guards.health_check_every` steps.
+Before an update, all ranks must agree on anything that changes what they do next, or some would wait forever. One
+reduction before the update carries all of it, every `guards.health_check_every` steps.
 """
 
 import errno
@@ -42,15 +41,12 @@ class StepHealth:
 def check_step_health(
     losses: dict[str, Tensor], gradients: Iterable[Tensor], preempted: bool, collectives: Collectives
 ) -> StepHealth:
-    """Reduce the losses (this rank's parts, 0-d) and this rank's condition over all ranks. A collective call.
-
-    `gradients` are those the next update reads; an overflowing norm counts as non-finite: the update divides by it.
-    """
+    """Reduce this rank's losses (0-d), the gradients that the update reads, and its condition. A collective call."""
     parts = torch.stack([loss.float() for loss in losses.values()])
     gradients = list(gradients)
     norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
     norm = torch.stack([norm.float() for norm in norms]).sum().to(parts.device)
-    is_bad = ~(parts.isfinite().all() & norm.isfinite())
+    is_bad = ~(parts.isfinite().all() & norm.isfinite())  # an overflowing norm too: the update divides by it
     flags = torch.stack([is_bad, torch.tensor(preempted, device=parts.device)])
     *totals, num_bad, num_preempted = collectives.sum(torch.cat([parts, flags.float()])).tolist()
     return StepHealth(dict(zip(losses, totals, strict=True)), num_bad == 0, num_preempted > 0)
@@ -61,8 +57,7 @@ def locate_non_finite(
 ) -> str:
     """Describe which losses are not finite and in which module and rank it began. A collective call.
 
-    `repeat` runs the step again, recording every module's output and gradient, because neither a summed loss nor a
-    reduced gradient identifies its source: the first module in execution order. Gradients are unusable afterwards.
+    `repeat` runs the step again: sums and reduced gradients hide their source. Gradients are unusable afterwards.
     """
     num_executed: Counter[str] = Counter()
     first: dict[str, tuple[int, str, str]] = {}  # direction -> the first module that is not finite, and its cause
@@ -162,10 +157,7 @@ class ExecutionOrderCheck(Callback):
         self._is_active = False
 
     def _observe(self, name: str, *_: object) -> None:
-        """Record a module that is about to run, or the end of a forward or backward; a hook of the model's modules.
-
-        Where the ranks compare, a collective call that raises RunFailed unless all of them ran the same.
-        """
+        """Record a module or the end of a pass; where ranks compare, a collective call that raises RunFailed."""
         if torch.compiler.is_compiling():  # first, so that Dynamo traces nothing else of this hook
             return
         is_recorded = self._is_active and (name == BACKWARD_END or (bool(name) and self._in_forward))
@@ -208,10 +200,9 @@ class Spike:
 class SpikeGuard:
     """Detects loss spikes and skips the data that caused them (PaLM, arXiv 2204.02311, section 5.1).
 
-    After a spike the stage rolls back to its last checkpoint and skips the batches read since. The data order is a
-    function of the step (contract C1), so skipping only changes which batch a step reads: batch = step + the batches
-    skipped before it. The state is part of every checkpoint and the same on every rank: a run killed after a rollback
-    and before the next checkpoint meets the spike again and skips the same batches.
+    After a spike the stage rolls back to its last checkpoint and skips the batches read since: a step reads batch =
+    step + the batches skipped before it (contract C1). The state is part of every checkpoint and the same on every
+    rank: a run killed between a rollback and the next checkpoint meets the spike again and skips the same batches.
     """
 
     def __init__(self, config: SpikeConfig | None, state: Mapping[str, Any] = MappingProxyType({})):
@@ -282,10 +273,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def permanent_failures_explained(
     stage: Stage, collectives: Collectives, memory: Callable[[], dict[str, int]] | None = None
 ) -> Iterator[None]:
-    """Convert errors that a restart would only repeat (memory or disk exhausted) into RunFailed with remedies.
-
-    `memory` returns the bytes of this rank's state by category; None while the engine is being built.
-    """
+    """Raise RunFailed with remedies if the block exhausts memory or disk; `memory` returns bytes by category."""
     try:
         yield
     except NoSpace as error:

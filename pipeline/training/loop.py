@@ -90,11 +90,10 @@ def train(
     """Run every unfinished stage from its latest complete checkpoint. Call it once on each rank.
 
     `preempted` is polled on every rank and says whether its machine is about to be taken away; in a process's main
-    thread SIGTERM and SIGUSR1 mean the same. `claim` is given by a launcher that has prepared the run and taken its
-    ownership; otherwise rank 0 does both. `callbacks` are attached to every stage after the standard ones.
-
-    Raises Preempted once the run is saved, Superseded (on rank 0) if a later start owns it, and another MomeError for
-    failures that a restart would repeat; any other error may be retried. A hung rank ends the process (`Watchdog`).
+    thread SIGTERM and SIGUSR1 mean the same. A launcher that has prepared the run and taken its ownership gives its
+    `claim`; otherwise rank 0 does both. `callbacks` follow the standard ones. Raises Preempted once the run is saved,
+    Superseded (on rank 0) if a later start owns it, and another MomeError for failures that a restart would repeat; any
+    other error may be retried. A hung rank ends the process (`Watchdog`).
     """
     began = time.monotonic()
     torch.set_num_threads(config.engine.threads)
@@ -183,10 +182,7 @@ def train_stage(
 
 
 def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callback]) -> None:
-    """Run one stage to completion, rolling back to the last checkpoint on each loss spike.
-
-    Raises Preempted if steps of the run remain, and RunFailed after `guards.spike.max_rollbacks` rollbacks.
-    """
+    """Run a stage through its rollbacks; Preempted if steps of the run remain, RunFailed after `max_rollbacks`."""
     collectives, supervisor, is_first = context.collectives, context.supervisor, context.collectives.rank == 0
     result = None
     while result is None or result.spike is not None:
@@ -206,10 +202,7 @@ def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callb
 
 @contextmanager
 def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -> Iterator[StageState]:
-    """Build a stage's state, with its starting weights, and release it at the end. A collective call.
-
-    Errors that a restart would repeat, in the block too, are raised as RunFailed.
-    """
+    """Yield a stage's state; errors that a restart repeats, in the block too, become RunFailed. A collective call."""
     run, config, storage, collectives = stage.run, stage.config, context.storage, context.collectives
     rank, world_size, tokenizer = collectives.rank, collectives.world_size, context.tokenizer
     with ExitStack() as stack:

@@ -1,7 +1,4 @@
-"""Metrics of a stage: losses, throughput, differences between ranks, data counts; alerts; evaluation during training.
-
-Collecting them is a collective call and, besides the health check, the only place where a step waits for the device.
-"""
+"""Metrics, alerts and evaluation of a stage. Collecting metrics is a collective call that waits for the device."""
 
 import logging
 import statistics
@@ -165,9 +162,8 @@ def total_data_counts(loader: Loader, previous: dict[str, float], collectives: C
 class EvaluationCallback(Callback):
     """Evaluates on `evaluation.source` every `evaluation.every` steps and at the end of each stage but the last.
 
-    All ranks evaluate the first `max_images_during_training` held-out images with the current weights, not their moving
-    average, by the same number of forwards (at ZeRO 3 each gathers weights from all). The training stream is not
-    affected (contracts C1, C4): modes, random generators and the loader's position stay.
+    All ranks run the same number of forwards (at ZeRO 3 each gathers weights from all) with the current weights, not
+    their moving average. Modes, random generators and the loader's position stay as they are (contracts C1, C4).
     """
 
     def __init__(self, stage: Stage, storage: Storage):
@@ -219,11 +215,7 @@ LOSSES = 50
 
 
 class Alerts(Callback):
-    """Conditions of a running stage that need attention: tags on its MLflow run and log lines with a remedy.
-
-    Rank 0 evaluates them at the metrics steps, and loss spikes at every health check. An alert is raised once, after
-    `CONSECUTIVE` steps have met its condition, and cleared after as many have not.
-    """
+    """Tags the stage's MLflow run, and logs remedies, for conditions that need attention. Attached on rank 0 only."""
 
     def on_stage_start(self, start: int) -> None:
         self._run_length: Counter[str] = Counter()  # consecutive steps that met the condition; negative: that did not

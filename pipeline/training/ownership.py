@@ -78,10 +78,7 @@ class Ownership:
                 return ownership
 
     def check(self, may_begin: bool = False) -> list[tuple[Start, str]]:
-        """Return all starts; raise Superseded if a later start owns the run.
-
-        With `may_begin`, a launcher that has never owned the run passes too.
-        """
+        """Return all starts; Superseded if a later one owns the run, unless `may_begin` and this claim is new."""
         starts = self._starts()
         start, claim = starts[-1] if starts else (self.start, self.claim)
         is_new = may_begin and all(claim != self.claim for _, claim in starts)

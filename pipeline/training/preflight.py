@@ -1,8 +1,7 @@
-"""`--preflight`: everything a run does, once, before a large allocation is reserved for it; nothing is left behind.
+"""`--preflight`: everything a run does, once, before a large allocation is reserved for it.
 
-Every rank writes, reads and deletes an object in the run's storage; rank 0 does the same in MLflow. Then each stage is
-built as for training and runs one full step on its own data. The weights are discarded. Files are written to a
-temporary folder next to the run's; only indexes of shards that had none remain.
+After storage and MLflow are checked, each stage is built as for training and runs one full step on its own data. Files
+are written to a temporary folder next to the run's; only indexes of shards that had none remain.
 """
 
 import logging
@@ -44,10 +43,7 @@ GB = 1e9
 def preflight(
     config: RunConfig, say: Callable[[str], None], loader_backend: BackendFactory | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Run all checks, called once on each rank; return each one's `message` and the slowest rank's `seconds`.
-
-    `say` receives a line for each check on rank 0 when it is done. Raises MomeError on failure.
-    """
+    """Run all checks, on each rank; return each one's `message` and slowest rank's `seconds`. Raises MomeError."""
     torch.set_num_threads(config.engine.threads)
     collectives, storage = Collectives(), Storage(config.storage)
     rank, token = collectives.rank, collectives.broadcast(secrets.token_hex(4))

@@ -1,7 +1,4 @@
-"""Preparation of a run before a cluster is reserved: sources, stages, vocabulary, and the config's admission.
-
-One process does it, once. It is idempotent: repeating it for a restarted run changes nothing.
-"""
+"""Preparation of a run, by one process before a cluster is reserved; repeated for a restart, it changes nothing."""
 
 import itertools
 import json
@@ -37,10 +34,7 @@ MAX_UNKNOWN = 0.01  # fraction of [UNK] among the tokens, above which an alert i
 
 
 def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
-    """Build synthetic sources, index and check every source and stage, choose the vocabulary, and admit the config.
-
-    Raises ConfigError, DataError, StorageError or CheckpointError; no file is left partly written.
-    """
+    """Prepare all that ranks read, and admit the config; ConfigError, DataError, StorageError or CheckpointError."""
     check_stages(config)
     for path, (old, new) in admit(config, storage).items():
         log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
@@ -79,10 +73,7 @@ def _progress_log(task: str) -> Callable[[int, int, str], None]:
 
 
 def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:
-    """Compare with the run folder's config; return the changed keys as key -> (old, new).
-
-    Raises ConfigError naming every changed key that must not change on resume (contract C4).
-    """
+    """Return the keys changed since the run began, key -> (old, new); ConfigError if a fixed one did (contract C4)."""
     url = join(config.folder, RUN_FILE)
     if not storage.exists(url):
         return {}

@@ -1,7 +1,6 @@
-"""Profiling: traces of training steps, and the memory of an engine by category.
+"""Profiling: traces of training steps for Perfetto or chrome://tracing, and an engine's memory by category.
 
-`--profile A:B` makes rank 0 record a trace of its steps A to B - 1, counted over all stages, for Perfetto or
-chrome://tracing, in RUN/profile and MLflow. Memory is measured to validate the estimate of `pipeline.planning`.
+`--profile A:B` makes rank 0 trace its steps A to B - 1, counted over all stages, to RUN/profile and MLflow.
 """
 
 import gc

@@ -113,10 +113,7 @@ def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) 
 
 
 def load_matching(model: Model, state: dict[str, Tensor], stage: str, absent: frozenset[str] = frozenset()) -> None:
-    """Load weights into the model; heads, and the parts in `absent`, may be missing or have another shape.
-
-    Raises CheckpointError, listing the names that do not match, for weights of another architecture.
-    """
+    """Load weights; heads may be missing or reshaped, parts in `absent` missing. Raises CheckpointError otherwise."""
     if fresh := check_fit(model, state, f"stage {stage}", absent):
         names = shorten(", ".join(fresh), SHOWN, placeholder=" …")
         log.warning("stage %s: %d weights have no start of their shape, set at random: %s", stage, len(fresh), names)
@@ -125,10 +122,7 @@ def load_matching(model: Model, state: dict[str, Tensor], stage: str, absent: fr
 
 
 def check_fit(model: Model, state: dict[str, Tensor], who: str, absent: frozenset[str] = frozenset()) -> list[str]:
-    """Return the names that will keep their initial values, besides missing heads; `model` may be on the meta device.
-
-    Raises CheckpointError as `load_matching` does; `who` begins its message.
-    """
+    """Return the names that keep initial values, besides missing heads; raise as `load_matching`, naming `who`."""
     own = model.state_dict()
     parts: dict[str, str] = {}
     for name in own.keys() | state.keys():

@@ -1,12 +1,10 @@
 """One training step over a global batch. Its gradient is the same for all ranks x micro-batch x accumulation (C2).
 
-Every loss is a sum over examples or tokens divided by a count over the whole global batch. ITC needs the features of
-all ranks at once (`objectives.itc`); negatives of the other objectives are fetched from the ranks that hold them.
-
-Without accumulation a step makes two engine calls and one backward: first the towers and the forwards over unchanged
-examples; then the forwards over negatives, if these are drawn by ITC similarity. With accumulation: the towers of all
-micro-batches without gradient, then everything per micro-batch. Which examples and objectives a step reads depends on
-the step and the examples' places alone, so that all ranks run the same graph (C3).
+Every loss is a sum over examples or tokens divided by a count over the whole global batch. Without accumulation a step
+makes two engine calls and one backward: first the towers and the forwards over unchanged examples; then the forwards
+over negatives, if these are drawn by ITC similarity. With accumulation: the towers of all micro-batches without
+gradient, then everything per micro-batch. Which examples and objectives a step reads depends on the step and the
+examples' places alone, so that all ranks run the same graph (C3).
 
 Shapes: B global batch, n examples of this rank, S sources, N layers.
 """
@@ -75,15 +73,11 @@ class TrainingStep:
         self.by_source: dict[str, Tensor] = {}
         self._with_metrics = False
         self._num_sources = 0  # sources to report losses of
-        self._forward_seconds: list[float] = []
+        self._forward_seconds: list[float] = []  # forwards, because no rank waits in them for another (below ZeRO 3)
         self._forward_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __call__(self, batch: Batch, with_metrics: bool = False) -> dict[str, Tensor]:
-        """Run forward and backward over this rank's examples of one global batch.
-
-        Returns this rank's part of each objective's loss (0-d, detached), unweighted except `loss`: the ranks' parts
-        add up. With `with_metrics`, `diagnostics` and (in a stage of several sources) `by_source` are filled too.
-        """
+        """Run forward and backward; return this rank's part of each loss (0-d, detached), unweighted but for `loss`."""
         self._with_metrics, num_sources = with_metrics, len(self.stage.config.sources)
         self._num_sources = num_sources if with_metrics and num_sources > 1 else 0
         self.diagnostics, self.by_source = {}, {}
@@ -107,10 +101,7 @@ class TrainingStep:
         return self._backward(outputs, batch, counts, contrast, slice(0, len(batch)), last=True)
 
     def forward_seconds(self) -> float:
-        """Return the median seconds of this rank's forwards since the last call; call it where the device has finished.
-
-        No rank waits for another in a forward (below ZeRO 3): a slow machine would delay every rank's whole step.
-        """
+        """Return the median seconds of this rank's forwards since the last call. The device must have finished."""
         seconds = [*self._forward_seconds, *(start.elapsed_time(end) / 1000 for start, end in self._forward_events)]
         self._forward_seconds, self._forward_events = [], []
         return statistics.median(seconds) if seconds else 0.0
@@ -130,7 +121,6 @@ class TrainingStep:
         self._forward_events.append((start, end))
 
     def _accumulated(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run a step over several micro-batches."""
         slices = [slice(*share(len(batch), k, self.accumulation)) for k in range(self.accumulation)]
         contrast = None
         if self.itc is not None:
@@ -277,10 +267,7 @@ class TrainingStep:
 
 
 def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor, swaps: list[RowSwap]) -> Batch:
-    """Return the examples at `indices` (n,) of this rank's `batch` with their fields swapped. A collective call.
-
-    `size` is the global batch's. Only the swapped fields travel between ranks, padded to the longest.
-    """
+    """Return the examples at `indices` (n,) with swapped fields; only these travel between ranks. A collective call."""
     result = batch.rows(indices)
     for swap in swaps:
         places = torch.full((len(batch),), -1, dtype=torch.int64)

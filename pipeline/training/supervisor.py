@@ -63,10 +63,7 @@ class RankSupervisor:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Monitor the rank and its node during the block, and count signals as preemption notices.
-
-        Python handles signals only in a process's main thread; in another (a Ray Train worker) only `poll` counts.
-        """
+        """Monitor the rank and its node, and count signals as preemption notices (only in a process's main thread)."""
         handled = SIGNALS if threading.current_thread() is threading.main_thread() else ()
         previous = {number: signal.signal(number, lambda number, _: self._notices.append(number)) for number in handled}
         if self._collectives.rank == 0:
@@ -112,7 +109,6 @@ class RankSupervisor:
 
     @contextmanager
     def during(self, phase: Phase, step: int) -> Iterator[None]:
-        """Enter a phase for the duration of the block."""
         self.enter(phase, step)
         try:
             yield
@@ -136,8 +132,6 @@ Limits = dict[Phase, float]  # seconds; phases without an entry have no limit
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A rank's current phase and collective."""
-
     phase: Phase
     step: int  # global
     seconds: float  # in this phase
@@ -181,7 +175,6 @@ class Watchdog(PeriodicThread):
         self._entered = (phase, step, time.monotonic(), self._limits.get(limited_as or phase, float("inf")))
 
     def close(self) -> None:
-        """Stop watching."""
         self.stop()
         faulthandler.cancel_dump_traceback_later()
 
@@ -306,11 +299,9 @@ MEGA = 1e6
 
 
 class NodeMonitor(PeriodicThread):
-    """Node statistics: CPU, memory, disk, network and GPU utilisation, named as MLflow's system metrics.
+    """Statistics of the nodes, named as MLflow's, whose own monitor would contact the server (contract C6).
 
-    A thread of each node's first rank publishes them in the ranks' key-value store, from which rank 0 collects those of
-    all nodes for the journal, as `system/<node>/…` in `newest`. No training step waits for this. MLflow's own monitor
-    would contact the server from the trainer (contract C6).
+    Each node's first rank publishes them in the key-value store, from which rank 0 collects all, as `system/<node>/…`.
     """
 
     def __init__(self, collectives: Collectives, seconds: float = NODE_SECONDS, name: str | None = None):

@@ -1,8 +1,7 @@
 """Compute and memory of one step of a stage, measured by running the training step on a model without memory.
 
-The code that trains runs on two small batches of full-size rows, the model on the meta device, the computations of the
-step itself (losses, drawing negatives) for real. All costs are linear in the rows except the contrastive loss, which
-spans the global batch and is run at its size. The estimate therefore follows every change of a model or an objective.
+The code that trains runs on two small batches of full-size rows, with only the model on the meta device. All costs are
+linear in the rows except the contrastive loss, which is run at the size of the global batch.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ UNBOUNDED = 2**62
 def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) -> Stage:
     """Resolve `engine.micro_batch_size: auto` to the largest micro-batch that fits the smallest rank's memory.
 
-    The gradient does not depend on it (contract C2), so a run may resume on other devices, but the graph does
-    (C3): all ranks take the same. A collective call. Raises RunFailed if not even one row fits.
+    The gradient does not depend on it (C2), but the graph does (C3). A collective call. RunFailed if not one row fits.
     """
     engine, on_cuda = stage.run.engine, collectives.device.type == "cuda"
     if engine.micro_batch_size != "auto":
@@ -79,10 +77,7 @@ def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) ->
 
 
 def peak_step_seconds(gpu: str, stage: Stage, vocabulary: int, world_size: int) -> float | None:
-    """Return the duration of a step of the stage at a GPU's peak bfloat16 performance; None for an unknown GPU.
-
-    Multiplied by the measured steps per second it is the model FLOPs utilisation (MFU). `gpu` is the name CUDA gives.
-    """
+    """Return a step's seconds at peak bfloat16 performance, for the MFU; None if `gpu`, CUDA's name, is unknown."""
     if (accelerator := accelerator_like(gpu)) is None:
         return None
     share = math.ceil(stage.config.global_batch_size / world_size)
@@ -224,10 +219,9 @@ def _on_meta(inputs: ForwardInput | Regions) -> Any:
 
 
 def full_batch(config: RunConfig, stage: StageConfig, vocabulary: int, text_tokens: int | None = None) -> Batch:
-    """Return a whole global batch of examples of maximum size, a function of its arguments alone.
+    """Return a global batch of maximum size (texts of `text_tokens`, if given), a function of its arguments alone.
 
-    Texts have `text_tokens` tokens (default: the maximum of the stage), images the model's largest size, and the
-    masking's fractions determine the number of masked words, patches and regions. Other fields are random or 0.
+    The masking's fractions give the numbers of masked words, patches and regions. Other fields are random or 0.
     """
     config, rows = config.for_stage(stage), stage.global_batch_size
     spec = batch_spec(config, stage, batch_groups(config, stage), rows)

@@ -1,7 +1,6 @@
 """Checkpoint state as safetensors files: copied to host memory, written in parts, and read back by range.
 
-A file is 8 bytes with the length of a JSON header, the header with every tensor's dtype, shape and offsets, and the
-tensors' bytes (https://github.com/huggingface/safetensors#format).
+A file is 8 bytes of header length, a JSON header, and the tensors (https://github.com/huggingface/safetensors#format).
 """
 
 import bisect
@@ -105,10 +104,7 @@ class TensorFile:
 
 
 class SavedState:
-    """A checkpoint's state, read by parameter and range whichever ranks wrote it; only verified versions of `files`.
-
-    An engine reads every file at several positions at once: the cache holds the next blocks of all of them.
-    """
+    """A checkpoint's state, read by parameter and range whichever ranks wrote it; only verified versions of `files`."""
 
     def __init__(self, storage: Storage, url: str, files: Mapping[str, ObjectInfo], optimizer_step: int):
         self.optimizer_step = optimizer_step

@@ -309,7 +309,6 @@ class Checkpointer(Callback):
         self._metrics = self._metrics | metrics
 
     def after_step(self, event: StepEvent) -> None:
-        """Copy the state; it is written and committed, with the journal, in the background."""
         num_steps, state, stage, context = event.step + 1, self.state, self.state.stage, self.state.context
         if stage.is_checkpoint_step(event.step) or (event.preempted and num_steps < stage.steps):
             step = stage.global_step(num_steps)

@@ -162,10 +162,7 @@ def load_weights(storage: Storage, url: str) -> Weights:
 
 @contextmanager
 def _opened(storage: Storage, url: str) -> Iterator[tuple[WeightsInfo, dict[str, Any]]]:
-    """Yield metadata and manifest of the weights in a folder, or in the last finished stage of a run's.
-
-    Raises CheckpointError if there are none, or for any error in the block, which malformed files caused.
-    """
+    """Yield metadata and manifest of a folder's weights; CheckpointError without any or for errors in the block."""
     url = finished_stage(storage, url)
     if not is_committed(storage, url):
         raise CheckpointError(
