@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +25,7 @@ class Watched(Storage):
         super().__init__()
         self.names: list[str] = []
         self.ranges: list[tuple[str, int, int]] = []
+        self.latency = 0.0  # seconds of a ranged read
 
     @property
     def tars(self) -> list[str]:
@@ -38,6 +40,7 @@ class Watched(Storage):
             self.names.append(Path(url).name)
         else:
             self.ranges.append((Path(url).name, start, stop))
+            time.sleep(self.latency)
         return super().read(url, start, stop, etag)
 
 
