@@ -1,10 +1,7 @@
-"""The batch, the contract between data and training: one rank's examples of one global batch.
+"""One rank's examples of one global batch. To add a field, declare it in `Batch` and write its values.
 
-Every field is declared once, in `Batch`. The declaration drives the memory layout, collation, fingerprints, the swap of
-negatives and synthetic batches: a new field is one line here, and the code that writes its values.
-
-Shapes: B examples, H x W pixels, S side of the square that holds every image, P patches, L tokens, R regions,
-F features of a region, K masked tokens, patches or regions of an example.
+Shapes: B examples, H x W pixels, S side of the square that holds every image, P patches, L tokens, R regions, F
+features of a region, K masked tokens, patches or regions of an example.
 """
 
 from __future__ import annotations
@@ -49,12 +46,10 @@ _FEATURES, _LOCATION = ("regions", "region_features"), ("regions", LOCATION)
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """The storage, padding and grouping of a batch field.
-
-    `group` is what a stage requests (None: part of every batch). Axes are cut to the longest example of a batch, and
-    only the real part enters fingerprints: `counted_by` names the field whose values give its length, as the number of
-    values that are not padding, or directly where that field's padding is None. Fields of one `modality` move together
-    when an example gets another example's image or text as a negative.
+    """Storage of a batch field, cut to the longest example of a batch; only the real part enters fingerprints. `group`
+    is what a stage requests (None: part of every batch). `counted_by` names the field whose values give an example's
+    length, as the number of values that are not padding, or directly where that field's padding is None. Fields of one
+    `modality` move together when an example gets another example's image or text as a negative.
     """
 
     group: str | None
@@ -77,9 +72,8 @@ _IDENTITY = {"spec": FieldSpec(None, np.int64, is_hashed=False)}
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of global batch `step`. A field is None where the stage's objectives do not read it.
-
-    The lengths H, W, L, R and K are those of these examples, not of the global batch: no result may depend on them.
+    """Examples of global batch `step`. A field is None where the stage's objectives do not read it. The lengths H, W,
+    L, R and K are those of these examples, not of the global batch: no result may depend on them.
     """
 
     step: int
@@ -183,10 +177,7 @@ class BatchSpec:
 
 
 class BatchBuffer(dict[str, np.ndarray]):
-    """The arrays of a spec by field name, over `memory` (anything with the buffer protocol; default: new memory).
-
-    Examples are written in place. Memory that a loader process shares with the trainer is neither copied nor pickled.
-    """
+    """Arrays of a spec by field name, over `memory` (any buffer; default: new), which processes may share."""
 
     def __init__(self, spec: BatchSpec, memory: Any = None):
         super().__init__()

@@ -1,16 +1,15 @@
-"""The data order: which sample is at which position of which global batch. Pure arithmetic, no reading.
+"""The data order: which sample is at which position of which global batch. It is pure arithmetic: nothing is read, and
+time and memory do not depend on the position or on the number of samples.
 
 Contract C1. Per source and epoch, the shards are permuted, concatenated and cut into C streams of equal length to
 within one sample; the odd samples rotate over the streams from epoch to epoch. A stream shuffles inside windows of a
 few shard pieces. Each stream mixes its sources by one periodic cycle (Tijdeman, "The chairman assignment problem",
-Discrete Mathematics 32, 1980), which stays within one sample of the weights and starts at a hashed offset. Global
-batch s takes the next B/C samples of every stream, in stream order. Ranks and workers have no influence. Length
-buckets change which of a stream's next samples share a batch, inside fixed blocks of steps, and nothing else.
+Discrete Mathematics 32, 1980), which stays within one sample of the weights and starts at a hashed offset. Global batch
+s takes the next B/C samples of every stream, in stream order. Ranks and workers have no influence. Length buckets
+change which of a stream's next samples share a batch, inside fixed blocks of steps, and nothing else.
 
-Every sample is located by arithmetic: time and memory do not depend on its position or on the number of samples.
-
-Letters: C streams, B samples of a global batch, N samples of a source, K sources, M length of the cycle, L positions
-of one call, S shards.
+Letters: C streams, B samples of a global batch, N samples of a source, K sources, M length of the cycle, L positions of
+one call, S shards.
 """
 
 import hashlib
@@ -49,9 +48,8 @@ class OrderSource(NamedTuple):
 
 
 class LengthBuckets(NamedTuple):
-    """Batches of samples of similar length: each stream sorts blocks of `batches` batches' worth of its samples.
-
-    What `length` measures belongs in the order's `extra`. Only over a whole block are the sources mixed by weight.
+    """Batches of similar length: each stream sorts blocks of `batches` batches' worth of its samples, and only over a
+    whole block are the sources mixed by weight. What `length` measures belongs in the order's `extra`.
     """
 
     batches: int
@@ -110,10 +108,8 @@ class DataOrder:
         self._groups = lru_cache(max(64, 3 * num_streams))(self._sort_block)
 
     def samples(self, step: int, places: range | None = None, attempt: int | None = None) -> list[SampleRef]:
-        """Return the samples planned at places of global batch `step` (default: all), at little more than one's cost.
-
-        With an `attempt`, return candidates to replace them: from the same shuffle windows, drawn by a hash of the
-        attempt.
+        """Return the samples at places of global batch `step` (default: all, which cost little more than one), or with
+        an `attempt` candidates to replace them: from the same shuffle windows, drawn by a hash of the attempt.
         """
         places = range(self.batch_size) if places is None else places
         stream, offset = np.divmod(np.arange(places.start, places.stop, places.step), self._per_stream)
@@ -195,9 +191,8 @@ class DataOrder:
         return list(map(SampleRef, names, epoch.tolist(), shard.tolist(), sample.tolist()))
 
     def _permute_shards(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return a source's shards in one epoch: the i-th, shards[i], has the samples bounds[i] … bounds[i+1]-1.
-
-        bounds (S'+1,) and shards (S',) are int64, without empty shards; then comes the key of the epoch's windows.
+        """Return bounds (S'+1,), shards (S',), both int64 and without empty shards, and the key of the windows of one
+        epoch of a source: shards[i] has the samples bounds[i] … bounds[i+1]-1.
         """
         sizes, seed = self._counts[source], hash64(self.seed, "source", self.names[source])
         shards = permutation(hash64(seed, "shards", epoch), len(sizes))
@@ -211,11 +206,9 @@ def share(batch: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 def mixing_cycle(weights: Sequence[float]) -> tuple[list[int], list[int]]:
-    """Return the weights as integer parts (K), and one period of M = sum(parts) source numbers.
-
-    The parts are multiples of 1/`WEIGHT_PARTS` (at least 1 each), in lowest terms. Every prefix of the cycle is within
-    1 - 1/(2K-2) of the weights by Tijdeman's rule: of the sources that lag by at least 1/(2K-2), take the one whose
-    deadline comes first.
+    """Return the weights as integer parts (K), and one period of M = sum(parts) source numbers. The parts are multiples
+    of 1/`WEIGHT_PARTS` (at least 1 each), in lowest terms. Every prefix of the cycle is within 1 - 1/(2K-2) of the
+    weights by Tijdeman's rule: of the sources that lag by at least 1/(2K-2), take the one whose deadline comes first.
     """
     total = math.fsum(weights)
     exact = [weight / total * WEIGHT_PARTS for weight in weights]

@@ -1,7 +1,5 @@
-"""Samples that cannot be used: recorded, counted per source, and fatal above a rate (contract C7).
-
-A bad sample is one that reading again cannot repair: a corrupt image, a missing member, an empty caption, a
-decompression bomb. Storage faults and changed shards are not bad samples: they never cause a replacement. A sample that
+"""Samples that cannot be used: recorded, counted per source, and fatal above a rate (contract C7). A bad sample is one
+that reading again cannot repair; storage faults and changed shards are not, and never cause a replacement. One that
 hangs its decoder cannot be recorded: each thread writes the sample that it decodes into memory that a loader process
 shares with its rank, for the report of a hung rank.
 """
@@ -91,9 +89,8 @@ class BadRecord:
 
 @dataclass
 class Quarantine:
-    """Counts of the delivered samples per source (`seen` and `bad`), and the records not yet logged (`new`).
-
-    A bad sample is counted once per epoch, at the place that planned it: sums over ranks equal those at any world size.
+    """Delivered samples per source (`seen`, `bad`) and records not yet logged (`new`). A bad sample is counted once per
+    epoch, at the place that planned it: sums over ranks equal those at any world size.
     """
 
     max_bad_rate: float

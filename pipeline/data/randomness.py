@@ -74,12 +74,11 @@ def permutation(key: int, n: int) -> np.ndarray:
 
 
 def permuted(key: np.ndarray, n: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Return the element at `place` of a random permutation of 0 … n-1 without building it. Elementwise.
-
-    key (L,) uint64, n (L,) and place (L,) int64 with 0 <= place < n < 2^62; returns (L,) int64 in [0, n). For one key
-    and n it is a bijection: a Feistel network of eight rounds on a grid of a x b >= n cells, a and b about √n, applied
-    again to the fewer than a cells outside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains",
-    CT-RSA 2002). Keys and n may differ between elements.
+    """Return, elementwise, the element at `place` of a random permutation of 0 … n-1 without building it: key (L,)
+    uint64, n (L,) and place (L,) int64 with 0 <= place < n < 2^62; returns (L,) int64 in [0, n). For one key and n it
+    is a bijection: a Feistel network of eight rounds on a grid of a x b >= n cells, a and b about √n, applied again to
+    the fewer than a cells outside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
+    2002).
     """
     rows = np.ceil(np.sqrt(n)).astype(np.uint64)  # IEEE square roots are the same on every machine
     bound = n.astype(np.uint64)

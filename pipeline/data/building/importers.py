@@ -1,7 +1,5 @@
-"""Import of files into tar shards: detection of a source's format, readers of each, and the writer.
-
-A reader yields samples one by one, {"__key__": …, "jpg": bytes, "json": bytes} or {"__key__": …, "txt": bytes}, and
-records in `Problems` what it skips. Encoded images are copied unchanged.
+"""Import of files into tar shards. A reader yields samples one by one, {"__key__": …, "jpg": bytes, "json": bytes} or
+{"__key__": …, "txt": bytes}, and records in `Problems` what it skips. Encoded images are copied unchanged.
 """
 
 import itertools
@@ -179,9 +177,8 @@ def text_pieces(path: Path, words: int, problems: inputs.Problems) -> Iterator[s
 
 
 def json_records(job: Import) -> Iterator[Record]:
-    """Yield the records {"image": path, "captions": [text, …]} or {"image": path, "caption": text} of lines or a list.
-
-    With `"regions"`, a detector's .npz, the image is optional, and `"image_size"` may give the boxes' [height, width].
+    """Yield the records {"image": path, "captions": [text, …]} (or "caption": text) of lines or a list. With "regions",
+    a detector's .npz, the image is optional, and "image_size" may give the boxes' [height, width].
     """
     if job.kind == "jsonl":
         entries = inputs.json_lines(job.source, job.problems)
@@ -248,10 +245,9 @@ def write_shards(
     storage: Storage, samples: Iterable[Sample], url: str, samples_per_shard: int = 1000,
     progress: Progress | None = None, *, overwrite: bool = False,
 ) -> Manifest:  # fmt: skip
-    """Write samples to tars at any URL, then index them; `manifest.json` is written last.
-
-    Existing shards are replaced once all tars are written, which takes their size in temporary files. Raises DataError
-    and changes nothing when there are shards that are not to be overwritten, no sample, or a reader fails.
+    """Write samples to tars at any URL, then index them (`manifest.json` last). Existing shards are replaced once all
+    tars are written, which takes their size in temporary files. Raises DataError and changes nothing when shards may
+    not be overwritten, there is no sample, or a reader fails.
     """
 
     def existing() -> list[str]:

@@ -1,7 +1,4 @@
-"""Samples from untrusted input files: folders with links, texts in several encodings, images named by lists.
-
-Nothing is skipped silently: what cannot be used raises `Unusable` and is recorded in `Problems` with file and line.
-"""
+"""Samples from untrusted input files. What cannot be used raises `Unusable` and is recorded in `Problems`."""
 
 import hashlib
 import json
@@ -116,9 +113,8 @@ class Import:
     _keys: dict[str, int] = field(default_factory=dict)  # every key, and the last number that was added to it
 
     def find(self, *names: str) -> Path:
-        """Return the first of `names` that is a file, else the first name. Raise Unusable for a forbidden path.
-
-        A list with paths outside its folder could pack any file of this machine into shards that are then shared.
+        """Return the first of `names` that is a file, else the first name. Raise Unusable for a forbidden path: one
+        outside the folder could pack any file of this machine into shards that are then shared.
         """
         root = self.options.images or (self.source if self.source.is_dir() else self.source.parent)
         base, paths = os.path.abspath(root), list[Path]()
@@ -172,10 +168,8 @@ def check_text(text: str, what: str = "it") -> None:
 
 
 def lines_of(path: Path, longest: int = -1) -> Iterator[tuple[str, str]]:
-    """Yield the location and the text of each line, or of its pieces of at most `longest` characters.
-
-    Bytes that are not UTF-8 (or UTF-16 or UTF-32 with a byte order mark) become lone surrogates, which `check_text`
-    reports. Raises DataError if the file cannot be read to its end.
+    """Yield the location and the text of each line, in pieces of at most `longest` characters. Bytes that cannot be
+    decoded become lone surrogates, which `check_text` reports. Raises DataError if the file cannot be read to its end.
     """
     number = 0
     try:

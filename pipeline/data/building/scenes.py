@@ -1,7 +1,6 @@
-"""Synthetic pairs: two or three coloured shapes in a relation, and captions from a small grammar.
-
-Every caption of a scene is true of it and states its whole *description*, so that scenes with different descriptions
-share no caption. All randomness is hashed from the source's seed and the scene's number.
+"""Synthetic pairs: two or three coloured shapes in a relation, and captions from a small grammar. Every caption is true
+of its scene and states its whole *description*, so that scenes with different descriptions share no caption. All
+randomness is hashed from the source's seed and the scene's number.
 """
 
 import json

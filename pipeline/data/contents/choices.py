@@ -1,8 +1,6 @@
-"""The names that a head chooses among: answers to questions, classes of images.
-
-A list is stored as a JSON list of texts next to the shards, which hold answers as text, and with the weights trained
-on it. Answers are compared and scored as the evaluation of VQA v2 does (arXiv 1612.00837): an answer that c of ten
-people gave has the score min(c / 3, 1) over nine of them, averaged over the person left out.
+"""Names that a head chooses among (answers, classes): a JSON list next to the shards, and with the weights trained on
+it. Answers are compared and scored as the evaluation of VQA v2 does (arXiv 1612.00837): an answer that c of ten people
+gave has the score min(c / 3, 1) over nine of them, averaged over the person left out.
 """
 
 from __future__ import annotations
@@ -59,10 +57,8 @@ def answers_with(choices: Mapping[str, Choices], num_outputs: int | None, where:
 
 
 def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: str) -> Choices | None:
-    """Return what a stage's head chooses among: its answers (`file` ANSWERS) or the names of its classes (CLASSES).
-
-    None without the objective vqa or classification, and for classes without a list. Raises ConfigError when a list of
-    answers is missing, and when a list's length is not `num_answers` or `num_classes`.
+    """Return the answers (`file` ANSWERS) or class names (CLASSES) of a stage's head; None without its objective, and
+    for classes without a list. Raises ConfigError for a missing list of answers or a wrong length.
     """
     is_answers = file == ANSWERS
     objective, key = ("vqa", "num_answers") if is_answers else ("classification", "num_classes")

@@ -2,10 +2,9 @@
 
 JPEGs are decoded by simplejpeg (libjpeg-turbo, strict: a corrupt file raises instead of decoding to noise). Where it
 fails, the file is decoded again without its metadata: damaged metadata does not make an image bad, damaged pixels do.
-Pillow decodes the rare chroma samplings that simplejpeg refuses, and other formats (the first frame).
-
-Resizing is torch's antialiased bicubic or bilinear on uint8, five times as fast as Pillow's: rows before columns, as in
-Pillow up to version 12, whose pixels ours equal within 2 grey levels.
+Pillow decodes the chroma samplings that simplejpeg refuses, and other formats (the first frame). Resizing is torch's
+antialiased bicubic or bilinear on uint8, five times as fast as Pillow's: rows before columns, as in Pillow up to
+version 12, whose pixels ours equal within 2 grey levels.
 """
 
 import io
@@ -78,10 +77,8 @@ def measure(data: bytes) -> ImageSize:
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
-    """Return the image as (H, W, 3) uint8 RGB, rotated by its EXIF orientation, transparent parts over white.
-
-    Raises BadSample("image", reason) when the bytes are damaged, of another format, or (by the header) too costly to
-    decode: more than `max_pixels`, a side or an aspect ratio out of bounds, hundreds of scans.
+    """Return the image as (H, W, 3) uint8 RGB, rotated by its EXIF orientation, transparent parts over white. Raises
+    BadSample("image", reason) for bytes that are damaged, of another format, or (by the header) too costly to decode.
     """
     size, orientation, image = _read(data, max_pixels)
     assert image is not None
@@ -146,10 +143,9 @@ def on_one_canvas(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 def draw_crop(
     height: int, width: int, shape: Shape, scale: tuple[float, float], random: CounterRandom
 ) -> tuple[int, int, int, int]:
-    """Draw (top, left, rows, columns) of a crop for a shape: fraction of the area uniform in `scale`, place uniform.
-
-    For a square its aspect ratio is log-uniform in 3/4 … 4/3, otherwise the image's. After ten that do not fit, the
-    largest centred crop of an allowed ratio is returned.
+    """Draw (top, left, rows, columns) of a crop, with fraction of the area uniform in `scale` and uniform place. A
+    square's aspect ratio is log-uniform in 3/4 … 4/3, else the image's. After ten misfits, return the largest centred
+    crop.
     """
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     for _ in range(CROP_ATTEMPTS):

@@ -33,10 +33,7 @@ _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods may allocat
 
 
 def read_array(npz: zipfile.ZipFile, name: str, kinds: str, max_bytes: int) -> np.ndarray:
-    """Return an array of a file of `numpy.savez`, whose dtype is one of numpy's `kinds` with at most 8 bytes a number.
-
-    Raises KeyError when it is missing, ValueError for another dtype or more bytes, and any exception for damaged bytes.
-    """
+    """Return an .npz's array. Raises KeyError if missing, ValueError for its dtype or size, anything for damage."""
     entry = npz.getinfo(f"{name}.npy")
     if entry.file_size > max_bytes:
         raise ValueError(f"{name} has {entry.file_size} bytes; expected at most {max_bytes}")

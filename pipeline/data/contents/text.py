@@ -1,7 +1,4 @@
-"""BERT's WordPiece tokenizer, on the `tokenizers` library, with the word that each token belongs to.
-
-A vocabulary is a list of tokens; a token's id is its index. On disk it is BERT's `vocab.txt`, one token per line.
-"""
+"""BERT's WordPiece tokenizer, on the `tokenizers` library. A token's id is its line in `vocab.txt`, from 0."""
 
 from __future__ import annotations
 
@@ -37,11 +34,10 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """A WordPiece tokenizer, picklable. Raises DataError when the tokens are not a vocabulary.
-
-    `lowercase`: lower-case text and strip its accents (default: unless `is_cased`, that is, words of the vocabulary
-    have capital letters). `vocabulary_file`: the content of its vocab.txt. `digest` identifies vocabulary and case.
-    `ordinary_ids` (N,) int64: the tokens that occur in text, neither special nor BERT's [unused…].
+    """A WordPiece tokenizer, picklable. Raises DataError when the tokens are not a vocabulary. `lowercase`: lower-case
+    text and strip its accents (default: unless `is_cased`, that is, words of the vocabulary have capital letters).
+    `digest` identifies vocabulary and case. `ordinary_ids` (N,) int64: the tokens that occur in text, neither special
+    nor BERT's [unused…].
     """
 
     def __init__(self, tokens: Sequence[str], lowercase: bool | None = None):
@@ -107,10 +103,7 @@ class Tokenizer:
         return self.encode_batch([text], max_length)[0]
 
     def encode_batch(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
-        """Return each text's first tokens, at most `max_length` including [CLS] and [SEP].
-
-        Raises DataError for a text that is not valid Unicode, such as an argument not encoded as UTF-8.
-        """
+        """Return each text's tokens, cut to `max_length` with [CLS] and [SEP]. Raises DataError for invalid Unicode."""
         for text in texts:
             try:
                 text.encode()
@@ -153,10 +146,9 @@ def tokens_of(data: bytes) -> list[str]:
 
 
 def choose_alphabet(counts: Counter[str], room: int, normalizer: normalizers.Normalizer) -> list[str]:
-    """Return at most `room` single-character tokens: first those that begin a word, then those that continue one.
-
-    The alphabet takes as much room as it needs, the most frequent characters first: one outside it makes its whole word
-    [UNK]. Only beyond the first 1,000 are the rarest left out (stray characters of a large collection).
+    """Return at most `room` single-character tokens: first those that begin a word, then those that continue one. The
+    most frequent characters are taken (one left out makes its whole word [UNK]); beyond 1,000, rare strays are left
+    out.
     """
     splitter, total, begins, continues = pre_tokenizers.BertPreTokenizer(), counts.total(), list[str](), list[str]()
     for place, character in enumerate(sorted(counts, key=lambda c: (-counts[c], c))):

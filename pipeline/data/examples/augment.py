@@ -1,7 +1,6 @@
-"""Training-time augmentation: random-resized crop, flip, RandAugment on uint8 pixels. Images are (H, W, 3) RGB.
-
-RandAugment (arXiv 1909.13719) over the ten operations that leave colours as captions name them (VLMo, section 4).
-Magnitudes range to 10, as in VLMo's recipe. ViLT's range to 30 over the same strengths, so that its 9 is 3 here.
+"""Training-time augmentation of (H, W, 3) uint8 RGB images: random-resized crop, flip, RandAugment (arXiv 1909.13719)
+over the ten operations that leave colours as captions name them (VLMo, section 4). Magnitudes range to 10, as in VLMo's
+recipe. ViLT's range to 30 over the same strengths, so that its 9 is 3 here.
 """
 
 import re

@@ -1,7 +1,5 @@
-"""Builds one rank's examples in the data order: read, draw a caption, tokenise, mask, decode and augment.
-
-An example's content is determined by its step and place alone (contract C1). A bad sample is replaced by a good
-candidate of the same shuffle window, drawn by a hash, so that the replacement too is the same for every reader.
+"""Builds one rank's examples, each determined by its step and place alone (contract C1). A bad sample is replaced by a
+good candidate of the same shuffle window, drawn by a hash, so that the replacement too is the same for every reader.
 """
 
 from __future__ import annotations
@@ -154,7 +152,6 @@ class ExampleBuilder:
 
     def build(self, step: int, places: range, buffer: BatchBuffer, first: int) -> list[BadRecord]:
         """Write the examples of `places` into the buffer, whose row 0 is place `first`; return what was replaced.
-
         Raises DataError when a shard changed or no replacement is good, StorageError when a shard cannot be read.
         """
         bad, pending = list[tuple[int, SampleRef, Sample, BadSample]](), dict[int, PendingExample]()
@@ -211,10 +208,8 @@ class ExampleBuilder:
         return example
 
     def _write(self, pending: Mapping[int, PendingExample], buffer: BatchBuffer) -> dict[int, BadSample]:
-        """Write examples by row; return the fault of each row that could not be written.
-
-        Each operation is done for all examples before the next, because decoding an image evicts the processor's
-        caches. Texts come first: they cost little, and a missing one saves the decoding.
+        """Write examples by row; return the fault of each row that failed. Each operation is done for all before the
+        next, because decoding evicts the processor's caches; texts first, because a missing one saves the decoding.
         """
         faults: dict[int, BadSample] = {}
         if "text" in self._groups:

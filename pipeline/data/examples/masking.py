@@ -26,11 +26,9 @@ class Masked(NamedTuple):
 def mask_whole_words(
     tokens: Tokens, random: CounterRandom, probability: float, whole_word: bool, tokenizer: Tokenizer
 ) -> Masked:
-    """Mask each word (each token, unless `whole_word`) with the same `probability`, and at least one word of a text.
-
-    `probability` times the number of words are masked, rounded up or down at random: for texts and words of any length
-    this is the expected fraction. (A budget of tokens, as in BERT's and VLMo's collators, masks words of several pieces
-    less often.) All tokens of a chosen word become [MASK], or all become random ordinary tokens, or all stay.
+    """Mask `probability` times the number of words (of tokens, unless `whole_word`), rounded at random to keep the
+    expected fraction, and at least one. (A budget of tokens, as in BERT's and VLMo's collators, masks words of several
+    pieces less often.) All tokens of a chosen word become [MASK], or all become random ordinary tokens, or all stay.
     """
     words: list[list[int]] = []  # the token positions of each word (of each token, unless `whole_word`)
     for position, (before, word) in enumerate(pairwise([-1, *tokens.word_of])):
@@ -54,10 +52,8 @@ def mask_whole_words(
 
 def mask_patches(num_patches: int, fraction: float, random: CounterRandom, blocks: bool = False) -> np.ndarray:
     """Return ascending positions (K,) int64 of masked patches or regions; K depends on the fraction and is at least 1.
-
-    With `blocks`, rectangles of a square grid are masked, as by BEiT (arXiv 2106.08254, algorithm 1): of at least 16
-    patches and of aspect 0.3 to 3.3, placed anywhere until enough is covered. The last one is cut, row by row, so that
-    all images have the same number.
+    With `blocks`, rectangles of a square grid are masked until enough is covered (BEiT, arXiv 2106.08254, algorithm 1):
+    of at least 16 patches and of aspect 0.3 to 3.3, the last cut row by row, so that all images have the same number.
     """
     remaining = min(num_patches, max(1, round(fraction * num_patches)))
     if not blocks:
@@ -80,10 +76,7 @@ def mask_patches(num_patches: int, fraction: float, random: CounterRandom, block
 def patch_replacements(
     positions: np.ndarray, num_patches: int, mask_prob: float, random_prob: float, random: CounterRandom
 ) -> np.ndarray:
-    """Return the patch shown at each of the masked `positions` (K,): (K,) int64, -1 for the mask embedding.
-
-    With probability `mask_prob` that is shown, with `random_prob` another patch, else its own (ViT, section B.1.2).
-    """
+    """Return the patch shown at each position: (K,) int64, its own, another, or -1: mask embedding (ViT, B.1.2)."""
     shown = positions.copy()
     for place, position in enumerate(positions):
         draw = random.uniform()

@@ -1,9 +1,7 @@
-"""Loader backends: threads of the trainer's process, or loader processes that share memory with it.
-
-Each loader process builds a fixed, contiguous part of the rank's places, and so reads its own streams only. The memory
-is anonymous and the processes communicate with their rank through sockets alone, so that after a SIGKILL of any process
-the kernel reclaims everything. A process that dies is restarted when its examples are next waited for, and given its
-unfinished steps again: their examples come out the same.
+"""Loader backends: threads of the trainer's process, or loader processes that share memory with it. Each process builds
+a fixed, contiguous part of the rank's places, and so reads its own streams only. The memory is anonymous and processes
+communicate through sockets alone, so that after a SIGKILL of any of them the kernel reclaims everything. A process that
+dies is restarted when its examples are next waited for, and repeats its unfinished steps with equal results.
 """
 
 import ctypes

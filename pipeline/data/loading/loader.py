@@ -1,7 +1,6 @@
-"""One rank's batches of a stage, in order, and the fingerprint that proves what they contain.
-
-A batch's content is determined by its step alone (contract C1). The loader's whole state is the step that it delivers
-next: batches that its backend prepared ahead and that are never used are not counted.
+"""One rank's batches of a stage, in order, and the fingerprint that proves what they contain. A batch is determined by
+its step alone (contract C1), so that the loader's whole state is the next step: batches prepared ahead and not used do
+not count.
 """
 
 import hashlib
@@ -27,10 +26,7 @@ from pipeline.data.storage import Storage
 
 
 class Loader:
-    """One rank's batches of one stage, in steps from its start; `groups` are the groups of batch fields that it reads.
-
-    Raises ConfigError, DataError or StorageError when a source cannot be used. Close it after use.
-    """
+    """One rank's batches of a stage. Raises ConfigError, DataError or StorageError; close it after use."""
 
     def __init__(
         self, config: RunConfig, stage: StageConfig, groups: frozenset[str], storage: Storage, tokenizer: Tokenizer,

@@ -31,7 +31,7 @@ _CACHE_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _POLL_SECONDS = 0.02  # while another process downloads or has locked the cache
 
-Fetch = Callable[[Sequence[tuple[int, int]]], Iterable[bytes]]
+Fetch = Callable[[Sequence[tuple[int, int]]], Iterable[bytes]]  # yield each [start, stop) of a list, in order
 
 
 class CacheFull(StorageError):
@@ -68,10 +68,7 @@ class NodeCache:
         self._is_swept = False
 
     def open(self, url: str, size: int, etag: str, fetch: Fetch) -> OpenShard:
-        """Return the object as a pinned file, downloaded by one process if absent; raise CacheFull without room.
-
-        `fetch` yields the bytes of each [start, stop) of a list, in order.
-        """
+        """Return the object as a pinned file, downloaded by one process if absent; raise CacheFull without room."""
         path = self.folder / (hashlib.sha256(f"{url}\n{etag}".encode()).hexdigest() + ".tar")
         try:
             self._make_folder()

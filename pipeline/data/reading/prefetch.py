@@ -1,8 +1,7 @@
-"""A bounded cache that knows which training steps need an entry, and fetches entries ahead of them.
-
-`read_ahead` walks the data order ahead of the loader and registers which step needs which entry, which is cheap; the
-fetches follow it as far as the byte limit allows. Evicted are entries that no known step needs: first those whose reads
-of the epoch are complete, then the least recently needed; without known steps, the least recently used.
+"""A bounded cache that knows which training steps need an entry, and fetches entries ahead of them. `read_ahead` walks
+the data order ahead of the loader and registers the steps' entries, which is cheap; the fetches follow as far as the
+byte limit allows. Evicted are entries that no known step needs: first those whose reads of the epoch are complete, then
+the least recently needed; without known steps, the least recently used.
 """
 
 import logging
@@ -47,9 +46,8 @@ class _Entry(Generic[T]):
 
 
 class PrefetchCache(Generic[T]):
-    """Bounded table by key, shared by threads, of which one fetches an entry while the others wait for it.
-
-    Only entries that readers wait for may exceed the bound; `shortage` is logged once if that evicts a needed entry.
+    """Bounded table shared by threads, of which one fetches an entry while the others wait for it. Only entries that
+    readers wait for may exceed the bound; `shortage` is logged once if that evicts a needed entry.
     """
 
     def __init__(self, max_size: int, shortage: str | None = None):
@@ -99,10 +97,9 @@ class PrefetchCache(Generic[T]):
             return True
 
     def read_ahead(self, requests: Callable[[int], Iterable[PrefetchRequest]], step: int, max_bytes: int) -> None:
-        """Prefetch the entries `requests(step)` of the steps from `step` on, in order, until this cache is closed.
-
-        The entries may be in several caches; the steps finished in this one count. `max_bytes` bounds the bytes
-        requested for unfinished steps, except for a single larger entry. Failures are left to the entry's reader.
+        """Prefetch `requests(step)` from `step` on, into any caches, until this one is closed. `max_bytes` bounds the
+        bytes requested for steps not finished in this one, except for a single larger entry. Failures are left to the
+        entry's reader.
         """
         planned: deque[tuple[int, PrefetchRequest]] = deque()  # with the first step that needs it
         submitted: deque[tuple[int, int]] = deque()  # (first step that needs it, bytes)

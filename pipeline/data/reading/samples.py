@@ -1,7 +1,6 @@
-"""Samples by reference: read from local files or a store, compared with the index's checksums, and prefetched.
-
-A remote shard is fetched into memory in chunks of at least 8 MiB of whole samples, because a request costs more than
-decoding a sample, or as a whole into the node's cache.
+"""Samples by reference: read from local files or a store, checked by the index's checksums, and prefetched. A remote
+shard is fetched in chunks of at least 8 MiB, because a request costs more than decoding a sample, or whole into the
+node's cache.
 """
 
 import logging
@@ -102,8 +101,6 @@ def make_shard_view(index: ShardIndex, selected: np.ndarray | None = None) -> Sh
 
 @dataclass(eq=False, slots=True)
 class _Shard:
-    """A shard of an open source."""
-
     source: Source
     record: manifest.ShardRecord
     location: str
@@ -113,9 +110,8 @@ class _Shard:
 
 
 class SampleReader:
-    """Reads samples of `sources`, by name. Threads may share a reader; no thread starts before its first use.
-
-    The constructor raises DataError unless the store has every shard. Close it after use.
+    """Reads samples of `sources`, by name. Threads may share a reader; no thread starts before its first use. The
+    constructor raises DataError unless the store has every shard. Close it after use.
     """
 
     def __init__(
@@ -248,7 +244,6 @@ class SampleReader:
         return PrefetchRequest(self._memory, key, size, fetch, self._requests.submit, size, num_reads)
 
     def _fetch(self, shard: _Shard, start: int, stop: int) -> bytes:
-        """Return the bytes [start, stop) of a shard from its store."""
         try:
             return self._storage.read(shard.location, start, stop, shard.etag)
         except ObjectChanged as error:

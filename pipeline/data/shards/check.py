@@ -1,7 +1,4 @@
-"""Validation of shards before training: every shard is walked to its end, and every sample is decoded.
-
-The functions of the loader judge the walk, the captions and the images, so that check and training find the same.
-"""
+"""Validation of every sample before training, by the loader's functions, so that check and training find the same."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping

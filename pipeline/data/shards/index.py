@@ -172,10 +172,7 @@ def open_sidecar(data: bytes, name: str = "") -> Iterator[tuple[zipfile.ZipFile,
 
 
 def index_tar(tar: Tar, etag: str | None, visit: Callable[[TarSample], object] | None = None) -> ShardIndex:
-    """Index a tar by walking it, and call `visit` with each sample; without it, warn of skipped entries.
-
-    Damaged parts of a sample are unknown: they are reported where it is read. Raises DataError as `Tar.samples`.
-    """
+    """Index a tar; `visit` its samples, or warn of skipped entries. Damaged parts stay unknown. Raises DataError."""
     keys: list[str] = []
     extensions: list[str] = []  # of each member
     records: list[Mapping[str, Any]] = []

@@ -1,15 +1,11 @@
-"""Manifest of a folder of plain tars: which shards a source has.
-
-The index of a tar is stored next to it as `<shard>.index.npz`, and the folder has one `manifest.json` with every
-shard's exact count, size and digest. The tars themselves are not changed.
-
-A tar need not be read if another tool has counted its samples (`--trust-counts`), in one of these files:
+"""Manifest of a folder of plain tars: `manifest.json` has every shard's exact count, size and digest. The index of a
+tar is stored next to it as `<shard>.index.npz`; the tars themselves are not changed. A tar need not be read if another
+tool has counted its samples (`--trust-counts`); the count is checked against the tar's size, and against the tar when
+that is first read. Such counts are in one of these files:
 
 - Megatron-Energon's `<shard>.tar.idx`: little-endian uint64 offsets of each sample's first header, then of the end
 - DALI's `<shard>.idx` (wds2idx, v1.0 to v1.2): 'v1.2 N', then one line of '<extension> <offset> <size> …' a sample
 - img2dataset's `<shard>_stats.json`: `successes` is the number of samples that it wrote
-
-Such a count is checked against the tar's size, and against the tar when that is first read.
 """
 
 import hashlib
@@ -78,10 +74,7 @@ def load_manifest(storage: Storage, url: str) -> Manifest:
 
 
 def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None) -> Manifest:
-    """Load the manifest of a source; index the shards first if it is missing or lacks a tar of the folder.
-
-    Reads no shard of the manifest; raises DataError, naming the shard, if one is missing or has another size.
-    """
+    """Load a source's manifest, indexing first if it is incomplete. Raises DataError for a missing or resized shard."""
     folder, pattern = _folder_and_names(url)
     objects = storage.list_info(folder)
     if MANIFEST in objects:
@@ -96,10 +89,9 @@ def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None)
 
 
 def index_shards(storage: Storage, url: str, progress: Progress | None = None, trust_counts: bool = False) -> Manifest:
-    """Write the sidecars and the manifest of a folder (or brace pattern) of tars, and return the manifest.
-
-    A shard that the manifest or a valid sidecar describes is not read again, so that an interrupted call continues;
-    with `trust_counts`, nor is one that another tool counted. Raises DataError, naming the tar, for a damaged one.
+    """Write the sidecars and the manifest of a folder (or brace pattern) of tars, and return the manifest. A shard that
+    the manifest or a valid sidecar describes is not read again, so that an interrupted call continues; with
+    `trust_counts`, nor is one that another tool counted. Raises DataError, naming the tar, for a damaged one.
     """
     folder, pattern = _folder_and_names(url)
     objects = storage.list_info(folder)

@@ -1,8 +1,7 @@
-"""A source as training reads it: its shards, and the samples selected by its filters and opt-out list.
-
-A filter applies to a property in the shards' indexes: `width`, `height`, `caption_length`, or a field of the samples'
-json. An opt-out list is a text file with one id per line: a sample's key, its `image_id` or its `url`. Both sides are
-compared in Unicode's NFC, and URLs in the normal form of RFC 3986. Memory holds counts of samples and hashes of ids.
+"""A source as training reads it: its shards, and the samples selected by its filters and opt-out list. A filter applies
+to a property in the shards' indexes: `width`, `height`, `caption_length`, or a field of the samples' json. An opt-out
+list has one id per line: a sample's key, its `image_id` or its `url`, compared in Unicode's NFC, and URLs in the normal
+form of RFC 3986. Memory holds counts of samples and hashes of ids.
 """
 
 import hashlib
@@ -104,11 +103,10 @@ def selection_url(config: RunConfig, name: str) -> str:
 def open_source(
     storage: Storage, config: SourceConfig, saved: str | None = None, progress: Progress | None = None
 ) -> Source:
-    """Open the source of a config, whose shards must be indexed (`manifest.ensure_indexed`).
-
-    The counts of selected samples are those saved at the URL `saved` for the same arguments, else they are computed
-    from every index and saved. Raises DataError as `load_manifest`, or if no sample is left, and ConfigError for a
-    property that no shard has or that cannot be compared in that way.
+    """Open a source whose shards are indexed (`manifest.ensure_indexed`). The counts of selected samples are those
+    saved at the URL `saved` for the same arguments, else computed from every index and saved. Raises DataError as
+    `load_manifest`, or if no sample is left, and ConfigError for a property that no shard has or that cannot be
+    compared in that way.
     """
     manifest = load_manifest(storage, config.shards)
     objects = check_present(storage, config.shards, manifest)

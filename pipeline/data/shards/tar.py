@@ -1,8 +1,7 @@
-"""Walk through a tar: every regular file with the offset of its data, and proof that the tar is complete.
-
-ustar, GNU and PAX formats are read. Samples follow webdataset's rule: consecutive files whose paths agree up to the
-first dot of the file name. A hard link counts as a file, because its data is in the same tar; entries without data
-(symbolic links, devices, …) and files that belong to no sample are skipped and counted.
+"""Walk through a tar (ustar, GNU, PAX): every regular file with the offset of its data, and proof that the tar is
+complete. Samples follow webdataset's rule: consecutive files whose paths agree up to the first dot of the file name. A
+hard link counts as a file, because its data is in the same tar; entries without data (symbolic links, devices, …) and
+files that belong to no sample are skipped and counted.
 """
 
 from __future__ import annotations
@@ -52,10 +51,7 @@ class Tar:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def samples(self) -> Iterator[TarSample]:
-        """Yield every sample in order: 'folder/0001.seg.png' is member 'seg.png' of sample 'folder/0001'.
-
-        A repeated extension begins another sample of the key. Raises DataError unless the tar is complete and plain.
-        """
+        """Yield all samples; a repeated extension begins another. Raises DataError unless it is complete and plain."""
         keys: set[str] = set()
         sample: TarSample | None = None
         for path, offset, data in self._files():

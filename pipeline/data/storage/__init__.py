@@ -48,9 +48,8 @@ class ObjectInfo:
 
 class Storage:
     """Access to every URL of a run. Picklable; each process opens its connections on first use, also after a fork.
-
-    Every method may raise StorageError (NotFound, ObjectChanged and NoSpace are subclasses), and ConfigError for a
-    malformed URL. Transient failures are retried for `storage.retry_timeout_seconds`.
+    Every method may raise StorageError (NotFound, ObjectChanged and NoSpace are subclasses), after retrying transient
+    failures for `storage.retry_timeout_seconds`, and ConfigError for a malformed URL.
     """
 
     def __init__(self, config: StorageConfig = StorageConfig()):
@@ -98,10 +97,9 @@ class Storage:
         return {name: info for name, info in sorted(entries.items()) if info is not None}
 
     def write(self, url: str, data: bytes, create: bool = False) -> bool:
-        """Write an object atomically: readers see the old content or the new. Return True if it was written.
-
-        With `create` it is not if the object exists, and one of several concurrent calls succeeds (not by fsspec).
-        A retry after a lost response may find the first attempt's object, and return False: compare the content.
+        """Write an object atomically; return True if it was written. With `create` an existing one is kept, and one of
+        several concurrent calls succeeds (not by fsspec). A retry after a lost response may find the first attempt's
+        object, and return False: compare the content.
         """
         return self.write_parts(url, len(data), lambda start, stop: data[start:stop], create)
 

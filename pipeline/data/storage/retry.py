@@ -1,6 +1,5 @@
-"""Storage errors: which are transient, how these are retried, and the message that the user gets for each.
-
-Retries use exponential backoff with full jitter, and respect the store's Retry-After. Only time limits them:
+"""Storage errors: which are transient, how these are retried, and the message that the user gets for each. Retries use
+exponential backoff with full jitter, and respect the store's Retry-After. Only time limits them:
 `storage.retry_timeout_seconds` applies to one request, and restarts every 16 MiB of a response body.
 """
 

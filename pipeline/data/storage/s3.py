@@ -189,7 +189,6 @@ class S3Backend(Backend):
             list(pool.map(delete_one, keys))
 
     def _request(self, operation: str, retries: bool = True, **query: Any) -> dict[str, Any]:
-        """Return the response to one request."""
         if retries:
             url = "/".join(filter(None, ["s3:/", query["Bucket"], query.get("Key") or query.get("Prefix")]))
             return self._policy(url, lambda: self._request(operation, retries=False, **query))
