@@ -33,7 +33,7 @@ from pipeline.config.errors import ConfigError, DataError, MomeError, StorageErr
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.config.urls import is_local, local_path
-from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_names
+from pipeline.data.shards.manifest import load_manifest, parse_pattern, shard_names
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import configured_uri, journal_folder, tracking_uri
 from pipeline.tracking.mlflow_server import HTTP_ERRORS, check_server, http_get
@@ -307,7 +307,7 @@ def source(config: RunConfig, storage: Storage, url: str) -> str:
     """Check a folder's manifest and the first bytes of its first shard; a generated folder may be missing."""
     is_generated = any(s.shards == url and s.synthetic is not None for s in config.sources.values())
     try:
-        folder = shard_folder(url)
+        folder = parse_pattern(url).folder
         try:
             manifest = load_manifest(storage, url)
             shards = [shard.name for shard in manifest.shards]

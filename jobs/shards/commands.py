@@ -25,7 +25,7 @@ from pipeline.data.contents.images import EXTENSIONS, decode, format_of, measure
 from pipeline.data.contents.members import record_of
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.check import ShardFinding, check_shards
-from pipeline.data.shards.manifest import Manifest, load_index, load_manifest, shard_folder
+from pipeline.data.shards.manifest import Manifest, load_index, load_manifest, parse_pattern
 from pipeline.data.storage import Storage, join
 from pipeline.pages.page import signature
 
@@ -215,7 +215,7 @@ def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> N
         index = load_index(storage, url, shard)
         for number in numbers:
             start, stop = index.byte_range(number)
-            data = storage.read(join(shard_folder(url), shard.name), start, stop)
+            data = storage.read(join(parse_pattern(url).folder, shard.name), start, stop)
             members = {name: data[at - start : at - start + size] for name, at, size in index.members(number)}
             encoded = next((content for name, content in members.items() if name.split(".")[-1] in EXTENSIONS), None)
             image, fault = None, None

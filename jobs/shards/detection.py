@@ -33,7 +33,7 @@ from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import REGIONS, image_bytes
 from pipeline.data.contents.regions import RegionRecord
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.shards.manifest import index_shards, shard_folder, shard_names
+from pipeline.data.shards.manifest import index_shards, parse_pattern, shard_names
 from pipeline.data.shards.tar import TarSample, open_tar
 from pipeline.data.storage import ObjectInfo, Storage, join
 
@@ -77,7 +77,7 @@ def detect_regions(
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     with list_of_findings(report, "--report") as findings, ShardProgress("detecting") as progress:
-        places = (shard_folder(url), out)  # valid for every actor, whatever its working folder
+        places = (parse_pattern(url).folder, out)  # valid for every actor, whatever its working folder
         folder, target = (str(local_path(p).resolve()) if is_local(p) else p.rstrip("/") for p in places)
         if folder == target:
             raise ConfigError(f"{target}: the shards are copied, not changed; choose another folder than {url}")

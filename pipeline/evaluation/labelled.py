@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.choices import CLASSES, Choices
-from pipeline.data.shards.manifest import shard_folder
+from pipeline.data.shards.manifest import parse_pattern
 from pipeline.data.storage import NotFound, Storage, join
 from pipeline.evaluation.datasets import LabelledEvalSet
 from pipeline.evaluation.retrieval import Predictor, contrastive_features, run_forward
@@ -62,7 +62,7 @@ def label_ranks(logits: Tensor, labels: list[int]) -> list[int]:
 
 def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, ...]:
     """Return the class names of a labelled source in label order. Raises ConfigError where its shards list none."""
-    url = join(shard_folder(config.sources[source].shards), CLASSES)
+    url = join(parse_pattern(config.sources[source].shards).folder, CLASSES)
     try:
         return Choices.from_bytes(storage.read(url), url)
     except NotFound as error:

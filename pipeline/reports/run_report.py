@@ -17,8 +17,8 @@ from pipeline.config.redaction import redact
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_bytes
 from pipeline.data.quarantine import BadSample
-from pipeline.data.shards.manifest import load_index, load_manifest, shard_folder
-from pipeline.data.shards.source import open_source, selection_url
+from pipeline.data.shards.manifest import load_index, load_manifest, parse_pattern
+from pipeline.data.shards.source import open_source
 from pipeline.data.storage import join
 from pipeline.evaluation import report as eval_report
 from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart, significant
@@ -168,7 +168,7 @@ def _stage(run: RunFolder, record: StageRecord) -> StageReport:
             check_stored_url(config.shards, f"sources.{name}.shards")
             if config.opt_out is not None:
                 check_stored_url(config.opt_out, f"sources.{name}.opt_out")
-            source = open_source(run.storage, config, selection_url(run.config, name))
+            source = open_source(run.storage, config, run.config.folder)
             is_changed = digest and source.digest != digest
             change = f"the shards have changed since: digest {source.digest[:12]}…" if is_changed else ""
             sources[name] = SourceState(digest, len(source.manifest.shards), int(source.counts.sum()), change)
@@ -256,7 +256,7 @@ def _inspect_quarantine(run: RunFolder) -> tuple[list[ReasonCount], list[Inspect
             number = next((n for n in range(len(index)) if index.offset[index.first[n]] == sample.offset), None)
             if number is None or index.keys[number] != sample.key:
                 raise DataError(f"{sample.shard} now has another sample at byte {sample.offset}")
-            file = join(shard_folder(url), sample.shard)
+            file = join(parse_pattern(url).folder, sample.shard)
             members = {name: storage.read(file, at, at + size) for name, at, size in index.members(number)}
             image = thumbnail(decode(image_bytes(members), run.config.data.max_pixels), THUMBNAIL)
         except BadSample as bad:

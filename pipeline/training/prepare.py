@@ -17,7 +17,7 @@ from pipeline.data.contents.choices import choices_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import ensure_indexed
-from pipeline.data.shards.source import open_source, selection_url
+from pipeline.data.shards.source import open_source
 from pipeline.data.storage import Storage, join
 from pipeline.objectives import SOURCE_INPUTS
 from pipeline.training.checkpoint.weights import VOCABULARY, load_weights
@@ -43,7 +43,7 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
         ensure_indexed(storage, url, _progress_log(f"{url}: indexed"))
     for name, source in config.sources.items():
         if source.filters or source.opt_out is not None:  # caches the counts of the selection for the ranks
-            open_source(storage, source, selection_url(config, name), _progress_log(f"sources.{name}: filtered"))
+            open_source(storage, source, config.folder, _progress_log(f"sources.{name}: filtered"))
     by_stage = [choices_of(config, [stage], storage) for stage in config.stages]  # label lists of the heads, by file
     tokenizer = choose_tokenizer(config, storage)
     for stage in (Stage(config, index) for index in range(len(config.stages))):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
-from pipeline.data.shards.manifest import shard_folder
+from pipeline.data.shards.manifest import parse_pattern
 from pipeline.data.storage import NotFound, Storage, join
 
 ANSWERS, CLASSES = "answers.json", "classes.json"
@@ -65,7 +65,7 @@ def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: 
     if objective not in stage.objectives:
         return None
     shards = config.sources[next(iter(stage.sources))].shards
-    url = (is_answers and stage.answer_list) or join(shard_folder(shards), file)
+    url = (is_answers and stage.answer_list) or join(parse_pattern(shards).folder, file)
     try:
         choices = Choices.from_bytes(storage.read(url), url)
     except NotFound as error:

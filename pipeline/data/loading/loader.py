@@ -21,7 +21,7 @@ from pipeline.data.examples.builder import LoaderSpec
 from pipeline.data.loading.backends import BackendFactory, LoaderBackend, ProcessBackend, ThreadBackend
 from pipeline.data.order import share
 from pipeline.data.quarantine import Quarantine
-from pipeline.data.shards.source import open_source, selection_url
+from pipeline.data.shards.source import open_source
 from pipeline.data.storage import Storage
 
 
@@ -36,7 +36,7 @@ class Loader:
         self._config, self._stage, self._storage, self._world_size = config, stage, storage, world_size
         if unknown := stage.sources.keys() - config.sources.keys():
             raise ConfigError(f"stage source '{min(unknown)}' is not among the run's: {', '.join(config.sources)}")
-        sources = {n: open_source(storage, config.sources[n], selection_url(config, n)) for n in stage.sources}
+        sources = {n: open_source(storage, config.sources[n], config.folder) for n in stage.sources}
         self._names, self._sizes = sorted(sources), {name: int(sources[name].counts.sum()) for name in sources}
         data = config.data
         if data.cache.folder is not None:  # it must hold the open shuffle windows of this node's ranks

@@ -121,7 +121,7 @@ class SampleReader:
         self._storage, self._loader, self._cache = storage, loader, cache
         self._shards: dict[str, list[_Shard]] = {}
         for name, source in sources.items():
-            objects, local, folder = source.objects, is_local(source.url), manifest.shard_folder(source.url)
+            objects, local, folder = source.objects, is_local(source.url), manifest.parse_pattern(source.url).folder
             if objects is None:
                 objects = manifest.check_present(storage, source.url, source.manifest)
             self._shards[name] = [
@@ -292,7 +292,7 @@ class SampleReader:
 
 def sample_refs(source: Source, numbers: Sequence[int]) -> list[SampleRef]:
     """Return samples of a source by their numbers in the manifest's order."""
-    ends = source.ends
+    ends = np.cumsum(source.counts)
     shards = np.searchsorted(ends, numbers, side="right")
     samples = np.asarray(numbers, dtype=np.int64) - (ends - source.counts)[shards]
     places = zip(shards.tolist(), samples.tolist(), strict=True)

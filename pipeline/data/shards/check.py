@@ -18,7 +18,7 @@ from pipeline.data.contents.images import decode
 from pipeline.data.contents.regions import regions_of
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.index import SIDECAR, ShardRecord, index_tar
-from pipeline.data.shards.manifest import MANIFEST, check_size, load_index, load_manifest, shard_folder, shard_names
+from pipeline.data.shards.manifest import MANIFEST, check_size, load_index, load_manifest, parse_pattern, shard_names
 from pipeline.data.shards.tar import TarSample, open_tar
 from pipeline.data.storage import NotFound, Progress, Storage, join
 
@@ -49,7 +49,7 @@ def check_shards(
     storage: Storage, url: str, source_type: SourceType, max_pixels: int, workers: int, progress: Progress | None = None
 ) -> Iterator[ShardReport]:
     """Yield a report on every shard, by name, compared with the manifest, if any. Raises DataError for no shard."""
-    folder = shard_folder(url)
+    folder = parse_pattern(url).folder
     objects = storage.list_info(folder)
     records = {record.name: record for record in load_manifest(storage, url).shards} if MANIFEST in objects else {}
     tars = shard_names(url, objects) if any(name.endswith(".tar") for name in objects) or not records else []
@@ -78,7 +78,7 @@ def _check_shard(
     storage: Storage, url: str, judge: Callable[[TarSample], BadSample | None], name: str, record: ShardRecord | None
 ) -> ShardReport:
     """Walk one shard, judge its samples, and compare it with its record in the manifest and its sidecar."""
-    location = join(shard_folder(url), name)
+    location = join(parse_pattern(url).folder, name)
     samples, bad = 0, []
 
     def visit(sample: TarSample) -> None:

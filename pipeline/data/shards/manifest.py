@@ -16,9 +16,9 @@ import re
 import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,26 +37,48 @@ _DALI_WORDS = {"v1.0": 3, "v1.1": 3, "v1.2": 4}  # per member in a line
 _OTHER_TAR = re.compile(r"(.*)\.(tgz|tbz2?|txz|tzst|tar(\.(gz|bz2|xz|zst|zstd|lz4|lzma|z))?)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Manifest:
     """All shards of a source, sorted by name."""
 
     shards: tuple[ShardRecord, ...]
+    num_samples: int = field(init=False)
+    digest: str = field(init=False)  # SHA-256 (hex) of names, counts, sizes and contents, equal for every copy of them
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 (hex) of names, counts, sizes and contents, equal for every copy of the same shards."""
+    def __post_init__(self) -> None:
+        self.num_samples = sum(shard.samples for shard in self.shards)
         facts = [[shard.name, shard.samples, shard.bytes, shard.digest] for shard in self.shards]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    @property
-    def num_samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+
+class ShardPattern(NamedTuple):
+    folder: str
+    names: list[str] | None = None  # of the tars, in the pattern's order; None: all of the folder
+
+
+def parse_pattern(url: str) -> ShardPattern:
+    """Parse the URL of a folder, a tar or a brace pattern: 'folder/a-{00..02}.{x,y}.tar'."""
+    if url.startswith("pipe:"):
+        raise ConfigError(f"{url}: a pipe: URL runs a command, which data may not do. Name the folder of the tars")
+    if "{" not in url and not re.search(r"\.(tar|tgz|tar\.\w+)$", url):
+        return ShardPattern(url)
+    folder, name = split(url)
+    if "{" in folder:
+        raise DataError(f"{url}: braces are allowed in the shards' names only, not in the folder. Name one folder")
+    choices: list[list[str]] = []
+    for number, piece in enumerate(re.split(r"\{([^{}]*)\}", name)):
+        in_braces = number % 2 == 1
+        if in_braces and (bounds := re.fullmatch(r"(\d+)\.\.(\d+)", piece)):
+            low, high = bounds.groups()
+            choices.append([f"{value:0{len(low)}d}" for value in range(int(low), int(high) + 1)])
+        else:
+            choices.append(piece.split(",") if in_braces else [piece])
+    return ShardPattern(folder, ["".join(combination) for combination in product(*choices)])
 
 
 def load_manifest(storage: Storage, url: str) -> Manifest:
     """Load the manifest of a folder or pattern; raise DataError if it, a named shard or every sample is missing."""
-    folder, pattern = _folder_and_names(url)
+    folder, pattern = parse_pattern(url)
     try:
         manifest = _read_manifest(storage, folder, pattern)
     except NotFound as error:
@@ -75,7 +97,7 @@ def load_manifest(storage: Storage, url: str) -> Manifest:
 
 def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None) -> Manifest:
     """Load a source's manifest, indexing first if it is incomplete. Raises DataError for a missing or resized shard."""
-    folder, pattern = _folder_and_names(url)
+    folder, pattern = parse_pattern(url)
     objects = storage.list_info(folder)
     if MANIFEST in objects:
         manifest = _read_manifest(storage, folder, pattern)
@@ -93,7 +115,7 @@ def index_shards(storage: Storage, url: str, progress: Progress | None = None, t
     the manifest or a valid sidecar describes is not read again, so that an interrupted call continues; with
     `trust_counts`, nor is one that another tool counted. Raises DataError, naming the tar, for a damaged one.
     """
-    folder, pattern = _folder_and_names(url)
+    folder, pattern = parse_pattern(url)
     objects = storage.list_info(folder)
     names = shard_names(url, objects)
     if absent := next((name for name in names if name not in objects), None):
@@ -141,7 +163,7 @@ def index_shards(storage: Storage, url: str, progress: Progress | None = None, t
 
 def load_index(storage: Storage, url: str, record: ShardRecord) -> ShardIndex:
     """Load the index of a shard, or index a trusted shard on first use. Raises DataError unless it fits the record."""
-    location = join(shard_folder(url), record.name)
+    location = join(parse_pattern(url).folder, record.name)
     sidecar = location + SIDECAR
     if not record.is_trusted:
         try:
@@ -179,7 +201,7 @@ def check_present(
     storage: Storage, url: str, manifest: Manifest, objects: Mapping[str, ObjectInfo] | None = None
 ) -> dict[str, ObjectInfo]:
     """Return the store's info on each shard, from one listing. Raise DataError if a shard is missing or resized."""
-    folder = shard_folder(url)  # once: it expands all of a brace pattern
+    folder = parse_pattern(url).folder  # once: it expands all of a brace pattern
     objects = storage.list_info(folder) if objects is None else objects
     for shard in manifest.shards:
         location = join(folder, shard.name)
@@ -197,14 +219,9 @@ def check_size(location: str, shard: ShardRecord, size: int) -> None:
         raise DataError(f"{location}: the shard was {fault}: {size} bytes; its manifest says {shard.bytes}. {remedy}")
 
 
-def shard_folder(url: str) -> str:
-    """Return the folder of a source's shards: `url` itself, or the folder of its brace pattern or tar."""
-    return _folder_and_names(url)[0]
-
-
 def shard_names(url: str, objects: Mapping[str, ObjectInfo]) -> list[str]:
     """Return the sorted names of a folder's or pattern's tars, given the folder's objects. Raise DataError for none."""
-    pattern = _folder_and_names(url)[1]
+    pattern = parse_pattern(url).names
     names = sorted(name for name in objects if name.endswith(".tar")) if pattern is None else sorted(set(pattern))
     # A compressed or oddly named tar is not read: a fault unless it has a plain tar of the same name.
     others = (_OTHER_TAR.fullmatch(name) for name in sorted(objects) if not name.endswith(".tar"))
@@ -226,26 +243,6 @@ def shard_names(url: str, objects: Mapping[str, ObjectInfo]) -> list[str]:
     return names
 
 
-def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
-    """Return the folder, and the ordered names of a tar or a pattern: 'a-{00..02}.{x,y}.tar'; None for a folder."""
-    if url.startswith("pipe:"):
-        raise ConfigError(f"{url}: a pipe: URL runs a command, which data may not do. Name the folder of the tars")
-    if "{" not in url and not re.search(r"\.(tar|tgz|tar\.\w+)$", url):
-        return url, None
-    folder, name = split(url)
-    if "{" in folder:
-        raise DataError(f"{url}: braces are allowed in the shards' names only, not in the folder. Name one folder")
-    choices: list[list[str]] = []
-    for number, piece in enumerate(re.split(r"\{([^{}]*)\}", name)):
-        in_braces = number % 2 == 1
-        if in_braces and (bounds := re.fullmatch(r"(\d+)\.\.(\d+)", piece)):
-            low, high = bounds.groups()
-            choices.append([f"{value:0{len(low)}d}" for value in range(int(low), int(high) + 1)])
-        else:
-            choices.append(piece.split(",") if in_braces else [piece])
-    return folder, ["".join(combination) for combination in product(*choices)]
-
-
 def _write(storage: Storage, location: str, data: bytes) -> None:
     try:
         storage.write(location, data)
@@ -262,8 +259,8 @@ def _read_manifest(storage: Storage, folder: str, names: list[str] | None = None
         content = json.loads(data)
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']}, expected {_VERSION}")
-        manifest = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"]))
-        for shard in manifest.shards:
+        shards = tuple(ShardRecord(**shard) for shard in content["shards"])
+        for shard in shards:
             name, sizes = shard.name, (shard.samples, shard.bytes)
             if not all(isinstance(text, str) for text in (name, shard.digest, shard.etag or "")):
                 raise TypeError(f"names and digests are texts, not {name!r:.80}")
@@ -272,12 +269,13 @@ def _read_manifest(storage: Storage, folder: str, names: list[str] | None = None
             name.encode()
             if not (all(type(n) is int and n < 2**63 for n in sizes) and 0 <= shard.samples * BLOCK <= shard.bytes):
                 raise ValueError(f"{name}: {sizes[0]!r:.40} samples in {sizes[1]!r:.40} bytes")
+        manifest = Manifest(shards)
         if manifest.digest != content["digest"]:
             raise ValueError("its digest does not fit its shards; it was edited or damaged")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{location}: not a manifest of shards ({error}). Make it again: mome shards index") from error
     selected = set(names or ())
-    return Manifest(tuple(shard for shard in manifest.shards if names is None or shard.name in selected))
+    return manifest if names is None else Manifest(tuple(shard for shard in shards if shard.name in selected))
 
 
 def _trusted_count(storage: Storage, folder: str, tar: str, size: int, names: Collection[str]) -> int | None:

@@ -11,14 +11,12 @@ import logging
 import unicodedata
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.schema import FilterConfig, RunConfig, SourceConfig
-from pipeline.config.urls import file_name_of
+from pipeline.config.schema import FilterConfig, SourceConfig
 from pipeline.data.randomness import hash64_array
 from pipeline.data.shards.index import MEASURED, ShardIndex, normal_url, text_hash
 from pipeline.data.shards.manifest import Manifest, check_present, load_index, load_manifest
@@ -53,86 +51,95 @@ class OptOut:
         return rows
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """Selected samples of every shard of a source. Picklable."""
-
-    filters: Mapping[str, FilterConfig]
-    opt_out: OptOut | None
-    counts: np.ndarray  # (shards,) int64
-    digest: str  # SHA-256 of filters, list and counts
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Source:
-    """Folder (or pattern) of indexed shards. Picklable; its memory is proportional to the number of shards."""
+    """Folder (or pattern) of indexed shards, and the samples selected from it. Picklable; its memory is proportional to
+    the number of shards.
+    """
 
     url: str
     manifest: Manifest
-    selection: Selection | None = None  # None: every sample
+    filters: Mapping[str, FilterConfig] = field(default_factory=dict)
+    opt_out: OptOut | None = None
     objects: Mapping[str, ObjectInfo] | None = None  # the store's info on each shard; None: not yet requested
+    counts: np.ndarray = field(init=False)  # (shards,) int64: the selected samples of each; 0 is allowed
+    digest: str = field(init=False)  # SHA-256 (hex) of the shards' contents and the selection
 
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """(shards,) int64: the selected samples of each shard in the manifest's order; 0 is allowed."""
-        samples = [shard.samples for shard in self.manifest.shards]
-        return self.selection.counts if self.selection else np.array(samples, dtype=np.int64)
+    def __post_init__(self) -> None:
+        """Select every sample; `open_source` replaces both values by those of the selection."""
+        self.counts = np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
+        self.digest = self.manifest.digest
 
-    @cached_property
-    def ends(self) -> np.ndarray:
-        """(shards,) int64: the number of selected samples up to the end of each shard."""
-        return np.cumsum(self.counts)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of the shards' contents and the selection."""
-        whole = self.manifest.digest
-        return hashlib.sha256(f"{whole} {self.selection.digest}".encode()).hexdigest() if self.selection else whole
-
-    def selected(self, index: ShardIndex) -> np.ndarray | None:
-        """Return the numbers (int64, ascending) of the selected samples of a shard; None for all."""
-        chosen = self.selection
-        return np.flatnonzero(_select_mask(index, chosen.filters, chosen.opt_out)) if chosen else None
-
-
-def selection_url(config: RunConfig, name: str) -> str:
-    """Return the URL where a run caches the selection of a source for its ranks."""
-    return join(config.folder, "selections", file_name_of(f"{name}.json"))
+    def selected(self, index: ShardIndex, shard: str = "a shard") -> np.ndarray:
+        """Return the numbers (int64, ascending) of a shard's samples that pass all filters and are not opted out."""
+        mask = np.ones(len(index), dtype=bool)
+        for name, condition in self.filters.items():
+            is_measured, fault = name in MEASURED, f"filters.{name}: it is"
+            if name in index.other_fields and not is_measured:
+                raise ConfigError(f"{fault} neither a number nor a short text in all of {shard}; use another")
+            values = getattr(index, name) if is_measured else index.columns.get(name)
+            if values is None:
+                mask &= condition.keep_missing
+                continue
+            passes = np.ones(len(index), dtype=bool)
+            if values.dtype.kind == "U":
+                if not (condition.min is condition.max is None):
+                    raise ConfigError(f"{fault} a text in {shard}; give any_of or none_of, not min or max")
+                is_missing = values == ""
+                if condition.any_of is not None:
+                    passes &= np.isin(values, condition.any_of)
+                if condition.none_of is not None:
+                    passes &= ~np.isin(values, condition.none_of)
+            else:
+                if not (condition.any_of is condition.none_of is None):
+                    remedy = "give min or max, not any_of or none_of"
+                    raise ConfigError(f"{fault} a number in {shard} (true is 1); {remedy}")
+                is_missing = values == 0 if is_measured else np.isnan(values)
+                if condition.min is not None:
+                    passes &= values >= condition.min
+                if condition.max is not None:
+                    passes &= values <= condition.max
+            mask &= np.where(is_missing, condition.keep_missing, passes)
+        if self.opt_out is not None:
+            mask &= (self.opt_out.entries_of(index) < 0).all(axis=0)
+        return np.flatnonzero(mask)
 
 
 def open_source(
-    storage: Storage, config: SourceConfig, saved: str | None = None, progress: Progress | None = None
+    storage: Storage, config: SourceConfig, run_folder: str | None = None, progress: Progress | None = None
 ) -> Source:
-    """Open a source whose shards are indexed (`manifest.ensure_indexed`). The counts of selected samples are those
-    saved at the URL `saved` for the same arguments, else computed from every index and saved. Raises DataError as
-    `load_manifest`, or if no sample is left, and ConfigError for a property that no shard has or that cannot be
-    compared in that way.
+    """Open a source whose shards are indexed (`manifest.ensure_indexed`). The counts of selected samples are those that
+    the run saved for the same selection, else computed from every index and saved. Raises DataError as `load_manifest`,
+    or if no sample is left, and ConfigError for a property that no shard has or that cannot be compared in that way.
     """
     manifest = load_manifest(storage, config.shards)
     objects = check_present(storage, config.shards, manifest)
-    if not config.filters and config.opt_out is None:
-        return Source(config.shards, manifest, objects=objects)
     opt_out = None if config.opt_out is None else read_opt_out(storage, config.opt_out)
+    source = Source(config.shards, manifest, config.filters, opt_out, objects)
+    if not config.filters and opt_out is None:
+        return source
     filters = {name: config.filters[name].model_dump(mode="json") for name in sorted(config.filters)}
     parts = json.dumps([manifest.digest, filters, opt_out.digest if opt_out else None], sort_keys=True)
     key = hashlib.sha256(parts.encode()).hexdigest()
+    saved = None if run_folder is None else join(run_folder, "selections", f"{key}.json")
     counts = None
     if saved is not None and not config.opt_out_must_match:
         with suppress(NotFound, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             content = json.loads(storage.read(saved))
-            if (content["version"], content["question"]) == (_VERSION, key):
+            if content["version"] == _VERSION:
                 counts = np.array(content["counts"], dtype=np.int64)
     if counts is None:
-        counts = _count(storage, config, manifest, opt_out, progress)
+        counts = _count(storage, source, config, progress)
         if saved is not None:
-            content = {"version": _VERSION, "question": key, "counts": counts.tolist()}
+            content = {"version": _VERSION, "counts": counts.tolist()}
             storage.write(saved, json.dumps(content).encode())
     if not counts.sum():
         remedy = "Widen the filters, or inspect the samples with mome shards show"
         fault = f"filters and opt-out list leave none of its {manifest.num_samples} samples"
         raise DataError(f"{config.shards}: {fault}. {remedy}")
-    digest = hashlib.sha256(json.dumps([key, counts.tolist()]).encode()).hexdigest()
-    return Source(config.shards, manifest, Selection(config.filters, opt_out, counts, digest), objects)
+    selection = hashlib.sha256(json.dumps([key, counts.tolist()]).encode()).hexdigest()
+    source.counts, source.digest = counts, hashlib.sha256(f"{manifest.digest} {selection}".encode()).hexdigest()
+    return source
 
 
 def read_opt_out(storage: Storage, url: str) -> OptOut:
@@ -168,22 +175,20 @@ def read_opt_out(storage: Storage, url: str) -> OptOut:
     )  # fmt: skip
 
 
-def _count(
-    storage: Storage, source: SourceConfig, manifest: Manifest, opt_out: OptOut | None, progress: Progress | None
-) -> np.ndarray:
+def _count(storage: Storage, source: Source, config: SourceConfig, progress: Progress | None) -> np.ndarray:
     """Count the selected samples of each shard, and report opt-out entries without a sample (DataError if it must)."""
-    records = {record.name: record for record in manifest.shards}
+    records = {record.name: record for record in source.manifest.shards}
+    opt_out = source.opt_out
 
     def count(name: str) -> tuple[int, Collection[str], np.ndarray]:
-        index = load_index(storage, source.shards, records[name])
+        index = load_index(storage, source.url, records[name])
         entries = np.zeros(0, dtype=np.int64) if opt_out is None else np.unique(opt_out.entries_of(index))
-        mask = _select_mask(index, source.filters, opt_out, name)
-        return int(mask.sum()), index.columns.keys(), entries[entries >= 0]
+        return len(source.selected(index, name)), index.columns.keys(), entries[entries >= 0]
 
     counts: dict[str, int] = {}
     known = set(MEASURED)
     is_matched = np.zeros(0 if opt_out is None else len(opt_out.lines), dtype=bool)
-    for name, (num_selected, properties, entries) in in_parallel(count, records, source.shards):
+    for name, (num_selected, properties, entries) in in_parallel(count, records, source.url):
         counts[name] = num_selected
         known |= set(properties)
         is_matched[entries] = True
@@ -191,53 +196,18 @@ def _count(
             progress(len(counts), len(records), name)
     if unknown := sorted(source.filters.keys() - known):
         names = ", ".join(sorted(known))
-        raise ConfigError(f"filters of {source.shards}: no sample has '{unknown[0]}'; its shards have {names}")
-    if opt_out is not None and source.opt_out is not None:
+        raise ConfigError(f"filters of {source.url}: no sample has '{unknown[0]}'; its shards have {names}")
+    if opt_out is not None and config.opt_out is not None:
         fraction = f"{is_matched.sum()} of its {len(is_matched)} entries"
-        message = f"{source.opt_out}: {fraction} list a sample of {source.shards}"
+        message = f"{config.opt_out}: {fraction} list a sample of {source.url}"
         if is_matched.all():
             log.info("%s", message)
         else:
             line = int(opt_out.lines[~is_matched].min())
-            with storage.open(source.opt_out) as stream:
+            with storage.open(config.opt_out) as stream:
                 text = next(itertools.islice(stream, line - 1, None)).decode().strip(_BLANK)
             message += f"; the first that lists none is line {line}, {text[:200]!r}"
-            if source.opt_out_must_match:
+            if config.opt_out_must_match:
                 raise DataError(f"{message}. Correct the entry, or unset opt_out_must_match of the source")
             log.warning("%s", message)
     return np.array([counts[name] for name in records], dtype=np.int64)
-
-
-def _select_mask(
-    index: ShardIndex, filters: Mapping[str, FilterConfig], opt_out: OptOut | None, shard: str = "a shard"
-) -> np.ndarray:
-    """Return (N,) bool: the samples that pass all filters and are not in the opt-out list."""
-    mask = np.ones(len(index), dtype=bool)
-    for name, condition in filters.items():
-        is_measured = name in MEASURED
-        if name in index.other_fields and not is_measured:
-            raise ConfigError(f"filters.{name}: it is neither a number nor a short text in all of {shard}; use another")
-        values = getattr(index, name) if is_measured else index.columns.get(name)
-        if values is None:
-            mask &= condition.keep_missing
-            continue
-        passes = np.ones(len(index), dtype=bool)
-        if values.dtype.kind == "U":
-            if not (condition.min is condition.max is None):
-                raise ConfigError(f"filters.{name}: it is a text in {shard}; give any_of or none_of, not min or max")
-            is_missing = values == ""
-            if condition.any_of is not None:
-                passes &= np.isin(values, condition.any_of)
-            if condition.none_of is not None:
-                passes &= ~np.isin(values, condition.none_of)
-        else:
-            if not (condition.any_of is condition.none_of is None):
-                remedy = "give min or max, not any_of or none_of"
-                raise ConfigError(f"filters.{name}: it is a number in {shard} (true is 1); {remedy}")
-            is_missing = values == 0 if is_measured else np.isnan(values)
-            if condition.min is not None:
-                passes &= values >= condition.min
-            if condition.max is not None:
-                passes &= values <= condition.max
-        mask &= np.where(is_missing, condition.keep_missing, passes)
-    return mask if opt_out is None else mask & (opt_out.entries_of(index) < 0).all(axis=0)

@@ -63,8 +63,7 @@ def numbers(folder: str, opt_out: Path | None = None, **filters: dict) -> list[i
 
 def test_samples_that_pass_all_filters_are_selected(folder: str) -> None:
     source = opened(folder)  # without filters: every sample
-    assert (source.selection, source.digest) == (None, source.manifest.digest)
-    assert source.selected(load_index(Storage(), folder, source.manifest.shards[0])) is None
+    assert (source.digest, numbers(folder)) == (source.manifest.digest, list(range(9)))
     assert (source.counts.tolist(), source.counts.dtype) == ([5, 4], np.int64)
     for expected, filters in (
         ([1, 2, 5, 7, 8], {"score": {"min": 0.5}}),
@@ -123,23 +122,26 @@ def test_digest_depends_on_the_selection_and_survives_pickling(folder: str, tmp_
 
 
 def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Path) -> None:
-    saved, calls = tmp_path / "counts" / "pairs.json", []
+    run, calls = str(tmp_path / "run"), []
     half, more = config(folder, score={"min": 0.5}), config(folder, score={"min": 0.6})
     storage, indexes = Watched(), ["0.tar.index.npz", "1.tar.index.npz"]
-    first = open_source(storage, half, str(saved), lambda *progress: calls.append(progress[:2]))
+    first = open_source(storage, half, run, lambda *progress: calls.append(progress[:2]))
+    [saved] = (tmp_path / "run" / "selections").iterdir()
     assert calls == [(1, 2), (2, 2)]
-    assert sorted(storage.names) == [*indexes, "manifest.json", "pairs.json"]
+    assert sorted(storage.names) == sorted([*indexes, "manifest.json", saved.name])
     storage.names.clear()
-    again = open_source(storage, half, str(saved))
-    assert storage.names == ["manifest.json", "pairs.json"]
+    again = open_source(storage, half, run)
+    assert storage.names == ["manifest.json", saved.name]
     assert (again.digest, again.counts.tolist()) == (first.digest, first.counts.tolist())
-    assert open_source(storage, more, str(saved)).counts.tolist() == [1, 3]
+    assert open_source(storage, more, run).counts.tolist() == [1, 3]
     assert set(indexes) < set(storage.names)
     stale = json.loads(saved.read_text()) | {"counts": [1, 1]}
+    assert saved.write_text(json.dumps(stale))
+    assert open_source(storage, half, run).counts.tolist() == [1, 1]
     del stale["version"]  # version 1 compared opt-out lists byte by byte
     for content in ("{", json.dumps(stale)):
         saved.write_text(content)
-        assert open_source(storage, more, str(saved)).counts.tolist() == [1, 3]
+        assert open_source(storage, half, run).counts.tolist() == first.counts.tolist()
 
 
 def test_equal_urls_have_one_normal_form() -> None:
@@ -169,16 +171,16 @@ def test_opt_out_entries_match_in_every_normal_form(tmp_path: Path, caplog: Any)
     }
     samples = {key: pair(n) | {"json": json.dumps(row).encode()} for n, (key, row) in enumerate(rows.items())}
     (tmp_path / "0.tar").write_bytes(tar_bytes(samples))
-    folder, listed, saved = str(tmp_path), tmp_path / "out.txt", str(tmp_path / "saved.json")
+    folder, listed, run = str(tmp_path), tmp_path / "out.txt", str(tmp_path / "run")
     index_shards(Storage(), folder)
     listed.write_text("\nclé\nübung\nhttp://host/é\nd0\nclé\nclé\nno\n", encoding="utf-8")
     assert selected(opened(folder, listed)) == [["d"]]
     assert "3 of its 5 entries list a sample" in caplog.text
     assert "line 5, 'd0'" in caplog.text
     listed.write_text("clé\nhttp://host/D\n", encoding="utf-8")
-    open_source(Storage(), config(folder, listed), saved)
+    open_source(Storage(), config(folder, listed), run)
     strict = SourceConfig(shards=folder, opt_out=str(listed), opt_out_must_match=True)
     with pytest.raises(DataError, match=r"1 of its 2 entries.*line 2, 'http://host/D'.*opt_out_must_match"):
-        open_source(Storage(), strict, saved)
+        open_source(Storage(), strict, run)
     listed.write_text("clé\nhttp://host/d\n", encoding="utf-8")
-    assert open_source(Storage(), strict, saved).counts.tolist() == [2]
+    assert open_source(Storage(), strict, run).counts.tolist() == [2]
