@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, StageConfig, TransformerConfig
 from pipeline.data.contents import members as contents
-from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
+from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize, shape_of
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.prefetch import PrefetchCache
@@ -55,7 +55,8 @@ class StoredImages:
 
         def resized() -> np.ndarray:
             members = (sample or self._reader.read(sample_refs(self._source, [position])[0])).members
-            return resize_for(decode(contents.image_bytes(members), self._max_pixels), self._model)
+            pixels = decode(contents.image_bytes(members), self._max_pixels)
+            return resize(pixels, shape_of(self._model), self._model.interpolation)
 
         return self._decoded.get(position, self._image_bytes, resized)
 
@@ -243,7 +244,8 @@ class LabelledEvalSet:
         else:
             annotation = contents.question_of(members) if self.type == "questions" else contents.statement_of(members)
             token_ids = _encode([annotation.text], self.tokenizer, stage.max_text_length)[0].ids
-        images = tuple(resize_for(decode(data, self.config.data.max_pixels), self.config.model) for data in encoded)
+        decoded, model = (decode(data, self.config.data.max_pixels) for data in encoded), self.config.model
+        images = tuple(resize(pixels, shape_of(model), model.interpolation) for pixels in decoded)
         return images, token_ids, annotation
 
 

@@ -91,8 +91,10 @@ def visual_genome_samples(job: Import) -> Iterator[Sample]:
 def _with_answers(
     job: Import, questions: Iterable[Question], answers: list[str], prefix: str, unanswered: str
 ) -> Iterator[Sample]:
-    """List those of `answers` that are frequent, and yield the questions' samples."""
-    listed = choices.frequent_answers(answers, job.options.min_count or choices.MIN_COUNT)
+    """List those of `answers` that are frequent, in order of first appearance, and yield the questions' samples."""
+    counts = Counter(plain for answer in answers if (plain := choices.plain_answer(answer)))
+    min_count = job.options.min_count or choices.MIN_COUNT
+    listed = tuple(answer for answer, count in counts.items() if count >= min_count)
     if not listed:
         remedy = "pass --min-count below the published 9, or all annotation files with --annotations"
         raise DataError(f"{job.source}: no answer is frequent enough to be listed; {remedy}")
@@ -111,25 +113,19 @@ def _with_answers(
 
 def nlvr2_samples(job: Import) -> Iterator[Sample]:
     """Yield NLVR2's statements; the images of dev-850-0-0 are dev-850-0-img0.png (left) and dev-850-0-img1.png."""
-
-    def read(line: tuple[str, Any]) -> tuple[str, str, str, bool, Any]:
-        where, entry = line
-        label = {"true": True, "false": False}[str(entry["label"]).lower()]
-        name, sentence = inputs.fields(entry, identifier=str, sentence=str)
-        return where, name, sentence.strip(), label, entry.get("directory")
-
-    lines = ((where, (where, entry)) for where, entry in inputs.json_lines(job.source, job.problems))
+    lines = inputs.json_lines(job.source, job.problems)
+    read = partial(inputs.fields, identifier=str, sentence=str, label=bool, directory=object)
     form = "an object with 'identifier', 'sentence' and 'label' True or False"
     statements = inputs.entries_of(job.source, "lines", lines, read, job.problems, form)
-    for where, name, sentence, label, directory in statements:
-        with job.problems.skipping(where):
+    for name, sentence, label, directory in statements:
+        with job.problems.skipping(f"{job.source}, statement {name}"):
             pair, split = name.rpartition("-")[0], name.partition("-")[0]
             folders = ["", f"{split}/", *([] if directory is None else [f"{directory}/", f"{split}/{directory}/"])]
             members: inputs.Files = {}
             for side in (0, 1):
                 image = inputs.encoded_image(job.find(*(f"{folder}{pair}-img{side}.png" for folder in folders)))
                 members |= {f"{side}.{extension}": data for extension, data in image.items()}
-            yield job.sample(name, members, {"sentence": sentence, "label": label, "id": name})
+            yield job.sample(name, members, {"sentence": sentence.strip(), "label": label, "id": name})
 
 
 def karpathy_samples(job: Import) -> Iterator[Sample]:

@@ -252,7 +252,9 @@ def entries_of(
 
 
 def fields(entry: Any, **kinds: type) -> tuple[Any, ...]:
-    """Return an entry's texts with content (str), ids of 64 bits (int), or other values; raise Unusable for others."""
+    """Return an entry's texts with content (str), ids of 64 bits (int), truth values (bool, of NLVR2 as texts), or
+    other values; raise Unusable for values of another kind.
+    """
     values = []
     for name, kind in kinds.items():
         value = entry.get(name)
@@ -262,6 +264,10 @@ def fields(entry: Any, **kinds: type) -> tuple[Any, ...]:
                 raise Unusable(f"its {name} is not a whole number but {value!r:.50}")
             if abs(value := int(value)) >= 1 << 63:
                 raise Unusable(f"its {name} is beyond 64 bits: {value!r:.50}")
+        elif kind is bool:
+            if (text := str(value).lower()) not in ("true", "false"):
+                raise Unusable(f"its {name} is neither True nor False but {value!r:.50}")
+            value = text == "true"
         elif not isinstance(value, kind):
             raise Unusable(f"its {name} is not a {'text' if kind is str else kind.__name__} but {value!r:.50}")
         elif isinstance(value, str):

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
@@ -56,34 +57,30 @@ def answers_with(choices: Mapping[str, Choices], num_outputs: int | None, where:
     )
 
 
-def load_choices(config: RunConfig, stage: StageConfig, storage: Storage, file: str) -> Choices | None:
-    """Return the answers (`file` ANSWERS) or class names (CLASSES) of a stage's head; None without its objective, and
-    for classes without a list. Raises ConfigError for a missing list of answers or a wrong length.
-    """
-    is_answers = file == ANSWERS
-    objective, key = ("vqa", "num_answers") if is_answers else ("classification", "num_classes")
-    if objective not in stage.objectives:
-        return None
-    shards = config.sources[next(iter(stage.sources))].shards
-    url = (is_answers and stage.answer_list) or join(parse_pattern(shards).folder, file)
-    try:
-        choices = Choices.from_bytes(storage.read(url), url)
-    except NotFound as error:
-        if not is_answers:
-            return None
-        raise ConfigError(
-            f"stages.{stage.name}.answer_list: {url} does not exist; set it to a JSON list of answers, which "
-            "`mome shards build` writes next to the shards of VQA questions"
-        ) from error
-    if len(choices) != (expected := getattr(stage, key)):
-        raise ConfigError(f"stages.{stage.name}.{key}: {expected}, but {url} lists {len(choices)}; set it to that")
-    return choices
-
-
 def choices_of(config: RunConfig, stages: Sequence[StageConfig], storage: Storage) -> dict[str, Choices]:
-    """Return by file name the choices of the heads that some stages trained, from the last stage that trained each."""
-    loaded = ((file, load_choices(config, stage, storage, file)) for stage in stages for file in (ANSWERS, CLASSES))
-    return {file: choices for file, choices in loaded if choices is not None}
+    """Return by file name the answers and class names of the heads that some stages train, from the last stage that
+    trains each. Class names are optional. Raises ConfigError for a missing list of answers or a wrong length.
+    """
+    loaded: dict[str, Choices] = {}
+    heads = ("vqa", ANSWERS, "num_answers"), ("classification", CLASSES, "num_classes")
+    for stage, (objective, file, key) in product(stages, heads):
+        if objective not in stage.objectives:
+            continue
+        shards = config.sources[next(iter(stage.sources))].shards
+        url = (file == ANSWERS and stage.answer_list) or join(parse_pattern(shards).folder, file)
+        try:
+            choices = Choices.from_bytes(storage.read(url), url)
+        except NotFound as error:
+            if file == CLASSES:
+                continue
+            raise ConfigError(
+                f"stages.{stage.name}.answer_list: {url} does not exist; set it to a JSON list of answers, which "
+                "`mome shards build` writes next to the shards of VQA questions"
+            ) from error
+        if len(choices) != (expected := getattr(stage, key)):
+            raise ConfigError(f"stages.{stage.name}.{key}: {expected}, but {url} lists {len(choices)}; set it to that")
+        loaded[file] = choices
+    return loaded
 
 
 MIN_COUNT = 9  # minimum number of questions with a listed answer: 3,129 answers of VQA v2's train and val
@@ -127,9 +124,3 @@ def answer_scores(answers: Iterable[str]) -> dict[str, float]:
     """Return the soft score of each plain answer among people's answers to one question; empty answers are dropped."""
     counts = Counter(plain for answer in answers if (plain := plain_answer(answer)))
     return {answer: SCORES[min(count, len(SCORES) - 1)] for answer, count in counts.items()}
-
-
-def frequent_answers(chosen: Iterable[str], min_count: int = MIN_COUNT) -> tuple[str, ...]:
-    """Return the plain answers chosen for at least `min_count` questions, in order of first appearance."""
-    counts = Counter(plain for answer in chosen if (plain := plain_answer(answer)))
-    return tuple(answer for answer, count in counts.items() if count >= min_count)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -71,14 +71,6 @@ class RegionRecord:
         area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
         return np.concatenate([corners, area[:, None]], axis=1).astype(np.float32)
 
-    def most_confident(self, count: int) -> RegionRecord:
-        """Return at most `count` regions: the most confident, or the first ones without confidences."""
-        if (total := len(self.features)) <= count:
-            return self
-        order = np.arange(total) if self.confidences is None else np.argsort(-self.confidences, kind="stable")
-        best = {name: array[order[:count]] for name, array in vars(self).items() if isinstance(array, np.ndarray)}
-        return RegionRecord(**vars(self) | best)
-
     def to_bytes(self) -> bytes:
         """Return the member's content, a function of the regions alone."""
         arrays = {name: array for name, array in vars(self).items() if array is not None}
@@ -87,8 +79,12 @@ class RegionRecord:
         return buffer.getvalue()
 
 
-def regions_of(members: Members, num_features: int | None = None, num_classes: int | None = None) -> RegionRecord:
-    """Return a sample's regions; raise BadSample unless they have `num_features` and classes below `num_classes`."""
+def regions_of(
+    members: Members, num_features: int | None = None, num_classes: int | None = None, most: int | None = None
+) -> RegionRecord:
+    """Return at most `most` of a sample's regions: the most confident, or the first ones without confidences. Raises
+    BadSample unless they have `num_features` and classes below `num_classes`.
+    """
     if REGIONS not in members:
         names = ", ".join(sorted(members)) or "none"
         raise BadSample("members", f"no regions ({REGIONS}; see `mome shards regions`); it has {names}")
@@ -101,7 +97,11 @@ def regions_of(members: Members, num_features: int | None = None, num_classes: i
             raise _fault(f"no array 'classes', which the objective moc needs; {remedy}, or remove the objective")
         if (largest := record.classes.max()) >= num_classes:
             raise _fault(f"class {largest}, but model.region_classes is {num_classes}")
-    return record
+    if most is None or (total := len(record.features)) <= most:
+        return record
+    order = np.arange(total) if record.confidences is None else np.argsort(-record.confidences, kind="stable")
+    best = {name: array[order[:most]] for name, array in vars(record).items() if isinstance(array, np.ndarray)}
+    return replace(record, **best)
 
 
 def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> RegionRecord:

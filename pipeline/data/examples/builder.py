@@ -296,7 +296,7 @@ class ExampleBuilder:
         if "regions" in groups:
             assert isinstance(model, ImageBERTConfig)
             num_classes = model.region_classes if "region_class" in groups else None
-            regions = regions_of(sample.members, model.region_features, num_classes).most_confident(model.max_regions)
+            regions = regions_of(sample.members, model.region_features, num_classes, model.max_regions)
             count = len(regions.features)
             buffer.write("region_keep", row, np.ones(count, dtype=np.bool_))
             buffer.write("region_features", row, regions.features)

@@ -15,7 +15,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.config.urls import is_local
 from pipeline.data.batch import Batch
-from pipeline.data.contents.choices import ANSWERS, load_choices
+from pipeline.data.contents.choices import ANSWERS, choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.builder import LoaderSpec
 from pipeline.data.loading.backends import BackendFactory, LoaderBackend, ProcessBackend, ThreadBackend
@@ -52,7 +52,7 @@ class Loader:
                     "lower data.shuffle_window or data.streams, or unset data.cache.folder"
                 )
         places = range(*share(stage.global_batch_size, rank, world_size))
-        answers = load_choices(config, stage, storage, ANSWERS)
+        answers = choices_of(config, [stage], storage).get(ANSWERS)
         self._spec = LoaderSpec(config, stage, tokenizer, sources, places, groups, answers)
         self.order = self._spec.order()
         self.digest = self.order.digest  # of the order and content of every batch; a run resumes only with the same

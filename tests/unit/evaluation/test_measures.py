@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.load import validate
 from pipeline.config.schema import ImageDecoderConfig, MaskingConfig, ObjectiveConfig
-from pipeline.data.contents.choices import ANSWERS, Choices, load_choices
+from pipeline.data.contents.choices import ANSWERS, Choices, choices_of
 from pipeline.data.contents.members import Statement
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
@@ -284,7 +284,7 @@ def test_accuracies_of_right_and_wrong_models(prepared):
     """For NLVR2, the colourist predicts "true" where the first image is red: correct half of the time."""
     for limit in (None, 7):
         config, _, source = prepared("questions", limit)
-        listed = load_choices(config, config.stages[0], Storage(), ANSWERS)
+        listed = choices_of(config, config.stages[:1], Storage())[ANSWERS]
         right = labelled.evaluate_vqa(model := Colourist(), source, listed)
         assert (right["accuracy"], right["questions"], model.rows) == (1.0, limit or 60, limit or 60)
         wrong = labelled.evaluate_vqa(Colourist(wrong=True), source, listed)

@@ -26,7 +26,7 @@ from jobs.convert import export_weights, import_weights
 from jobs.predict import predict
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.schema import ViLTConfig, VLMoConfig
-from pipeline.data.contents.images import decode, resize_for
+from pipeline.data.contents.images import decode, resize, shape_of
 from pipeline.data.storage import Storage
 from pipeline.inference import build_trained_model, drop_untrained_objectives
 from pipeline.models import build_model, skeleton
@@ -149,7 +149,9 @@ def test_imported_checkpoint_predicts_like_the_original(
     out = f"{tmp_path}/imported"
     import_weights(path, case.format, out)
     weights = load_weights(Storage(), out)
-    pixels = torch.tensor(resize_for(decode(Path(photo).read_bytes(), 10**6), weights.config.model)) / 127.5 - 1
+    model = weights.config.model
+    resized = resize(decode(Path(photo).read_bytes(), 10**6), shape_of(model), model.interpolation)
+    pixels = torch.tensor(resized) / 127.5 - 1
     tokens = [TOKENS.index(word) for word in (case.text or "").split()]
     expected = case.predictions(model, [pixels.permute(2, 0, 1)[None]] * case.images, torch.tensor([[2, *tokens, 3]]))
     one, two = [*[photo] * case.images, None, None][:2]

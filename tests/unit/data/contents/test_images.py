@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from pipeline.config.schema import AugmentConfig, ViTConfig
+from pipeline.config.schema import AugmentConfig
 from pipeline.data.contents import images, jpeg
 from pipeline.data.contents.images import FORMATS, ImageSize, KeepAspectRatio, decode, measure, resize
 from pipeline.data.examples.augment import augment
@@ -408,11 +408,9 @@ def test_resizing_equals_pillows_rows_before_columns(height, width, shape, inter
         assert resized.flags.c_contiguous
 
 
-def test_model_reads_images_and_views_of_them_by_its_own_interpolation():
+def test_views_are_resized_as_copies_and_interpolations_differ():
     image, view = picture(90, 70), picture(200, 300)[20:150, 31:222]
     for interpolation in ("bicubic", "bilinear"):
-        model = ViTConfig(image_size=32, interpolation=interpolation)
-        assert (images.resize_for(image, model) == resize(image, 32, interpolation)).all()
         assert (resize(view, 64, interpolation) == resize(view.copy(), 64, interpolation)).all()
     assert (resize(image, 32, "bicubic") != resize(image, 32, "bilinear")).any()
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config.errors import ConfigError
 from pipeline.data.contents import choices, members
-from pipeline.data.contents.choices import ANSWERS, CLASSES, SCORES, Choices, choices_of, load_choices, plain_answer
+from pipeline.data.contents.choices import ANSWERS, CLASSES, SCORES, Choices, choices_of, plain_answer
 from pipeline.data.contents.members import captions_of, class_of, image_id_of, question_of, statement_of, texts_of
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage
@@ -117,24 +117,23 @@ def test_choices_are_loaded_from_shards_or_from_the_stages_url_and_must_match(tm
             Choices.from_bytes(content, "there")
     config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
     stage = config.stages[0]
-    assert load_choices(config, stage, storage, ANSWERS) == Choices((*COLOURS, "yes", "no"))
+    assert choices_of(config, [stage], storage) == {ANSWERS: Choices((*COLOURS, "yes", "no"))}
     (tmp_path / "other.json").write_text(json.dumps(["a", "b"]))
     named = stage.model_copy(update={"answer_list": str(tmp_path / "other.json"), "num_answers": 2})
-    assert load_choices(config, named, storage, ANSWERS) == Choices(("a", "b"))
-    assert choices_of(config, [named], storage).keys() == {ANSWERS}
+    assert choices_of(config, [stage, named], storage) == {ANSWERS: Choices(("a", "b"))}, "the last stage's"
     for change, reason in (
         ({"num_answers": 7}, r"num_answers: 7, but .* lists 6"),
         ({"answer_list": str(tmp_path / "nowhere.json")}, r"nowhere.json does not exist; set it"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            load_choices(config, stage.model_copy(update=change), storage, ANSWERS)
+            choices_of(config, [stage.model_copy(update=change)], storage)
     config = run_config(tmp_path, "labelled", "classification", 1, num_classes=4)
     stage = config.stages[0]
     assert choices_of(config, [stage], storage) == {CLASSES: Choices(COLOURS)}
     with pytest.raises(ConfigError, match="num_classes: 5, but"):
-        load_choices(config, stage.model_copy(update={"num_classes": 5}), storage, CLASSES)
+        choices_of(config, [stage.model_copy(update={"num_classes": 5})], storage)
     Path(write_set(tmp_path, "labelled", 8), CLASSES).unlink()
-    assert load_choices(config, stage, storage, CLASSES) is None, "names of classes are optional"
+    assert choices_of(config, [stage], storage) == {}, "names of classes are optional"
 
 
 def test_answers_are_compared_counted_and_scored_as_in_the_official_evaluation() -> None:
@@ -148,9 +147,6 @@ def test_answers_are_compared_counted_and_scored_as_in_the_official_evaluation()
     for said in ("black white", "don't know", "2", "3.50", "teddy bear", "y'all'd've"):
         assert plain_answer(plain_answer(said)) == plain_answer(said)
     assert choices.answer_scores(["Net", "a net", "net.", "mesh", "", "?"]) == {"net": 0.9, "mesh": 0.3}
-    chosen = ["no", "yes", "No.", "2", "two", "yes", "red"]
-    assert choices.frequent_answers(chosen, min_count=2) == ("no", "yes", "2")
-    assert choices.frequent_answers(["yes"] * 9 + ["no"] * 8) == ("yes",)
     for count in range(11):  # the rule in full: min(agreeing others / 3, 1), for each nine of the ten people
         people = [True] * count + [False] * (10 - count)
         official = sum(min(sum(nine) / 3, 1.0) for nine in itertools.combinations(people, 9)) / 10

@@ -16,7 +16,7 @@ import pytest
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents import regions
-from pipeline.data.contents.members import image_id_of
+from pipeline.data.contents.members import REGIONS, image_id_of
 from pipeline.data.contents.regions import RegionRecord, parse_regions, regions_of
 from pipeline.data.quarantine import BadSample
 from pipeline.data.shards.check import check_shards
@@ -76,13 +76,15 @@ def test_location_is_relative_to_the_image_and_the_most_confident_regions_are_ke
     np.testing.assert_allclose(record.locations(), expected, rtol=1e-6)
     (boxes := ARRAYS["boxes"].copy())[0] = [-0.4, 0, WIDTH + 0.7, HEIGHT]
     assert parse_regions(packed(boxes=boxes)).boxes[0].tolist() == [0, 0, WIDTH, HEIGHT]
-    record = parse_regions(packed(confidences=np.array([0.3, 0.9, 0.1, 0.9, 0.5], np.float32)))
-    best = record.most_confident(3)
-    assert best.classes.tolist() == [1, 3, 4]  # equal confidences keep their order
-    assert np.array_equal(best.features, record.features[[1, 3, 4]])
-    assert np.array_equal(best.boxes, record.boxes[[1, 3, 4]])
-    assert record.most_confident(5) is record
-    assert parse_regions(packed(confidences=None)).most_confident(2).classes.tolist() == [0, 1]
+    ranked, ordered = packed(confidences=np.array([0.3, 0.9, 0.1, 0.9, 0.5], np.float32)), packed(confidences=None)
+    for data, most, kept in (
+        (ranked, 3, [1, 3, 4]),  # equal confidences keep their order
+        (ranked, 5, [0, 1, 2, 3, 4]), (ranked, None, [0, 1, 2, 3, 4]), (ordered, 2, [0, 1]),
+    ):  # fmt: skip
+        best, record = regions_of({REGIONS: data}, most=most), parse_regions(data)
+        assert best.image_size == record.image_size
+        for name in ("features", "boxes", "classes"):
+            assert np.array_equal(getattr(best, name), getattr(record, name)[kept])
 
 
 def changed(name: str, where: tuple[int, ...], value: float) -> dict[str, np.ndarray]:
@@ -208,7 +210,7 @@ def run_config(shards: str, objectives: Any = OBJECTIVES, bad_rate: float = 1.0,
 
 
 def test_examples_contain_their_samples_regions(shards: str) -> None:
-    best_of = [parse_regions(packed(number=number)).most_confident(MOST) for number in range(23)]
+    best_of = [regions_of({REGIONS: packed(number=number)}, most=MOST) for number in range(23)]
     expected = {best.features.tobytes(): best for best in best_of}
     ids, masks, hidden, masked = dict[bytes, int](), defaultdict[bytes, set[bytes]](set), 0, 0
     for batch in take(run_config(shards), 40):
