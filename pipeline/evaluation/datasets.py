@@ -234,19 +234,17 @@ class LabelledEvalSet:
 
     def _decode(self, sample: Sample) -> tuple[tuple[np.ndarray, ...], list[int], Any]:
         """Return images, token ids and annotation. Raises BadSample for the same samples as training does."""
-        members, stage, token_ids = sample.members, self.stage, list[int]()
+        members, stage = sample.members, self.stage
         contents.check_members(members, sample.is_duplicate)
         prefixes = contents.BOTH if self.type == "statements" else (("",),)
         encoded = [contents.image_bytes(members, prefix) for prefix in prefixes]
-        annotation: contents.Question | contents.Statement | int
-        if self.type == "labelled":
-            annotation = contents.class_of(members, stage.num_classes if "classification" in stage.objectives else None)
-        else:
-            annotation = contents.question_of(members) if self.type == "questions" else contents.statement_of(members)
-            token_ids = _encode([annotation.text], self.tokenizer, stage.max_text_length)[0].ids
+        classes = stage.num_classes if "classification" in stage.objectives else None
+        annotation = contents.annotation_of(members, self.type, classes)
+        texts = [] if self.type == "labelled" else [annotation.text]
+        token_ids = [i for tokens in _encode(texts, self.tokenizer, stage.max_text_length) for i in tokens.ids]
         decoded, model = (decode(data, self.config.data.max_pixels) for data in encoded), self.config.model
         images = tuple(resize(pixels, shape_of(model), model.interpolation) for pixels in decoded)
-        return images, token_ids, annotation
+        return images, token_ids, annotation.label if self.type == "labelled" else annotation
 
 
 def pad_token_ids(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

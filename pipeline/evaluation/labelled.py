@@ -157,10 +157,10 @@ def evaluate_nlvr2(model: nn.Module, source: LabelledEvalSet) -> Section:
     `consistency` is the fraction of sentences judged correctly with all of their pairs of images (arXiv 1811.00491,
     section 5); None unless ids are split-set-pair-sentence.
     """
-    correct, labels, sentences = [], Counter[bool](), defaultdict[tuple[str, ...], list[bool]](list)
+    correct, labels, sentences = [], Counter[int](), defaultdict[tuple[str, ...], list[bool]](list)
     for best, statement in _predict(model, source, "nlvr2"):
-        correct.append(statement.is_true == bool(best))
-        labels[statement.is_true] += 1
+        correct.append(statement.label == best)
+        labels[statement.label] += 1
         sentences[tuple(part for n, part in enumerate(statement.id.split("-")) if n != 2)].append(correct[-1])
     count, is_named = len(correct), all(len(sentence) == 3 for sentence in sentences)
     return {

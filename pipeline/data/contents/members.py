@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from tokenizers.normalizers import BertNormalizer
 
+from pipeline.config.schema import SourceType
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import hash64, signed
@@ -33,16 +34,11 @@ MAX_ANSWERS = 10  # different answers to a question: VQA asks ten people
 _normalizer = BertNormalizer(lowercase=True)
 
 
-class Question(NamedTuple):
-    text: str
-    answers: Mapping[str, float]  # plain answer -> 0 … 1; at least one
-    id: str  # '' if the sample has none
-
-
-class Statement(NamedTuple):
-    text: str
-    is_true: bool
-    id: str  # '' if the sample has none
+class Annotation(NamedTuple):
+    text: str = ""  # the question or statement
+    answers: Mapping[str, float] = {}  # to the question, at least one: plain answer -> 0 … 1
+    label: int = 0  # the class, or whether the statement is true
+    id: str = ""  # '' if the sample has none
 
 
 def check_members(members: Members, is_duplicate: bool) -> None:
@@ -95,33 +91,37 @@ def is_visible(text: str) -> bool:
     return text[:1].isalnum() or bool(_normalizer.normalize_str(text).strip())
 
 
-def question_of(members: Members) -> Question:
-    """Return a sample's question with its answers."""
-    record = record_of(members)
-    answers = record.get("answers")
-    if not isinstance(answers, dict) or not answers:
+def annotation_of(members: Members, source_type: SourceType, classes: int | None = None) -> Annotation:
+    """Return a question with its answers, a statement with its label, or the class, from webdataset's `cls` member and
+    below `classes` if given.
+    """
+    if source_type == "labelled":
+        if "cls" not in members:
+            raise BadSample("label", f"no class (member cls, a number); it has {', '.join(sorted(members)) or 'none'}")
+        number = members["cls"].strip()
+        if not number.isdigit() or len(number) > MAX_DIGITS:
+            raise BadSample("label", f"its cls {number[:20]!r} is not a class number")
+        if classes is not None and int(number) >= classes:
+            raise BadSample("label", f"its class is {int(number)}; expected 0 to {classes - 1}")
+        return Annotation(label=int(number))
+    record, is_question = record_of(members), source_type == "questions"
+    answers, label = record.get("answers"), record.get("label")
+    if not is_question:
+        answers = {}
+        if label not in (True, False):  # 1 and 0 equal them
+            raise BadSample("label", f"the label {label!r:.40} is neither true nor false")
+    elif not isinstance(answers, dict) or not answers:
         raise BadSample("answers", 'no answers (json with "answers": {"text": score})')
-    if len(answers) > MAX_ANSWERS:
+    elif len(answers) > MAX_ANSWERS:
         raise BadSample("answers", f"{len(answers)} answers; expected at most {MAX_ANSWERS}")
     for score in answers.values():
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
             raise BadSample("answers", f"the score {score!r:.40} is not a number in 0 … 1")
-    question = record.get("question")
-    if not isinstance(question, str) or not is_visible(question := question.strip()):
-        raise BadSample("caption", "no question (json with 'question': a text)")
-    return Question(question, answers, str(record.get("question_id", "")))
-
-
-def statement_of(members: Members) -> Statement:
-    """Return a sample's statement with its label."""
-    record = record_of(members)
-    label = record.get("label")
-    if label not in (True, False):  # 1 and 0 equal them
-        raise BadSample("label", f"the label {label!r:.40} is neither true nor false")
-    sentence = record.get("sentence")
-    if not isinstance(sentence, str) or not is_visible(sentence := sentence.strip()):
-        raise BadSample("caption", "no sentence (json with 'sentence': a text)")
-    return Statement(sentence, bool(label), str(record.get("id", "")))
+    name, id_name = ("question", "question_id") if is_question else ("sentence", "id")
+    text = record.get(name)
+    if not isinstance(text, str) or not is_visible(text := text.strip()):
+        raise BadSample("caption", f"no {name} (json with '{name}': a text)")
+    return Annotation(text, answers, 0 if is_question else int(label), str(record.get(id_name, "")))
 
 
 def texts_of(members: Members) -> list[str]:
@@ -133,18 +133,6 @@ def texts_of(members: Members) -> list[str]:
         if texts := [record[key] for key in ("question", "sentence") if isinstance(record.get(key), str)]:
             return texts
         raise
-
-
-def class_of(members: Members, classes: int | None = None) -> int:
-    """Return the number of an image's class, below `classes` if given, from webdataset's `cls` member."""
-    if "cls" not in members:
-        raise BadSample("label", f"no class (member cls, a number); it has {', '.join(sorted(members)) or 'none'}")
-    text = members["cls"].strip()
-    if not text.isdigit() or len(text) > MAX_DIGITS:
-        raise BadSample("label", f"its cls {text[:20]!r} is not a class number")
-    if classes is not None and int(text) >= classes:
-        raise BadSample("label", f"its class is {int(text)}; expected 0 to {classes - 1}")
-    return int(text)
 
 
 def image_id_of(members: Members) -> int:

@@ -194,14 +194,9 @@ class ExampleBuilder:
         content, source_type = sample.members, self._source_type
         with judging("members"):
             members.check_members(content, sample.is_duplicate)
-            if source_type == "questions":
-                question = members.question_of(content)
-                return replace(example, text=question.text, answers=question.answers)
-            if source_type == "statements":
-                statement = members.statement_of(content)
-                return replace(example, text=statement.text, label=int(statement.is_true))
-            if source_type == "labelled":
-                return replace(example, label=members.class_of(content, self._stage.num_classes))
+            if source_type in ("questions", "statements", "labelled"):
+                annotation = members.annotation_of(content, source_type, self._stage.num_classes)
+                return replace(example, text=annotation.text, answers=annotation.answers, label=annotation.label)
             if "text" in self._groups:
                 captions = members.captions_of(content)
                 return replace(example, text=captions[example.random("caption").integer(len(captions))])

@@ -118,17 +118,13 @@ def sample_defect(source_type: SourceType, max_pixels: int, classes: int | None,
             members.check_members(contents, sample.is_duplicate)
             if source_type in ("pairs", "text", "regions"):
                 members.captions_of(contents)
-            elif source_type == "questions":
-                members.question_of(contents)
-            elif source_type == "statements":
-                members.statement_of(contents)
-                images = tuple(members.image_bytes(contents, prefixes) for prefixes in members.BOTH)
-            elif source_type == "labelled":
-                members.class_of(contents, classes)
+            elif source_type != "images":
+                members.annotation_of(contents, source_type, classes)
             if source_type == "regions":
                 regions_of(contents)
-            elif source_type not in ("text", "statements"):
-                images = (members.image_bytes(contents),)
+            elif source_type != "text":
+                prefixes = members.BOTH if source_type == "statements" else (("",),)
+                images = tuple(members.image_bytes(contents, prefix) for prefix in prefixes)
         with judging("image"):
             for image in images:
                 decode(image, max_pixels)

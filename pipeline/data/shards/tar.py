@@ -89,7 +89,7 @@ class Tar:
             if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
                 raise self._error("it has a sparse file, which cannot be read by range. Pack it without --sparse")
             data = b"" if kind in b"123456" else self._read(-(-size // BLOCK) * BLOCK, "inside a member's data")[:size]
-            if kind == b"L":
+            if kind == b"L":  # texts of headers end at their first NUL
                 long_name = data.partition(b"\0")[0]
             elif kind == b"K":
                 long_link = data.partition(b"\0")[0]

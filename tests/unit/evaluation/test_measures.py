@@ -15,7 +15,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.load import validate
 from pipeline.config.schema import ImageDecoderConfig, MaskingConfig, ObjectiveConfig
 from pipeline.data.contents.choices import ANSWERS, Choices, choices_of
-from pipeline.data.contents.members import Statement
+from pipeline.data.contents.members import Annotation
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
@@ -304,7 +304,7 @@ def test_accuracies_of_right_and_wrong_models(prepared):
         (ids, [1, 0, 1, 1], 2 / 3),
         ([*ids, "a"], 5 * [1], None),
     ):
-        judged = [(best, Statement("", True, name)) for best, name in zip(predicted, names, strict=True)]
+        judged = [(best, Annotation(label=1, id=name)) for best, name in zip(predicted, names, strict=True)]
         source = SimpleNamespace(map_batches=lambda head, compute, judged=judged: judged)
         assert labelled.evaluate_nlvr2(None, source)["consistency"] == expected
 

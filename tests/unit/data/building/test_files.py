@@ -20,7 +20,7 @@ from pipeline.data.building.importers import find_kind
 from pipeline.data.building.inputs import Problems
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.images import FORMATS
-from pipeline.data.contents.members import BOTH, captions_of, class_of, image_bytes, question_of, statement_of
+from pipeline.data.contents.members import BOTH, annotation_of, captions_of, image_bytes
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.imports import captions_in, members_of, read, record_of, save_image, write_lines
 
@@ -279,7 +279,7 @@ def test_vqa_questions_get_scored_answers_and_a_list(tmp_path: Path) -> None:
     assert third["jpg"] == (tmp_path / "COCO_train2014_000000000002.jpg").read_bytes()
     assert len({first["__key__"], second["__key__"], third["__key__"]}) == 3
     assert imported.choices[ANSWERS] == ("net", "yes", "because")
-    assert question_of(members_of(first)).answers["net"] == 1.0
+    assert annotation_of(members_of(first), "questions").answers["net"] == 1.0
     content = json.loads(file.read_text())
     bad = content | {"questions": [entry | {"image_id": "x1"} for entry in content["questions"]]}
     with pytest.raises(DataError, match=r"none of its questions can be used; .*x1.*; expected 'questions'"):
@@ -339,7 +339,8 @@ def test_nlvr2_images_are_found_in_every_release_layout(tmp_path: Path) -> None:
     assert find_kind(file) == "nlvr2"
     one, two, three = read(file, problems := Problems()).samples
     assert [image_bytes(members_of(one), prefixes) for prefixes in BOTH] == [left, right]
-    assert (statement_of(members_of(one)).is_true, statement_of(members_of(one)).id) == (True, "dev-8-0-0")
+    statement = annotation_of(members_of(one), "statements")
+    assert (statement.label, statement.id) == (True, "dev-8-0-0")
     assert record_of(two)["label"] is False
     assert three["__key__"] == "train-9-1-0"
     assert (problems.count, problems.absent) == (3, 1)  # an image of dev-7, a line that is not JSON, a label
@@ -369,7 +370,7 @@ def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
     for name, number in (("n02/a/x.jpg", 1), ("n01/y.png", 2), ("n02/z.jpg", 3)):
         save_image(tmp_path / "a" / name, number)
     imported = read(tmp_path / "a", kind="classes")
-    assert [class_of(sample, 2) for sample in imported.samples] == [0, 1, 1]
+    assert [annotation_of(sample, "labelled", 2).label for sample in imported.samples] == [0, 1, 1]
     assert imported.choices[CLASSES] == ("n01", "n02")
     for file in ("n01", "n01/y.png"):
         with pytest.raises(DataError, match="it has no folder"):
@@ -382,7 +383,7 @@ def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
     (tmp_path / "a" / "__MACOSX").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("x")
     imported = read(tmp_path / "a", problems := Problems(), "classes")
-    assert [class_of(sample, 3) for sample in imported.samples] == [1, 2, 2]
+    assert [annotation_of(sample, "labelled", 3).label for sample in imported.samples] == [1, 2, 2]
     assert (problems.skipped, problems.faults) == ({".txt": 1}, 1)
     empty = "it is class 0 without an image; if it is not a class, remove it and build again"
     reasons = {"stray.jpg": "it is not in a class folder", "__MACOSX": empty}
@@ -401,7 +402,7 @@ def test_published_annotations_are_read(shared: Path) -> None:
         assert len(samples) == count
         for members in samples:
             if kind == "nlvr2":
-                assert statement_of(members).id.count("-") == 3
+                assert annotation_of(members, "statements").id.count("-") == 3
                 assert all(image_bytes(members, prefixes) for prefixes in BOTH)
             else:
-                assert question_of(members).answers
+                assert annotation_of(members, "questions").answers

@@ -12,12 +12,14 @@ import pytest
 from pipeline.config.errors import ConfigError
 from pipeline.data.contents import choices, members
 from pipeline.data.contents.choices import ANSWERS, CLASSES, SCORES, Choices, choices_of, plain_answer
-from pipeline.data.contents.members import captions_of, class_of, image_id_of, question_of, statement_of, texts_of
+from pipeline.data.contents.members import Annotation, annotation_of, captions_of, image_id_of, texts_of
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage
 from tests.support.fine_tuning_data import COLOURS, run_config, write_set
 
-_check, _class = partial(members.check_members, is_duplicate=False), partial(class_of, classes=4)
+_check = partial(members.check_members, is_duplicate=False)
+_question, _statement = (partial(annotation_of, source_type=kind) for kind in ("questions", "statements"))
+_class = partial(annotation_of, source_type="labelled", classes=4)
 SO = {"so": 1}
 
 
@@ -35,19 +37,20 @@ def test_captions_questions_statements_classes_and_images_are_read_in_every_layo
         ({"txt": b"\xef\xbb\xbfone"}, ["one"]),
     ):
         assert captions_of(sample) == captions
-    question = question_of(with_json(question=" why? ", answers={"so": 1, "no": 0.3}, question_id=7))
-    assert (question.text, question.answers, question.id) == ("why?", {"so": 1, "no": 0.3}, "7")
+    answers = {"so": 1, "no": 0.3}
+    asked = with_json(question=" why? ", answers=answers, question_id=7)
+    assert _question(asked) == Annotation("why?", answers, id="7")
     for label in (True, 1, False, 0):
-        statement = statement_of(with_json(sentence="it is red", label=label, id="dev-1-0-0"))
-        assert (statement.text, statement.is_true, statement.id) == ("it is red", bool(label), "dev-1-0-0")
-    assert class_of({"cls": b" 3\n"}, 4) == 3
+        stated = with_json(sentence="it is red", label=label, id="dev-1-0-0")
+        assert _statement(stated) == Annotation("it is red", label=int(label), id="dev-1-0-0")
+    assert _class({"cls": b" 3\n"}) == Annotation(label=3)
     assert texts_of(with_json(question="why?", answers={})) == ["why?"]
     assert texts_of(with_json(sentence="it is")) == ["it is"]
     assert texts_of(with_json(captions=["one"], question="why?")) == ["one"]
     assert members.image_bytes({"seg.png": b"mask", "webp": b"picture"}) == b"picture"
     for sample in ({"0.jpg": b"a", "1.png": b"b"}, {"right.jpg": b"b", "left.webp": b"a"}):
         assert [members.image_bytes(sample, prefixes) for prefixes in members.BOTH] == [b"a", b"b"]
-    members.check_members({"jpg": b"", "json": b"", "npz": b""}, is_duplicate=False)
+    _check({"jpg": b"", "json": b"", "npz": b""})
 
 
 @pytest.mark.parametrize(
@@ -65,16 +68,16 @@ def test_captions_questions_statements_classes_and_images_are_read_in_every_layo
         (captions_of, {"txt": b"caf\xe9"}, "not UTF-8"),
         (captions_of, {"json": b'{"caption": "caf\xe9"}'}, "not UTF-8"),
         (captions_of, {"pkl": b"", "pth": b""}, "it has pkl, pth"),
-        (question_of, with_json(question="why?"), "no answers"),
-        (question_of, with_json(question="why?", answers={}), "no answers"),
-        (question_of, with_json(question="why?", answers={"so": 1.5}), "not a number in 0 … 1"),
-        (question_of, with_json(question="why?", answers={"so": "1"}), "not a number in 0 … 1"),
-        (question_of, with_json(question="why?", answers=dict.fromkeys("abcdefghijk", 0.3)), "11 answers; expected at"),
-        (question_of, with_json(question=" ", answers=SO), "no question"),
-        (question_of, with_json(answers=SO), "no question"),
-        (statement_of, with_json(sentence="red"), "neither true nor false"),
-        (statement_of, with_json(sentence="red", label="True"), "neither true nor false"),
-        (statement_of, with_json(label=True), "no sentence"),
+        (_question, with_json(question="why?"), "no answers"),
+        (_question, with_json(question="why?", answers={}), "no answers"),
+        (_question, with_json(question="why?", answers={"so": 1.5}), "not a number in 0 … 1"),
+        (_question, with_json(question="why?", answers={"so": "1"}), "not a number in 0 … 1"),
+        (_question, with_json(question="why?", answers=dict.fromkeys("abcdefghijk", 0.3)), "11 answers; expected at"),
+        (_question, with_json(question=" ", answers=SO), "no question"),
+        (_question, with_json(answers=SO), "no question"),
+        (_statement, with_json(sentence="red"), "neither true nor false"),
+        (_statement, with_json(sentence="red", label="True"), "neither true nor false"),
+        (_statement, with_json(label=True), "no sentence"),
         (_class, {"jpg": b""}, "no class"),
         (_class, {"cls": b"4"}, "class is 4; expected 0 to 3"),
         *((_class, {"cls": text}, "not a class number") for text in (b"cat", b"-1", b"1.5", b"", b"\xc2\xb2", b"1 2")),
