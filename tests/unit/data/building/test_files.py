@@ -344,8 +344,8 @@ def test_nlvr2_images_are_found_in_every_release_layout(tmp_path: Path) -> None:
     assert record_of(two)["label"] is False
     assert three["__key__"] == "train-9-1-0"
     assert (problems.count, problems.absent) == (3, 1)  # an image of dev-7, a line that is not JSON, a label
-    assert "line 6: cannot be used (KeyError: 'perhaps'); expected an object with 'identifier'" in problems.first[1]
-    assert "line 4: image" in problems.first[2]
+    assert "line 6: cannot be used (its label is neither True nor False but 'perhaps'); expected an object" in problems.first[1]
+    assert "statement dev-7-0-0: image" in problems.first[2]
 
 
 def test_karpathy_splits_share_no_image(tmp_path: Path) -> None:
