@@ -12,6 +12,7 @@ import numpy as np
 import simplejpeg
 
 from pipeline.data.shards.index import ShardIndex, index_tar
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.shards.tar import Tar
 from pipeline.data.storage import Storage
 
@@ -71,6 +72,27 @@ def tar_of(files: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMA
 def tar_bytes(samples: dict[str, Members]) -> bytes:
     """Return one tar of `samples` (key -> members)."""
     return tar_of((f"{key}.{name}", data) for key, members in samples.items() for name, data in members.items())
+
+
+def write_indexed(folder: Path, *shards: dict[str, Members]) -> str:
+    """Write and index one tar for each of `shards` (key -> members), and return the folder."""
+    folder.mkdir(exist_ok=True)
+    for number, samples in enumerate(shards):
+        (folder / f"{number:05d}.tar").write_bytes(tar_bytes(samples))
+    index_shards(Storage(), str(folder))
+    return str(folder)
+
+
+def members_in(tar: bytes, index: ShardIndex) -> dict[str, bytes]:
+    """Return the content of each member of a tar, by its path, as its index locates it."""
+    members = [(f"{key}.{m[0]}", *m[1:]) for number, key in enumerate(index.keys) for m in index.members(number)]
+    return {name: tar[at : at + size] for name, at, size in members}
+
+
+def extracted(data: bytes) -> dict[str, bytes]:
+    """Return the content of each file of a tar, as `tarfile` reads it."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
 
 
 def index_bytes(data: bytes, name: str = "x.tar", etag: str | None = None) -> ShardIndex:

@@ -1,6 +1,7 @@
 """`mome shards` in this process, and a tiny random detector for `mome shards regions`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ def run_shards(*arguments: object, fails: type[Exception] | None = None, status:
     else:
         assert result.exit_code == status, result.output + repr(result.exception)
     return result
+
+
+def refuses(kind: type[Exception], reason: str, *arguments: object) -> None:
+    """Run a command that must raise an error whose message has a match of `reason`."""
+    message = str(run_shards(*arguments, fails=kind).exception)
+    assert re.search(reason, message), message
 
 
 def facts_of(*arguments: object, status: int = 0) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 import errno
 import re
 from collections.abc import Iterator
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import webdataset
@@ -24,13 +26,15 @@ from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.forward import Regions
-from tests.support.data_stream import data_config, open_loader
+from tests.support.data_stream import data_config, take
 from tests.support.imports import captions_in, read, record_of, save_image, write_lines
 
-pyarrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
-
 LOWEST, LONGEST = 800, 1333  # sides to which torchvision's Faster R-CNN resizes images
+
+
+def pairs(source: Path, problems: Problems | None = None, **options: Any) -> list[tuple[str, list[str]]]:
+    samples = read(source, problems, **options).samples
+    return [(sample["__key__"], record_of(sample)["captions"]) for sample in samples]
 
 
 def test_folders_give_images_with_their_captions_under_unique_keys(tmp_path: Path) -> None:
@@ -40,9 +44,8 @@ def test_folders_give_images_with_their_captions_under_unique_keys(tmp_path: Pat
     save_image(tmp_path / "c.png", 1)
     save_image(tmp_path / ".hidden" / "c.jpg", 3)
     one, same, two = read(tmp_path).samples
-    assert (list(one), list(record_of(one))) == (["__key__", "png", "json"], ["image_id"])
-    assert (one["__key__"], two["__key__"]) == ("a", "b_two_words_v2")
-    assert (two["jpg"], record_of(two)["captions"]) == (data, ["a grey thing"])
+    assert (list(one), list(record_of(one)), one["__key__"]) == (["__key__", "png", "json"], ["image_id"], "a")
+    assert (two["__key__"], two["jpg"], record_of(two)["captions"]) == ("b_two_words_v2", data, ["a grey thing"])
     assert record_of(one)["image_id"] == record_of(same)["image_id"] != record_of(two)["image_id"]  # equal bytes
     save_image(tmp_path / "names" / "x.jpg")
     for name in ("x.txt", "x.TXT", "x.jpg.Txt", "x.caption", "x.jpg.caption"):
@@ -54,8 +57,7 @@ def test_folders_give_images_with_their_captions_under_unique_keys(tmp_path: Pat
     assert len({sample["__key__"] for sample in read(tmp_path / "keys").samples}) == 4
     job = Import(tmp_path, "folder")  # took minutes when the counter restarted for each path
     keys = [job.sample(f"照片/{number % 7 * 'é'}", {})["__key__"] for number in range(100_000)]
-    assert len(set(keys)) == len(keys)
-    assert (keys[0], keys[1], keys[-1]) == ("sample", "sample-2", "sample-100000")
+    assert (len(set(keys)), keys[0], keys[1], keys[-1]) == (100_000, "sample", "sample-2", "sample-100000")
 
 
 def test_lines_of_one_image_are_merged(tmp_path: Path) -> None:
@@ -67,10 +69,10 @@ def test_lines_of_one_image_are_merged(tmp_path: Path) -> None:
         {"image": "images/y.jpg", "caption": "four"},
         {"image": "images/z.jpg", "captions": ["five"], "image_id": 7},
     ]
-    samples = list(read(write_lines(tmp_path / "l.jsonl", *records)).samples)
-    assert captions_in(samples) == [["one", "two"], ["three", "four"], ["five"]]
-    assert [sample["__key__"] for sample in samples] == ["images_x", "images_y", "images_z"]
-    assert record_of(samples[2])["image_id"] == 7
+    assert pairs(write_lines(tmp_path / "l.jsonl", *records)) == [
+        ("images_x", ["one", "two"]), ("images_y", ["three", "four"]), ("images_z", ["five"]),
+    ]  # fmt: skip
+    assert record_of(list(read(tmp_path / "l.jsonl").samples)[2])["image_id"] == 7
     scattered = write_lines(tmp_path / "list.json", [records[1], records[0], records[2]])
     assert captions_in(read(scattered).samples) == [["three", "four"], ["one", "two"]]  # a list is grouped by image
     absent = write_lines(tmp_path / "a.jsonl", {"image": "a.jpg", "caption": "a"}, {"image": "a.jpg", "caption": "b"})
@@ -89,16 +91,14 @@ def test_coco_captions_are_grouped_by_image(tmp_path: Path, shared: Path) -> Non
     file = write_lines(tmp_path / "captions.json", content)
     samples = read(file, problems := Problems(), images=tmp_path / "val").samples
     assert [(record_of(s)["image_id"], record_of(s)["captions"]) for s in samples] == [(3, ["b"]), (1, ["a", "c"])]
-    assert problems.count == 3
-    assert "annotations 4: cannot be used" in problems.first[0]
-    assert "image 2: it has no caption" in problems.first[1]
+    for problem, reason in zip(problems.first, ("annotations 4: cannot be", "image 2: it has no c", ""), strict=True):
+        assert reason in problem
     images = shared / "data" / "coco_ccby_111" / "images"
     official = shared / "data" / "coco_annotations" / "captions_val2017.json"
     samples = list(read(official, problems := Problems(), images=images).samples)
     assert {record_of(sample)["image_id"] for sample in samples} <= {int(path.stem) for path in images.glob("*.jpg")}
-    assert samples
+    assert min(map(len, captions_in(samples))) >= 5
     assert len(samples) + problems.count == 5000
-    assert all(len(captions) >= 5 for captions in captions_in(samples))
     for text in ("[]", "{}", "nothing", '{"images": [{"id": 1}], "annotations": []}'):
         with pytest.raises(DataError, match=r"captions\.json(:| is not).*(COCO|JSON|none of its images)"):
             list(read(write_lines(file, text), Problems(), "coco").samples)
@@ -122,8 +122,8 @@ def test_text_is_packed_into_whole_sentences_and_unusable_texts_do_not_affect_ot
     samples = read(tmp_path, problems := Problems()).samples
     texts = {sample["__key__"]: sample["txt"] for sample in samples}
     assert texts == {"a-0000000": b"One.", "a-0000001": b"Two.", "d-0000000": b"Three."}
-    assert problems.first[0] == f"{tmp_path / 'b.txt'}: it contains no text"
-    assert (problems.faults, "c.txt" in problems.first[1]) == (2, True)
+    assert (problems.faults, problems.first[0]) == (2, f"{tmp_path / 'b.txt'}: it contains no text")
+    assert "c.txt" in problems.first[1]
     (tmp_path / "b.txt").unlink()
     for source, strict in ((tmp_path, True), (tmp_path / "c.txt", False)):
         with pytest.raises(DataError, match=r"c\.txt"):
@@ -137,11 +137,10 @@ def test_kind_of_a_source_is_detected(tmp_path: Path) -> None:
     kinds = [find_kind(write_lines(tmp_path / name, text)) for name, text in contents.items()]
     assert kinds == ["jsonl", "coco", "text", "jsonl"]
     assert (find_kind(tmp_path / "images"), find_kind(tmp_path / "texts")) == ("folder", "text")
-    for path in (tmp_path / "absent", write_lines(tmp_path / "a.docx")):
+    absent = tmp_path / "absent"
+    for path, kind in ((absent, None), (absent, "jsonl"), (write_lines(tmp_path / "a.docx"), None)):
         with pytest.raises(DataError, match=path.name):
-            find_kind(path)
-    with pytest.raises(DataError, match="absent"):
-        read(tmp_path / "absent", kind="jsonl")
+            read(path, kind=kind)
 
 
 def test_regions_are_stored_with_or_without_image(tmp_path: Path) -> None:
@@ -151,25 +150,23 @@ def test_regions_are_stored_with_or_without_image(tmp_path: Path) -> None:
     named = {"regions": "a.npz", "caption": "two"}
     records = ({"image": "a.jpg", "regions": "a.npz", "captions": ["one"]}, named, named | {"caption": "three"})
     file = write_lines(tmp_path / "lines.jsonl", *records)
-    with_picture, alone = read(file).samples
+    samples = with_picture, alone = [*read(file).samples]
     assert (list(with_picture), list(alone)) == (["__key__", "jpg", "npz", "json"], ["__key__", "npz", "json"])
     assert with_picture["npz"] == alone["npz"] == (tmp_path / "a.npz").read_bytes()
-    assert record_of(alone)["captions"] == ["two", "three"]
+    assert captions_in(samples) == [["one"], ["two", "three"]]
     write_lines(file, named | {"image_size": [60, 80]})  # which the .npz has not
     (sample,) = read(file).samples
     assert parse_regions(sample["npz"]).image_size == (60, 80)
     for changes, reason in (
         ({"regions": "b.npz"}, "cannot be read"),
         ({"image_size": [30, 80]}, r"box 0 .* is outside an image of 80 x 30"),
-        ({"image_size": [10**30, 80]}, "its image_size is"),
-        ({"image_size": [-60, 80]}, "its image_size is"),
-        ({"image_size": [True, 80]}, "its image_size is"),
+        *(({"image_size": [height, 80]}, "its image_size is") for height in (10**30, -60, True)),
         ({"image_size": 30}, r"its image_size is 30; expected \[height, width\]"),
     ):
         write_lines(file, named | changes)
         assert list(read(file, problems := Problems()).samples) == []
+        assert re.search(reason, "".join(problems.first))
         assert problems.count == 1
-        assert re.search(reason, problems.first[0])
 
 
 def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
@@ -192,8 +189,7 @@ def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
     data, stage = {"streams": 1, "max_bad_rate": 0.0}, {"global_batch_size": 12}
     config = data_config({"real": shards}, ("mrfr", "mlm"), "regions", model, data, stage)
     tokenizer = Tokenizer.train([line["captions"][0] for line in lines], 100)
-    with open_loader(config, tokenizer) as loader:
-        (batch,) = islice(loader.batches(0), 1)
+    (batch,) = take(config, tokenizer=tokenizer)
     assert batch.region_features.shape == (12, 40, 1024)
     kept = sorted(batch.region_keep.sum(dim=1).tolist())
     assert kept == sorted(min(40, len(np.load(line["regions"])["features"])) for line in lines)
@@ -213,8 +209,7 @@ TABLES = {
     "unquoted.csv": "image,caption\na.jpg,A dog, running .\na.jpg,A cat .\nb.jpg,Third .\n",
     "Flickr8k.token.txt": "a.jpg#0\tA dog, running .\na.jpg#1\tA cat .\nb.jpg#0\tThird .\n",
     "results_20130124.token": "a.jpg#0\tA dog, running .\na.jpg#1\tA cat .\nb.jpg#0\tThird .\n",
-    "results.csv": "image_name| comment_number| comment\n"
-    "a.jpg| 0| A dog, running .\na.jpg| 1| A cat .\nb.jpg| 0| Third .\n",
+    "results.csv": "image_name| n| comment\na.jpg| 0| A dog, running .\na.jpg| 1| A cat .\nb.jpg| 0| Third .\n",
     "open_clip.tsv": 'filepath\ttitle\na.jpg\tA dog, running .\na.jpg\t"A cat ."\nb.jpg\tThird .\n',
     "cc3m.tsv": "A dog, running .\ta.jpg\nA cat .\ta.jpg\nThird .\tb.jpg\n",
     "more.csv": 'id,Text ,Path\n1,"A dog,\nrunning .",a.jpg\n2,A cat .,a.jpg\n\n3,Third .,b.jpg\n',
@@ -232,11 +227,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pairs(source: Path, problems: Problems | None = None, **options: Any) -> list[tuple[str, list[str]]]:
-    samples = read(source, problems, **options).samples
-    return [(sample["__key__"], record_of(sample)["captions"]) for sample in samples]
-
-
 def test_tables_are_read_as_pairs_whatever_their_captions_contain(folder: Path) -> None:
     for name, encoding in product(TABLES, ("utf-8", "utf-16")):
         (folder / name).write_text(TABLES[name], encoding)
@@ -252,12 +242,12 @@ def test_tables_are_read_as_pairs_whatever_their_captions_contain(folder: Path) 
 
 def test_columns_are_chosen_by_name_or_number(folder: Path) -> None:
     file = write_lines(folder / "odd.csv", "a,b,c", "x,a.jpg,A dog .")
-    with pytest.raises(DataError, match=r"odd\.csv.*a, b, c.*--image-column"):
-        pairs(file)
     for image, caption in (("b", "c"), ("2", "3"), ("B", "3")):
         assert pairs(file, image_column=image, caption_column=caption) == [("a", ["A dog ."])]
-    with pytest.raises(DataError, match=r"no column 'd' \(--image-column\); its columns: a, b, c"):
-        pairs(file, image_column="d")
+    unknown = r"no column 'd' \(--image-column\); its columns: a, b, c"
+    for image, reason in ((None, r"odd\.csv.*a, b, c.*--image-column"), ("d", unknown)):
+        with pytest.raises(DataError, match=reason):
+            pairs(file, image_column=image)
 
 
 def test_unusable_rows_are_reported_with_lines_and_unclosed_quotation_marks_lose_one_line(folder: Path) -> None:
@@ -268,8 +258,7 @@ def test_unusable_rows_are_reported_with_lines_and_unclosed_quotation_marks_lose
     problems = Problems()
     assert pairs(folder / "t.csv", problems) == [("a", ["good"]), good]
     places = {int(problem.split("line ")[1].split(":")[0]): problem for problem in problems.first}
-    assert sorted(places) == list(reasons)
-    assert all(reason in places[place] for place, reason in reasons.items())
+    assert {n: reasons.get(n, "none") in problem for n, problem in places.items()} == dict.fromkeys(reasons, True)
     for lines, expected, lost in (
         (['a.jpg,"open', "b.jpg,good"], [good], [2]),
         (['a.jpg,"open', 'b.jpg,"good"', "b.jpg,more"], [("b", ["good", "more"])], [2]),
@@ -288,7 +277,7 @@ def test_unusable_rows_are_reported_with_lines_and_unclosed_quotation_marks_lose
 
 def write_parquet(file: Path, **columns: Any) -> Path:
     file.parent.mkdir(exist_ok=True)
-    parquet.write_table(pyarrow.table(columns), file)
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
     return file
 
 
@@ -302,8 +291,7 @@ def test_parquet_may_contain_paths_bytes_or_both(folder: Path) -> None:
         {"image": [{"bytes": None, "path": f"{name}.jpg"} for name in "ab"], "TEXT": texts},
     ):
         samples = list(read(write_parquet(folder / "t.parquet", **columns)).samples)
-        assert [sample["jpg"] for sample in samples] == data
-        assert captions_in(samples) == texts
+        assert ([sample["jpg"] for sample in samples], captions_in(samples)) == (data, texts)
     for number in range(3):
         write_parquet(folder / "many" / f"{number}.parquet", image=data, caption=["one", "two"])
     assert find_kind(folder / "many") == "parquet"
@@ -314,8 +302,7 @@ def test_unusable_parquet_rows_are_counted(folder: Path) -> None:
     data, file = (folder / "a.jpg").read_bytes(), folder / "t.parquet"
     texts = pyarrow.array([b"good", b"b", b"c", None, b"caf\xe9", b"\0"], pyarrow.binary()).view(pyarrow.string())
     write_parquet(file, image=[data, None, b"text", data, data, data], caption=texts)
-    problems = Problems()
-    assert pairs(file, problems) == [("t-0000000", ["good"])]
+    assert pairs(file, problems := Problems()) == [("t-0000000", ["good"])]
     assert {problem.split(": ")[0].split(", ")[-1] for problem in problems.first} == {f"row {n}" for n in range(1, 6)}
     times = pyarrow.array([2**62, 0], pyarrow.timestamp("ms"))  # the first cannot be represented
     for images, captions, reasons in (
@@ -323,8 +310,7 @@ def test_unusable_parquet_rows_are_counted(folder: Path) -> None:
         ([{"bytes": "a.jpg", "path": "x"}], ["a dog"], ("its image is not bytes but a str",)),
     ):
         write_parquet(file, image=images, caption=captions)
-        problems = Problems()
-        assert pairs(file, problems) == []
+        assert pairs(file, problems := Problems()) == []
         assert all(reason in problem for reason, problem in zip(reasons, problems.first, strict=True))
 
 
@@ -339,13 +325,12 @@ def text_stream(count: int, then: Exception | None = None) -> Iterator[Sample]:
 
 
 def test_webdataset_reads_every_written_sample_once(tmp_path: Path) -> None:
-    manifest = write_shards(Storage(), text_stream(25), str(tmp_path / "out"), 10)
+    manifest, again = (write_shards(Storage(), text_stream(25), str(tmp_path / name), 10) for name in ("out", "again"))
     shards = {shard.name: shard.samples for shard in manifest.shards}
     assert shards == {"000000.tar": 10, "000001.tar": 10, "000002.tar": 5}
     dataset = webdataset.WebDataset([str(tmp_path / "out" / name) for name in shards], shardshuffle=False)
     assert [sample["txt"].decode() for sample in dataset] == [f"text {i}" for i in range(25)]
-    again = write_shards(Storage(), text_stream(25), str(tmp_path / "again"), 10)
-    assert load_manifest(Storage(), str(tmp_path / "out")).digest == manifest.digest == again.digest
+    assert load_manifest(Storage(), str(tmp_path / "out")) == manifest == again
 
 
 def test_overwriting_replaces_shards_after_all_are_written(tmp_path: Path) -> None:
@@ -373,14 +358,12 @@ def test_failed_import_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     write_shards(Storage(), text_stream(5), url, 2)
     content = {path.name: path.read_bytes() for path in full.iterdir()}
     for folder, (count, reason) in product((empty, full), ((15, "line 16 is bad"), (0, "no usable sample"))):
+        stream = text_stream(count, DataError(reason) if count else None)
         with pytest.raises(DataError, match=reason):
-            write_shards(
-                Storage(), text_stream(count, DataError(reason) if count else None), str(folder), 5, overwrite=True
-            )
+            write_shards(Storage(), stream, str(folder), 5, overwrite=True)
     with pytest.raises(StorageError, match="unreachable"):
         importers.write_tar(tmp_path / "0.tar", text_stream(1, StorageError("the store is unreachable")))
-    no_space = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(importers, "TarWriter", Mock(side_effect=no_space))
+    monkeypatch.setattr(importers, "TarWriter", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
         write_shards(Storage(), text_stream(5), url, overwrite=True)
     assert {path.name: path.read_bytes() for path in full.iterdir()} == content

@@ -6,7 +6,6 @@ import random
 import zipfile
 from collections import defaultdict
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from pipeline.data.contents import regions
 from pipeline.data.contents.members import REGIONS, image_id_of
 from pipeline.data.contents.regions import RegionRecord, parse_regions, regions_of
 from pipeline.data.quarantine import BadSample
-from pipeline.data.shards.check import check_shards
-from pipeline.data.shards.manifest import index_shards
-from pipeline.data.storage import Storage
 from pipeline.objectives import check_objectives
-from tests.support.data_stream import data_config, hash_of, open_loader, take
+from tests.support.data_stream import data_config, hash_of, take
 from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.pairs import write_indexed
 
 HEIGHT, WIDTH = 60, 80
 FEATURES, CLASSES, MOST = 8, 5, 8
@@ -65,8 +62,7 @@ def test_regions_round_trip_and_features_of_half_precision_and_boxes_suffice() -
                 assert np.array_equal(getattr(read, name), ARRAYS[name])
     features, boxes = ARRAYS["features"].astype(np.float16), ARRAYS["boxes"]
     record = parse_regions(packed(features=features, image_size=None, classes=None, confidences=None))
-    assert record.classes is record.confidences is None
-    assert record.features.dtype == np.float32
+    assert (record.features.dtype, record.classes, record.confidences) == (np.float32, None, None)
     assert record.image_size == (int(np.ceil(boxes[:, 3].max())), int(np.ceil(boxes[:, 2].max())))
 
 
@@ -92,41 +88,38 @@ def changed(name: str, where: tuple[int, ...], value: float) -> dict[str, np.nda
     return {name: array}
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"features": None}, "no array 'features'; it has boxes, classes, confidences, image_size"),
-        ({"boxes": None}, "no array 'boxes'"),
-        ({"features": np.zeros((0, 8), np.float32)}, "no region"),
-        ({"features": np.zeros(8, np.float32)}, r"features have shape \(8,\)"),
-        ({"features": np.zeros((5, 0), np.float32)}, r"features have shape \(5, 0\)"),
-        ({"features": np.zeros((5, 8))}, "features have dtype float64"),
-        ({"features": np.zeros((5, 8), np.int32)}, "features has dtype int32"),
-        ({"features": np.array([[None] * 8] * 5)}, "features has dtype object"),
-        ({"boxes": np.zeros((5, 5), np.float32)}, r"boxes have shape \(5, 5\); expected \(5, 4\)"),
-        ({"boxes": np.zeros((4, 4), np.float32)}, r"boxes have shape \(4, 4\); expected \(5, 4\)"),
-        ({"boxes": np.array([["a"] * 4] * 5)}, "boxes has dtype <U1"),
-        ({"classes": np.zeros(5, np.float32)}, "classes has dtype float32"),
-        ({"classes": np.zeros(4, np.int64)}, r"classes have shape \(4,\)"),
-        ({"classes": np.array([0, 1, 2, 3, -1])}, "classes from -1 to 3"),
-        ({"classes": np.full(5, 2**64 - 1, np.uint64)}, "expected 0 to 2"),
-        ({"confidences": np.zeros((5, 1), np.float32)}, r"confidences have shape \(5, 1\)"),
-        ({"image_size": np.array([60])}, r"image_size have shape \(1,\)"),
-        ({"image_size": np.array([60.0, 80.0])}, "image_size has dtype float64"),
-        ({"image_size": np.array([0, 80])}, "an image of height 0 and width 80"),
-        (changed("features", (2, 3), np.nan), "features contain a number that is not finite"),
-        (changed("boxes", (2, 3), np.inf), "boxes contain a number that is not finite"),
-        (changed("confidences", (0,), np.nan), "confidences contain a number that is not finite"),
-        (changed("boxes", (3, 2), WIDTH + 1.5), r"box 3 \(.*, 81\.5, .*\) is outside an image of 80 x 60"),
-        (changed("boxes", (3, 1), -1.5), r"box 3 \(.*, -1\.5, .*\) is outside"),
-        (changed("boxes", (1, 2), 0.0), r"box 1 \(.*\) ends before it begins"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_fault_of_regions_is_reported(change: dict[str, Any], reason: str) -> None:
-    with pytest.raises(BadSample, match=reason) as error:
-        parse_regions(packed(**change))
-    assert error.value.stage == "regions"
+FAULTS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"features": None}, "no array 'features'; it has boxes, classes, confidences, image_size"),
+    ({"boxes": None}, "no array 'boxes'"), ({"features": np.zeros((0, 8), np.float32)}, "no region"),
+    ({"features": np.zeros(8, np.float32)}, r"features have shape \(8,\)"),
+    ({"features": np.zeros((5, 0), np.float32)}, r"features have shape \(5, 0\)"),
+    ({"features": np.zeros((5, 8))}, "features have dtype float64"),
+    ({"features": np.zeros((5, 8), np.int32)}, "features has dtype int32"),
+    ({"features": np.array([[None] * 8] * 5)}, "features has dtype object"),
+    *(({"boxes": np.zeros(n, np.float32)}, rf"boxes have shape \({n[0]}, {n[1]}\); exp") for n in ((5, 5), (4, 4))),
+    ({"boxes": np.array([["a"] * 4] * 5)}, "boxes has dtype <U1"),
+    ({"classes": np.zeros(5, np.float32)}, "classes has dtype float32"),
+    ({"classes": np.zeros(4, np.int64)}, r"classes have shape \(4,\)"),
+    ({"classes": np.array([0, 1, 2, 3, -1])}, "classes from -1 to 3"),
+    ({"classes": np.full(5, 2**64 - 1, np.uint64)}, "expected 0 to 2"),
+    ({"confidences": np.zeros((5, 1), np.float32)}, r"confidences have shape \(5, 1\)"),
+    ({"image_size": np.array([60])}, r"image_size have shape \(1,\)"),
+    ({"image_size": np.array([60.0, 80.0])}, "image_size has dtype float64"),
+    ({"image_size": np.array([0, 80])}, "an image of height 0 and width 80"),
+    *((changed(name, where, number), f"{name} contain a number that is not finite") for name, where, number in (
+        ("features", (2, 3), np.nan), ("boxes", (2, 3), np.inf), ("confidences", (0,), np.nan),
+    )),
+    (changed("boxes", (3, 2), WIDTH + 1.5), r"box 3 \(.*, 81\.5, .*\) is outside an image of 80 x 60"),
+    (changed("boxes", (3, 1), -1.5), r"box 3 \(.*, -1\.5, .*\) is outside"),
+    (changed("boxes", (1, 2), 0.0), r"box 1 \(.*\) ends before it begins"),
+)  # fmt: skip
+
+
+def test_every_fault_of_regions_is_reported() -> None:
+    for change, reason in FAULTS:
+        with pytest.raises(BadSample, match=reason) as error:
+            parse_regions(packed(**change))
+        assert error.value.stage == "regions"
 
 
 def rewritten(compression: int = zipfile.ZIP_STORED, **contents: bytes) -> bytes:
@@ -146,22 +139,21 @@ def test_damaged_bombs_and_unusual_archives_are_bad_samples(monkeypatch: pytest.
     assert len(bomb) < 5000
     monkeypatch.setattr(regions, "MAX_BYTES", 100_000)
     cases = [(data, "cannot be read as an npz") for data in (b"", b"no zip", b"PK\x03\x04 cut", wrong)]
-    cases.append((bomb, "features has 160128 bytes; expected at most 100000"))
-    cases.append((rewritten(zipfile.ZIP_LZMA), "method that numpy does not use"))
+    cases += [(bomb, "features has 160128 bytes; expected at most 100000")]
+    cases += [(rewritten(zipfile.ZIP_LZMA), "method that numpy does not use")]
     for shape in (b"(99999999999, 1024)", b"(-5, 8)", b"(-5, -8)", b"(2, 2)", b"()"):  # checked before allocation
         header = (b"{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + b"}").ljust(117) + b"\n"
         content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(5 * 8 * 4)
-        cases.append((rewritten(features=content), "features declares shape|cannot be read as an npz"))
+        cases += [(rewritten(features=content), "features declares shape|cannot be read as an npz")]
     for data, reason in cases:
         with pytest.raises(BadSample, match=reason):
             parse_regions(data)
 
 
-@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_mutated_regions_raise_only_bad_samples(compressed: bool) -> None:
-    whole, rng = packed(compressed), random.Random(1)
-    for _ in range(fuzz_rounds(400)):
+def test_mutated_regions_raise_only_bad_samples() -> None:
+    rng = random.Random(1)
+    for whole in (packed(), packed(compressed=True)) * fuzz_rounds(400):
         with suppress(BadSample):
             parse_regions(mutate(whole, rng))
 
@@ -189,17 +181,15 @@ def test_samples_without_image_are_identified_by_regions() -> None:
 # ---- captions with regions through the loader
 
 
-def members(number: int, **changed: Any) -> dict[str, bytes]:
+def members(number: int) -> dict[str, bytes]:
     captions = [f"picture {number} shows a thing in way {way}" for way in "abc"]
-    return {"json": json.dumps({"captions": captions}).encode(), "npz": packed(number=number, **changed)}
+    return {"json": json.dumps({"captions": captions}).encode(), "npz": packed(number=number)}
 
 
 @pytest.fixture
-def shards(tmp_path: Path, make_tar) -> str:
-    for shard, numbers in enumerate([range(9), range(9, 13), range(13, 23)]):
-        (tmp_path / f"{shard:05d}.tar").write_bytes(make_tar({f"s{n:05d}": members(n) for n in numbers}))
-    index_shards(Storage(), str(tmp_path))
-    return str(tmp_path)
+def shards(tmp_path: Path) -> str:
+    numbers = range(9), range(9, 13), range(13, 23)
+    return write_indexed(tmp_path, *({f"s{n:05d}": members(n) for n in shard} for shard in numbers))
 
 
 def run_config(shards: str, objectives: Any = OBJECTIVES, bad_rate: float = 1.0, **model: int) -> RunConfig:
@@ -214,11 +204,9 @@ def test_examples_contain_their_samples_regions(shards: str) -> None:
     expected = {best.features.tobytes(): best for best in best_of}
     ids, masks, hidden, masked = dict[bytes, int](), defaultdict[bytes, set[bytes]](set), 0, 0
     for batch in take(run_config(shards), 40):
-        assert batch.image is None
-        assert int(batch.region_keep.sum(dim=1).max()) == batch.region_keep.shape[1]
+        assert (batch.image, int(batch.region_keep.sum(dim=1).max())) == (None, batch.region_keep.shape[1])
         for row, keep in enumerate(batch.region_keep):
-            key = batch.region_features[row][keep].numpy().tobytes()
-            best = expected[key]
+            best = expected[key := batch.region_features[row][keep].numpy().tobytes()]
             np.testing.assert_array_equal(batch.region_location[row][keep], best.locations())
             np.testing.assert_array_equal(batch.region_class[row][keep], best.classes)
             for name in ("region_features", "region_location", "region_class", "region_hidden"):
@@ -245,27 +233,6 @@ def test_batches_depend_on_the_objectives_and_not_on_the_reader(shards: str, obj
     is_filled |= dict.fromkeys(("region_positions", "region_hidden"), masks_regions)
     is_filled["region_class"] = "moc" in objectives
     assert {name: getattr(batch, name) is not None for name in is_filled} == is_filled
-
-
-def test_bad_regions_are_replaced_and_reported(tmp_path: Path, make_tar) -> None:
-    """The shard check finds the samples that training replaces, with the same reasons."""
-    bad = {
-        "no_npz": {"json": members(0)["json"]},
-        "no_zip": {"json": members(0)["json"], "npz": b"no zip"},
-        "outside": members(0, boxes=np.array([[0, 0, 90, 10]], np.float32)),
-        "nothing": members(0, features=np.zeros((0, FEATURES), np.float32)),
-    }
-    samples: dict[str, dict[str, bytes]] = {}
-    for number, key in enumerate(bad):
-        samples |= {f"s{n:05d}": members(n) for n in range(9 * number, 9 * number + 9)} | {key: bad[key]}
-    (tmp_path / "00000.tar").write_bytes(make_tar(samples))
-    index_shards(Storage(), str(tmp_path))
-    (report,) = check_shards(Storage(), str(tmp_path), "regions", 10**6, workers=1)
-    assert {finding.key for finding in report.bad} == set(bad)
-    with open_loader(run_config(str(tmp_path))) as loader:
-        list(islice(loader.batches(0), 4))
-        reported = {(entry["key"], entry["reason"]) for entry in loader.quarantined()}
-    assert reported == {(finding.key, finding.reason) for finding in report.bad}
 
 
 def test_configs_that_do_not_fit_the_regions_name_the_key_to_change(shards: str) -> None:

@@ -18,11 +18,10 @@ from pipeline.data.contents.regions import RegionRecord
 from pipeline.data.quarantine import BadSample
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.check import check_shards
-from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from tests.support.bad_shards import read_epoch
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.pairs import Members, index_bytes, tar_bytes
+from tests.support.pairs import Members, index_bytes, tar_bytes, write_indexed
 
 CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8  # as in `read_epoch`
 USES: tuple[SourceType, ...] = ("pairs", "text", "labelled", "regions", "questions", "statements")
@@ -50,6 +49,14 @@ CAPTIONS: dict[tuple[str, bool], tuple[bytes, ...]] = {
     ),
     ("txt", True): (b"\xef\xbb\xbffine", b"?!", "\U0001f600".encode()),
 }  # fmt: skip
+
+
+def regions(number: int, boxes: list[list[int]]) -> bytes:
+    """Return regions of an image of 10 x 10."""
+    features, classes = np.full((len(boxes), NUMBERS), number, dtype=np.float32), np.arange(len(boxes))
+    return RegionRecord(features, np.array(boxes, np.float32).reshape(-1, 4), (10, 10), classes).to_bytes()
+
+
 _CLASSES = (b"9" * 5000, b"9" * 19, b"-1", b"+1", b"1.0", b"", "\u0661".encode(), b"1_0", b"nan", b"4")
 _SCORES = (b"Infinity", b"NaN", b"1" + b"0" * 400, b'"1"', b"null", b"true", b"-1", b"[[]]")
 _LABELS = (b"NaN", b"1e400", b"2", b"[]", b"{}", b'"true"', b"null", b"9" * 400)
@@ -65,7 +72,9 @@ OTHERS: dict[SourceType, list[Members]] = {
         *({"json": b'{"sentence": "so", "label": %s}' % label} for label in _LABELS),
         {"json": b'{"sentence": "so \\ud83d", "label": true}'},
     ],
-    "regions": [{"npz": b""}, {"npz": b"PK\x03\x04"}],
+    "regions": [
+        *({"npz": data} for data in (b"", b"PK\x03\x04", b"no zip", regions(0, [[0, 0, 90, 10]]), regions(0, [])))
+    ],
 }
 
 
@@ -86,9 +95,7 @@ def sample(source_type: SourceType, number: int) -> Members:
         return {"0.jpg": shown, "1.jpg": other.getvalue(), "json": json.dumps(record).encode()}
     text = {"json": json.dumps({"captions": [f"a thing {number}", "another way"], "url": f"u/{number}"}).encode()}
     if source_type == "regions":
-        features = np.full((2, NUMBERS), number, dtype=np.float32)
-        boxes = np.array([[0, 0, 5, 5], [1, 1, 9, 9]], dtype=np.float32)
-        return text | {"npz": RegionRecord(features, boxes, (10, 10), np.array([0, 1])).to_bytes()}
+        return text | {"npz": regions(number, [[0, 0, 5, 5], [1, 1, 9, 9]])}
     return text | ({"jpg": shown} if source_type == "pairs" else {})
 
 
@@ -97,11 +104,9 @@ def judge(folder: Path, source_type: SourceType, damaged: dict[str, Members]) ->
     samples = damaged | {f"good{number}": sample(source_type, number) for number in range(2 * len(damaged) + BATCH)}
     samples |= {f"more{number}": sample(source_type, number) for number in range(-len(samples) % BATCH)}
     keys = sorted(samples, key=lambda key: random.Random(key).random())
-    folder.mkdir()
-    (folder / "0.tar").write_bytes(tar_bytes({key: samples[key] for key in keys}))
+    write_indexed(folder, {key: samples[key] for key in keys})
     (folder / "answers.json").write_bytes(Choices(ANSWERS).to_bytes())
     (folder / "classes.json").write_bytes(Choices(tuple("abcd")).to_bytes())
-    index_shards(Storage(), str(folder))
     (report,) = check_shards(Storage(), str(folder), source_type, DataConfig().max_pixels, workers=1)
     assert report.broken is None
     findings = {(bad.key, bad.stage, bad.reason) for bad in report.bad}
@@ -116,9 +121,9 @@ def judge(folder: Path, source_type: SourceType, damaged: dict[str, Members]) ->
 def variants(source_type: SourceType) -> dict[str, Members]:
     """Return samples that are bad, by keys with 'poison', and unusual ones that are good."""
     changes = [(False, change) for change in OTHERS.get(source_type, [])]
+    samples = {"poison": {"json": sample(source_type, 0)["json"]}} if source_type == "regions" else {}  # without any
     if source_type in ("pairs", "text", "regions"):
         changes += [(is_good, {name: data}) for (name, is_good), contents in CAPTIONS.items() for data in contents]
-    samples = {}
     for number, (is_good, change) in enumerate(changes):
         whole = sample(source_type, number)
         if "txt" in change:

@@ -5,9 +5,11 @@ import io
 import itertools
 import json
 import random
+import re
 import tarfile
 import tracemalloc
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +23,7 @@ from pipeline.data.contents.members import image_id_of
 from pipeline.data.shards.index import ShardIndex, ShardRecord, open_sidecar
 from pipeline.data.shards.tar import Tar, clean_name
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.pairs import index_bytes, pair, tar_bytes, tar_of
+from tests.support.pairs import extracted, index_bytes, members_in, pair, tar_bytes, tar_of
 
 END = bytes(1024)
 NAMES = [
@@ -78,49 +80,42 @@ def test_member_names_become_distinct_text_with_padded_headers_and_signed_checks
     unclean = replace(index_bytes(entry() + END), keys=(b"caf\xe9".decode("utf-8", "surrogateescape"),))
     with pytest.raises(ValueError, match="surrogates not allowed"):
         ShardIndex.from_bytes(unclean.to_bytes())
-    assert index_bytes(pax(bytes(7), path=b"b.txt") + entry() + END).keys == ("b",)
     name = "Tür.txt".encode()
     assert header(name, signed=True) != header(name)
-    data = entry(name=name, signed=True) + entry(name=name.replace(b"T", b"t")) + END
-    assert index_bytes(data).keys == ("Tür", "tür")
+    data = entry(name=name, signed=True) + pax(bytes(7), path=b"b.txt") + entry() + entry(name=name.lower()) + END
+    assert index_bytes(data).keys == ("Tür", "b", "tür")
 
 
 def test_invalid_sizes_and_extended_headers_name_shard_and_offset() -> None:
-    sizes = [
-        *(b"12x45678901\0", b"-0000000001\0", b"0o000000001\0", b"1_000000000\0", b"\xff" * 12),
-        *(b"\x80" + bytes(3) + (2**62).to_bytes(8, "big"), b"00000004000\0", b"77777777777\0"),
-    ]
+    sizes = [b"12x45678901\0", b"-0000000001\0", b"0o000000001\0", b"1_000000000\0", b"\xff" * 12, b"00000004000\0"]
+    sizes += [b"\x80" + bytes(3) + (2**62).to_bytes(8, "big"), b"77777777777\0"]
     tars = [entry() + header(size=size, kind=kind) + bytes(512) for size in sizes for kind in (b"0", b"L", b"x", b"Z")]
     values = (b"abc", b"1" + b"0" * 30, b"-3", b"", b"9223372036854775807", "\u0663".encode())
-    for data in (*tars, *(pax(size=value) + entry() for value in values)):
-        with pytest.raises(DataError, match=r"x\.tar: .*header at byte 1024 states"):
-            index_bytes(data + END)
     broken = (b"abc", b"99 path=x\n", b"5 path=x\n", b"9 path=x ", b"9" * 5000 + b" a=b\n", b"0 a=b\n", b"6 a-b\n")
-    for records in broken:
-        with pytest.raises(DataError, match=r"x\.tar: the extended header at byte 512 is damaged"):
-            index_bytes(pax(records) + entry() + END)
+    for data, reason in (
+        *((data, ".*header at byte 1024 states") for data in (*tars, *(pax(size=value) + entry() for value in values))),
+        *((pax(records) + entry(), "the extended header at byte 512 is damaged") for records in broken),
+    ):
+        with pytest.raises(DataError, match=rf"x\.tar: {reason}"):
+            index_bytes(data + END)
 
 
 def test_truncated_damaged_and_compressed_tars_are_rejected_by_name() -> None:
     good = tar_of((name, bytes(700)) for name in ("1.jpg", "1.txt", "2.jpg"))  # of 512 + 1024 bytes each
-    for cut, place in {
-        1536 + 200: "inside a header",
-        1536 + 512 + 300: "inside a member's data",
-        1536: "before the two zero blocks",
-        3 * 1536 + 512: "between the two zero blocks",
+    cuts = {
+        1536 + 200: "inside a header", 1536 + 512 + 300: "inside a member's data",
+        1536: "before the two zero blocks", 3 * 1536 + 512: "between the two zero blocks",
         3 * 1536 - 10: "inside a member's data",  # only padding is missing
-    }.items():
-        reason = rf"s3://b/00007\.tar: the shard is truncated.*(byte {cut}, {place}|states)"
-        with pytest.raises(DataError, match=reason):
-            index_bytes(good[:cut], "s3://b/00007.tar")
-    for data, reason in {
-        gzip.compress(good): r"compressed.*Unpack x.tar to a plain \.tar",
-        b"hello world " * 100: r"x\.tar: no tar header at byte 0",
-        good[:1536] + b"\x01" + good[1537:]: r"x\.tar: no tar header at byte 1536",
-        good + good: r"concatenated tars",
-    }.items():
-        with pytest.raises(DataError, match=reason):
-            index_bytes(data)
+    }  # fmt: skip
+    for data, reason in (
+        *((good[:cut], f"the shard is truncated.*(byte {cut}, {place}|states)") for cut, place in cuts.items()),
+        (gzip.compress(good), r".*compressed.*Unpack 7\.tar to a plain \.tar"),
+        (b"hello world " * 100, "no tar header at byte 0"),
+        (good[:1536] + b"\x01" + good[1537:], "no tar header at byte 1536"),
+        (good + good, ".*concatenated tars"),
+    ):
+        with pytest.raises(DataError, match=rf"s3://b/7\.tar: {reason}"):
+            index_bytes(data, "s3://b/7.tar")
 
 
 def test_skipped_entries_are_counted_by_kind() -> None:
@@ -136,8 +131,7 @@ def test_skipped_entries_are_counted_by_kind() -> None:
         "symbolic link": 2, "hard link to a file that does not precede it in the tar": 1, "pipe": 1,
         "character device": 1, "file without an extension": 2, "hidden file": 2, "file of webdataset's metadata": 1,
     }  # fmt: skip
-    assert "2 x symbolic link" in tar.skipped_summary()
-    assert "the first: b.txt" in tar.skipped_summary()
+    assert re.search(r"2 x symbolic link.*the first: b\.txt", tar.skipped_summary())
     with pytest.raises(DataError, match=r"x\.tar: no sample, only 2 x symbolic link.*tar --dereference"):
         index_bytes(written(("a.jpg", LINK, "../x"), ("a.txt", LINK, "../y")))
 
@@ -153,16 +147,14 @@ def test_keys_follow_webdataset_and_a_repeated_one_begins_a_flagged_sample() -> 
     ]  # fmt: skip
     names = ["a.jpg", "a.txt", "a.jpg", "a.txt", "b.jpg", "a.txt", "c.jpg", "b.txt"]
     index = index_bytes(tar_of((name, b"x") for name in names))
-    assert index.keys == ("a", "a", "b", "a", "c", "b")
-    assert index.duplicate.tolist() == [False, True, False, True, False, True]
+    assert (index.keys, index.duplicate.tolist()) == (tuple("aabacb"), [False, True] * 3)
     members = [[name for name, _, _ in index.members(n)] for n in range(6)]
     assert members == [["jpg", "txt"], ["jpg", "txt"], ["jpg"], ["txt"], ["jpg"], ["txt"]]
     assert index_bytes(tar_of([])).first.tolist() == [0]
 
 
 def test_fuzzed_tars_raise_data_errors_only() -> None:
-    rng = random.Random(14)
-    long = "d/" * 80 + "b.txt"
+    rng, long = random.Random(14), "d/" * 80 + "b.txt"
     entries = ("a.txt", FILE, "one"), (long, FILE, "two"), ("c.txt", HARD, "a.txt"), ("d.txt", LINK, "a")
     whole = [written(*entries, format=format) for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
     whole += [entry(name=b"caf\xe9.txt") + pax(size=b"3", path=b"x.txt") + entry() + END]
@@ -188,13 +180,9 @@ def test_index_equals_tarfile_and_hard_links_are_read_as_their_targets(format: i
     names = ["a/1.jpg", "a/1.json", f"{long}.jpg", f"{long}.txt", "b.seg.png"]
     data = tar_of([(name, name.encode() * 9) for name in names], format)
     index = index_bytes(data)
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        expected = {member.name: tar.extractfile(member).read() for member in tar}
-    members = [(f"{key}.{name}", at, size) for n, key in enumerate(index.keys) for name, at, size in index.members(n)]
-    assert {name: data[at : at + size] for name, at, size in members} == expected
-    assert index.keys == ("a/1", long, "b")
-    assert index.extensions == ("jpg", "json", "seg.png", "txt")
-    assert index.bytes == len(data)
+    assert members_in(data, index) == extracted(data)
+    facts = (("a/1", long, "b"), ("jpg", "json", "seg.png", "txt"), len(data))
+    assert (index.keys, index.extensions, index.bytes) == facts
     long = "d/" * 60 + "b" if format != tarfile.USTAR_FORMAT else "d/b"
     data = written(
         ("a.txt", FILE, "one"), ("a.json", FILE, "{}"), (f"{long}.txt", HARD, "a.txt"),
@@ -221,8 +209,8 @@ def test_properties_equal_those_of_the_members_and_unknown_ones_are_zero() -> No
         exif[0x0112] = orientation
         Image.new("RGB", (40, 30), "white").save(buffer, kind, exif=exif)
         index = index_bytes(tar_of([(f"a.{kind.lower()}", buffer.getvalue())]))
-        assert (int(index.height[0]), int(index.width[0])) == decode(buffer.getvalue(), 10_000).shape[:2]
-        assert (int(index.width[0]) == 30) == (orientation == 6)
+        sides = (40, 30) if orientation == 6 else (30, 40)
+        assert (int(index.height[0]), int(index.width[0])) == decode(buffer.getvalue(), 10_000).shape[:2] == sides
     damaged, whole = b"\xff\xd8 no picture", pair(1)
     samples = {
         "a": {"jpg": damaged, "json": b"{"}, "b": {"txt": b"words only"}, "c": {"json": b"[1]"}, "d": {"cls": b"1"},
@@ -231,9 +219,8 @@ def test_properties_equal_those_of_the_members_and_unknown_ones_are_zero() -> No
     index = index_bytes(tar_bytes(samples))
     assert index.width.tolist() == index.height.tolist() == [0, 0, 0, 0, 24]  # known of a truncated image
     assert index.caption_length.tolist() == [0, 10, 0, 0, 0]
-    assert not index.url_id.any()
     assert index.image_id[:4].tolist() == [image_id_of({"jpg": damaged}), 0, 0, 0]
-    assert index.columns == {}
+    assert (index.url_id.any(), index.columns) == (False, {})
     samples = {"a": whole, "b": pair(1), "c": pair(2) | {"json": b'{"image_id": 7, "caption": "x"}'}}
     index = index_bytes(tar_bytes(samples))
     assert index.image_id.tolist() == [image_id_of(members) for members in samples.values()]
@@ -250,18 +237,13 @@ def test_json_fields_become_columns_or_other_fields() -> None:
         *({"name": f"n{number}"} for number in range(300)),
     ]
     index = index_of(*rows)
-    assert sorted(index.columns) == ["safe", "score", "status", "tongue"]
+    assert (sorted(index.columns), index.width.any()) == (["safe", "score", "status", "tongue"], False)
     assert index.other_fields == ("huge", "list", "long", "mixed", "name")
-    assert index.columns["score"][:2].tolist() == [1, 2.5]
-    assert np.isnan(index.columns["score"][2:]).all()
+    np.testing.assert_array_equal(index.columns["score"], [1, 2.5, *[np.nan] * 301])
     assert index.columns["safe"][:2].tolist() == [1, 0]
     assert index.columns["tongue"][:3].tolist() == ["en", "", "de"]
-    assert not index.width.any()
-    rows = [{"common": 1} | {f"own{sample}_{n}": 1 for n in range(300)} for sample in range(3)]
-    index = index_of(*rows)
-    assert len(index.columns) == 500
-    assert "common" in index.columns
-    assert len(index.other_fields) == 401
+    index = index_of(*({"common": 1} | {f"own{sample}_{n}": 1 for n in range(300)} for sample in range(3)))
+    assert ("common" in index.columns, len(index.columns), len(index.other_fields)) == (True, 500, 401)
 
 
 # Sidecars -------------------------------------------------------------------------------------------------------------
@@ -269,8 +251,7 @@ def test_json_fields_become_columns_or_other_fields() -> None:
 
 @pytest.fixture
 def index() -> ShardIndex:
-    one = b'{"caption": "one", "score": 0.5, "safe": true, "tongue": "en"}'
-    jsons = [one, b'{"caption": "two", "score": null}', b"no json"]
+    jsons = [b'{"score": 0.5, "safe": true, "tongue": "en"}', b'{"caption": "two", "score": null}', b"no json"]
     samples = {str(n): pair(n) | {"json": data} for n, data in enumerate(jsons)}
     return index_bytes(tar_bytes(samples | {"text": {"txt": b"only words"}}), etag="tag")
 
@@ -285,7 +266,7 @@ def test_sidecar_round_trip(index: ShardIndex) -> None:
         assert getattr(again, name) == getattr(index, name)
     assert list(again.columns) == ["safe", "score", "tongue"]
     assert again.columns["tongue"].tolist() == ["en", "", "", ""]
-    assert np.array_equal(again.columns["score"], [0.5, np.nan, np.nan, np.nan], equal_nan=True)
+    np.testing.assert_array_equal(again.columns["score"], [0.5, np.nan, np.nan, np.nan])
     with open_sidecar(index.to_bytes(), "x.tar") as (_, record):
         assert record == ShardRecord("x.tar", len(index), index.bytes, index.digest, "tag")
 
@@ -302,12 +283,10 @@ def test_sidecar_memory_is_bounded_by_the_tar() -> None:
         kind = parts[name].dtype if name in parts else np.dtype(np.uint8)
         bomb = sidecar_of(parts | {name: np.zeros(2**25 // kind.itemsize, dtype=kind)})
         assert len(bomb) < 2**17
+        refused = pytest.raises(ValueError, match=f"{name} has .* expected at most")
         tracemalloc.start()
-        if name == "keys":  # no array of an index: ignored
+        with nullcontext() if name == "keys" else refused:  # no array of an index is named keys: ignored
             ShardIndex.from_bytes(bomb)
-        else:
-            with pytest.raises(ValueError, match=f"{name} has .* expected at most"):
-                ShardIndex.from_bytes(bomb)
         assert tracemalloc.get_traced_memory()[1] < 2**22
         tracemalloc.stop()
 
@@ -316,10 +295,10 @@ def test_truncated_old_and_impossible_sidecars_are_value_errors(index: ShardInde
     data = index.to_bytes()
     parts = dict(np.load(io.BytesIO(data)))
     damaged = [data[: int(keep * len(data))] for keep in (0.0, 0.01, 0.5, 0.99)]
-    damaged.append(sidecar_of({"version": np.array(1), "first": np.zeros(1)}))
+    damaged += [sidecar_of({"version": np.array(1), "first": np.zeros(1)})]
     for change in ({"samples": 10**9}, {"samples": -1}, {"bytes": "many"}, {"samples": None}, {"version": [3]}):
         facts = json.dumps(json.loads(parts["facts"].tobytes()) | change).encode()
-        damaged.append(sidecar_of(parts | {"facts": np.frombuffer(facts, dtype=np.uint8)}))
+        damaged += [sidecar_of(parts | {"facts": np.frombuffer(facts, dtype=np.uint8)})]
     for content in damaged:
         with pytest.raises(ValueError, match="not a valid index"):
             ShardIndex.from_bytes(content)
@@ -328,10 +307,8 @@ def test_truncated_old_and_impossible_sidecars_are_value_errors(index: ShardInde
 
 
 def test_fuzzed_sidecars_raise_value_errors_only(index: ShardIndex) -> None:
-    rng = random.Random(7)
-    whole = index.to_bytes()
+    rng, whole, outcomes = random.Random(7), index.to_bytes(), Counter[str]()
     parts = dict(np.load(io.BytesIO(whole)))
-    outcomes = Counter[str]()
     for turn in range(fuzz_rounds(100)):
         name = rng.choice(list(parts))
         if turn % 2:

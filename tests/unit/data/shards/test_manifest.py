@@ -1,7 +1,6 @@
 """The manifest of a folder lists its shards exactly, and replaced, lost or truncated shards are detected."""
 
 import gzip
-import io
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,7 +23,7 @@ from pipeline.data.shards.index import ShardRecord
 from pipeline.data.shards.manifest import Manifest, ensure_indexed, index_shards, load_index, load_manifest
 from pipeline.data.storage import Storage
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.pairs import Watched, pair, tar_bytes, tar_of
+from tests.support.pairs import Watched, extracted, members_in, pair, tar_bytes, tar_of
 
 STORAGE = Storage()
 DAMAGED = (b"", b"\xff", b"[" * 50_000, b'{"successes": true}', b'{"successes": 1e400}', b"9" * 5000)  # counts
@@ -51,11 +51,11 @@ def folder(make_pairs) -> Path:
 
 def test_indexing_leaves_the_tars_unchanged_and_continues(folder: Path) -> None:
     url, before = str(folder), {path: path.read_bytes() for path in folder.iterdir()}
-    calls: list[tuple[int, int, str]] = []
-    manifest = ensure_indexed(STORAGE, url, lambda *progress: calls.append(progress))
+    manifest = ensure_indexed(STORAGE, url, progress := Mock())
+    calls = [call.args for call in progress.mock_calls]
     assert [(done, total) for done, total, _ in calls] == [(1, 3), (2, 3), (3, 3)]
-    assert {name for *_, name in calls} == {shard.name for shard in manifest.shards}
-    assert [shard.name for shard in manifest.shards] == ["00000.tar", "00001.tar", "00002.tar"]
+    names = [shard.name for shard in manifest.shards]
+    assert names == ["00000.tar", "00001.tar", "00002.tar"] == sorted(name for *_, name in calls)
     assert (sizes(manifest), manifest.num_samples) == ([5, 3, 4], 12)
     assert {path: path.read_bytes() for path in before} == before
     assert [len(load_index(STORAGE, url, record)) for record in manifest.shards] == [5, 3, 4]
@@ -86,8 +86,7 @@ def test_replaced_shard_is_indexed_again_and_foreign_facts_are_rejected(folder: 
     assert index_shards(STORAGE, str(tmp_path / "copy")).digest == before.digest  # of contents only
     (folder / "00001.tar").write_bytes(pairs_tar(2))
     after = index_shards(STORAGE, str(folder))
-    assert (sizes(after), after.shards[0]) == ([5, 2, 4], before.shards[0])
-    assert after.digest != before.digest
+    assert (sizes(after), after.shards[0], after.digest == before.digest) == ([5, 2, 4], before.shards[0], False)
     assert len(load_index(STORAGE, str(folder), after.shards[1])) == 2
     shutil.copy(folder / "00000.tar.index.npz", folder / "00001.tar.index.npz")
     with pytest.raises(DataError, match=r"00001\.tar\.index\.npz: belongs to another version"):
@@ -100,10 +99,13 @@ def test_replaced_shard_is_indexed_again_and_foreign_facts_are_rejected(folder: 
 
 
 def test_brace_patterns_select_shards_and_pipes_are_rejected(folder: Path, tmp_path: Path) -> None:
-    assert sizes(index_shards(STORAGE, f"{folder}/0000{{0..1}}.tar")) == [5, 3]
-    assert sizes(index_shards(STORAGE, f"{folder}/00002.tar")) == [4]  # the other shards stay in the manifest
-    assert sizes(load_manifest(STORAGE, str(folder))) == [5, 3, 4]
-    assert sizes(load_manifest(STORAGE, f"{folder}/0000{{1..2}}.tar")) == [3, 4]
+    for call, names, expected in (
+        (index_shards, "/0000{0..1}.tar", [5, 3]),
+        (index_shards, "/00002.tar", [4]),  # the other shards stay in the manifest
+        (load_manifest, "", [5, 3, 4]),
+        (load_manifest, "/0000{1..2}.tar", [3, 4]),
+    ):
+        assert sizes(call(STORAGE, f"{folder}{names}")) == expected
     with pytest.raises(DataError, match=r"00003\.tar is not in"):
         load_manifest(STORAGE, f"{folder}/{{00000..00003}}.tar")
     expanded = manifests.shard_names("s3://bucket/a-{08..11}.{x,y}", {})
@@ -117,10 +119,10 @@ def test_brace_patterns_select_shards_and_pipes_are_rejected(folder: Path, tmp_p
 
 def test_missing_parts_name_the_command_to_run(tmp_path: Path) -> None:
     url, empty = str(tmp_path), tar_of([])
-    with pytest.raises(DataError, match=r"no such folder of shards.*mome shards build"):
-        load_manifest(STORAGE, f"{url}/absent")
-    with pytest.raises(DataError, match=r"no manifest\.json in it.*mome shards index"):
-        load_manifest(STORAGE, url)
+    absent = "no such folder of shards.*mome shards build"
+    for folder, reason in ((f"{url}/absent", absent), (url, r"no manifest\.json in it.*mome shards index")):
+        with pytest.raises(DataError, match=reason):
+            load_manifest(STORAGE, folder)
     for name, content, reason in (
         ("note.md", b"", r"no \.tar files there"),
         ("x.tgz", gzip.compress(empty), r"no \.tar files there\. Unpack x\.tgz"),
@@ -146,13 +148,14 @@ def test_missing_parts_name_the_command_to_run(tmp_path: Path) -> None:
 def test_missing_and_truncated_shards_are_named(folder: Path, make_pairs) -> None:
     manifest = index_shards(STORAGE, str(folder))
     before = (folder / "manifest.json").read_bytes()
-    manifests.check_present(STORAGE, str(folder), manifest)
+    check_present = partial(manifests.check_present, manifest=manifest)
+    check_present(STORAGE, str(folder))
     for damage, reason in (
         (lambda path: os.truncate(path, 4096), r"00001\.tar: the shard was truncated: 4096 bytes"),
         (os.unlink, r"00001\.tar: the shard is missing"),
     ):
         damage(folder / "00001.tar")
-        for check in (partial(manifests.check_present, manifest=manifest), ensure_indexed):
+        for check in (check_present, ensure_indexed):
             with pytest.raises(DataError, match=reason):
                 check(STORAGE, str(folder))
     assert (folder / "manifest.json").read_bytes() == before
@@ -160,8 +163,7 @@ def test_missing_and_truncated_shards_are_named(folder: Path, make_pairs) -> Non
     os.truncate(other / "00001.tar", 4096)
     with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
         index_shards(STORAGE, str(other))
-    assert not (other / "manifest.json").exists()
-    assert (other / "00000.tar.index.npz").exists()
+    assert [(other / name).exists() for name in ("manifest.json", "00000.tar.index.npz")] == [False, True]
 
 
 def test_read_only_folder_is_named() -> None:
@@ -202,14 +204,12 @@ def test_trusted_shards_are_read_on_first_use_and_must_have_the_count(counted: P
     assert (sizes(manifest), tars) == ([5, 3, 4, 2], ["00003.tar"])
     assert [shard.is_trusted for shard in manifest.shards] == [True, True, True, False]
     assert load_manifest(STORAGE, url) == ensure_indexed(STORAGE, url) == manifest
-    again = Watched()
+    again, watched = Watched(), Watched()
     assert (index_shards(again, url, trust_counts=True), again.names) == (manifest, ["manifest.json"])
-    watched = Watched()
     one, other = (load_index(watched, url, manifest.shards[1]) for _ in range(2))
     assert one.keys == other.keys == ("counted00005", "counted00006", "counted00007")
-    assert watched.tars == ["00001.tar"]
     whole = index_shards(STORAGE, url)
-    assert not any(shard.is_trusted for shard in whole.shards)
+    assert (watched.tars, any(shard.is_trusted for shard in whole.shards)) == (["00001.tar"], False)
     assert whole.shards[1].digest == one.digest == other.digest
     assert whole.digest != manifest.digest
     for path in (*counted.glob("*.npz"), counted / "manifest.json"):
@@ -218,11 +218,8 @@ def test_trusted_shards_are_read_on_first_use_and_must_have_the_count(counted: P
     manifest = index_shards(STORAGE, url, trust_counts=True)
     assert sizes(manifest) == [5, 3, 3, 2]
     (counted / "00001.tar").write_bytes(pairs_tar(3))
-    for shard, reason in (
-        (1, r"00001\.tar: the shard was changed"),
-        (2, r"00002\.tar: it has 4 samples, and the index of another tool said 3"),
-    ):
-        with pytest.raises(DataError, match=reason):
+    for shard, reason in ((1, "the shard was changed"), (2, "it has 4 samples, and the index of another tool said 3")):
+        with pytest.raises(DataError, match=rf"0000{shard}\.tar: {reason}"):
             load_index(STORAGE, url, manifest.shards[shard])
 
 
@@ -260,11 +257,8 @@ def test_tars_of_other_tools_are_indexed(shared: Path, tmp_path: Path) -> None:
         "webdataset_tendata": 100, "webdataset_testgz": 1000,
     }  # fmt: skip
     for record in manifest.shards:
-        data, index = (tmp_path / record.name).read_bytes(), load_index(STORAGE, str(tmp_path), record)
-        members = [(f"{key}.{m[0]}", *m[1:]) for number, key in enumerate(index.keys) for m in index.members(number)]
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            expected = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
-        assert {name: data[at : at + size] for name, at, size in members} == expected
+        data = (tmp_path / record.name).read_bytes()
+        assert members_in(data, load_index(STORAGE, str(tmp_path), record)) == extracted(data)
 
 
 def test_fuzzed_manifests_raise_data_errors_only(folder: Path) -> None:
