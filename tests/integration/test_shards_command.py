@@ -1,6 +1,5 @@
 """`mome shards`, from files to shards in a folder and in an S3 bucket, and its detectors on Ray actors."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ from PIL import Image
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from tests.support.imports import save_image, write_lines
+from tests.support.fine_tuning_data import write_set
+from tests.support.imports import write_lines
 from tests.support.pairs import picture
 from tests.support.shards_command import facts_of, refuses, run_shards, save_yolos
 
@@ -62,7 +62,10 @@ def test_shards_in_a_bucket_equal_those_in_a_folder(pairs: Path, tmp_path: Path,
         assert (checked["num_samples"], checked["shards"], checked["bad_samples"]) == counts
 
 
-def test_texts_damaged_images_and_photos_are_built_and_shown(tmp_path: Path, shared: Path) -> None:
+def test_questions_texts_damaged_images_and_photos_are_shown(tmp_path: Path, shared: Path) -> None:
+    questions = write_set(tmp_path, "questions", 3)
+    assert facts_of("check", questions, "--type", "questions", "--workers", 1)["bad_samples"] == 0
+    assert "what colour are the shapes?" in run_shards("show", questions).stdout
     (tmp_path / "book.txt").write_text("It was a dark night. " * 40)
     built = facts_of("build", tmp_path / "book.txt", tmp_path / "texts", "--words", 12)
     assert (built["kind"], built["num_samples"]) == ("text", 20)
@@ -93,20 +96,6 @@ def test_counts_of_another_tool_need_trust_counts(pairs: Path, tmp_path: Path) -
     assert facts_of("show", out, "--samples", 1)["samples"][0]["captions"] == ["picture 0", "a grey one, 0"]
     assert len(list(out.glob("*.npz"))) == 1
     assert facts_of("index", out)["trusted"] == 0
-
-
-def test_choices_are_listed_next_to_the_shards(tmp_path: Path) -> None:
-    save_image(tmp_path / "COCO_val2014_000000000005.jpg")
-    question = {"question_id": 50, "image_id": 5, "question": "What colour is it?"}
-    answers = {"question_id": 50, "multiple_choice_answer": "grey", "answers": [{"answer": "Grey."}] * 10}
-    write_lines(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": [answers]})
-    file = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
-    write_lines(file, {"data_subtype": "val2014", "questions": [question]})
-    result = facts_of("build", file, tmp_path / "out", "--min-count", 1)
-    assert (result["kind"], result["num_samples"], result["answers.json"]) == ("vqa", 1, 1)
-    assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["grey"]
-    assert "What colour is it?" in run_shards("show", tmp_path / "out").stdout
-    run_shards("check", tmp_path / "out", "--type", "questions", "--workers", 1)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -64,6 +64,7 @@ def test_imported_contents_are_counted_and_hints_name_the_option_to_try(images: 
         assert ("--kind classes" in build(folder, tmp_path / "out", "--overwrite").stderr) == is_advised
     result = facts_of("build", tmp_path / "classes", tmp_path / "out", "--overwrite", "--kind", "classes")
     assert (result["num_samples"], result["classes.json"]) == (2, 2)
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
     write_lines(tmp_path / "tars" / "0.tar", "")
     refuses(DataError, "mome shards index", "build", tmp_path / "tars", tmp_path / "none")
 

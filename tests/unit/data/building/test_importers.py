@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 import webdataset
 from PIL import Image
 
@@ -20,14 +19,10 @@ from pipeline.config.errors import DataError, StorageError
 from pipeline.data.building import importers
 from pipeline.data.building.importers import find_kind, write_shards
 from pipeline.data.building.inputs import Import, Problems, Sample
-from pipeline.data.contents.regions import parse_regions
-from pipeline.data.contents.text import Tokenizer
+from pipeline.data.contents.regions import parse_regions, regions_of
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from pipeline.models import build_model
-from pipeline.models.forward import Regions
-from tests.support.data_stream import data_config, take
-from tests.support.imports import captions_in, read, record_of, save_image, write_lines
+from tests.support.imports import TABLES, captions_in, read, record_of, save_image, write_lines
 
 LOWEST, LONGEST = 800, 1333  # sides to which torchvision's Faster R-CNN resizes images
 
@@ -169,55 +164,28 @@ def test_regions_are_stored_with_or_without_image(tmp_path: Path) -> None:
         assert problems.count == 1
 
 
-def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
-    """Features of photographs by Faster R-CNN (`../shared/data`) pass through shards and loader into a model."""
+def test_real_feature_files_are_stored(shared: Path, tmp_path: Path) -> None:
+    """They are features of photographs by Faster R-CNN (`../shared/data`), in the coordinates of resized images."""
     folder, lines = shared / "data" / "region_features", list[Any]()
     for path in sorted((folder / "features_npz").glob("*.npz")):
         picture = next((folder / "images").rglob(path.name.removesuffix(".npz")))
         width, height = Image.open(picture).size
         scale = min(LOWEST / min(width, height), LONGEST / max(width, height))
-        size = [int(height * scale), int(width * scale)]
-        captions = [f"a photograph called {path.name}"]
-        lines.append({"regions": str(path), "image": str(picture), "image_size": size, "captions": captions})
-    assert len(lines) == 12
-    file, shards = write_lines(tmp_path / "lines.jsonl", *lines), str(tmp_path / "shards")
-    write_shards(Storage(), read(file, allow_outside=True).samples, shards, 5)
-    model = {
-        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12, "region_features": 1024,
-        "max_regions": 40, "dropout": 0.0,
-    }  # fmt: skip
-    data, stage = {"streams": 1, "max_bad_rate": 0.0}, {"global_batch_size": 12}
-    config = data_config({"real": shards}, ("mrfr", "mlm"), "regions", model, data, stage)
-    tokenizer = Tokenizer.train([line["captions"][0] for line in lines], 100)
-    (batch,) = take(config, tokenizer=tokenizer)
-    assert batch.region_features.shape == (12, 40, 1024)
-    kept = sorted(batch.region_keep.sum(dim=1).tolist())
-    assert kept == sorted(min(40, len(np.load(line["regions"])["features"])) for line in lines)
-    assert 0 <= batch.region_location.min() <= batch.region_location.max() <= 1
-    assert len(set(batch.image_id.tolist())) == 12
-    with torch.no_grad():
-        region_embedding = build_model(config.model, tokenizer.size).eval().region_embedding
-        regions = Regions(batch.region_features, batch.region_location, batch.region_keep)
-        assert region_embedding(regions, torch.zeros(32)).isfinite().all()
+        files = {"regions": str(path), "image": str(picture), "image_size": [int(height * scale), int(width * scale)]}
+        lines.append(files | {"captions": [f"a photograph called {path.name}"]})
+    file, ids = write_lines(tmp_path / "lines.jsonl", *lines), set()
+    for line, sample in zip(lines, read(file, allow_outside=True).samples, strict=True):
+        ids.add(record_of(sample)["image_id"])
+        kept = regions_of(sample, 1024, most=40)
+        assert len(kept.features) == min(40, len(np.load(line["regions"])["features"]))
+        assert 0 <= kept.locations().min() <= kept.locations().max() <= 1
+        assert list(kept.image_size) == line["image_size"]
+    assert len(ids) == 12
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 EXPECTED = [("a", ["A dog, running .", "A cat ."]), ("b", ["Third ."])]
-TABLES = {
-    "captions.txt": 'image,caption\na.jpg,"A dog, running ."\na.jpg,A cat .\nb.jpg,Third .\n',  # Kaggle's Flickr8k
-    "unquoted.csv": "image,caption\na.jpg,A dog, running .\na.jpg,A cat .\nb.jpg,Third .\n",
-    "Flickr8k.token.txt": "a.jpg#0\tA dog, running .\na.jpg#1\tA cat .\nb.jpg#0\tThird .\n",
-    "results_20130124.token": "a.jpg#0\tA dog, running .\na.jpg#1\tA cat .\nb.jpg#0\tThird .\n",
-    "results.csv": "image_name| n| comment\na.jpg| 0| A dog, running .\na.jpg| 1| A cat .\nb.jpg| 0| Third .\n",
-    "open_clip.tsv": 'filepath\ttitle\na.jpg\tA dog, running .\na.jpg\t"A cat ."\nb.jpg\tThird .\n',
-    "cc3m.tsv": "A dog, running .\ta.jpg\nA cat .\ta.jpg\nThird .\tb.jpg\n",
-    "more.csv": 'id,Text ,Path\n1,"A dog,\nrunning .",a.jpg\n2,A cat .,a.jpg\n\n3,Third .,b.jpg\n',
-    "semicolon.csv": "file;caption\na.jpg;A dog, running .\na.jpg;A cat .\nb.jpg;Third .\n",
-    "quoted_semicolon.csv": 'caption;file\n"A dog,\nrunning .";a.jpg\n"A cat .";a.jpg\nThird .;b.jpg\n',
-    "no_header.csv": 'a.jpg,"A dog, running ."\na.jpg,A cat .\nb.jpg,Third .\n',
-    "bom.csv": '\ufeffimage,caption\r\na.jpg,"A dog, running ."\r\na.jpg,A cat .\r\nb.jpg,Third .\r\n',
-}
 
 
 @pytest.fixture
@@ -227,7 +195,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_tables_are_read_as_pairs_whatever_their_captions_contain(folder: Path) -> None:
+def test_tables_are_read_as_pairs_whatever_their_captions_contain_by_columns_of_any_name(folder: Path) -> None:
     for name, encoding in product(TABLES, ("utf-8", "utf-16")):
         (folder / name).write_text(TABLES[name], encoding)
         assert (find_kind(folder / name), pairs(folder / name)) == ("table", EXPECTED)
@@ -238,9 +206,6 @@ def test_tables_are_read_as_pairs_whatever_their_captions_contain(folder: Path) 
     assert find_kind(file) == "text"
     with pytest.raises(DataError, match="--images was given"):
         read(file, images=folder)
-
-
-def test_columns_are_chosen_by_name_or_number(folder: Path) -> None:
     file = write_lines(folder / "odd.csv", "a,b,c", "x,a.jpg,A dog .")
     for image, caption in (("b", "c"), ("2", "3"), ("B", "3")):
         assert pairs(file, image_column=image, caption_column=caption) == [("a", ["A dog ."])]
@@ -281,7 +246,7 @@ def write_parquet(file: Path, **columns: Any) -> Path:
     return file
 
 
-def test_parquet_may_contain_paths_bytes_or_both(folder: Path) -> None:
+def test_parquet_may_contain_paths_bytes_or_both_and_unusable_rows(folder: Path) -> None:
     data = [(folder / name).read_bytes() for name in ("a.jpg", "b.jpg")]
     texts = [["A dog .", "A cat ."], ["Third ."]]
     for columns in (
@@ -296,12 +261,9 @@ def test_parquet_may_contain_paths_bytes_or_both(folder: Path) -> None:
         write_parquet(folder / "many" / f"{number}.parquet", image=data, caption=["one", "two"])
     assert find_kind(folder / "many") == "parquet"
     assert len({key for key, _ in pairs(folder / "many")}) == 6
-
-
-def test_unusable_parquet_rows_are_counted(folder: Path) -> None:
-    data, file = (folder / "a.jpg").read_bytes(), folder / "t.parquet"
+    file = folder / "t.parquet"  # unusable rows are counted
     texts = pyarrow.array([b"good", b"b", b"c", None, b"caf\xe9", b"\0"], pyarrow.binary()).view(pyarrow.string())
-    write_parquet(file, image=[data, None, b"text", data, data, data], caption=texts)
+    write_parquet(file, image=[data[0], None, b"text", *data, data[0]], caption=texts)
     assert pairs(file, problems := Problems()) == [("t-0000000", ["good"])]
     assert {problem.split(": ")[0].split(", ")[-1] for problem in problems.first} == {f"row {n}" for n in range(1, 6)}
     times = pyarrow.array([2**62, 0], pyarrow.timestamp("ms"))  # the first cannot be represented
@@ -341,7 +303,7 @@ def test_overwriting_replaces_shards_after_all_are_written(tmp_path: Path) -> No
     assert load_manifest(Storage(), url).num_samples == 50
     write_shards(Storage(), text_stream(15), url, 10, overwrite=True)
     assert load_manifest(Storage(), url).num_samples == 15
-    assert not (tmp_path / "out" / "000003.tar").exists()
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.tar"))] == ["000000.tar", "000001.tar"]
     (tmp_path / "000007.tar.index.npz").write_bytes(b"stale")  # no shard: the first upload does not wait
 
     def stream() -> Iterator[Sample]:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tests.support.fine_tuning_data import COLOURS, run_config, write_set
 _check = partial(members.check_members, is_duplicate=False)
 _question, _statement = (partial(annotation_of, source_type=kind) for kind in ("questions", "statements"))
 _class = partial(annotation_of, source_type="labelled", classes=4)
-SO = {"so": 1}
+_right_image = partial(members.image_bytes, prefixes=members.BOTH[1])
 
 
 def with_json(**record: Any) -> dict[str, bytes]:
@@ -37,9 +36,8 @@ def test_captions_questions_statements_classes_and_images_are_read_in_every_layo
         ({"txt": b"\xef\xbb\xbfone"}, ["one"]),
     ):
         assert captions_of(sample) == captions
-    answers = {"so": 1, "no": 0.3}
-    asked = with_json(question=" why? ", answers=answers, question_id=7)
-    assert _question(asked) == Annotation("why?", answers, id="7")
+    question = {"question": " why? ", "answers": (answers := {"so": 1, "no": 0.3}), "question_id": 7}
+    assert _question(with_json(**question)) == Annotation("why?", answers, id="7")
     for label in (True, 1, False, 0):
         stated = with_json(sentence="it is red", label=label, id="dev-1-0-0")
         assert _statement(stated) == Annotation("it is red", label=int(label), id="dev-1-0-0")
@@ -53,49 +51,33 @@ def test_captions_questions_statements_classes_and_images_are_read_in_every_layo
     _check({"jpg": b"", "json": b"", "npz": b""})
 
 
-@pytest.mark.parametrize(
-    ("parse", "sample", "reason"),
-    [
-        (captions_of, {"jpg": b""}, "no caption"),
-        (captions_of, {"json": b"{}"}, "no caption"),
+def test_bad_members_are_reported_with_a_reason() -> None:
+    answered = ({"question": "why?", "answers": answers} for answers in ({"so": 1.5}, {"so": "1"}))
+    for parse, sample, reason in (
+        *((captions_of, sample, "no caption") for sample in ({"jpg": b""}, {"json": b"{}"})),
         (captions_of, {"txt": b"  \n"}, "caption 1 of 1 is empty"),
         (captions_of, {"json": b'{"captions": ["one", ""]}'}, "caption 2 of 2 is empty"),
         (captions_of, {"json": b'{"captions": []}'}, "list of captions is empty"),
-        (captions_of, {"json": b'{"captions": [1]}'}, "not a list of strings"),
-        (captions_of, {"json": b'{"captions": "one"}'}, "not a list of strings"),
+        *((captions_of, {"json": b'{"captions": %s}' % text}, "not a list of strings") for text in (b"[1]", b'"one"')),
         (captions_of, {"json": b'{"captions": '}, "json cannot be read"),
         (captions_of, {"json": b"[1]"}, "not an object but a list"),
-        (captions_of, {"txt": b"caf\xe9"}, "not UTF-8"),
-        (captions_of, {"json": b'{"caption": "caf\xe9"}'}, "not UTF-8"),
+        *((captions_of, bad, "not UTF-8") for bad in ({"txt": b"caf\xe9"}, {"json": b'{"caption": "caf\xe9"}'})),
         (captions_of, {"pkl": b"", "pth": b""}, "it has pkl, pth"),
-        (_question, with_json(question="why?"), "no answers"),
-        (_question, with_json(question="why?", answers={}), "no answers"),
-        (_question, with_json(question="why?", answers={"so": 1.5}), "not a number in 0 … 1"),
-        (_question, with_json(question="why?", answers={"so": "1"}), "not a number in 0 … 1"),
+        *((_question, with_json(question="why?", **answers), "no answers") for answers in ({}, {"answers": {}})),
+        *((_question, with_json(**record), "not a number in 0 … 1") for record in answered),
         (_question, with_json(question="why?", answers=dict.fromkeys("abcdefghijk", 0.3)), "11 answers; expected at"),
-        (_question, with_json(question=" ", answers=SO), "no question"),
-        (_question, with_json(answers=SO), "no question"),
-        (_statement, with_json(sentence="red"), "neither true nor false"),
-        (_statement, with_json(sentence="red", label="True"), "neither true nor false"),
+        *((_question, with_json(answers={"so": 1}, **text), "no question") for text in ({}, {"question": " "})),
+        *((_statement, with_json(sentence="red", **label), "neither true nor") for label in ({}, {"label": "True"})),
         (_statement, with_json(label=True), "no sentence"),
-        (_class, {"jpg": b""}, "no class"),
-        (_class, {"cls": b"4"}, "class is 4; expected 0 to 3"),
+        (_class, {"jpg": b""}, "no class"), (_class, {"cls": b"4"}, "class is 4; expected 0 to 3"),
         *((_class, {"cls": text}, "not a class number") for text in (b"cat", b"-1", b"1.5", b"", b"\xc2\xb2", b"1 2")),
         (members.image_bytes, {"seg.png": b"mask"}, r"no image.*it has seg\.png"),
-        (
-            partial(members.image_bytes, prefixes=members.BOTH[1]),
-            {"0.jpg": b"a"},
-            r"no image 1.jpg or right.jpg .*; it has 0.jpg",
-        ),
+        (_right_image, {"0.jpg": b"a"}, r"no image 1\.jpg or right\.jpg .*; it has 0\.jpg"),
         *((_check, {"jpg": b"", name: b""}, "executes code") for name in ("pkl", "pth", "pickle", "features.pt")),
         (partial(members.check_members, is_duplicate=True), {"jpg": b""}, "occurs twice"),
-    ],
-)
-def test_bad_members_are_reported_with_a_reason(
-    parse: Callable[..., object], sample: dict[str, bytes], reason: str
-) -> None:
-    with pytest.raises(BadSample, match=reason):
-        parse(sample)
+    ):  # fmt: skip
+        with pytest.raises(BadSample, match=reason):
+            parse(sample)
 
 
 def test_equal_images_have_equal_ids() -> None:
@@ -111,11 +93,8 @@ def test_equal_images_have_equal_ids() -> None:
 def test_choices_are_loaded_from_shards_or_from_the_stages_url_and_must_match(tmp_path: Path) -> None:
     listed, storage = Choices(("ja", "neïn", "2")), Storage()
     assert Choices.from_bytes(listed.to_bytes(), "there") == listed
-    for content, reason in (
-        *((content, "expected a JSON list") for content in (b"{}", b"[]", b"[1]")),
-        (b'["a", "a"]', "'a' is listed more than once"),
-        (b"no", "is not JSON"),
-    ):
+    reasons = dict.fromkeys((b"{}", b"[]", b"[1]"), "expected a JSON list") | {b"no": "is not JSON"}
+    for content, reason in (reasons | {b'["a", "a"]': "'a' is listed more than once"}).items():
         with pytest.raises(ConfigError, match=f"there.*{reason}"):
             Choices.from_bytes(content, "there")
     config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)

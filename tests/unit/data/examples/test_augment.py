@@ -50,9 +50,8 @@ def test_each_of_vlmos_ten_operations_has_the_effect_of_its_magnitude() -> None:
     assert {name for name, *_ in expected} == set(NAMES)
     for (name, strength, sign), result in expected.items():
         changed = OPERATIONS[name](image, strength, sign)
-        assert (changed == result).all(), name
-        assert (changed.shape, changed.dtype) == (image.shape, np.uint8)
-        assert (image == picture()).all()
+        assert np.array_equal(changed, result), name
+        assert (changed.shape, changed.dtype, np.array_equal(image, picture())) == (image.shape, np.uint8, True)
 
 
 def test_colour_operations_agree_with_pillow() -> None:
@@ -71,9 +70,8 @@ def test_colour_operations_agree_with_pillow() -> None:
 
 def test_geometric_operations_fill_with_grey_and_shift_whole_pixels_exactly() -> None:
     image = picture()
-    moved = translate(image, 8 / 64, True)
-    assert (moved[:, 8:] == image[:, :-8]).all()
-    assert (moved[:, :8] == FILL).all()
+    filled = np.concatenate([np.broadcast_to(np.uint8(FILL), (64, 8, 3)), image[:, :-8]], axis=1)
+    assert (translate(image, 8 / 64, True) == filled).all()
     assert (warp(image, degrees=90.0) == np.rot90(image)).all()
     assert (warp(image, degrees=21.0)[0, 0] == FILL).all()
     sheared = warp(warp(image, [[1, 0.2, 0], [0, 1, 0]]), [[1, -0.2, 0], [0, 1, 0]])
@@ -89,9 +87,7 @@ def test_key_alone_decides_and_half_of_the_operations_and_flips_are_applied() ->
     unchanged = sum(bool((augmented(key, one_operation) == picture()).all()) for key in range(2000))
     assert abs(unchanged / 2000 - (0.5 + 0.5 / len(NAMES))) < 0.05  # not applied, or Identity
     first, again, other = (augmented(key, AugmentConfig(), 32) for key in (3, 3, 4))
-    assert (first == again).all()
-    assert (first != other).any()
-    assert first.shape == (32, 32, 3)
+    assert (first.shape, np.array_equal(first, again), np.array_equal(first, other)) == ((32, 32, 3), True, False)
     assert 70 < sum(bool((augmented(key, flipping) == picture()[:, ::-1]).all()) for key in range(200)) < 130
     assert all((augmented(key, flipping, flip=False) == picture()).all() for key in range(200))
     for key in range(30):  # flips change nothing else
