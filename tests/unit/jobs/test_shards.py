@@ -69,7 +69,7 @@ def test_imported_contents_are_counted_and_hints_name_the_option_to_try(images: 
     refuses(DataError, "mome shards index", "build", tmp_path / "tars", tmp_path / "none")
 
 
-def test_too_many_missing_entries_leave_nothing(images: Path, tmp_path: Path) -> None:
+def test_too_many_missing_entries_leave_nothing_and_options_reach_their_readers_only(images, tmp_path: Path) -> None:
     file, out = lines(tmp_path / "l.jsonl", "x.jpg", "a.jpg"), tmp_path / "out"
     for fraction in ("49%", "0"):
         arguments = (file, out, "--images", images, "--max-missing", fraction)
@@ -80,11 +80,8 @@ def test_too_many_missing_entries_leave_nothing(images: Path, tmp_path: Path) ->
     for fraction in ("word", "101%", "-1", "nan", "2", ""):
         reason = f"--max-missing {fraction}: expected a fraction"
         refuses(ConfigError, reason, "build", images, out, "--max-missing", fraction)
-
-
-def test_options_reach_their_readers_only(images: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("one,two\ndata/a.jpg,said\n")
-    build(tmp_path / "t.csv", tmp_path / "out", "--image-column", "one", "--caption-column", "2")
+    build(tmp_path / "t.csv", tmp_path / "out1", "--image-column", "one", "--caption-column", "2")
     file = lines(tmp_path / "lists" / "l.jsonl", "../data/a.jpg")
     assert "--allow-outside" in build(file, tmp_path / "out2", fails=DataError).stderr
     build(file, tmp_path / "out2", "--allow-outside")

@@ -203,7 +203,7 @@ def index_of(*records: object) -> ShardIndex:
     return index_bytes(tar_bytes(samples))
 
 
-def test_properties_equal_those_of_the_members_and_unknown_ones_are_zero() -> None:
+def test_properties_equal_those_of_the_members_and_json_fields_become_columns() -> None:
     for kind, orientation in itertools.product(("JPEG", "PNG", "WEBP"), (1, 6)):
         buffer, exif = io.BytesIO(), Image.Exif()
         exif[0x0112] = orientation
@@ -227,9 +227,6 @@ def test_properties_equal_those_of_the_members_and_unknown_ones_are_zero() -> No
     assert index.image_id[0] == index.image_id[1] != index.image_id[2]
     captions = [["four", "six ch", "äöü"], [" süß "], ["fine", ""]]  # the longest counts
     assert index_of(*({"captions": c} for c in captions)).caption_length.tolist() == [6, 3, 0]
-
-
-def test_json_fields_become_columns_or_other_fields() -> None:
     rows = [
         {"score": 1, "safe": True, "tongue": "en", "mixed": 1, "list": [1], "long": "x" * 17, "huge": 10**400},
         {"score": 2.5, "safe": False, "mixed": "one", "width": 9, "key": "k", "url": "u", "image_id": 3},
@@ -256,7 +253,7 @@ def index() -> ShardIndex:
     return index_bytes(tar_bytes(samples | {"text": {"txt": b"only words"}}), etag="tag")
 
 
-def test_sidecar_round_trip(index: ShardIndex) -> None:
+def test_sidecars_are_read_whole_or_are_value_errors(index: ShardIndex) -> None:
     again = ShardIndex.from_bytes(index.to_bytes())
     arrays = {name: value for name, value in vars(index).items() if isinstance(value, np.ndarray)}
     assert len(arrays) == 11
@@ -267,8 +264,19 @@ def test_sidecar_round_trip(index: ShardIndex) -> None:
     assert list(again.columns) == ["safe", "score", "tongue"]
     assert again.columns["tongue"].tolist() == ["en", "", "", ""]
     np.testing.assert_array_equal(again.columns["score"], [0.5, np.nan, np.nan, np.nan])
-    with open_sidecar(index.to_bytes(), "x.tar") as (_, record):
+    with open_sidecar(data := index.to_bytes(), "x.tar") as (_, record):
         assert record == ShardRecord("x.tar", len(index), index.bytes, index.digest, "tag")
+    parts = dict(np.load(io.BytesIO(data)))
+    damaged = [data[: int(keep * len(data))] for keep in (0.0, 0.01, 0.5, 0.99)]
+    damaged += [sidecar_of({"version": np.array(1), "first": np.zeros(1)})]
+    for change in ({"samples": 10**9}, {"samples": -1}, {"bytes": "many"}, {"samples": None}, {"version": [3]}):
+        facts = json.dumps(json.loads(parts["facts"].tobytes()) | change).encode()
+        damaged += [sidecar_of(parts | {"facts": np.frombuffer(facts, dtype=np.uint8)})]
+    for content in damaged:
+        with pytest.raises(ValueError, match="not a valid index"):
+            ShardIndex.from_bytes(content)
+        with pytest.raises(ValueError, match="not a valid index"), open_sidecar(content):
+            pass
 
 
 def sidecar_of(parts: dict[str, np.ndarray]) -> bytes:
@@ -289,21 +297,6 @@ def test_sidecar_memory_is_bounded_by_the_tar() -> None:
             ShardIndex.from_bytes(bomb)
         assert tracemalloc.get_traced_memory()[1] < 2**22
         tracemalloc.stop()
-
-
-def test_truncated_old_and_impossible_sidecars_are_value_errors(index: ShardIndex) -> None:
-    data = index.to_bytes()
-    parts = dict(np.load(io.BytesIO(data)))
-    damaged = [data[: int(keep * len(data))] for keep in (0.0, 0.01, 0.5, 0.99)]
-    damaged += [sidecar_of({"version": np.array(1), "first": np.zeros(1)})]
-    for change in ({"samples": 10**9}, {"samples": -1}, {"bytes": "many"}, {"samples": None}, {"version": [3]}):
-        facts = json.dumps(json.loads(parts["facts"].tobytes()) | change).encode()
-        damaged += [sidecar_of(parts | {"facts": np.frombuffer(facts, dtype=np.uint8)})]
-    for content in damaged:
-        with pytest.raises(ValueError, match="not a valid index"):
-            ShardIndex.from_bytes(content)
-        with pytest.raises(ValueError, match="not a valid index"), open_sidecar(content):
-            pass
 
 
 def test_fuzzed_sidecars_raise_value_errors_only(index: ShardIndex) -> None:

@@ -23,6 +23,7 @@ from pipeline.data.shards.index import ShardRecord
 from pipeline.data.shards.manifest import Manifest, ensure_indexed, index_shards, load_index, load_manifest
 from pipeline.data.storage import Storage
 from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.imports import write_lines
 from tests.support.pairs import Watched, extracted, members_in, pair, tar_bytes, tar_of
 
 STORAGE = Storage()
@@ -73,7 +74,7 @@ def test_indexing_leaves_the_tars_unchanged_and_continues(folder: Path) -> None:
     assert (sizes(manifest), tars) == ([5, 3, 4, 1], ["00003.tar"])
     assert sizes(ensure_indexed(STORAGE, f"{folder}/00001.tar")) == [3]
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+    write_lines(path, json.loads(path.read_text()) | {"version": 1})
     for call in (load_manifest, ensure_indexed):
         with pytest.raises(DataError, match=r"version 1, expected 2.*Make it again: mome shards index"):
             call(STORAGE, url)
@@ -93,7 +94,7 @@ def test_replaced_shard_is_indexed_again_and_foreign_facts_are_rejected(folder: 
         load_index(STORAGE, str(folder), after.shards[1])
     content = json.loads((folder / "manifest.json").read_text())
     content["shards"][0]["samples"] = 4
-    (folder / "manifest.json").write_text(json.dumps(content))
+    write_lines(folder / "manifest.json", content)
     with pytest.raises(DataError, match=r"edited or damaged"):
         load_manifest(STORAGE, str(folder))
 
@@ -192,8 +193,8 @@ def counted(make_pairs) -> Path:
         (folder / "00000.tar.idx").write_bytes(struct.pack(f"<{len(offsets) + 1}Q", *offsets, tar.offset))
     with tarfile.open(folder / "00001.tar") as tar:  # DALI's wds2idx
         members = [f"{m.name.split('.')[1]} {m.offset_data} {m.size} {m.name}" for m in tar]
-    lines = [f"v1.2 {len(members) // 2}", *map(" ".join, zip(members[::2], members[1::2], strict=True)), ""]
-    (folder / "00001.idx").write_text("\n".join(lines))
+    pairs = map(" ".join, zip(members[::2], members[1::2], strict=True))
+    write_lines(folder / "00001.idx", f"v1.2 {len(members) // 2}", *pairs)
     (folder / "00002_stats.json").write_text(json.dumps({"count": 6, "successes": 4, "failed_to_download": 2}))
     return folder
 
@@ -210,8 +211,8 @@ def test_trusted_shards_are_read_on_first_use_and_must_have_the_count(counted: P
     assert one.keys == other.keys == ("counted00005", "counted00006", "counted00007")
     whole = index_shards(STORAGE, url)
     assert (watched.tars, any(shard.is_trusted for shard in whole.shards)) == (["00001.tar"], False)
+    assert (sizes(whole), whole.digest == manifest.digest) == (sizes(manifest), False)
     assert whole.shards[1].digest == one.digest == other.digest
-    assert whole.digest != manifest.digest
     for path in (*counted.glob("*.npz"), counted / "manifest.json"):
         path.unlink()
     (counted / "00002_stats.json").write_text(json.dumps({"successes": 3}))
@@ -244,7 +245,6 @@ def test_impossible_counts_are_rejected_by_name(counted: Path) -> None:
         with pytest.raises(DataError, match=rf"{name}: it does not fit .*{reason}"):
             index_shards(STORAGE, f"{counted}/{name[:5]}.tar", trust_counts=True)
         (counted / name).write_bytes(whole)
-    assert index_shards(STORAGE, str(counted)).num_samples == 14
 
 
 def test_tars_of_other_tools_are_indexed(shared: Path, tmp_path: Path) -> None:
