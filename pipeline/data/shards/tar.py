@@ -89,10 +89,10 @@ class Tar:
             if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
                 raise self._error("it has a sparse file, which cannot be read by range. Pack it without --sparse")
             data = b"" if kind in b"123456" else self._read(-(-size // BLOCK) * BLOCK, "inside a member's data")[:size]
-            if kind == b"L":  # texts of headers end at their first NUL
-                long_name = data.partition(b"\0")[0]
+            if kind == b"L":
+                long_name = _until_zero(data)
             elif kind == b"K":
-                long_link = data.partition(b"\0")[0]
+                long_link = _until_zero(data)
             elif kind == b"x":  # records 'length key=value\n', which zeros may follow
                 attributes, at = {}, 0
                 while at < len(data) and data[at]:
@@ -104,9 +104,9 @@ class Tar:
                     attributes[key], at = value, stop
             if kind in b"LKxg":
                 continue
-            path = attributes.get(b"path", b"").partition(b"\0")[0] or long_name
+            path = _until_zero(attributes.get(b"path", b"")) or long_name
             if not path:
-                path, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
+                path, prefix = _until_zero(header[:100]), _until_zero(header[345:500])
                 if prefix and header[257:263] == b"ustar\0":  # GNU's older format has other fields there
                     path = prefix + b"/" + path
             if kind in b"\x000" and path.endswith(b"/") and not size:
@@ -116,7 +116,7 @@ class Tar:
                 places[link_key] = offset, size
                 yield name, offset, data
             elif kind == b"1":
-                target = attributes.get(b"linkpath") or long_link or header[157:257].partition(b"\0")[0]
+                target = attributes.get(b"linkpath") or long_link or _until_zero(header[157:257])
                 if place := places.get(target.removeprefix(b"./")):
                     places[link_key] = place
                     yield name, place[0], self.fetch(place[0], sum(place))
@@ -199,5 +199,9 @@ def _parse_number(field: bytes) -> int:
     """Return a header's number: octal text, or base 256 if the first bit is set (GNU, from 8 GiB); -1 if invalid."""
     if field[0] & 0x80:
         return -1 if field[0] & 0x40 else int.from_bytes(bytes([field[0] & 0x3F]) + field[1:], "big")
-    text = field.partition(b"\0")[0].strip(b" ")
+    text = _until_zero(field).strip(b" ")
     return -1 if text.strip(b"01234567") else int(text or b"0", 8)
+
+
+def _until_zero(data: bytes) -> bytes:
+    return data.partition(b"\0")[0]
