@@ -121,7 +121,7 @@ def annotation_of(members: Members, source_type: SourceType, classes: int | None
     text = record.get(name)
     if not isinstance(text, str) or not is_visible(text := text.strip()):
         raise BadSample("caption", f"no {name} (json with '{name}': a text)")
-    return Annotation(text, answers, 0 if is_question else int(label), str(record.get(id_name, "")))
+    return Annotation(text, answers, 0 if is_question else int(bool(label)), str(record.get(id_name, "")))
 
 
 def texts_of(members: Members) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -101,7 +101,7 @@ def regions_of(
         return record
     order = np.arange(total) if record.confidences is None else np.argsort(-record.confidences, kind="stable")
     best = {name: array[order[:most]] for name, array in vars(record).items() if isinstance(array, np.ndarray)}
-    return replace(record, **best)
+    return RegionRecord(**vars(record) | best)
 
 
 def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> RegionRecord:
