@@ -123,7 +123,8 @@ def poll(update: Callable[[], None], seconds: float) -> Iterator[None]:
         except StorageError as error:
             log.debug("progress not read: %s", error)
 
-    thread = PeriodicThread(guarded_update, seconds, "progress").start()
+    thread = PeriodicThread(guarded_update, seconds, "progress")
+    thread.start()
     try:
         yield
     finally:

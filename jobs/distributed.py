@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ import torch
 
 from jobs.cluster import connect, for_ranks, root_cause
 from jobs.driver import STOP, Mailbox, forwarded_warnings
-from pipeline.config.background import PeriodicThread, within
+from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import ClusterConfig, RunConfig
@@ -54,7 +54,8 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
         return None
     context, mail = ray.train.get_context(), Mailbox(start)
     signal = RankPreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
-    progress = ProgressFile(config, storage).start()
+    progress = ProgressFile(config, storage)
+    progress.start()
     backend = RayBackend if config.cluster.loader_actors else None
     with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
         try:
@@ -73,39 +74,22 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
                 storage.write(join(config.folder, FAILURE_FILE), json.dumps(failure).encode())
             raise
         finally:
-            progress.close()
+            progress.stop(timeout=5.0)
             signal.thread.stop(timeout=0.0)
     return None
-
-
-def error_from_json(values: dict[str, Any]) -> RunFailed:
-    """Return the error that a rank reported, to be raised by the driver."""
-    error = RunFailed(values["message"])
-    error.exit_status = values["exit_status"]
-    return error
 
 
 class ProgressFile(PeriodicThread):
     """Progress report of rank 0: a small file in the run's folder, which this thread writes at most once a second."""
 
     def __init__(self, config: RunConfig, storage: Storage):
-        super().__init__(self._write, PROGRESS_SECONDS, "mome-progress")
+        super().__init__(self._write, PROGRESS_SECONDS, "mome-progress", at_end=True)
         self._storage, self._url = storage.within(10.0), join(config.folder, PROGRESS_FILE)  # seconds to retry a write
         self._newest: callbacks.Progress | None = None
         self._written: callbacks.Progress | None = None
 
     def __call__(self, progress: callbacks.Progress) -> None:
         self._newest = progress
-
-    def close(self) -> None:
-        """Write the newest progress, within five seconds."""
-
-        def finish() -> None:
-            self.stop()
-            self._write()
-
-        with suppress(TimeoutError):
-            within(5.0, finish, "mome-progress-end")
 
     def _write(self) -> None:
         newest = self._newest
@@ -206,8 +190,8 @@ def run_on_cluster(work: Callable[[RunConfig], Any], config: RunConfig, name: st
         raise
     except Exception as error:
         raise RunFailed(f"{name}: a rank was lost: {root_cause(error)}") from error
-    if "failure" in result:
-        raise error_from_json(result["failure"])
+    if failure := result.get("failure"):
+        raise RunFailed(failure["message"], exit_status=failure["exit_status"])
     return result["result"]
 
 

@@ -108,7 +108,8 @@ def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
                 wait([in_background(send_queued, "warnings for the driver")], 2 * CALL_SECONDS)
 
     handler = Forward(logging.WARNING)
-    thread = PeriodicThread(send_queued, RETRY_SECONDS, "warnings for the driver").start()
+    thread = PeriodicThread(send_queued, RETRY_SECONDS, "warnings for the driver")
+    thread.start()
     logging.getLogger().addHandler(handler)
     try:
         yield

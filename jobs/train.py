@@ -128,7 +128,8 @@ def _raise_failure(config: RunConfig, ownership: Ownership) -> None:
     ownership.check()
     storage, url = Storage(config.storage), join(config.folder, distributed.FAILURE_FILE)
     if storage.exists(url):
-        raise distributed.error_from_json(json.loads(storage.read(url)))
+        failure = json.loads(storage.read(url))
+        raise RunFailed(failure["message"], exit_status=failure["exit_status"])
 
 
 def show_messages(mail: Mailbox, open_alerts: dict[str, str], is_last: bool = False) -> None:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Self, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -30,28 +30,36 @@ def within(seconds: float, call: Callable[[], T], name: str) -> T:
     return future.result()
 
 
-class PeriodicThread:
-    """Daemon thread: calls `task` every `seconds`, at once if `immediately`, until `stop`, a False or an exception."""
+class PeriodicThread(threading.Thread):
+    """Daemon thread: calls `task` every `seconds` until `stop`, a False or an exception.
 
-    def __init__(self, task: Callable[[], object], seconds: float, name: str, immediately: bool = False):
-        self._task, self._seconds, self._immediately = task, seconds, immediately
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+    The first call is at once if `immediately`; with `at_end`, the last one follows the request to stop.
+    """
 
-    def start(self) -> Self:
-        self._thread.start()
-        return self
+    def __init__(
+        self,
+        task: Callable[[], object],
+        seconds: float,
+        name: str,
+        immediately: bool = False,
+        at_end: bool = False,
+    ):
+        super().__init__(name=name, daemon=True)
+        self._task, self._seconds, self._immediately, self._at_end = task, seconds, immediately, at_end
+        self._stopping = threading.Event()
 
-    def stop(self, timeout: float | None = None) -> bool:
-        """Request the thread to end and wait for it, at most `timeout` seconds; return False if it never started."""
-        self._stop.set()
-        if self._thread.ident is None:
-            return False
-        self._thread.join(timeout)
-        return True
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.0 if self._immediately else self._seconds):
+    def run(self) -> None:
+        while not self._stopping.wait(0.0 if self._immediately else self._seconds):
             self._immediately = False
             if self._task() is False:
                 return
+        if self._at_end:
+            self._task()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Request the thread to end and wait for it, at most `timeout` seconds; return False if it never started."""
+        self._stopping.set()
+        if self.ident is None:
+            return False
+        self.join(timeout)
+        return True

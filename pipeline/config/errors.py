@@ -8,8 +8,10 @@ class MomeError(Exception):
 
     exit_status = 1
 
-    def __init__(self, *arguments: object):
+    def __init__(self, *arguments: object, exit_status: int | None = None):
         super().__init__(*(redact(argument) if isinstance(argument, str) else argument for argument in arguments))
+        if exit_status is not None:  # of the error of another process, which this one reports
+            self.exit_status = exit_status
 
 
 class ConfigError(MomeError, ValueError):

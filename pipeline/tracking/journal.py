@@ -134,7 +134,8 @@ class Lease:
             message = "%s: the file system has no file locks (%s); using heartbeat files instead"
             logger.warning(message, path.parent, error.strerror or error)
             self._beat()
-            self._heartbeat = PeriodicThread(self._beat, BEAT_SECONDS, "mome-heartbeat").start()
+            self._heartbeat = PeriodicThread(self._beat, BEAT_SECONDS, "mome-heartbeat")
+            self._heartbeat.start()
         _leased.add(path)
 
     def close(self) -> None:

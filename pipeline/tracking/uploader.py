@@ -40,7 +40,8 @@ class Uploader:
         self._every, self._log = config.tracking.flush_seconds, journal.folder / "uploader.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._last_start, self._restart_seconds, self._reported = float("-inf"), 0.0, False
-        self._thread = PeriodicThread(self._supervise, self._every, "mome-tracking", immediately=True).start()
+        self._thread = PeriodicThread(self._supervise, self._every, "mome-tracking", immediately=True)
+        self._thread.start()
 
     def send(self, command: str) -> None:
         """Send a command to the process, if it runs."""

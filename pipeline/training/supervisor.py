@@ -306,7 +306,7 @@ class NodeMonitor(PeriodicThread):
 
     def __init__(self, collectives: Collectives, seconds: float = NODE_SECONDS, name: str | None = None):
         super().__init__(self._publish, seconds, "mome-nodes", immediately=True)
-        self._collectives, self._name = collectives, name or socket.gethostname()
+        self._collectives, self._node = collectives, name or socket.gethostname()
         self.newest: deque[dict[str, float]] = deque(maxlen=1)  # on rank 0; empty once taken
         self._store: KeyValueStore | None = None
         self._network: Any = None  # traffic at the first call
@@ -320,7 +320,7 @@ class NodeMonitor(PeriodicThread):
                 self._store = KeyValueStore(self._collectives)
                 self._sample()
                 return True
-            self._store.write(TOPIC, json.dumps({"node": self._name, "metrics": self._sample()}))
+            self._store.write(TOPIC, json.dumps({"node": self._node, "metrics": self._sample()}))
             if self._collectives.rank == 0:
                 metrics: dict[str, float] = {}
                 names: set[str] = set()
@@ -331,7 +331,7 @@ class NodeMonitor(PeriodicThread):
                     metrics |= {f"system/{name}/{key}": value for key, value in json.loads(text)["metrics"].items()}
                 self.newest.append(metrics)
         except (RuntimeError, OSError, psutil.Error) as error:  # the store's host is gone, or psutil lacks permission
-            log.warning("node %s: statistics are no longer sampled: %s", self._name, error)
+            log.warning("node %s: statistics are no longer sampled: %s", self._node, error)
             return False
         return True
 

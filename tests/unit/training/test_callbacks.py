@@ -203,14 +203,15 @@ def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, mon
     evaluation = {"source": "scenes", "every": 4, "max_images_during_training": 8}
     keys = {"engine__zero_stage": 0, "tracking__profile": "4:6", "guards__spike": {"window": 4, "factor": 100.0}}
     config = short_config(str(tmp_path), cluster__workers=1, evaluation=evaluation, **keys)
-    progress, noticed = ProgressFile(config, Storage(config.storage)).start(), threading.Event()
+    progress, noticed = ProgressFile(config, Storage(config.storage)), threading.Event()
+    progress.start()
     try:
         preempt = BeforeStep(6, lambda _: noticed.set())
         with pytest.raises(Preempted):
             train(config, progress, preempted=noticed.is_set, callbacks=[preempt, guard])
         train(config, progress, callbacks=[guard])
     finally:
-        progress.close()
+        progress.stop()
         Collectives.close()
     assert guard.saves == [(3, True), (6, True), (7, True), (3, True), (6, True)], "7: preempted in the first stage"
     assert guard.calls > 0, "no other thread wrote checkpoints or progress between steps"

@@ -80,7 +80,9 @@ def test_time_belongs_to_the_phase_entered_last(tmp_path: Path) -> None:
 def test_record_is_saved_in_the_run_and_includes_evaluation(tmp_path: Path) -> None:
     storage, folder = Storage(), str(tmp_path)
     assert read_record(storage, folder) is None
-    GoodputTracker(storage, folder, is_writer=True).start().close(ended=True)
+    goodput = GoodputTracker(storage, folder, is_writer=True)
+    goodput.start()
+    goodput.close(ended=True)
     with add_time(storage, folder, "evaluation"):
         time.sleep(0.1)
     record = read_record(storage, folder)
@@ -128,7 +130,9 @@ def test_unavailable_store_or_a_new_owner_ends_the_account(
 def test_write_errors_are_logged_and_only_new_progress_is_written(store: Any, caplog: pytest.LogCaptureFixture) -> None:
     store.back.set()
     for store.fault in (StorageError("away"), ValueError("no URL"), MemoryError()):
-        GoodputTracker(Storage(), "memory://run", is_writer=True).start().close(ended=True)
+        goodput = GoodputTracker(Storage(), "memory://run", is_writer=True)
+        goodput.start()
+        goodput.close(ended=True)
         assert f"time.json was not written: {type(store.fault).__name__}" in caplog.text
     progress = ProgressFile(SimpleNamespace(folder="memory://run"), Storage())  # type: ignore[arg-type]
     first = Progress("pairs", 1, 9, 1, 9, loss=2.0, samples_per_second=1.0, seconds_left=8.0)
@@ -138,7 +142,7 @@ def test_write_errors_are_logged_and_only_new_progress_is_written(store: Any, ca
     progress.start()
     for step in (2, 3):
         progress(replace(first, step=step))
-    progress.close()
+    progress.stop()
     assert [record["step"] for record in store.written] == [3]
 
 
