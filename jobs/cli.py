@@ -64,11 +64,15 @@ def _options(show_version: Annotated[bool, Option("--version", help="Print the v
         raise typer.Exit
 
 
-def _caller(config: Path | None, uri: str | None = None) -> Any:
-    """Return the `jobs.configs.Caller` who gave `--config` and `--uri`."""
+def named_caller(config: Path | None, uri: str | None = None) -> Any:
+    """Return the `jobs.configs.Caller` who gave `--config` and `--uri`. Raises ConfigError as `load_config`."""
     from jobs.configs import Caller
+    from pipeline.config.load import load_config
 
-    return Caller.named(config, uri)
+    if config is None:
+        return Caller(tracking_uri=uri)
+    own = load_config(config)
+    return Caller(storage=own.storage, tracking_uri=uri or own.tracking.uri, cluster=own.cluster)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -78,13 +82,13 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Generate scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
-    from jobs.configs import configs_folder
+    from jobs.configs import RECIPES
     from jobs.train import run_and_evaluate
     from pipeline.config.load import load_config
     from pipeline.config.redaction import redact
     from pipeline.tracking.locations import tracking_uri
 
-    config = load_config(configs_folder() / "demo.yaml", overrides or [])
+    config = load_config(RECIPES / "demo.yaml", overrides or [])
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
     notify(f"mome demo: {len(config.stages)} stages on generated scenes, in {config.folder}", style="bold")
@@ -165,7 +169,7 @@ def evaluate(
 
     choices: dict[str, Any] = {"source": source, "source_type": source_type, "probe": probe, "limit": limit}
     choices |= {"rerank_best": rerank, "name": name, "report": report, "against": against, "track": track}
-    print_result(evaluate_checkpoint(checkpoint, **choices, workers=workers, caller=_caller(config)), as_json)
+    print_result(evaluate_checkpoint(checkpoint, **choices, workers=workers, caller=named_caller(config)), as_json)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -181,7 +185,7 @@ def predict(
     """Predict answers, truth, classes, a match, a similarity or masked words from images and a text."""
     from jobs.predict import predict as run_predict
 
-    print_result(run_predict(checkpoint, image, second_image, text, top, _caller(config)), as_json)
+    print_result(run_predict(checkpoint, image, second_image, text, top, named_caller(config)), as_json)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -196,7 +200,7 @@ def explain(
     """Draw the patches each word aligns to, and the model's guesses for each word with and without the image."""
     from jobs.predict import explain_checkpoint
 
-    result = explain_checkpoint(checkpoint, image, text, out, _caller(config))
+    result = explain_checkpoint(checkpoint, image, text, out, named_caller(config))
     print_result(result if as_json else {key: result[key] for key in ("out", "distance", "notes")}, as_json)
 
 
@@ -212,7 +216,7 @@ def embed(
     """Write the embeddings of every image and caption of SHARDS. The same command again continues where it stopped."""
     from jobs.predict import embed as run_embed
 
-    print_result(run_embed(shards, checkpoint, out, workers, _caller(config)), as_json)
+    print_result(run_embed(shards, checkpoint, out, workers, named_caller(config)), as_json)
 
 
 @app.command("import", rich_help_panel=EVALUATE)
@@ -259,7 +263,7 @@ def register(
     """Register a checkpoint in MLflow, so that `mlflow.pyfunc.load_model` gives embeddings and matching scores."""
     from jobs.tracking import register_checkpoint
 
-    print_result(register_checkpoint(checkpoint, name, alias, _caller(config, uri)), as_json)
+    print_result(register_checkpoint(checkpoint, name, alias, named_caller(config, uri)), as_json)
 
 
 app.add_typer(shards.app, name="shards", rich_help_panel=DATA)
@@ -297,7 +301,7 @@ def report(
     """Write a page about a whole run: curves, restarts, alerts, data, quarantine, time, cost, last evaluation."""
     from jobs.report import report as write_report
 
-    print_result(write_report(run, out, price, against, track, _caller(config)), as_json)
+    print_result(write_report(run, out, price, against, track, named_caller(config)), as_json)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -310,7 +314,7 @@ def compare(
     """Compare runs: the keys in which their configs differ, and their results."""
     from jobs.report import compare_runs
 
-    comparison, table = compare_runs(runs, html, _caller(config))
+    comparison, table = compare_runs(runs, html, named_caller(config))
     print_result(comparison, as_json, table)
 
 
@@ -319,7 +323,7 @@ def sync(run: Run, uri: TrackingUri = None, config: OwnConfig = None, as_json: J
     """Upload to MLflow what an unreachable server missed. Uploading twice changes nothing."""
     from jobs.tracking import sync as upload
 
-    print_result(upload(run, _caller(config, uri)), as_json)
+    print_result(upload(run, named_caller(config, uri)), as_json)
 
 
 @config_app.command("list")
@@ -333,12 +337,12 @@ def list_configs(as_json: JsonOption = False) -> None:
 @config_app.command("show")
 def show_config(name: Annotated[str, Argument(help="Name of a recipe: demo or finetune/vilt_b32_vqa.")]) -> None:
     """Print a recipe, for example to start your own config from it."""
-    from jobs.configs import configs_folder, list_recipes
+    from jobs.configs import RECIPES, list_recipes
 
     recipes, name = list_recipes(), name.removeprefix("configs/").removesuffix(".yaml")
     if name not in recipes:
         raise ConfigError(f"no recipe {name!r}; expected one of {', '.join(recipes)}")
-    echo((configs_folder() / f"{name}.yaml").read_text(encoding="utf-8"), newline=False)
+    echo((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), newline=False)
 
 
 @config_app.command("schema")
@@ -388,10 +392,10 @@ def plan(
 def objectives(as_json: JsonOption = False) -> None:
     """List the objectives that each kind of model learns, and the source types it learns them from."""
     from jobs.configs import source_types
-    from pipeline.config.schema import MODEL_SECTIONS, objective_names
+    from pipeline.config.schema import MODEL_SECTIONS, OBJECTIVES
 
     table, lines = {}, [["objective", *MODEL_SECTIONS]]
-    for objective in objective_names():
+    for objective in OBJECTIVES:
         types = {kind: source_types(kind)[objective] for kind in MODEL_SECTIONS}
         table[objective] = {kind: names for kind, names in types.items() if names}
         lines.append([objective, *(", ".join(names) or "·" for names in types.values())])

@@ -19,7 +19,7 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.tracking.locations import absolute_uri, configured_uri
 
-TOKEN_FILE = "~/.ray/auth_token"
+TOKEN_FILE = "~/.ray/auth_token"  # to `os.path.expanduser`, which leaves it relative for a user without a home
 HEAD_SECONDS = 15.0  # limit for a head to answer a health check
 HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+)):(\d{1,5})")
 OTHER_PORTS = {8265: "the port of the dashboard, for mome submit", 10001: "the port of ray:// clients"}
@@ -106,16 +106,11 @@ def _find_head(address: str) -> None:
                 raise OSError(f"the process at port {port} is no Ray head{hint}") from error
 
 
-def token_file() -> Path:
-    """Return where Ray keeps this user's token; a relative path, of no file, for a user without a home."""
-    return Path(os.path.expanduser(TOKEN_FILE))
-
-
 def keep_token_private() -> None:
     """Create Ray's token, which Ray writes world-readable, for this user only; in the environment without a home."""
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or os.environ.get("RAY_AUTH_MODE") == "disabled":
         return
-    file = token_file()
+    file = Path(os.path.expanduser(TOKEN_FILE))
     try:
         if not file.is_absolute():
             raise FileNotFoundError

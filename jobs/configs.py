@@ -15,20 +15,21 @@ import yaml
 
 from pipeline.config import schema
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import RecordedLocation, load_config, with_absolute_paths
-from pipeline.config.redaction import redact
+from pipeline.config.load import with_absolute_paths
 from pipeline.config.schema import ClusterConfig, RunConfig, Section, StorageConfig
-from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage
-from pipeline.tracking.locations import absolute_uri, configured_uri, default_uri, read_run_id
+from pipeline.tracking.locations import configured_uri
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = ROOT / "mome" / "configs"  # of the wheel (see setup.py)
+RECIPES = INSTALLED if INSTALLED.is_dir() else ROOT / "configs"
 
 
 class Caller(Section):
     """Servers and stores that the user named; None leaves the choice to the environment."""
 
-    storage: StorageConfig | None = None
+    storage: StorageConfig = StorageConfig()  # every URL is read and written with it
     tracking_uri: str | None = None
     cluster: ClusterConfig | None = None
 
@@ -37,58 +38,25 @@ class Caller(Section):
         """Return the caller whose own config this is: it was read from a file that they named."""
         return Caller(storage=config.storage, tracking_uri=configured_uri(config), cluster=config.cluster)
 
-    @staticmethod
-    def named(config: Path | None = None, uri: str | None = None) -> Caller:
-        """Return the caller who gave `--config` and `--uri`. Raises ConfigError as `load_config`."""
-        if config is None:
-            return Caller(tracking_uri=uri)
-        own = load_config(config)
-        return Caller(storage=own.storage, tracking_uri=uri or own.tracking.uri, cluster=own.cluster)
-
     @property
     def server(self) -> str | None:
         """The MLflow URI that the caller gave, or the environment; None where neither does."""
         return self.tracking_uri or os.environ.get(URI_VARIABLE)
 
-    def store(self) -> Storage:
-        """Return the access to stores that every URL is read and written by."""
-        return Storage(self.storage or StorageConfig())
-
     def applied(self, stored: RunConfig) -> RunConfig:
         """Return a stored config with the caller's stores and servers, as a tracker or a cluster is given it."""
         tracking = stored.tracking.model_copy(update={"uri": self.server})
-        own = {"storage": self.storage or StorageConfig(), "tracking": tracking}
+        own = {"storage": self.storage, "tracking": tracking}
         return stored.model_copy(update=own | {"cluster": self.cluster or stored.cluster})
-
-
-def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: Storage) -> str | None:
-    """Return why results are not recorded in MLflow by default, or None; `config` is as `Caller.applied` makes it."""
-    if read_run_id(config, storage) is None:
-        return f"{config.folder} is no tracked run"
-    places = [absolute(folder) for folder in (recorded.folder, config.folder)]
-    if len({place if "://" in place else os.path.realpath(place) for place in places}) > 1:
-        return f"it is a copy of {recorded.folder}"
-    known, own = recorded.tracking_uri or default_uri(config.output), configured_uri(config)
-    if redact(absolute_uri(known)) == redact(absolute_uri(own)):
-        return None
-    remedy = f"to record there, set {URI_VARIABLE}, or name the config that it was trained with (--config)"
-    return f"the run was tracked at {redact(known)}; {remedy}"
-
-
-def configs_folder() -> Path:
-    """Return the folder of the recipes: `configs/` of the checkout, or `mome/configs` of the wheel (see setup.py)."""
-    root = Path(__file__).resolve().parents[1]
-    installed = root / "mome" / "configs"
-    return installed if installed.is_dir() else root / "configs"
 
 
 def list_recipes() -> dict[str, str]:
     """Return the kind of model and the stages of every recipe by name, such as `finetune/vilt_b32_vqa`."""
-    folder, recipes = configs_folder(), {}
-    for path in sorted(folder.rglob("*.yaml")):
+    recipes = {}
+    for path in sorted(RECIPES.rglob("*.yaml")):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         stages = " → ".join(stage["name"] for stage in values["stages"])
-        name = path.relative_to(folder).with_suffix("").as_posix()
+        name = path.relative_to(RECIPES).with_suffix("").as_posix()
         recipes[name] = f"{values.get('model', {}).get('kind', 'vlmo')}: {stages}"
     return recipes
 
@@ -100,7 +68,7 @@ def source_types(kind: str) -> dict[str, list[str]]:
     from pipeline.objectives import modules_for
 
     model, types = skeleton(schema.MODEL_SECTIONS[kind].model_validate({})), get_args(schema.SourceType)
-    names = schema.objective_names()
+    names = schema.OBJECTIVES
     return {name: [source for source in types if modules_for(model, name, source) is not None] for name in names}
 
 

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError, StorageError
 from pipeline.config.load import apply_override, load_config, validate
-from pipeline.config.schema import DataConfig, RunConfig, SourceType, StageConfig, TransformerConfig, objective_names
+from pipeline.config.schema import OBJECTIVES, DataConfig, RunConfig, SourceType, StageConfig, TransformerConfig
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.text import Tokenizer, stated_lowercase
 from pipeline.data.storage import NotFound, Storage, join, split
@@ -112,7 +112,7 @@ def import_weights(
     # A head that would be drawn in part serves no objective.
     complete = head_parts & {full.part_of(name) for name in state} - lacking
     uses: dict[SourceType, list[str]] = {}
-    for source_type, objective in itertools.product(USES, objective_names()):
+    for source_type, objective in itertools.product(USES, OBJECTIVES):
         parts = head_parts & (modules_for(full, objective, source_type) or frozenset())
         if parts and parts <= complete:
             uses.setdefault(source_type, []).append(objective)

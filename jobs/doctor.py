@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.cluster import TOKEN_FILE, address_of, connect, requested_resources, token_file
+from jobs.cluster import TOKEN_FILE, address_of, connect, requested_resources
 from jobs.submit import is_loopback
 from pipeline.config.errors import ConfigError, DataError, MomeError, StorageError, TrackingError
 from pipeline.config.redaction import redact
@@ -400,7 +400,7 @@ def ray_token(config: RunConfig | None) -> str:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "in RAY_AUTH_TOKEN; a file is visible to fewer processes"
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else token_file()
+    path = Path(named or os.path.expanduser(TOKEN_FILE))
     address, _ = address_of(config.cluster if config else ClusterConfig()) or (None, "")
     if not path.is_file():
         if named:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
@@ -119,16 +119,16 @@ def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
         handler.flush()
 
 
+@dataclass
 class Interrupts:
     """Handling of SIGTERM and SIGINT: they raise Stopped in the main thread; ranks that run (`deferred`) save first."""
 
-    def __init__(self, config: RunConfig):
-        self._config = config
-        self._storage = Storage(config.storage).within(ANSWER_SECONDS)
-        self._number: signal.Signals | None = None
-        self._deferred = False
-        self._request: Future[bool] | None = None  # to the store, while the ranks save
-        self._last_answer = 0.0  # of the store, after the ranks were asked to save
+    config: RunConfig
+    storage: Storage  # fails within ANSWER_SECONDS
+    _number: signal.Signals | None = field(default=None, init=False)
+    _deferred: bool = field(default=False, init=False)
+    _request: Future[bool] | None = field(default=None, init=False)  # to the store, while the ranks save
+    _last_answer: float = field(default=0.0, init=False)  # of the store, after the ranks were asked to save
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -143,7 +143,7 @@ class Interrupts:
         try:
             yield
         except Stopped as stopped:  # a second signal still ends at once
-            config, storage, reason = self._config, self._storage, f"stopped ({self._number and self._number.name})"
+            config, storage, reason = self.config, self.storage, f"stopped ({self._number and self._number.name})"
             try:
                 stages = [is_committed(storage, stage_url(config, index)) for index in range(len(config.stages))]
                 steps = [config.stage_start(index + 1) for index, finished in enumerate(stages) if finished]
@@ -193,7 +193,7 @@ class Interrupts:
             notify(f"the store has not answered for {UNREACHABLE_SECONDS:.0f} s: the ranks cannot save")
             self._stop(self._number)
         if self._request is None or self._request.done():
-            self._request = in_background(partial(self._storage.exists, join(self._config.folder, RUN_FILE)), "store")
+            self._request = in_background(partial(self.storage.exists, join(self.config.folder, RUN_FILE)), "store")
 
     def on_signal(self, number: int, frame: object) -> None:
         """Handle the first signal; `_end_on_second` handles the second."""

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
+import torch
+
 from jobs.configs import Caller
 from jobs.console import check_output, notify, write_output
-from jobs.distributed import device_of, on_workers, ranks_here
+from jobs.distributed import on_workers, ranks_here
 from jobs.report import open_tracker
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.load import check_stored_url
@@ -22,31 +24,20 @@ from pipeline.data.storage import Storage, join
 from pipeline.evaluation import report as eval_report
 from pipeline.evaluation.evaluate import evaluate, is_collapsed
 from pipeline.evaluation.explain import alignment_examples
-from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
+from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.report import EvalKey, ReportData
 from pipeline.inference import build_trained_model, drop_untrained_objectives
 from pipeline.objectives import evaluated_source_types
 from pipeline.reports.run_folder import open_run, read_records
 from pipeline.training.checkpoint.committed import is_committed
 from pipeline.training.checkpoint.weights import load_weights, stage_url, weights_info
-from pipeline.training.goodput import add_time
+from pipeline.training.collectives import Collectives
 from pipeline.training.prepare import RUN_FILE
 
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"  # of a run's main evaluation, with links to the others
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-def evaluate_run(config: RunConfig) -> dict[str, Any]:
-    """Evaluate the last stage of a run that was just trained, on Ray if its ranks have GPUs."""
-    caller = Caller.of(config)
-    workers = config.cluster.workers if config.cluster.gpus_per_worker else None
-    with add_time(caller.store(), config.folder, "evaluation"):
-        # Not the ranks that a launcher's environment names: Ray's ranks have ended, and this is the driver.
-        result = evaluate_checkpoint(config.folder, track=True, workers=workers, caller=caller, ranks=SINGLE_PROCESS)
-    assert result is not None
-    return result
 
 
 def evaluate_checkpoint(
@@ -72,7 +63,7 @@ def evaluate_checkpoint(
     rank 0 get None. Raises CheckpointError for unfinished weights, ConfigError and DataError for an invalid source,
     ConfigError for a `name` or `against` of other data, all before any weights are loaded.
     """
-    storage, checkpoint, types = caller.store(), checkpoint.rstrip("/"), evaluated_source_types()
+    storage, types, checkpoint = Storage(caller.storage), evaluated_source_types(), checkpoint.rstrip("/")
     if source_type is not None and source_type not in types:
         raise ConfigError(f"--type {source_type}: expected one of {', '.join(types)}")
     if report is not None:
@@ -179,7 +170,8 @@ def _evaluate(
     ranks: Ranks,
 ) -> tuple[dict[str, Any], ReportData | None]:
     """Evaluate on this rank; all ranks call it and get the same values, and rank 0 the report's data."""
-    storage, device = caller.store(), device_of(ranks)
+    storage, default = Storage(caller.storage), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.device if isinstance(ranks, Collectives) else default
     weights = drop_untrained_objectives(load_weights(storage, checkpoint))
     config = _with_source(weights.config, source, key.source_type)
     config = config if probe is None else _with_source(config, probe, "labelled")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -37,42 +37,43 @@ FAILED = "failed"
 
 @dataclass(eq=False)
 class PlacementCallback(WorkerGroupCallback):
-    """Ray Train callback that reports the number of running ranks to the driver of the start `start`."""
+    """Ray Train callback that reports the number of running ranks to the driver."""
 
-    start: str
+    mail: Mailbox
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        Mailbox(self.start).put(NUM_PLACED, len(worker_group.get_workers()))
+        self.mail.put(NUM_PLACED, len(worker_group.get_workers()))
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        Mailbox(self.start).put(NUM_PLACED, 0)
+        self.mail.put(NUM_PLACED, 0)
 
     # The message of the shutdown may be lost, and a failed start has no shutdown.
     before_worker_group_start = before_worker_group_shutdown  # type: ignore[assignment]
 
 
+@dataclass
 class Placement:
     """The driver's view of where its ranks are, over all restarts of one start of a run."""
 
-    def __init__(self, cluster: ClusterConfig, start: str, clock: Callable[[], float] = time.monotonic):
-        self.callback = PlacementCallback(start)
-        self.ranks = 0
-        self._cluster, self._mail, self._clock = cluster, Mailbox(start), clock
-        self._were_placed = False  # lost nodes may come back
-        self._waiting_since: float | None = None
-        self._last_message: float | None = None
+    cluster: ClusterConfig
+    mail: Mailbox
+    clock: Callable[[], float] = time.monotonic
+    ranks: int = field(default=0, init=False)  # that run
+    _were_placed: bool = field(default=False, init=False)  # lost nodes may come back
+    _waiting_since: float | None = field(default=None, init=False)
+    _last_message: float | None = field(default=None, init=False)
 
     def start(self) -> None:
         """Prepare for ranks to be placed. Raises RunFailed if a local Ray can never place them."""
-        self._mail.put(NUM_PLACED, 0)
-        self.ranks, self._waiting_since, self._last_message = 0, self._clock(), None
-        is_local, nodes = resources.address_of(self._cluster) is None, list(usable_nodes().values())
-        if is_local and (missing := resources.missing_resources(self._cluster, nodes)):
+        self.mail.put(NUM_PLACED, 0)
+        self.ranks, self._waiting_since, self._last_message = 0, self.clock(), None
+        is_local, nodes = resources.address_of(self.cluster) is None, list(usable_nodes().values())
+        if is_local and (missing := resources.missing_resources(self.cluster, nodes)):
             raise RunFailed(f"{missing}. {REMEDY}")
 
     def check(self) -> None:
         """Update `ranks` and report waiting ranks; call it every second. Raises RunFailed if they waited too long."""
-        cluster, placed = self._cluster, self._mail.get(NUM_PLACED)
+        cluster, placed = self.cluster, self.mail.get(NUM_PLACED)
         if placed is None:
             return
         if ranks := int(placed):
@@ -80,7 +81,7 @@ class Placement:
                 notify(f"{ranks} of {cluster.workers} workers placed")
             self.ranks, self._were_placed, self._waiting_since, self._last_message = ranks, True, None, None
             return
-        self.ranks, now = 0, self._clock()
+        self.ranks, now = 0, self.clock()
         if self._waiting_since is None:
             self._waiting_since = now
         nodes, waited = list(usable_nodes().values()), now - self._waiting_since
@@ -109,12 +110,13 @@ class Placement:
         notify(f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(lacking or present)}")
 
 
+@dataclass(eq=False)
 class Restarts(UserCallback):
-    """Record of all restarts since this driver started: failures by Ray Train's controller, others by the driver."""
+    """Record of all restarts since a driver started: failures by Ray Train's controller, others by the driver."""
 
-    def __init__(self, config: RunConfig):
-        self._config, self._url = config.storage, join(config.folder, "restarts")
-        self._session = f"{int(time.time()):010d}-{secrets.token_hex(2)}"
+    storage: Storage
+    folder: str  # of the records of all drivers of the run
+    driver: str  # begins the names of this driver's records
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Record a failure of the worker group; called by Ray Train's controller."""
@@ -128,14 +130,13 @@ class Restarts(UserCallback):
     def record(self, cause: str, message: str) -> None:
         """Record a restart (time in seconds since 1970) whose `cause` is failed, preempted or grown."""
         restart = {"time": time.time(), "cause": cause, "message": message[:400]}
-        url = join(self._url, f"{self._session}-{time.time_ns():020d}.json")
-        Storage(self._config).write(url, json.dumps(restart).encode())
+        url = join(self.folder, f"{self.driver}-{time.time_ns():020d}.json")
+        self.storage.write(url, json.dumps(restart).encode())
 
     def count(self, cause: str) -> int:
         """Return the number of restarts with this cause since the driver started."""
-        storage = Storage(self._config)
-        names = [name for name in storage.list(self._url) if name.startswith(self._session)]
-        return sum(json.loads(storage.read(join(self._url, name)))["cause"] == cause for name in names)
+        names = [name for name in self.storage.list(self.folder) if name.startswith(self.driver)]
+        return sum(json.loads(self.storage.read(join(self.folder, name)))["cause"] == cause for name in names)
 
 
 def run_on_ranks(
@@ -148,7 +149,7 @@ def run_on_ranks(
     may raise to end the run. Raises Ray Train's error when it gives up, and RunFailed if the ranks can never be placed.
     """
     train, cluster = cast(Any, ray.train), config.cluster  # Ray's annotations are those of Train v1
-    placement = placement or Placement(cluster, secrets.token_hex(8))
+    placement = placement or Placement(cluster, Mailbox(secrets.token_hex(8)))
     placement.start()
     # Ray also counts nodes that are being drained, where it can place nothing, so they are subtracted here.
     refresh_node_counts()
@@ -171,7 +172,7 @@ def run_on_ranks(
                 # Ray Train would resume a known name; our own checkpoints determine where a run resumes.
                 name=f"{name}-{secrets.token_hex(4)}",
                 storage_path=folder,
-                callbacks=[*callbacks, placement.callback],
+                callbacks=[*callbacks, PlacementCallback(placement.mail)],
                 failure_config=budget,
             ),
         )

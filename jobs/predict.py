@@ -9,12 +9,12 @@ import torch
 
 from jobs.configs import Caller, source_types
 from jobs.console import PLAIN_SECONDS, notify, poll, write_output
-from jobs.distributed import device_of, on_workers, ranks_here
+from jobs.distributed import on_workers, ranks_here
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import MODEL_SECTIONS
 from pipeline.config.urls import absolute
 from pipeline.data.shards.manifest import load_manifest
-from pipeline.data.storage import join
+from pipeline.data.storage import Storage, join
 from pipeline.evaluation.embedding import DONE, Embedder, embed_shards
 from pipeline.evaluation.explain import explain, render_explanation, untrained_notes
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
@@ -24,6 +24,7 @@ from pipeline.objectives import modules_for
 from pipeline.tracking.locations import resolve_uri
 from pipeline.training.checkpoint.committed import COMMIT
 from pipeline.training.checkpoint.weights import weights_info
+from pipeline.training.collectives import Collectives
 
 FORMATS = (".html", ".png")
 
@@ -31,7 +32,7 @@ FORMATS = (".html", ".png")
 def _load(checkpoint: str, caller: Caller, device: str | None = None) -> TrainedModel:
     """Load a model from the caller's stores, or a registered one from the caller's MLflow server."""
     server = caller.server if checkpoint.startswith("models:/") else None
-    return load_model(checkpoint, caller.store(), device, None if server is None else resolve_uri(server))
+    return load_model(checkpoint, Storage(caller.storage), device, None if server is None else resolve_uri(server))
 
 
 def predict(
@@ -49,7 +50,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     """Draw the word-patch alignment to `out`; return it as numbers. Raises ConfigError, CheckpointError, DataError."""
     if not out.endswith(FORMATS):
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
-    storage, trained = caller.store(), _load(checkpoint, caller, "cpu")
+    storage, trained = Storage(caller.storage), _load(checkpoint, caller, "cpu")
     config, stage = trained.config, trained.stage
     if modules_for(trained.model, "wpa", "pairs") is None:
         able = ", ".join(kind for kind in MODEL_SECTIONS if source_types(kind)["wpa"])
@@ -81,12 +82,12 @@ def embed(
     CheckpointError, DataError.
     """
     shards, checkpoint, out = (absolute(url.rstrip("/")) for url in (shards, checkpoint, out))
-    storage, folder = caller.store(), join(out, DONE)
+    storage, folder = Storage(caller.storage), join(out, DONE)
 
     def work(ranks: Ranks) -> dict[str, Any]:
         """Embed on this rank; all ranks call it."""
-        own = caller.store()
-        trained = load_model(checkpoint, own, device_of(ranks))
+        own = Storage(caller.storage)
+        trained = load_model(checkpoint, own, ranks.device if isinstance(ranks, Collectives) else None)
         digest = hashlib.sha256(own.read(join(trained.url, COMMIT))).hexdigest()
         predictor = Predictor(trained.model, trained.tokenizer, trained.config.evaluation.batch_size)
         embedder = Embedder(predictor, trained.config, trained.stage, digest)

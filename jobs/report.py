@@ -3,22 +3,24 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jobs.configs import Caller, untracked_because
+from jobs.configs import URI_VARIABLE, Caller
 from jobs.console import aligned, notify, write_output
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import RecordedLocation
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
+from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage, join
 from pipeline.pages.charts import significant
 from pipeline.reports import run_report
 from pipeline.reports.run_folder import open_run
-from pipeline.tracking.locations import configured_uri, tracking_uri
+from pipeline.tracking.locations import absolute_uri, configured_uri, default_uri, read_run_id, tracking_uri
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.prepare import RUN_FILE
 
@@ -37,7 +39,7 @@ def report(
     caller: Caller = Caller(),
 ) -> dict[str, Any]:
     """Write the run's page to its folder or `out`, and to MLflow (`open_tracker`) unless active. Raises ConfigError."""
-    opened = open_run(run, caller.store())
+    opened = open_run(run, Storage(caller.storage))
     config = caller.applied(opened.config)
     summary = run_report.collect_report(opened, price, None if config.tracking.uri is None else tracking_uri(config))
     runs = [opened, *(open_run(other, opened.storage) for other in against or ())]
@@ -61,11 +63,24 @@ def report(
 
 
 def open_tracker(track: bool | None, config: RunConfig, recorded: RecordedLocation, storage: Storage) -> Tracker | None:
-    """Open the tracker of a folder's run if `track`, or if that is None and `untracked_because` has no objection."""
-    reason = untracked_because(config, recorded, storage) if track is None else None
-    if reason is not None:
+    """Open the tracker of a folder's run if `track`; if that is None, only for a run tracked there and no copy of it.
+
+    `config` is as `Caller.applied` makes it.
+    """
+    reason = ""
+    if track is None:
+        places = [absolute(folder) for folder in (recorded.folder, config.folder)]
+        known, own = recorded.tracking_uri or default_uri(config.output), configured_uri(config)
+        if read_run_id(config, storage) is None:
+            reason = f"{config.folder} is no tracked run"
+        elif len({place if "://" in place else os.path.realpath(place) for place in places}) > 1:
+            reason = f"it is a copy of {recorded.folder}"
+        elif redact(absolute_uri(known)) != redact(absolute_uri(own)):
+            remedy = f"to record there, set {URI_VARIABLE}, or name the config that it was trained with (--config)"
+            reason = f"the run was tracked at {redact(known)}; {remedy}"
+    if reason:
         notify(f"not recorded in MLflow: {reason}. Give --track to record it in {redact(configured_uri(config))}")
-    return None if track is False or reason is not None else Tracker.open(config, storage)
+    return None if track is False or reason else Tracker.open(config, storage)
 
 
 @contextmanager
@@ -80,7 +95,7 @@ def reported(config: RunConfig) -> Iterator[None]:
     finally:
         caller = Caller.of(config)
         try:  # the run's file is absent if the run failed before it was created
-            if is_started and caller.store().exists(join(config.folder, RUN_FILE)):
+            if is_started and Storage(caller.storage).exists(join(config.folder, RUN_FILE)):
                 notify(f"Report      {report(config.folder, track=True, caller=caller)['report']}")
         except Exception as error:  # an error of the report must not hide how the run ended
             log.warning("no run report: %s: %s", type(error).__name__, error)
@@ -90,7 +105,7 @@ def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Cal
     """Return what `--json` prints and two tables (`*`: a result differs); write the page `html`. Raises ConfigError."""
     if len(runs) < 2:
         raise ConfigError(f"mome compare: expected two runs or more, got {len(runs)}")
-    storage = caller.store()
+    storage = Storage(caller.storage)
     comparison = run_report.compare([open_run(run, storage) for run in runs])
     if html is not None:
         write_output(storage, str(html), run_report.render_comparison(comparison).encode(), "--html")

@@ -30,8 +30,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from jobs.cluster import TOKEN_FILE, for_ranks, token_file
-from jobs.configs import configs_folder
+from jobs.cluster import TOKEN_FILE, for_ranks
+from jobs.configs import RECIPES
 from jobs.console import notify
 from pipeline.config.background import within
 from pipeline.config.errors import ConfigError, RunFailed
@@ -88,7 +88,7 @@ def _send(client: Any, job: str, config: RunConfig) -> None:
     tags = describe.code_tags() | {"ray.submission_id": job}
     environment = {describe.PROPAGATED_TAGS[tag]: value for tag, value in tags.items()}
     with tempfile.TemporaryDirectory() as folder:
-        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
+        for shipped in (ROOT / "pipeline", ROOT / "jobs", RECIPES):
             shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
         values = config.model_dump(mode="json", exclude_unset=True)
         (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -262,8 +262,8 @@ def find_token(reference: str | None) -> str | None:
         origin = "RAY_AUTH_TOKEN"
     elif (path := os.environ.get("RAY_AUTH_TOKEN_PATH")) is not None:
         origin, token = f"RAY_AUTH_TOKEN_PATH {path}", resolve_secret(f"file:{path}")
-    elif os.path.lexists(token_file()):
-        origin, token = TOKEN_FILE, resolve_secret(f"file:{token_file()}")
+    elif os.path.lexists(path := os.path.expanduser(TOKEN_FILE)):
+        origin, token = TOKEN_FILE, resolve_secret(f"file:{path}")
     else:
         return None
     token = (token or "").strip()

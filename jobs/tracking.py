@@ -40,7 +40,7 @@ def register_checkpoint(
     from pipeline.inference import drop_untrained_objectives, pyfunc_outputs
     from pipeline.training.checkpoint.weights import load_weights, save_weights
 
-    storage = caller.store()
+    storage = Storage(caller.storage)
     weights = load_weights(storage, checkpoint.rstrip("/"))
     config = caller.applied(weights.config)
     stage, step = config.stage_named(weights.stage), str(weights.step)
@@ -74,7 +74,7 @@ def sync(run: str, caller: Caller = Caller()) -> dict[str, Any]:
 
     The server named in the journal, which another person may have written, is not used. Raises TrackingError.
     """
-    journal = locations.read_journal(run, caller.store())
+    journal = locations.read_journal(run, Storage(caller.storage))
     run_records = journal.run_records()
     if not run_records:
         raise TrackingError(

@@ -6,23 +6,28 @@ keeps failure budgets over all restarts, and raises errors that a restart would 
 
 import json
 import logging
+import secrets
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from jobs import distributed
 from jobs.cluster import connect, for_ranks, root_cause
+from jobs.configs import Caller
 from jobs.console import notify, poll, progress_display
-from jobs.driver import Interrupts, Mailbox
-from jobs.evaluate import evaluate_run
+from jobs.driver import ANSWER_SECONDS, Interrupts, Mailbox
+from jobs.evaluate import evaluate_checkpoint
 from jobs.report import reported
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
+from pipeline.evaluation.ranks import SINGLE_PROCESS
 from pipeline.tracking.mlflow_server import check_server
 from pipeline.training.callbacks import Progress
 from pipeline.training.checkpoint.committed import is_committed
 from pipeline.training.checkpoint.weights import stage_url
+from pipeline.training.goodput import add_time
 from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import prepare
 
@@ -31,16 +36,25 @@ log = logging.getLogger(__name__)
 
 def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start another run") -> dict[str, Any]:
     """Train every unfinished stage, then evaluate; return the result. `remedy` is printed if all were finished."""
-    interrupts = Interrupts(config)
+    storage = Storage(config.storage)
+    interrupts = Interrupts(config, storage.within(ANSWER_SECONDS))
     with reported(config), interrupts.handled():
         with progress_display() as show:
             trained = pretrain(config, show, interrupts)
         if not trained:
             notify(f"{config.folder}: every stage is finished already; {remedy}")
-        return evaluate_run(config) if config.evaluation.source else {"checkpoint": config.folder}
+        if config.evaluation.source is None:
+            return {"checkpoint": config.folder}
+        workers = config.cluster.workers if config.cluster.gpus_per_worker else None  # on Ray if the ranks have GPUs
+        # Not the ranks that a launcher's environment names: Ray's ranks have ended, and this is the driver.
+        where: dict[str, Any] = {"workers": workers, "ranks": SINGLE_PROCESS, "caller": Caller.of(config)}
+        with add_time(storage, config.folder, "evaluation"):
+            result = evaluate_checkpoint(config.folder, track=True, **where)
+        assert result is not None
+        return result
 
 
-def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: Interrupts | None = None) -> bool:
+def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: Interrupts) -> bool:
     """Run every unfinished stage; return False if all were finished. Raises MomeError, and Stopped after a signal."""
     config = for_ranks(config)
     storage = Storage(config.storage)
@@ -67,7 +81,7 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
 
     with poll(show_progress, distributed.PROGRESS_SECONDS):
         try:
-            _train(config, ownership, mail, open_alerts, interrupts or Interrupts(config))
+            _train(config, ownership, mail, open_alerts, interrupts)
         finally:
             show_messages(mail, open_alerts, is_last=True)
             mail.call("del", "", True)
@@ -89,7 +103,9 @@ def _train(
 
     train: Any = ray.train  # Ray's annotations are those of Train v1
     cluster, limit = config.cluster, config.cluster.max_preemptions
-    restarts, placement = Restarts(config), Placement(cluster, mail.start)
+    driver = f"{int(time.time()):010d}-{secrets.token_hex(2)}"
+    restarts = Restarts(Storage(config.storage), join(config.folder, "restarts"), driver)
+    placement = Placement(cluster, mail)
 
     def check() -> None:
         show_messages(mail, open_alerts)

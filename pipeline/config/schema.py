@@ -62,12 +62,10 @@ def fixed(default: Any, description: str, **bounds: Any) -> Any:
 changeable = partial(fixed, json_schema_extra={"changeable": True})
 
 
-def objective_names() -> tuple[str, ...]:
-    """Return the objectives' names in alphabetical order: one module of `pipeline/objectives` each, not imported."""
-    folder = Path(__file__).resolve().parents[1] / "objectives"
-    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
-
-
+# The objectives' names in alphabetical order: one module of `pipeline/objectives` each, which is not imported here.
+OBJECTIVES = tuple(
+    sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).resolve().parents[1] / "objectives")]))
+)
 REFERENCE = re.compile(r"env:|file:(?!//)")  # of 'env:NAME' and 'file:PATH', which name a secret; 'file://…' is a URL
 
 
@@ -79,15 +77,11 @@ def parse_steps(value: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _require(accepts: Callable[[str], object], message: str = "") -> AfterValidator:
-    """Return a validator that raises ValueError(message) unless `accepts`, which may raise its own, returns true."""
-
-    def check(value: str) -> str:
-        if not accepts(value):
-            raise ValueError(message)
-        return value
-
-    return AfterValidator(check)
+def _require(accepts: Callable[[str], object], message: str, value: str) -> str:
+    """Return `value`, or raise ValueError(message) unless `accepts`, which may raise its own, returns true."""
+    if not accepts(value):
+        raise ValueError(message)
+    return value
 
 
 _NOT_LOCAL = "must be a folder on each node's own disk, not a URL of an object store"
@@ -99,14 +93,17 @@ _URI = (
     "MLFLOW_TRACKING_PASSWORD, or _TOKEN"
 )
 _PROMPT = "must contain {} exactly once, where the class name goes, such as 'a photo of a {}.'"
-Url = Annotated[str, _require(parse)]
-LocalFolder = Annotated[str, _require(is_local, _NOT_LOCAL)]
-SecretReference = Annotated[str, _require(re.compile(r"(env|file):.+").match, _NOT_SECRET)]
-Endpoint = Annotated[str, _require(lambda url: redact(url) == url, _HOLDS_SECRET + _ENDPOINT)]
-TrackingUri = Annotated[str, _require(lambda uri: REFERENCE.match(uri) or redact(uri) == uri, _HOLDS_SECRET + _URI)]
-Steps = Annotated[str, _require(parse_steps)]
-Prompt = Annotated[str, _require(lambda value: value.count("{}") == 1, _PROMPT)]
-ObjectiveName: TypeAlias = Literal[objective_names()]  # type: ignore[valid-type]
+Url = Annotated[str, AfterValidator(partial(_require, parse, ""))]
+LocalFolder = Annotated[str, AfterValidator(partial(_require, is_local, _NOT_LOCAL))]
+SecretReference = Annotated[str, AfterValidator(partial(_require, re.compile(r"(env|file):.+").match, _NOT_SECRET))]
+Endpoint = Annotated[str, AfterValidator(partial(_require, lambda url: redact(url) == url, _HOLDS_SECRET + _ENDPOINT))]
+TrackingUri = Annotated[
+    str,
+    AfterValidator(partial(_require, lambda uri: REFERENCE.match(uri) or redact(uri) == uri, _HOLDS_SECRET + _URI)),
+]
+Steps = Annotated[str, AfterValidator(partial(_require, parse_steps, ""))]
+Prompt = Annotated[str, AfterValidator(partial(_require, lambda value: value.count("{}") == 1, _PROMPT))]
+ObjectiveName: TypeAlias = Literal[OBJECTIVES]  # type: ignore[valid-type]
 
 
 # ---- models: the defaults are the papers' base sizes; what a head predicts is a property of the stage

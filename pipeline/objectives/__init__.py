@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig, objective_names
+from pipeline.config.schema import OBJECTIVES, RunConfig, SourceType, StageConfig, TransformerConfig
 from pipeline.data.batch import IGNORED, Batch, field_specs
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind, Regions
 from pipeline.models.model import HeadConfig, Model
@@ -169,7 +169,7 @@ def objective_type(name: str) -> type[Objective]:
 
 def objective_types(stage: StageConfig) -> dict[str, type[Objective]]:
     """Return the stage's objectives in alphabetical order, which all ranks share."""
-    return {name: objective_type(name) for name in objective_names() if name in stage.objectives}
+    return {name: objective_type(name) for name in OBJECTIVES if name in stage.objectives}
 
 
 def batch_groups(config: RunConfig, stage: StageConfig) -> frozenset[str]:
@@ -218,7 +218,7 @@ def trained_modules(model: Model, objectives: Iterable[str], source_type: Source
 
 
 def evaluated_source_types() -> tuple[SourceType, ...]:
-    kinds = [objective_type(name) for name in objective_names()]
+    kinds = [objective_type(name) for name in OBJECTIVES]
     return tuple(source for source in get_args(SourceType) if any(source in kind.evaluations for kind in kinds))
 
 

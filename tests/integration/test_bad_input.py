@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.driver import Interrupts
 from jobs.submit import for_cluster
 from jobs.train import pretrain
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed, StorageError, TrackingError
@@ -35,7 +36,7 @@ def demo(folder: Path, *overrides: str) -> RunConfig:
 def refuse(config: RunConfig, kind: type[MomeError] = DataError, status: int = 1) -> str:
     """Return the message of the error that ends a run."""
     with pytest.raises(kind) as error:
-        pretrain(config, lambda progress: None)
+        pretrain(config, lambda progress: None, Interrupts(config, Storage(config.storage)))
     assert error.value.exit_status == status
     return str(error.value)
 

@@ -12,6 +12,7 @@ import pytest
 from pipeline.config.errors import ConfigError
 from pipeline.data.contents.choices import ANSWERS, Choices
 from pipeline.data.storage import Storage
+from pipeline.evaluation.ranks import SINGLE_PROCESS
 from pipeline.training.checkpoint.weights import load_weights
 from tests.support.fine_tuning_data import COLOURS, image_of_sides, run_config, write_image
 from tests.support.ranks import run_ranks
@@ -26,7 +27,8 @@ TASKS: dict[str, tuple[str, int, dict[str, Any]]] = {  # objective, steps, keys 
 
 def _fine_tune(folder: str, source_type: str, more: dict[str, Any]) -> dict[str, Any] | None:
     """Train on this rank; rank 0 returns the evaluation."""
-    from jobs.evaluate import evaluate_run
+    from jobs.configs import Caller
+    from jobs.evaluate import evaluate_checkpoint
     from pipeline.training.collectives import Collectives
     from pipeline.training.loop import train
 
@@ -35,7 +37,9 @@ def _fine_tune(folder: str, source_type: str, more: dict[str, Any]) -> dict[str,
     Path(folder).mkdir()
     config = run_config(Path(folder), source_type, objective, steps, optimizer=optimizer, **keys)
     train(config, lambda progress: None)
-    return evaluate_run(config) if Collectives().rank == 0 else None
+    if Collectives().rank != 0:
+        return None
+    return evaluate_checkpoint(config.folder, track=True, caller=Caller.of(config), ranks=SINGLE_PROCESS)
 
 
 def test_accuracy_is_above_chance_and_answers_are_stored_and_predicted(tmp_path: Path) -> None:

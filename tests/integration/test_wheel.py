@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = """
 import jobs.train
-from jobs.configs import configs_folder, fingerprint_of
+from jobs.configs import RECIPES, fingerprint_of
 from pipeline.config.load import load_config
 small = ['sources.scenes.synthetic.scenes=60', 'sources.unseen.synthetic.scenes=10']
-config = load_config(configs_folder() / 'demo.yaml', small)
-print(jobs.train.__file__, configs_folder(), fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])
+config = load_config(RECIPES / 'demo.yaml', small)
+print(jobs.train.__file__, RECIPES, fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])
 """
 API = """
 import sys, pipeline.inference as api

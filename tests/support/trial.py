@@ -85,7 +85,7 @@ class Trial:
 
 def cells() -> Iterator[Cell]:
     """Yield every combination that can be trained, with the stage keys that select each variant of an objective."""
-    for objective in schema.objective_names():
+    for objective in schema.OBJECTIVES:
         for kind in MODEL_SECTIONS:
             for source_type in source_types(kind)[objective]:
                 choices: list[dict[str, Any]] = [{}]

@@ -23,7 +23,7 @@ from jobs.configs import fingerprint_of, list_recipes
 from jobs.console import echo, local_file, notify, print_result
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import with_absolute_paths
-from pipeline.config.schema import MODEL_SECTIONS, objective_names
+from pipeline.config.schema import MODEL_SECTIONS, OBJECTIVES
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import RUN_FILE, prepare
 from tests.support.finished_run import contents
@@ -154,10 +154,10 @@ def test_recipes_and_objectives_are_listed_and_the_schema_describes_them() -> No
     assert str(unknown).startswith("no recipe 'dmeo'; expected one of demo, ")
     assert {"name", "model", "sources", "stages"} <= json.loads(run("config", "schema"))["properties"].keys()
     table = json.loads(run("objectives", "--json"))["objectives"]
-    assert list(table) == list(objective_names())
+    assert list(table) == list(OBJECTIVES)
     combinations = {(objective, kind, name) for objective, row in table.items() for kind in row for name in row[kind]}
     assert combinations == {(cell.objective, cell.kind, cell.source_type) for cell in cells()}
     lines = [line.split() for line in run("objectives").splitlines()]
     assert lines[0] == ["objective", *MODEL_SECTIONS]
-    assert [line[0] for line in lines[1:]] == list(objective_names())
+    assert [line[0] for line in lines[1:]] == list(OBJECTIVES)
     assert ["nlvr2", *["statements"] * 2, *["·"] * 3] in lines

@@ -34,6 +34,7 @@ from jobs.submit import for_cluster
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import load_config, parse_config
 from pipeline.config.schema import ClusterConfig, RunConfig
+from pipeline.data.storage import Storage
 from pipeline.tracking.locations import absolute_uri, tracking_uri
 from tests.support.http_server import give, serving
 
@@ -172,7 +173,7 @@ class World(SimpleNamespace):
 
     def placement(self, **values: object) -> Placement:
         keys = {"workers": 2, "start_seconds": 60, "address": "head:6379", **values}
-        started = Placement(ClusterConfig.model_validate(keys), "claim", clock=lambda: self.now)
+        started = Placement(ClusterConfig.model_validate(keys), Mailbox("claim"), clock=lambda: self.now)
         started.start()
         return started
 
@@ -303,7 +304,7 @@ def test_one_start_exchanges_warnings_and_values_and_an_absent_head_blocks_none(
     assert rank.get(STOP) is None
     assert mail.put(STOP, 1)
     assert (rank.get(STOP), Mailbox("later").get(STOP)) == ("1", None)
-    callback = PlacementCallback("claim")
+    callback = PlacementCallback(Mailbox("claim"))
     for event, expected in ((callback.after_worker_group_start, "2"), (callback.before_worker_group_shutdown, "0")):
         event(SimpleNamespace(get_workers=lambda: [1, 2]))
         assert mail.get(NUM_PLACED) == expected
@@ -341,7 +342,7 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
 
 def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> None:
     """Send SIGTERM to a driver, and check five times, or for some seconds."""
-    handlers, end = Interrupts(config), time.monotonic() + seconds
+    handlers, end = Interrupts(config, Storage(config.storage).within(5.0)), time.monotonic() + seconds
     with suppress(Stopped):
         with handlers.deferred():
             handlers.check(mail, ranks)
@@ -382,10 +383,12 @@ import os, signal, sys, time
 from pathlib import Path
 from jobs import driver
 from pipeline.config.load import load_config
+from pipeline.data.storage import Storage
 
-driver.END_SECONDS, driver.ANSWER_SECONDS = float(sys.argv[2]), 0.2
+driver.END_SECONDS = float(sys.argv[2])
+config = load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])
 try:
-    with driver.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])).handled():
+    with driver.Interrupts(config, Storage(config.storage).within(0.2)).handled():
         try:
             print("ready", flush=True)
             time.sleep(60)

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import jobs.tracking
-from jobs.cli import app
+from jobs.cli import app, named_caller
 from jobs.configs import URI_VARIABLE, Caller
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import check_stored_url, stored_config
@@ -120,10 +120,10 @@ def test_caller_settings_come_from_the_config_it_names(tmp_path, monkeypatch):
     own = config_of(tmp_path, {"pairs": {"shards": "/data"}}, "pairs", tracking={"uri": "http://own:5000"})
     (tmp_path / "own.yaml").write_text(own.model_dump_json(), encoding="utf-8")
     monkeypatch.setenv(URI_VARIABLE, "http://environment:5000")
-    assert Caller().server == Caller.named().server == "http://environment:5000"
+    assert Caller().server == named_caller(None).server == "http://environment:5000"
     for config in (None, tmp_path / "own.yaml"):
-        assert Caller.named(config, "http://argument:5000").server == "http://argument:5000"
-    assert Caller.named(tmp_path / "own.yaml").server == "http://own:5000"
+        assert named_caller(config, "http://argument:5000").server == "http://argument:5000"
+    assert named_caller(tmp_path / "own.yaml").server == "http://own:5000"
 
 
 @pytest.mark.parametrize(("name", "part"), [("run", ""), ("renamed run", "stages/0-pairs")])

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline import objectives
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
-from pipeline.config.schema import SourceType, objective_names
+from pipeline.config.schema import OBJECTIVES, SourceType
 from pipeline.data.batch import Batch
 from pipeline.objectives import NegativePool, ObjectiveContext, cross_entropy
 from pipeline.objectives.itc import itc_loss
@@ -96,10 +96,10 @@ def test_padding_adds_neither_loss_nor_gradient(name: str, padding: tuple[float 
 
 
 def test_every_module_registers_an_objective_which_the_schema_knows_without_torch() -> None:
-    kinds = {name: objectives.objective_type(name) for name in objective_names()}
+    kinds = {name: objectives.objective_type(name) for name in OBJECTIVES}
     assert {name: kind.__module__ for name, kind in kinds.items()} == {n: f"pipeline.objectives.{n}" for n in kinds}
     assert all(kind.source_types for kind in kinds.values())
-    code = "import sys, pipeline.config.schema as s; assert s.objective_names(); sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.config.schema as s; assert s.OBJECTIVES; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

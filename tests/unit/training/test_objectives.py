@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
-from pipeline.config.schema import MODEL_SECTIONS, RunConfig, objective_names
+from pipeline.config.schema import MODEL_SECTIONS, OBJECTIVES, RunConfig
 from pipeline.data.contents.text import SPECIALS
 from pipeline.data.storage import Storage
 from pipeline.models import skeleton
@@ -48,7 +48,7 @@ def test_loss_falls_in_thirty_steps_and_declared_modules_are_those_with_a_gradie
 def test_every_model_kind_and_objective_is_tried_and_a_collapsed_itm_head_does_not_count_as_learnt() -> None:
     """A constant prediction reaches 0.6365 where one pair in three matches, and 0.6931 where one in two does."""
     assert {cell.kind for cell in trials.cells()} == set(MODEL_SECTIONS)
-    assert {cell.objective for cell in trials.cells()} == set(objective_names())
+    assert {cell.objective for cell in trials.cells()} == set(OBJECTIVES)
     for negatives, collapsed in (("hard", 0.6365), ("random", 0.6931)):
         cell = Cell("itm", "vlmo", "pairs", {"negatives": negatives})
         assert trials.Trial(cell, []).floor == pytest.approx(collapsed, abs=1e-4)

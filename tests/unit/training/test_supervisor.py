@@ -243,7 +243,8 @@ def test_one_of_two_simultaneous_starts_owns_the_run(folder: str, monkeypatch: p
 def watch(nodes: int) -> dict[str, float]:
     """Run each rank as a node of its own; return the metrics rank 0 takes once all nodes have reported."""
     collectives = Collectives()
-    monitor = NodeMonitor(collectives, seconds=0.1, name="host").start()
+    monitor = NodeMonitor(collectives, seconds=0.1, name="host")
+    monitor.start()
     taken: dict[str, float] = {}
     deadline = time.monotonic() + 60
     while collectives.rank == 0 and time.monotonic() < deadline and len({key.split("/")[1] for key in taken}) < nodes:
