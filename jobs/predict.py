@@ -19,20 +19,13 @@ from pipeline.evaluation.embedding import DONE, Embedder, embed_shards
 from pipeline.evaluation.explain import explain, render_explanation, untrained_notes
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.retrieval import Predictor
-from pipeline.inference import TrainedModel, load_model
+from pipeline.inference import load_model
 from pipeline.objectives import modules_for
-from pipeline.tracking.locations import resolve_uri
 from pipeline.training.checkpoint.committed import COMMIT
 from pipeline.training.checkpoint.weights import weights_info
 from pipeline.training.collectives import Collectives
 
 FORMATS = (".html", ".png")
-
-
-def _load(checkpoint: str, caller: Caller, device: str | None = None) -> TrainedModel:
-    """Load a model from the caller's stores, or a registered one from the caller's MLflow server."""
-    server = caller.server if checkpoint.startswith("models:/") else None
-    return load_model(checkpoint, Storage(caller.storage), device, None if server is None else resolve_uri(server))
 
 
 def predict(
@@ -41,7 +34,7 @@ def predict(
     """Return probabilities by name; images are paths or URLs. Raises ConfigError, CheckpointError, DataError."""
     if other is not None and image is None:
         raise ConfigError("--second-image is given without --image; give the first image with --image")
-    model = _load(checkpoint, caller)
+    model = load_model(checkpoint, Storage(caller.storage), tracking_uri=caller.server)
     images = [url for url in (image, other) if url is not None]
     return model.predict(images, text, top) | {"stage": model.stage.name, "checkpoint": model.url}
 
@@ -50,7 +43,8 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     """Draw the word-patch alignment to `out`; return it as numbers. Raises ConfigError, CheckpointError, DataError."""
     if not out.endswith(FORMATS):
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
-    storage, trained = Storage(caller.storage), _load(checkpoint, caller, "cpu")
+    storage = Storage(caller.storage)
+    trained = load_model(checkpoint, storage, "cpu", caller.server)
     config, stage = trained.config, trained.stage
     if modules_for(trained.model, "wpa", "pairs") is None:
         able = ", ".join(kind for kind in MODEL_SECTIONS if source_types(kind)["wpa"])

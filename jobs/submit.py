@@ -60,8 +60,14 @@ def submit(
 ) -> dict[str, Any]:
     """Submit the run unless its job is active or succeeded; `follow` its output. Raises ConfigError, RunFailed."""
     address = dashboard_address(address)
-    config = for_cluster(config, is_loopback(address))
-    client = open_dashboard(address, token)
+    if not is_loopback(address):
+        relative = {path: value for path, value in local_paths(config).items() if not Path(value).is_absolute()}
+        if listing := "\n".join(f"{'.'.join(map(str, path))}: {value}" for path, value in relative.items()):
+            remedy = "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."
+            raise ConfigError(f"the cluster cannot see folders of this machine:\n{listing}\n{remedy}")
+        if (uri := configured_uri(config)).startswith("sqlite:"):
+            raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
+    config, client = for_ranks(config, address="auto"), open_dashboard(address, token)
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
     base = f"mome-{config.name}-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:10]}"
     attempts = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
@@ -107,18 +113,6 @@ def _send(client: Any, job: str, config: RunConfig) -> None:
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
                 time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
-
-
-def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
-    """Return the config with absolute paths. Raises ConfigError for relative ones that another machine cannot see."""
-    if not same_machine:
-        relative = {path: value for path, value in local_paths(config).items() if not Path(value).is_absolute()}
-        if listing := "\n".join(f"{'.'.join(map(str, path))}: {value}" for path, value in relative.items()):
-            remedy = "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."
-            raise ConfigError(f"the cluster cannot see folders of this machine:\n{listing}\n{remedy}")
-        if (uri := configured_uri(config)).startswith("sqlite:"):
-            raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
-    return for_ranks(config, address="auto")
 
 
 def open_job(job: str, address: str, token: str | None) -> tuple[Any, dict[str, Any]]:

@@ -71,10 +71,12 @@ def load_model(
     """
     storage, url = storage or Storage(), str(source).rstrip("/")
     if url.startswith("models:/"):
+        from pipeline.tracking.locations import resolve_uri
         from pipeline.tracking.mlflow_server import download_weights
 
+        server = None if tracking_uri is None else resolve_uri(tracking_uri)
         with tempfile.TemporaryDirectory() as folder:
-            weights = replace(load_weights(storage, download_weights(url, Path(folder), tracking_uri)), url=url)
+            weights = replace(load_weights(storage, download_weights(url, Path(folder), server)), url=url)
     else:
         weights = load_weights(storage, url)
     weights = drop_untrained_objectives(weights)

@@ -1,5 +1,8 @@
 """`mome bench`: measure the loader, the store, a training step and checkpoints on this machine."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +10,7 @@ import typer
 from typer import Argument, Option
 
 from jobs.console import Config, FileOption, JsonOption, Overrides, local_file, print_result, status
+from pipeline.config.errors import RunFailed
 
 PEERS = ("webdataset_pil", "open_clip_composition")  # loaders of other projects, see `bench.loader.peer_batches`
 MIB = 2**20
@@ -93,8 +97,17 @@ def step(
 
     Needs neither Ray nor data. On several machines: torchrun … -m jobs.bench.step CONFIG [--stage NAME] \\[key=value …]
     """
-    from jobs.bench.step import run_step_bench
+    from pipeline.config.load import load_config
 
+    load_config(config, overrides or [])  # one message, before any rank starts
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "jobs.bench.step", str(config), f"--steps={steps}", *(overrides or [])]
+    if stage is not None:
+        command.append(f"--stage={stage}")
     with status("training a few steps"):
-        result = run_step_bench(config, overrides or [], stage, ranks, steps)
-    print_result(result, as_json)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    results = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not results:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("rank ") or "Error" in line]
+        raise RunFailed("bench step: " + ("\n".join(errors[:5]) or done.stderr[-2000:]))
+    print_result(json.loads(results[-1]), as_json)

@@ -5,7 +5,6 @@ On several machines: torchrun … -m jobs.bench.step CONFIG [--stage NAME] [key=
 
 import json
 import os
-import subprocess
 import sys
 import time
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pipeline.config.errors import MomeError, RunFailed
+from pipeline.config.errors import MomeError
 from pipeline.config.load import load_config
 from pipeline.data.order import share
 from pipeline.data.storage import Storage
@@ -26,21 +25,6 @@ from pipeline.training.profile import MeasuredEngine, living, peak_of
 from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
 from pipeline.training.workload import full_batch, with_micro_batch, work_of
-
-
-def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks: int, steps: int) -> dict[str, Any]:
-    """Return rank 0's result of `ranks` ranks of this machine, started by torchrun. Raises ConfigError, RunFailed."""
-    load_config(config, overrides)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "jobs.bench.step", str(config), f"--steps={steps}", *overrides]
-    if stage is not None:
-        command.append(f"--stage={stage}")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    results = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not results:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("rank ") or "Error" in line]
-        raise RunFailed("bench step: " + ("\n".join(errors[:5]) or done.stderr[-2000:]))
-    return dict(json.loads(results[-1]))
 
 
 def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> dict[str, Any]:
@@ -155,6 +139,6 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # `run_step_bench` reads plain tracebacks
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # `mome bench step` reads plain tracebacks
     app.command()(main)
     app()

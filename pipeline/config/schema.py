@@ -145,13 +145,8 @@ class TransformerConfig(Section):
 
     @property
     def grid(self) -> int:
-        """Number of patches along one side of a square image."""
+        """Number of patches along one side of a square image, which has `grid**2`."""
         return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        """Number of patches of a square image."""
-        return self.grid**2
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:

@@ -66,7 +66,7 @@ class ImageEmbedding(nn.Module):
         # NLVR2's, but owned by their user: ZeRO-3 gathers a parameter only for its owner. With an image decoder the
         # encoder never reads masked patches.
         is_masked = heads.image_target is not None and heads.image_decoder is None
-        positions = nn.Parameter(torch.empty(1 + config.num_patches, config.width)) if absolute else None
+        positions = nn.Parameter(torch.empty(1 + config.grid**2, config.width)) if absolute else None
         self.register_parameter("positions", positions)
         for name, exists in (("mask", is_masked), ("modality", modality), ("second", modality and heads.nlvr2)):
             self.register_parameter(name, nn.Parameter(torch.empty(config.width)) if exists else None)

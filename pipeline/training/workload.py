@@ -174,7 +174,7 @@ class ProbedEngine:
             self.tokens += 0 if inputs.text is None else inputs.text.numel()
             self.tokens += 0 if inputs.regions is None else inputs.regions.keep.numel()
             visible = inputs.visible_patches
-            patches = self.model.config.num_patches if visible is None else visible.shape[1]
+            patches = self.model.config.grid**2 if visible is None else visible.shape[1]
             images = [image for image in (inputs.image, inputs.second_image) if image is not None]
             self.tokens += sum(len(image) * (1 + patches) for image in images)
         outputs = self.model(passes)

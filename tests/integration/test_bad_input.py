@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.driver import Interrupts
-from jobs.submit import for_cluster
+from jobs.submit import submit
 from jobs.train import pretrain
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed, StorageError, TrackingError
 from pipeline.config.load import load_config
@@ -78,7 +78,7 @@ def test_missing_and_empty_data_other_widths_changed_keys_and_local_folders_are_
     shard.unlink()
     assert shard.name in refuse(demo(tmp_path))
     with pytest.raises(ConfigError, match=r"sources\.scenes\.shards"):
-        for_cluster(load_config(DEMO), same_machine=False)
+        submit(load_config(DEMO), "http://head:8265", follow=False)
 
 
 @pytest.mark.timeout(300)

@@ -187,7 +187,7 @@ def invented_batch(section: TransformerConfig, source_type: SourceType, step: in
             members["image"] = _smooth(size, long, draw)
             members |= _patches_of_shapes(members["image"], sides, section.patch_size, draw)
         else:
-            orders = [torch.randperm(section.num_patches, generator=draw)[:2] for _ in range(size)]
+            orders = [torch.randperm(section.grid**2, generator=draw)[:2] for _ in range(size)]
             members |= {"patch_positions": torch.stack(orders), "image": _smooth(size, long, draw)}
     if source_type in ("pairs", "text", "regions", "questions", "statements"):
         members |= _texts(size, draw)

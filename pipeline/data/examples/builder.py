@@ -48,7 +48,7 @@ def batch_spec(config: RunConfig, stage: StageConfig, groups: frozenset[str], nu
         if "image" in groups and "second_image" not in groups:  # models read all patches of two images
             groups |= {"visible_patches"}
     else:
-        patches, side = model.num_patches, shape
+        patches, side = model.grid**2, shape
     masked = len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0)))
     sizes = BatchSizes(side // model.patch_size * model.patch_size, stage.max_text_length, patches, masked)
     if "regions" in groups:
@@ -271,7 +271,7 @@ class ExampleBuilder:
             buffer.write("answers", row, np.array(numbers, dtype=np.int64))
             buffer.write("answer_scores", row, np.array(list(listed.values()), dtype=np.float32))
 
-        count = model.num_patches
+        count = model.grid**2
         if "image_size" in buffer:
             count = int(buffer["image_size"][row].prod()) // model.patch_size**2
         visible = np.arange(count)

@@ -30,7 +30,6 @@ from jobs.cluster import connect, for_ranks, keep_token_private, missing_resourc
 from jobs.console import Stopped
 from jobs.driver import NUM_PLACED, STOP, Interrupts, Mailbox, forwarded_warnings
 from jobs.placement import Placement, PlacementCallback
-from jobs.submit import for_cluster
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import load_config, parse_config
 from pipeline.config.schema import ClusterConfig, RunConfig
@@ -246,7 +245,7 @@ def test_ranks_use_the_same_files_and_resolve_no_reference(tmp_path: Path, monke
         assert for_ranks(settled) == settled
     monkeypatch.delenv("SERVER", raising=False)  # set only on the cluster's nodes
     config = load_config(DEMO, ["tracking.uri=env:SERVER"])
-    for settled in (for_ranks(config), for_cluster(config, same_machine=True)):
+    for settled in (for_ranks(config), for_ranks(config, address="auto")):
         assert settled.tracking.uri == "env:SERVER"
     with pytest.raises(ConfigError, match=r"cluster\.min_workers: 3 is above cluster\.workers 2"):
         for_ranks(config, min_workers=3)
