@@ -5,7 +5,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 from urllib.parse import quote
 
 import torch
@@ -27,7 +27,7 @@ from pipeline.evaluation.explain import alignment_examples
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.report import EvalKey, ReportData
 from pipeline.inference import build_trained_model, drop_untrained_objectives
-from pipeline.objectives import evaluated_source_types
+from pipeline.objectives import evaluation_tasks
 from pipeline.reports.run_folder import open_run, read_records
 from pipeline.training.checkpoint.committed import is_committed
 from pipeline.training.checkpoint.weights import load_weights, stage_url, weights_info
@@ -63,7 +63,8 @@ def evaluate_checkpoint(
     rank 0 get None. Raises CheckpointError for unfinished weights, ConfigError and DataError for an invalid source,
     ConfigError for a `name` or `against` of other data, all before any weights are loaded.
     """
-    storage, types, checkpoint = Storage(caller.storage), evaluated_source_types(), checkpoint.rstrip("/")
+    storage, checkpoint = Storage(caller.storage), checkpoint.rstrip("/")
+    types = [kind for kind in get_args(SourceType) if evaluation_tasks(None, kind)]
     if source_type is not None and source_type not in types:
         raise ConfigError(f"--type {source_type}: expected one of {', '.join(types)}")
     if report is not None:

@@ -187,7 +187,7 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
 def as_text(plans: list[StagePlan], target: Target) -> str:
     """Return the plan as text: every stage with its table of ZeRO stages, the run's time and cost, the assumptions."""
     lines = []
-    room = planning.usable_bytes(target.accelerator, target.assumptions) / GB
+    room = plans[0].chosen.usable_bytes / GB
     heading = f"  GB of each GPU, {room:,.1f} usable{' ' * 8}{''.join(f'{name:>12}' for name in CATEGORIES)}"
     for plan in plans:
         stage = plan.chosen

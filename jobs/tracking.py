@@ -16,7 +16,7 @@ from pipeline.config.redaction import redact, redact_values
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage, split
 from pipeline.tracking import locations
-from pipeline.tracking.journal import InUse, Lease
+from pipeline.tracking.journal import UPLOAD_LOCK, InUse, Lease
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable, register
 
@@ -88,8 +88,9 @@ def sync(run: str, caller: Caller = Caller()) -> dict[str, Any]:
             f"{run}: its journal says that it was tracked at {redact(known)}; to ship it there, give --uri, name the "
             f"config that it was trained with (--config), or set {URI_VARIABLE}"
         )
+    lock = journal.folder / UPLOAD_LOCK
     try:
-        with locations.journal_write_errors(journal), contextlib.closing(Lease(journal.upload_lock)):
+        with locations.journal_write_errors(journal), contextlib.closing(Lease(lock)):
             pending = pending_bytes(journal.folder, target)
             uploader = MlflowUploader(journal.folder, target, logger.warning)
             uploader.upload()

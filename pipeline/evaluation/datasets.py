@@ -7,6 +7,7 @@ Shapes: N images, M captions of all images, B samples of a batch, H x W the mode
 widest image where the model keeps each image's own shape.
 """
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +31,7 @@ from pipeline.data.reading.samples import Sample, SampleReader, iter_samples, sa
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
-from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_on_all_ranks
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, gathered, rank_batches
 from pipeline.models.forward import ForwardInput, Head
 
 DECODED_BYTES = 256 * 2**20  # cache of decoded images: all of a small source, the most recent of a large one
@@ -46,6 +47,10 @@ class StoredImages:
         self._source = source
         self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
         self._threads = ThreadPoolExecutor(config.data.loader.threads_per_worker, "held-out")
+        closing = contextlib.ExitStack()
+        closing.callback(self._reader.close)
+        closing.callback(self._threads.shutdown, cancel_futures=True)
+        self.close = closing.close
         self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)
         shape = shape_of(config.model)
         self._image_bytes = 3 * (shape.longest if isinstance(shape, KeepAspectRatio) else shape) ** 2  # at most
@@ -59,10 +64,6 @@ class StoredImages:
             return resize(pixels, shape_of(self._model), self._model.interpolation)
 
         return self._decoded.get(position, self._image_bytes, resized)
-
-    def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._reader.close()
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -127,21 +128,19 @@ def load_pairs(
     stored = StoredImages(config, storage, opened)
     start, stop = ranks.shares(total if limit is None else min(limit, total))[ranks.rank]
 
-    def read() -> tuple[list[tuple[Any, ...]], Counter[str]]:
-        pairs, skipped = list[tuple[Any, ...]](), Counter[str]()
+    pairs, skipped = list[tuple[Any, ...]](), Counter[str]()
+    with gathered(ranks) as parts:
         for position, sample in enumerate(iter_samples(storage, opened, start, stop), start):
             try:
                 with judging("members"):
-                    captions = tuple(contents.captions_of(sample.members))
-                    tokens = _encode(captions, tokenizer, max_text_length)
+                    texts = tuple(contents.captions_of(sample.members))
+                    encoded = _encode(texts, tokenizer, max_text_length)
                     size = stored.load(position, sample).shape[:2]
-                pairs.append((position, sample.key, captions, tokens, sample.image_id, size))
+                pairs.append((position, sample.key, texts, encoded, sample.image_id, size))
             except BadSample as bad:
                 skipped[str(bad)] += 1
-        return pairs, skipped
-
-    parts, counts = zip(*run_on_all_ranks(ranks, read), strict=True)
-    pairs, skipped = list(itertools.chain(*parts)), sum(counts, Counter[str]())
+        parts.append((pairs, skipped))
+    pairs, skipped = list(itertools.chain(*(own for own, _ in parts))), sum((n for _, n in parts), Counter[str]())
     check_skipped(source, len(pairs), skipped, config.data.max_bad_rate)
     positions, keys, captions, tokens, image_ids, sizes = zip(*pairs, strict=True)
     stored.positions = np.array(positions, dtype=np.int64)
@@ -207,8 +206,8 @@ class LabelledEvalSet:
         blank_images = (np.zeros((side, side, 3), dtype=np.uint8),) * (2 if self.type == "statements" else 1)
         blank_text = [] if self.type == "labelled" else self.tokenizer.encode("a", self.stage.max_text_length).ids
 
-        def read() -> tuple[list[T], int, Counter[str]]:
-            skipped, num_samples, results = Counter[str](), 0, list[T]()
+        skipped, num_samples, results = Counter[str](), 0, list[T]()
+        with gathered(self.ranks) as parts:
             turns = list(rank_batches(count, config.evaluation.batch_size, self.ranks))
             own = [rows for rows, is_own in turns if is_own]
             samples = iter_samples(self.storage, self._opened, *((own[0].start, own[-1].stop) if own else (0, 0)))
@@ -225,12 +224,10 @@ class LabelledEvalSet:
                 texts = [ids for ids in token_ids if ids]
                 inputs = collate_inputs(images, texts, self.tokenizer.pad_id, config.model, head)
                 results += compute(inputs, [annotation for _, _, annotation in batch])
-            return results, num_samples, skipped
-
-        results, counts, skipped = zip(*run_on_all_ranks(self.ranks, read), strict=True)
-        self.skipped = sum(skipped, Counter[str]())
-        check_skipped(self.source, sum(counts), self.skipped, config.data.max_bad_rate)
-        return list(itertools.chain(*results))
+            parts.append((results, num_samples, skipped))
+        self.skipped = sum((reasons for _, _, reasons in parts), Counter[str]())
+        check_skipped(self.source, sum(count for _, count, _ in parts), self.skipped, config.data.max_bad_rate)
+        return [result for own, _, _ in parts for result in own]
 
     def _decode(self, sample: Sample) -> tuple[tuple[np.ndarray, ...], list[int], Any]:
         """Return images, token ids and annotation. Raises BadSample for the same samples as training does."""

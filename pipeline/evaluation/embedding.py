@@ -31,7 +31,7 @@ from pipeline.data.shards.manifest import Manifest, load_manifest
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.datasets import check_skipped
-from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, run_on_all_ranks
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, gathered
 from pipeline.evaluation.retrieval import Predictor
 
 SOURCE = "_source.json"
@@ -138,13 +138,14 @@ def embed_shards(
             "images and texts have no common space; give the checkpoint of a stage with objective 'itc'"
         )
     manifest = load_manifest(storage, url)
-    done, *_ = run_on_all_ranks(
-        ranks, lambda: {} if ranks.rank else _claim(storage, out, url, manifest, embedder.digest)
-    )
+    with gathered(ranks) as claims:
+        claims.append({} if ranks.rank else _claim(storage, out, url, manifest, embedder.digest))
+    done: dict[str, EmbeddedShard] = claims[0]
     waiting = [shard for shard in manifest.shards if shard.name not in done][ranks.rank :: ranks.world_size]
     sources = [Source(url, Manifest((shard,))) for shard in waiting]
-    parts = run_on_all_ranks(ranks, lambda: [embedder.embed_shard(storage, source, out) for source in sources])
-    records = [*done.values(), *itertools.chain(*parts)]
+    with gathered(ranks) as records:
+        records += [embedder.embed_shard(storage, source, out) for source in sources]
+    records += done.values()
     return {
         "shards": len(manifest.shards),
         "already_done": len(done),

@@ -4,6 +4,7 @@ Batches depend on row numbers alone, and a single rank computes each one. All ra
 with fewer batches by repeating one, because at ZeRO-3 every forward gathers weights from all of them.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -59,13 +60,20 @@ def compute_batches(
     return tuple(ranks.gather_parts(rows, counts) for rows in own)
 
 
-def run_on_all_ranks(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
-    """Run `work`, without collective calls, on each rank; return all results, or raise the first MomeError, on all."""
+@contextlib.contextmanager
+def gathered(ranks: Ranks) -> Iterator[list[Any]]:
+    """Share what each rank appends to the list inside `with`: afterwards it holds the items of all ranks, in order.
+
+    The first rank's MomeError is raised on all ranks. No rank may call a collective inside, but forwards.
+    """
+    items: list[Any] = []
+    failure: MomeError | None = None
     try:
-        results = ranks.gather_objects((work(), None))
+        yield items
     except MomeError as error:
-        results = ranks.gather_objects((None, error))
-    for _, failure in results:
-        if failure is not None:
-            raise failure
-    return [result for result, _ in results]
+        failure = error
+    results = ranks.gather_objects((items, failure))
+    for _, other in results:
+        if other is not None:
+            raise other
+    items[:] = [item for own, _ in results for item in own]

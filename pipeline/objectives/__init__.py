@@ -217,14 +217,9 @@ def trained_modules(model: Model, objectives: Iterable[str], source_type: Source
     return frozenset(trained)
 
 
-def evaluated_source_types() -> tuple[SourceType, ...]:
-    kinds = [objective_type(name) for name in OBJECTIVES]
-    return tuple(source for source in get_args(SourceType) if any(source in kind.evaluations for kind in kinds))
-
-
-def evaluation_tasks(stage: StageConfig, source_type: SourceType) -> frozenset[str]:
-    """Return the evaluation tasks that measure the stage's objectives on a source of that type."""
-    kinds = objective_types(stage).values()
+def evaluation_tasks(stage: StageConfig | None, source_type: SourceType) -> frozenset[str]:
+    """Return the evaluation tasks that measure the objectives of a stage, or any for None, on a source of that type."""
+    kinds = [objective_type(name) for name in OBJECTIVES if stage is None or name in stage.objectives]
     return frozenset(kind.evaluations[source_type] for kind in kinds if source_type in kind.evaluations)
 
 
@@ -246,8 +241,9 @@ def check_objectives(config: RunConfig) -> None:
         if len({stage.objectives[name].every for name in masked}) > 1:
             sharing = f"{', '.join(masked)} share one forward over masked examples"
             faults.append(f"{prefix}.objectives: {sharing}; set the same `every`")
-    held_out, evaluated = config.evaluation.source, evaluated_source_types()
-    if held_out is not None and (kind_of := config.sources[held_out].type) not in evaluated:
+    held_out = config.evaluation.source
+    if held_out is not None and not evaluation_tasks(None, kind_of := config.sources[held_out].type):
+        evaluated = (source_type for source_type in get_args(SourceType) if evaluation_tasks(None, source_type))
         expected = f"expected a source of type {', '.join(evaluated)}"
         faults.append(f"evaluation.source: '{held_out}' is of type {kind_of}; {expected}")
     if faults:

@@ -8,7 +8,6 @@ and is verified on running engines (`mome bench step`). Nothing is measured here
 import math
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 GB, TERA = 10**9, 10**12
 PCIE = 25 * GB  # generation 4, 16 streams, as measured in copies
@@ -96,14 +95,10 @@ class Parameters:
     """Parameter counts of a stage's model, in elements."""
 
     trained: int
-    frozen: int
+    total: int
     buffers: int  # bytes
     largest: int  # elements of the largest parameter
     tensors: int = 1  # number of parameter tensors
-
-    @property
-    def total(self) -> int:
-        return self.trained + self.frozen
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ class Sharding:
 
     zero_stage: int
     world_size: int
-    precision: Literal["float32", "bfloat16"]
+    element: int  # bytes per element of the model's weights: 4, or 2 of bfloat16
     reduce_bucket: int  # elements
     max_live: int  # elements of gathered weights that ZeRO 3 keeps
     offload_optimizer: bool = False
@@ -142,33 +137,23 @@ class Sharding:
     averages: bool = False  # whether an exponential moving average of the weights exists
     fused_update: bool = True  # whether Adam is one kernel without temporaries (CUDA)
 
-    @property
-    def element(self) -> int:
-        """Bytes per element of the model's weights."""
-        return 2 if self.precision == "bfloat16" else FLOAT32
-
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank's device by category, and the part of its state in host memory."""
 
-    states: float = 0.0  # weights, master weights, moments, moving average
-    gradients: float = 0.0
-    buffers: float = 0.0  # permanent buffers of the engine and the model
-    activations: float = 0.0  # alive when backward begins
-    backward: float = 0.0  # temporaries of backward: activation gradients, buckets, gathered weights
-    update: float = 0.0  # temporaries of the optimizer step
-    loader: float = 0.0  # this rank's examples and the swapped ones
-    host: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Peak bytes on the device: those of the backward or of the update, whichever needs more."""
-        permanent = self.states + self.gradients + self.buffers + self.loader
-        return permanent + max(self.activations + self.backward, self.update)
+    states: float  # weights, master weights, moments, moving average
+    gradients: float
+    buffers: float  # permanent buffers of the engine and the model
+    activations: float  # alive when backward begins
+    backward: float  # temporaries of backward: activation gradients, buckets, gathered weights
+    update: float  # temporaries of the optimizer step
+    loader: float  # this rank's examples and the swapped ones
+    host: float
+    total: float  # peak on the device
 
     def as_json(self) -> dict[str, int]:
-        return {name: round(size) for name, size in {**asdict(self), "total": self.total}.items()}
+        return {name: round(size) for name, size in asdict(self).items()}
 
 
 def memory_of(
@@ -190,7 +175,7 @@ def memory_of(
         optimizer, gradients = (extra_copy + MOMENTS) * trained, (FLOAT32 + extra_gradient) * trained
         flat_copy = FLOAT32 * min(trained, WHOLE_BUCKET) if ranks > 1 else 0.0
         update = max(flat_copy, adam * parameters.largest)
-    elif stage == 1 and sharding.precision == "bfloat16" and not sharding.offload_optimizer:
+    elif stage == 1 and element < FLOAT32 and not sharding.offload_optimizer:
         # Whole, flat weights. Gradients are whole: in bfloat16 and, summed over micro-batches, in float32.
         gradients = (FLOAT32 + element) * trained
     elif stage in (1, 2):  # whole, flat weights; master weights, moments and gradients partitioned
@@ -209,8 +194,9 @@ def memory_of(
         if sharding.offload_parameters:
             host, weights = host + weights, 0.0
     states = weights + optimizer + (FLOAT32 * part if sharding.averages else 0.0)
-    buffers += parameters.buffers
-    return Memory(states, gradients, buffers, activations, backward + workspace, update, loader, host)
+    buffers, backward = buffers + parameters.buffers, backward + workspace
+    total = states + gradients + buffers + loader + max(activations + backward, update)
+    return Memory(states, gradients, buffers, activations, backward, update, loader, host, total)
 
 
 @dataclass(frozen=True)
@@ -250,6 +236,7 @@ class StageEstimate:
     micro_batch_size: int
     accumulation: int
     memory: Memory
+    usable_bytes: float  # of the device, without the context's memory and what fragmentation loses
     fits: bool
     largest_micro_batch: int  # 0: not even one example fits
     flops_per_step: float  # all ranks
@@ -280,17 +267,13 @@ def largest_micro_batch(work: Work, sharding: Sharding, share: int, room: float)
     return bisect_right(sizes, room, key=lambda examples: memory_at(work, sharding, share, examples).total)
 
 
-def usable_bytes(accelerator: Accelerator, assumptions: Assumptions) -> float:
-    """Return the device memory without the context's and what fragmentation loses."""
-    return accelerator.memory_bytes * (1 - assumptions.headroom) - CONTEXT_BYTES
-
-
 def estimate(
     stage: StageSettings, sharding: Sharding, accelerator: Accelerator, network: Network, assumptions: Assumptions
 ) -> StageEstimate:
     """Return the estimate on `sharding.world_size` accelerators."""
     work, ranks, batch = stage.work, sharding.world_size, stage.global_batch_size
-    share, room = math.ceil(batch / ranks), usable_bytes(accelerator, assumptions)
+    room = accelerator.memory_bytes * (1 - assumptions.headroom) - CONTEXT_BYTES
+    share = math.ceil(batch / ranks)
     accumulation = math.ceil(share / max(1, min(share, stage.micro_batch_size or share)))
     examples = math.ceil(share / accumulation)
     memory = memory_at(work, sharding, share, examples)
@@ -303,7 +286,7 @@ def estimate(
     hours = stage.steps * step / assumptions.goodput / 3600
     return StageEstimate(
         stage.name, work.parameters, ranks, share, micro_batch_size=examples, accumulation=accumulation,
-        memory=memory, fits=memory.total <= room,
+        memory=memory, usable_bytes=room, fits=memory.total <= room,
         largest_micro_batch=largest_micro_batch(work, sharding, share, room),
         flops_per_step=flops * batch / share, tokens_per_step=work.tokens.at(batch),
         compute_seconds=compute, communication_seconds=communication, communication_bytes=moved,

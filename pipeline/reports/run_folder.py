@@ -46,20 +46,9 @@ class StageRecord:
     starts: list[Record] = field(default_factory=list)  # its `stage` records, one per start
     tags: dict[str, str] = field(default_factory=dict)  # the last value of each
     status: str = ""  # empty while the stage is running or after it was interrupted
-
-    @property
-    def reached(self) -> int:
-        """The highest recorded step. A checkpoint's points are recorded late, after those of later steps."""
-        return max((point.step for point in self.points), default=0)
-
-    @property
-    def samples_per_second(self) -> float | None:
-        """The median throughput."""
-        speeds = [value for _, _, value in self.series("perf/samples_per_s")]
-        return statistics.median(speeds) if speeds else None
-
-    def last(self, metric: str) -> float | None:
-        return next((p.values[metric] for p in reversed(self.points) if metric in p.values), None)
+    reached: int = 0  # the highest recorded step; a checkpoint's points are recorded late, after those of later steps
+    samples_per_second: float | None = None  # the median
+    last: dict[str, float] = field(default_factory=dict)  # the last value of each metric
 
     def series(self, metric: str) -> list[tuple[int, int, float]]:
         """Return (milliseconds, step, value) of one metric."""
@@ -164,7 +153,7 @@ def read_records(config: RunConfig, storage: Storage) -> JournalContents:
     contents = JournalContents(stages)
     known = (None, *range(len(stages)))  # the journal may be another run's, with more stages
     for session in journal.sessions():
-        contents.is_live |= is_held(journal.path(session))
+        contents.is_live |= is_held(session)
         records = [record for _, record in journal.records(session)]
         records = [record for record in records if record["kind"] != "damaged" and record["stage"] in known]
         if any(record["kind"] == "stage" for record in records):
@@ -201,4 +190,10 @@ def read_records(config: RunConfig, storage: Storage) -> JournalContents:
                     void = {id(point) for point in stage.points if point.step > record["step"]}
                     stage.points = [point for point in stage.points if id(point) not in void]
                     contents.evaluations = [point for point in contents.evaluations if id(point) not in void]
+    for stage in stages:
+        for point in stage.points:
+            stage.last |= point.values
+        stage.reached = max((point.step for point in stage.points), default=0)
+        if speeds := [value for _, _, value in stage.series("perf/samples_per_s")]:
+            stage.samples_per_second = statistics.median(speeds)
     return contents

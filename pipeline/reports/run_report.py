@@ -150,7 +150,7 @@ def collect_report(run: RunFolder, price: float | None = None, server: str | Non
         alerts=sorted(latest.values(), key=lambda tag: (tag.value.startswith(OVER), tag.at)),
         time={phase: run.seconds[phase] for phase in PHASES if run.seconds.get(phase)},
         evaluations=eval_report.load_report_data(run.storage, run.folder),
-        bad_samples=sum(stage.record.last(f"data/bad/{name}") or 0.0 for stage in stages for name in stage.sources),
+        bad_samples=sum(stage.record.last.get(f"data/bad/{name}", 0.0) for stage in stages for name in stage.sources),
         quarantine_counts=counts, quarantine=inspected, lineage=lineage, mlflow_page=mlflow_page,
     )  # fmt: skip
 
@@ -363,7 +363,7 @@ def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
     yield "Run", "restarts", float(run.num_restarts)
     yield "Run", "bad samples replaced", float(sum(1 for _ in run.records(*QUARANTINE)))
     for record in run.stages:
-        yield "Last loss", record.config.name, record.last("train/loss")
+        yield "Last loss", record.config.name, record.last.get("train/loss")
         yield "Samples per second (median)", record.config.name, record.samples_per_second
     evaluations = eval_report.load_report_data(run.storage, run.folder)
     for data in reversed(evaluations):

@@ -23,6 +23,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Union
 
@@ -45,6 +46,8 @@ CHECKPOINT, FINAL_WEIGHTS = "checkpoint", "final_weights"  # roles in model reco
 EVALUATION = "eval/"  # prefix of the metrics of held-out data
 BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # between heartbeats of a lease; since the last one of a dead process
 _leased: set[Path] = set()  # files that this process uses
+RESTORED = "restored"  # file of a journal in part downloaded, and continued by no run of this machine yet
+UPLOAD_LOCK = "uploader.lock"  # file of a journal that is held while a process uploads it
 RUN_ID = "[0-9A-Za-z_.-]{1,64}"
 SESSION_NAME = r"(?P<session>[0-9]{6}-[0-9a-f]{1,32})"
 # The second form: a local run's journal that was copied to the store as it is.
@@ -139,11 +142,15 @@ class Lease:
         _leased.add(path)
 
     def close(self) -> None:
+        """Sync what was written to the file, and let other processes use it."""
         _leased.discard(self._path)
-        os.close(self._fd)
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-            self._file.unlink(missing_ok=True)
+        try:
+            os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
+                self._file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         with contextlib.suppress(OSError):  # a full disk may still accept the next heartbeat's timestamp
@@ -166,12 +173,6 @@ def is_held(path: Path, elsewhere: bool = False) -> bool:
     return False
 
 
-def encode(record: Record) -> bytes:
-    """Return the record's line. Unpaired surrogates, which UTF-8 cannot encode, become question marks."""
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return line.encode(errors="replace") + b"\n"
-
-
 def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Iterator[tuple[int, Record]]:
     """Yield (end offset, record) of a session's lines; an invalid line is logged and yielded with kind "damaged"."""
     for line in lines:
@@ -188,21 +189,16 @@ def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Itera
         yield offset, record
 
 
+@dataclass(frozen=True)
 class Journal:
     """A folder of sessions, with the artifacts that their records name under `files/`."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        # Marker: part was downloaded from the run's storage, and no run has continued it on this machine.
-        self.restored = folder / "restored"
-        self.upload_lock = folder / "uploader.lock"  # held while a process uploads the journal
+    folder: Path
 
-    def sessions(self) -> list[str]:
-        names = (path.stem for path in self.folder.glob("*.jsonl") if path.is_file())
-        return sorted(name for name in names if re.fullmatch(SESSION_NAME, name))
-
-    def path(self, session: str) -> Path:
-        return self.folder / f"{session}.jsonl"
+    def sessions(self) -> list[Path]:
+        """Return the files of the sessions, in order."""
+        paths = (path for path in self.folder.glob("*.jsonl") if path.is_file())
+        return sorted(path for path in paths if re.fullmatch(SESSION_NAME, path.stem))
 
     def file(self, name: str) -> Path | None:
         """Return the path of an artifact; None, with a warning, when it is not a regular file inside `files/`."""
@@ -215,22 +211,18 @@ class Journal:
         logger.warning("%s: skipped %r, which is not a file of this journal", self.folder, name[:200])
         return None
 
-    def tail(self, session: str, start: int) -> bytes:
+    def tail(self, session: Path, start: int) -> bytes:
         """Return the complete lines of a session from byte `start` on."""
-        with self.path(session).open("rb") as file:
+        with session.open("rb") as file:
             file.seek(start)
             data = file.read()
         return data[: data.rfind(b"\n") + 1]
 
-    def records(self, session: str, start: int = 0) -> Iterator[tuple[int, Record]]:
+    def records(self, session: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
         """Yield (end offset, record) of a session from byte `start` on; an unfinished last line is skipped."""
-        with self.path(session).open("rb") as file:
+        with session.open("rb") as file:
             file.seek(start)
-            yield from parse_records(file, str(self.path(session)), start)
-
-    def all_records(self) -> Iterator[Record]:
-        """Yield the records of all sessions in order."""
-        return (record for session in self.sessions() for _, record in self.records(session))
+            yield from parse_records(file, str(session), start)
 
     def run_records(self) -> list[Record]:
         """Return the first record of every session, which identifies the run and its MLflow server."""
@@ -244,14 +236,15 @@ class JournalWriter(Lease):
     def __init__(self, journal: Journal):
         (folder := journal.folder).mkdir(parents=True, exist_ok=True)
         self._folder, self._lock, self._pending, self._failing = folder, threading.Lock(), b"", False
-        number = min(max((int(name.split("-")[0]) for name in journal.sessions()), default=0) + 1, 999_999)
-        super().__init__(journal.path(f"{number:06d}-{secrets.token_hex(4)}"))
+        number = min(max((int(path.stem.split("-")[0]) for path in journal.sessions()), default=0) + 1, 999_999)
+        super().__init__(folder / f"{number:06d}-{secrets.token_hex(4)}.jsonl")
         sync_folder(folder)
 
     def append(self, record: Record) -> None:
         """Append one record. On a full disk the record is kept in memory and written later; nothing is raised."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         with self._lock:
-            self._pending += encode(record)
+            self._pending += line.encode(errors="replace") + b"\n"  # UTF-8 has no unpaired surrogates
             try:
                 while self._pending:
                     self._pending = self._pending[os.write(self._fd, self._pending) :]
@@ -264,10 +257,6 @@ class JournalWriter(Lease):
 
     def sync(self) -> None:
         os.fsync(self._fd)
-
-    def close(self) -> None:
-        self.sync()
-        super().close()
 
 
 def committed_segments(store: Storage, url: str) -> dict[str, list[Segment]]:
@@ -290,41 +279,42 @@ def committed_segments(store: Storage, url: str) -> dict[str, list[Segment]]:
     return chains
 
 
+@dataclass
 class CommittedJournal:
-    """Commits a journal to the run's `folder` and restores it from there; a local run's journal is there already.
+    """Commits a journal to the folder of its run and restores it from there; a local run's journal is there already.
 
     Each commit uploads the bytes that a session has grown by, as one object named for its byte range. Because a session
     only grows, overlapping ranges hold the same bytes: several processes may commit one session, and a commit whose
     response was lost may be repeated from any offset.
     """
 
-    def __init__(self, store: Storage, folder: str):
-        self._store = store
-        self._url = None if is_local(folder) else f"{folder.rstrip('/')}/journal"
-        self._ends: dict[str, int] = {}  # session -> number of committed bytes
-        self._files: set[str] = set()  # committed artifacts
-        self._uncertain = False  # a write failed but may have taken effect
+    store: Storage
+    run: str  # folder
+    _ends: dict[str, int] = field(default_factory=dict)  # session -> number of committed bytes
+    _files: set[str] = field(default_factory=set)  # committed artifacts
+    _uncertain: bool = False  # a write failed but may have taken effect
 
     def restore(self, journal: Journal) -> None:
         """Download what `journal` lacks of the committed copy; drop training that another node's has replaced."""
-        if (url := self._url) is None:
+        if is_local(self.run):
             return
-        segments = committed_segments(self._store, url)
+        url = f"{self.run.rstrip('/')}/journal"
+        segments = committed_segments(self.store, url)
         self._ends = {session: chain[-1][1] for session, chain in segments.items()}
         behind = []
         for session, end in self._ends.items():
-            path = journal.path(session)
+            path = journal.folder / f"{session}.jsonl"
             if not path.exists() or (path.stat().st_size < end and not is_held(path)):  # held: it is being written
                 behind.append(session)
         if not behind:
             return
         journal.folder.mkdir(parents=True, exist_ok=True)
-        journal.restored.touch()
+        (journal.folder / RESTORED).touch()
         downloaded: dict[str, bytes] = {}
         for session in behind:
             prefix = bytearray()
             for start, end, name in segments[session]:
-                segment = self._store.read(f"{url}/{name}")
+                segment = self.store.read(f"{url}/{name}")
                 if len(segment) != end - start:
                     logger.warning("%s/%s changed while it was read; skipping the rest", url, name)
                     break
@@ -332,8 +322,8 @@ class CommittedJournal:
             downloaded[session], self._ends[session] = bytes(prefix), len(prefix)
         if any(_TRAINING.search(data) for data in downloaded.values()):
             # The other node resumed from an earlier step and recorded these steps itself. Evaluations are kept.
-            for session in journal.sessions():
-                path, end = journal.path(session), self._ends.get(session, 0)
+            for path in journal.sessions():
+                end = self._ends.get(path.stem, 0)
                 if not is_held(path) and path.stat().st_size > end and _TRAINING.search(path.read_bytes()):
                     if end:
                         os.truncate(path, end)
@@ -343,26 +333,27 @@ class CommittedJournal:
             for _, record in parse_records(io.BytesIO(data), session):
                 if record["kind"] == "artifact" and (artifact := journal.file(record["file"])) is not None:
                     source = f"{url}/files/{record['file']}"
-                    if not artifact.exists() and not self._store.exists(source):
+                    if not artifact.exists() and not self.store.exists(source):
                         logger.warning("%s: skipped, this artifact of the journal is missing", source)
                         continue
                     if not artifact.exists():
-                        write_durably(artifact, self._store.read(source))
+                        write_durably(artifact, self.store.read(source))
                     self._files.add(record["file"])
-            write_durably(journal.path(session), data)  # last, so that an interrupted restore is repeated
+            write_durably(journal.folder / f"{session}.jsonl", data)  # last, so that an interrupted restore is repeated
 
     def commit(self, journal: Journal) -> None:
         """Upload the complete records that are not committed yet, except of sessions that other processes write."""
-        if (url := self._url) is None:
+        if is_local(self.run):
             return
+        url = f"{self.run.rstrip('/')}/journal"
         if self._uncertain:
-            self._ends = {session: chain[-1][1] for session, chain in committed_segments(self._store, url).items()}
+            self._ends = {session: chain[-1][1] for session, chain in committed_segments(self.store, url).items()}
         self._uncertain = True
         for session in journal.sessions():
-            start = self._ends.get(session, 0)
-            if is_held(journal.path(session), elsewhere=True) or not (data := journal.tail(session, start)):
+            start = self._ends.get(session.stem, 0)
+            if is_held(session, elsewhere=True) or not (data := journal.tail(session, start)):
                 continue
-            for _, record in parse_records(io.BytesIO(data), session, start):
+            for _, record in parse_records(io.BytesIO(data), session.stem, start):
                 if record["kind"] != "artifact" or (name := record["file"]) in self._files:
                     continue
                 if (artifact := journal.file(name)) is not None:
@@ -372,9 +363,9 @@ class CommittedJournal:
                         message = "the artifact %s cannot be read (%s); committing the journal without it"
                         logger.warning(message, artifact, error)
                         continue
-                    self._store.write(f"{url}/files/{name}", content)
+                    self.store.write(f"{url}/files/{name}", content)
                     self._files.add(name)
             end = start + len(data)
-            self._store.write(f"{url}/{session}.{start:012d}-{end:012d}.jsonl", data)
-            self._ends[session] = end
+            self.store.write(f"{url}/{session.stem}.{start:012d}-{end:012d}.jsonl", data)
+            self._ends[session.stem] = end
         self._uncertain = False

@@ -58,10 +58,10 @@ class Cursor(BaseModel):
     def save(self) -> None:
         write_durably(self._path, self.model_dump_json().encode())
 
-    def offset(self, journal: Journal, session: str) -> int:
+    def offset(self, session: Path) -> int:
         """Return the byte from which to continue a session; 0 if the stored offset is not the end of a record."""
-        offset = self.offsets.get(session, 0)
-        with journal.path(session).open("rb") as file:
+        offset = self.offsets.get(session.stem, 0)
+        with session.open("rb") as file:
             file.seek(max(offset - 1, 0))
             return offset if file.read(1) == b"\n" else 0
 
@@ -69,7 +69,7 @@ class Cursor(BaseModel):
 def pending_bytes(folder: Path, uri: str) -> int:
     """Return the number of bytes of the journal that were not uploaded to `uri`."""
     journal, cursor = Journal(folder), Cursor.load(folder, uri)
-    return sum(len(journal.tail(session, cursor.offset(journal, session))) for session in journal.sessions())
+    return sum(len(journal.tail(session, cursor.offset(session))) for session in journal.sessions())
 
 
 class MlflowUploader:
@@ -108,7 +108,7 @@ class MlflowUploader:
     def _upload_records(self) -> None:
         self._points = []
         for session in self._journal.sessions():
-            start = self._cursor.offset(self._journal, session)
+            start = self._cursor.offset(session)
             for offset, record in self._journal.records(session, start):
                 if self._experiment and record["kind"] == "run" and record["run"] != self._run_record["run"]:
                     self._experiment, self._runs = "", {}  # the folder was deleted and holds another run now
@@ -144,7 +144,7 @@ class MlflowUploader:
             if self._points:
                 self._send_points(session, offset)
 
-    def _send_points(self, session: str | None = None, offset: int = 0) -> None:
+    def _send_points(self, session: Path | None = None, offset: int = 0) -> None:
         """Send the collected points; then store that the bytes of `session` before `offset` are uploaded."""
         points, self._points = self._points, []
         for start in range(0, len(points), MAX_BATCH_POINTS):
@@ -157,7 +157,7 @@ class MlflowUploader:
                     self._send(self._client.log_batch, self._points_run, metrics=[point])
             self.num_points += len(batch)
         if session is not None:
-            self._cursor.offsets[session] = offset
+            self._cursor.offsets[session.stem] = offset
             self._cursor.run, self._cursor.experiment = self._runs.get(None, self._cursor.run), self._experiment
             self._cursor.save()
 
@@ -257,7 +257,8 @@ class MlflowUploader:
         url, step, role, client = record["url"], record["step"], record["role"], self._client
         models = self._logged_models()
         if self._deleted is None:
-            self._deleted = {own["url"] for own in self._journal.all_records() if own["kind"] == "model_gone"}
+            recorded = (own for session in self._journal.sessions() for _, own in self._journal.records(session))
+            self._deleted = {own["url"] for own in recorded if own["kind"] == "model_gone"}
         if url in self._deleted:
             return None
         run = request(client.get_run, run_id)

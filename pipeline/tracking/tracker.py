@@ -158,13 +158,14 @@ class Tracker:
             tracker._history = History(journal)
             tracker._writer = records.JournalWriter(journal)
         params, changeable = describe.split_changeable(config.model_dump(mode="json"))
+        marker = journal.folder / records.RESTORED
         tracker._append(
             "run", run=run, name=config.name, uri=redact(locations.tracking_uri(config)),
             experiment=locations.experiment_name(config), params=params, datasets=[],
             tags=describe.run_tags(config) | {key: str(value) for key, value in attempt_tags.items()} | changeable,
-            server_has_more=journal.restored.exists() or was_lost,  # it may hold later points than this journal
+            server_has_more=marker.exists() or was_lost,  # it may hold later points than this journal
         )  # fmt: skip
-        journal.restored.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
         tracker._uploader = Uploader(journal, tracker._writer, config)
         tracker.artifact("config.yaml", describe.config_yaml(config).encode())
         return tracker

@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config.background import PeriodicThread
 from pipeline.config.redaction import configure_logging, describe_error, redact, remember
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.journal import InUse, Journal, JournalWriter, Lease
+from pipeline.tracking.journal import UPLOAD_LOCK, InUse, Journal, JournalWriter, Lease
 from pipeline.tracking.locations import tracking_uri
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable
@@ -122,28 +123,31 @@ def _forward_messages(lines: Iterable[bytes]) -> None:
         logger.warning("%s", line.decode(errors="replace").rstrip())
 
 
+@dataclass
 class UploadProcess:
     """Uploads a journal until its input has a command to close or ends, or its parent process changes (died)."""
 
-    def __init__(self, folder: Path, uri: str, every: float):
-        self._folder, self._uri, self._every, self._parent = folder, uri, every, os.getppid()
-        self._buffer, self._deadline = b"", math.inf  # no deadline until a command to close
-        self._channel = os.dup(1)  # messages for the recording process; all other output goes to the log
-        os.dup2(2, 1)
+    folder: Path
+    channel: int  # file descriptor of messages for the recording process
+    uri: str
+    every: float  # seconds
+    _parent: int = field(default_factory=os.getppid)
+    _buffer: bytes = b""
+    _deadline: float = math.inf  # until a command to close
 
     def run(self) -> bool:
         """Upload the journal every `every` seconds until a close command; return True if nothing is left."""
         with contextlib.ExitStack() as lock:
             while True:
                 try:
-                    lock.enter_context(contextlib.closing(Lease(Journal(self._folder).upload_lock)))
+                    lock.enter_context(contextlib.closing(Lease(self.folder / UPLOAD_LOCK)))
                     break
                 except InUse:  # the uploader of an earlier start, or of an evaluation; it uploads these records too
                     is_late, is_closing = time.monotonic() >= self._deadline, self._deadline < math.inf
-                    if is_closing and (is_late or not pending_bytes(self._folder, self._uri)):
-                        return not pending_bytes(self._folder, self._uri)
+                    if is_closing and (is_late or not pending_bytes(self.folder, self.uri)):
+                        return not pending_bytes(self.folder, self.uri)
                     self._wait(1.0)
-            uploader, server = MlflowUploader(self._folder, self._uri, self._report), redact(self._uri)
+            uploader, server = MlflowUploader(self.folder, self.uri, self._report), redact(self.uri)
             retry_seconds, down_since = RETRY_SECONDS, 0.0
             while True:
                 is_closing = self._deadline < math.inf
@@ -164,13 +168,13 @@ class UploadProcess:
                     retry_seconds, down_since = RETRY_SECONDS, 0.0
                     if is_closing:
                         return True
-                    self._wait(self._every)
+                    self._wait(self.every)
                 if time.monotonic() >= self._deadline:
-                    return not pending_bytes(self._folder, self._uri)
+                    return not pending_bytes(self.folder, self.uri)
 
     def _report(self, message: str) -> None:
         with contextlib.suppress(OSError):  # the recording process may have ended
-            os.write(self._channel, " ".join(message.split()).encode() + b"\n")
+            os.write(self.channel, " ".join(message.split()).encode() + b"\n")
 
     def _wait(self, seconds: float) -> None:
         """Wait for a command, at most `seconds`."""
@@ -193,11 +197,12 @@ def main() -> int:
         line = channel.readline()
     if not line:
         return 1
-    settings = json.loads(line)
+    settings, messages = json.loads(line), os.dup(1)
+    os.dup2(2, 1)  # all other output goes to the log
     configure_logging()
     remember(settings["uri"])
     try:
-        return 0 if UploadProcess(Path(sys.argv[1]), **settings).run() else 3
+        return 0 if UploadProcess(Path(sys.argv[1]), messages, **settings).run() else 3
     except Exception as error:
         logger.exception("the upload stopped")
         print(describe_error(error), file=sys.stderr)  # the log's last line, without passwords that libraries quote

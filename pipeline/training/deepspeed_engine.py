@@ -24,7 +24,7 @@ from pipeline.config.schema import EngineConfig
 from pipeline.data.order import share
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import Model
-from pipeline.planning.estimate import Sharding
+from pipeline.planning.estimate import FLOAT32, Sharding
 from pipeline.training.checkpoint.serialization import SavedState
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment, parameter_groups
@@ -81,7 +81,7 @@ def sharding_of(stage: Stage, world_size: int, on_cuda: bool) -> Sharding:
     return Sharding(
         zero_stage=zero["stage"],
         world_size=world_size,
-        precision=stage.run.engine.precision,
+        element=2 if stage.run.engine.precision == "bfloat16" else FLOAT32,
         reduce_bucket=zero["reduce_bucket_size"],
         max_live=zero["stage3_max_live_parameters"],
         offload_optimizer="offload_optimizer" in zero,

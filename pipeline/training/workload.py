@@ -118,7 +118,7 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     return Work(
-        parameters=Parameters(trained, sum(sizes) - trained, buffers, largest=max(sizes), tensors=len(sizes)),
+        parameters=Parameters(trained, sum(sizes), buffers, largest=max(sizes), tensors=len(sizes)),
         flops_per_example_accumulated=split.flops / (2 * rows),
         batch_bytes_per_example=single.batch_bytes / rows,
         contrast_flops=contrast_flops,

@@ -26,7 +26,7 @@ from jobs.tracking import sync
 from pipeline.config.errors import TrackingError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import RESTORED, Journal
 from pipeline.tracking.locations import journal_folder
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable
@@ -86,6 +86,11 @@ def content(uri: str) -> list[list[tuple[Any, ...]]]:
         return [sorted(connection.execute(f"select * from {table}"), key=repr) for table in tables]
 
 
+def finish(tracker: Tracker, timeout: float = 20.0) -> None:
+    tracker.finish()
+    tracker.close(timeout)
+
+
 def sync_without_cursor(config: RunConfig) -> int:
     """Upload the whole journal again and return its number of points."""
     for cursor in journal_folder(config.folder).glob("cursor-*"):
@@ -114,51 +119,71 @@ def test_uploader_survives_a_failed_connection_and_another_run_in_its_folder(tmp
     assert len(set(parents)) == 2
 
 
-def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path, uri):
-    config = config_of(tmp_path, uri)
-    tracked(config, range(0, 60)).close(timeout=None)
-    second = tracked(config, range(40, 100), attempt="2")
+def test_restarted_run_is_one_parent_with_a_child_per_stage_and_models_of_its_kept_checkpoints(tmp_path, uri):
+    config = config_of(tmp_path, uri, name="kept.models")
+    first = tracked(config, range(1, 91))
+    first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
+    first.metrics(60, {"eval/unseen/r1": 0.2})  # of an existing checkpoint
+    first.close(timeout=None)
+    second = tracked(config, range(61, 101), attempt="2")
+    second.metrics(90, {"eval/unseen/r1": 0.5})  # of a checkpoint that is being written
+    second.log_checkpoints([checkpoint(config, 60), checkpoint(config, 90)])
+    second.log_weights(weights(config, 0))
     second.end_stage()
-    record(second, config, 1, range(100, 130))
+    record(second, config, 1, range(101, 131))
     second.close(timeout=None)
-    third = tracked(config, range(120, 200), stage=1, attempt="3")
+    third = tracked(config, range(121, 201), stage=1, attempt="3")
     third.artifact("report/index.html", b"<p>good</p>")
+    third.log_weights(weights(config, 1))
     third.end_stage()
-    third.metrics(200, {"eval/r1": 0.25})
-    third.finish()
-    third.close(timeout=60)
+    third.metrics(200, {"eval/unseen/r1": 0.75})  # of the last stage, after the run
+    finish(third, 60)
+    before = content(uri)
+    sync_without_cursor(config)
+    assert content(uri) == before
     runs = runs_of(uri, config)
-    parent, vision, last = (runs[name] for name in ("run", "vision", "second"))
+    parent, vision, last = (runs[name] for name in (config.name, "vision", "second"))
     assert [run.info.status for run in runs.values()] == ["FINISHED"] * 3
-    assert points(uri, vision) == losses(range(100))
-    assert points(uri, last, "train/lr") == [(step, step / 3) for step in range(100, 200)]
-    assert points(uri, parent, "eval/r1") == [(200, 0.25)]
-    tags = {"mlflow.parentRunId": parent.info.run_id, "mome.restarts": "1", "mome.resumed_at_step": "40"}
+    assert points(uri, vision) == losses(range(1, 101))
+    assert points(uri, last, "train/lr") == [(step, step / 3) for step in range(101, 201)]
+    assert points(uri, parent, "eval/unseen/r1") == [(200, 0.75)]
+    tags = {"mlflow.parentRunId": parent.info.run_id, "mome.restarts": "1", "mome.resumed_at_step": "61"}
     assert vision.data.tags.items() >= tags.items()
+    assert parent.data.tags.items() >= {"attempt": "3", "mome.restarts": "2"}.items()
+    assert parent.data.tags["mlflow.note.content"].startswith("**kept.models**: vlmo, 200 steps")
     for run, origin in ((vision, "random weights"), (last, weights(config, 0).url)):
         assert run.data.tags["mlflow.note.content"].endswith(f" steps of 16 samples. Started from {origin}.")
-    assert parent.data.tags.items() >= {"attempt": "3", "mome.restarts": "2"}.items()
     artifacts = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / "vlmo"
     assert (artifacts / last.info.run_id / "artifacts" / "report" / "index.html").read_bytes() == b"<p>good</p>"
     assert (artifacts / parent.info.run_id / "artifacts" / "config.yaml").exists()
     assert [run.inputs.dataset_inputs[0].dataset.digest for run in runs.values()] == [PHOTOS["digest"][:36]] * 3
 
+    condition = f"tags.`mome.run` = '{parent.data.tags['mome.run']}'"
+    order = [{"field_name": "metrics.eval/unseen/r1", "ascending": False}]
+    models = MlflowClient(uri).search_logged_models([parent.info.experiment_id], condition, order_by=order)
+    logged = [(m.params["step"], m.source_run_id, {metric.key: metric.value for metric in m.metrics}) for m in models]
+    assert logged == [
+        ("200", last.info.run_id, {"train/loss": 1 / 201, "train/lr": 200 / 3, "eval/unseen/r1": 0.75}),
+        ("90", vision.info.run_id, {"train/loss": 1 / 91, "train/lr": 90 / 3, "eval/unseen/r1": 0.5}),
+        ("60", vision.info.run_id, {"train/loss": 1 / 61, "train/lr": 60 / 3, "eval/unseen/r1": 0.2}),
+        ("100", vision.info.run_id, {"train/loss": 1 / 101, "train/lr": 100 / 3}),
+    ]
+    outputs, inputs, handed_over = vision.outputs.model_outputs, last.inputs.model_inputs, models[-1]
+    assert handed_over.tags["mome.url"] == weights(config, 0).url
+    assert [item.model_id for item in (*outputs, *inputs)] == [handed_over.model_id] * 2
+    assert last.data.tags["start_from.run_id"] == vision.info.run_id
+
 
 def test_journal_of_a_killed_trainer_is_uploaded(tmp_path, uri):
     config = config_of(tmp_path, uri, name="killed")
-    program = (
-        "import os, signal, sys, time\n"
-        "from pipeline.config.schema import RunConfig\n"
-        "from pipeline.data.storage import Storage\n"
-        "from pipeline.tracking.tracker import Tracker\n"
-        "config = RunConfig.model_validate_json(sys.stdin.read())\n"
-        "tracker = Tracker.open(config, Storage())\n"
-        "tracker.begin_stage(0, config.stages[0], {}, [])\n"
-        "for step in range(2000): tracker.metrics(step, {'train/loss': 1 / (step + 1)})\n"
-        "while tracker._uploader._process is None: time.sleep(0.01)\n"
-        "print(tracker._uploader._process.pid, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
+    program = """if True:
+        import os, signal, sys, time
+        from pipeline.config.schema import RunConfig
+        from tests.support.journals import tracked
+        tracker = tracked(RunConfig.model_validate_json(sys.stdin.read()), range(2000))
+        while tracker._uploader._process is None: time.sleep(0.01)
+        print(tracker._uploader._process.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)"""
     command, text = [sys.executable, "-c", program], config.model_dump_json()
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -180,9 +205,7 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(tmp_path, uri, monke
     first.close(timeout=None)
     MlflowUploader(journal_folder(config.folder), uri, print).upload()  # as its own, a moment before the loss
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
-    second = tracked(config, range(60, 100))
-    second.finish()
-    second.close(timeout=60)
+    finish(tracked(config, range(60, 100)), 60)
     vision = runs_of(uri, config)["vision"]
     assert (vision.info.status, points(uri, vision)) == ("FINISHED", losses(range(100)))
     Storage().delete(config.folder)
@@ -195,8 +218,7 @@ def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path, uri
     config = config_of(tmp_path, uri)
     tracker = tracked(config, range(1500))  # more than one batch
     tracker.metrics(1500, {"nan": math.nan, "up": math.inf, "down": -math.inf})
-    tracker.finish()
-    tracker.close()
+    finish(tracker)
     assert sync(config.folder, caller=Caller.of(config))["points"] == 3003
     before = content(uri)
     assert sync_without_cursor(config) == 3003
@@ -213,46 +235,6 @@ def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path, uri
         tracker.close()
         uploader_of(config, uri).upload()
     assert [run.info.status for run in runs_of(uri, config).values()] == ["FINISHED"]
-
-
-def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path, uri):
-    config = config_of(tmp_path, uri, name="kept.models")
-    first = tracked(config, range(1, 91))
-    first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
-    first.metrics(60, {"eval/unseen/r1": 0.2})  # of an existing checkpoint
-    first.close(timeout=None)
-    second = tracked(config, range(61, 101))
-    second.metrics(90, {"eval/unseen/r1": 0.5})  # of a checkpoint that is being written
-    second.log_checkpoints([checkpoint(config, 60), checkpoint(config, 90)])
-    second.log_weights(weights(config, 0))
-    second.end_stage()
-    record(second, config, 1, range(101, 201))
-    second.log_weights(weights(config, 1))
-    second.end_stage()
-    second.metrics(200, {"eval/unseen/r1": 0.75})  # of the last stage, after the run
-    second.finish()
-    second.close(timeout=60)
-    before = content(uri)
-    sync_without_cursor(config)
-    assert content(uri) == before
-    runs = runs_of(uri, config)
-    parent, vision, last = (runs[name] for name in (config.name, "vision", "second"))
-    condition = f"tags.`mome.run` = '{parent.data.tags['mome.run']}'"
-    order = [{"field_name": "metrics.eval/unseen/r1", "ascending": False}]
-    models = MlflowClient(uri).search_logged_models([parent.info.experiment_id], condition, order_by=order)
-    logged = [(m.params["step"], m.source_run_id, {metric.key: metric.value for metric in m.metrics}) for m in models]
-    assert logged == [
-        ("200", last.info.run_id, {"train/loss": 1 / 201, "train/lr": 200 / 3, "eval/unseen/r1": 0.75}),
-        ("90", vision.info.run_id, {"train/loss": 1 / 91, "train/lr": 90 / 3, "eval/unseen/r1": 0.5}),
-        ("60", vision.info.run_id, {"train/loss": 1 / 61, "train/lr": 60 / 3, "eval/unseen/r1": 0.2}),
-        ("100", vision.info.run_id, {"train/loss": 1 / 101, "train/lr": 100 / 3}),
-    ]
-    outputs, inputs, handed_over = vision.outputs.model_outputs, last.inputs.model_inputs, models[-1]
-    assert handed_over.tags["mome.url"] == weights(config, 0).url
-    assert [item.model_id for item in (*outputs, *inputs)] == [handed_over.model_id] * 2
-    assert last.data.tags["start_from.run_id"] == vision.info.run_id
-    assert points(uri, vision) == losses(range(1, 101))
-    assert parent.data.tags["mlflow.note.content"].startswith("**kept.models**: vlmo, 200 steps")
 
 
 # ---- deleted and restored runs, rollbacks
@@ -297,9 +279,8 @@ def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path, uri, uploader_o
     if is_node_lost:
         uploader_of(config, uri).upload()
         tracker.close()
-        Journal(journal_folder(config.folder)).restored.touch()
-        tracker = Tracker.open(config, Storage())
-        tracker.begin_stage(0, config.stages[0], {"resumed_at": "10"}, [])
+        (journal_folder(config.folder) / RESTORED).touch()
+        tracker = tracked(config, range(0))
     tracker.rewind(10)
     for step in range(11, 31):
         tracker.metrics(step, {"train/loss": 2.0})
@@ -322,9 +303,7 @@ REPORT = b"<p>recorded while the server was away</p>"
 
 def train_through_outage(config: RunConfig, server: Server, seconds: float) -> Run:
     """Record steps while the server is killed for `seconds`; return the stage's run, in which nothing is missing."""
-    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
-    tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
-    steps, slowest = 0, 0.0
+    tracker, steps, slowest = tracked(config, range(0)), 0, 0.0
 
     def train(seconds: float) -> None:
         nonlocal steps, slowest
@@ -345,16 +324,15 @@ def train_through_outage(config: RunConfig, server: Server, seconds: float) -> R
     server.start()
     train(1)
     tracker.log_weights(weights(config, 0))
-    tracker.finish()
-    tracker.close(timeout=120 + seconds)
+    finish(tracker, 120 + seconds)
     assert slowest < 0.5 * seconds, "a call waited for the server"
     runs = runs_of(server.uri, config)
     assert {name: run.info.status for name, run in runs.items()} == {"run": "FINISHED", "vision": "FINISHED"}
-    assert points(server.uri, runs["vision"]) == losses(range(steps))
-    assert len(points(server.uri, runs["vision"], "nan")) == steps
-    models = MlflowClient(server.uri).search_logged_models([runs["vision"].info.experiment_id])
+    run = runs["vision"]
+    assert (points(server.uri, run), len(points(server.uri, run, "nan"))) == (losses(range(steps)), steps)
+    models = MlflowClient(server.uri).search_logged_models([run.info.experiment_id])
     assert sorted(model.tags["mome.step"] for model in models) == ["100", "50"]
-    return runs["vision"]
+    return run
 
 
 def test_outage_delays_no_step_and_loses_no_metric(tmp_path, server):
@@ -364,9 +342,7 @@ def test_outage_delays_no_step_and_loses_no_metric(tmp_path, server):
 
 def test_run_without_server_is_uploaded_later(tmp_path, server):
     config = config_of(tmp_path, "http://127.0.0.1:1", name="offline")
-    tracker = tracked(config, range(50))
-    tracker.finish()
-    tracker.close(timeout=0)
+    finish(tracked(config, range(50)), 0)
     with pytest.raises(TrackingError, match="is unavailable"):
         sync(config.folder, caller=Caller.of(config))
     with pytest.raises(TrackingError, match="no tracking journal"):
@@ -397,9 +373,7 @@ def test_server_with_login_needs_the_environment_variables(tmp_path, monkeypatch
     with Server(tmp_path, login=True) as server:
         config = config_of(tmp_path / "runs", server.uri)
         folder = journal_folder(config.folder)
-        tracker = tracked(config, range(50))
-        tracker.finish()
-        tracker.close(timeout=5)
+        finish(tracked(config, range(50)), 5)
         assert (folder / "uploader.log").exists()
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", ADMIN)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)

@@ -9,6 +9,7 @@ from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
 from pipeline.training.checkpoint.committed import read_manifest
 from pipeline.training.checkpoint.weights import load_weights
+from tests.support.journals import all_records
 
 STEPS = 12
 
@@ -32,7 +33,7 @@ def test_checkpoints_of_a_run_are_kept_recorded_and_loadable(tmp_path: Path) -> 
     run = tmp_path / "saved"
 
     values: dict[str, dict[int, float]] = {}  # metric -> step -> value
-    for record in Journal(run / "journal").all_records():
+    for record in all_records(Journal(run / "journal")):
         for name, value in record.get("values", {}).items():
             values.setdefault(name, {})[record["step"]] = value
     losses = values["train/loss"]

@@ -1,6 +1,7 @@
 """Untrained weights on drawn scenes, alone or in the folder of a finished run, for tests of what reads them."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,9 @@ def config_of(output: Path, sources: dict[str, Any], source: str, **more: Any) -
     stage = {"name": "pairs", "sources": {next(iter(sources)): 1.0}, "objectives": {"itc": {}, "itm": {}}}
     stage |= {"steps": 4, "global_batch_size": 8, "max_text_length": 24}
     values = {
-        "name": "run",
-        "output": str(output),
-        "model": SECTION,
-        "sources": sources,
-        "data": {"streams": 4},
-        "stages": [stage],
-        "engine": {"precision": "float32"},
-        "evaluation": {"source": source, "batch_size": 8},
-    }
+        "name": "run", "output": str(output), "model": SECTION, "sources": sources, "data": {"streams": 4},
+        "stages": [stage], "engine": {"precision": "float32"}, "evaluation": {"source": source, "batch_size": 8},
+    }  # fmt: skip
     return RunConfig.model_validate_json(json.dumps(values | more))
 
 
@@ -66,21 +61,16 @@ def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = 
     (folder / "run.json").write_text(recorded.model_dump_json(), encoding="utf-8")
     if run is not None:
         (folder / "tracking.json").write_text(json.dumps({"run": run, "name": recorded.name}), encoding="utf-8")
-        writer = JournalWriter(Journal(folder / "journal"))
-        campaign = {"run": run, "name": recorded.name, "uri": recorded.tracking.uri or "sqlite:///none", "tags": {}}
-        about = {"experiment": "e", "params": {}, "datasets": [], "server_has_more": False}
-        writer.append({"kind": "run", "at": 1, "stage": None, **campaign, **about})
-        begun = {"name": "pairs", "params": {}, "tags": {}, "datasets": []}
-        writer.append({"kind": "stage", "at": 2, "stage": 0, **begun})
-        writer.append({"kind": "metrics", "at": 3, "stage": 0, "step": 4, "values": {"train/loss": 2.0}})
-        writer.close()
+        about = {"uri": recorded.tracking.uri or "sqlite:///none", "experiment": "e", "server_has_more": False}
+        start = {"params": {}, "tags": {}, "datasets": []}
+        with closing(JournalWriter(Journal(folder / "journal"))) as writer:
+            writer.append({"kind": "run", "at": 1, "stage": None, "run": run, "name": recorded.name, **about, **start})
+            writer.append({"kind": "stage", "at": 2, "stage": 0, "name": "pairs", **start})
+            writer.append({"kind": "metrics", "at": 3, "stage": 0, "step": 4, "values": {"train/loss": 2.0}})
     return str(folder)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Return path -> (modification time, bytes) of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}

@@ -12,7 +12,7 @@ CONDITIONS = ["own image", "another image", "text only", "text only, language st
 NOTE = "No stage trained wpa: the drawn alignment comes from features that were not trained for it."
 
 
-def fullest(run: str = "recorded") -> report.ReportData:
+def fullest() -> report.ReportData:
     random = np.random.default_rng(0)
 
     def noise(side: int = THUMBNAIL) -> str:
@@ -25,30 +25,17 @@ def fullest(run: str = "recorded") -> report.ReportData:
     captions = [report.Retrieval(CAPTION, 7, images, noise()) for images in found]
     images = [report.Retrieval(noise(), 7, [(CAPTION, False, 0.5)] * report.CANDIDATES, CAPTION) for _ in found]
     ends = slice(report.SHOWN), slice(report.SHOWN, None)
-    aligned = []
-    for _ in range(ALIGNMENT_EXAMPLES):
-        heat = [(word, noise(HEAT_MAP_PIXELS), 0.3) for word in CAPTION.split()]
-        aligned.append(report.AlignedCaption(noise(HEAT_MAP_PIXELS), CAPTION, heat))
+    heat = [[(word, noise(HEAT_MAP_PIXELS), 0.3) for word in CAPTION.split()] for _ in range(ALIGNMENT_EXAMPLES)]
+    aligned = [report.AlignedCaption(noise(HEAT_MAP_PIXELS), CAPTION, words) for words in heat]
     recall = report.RecallRow("Image → text", "itc", [(k, 0.5, 0.001) for k in (1, 5, 10)], 1.0, 25_000)
+    retrievals = report.Retrievals(*(cards[end] for cards in (images, captions) for end in ends))
+    measures = [report.MeasureRow(name, 0.7, CAPTION) for name in ("Questions answered", "Masked words guessed")]
     return report.ReportData(
-        run=run,
-        key=report.EvalKey("pairs", None, "pairs", "d" * 64),
-        checkpoint=f"s3://a-bucket/{'runs/' * 20}",
-        at=1_790_000_300_000,
-        pairs=5000,
-        captions=25_000,
-        trained_on=["pairs"],
-        metrics={"pairs": 5000.0, "i2t_r1": 0.5},
-        small_images=False,
-        retrieval_by="itc",
-        retrieval_images=5000,
-        reranked_best=10,
-        recall=[recall] * 4,
-        measures=[report.MeasureRow(name, 0.7, CAPTION) for name in ("Questions answered", "Masked words guessed")],
-        retrievals=report.Retrievals(*(cards[end] for cards in (images, captions) for end in ends)),
-        masked={"helped": masked[:4], "misled": masked[4:8], "even": masked[8:]},
-        reconstruction_stage="vision",
+        run="recorded", key=report.EvalKey("pairs", None, "pairs", "d" * 64), at=1_790_000_300_000,
+        checkpoint=f"s3://a-bucket/{'runs/' * 20}", pairs=5000, captions=25_000, trained_on=["pairs"],
+        small_images=False, metrics={"pairs": 5000.0, "i2t_r1": 0.5}, retrieval_by="itc", retrieval_images=5000,
+        reranked_best=10, recall=[recall] * 4, measures=measures, retrievals=retrievals,
+        masked={"helped": masked[:4], "misled": masked[4:8], "even": masked[8:]}, reconstruction_stage="vision",
         reconstructions=[(noise(), noise(), noise()) for _ in range(report.RECONSTRUCTIONS_SHOWN)],
-        alignments=report.Alignments(aligned, [NOTE]),
-        skipped=[(CAPTION, 3)],
-    )
+        alignments=report.Alignments(aligned, [NOTE]), skipped=[(CAPTION, 3)],
+    )  # fmt: skip

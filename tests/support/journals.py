@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,17 @@ def artifact(file: str = REPORT, name: str = "report.html") -> dict[str, Any]:
     return {"kind": "artifact", "at": 1, "stage": None, "name": name, "file": file}
 
 
+def encode(*records: dict[str, Any]) -> bytes:
+    """Return the records' lines in a session."""
+    return b"".join(json.dumps(record, separators=(",", ":")).encode() + b"\n" for record in records)
+
+
+def all_records(journal: Journal) -> list[dict[str, Any]]:
+    return [record for session in journal.sessions() for _, record in journal.records(session)]
+
+
 def steps(journal: Journal) -> list[int]:
-    return [record["step"] for record in journal.all_records() if record["kind"] == "metrics"]
+    return [record["step"] for record in all_records(journal) if record["kind"] == "metrics"]
 
 
 def training(journal: Journal, first: int, last: int) -> JournalWriter:

@@ -21,10 +21,9 @@ ADMIN, PASSWORD = "admin", "a long password of the test's"
 
 
 class Server:
-    """An `mlflow server` process, killed at the end of a `with` block.
+    """An `mlflow server` process with its data in `folder` or at these URLs, killed at the end of a `with` block.
 
-    `backend`: database URL (default: SQLite in `folder`); `artifacts`: default, below `folder`; `more`: of the
-    environment; `login`: use MLflow's basic auth with `ADMIN` and `PASSWORD`.
+    `more` is of the environment; with `login`, it uses MLflow's basic auth with `ADMIN` and `PASSWORD`.
     """
 
     def __init__(
@@ -46,8 +45,7 @@ class Server:
                 f"database_uri = sqlite:///{folder}/auth.db\nadmin_username = {ADMIN}\nadmin_password = {PASSWORD}\n"
                 "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
             )
-            secret = "a secret of the test's"
-            self._environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": secret}
+            self._environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": PASSWORD}
             self._command += ["--app-name", "basic-auth"]
 
     def __enter__(self) -> Server:
@@ -76,10 +74,7 @@ class Server:
 
 
 class Postgres:
-    """`initdb` and then `postgres` in a temporary folder and on a free port; skips the test if they are not installed.
-
-    Root's tests run them as Debian's postgres user. Debian does not add the programs to PATH.
-    """
+    """A `postgres` in a temporary folder, which root's tests run as Debian's user; skips the test without Debian's."""
 
     def __init__(self) -> None:
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
@@ -93,13 +88,11 @@ class Postgres:
         port, binaries, data = str(free_port()), programs[-1].parent, str(self._folder / "data")
         self.uri = f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
         # Test data reachable from this machine only, so neither a password nor durability is needed.
-        arguments = ["-D", data, "-U", "mlflow", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8"]
-        command = [str(binaries / "initdb"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
-        assert done.returncode == 0, done.stderr
-        arguments = ["-D", data, "-p", port, "-k", str(self._folder), "-h", "127.0.0.1", "-c", "fsync=off"]
+        command = ["-D", data, "-U", "mlflow", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8"]
+        subprocess.run([str(binaries / "initdb"), *command], stdout=subprocess.DEVNULL, check=True, **options)  # type: ignore[call-overload]
+        command = ["-D", data, "-p", port, "-k", str(self._folder), "-h", "127.0.0.1", "-c", "fsync=off"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen([str(binaries / "postgres"), *arguments], **quiet, **options)  # type: ignore[call-overload]
+        self._process = subprocess.Popen([str(binaries / "postgres"), *command], **quiet, **options)  # type: ignore[call-overload]
         deadline = time.monotonic() + 120
         is_ready = [str(binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", port]
         while subprocess.run(is_ready, check=False, cwd=self._folder).returncode != 0:

@@ -37,22 +37,20 @@ def record_run(folder: Path, planted: Planted, name: str = "recorded", *override
         apply_override(values, override)
     cause = {"time": START / 1000 + 99.0, "cause": "failed", "message": "rank 1: killed"}
     account = {"at": START / 1000 + 800, "seconds": SECONDS | {"evaluation": 0.0}, "restarts": 1, "ended": True}
-    bad, storage = "\n".join(json.dumps(asdict(record)) for record in bad_records(planted)) + "\n", Storage()
-    for file, text in (
-        ("run.json", validate(values, name).model_dump_json()), ("time.json", json.dumps(account)),
-        ("restarts/0.json", json.dumps(cause)), ("quarantine/1-pairs-00000020.jsonl", bad),
-    ):  # fmt: skip
-        storage.write(f"{folder}/{name}/{file}", text.encode())
+    files = {"run.json": [validate(values, name).model_dump(mode="json")], "time.json": [account]}
+    files |= {"restarts/0.json": [cause], "quarantine/1-pairs-00000020.jsonl": list(map(asdict, bad_records(planted)))}
+    for file, records in files.items():
+        text = "".join(f"{json.dumps(record)}\n" for record in records)
+        Storage().write(f"{folder}/{name}/{file}", text.encode())
     _record_journal(folder / name, planted)
 
 
 def bad_records(planted: Planted) -> list[BadRecord]:
     """Return every planted bad sample once, and the first one twice."""
-    samples = enumerate((kind, bad) for kind, all_bad in planted.bad.items() for bad in all_bad)
-    records = [
-        BadRecord("pairs", bad.shard, bad.key, bad.offset, 0, number, 0, bad.stage, f"the {kind}", "s00001")
-        for number, (kind, bad) in samples
-    ]
+    records = []
+    for kind, bad in ((kind, bad) for kind, all_bad in planted.bad.items() for bad in all_bad):
+        place = bad.shard, bad.key, bad.offset, 0, len(records), 0
+        records.append(BadRecord("pairs", *place, bad.stage, f"the {kind}", "s00001"))
     return [*records, records[0]]
 
 
@@ -76,8 +74,8 @@ def _record_journal(place: Path, planted: Planted) -> None:
         for step in range(first, last + 1):
             values = {"train/loss": 8.0 / step, "train/grad_norm": 1.0 + step, "train/lr": 1e-3}
             values |= {"train/loss_itc": 5.0 / step, "train/loss_itm": 3.0 / step} if stage else {}
-            data = {"samples": 8.0 * step, "bad": 1.0, "epochs": 0.1}
-            values |= {f"data/{key}/{sources[stage]}": value for key, value in data.items()}
+            for key, value in {"samples": 8.0 * step, "bad": 1.0, "epochs": 0.1}.items():
+                values[f"data/{key}/{sources[stage]}"] = value
             append("metrics", stage, step=step, values=values | {"perf/samples_per_s": 40.0})
 
     for session, run_tags in enumerate((tags, tags, {})):

@@ -12,6 +12,7 @@ from pipeline.tracking import tracker
 from pipeline.tracking.journal import Journal
 from pipeline.training.callbacks import Callback
 from pipeline.training.loop import train
+from tests.support.journals import all_records
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 STEPS = 8
@@ -75,7 +76,7 @@ def losses(folder: str | Path, name: str = "run") -> dict[int, str]:
 
 def journal(folder: str | Path, name: str = "run") -> list[dict[str, Any]]:
     """Return all whole records, in order."""
-    return list(Journal(Path(folder, name, "journal")).all_records())
+    return all_records(Journal(Path(folder, name, "journal")))
 
 
 def committed(run: str | Path) -> list[str]:

@@ -20,6 +20,7 @@ from pipeline.config.background import in_background
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.journal import Journal
+from tests.support.journals import all_records
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("vision", "language", "vision_language")
@@ -100,7 +101,7 @@ class TrainProcess:
 
     def losses(self) -> Losses:
         """Return (stage, step) -> loss, exactly as the journal has it."""
-        records = [r for r in Journal(self.journal).all_records() if "train/loss" in r.get("values", {})]
+        records = [r for r in all_records(Journal(self.journal)) if "train/loss" in r.get("values", {})]
         losses = {(record["stage"], record["step"]): record["values"]["train/loss"] for record in records}
         assert len(losses) == len(records), "a step was journaled twice"
         return losses

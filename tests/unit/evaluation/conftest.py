@@ -23,22 +23,20 @@ def storage():
 def config(tmp_path_factory, storage):
     """Draw the shards of one synthetic source (24 scenes, two captions each) and return a run of three stages on it."""
     shards, plain = str(tmp_path_factory.mktemp("scenes") / "shards"), {"steps": 4, "global_batch_size": 8}
-    stages = (("vision", "images", ["mim"]), ("language", "sentences", ["mlm"]))
-    stages += (("vision_language", "unseen", ["itc", "itm", "mlm"]),)
+    learned = {"vision": ("images", {"mim": {}}), "language": ("sentences", {"mlm": {}})}
+    learned["vision_language"] = ("unseen", {"itc": {}, "itm": {}, "mlm": {}})
     run = RunConfig.model_validate({
-        "name": "tiny",
-        "model": {**SECTION, "max_text_length": 40},
+        "name": "tiny", "model": {**SECTION, "max_text_length": 40},
         "sources": {
             "unseen": {"shards": shards, "synthetic": {"scenes": 24, "image_size": 40, "captions": 2}},
             "images": {"shards": shards, "type": "images"},
             "sentences": {"shards": shards, "type": "text"},
         },
-        "data": {"streams": 4},
         "stages": tuple(
-            {"name": name, "sources": {source: 1.0}, "objectives": {key: {} for key in objectives}, **plain}
-            for name, source, objectives in stages
+            {"name": name, "sources": {source: 1.0}, "objectives": objectives, **plain}
+            for name, (source, objectives) in learned.items()
         ),
-        "engine": {"precision": "float32"},
+        "data": {"streams": 4}, "engine": {"precision": "float32"},
         "evaluation": {"source": "unseen", "batch_size": 7},
     })  # fmt: skip
     build_synthetic(storage, {"unseen": run.sources["unseen"]})

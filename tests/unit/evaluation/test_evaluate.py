@@ -15,7 +15,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.explain import alignment_examples
 from pipeline.evaluation.masked import OWN, TEXT_ONLY
-from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_on_all_ranks
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, gathered, rank_batches
 from pipeline.evaluation.report import build_report_data, render_report
 from pipeline.evaluation.retrieval import Predictor, rankings
 from pipeline.models import build_model
@@ -29,7 +29,9 @@ KS = {"r1", "r5", "r10"}
 CURVES = {"vision": [(step, 2.0 / (step + 1)) for step in range(50)], "language": []}
 
 
-def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs(evaluation, model):
+def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs_for_every_batch_size(
+    evaluation, model, config, storage, tokenizer
+):
     result = json.loads(json.dumps(evaluation.to_json()))
     mlm = result["mlm"]
     assert (result["pairs"], result["captions"], result["reranked"]["best"]) == (24, 48, 10)
@@ -48,11 +50,8 @@ def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs(
         of_image, of_text = model({"x": image})["x"], model({"x": text})["x"]
     expected = sum(of_image[head] @ of_text[head].T for head in ("itc", "itc_vl")) / 2
     torch.testing.assert_close(ranked.score[5, 0], expected[0, 0], atol=1e-6, rtol=1e-5)
-
-
-def test_metrics_do_not_depend_on_the_batch_size(evaluation, model, config, storage, tokenizer):
     other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 64})})
-    again = evaluate(model, tokenizer, other, storage)
+    again = evaluate(model, tokenizer, other, storage)  # nothing depends on the batch size
     scores = (result.rankings.image_to_text.score for result in (evaluation, again))
     torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-5)
     assert evaluation.sections["mlm"] | {"language_stage_text_only": None} == again.sections["mlm"]
@@ -115,9 +114,9 @@ def test_rows_are_computed_once_with_equal_forward_counts_and_errors_reach_all_r
         assert own == list(range(count))
         assert len({len(of_rank) for of_rank in turns}) == 1
         assert all(0 < rows.stop - rows.start <= 7 for of_rank in turns for rows, _ in of_rank)
-    monkeypatch.setattr(ranks, "gather_objects", lambda value: [value, (None, DataError("shard 3 changed"))])
-    with pytest.raises(DataError, match="shard 3 changed"):
-        run_on_all_ranks(ranks, lambda: 1)
+    monkeypatch.setattr(ranks, "gather_objects", lambda value: [value, ([], DataError("shard 3 changed"))])
+    with pytest.raises(DataError, match="shard 3 changed"), gathered(ranks) as items:
+        items.append(1)
 
 
 def evaluated(config, ranks=None):
@@ -135,9 +134,9 @@ def evaluated(config, ranks=None):
 
 def test_results_do_not_depend_on_the_number_of_ranks(config):
     values, metrics, tensors = evaluated(config, SINGLE_PROCESS)
-    for own_values, own_metrics, own_tensors in run_ranks(evaluated, 2, config) + run_ranks(evaluated, 3, config):
-        assert (own_values, own_metrics) == (values, metrics)
-        assert all(torch.equal(mine, other) for mine, other in zip(own_tensors, tensors, strict=True))
+    for *own, own_tensors in run_ranks(evaluated, 2, config) + run_ranks(evaluated, 3, config):
+        assert own == [values, metrics]
+        assert all(torch.equal(*pair) for pair in zip(own_tensors, tensors, strict=True))
 
 
 def test_pages_show_metrics_with_chance_perfect_retrievals_and_partial_evaluations(

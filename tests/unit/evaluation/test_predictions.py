@@ -39,17 +39,15 @@ def image(held_out):
 def test_loaded_run_encodes_images_and_texts_as_evaluation_does(model, config, held_out, tokenizer, tmp_path):
     with pytest.raises(CheckpointError, match="no finished stage"):
         load_model(tmp_path)
-    config = config.model_copy(update={"output": str(tmp_path)})
+    config, url = config.model_copy(update={"output": str(tmp_path)}), f"{tmp_path}/tiny/stages/2-vision_language"
     metadata = {"config": config.model_dump(mode="json"), "stage": "vision_language", "step": 4, "absent": []}
-    url = f"{tmp_path}/tiny/stages/2-vision_language"
     save_weights(Storage(), url, dict(model.state_dict()), list(tokenizer.tokens), metadata)
     loaded = load_model(tmp_path / "tiny")
     assert loaded.url == url
     images, captions = [held_out.image(n).numpy() for n in range(5)], [held_out.captions[n][0] for n in range(5)]
-    files = [tmp_path / "0.png", tmp_path / "2.png"]
-    for file, pixels in zip(files, images[:3:2], strict=True):
-        Image.fromarray(pixels).save(file)
-    inputs = [files[0].read_bytes(), images[1], str(files[1]), files[1], Image.fromarray(images[4])]
+    for number in (0, 2):
+        Image.fromarray(images[number]).save(file := tmp_path / f"{number}.png")
+    inputs = [(tmp_path / "0.png").read_bytes(), images[1], str(file), file, Image.fromarray(images[4])]
     predictor, rows = Predictor(model, tokenizer), [tokens.ids for tokens in tokenizer.encode_batch(captions, 40)]
     expected = predictor.embed_images(torch.from_numpy(np.stack([images[n] for n in (0, 1, 2, 2, 4)])))
     torch.testing.assert_close(loaded.encode_images(inputs, batch_size=2), expected)
@@ -166,11 +164,10 @@ def test_heat_is_the_transport_plan_and_guesses_are_those_of_the_model_with_the_
 
 
 def test_drawings_are_complete_and_escape_the_text(explanation):
-    word = explanation.words[0]
-    drawn = np.asarray(draw_heat_map(explanation, word)).astype(int)
-    redness = torch.from_numpy(drawn[:, :, 0] - drawn[:, :, 1]).float()
-    of_patch = torch.nn.functional.adaptive_avg_pool2d(redness[None], word.heat.shape)
-    assert int(of_patch.argmax()) == int(word.heat.argmax()), "the hottest patch is the reddest"
+    heat = explanation.words[0].heat
+    drawn = torch.from_numpy(np.asarray(draw_heat_map(explanation, explanation.words[0])).astype(np.float32))
+    of_patch = torch.nn.functional.adaptive_avg_pool2d((drawn[:, :, 0] - drawn[:, :, 1])[None], heat.shape)
+    assert int(of_patch.argmax()) == int(heat.argmax()), "the hottest patch is the reddest"
     page = render_explanation(explanation, "<b>words</b>", "checkpoint", ["a note"], ".html").decode()
     assert page.count("data:image/png;base64,") == 1 + len(explanation.words)
     assert not any(part in page for part in ("<b>words</b>", "http:", "https:"))
@@ -203,11 +200,8 @@ def test_command_renders_alignments_notes_untrained_objectives_and_rejects_unusa
             assert len(word["with_image"]["guesses"]) == len(word["without_image"]["guesses"]) == 3
             assert 0 < word["hottest_patch"]["share"] <= 1
         assert (tmp_path / out).read_bytes().startswith(start)
-    for objective, source_type, parts in (
-        ("wpa", "pairs", ["mlm"]),
-        ("mlm", "pairs", ["wpa"]),
-        ("mlm", "text", ["wpa", "with images"]),
-    ):
+    untrained = {("wpa", "pairs"): ["mlm"], ("mlm", "pairs"): ["wpa"], ("mlm", "text"): ["wpa", "with images"]}
+    for (objective, source_type), parts in untrained.items():
         notes = untrained_notes(trial_config(Cell(objective, "vlmo", source_type)), "trial")
         assert [part in note for part, note in zip(parts, notes, strict=True)] == [True] * len(parts)
     wpa, damaged = Cell("wpa", "vlmo", "pairs"), tmp_path / "damaged.jpg"

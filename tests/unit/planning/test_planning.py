@@ -1,5 +1,6 @@
 """Estimates follow from workload, ZeRO stage and hardware; the probe counts bytes and FLOPs of code on meta tensors."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -9,21 +10,21 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.planning import estimate as planning
 from pipeline.planning.estimate import Assumptions, Line, Parameters, Sharding, StageSettings, estimate, memory_of
-from pipeline.planning.probe import Probe
+from pipeline.planning.probe import Kernels, Probe
 
 WORK = planning.Work(
-    parameters=Parameters(trained=200_000_000, frozen=0, buffers=0, largest=20_000_000, tensors=300),
+    parameters=Parameters(trained=200_000_000, total=200_000_000, buffers=0, largest=20_000_000, tensors=300),
     flops=Line(0, 6e11), flops_per_example_accumulated=6.5e11, activations=Line(1e7, 5e8), workspace=Line(1e7, 1e6),
     tokens=Line(0, 1000), batch_bytes_per_example=150_000,
     contrast_flops=10**10, contrast_bytes=10**7, contrast_width=1536,
 )  # fmt: skip
 STAGE = StageSettings("pairs", steps=1000, global_batch_size=1024, images=1, micro_batch_size=None, work=WORK)
-SIZE = Parameters(trained=8_000_000, frozen=2_000_000, buffers=0, largest=1_000_000)
+SIZE = Parameters(trained=8_000_000, total=10_000_000, buffers=0, largest=1_000_000)
 H100, IB = planning.ACCELERATORS["h100"], planning.NETWORKS["ib-400"]
 
 
-def sharding(ranks: int, zero_stage: int = 1, precision: str = "bfloat16", **more) -> Sharding:
-    return Sharding(zero_stage, ranks, precision, 50_000_000, 1_000_000_000, **more)  # type: ignore[arg-type]
+def sharding(ranks: int, zero_stage: int = 1, element: int = 2, **more) -> Sharding:
+    return Sharding(zero_stage, ranks, element, 50_000_000, 1_000_000_000, **more)
 
 
 def estimated(ranks: int, micro_batch_size: int | None = None, network=IB, **assumptions):
@@ -31,15 +32,15 @@ def estimated(ranks: int, micro_batch_size: int | None = None, network=IB, **ass
     return estimate(stage, sharding(ranks), H100, network, Assumptions(**assumptions))
 
 
-def test_states_are_sharded_offloaded_and_averaged_as_in_deepspeed() -> None:
+def test_states_are_sharded_offloaded_and_averaged_as_in_deepspeed_and_one_row_above_the_largest_does_not_fit() -> None:
     for zero_stage, weights in ((2, 10_000_000), (3, 2_500_000)):
         states = memory_of(SIZE, sharding(4, zero_stage)).states
         assert states == 2 * weights + 12 * 2_000_000, "bfloat16 takes 2 bytes, and 12 that are sharded"
         averaged = memory_of(SIZE, sharding(4, zero_stage, averages=True)).states
         assert averaged == states + 4 * 2_000_000, "a moving average adds one sharded float32 copy"
     for zero_stage in (1, 2, 3):
-        for precision in ("float32", "bfloat16"):
-            few, many = (memory_of(SIZE, sharding(ranks, zero_stage, precision)) for ranks in (2, 64))
+        for element in (2, 4):
+            few, many = (memory_of(SIZE, sharding(ranks, zero_stage, element)) for ranks in (2, 64))
             assert (many.states < few.states, many.total < few.total) == (True, True)
         kept, offloaded = (memory_of(SIZE, sharding(4, zero_stage, offload_optimizer=on)) for on in (False, True))
         assert kept.host == 0
@@ -48,16 +49,11 @@ def test_states_are_sharded_offloaded_and_averaged_as_in_deepspeed() -> None:
     idle, crowded = (memory_of(SIZE, sharding(4, 2), activations=activations) for activations in (0.0, 1e9))
     assert crowded.total > idle.total, "the total is the larger of backward and update"
     assert crowded.total == crowded.states + crowded.gradients + crowded.buffers + 1e9 + crowded.backward
-
-
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_one_example_above_the_largest_micro_batch_does_not_fit(zero_stage):
-    room, cut = 40e9, sharding(4, zero_stage)
-    rows = planning.largest_micro_batch(WORK, cut, 256, room)
-    fits, larger = (planning.memory_at(WORK, cut, 256, size).total for size in (rows, rows + 1))
-    assert 0 < rows < 256
-    assert fits <= room < larger
-    assert planning.largest_micro_batch(WORK, cut, 16, 1e8) == 0, "the states alone are too large"
+    for cut in map(functools.partial(sharding, 4), range(4)):
+        rows = planning.largest_micro_batch(WORK, cut, 256, 40e9)
+        fits, larger = (planning.memory_at(WORK, cut, 256, size).total for size in (rows, rows + 1))
+        assert (0 < rows < 256, fits <= 40e9 < larger) == (True, True), cut
+        assert planning.largest_micro_batch(WORK, cut, 16, 1e8) == 0, "the states alone are too large"
 
 
 def test_time_and_cost_follow_the_assumptions_the_network_and_the_number_of_accelerators() -> None:
@@ -75,10 +71,7 @@ def test_time_and_cost_follow_the_assumptions_the_network_and_the_number_of_acce
     cut, whole = estimated(8, 32), estimated(8)  # accumulation adds the second forward of ITC
     assert (cut.accumulation, cut.micro_batch_size) == (4, 32)
     assert cut.compute_seconds / whole.compute_seconds == pytest.approx(6.5 / 6.0, rel=1e-3)
-
-
-def test_accelerators_are_known_by_the_names_of_their_drivers():
-    names = {
+    names = {  # of drivers
         "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA L40S": "l40s",
         "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100-80",
     }  # fmt: skip
@@ -113,37 +106,28 @@ def test_bytes_are_counted_until_they_are_released_and_those_saved_by_autograd_u
             assert probe.flops == 2 * 2 * 4 * 8 * 8  # forward, and the weight's gradient
 
 
-def live_bytes_and_flops(forward, known, kernels: str = "cuda") -> tuple[int, int]:
-    with Probe(known, kernels) as probe:  # type: ignore[arg-type]
-        loss = forward().sum()
-        alive = probe.live_bytes
-        loss.backward()
-        return alive, probe.flops
-
-
-def test_checkpointed_layers_save_memory_and_add_flops():
+def test_checkpointed_layers_and_fused_attention_save_memory_and_change_flops_as_they_should():
     weights = [meta(64, 64) for _ in range(4)]
+
+    def measured(forward, known, kernels: Kernels = "cuda") -> tuple[int, int]:
+        with Probe(known, kernels) as probe:
+            loss = forward().sum()
+            alive = probe.live_bytes
+            loss.backward()
+            return alive, probe.flops
 
     def layers(x: torch.Tensor) -> torch.Tensor:
         for weight in weights:
             x = (x @ weight).relu().exp()
         return x
 
-    kept, once = live_bytes_and_flops(lambda: layers(meta(32, 64)), weights)
-    little, twice = live_bytes_and_flops(lambda: checkpoint(layers, meta(32, 64), use_reentrant=False), weights)
-    assert little < kept / 2
-    assert twice == pytest.approx(once * 4 / 3)
-
-
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_fused_attention_has_equal_flops_and_less_memory(has_bias):
-    bias = meta(1, 4, 64, 64) if has_bias else None  # trainable, so the CPU does not use the fused kernel
-
-    def measured(kernels: str) -> tuple[int, int]:
+    kept, once = measured(lambda: layers(meta(32, 64)), weights)
+    little, twice = measured(lambda: checkpoint(layers, meta(32, 64), use_reentrant=False), weights)
+    assert (little < kept / 2, twice) == (True, pytest.approx(once * 4 / 3))
+    for bias in (None, meta(1, 4, 64, 64)):  # trainable, so the CPU does not use the fused kernel
         qkv = [meta(2, 4, 64, 8) for _ in range(3)]
-        known = [*qkv, *([bias] if has_bias else [])]
-        return live_bytes_and_flops(lambda: F.scaled_dot_product_attention(*qkv, attn_mask=bias), known, kernels)
-
-    (fused, flops), (plain, plain_flops) = measured("cuda"), measured("cpu")
-    assert flops == plain_flops == 6 * 2 * 2 * 4 * 64 * 64 * 8
-    assert plain > 2 * fused if has_bias else plain == fused
+        known = [*qkv, *([] if bias is None else [bias])]
+        attend = [lambda qkv=qkv, bias=bias: F.scaled_dot_product_attention(*qkv, attn_mask=bias), known]
+        (fused, flops), (plain, plain_flops) = measured(*attend, "cuda"), measured(*attend, "cpu")
+        assert flops == plain_flops == 6 * 2 * 2 * 4 * 64 * 64 * 8
+        assert plain == fused if bias is None else plain > 2 * fused

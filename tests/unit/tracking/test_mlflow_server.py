@@ -48,8 +48,7 @@ def listening(answer: Callable[[socket.socket], object], tls: Path | None = None
                 answer(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
+        (thread := threading.Thread(target=serve, daemon=True)).start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
     thread.join(10)
@@ -66,15 +65,13 @@ def http(answers: dict[str, tuple[int, str]]) -> Callable[[socket.socket], None]
     return answer
 
 
-def test_only_tracking_servers_are_accepted():
+def test_only_tracking_servers_that_answer_in_http_and_in_time_are_accepted(monkeypatch):
     for answers in SERVERS + OTHERS:
         with listening(http(answers)) as port:
-            for uri in (f"http://localhost:{port}", f"http://localhost:{port}/", f"http://me:hunter2@localhost:{port}"):
-                fault = find_fault(uri)
+            for address in (f"localhost:{port}", f"localhost:{port}/", f"me:hunter2@localhost:{port}"):
+                fault = find_fault(f"http://{address}")
                 assert fault is None if answers in SERVERS else "is it an MLflow server?" in (fault or ""), answers
 
-
-def test_ports_that_do_not_answer_in_http_or_not_in_time_are_rejected(monkeypatch):
     monkeypatch.setattr(mlflow_server, "ANSWER_SECONDS", 1.0)
     replies = (b"220 ready\r\n", b"\x15\x03\x01\x00\x02\x02F", b"", b"HTTP/9\r\n\r\n")
     for scheme, reply in [*(("http", reply) for reply in replies), ("https", b"SSH-2.0-x\r\n")]:
@@ -136,8 +133,7 @@ def test_each_database_is_contacted_at_its_port_or_socket_as_its_driver_does(tmp
         database.bind(str(tmp_path / ".s.PGSQL.5432"))
         database.listen()
         assert find_fault(uri) is None
-    connections = Mock()
-    monkeypatch.setattr("socket.create_connection", connections)
+    monkeypatch.setattr("socket.create_connection", connections := Mock())
     uris = ("postgresql://127.0.0.1/x", "mysql+pymysql://127.0.0.1/x", "mssql+pyodbc://127.0.0.1/x?driver=ODBC")
     uris += ("postgresql:///x?host=127.0.0.1&port=5433", "postgresql://[::1]:7/x")
     assert [find_fault(uri) for uri in uris] == [None] * 5
@@ -146,11 +142,9 @@ def test_each_database_is_contacted_at_its_port_or_socket_as_its_driver_does(tmp
 
 def test_the_clients_tls_variables_are_used(tmp_path, monkeypatch):
     certificate, public = tmp_path / "server.pem", tmp_path / "cert.pem"
-    command = [
-        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-        "-addext", "subjectAltName=DNS:localhost", "-keyout", certificate, "-out", public,
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-keyout", certificate]
+    options += ["-addext", "subjectAltName=DNS:localhost", "-out", public]
+    subprocess.run(["openssl", "req", *options], check=True, capture_output=True)
     certificate.write_text(certificate.read_text() + public.read_text())
     with listening(http({HEALTH: (200, "OK")}), certificate) as port:
         address = f"https://localhost:{port}"
@@ -174,9 +168,8 @@ def test_sqlite_paths_that_mlflow_can_create_or_open_are_accepted(tmp_path):
     }.items():  # fmt: skip
         for path in paths:
             assert fault in (find_fault("sqlite:///" + path.replace("{}", str(tmp_path))) or ""), path
-    with contextlib.closing(sqlite3.connect(tmp_path / "made.db")) as database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "made.db", isolation_level=None)) as database:
         database.execute("create table t (x)")
-        database.commit()
     (tmp_path / "empty.db").touch()
     for name in ("made.db", "made.db?timeout=20", "empty.db", "absent.db", "new/folder/absent.db"):
         assert find_fault(f"sqlite:///{tmp_path}/{name}") is None

@@ -1,11 +1,15 @@
 """The tracker writes the journal, describes the run in it, and never stops training."""
 
 import copy
+import json
 import math
 import random
+import re
 import time
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,33 +17,38 @@ from pipeline.config import redaction
 from pipeline.config.errors import ConfigError, StorageError, TrackingError
 from pipeline.config.load import apply_override, validate
 from pipeline.config.schema import RunConfig
+from pipeline.config.urls import local_path
 from pipeline.data.storage import Storage
 from pipeline.tracking import describe
 from pipeline.tracking.journal import Journal, JournalWriter
-from pipeline.tracking.locations import journal_folder, read_journal, tracking_uri
+from pipeline.tracking.locations import configured_uri, journal_folder, read_journal, read_run_id, tracking_uri
 from pipeline.tracking.mlflow_server import check_server
 from pipeline.tracking.tracker import SavedWeights, Tracker
 from pipeline.tracking.uploader import Uploader
 from tests.support.failing_storage import FailingStorage, every_fault
-from tests.support.fuzz import fuzz_rounds
-from tests.support.journals import PHOTOS, config_of
+from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.journals import PHOTOS, all_records, config_of
 from tests.support.short_run import NoUploader
 
 
 def recorded(config: RunConfig, kind: str) -> list[dict[str, Any]]:
-    return [record for record in Journal(journal_folder(config.folder)).all_records() if record["kind"] == kind]
+    return [record for record in all_records(Journal(journal_folder(config.folder))) if record["kind"] == kind]
 
 
 def losses(config: RunConfig) -> list[tuple[int, float]]:
     return [(point["step"], point["values"]["train/loss"]) for point in recorded(config, "metrics")]
 
 
+def record(tracker: Tracker, steps: range, loss: float = 2.0) -> None:
+    for step in steps:
+        tracker.metrics(step, {"train/loss": loss})
+
+
 def train(config: RunConfig, steps: range, loss: float = 2.0, close: bool = True, **tags: str) -> Tracker:
     """Record steps of the first stage by a new tracker."""
     tracker = Tracker.open(config, Storage(), {"world_size": "2"})
     tracker.begin_stage(0, config.stages[0], tags, [PHOTOS])
-    for step in steps:
-        tracker.metrics(step, {"train/loss": loss})
+    record(tracker, steps, loss)
     if close:
         tracker.close(timeout=0)
     return tracker
@@ -56,8 +65,7 @@ def test_a_resumed_run_records_no_step_twice(tmp_path, monkeypatch):
     assert len({run["run"] for run in recorded(config, "run")}) == 1
     artifact, _ = recorded(config, "artifact")
     assert (artifact["name"], artifact["stage"]) == ("config.yaml", None)
-    content = (journal_folder(config.folder) / "files" / artifact["file"]).read_text()
-    assert content == describe.config_yaml(config)
+    assert Path(config.folder, "journal", "files", artifact["file"]).read_text() == describe.config_yaml(config)
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))
     config = config_of("memory://bucket/runs", uri=f"sqlite:///{tmp_path}/mlflow.db")
@@ -72,36 +80,33 @@ def test_points_after_a_rollback_replace_the_void_ones(tmp_path):
     config = config_of(tmp_path)
     first, second = SavedWeights("run/checkpoints/20", 20, 0), SavedWeights("run/checkpoints/30", 30, 0)
     tracker = train(config, range(1, 11), close=False)
-    for step in range(11, 31):
-        tracker.metrics(step, {"train/loss": 50.0})
+    record(tracker, range(11, 31), 50.0)
     tracker.begin_stage(0, config.stages[0], {"resumed_at": "10"}, [])
     tracker.rewind(10)
-    for step in range(11, 21):
-        tracker.metrics(step, {"train/loss": 2.0})
+    record(tracker, range(11, 21))
     tracker.log_checkpoints([first])
     tracker.close(timeout=0)
     resumed = train(config, range(15, 31), close=False, resumed_at="20")  # a restart knows of the rollback
     resumed.log_checkpoints([first, second])
     resumed.close(timeout=0)
     assert dict(losses(config)) == dict.fromkeys(range(1, 31), 2.0)
-    recorded_steps = [step for step, _ in losses(config)]
-    assert recorded_steps == [*range(1, 31), *range(11, 31)], "nothing but what was void is recorded twice"
+    repeated = [*range(1, 31), *range(11, 31)]
+    assert [step for step, _ in losses(config)] == repeated, "nothing but what was void is recorded twice"
     models = [(model["url"][-2:], [point["value"] for point in model["points"]]) for model in recorded(config, "model")]
     assert models == [("20", [2.0]), ("30", [2.0])], "each checkpoint is logged once"
     tags = {tag["key"]: tag["value"] for tag in recorded(config, "tag")}
     assert (tags["mome.recorded_anew_from_step"], tags["mome.recorded_anew_below_step"]) == ("10", "30")
 
 
-@pytest.mark.parametrize(("change", "anew"), [("lr", True), ("steps", True), ("nothing", False)])
-def test_a_resume_with_changed_training_records_its_steps_again(tmp_path, change, anew):
-    config = config_of(tmp_path)
-    train(config, range(1, 51))
-    stage = config.stages[0]
-    changes = {"lr": {"optimizer": stage.optimizer.model_copy(update={"lr": 1e-3})}, "steps": {"steps": 200}}
-    changed = stage.model_copy(update=changes.get(change, {}))
-    train(config.model_copy(update={"stages": (changed, *config.stages[1:])}), range(31, 61), 9.0, resumed_at="30")
-    assert [step for step, _ in losses(config)] == [*range(1, 51), *range(31 if anew else 51, 61)]
-    assert dict(losses(config))[40] == (9.0 if anew else 2.0)
+def test_a_resume_with_changed_training_records_its_steps_again(tmp_path):
+    stage, second = config_of(tmp_path).stages
+    faster = stage.optimizer.model_copy(update={"lr": 1e-3})
+    for name, change in {"faster": {"optimizer": faster}, "longer": {"steps": 200}, "same": {}}.items():
+        train(config := config_of(tmp_path, name), range(1, 51))
+        stages = stage.model_copy(update=change), second
+        train(config.model_copy(update={"stages": stages}), range(31, 61), 9.0, resumed_at="30")
+        assert [step for step, _ in losses(config)] == [*range(1, 51), *range(31 if change else 51, 61)]
+        assert dict(losses(config))[40] == (9.0 if change else 2.0)
 
 
 def test_a_failing_stage_ends_stage_and_run(tmp_path):
@@ -119,16 +124,13 @@ def test_a_failing_stage_ends_stage_and_run(tmp_path):
 
 
 def test_tracking_errors_are_logged_and_not_raised(tmp_path, caplog):
-    closed = Tracker()  # one that was not opened records nothing
-    closed.begin_stage(0, config_of(tmp_path).stages[0], {}, [])
+    closed, config = Tracker(), config_of(tmp_path, uri="http://127.0.0.1:1", required=False)
+    closed.begin_stage(0, config.stages[0], {}, [])
     closed.metrics(1, {"loss": 1.0})
     closed.finish()
     closed.close()
-    assert list(tmp_path.iterdir()) == []
-
-    config = config_of(tmp_path, uri="http://127.0.0.1:1", required=False)
-    start = time.perf_counter()
-    tracker = Tracker.open(config, Storage())
+    assert list(tmp_path.iterdir()) == [], "a tracker that was not opened records nothing"
+    start, tracker = time.perf_counter(), Tracker.open(config, Storage())
     tracker.metrics(1, {"loss": "not a number"})  # type: ignore[dict-item]
     tracker.artifact("report.html", tmp_path / "absent.html")
     tracker.artifact("../report.html", b"<p>")
@@ -144,7 +146,7 @@ def test_tracking_errors_are_logged_and_not_raised(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("password", ["hunter2/b+c", "a/hunter2@d"])
-def test_passwords_in_addresses_are_never_recorded(tmp_path, monkeypatch, caplog, password):
+def test_addresses_are_resolved_and_their_passwords_never_recorded(tmp_path, monkeypatch, caplog, password):
     monkeypatch.setattr(redaction, "_known", set())
     uri = f"http://me:{password}@127.0.0.1:1"
     with pytest.raises(ConfigError, match=r"tracking.uri: holds a user.*env:NAME") as refused:
@@ -159,39 +161,66 @@ def test_passwords_in_addresses_are_never_recorded(tmp_path, monkeypatch, caplog
     assert "hunter2" not in "".join([*shown, str(refused.value), str(unanswered.value)])
     assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
-
-def test_tracking_uri_is_resolved_or_next_to_the_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EMPTY", " ")
-    assert tracking_uri(config_of("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert tracking_uri(config_of("s3://bucket/runs")) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert configured_uri(config_of("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert configured_uri(config_of("s3://bucket/runs")) == f"sqlite:///{tmp_path}/mlflow.db"
     assert tracking_uri(config_of("runs", uri="http://server:5000")) == "http://server:5000"
     for reference in ("env:ABSENT", "file:/absent", "env:EMPTY"):
         with pytest.raises(ConfigError, match=reference):
             tracking_uri(config_of(tmp_path, uri=reference))
 
 
+def test_a_folder_that_cannot_be_written_and_a_damaged_run_id_are_reported_with_a_remedy(tmp_path, monkeypatch):
+    config, storage, rng = config_of(tmp_path), Storage(), random.Random(6)
+    whole = json.dumps({"run": "f" * 32, "name": "run"}).encode()
+    for data in (b"", b"[]", b"1", b'{"run": 5}', b'{"run": "a\' or 1"}', b"[" * 100_000, b'"run"', b"{}"):
+        storage.write(f"{config.folder}/tracking.json", data)
+        with pytest.raises(TrackingError, match=r"(?s)tracking.json is damaged.*restore it"):
+            read_run_id(config, storage)
+    for data in [whole, *(mutate(whole, rng) for _ in range(fuzz_rounds(300)))]:
+        storage.write(f"{config.folder}/tracking.json", data)
+        with suppress(TrackingError) if data != whole else nullcontext():
+            assert re.fullmatch(r"[\w.-]{1,64}", read_run_id(config, storage) or "", re.ASCII)
+
+    (tmp_path / "file").write_text("not a folder")
+    storage.write("memory://places/runs/run/journal/000001-ab.jsonl", b'{"kind":"tag"}\n')
+    for cache in ("file", "file/below", "/proc/none"):
+        monkeypatch.setenv("MOME_CACHE", str(tmp_path / cache))
+        with pytest.raises(TrackingError, match="MOME_CACHE"):
+            read_journal("memory://places/runs/run", storage)
+        with pytest.raises(TrackingError, match="MOME_CACHE"):
+            Tracker.open(config_of("memory://places/runs"), storage)
+    storage.delete("memory://places")
+    for variable in ("HOME", "MOME_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError("no such user")))
+    with pytest.raises(TrackingError, match="MOME_CACHE"):
+        journal_folder("s3://bucket/runs/run")
+    with pytest.raises(ConfigError, match="HOME"):
+        local_path("~/runs")
+
+
 @pytest.mark.parametrize(
     "script", ["echo 'ImportError: mlflow from http://me:hunter2@index is broken' >&2; exit 1", "exit 7", "absent"]
 )
 def test_a_failing_uploader_is_reported_once_and_restarted_slowly(tmp_path, monkeypatch, caplog, script):
-    program, journal = tmp_path / "python", Journal(tmp_path / "journal")
-    (tmp_path / "starts").touch()
+    program, starts, journal = tmp_path / "python", tmp_path / "starts", Journal(tmp_path / "journal")
+    starts.touch()
     if script != "absent":
-        program.write_text(f"#!/bin/sh\necho started >> {tmp_path}/starts\n{script}\n")
+        program.write_text(f"#!/bin/sh\necho started >> {starts}\n{script}\n")
         program.chmod(0o755)
     monkeypatch.setattr("pipeline.tracking.uploader.sys.executable", str(program))
-    writer = JournalWriter(journal)
-    uploader = Uploader(journal, writer, config_of(tmp_path, flush_seconds=0.02))
-    deadline = time.monotonic() + 10
-    while "the process that uploads" not in caplog.text and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    uploader.close(5.0)
-    writer.close()
+    with closing(JournalWriter(journal)) as writer:
+        uploader = Uploader(journal, writer, config_of(tmp_path, flush_seconds=0.02))
+        deadline = time.monotonic() + 10
+        while "the process that uploads" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        uploader.close(5.0)
     (report,) = (message for message in caplog.messages if "the process that uploads to MLflow" in message)
     assert ("uploader.log" in report, "hunter2" in caplog.text) == (True, False)
-    assert len((tmp_path / "starts").read_text().splitlines()) <= 8
+    assert len(starts.read_text().splitlines()) <= 8
 
 
 STAGE = {"objectives": {"mim": {}}, "steps": 1000, "global_batch_size": 16}
@@ -281,7 +310,7 @@ def test_storage_faults_neither_lose_nor_double_points(tmp_path, monkeypatch):
         _attempts(FailingStorage(fault), f"{output}/{number}", tmp_path / f"node-{number}", monkeypatch)
         monkeypatch.setenv("MOME_CACHE", str(tmp_path / f"another-{number}"))  # the only data of a lost node
         journal = read_journal(f"{output}/{number}/run", Storage())
-        points = [record for record in journal.all_records() if record["kind"] == "metrics"]
+        points = [record for record in all_records(journal) if record["kind"] == "metrics"]
         assert [point["step"] for point in points if point["stage"] == 0] == list(range(1, 31)), fault
         assert {point["step"] for point in points if point["stage"] is None} == {20, 30}, fault
         assert len({run["run"] for run in journal.run_records()}) == 1, fault
