@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
+from pipeline.data.storage.s3 import _make_client
 from pipeline.training.checkpoint.committed import COMMIT, MANIFEST
 from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.collectives import Collectives
@@ -16,14 +17,14 @@ from tests.support.small_checkpoint import newest_weight, resume, save
 PART = "rank-00000.safetensors"
 
 
-@pytest.fixture
-def local(tmp_path, collectives: Collectives) -> CheckpointStore:
-    return CheckpointStore(Storage(), str(tmp_path / "run"), collectives, CheckpointConfig())
+EVERYWHERE = pytest.mark.parametrize(("store", "s3"), [("folder", "moto"), ("s3", "moto")], indirect=True)
 
 
 @pytest.fixture
-def remote(s3, collectives: Collectives) -> CheckpointStore:
-    return CheckpointStore(Storage(s3.config), s3.url("run"), collectives, CheckpointConfig(keep=2))
+def store(request: pytest.FixtureRequest, s3, tmp_path, collectives: Collectives) -> CheckpointStore:
+    is_local = getattr(request, "param", "s3") == "folder"
+    storage, url = (Storage(), str(tmp_path / "run")) if is_local else (Storage(s3.config), s3.url("run"))
+    return CheckpointStore(storage, url, collectives, CheckpointConfig(keep=2))
 
 
 def flip(storage: Storage, url: str, place: int) -> None:
@@ -50,13 +51,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Storage, str], None]]] = {
 }
 
 
-@pytest.mark.parametrize("place", ["local", "remote"])
-@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+@EVERYWHERE
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_reported_and_skipped(
-    s3, local: CheckpointStore, remote: CheckpointStore, place: str, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = local if place == "local" else remote
+def test_damaged_checkpoint_is_reported_and_skipped(store: CheckpointStore, damage: str, caplog) -> None:
     message, inflict = DAMAGES[damage]
     first, second = save(store, 10), save(store, 20)
     assert newest_weight(store) == [20, 21, 22, 23]
@@ -68,41 +65,36 @@ def test_damaged_checkpoint_is_reported_and_skipped(
     assert store.latest() is None, "all are damaged"
 
 
-def test_any_flipped_byte_of_commit_or_manifest_is_detected(local: CheckpointStore) -> None:
-    save(local, 10)
-    url = save(local, 20)
-    for name in (COMMIT, MANIFEST):
-        whole = local.storage.read(join(url, name))
-        for place in range(len(whole)):
-            flip(local.storage, join(url, name), place)
-            checkpoint, _ = local.latest() or pytest.fail("nothing found")
-            assert checkpoint.step == 10, f"byte {place} of {name}"
-            local.storage.write(join(url, name), whole)
-    assert newest_weight(local) == [20, 21, 22, 23]
-
-
-def test_stores_keep_the_newest_and_skip_damaged_checkpoints(remote: CheckpointStore) -> None:
-    first, second, third = [save(remote, step) for step in (10, 20, 30)]
-    assert newest_weight(remote) == [30, 31, 32, 33]
-    assert not remote.storage.exists(first)
-    assert all(remote.storage.exists(join(url, COMMIT)) for url in (second, third))
-    remote.storage.delete(join(third, COMMIT))
-    assert newest_weight(remote) == [20, 21, 22, 23]
-    flip(remote.storage, join(save(remote, 40), PART), -1)
-    assert newest_weight(remote) == [20, 21, 22, 23]
-
-
-@pytest.mark.parametrize("place", ["local", "remote"])
-@pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_only_partial_checkpoints_are_removed_later(
-    s3, local: CheckpointStore, remote: CheckpointStore, place: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A run that is killed while it writes leaves files of ranks without a commit; other files are not its own."""
-    store = local if place == "local" else remote
+@pytest.mark.parametrize(("store", "s3"), [("folder", "moto")], indirect=True)
+def test_any_flipped_byte_of_commit_or_manifest_is_detected(store: CheckpointStore) -> None:
     save(store, 10)
-    before, beyond, unfinished = (
-        join(store.url, f"step-{name}") for name in ("00000010.a", "00000020.b", "00000006.c")
-    )
+    url = save(store, 20)
+    for name in (COMMIT, MANIFEST):
+        whole = store.storage.read(join(url, name))
+        for place in range(len(whole)):
+            flip(store.storage, join(url, name), place)
+            checkpoint, _ = store.latest() or pytest.fail("nothing found")
+            assert checkpoint.step == 10, f"byte {place} of {name}"
+            store.storage.write(join(url, name), whole)
+    assert newest_weight(store) == [20, 21, 22, 23]
+
+
+def test_stores_keep_the_newest_and_skip_damaged_checkpoints(store: CheckpointStore) -> None:
+    urls = [save(store, step) for step in (10, 20, 30)]
+    assert newest_weight(store) == [30, 31, 32, 33]
+    assert not store.storage.exists(urls[0])
+    assert [store.storage.exists(join(url, COMMIT)) for url in urls[1:]] == [True, True]
+    store.storage.delete(join(urls[2], COMMIT))
+    assert newest_weight(store) == [20, 21, 22, 23]
+    flip(store.storage, join(save(store, 40), PART), -1)
+    assert newest_weight(store) == [20, 21, 22, 23]
+
+
+@EVERYWHERE
+def test_only_partial_checkpoints_are_removed_later(store: CheckpointStore, caplog) -> None:
+    """A run that is killed while it writes leaves files of ranks without a commit; other files are not its own."""
+    save(store, 10)
+    before, beyond, unfinished = (join(store.url, f"step-000000{name}") for name in ("10.a", "20.b", "06.c"))
     foreign = [join(store.url, "step-00000005.copy", PART), join(store.url, "notes.txt"), f"{unfinished}/my-notes.txt"]
     parts = [join(url, name) for url in (before, beyond) for name in (PART, "rank-00001.json")]
     for url in (*foreign, *parts, join(unfinished, PART)):
@@ -122,15 +114,11 @@ def test_only_partial_checkpoints_are_removed_later(
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_parts_of_dead_uploads_are_removed_at_start(s3, remote: CheckpointStore) -> None:
-    import botocore.session
-
-    options = {"endpoint_url": s3.endpoint, "aws_access_key_id": "x", "aws_secret_access_key": "x"}
-    client = botocore.session.get_session().create_client("s3", region_name="us-east-1", **options)
-    bucket, key = remote.url.removeprefix("s3://").split("/", 1)
-    ours, other = f"{key}/step-00000030.0d0d/{PART}", "another-run/checkpoints/step-00000030.0d0d/x"
+def test_parts_of_dead_uploads_are_removed_at_start(s3, store: CheckpointStore) -> None:
+    client, at = _make_client(s3.config), {"Bucket": s3.bucket}
+    ours, other = (f"{run}/checkpoints/step-00000030.0d0d/{PART}" for run in ("run", "another-run"))
     for name in (ours, other):
-        upload = client.create_multipart_upload(Bucket=bucket, Key=name)["UploadId"]
-        client.upload_part(Bucket=bucket, Key=name, UploadId=upload, PartNumber=1, Body=b"half")
-    assert resume(remote) is None
-    assert [upload_info["Key"] for upload_info in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [other]
+        upload = client.create_multipart_upload(**at, Key=name)["UploadId"]
+        client.upload_part(**at, Key=name, UploadId=upload, PartNumber=1, Body=b"half")
+    assert resume(store) is None
+    assert [unfinished["Key"] for unfinished in client.list_multipart_uploads(**at)["Uploads"]] == [other]

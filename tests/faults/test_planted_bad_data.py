@@ -72,9 +72,7 @@ def test_broken_shard_is_named_and_stops_training(tmp_path: Path, kind: str) -> 
         read_epoch(tmp_path, 30)
 
 
-def test_tars_without_a_manifest_are_checked_and_broken_ones_decide_the_status(
-    planted: Planted, tmp_path: Path
-) -> None:
+def test_tars_without_a_manifest_are_checked_and_broken_ones_decide_the_status(planted, tmp_path: Path) -> None:
     for path in Path(planted.folder).glob("*.tar"):
         shutil.copy(path, tmp_path)
     assert check(tmp_path, status=3)["bad_samples"] == len(planted.expected)

@@ -1,4 +1,4 @@
-"""Contract C7, transient faults: reads and writes through a faulty network are byte-equal or raise."""
+"""Transient faults: reads, writes and streams through a faulty network are byte-equal or raise (C1, C7)."""
 
 import itertools
 import multiprocessing
@@ -16,6 +16,7 @@ import pytest
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import ObjectChanged, Storage
 from pipeline.data.storage import s3 as module
+from tests.support.data_stream import copy_shards, hash_of, stream_config
 from tests.support.fault_proxy import FaultProxy
 
 OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # the bar is 60; continuous integration waits less
@@ -43,7 +44,7 @@ def url(s3) -> str:
     return s3.url("object")
 
 
-def test_random_ranges_are_exact_under_heavy_faults_and_after_an_outage(through: Through, url: str):
+def test_random_ranges_are_exact_under_heavy_faults(through: Through, url: str):
     rates = {"unavailable": 0.1, "lost": 0.05, "cut": 0.1, "short": 0.1, "longer": 0.05, "misplaced": 0.05}
     proxy, storage = through(seed=2, retry_after=0, **rates)
     chance = random.Random(1)
@@ -52,12 +53,25 @@ def test_random_ranges_are_exact_under_heavy_faults_and_after_an_outage(through:
         read = list(pool.map(lambda place: storage.read(url, *place), ranges))
     assert all(data == DATA[start:stop] for data, (start, stop) in zip(read, ranges, strict=True))
     assert set(proxy.injected) == set(rates)
-    proxy, storage = through(deadline=max(20.0, 2 * OUTAGE), latency=0.001)
-    places = [(start, start + 50_000) for start in range(0, len(DATA), 50_000)]
-    proxy.away(OUTAGE, after=10)
-    with ThreadPoolExecutor(4) as pool:
-        assert b"".join(pool.map(lambda place: storage.read(url, *place), places)) == DATA
-    assert proxy.injected["away"]
+
+
+STREAMS = {  # number of shards, faults, seconds of an outage
+    "bar": (80, {"unavailable": 0.02, "cut": 0.01, "latency": 0.02}, 0.0),
+    "heavy": (40, {"unavailable": 0.2, "cut": 0.1, "short": 0.1, "lost": 0.05}, 0.0),
+    "outage": (40, {"latency": 0.02}, OUTAGE),
+}
+
+
+@pytest.mark.parametrize(("shards", "faults", "outage"), STREAMS.values(), ids=STREAMS)
+def test_stream_over_a_faulty_network_equals_undisturbed(through: Through, s3, make_pairs, shards, faults, outage):
+    folder, steps = make_pairs("pairs", [2] * shards), range(shards // 10)
+    url = copy_shards(folder, s3)
+    proxy, storage = through(max(20.0, 2 * outage), seed=1, **faults)
+    if outage:
+        proxy.away(outage, after=30)
+    assert hash_of(stream_config(url, storage.config), steps) == hash_of(stream_config(folder), steps)
+    assert bool(outage) == bool(proxy.injected["away"])
+    assert outage or sum(proxy.injected.values()) > 0, "choose another seed: nothing went wrong"
 
 
 def test_broken_body_is_resumed_at_the_failed_byte(through: Through, url: str):
@@ -116,18 +130,17 @@ def test_retries_respect_retry_after_and_end_at_the_deadline(through: Through, u
     proxy.inject("unavailable", "unavailable")
     assert storage.read(url) == DATA
     assert (len(proxy.served), proxy.impatient) == (3, 0)
-    _, storage = through(deadline=1.0, unavailable=1.0, retry_after=3600)
-    with pytest.raises(StorageError, match=r"^s3://.*/object: reading failed: .*SlowDown.*2 attempts in \d+ s\.$"):
-        storage.read(url)
-    proxy, storage = through(deadline=1.0)
-    proxy.away(3600)
-    message = rf"did not answer .* at {proxy.endpoint}\. .*endpoint_url.*Gave up after \d+ attempts in \d+ s"
-    with pytest.raises(StorageError, match=message):
-        storage.read(url)
-    proxy, storage = through(deadline=2.0, stall=1.0)
-    with pytest.raises(StorageError, match=r"object: reading failed: .*Read timed out.*\d+ attempts in \d s"):
-        storage.read(url)
-    assert proxy.injected["stall"] > 1
+    _, refusing = through(deadline=1.0, unavailable=1.0, retry_after=3600)
+    (gone, absent), (slow, stalling) = through(deadline=1.0), through(deadline=2.0, stall=1.0)
+    gone.away(3600)
+    for storage, message in (
+        (refusing, r"^s3://.*/object: reading failed: .*SlowDown.*2 attempts in \d+ s\.$"),
+        (absent, rf"did not answer .* at {gone.endpoint}\. .*endpoint_url.*Gave up after \d+ attempts in \d+ s"),
+        (stalling, r"object: reading failed: .*Read timed out.*\d+ attempts in \d s"),
+    ):
+        with pytest.raises(StorageError, match=message):
+            storage.read(url)
+    assert slow.injected["stall"] > 1
 
 
 def test_retried_writes_and_deletes_take_effect_once(through: Through, s3, tmp_path: Path):
@@ -137,8 +150,7 @@ def test_retried_writes_and_deletes_take_effect_once(through: Through, s3, tmp_p
     for number in range(20):
         storage.write(s3.url("run", f"{number}.tar"), DATA[number : 2 * number])
     plain, url, edge = Storage(s3.config), s3.url("run", "large"), module.PART_BYTES  # of the first part
-    with plain.open(url) as stream:
-        assert stream.read() == DATA * 4
+    assert plain.open(url).read() == DATA * 4
     infos = storage.list_info(s3.url("run"))
     assert infos["large"] == plain.info(url)
     assert plain.read(url, edge - 9, edge + 9, etag=infos["large"].etag) == (DATA * 2)[edge - 9 : edge + 9]
@@ -195,19 +207,17 @@ def test_object_is_created_once_whole_or_in_parts(through: Through, s3):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_started_during_reads_open_new_connections(through: Through, url: str, method: str):
-    _, storage = through(latency=0.001, cut=0.2)
-    done = threading.Event()
+    (_, storage), done = through(latency=0.001, cut=0.2), threading.Event()
 
     def keep_reading() -> None:
         while not done.is_set():
             assert storage.read(url, 1000, 200_000) == DATA[1000:200_000]
 
-    context = multiprocessing.get_context(method)
     with ThreadPoolExecutor(3) as pool:
         readers = [pool.submit(keep_reading) for _ in range(3)]
         try:
             for _ in range(3):
-                with ProcessPoolExecutor(1, context) as child:
+                with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as child:
                     assert child.submit(storage.read, url).result(60) == DATA
         finally:
             done.set()

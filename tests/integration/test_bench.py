@@ -25,6 +25,9 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples import augment
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage, join
+from tests.support.imports import write_lines
+from tests.support.pairs import pair
+from tests.support.short_run import DEMO
 
 # The package's attributes of these names are the commands.
 loader, storage_bench = (importlib.import_module(f"jobs.bench.{name}") for name in ("loader", "storage"))
@@ -45,16 +48,13 @@ def figures(*arguments: object) -> dict:
 
 
 @pytest.fixture
-def photos(tmp_path: Path, make_pair) -> Path:
+def photos(tmp_path: Path) -> Path:
     """Write a folder of twelve images with their captions."""
-    (tmp_path / "images").mkdir()
-    lines = []
-    for number in range(12):
-        members = make_pair(number)
-        (tmp_path / "images" / f"{number}.jpg").write_bytes(members["jpg"])
-        lines.append(json.dumps({"image": f"images/{number}.jpg", **json.loads(members["json"])}))
-    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
-    return tmp_path
+    pairs = {f"{number}.jpg": pair(number) for number in range(12)}
+    for name, members in pairs.items():
+        (tmp_path / name).write_bytes(members["jpg"])
+    lines = ({"image": name, **json.loads(members["json"])} for name, members in pairs.items())
+    return write_lines(tmp_path / "captions.jsonl", *lines).parent
 
 
 def test_loaders_are_measured_with_and_without_rand_augment(photos: Path) -> None:
@@ -90,14 +90,15 @@ def test_peer_delivers_the_shards_pairs_and_its_failure_is_reported(tmp_path: Pa
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_other_loaders_draw_the_same_operations_as_ours(sign: float) -> None:
-    """Differences of interpolation at the borders and of rounding stay within 26 dB."""
     assert tuple(loader.OPERATIONS) == augment.NAMES
     rows, columns = np.mgrid[:224, :224] / 224
     image = np.uint8(128 + 90 * np.stack([np.sin(9 * rows + 4 * columns + phase) for phase in (0, 1, 2)], axis=2))
     for name, operation in loader.OPERATIONS.items():
         ours = augment.OPERATIONS[name](image, 0.7, sign).astype(float)
         theirs = np.asarray(operation(Image.fromarray(image), 0.7, sign)).astype(float)
-        assert 10 * math.log10(255**2 / max(((ours - theirs) ** 2).mean(), 1e-9)) > 26, name
+        assert 10 * math.log10(255**2 / max(((ours - theirs) ** 2).mean(), 1e-9)) > 26, (
+            name
+        )  # interpolation at borders, rounding
 
 
 def test_cpu_time_includes_children_and_synthetic_photos_are_of_real_size() -> None:
@@ -112,18 +113,14 @@ def test_cpu_time_includes_children_and_synthetic_photos_are_of_real_size() -> N
     photos = list(loader.synthetic_photos(2))
     assert photos == list(loader.synthetic_photos(2))
     assert photos[0]["jpg"] != photos[1]["jpg"]
-    for sample in photos:
-        assert simplejpeg.decode_jpeg_header(sample["jpg"])[:2] == (loader.HEIGHT, loader.WIDTH)
-        assert 60_000 < len(sample["jpg"]) < 130_000
+    assert all(60_000 < len(sample["jpg"]) < 130_000 for sample in photos)
+    assert {simplejpeg.decode_jpeg_header(s["jpg"])[:2] for s in photos} == {(loader.HEIGHT, loader.WIDTH)}
 
 
 def test_unusable_settings_are_rejected_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no image")
-    for option, value, kind in (
-        ("--peer", "sorcery", ConfigError),
-        ("--shards", "s3://b/shards", ConfigError),
-        ("--photos", str(tmp_path), DataError),
-    ):
+    values = {"--peer": ("sorcery", ConfigError), "--shards": ("s3://b/x", ConfigError)}
+    for option, (value, kind) in (values | {"--photos": (str(tmp_path), DataError)}).items():
         error = run("loader", option, value).exception
         assert isinstance(error, kind)
         assert value in str(error)
@@ -133,8 +130,7 @@ def test_unusable_settings_are_rejected_by_name(tmp_path: Path) -> None:
 
 
 def test_stall_of_saves_is_measured(tmp_path: Path) -> None:
-    demo = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
-    measured = figures("checkpoint", demo, "--mb-per-second", 20, "--url", tmp_path)
+    measured = figures("checkpoint", DEMO, "--mb-per-second", 20, "--url", tmp_path)
     assert measured["bytes"] == 12 * measured["parameters"]
     assert measured["synchronous_seconds"] > measured["bytes"] / 20e6
     assert measured["ratio"] == pytest.approx(measured["stall_seconds"] / measured["synchronous_seconds"])
@@ -142,15 +138,14 @@ def test_stall_of_saves_is_measured(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("place", ["bucket", "folder"])
-def test_every_client_reads_an_object_and_lists_a_folder(place: str, tmp_path: Path, s3: Any) -> None:
-    url, config = (s3.url("measured"), s3.config) if place == "bucket" else (str(tmp_path), StorageConfig())
-    storage, data = Storage(config), os.urandom(SIZE)
-    for name in ("object", "many/one", "many/other"):
-        storage.write(join(url, name), data)
-    readers, listers = clients_of(storage, url, SIZE, MIB, in_flight=2)
-    assert all(b"".join(read()) == data for read in readers.values())
-    assert all(sorted(names()) == ["one", "other"] for names in listers.values())
+def test_every_client_reads_an_object_and_lists_a_folder(tmp_path: Path, s3: Any) -> None:
+    for url, config in ((s3.url("measured"), s3.config), (str(tmp_path), StorageConfig())):
+        storage, data = Storage(config), os.urandom(SIZE)
+        for name in ("object", "many/one", "many/other"):
+            storage.write(join(url, name), data)
+        readers, listers = clients_of(storage, url, SIZE, MIB, in_flight=2)
+        assert all(b"".join(read()) == data for read in readers.values())
+        assert all(sorted(names()) == ["one", "other"] for names in listers.values())
 
 
 def test_requests_are_counted_and_no_files_are_left(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

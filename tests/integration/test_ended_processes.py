@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,11 @@ from pipeline.training import goodput
 from pipeline.training.collectives import Collectives
 from pipeline.training.ownership import Ownership
 from pipeline.training.supervisor import Watchdog
-from tests.support.ranks import SECONDS, redirect_stderr, run_ranks, start_ranks
-from tests.support.ray_nodes import wait_until
+from tests.support.ranks import exit_codes, run_ranks
 from tests.support.short_run import STEPS, BeforeStep, committed, journal, losses, train_short
 from tests.support.train_process import TrainProcess
 
 ALLOWED = 3.0  # seconds that a step may take in the tests of hung ranks
-
-
-def exit_codes(function: Callable[..., None], world_size: int, *arguments: Any, of: int | None = None) -> list[Any]:
-    """Return the exit codes of ranks that run `function`; None for those still alive when rank `of` (or all) ended."""
-    processes = start_ranks(function, world_size, *arguments)
-    try:
-        for process in processes if of is None else [processes[of]]:
-            process.join(SECONDS)
-        return [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join(20)
 
 
 def _stacks(folder: Path) -> dict[int, str]:
@@ -45,7 +30,7 @@ def _stacks(folder: Path) -> dict[int, str]:
 
 def _stuck(folder: str, how: str, victim: int) -> None:
     """Enter a barrier that one rank does not reach, for the reason `how`."""
-    redirect_stderr(f"{folder}/log-{os.environ['RANK']}")
+    os.dup2(os.open(f"{folder}/log-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT, 0o644), 2)  # also what C writes
     logging.basicConfig(force=True)
     collectives = Collectives()
     watchdog = Watchdog(collectives, Storage(), folder, {"startup": 60.0, "training": ALLOWED, "data_wait": 30.0})
@@ -89,7 +74,6 @@ def test_ranks_wait_for_one_within_its_own_limit(tmp_path: Path) -> None:
 
 
 def _sleeping(folder: str) -> None:
-    redirect_stderr(f"{folder}/log-{os.environ['RANK']}")
     hang = BeforeStep(3, lambda _: time.sleep(600) if os.environ["RANK"] == "1" else None)
     train_short(folder, callbacks=[hang], guards__hang_seconds=5 * ALLOWED)
 
@@ -98,10 +82,8 @@ def test_run_with_a_hung_rank_ends_with_all_stacks(tmp_path: Path) -> None:
     assert exit_codes(_sleeping, 2, str(tmp_path)) == [75, 75]
     stacks = _stacks(tmp_path / "run")
     assert sorted(stacks) == [0, 1]
-    for text in stacks.values():
-        assert "not reached by rank(s) 1" in text
-        assert "of step 3 for" in text
-    assert "_sleeping" in stacks[1] or "act" in stacks[1] or "lambda" in stacks[1]
+    assert all("not reached by rank(s) 1" in text and "of step 3 for" in text for text in stacks.values())
+    assert any(name in stacks[1] for name in ("_sleeping", "act", "lambda"))
     assert "step.py" in stacks[0]
 
 
@@ -114,27 +96,26 @@ def _slow(folder: str, killed_at: int) -> None:
     goodput.HEARTBEAT_SECONDS = BEAT_SECONDS
     slow = [BeforeStep(step, lambda _: time.sleep(STEP_SECONDS)) for step in range(STEPS)]
     kill = BeforeStep(killed_at, lambda _: os.kill(os.getpid(), signal.SIGKILL))
-    Path(folder, "begun").write_text(f"{time.time()}", encoding="utf-8")
+    Path(folder, f"begun-{killed_at}").touch()
     train_short(folder, callbacks=[kill, *slow], cluster__workers=1)
-    Path(folder, "ended").write_text(f"{time.time()}", encoding="utf-8")
+    Path(folder, "ended").touch()
 
 
 def test_every_second_of_a_resumed_run_is_accounted_for(tmp_path: Path) -> None:
     assert exit_codes(_slow, 1, str(tmp_path), STEPS - 1) == [-signal.SIGKILL]
-    begun = float((tmp_path / "begun").read_text(encoding="utf-8"))
     time.sleep(3.0)
     assert exit_codes(_slow, 1, str(tmp_path), -1) == [0]
-    wall = float((tmp_path / "ended").read_text(encoding="utf-8")) - begun
+    begun, ended = ((tmp_path / name).stat().st_mtime for name in (f"begun-{STEPS - 1}", "ended"))
     account = json.loads((tmp_path / "run" / "time.json").read_text(encoding="utf-8"))
     seconds = account["seconds"]
-    assert sum(seconds.values()) == pytest.approx(wall, abs=1.0)
+    assert sum(seconds.values()) == pytest.approx(ended - begun, abs=1.0)
     assert (account["restarts"], account["ended"]) == (1, True)
     # Killed before step 7 with a checkpoint of 6 steps: one step is lost work, the other sixteen count as training.
     assert seconds["lost_work"] >= STEP_SECONDS - 2 * BEAT_SECONDS
     assert seconds["training"] >= 2 * STEPS * STEP_SECONDS
     assert seconds["restart"] >= 3.0
     assert min(seconds["startup"], seconds["checkpoint"]) > 0
-    last = [record["values"] for record in journal(tmp_path) if "perf/goodput" in record.get("values", {})][-1]
+    *_, last = (record["values"] for record in journal(tmp_path) if "perf/goodput" in record.get("values", {}))
     phases = {phase: last[f"time/{phase}_s"] for phase in seconds}
     assert phases["lost_work"] == pytest.approx(seconds["lost_work"])
     assert 0 < last["perf/goodput"] < 1
@@ -168,9 +149,8 @@ def test_superseded_run_commits_nothing(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_ranks_of_a_superseded_run_are_not_restarted(tmp_path: Path) -> None:
     run = TrainProcess(tmp_path, "run", 12).start()
-    wait_until(lambda: run.step() >= 6 or not run.running(), "the first steps")
+    run.wait_for(lambda: run.step() >= 6, "the first steps")
     Ownership.take(Storage(), run.url)
-    assert run.process is not None
-    assert run.process.wait(timeout=SECONDS) == Superseded.exit_status
+    assert run.status() == Superseded.exit_status
     assert "owned by a later start" in run.log_text()
     assert not (tmp_path / "run" / "failure.json").exists(), "what its successor's ranks would give up for"

@@ -6,15 +6,20 @@ ranks that run different experts.
 """
 
 import copy
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.errors import RunFailed
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
+from pipeline.training.collectives import Collectives
+from pipeline.training.health import ExecutionOrderCheck
 from pipeline.training.stages import Stage
+from tests.support.engines import ReadableEngine
 from tests.support.gradients import relative_errors
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
@@ -62,12 +67,6 @@ def _loss(model: Any, step: int, micro_batch: int, rank: int, experts: str) -> T
     return torch.stack(list(model(passes).values())).sum()
 
 
-def _engine(model: nn.Module, config: Any, collectives: Any) -> Any:
-    from tests.support.engines import ReadableEngine
-
-    return ReadableEngine(model, Stage(config, 0), collectives)
-
-
 def _expected(steps: list[list[str]], world_size: int) -> list[dict[str, Tensor]]:
     """Return gradients, their norm and the weights of each step of autograd in one process.
 
@@ -94,7 +93,7 @@ def _expected(steps: list[list[str]], world_size: int) -> list[dict[str, Tensor]
 def _in_turn(collectives: Any, steps: list[list[str]], layout: dict[str, Any]) -> list[dict[str, Tensor]]:
     """Return the same of an engine; only rank 0 has the weights."""
     config = tiny_config(micro_batch_size=12 // collectives.world_size // len(steps[0]), **layout)
-    engine, results = _engine(Experts(), config, collectives), []
+    engine, results = ReadableEngine(Experts(), Stage(config, 0), collectives), []
     for number, micro_batches in enumerate(steps):
         scale = collectives.world_size * len(micro_batches)  # DeepSpeed divides by both
         for k, experts in enumerate(micro_batches):
@@ -110,11 +109,9 @@ def _in_turn(collectives: Any, steps: list[list[str]], layout: dict[str, Any]) -
 
 def _diverging(collectives: Any, experts: tuple[str, str], layout: dict[str, Any]) -> str:
     """Return the error that stops a guarded step; it may not reduce gradients."""
-    from pipeline.training.health import ExecutionOrderCheck
-
     model, check = Experts(), ExecutionOrderCheck(collectives, every=10, first_step=70)
     check.on_model_built(model)
-    engine = _engine(model, tiny_config(**layout), collectives)
+    engine = ReadableEngine(model, Stage(tiny_config(**layout), 0), collectives)
     check.before_step(0)
     try:
         engine.backward(_loss(engine, 0, 0, collectives.rank, experts[collectives.rank]), last=True)
@@ -136,7 +133,7 @@ def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
     for layout in LAYOUTS[3:]:
         config = tiny_config(**layout)
         plain, model = (build_model(config.model, VOCABULARY, seed=5) for _ in range(2))
-        engine = _engine(model, config, collectives)
+        engine = ReadableEngine(model, Stage(config, 0), collectives)
         for step in range(3):
             for parameter in plain.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -151,9 +148,6 @@ def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
 
 
 def _run_probes() -> tuple[dict[str, Any], list[str], dict[str, float]]:
-    """Run all probes on one set of ranks."""
-    from pipeline.training.collectives import Collectives
-
     collectives = Collectives()
     in_turn = {name: [_in_turn(collectives, steps, layout) for layout in LAYOUTS] for name, steps in SCENARIOS.items()}
     stopped = [_diverging(collectives, experts, layout) for layout in GUARDED for experts in DIVERGING]
@@ -176,3 +170,16 @@ def test_probe_experts_used_in_turn_equal_autograd_and_diverging_ranks_stop_befo
             assert ("rank 0 ran 'experts.A'" in error) == (other == "B"), error
             assert f"rank 1 ran {second}" in error
     assert {where: error for where, error in probed[0][2].items() if not error <= 1e-5} == {}
+
+
+def test_modules_are_compared_in_the_first_steps_and_then_periodically() -> None:
+    """Between them nothing is compared: that would need collectives."""
+    model, check = Experts(), ExecutionOrderCheck(None, every=10)  # type: ignore[arg-type]
+    check.on_model_built(model)
+    check.before_step(0)
+    for step in (3, 9, 11, 10):
+        check.before_step(step)
+        with pytest.raises(AttributeError, match="largest") if step == 10 else nullcontext():
+            _loss(model, step, 0, 0, "A")
+        if step != 10:
+            check.after_backward(step)

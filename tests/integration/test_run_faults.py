@@ -1,9 +1,10 @@
-"""Faults inside a run on ranks: spikes, non-finite values, preemption, exhausted memory and disk, and alerts."""
+"""Faults inside a run: spikes, non-finite values, preemption, exhausted memory and disk, an outage, and alerts."""
 
 import logging
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 
 from pipeline.config.errors import Preempted, RunFailed
 from pipeline.data.loading.backends import ThreadBackend
+from pipeline.data.storage import Storage
+from pipeline.data.storage.retry import RetryBudget
 from pipeline.training.callbacks import Callback
 from pipeline.training.metrics import CONSECUTIVE
 from pipeline.training.step import TrainingStep
-from tests.support.ranks import run_ranks
+from tests.support.fault_proxy import FaultProxy
+from tests.support.ranks import SECONDS, run_ranks, start_ranks
 from tests.support.short_run import STEPS, BeforeStep, committed, journal, losses, train_short
 from tests.support.stores import fill_disk, small_disk
+from tests.support.train_process import wait_until
 
 
 def _batches(folder: str, name: str, killed_at: int | None = None, planted: tuple[int, ...] = (4,)) -> list[int]:
@@ -56,10 +61,9 @@ def _spiked(folder: str) -> dict[str, Any]:
 def test_spike_skips_its_data_also_in_a_resumed_run(tmp_path: Path) -> None:
     past = [6, 7, 8, 9, 10]  # from the checkpoint of 3 steps on: without batches 3 to 5 (the spike's 4, and one more)
     assert len(past) == STEPS - 3
-    for batches in run_ranks(_spiked, 2, str(tmp_path)):
-        assert batches["whole"] == [0, 1, 2, 3, 4, *past]
-        assert batches["before"] == [[0, 1, 2, 3, 4, 6, 7], [3, 4, *past]]
-        assert batches["after"] == [[0, 1, 2, 3, 4, 6, 7, 8, 9], [9, 10]]
+    before, after = [[0, 1, 2, 3, 4, 6, 7], [3, 4, *past]], [[0, 1, 2, 3, 4, 6, 7, 8, 9], [9, 10]]
+    whole = [0, 1, 2, 3, 4, *past]
+    assert run_ranks(_spiked, 2, str(tmp_path)) == [{"whole": whole, "before": before, "after": after}] * 2
     weights = [tmp_path / name / "stages/0-vision/weights.safetensors" for name in ("whole", "before", "after")]
     assert len({file.read_bytes() for file in weights}) == 1
     tags = {r["key"]: r["value"] for r in journal(tmp_path, "whole") if r["kind"] == "tag"}
@@ -73,11 +77,8 @@ class Spoiler(Callback):
         self._kind, self.is_unchanged = kind, False
 
     def before_step(self, step: int, batch: Any) -> None:
-        if step != 2:
-            return
-        if os.environ["RANK"] == "1":
-            attention = self.state.engine.module.get_submodule("blocks.1.attention")
-            attention.register_forward_hook(self._spoil)
+        if step == 2 and os.environ["RANK"] == "1":
+            self.state.engine.module.get_submodule("blocks.1.attention").register_forward_hook(self._spoil)
         self._before = [fragment.values["weight"].clone() for fragment in self.state.engine.fragments()]
 
     def _spoil(self, module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor | None:
@@ -111,29 +112,23 @@ def test_non_finite_value_stops_the_run_before_the_update(tmp_path: Path) -> Non
     run_ranks(_spoil, 2, str(tmp_path))
 
 
-PREEMPTED = {  # name -> kind of signal, receiving rank, and step in which it arrives
-    "in-the-middle": ("SIGTERM", 1, 4),
-    "in-the-first-step": ("SIGUSR1", 0, 0),
-    "in-the-last-step-of-a-stage": ("callable", 1, STEPS - 1),
+PREEMPTED = {  # name -> signal (None: the platform's own), receiving rank, and step in which it arrives
+    "in-the-middle": (signal.SIGTERM, "1", 4),
+    "in-the-first-step": (signal.SIGUSR1, "0", 0),
+    "in-the-last-step-of-a-stage": (None, "1", STEPS - 1),
 }
 
 
 def _preempt(folder: str) -> None:
     """Train until one rank receives a preemption signal in the middle of a step, then resume, for every case."""
     train_short(folder, "whole")
-    for name, (kind, rank, step) in PREEMPTED.items():
+    for name, (number, rank, step) in PREEMPTED.items():
         announced: list[bool] = []
-
-        def act(_: object, kind: str = kind, rank: int = rank, announced: list[bool] = announced) -> None:
-            if os.environ["RANK"] == str(rank) and kind == "callable":
-                announced.append(True)
-            elif os.environ["RANK"] == str(rank):
-                os.kill(os.getpid(), signal.Signals[kind])
-
-        poll = {"preempted": lambda announced=announced: bool(announced)}
+        act = partial(os.kill, os.getpid(), number) if number else partial(announced.append, True)
+        callback = BeforeStep(step, lambda _, act=act, rank=rank: act() if os.environ["RANK"] == rank else None)
         handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
         with pytest.raises(Preempted, match="Re-run the same command") as caught:
-            train_short(folder, name, [BeforeStep(step, act)], poll)
+            train_short(folder, name, [callback], {"preempted": partial(any, announced)})
         assert caught.value.exit_status == 75
         assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
         assert max(losses(folder, name)) == step + 1, "the step was finished and no other was started"
@@ -188,8 +183,51 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
         (message,) = run_ranks(_fill_the_disk, 1, str(tmp_path), str(disk))
         assert len(losses(disk)) == 2 * STEPS
         assert losses(disk) == losses(tmp_path, "whole")
-    for part in (f"{disk}/run/checkpoints/step-00000006", "no space left", "Committed checkpoints are kept"):
-        assert part in message
+    parts = (f"{disk}/run/checkpoints/step-00000006", "no space left", "Committed checkpoints are kept")
+    assert [part for part in parts if part not in message] == []
+
+
+OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # minutes in the long version; less in integration
+HANG = max(20.0, OUTAGE / 3)  # limit of a step; the long version needs more
+
+
+def _meet_an_outage(folder: str, output: str, storage: dict[str, Any]) -> None:
+    """Train on this rank; request the outage before the step after which the first checkpoint is written."""
+    wait = RetryBudget.wait
+
+    def note(self: RetryBudget, error: Exception) -> None:
+        with Path(folder, "tried-again").open("a", encoding="utf-8") as file:
+            file.write(f"{self.url}\n")
+        wait(self, error)
+
+    def ask(_: object) -> None:
+        Path(folder, "asked").touch()
+        wait_until(Path(folder, "away").exists, "the outage")
+
+    RetryBudget.wait = note  # type: ignore[method-assign]
+    limits = {"guards__hang_seconds": HANG, "guards__save_seconds": 900, "cluster__workers": 1}
+    train_short(folder, callbacks=[BeforeStep(2, ask)], output=output, storage=storage, **limits)
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_run_survives_an_outage_at_a_checkpoint(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))
+    with FaultProxy(s3.endpoint, seed=1) as proxy:
+        settings = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": max(30.0, 3 * OUTAGE)}
+        storage = s3.config.model_copy(update=settings).model_dump()
+        (rank,) = start_ranks(_meet_an_outage, 1, str(tmp_path), s3.url("runs"), storage)
+        wait_until(lambda: (tmp_path / "asked").exists() or not rank.is_alive(), "the first checkpoint")
+        proxy.away(OUTAGE, after=0)
+        (tmp_path / "away").touch()
+        rank.join(SECONDS + 2 * OUTAGE)
+        assert rank.exitcode == 0
+    assert "/run/checkpoints/step-00000003." in (tmp_path / "tried-again").read_text(encoding="utf-8")
+    plain = Storage(s3.config)
+    for name in ("0-vision", "1-pairs"):
+        assert plain.exists(s3.url("runs", "run", "stages", name, "COMMIT.json"))
+    assert not plain.list(s3.url("runs", "run", "stacks"))
+    saved = plain.list(s3.url("runs", "run", "checkpoints"))
+    assert any(name.startswith(f"step-{2 * STEPS - 2:08d}.") for name in saved)
 
 
 class Trouble(Callback):
@@ -198,9 +236,8 @@ class Trouble(Callback):
     def on_model_built(self, model: Any) -> None:
         with torch.no_grad():
             model.itm_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))
-            for name, parameter in model.named_parameters():
-                if "log_scale" in name:
-                    parameter.fill_(10.0)
+            for scale in [parameter for name, parameter in model.named_parameters() if "log_scale" in name]:
+                scale.fill_(10.0)
         if os.environ["RANK"] == "1":
             model.register_forward_pre_hook(lambda module, arguments: time.sleep(0.2))
 
@@ -209,9 +246,7 @@ def _troubled(folder: str) -> list[str]:
     """Train with `Trouble` and slow data; return the logged alerts."""
     result, lines = ThreadBackend.result, list[str]()
     ThreadBackend.result = lambda self, step: time.sleep(0.1) or result(self, step)  # type: ignore
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("pipeline.training.metrics").addHandler(handler)
+    logging.getLogger("pipeline.training.metrics").addFilter(lambda record: lines.append(record.getMessage()) or True)
     stages = {"stages.pairs.objectives": {"itc": {}, "itm": {}}, "stages.pairs.global_batch_size": 8}
     train_short(folder, callbacks=[Trouble()], data__streams=8, **stages)
     return lines

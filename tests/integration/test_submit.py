@@ -1,11 +1,9 @@
 """A run's driver on a Ray cluster: jobs need the cluster's token, and a stopped driver saves and resumes."""
 
 import json
-import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,15 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.support.ray_nodes import raylets, wait_until
-from tests.support.train_process import ROOT, STAGES, TrainProcess
+from tests.support.ray_nodes import raylets
+from tests.support.train_process import STAGES, TrainProcess, run_module, wait_until
 
 STEPS = 6
 
 
 def mome(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user without any token except those in `environment`."""
-    known = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = {**known, "HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "300", **environment}
-    command = [sys.executable, "-m", "jobs.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    return run_module("jobs.cli", *arguments, HOME=str(home), COLUMNS="300", **environment)
 
 
 def result_of(*arguments: str, home: Path, **environment: str) -> dict[str, Any]:
@@ -33,32 +28,21 @@ def result_of(*arguments: str, home: Path, **environment: str) -> dict[str, Any]
     return {**json.loads(done.stdout.splitlines()[-1]), "stderr": done.stderr}
 
 
-def test_missing_gpus_of_this_machine_are_reported_at_once(tmp_path: Path) -> None:
-    run = TrainProcess(tmp_path, "here", 1, "cluster.gpus_per_worker=1").start()
-    assert run.process.wait(timeout=300) == 1
-    assert "2 ranks need 2 GPUs; this cluster has 0" in run.log_text()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_jobs_on_two_nodes_require_the_token_and_are_resubmitted_under_a_new_id(tmp_path: Path) -> None:
-    token_file = tmp_path / "token"
-    token_file.write_text(secrets.token_hex(32), encoding="utf-8")
+    (token_file := tmp_path / "token").write_text(secret := secrets.token_hex(32), encoding="utf-8")
     with raylets([1, 1], {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}, dashboard=True) as cluster:
         run = TrainProcess(tmp_path, "submitted", STEPS, "cluster.workers=2", "cluster.placement=spread")
         submit, at = ["submit", *run.arguments], ["--address", cluster.dashboard]
         reach = [*at, "--token", f"file:{token_file}"]
-        for token, reason in (
-            ([], "asks for a token, and none is known here"),
-            (["--token", "env:WRONG"], "does not accept the token"),
-        ):
-            refused = mome(*submit, *at, *token, home=tmp_path, WRONG="guessed")
-            assert refused.returncode == 1
-            assert reason in refused.stderr
+        reasons = {(): "asks for a token, and none is known here", ("--token", "env:X"): "does not accept the token"}
+        for token, reason in reasons.items():
+            refused = mome(*submit, *at, *token, home=tmp_path, X="guessed")
+            assert (refused.returncode, reason in refused.stderr) == (1, True), refused.stderr
 
         job = result_of(*submit, *reach, "--no-follow", home=tmp_path)["job"]
-        token = token_file.read_text(encoding="utf-8")
-        followed = result_of(*submit, *at, "--token", "env:TOKEN", home=tmp_path, TOKEN=token)
+        followed = result_of(*submit, *at, "--token", "env:TOKEN", home=tmp_path, TOKEN=secret)
         assert (followed["job"], followed["status"]) == (job, "SUCCEEDED")
         assert f"vision_language {STEPS}/{STEPS}" in followed["stderr"], "progress was not streamed"
         assert len(run.losses()) == len(STAGES) * STEPS
@@ -75,8 +59,7 @@ def test_jobs_on_two_nodes_require_the_token_and_are_resubmitted_under_a_new_id(
         assert [(row["job"], row["run"], row["status"]) for row in jobs] == [(job, "submitted", "SUCCEEDED")]
         assert result_of("jobs", "status", job, *reach, home=tmp_path)["progress"]["step"] == len(STAGES) * STEPS
         unknown = mome("jobs", "status", "nobody", *reach, home=tmp_path)
-        assert unknown.returncode == 2
-        assert "mome jobs list" in unknown.stderr
+        assert (unknown.returncode, "mome jobs list" in unknown.stderr) == (2, True), unknown.stderr
 
         arguments = TrainProcess(tmp_path, "stopped", 300, "cluster.workers=2").arguments
         for suffix in ("", "-2"):  # a stopped job is submitted again under a new id
@@ -90,9 +73,9 @@ def test_jobs_on_two_nodes_require_the_token_and_are_resubmitted_under_a_new_id(
 def test_stopped_driver_saves_and_resumes_without_losing_a_step(tmp_path: Path) -> None:
     run = TrainProcess(tmp_path, "run", 60, "checkpoint.every=1000").start()
     try:
-        wait_until(lambda: run.step() >= 3 or not run.running(), "the first steps")
+        run.wait_for(lambda: run.step() >= 3, "the first steps")
         run.process.send_signal(signal.SIGTERM)
-        assert run.process.wait(timeout=300) == 75, run.log_text()
+        assert run.status() == 75, run.log_text()
         (saved,) = run.saved_steps()
         assert f"stopped (SIGTERM): checkpoint at step {saved}; re-run the same command to resume" in run.log_text()
         assert run.step() == saved, "a step was made after the one that was saved"
@@ -101,7 +84,7 @@ def test_stopped_driver_saves_and_resumes_without_losing_a_step(tmp_path: Path) 
         run.start()  # the second signal arrives while Ray starts
         time.sleep(15)
         run.process.send_signal(signal.SIGINT)
-        assert run.process.wait(timeout=300) == 130, run.log_text()
+        assert run.status() == 130, run.log_text()
         wait_until(lambda: "stopped (SIGINT)" in run.log_text(), "the last word", 5)
         assert f"step {saved}; re-run" in run.log_text().splitlines()[-2]
         assert "Traceback" not in run.log_text()
@@ -110,16 +93,10 @@ def test_stopped_driver_saves_and_resumes_without_losing_a_step(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_missing_gpus_are_awaited_and_wrong_port_fails_fast(tmp_path: Path) -> None:
-    with raylets([1, 1], dashboard=True) as cluster:
+def test_missing_gpus_are_awaited(tmp_path: Path) -> None:
+    with raylets([1, 1]) as cluster:
         keys = [f"cluster.address={cluster.address}", "cluster.gpus_per_worker=1", "cluster.start_seconds=5"]
         run = TrainProcess(tmp_path, "there", 1, *keys, environment=cluster.environment).start()
-        assert run.process.wait(timeout=300) == 1
+        assert run.status() == 1
         assert "waiting: 0 of 2 workers placed; 2 GPUs requested, 0 in the cluster" in run.log_text()
         assert "this cluster has 0" in run.log_text().splitlines()[-1]
-
-        began, address = time.monotonic(), f"127.0.0.1:{cluster.dashboard_port}"
-        run = TrainProcess(tmp_path, "port", 1, f"cluster.address={address}", environment=cluster.environment).start()
-        assert run.process.wait(timeout=300) == 1
-        assert f"cluster.address {address}: no Ray cluster answers" in run.log_text()
-        assert time.monotonic() - began < 120, "Ray alone would wait for four minutes"

@@ -14,6 +14,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
@@ -92,9 +93,10 @@ def hash_of(config: RunConfig, steps: range, world_size: int = 1, **settings: in
 def copy_shards(folder: str, s3: S3, name: str = "pairs") -> str:
     """Index a folder of shards, copy it to a store, and return its URL there."""
     index_shards(Storage(), folder)
-    for file in sorted(Path(folder).iterdir()):
-        Storage(s3.config).upload(file, join(s3.url(name), file.name))
-    return s3.url(name)
+    storage, url = Storage(s3.config), s3.url(name)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda file: storage.upload(file, join(url, file.name)), sorted(Path(folder).iterdir())))
+    return url
 
 
 def stream_config(shards: str, storage: StorageConfig | None = None, **loading: dict[str, object]) -> RunConfig:

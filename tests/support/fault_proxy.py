@@ -82,7 +82,7 @@ class FaultProxy:
 
     @property
     def bytes_sent(self) -> int:
-        """Return the number of body bytes sent to clients."""
+        """The number of body bytes sent to clients."""
         return sum(served.sent for served in self.served)
 
     def inject(self, *kinds: str, of: str = "") -> None:
@@ -100,17 +100,19 @@ class FaultProxy:
     def away(self, seconds: float, after: int = 0) -> None:
         """Refuse connections for `seconds` and end open ones: at once, or from the `after`th request on."""
         with self.lock:
+            self.leaving = (after, seconds) if after else None
             if after:
-                self.leaving = (after, seconds)
                 return
             self.injected["away"] += len(self.connections)
             self._close()
             self._bind(self._server.server_address[1])
-            self._return = threading.Timer(seconds, self._listen)
+            self._return = threading.Timer(seconds, self.__enter__)
             self._return.start()
 
     def __enter__(self) -> FaultProxy:
-        self._listen()
+        self._server.server_activate()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        self._is_listening = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,11 +126,6 @@ class FaultProxy:
         self._server = Server(("127.0.0.1", port), _Handler, bind_and_activate=False)
         self._server.rig = self
         self._server.server_bind()
-
-    def _listen(self) -> None:
-        self._server.server_activate()
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        self._is_listening = True
 
     def _close(self) -> None:
         if self._is_listening:
@@ -174,9 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
                 fault = chance.choices([*proxy.rates, None], rates)[0]
             if proxy.leaving is not None:
                 remaining, seconds = proxy.leaving
-                proxy.leaving = (remaining - 1, seconds) if remaining > 1 else None
-                if proxy.leaving is None:
-                    proxy.away(seconds)
+                proxy.away(seconds, after=remaining - 1)
         data = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         time.sleep(proxy.latency)
         if fault == "unavailable":
@@ -213,8 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Length"] = str(len(body))
         end = int(chance.random() * len(body)) if fault in ("cut", "short", "stall") else len(body)
         if fault != "lost":
-            lines = [f"HTTP/1.1 {status} Status", *(f"{name}: {value}" for name, value in headers.items())]
-            self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
+            head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            self.wfile.write(f"HTTP/1.1 {status} Status\r\n{head}\r\n".encode("latin-1"))
         for start in range(0, end if fault != "lost" else 0, CHUNK):
             piece = body[start : min(start + CHUNK, end)]
             served.sent += len(piece)  # counted first, because the client may check the count at once
@@ -230,5 +225,4 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
 
-    def log_message(self, *_: object) -> None:
-        pass
+    def log_message(self, *_: object) -> None: ...

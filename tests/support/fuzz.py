@@ -3,8 +3,6 @@
 import os
 import random
 
-__all__ = ["fuzz_rounds", "mutate"]
-
 
 def fuzz_rounds(default: int) -> int:
     """Return the number of inputs to try: `default` times the factor in MOME_FUZZ (default: 1)."""
@@ -22,10 +20,9 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
             damaged[position] ^= rng.randrange(1, 256)
         elif operation == 1:
             del damaged[position : position + length]
-        elif operation == 2:
-            damaged[position:position] = rng.randbytes(length)
-        elif operation == 3:
-            damaged[position:position] = damaged[position : position + length]
+        elif operation in (2, 3):
+            inserted = rng.randbytes(length) if operation == 2 else damaged[position : position + length]
+            damaged[position:position] = inserted
         else:
             del damaged[max(position, 1) :]
     return bytes(damaged)

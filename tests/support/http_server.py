@@ -5,30 +5,24 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
-class Server(ThreadingHTTPServer):
-    """Server that records each request's method, path and token."""
-
-    def __init__(self, answer: Answer):
-        self.seen: list[tuple[str, str, str | None]] = []
-
-        def handle_any(handler: BaseHTTPRequestHandler) -> None:
-            self.seen.append((handler.command, handler.path, handler.headers.get("Authorization")))
-            handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
-            answer(handler)
-
-        methods = {f"do_{method}": handle_any for method in ("GET", "POST", "PUT")}
-        handler = type("Handler", (BaseHTTPRequestHandler,), {**methods, "log_message": lambda *_: None})
-        super().__init__(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
 @contextmanager
-def serving(answer: Answer) -> Iterator[Server]:
-    with Server(answer) as server:
+def serving(answer: Answer) -> Iterator[Any]:
+    """Yield a server with its `url`, and the method, path and token of each request that it has `seen`."""
+
+    def handle_any(handler: BaseHTTPRequestHandler) -> None:
+        server.seen.append((handler.command, handler.path, handler.headers.get("Authorization")))
+        handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        answer(handler)
+
+    methods = {f"do_{method}": handle_any for method in ("GET", "POST", "PUT")}
+    handler = type("Handler", (BaseHTTPRequestHandler,), {**methods, "log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.seen, server.url = [], f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()

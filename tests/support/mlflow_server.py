@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.ranks import free_port
+from tests.support.ranks import free_ports
 
 ADMIN, PASSWORD = "admin", "a long password of the test's"
 
@@ -29,7 +29,7 @@ class Server:
     def __init__(
         self, folder: Path, backend: str = "", artifacts: str = "", more: Mapping[str, str] = {}, login: bool = False
     ):
-        port = free_port()
+        (port,) = free_ports(1)
         self.folder, self.uri = folder, f"http://127.0.0.1:{port}"
         self._process: subprocess.Popen[bytes] | None = None
         self._environment = {**os.environ, **more, "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -85,7 +85,7 @@ class Postgres:
         if os.geteuid() == 0:
             shutil.chown(self._folder, "postgres", "postgres")
             options |= {"user": "postgres", "group": "postgres", "extra_groups": []}
-        port, binaries, data = str(free_port()), programs[-1].parent, str(self._folder / "data")
+        port, binaries, data = str(*free_ports(1)), programs[-1].parent, str(self._folder / "data")
         self.uri = f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
         # Test data reachable from this machine only, so neither a password nor durability is needed.
         command = ["-D", data, "-U", "mlflow", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8"]

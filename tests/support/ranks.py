@@ -12,6 +12,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 SECONDS = float(os.environ.get("MOME_RANK_SECONDS", "600"))  # raise it on a slow machine
@@ -51,26 +52,33 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, se
 
 def start_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """Start `function(*arguments)` on every rank and return the processes, which the caller has to end."""
-    launcher = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environments = [
-        {**os.environ, **launcher, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        for rank in range(world_size)
-    ]
-    processes = [FORK_SERVER.Process(target=_rank, args=(env, function, arguments)) for env in environments]
-    for process in processes:
-        process.start()
+    launcher = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(*free_ports(1))}
+    processes = []
+    for rank in map(str, range(world_size)):
+        environment = {**os.environ, **launcher, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        processes.append(FORK_SERVER.Process(target=_rank, args=(environment, function, arguments)))
+        processes[-1].start()
     return processes
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def exit_codes(function: Callable[..., None], world_size: int, *arguments: Any, of: int | None = None) -> list[Any]:
+    """Return the exit codes of ranks that run `function`; None for those still alive when rank `of` (or all) ended."""
+    processes = start_ranks(function, world_size, *arguments)
+    try:
+        for process in processes if of is None else [processes[of]]:
+            process.join(SECONDS)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(20)
 
 
-def redirect_stderr(path: str) -> None:
-    """Append this process's standard error, including what C code writes, to a file."""
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+def free_ports(count: int) -> list[int]:
+    """Return different ports on which no process listens."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 def _rank(environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -14,54 +14,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
-from tests.support.train_process import ROOT, is_rank, send_signal
+from tests.support.ranks import free_ports
+from tests.support.train_process import ROOT, SECONDS, is_rank, send_signal
 
-SECONDS = 600  # timeout of every wait on a loaded machine
 ATTEMPTS = 5
 MEMORY = 80 * 2**20  # bytes of each node's object store: the least that Ray takes
 ENVIRONMENT = {
     # Ray notices a lost node in seconds instead of half a minute.
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
-    "RAY_health_check_failure_threshold": "5",
+    "RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "5",
     "RAY_memory_monitor_refresh_ms": "0",  # a full machine must not look like a fault of ours
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_ADDRESS": "",
-    "OMP_NUM_THREADS": "1",
-}
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
 
 
-def free_ports(count: int) -> list[int]:
-    """Return different ports on which no process listens."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
-
-
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """The address of a node, the prefix of its command, and additional environment variables."""
 
     address: str
     prefix: tuple[str, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
+    environment: Mapping[str, str] = {}
 
 
 @dataclass
@@ -112,16 +92,19 @@ class Cluster:
 
     def __init__(self, folder: Path, cpus: list[int], environment: dict[str, str], dashboard: bool, hosts: list[Host]):
         self.folder = folder
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        self.environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **environment}
+        self.environment = {**os.environ, **ENVIRONMENT, **environment}
+        self.environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # Not 127.0.0.1, which Ray replaces by the machine's own. Each test process of pytest-xdist has its own network.
         subnet = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         hosts = hosts or [Host(f"127.0.{subnet}.{number + 2}") for number in range(len(cpus))]
-        port, self.dashboard_port, client = free_ports(3)
-        self.address, self.dashboard = f"{hosts[0].address}:{port}", f"http://127.0.0.1:{self.dashboard_port}"
-        self._listening = [(hosts[0].address, port), *[("127.0.0.1", self.dashboard_port)] * dashboard]
+        port, dashboard_port, client = free_ports(3)
+        self.address, self.dashboard = f"{hosts[0].address}:{port}", f"http://127.0.0.1:{dashboard_port}"
+        # Overrides of a run with a rank on each of two nodes, which can continue with one.
+        self.elastic = [f"cluster.address='{self.address}'", "cluster.workers=2", "cluster.min_workers=1"]
+        self.elastic += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1"]
+        self._listening = [(hosts[0].address, port), *[("127.0.0.1", dashboard_port)] * dashboard]
         joining = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
-        joining += [f"--dashboard-port={self.dashboard_port}", f"--include-dashboard={str(dashboard).lower()}"]
+        joining += [f"--dashboard-port={dashboard_port}", f"--include-dashboard={str(dashboard).lower()}"]
         self.nodes: list[Node] = []
         for number, (host, count) in enumerate(zip(hosts, cpus, strict=False)):
             agent, grpc, runtime, metrics = free_ports(4)
@@ -131,7 +114,7 @@ class Cluster:
             command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
             # One per node, because a node that unpacks a job's code clears the target folder.
             command += [f"--temp-dir={folder / str(number)}", "--disable-usage-stats", "--include-log-monitor=false"]
-            own = {**self.environment, **dict(host.environment)}
+            own = {**self.environment, **host.environment}
             self.nodes.append(Node(command, own, folder / f"node{number}.log", host.address))
             joining = [f"--address={self.address}"]
         self.head, *self.others = self.nodes
@@ -184,23 +167,22 @@ class Cluster:
             options: Any = {"cwd": ROOT, "env": self.environment, "timeout": SECONDS, "check": False}
             done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, **options)
             return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+        from ray._raylet import GcsClient
+
         with suppress(Exception):  # the head is lost, or has not started yet
-            nodes = self._state().get_all_node_info(timeout=5).values()
+            nodes = GcsClient(address=self.address).get_all_node_info(timeout=5).values()
             return {node.node_manager_address: node.node_id.hex() for node in nodes if node.state == 0}
         return {}
 
-    def _state(self) -> Any:
-        from ray._raylet import GcsClient
-
-        return GcsClient(address=self.address)
-
     def announce_preemption(self, node: Node, seconds: int) -> None:
         """Announce, as a cloud's autoscaler does, that a node will be preempted in `seconds`."""
+        from ray._raylet import GcsClient
         from ray.core.generated import autoscaler_pb2
 
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline = int((time.time() + seconds) * 1000)
-        accepted, refusal = self._state().drain_node(self.alive()[node.address], reason, "a test", deadline)
+        client, identity = GcsClient(address=self.address), self.alive()[node.address]
+        accepted, refusal = client.drain_node(identity, reason, "a test", deadline)
         assert accepted, refusal
 
     def sessions(self) -> list[Path]:
@@ -237,8 +219,8 @@ def network() -> Iterator[tuple[list[Host], Callable[[], object]] | None]:
     bridge, space, inside, outside = (f"{tag}{kind}" for kind in "bnev")
     subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
     # Gloo would choose the interface by host name, which is the same in every namespace.
-    hosts = [Host(f"{subnet}.1", (), (("GLOO_SOCKET_IFNAME", bridge),))]
-    hosts.append(Host(f"{subnet}.2", ("ip", "netns", "exec", space), (("GLOO_SOCKET_IFNAME", inside),)))
+    hosts = [Host(f"{subnet}.1", (), {"GLOO_SOCKET_IFNAME": bridge})]
+    hosts.append(Host(f"{subnet}.2", ("ip", "netns", "exec", space), {"GLOO_SOCKET_IFNAME": inside}))
 
     def ip(*commands: str, check: bool = True) -> None:
         for command in commands:

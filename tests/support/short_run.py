@@ -30,22 +30,13 @@ def short_config(folder: str, name: str = "run", data: str = "", **overrides: An
     ]
     shared = {"steps": STEPS, "global_batch_size": 8, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
     shards = f"{data or folder}/scenes"
+    scenes = {"shards": shards, "synthetic": {"scenes": 60, "image_size": 24}}
     values: dict[str, Any] = {
-        "output": folder,
-        "name": name,
-        "model": MODEL,
-        "sources": {
-            "scenes": {"shards": shards, "synthetic": {"scenes": 60, "image_size": 24}},
-            "pictures": {"shards": shards, "type": "images"},
-        },
-        "stages": [stage | shared for stage in stages],
-        "engine.zero_stage": 2,
-        "cluster.workers": 2,
-        "evaluation.source": None,
-        "checkpoint.every": 3,
-        "tracking.metrics_every": 1,
-        "tracking.required": False,
-    }
+        "output": folder, "name": name, "model": MODEL, "stages": [stage | shared for stage in stages],
+        "sources": {"scenes": scenes, "pictures": {"shards": shards, "type": "images"}},
+        "engine.zero_stage": 2, "cluster.workers": 2, "evaluation.source": None, "checkpoint.every": 3,
+        "tracking.metrics_every": 1, "tracking.required": False,
+    }  # fmt: skip
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
     return load_config(DEMO, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 

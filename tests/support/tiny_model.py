@@ -1,5 +1,6 @@
 """A tiny run and synthetic batches, for tests of training that need no loader."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,10 @@ from tests.support.trial import VOCABULARY, invented_batch
 __all__ = ["VOCABULARY", "tiny_batch", "tiny_config"]
 
 
-def tiny_config(**engine: Any) -> RunConfig:
+def tiny_config(optimizer: Mapping[str, Any] = {}, global_batch_size: int = 12, **engine: Any) -> RunConfig:
     """Return a run of a two-layer model with drop path; its third stage has all of VLMo's pretraining objectives."""
-    shared: dict[str, Any] = {"steps": 4, "global_batch_size": 12, "max_text_length": 12}
-    shared["optimizer"] = {"lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 1.0}
+    shared: dict[str, Any] = {"steps": 4, "global_batch_size": global_batch_size, "max_text_length": 12}
+    shared["optimizer"] = {"lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 1.0, **optimizer}
     every = {"itc": {}, "itm": {"every": 2}, "mlm": {}, "mim": {}}
     random = {"sources": {"pairs": 0.5, "more_pairs": 0.5}, "objectives": {"itm": {"every": 2}, "mlm": {"every": 3}}}
     stages = [
@@ -27,8 +28,8 @@ def tiny_config(**engine: Any) -> RunConfig:
         {"name": "random_negatives", "negatives": "random", **random},
     ]
     values = {
-        "name": "tiny",
-        "seed": 3,
+        "name": "tiny", "seed": 3, "data": {"streams": 2}, "engine": {"precision": "float32", **engine},
+        "stages": [stage | shared for stage in stages],
         "model": {
             "width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 8,
             "max_text_length": 12, "drop_path": 0.1,
@@ -39,9 +40,6 @@ def tiny_config(**engine: Any) -> RunConfig:
             "pictures": {"shards": "pairs", "type": "images"},
             "texts": {"shards": "pairs", "type": "text"},
         },
-        "data": {"streams": 2},
-        "stages": [stage | shared for stage in stages],
-        "engine": {"precision": "float32", **engine},
     }  # fmt: skip
     return validate(values, "tiny")
 

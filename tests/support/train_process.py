@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -26,48 +27,36 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("vision", "language", "vision_language")
 SECONDS = 900
 
-Losses = dict[tuple[int, int], float]
-
-
-def overrides(folder: Path | str, name: str, steps: int) -> list[str]:
-    """Return overrides that place everything below `folder`, a path or URL; runs of one folder share its data."""
-    keys = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "global_batch_size=16")]
-    keys += ["model.width=32", "model.layers=2", "model.heads=2"]
-    keys += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={folder}", f"name={name}"]
-    keys += ["sources.scenes.synthetic.scenes=300", "sources.unseen.synthetic.scenes=20"]
-    keys += [f"sources.{source}.shards={folder}/scenes" for source in ("scenes", "pictures", "sentences")]
-    keys += [f"sources.unseen.shards={folder}/unseen", "cluster.max_failures=5", "evaluation.source=null"]
-    return keys
-
 
 class TrainProcess:
-    """One run: its process, while there is one, and its journal."""
+    """One run: its process, while there is one, and its journal. Runs of one folder share its data."""
 
     def __init__(
         self, folder: Path, name: str, steps: int, *more: str, output: str | None = None,
         environment: Mapping[str, str] | None = None, storage: StorageConfig = StorageConfig(),
     ) -> None:  # fmt: skip
         """Store the command. `output`: URL of a bucket instead of `folder`, which the test reads through `storage`."""
-        self.folder, self.name = folder, name
-        self.url, self.storage = join(output or str(folder), name), Storage(storage)
-        self.arguments = [str(ROOT / "configs" / "demo.yaml"), *overrides(output or folder, name, steps), *more]
+        self.folder, self.name, output = folder, name, output or str(folder)
+        self.url, self.storage = join(output, name), Storage(storage)
+        keys = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "global_batch_size=16")]
+        keys += ["model.width=32", "model.layers=2", "model.heads=2"]
+        keys += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={output}", f"name={name}"]
+        keys += ["sources.scenes.synthetic.scenes=300", "sources.unseen.synthetic.scenes=20"]
+        keys += [f"sources.{source}.shards={output}/scenes" for source in ("scenes", "pictures", "sentences")]
+        keys += [f"sources.unseen.shards={output}/unseen", "cluster.max_failures=5", "evaluation.source=null"]
+        self.arguments = [str(ROOT / "configs" / "demo.yaml"), *keys, *more]
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOME_CACHE": str(folder), **(environment or {})}
         self.log = folder / f"{name}.log"
-        self.journal = folder / name / "journal"
-        if output is not None:
-            self.journal = folder / hashlib.sha256(self.url.encode()).hexdigest()[:16] / "journal"
+        is_local = output == str(folder)
+        self.journal = folder / (name if is_local else hashlib.sha256(self.url.encode()).hexdigest()[:16]) / "journal"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *command: str) -> TrainProcess:
-        """Start `mome train`, or another module's command."""
+        """Start `mome train`, or another command: `pipeline.training` is one process without Ray."""
         with self.log.open("ab") as log:
             words = [sys.executable, "-m", *(command or ("jobs.cli", "train")), *self.arguments]
             self.process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=self.environment)
         return self
-
-    def start_alone(self) -> TrainProcess:
-        """Start the run in one process, without Ray."""
-        return self.start("pipeline.training")
 
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
@@ -75,11 +64,19 @@ class TrainProcess:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    def wait_for(self, condition: Callable[[], Any], what: str) -> None:
+        """Wait until a condition is true or the run has ended."""
+        wait_until(lambda: condition() or not self.running(), what)
+
+    def status(self) -> int:
+        """Wait for the end of the run and return its exit status."""
+        assert self.process is not None
+        return self.process.wait(timeout=SECONDS)
+
     def finish(self) -> TrainProcess:
         """Wait for the end of the run, and assert that it is a success."""
-        assert self.process is not None
         try:
-            assert self.process.wait(timeout=SECONDS) == 0, self.log_text()[-3000:]
+            assert self.status() == 0, self.log_text()[-3000:]
         finally:
             self.kill()
         return self
@@ -90,16 +87,7 @@ class TrainProcess:
             self.process.kill()
             self.process.wait()
 
-    def ranks(self) -> list[psutil.Process]:
-        """Return the training workers of a Ray cluster that the driver started itself."""
-        assert self.process is not None
-        return [child for child in psutil.Process(self.process.pid).children(recursive=True) if is_rank(child)]
-
-    def sessions(self) -> int:
-        """Return the number of processes that have recorded this run."""
-        return len(Journal(self.journal).sessions())
-
-    def losses(self) -> Losses:
+    def losses(self) -> dict[tuple[int, int], float]:
         """Return (stage, step) -> loss, exactly as the journal has it."""
         records = [r for r in all_records(Journal(self.journal)) if "train/loss" in r.get("values", {})]
         losses = {(record["stage"], record["step"]): record["values"]["train/loss"] for record in records}
@@ -122,9 +110,8 @@ class TrainProcess:
 
     def restart_causes(self) -> list[str]:
         """Return the causes of the run's restarts, in order."""
-        folder = join(self.url, "restarts")
-        names = sorted(self.storage.list(folder))
-        return [json.loads(self.storage.read(join(folder, name)))["cause"] for name in names]
+        files = [join(self.url, "restarts", name) for name in sorted(self.storage.list(join(self.url, "restarts")))]
+        return [json.loads(self.storage.read(file))["cause"] for file in files]
 
 
 @contextmanager
@@ -152,6 +139,20 @@ def paced(run: TrainProcess, ranks: Callable[[], list[psutil.Process]], seconds_
         done.result()
 
 
+def run_module(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m …` from the checkout until its end, without Ray's variables of this process."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    options: Any = {"env": {**known, "OMP_NUM_THREADS": "1", **environment}, "timeout": SECONDS, "check": False}
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = SECONDS, pause: float = 0.1) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(pause)
+
+
 def send_signal(processes: list[psutil.Process], number: int) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -163,10 +164,3 @@ def is_rank(process: psutil.Process) -> bool:
         return "RayTrainWorker" in " ".join(process.cmdline())
     except psutil.Error:
         return False
-
-
-def assert_same_losses(losses: Losses, expected: Losses, tolerance: float = 1e-5) -> None:
-    """Assert that both have the same steps, with losses that are equal to a relative `tolerance`."""
-    assert losses.keys() == expected.keys()
-    worst = max(abs(losses[place] - expected[place]) / abs(expected[place]) for place in expected)
-    assert worst <= tolerance, f"a loss differs by {worst:.1e}"

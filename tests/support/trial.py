@@ -8,7 +8,7 @@ Shapes: B examples, H x W pixels, L tokens, P patches, K masked positions per ex
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -48,39 +48,24 @@ _SIZES_OF: dict[str, dict[str, Any]] = {
 COLLAPSED = {"hard": math.log(3) - 2 / 3 * math.log(2), "random": math.log(2)}
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """An objective, a kind of model that learns it, and a source type; `keys` are further keys of the stage."""
 
     objective: str
     kind: str
     source_type: SourceType
-    keys: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = {}  # noqa: RUF012
 
     def __str__(self) -> str:
         keys = [key if isinstance(value, dict) else str(value) for key, value in self.keys.items()]
         return "-".join([self.objective, self.kind, self.source_type, *keys])
 
-
-@dataclass(frozen=True)
-class Trial:
-    """The objective's loss at each step; the last one is computed after the last update."""
-
-    cell: Cell
-    losses: list[float]
-
-    @property
-    def floor(self) -> float | None:
-        """The loss of a model that has learnt only the label frequencies; None if unknown."""
-        return COLLAPSED[self.cell.keys["negatives"]] if self.cell.objective == "itm" else None
-
-    @property
-    def is_learnt(self) -> bool:
-        """True if the loss fell to less than half, and well below that of a collapsed model."""
-        start, end = self.losses[0], self.losses[-1]
-        if self.cell.objective == "wpa":  # a difference of distances, which starts near 0 and ends near -1
+    def is_learnt(self, losses: list[float]) -> bool:
+        """Return whether the loss fell to less than half, and well below that of a collapsed model."""
+        start, end = losses[0], losses[-1]
+        if self.objective == "wpa":  # a difference of distances, which starts near 0 and ends near -1
             return end < start - 0.5
-        return end < 0.5 * start and (self.floor is None or end < 0.8 * self.floor)
+        return end < 0.5 * start and (self.objective != "itm" or end < 0.8 * COLLAPSED[self.keys["negatives"]])
 
 
 def cells() -> Iterator[Cell]:
@@ -90,8 +75,8 @@ def cells() -> Iterator[Cell]:
             for source_type in source_types(kind)[objective]:
                 choices: list[dict[str, Any]] = [{}]
                 if objective == "itm":
-                    choices = [{"negatives": "random"}]
-                    choices += [{"negatives": "hard"}] if source_type in source_types(kind)["itc"] else []
+                    has_itc = source_type in source_types(kind)["itc"]
+                    choices = [{"negatives": negatives} for negatives in ("random", "hard")[: 1 + has_itc]]
                 elif objective == "mim":
                     choices = [{"image_target": target} for target in get_args(schema.ImageTarget)]
                     if kind == "vilt":  # visual tokens require square images
@@ -102,26 +87,21 @@ def cells() -> Iterator[Cell]:
                 yield from (Cell(objective, kind, source_type, keys) for keys in choices)
 
 
-def tiny_section(kind: str) -> TransformerConfig:
-    return MODEL_SECTIONS[kind].model_validate(_SIZES | _SIZES_OF.get(kind, {}))
-
-
 def tiny_run(
     kind: str, source_type: SourceType, objectives: dict[str, Any], model: Any = None, engine: Any = None, **stage: Any
 ) -> RunConfig:
     """Return a run of one stage of `ROWS` examples a step with a tiny model; `stage` are further keys of the stage."""
-    settings = {"name": "trial", "sources": {"trial": 1.0}, "objectives": objectives, "steps": STEPS}
-    settings |= {"global_batch_size": ROWS, "max_text_length": _SIZES["max_text_length"], "num_classes": CLASSES}
-    settings |= {"num_answers": ANSWERS, "num_negative_texts": 3}
-    optimizer = {"lr": 1e-2, "warmup_steps": 3, "lr_schedule": "constant", "weight_decay": 0.0}
+    settings = {
+        "name": "trial", "sources": {"trial": 1.0}, "objectives": objectives, "steps": STEPS,
+        "global_batch_size": ROWS, "max_text_length": _SIZES["max_text_length"], "num_classes": CLASSES,
+        "num_answers": ANSWERS, "num_negative_texts": 3,
+        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "lr_schedule": "constant", "weight_decay": 0.0},
+    }  # fmt: skip
     values = {
-        "name": "trial",
-        "model": {"kind": kind, **_SIZES, **_SIZES_OF.get(kind, {}), **(model or {})},
-        "sources": {"trial": {"shards": "invented", "type": source_type}},
-        "data": {"streams": 1},
-        "stages": [settings | {"optimizer": optimizer} | stage],
-        "engine": {"precision": "float32", **(engine or {})},
-    }
+        "name": "trial", "model": {"kind": kind, **_SIZES, **_SIZES_OF.get(kind, {}), **(model or {})},
+        "sources": {"trial": {"shards": "invented", "type": source_type}}, "data": {"streams": 1},
+        "stages": [settings | stage], "engine": {"precision": "float32", **(engine or {})},
+    }  # fmt: skip
     return validate(values, "trial")
 
 
@@ -162,14 +142,14 @@ def begin(config: RunConfig, collectives: Collectives) -> TrialState:
     return TrialState(engine, TrainingStep(engine, stage, collectives, tokenizer), twice(half))
 
 
-def train(cell: Cell, collectives: Collectives) -> Trial:
-    """Train the cell for `STEPS` steps on the same batch."""
+def train(cell: Cell, collectives: Collectives) -> list[float]:
+    """Train the cell for `STEPS` steps on the same batch; return its loss at each step, and after the last."""
     trial = begin(trial_config(cell), collectives)
     losses = []
     for number in range(STEPS + 1):
         losses.append(float(trial.step(trial.batch)[cell.objective]))
         trial.engine.step(learning_rate(number, STEPS, trial.step.stage.config.optimizer))
-    return Trial(cell, losses)
+    return losses
 
 
 # ---- synthetic data
@@ -203,8 +183,7 @@ def invented_batch(section: TransformerConfig, source_type: SourceType, step: in
     if source_type == "questions":  # every second example has a single answer
         members["answers"] = torch.stack([rows % ANSWERS, (rows + 1) % ANSWERS], dim=1)
         members["answers"][::2, 1] = -1
-        members["answer_scores"] = torch.tensor([[1.0, 0.3]]).expand(size, 2).clone()
-        members["answer_scores"][::2, 1] = 0.0
+        members["answer_scores"] = torch.tensor([[1.0, 0.0], [1.0, 0.3]])[rows % 2]
     keys = {"place": rows, "uid": rows + 100 * step, "image_id": rows, "source": torch.zeros_like(rows)}
     return Batch(step=step, **keys, **members)
 
@@ -227,9 +206,8 @@ def _patches_of_shapes(image: Tensor, sides: Tensor, patch_size: int, draw: torc
     for row, (height, width) in enumerate(sides.tolist()):
         image[row, height:] = 0
         image[row, :, width:] = 0
-    counts = (sides // patch_size).prod(dim=1).tolist()
-    orders = [torch.randperm(count, generator=draw) for count in counts]
-    visible = torch.full((len(counts), max(counts) - 1), -1)
+    orders = [torch.randperm(count, generator=draw) for count in (sides // patch_size).prod(dim=1).tolist()]
+    visible = torch.full((len(orders), max(map(len, orders)) - 1), -1)
     for row, order in enumerate(orders):
         visible[row, : len(order) - 1] = order[:-1].sort().values
     positions = torch.stack([order[:2] for order in orders])
@@ -239,36 +217,26 @@ def _patches_of_shapes(image: Tensor, sides: Tensor, patch_size: int, draw: torc
 
 def _texts(size: int, draw: torch.Generator) -> dict[str, Tensor]:
     """Return texts of 5 to 10 tokens with two masked tokens each, in every fourth example only one."""
-    length = 10
-    lengths = torch.randint(5, length + 1, (size,), generator=draw)
-    keep = torch.arange(length)[None] < lengths[:, None]
-    text = torch.randint(MASK + 1, VOCABULARY, (size, length), generator=draw) * keep
+    keep = torch.arange(10)[None] < torch.randint(5, 11, (size, 1), generator=draw)
+    text = torch.randint(MASK + 1, VOCABULARY, (size, 10), generator=draw) * keep
     positions = torch.stack([torch.ones(size, dtype=torch.int64), 2 + torch.arange(size) % 3], dim=1)
     labels = text.gather(1, positions)
     labels[torch.arange(size) % 4 == 0, 1] = -100
-    masked = text.scatter(1, positions, MASK)
-    return {
-        "text": text, "text_keep": keep, "masked_text": masked, "mask_positions": positions, "mask_labels": labels
-    }  # fmt: skip
+    masked = {"masked_text": text.scatter(1, positions, MASK), "mask_positions": positions, "mask_labels": labels}
+    return {"text": text, "text_keep": keep, **masked}
 
 
 def _regions(section: schema.ImageBERTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
     """Return four regions per image, three in every second; one or two are masked, and only the first is hidden."""
-    count = 4
-    keep = torch.ones(size, count, dtype=torch.bool)
+    keep = torch.ones(size, 4, dtype=torch.bool)
     keep[::2, -1] = False
-    corners = torch.rand(size, count, 2, generator=draw) / 2
-    sides = torch.rand(size, count, 2, generator=draw) / 2
+    corners, sides = torch.rand(2, size, 4, 2, generator=draw) / 2
     location = torch.cat([corners, corners + sides, sides.prod(dim=-1, keepdim=True)], dim=-1)
-    features = torch.randn(size, count, section.region_features, generator=draw)
+    features = torch.randn(size, 4, section.region_features, generator=draw)
     positions = torch.stack([torch.arange(size) % 3, (torch.arange(size) + 1) % 3], dim=1)
-    hidden = torch.zeros(size, count, dtype=torch.bool).scatter(1, positions[:, :1], True)
+    hidden = torch.zeros(size, 4, dtype=torch.bool).scatter(1, positions[:, :1], True)
     positions[::3, 1] = -1
-    return {
-        "region_features": features * keep.unsqueeze(-1),
-        "region_location": location * keep.unsqueeze(-1),
-        "region_keep": keep,
-        "region_class": torch.randint(0, section.region_classes, (size, count), generator=draw),
-        "region_positions": positions,
-        "region_hidden": hidden,
-    }
+    classes = torch.randint(0, section.region_classes, (size, 4), generator=draw)
+    members = {"features": features * keep.unsqueeze(-1), "location": location * keep.unsqueeze(-1), "keep": keep}
+    members |= {"class": classes, "positions": positions, "hidden": hidden}
+    return {f"region_{name}": value for name, value in members.items()}

@@ -23,7 +23,7 @@ from pipeline.models.model import HeadConfig
 from pipeline.objectives import head_config
 from pipeline.objectives.wpa import wpa_cost, wpa_plan
 from pipeline.training.checkpoint.weights import save_weights
-from tests.support.trial import Cell, tiny_section, trial_config
+from tests.support.trial import Cell, trial_config
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
 
 @pytest.fixture(scope="module", params=["vlmo", "vilt"])
 def aligner(request):
-    return build_model(tiny_section(request.param), TOKENIZER.size, seed=4)
+    return build_model(trial_config(Cell("mlm", request.param, "pairs")).model, TOKENIZER.size, seed=4)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.shards.manifest import ensure_indexed
 from pipeline.data.storage import Storage
 from tests.support.http_server import give, serving
-from tests.support.ray_nodes import free_ports, raylets
+from tests.support.ranks import free_ports
+from tests.support.ray_nodes import raylets
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 PATIENCE = 300.0  # includes starting Ray on a busy machine

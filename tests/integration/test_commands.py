@@ -1,9 +1,11 @@
-"""Mistakes of users end in one message and the documented exit status, before anything is written."""
+"""Mistakes of users end in one message and the documented exit status; the wheel runs outside a checkout."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,10 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.training.checkpoint.weights import save_weights
 from pipeline.training.prepare import prepare
+from tests.support.data_stream import data_config
 from tests.support.pairs import pair, tar_bytes
-
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "configs" / "demo.yaml"
+from tests.support.short_run import DEMO
+from tests.support.train_process import ROOT, run_module
 
 
 def demo(folder: Path, *overrides: str) -> RunConfig:
@@ -34,21 +36,14 @@ def demo(folder: Path, *overrides: str) -> RunConfig:
 
 
 def refuse(config: RunConfig, kind: type[MomeError] = DataError, status: int = 1) -> str:
-    """Return the message of the error that ends a run."""
     with pytest.raises(kind) as error:
         pretrain(config, lambda progress: None, Interrupts(config, Storage(config.storage)))
     assert error.value.exit_status == status
     return str(error.value)
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300, "check": False}
-    return subprocess.run([sys.executable, "-m", *command], **options)
-
-
 def test_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> None:
-    done = run("jobs.cli", "train", str(DEMO), "model.widht=3", f"output={tmp_path}/runs")
+    done = run_module("jobs.cli", "train", str(DEMO), "model.widht=3", f"output={tmp_path}/runs")
     assert done.returncode == 2
     assert "model.widht: unknown key; did you mean 'width'?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -102,23 +97,64 @@ def test_corrupt_jpegs_are_replaced_and_a_non_finite_loss_stops_the_run_by_name(
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "0.tar").write_bytes(tar_bytes(samples))
     index_shards(Storage(), f"{tmp_path}/tars")
-    stage = "{name: vision, sources: {pairs: 1.0}, objectives: {mim: {}}, steps: 6, global_batch_size: 8}"
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        f"name: tiny\noutput: {tmp_path}/runs\nsources: {{pairs: {{shards: {tmp_path}/tars, type: images}}}}\n"
-        f"stages: [{stage}]\nengine: {{precision: float32}}\ncheckpoint: {{every: 3}}\n"
-        "model: {width: 32, layers: 2, heads: 2, vision_language_layers: 1, image_size: 16, patch_size: 8}\n"
-        "data: {streams: 2, max_bad_rate: 0.2}\n",
-        encoding="utf-8",
-    )
-    done = run("pipeline.training", str(config))
+    stage, data = {"name": "vision", "steps": 6, "global_batch_size": 8}, {"streams": 2, "max_bad_rate": 0.2}
+    settings = {"name": "tiny", "output": f"{tmp_path}/runs", "engine": {"precision": "float32"}}
+    run = data_config({"pairs": f"{tmp_path}/tars"}, ["mim"], "images", data=data, stage=stage, **settings)
+    (config := tmp_path / "run.yaml").write_text(run.model_dump_json(), encoding="utf-8")
+    done = run_module("pipeline.training", str(config))
     assert done.returncode == 0, done.stderr
     lines = [line for file in (tmp_path / "runs/tiny/quarantine").glob("*.jsonl") for line in file.open()]
     records = [json.loads(line) for line in lines]
     assert {record["key"] for record in records} == {"0003", "0017"}  # 48 samples: one epoch of 40 and a little more
     assert all(record["stage"] == "image" and record["shard"] == "0.tar" for record in records)
     optimizer = "stages.vision.optimizer={lr: 1e30, warmup_steps: 0, lr_schedule: constant}"
-    done = run("pipeline.training", str(config), "name=diverging", "tracking.metrics_every=1", optimizer)
+    done = run_module("pipeline.training", str(config), "name=diverging", "tracking.metrics_every=1", optimizer)
     assert done.returncode == 1
     assert all(text in done.stderr for text in ("stage vision, step", "optimizer.lr"))
     assert "is nan" in done.stderr or "is inf" in done.stderr
+
+
+PROGRAM = """
+import jobs.train
+from jobs.configs import RECIPES, fingerprint_of
+from pipeline.config.load import load_config
+small = ['sources.scenes.synthetic.scenes=60', 'sources.unseen.synthetic.scenes=10']
+config = load_config(RECIPES / 'demo.yaml', small)
+print(jobs.train.__file__, RECIPES, fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])
+"""
+API = """
+import sys, pipeline.inference as api
+print(api.__file__, *sorted({'jobs', 'typer', 'rich', 'jinja2', 'ray', 'mlflow'} & sys.modules.keys()))
+"""
+
+
+def test_wheel_has_all_recipes_and_modules_and_runs_the_demo_and_the_python_api(tmp_path: Path) -> None:
+    source, installed, empty = (tmp_path / name for name in ("source", "site", "empty"))
+    for name in ("pipeline", "jobs", "configs"):  # a copy: pip builds in the source folder and would reuse older builds
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    if built.returncode and "setuptools" in built.stderr and "No matching distribution" in built.stderr:
+        pytest.skip("pip cannot reach a package index for setuptools, which builds the wheel")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("mome-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    for folder, target in (("configs", "mome/configs"), ("pipeline", "pipeline"), ("jobs", "jobs")):
+        files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".yaml", ".py", ".j2")]
+        assert [f for f in files if not (installed / target / f.relative_to(ROOT / folder)).is_file()] == []
+
+    empty.mkdir()
+    environment, printed = {**os.environ, "PYTHONPATH": str(installed)}, []
+    for program in (API, PROGRAM):
+        options = {"cwd": empty, "env": environment, "timeout": 120, "check": False}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, **options)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.split(maxsplit=2))
+    (api,), (demo, configs, steps) = printed  # the Python API needs no command line
+    assert Path(api) == installed / "pipeline" / "inference.py"
+    assert Path(demo).is_relative_to(installed)
+    assert (Path(configs), steps.strip()) == (installed / "mome" / "configs", "[0, 1]")
+    assert (empty / "runs" / "demo-data" / "scenes" / "manifest.json").is_file()
