@@ -73,7 +73,7 @@ def bench_checkpoint(
                 store.wait()
             seconds[kind].append(time.perf_counter() - started)
             if kind == "asynchronous":
-                overlapping.append(_train(lambda _: not store.is_written()))
+                overlapping.append(_train(lambda _: not store.check()))
                 store.wait()
         progress("restoring")
         started = time.perf_counter()

@@ -6,7 +6,6 @@ A hook that calls a collective must do so on every rank in the same order, so su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +47,7 @@ class StepEvent:
     """A completed update: the stage's step (from 0) and its learning rate."""
 
     step: int
+    with_metrics: bool  # metrics are collected
     lr: float
     health: StepHealth | None  # None at steps without a health check
     preempted: bool  # the ranks have agreed to save and stop after this step
@@ -85,12 +85,6 @@ class Callback:
     def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
         """Called when metrics have been collected after a step."""
 
-    def on_checkpoint(self, num_steps: int, url: str) -> None:
-        """Called when the state after `num_steps` steps has been copied and is being written to `url`."""
-
-    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Called when the model has been evaluated after a step."""
-
     def on_stage_end(self, result: StageResult) -> None:
         """Called after the last step, before the weights are exported; not called when an error ends the stage."""
 
@@ -99,15 +93,10 @@ class Callback:
 
 
 class Callbacks(Callback):
-    """Forwards every hook to several callbacks in order; `close` in reverse order, whatever the others raise."""
+    """Forwards every hook to several callbacks in order; `build_stage_state` closes each of them itself."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()):
         self.members = tuple(callbacks)
         for hook in [name for name in vars(Callback) if name.startswith(("on_", "before_", "after_"))]:
             calls = [getattr(callback, hook) for callback in self.members]
             setattr(self, hook, lambda *arguments, calls=calls: [call(*arguments) for call in calls])
-
-    def close(self) -> None:
-        with ExitStack() as stack:
-            for callback in self.members:
-                stack.callback(callback.close)

@@ -177,7 +177,7 @@ class DeepSpeedEngine:
         self.deepspeed: Any = deepspeed.initialize(model=model, optimizer=self.adam, config=config)[0]
         self.reader: nn.Module = self.deepspeed  # for inference; at ZeRO 3 its forward is a collective call
         self.module: nn.Module = self.deepspeed.module
-        self._plain_norm: Tensor | None = None
+        self.gradient_norm: Tensor | float = 0.0  # of the last step over all parameters, before clipping
         # The tensors that Adam steps: whole parameters, or this rank's flat float32 partitions.
         self._optimized: list[Tensor] = [tensor for group in self.adam.param_groups for tensor in group["params"]]
         if self._zero_stage == 3:
@@ -219,10 +219,11 @@ class DeepSpeedEngine:
         optimizer = self.deepspeed.optimizer
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
+        norm = None
         if optimizer is self.adam:  # at stage 0 plain AdamW does not keep the norm
-            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            self._plain_norm = nn.utils.get_total_norm(gradients)
+            norm = nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
         self.deepspeed.step()
+        self.gradient_norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
 
         # Zero the gradient buffers that outlive a step: DeepSpeed writes a gradient only where a parameter was used, so
         # an expert that a step leaves idle would get its last one again (0.19.8). The attributes are not documented.
@@ -243,12 +244,6 @@ class DeepSpeedEngine:
             with torch.no_grad():
                 for name, average in self.averages.items():
                     average.lerp_(self._local(name, "weight").float(), 1 - keep)
-
-    def gradient_norm(self) -> float:
-        """Return the 2-norm of the last step's gradient over all parameters, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
-        assert norm is not None, "called before the first step"
-        return float(norm)
 
     def local_gradients(self) -> list[Tensor]:
         """Return the gradients that the next step applies: at stages 1 to 3 this rank's reduced partition."""
@@ -288,7 +283,7 @@ class DeepSpeedEngine:
                     for kind in KINDS if parameter.requires_grad else KINDS[:1]:
                         self._local(name, kind).copy_(source.read(name, kind, start, stop))
                 if name in self.averages:  # checkpoints without an average start it from the weight
-                    kind = AVERAGE if source.holds(name, AVERAGE) else "weight"
+                    kind = AVERAGE if (name, AVERAGE) in source.parts else "weight"
                     self.averages[name].copy_(source.read(name, kind, start, stop))
                 # The weight that the forward uses: this rank's partition at stage 3, else the whole parameter.
                 if self._zero_stage != 3:

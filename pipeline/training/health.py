@@ -10,7 +10,7 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from types import MappingProxyType
@@ -119,6 +119,7 @@ FIRST_STEPS = 3
 FORWARD_END, BACKWARD_END = "(the end of the forward)", "(the end of the backward)"
 
 
+@dataclass(eq=False)
 class ExecutionOrderCheck(Callback):
     """Compares the order in which the ranks run the model's modules, in the first steps and then periodically.
 
@@ -129,14 +130,12 @@ class ExecutionOrderCheck(Callback):
     the engine's. Recomputation in activation checkpointing and modules inside a compiled block are not recorded.
     """
 
-    def __init__(self, collectives: Collectives, every: int, first_step: int = 0):
-        """`first_step`: the stage's first global step, for messages."""
-        self._collectives, self._every, self._first_step = collectives, every, first_step
-        self._start: int | None = None  # the first step of this process
-        self._step = 0
-        self._is_active = self._in_forward = self._compares_each_module = False
-        self._executed: list[str] = []
-        self._digest = hashlib.sha256()
+    collectives: Collectives
+    every: int
+    first_step: int = 0  # of the stage, over all stages, for messages
+
+    _start: int | None = field(default=None, init=False)  # the first step of this process
+    _is_active = _in_forward = _compares_each_module = False
 
     def on_model_built(self, model: nn.Module) -> None:
         self._model = model
@@ -145,11 +144,11 @@ class ExecutionOrderCheck(Callback):
         model.register_forward_hook(partial(self._observe, FORWARD_END))
 
     def before_step(self, step: int, batch: Batch | None = None) -> None:
-        self._start = step if self._start is None else self._start
-        self._step = self._first_step + step
+        self._step = self.first_step + step
         self._compares_each_module = any(hasattr(p, "ds_id") for p in self._model.parameters())  # ZeRO 3
-        self._is_active = step - self._start < FIRST_STEPS or (step - self._start) % self._every == 0
-        self._executed.clear()
+        self._start = step if self._start is None else self._start
+        self._is_active = step - self._start < FIRST_STEPS or (step - self._start) % self.every == 0
+        self._executed: list[str] = []
         self._digest = hashlib.sha256()
 
     def after_backward(self, step: int) -> None:
@@ -169,9 +168,9 @@ class ExecutionOrderCheck(Callback):
         if not self._compares_each_module and name not in (FORWARD_END, BACKWARD_END):
             return
         digest = int.from_bytes(self._digest.digest()[:7], "big")
-        if self._collectives.largest([digest, -digest]) == [digest, -digest]:
+        if self.collectives.largest([digest, -digest]) == [digest, -digest]:
             return
-        by_rank = self._collectives.gather_objects(self._executed)
+        by_rank = self.collectives.gather_objects(self._executed)
         for position, names in enumerate(zip_longest(*by_rank, fillvalue="(nothing)")):
             if len(set(names)) > 1:
                 ran = ", ".join(f"rank {rank} ran '{name}'" for rank, name in enumerate(names))
@@ -210,6 +209,7 @@ class SpikeGuard:
         self.config = config
         self._losses = deque[float](state.get("losses", []), maxlen=config.window if config else 1)
         self.skipped = [(int(start), int(stop)) for start, stop in state.get("skipped", [])]
+        self.num_skipped = sum(stop - start for start, stop in self.skipped)  # batches
         self._num_rollbacks = state.get("rollbacks", 0)  # exceeds len(skipped) if two spikes preceded a checkpoint
 
     def state(self) -> dict[str, Any]:
@@ -217,15 +217,11 @@ class SpikeGuard:
         losses = list(self._losses) if self.config else []
         return {"skipped": [list(span) for span in self.skipped], "rollbacks": self._num_rollbacks, "losses": losses}
 
-    def batch_of(self, step: int) -> int:
-        """Return the batch that a step at or after the restored position reads."""
-        return step + sum(stop - start for start, stop in self.skipped)
-
     def observe(self, step: int, loss: float) -> Spike | None:
         """Record the global batch's loss, before the update; return the spike if it is one."""
         config, losses = self.config, self._losses
         if config and len(losses) == config.window and loss > config.factor * (median := statistics.median(losses)):
-            return Spike(self._num_rollbacks + 1, step, self.batch_of(step), loss, median)
+            return Spike(self._num_rollbacks + 1, step, step + self.num_skipped, loss, median)
         self._losses.append(loss)
         return None
 
@@ -242,10 +238,11 @@ class SpikeGuard:
                 "guards.spike.max_rollbacks allows no more. Inspect the data, lower optimizer.lr, or clip gradients "
                 "with optimizer.max_grad_norm."
             )
-        skipped = (self.batch_of(resumed_at), spike.batch + 1 + self.config.skip)
-        self.skipped.append(skipped)
+        start, stop = resumed_at + self.num_skipped, spike.batch + 1 + self.config.skip
+        self.skipped.append((start, stop))
+        self.num_skipped += stop - start
         self._num_rollbacks = spike.number
-        return skipped
+        return start, stop
 
 
 # ---- exhausted memory and storage

@@ -76,6 +76,8 @@ class StageState:
     choices: Mapping[str, Choices]  # label lists of the heads, by file name
     resumed_from: str = ""  # URL of the checkpoint
     rollback: tuple[str, str] | None = None  # tag and description of the rollback that led here
+    metrics: dict[str, float] = field(default_factory=dict)  # latest, for `checkpoint.keep_best`
+    measured_from: tuple[float, int, float] = (0.0, 0, 0.0)  # time, steps, data wait at the last metrics or evaluation
     data_counts: dict[str, float] = field(default_factory=dict)  # of the checkpoint the stage resumed from
 
 
@@ -141,15 +143,16 @@ def train_stage(
     with build_stage_state(stage, context, callbacks) as state:
         start = resume(state, rolled_back)
         callbacks.on_stage_start(start)
-        batches = state.loader.batches(state.spikes.batch_of(start))
+        batches = state.loader.batches(start + state.spikes.num_skipped)
         result = StageResult(stage.steps)
         for step in range(start, stage.steps):
-            supervisor.enter("data_wait", stage.global_step(step))
+            supervisor.enter("data_wait", stage.first_step + step)
             callbacks.before_batch(step)
             batch = next(batches)
-            supervisor.enter("training", stage.global_step(step))
+            supervisor.enter("training", stage.first_step + step)
             callbacks.before_step(step, batch)
-            with_metrics = stage.is_metrics_step(step)
+            with_metrics = (step + 1) % stage.run.tracking.metrics_every == 0 or step + 1 == stage.steps
+            with_metrics |= stage.is_checkpoint_step(step)  # always, so that no non-finite state is ever saved
             losses = state.step(batch, with_metrics=with_metrics)
             callbacks.after_backward(step)
             health = None
@@ -161,7 +164,7 @@ def train_stage(
                     fault = guards.locate_non_finite(losses, state.engine.module, repeat, collectives)
                     callbacks.on_fault(step, "not_finite", fault)
                     raise RunFailed(
-                        f"stage {stage.name}, step {stage.global_step(step)}: {fault}. The weights were not updated. A "
+                        f"stage {stage.name}, step {stage.first_step + step}: {fault}. The weights were not updated. A "
                         "restart would repeat it: lower optimizer.lr, set optimizer.max_grad_norm, or use float32."
                     )
                 callbacks.on_health(step, health)
@@ -170,7 +173,7 @@ def train_stage(
                     break
             lr = learning_rate(step, stage.steps, stage.config.optimizer)
             state.engine.step(lr)
-            event = StepEvent(step, lr, health, preempted=health is not None and health.preempted)
+            event = StepEvent(step, with_metrics, lr, health, preempted=health is not None and health.preempted)
             callbacks.after_step(event)
             if event.preempted:
                 result = StageResult(step + 1, preempted=True)
@@ -194,7 +197,7 @@ def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callb
         callbacks += [check, MetricsCollector(), *[Alerts()] * is_first]
         callbacks += [EvaluationCallback(stage, context.storage), Checkpointer(), *extra]
         result = train_stage(stage, context, Callbacks(callbacks), result.spike if result else None)
-    step = stage.global_step(result.num_steps)
+    step = stage.first_step + result.num_steps
     if result.preempted and step < context.config.total_steps:
         message = f"stage {stage.name}, step {step}: preempted; checkpoint saved. Re-run the same command to resume."
         raise Preempted(message)
@@ -207,9 +210,9 @@ def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -
     rank, world_size, tokenizer = collectives.rank, collectives.world_size, context.tokenizer
     with ExitStack() as stack:
         stack.callback(gc.collect)
-        for callback in callbacks.members:  # some outlive the stage, whose engine must be freed
-            stack.callback(vars(callback).pop, "state", None)
-        stack.callback(callbacks.close)
+        for callback in callbacks.members:
+            stack.callback(vars(callback).pop, "state", None)  # some outlive the stage, whose engine must be freed
+            stack.callback(callback.close)  # in reverse order, whatever the others raise
         choices = choices_of(run, run.stages[: stage.index + 1], storage)
         groups, backend = batch_groups(run, config), context.loader_backend
         loader = Loader(run, config, groups, storage, tokenizer, rank, world_size, backend)
@@ -258,8 +261,8 @@ def resume(state: StageState, rolled_back: guards.Spike | None) -> int:
     if rolled_back is not None:
         first, stop = state.spikes.skip_range(rolled_back, start, stage.name)
         description = (
-            f"step {stage.global_step(rolled_back.step)}: loss {rolled_back.loss:.4g}, median {rolled_back.median:.4g};"
-            f" back to step {stage.global_step(start)} without batches {first} to {stop - 1} of the stage"
+            f"step {stage.first_step + rolled_back.step}: loss {rolled_back.loss:.4g}, median {rolled_back.median:.4g};"
+            f" back to step {stage.first_step + start} without batches {first} to {stop - 1} of the stage"
         )
         log.warning("stage %s: loss spike: %s", stage.name, description)
         state.rollback = (f"mome.spike.{rolled_back.number}", description)
@@ -272,7 +275,7 @@ def export_weights(state: StageState) -> None:
     weights = state.engine.weights()  # on rank 0 only
     if weights is not None:
         ownership.check()
-    tracker.log_weights(SavedWeights(stage.url, stage.global_step(stage.steps), stage.index))
+    tracker.log_weights(SavedWeights(stage.url, stage.first_step + stage.steps, stage.index))
     tracker.end_stage("FINISHED")
     tracker.commit()
     if weights is not None:

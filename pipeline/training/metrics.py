@@ -71,7 +71,7 @@ class MetricsCollector(Callback):
                 start_from = finished_stage(context.storage, stage.start_url)
             tags = {"plan_digest": state.loader.digest[:36], "start_from": start_from}
             if start:
-                tags |= {"resumed_at": str(stage.global_step(start)), "resumed_from": state.resumed_from}
+                tags |= {"resumed_at": str(stage.first_step + start), "resumed_from": state.resumed_from}
             if context.coverage is not None and stage.run.model.READS_TEXT:
                 tags["unknown_tokens"] = f"{max(context.coverage.values(), default=0.0):.4f}"
             datasets = [
@@ -80,25 +80,22 @@ class MetricsCollector(Callback):
             ]
             context.tracker.begin_stage(stage.index, stage.config, tags, datasets)
             if state.rollback is not None:
-                context.tracker.rewind(stage.global_step(start))
+                context.tracker.rewind(stage.first_step + start)
                 context.tracker.tag(*state.rollback)
-        self._clock = time.perf_counter(), start, state.loader.wait_seconds  # at the last collection
-
-    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self.state.context.tracker.metrics(self.state.stage.global_step(step + 1), metrics)
-        self._clock = time.perf_counter(), step + 1, self.state.loader.wait_seconds  # excludes the evaluation's time
+        state.measured_from = time.perf_counter(), start, state.loader.wait_seconds
 
     def after_step(self, event: StepEvent) -> None:
         state, stage, context, completed = self.state, self.state.stage, self.state.context, event.step + 1
-        if not stage.is_metrics_step(event.step):
+        if not event.with_metrics:
             return
         assert event.health is not None, "every metrics step has a health check"
         collectives, batch_size = context.collectives, stage.config.global_batch_size
         world_size = collectives.world_size
-        last_time, last_step, last_waited = self._clock
-        self._clock = time.perf_counter(), completed, state.loader.wait_seconds
-        seconds = max(self._clock[0] - last_time, 1e-9)
-        steps_per_second, data_wait = (completed - last_step) / seconds, (self._clock[2] - last_waited) / seconds
+        (last_time, last_step, last_waited), now = state.measured_from, time.perf_counter()
+        state.measured_from = now, completed, state.loader.wait_seconds
+        seconds = max(now - last_time, 1e-9)
+        steps_per_second = (completed - last_step) / seconds
+        data_wait = (state.measured_from[2] - last_waited) / seconds
 
         # One reduction sums the diagnostics over ranks and gathers each rank's timings.
         names = sorted(state.step.diagnostics)
@@ -126,7 +123,7 @@ class MetricsCollector(Callback):
             "perf/data_wait_share": data_wait,
             "samples_seen": float(completed * batch_size),
             "train/lr": event.lr,
-            "train/grad_norm": state.engine.gradient_norm(),
+            "train/grad_norm": float(state.engine.gradient_norm),
         }
         if self._peak_step_seconds is not None:
             values["perf/mfu"] = steps_per_second * self._peak_step_seconds
@@ -134,13 +131,14 @@ class MetricsCollector(Callback):
         phases = context.supervisor.goodput.seconds()
         values |= {f"time/{phase}_s": spent for phase, spent in phases.items()}
         values["perf/goodput"] = phases["training"] / max(sum(phases.values()), 1e-9)  # time in steps that were kept
-        step, is_warm = stage.global_step(completed), event.step >= stage.config.optimizer.warmup_steps
+        step, is_warm = stage.first_step + completed, event.step >= stage.config.optimizer.warmup_steps
         if collectives.rank == 0:
             nodes = context.supervisor.nodes.newest
             context.tracker.metrics(step, values | (nodes.pop() if nodes else {}))
             total_steps, rate = stage.run.total_steps, values["perf/samples_per_s"]
             left = (stage.steps - completed) / max(steps_per_second, 1e-9)
             context.report(Progress(stage.name, completed, stage.steps, step, total_steps, losses["loss"], rate, left))
+        state.metrics = values
         snapshot = MetricsSnapshot(step, values, is_warm, ranks_data_wait, forward_seconds)
         state.callbacks.on_metrics(event.step, snapshot)
 
@@ -177,27 +175,29 @@ class EvaluationCallback(Callback):
 
     def after_step(self, event: StepEvent) -> None:
         """Evaluate if it is due. `mome train` evaluates the finished run by itself."""
-        stage, context, num_steps = self.state.stage, self.state.context, event.step + 1
+        state, stage, context, num_steps = self.state, self.state.stage, self.state.context, event.step + 1
         section, is_last = stage.run.evaluation, stage.index + 1 == len(stage.run.stages)
         is_due = not is_last if num_steps == stage.steps else num_steps % (section.every or 1) == 0
         if not self._is_enabled or not is_due or event.preempted:
             return
-        with context.supervisor.during("evaluation", stage.global_step(event.step)):
+        with context.supervisor.during("evaluation", stage.first_step + event.step):
             result = evaluate(
-                self.state.engine.reader,
+                state.engine.reader,
                 context.tokenizer,
                 stage.run,
                 context.storage,
                 limit=min(section.max_images_during_training, section.max_images or section.max_images_during_training),
                 stage=stage.name,
                 rerank_best=0,
-                choices=self.state.choices,
+                choices=state.choices,
                 ranks=context.collectives,
                 held_out=self._pairs,
             )
             self._pairs = result.held_out
             metrics = result.metrics()
-        self.state.callbacks.on_evaluation(event.step, metrics)
+        state.metrics = state.metrics | metrics
+        context.tracker.metrics(stage.first_step + num_steps, metrics)
+        state.measured_from = time.perf_counter(), num_steps, state.loader.wait_seconds  # excludes the evaluation
 
     def close(self) -> None:
         if self._pairs is not None:
@@ -252,7 +252,7 @@ class Alerts(Callback):
     def on_fault(self, step: int, name: str, message: str) -> None:
         """Raise an alert; `message` states the observation and the remedy."""
         stage = self.state.stage
-        self._raised[name] = text = f"since step {stage.global_step(step)}: {message}"
+        self._raised[name] = text = f"since step {stage.first_step + step}: {message}"
         log.warning("stage %s: ALERT %s, %s", stage.name, name, text, extra={"alert": f"{stage.name}/{name}"})
         self.state.context.tracker.tag(f"mome.alert.{name}", text)
 

@@ -48,18 +48,15 @@ class Start:
     def __str__(self) -> str:
         return f"{self.number:04d}-{self.token}"
 
-    @classmethod
-    def parse(cls, text: str) -> Start:
-        number, _, token = text.partition("-")
-        return cls(int(number), token)
 
-
+@dataclass
 class Ownership:
     """The right to write a run: of one start of a launcher's ranks or, without `start`, of all its restarts."""
 
-    def __init__(self, storage: Storage, folder: str, claim: str, start: Start | None = None):
-        self._storage, self._url = storage, join(folder, OWNER_FILE)
-        self.claim, self.start = claim, start
+    storage: Storage
+    folder: str
+    claim: str
+    start: Start | None = None
 
     @classmethod
     def take(cls, storage: Storage, folder: str, claim: str | None = None) -> Ownership:
@@ -72,7 +69,7 @@ class Ownership:
             starts = ownership.check(may_begin=True)
             start = Start(starts[-1][0].number + 1 if starts else 1, secrets.token_hex(4))
             record = {"host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-            storage.write(join(ownership._url, f"{start}.{ownership.claim}.json"), json.dumps(record).encode())
+            storage.write(join(folder, OWNER_FILE, f"{start}.{ownership.claim}.json"), json.dumps(record).encode())
             if ownership._starts()[-1][0] == start:  # False if another start claimed the run at the same time
                 ownership.start = start
                 return ownership
@@ -84,9 +81,9 @@ class Ownership:
         is_new = may_begin and all(claim != self.claim for _, claim in starts)
         if is_new or (claim == self.claim and self.start in (None, start)):
             return starts
-        url, where = join(self._url, f"{start}.{claim}.json"), ""
+        url, where = join(self.folder, OWNER_FILE, f"{start}.{claim}.json"), ""
         with suppress(NotFound, ValueError, KeyError):
-            record = json.loads(self._storage.read(url))
+            record = json.loads(self.storage.read(url))
             where = f", on {record['host']} at {record['since']}"
         other = f" with another {CLAIM_VARIABLE}" if CLAIM_VARIABLE in os.environ else ""
         raise Superseded(
@@ -104,7 +101,7 @@ class Ownership:
 
     def _starts(self) -> list[tuple[Start, str]]:
         """Return every start and its launcher's claim, in order."""
-        matches = map(_NAME.fullmatch, self._storage.list(self._url))
+        matches = map(_NAME.fullmatch, self.storage.list(join(self.folder, OWNER_FILE)))
         return sorted((Start(int(match[1]), match[2]), match[3]) for match in matches if match)
 
 

@@ -133,7 +133,7 @@ def _try_stage(stage: Stage, context: RunContext) -> str:
         losses = state.step(batch)
         order.after_backward(0)
         state.engine.step(stage.config.optimizer.lr)
-        loss, norm = float(collectives.sum(losses["loss"])), state.engine.gradient_norm()
+        loss, norm = float(collectives.sum(losses["loss"])), float(state.engine.gradient_norm)
         seconds = time.perf_counter() - started
     # On a GPU the allocator's peak in this stage; on a CPU the process's so far (in KiB on Linux).
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

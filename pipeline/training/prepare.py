@@ -6,7 +6,8 @@ import logging
 import sys
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.errors import ConfigError, StorageError
@@ -40,10 +41,10 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
         log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
     build_synthetic(storage, config.sources)
     for url in sorted({source.shards for source in config.sources.values()}):
-        ensure_indexed(storage, url, _progress_log(f"{url}: indexed"))
+        ensure_indexed(storage, url, _ProgressLog(f"{url}: indexed"))
     for name, source in config.sources.items():
         if source.filters or source.opt_out is not None:  # caches the counts of the selection for the ranks
-            open_source(storage, source, config.folder, _progress_log(f"sources.{name}: filtered"))
+            open_source(storage, source, config.folder, _ProgressLog(f"sources.{name}: filtered"))
     by_stage = [choices_of(config, [stage], storage) for stage in config.stages]  # label lists of the heads, by file
     tokenizer = choose_tokenizer(config, storage)
     for stage in (Stage(config, index) for index in range(len(config.stages))):
@@ -59,17 +60,17 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     return tokenizer
 
 
-def _progress_log(task: str) -> Callable[[int, int, str], None]:
-    """Return a function that logs the progress of long work over shards every few seconds."""
-    last = time.monotonic()
+@dataclass
+class _ProgressLog:
+    """Logs the progress of long work over shards every few seconds."""
 
-    def progress(done: int, total: int, name: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= REPORT_SECONDS:
-            last = time.monotonic()
-            log.warning("%s %d of %d shards", task, done, total)
+    task: str
+    logged_at: float = field(default_factory=time.monotonic)
 
-    return progress
+    def __call__(self, done: int, total: int, name: str) -> None:
+        if time.monotonic() - self.logged_at >= REPORT_SECONDS:
+            self.logged_at = time.monotonic()
+            log.warning("%s %d of %d shards", self.task, done, total)
 
 
 def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:

@@ -48,7 +48,7 @@ class Profiler(Callback):
     _first = _next = 0  # global step of the trace's beginning, and the one after the current step
 
     def before_batch(self, step: int) -> None:
-        global_step, window = self.state.stage.global_step(step), self.state.stage.run.tracking.profile
+        global_step, window = self.state.stage.first_step + step, self.state.stage.run.tracking.profile
         assert window is not None
         if global_step not in range(*parse_steps(window)):
             self._save(global_step)

@@ -35,7 +35,7 @@ class Stage:
         self.config = self.run.stages[index]
         self.name, self.steps = self.config.name, self.config.steps
         self.source_type = self.run.source_type_of(self.config)
-        self.first_step = run.stage_start(index)  # global step
+        self.first_step = run.stage_start(index)  # over all stages
         self.url = stage_url(run, index)  # folder of the weights it hands over
         start, previous = self.config.start_from, stage_url(run, index - 1) if index else None
         self.start_url = {"random": None, "previous": previous}.get(start, start)  # of its starting weights
@@ -44,18 +44,9 @@ class Stage:
         """Return the stage with other settings of the config's `engine` section."""
         return Stage(self.run.model_copy(update={"engine": self.run.engine.model_copy(update=settings)}), self.index)
 
-    def global_step(self, step: int) -> int:
-        """Return the number over all stages of a step of this stage."""
-        return self.first_step + step
-
     def is_checkpoint_step(self, step: int) -> bool:
         """Return whether to save after this step. The last step hands over weights instead."""
         return (step + 1) % self.run.checkpoint.every == 0 and step + 1 < self.steps
-
-    def is_metrics_step(self, step: int) -> bool:
-        """Return whether to collect metrics, always done before a save so that no non-finite state is ever saved."""
-        is_due = (step + 1) % self.run.tracking.metrics_every == 0
-        return is_due or self.is_checkpoint_step(step) or step + 1 == self.steps
 
     def num_micro_batches(self, world_size: int) -> int:
         """Return the number of micro-batches of a step, the same on every rank: as few as their size limit allows."""

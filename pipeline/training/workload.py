@@ -89,16 +89,13 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
     every = math.lcm(*(objective.every for objective in stage.config.objectives.values()))
     rows = every * -(-SAMPLE_ROWS // every)  # every objective reads its exact fraction
 
-    def run(batch_size: int, micro_batch_size: int | None = None, model: Model | None = None) -> ProbedEngine:
+    engines: list[ProbedEngine] = []
+    for batch_size, micro_batch_size in ((rows, None), (2 * rows, None), (2 * rows, rows)):
         stages = [config.model_copy(update={"global_batch_size": batch_size}) for config in stage.run.stages]
         cut = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
         cut = cut.with_engine(micro_batch_size=micro_batch_size)
-        return run_step(cut, vocabulary, kernels, text_tokens, model)
-
-    single = run(rows)
-    model = single.model
-    double, split = run(2 * rows, model=model), run(2 * rows, rows, model)  # the last one in two micro-batches
-    lines = {}
+        engines.append(run_step(cut, vocabulary, kernels, text_tokens, engines[0].model if engines else None))
+    (single, double, split), model, lines = engines, engines[0].model, {}
     for name in ("flops", "activations", "workspace", "tokens"):
         slope = (getattr(double, name) - getattr(single, name)) / rows
         lines[name] = Line(getattr(single, name) - slope * rows, slope)

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,12 +20,12 @@ from typing import Any
 from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import NotFound, ObjectChanged, ObjectInfo, Storage, join
-from pipeline.training.ownership import Start
+from pipeline.training.ownership import Ownership, Start
 
 MANIFEST, SEAL, COMMIT = "MANIFEST.json", "SEAL.json", "COMMIT.json"
 Record = dict[str, Any]  # {"bytes": size, "sha256": hexadecimal digest}, and "file" if stored under another name
 
-_FOLDER = re.compile(r"step-(\d{8,})\.(?:(\d{4,}-[0-9a-f]{8})-)?([0-9a-f]+)")
+_FOLDER = re.compile(r"step-(\d{8,})\.(?:(\d{4,})-([0-9a-f]{8})-)?([0-9a-f]+)")
 NO_START = Start(0, "")  # of folders whose name has no start: they were not written by a run
 _CHUNK = 16 * 2**20  # bytes of one request when a file is verified
 _READAHEAD = 4  # chunks in flight
@@ -40,26 +40,32 @@ def commit(
     url: str,
     files: Mapping[str, Record],
     metadata: Mapping[str, Any],
-    before: Callable[[], object] = lambda: None,
-    other_name: Callable[[str], str] | None = None,
-) -> bool:
+    ownership: Ownership | None = None,
+    other_name: str | None = None,
+) -> str | None:
     """Commit the files already written under `url`: write the manifest, then COMMIT.json.
 
-    `before` is called before COMMIT.json is written. `other_name` renames a file whose name is taken; without it the
-    folder is this attempt's alone. Returns False if another attempt has committed it; StorageError if a file is lost.
+    The manifest gets `other_name` if its name is taken; without it the folder is this attempt's alone, and sealed
+    first. Returns the manifest's name, None if another attempt has committed the folder. Raises StorageError if a file
+    is lost or a later start has sealed the folder for removal, Superseded if `ownership` is lost.
     """
     manifest = json.dumps({"files": files, **metadata}, indent=1).encode()
     record = file_record(manifest)
     if other_name is None:
         storage.write(join(url, MANIFEST), manifest)
     elif not storage.write(join(url, MANIFEST), manifest, create=True):
-        record["file"] = other_name(MANIFEST)
-        storage.write(join(url, record["file"]), manifest)
+        record["file"] = other_name
+        storage.write(join(url, other_name), manifest)
     if missing := describe_missing(storage, url, {**files, MANIFEST: record}):
         raise StorageError(f"{url}: not committed: {missing}. Another attempt on this run may have removed it")
-    before()
+    if ownership is not None:
+        ownership.check()
+        if other_name is None and not seal(storage, url, f"committed by {ownership.start}"):
+            ownership.check()
+            raise StorageError(f"{url}: not committed: another attempt on this run is removing it")
     data = json.dumps({"manifest": record}).encode()
-    return storage.write(join(url, COMMIT), data, create=True) or storage.read(join(url, COMMIT)) == data
+    is_ours = storage.write(join(url, COMMIT), data, create=True) or storage.read(join(url, COMMIT)) == data
+    return record.get("file", MANIFEST) if is_ours else None
 
 
 def seal(storage: Storage, url: str, decision: str) -> bool:
@@ -178,7 +184,7 @@ class Checkpoint:
 def parse_name(name: str) -> tuple[int, Start, int] | None:
     """Return (global step, start, time) of a checkpoint folder's name, in which order they sort; None for others."""
     match = _FOLDER.fullmatch(name)
-    return match and (int(match[1]), Start.parse(match[2]) if match[2] else NO_START, int(match[3], 16))
+    return match and (int(match[1]), Start(int(match[2] or 0), match[3] or ""), int(match[4], 16))
 
 
 def newest_first(storage: Storage, url: str) -> dict[str, tuple[int, Start, int]]:

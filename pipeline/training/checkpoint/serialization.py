@@ -11,6 +11,8 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,20 +42,20 @@ _THREADS = 4
 _STREAMS = 4  # positions at which an engine reads each file concurrently: weights, moments, average
 
 
+@dataclass
 class HostCopy:
     """Copies a rank's fragments into one host buffer that is reused by every save; pinned if the device is a GPU."""
 
-    def __init__(self, device: torch.device):
-        self._is_cuda = device.type == "cuda"
-        self._buffer = torch.empty(0)
+    device: torch.device
+    buffer: Tensor = field(default_factory=partial(torch.empty, 0))
 
     def reserve(self, fragments: Iterable[Fragment]) -> dict[str, Tensor]:
         """Allocate the buffer ahead of the first `take`; return the values by "name|start|kind", grouped by kind."""
         by_kind = sorted(((kind, part) for part in fragments for kind in part.values), key=lambda key: key[0])
         values = {f"{part.name}|{part.start}|{kind}": part.values[kind] for kind, part in by_kind}
         size = sum(len(value) for value in values.values())
-        if len(self._buffer) < size:
-            self._buffer = torch.zeros(size, pin_memory=self._is_cuda)  # zeroing maps the pages now
+        if len(self.buffer) < size:
+            self.buffer = torch.zeros(size, pin_memory=self.device.type == "cuda")  # zeroing maps the pages now
         return values
 
     def take(self, fragments: Iterable[Fragment]) -> dict[str, Tensor]:
@@ -61,10 +63,10 @@ class HostCopy:
         copies, offset = {}, 0
         with torch.no_grad():
             for key, value in self.reserve(fragments).items():
-                copies[key] = self._buffer[offset : offset + len(value)]
+                copies[key] = self.buffer[offset : offset + len(value)]
                 copies[key].copy_(value, non_blocking=True)
                 offset += len(value)
-        if self._is_cuda:
+        if self.device.type == "cuda":
             torch.cuda.synchronize()  # the next step overwrites the source
         return copies
 
@@ -115,7 +117,7 @@ class SavedState:
         self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._pool = ThreadPoolExecutor(_THREADS, "restore")  # its threads end when the pool is garbage-collected
         # (name, kind) -> sorted list of (first element, number of elements, file, byte offset)
-        self._parts: dict[tuple[str, str], list[tuple[int, int, str, int]]] = {}
+        self.parts: dict[tuple[str, str], list[tuple[int, int, str, int]]] = {}
         for file in files:
             (length,) = LENGTH.unpack(self._read_bytes(file, 0, LENGTH.size))
             body = LENGTH.size + length
@@ -124,16 +126,13 @@ class SavedState:
                 if entry["dtype"] != "F32":
                     raise CheckpointError(f"{url}: {file} holds {key} as {entry['dtype']}; expected F32")
                 part = (int(start), entry["shape"][0], file, body + entry["data_offsets"][0])
-                bisect.insort(self._parts.setdefault((name, kind), []), part)
-
-    def holds(self, name: str, kind: str) -> bool:
-        return (name, kind) in self._parts
+                bisect.insort(self.parts.setdefault((name, kind), []), part)
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Return elements [start, stop) of a parameter's `kind`, 1-d float32; CheckpointError if some are missing."""
         result, num_read = torch.empty(stop - start), 0
         target = result.view(torch.uint8).numpy()
-        for offset, length, file, position in self._parts.get((name, kind), []):
+        for offset, length, file, position in self.parts.get((name, kind), []):
             low, high = max(start, offset), min(stop, offset + length)
             if low < high:
                 data = self._read_bytes(file, position + 4 * (low - offset), position + 4 * (high - offset))

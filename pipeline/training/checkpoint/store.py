@@ -28,7 +28,7 @@ from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, NO_START, S
 from pipeline.training.checkpoint.serialization import HostCopy, SavedState, TensorFile
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment
-from pipeline.training.metrics import MetricsSnapshot, total_data_counts
+from pipeline.training.metrics import total_data_counts
 from pipeline.training.ownership import Ownership
 
 if TYPE_CHECKING:
@@ -92,14 +92,12 @@ class CheckpointStore:
         self._in_progress = in_background(lambda: self._write(url, file, metadata, before_commit), "checkpoint")
         return url
 
-    def is_written(self) -> bool:
-        """Return whether this rank's thread has finished."""
-        return self._in_progress is None or self._in_progress.done()
-
-    def check(self) -> None:
-        """Raise the error of the save in progress, if it has failed."""
-        if self.is_written():
-            self._finish()
+    def check(self) -> bool:
+        """Return whether this rank's thread has finished; raise the error of its save, if that has failed."""
+        if self._in_progress is not None and not self._in_progress.done():
+            return False
+        self._finish()
+        return True
 
     def wait(self) -> None:
         """Wait until the last save is committed on every rank."""
@@ -133,13 +131,6 @@ class CheckpointStore:
             self._stop_if_abandoned()
             return file.read(start, stop)
 
-        def seal_folder() -> None:
-            """Raise Superseded, or StorageError if a later start has sealed the folder for removal."""
-            self._ownership.check()
-            if not committed.seal(self.storage, url, f"committed by {self._ownership.start}"):
-                self._ownership.check()
-                raise StorageError(f"{url}: not committed: another attempt on this run is removing it")
-
         started, rank = time.perf_counter(), self.collectives.rank
         with ThreadPoolExecutor(1, "checksum") as hashing:
             record = hashing.submit(file.record)
@@ -152,7 +143,7 @@ class CheckpointStore:
             self._stop_if_abandoned()  # `close` returns then, and the caller closes what `before_commit` uses
             self._ownership.check()
             before_commit()
-            committed.commit(self.storage, url, records, metadata, seal_folder)
+            committed.commit(self.storage, url, records, metadata, self._ownership)
             self.clean(Checkpoint.of(url, metadata), records)
         self.written.append((metadata["step"], time.perf_counter() - started))
 
@@ -184,40 +175,35 @@ class CheckpointStore:
 
     def latest(self) -> tuple[Checkpoint, SavedState] | None:
         """Return the newest complete checkpoint, verified and the same on every rank; damaged ones are logged."""
+        rank, world_size = self.collectives.rank, self.collectives.world_size
         # An attempt that this start supersedes may still commit one checkpoint and delete the one examined here. A
         # second search then finds that commit, after which the old attempt deletes nothing more.
         for _ in range(2):
-            urls = list(committed.newest_first(self.storage, self.url)) if self.collectives.rank == 0 else None
+            urls = list(committed.newest_first(self.storage, self.url)) if rank == 0 else None
             for url in self.collectives.broadcast(urls):
-                manifest, files = self._verify(url)
-                if manifest is not None:
+                manifest: dict[str, Any] | None = None
+                if rank == 0:
+                    try:
+                        manifest = committed.read_manifest(self.storage, url)
+                    except CheckpointError as error:
+                        log.warning("checkpoint skipped: %s", error)
+                if (manifest := self.collectives.broadcast(manifest)) is None:
+                    continue
+                verified, faults = dict[str, ObjectInfo](), list[str]()
+                for name in sorted(manifest["files"])[rank::world_size]:  # the ranks share the files
+                    try:
+                        verified[name] = committed.verify(self.storage, url, name, manifest["files"][name])
+                    except CheckpointError as error:
+                        faults.append(str(error))
+                results = self.collectives.gather_objects((verified, faults))
+                faults = [fault for _, part in results for fault in part]
+                if not faults:
+                    files = {name: info for part, _ in results for name, info in part.items()}
                     return Checkpoint.of(url, manifest), SavedState(self.storage, url, files, manifest["stage_step"])
+                if rank == 0:
+                    for fault in faults:
+                        log.warning("checkpoint skipped: %s", fault)
         return None
-
-    def _verify(self, url: str) -> tuple[dict[str, Any] | None, dict[str, ObjectInfo]]:
-        """Return the manifest, None if it or a file is damaged, and every file's version; ranks share the files."""
-        rank, world_size = self.collectives.rank, self.collectives.world_size
-        manifest: dict[str, Any] | None = None
-        if rank == 0:
-            try:
-                manifest = committed.read_manifest(self.storage, url)
-            except CheckpointError as error:
-                log.warning("checkpoint skipped: %s", error)
-        if (manifest := self.collectives.broadcast(manifest)) is None:
-            return None, {}
-        verified: dict[str, ObjectInfo] = {}
-        faults = []
-        for name in sorted(manifest["files"])[rank::world_size]:
-            try:
-                verified[name] = committed.verify(self.storage, url, name, manifest["files"][name])
-            except CheckpointError as error:
-                faults.append(str(error))
-        results = self.collectives.gather_objects((verified, faults))
-        faults = [fault for _, part in results for fault in part]
-        if rank == 0:
-            for fault in faults:
-                log.warning("checkpoint skipped: %s", fault)
-        return None if faults else manifest, {name: info for part, _ in results for name, info in part.items()}
 
     def clean(self, newest: Checkpoint | None, files: Mapping[str, Record] | None = None) -> None:
         """Remove the checkpoints that `newest`, just committed with `files`, makes obsolete, and unfinished ones.
@@ -298,20 +284,13 @@ class Checkpointer(Callback):
     """Saves every `checkpoint.every` steps and on preemption, with the journal and the list of bad samples."""
 
     def on_stage_start(self, start: int) -> None:
-        self._metrics: dict[str, float] = {}  # latest, for `checkpoint.keep_best`
         if self.state.stage.run.checkpoint.every < self.state.stage.steps - start:
             self.state.checkpoints.host_copy.reserve(self.state.engine.fragments())
-
-    def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
-        self._metrics = snapshot.values
-
-    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self._metrics = self._metrics | metrics
 
     def after_step(self, event: StepEvent) -> None:
         num_steps, state, stage, context = event.step + 1, self.state, self.state.stage, self.state.context
         if stage.is_checkpoint_step(event.step) or (event.preempted and num_steps < stage.steps):
-            step = stage.global_step(num_steps)
+            step = stage.first_step + num_steps
             with context.supervisor.during("checkpoint", step - 1):
                 started = time.perf_counter()
                 quarantine = context.collectives.gather_objects(state.loader.quarantined())
@@ -322,22 +301,21 @@ class Checkpointer(Callback):
 
                 metadata = checkpoint_metadata(state, num_steps) | {
                     "data_counts": total_data_counts(state.loader, state.data_counts, context.collectives),
-                    "metrics": self._metrics,
+                    "metrics": state.metrics,
                     "shapes": state.shapes,
                 }
-                url = state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
+                state.checkpoints.save(state.engine.fragments(), metadata, before_commit)
                 stall = time.perf_counter() - started
                 context.tracker.metrics(step, {"ckpt/stall_s": stall, "ckpt/wait_s": state.checkpoints.waited})
                 self._record_finished_saves()
                 if event.preempted:
                     state.checkpoints.wait()
-            state.callbacks.on_checkpoint(num_steps, url)
         state.checkpoints.check()
 
     def on_stage_end(self, result: StageResult) -> None:
         """Wait for the save in progress, so that a rollback does not depend on how fast the store is."""
         state, context = self.state, self.state.context
-        step = state.stage.global_step(result.num_steps)
+        step = state.stage.first_step + result.num_steps
         context.supervisor.enter("checkpoint", step)
         state.checkpoints.wait()
         self._record_finished_saves()
@@ -373,7 +351,7 @@ def checkpoint_metadata(state: StageState, num_steps: int) -> dict[str, Any]:
     """Return the metadata that checkpoints and final weights share, after `num_steps` steps of the stage."""
     stage = state.stage
     return {
-        "step": stage.global_step(num_steps),
+        "step": stage.first_step + num_steps,
         "stage": stage.name,
         "stage_step": num_steps,
         "plan_digest": state.loader.digest,

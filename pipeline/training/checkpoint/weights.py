@@ -33,7 +33,7 @@ from pipeline.training.ownership import Ownership, Start
 WEIGHTS, VOCABULARY = "weights.safetensors", "vocab.txt"
 FILE = re.compile(  # names that `save_weights` writes, and of which it removes those of earlier starts
     rf"(?:{'|'.join(name.partition('.')[0] for name in (WEIGHTS, VOCABULARY, ANSWERS, CLASSES, MANIFEST))})"
-    r"(?:\.(?P<start>\d{4,}-[0-9a-f]{8}))?\.(?:safetensors|txt|json)"
+    r"(?:\.(?P<number>\d{4,})-(?P<token>[0-9a-f]{8}))?\.(?:safetensors|txt|json)"
 )
 
 _STAGE = re.compile(r"(\d+)(?:-|$)")
@@ -78,39 +78,36 @@ def save_weights(
 ) -> bool:
     """Write and commit a stage's weights, vocabulary and lists on rank 0; False if another attempt has committed."""
     start = (ownership and ownership.start) or Start(0, secrets.token_hex(4))
-    check = ownership.check if ownership else lambda: None
-    renamed: dict[str, str] = {}  # names that another attempt has used -> this attempt's own names
-
-    def other_name(name: str) -> str:
+    lists = {VOCABULARY: "".join(f"{token}\n" for token in vocabulary).encode()}
+    lists |= {name: labels.to_bytes() for name, labels in (choices or {}).items()}
+    own_names = {}  # instead of those that another attempt has used
+    for name in (WEIGHTS, *lists, MANIFEST):
         stem, dot, suffix = name.partition(".")
-        renamed[name] = f"{stem}.{start}{dot}{suffix}"
-        return renamed[name]
-
+        own_names[name] = f"{stem}.{start}{dot}{suffix}"
     weights = TensorFile(tensors)
     records = {WEIGHTS: weights.record()}
     if not storage.write_parts(join(url, WEIGHTS), weights.size, weights.read, create=True):
-        records[WEIGHTS]["file"] = other_name(WEIGHTS)
-        storage.write_parts(join(url, renamed[WEIGHTS]), weights.size, weights.read)
-    lists = {VOCABULARY: "".join(f"{token}\n" for token in vocabulary).encode()}
-    lists |= {name: labels.to_bytes() for name, labels in (choices or {}).items()}
+        records[WEIGHTS]["file"] = own_names[WEIGHTS]
+        storage.write_parts(join(url, own_names[WEIGHTS]), weights.size, weights.read)
     for name, data in lists.items():
         records[name] = file_record(data)
         if not storage.write(join(url, name), data, create=True):
-            records[name]["file"] = other_name(name)
-            storage.write(join(url, renamed[name]), data)
-    is_ours = commit(storage, url, records, metadata, check, other_name)
+            records[name]["file"] = own_names[name]
+            storage.write(join(url, own_names[name]), data)
+    manifest = commit(storage, url, records, metadata, ownership, own_names[MANIFEST])
     try:
-        check()
+        if ownership is not None:
+            ownership.check()
         # Delete this start's files that the commit does not name and, if it is this start's, those of earlier ones.
-        used = {renamed.get(name, name) for name in (*records, MANIFEST)} if is_ours else set()
+        used = {manifest, *(record.get("file", name) for name, record in records.items())} if manifest else set()
         for name in storage.list(url):
             if (match := FILE.fullmatch(name)) and name not in used:
-                writer = Start.parse(match["start"]) if match["start"] else Start(0, "")
+                writer = Start(int(match["number"] or 0), match["token"] or "")
                 if writer == start or (used and writer < start):
                     storage.delete(join(url, name))
     except StorageError as error:  # costs space, but is no reason to fail the run
         log.warning("%s: files of an unfinished attempt could not be removed: %s", url, error)
-    return is_ours
+    return manifest is not None
 
 
 def finished_stage(storage: Storage, url: str) -> str:
@@ -142,10 +139,10 @@ def load_weights(storage: Storage, url: str) -> Weights:
                 name: committed.verify(storage, info.url, name, record) for name, record in manifest["files"].items()
             }
             saved = SavedState(storage, info.url, versions, manifest["stage_step"])
-            tensors = {
-                name: saved.read(name, "ema" if saved.holds(name, "ema") else "weight", 0, math.prod(shape)).view(shape)
-                for name, shape in manifest["shapes"].items()
-            }
+            tensors = {}
+            for name, shape in manifest["shapes"].items():
+                kind = "ema" if (name, "ema") in saved.parts else "weight"
+                tensors[name] = saved.read(name, kind, 0, math.prod(shape)).view(shape)
             # Only what `prepare` copied to the run's folder: no other file that a stored config names is read.
             folder = split(split(info.url)[0])[0]
             names = [VOCABULARY, *(name for name in (ANSWERS, CLASSES) if storage.exists(join(folder, name)))]
