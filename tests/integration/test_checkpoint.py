@@ -50,7 +50,7 @@ def _session(
     masters = {name: tensor for (name, kind), tensor in _state(built).items() if kind == "weight"}
     result = {"exact": exact, "losses": losses, "weights": built.engine.weights(), "masters": masters}
     built.engine.close()
-    return result | {"norm": built.engine.gradient_norm() if losses else None}
+    return result | {"norm": float(built.engine.gradient_norm) if losses else None}
 
 
 def _sessions(*calls: dict[str, Any]) -> list[dict[str, Any]]:

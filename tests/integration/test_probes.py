@@ -101,7 +101,7 @@ def _in_turn(collectives: Any, steps: list[list[str]], layout: dict[str, Any]) -
             engine.backward(loss * scale, last=k == len(micro_batches) - 1)
         result = {f"gradient of {name}": gradient for name, gradient in engine.gradients().items()}
         engine.step(RATE)
-        result["norm"] = torch.tensor(engine.gradient_norm())
+        result["norm"] = torch.tensor(float(engine.gradient_norm))
         results.append(result | {f"weight {name}": weight for name, weight in (engine.weights() or {}).items()})
     engine.close()
     return results

@@ -119,7 +119,7 @@ def _losses(steps: int) -> list[list[float]]:
         built = build_engine(tiny_config(global_batch_size=16, zero_stage=zero_stage), 2)
         rates = [learning_rate(step, steps, built.stage.optimizer) for step in range(steps)]
         losses = [built.train([step], rate)[0] for step, rate in enumerate(rates)]
-        results.append([*losses, built.engine.gradient_norm()])
+        results.append([*losses, float(built.engine.gradient_norm)])
         built.engine.close()
     return results
 

@@ -77,7 +77,7 @@ class EngineOnRank:
             torch.equal(value, saved.read(fragment.name, kind, fragment.start, fragment.start + len(value)))
             for fragment in self.engine.fragments()
             for kind, value in fragment.values.items()
-            if saved.holds(fragment.name, kind)  # a moving average may be new
+            if (fragment.name, kind) in saved.parts  # a moving average may be new
         )
 
     def store(self, folder: str) -> CheckpointStore:

@@ -24,6 +24,7 @@ from functools import cache
 from typing import Any, TypeVar
 from unittest import mock
 
+from pipeline.config.errors import CheckpointError
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import ObjectInfo, PartReader, Storage
 
@@ -228,7 +229,7 @@ def explore(
                     turns.step(pending)
                     successors[state][pending], _ = state_of()
                     pending = None
-            except AssertionError as error:
+            except (AssertionError, CheckpointError) as error:
                 calls = ", ".join(f"{name} x {len(list(group))}" for name, group in itertools.groupby(schedule))
                 error.add_note(f"after the calls of {calls}")
                 raise

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage
+from pipeline.evaluation.ranks import Ranks
 from pipeline.training.checkpoint.committed import Checkpoint
 from pipeline.training.checkpoint.serialization import SavedState
 from pipeline.training.checkpoint.store import CheckpointStore
@@ -14,16 +15,13 @@ from pipeline.training.engine import Fragment
 from pipeline.training.ownership import Ownership
 
 
-class SingleProcess:
+class SingleProcess(Ranks):
     """The only rank, without a process group."""
 
-    rank, world_size, device = 0, 1, torch.device("cpu")
+    device = torch.device("cpu")
 
     def broadcast(self, value: Any) -> Any:
         return value
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return [value]
 
     def barrier(self) -> None: ...
 

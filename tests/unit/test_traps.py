@@ -3,16 +3,16 @@
 Every test is named after its trap (`test_trap_NN_…`); this module has those that belong to no other module.
 
     trap                                                        tests
-     1  gather and averaging give 1/W of ITC's gradient         training/test_step; integration/test_world_size
+     1  gather and averaging give 1/W of ITC's gradient         training/test_stages; integration/test_world_size
      2  a confident softmax leaves no negative to draw          objectives/test_losses
      3  captions of one image are each other's negatives        objectives/test_losses
      4  ITM settles at the label frequencies unnoticed          here; floors: training/test_objectives
      5  whole-word masking masks padding, halves or nothing     data/examples/test_masking
      6  words are predicted with a mismatched image             here; training/test_objectives
      7  loss "weights" only switch losses on                    here
-     8  weight decay is chosen by fragments of names            training/test_step
+     8  weight decay is chosen by fragments of names            training/test_stages
      9  a model is selected by its test results                 here; evaluation/test_measures
-    10  half precision, masked rows and unbounded scales        objectives/test_wpa; training/test_step; models/
+    10  half precision, masked rows and unbounded scales        objectives/test_wpa; training/test_stages; models/
     11  parameters that no objective reads                      training/test_stages; models/test_kinds
     12  accumulation shrinks ITC's batch                        here
     13  the text stage changes what images share                here; training/test_stages

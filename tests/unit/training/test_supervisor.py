@@ -1,7 +1,9 @@
-"""Supervision of a run: its time account, whose writes never block it; its owner; the statistics of its nodes."""
+"""Processes of a run: its time account, whose writes never block it; its owner; node statistics; extension builds."""
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,18 +12,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from jobs.distributed import ProgressFile
-from pipeline.config.errors import StorageError, Superseded
+from pipeline.config.errors import ConfigError, StorageError, Superseded
 from pipeline.data.storage import Storage
 from pipeline.training import goodput, loop
 from pipeline.training.callbacks import Progress
 from pipeline.training.collectives import Collectives
+from pipeline.training.deepspeed_engine import FOLDER, exclusive_build, use_own_folder
 from pipeline.training.goodput import PHASES, GoodputTracker, add_time, read_record
 from pipeline.training.ownership import CLAIM_VARIABLE, OWNER_FILE, Ownership, main
 from pipeline.training.supervisor import NodeMonitor
@@ -66,29 +68,23 @@ def test_time_after_the_checkpoint_is_lost_work_then_restart(tmp_path: Path, cas
     assert tracker.restarts == (saved is not None)
 
 
-def test_time_belongs_to_the_phase_entered_last(tmp_path: Path) -> None:
-    begin, tracker = time.monotonic(), GoodputTracker(Storage(), str(tmp_path), is_writer=False)
+def test_time_of_the_phase_entered_last_and_of_evaluation_is_saved_in_the_run(tmp_path: Path) -> None:
+    storage, folder, begin = Storage(), str(tmp_path), time.monotonic()
+    assert read_record(storage, folder) is None
+    tracker = GoodputTracker(storage, folder, is_writer=True)
+    tracker.start()
     for phase, pause in (("training", 0.4), ("data_wait", 0.2)):
         tracker.enter(phase)
         time.sleep(pause)
-    seconds = tracker.seconds()
-    assert seconds["training"] >= 0.4
-    assert seconds["data_wait"] >= 0.2
-    assert seconds["training"] + seconds["data_wait"] <= time.monotonic() - begin
-
-
-def test_record_is_saved_in_the_run_and_includes_evaluation(tmp_path: Path) -> None:
-    storage, folder = Storage(), str(tmp_path)
-    assert read_record(storage, folder) is None
-    goodput = GoodputTracker(storage, folder, is_writer=True)
-    goodput.start()
-    goodput.close(ended=True)
+    tracker.close(ended=True)
     with add_time(storage, folder, "evaluation"):
         time.sleep(0.1)
-    record = read_record(storage, folder)
-    assert record is not None
+    record = read_record(storage, folder) or pytest.fail("no record was saved")
+    seconds = record["seconds"]
     assert record["ended"]
-    assert record["seconds"]["evaluation"] >= 0.1
+    for phase, shortest in (("training", 0.4), ("data_wait", 0.2), ("evaluation", 0.1)):
+        assert seconds[phase] >= shortest
+    assert seconds["training"] + seconds["data_wait"] + seconds["evaluation"] <= time.monotonic() - begin
     (tmp_path / "time.json").write_text("{", encoding="utf-8")
     assert read_record(storage, folder) is None, "a damaged record counts as none"
 
@@ -113,9 +109,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("is_available", [False, True])
-def test_unavailable_store_or_a_new_owner_ends_the_account(
-    store: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_available: bool
-) -> None:
+def test_unavailable_store_or_a_new_owner_ends_the_account(store, monkeypatch, caplog, is_available: bool) -> None:
     monkeypatch.setattr(goodput, "CLOSE_SECONDS", 10.0 if is_available else 0.05)
     tracker = GoodputTracker(Storage(), "memory://run", is_writer=True)
     if is_available:
@@ -127,14 +121,14 @@ def test_unavailable_store_or_a_new_owner_ends_the_account(
     assert ("time.json was not written within" in caplog.text) != is_available
 
 
-def test_write_errors_are_logged_and_only_new_progress_is_written(store: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_write_errors_are_logged_and_only_new_progress_is_written(store: Any, caplog: Any) -> None:
     store.back.set()
     for store.fault in (StorageError("away"), ValueError("no URL"), MemoryError()):
         goodput = GoodputTracker(Storage(), "memory://run", is_writer=True)
         goodput.start()
         goodput.close(ended=True)
         assert f"time.json was not written: {type(store.fault).__name__}" in caplog.text
-    progress = ProgressFile(SimpleNamespace(folder="memory://run"), Storage())  # type: ignore[arg-type]
+    progress = ProgressFile(Mock(folder="memory://run"), Storage())
     first = Progress("pairs", 1, 9, 1, 9, loss=2.0, samples_per_second=1.0, seconds_left=8.0)
     progress(first)
     progress._write()  # fails
@@ -146,26 +140,15 @@ def test_write_errors_are_logged_and_only_new_progress_is_written(store: Any, ca
     assert [record["step"] for record in store.written] == [3]
 
 
-@pytest.mark.parametrize(("status", "waits"), [("FINISHED", True), ("FAILED", False), ("KILLED", False)])
-def test_only_a_finished_run_waits_for_its_record_to_be_closed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: Any, waits: bool
-) -> None:
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_only_a_finished_run_waits_for_its_record_to_be_closed(monkeypatch, caplog, status) -> None:
     monkeypatch.setattr(loop, "CLOSE_SECONDS", 0.05)
     closed = threading.Event()
     loop._close_tracker(Mock(close=lambda: time.sleep(0.3) or closed.set()), status)  # type: ignore[func-returns-value]
-    assert closed.is_set() == waits
-    assert ("not closed within" in caplog.text) != waits
+    assert closed.is_set() == ("not closed within" not in caplog.text) == (status == "FINISHED")
 
 
 # ---- the owner of a run
-
-TAKE = """
-import sys
-from pipeline.data.storage import Storage
-from pipeline.training.ownership import Ownership
-print(Ownership.take(Storage(), sys.argv[1]).claim)
-"""
-AGENT = "import subprocess, sys\nfor _ in range(2): subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)"
 take = partial(Ownership.take, Storage())
 
 
@@ -209,24 +192,23 @@ def test_launcher_is_identified_by_the_name_it_gives(tmp_path: Path, monkeypatch
     assert main(command) == 0
 
 
-def test_ranks_restarted_by_torchrun_share_a_claim(tmp_path: Path) -> None:
+def test_ranks_restarted_by_torchrun_share_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are children of one agent. Another torchrun is another launcher, even if its run id is equal."""
-    command = [sys.executable, "-c", AGENT, TAKE, str(tmp_path)]
-    settings: dict[str, Any] = {"env": {**os.environ, "TORCHELASTIC_RUN_ID": "none"}, "capture_output": True}
-    first, second = (subprocess.run(command, text=True, check=True, **settings).stdout.split() for _ in range(2))
-    assert [(len(claims), len(set(claims))) for claims in (first, second)] == [(2, 1), (2, 1)]
-    assert first[0] != second[0]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    first, again = (take(str(tmp_path)).claim for _ in range(2))
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    assert first == again != take(str(tmp_path)).claim
 
 
 def test_one_of_two_simultaneous_starts_owns_the_run(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither start sees the other when it chooses its number."""
     starts, others = Ownership._starts, list[Any]()
 
     def interleaved(ownership: Ownership) -> list[Any]:
+        """Let the other start begin and end when this one has read which starts there are."""
         before = starts(ownership)
         if not others:
-            others.append(None)
-            others.append(take(folder, "another"))
+            others[:] = [None]
+            others[:] = [take(folder, "another")]
         return before
 
     monkeypatch.setattr(Ownership, "_starts", interleaved)
@@ -234,19 +216,15 @@ def test_one_of_two_simultaneous_starts_owns_the_run(folder: str, monkeypatch: p
         is_owner = take(folder, "one").holds()
     except Superseded:
         is_owner = False
-    assert others[1].holds() != is_owner
+    assert others[0].holds() != is_owner
 
 
 # ---- nodes
-
-
 def watch(nodes: int) -> dict[str, float]:
     """Run each rank as a node of its own; return the metrics rank 0 takes once all nodes have reported."""
-    collectives = Collectives()
+    collectives, taken, deadline = Collectives(), dict[str, float](), time.monotonic() + 60
     monitor = NodeMonitor(collectives, seconds=0.1, name="host")
     monitor.start()
-    taken: dict[str, float] = {}
-    deadline = time.monotonic() + 60
     while collectives.rank == 0 and time.monotonic() < deadline and len({key.split("/")[1] for key in taken}) < nodes:
         time.sleep(0.05)
         taken |= monitor.newest.pop() if monitor.newest else {}
@@ -258,9 +236,62 @@ def watch(nodes: int) -> dict[str, float]:
 def test_rank_0_collects_statistics_of_every_node() -> None:
     taken, nothing = run_ranks(watch, 2, 2)
     assert nothing == {}
-    everywhere = {"cpu_utilization_percentage"}
-    everywhere |= {f"system_memory_usage_{unit}" for unit in ("megabytes", "percentage")}
+    everywhere = {"cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage"}
     everywhere |= {f"disk_{amount}" for amount in ("usage_percentage", "usage_megabytes", "available_megabytes")}
     for node in ("host", "host-1"):  # the same name is distinguished by rank
         assert {key.split("/")[2] for key in taken if key.startswith(f"system/{node}/")} >= everywhere
         assert 0 < taken[f"system/{node}/system_memory_usage_percentage"] < 100
+
+
+# ---- DeepSpeed's extensions, built by one process at a time in a folder of their own
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.training.deepspeed_engine import exclusive_build
+with exclusive_build(Path(sys.argv[1])):
+    Path(sys.argv[1], "op").mkdir(exist_ok=True)
+    Path(sys.argv[1], "op", "lock").touch()
+    print("inside", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_process_killed_while_building_leaves_no_lock(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    holder = subprocess.Popen([*command, "600"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "inside\n"  # type: ignore[union-attr]
+    waiter = subprocess.Popen([*command, "0"])
+    time.sleep(3)
+    assert waiter.poll() is None, "two processes build at once"
+    holder.kill()
+    holder.wait()
+    assert waiter.wait(timeout=60) == 0
+    with exclusive_build(tmp_path):
+        assert not (tmp_path / "op" / "lock").exists()
+
+
+def test_ninja_and_folder_are_those_of_the_installation_or_the_user(tmp_path, monkeypatch) -> None:
+    scripts, folders = str(Path(sys.executable).parent), set[Path]()
+    monkeypatch.setenv("PATH", os.pathsep.join(["/usr/bin", "/bin"]))
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    assert use_own_folder() == use_own_folder() == tmp_path
+    assert os.environ["PATH"].split(os.pathsep) == [scripts, "/usr/bin", "/bin"]
+    assert shutil.which("ninja") == f"{scripts}/ninja"
+    for origin in ("/here/deepspeed/__init__.py", "/there/deepspeed/__init__.py"):
+        monkeypatch.delenv(FOLDER)
+        monkeypatch.setattr(importlib.util, "find_spec", Mock(return_value=Mock(origin=origin)))
+        folders.add(use_own_folder())
+    assert len(folders) == 2
+    assert all("mome-py" in folder.name for folder in folders)
+
+
+def test_folder_without_write_access_or_file_locks_is_reported(tmp_path, monkeypatch, caplog) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match="TORCH_EXTENSIONS_DIR"), exclusive_build(tmp_path / "file" / "extensions"):
+        pass
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(37, "No locks available")))
+    (tmp_path / "op").mkdir()
+    (tmp_path / "op" / "lock").touch()
+    with exclusive_build(tmp_path):
+        assert (tmp_path / "op" / "lock").exists(), "whose it is cannot be known"
+    assert "cannot be locked" in caplog.text
