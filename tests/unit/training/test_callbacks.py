@@ -19,7 +19,6 @@ import torch
 from jobs.distributed import PROGRESS_FILE, ProgressFile
 from pipeline.config.errors import ConfigError, Preempted, RunFailed
 from pipeline.config.schema import SpikeConfig
-from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.models.model import MAX_SCALE
 from pipeline.training import metrics
@@ -183,7 +182,7 @@ class StepGuard(Callback):
 
         monkeypatch.setattr(Storage, "_do", guarded_do)
 
-    def before_step(self, step: int, batch: Batch) -> None:
+    def before_step(self, step: int, batch: Any) -> None:
         self.is_stepping = True
 
     def after_step(self, event: StepEvent) -> None:
@@ -191,8 +190,7 @@ class StepGuard(Callback):
 
 
 def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    guard, preempt = StepGuard(monkeypatch), BeforeStep(6, lambda _: noticed.set())
-    closed: list[str] = []
+    guard, preempt, closed = StepGuard(monkeypatch), BeforeStep(6, lambda _: noticed.set()), list[str]()
     guard.close, preempt.close = partial(closed.append, "guard"), partial(closed.append, "preempt")
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
     evaluation = {"source": "scenes", "every": 4, "max_images_during_training": 8}

@@ -4,7 +4,6 @@ import hashlib
 import math
 import random
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ KINDS = ("exp_avg", "exp_avg_sq", "weight")
 
 # ---- asynchronous saves hold the state at the call, whatever the store and later steps do
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Any]:
+def store(tmp_path: Path) -> Any:
     """Yield a store that writes files of ranks once `gate` is set, or raises `fault`, if any."""
     store: Any = store_of(storage := Storage(), str(tmp_path), keep=9)
     store.gate, store.fault, write_parts = threading.Event(), None, storage.write_parts

@@ -25,7 +25,6 @@ from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.resize import resize_grid, resize_relative_grid, resize_text_distances
 from pipeline.objectives.itc import global_contrast
-from pipeline.planning.estimate import Work
 from pipeline.training import workload
 from pipeline.training.checkpoint.weights import load_weights, save_weights, stage_url
 from pipeline.training.engine import parameter_groups
@@ -66,7 +65,6 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 
 def check(config: RunConfig, tokens: list[str] = TOKENS) -> None:
-    """Check the weights that the first stage starts from."""
     check_start(Stage(config, 0), Storage(), Tokenizer(tokens))
 
 
@@ -285,7 +283,7 @@ def test_every_objective_of_every_model_can_be_planned(name: str) -> None:
     assert min(costs.flops, costs.activations, costs.tokens) > 0
 
 
-def work(index: int, **engine: object) -> Work:
+def work(index: int, **engine: object) -> Any:
     return workload.work_of(Stage(tiny_config(**engine), index), VOCABULARY, "cuda")
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,7 @@ from tests.support.ranks import run_ranks
 from tests.support.short_run import DEMO, short_config
 
 Seconds = dict[str, float]
-# The seconds since the last heartbeat, and those (besides 10 of startup) of the heartbeat, of the checkpoint, and after
-# the restart.
+# Seconds since the last heartbeat, and (besides 10 of startup) of the heartbeat, the checkpoint and after the restart.
 RESTARTS: dict[str, tuple[float, Seconds, Seconds | None, Seconds]] = {
     "work after the checkpoint is lost": (
         30, {"training": 82, "data_wait": 6, "checkpoint": 2}, {"training": 50, "data_wait": 5, "checkpoint": 1},
@@ -90,7 +88,7 @@ def test_time_of_the_phase_entered_last_and_of_evaluation_is_saved_in_the_run(tm
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace `Storage.write` by one that waits for `back`, and then raises `fault`, if any, or keeps the data."""
     store = Mock(back=threading.Event(), reached=threading.Event(), written=[], fault=None)
 
