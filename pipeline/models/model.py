@@ -116,8 +116,8 @@ class Model(nn.Module, ABC):
     # A name in `freeze` also selects the parts that begin with it and a dot: "vision_expert" freezes both halves.
     PARTS: ClassVar[tuple[str, ...]]
     HEAD_PARTS: ClassVar[tuple[str, ...]]  # may be initialized at random when weights are loaded into a stage
-    PART_OF: ClassVar[dict[str, str]] = {  # parameters that heads need, but that the encoder reads
-        "image_embedding.mask": "mim_head",
+    PART_OF: ClassVar[dict[str, str]] = {  # of parameters or modules that their outermost module does not name
+        "image_embedding.mask": "mim_head",  # heads need these two, and the encoder reads them
         "image_embedding.second": "nlvr2_head",
     }
     ENCODER_PARTS: ClassVar[dict[frozenset[InputKind], frozenset[str]]]  # by the inputs of a forward
@@ -132,6 +132,8 @@ class Model(nn.Module, ABC):
     def __init__(self, config: TransformerConfig, heads: HeadConfig) -> None:
         super().__init__()
         self.config, self.heads = config, heads
+        self.part_of_module = dict(self.PART_OF)
+        self.branch_parts = frozenset[str]()  # that only the second branch of `encode` reads
 
     def build_heads(self, vocabulary: int = 0, text_epsilon: float = TEXT_EPSILON, **own: nn.Module) -> None:
         """Build the modules of HEAD_PARTS, in that order; those in `own` are the model's, None those a stage lacks."""
@@ -231,8 +233,11 @@ class Model(nn.Module, ABC):
         return {head: module(features).float()}
 
     def part_of(self, parameter: str) -> str:
-        """Return the name in PARTS that a parameter belongs to; every parameter belongs to exactly one."""
-        part = self.PART_OF.get(parameter, parameter.split(".")[0])
+        """Return the name in PARTS that a parameter belongs to, by the entry of it or its innermost module."""
+        module = parameter
+        while "." in module and module not in self.part_of_module:
+            module = module.rpartition(".")[0]
+        part = self.part_of_module.get(module, module)
         assert part in self.PARTS, f"{parameter} belongs to no part"
         return part
 
@@ -241,8 +246,10 @@ class Model(nn.Module, ABC):
         encoder = self.ENCODER_PARTS.get(inputs)
         if encoder is None or head not in self.HEADS:
             return None
+        encoder |= self.branch_parts if head == "itc" else frozenset()
+        with_parameters = {self.part_of(name) for name, _ in self.named_parameters()}
         parts = {_HEAD_MODULES.get(head, f"{head}_head"), *(["pooler"] if head in _POOLED_HEADS else [])}
-        return encoder | parts.intersection(self.PARTS)
+        return (encoder & with_parameters) | parts.intersection(self.PARTS)
 
     def parts_named(self, names: Iterable[str]) -> frozenset[str]:
         """Return the parts selected by the names in a config's `freeze`. Raises ConfigError for an unknown name."""

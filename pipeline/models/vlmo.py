@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import VLMoConfig
 from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding
-from pipeline.models.forward import Head, InputKind, PackedInputs
+from pipeline.models.forward import PackedInputs
 from pipeline.models.model import MAX_SCALE, ContrastiveHead, HeadConfig, Model
 from pipeline.models.multiway import Expert, MultiwayBlock, Route, gather_bias, key_padding
 
@@ -32,6 +32,12 @@ class VLMo(Model):
         *("classification_head", "vqa_head", "nlvr2_head"),
     )
     PARTS: ClassVar = (*sorted(_FUSED | _UPPER), *HEAD_PARTS)
+    PART_OF: ClassVar = {
+        **Model.PART_OF,
+        "blocks": "attention",  # but for the experts, which depend on the layer
+        **{f"positions.{table}": f"positions.{table}" for table in ("image", "cross", "text")},
+        **{f"{kind}_embedding.positions": f"positions.{kind}" for kind in ("image", "text")},
+    }
     ENCODER_PARTS: ClassVar = {
         frozenset({"image"}): _IMAGE,
         frozenset({"text"}): _TEXT,
@@ -50,11 +56,16 @@ class VLMo(Model):
         self.image_embedding = ImageEmbedding(config, heads, absolute)
         self.positions = None if absolute else RelativePositions(config.layers, config.heads, config.grid, length)
         self.first_fused = config.layers - config.vision_language_layers
+        self.branch_parts = frozenset({"vision_language_expert"} if config.contrasts == 2 else ())
         self.blocks, scale, epsilon = nn.ModuleList(), config.layer_scale, config.norm_eps
         for layer, rate in enumerate(config.drop_path_rates):
             experts: tuple[Expert, ...] = ("vision", "language")
+            half = "upper" if layer >= self.first_fused else "lower"
+            parts = {f"blocks.{layer}.experts.{expert}": f"{expert}_expert.{half}" for expert in experts}
             if layer >= self.first_fused:
                 experts += ("vision_language",)
+                parts[f"blocks.{layer}.experts.vision_language"] = "vision_language_expert"
+            self.part_of_module |= parts
             block = MultiwayBlock(width, config.heads, config.mlp_ratio, experts, scale, rate, epsilon=epsilon)
             self.blocks.append(block)
         self.norm = nn.LayerNorm(width, eps=epsilon)
@@ -99,21 +110,3 @@ class VLMo(Model):
         if not packed.branches or self.config.contrasts == 1:
             return features, None
         return features, self.norm(run(below, fused_layers, fused))
-
-    def part_of(self, parameter: str) -> str:
-        names = parameter.split(".")
-        if names[0] == "blocks":
-            if names[2] != "experts":
-                return "attention"
-            if names[3] == "vision_language":
-                return "vision_language_expert"
-            return f"{names[3]}_expert.{'upper' if int(names[1]) >= self.first_fused else 'lower'}"
-        if names[1] == "positions":
-            return f"positions.{names[0].removesuffix('_embedding')}"
-        return parameter if names[0] == "positions" else super().part_of(parameter)
-
-    def modules_for(self, inputs: frozenset[InputKind], head: Head) -> frozenset[str] | None:
-        parts = super().modules_for(inputs, head)
-        if parts is not None and head == "itc" and self.config.contrasts == 2:
-            parts |= {"vision_language_expert"}
-        return parts if parts is None or self.config.positions == "relative" else parts - {"positions.cross"}

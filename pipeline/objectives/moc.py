@@ -1,17 +1,14 @@
 """Masked object classification (MOC, ImageBERT section 3.3): predict the detector's class of masked regions."""
 
-from torch import Tensor
+from functools import partial
 
-from pipeline.objectives import MaskedRegionObjective, cross_entropy
-
-
-def moc_loss(logits: Tensor, classes: Tensor, positions: Tensor) -> Tensor:
-    """Return the summed cross-entropy of logits (n, K, C) to classes (n, R) at positions (n, K), -1 at padding."""
-    is_masked = positions >= 0
-    return cross_entropy(logits[is_masked], classes.gather(1, positions.clamp(min=0))[is_masked])
+from pipeline.objectives import MaskedRegionObjective, cross_entropy, region_loss
 
 
 class MOC(MaskedRegionObjective):
+    """Cross-entropy of logits (n, K, C) to `region_class` (n, R) at `region_positions` (n, K), -1 at padding."""
+
     head = "moc"
     fields = MaskedRegionObjective.fields | {"region_class"}
-    loss_function, targets = staticmethod(moc_loss), ("region_class", "region_positions")
+    loss_function = staticmethod(partial(region_loss, cross_entropy))
+    targets = ("region_class", "region_positions")

@@ -119,7 +119,7 @@ def check_fit(model: Model, state: dict[str, Tensor], who: str, absent: frozense
     for name in own.keys() | state.keys():
         try:
             parts[name] = model.part_of(name)
-        except (AssertionError, IndexError):  # a name of another architecture
+        except AssertionError:  # a name of another architecture
             parts[name] = ""
     missing = sorted(own.keys() - state.keys())
     reshaped = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)

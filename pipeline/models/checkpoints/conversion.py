@@ -8,7 +8,6 @@ of the model's parameters (the modality vectors are one table).
 import logging
 import math
 import re
-import sys
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ImageTarget
 from pipeline.models import skeleton
 from pipeline.models.model import HeadConfig
+from pipeline.models.resize import cut_text_positions
 
 Shape = tuple[int, ...]
 State = dict[str, Tensor]
@@ -78,6 +78,9 @@ class Format:
     unprefixed: ClassVar[tuple[str, ...]] = ()  # how the names of the heads begin
     unused: ClassVar[str] = r"(?!)"  # expression for tensors that have no counterpart and are dropped
     tables: ClassVar[tuple[str, ...]] = ()  # relative positions of a VLMo: forms of all layers, and of layer 0
+    older: ClassVar[tuple[tuple[str, str], ...]] = ()  # expressions for parts of other releases' names -> these names'
+    is_tied: ClassVar[bool] = False  # the decoder of masked words may be the table of words, and then has no name
+    copies: ClassVar[dict[str, str]] = {}  # names that some readers expect -> the tensor that is written again there
 
     # Hugging Face's config.json, of formats with a prefix, which is its model_type.
     keys: ClassVar[dict[str, str]] = {"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"}  # ours -> theirs
@@ -85,7 +88,7 @@ class Format:
     sizes: ClassVar[dict[str, str]] = IMAGE_SIZES  # ours -> theirs, of keys that tensors show as well
     # Our parameters that show them: the first embedding, positions of patches and of words, a matrix of layer 0.
     shown: ClassVar[tuple[str, str, str, str]] = (*POSITIONED, "blocks.0.experts.vision.expand.weight")
-    max_text_length: ClassVar[int] = sys.maxsize  # of which longer positions are cut
+    max_text_length: ClassVar[int | None] = None  # to which longer positions are cut; None: they must be the model's
     resample: ClassVar[int] = BICUBIC  # Pillow's number of the kernel that the processor uses unless it says so
 
     def section(self, config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +144,7 @@ class Format:
         if image is not None:
             section["image_size"] = round((image.shape[1] - 1) ** 0.5) * patch_size
         if text is not None:
-            section["max_text_length"] = min(len(text), self.max_text_length)
+            section["max_text_length"] = min(len(text), self.max_text_length or len(text))
         assumed = {"heads": (max(1, width // HEAD_WIDTH), f"width/{HEAD_WIDTH}")}  # value and reason
         if self.tables:  # a VLMo
             section["positions"] = "absolute" if table is None else "relative"
@@ -173,9 +176,13 @@ class Format:
         """Convert a published state to ours, with its own numbers of words, answers and classes.
 
         Names that match `allowed` (see `require`, which raises) may differ, and are left out. Models without biases of
-        query, key and value (`qkv_bias: false`) get zeros. Results may share memory with the given state.
+        query, key and value (`qkv_bias: false`) get zeros. Results may share memory with the given state. ConfigError
+        for a `max_text_length` above the number of positions that would be cut to it.
         """
         state = {name: tensor for name, tensor in self.prepare(state).items() if not re.search(self.unused, name)}
+        for name in self.names(self.shown[2]) if self.max_text_length is not None else ():
+            if name in state:
+                state[name] = cut_text_positions(state[name], config.max_text_length)
         names, shapes = self.layout(config, state)
         contents = published_contents(names, shapes)
         ends = tuple(f"attention.attention.{name}.bias" for name in ("query", "key", "value"))  # not BERT's, required
@@ -215,13 +222,25 @@ class Format:
                     tensor = tensor.chunk(len(parts), SIDE_BY_SIDE.get(name, 0))[parts.index(part)].clone()
                 tensors.append(tensor.reshape(shape))
             published[part] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return published
+        return published | {copy: published[name].clone() for copy, name in self.copies.items() if name in published}
 
     def prepare(self, state: State) -> State:
         """Return a published state under the names of the tables; preparing it again changes nothing."""
-        if any(name.startswith(self.prefix) for name in state):
-            return dict(state)
-        return {name if name.startswith(self.unprefixed) else self.prefix + name: state[name] for name in state}
+        prepared: State = {}
+        for name, tensor in state.items():
+            for pattern, replacement in self.older:
+                name = re.sub(pattern, replacement, name)
+            prepared[name] = tensor
+        prepared |= {name: state[name] for name in prepared if name in state}  # of a file with both names
+        if not any(name.startswith(self.prefix) for name in prepared):
+            names = {name: name if name.startswith(self.unprefixed) else self.prefix + name for name in prepared}
+            prepared = {names[name]: tensor for name, tensor in prepared.items()}
+        if self.is_tied and self.names("mlm_head.decode.bias")[0] in prepared:
+            decoder = self.names("mlm_head.decode.weight")[0]
+            words = next((name for own in COUNTED["words"] for name in self.names(own) if name in prepared), None)
+            if words is not None:  # a copy, because files of tensors do not hold one memory twice
+                prepared[decoder] = prepared.get(decoder, prepared[words]).clone()
+        return prepared
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """Return the published names of a parameter, by the entry of it or its innermost module; () for none."""

@@ -14,7 +14,6 @@ from pipeline.config.schema import ImageBERTConfig
 from pipeline.models.checkpoints import conversion
 from pipeline.models.checkpoints.conversion import MASK, MODALITIES, Format, Names, Shape, State, Table
 from pipeline.models.encoders import VILT_EXPERT
-from pipeline.models.resize import cut_text_positions
 
 TEXT_POSITIONS = "text_embeddings.position_embeddings.weight"
 # VLMo's release (microsoft/unilm, vlmo) outside the layers, which grew from ViLT's (dandelin/ViLT); ours on the left.
@@ -155,27 +154,19 @@ class ViLTHuggingFaceFormat(ViLTFormat):
     keys: ClassVar = Format.keys | {"text_norm_eps": "layer_norm_eps"}
     computed: ClassVar = Format.computed | {"num_images": (-1, 1, 2)}
     sizes: ClassVar = Format.sizes | {"max_text_length": "max_position_embeddings"}
+    older: ClassVar = ((r"^mlm_score\.bias$", "mlm_score.decoder.bias"),)
+    is_tied: ClassVar = True
 
-    def write(self, state: State, config: Any) -> State:
-        """Convert as `Format`; CheckpointError for both the VQA and the NLVR2 head, which share one name."""
+    def layout(self, config: Any, state: State) -> tuple[Names, dict[str, Shape]]:
+        """Return the layout without the head that a published classifier is not: NLVR2's reads twice the width.
+
+        CheckpointError for a state of ours with both the VQA and the NLVR2 head, which share one name.
+        """
         if len({name.split(".")[0] for name in state} & {"vqa_head", "nlvr2_head"}) > 1:
             raise CheckpointError(
                 "Hugging Face's ViLT has one classifier, and these weights have both a VQA and an NLVR2 head; "
                 "export them in the release's format"
             )
-        return super().write(state, config)
-
-    def prepare(self, state: State) -> State:
-        """Prepare as `Format`, drop the duplicate decoder bias of older files, and copy a tied decoder."""
-        state, (decoder,), words = super().prepare(state), self.names("mlm_head.decode"), "text_embedding.word.weight"
-        if (bias := state.pop("mlm_score.bias", None)) is not None:
-            state.setdefault(f"{decoder}.bias", bias)
-        if f"{decoder}.bias" in state and (tied := state.get(self.names(words)[0])) is not None:
-            state.setdefault(f"{decoder}.weight", tied.clone())  # files of tensors do not hold one memory twice
-        return state
-
-    def layout(self, config: Any, state: State) -> tuple[Names, dict[str, Shape]]:
-        """Return the layout without the head that a published classifier is not: NLVR2's reads twice the width."""
         names, shapes = super().layout(config, state)
         if any(name.startswith("classifier.") for name in state):
             classifier = state.get("classifier.0.weight")
@@ -207,7 +198,7 @@ NORMS = ("beit.layernorm", "layernorm", "beit.pooler.layernorm")
 SHARED_TABLE = "beit.encoder.relative_position_bias.relative_position_bias_table"
 LAYER_TABLE = "beit.encoder.layer.{}.attention.attention.relative_position_bias.relative_position_bias_table"
 MODALITY = "image_embedding.modality"
-# BEiT's release (microsoft/unilm, beit) on the left; `attn.qkv.weight` is also split in three.
+# BEiT's release (microsoft/unilm, beit) on the left, where query, key and value are one matrix.
 BEIT_RELEASE = (
     (r"^(cls_token|mask_token)$", r"beit.embeddings.\1"),
     (r"^pos_embed$", "beit.embeddings.position_embeddings"),
@@ -221,6 +212,7 @@ BEIT_RELEASE = (
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
     (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.qkv\.weight$", ".attention.attention.joint.weight"),
     (r"\.attn\.q_bias$", ".attention.attention.query.bias"),
     (r"\.attn\.v_bias$", ".attention.attention.value.bias"),
     (r"\.attn\.relative_position", ".attention.attention.relative_position_bias.relative_position"),
@@ -247,6 +239,7 @@ class BEiTFormat(Format):
     unprefixed: ClassVar = ("lm_head",)
     unused: ClassVar = r"relative_position_index$|^classifier\."
     tables: ClassVar = (SHARED_TABLE, LAYER_TABLE.format(0))
+    older: ClassVar = BEIT_RELEASE
 
     def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
         converted = super().read(state, config, allowed)
@@ -275,19 +268,10 @@ class BEiTFormat(Format):
 
     def prepare(self, state: State) -> State:
         """Return Hugging Face's names, one of them for the final norm, of every form."""
-        if "patch_embed.proj.weight" in state:  # the release
-            renamed: State = {}
-            for name, tensor in state.items():
-                if joint := re.match(r"^blocks\.(\d+)\.attn\.qkv\.weight$", name):
-                    for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                        renamed[f"beit.encoder.layer.{joint[1]}.attention.attention.{part}.weight"] = rows
-                    continue
-                for pattern, replacement in BEIT_RELEASE:
-                    name = re.sub(pattern, replacement, name)
-                renamed[name] = tensor
-            state = renamed
-        else:
-            state = super().prepare(state)
+        state = super().prepare(state)
+        for name in [name for name in state if name.endswith(".attention.joint.weight")]:
+            parts = [name.replace("joint", part) for part in ("query", "key", "value")]
+            state |= zip(parts, state.pop(name).chunk(3), strict=True)
         norm = next((name for name in NORMS if f"{name}.weight" in state), NORMS[0])
         return {re.sub(rf"^{re.escape(norm)}\.", f"{NORMS[0]}.", name): tensor for name, tensor in state.items()}
 
@@ -299,10 +283,6 @@ class BEiTFormat(Format):
             names["positions.image"] = tables = (SHARED_TABLE,) if SHARED_TABLE in state else tables
             shapes["positions.image"] = ((2 * config.grid - 1) ** 2 + 3, len(tables) * config.heads)
         return names, shapes
-
-
-WORDS, POSITIONS = (f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
-DECODER, BIAS = "cls.predictions.decoder.weight", "cls.predictions.bias"
 
 
 class BERTFormat(Format):
@@ -321,8 +301,8 @@ class BERTFormat(Format):
         "encoder": "encoder",
         "mlm_head.dense": "cls.predictions.transform.dense",
         "mlm_head.norm": "cls.predictions.transform.LayerNorm",
-        "mlm_head.decode.weight": DECODER,
-        "mlm_head.decode.bias": BIAS,
+        "mlm_head.decode.weight": "cls.predictions.decoder.weight",
+        "mlm_head.decode.bias": "cls.predictions.bias",
     }
     optional: ClassVar = ("mlm_head",)
     prefix: ClassVar = "bert."
@@ -342,27 +322,9 @@ class BERTFormat(Format):
         "encoder.layer.0.intermediate.dense.weight",
     )
     max_text_length: ClassVar = ImageBERTConfig.model_fields["max_text_length"].default
-
-    def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
-        """Convert as `Format`; ConfigError for a `max_text_length` above the number of BERT's positions."""
-        state = self.prepare(state)
-        if POSITIONS in state:
-            state[POSITIONS] = cut_text_positions(state[POSITIONS], config.max_text_length)
-        return super().read(state, config, allowed)
-
-    def write(self, state: State, config: Any) -> State:
-        published = super().write(state, config)
-        if BIAS in published:  # some versions of transformers read it under both names
-            published["cls.predictions.decoder.bias"] = published[BIAS].clone()
-        return published
-
-    def prepare(self, state: State) -> State:
-        """Prepare as `Format`, rename older files' LayerNorm gamma and beta, and copy a tied decoder."""
-        state = super().prepare(state)
-        state = {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name)): state[name] for name in state}
-        if BIAS in state and WORDS in state:  # a copy, because files of tensors do not hold one memory twice
-            state[DECODER] = state.get(DECODER, state[WORDS]).clone()
-        return state
+    older: ClassVar = ((r"gamma$", "weight"), (r"beta$", "bias"))
+    is_tied: ClassVar = True
+    copies: ClassVar = {"cls.predictions.decoder.bias": "cls.predictions.bias"}  # read by some versions of transformers
 
 
 class PlainFormat(Format):
