@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config.schema import VLMoConfig
 from pipeline.models.checkpoints.formats import FORMATS
-from pipeline.models.forward import ForwardInput
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import alignment_outputs
 from pipeline.models.vlmo import VLMo
 from pipeline.objectives import cross_entropy, wpa
@@ -38,12 +39,11 @@ class Golden:
             {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             for prefix in ("state.", "input.", "output.")
         )
-        layers = meta["depth"]
         self.config = VLMoConfig(
             width=meta["embed_dim"],
-            layers=layers,
+            layers=meta["depth"],
             heads=meta["num_heads"],
-            vision_language_layers=max(layers - meta["vlffn_start_layer_index"], 1),
+            vision_language_layers=max(meta["depth"] - meta["vlffn_start_layer_index"], 1),
             image_size=meta["image_size"],
             patch_size=meta["patch_size"],
             positions="relative" if meta["relative_position"] else "absolute",
@@ -56,16 +56,19 @@ class Golden:
         self.missing = {self.model.part_of(name) for name in result.missing_keys}
 
     def forwards(self) -> dict[str, ForwardInput]:
-        image = self.input["image"].permute(0, 2, 3, 1)
-        text, keep = self.input["text_ids"], self.input["text_masks"].bool()
+        image, keep = self.input["image"].permute(0, 2, 3, 1), self.input["text_masks"].bool()
+        text, masked = self.input["text_ids"], self.input["text_ids_mlm"]
         everywhere = torch.arange(text.shape[1]).expand_as(text)
-        masked = self.input["text_ids_mlm"]
         return {
-            "image": ForwardInput(heads=("itc", "tokens"), image=image),
-            "text": ForwardInput(heads=("itc", "tokens"), text=text, text_keep=keep),
-            "pair": ForwardInput(heads=("itm", "tokens"), image=image, text=text, text_keep=keep),
-            "masked": ForwardInput(heads=("mlm",), image=image, text=masked, text_keep=keep, mask_positions=everywhere),
+            "image": ForwardInput(("itc", "tokens"), image=image),
+            "text": ForwardInput(("itc", "tokens"), text=text, text_keep=keep),
+            "pair": ForwardInput(("itm", "tokens"), image=image, text=text, text_keep=keep),
+            "masked": ForwardInput(("mlm",), image=image, text=masked, text_keep=keep, mask_positions=everywhere),
         }
+
+    def mlm_loss(self, outputs: ForwardOutput) -> Tensor:
+        labels = self.input["text_labels_mlm"]
+        return cross_entropy(outputs["masked"]["mlm"], labels) / (labels >= 0).sum()
 
 
 @pytest.fixture(params=["vlmo_relative", "vlmo_absolute"])
@@ -73,46 +76,40 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
 
 
-def agree(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+agree = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
-def test_every_forward_equals_the_release(golden: Golden) -> None:
-    expected = golden.output
+def test_every_forward_equals_the_release_conversion_is_exact_and_sizes_are_inferred(golden: Golden) -> None:
+    expected, config = golden.output, golden.config
     assert golden.missing == set()
     with torch.no_grad():
         out = golden.model(golden.forwards())
         agree(golden.model.pooler(out["pair"]["tokens"][:, 0]), expected["vl_cls_feats"])
     for modality in ("image", "text"):  # padded positions too
-        agree(out[modality]["tokens"], expected[f"{modality}_feats"])
-        agree(out[modality]["itc"], expected[f"{modality}_cls"])
-        agree(out[modality]["itc_vl"], expected[f"{modality}_cls_vl"])
+        for ours, theirs in (("tokens", "feats"), ("itc", "cls"), ("itc_vl", "cls_vl")):
+            agree(out[modality][ours], expected[f"{modality}_{theirs}"])
     agree(out["pair"]["itm"], expected["itm_logits_pos"])
     agree(out["pair"]["tokens"], torch.cat([expected["vl_text_feats"], expected["vl_image_feats"]], dim=1))
     agree(out["masked"]["mlm"], expected["mlm_logits"])
     logits = out["image"]["scale"] * out["image"]["itc"] @ out["text"]["itc"].T
     agree(logits, expected["itc_i2t_logits"])
     agree(logits.T, expected["itc_t2i_logits"])
-
-
-def losses(golden: Golden) -> tuple[Tensor, Tensor]:
-    """Return the release's ITC loss and weighted MLM loss, computed from our sums."""
-    forwards = {name: one for name, one in golden.forwards().items() if name != "pair"}
-    out = golden.model({n: replace(one, heads=tuple({*one.heads} - {"tokens"})) for n, one in forwards.items()})
-    image, text = out["image"], out["text"]
-    rows = len(image["itc"])
-    apart = torch.arange(rows)
-    contrast = itc_loss(image["itc"], text["itc"], image["scale"], apart)
-    contrast = contrast + itc_loss(image["itc_vl"], text["itc_vl"], image["scale_vl"], apart)
-    labels = golden.input["text_labels_mlm"]
-    masked = cross_entropy(out["masked"]["mlm"], labels) / (labels >= 0).sum()
-    return contrast / 2 / rows, PUBLISHED_MLM_WEIGHT * masked
+    back = FORMATS["vlmo"].write(golden.model.state_dict(), config)
+    computed = {name for name in golden.state if config.positions == "absolute" or ".position_emb" not in name}
+    assert set(back) == computed
+    assert all(torch.equal(back[name], golden.state[name]) for name in computed)
+    hidden = {key: getattr(config, key) for key in ("heads", "max_text_length")}  # no release is so small
+    section = VLMoConfig(**FORMATS["vlmo"].infer(golden.state, hidden))
+    assert section.architecture() == config.architecture()
 
 
 def test_losses_and_gradients_equal_the_release(golden: Golden) -> None:
-    summed: list[Tensor] = []
+    summed, forwards = list[Tensor](), {name: one for name, one in golden.forwards().items() if name != "pair"}
     golden.model.text_embedding.norm.register_forward_pre_hook(lambda _, args: summed.append(args[0]))
-    contrast, masked = losses(golden)
+    out = golden.model({n: replace(one, heads=tuple({*one.heads} - {"tokens"})) for n, one in forwards.items()})
+    image, text, apart = out["image"], out["text"], torch.arange(len(out["image"]["itc"]))
+    contrasts = [itc_loss(image[f"itc{x}"], text[f"itc{x}"], image[f"scale{x}"], apart) for x in ("", "_vl")]
+    contrast, masked = sum(contrasts) / 2 / len(apart), PUBLISHED_MLM_WEIGHT * golden.mlm_loss(out)
     agree(contrast, golden.output["itc_loss"])
     agree(masked, golden.output["mlm_loss_weighted"])
     for tensor in summed:
@@ -122,9 +119,8 @@ def test_losses_and_gradients_equal_the_release(golden: Golden) -> None:
     published = FORMATS["vlmo"].write(ours, golden.config)
     expected = {k.removeprefix("grad."): t for k, t in golden.output.items() if k.startswith("grad.")}
     assert len(expected) >= 6
-    for name, gradient in expected.items():
-        agree(published[name], gradient)
-        assert (published[name] - gradient).norm() <= 1e-5 * gradient.norm()
+    agree({name: published[name] for name in expected}, expected)
+    assert all((published[name] - gradient).norm() <= 1e-5 * gradient.norm() for name, gradient in expected.items())
     gradients = list(ours.values())
     if golden.config.positions == "relative":
         # The release zeroes the text's absolute positions instead of removing them. They have no effect, but their
@@ -134,28 +130,14 @@ def test_losses_and_gradients_equal_the_release(golden: Golden) -> None:
     agree(norm, golden.output["grad_norm_mlm_plus_itc"])
 
 
-def test_conversion_round_trip_is_exact_and_sizes_are_inferred(golden: Golden) -> None:
-    back = FORMATS["vlmo"].write(golden.model.state_dict(), golden.config)
-    computed = {name for name in golden.state if golden.config.positions == "absolute" or ".position_emb" not in name}
-    assert set(back) == computed
-    assert all(torch.equal(back[name], golden.state[name]) for name in computed)
-    hidden = {key: getattr(golden.config, key) for key in ("heads", "max_text_length")}  # no release is so small
-    section = VLMoConfig(**FORMATS["vlmo"].infer(golden.state, hidden))
-    assert section.architecture() == golden.config.architecture()
-
-
 def test_language_stage_equals_the_release() -> None:
     golden = Golden("vlmo_language_stage")
-    keep = golden.input["text_masks"].bool()
-    masked, labels = golden.input["text_ids_mlm"], golden.input["text_labels_mlm"]
-    everywhere = torch.arange(masked.shape[1]).expand_as(masked)
-    text = ForwardInput(heads=("tokens",), text=masked, text_keep=keep)
+    masked = replace(golden.forwards()["masked"], image=None)
     with torch.no_grad():
-        out = golden.model({"text": text, "masked": replace(text, heads=("mlm",), mask_positions=everywhere)})
+        out = golden.model({"text": replace(masked, heads=("tokens",), mask_positions=None), "masked": masked})
     assert golden.missing == {"vision_language_expert", "itc_head", "itm_head"}
     agree(out["text"]["tokens"], golden.output["text_feats"])
-    loss = cross_entropy(out["masked"]["mlm"], labels) / (labels >= 0).sum()
-    agree(loss, golden.output["textmlm_loss"])
+    agree(golden.mlm_loss(out), golden.output["textmlm_loss"])
 
 
 def test_word_patch_alignment_equals_the_release() -> None:

@@ -21,7 +21,6 @@ from pipeline.data.storage import Storage
 
 SIDE = 32
 COLOURS = ("red", "green", "blue", "yellow")
-SHAPES = ("circle", "square")
 
 
 def write_set(folder: Path, source_type: str, count: int, seed: int = 0) -> str:
@@ -30,10 +29,10 @@ def write_set(folder: Path, source_type: str, count: int, seed: int = 0) -> str:
     samples = ({"__key__": f"drawn{n:05d}"} | _sample(source_type, random) for n, random in enumerate(randoms))
     url, storage = str(folder / f"{source_type}-{seed}"), Storage()
     write_shards(storage, samples, url, samples_per_shard=20, overwrite=True)
-    if source_type == "questions":
-        storage.write(f"{url}/answers.json", json.dumps([*COLOURS, "yes", "no"]).encode())
-    if source_type == "labelled":
-        storage.write(f"{url}/classes.json", json.dumps(COLOURS).encode())
+    choices = {"questions": ("answers.json", (*COLOURS, "yes", "no")), "labelled": ("classes.json", COLOURS)}
+    if source_type in choices:
+        name, names = choices[source_type]
+        storage.write(f"{url}/{name}", json.dumps(names).encode())
     return url
 
 
@@ -44,12 +43,10 @@ def colour_of(image: torch.Tensor) -> torch.Tensor:
     return near.sum(dim=1).argmax(dim=1)
 
 
-def run_config(
-    folder: Path, source_type: str, objective: str, steps: int, is_drawn: bool = False, **stage: Any
-) -> RunConfig:
-    """Return a run that fine-tunes a tiny VLMo from random weights; draw its samples unless `is_drawn`."""
+def run_config(folder: Path, source_type: str, objective: str, steps: int, **stage: Any) -> RunConfig:
+    """Return a run that fine-tunes a tiny VLMo from random weights; draw its samples if the folder has none."""
     train, test = f"{folder}/{source_type}-0", f"{folder}/{source_type}-1"
-    if not is_drawn:
+    if not Path(train).exists():
         train, test = write_set(folder, source_type, 200), write_set(folder, source_type, 60, seed=1)
     model = {
         "width": 48, "layers": 3, "heads": 4, "vision_language_layers": 1, "image_size": SIDE, "patch_size": 8,
@@ -72,7 +69,7 @@ def run_config(
 
 def _image(colour: str, random: CounterRandom) -> bytes:
     """Return an image of two shapes of a colour."""
-    left, right = (Thing("large", colour, SHAPES[random.integer(len(SHAPES))]) for _ in range(2))
+    left, right = (Thing("large", colour, ("circle", "square")[random.integer(2)]) for _ in range(2))
     return simplejpeg.encode_jpeg(draw_image(Description((left, right), True), SIDE, random), 95, "RGB", "444")
 
 
@@ -88,7 +85,7 @@ def _sample(source_type: str, random: CounterRandom) -> dict[str, Any]:
     if source_type == "labelled":
         return {"jpg": _image(colour, random), "cls": str(COLOURS.index(colour)).encode()}
     record = {"question": "what colour are the shapes?", "question_id": random.integer(10**6)}
-    record["answers"] = {colour: 1.0, f"dark {colour}": 0.3}
+    record |= {"answers": {colour: 1.0, f"dark {colour}": 0.3}}
     return {"jpg": _image(colour, random), "json": json.dumps(record).encode()}
 
 

@@ -56,27 +56,27 @@ def forwards(name: str) -> dict[str, ForwardInput]:
         return torch.randint(0, high, shape, generator=generator)
 
     is_vilt = name == "vilt"
-    text, keep = integers(VOCABULARY, ROWS, LENGTH), torch.arange(LENGTH) < torch.tensor([7, 5, 6, 3])[:, None]
-    words = {"text": text, "text_keep": keep}
-    few_words = {"text": text[:, :5], "text_keep": keep[:, :5]}
-    masked_words = {"mask_positions": integers(3, ROWS, 2)}
+    words = {"text": integers(VOCABULARY, ROWS, LENGTH)}
+    words["text_keep"] = torch.arange(LENGTH) < torch.tensor([7, 5, 6, 3])[:, None]
+    few_words = {name: tensor[:, :5] for name, tensor in words.items()}
+    masked_words = {**words, "mask_positions": integers(3, ROWS, 2)}
     if name == "imagebert":
         features, location = (torch.rand(ROWS, 4, n, generator=generator) for n in (6, 5))
         regions = Regions(features, location, torch.arange(4) < torch.tensor([4, 3, 2, 1])[:, None])
-        fewer = Regions(features[:, :2], location[:, :2], regions.keep[:, :2])
-        masked_regions = {"region_positions": torch.tensor([[0, 3], [2, -1], [1, -1], [0, 0]])}
+        fewer, masked = Regions(*(t[:, :2] for t in vars(regions).values())), [[0, 3], [2, -1], [1, -1], [0, 0]]
+        masked_regions = {"regions": regions, "region_positions": torch.tensor(masked)}
         return {
             "pair": ForwardInput(("itm",), **words, regions=regions),
-            "masked": ForwardInput(("mlm", "moc", "mrfr"), **words, **masked_words, regions=regions, **masked_regions),
+            "masked": ForwardInput(("mlm", "moc", "mrfr"), **masked_words, **masked_regions),
             "fewer": ForwardInput(("itm",), **few_words, regions=fewer),
-            "text": ForwardInput(("mlm",), **words, **masked_words),
+            "text": ForwardInput(("mlm",), **masked_words),
         }
     side = 48 if is_vilt else 16
     pixels = integers(256, ROWS, side, side, 3).to(torch.uint8)
     image: dict[str, Any] = {"image": pixels, "image_size": SIZES if is_vilt else None}
     counts = (SIZES // PATCH).prod(dim=1) if is_vilt else torch.tensor([4] * ROWS)
-    patches = {"patch_positions": torch.stack([counts - 1, torch.tensor([0, 1, 2, 0])], dim=1)}
-    mim = ForwardInput(("mim",), **image, **patches)
+    patches = image | {"patch_positions": torch.stack([counts - 1, torch.tensor([0, 1, 2, 0])], dim=1)}
+    mim = ForwardInput(("mim",), **patches)
     chosen: dict[str, ForwardInput]
     if name == "dual_encoder":
         chosen = {"image": ForwardInput(("itc",), **image), "text": ForwardInput(("itc",), **words)}
@@ -88,17 +88,17 @@ def forwards(name: str) -> dict[str, ForwardInput]:
             "pair": ForwardInput(("itm", "ranking", "answers"), **image, **words),
             "small": ForwardInput(("itm",), image=pixels[:, :24, :16], **few_words),
             "mim": mim,
-            "masked": ForwardInput(("mlm", "mim"), **image, **patches, **words, **masked_words),
-            "text": ForwardInput(("mlm",), **words, **masked_words),
+            "masked": ForwardInput(("mlm", "mim"), **patches, **masked_words),
+            "text": ForwardInput(("mlm",), **masked_words),
         }
     else:
         chosen = {
             "image": ForwardInput(("itc",), **image),
             "text": ForwardInput(("itc",), **words),
             "mim": mim,
-            "masked_text": ForwardInput(("mlm",), **words, **masked_words),
-            "pair": ForwardInput(("itm", "mlm"), **image, **words, **masked_words),
-            "masked": ForwardInput(("mlm",), **image, **few_words, **masked_words),
+            "masked_text": ForwardInput(("mlm",), **masked_words),
+            "pair": ForwardInput(("itm", "mlm"), **image, **masked_words),
+            "masked": ForwardInput(("mlm",), **image, **masked_words | few_words),
         }
     drop_path_mask = torch.rand(ROWS, LAYERS, 2, generator=generator) > 0.3
     chosen = {forward: replace(one, drop_path_mask=drop_path_mask) for forward, one in chosen.items()}
@@ -113,13 +113,12 @@ def forwards(name: str) -> dict[str, ForwardInput]:
 
 def examples(inputs: dict[str, ForwardInput], rows: slice) -> dict[str, ForwardInput]:
     """Return the inputs cut to some examples."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Regions):
-            return Regions(*(tensor[rows] for tensor in vars(value).values()))
-        return value[rows] if isinstance(value, Tensor) else value
-
-    return {name: ForwardInput(**{key: cut(value) for key, value in vars(one).items()}) for name, one in inputs.items()}
+    cut: dict[str, ForwardInput] = {}
+    for name, one in inputs.items():
+        members = {key: value[rows] for key, value in vars(one).items() if isinstance(value, Tensor)}
+        regions = one.regions and Regions(*(tensor[rows] for tensor in vars(one.regions).values()))
+        cut[name] = replace(one, **members, regions=regions)
+    return cut
 
 
 def values(outputs: ForwardOutput) -> dict[str, Tensor]:

@@ -254,7 +254,7 @@ def prepared(tmp_path_factory):
 
     def prepared(source_type, limit=None, **keys):
         objective, required = KEYS[source_type]
-        config = run_config(drawn, source_type, objective, 1, is_drawn=True, **(required | keys))
+        config = run_config(drawn, source_type, objective, 1, **(required | keys))
         tokenizer = Tokenizer.train([*iter_captions(Storage(), config.sources["test"].shards), "x"], 200)
         return config, tokenizer, LabelledEvalSet(config, Storage(), "test", config.stages[0], tokenizer, limit)
 

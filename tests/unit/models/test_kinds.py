@@ -1,4 +1,4 @@
-"""Properties of single kinds of model; those that they share are in test_every_model."""
+"""Properties of every kind of model, then those of single kinds: VLMo, the dual encoder, ImageBERT and ViLT."""
 
 from collections import Counter
 from dataclasses import replace
@@ -14,43 +14,217 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
-from pipeline.config.schema import ImageBERTConfig, ViLTConfig, ViTConfig
+from pipeline.config.schema import ImageBERTConfig, ViLTConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.embeddings import canvas_patches
 from pipeline.models.forward import ForwardInput, Head, Regions
-from pipeline.models.model import HeadConfig
+from pipeline.models.model import HeadConfig, Model
 from pipeline.models.resize import resize_grid, resized_positions
 from pipeline.objectives import modules_for, trained_modules
 from pipeline.training.stages import check_stages, prepare_experts
 from tests.support import forwards as tiny
-from tests.support.forwards import LENGTH, PATCH, ROWS, SIZES, VOCABULARY, forwards, gradients, lively_model, run
+from tests.support.forwards import LENGTH, MODELS, PATCH, ROWS, SIZES, VOCABULARY, forwards, gradients, run, values
 
-VLMO, VILT, DUAL = (tiny.MODELS[kind][0] for kind in ("vlmo", "vilt", "dual_encoder"))
+close, near = torch.testing.assert_close, partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+READS_TEXT = pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith("vit")], indirect=True)
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(name: str) -> Any:
+    return tiny.lively_model(name)
+
+
+@pytest.fixture
+def inputs(name: str) -> dict[str, Any]:
+    return forwards(name)
+
+
+def test_forwards_equal_each_alone_each_head_alone_and_each_example_alone(model: Any, inputs: dict[str, Any]) -> None:
+    together, alone = model(inputs), {key: run(model, one) for key, one in inputs.items()}
+    assert list(together) == list(alone)
+    tiny.assert_same(together, alone)
+    expected = gradients(model, together)
+    close(expected, gradients(model, alone), rtol=1e-4, atol=1e-5)
+    for one in (one for one in inputs.values() if "decoded_image" not in one.heads):  # which reads everything
+        everything = run(model, one, *one.heads, "tokens")
+        assert everything["tokens"].shape[2] == 24
+        for head in one.heads:
+            near(run(model, one, head), everything[head])
+        if "mlm" in one.heads:
+            none = replace(one, mask_positions=torch.zeros(ROWS, 0, dtype=torch.int64))
+            assert run(model, none, "mlm").shape == (ROWS, 0, VOCABULARY)
+    first, others, none = (model(tiny.examples(inputs, rows)) for rows in (slice(1), slice(1, ROWS), slice(0)))
+    parts = values(first), values(others)
+    for key, value in values(together).items():
+        joined = torch.cat([part[key] for part in parts]) if value.dim() else parts[0][key]
+        near(joined, value)
+    assert gradients(model, none).keys() == expected.keys()
+
+
+@READS_TEXT
+def test_trap_10_padding_of_texts_is_never_read_and_only_padding_is_finite(model: Any, inputs: dict[str, Any]) -> None:
+    short = {key: one for key, one in inputs.items() if one.text is not None}
+    longer = {}
+    for key, one in short.items():
+        text = F.pad(one.text.where(one.text_keep, (one.text + 1) % VOCABULARY), (0, 4), value=3)
+        longer[key] = replace(one, text=text, text_keep=F.pad(one.text_keep, (0, 4)))
+    tiny.assert_same(model(short), model(longer))
+    close(gradients(model, model(longer)), gradients(model, model(short)), rtol=1e-4, atol=1e-5)
+    nothing = {k: replace(one, text_keep=one.text_keep & False, drop_path_mask=None) for k, one in short.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert all(gradient.isfinite().all() for gradient in gradients(model, model.to(dtype)(nothing)).values())
+
+
+@pytest.mark.parametrize("name", ["vlmo", "vlmo_absolute", "vilt", "vit", "vit_decoded"], indirect=True)
+def test_masked_patches_are_never_read(model: Model, inputs: dict[str, Any]) -> None:
+    one, patch = inputs["mim"], PATCH
+    painted = one.image.clone()
+    for row, positions in enumerate(one.patch_positions.tolist()):
+        columns = (one.image.shape[2] if one.image_size is None else int(one.image_size[row, 1])) // patch
+        for down, across in (divmod(position, columns) for position in positions):
+            painted[row, patch * down :, patch * across :][:patch, :patch] = 7
+    assert not torch.equal(painted, one.image)
+    expected = run(model, one)
+    close(run(model, replace(one, image=painted)), expected)
+    assert not torch.equal(run(model, replace(one, image=255 - one.image))["mim"], expected["mim"])
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "imagebert"], indirect=True)
+def test_drop_path_of_every_branch_leaves_the_embeddings(model: Model, inputs: dict[str, Any]) -> None:
+    dropped = torch.zeros(ROWS, tiny.LAYERS, 2, dtype=torch.bool)
+    chosen = {k: one for k, one in inputs.items() if k != "nlvr2" and one.visible_patches is None}
+    given = {key: replace(one, drop_path_mask=dropped) for key, one in chosen.items()}
+    before = model(given)
+    with torch.no_grad():
+        for block in (module for module in model.modules() if isinstance(module, model.BLOCK)):
+            for parameter in block.parameters():
+                parameter.mul_(3)
+    assert all(torch.equal(value, values(model(given))[key]) for key, value in values(before).items())
+
+
+def test_images_may_be_floats_weights_bfloat16_nothing_is_drawn_and_contrasts_are_unit_vectors_of_bounded_scale(
+    model: Any, inputs: dict[str, Any]
+) -> None:
+    before, first, second = torch.get_rng_state(), values(model(inputs)), values(model(inputs))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert first.get("image.scale") == first.get("text.scale")
+    given = {key: one for key, one in inputs.items() if one.image is not None and one.second_image is None}
+    floats = {key: replace(one, image=one.image / 127.5 - 1) for key, one in given.items()}
+    tiny.assert_same(model(given), model(floats))
+    if "image.scale" in first:
+        with torch.no_grad():
+            model.itc_head.log_scale.fill_(9.0)
+        scaled = values(model(inputs))
+        assert scaled["image.scale"] == 100
+        assert scaled.get("text.scale_vl", torch.zeros(())) < 100
+    for key, value in values(model.to(torch.bfloat16)(inputs)).items():
+        assert value.dtype == torch.float32, key
+        if key.endswith(("itc", "itc_vl")):
+            close(value.norm(dim=-1), torch.ones(ROWS))
+            close(first[key].norm(dim=-1), torch.ones(ROWS))
+        assert F.cosine_similarity(value.flatten(), first[key].flatten(), dim=0) > 0.98, key
+
+
+@pytest.mark.parametrize("name", ["vlmo", "vlmo_absolute", "vilt"], indirect=True)
+def test_second_image_differs_by_its_modality_only(model: Any, inputs: dict[str, Any]) -> None:
+    one = inputs["nlvr2"]
+    images = {"image": one.second_image, "image_size": one.second_image_size}
+    turned = replace(one, **images, second_image=one.image, second_image_size=one.image_size)
+    for is_equal in (False, True):
+        first, other = (run(model, pair, "tokens").chunk(2, dim=1) for pair in (one, turned))
+        for half, twin in zip(first, other[::-1], strict=True):
+            assert torch.allclose(half[:, 0], twin[:, 0], rtol=1e-5, atol=1e-4) == is_equal
+        with torch.no_grad():
+            model.image_embedding.second.copy_(model.image_embedding.modality)
+
+
+def test_parts_partition_the_parameters_and_weights_depend_on_the_seed_alone(model: Model, name: str) -> None:
+    absent = {"positions.cross"} if name == "vlmo_absolute" else set()
+    assert {model.part_of(parameter) for parameter, _ in model.named_parameters()} == set(model.PARTS) - absent
+    config, heads = MODELS[name]
+    torch.manual_seed(1)
+    before, first = torch.get_rng_state(), build_model(config, VOCABULARY, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second = build_model(config, VOCABULARY, heads, seed=3).state_dict()
+    assert all(torch.equal(tensor, second[parameter]) for parameter, tensor in first.items())
+    other = build_model(config, VOCABULARY, seed=4).state_dict()
+    drawn = [tensor for parameter, tensor in first.items() if not torch.equal(tensor, other[parameter])]
+    assert len(drawn) > len(first) / 5
+    assert not any(tensor.isnan().any() for tensor in drawn)
+
+
+TEXT, IMAGE = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+SHAPED = ForwardInput(("tokens",), image=IMAGE, image_size=torch.tensor([[16, 8]] * 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "message"),
+    [
+        ("vlmo", ForwardInput(("itc",), text=torch.zeros(2, 13, dtype=torch.int64)), r"13 tokens.*max_text_length"),
+        ("imagebert", ForwardInput(("itm",), text=TEXT.repeat(1, 3)), r"head 'itm'"),
+        ("imagebert", ForwardInput(("tokens",), text=TEXT.repeat(1, 3)), r"15 tokens.*model\.max_text_length"),
+        ("imagebert", ForwardInput(("itm",), text=TEXT, image=IMAGE), "no pixels"),
+        ("vlmo", ForwardInput(("itc",), image=IMAGE.repeat(1, 2, 2, 1)), "16, 16, 3"),
+        ("vlmo", SHAPED, "whole square images"),
+        ("vlmo", ForwardInput(("itc",), image=IMAGE, text=TEXT), "head 'itc'"),
+        ("vlmo", ForwardInput(("itm",), image=IMAGE), "head 'itm'"),
+        ("vlmo", ForwardInput(("mlm",), text=TEXT), "head 'mlm'"),
+        ("vilt", ForwardInput(("tokens",), image=IMAGE[:, :12]), "multiples of 8"),
+        ("vit", ForwardInput(("tokens",), text=TEXT), "no text"),
+        ("vit", SHAPED, "square"),
+        ("dual_encoder", ForwardInput(("tokens",), image=IMAGE, text=TEXT), "never both in one input"),
+        ("dual_encoder", SHAPED, "whole square images"),
+        ("dual_encoder", ForwardInput(("mlm",), text=TEXT, mask_positions=TEXT), "without the head 'mlm'"),
+    ],
+)
+def test_inputs_that_a_model_cannot_read_are_rejected(model: Model, one: ForwardInput, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model({"one": one})
+
+
+def test_unsupported_heads_objectives_and_weights_of_another_architecture_are_rejected_by_name() -> None:
+    missing: dict[str, Any] = {"vilt": "ranking", "vlmo": "answers", "vit": "classes", "imagebert": "alignment"}
+    for name, head in missing.items():
+        inputs, model = forwards(name), build_model(MODELS[name][0], VOCABULARY)
+        one = next(one for one in inputs.values() if head in one.heads or head == "alignment")
+        with pytest.raises(ValueError, match=f"{model.config.kind} model was built without the head '{head}'"):
+            run(model, one, head)
+        if "mim" in inputs:
+            with pytest.raises(ValueError, match="built with an image target"):
+                run(model, inputs["mim"])
+    for name, objective, source_type, message in (
+        ("vlmo", "itc", "text", r"itc.*pairs.*text"),
+        ("vilt", "itc", "pairs", "kind 'vilt' does not learn"),
+        ("vilt", "itm", "images", r"itm.*pairs.*images"),
+        ("vit", "itc", "pairs", "kind 'vit'"),
+        ("dual_encoder", "itm", "pairs", "mome objectives"),
+        ("dual_encoder", "itc", "text", r"itc.*pairs.*text"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trained_modules(skeleton(MODELS[name][0]), [objective], source_type)  # type: ignore[arg-type]
+    for name, key, value in (("vlmo", "layers", 3), ("vilt", "layers", 2), ("vit", "patch_size", 4)):
+        config = MODELS[name][0]
+        other = skeleton(config.model_copy(update={key: value}), VOCABULARY)
+        with pytest.raises(ConfigError, match=f"{key} {getattr(config, key)} there, {value} here"):
+            other.resize_state(build_model(config, VOCABULARY).state_dict(), config)
+
+
+VLMO, VILT, DUAL = (MODELS[kind][0] for kind in ("vlmo", "vilt", "dual_encoder"))
 COUNTS = (SIZES // PATCH).prod(dim=1)
 EVERY = torch.arange(int(COUNTS.max())).expand(ROWS, -1)
 EVERY = EVERY.where(COUNTS[:, None] > EVERY, -1)  # every patch of each image, in order, padded with -1
-near = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def vilt() -> Any:
-    return lively_model("vilt")
-
-
-# ---- VLMo
-
-
-def test_kept_branch_is_scaled_by_its_drop_path_rate() -> None:
-    vlmo, keep = lively_model("vlmo"), torch.ones(ROWS, tiny.LAYERS, 2, dtype=torch.bool)
-    one = replace(forwards("vlmo")["image"], drop_path_mask=keep)
-    kept = run(vlmo, one, "tokens")
-    assert VLMO.drop_path_rates == pytest.approx((0.0, 0.1, 0.2, 0.3))
-    for block, rate in zip(vlmo.blocks, VLMO.drop_path_rates, strict=True):
-        for branch in (block.attention.projection, block.experts["vision"].contract):
-            with torch.no_grad():
-                branch.weight.div_(1 - rate)
-                branch.bias.div_(1 - rate)
-    near(run(vlmo, replace(one, drop_path_mask=None), "tokens"), kept)
+    return tiny.lively_model("vilt")
 
 
 class NoHostSynchronisation(TorchDispatchMode):
@@ -64,7 +238,7 @@ class NoHostSynchronisation(TorchDispatchMode):
 
 
 def test_forward_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    vlmo, requests = lively_model("vlmo"), forwards("vlmo")
+    vlmo, requests = tiny.lively_model("vlmo"), forwards("vlmo")
     monkeypatch.setattr(torch, "tensor", None)  # which copies Python numbers to the device
     for heads in ((), ("tokens",)):  # what heads need, and everything
         with NoHostSynchronisation():
@@ -72,7 +246,7 @@ def test_forward_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_frozen_and_copied_experts_are_those_named() -> None:
-    vlmo = lively_model("vlmo")
+    vlmo = tiny.lively_model("vlmo")
     frozen = vlmo.parts_named(["image_embedding", "attention", "vision_expert"])
     assert frozen == {"image_embedding", "attention", "vision_expert.lower", "vision_expert.upper"}
     left = trained_modules(skeleton(VLMO), frozenset({"mlm"}), "text") - frozen
@@ -90,27 +264,20 @@ def test_frozen_and_copied_experts_are_those_named() -> None:
 
 def test_initialisation_is_the_published_one() -> None:
     for name, parameter in build_model(VLMO, VOCABULARY).named_parameters():
-        if name.endswith("norm.weight"):
-            assert (parameter == 1).all()
-        elif name.endswith("gamma"):
-            assert (parameter == 0.5).all()
-        elif name.endswith("bias") or name.startswith("positions"):
-            assert (parameter == 0).all()
+        if name.endswith(("norm.weight", "gamma", "bias")) or name.startswith("positions"):
+            constant = 1 if name.endswith("weight") else 0.5 if name.endswith("gamma") else 0
+            assert (parameter == constant).all()
         elif parameter.numel() > 500:
             assert parameter.abs().max() <= 0.04
             assert parameter.std().item() == pytest.approx(0.0176, rel=0.1)
 
 
-# ---- published sizes
-
-
-# Millions of parameters without task heads, with the pooler; rows and columns of the relative table: (2 * 14 - 1)² + 3
-# + 2 * 196 + 2, layers x heads (unilm#1256 shows base's).
-PUBLISHED = [("vlmo_base", 176.0, (1126, 144)), ("vlmo_base_plus", 166.9, None), ("vlmo_large", 562.6, (1126, 384))]
-
-
-@pytest.mark.parametrize(("name", "millions", "table"), PUBLISHED)
+@pytest.mark.parametrize(
+    ("name", "millions", "table"),
+    [("vlmo_base", 176.0, (1126, 144)), ("vlmo_base_plus", 166.9, None), ("vlmo_large", 562.6, (1126, 384))],
+)
 def test_recipes_have_published_sizes_and_stages_that_can_be_built(name: str, millions: float, table: Any) -> None:
+    """Millions of parameters without task heads; rows and columns of the relative table (unilm#1256 shows base's)."""
     recipe = Path(__file__).resolve().parents[3] / "configs" / f"{name}.yaml"
     model = skeleton(load_config(recipe).model, 30522)
     heads, parameters = set(model.HEAD_PARTS) - {"pooler"}, dict(model.named_parameters())
@@ -125,89 +292,71 @@ def test_recipes_have_published_sizes_and_stages_that_can_be_built(name: str, mi
 
 def test_base_vilt_and_imagebert_have_their_published_sizes() -> None:
     """ViLT: 87.4 M (table 6), without word embedding, pooler and heads. ImageBERT: BERT-base's without pooler."""
-    vilt, imagebert = Counter[str](), Counter[str]()
-    for counts, config in ((vilt, ViLTConfig()), (imagebert, ImageBERTConfig())):
-        model = skeleton(config, 30522)
+    parts = Counter[str]()
+    for model in (skeleton(ViLTConfig(), 30522), skeleton(ImageBERTConfig(), 30522)):
         for name, parameter in model.named_parameters():
-            counts[model.part_of(name)] += parameter.numel()
-    assert (vilt["image_embedding"] + vilt["blocks"] + vilt["norm"]) / 1e6 == pytest.approx(87.4, rel=0.01)
-    assert imagebert["encoder"] == 85_054_464
-    assert imagebert["text_embedding"] == (30522 + 44 + 2 + 2) * 768
-    assert imagebert["region_embedding"] == (2048 + 5 + 2 + 1 + 2) * 768
+            parts[f"{model.config.kind} {model.part_of(name)}"] += parameter.numel()
+    vilt = sum(parts[f"vilt {part}"] for part in ("image_embedding", "blocks", "norm"))
+    assert vilt / 1e6 == pytest.approx(87.4, rel=0.01)
+    assert parts["imagebert encoder"] == 85_054_464
+    assert parts["imagebert text_embedding"] == (30522 + 44 + 2 + 2) * 768
+    assert parts["imagebert region_embedding"] == (2048 + 5 + 2 + 1 + 2) * 768
 
 
-# ---- dual encoder, whose towers have 4 and 2 layers
-
-
-def test_towers_learn_from_their_modality_and_align_drop_path_at_the_end() -> None:
-    model = lively_model("dual_encoder")
+def test_blocks_have_rising_rates_and_towers_learn_from_their_modality_and_align_drop_path_at_the_end() -> None:
+    model, rising = tiny.lively_model("dual_encoder"), [0.0, 0.1, 0.2, 0.3]
     for name, one in forwards("dual_encoder").items():
         trained = {model.part_of(parameter) for parameter in gradients(model, model({name: one}))}
         assert trained == {f"{name}_embedding", f"{name}_tower", "itc_head"}
     assert modules_for(skeleton(DUAL), "itc", "pairs") == frozenset(model.PARTS)
-    for tower, rates in ((model.image_tower, [0.0, 0.1, 0.2, 0.3]), (model.text_tower, [0.2, 0.3])):
-        assert [block.drop_path for block in tower["blocks"]] == pytest.approx(rates)
+    towers = [skeleton(MODELS[kind][0]).blocks for kind in ("vlmo", "vilt", "vit")] + [model.image_tower["blocks"]]
+    for blocks, rates in (*((tower, rising) for tower in towers), (model.text_tower["blocks"], rising[2:])):
+        assert [block.drop_path for block in blocks] == pytest.approx(rates)
     masks = [[True] * 4, [False, False, True, True], [True, True, True, False]]
-    keeps = [torch.tensor(kept)[:, None].expand(ROWS, tiny.LAYERS, 2) for kept in masks]
-    text = forwards("dual_encoder")["text"]
+    text, keeps = forwards("dual_encoder")["text"], (torch.tensor(kept)[:, None].expand(ROWS, 4, 2) for kept in masks)
     everything, last, less = (run(model, replace(text, drop_path_mask=keep))["itc"] for keep in keeps)
     assert torch.equal(last, everything)
     assert not torch.allclose(less, everything)
 
 
-def test_only_positions_change_with_image_size_and_text_length() -> None:
-    image, text = (f"{modality}_embedding.positions" for modality in ("image", "text"))
-    before = build_model(DUAL, VOCABULARY).state_dict()
-    changes = {"image_size": DUAL.image_size + DUAL.patch_size, "max_text_length": DUAL.max_text_length - 2}
-    other = build_model(DUAL.model_copy(update=changes), VOCABULARY)
-    after = other.resize_state(before, DUAL)
+@pytest.mark.parametrize(("kind", "rule"), [("dual_encoder", "bicubic"), ("vilt", "bilinear"), ("vit", "bilinear")])
+def test_only_positions_change_with_image_size_and_text_length(kind: str, rule: Any) -> None:
+    config, heads = MODELS[kind]
+    before, own = build_model(config, VOCABULARY, heads).state_dict(), config.model_dump()
+    shorter = {"max_text_length": 10} if kind != "vit" else {}
+    ignored = {"max_visible_patches": None, "norm_eps": 1e-12} if kind == "vilt" else {}
+    changes = {"image_size": own["image_size"] + 16, **shorter, **ignored}
+    other = build_model(config.model_copy(update=changes), VOCABULARY, heads)
+    after, name = other.resize_state(before, config), "image_embedding.positions"
     other.load_state_dict(after)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {image, text}
-    assert torch.equal(after[image][0], before[image][0])
-    assert torch.equal(after[text], before[text][:-2])
-
-
-# ---- ImageBERT
+    positions = {name, "text_embedding.positions"} if shorter else {name}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == positions
+    assert torch.equal(after[name], resize_grid(before[name], own["image_size"] // 8 + 2, rule))
+    assert not shorter or torch.equal(after["text_embedding.positions"], before["text_embedding.positions"][:-2])
 
 
 def test_regions_are_embedded_and_read_as_in_the_paper() -> None:
-    sizes: dict[str, Any] = {"width": 32, "layers": 2, "heads": 4, "max_text_length": 12, "max_regions": 6}
-    config = ImageBERTConfig(**sizes, region_features=8, region_classes=7, dropout=0.0)
-    model: Any = build_model(config, 40, seed=1)
-    draw = torch.Generator().manual_seed(2)
-    features, location = torch.randn(3, 5, 8, generator=draw), torch.rand(3, 5, 5, generator=draw)
-    regions = Regions(features, location, torch.arange(5)[None] < torch.tensor([5, 4, 3])[:, None])
-    text = torch.randint(5, 40, (3, 9), generator=torch.Generator().manual_seed(1))
-    keep = torch.arange(9)[None] < torch.tensor([9, 5, 7])[:, None]
-    pair = ForwardInput(("itm",), text=text, text_keep=keep, regions=regions)
-
+    model, inputs = tiny.lively_model("imagebert"), forwards("imagebert")
+    pair, regions = inputs["pair"], inputs["pair"].regions
     # A region's embedding is the norm of the sum of four parts.
     part, segment = model.region_embedding, model.text_embedding.token_type_embeddings.weight[1]
-    feature = features @ part.feature.weight.T + part.feature.bias
-    summed = feature + location @ part.location.weight.T + part.location.bias + segment + part.position
-    near(part(regions, segment), F.layer_norm(summed, (32,), part.norm.weight, part.norm.bias, 1e-12))
-
+    summed = part.feature(regions.features) + part.location(regions.location) + segment + part.position
+    near(part(regions, segment), F.layer_norm(summed, (24,), part.norm.weight, part.norm.bias, 1e-12))
     # Their order and padding do not matter.
-    turned = Regions(*(getattr(regions, name).flip(1) for name in ("features", "location", "keep")))
-    noise = replace(regions, features=torch.where(regions.keep.unsqueeze(-1), features, 99.0))
-    logits, matched = run(model, pair, "itm"), torch.tensor([1, 0, 1])
+    turned = Regions(*(tensor.flip(1) for tensor in vars(regions).values()))
+    noise = replace(regions, features=regions.features.where(regions.keep.unsqueeze(-1), 99.0))
+    logits, matched = run(model, pair, "itm"), torch.tensor([1, 0, 1, 0])
     for other in (turned, noise):
         near(run(model, replace(pair, regions=other), "itm"), logits)
-
     # Cross-entropy of the matching logits is the binary one.
-    assert torch.equal(logits[:, 0], torch.zeros(3))
+    assert torch.equal(logits[:, 0], torch.zeros(ROWS))
     expected = F.binary_cross_entropy_with_logits(logits[:, 1], matched.float(), reduction="sum")
     near(F.cross_entropy(logits, matched, reduction="sum"), expected)
-
-    # The region heads read the masked regions.
-    positions = torch.tensor([[0, 3], [2, -1], [1, -1]])
-    out = run(model, replace(pair, heads=("moc", "mrfr", "tokens"), region_positions=positions))
-    assert (out["moc"].shape, out["mrfr"].shape) == ((3, 2, 7), (3, 2, 8))
-    near(out["moc"][0, 1], model.moc_head(out["tokens"][0, 9 + 3]))
-    near(out["mrfr"][1, 0], model.mrfr_head(out["tokens"][1, 9 + 2]))
-
-
-# ---- ViLT: images that keep their aspect ratio
+    # The region heads read the masked regions, of which the first examples have 0 and 3, and 2.
+    out = run(model, replace(inputs["masked"], heads=("moc", "mrfr", "tokens")))
+    assert (out["moc"].shape, out["mrfr"].shape) == ((ROWS, 2, 5), (ROWS, 2, 6))
+    near(out["moc"][0, 1], model.moc_head(out["tokens"][0, LENGTH + 3]))
+    near(out["mrfr"][1, 0], model.mrfr_head(out["tokens"][1, LENGTH + 2]))
 
 
 def fused(*heads: Head, **changes: Any) -> Any:
@@ -221,10 +370,6 @@ def test_positions_of_any_grid_equal_bilinear_interpolation() -> None:
         for chosen in (patches, patches[[-1, 0]]):
             resized = resized_positions(square[1:], chosen[None], torch.tensor([grid]))[0]
             near(resized, resize_grid(square, grid, "bilinear")[1:][chosen])
-    larger = VILT.model_copy(update={"image_size": 48, "max_visible_patches": None, "norm_eps": 1e-12})
-    state, name = build_model(VILT, VOCABULARY).state_dict(), "image_embedding.positions"
-    expected = resize_grid(state[name], 6, "bilinear")
-    assert torch.equal(skeleton(larger, VOCABULARY).resize_state(state, VILT)[name], expected)
 
 
 def test_trap_10_examples_without_words_or_patches_are_finite_and_grey_images_are_read(vilt: Any) -> None:
@@ -269,7 +414,7 @@ def test_listing_every_patch_equals_reading_all_and_only_the_set_of_patches_matt
     one = fused("itm", "mlm", "mim", **places)
     mine, others = vilt({"one": one}), vilt({"one": replace(one, visible_patches=EVERY)})
     tiny.assert_same(others, mine)
-    torch.testing.assert_close(gradients(vilt, others), gradients(vilt, mine), rtol=1e-4, atol=1e-5)
+    close(gradients(vilt, others), gradients(vilt, mine), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="two images are read with all their patches"):
         run(vilt, replace(forwards("vilt")["nlvr2"], visible_patches=EVERY))
     read = torch.tensor([[0, 5, 7], [1, 2, 3], [4, 0, 15], [2, 5, -1]])
@@ -292,17 +437,15 @@ def test_alignment_excludes_special_tokens_and_padding_also_when_packed(vilt: An
     assert torch.equal(whole["patches_keep"], EVERY >= 0)
     assert torch.equal(whole["words"], whole["tokens"][:, :LENGTH])
     assert torch.equal(whole["patches"], whole["tokens"][:, LENGTH + 1 :])
-    words = {"text": first.text[:2, :3], "text_keep": torch.ones(2, 3, dtype=torch.bool)}
     image = {"image": first.image[:2, :24, :24], "image_size": torch.tensor([[16, 24], [24, 16]])}
     visible = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 2, -1, -1, -1, -1]])
-    second = ForwardInput(("alignment",), **image, **words, visible_patches=visible)
+    second = ForwardInput(("alignment",), **image, text=first.text[:2, :3], visible_patches=visible)
     joined, alone = vilt({"first": first, "second": second})["second"], run(vilt, second)
     assert joined["patches_keep"].sum(dim=1).tolist() == [6, 2]
     near(joined["patches"][joined["patches_keep"]], alone["patches"][alone["patches_keep"]])
 
 
-def test_masked_patches_show_another_patch_or_a_trained_embedding(vilt: Any) -> None:
-    """The release refers to a mask embedding that does not exist; ours exists, also in fused forwards."""
+def test_masked_patches_show_another_patch_or_a_trained_embedding_which_the_release_lacks(vilt: Any) -> None:
     one = fused("tokens", patch_positions=torch.tensor([[0]] * ROWS), patch_replacements=torch.tensor([[1]] * ROWS))
     shown = one.image.clone()
     for row, (_, width) in enumerate(SIZES.tolist()):
@@ -313,7 +456,7 @@ def test_masked_patches_show_another_patch_or_a_trained_embedding(vilt: Any) -> 
         assert gradients(vilt, vilt({name: forwards("vilt")[name]}))["image_embedding.mask"].any()
 
 
-def test_fine_tuning_modules_exist_when_needed_and_start_from_pretrained_ones() -> None:
+def test_fine_tuning_modules_start_from_pretrained_ones_and_a_start_from_a_vit_preserves_its_image_outputs() -> None:
     names = {name for name, _ in skeleton(VILT, VOCABULARY).named_parameters()}
     assert not names & {"image_embedding.mask", "image_embedding.second", "ranking_head.score.weight"}
     state = build_model(VILT, VOCABULARY, seed=3).state_dict()
@@ -325,13 +468,8 @@ def test_fine_tuning_modules_exist_when_needed_and_start_from_pretrained_ones() 
     trained = tuned | {"ranking_head.score.bias": torch.full((1,), 9.0)}
     again = skeleton(VILT, VOCABULARY, HeadConfig(ranking=True)).resize_state(trained, VILT)
     assert again["ranking_head.score.bias"] == 9
-
-
-def test_start_from_a_vit_preserves_its_image_outputs() -> None:
-    sizes = {key: getattr(VILT, key) for key in ("width", "layers", "heads", "mlp_ratio", "patch_size")}
-    section = ViTConfig(image_size=32, **sizes)
-    vit: Any = build_model(section, 0, HeadConfig(classes=4), seed=5)
-    model: Any = build_model(VILT, VOCABULARY, seed=6)
+    section = MODELS["vit"][0].model_copy(update={"image_size": 32})
+    vit, model = build_model(section, 0, HeadConfig(classes=4), seed=5), tiny.lively_model("vilt")
     model.load_state_dict(model.resize_state(vit.state_dict(), section), strict=False)
     with torch.no_grad():
         model.image_embedding.modality.zero_()
@@ -339,8 +477,3 @@ def test_start_from_a_vit_preserves_its_image_outputs() -> None:
     near(run(model, one)["tokens"], run(vit, one)["tokens"])
     with pytest.raises(ConfigError, match="width 24 there, 48 here"):
         skeleton(VILT.model_copy(update={"width": 48}), VOCABULARY).resize_state(vit.state_dict(), section)
-    before, name = vit.state_dict(), "image_embedding.positions"
-    larger = skeleton(section.model_copy(update={"image_size": 40}), 0, HeadConfig(classes=4))
-    after = larger.resize_state(before, section)
-    assert torch.equal(after[name], resize_grid(before[name], 40 // section.patch_size, "bilinear"))
-    assert all(torch.equal(after[other], before[other]) for other in before if other != name)

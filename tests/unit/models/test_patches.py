@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.load import validate
-from pipeline.config.schema import ImageDecoderConfig, StageConfig, ViTConfig, VLMoConfig
+from pipeline.config.schema import ImageDecoderConfig, ViTConfig, VLMoConfig
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput, drop_masked_patches
@@ -27,6 +26,7 @@ from pipeline.models.visual_tokens import read_tokenizer
 from pipeline.objectives.mim import load_image_tokenizer, patchify, unpatchify
 from tests.support.forwards import run
 from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.trial import tiny_run
 
 SIZES: dict[str, Any] = {"width": 24, "layers": 3, "heads": 2, "image_size": 24, "patch_size": 8, "init_std": 0.2}
 VIT = ViTConfig(**SIZES, drop_path=0.2)
@@ -45,33 +45,28 @@ def vit() -> Any:
 
 @pytest.fixture(params=[RELATIVE, ABSOLUTE], ids=["relative", "absolute"])
 def vlmo(request: pytest.FixtureRequest) -> Any:
-    model = build_model(request.param, 11, HeadConfig("pixels", image_decoder=DECODER))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("positions."):
-                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(2))
+    model: Any = build_model(request.param, 11, HeadConfig("pixels", image_decoder=DECODER))
+    if model.positions is not None:
+        for parameter in model.positions.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(2))
     return model
 
 
 def test_replaced_patches_equal_an_image_with_swapped_patches_also_when_packed(vit: Any) -> None:
-    """Masked, replaced and kept: the three branches of ViT's masked patch prediction (ViLT's code lacks the third)."""
-    positions = torch.tensor([[0, 4, 6], [1, 2, 8], [3, 5, 7]])
-    replacements = torch.tensor([[7, -1, 6], [-1, 2, 0], [3, -1, 1]])
-    one = ForwardInput(("mim",), image=IMAGES, patch_positions=positions, patch_replacements=replacements)
+    positions, shown = torch.tensor([[[0, 4, 6], [1, 2, 8], [3, 5, 7]], [[7, -1, 6], [-1, 2, 0], [3, -1, 1]]])
+    one = ForwardInput(("mim",), image=IMAGES, patch_positions=positions, patch_replacements=shown)
     patches = patchify(IMAGES, 8).clone()
     patches[0, 0], patches[1, 8], patches[2, 7] = patches[0, 7].clone(), patches[1, 0].clone(), patches[2, 1].clone()
     plain = ForwardInput(("tokens",), image=unpatchify(patches, 8), patch_positions=torch.tensor([[4], [1], [5]]))
     expected = run(vit, plain, "tokens").gather(1, (positions + 1)[..., None].expand(-1, -1, 24))
     torch.testing.assert_close(run(vit, one, "mim"), vit.mim_head(expected))
-    unmasked = replace(one, patch_replacements=positions)
-    untouched = ForwardInput(("tokens",), image=IMAGES)
+    unmasked, untouched = replace(one, patch_replacements=positions), ForwardInput(("tokens",), image=IMAGES)
     torch.testing.assert_close(run(vit, unmasked, "tokens"), run(vit, untouched, "tokens"))
     whole = ForwardInput(("mim",), image=IMAGES, patch_positions=POSITIONS)
     partly = replace(whole, patch_replacements=torch.tensor([[3, -1], [2, -1], [-1, -1]]))
-    together = vit({"one": whole, "two": partly})
-    torch.testing.assert_close(together["one"]["mim"], run(vit, whole, "mim"))
-    torch.testing.assert_close(together["two"]["mim"], run(vit, partly, "mim"))
-    assert not torch.equal(together["one"]["mim"], together["two"]["mim"])
+    first, second = (output["mim"] for output in vit({"one": whole, "two": partly}).values())
+    torch.testing.assert_close([first, second], [run(vit, whole, "mim"), run(vit, partly, "mim")])
+    assert not torch.equal(first, second)
 
 
 def test_order_and_padding_of_visible_patches_do_not_matter(vit: Any, vlmo: Any) -> None:
@@ -94,10 +89,9 @@ def test_order_and_padding_of_visible_patches_do_not_matter(vit: Any, vlmo: Any)
 
 def test_decoder_reads_the_ascending_complement_of_the_masked_patches(vlmo: Any) -> None:
     one = ForwardInput(("mim",), image=IMAGES, patch_positions=torch.tensor([[7, 2, 0], [8, 3, 4], [0, 1, 2]]))
-    visible: Any = drop_masked_patches(one, 9).visible_patches
-    assert visible.tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7], [3, 4, 5, 6, 7, 8]]
-    none: Any = drop_masked_patches(replace(one, patch_positions=one.patch_positions[:0]), 9)  # type: ignore[index]
-    assert none.visible_patches.shape == (0, 6)
+    for rows in (slice(3), slice(0)):
+        visible: Any = drop_masked_patches(replace(one, patch_positions=one.patch_positions[rows]), 9).visible_patches
+        assert visible.tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7], [3, 4, 5, 6, 7, 8]][rows]
     one, patches = replace(one, patch_positions=POSITIONS), patchify(IMAGES, 8).clone()
     for row, positions in enumerate(POSITIONS.tolist()):
         patches[row, positions] = 0
@@ -109,7 +103,7 @@ def test_decoder_reads_the_ascending_complement_of_the_masked_patches(vlmo: Any)
         run(vlmo, one)
 
 
-def test_decoder_predicts_each_patch_by_its_position() -> None:
+def test_decoder_predicts_each_patch_by_its_position_has_sine_positions_and_ignores_padding() -> None:
     model = build_model(VIT, 0, HeadConfig("pixels", image_decoder=DECODER), seed=1)
     one = drop_masked_patches(ForwardInput(("mim",), image=IMAGES, patch_positions=POSITIONS), PATCHES)
     predictions = run(model, one)["mim"]
@@ -117,17 +111,10 @@ def test_decoder_predicts_each_patch_by_its_position() -> None:
     torch.testing.assert_close(run(model, backwards)["mim"], predictions.flip(1), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(predictions[:, 0], predictions[:, 1], atol=1e-3)
     assert "image_embedding.mask" not in model.state_dict()
-
-
-def test_decoder_has_sine_positions_and_ignores_padding() -> None:
     decoder = ImageDecoder(24, 3, 5, ImageDecoderConfig(width=8, layers=2, heads=2))
-    positions = decoder.positions.numpy()
-    assert (positions[0] == 0).all()
-    for row in range(3):
-        for column in range(3):
-            across = [np.sin(column), np.sin(column / 100), np.cos(column), np.cos(column / 100)]
-            down = [np.sin(row), np.sin(row / 100), np.cos(row), np.cos(row / 100)]
-            np.testing.assert_allclose(positions[1 + 3 * row + column], [*across, *down], atol=1e-6)
+    waves = [[np.sin(place), np.sin(place / 100), np.cos(place), np.cos(place / 100)] for place in range(3)]
+    expected = np.array([[0.0] * 8, *([*waves[column], *waves[row]] for row in range(3) for column in range(3))])
+    np.testing.assert_allclose(decoder.positions.numpy(), expected, atol=1e-6)
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     features, visible, masked = torch.randn(2, 4, 24), torch.tensor([[0, 4, 2], [8, 1, 3]]), torch.tensor([[7], [5]])
@@ -135,17 +122,14 @@ def test_decoder_has_sine_positions_and_ignores_padding() -> None:
     torch.testing.assert_close(decoder(padded, longer, masked), decoder(features, visible, masked))
 
 
-# ---- visual tokens: the target that a frozen DALL-E encoder gives each patch
+TOKENS = 29  # of a frozen DALL-E encoder, which gives each patch its target
 
 
-TOKENS = 29
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def theirs() -> FlavaImageCodebook:
     model = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=4, num_blocks_per_group=1, vocab_size=TOKENS))
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():  # small biases, so that many different tokens occur
+    for parameter in model.parameters():  # biases of zero, so that many different tokens occur
         torch.nn.init.zeros_(parameter)
         if parameter.dim() > 1:
             torch.nn.init.kaiming_normal_(parameter, generator=generator)
@@ -164,8 +148,11 @@ def coloured(side: int) -> Tensor:
     return colours.repeat_interleave(side // 4, dim=1).repeat_interleave(side // 4, dim=2)
 
 
-def test_tokens_equal_hugging_face_also_with_names_of_dall_e(theirs: FlavaImageCodebook, files: Any) -> None:
-    tokenizer, image, (config, weights, origin) = read_tokenizer(*files), coloured(32), files
+def test_tokens_equal_hugging_face_and_depend_on_no_name_other_image_or_random_number(theirs: Any, files: Any) -> None:
+    before, image, (config, weights, origin) = torch.get_rng_state(), coloured(32), files
+    tokenizer = read_tokenizer(*files)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
     mapped = (image.permute(0, 3, 1, 2) / 255) * 0.8 + 0.1  # DALL-E's pixel transform
     tokens = tokenizer(image, 4)
     assert torch.equal(tokens, theirs.get_codebook_indices(mapped).flatten(1))
@@ -177,21 +164,16 @@ def test_tokens_equal_hugging_face_also_with_names_of_dall_e(theirs: FlavaImageC
     }
     assert "blocks.group_1.block_1.res_path.conv_1.w" in published
     assert torch.equal(read_tokenizer(config, save(published), origin)(image, 4), tokens)
-
-
-def test_images_are_resized_and_tokenised_independently_without_gradient_or_randomness(files: Any) -> None:
-    """A 14 x 14 grid of 16-pixel patches is tokenised from 112 pixels, as in BEiT."""
-    before, image, small = torch.get_rng_state(), coloured(32), coloured(16)
-    tokenizer, large = read_tokenizer(*files), small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
-    assert torch.equal(tokenizer(image, 4), torch.cat([tokenizer(image[:1], 4), tokenizer(image[1:], 4)]))
+    # Images are tokenised independently, and resized to the grid: 224 pixels to 112 for 14 x 14 patches in BEiT.
+    small = coloured(16)
+    large = small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    assert torch.equal(tokens, torch.cat([tokenizer(image[:1], 4), tokenizer(image[1:], 4)]))
     shapes = [tokenizer(pixels, grid).shape for pixels, grid in ((image[:0], 4), (image[:0], 2), (large, 4))]
     assert shapes == [(0, 16), (0, 4), (3, 16)]
     assert (tokenizer(large, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to the blur of smoothing
 
 
-def test_file_that_is_not_a_tokenizer_is_rejected(files: tuple[bytes, bytes, str]) -> None:
+def test_files_that_are_no_tokenizer_and_mutated_ones_raise_checkpoint_errors(files: tuple[bytes, bytes, str]) -> None:
     config, weights, origin = files
     wrong: list[tuple[bytes, str]] = [(b'{"model_type": "beit"}', "another model"), (b"{", "cannot be read")]
     for sizes in ({"vocab_size": 10**12}, {"num_blocks_per_group": 10**9}, {"hidden_size": "x"}, {"num_groups": -1}):
@@ -200,10 +182,6 @@ def test_file_that_is_not_a_tokenizer_is_rejected(files: tuple[bytes, bytes, str
     for changed, message in [*wrong, (deeper, r"missing: blocks\.group_1")]:
         with pytest.raises(CheckpointError, match=message):
             read_tokenizer(changed, weights, origin)
-
-
-def test_mutated_tokenizers_raise_only_checkpoint_errors(files: tuple[bytes, bytes, str]) -> None:
-    config, weights, origin = files
     rng = random.Random("tokenizers")
     for number in range(fuzz_rounds(30)):
         damaged = (mutate(config, rng), weights) if number % 2 else (config, mutate(weights, rng))
@@ -211,16 +189,11 @@ def test_mutated_tokenizers_raise_only_checkpoint_errors(files: tuple[bytes, byt
             read_tokenizer(*damaged, origin)
 
 
-def stage(**keys: object) -> StageConfig:
-    values = {"name": "v", "sources": {"a": 1.0}, "objectives": {"mim": {}}, "steps": 1, "global_batch_size": 16} | keys
-    config = {"name": "t", "model": {}, "sources": {"a": {"shards": "x", "type": "images"}}, "stages": [values]}
-    return validate(config, "test").stages[0]
-
-
 def test_stage_loads_its_configured_tokenizer(files: tuple[bytes, bytes, str]) -> None:
     def loaded(**tokenizer: Any) -> Any:
         keys = {"image_target": "visual_tokens", "image_tokenizer": tokenizer} if tokenizer else {}
-        return load_image_tokenizer(stage(**keys), Storage(), torch.device("cpu"))
+        stage = tiny_run("vit", "images", {"mim": {}}, **keys).stages[0]
+        return load_image_tokenizer(stage, Storage(), torch.device("cpu"))
 
     assert loaded() is None
     assert loaded(weights=files[2], tokens=TOKENS).tokens == TOKENS

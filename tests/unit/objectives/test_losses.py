@@ -14,6 +14,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pipeline import objectives
@@ -25,11 +26,13 @@ from pipeline.objectives import NegativePool, ObjectiveContext, cross_entropy
 from pipeline.objectives.itc import itc_loss
 from pipeline.objectives.itm import ITM, draw_negatives, matched_examples
 from pipeline.objectives.mim import mim_loss, patch_targets, patchify, reconstruct, unpatchify
-from pipeline.objectives.moc import moc_loss
-from pipeline.objectives.mrfr import mrfr_loss
+from pipeline.objectives.moc import MOC
+from pipeline.objectives.mrfr import MRFR
 from pipeline.objectives.vqa import vqa_loss
+from pipeline.objectives.wpa import wpa_cost, wpa_loss, wpa_plan
 from tests.support.tiny_model import tiny_batch, tiny_config
 
+close = torch.testing.assert_close
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 LABEL = torch.tensor([0, 3, 1, 2, 2, 0])
 WORDS = torch.tensor([[3, -100], [5, 0], [-100, -100], [6, 6], [2, -100], [1, 4]])
@@ -60,12 +63,20 @@ CASES: dict[str, Case] = {
         lambda x, *_: F.binary_cross_entropy_with_logits(x, SOFT_TARGETS) * 7 * len(x),
     ),
     "mim": (mim_loss, normal(2, 7), (CLASSES[:, :2],), lambda x, y: 12 * F.cross_entropy(x.flatten(0, 1), y.flatten())),
+    "masked tokens": (
+        mim_loss, normal(2, 7), (CLASSES[:, :2], POSITIONS >= 0),
+        lambda x, y, is_masked: F.cross_entropy(x[is_masked], y[is_masked]) * is_masked.sum(),
+    ),
+    "masked pixels": (
+        mim_loss, normal(2, 8), (normal(2, 8).flip(0), POSITIONS >= 0),
+        lambda x, y, is_masked: ((x - y) ** 2).mean(-1)[is_masked].sum(),
+    ),
     "moc": (
-        moc_loss, normal(2, 7), (CLASSES, POSITIONS),
+        MOC.loss_function, normal(2, 7), (CLASSES, POSITIONS),
         lambda x, classes, _: sum(F.cross_entropy(x[b, k], classes[b, r]) for b, k, r in MASKED),
     ),
     "mrfr": (
-        mrfr_loss, normal(2, 8), (normal(5, 8) + 1, POSITIONS),
+        MRFR.loss_function, normal(2, 8), (normal(5, 8) + 1, POSITIONS),
         lambda x, features, _: sum((x[b, k] - features[b, r]).norm() ** 2 for b, k, r in MASKED),
     ),
 }  # fmt: skip
@@ -74,62 +85,43 @@ CASES: dict[str, Case] = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_loss_equals_its_definition_and_is_the_sum_over_parts(case: Case) -> None:
     loss, output, labels, definition = case
-    torch.testing.assert_close(loss(output, *labels), definition(output, *labels))
+    close(loss(output, *labels), definition(output, *labels))
     parts = [loss(*(t[rows] for t in (output, *labels))) for rows in (slice(0, 1), slice(1, 4), slice(4, 6))]
-    torch.testing.assert_close(torch.stack(parts).sum(), loss(output, *labels))
+    close(torch.stack(parts).sum(), loss(output, *labels))
     total = loss(output[:0].clone().requires_grad_(), *(t[:0] for t in labels))
     total.backward()  # every rank takes part in the backward
     assert total == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "padding"), [("vqa", (-1, 0.7)), ("words", (-100,)), ("moc", (None, -1)), ("mrfr", (None, -1))]
+    ("name", "padding"),
+    [("vqa", (-1, 0.7)), ("words", (-100,)), ("moc", (None, -1)), ("mrfr", (None, -1)), ("masked tokens", (1, 0))],
 )
 def test_padding_adds_neither_loss_nor_gradient(name: str, padding: tuple[float | None, ...]) -> None:
     loss, output, labels, _ = CASES[name]
     wider = (output.clone() if name == "vqa" else F.pad(output, (0, 0, 0, 3), value=7.0)).requires_grad_()
     longer = [t if value is None else F.pad(t, (0, 3), value=value) for t, value in zip(labels, padding, strict=True)]
     total = loss(wider, *longer)
-    torch.testing.assert_close(total, loss(output, *labels))
+    close(total, loss(output, *labels))
     total.backward()
     assert name == "vqa" or not wider.grad[:, 2:].any()  # type: ignore[index]
 
 
-def test_every_module_registers_an_objective_which_the_schema_knows_without_torch() -> None:
+def test_every_module_registers_an_objective_known_without_torch_and_sources_imply_inputs_and_evaluations() -> None:
     kinds = {name: objectives.objective_type(name) for name in OBJECTIVES}
     assert {name: kind.__module__ for name, kind in kinds.items()} == {n: f"pipeline.objectives.{n}" for n in kinds}
     assert all(kind.source_types for kind in kinds.values())
     code = "import sys, pipeline.config.schema as s; assert s.OBJECTIVES; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("override", "fault"),
-    [
-        ("stages.language.objectives={mim: {}}", "mim needs sources of type images or pairs"),
-        ("stages.vision_language.objectives={itm: {}}", "add itc, or set negatives: random"),
-        ("stages.vision_language.objectives={wpa: {}}", "add itm and set negatives: random"),
-        ("stages.vision.image_target=visual_tokens", "image_tokenizer: required"),
-        ("stages.vision_language.objectives={wpa: {}, itm: {every: 2}}", "set the same `every` for both"),
-        ("evaluation.source=pictures", "expected a source of type pairs, labelled"),
-    ],
-)
-def test_unsupported_objective_is_rejected(override: str, fault: str) -> None:
-    negatives = ["stages.vision_language.negatives=random"] if "every" in override else []
-    with pytest.raises(ConfigError, match=fault):
-        objectives.check_objectives(load_config(DEMO, [override, *negatives]))
-
-
-def test_evaluations_and_inputs_are_derived_from_source_types() -> None:
     assert objectives.SOURCE_INPUTS.keys() == set(get_args(SourceType))
     evaluated = [kind for kind in get_args(SourceType) if objectives.evaluation_tasks(None, kind)]
     assert evaluated == ["pairs", "labelled", "questions", "statements"]
     stage = load_config(DEMO).stage_named("vision_language")
     expected = {"pairs": {"retrieval", "matching", "mlm"}, "labelled": {"zero_shot"}, "questions": set()}
     assert {kind: objectives.evaluation_tasks(stage, kind) for kind in expected} == expected
+    with pytest.raises(ConfigError, match="expected a source of type pairs, labelled"):
+        objectives.check_objectives(load_config(DEMO, ["evaluation.source=pictures"]))
 
-
-# ---- ITC
 
 PAIRS, WIDTH = 12, 6
 DISTINCT, REPEATED = torch.arange(PAIRS), torch.tensor([0, 1, 2, 0, 4, 5, 1, 1, 8, 9, 10, 0])
@@ -148,14 +140,13 @@ def test_itc_of_distinct_images_is_the_plain_symmetric_cross_entropy_on_any_rank
     for ranks in (2, 4):
         cut = features()
         parts = torch.stack([itc_loss(*cut, REPEATED, rows) for rows in DISTINCT.chunk(ranks)]).sum()
-        torch.testing.assert_close(parts, expected)
-        gradients = torch.autograd.grad(expected, whole, retain_graph=True)
-        torch.testing.assert_close(torch.autograd.grad(parts, cut), gradients)
+        close(parts, expected)
+        close(torch.autograd.grad(parts, cut), torch.autograd.grad(expected, whole, retain_graph=True))
     logits = scale * image @ text.T
     plain = F.cross_entropy(logits, DISTINCT, reduction="sum") + F.cross_entropy(logits.T, DISTINCT, reduction="sum")
-    torch.testing.assert_close(itc_loss(image, text, scale, DISTINCT), plain / 2)
+    close(itc_loss(image, text, scale, DISTINCT), plain / 2)
     order = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(itc_loss(image[order], text[order], scale, REPEATED[order]), expected)
+    close(itc_loss(image[order], text[order], scale, REPEATED[order]), expected)
     same = torch.ones(PAIRS, WIDTH) / WIDTH**0.5
     assert itc_loss(same, same, scale, DISTINCT).item() == pytest.approx(PAIRS * math.log(PAIRS), rel=1e-5)
     rounded = [tensor.bfloat16() for tensor in (image, text, scale)]
@@ -172,27 +163,19 @@ def test_trap_03_equal_images_are_never_negatives() -> None:
             total -= (scale * candidates[others] @ query).log_softmax(0)[others.index(i)].item() / 2
     assert itc_loss(image, text, scale, REPEATED).item() == pytest.approx(total, rel=1e-5)
     of_one_image = itc_loss(image, text, scale, torch.zeros(PAIRS, dtype=torch.int64))
-    assert of_one_image == 0
-    assert not any(gradient.any() for gradient in torch.autograd.grad(of_one_image, [image, text]))
-
-
-# ---- ITM
-
-
-def logits(rows: int, columns: int, scale: float = 3.0) -> Tensor:
-    return scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    assert not any(value.any() for value in (of_one_image, *torch.autograd.grad(of_one_image, [image, text])))
 
 
 def test_negatives_follow_the_softmax_over_other_images_if_it_is_finite_on_any_ranks() -> None:
     image_id, draws = torch.tensor([0, 1, 2, 1, 4, 5]), 20_000
     evenly, row_id = (torch.arange(draws) + 0.5) / draws, torch.ones(draws, dtype=torch.int64)
     for poison in (None, math.nan, math.inf, -math.inf):
-        similarity = logits(1, 6) if poison is None else torch.full((1, 6), poison)
+        similarity = 3 * normal(6)[:1] if poison is None else torch.full((1, 6), poison)
         drawn = draw_negatives(similarity.expand(draws, -1), row_id, image_id, evenly)
         scores = similarity[0] if poison is None else torch.zeros(6)
         expected = scores.masked_fill(image_id == 1, -math.inf).softmax(0)
-        torch.testing.assert_close(torch.bincount(drawn, minlength=6) / draws, expected, rtol=0, atol=1e-4)
-    similarity, ids = logits(12, 12), torch.arange(12) // 2
+        close(torch.bincount(drawn, minlength=6) / draws, expected, rtol=0, atol=1e-4)
+    similarity, ids = 3 * normal(24).view(12, 12), torch.arange(12) // 2
     uniform = torch.rand(12, generator=torch.Generator().manual_seed(1))
     parts = zip(similarity.chunk(4), ids.chunk(4), uniform.chunk(4), strict=True)
     drawn = torch.cat([draw_negatives(rows, row_id, ids, numbers) for rows, row_id, numbers in parts])
@@ -203,11 +186,11 @@ def test_negatives_follow_the_softmax_over_other_images_if_it_is_finite_on_any_r
 def test_trap_02_and_03_equal_image_is_never_drawn_and_confident_rows_still_draw(scale: float) -> None:
     image_id, row_id = torch.arange(50) // 3, torch.arange(40) // 3
     for uniform in (0.0, 0.3, 1 - 2**-24, 1 - 2**-53):
-        drawn = draw_negatives(logits(40, 50, scale), row_id, image_id, torch.full((40,), uniform, dtype=torch.float64))
-        assert (image_id[drawn] != row_id).all()
+        similarity, draws = scale * normal(40, 50)[0], torch.full((40,), uniform, dtype=torch.float64)
+        assert (image_id[draw_negatives(similarity, row_id, image_id, draws)] != row_id).all()
     similarity = torch.tensor([[-1e4, -1e4, 1e4, -1e4]])
     assert draw_negatives(similarity, torch.tensor([2]), torch.arange(4), torch.tensor([0.9])).item() == 3
-    drawn = draw_negatives(logits(3, 3, scale), torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 0.5, 0.999]))
+    drawn = draw_negatives(scale * normal(3)[:3], torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 0.5, 0.999]))
     assert ((drawn >= 0) & (drawn < 3)).all(), "a batch of one image draws among all"
 
 
@@ -234,13 +217,12 @@ def test_random_negative_has_the_same_source_and_another_image_whatever_else_the
         assert matched_examples(examples, stage).sum() == len(examples) / 2
 
 
-# ---- MIM: 8 images of side 12, of which 5 patches of side 4 are masked
-
+# MIM: 8 images of side 12, of which 5 patches of side 4 are masked.
 IMAGE = torch.randint(0, 256, (8, 12, 12, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 HIDDEN = torch.rand(8, 9, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :5]
 
 
-def test_targets_are_the_colour_class_or_the_normalized_pixels_of_a_patch() -> None:
+def test_targets_are_the_colour_class_or_normalized_pixels_of_a_patch_and_paint_it_if_predicted_perfectly() -> None:
     assert torch.equal(unpatchify(patchify(IMAGE, 4), 4), IMAGE)
     assert torch.equal(patchify(IMAGE, 4)[0, 5].view(4, 4, 3), IMAGE[0, 4:8, 8:12])
     image = torch.zeros(1, 12, 12, 3, dtype=torch.uint8)
@@ -250,28 +232,80 @@ def test_targets_are_the_colour_class_or_the_normalized_pixels_of_a_patch() -> N
     assert classes.tolist() == [[0o701, 0o074, 0, 0o333]], "the three highest bits per channel of the mean"
     pixels = patch_targets(IMAGE, HIDDEN, 4, "pixels")
     assert (pixels.shape, pixels.dtype) == ((8, 5, 48), torch.float32)
-    torch.testing.assert_close(pixels.mean(dim=-1), torch.zeros(8, 5), rtol=0, atol=1e-5)
-    torch.testing.assert_close(pixels.var(dim=-1), torch.ones(8, 5), rtol=1e-4, atol=0)
+    close(pixels.mean(dim=-1), torch.zeros(8, 5), rtol=0, atol=1e-5)
+    close(pixels.var(dim=-1), torch.ones(8, 5), rtol=1e-4, atol=0)
+    of_means = mim_loss(torch.zeros_like(pixels), pixels).item()
+    assert of_means == pytest.approx(8 * 5 * 47 / 48, rel=1e-4), "patches predicted as their mean cost one each"
+    assert (reconstruct(IMAGE, HIDDEN, pixels, 4).int() - IMAGE.int()).abs().max() <= 1
+    colours = patch_targets(IMAGE, HIDDEN, 4, "mean_colour")
+    painted = reconstruct(IMAGE, HIDDEN, F.one_hot(colours, 512).float(), 4)
+    assert torch.equal(patch_targets(painted, HIDDEN, 4, "mean_colour"), colours)
+    is_hidden = torch.zeros(8, 9, dtype=torch.bool).scatter(1, HIDDEN, True)
+    assert torch.equal(patchify(painted, 4)[~is_hidden], patchify(IMAGE, 4)[~is_hidden])
     of_one_colour = torch.full((1, 12, 12, 3), 77, dtype=torch.uint8)
     assert patch_targets(of_one_colour, torch.tensor([[3]]), 4, "pixels").abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(("kind", "width"), [("pixels", 48), ("mean_colour", 512)])
-def test_mim_loss_is_a_sum_over_patches_that_are_not_padding(kind: str, width: int) -> None:
-    target, prediction = patch_targets(IMAGE, HIDDEN, 4, kind), torch.randn(8, 5, width)
-    is_masked = torch.arange(5).expand(8, -1) < 3
-    torch.testing.assert_close(mim_loss(prediction, target, is_masked), mim_loss(prediction[:, :3], target[:, :3]))
-    parts = [mim_loss(p, t) for p, t in zip(prediction.chunk(4), target.chunk(4), strict=True)]
-    torch.testing.assert_close(torch.stack(parts).sum(), mim_loss(prediction, target))
-    if kind == "pixels":  # patches that are predicted as their mean cost one each
-        assert mim_loss(torch.zeros_like(target), target).item() == pytest.approx(8 * 5 * 47 / 48, rel=1e-4)
+# WPA: 3 examples of 6 words and 8 patches with features of width 5.
+ALIGNED = {"words": normal(6, 5)[:3], "patches": normal(8, 5)[3:]}
+ALIGNED["words_keep"] = torch.arange(6) < torch.tensor([6, 4, 1])[:, None]
+ALIGNED["patches_keep"] = torch.arange(8) < torch.tensor([5, 8, 3])[:, None]
+MATCHED = torch.tensor([True, False, True])
 
 
-def test_perfect_predictions_paint_the_image_or_its_colours_and_leave_the_rest() -> None:
-    painted = reconstruct(IMAGE, HIDDEN, patch_targets(IMAGE, HIDDEN, 4, "pixels"), 4)
-    assert (painted.int() - IMAGE.int()).abs().max() <= 1
-    classes = patch_targets(IMAGE, HIDDEN, 4, "mean_colour")
-    painted = reconstruct(IMAGE, HIDDEN, F.one_hot(classes, 512).float(), 4)
-    assert torch.equal(patch_targets(painted, HIDDEN, 4, "mean_colour"), classes)
-    is_hidden = torch.zeros(8, 9, dtype=torch.bool).scatter(1, HIDDEN, True)
-    assert torch.equal(patchify(painted, 4)[~is_hidden], patchify(IMAGE, 4)[~is_hidden])
+def plan_of(words: Tensor, patches: Tensor, words_keep: Tensor, patches_keep: Tensor) -> Tensor:
+    return wpa_plan(wpa_cost(words, patches), words_keep, patches_keep)
+
+
+def gradients(features: dict[str, Tensor], matched: Tensor = MATCHED) -> tuple[Tensor, ...]:
+    leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in features.items()}
+    return torch.autograd.grad(wpa_loss(**leaves, matched=matched), [leaves["words"], leaves["patches"]])
+
+
+def test_transport_plan_has_uniform_marginals_is_nearly_optimal_and_is_not_changed_by_padding() -> None:
+    plan = plan_of(**ALIGNED)
+    for side, keep in ((2, ALIGNED["words_keep"]), (1, ALIGNED["patches_keep"])):
+        close(plan.sum(dim=side), keep / keep.sum(dim=1, keepdim=True), rtol=0.02, atol=1e-4)
+    cost = torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(3))
+    keep = torch.ones(1, 5, dtype=torch.bool)
+    # For equal numbers of words and patches the optimal plan is a permutation, which scipy finds exactly.
+    best = cost[0].numpy()[linear_sum_assignment(cost[0].numpy())].mean()
+    assert best - 1e-4 <= (cost * wpa_plan(cost, keep, keep, outer=500)).sum().item() <= 1.01 * best
+    longer = {
+        "words": F.pad(ALIGNED["words"], (0, 0, 0, 2), value=9.0),
+        "patches": F.pad(ALIGNED["patches"], (0, 0, 0, 3), value=-7.0),
+        "words_keep": F.pad(ALIGNED["words_keep"], (0, 2)),
+        "patches_keep": F.pad(ALIGNED["patches_keep"], (0, 3)),
+    }
+    close(plan_of(**longer)[:, :6, :8], plan)
+    for mine, other in zip(gradients(ALIGNED), gradients(longer), strict=True):
+        close(other[:, : mine.shape[1]], mine)
+        assert not other[:, mine.shape[1] :].any()
+
+
+def test_trap_10_example_of_only_padding_has_no_gradient_and_half_precision_is_computed_in_float32() -> None:
+    """For a caption of only [CLS] and [SEP] the published code divides by zero words."""
+    for side in ("words_keep", "patches_keep"):
+        padded = ALIGNED | {side: ALIGNED[side].index_fill(0, torch.tensor([1]), False)}
+        assert not plan_of(**padded)[1].any()
+        assert wpa_loss(**padded, matched=MATCHED).isfinite()
+        for gradient in gradients(padded):
+            assert gradient.isfinite().all()
+            assert [bool(row.any()) for row in gradient[:2]] == [True, False]
+    rounded = {name: t.bfloat16() if t.is_floating_point() else t for name, t in ALIGNED.items()}
+    exact = {name: t.float() if t.is_floating_point() else t for name, t in rounded.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan, loss = plan_of(**rounded), wpa_loss(**rounded, matched=MATCHED)
+    assert plan.dtype == loss.dtype == torch.float32
+    close(plan, plan_of(**exact))
+
+
+def test_alignment_loss_is_signed_by_the_match_and_its_plan_is_a_constant() -> None:
+    plan, words = plan_of(**ALIGNED), ALIGNED["words"].clone().requires_grad_()
+    distance = (wpa_cost(words, ALIGNED["patches"]) * plan).sum(dim=(1, 2))
+    expected = distance[0] - distance[1] + distance[2]
+    close(wpa_loss(**ALIGNED, matched=MATCHED), expected)
+    close(gradients(ALIGNED)[0], *torch.autograd.grad(expected, words))
+    none = {name: t[:0] for name, t in ALIGNED.items()}
+    assert wpa_loss(**none, matched=MATCHED[:0]) == 0
+    assert gradients(none, MATCHED[:0])[0].shape == (0, 6, 5)

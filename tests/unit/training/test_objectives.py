@@ -16,7 +16,7 @@ from pipeline.data.contents.text import SPECIALS
 from pipeline.data.storage import Storage
 from pipeline.models import skeleton
 from pipeline.models.model import HeadConfig
-from pipeline.objectives import Objective, head_config, objective_type, trained_modules
+from pipeline.objectives import Objective, objective_type, trained_modules
 from pipeline.objectives.itm import matched_examples
 from pipeline.objectives.wpa import wpa_loss
 from pipeline.training.collectives import Collectives
@@ -64,76 +64,81 @@ def test_error_of_gradients_equals_the_tolerance_where_c2_is_just_met() -> None:
     assert misshapen == {"a": math.inf, "b": math.inf, "c": math.inf}
 
 
-# ---- images: masked, decoded or classified patches
-
 MASKING = {"image_mask_ratio": 0.3, "mask_token_prob": 0.5, "random_patch_prob": 0.3}
-VARIANTS: dict[str, dict[str, Any]] = {
+TOKENIZER = {"weights": "nowhere", "tokens": VISUAL_TOKENS}
+IMAGES: dict[str, dict[str, Any]] = {
     "covered": {"image_target": "mean_colour"},
     "shown in part": {"image_target": "mean_colour", "masking": MASKING},
     "decoded": {"image_target": "pixels", "image_decoder": {"width": 16, "layers": 1, "heads": 2}},
-    "named by tokens": {
-        "image_target": "visual_tokens", "image_tokenizer": {"weights": "nowhere", "tokens": VISUAL_TOKENS}
-    },
+    "named by tokens": {"image_target": "visual_tokens", "image_tokenizer": TOKENIZER},
     "classified": {},
-}  # fmt: skip
+}
+VARIANTS = IMAGES | {"contrasted": {}}
+SOURCES: dict[str, Any] = {"classified": ("labelled", "classification"), "contrasted": ("pairs", "itc")}
 
 
-def run_config(kind: str, variant: str = "", micro_batch_size: int | None = None, **stage: Any) -> RunConfig:
-    source_type, objective = ("labelled", "classification") if variant == "classified" else ("images", "mim")
-    model = {"drop_path": 0.3} | ({} if kind == "vilt" else {"image_size": 24})
-    engine = {"micro_batch_size": micro_batch_size}
-    return tiny_run(kind, source_type, {objective: {}}, model, engine, **VARIANTS.get(variant, {}), **stage)
+def run_config(kind: str, variant: str, micro_batch_size: int | None = None) -> RunConfig:
+    source_type, objective = SOURCES.get(variant, ("images", "mim"))
+    model, engine = {"drop_path": 0.3, "image_size": 24}, {"micro_batch_size": micro_batch_size}
+    return tiny_run(kind, source_type, {objective: {}}, model, engine, **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", ["vlmo", "vit"])
-def test_micro_batches_have_the_whole_gradient_of_the_trained_parameters(
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [*(("vlmo", name) for name in VARIANTS), *(("vit", name) for name in IMAGES), ("dual_encoder", "contrasted")],
+)
+def test_trap_12_micro_batches_have_the_whole_gradient_and_an_encoder_reads_no_decoded_patch(
     kind: str, variant: str, collectives: Collectives
 ) -> None:
     results: list[tuple[dict[str, Tensor], float]] = []
-    for micro_batch_size in (None, 5):
+    for micro_batch_size in (5, None):
         config = run_config(kind, variant, micro_batch_size)
+        check_stages(config)
         begun = begin(config, collectives)
-        batch = begun.batch
-        if config.stages[0].masking.mask_token_prob < 1:  # some masked patches show another patch
+        batch, heads = begun.batch, begun.engine.model.heads
+        if variant == "shown in part":  # some masked patches show another patch
             shown = torch.randint(0, 9, batch.patch_positions.shape, generator=torch.Generator().manual_seed(3))
             batch = replace(batch, patch_replacements=shown.index_fill(1, torch.tensor([0]), -1))
         loss = float(begun.step(batch)["loss"])
         results.append(({name: g / begun.step.accumulation for name, g in begun.engine.gradients().items()}, loss))
-    (whole, loss), (parts, loss_of_parts) = results
-    assert loss_of_parts == pytest.approx(loss, rel=1e-5)
+    (parts, same_loss), (whole, loss) = results
+    assert same_loss == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
     trained = {name for name, parameter in begun.engine.model.named_parameters() if parameter.requires_grad}
     assert whole.keys() == trained
+    tokens = VISUAL_TOKENS if variant == "named by tokens" else 0
+    assert (heads.visual_tokens, heads.image_decoder is not None) == (tokens, variant == "decoded")
+    if variant == "decoded":
+        (forward,) = begun.engine.forwards.values()
+        both = torch.cat([forward.visible_patches, forward.patch_positions], dim=1)
+        assert torch.equal(both.sort(dim=1).values, torch.arange(9).expand(ROWS, -1))
 
 
-def test_encoder_reads_no_patch_that_the_decoder_predicts(collectives: Collectives) -> None:
-    begun = begin(run_config("vlmo", "decoded"), collectives)
-    begun.step(begun.batch)
-    (forward,) = begun.engine.forwards.values()
-    both = torch.cat([forward.visible_patches, forward.patch_positions], dim=1)
-    assert torch.equal(both.sort(dim=1).values, torch.arange(9).expand(ROWS, -1))
-    assert head_config(run_config("vit", "named by tokens"), 0).visual_tokens == VISUAL_TOKENS
-    assert head_config(run_config("vit", "decoded"), 0).image_decoder is not None
-    for kind in ("vlmo", "vit"):
-        check_stages(run_config(kind, "decoded"))
+MIM, ITM_EVERY_2 = {"mim": {}}, {"wpa": {}, "itm": {"every": 2}}
 
 
 @pytest.mark.parametrize(
-    ("kind", "variant", "keys", "fault"),
+    ("kind", "source_type", "objectives", "keys", "fault"),
     [
-        ("vit", "", {"image_decoder": {}, "masking": MASKING}, "reads no masked patch"),
-        ("vilt", "", {"image_decoder": {}}, "supported by models of kind vlmo and vit"),
-        ("vilt", "", {"masking": {"patch_shape": "blocks"}}, "blocks are defined on square images"),
-        ("vilt", "", {"image_target": "visual_tokens"}, "image_target: visual_tokens are defined on square images"),
-        ("vit", "classified", {"num_classes": None}, "num_classes: required"),
-        ("vit", "", {"masking": {"mask_token_prob": 0.8, "random_patch_prob": 0.3}}, "exceeds 1"),
-        ("vit", "", {"image_decoder": {"heads": 7}}, "multiple of heads 7"),
+        ("vit", "images", MIM, {"image_decoder": {}, "masking": MASKING}, "reads no masked patch"),
+        ("vilt", "images", MIM, {"image_decoder": {}}, "supported by models of kind vlmo and vit"),
+        ("vilt", "images", MIM, {"masking": {"patch_shape": "blocks"}}, "blocks are defined on square images"),
+        ("vilt", "images", MIM, {"image_target": "visual_tokens"}, "visual_tokens are defined on square images"),
+        ("vlmo", "images", MIM, {"image_target": "visual_tokens"}, "image_tokenizer: required"),
+        ("vit", "labelled", {"classification": {}}, {"num_classes": None}, "num_classes: required"),
+        ("vit", "images", MIM, {"masking": {"mask_token_prob": 0.8, "random_patch_prob": 0.3}}, "exceeds 1"),
+        ("vit", "images", MIM, {"image_decoder": {"heads": 7}}, "multiple of heads 7"),
+        ("vlmo", "text", MIM, {}, "mim needs sources of type images or pairs"),
+        ("vlmo", "pairs", {"itm": {}}, {"negatives": "hard"}, "add itc, or set negatives: random"),
+        ("vlmo", "pairs", {"wpa": {}}, {}, "add itm and set negatives: random"),
+        ("vlmo", "pairs", ITM_EVERY_2, {"negatives": "random"}, "set the same `every` for both"),
     ],
 )
-def test_unsupported_stage_is_rejected(kind: str, variant: str, keys: dict[str, Any], fault: str) -> None:
+def test_unsupported_stage_is_rejected(
+    kind: str, source_type: Any, objectives: dict[str, Any], keys: dict[str, Any], fault: str
+) -> None:
     with pytest.raises(ConfigError, match=fault):
-        check_stages(run_config(kind, variant, **keys))
+        check_stages(tiny_run(kind, source_type, objectives, **keys))
 
 
 def test_vit_has_the_published_size_and_masking_and_its_alternatives_can_be_built(tmp_path: Path) -> None:
@@ -147,9 +152,9 @@ def test_vit_has_the_published_size_and_masking_and_its_alternatives_can_be_buil
         assert sizes == [224, 384]
         config = config.model_copy(update={"output": str(tmp_path)})
         assert choose_tokenizer(config, Storage()).tokens == SPECIALS, "the stages read no text"
-    stage = masked.stages[0]
-    probabilities = (stage.masking.image_mask_ratio, stage.masking.mask_token_prob, stage.masking.random_patch_prob)
-    assert (probabilities, stage.image_target) == ((0.5, 0.8, 0.1), "mean_colour")
+    masking, target = masked.stages[0].masking, masked.stages[0].image_target
+    probabilities = (masking.image_mask_ratio, masking.mask_token_prob, masking.random_patch_prob)
+    assert (probabilities, target) == ((0.5, 0.8, 0.1), "mean_colour")
     mae = ("masking={image_mask_ratio: 0.75}", "image_decoder={}", "image_target=pixels")
     blocks, tokenizer = "masking={image_mask_ratio: 0.4, patch_shape: blocks}", "image_tokenizer={weights: nowhere}"
     for keys in (mae, (blocks, tokenizer, "image_target=visual_tokens")):  # the latter is BEiT
@@ -157,17 +162,10 @@ def test_vit_has_the_published_size_and_masking_and_its_alternatives_can_be_buil
         check_stages(load_config(CONFIGS / "vit_b16_masked_patches.yaml", overrides))
 
 
-# ---- ViLT's pairs and ImageBERT's regions
-
-
-def vilt_trial(collectives: Collectives, objectives: dict[str, Any], **stage: Any) -> TrialState:
-    """Begin a trial on a batch in which every example is another one."""
-    config = tiny_run("vilt", "pairs", objectives, negatives="random", **stage)
-    return begin(config, collectives)._replace(batch=trials.invented_batch(config.model, "pairs", 1, ROWS))
-
-
 def test_wpa_reads_the_forward_of_itm(collectives: Collectives) -> None:
-    begun, outputs = vilt_trial(collectives, {"itm": {}, "wpa": {"weight": 0.1}}), list[Any]()
+    config = tiny_run("vilt", "pairs", {"itm": {}, "wpa": {"weight": 0.1}}, negatives="random")
+    begun, outputs = begin(config, collectives), list[Any]()
+    begun = begun._replace(batch=trials.invented_batch(config.model, "pairs", 1, ROWS))  # every example is another one
     hook = begun.engine.model.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     losses = begun.step(begun.batch)
     hook.remove()
@@ -184,7 +182,7 @@ def test_wpa_reads_the_forward_of_itm(collectives: Collectives) -> None:
 
 
 def test_masked_patches_are_read_with_their_text(collectives: Collectives) -> None:
-    begun = vilt_trial(collectives, {"mim": {}}, image_target="mean_colour")
+    begun = begin(tiny_run("vilt", "pairs", {"mim": {}}, image_target="mean_colour"), collectives)
     mim, batch = begun.step.objectives["mim"], begun.batch
     assert mim.forwards(batch)["hidden"].text is batch.text
     assert int(mim.count(batch)) == int((batch.patch_positions >= 0).sum())
