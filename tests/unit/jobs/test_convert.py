@@ -330,13 +330,11 @@ def test_interpolation_is_read_from_the_processor_config_and_quantised_tensors_a
     assert not Path("out").exists()
 
 
-WRONG_NAMES = [[7], {}, 1.5, True, "7", "\ud83d", "c\nd", None]
-
-
 def test_unusable_tokens_and_labels_are_rejected_or_dropped() -> None:
     case, _, path, folder = publish("BERT")
     (folder / "vocab.txt").unlink()
-    for wrong in WRONG_NAMES:
+    wrong_names = [[7], {}, 1.5, True, "7", "\ud83d", "c\nd", None]
+    for wrong in wrong_names:
         ids: dict[str, Any] = {token: number for number, token in enumerate(TOKENS[:-1])}
         ids |= {wrong: len(ids)} if wrong in ("\ud83d", "c\nd") else {TOKENS[-1]: wrong}
         (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": ids}}))
@@ -345,7 +343,7 @@ def test_unusable_tokens_and_labels_are_rejected_or_dropped() -> None:
         assert not Path("out").exists(), wrong
     case, _, path, folder = publish("ViT, classes")
     labels = json.loads((folder / "config.json").read_text())["id2label"]
-    for number, wrong in enumerate(WRONG_NAMES):
+    for number, wrong in enumerate(wrong_names):
         change(folder / "config.json", id2label={**labels, "0": wrong})
         with pytest.raises(MomeError) if wrong == "\ud83d" else nullcontext():  # no UTF-8 text
             import_weights(path, case.format, f"out{number}")

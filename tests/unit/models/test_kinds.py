@@ -26,7 +26,6 @@ from tests.support import forwards as tiny
 from tests.support.forwards import LENGTH, MODELS, PATCH, ROWS, SIZES, VOCABULARY, forwards, gradients, run, values
 
 close, near = torch.testing.assert_close, partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
-READS_TEXT = pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith("vit")], indirect=True)
 
 
 @pytest.fixture(params=MODELS)
@@ -66,7 +65,7 @@ def test_forwards_equal_each_alone_each_head_alone_and_each_example_alone(model:
     assert gradients(model, none).keys() == expected.keys()
 
 
-@READS_TEXT
+@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith("vit")], indirect=True)
 def test_trap_10_padding_of_texts_is_never_read_and_only_padding_is_finite(model: Any, inputs: dict[str, Any]) -> None:
     short = {key: one for key, one in inputs.items() if one.text is not None}
     longer = {}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
 from torch.nn import functional as F
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
@@ -32,7 +31,7 @@ SIZES: dict[str, Any] = {"width": 24, "layers": 3, "heads": 2, "image_size": 24,
 VIT = ViTConfig(**SIZES, drop_path=0.2)
 RELATIVE = VLMoConfig(**SIZES, vision_language_layers=1, max_text_length=8)
 ABSOLUTE = RELATIVE.model_copy(update={"positions": "absolute"})
-ROWS, PATCHES = 3, 9
+ROWS, PATCHES, TOKENS = 3, 9, 29  # those of a frozen DALL-E encoder, which gives each patch its target
 POSITIONS = torch.tensor([[0, 4], [2, 8], [3, 5]])
 DECODER = ImageDecoderConfig(width=16, layers=2, heads=2)
 IMAGES = torch.randint(0, 256, (ROWS, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -122,9 +121,6 @@ def test_decoder_predicts_each_patch_by_its_position_has_sine_positions_and_igno
     torch.testing.assert_close(decoder(padded, longer, masked), decoder(features, visible, masked))
 
 
-TOKENS = 29  # of a frozen DALL-E encoder, which gives each patch its target
-
-
 @pytest.fixture
 def theirs() -> FlavaImageCodebook:
     model = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=4, num_blocks_per_group=1, vocab_size=TOKENS))
@@ -143,14 +139,10 @@ def files(theirs: FlavaImageCodebook, tmp_path: Path) -> tuple[bytes, bytes, str
     return (tmp_path / "config.json").read_bytes(), (tmp_path / "model.safetensors").read_bytes(), str(tmp_path)
 
 
-def coloured(side: int) -> Tensor:
-    colours = torch.randint(0, 256, (3, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return colours.repeat_interleave(side // 4, dim=1).repeat_interleave(side // 4, dim=2)
-
-
 def test_tokens_equal_hugging_face_and_depend_on_no_name_other_image_or_random_number(theirs: Any, files: Any) -> None:
-    before, image, (config, weights, origin) = torch.get_rng_state(), coloured(32), files
-    tokenizer = read_tokenizer(*files)
+    colours = torch.randint(0, 256, (3, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    small, image = (colours.repeat_interleave(n, dim=1).repeat_interleave(n, dim=2) for n in (4, 8))
+    before, tokenizer, (config, weights, origin) = torch.get_rng_state(), read_tokenizer(*files), files
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
     mapped = (image.permute(0, 3, 1, 2) / 255) * 0.8 + 0.1  # DALL-E's pixel transform
@@ -165,12 +157,9 @@ def test_tokens_equal_hugging_face_and_depend_on_no_name_other_image_or_random_n
     assert "blocks.group_1.block_1.res_path.conv_1.w" in published
     assert torch.equal(read_tokenizer(config, save(published), origin)(image, 4), tokens)
     # Images are tokenised independently, and resized to the grid: 224 pixels to 112 for 14 x 14 patches in BEiT.
-    small = coloured(16)
-    large = small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     assert torch.equal(tokens, torch.cat([tokenizer(image[:1], 4), tokenizer(image[1:], 4)]))
-    shapes = [tokenizer(pixels, grid).shape for pixels, grid in ((image[:0], 4), (image[:0], 2), (large, 4))]
-    assert shapes == [(0, 16), (0, 4), (3, 16)]
-    assert (tokenizer(large, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to the blur of smoothing
+    assert [tokenizer(image[:0], grid).shape for grid in (4, 2)] == [(0, 16), (0, 4)]
+    assert (tokenizer(image, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to the blur of smoothing
 
 
 def test_files_that_are_no_tokenizer_and_mutated_ones_raise_checkpoint_errors(files: tuple[bytes, bytes, str]) -> None:

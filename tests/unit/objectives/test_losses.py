@@ -128,7 +128,6 @@ DISTINCT, REPEATED = torch.arange(PAIRS), torch.tensor([0, 1, 2, 0, 4, 5, 1, 1, 
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
-    """Return unit vectors of images and texts, and the logit scale."""
     generator = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(PAIRS, WIDTH, generator=generator), dim=-1) for _ in range(2))
     return image.requires_grad_(), text.requires_grad_(), torch.tensor(14.0, requires_grad=True)

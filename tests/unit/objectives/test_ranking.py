@@ -10,24 +10,22 @@ from pipeline.objectives.ranking import draw_distinct_negatives
 from pipeline.training.collectives import Collectives
 from tests.support.trial import ROWS, Cell, begin, invented_batch, trial_config
 
-
-def keys(rows: int, candidates: int) -> torch.Tensor:
-    return torch.rand(rows, candidates, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+KEYS = torch.rand(600, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def test_negative_texts_are_distinct_of_other_images_if_there_are_enough_and_uniform() -> None:
     image_id = torch.tensor([3, 3, 5, 6, 7, 8, 9, 9])
-    drawn = draw_distinct_negatives(keys(8, 8), image_id, image_id, 4)
+    drawn = draw_distinct_negatives(KEYS[:8], image_id, image_id, 4)
     assert (image_id[drawn] != image_id[:, None]).all()
     assert all(len(row.unique()) == 4 for row in drawn)
-    assert torch.equal(draw_distinct_negatives(keys(8, 8)[2:5], image_id[2:5], image_id, 4), drawn[2:5])
-    drawn = draw_distinct_negatives(keys(3, 3), torch.arange(3), torch.arange(3), 5)
+    assert torch.equal(draw_distinct_negatives(KEYS[2:5], image_id[2:5], image_id, 4), drawn[2:5])
+    drawn = draw_distinct_negatives(KEYS[:3, :3], torch.arange(3), torch.arange(3), 5)
     for row, others in enumerate(drawn.tolist()):
         assert set(others) == {0, 1, 2} - {row}
         assert others[:2] == others[2:4]
     equal = torch.zeros(3, dtype=torch.int64)
-    assert draw_distinct_negatives(keys(3, 3), equal, equal, 2).shape == (3, 2)
-    drawn = draw_distinct_negatives(keys(600, 6), torch.zeros(600), torch.arange(6), 2)
+    assert draw_distinct_negatives(KEYS[:3, :3], equal, equal, 2).shape == (3, 2)
+    drawn = draw_distinct_negatives(KEYS[:, :6], torch.zeros(600), torch.arange(6), 2)
     counts = torch.bincount(drawn.flatten(), minlength=6)
     assert counts[0] == 0
     assert ((counts[1:] - 240).abs() < 60).all()

@@ -4,7 +4,7 @@ Models with Hugging Face's random weights equal Hugging Face's models (C8), and 
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,20 +117,21 @@ def inputs(format_name: str) -> dict[str, Tensor]:
 
 
 def ours(case: Case, given: dict[str, Tensor]) -> ForwardInput:
-    one = ForwardInput((case.head,), text=given.get("input_ids"), text_keep=KEEP if "input_ids" in given else None)
-    if (pixels := given.get("pixel_values")) is not None:
-        one = replace(one, image=pixels.permute(0, 2, 3, 1), image_size=SIZES if "pixel_mask" in given else None)
-    positions = {"mlm": {"mask_positions": EVERYWHERE}, "mim": {"patch_positions": MASKED}}.get(case.head, {})
+    members: dict[str, Any] = {"mask_positions": EVERYWHERE} if case.head == "mlm" else {}
+    if "input_ids" in given:
+        members |= {"text": given["input_ids"], "text_keep": KEEP}
+    if "pixel_values" in given:
+        members["image"] = given["pixel_values"].permute(0, 2, 3, 1)
+        members |= {"image_size": SIZES} if "pixel_mask" in given else {}
     if case.head == "nlvr2":
-        assert one.image is not None
-        positions = {"second_image": one.image[SECOND], "second_image_size": SIZES[SECOND]}
-    return replace(one, **positions)  # type: ignore[arg-type]
+        members |= {"second_image": members["image"][SECOND], "second_image_size": SIZES[SECOND]}
+    return ForwardInput((case.head,), **members, patch_positions=MASKED if case.head == "mim" else None)
 
 
 def expected(case: Case, model: Any, given: dict[str, Tensor]) -> Tensor:
     """Return the output of Hugging Face's model that our head has."""
     if case.head == "nlvr2":
-        given |= {name: torch.stack([given[name], given[name][SECOND]], 1) for name in ("pixel_values", "pixel_mask")}
+        given = given | {n: torch.stack([given[n], given[n][SECOND]], 1) for n in ("pixel_values", "pixel_mask")}
     if case.head == "mim":
         return model(**given, bool_masked_pos=COVERED).logits.gather(1, MASKED[..., None].expand(-1, -1, TOKENS))
     if case.kind == "BeitForImageClassification":  # whose only trained norm is the pooler's
