@@ -58,13 +58,12 @@ def pair(number: int) -> Members:
     return {"jpg": picture(number), "json": json.dumps({"captions": captions}).encode()}
 
 
-def tar_of(files: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> bytes:
-    """Return a tar of regular files, in the given order, repeated names included."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-        for name, data in files:
+def tar_of(entries: Iterable[tuple], format: int = tarfile.USTAR_FORMAT, encoding: str = "utf-8") -> bytes:
+    """Return a tar of (name, content) of regular files, and (name, b"", type, link target) of others, in that order."""
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w", format=format, encoding=encoding) as tar:
+        for name, data, *others in entries:
             header = tarfile.TarInfo(name)
-            header.size = len(data)
+            header.size, (header.type, header.linkname) = len(data), others or (tarfile.REGTYPE, "")
             tar.addfile(header, io.BytesIO(data))
     return buffer.getvalue()
 

@@ -1,6 +1,5 @@
 """`mome shards` reports what it imports and finds, prints foreign tars as clean text, and adds a detector's regions."""
 
-import io
 import json
 import os
 import tarfile
@@ -23,6 +22,7 @@ from pipeline.data.reading.samples import Sample, iter_samples
 from pipeline.data.shards.tar import clean_name
 from pipeline.data.storage import Storage
 from tests.support.imports import save_image, write_lines
+from tests.support.pairs import pair, tar_bytes, tar_of
 from tests.support.shards_command import FEATURES, facts_of, refuses, run_shards, save_yolos
 
 build = partial(run_shards, "build")
@@ -91,17 +91,13 @@ def test_too_many_missing_entries_leave_nothing_and_options_reach_their_readers_
 
 
 @pytest.fixture
-def foreign(tmp_path: Path, make_pair: Any) -> Path:
+def foreign(tmp_path: Path) -> Path:
     """Pack a pair with a Latin-1 name, one whose caption ends in half an emoji, and a pair of symbolic links."""
     (tmp_path / "shards").mkdir()
-    pairs = {"café": make_pair(0), "cut": make_pair(1) | {"json": b'{"caption": "a \\ud83d"}'}}
-    files = {f"{key}.{extension}": data for key, members in pairs.items() for extension, data in members.items()}
-    with tarfile.open(tmp_path / "shards" / "0.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
-        for name, data in (files | {"link.jpg": None, "link.json": None}).items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = (tarfile.SYMTYPE, "elsewhere") if data is None else (tarfile.REGTYPE, "")
-            info.size = len(data or b"")
-            tar.addfile(info, io.BytesIO(data or b""))
+    pairs = {"café": pair(0), "cut": pair(1) | {"json": b'{"caption": "a \\ud83d"}'}}
+    files = [(f"{key}.{extension}", data) for key, members in pairs.items() for extension, data in members.items()]
+    links = ((f"link.{extension}", b"", tarfile.SYMTYPE, "elsewhere") for extension in ("jpg", "json"))
+    (tmp_path / "shards" / "0.tar").write_bytes(tar_of((*files, *links), encoding="latin-1"))
     return tmp_path / "shards"
 
 
@@ -207,21 +203,19 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pairs(make_pairs, make_pair, monkeypatch: pytest.MonkeyPatch) -> str:
+def pairs(make_pairs, monkeypatch: pytest.MonkeyPatch) -> str:
     def in_this_process(arguments: tuple[Any, ...], shards: dict[str, Any], _: object) -> list[Any]:
         return [RegionActor(*arguments).detect(*shard) for shard in shards.items()]
 
     monkeypatch.setattr("jobs.shards.detection._on_actors", in_this_process)
-    return make_pairs("pairs", [4, 3, 5], planted={(1, 2): {"jpg": BAD, "json": make_pair(0)["json"]}})
+    return make_pairs("pairs", [4, 3, 5], planted={(1, 2): pair(0) | {"jpg": BAD}})
 
 
 def samples(folder: object) -> dict[str, Sample]:
     return {sample.key: sample for sample in iter_samples(Storage(), str(folder))}
 
 
-def test_samples_keep_their_members_and_get_regions(
-    pairs: str, detector: Path, tmp_path: Path, make_pairs, make_pair
-) -> None:
+def test_samples_keep_their_members_and_get_regions(pairs: str, detector: Path, tmp_path: Path, make_pairs) -> None:
     out, report = tmp_path / "out", tmp_path / "bad.jsonl"
     result = run_shards("regions", pairs, out, "--detector", detector, "--regions", 7, "--report", report, "--json")
     facts, finding = json.loads(result.stdout.splitlines()[-1]), json.loads(report.read_text())
@@ -236,17 +230,15 @@ def test_samples_keep_their_members_and_get_regions(
     assert before.keys() - regions.keys() == {"pairs00006"}
     for record in map(parse_regions, regions.values()):
         assert (record.features.shape, record.image_size) == ((7, FEATURES), (24, 24))
-    bad = {"jpg": BAD, "json": make_pair(0)["json"], "npz": b"old"}  # old regions are replaced, or removed
-    old = make_pairs("old", [2], planted={(0, 0): make_pair(1) | {"npz": b"old"}, (0, 1): bad})
+    old = {(0, 0): pair(1) | {"npz": b"old"}, (0, 1): pair(0) | {"jpg": BAD, "npz": b"old"}}  # replaced, or removed
+    old = make_pairs("old", [2], planted=old)
     facts_of("regions", old, tmp_path / "replaced", "--detector", detector)
     intact, damaged = samples(tmp_path / "replaced").values()
     assert parse_regions(intact.members["npz"]).features.shape[1] == FEATURES
     assert "npz" not in damaged.members
 
 
-def test_only_missing_and_replaced_shards_are_processed(
-    pairs: str, detector: Path, tmp_path: Path, make_tar, make_pair
-) -> None:
+def test_only_missing_and_replaced_shards_are_processed(pairs: str, detector: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     whole = facts_of("regions", pairs, out, "--detector", detector)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
@@ -255,7 +247,7 @@ def test_only_missing_and_replaced_shards_are_processed(
     # The record of the bad sample is read from the earlier call.
     assert facts_of("regions", pairs, out, "--detector", detector) == whole
     assert [path.name for path in out.glob("*.tar") if path.stat().st_mtime_ns != kept[path.name]] == ["00000.tar"]
-    (Path(pairs) / "00002.tar").write_bytes(make_tar({"new": make_pair(99)}))
+    (Path(pairs) / "00002.tar").write_bytes(tar_bytes({"new": pair(99)}))
     assert facts_of("regions", pairs, out, "--detector", detector)["num_samples"] == 8
     assert "npz" in samples(out)["new"].members
 

@@ -85,6 +85,9 @@ def test_equal_images_have_equal_ids() -> None:
     named = [image_id_of({"jpg": picture, "json": b'{"image_id": 7}'}) for picture in (b"x", b"y")]
     assert named[0] == named[1] == image_id_of({"jpg": b"z", "json": b'{"image_id": "7"}'})
     assert -(2**63) <= named[0] < 2**63
+    assert image_id_of({"npz": b"x"}) == image_id_of({"npz": b"x", "txt": b"a"}) != image_id_of({"npz": b"y"})
+    for more in ({"json": b'{"image_id": 3}'}, {"jpg": b"j"}):  # regions identify samples without name and image only
+        assert image_id_of(more | {"npz": b"x"}) == image_id_of(more | {"npz": b"y"})
 
 
 # ---- lists of answers and classes

@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents import regions
-from pipeline.data.contents.members import REGIONS, image_id_of
+from pipeline.data.contents.members import REGIONS
 from pipeline.data.contents.regions import RegionRecord, parse_regions, regions_of
 from pipeline.data.quarantine import BadSample
 from pipeline.objectives import check_objectives
@@ -169,13 +169,6 @@ def test_regions_that_are_missing_or_do_not_fit_the_model_name_the_remedy() -> N
     ):
         with pytest.raises(BadSample, match=reason):
             regions_of(sample, features, classes)
-
-
-def test_samples_without_image_are_identified_by_regions() -> None:
-    one, other, named = packed(), packed(confidences=None), {"json": b'{"image_id": 3}'}
-    assert image_id_of({"npz": one}) == image_id_of({"npz": one, "txt": b"a caption"}) != image_id_of({"npz": other})
-    assert image_id_of(named | {"npz": one}) == image_id_of(named | {"npz": other})
-    assert image_id_of({"npz": one, "jpg": b"j"}) == image_id_of({"npz": other, "jpg": b"j"})
 
 
 # ---- captions with regions through the loader

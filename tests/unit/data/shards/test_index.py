@@ -30,7 +30,7 @@ NAMES = [
     *(b"caf\xe9", b"caf\\xe9", b"\xff\xfe", b"\\xff", b"a\\\xe9", b"\xed\xa0\x80", b"plain", b"a\\b"),
     *(b"\\xe9\xff", b"\xe9\xff", b"\\\\\xff", b"\\\xff", b"\xff", "Tür\\x".encode()),
 ]
-FILE, LINK, HARD = tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
+LINK, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
 
 
 def header(name: bytes = b"a.txt", size: bytes = b"00000000003\0", kind: bytes = b"0", signed: bool = False) -> bytes:
@@ -55,17 +55,6 @@ def pax(records: bytes = b"", **values: bytes) -> bytes:
         size += len(b"%d" % (size + len(b"%d" % size)))
         records = b"%d %s=%s\n" % (size, key.encode(), value) + records
     return entry(records, name=b"pax", kind=b"x")
-
-
-def written(*entries: tuple[str, bytes, str], format: int = tarfile.GNU_FORMAT) -> bytes:
-    """Return a tar of (name, type, link target or content)."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-        for name, kind, text in entries:
-            info = tarfile.TarInfo(name)
-            info.type, info.size, info.linkname = kind, len(text) * (kind == FILE), text * (kind != FILE)
-            tar.addfile(info, io.BytesIO(text.encode()))
-    return buffer.getvalue()
 
 
 def test_member_names_become_distinct_text_with_padded_headers_and_signed_checksums() -> None:
@@ -119,12 +108,12 @@ def test_truncated_damaged_and_compressed_tars_are_rejected_by_name() -> None:
 
 
 def test_skipped_entries_are_counted_by_kind() -> None:
-    data = written(
-        ("d", tarfile.DIRTYPE, ""), ("./", FILE, ""), ("old/", tarfile.AREGTYPE, ""), ("a.txt", FILE, "one"),
-        ("b.txt", LINK, "a.txt"), ("c.txt", LINK, "a.txt"), ("e.txt", HARD, "nowhere.txt"),
-        ("f.txt", tarfile.FIFOTYPE, ""), ("g.txt", tarfile.CHRTYPE, ""), ("README", FILE, "x"), ("._a.txt", FILE, "x"),
-        ("a/.b", FILE, "x"), ("a.", FILE, "x"), ("__info__/x.txt", FILE, "x"), ("./z.txt", FILE, "x"),
-    )  # fmt: skip
+    others = {"b.txt": LINK, "c.txt": LINK, "e.txt": HARD, "f.txt": tarfile.FIFOTYPE, "g.txt": tarfile.CHRTYPE}
+    data = tar_of((
+        ("d", b"", tarfile.DIRTYPE, ""), ("./", b""), ("old/", b"", tarfile.AREGTYPE, ""), ("a.txt", b"one"),
+        *((name, b"", kind, "nowhere.txt") for name, kind in others.items()),
+        *((name, b"x") for name in ("README", "._a.txt", "a/.b", "a.", "__info__/x.txt", "./z.txt")),
+    ), tarfile.GNU_FORMAT)  # fmt: skip
     tar = Tar(io.BytesIO(data), "x.tar", len(data), lambda start, stop: data[start:stop])
     assert [(sample.key, *sample.contents) for sample in tar.samples()] == [("a", "txt"), ("z", "txt")]
     assert tar.skipped == {
@@ -133,7 +122,7 @@ def test_skipped_entries_are_counted_by_kind() -> None:
     }  # fmt: skip
     assert re.search(r"2 x symbolic link.*the first: b\.txt", tar.skipped_summary())
     with pytest.raises(DataError, match=r"x\.tar: no sample, only 2 x symbolic link.*tar --dereference"):
-        index_bytes(written(("a.jpg", LINK, "../x"), ("a.txt", LINK, "../y")))
+        index_bytes(tar_of((name, b"", LINK, "../x") for name in ("a.jpg", "a.txt")))
 
 
 def test_keys_follow_webdataset_and_a_repeated_one_begins_a_flagged_sample() -> None:
@@ -155,8 +144,8 @@ def test_keys_follow_webdataset_and_a_repeated_one_begins_a_flagged_sample() -> 
 
 def test_fuzzed_tars_raise_data_errors_only() -> None:
     rng, long = random.Random(14), "d/" * 80 + "b.txt"
-    entries = ("a.txt", FILE, "one"), (long, FILE, "two"), ("c.txt", HARD, "a.txt"), ("d.txt", LINK, "a")
-    whole = [written(*entries, format=format) for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
+    entries = ("a.txt", b"one"), (long, b"two"), ("c.txt", b"", HARD, "a.txt"), ("d.txt", b"", LINK, "a")
+    whole = [tar_of(entries, format) for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
     whole += [entry(name=b"caf\xe9.txt") + pax(size=b"3", path=b"x.txt") + entry() + END]
     outcomes = Counter[str]()
     for _ in range(fuzz_rounds(600)):
@@ -184,14 +173,13 @@ def test_index_equals_tarfile_and_hard_links_are_read_as_their_targets(format: i
     facts = (("a/1", long, "b"), ("jpg", "json", "seg.png", "txt"), len(data))
     assert (index.keys, index.extensions, index.bytes) == facts
     long = "d/" * 60 + "b" if format != tarfile.USTAR_FORMAT else "d/b"
-    data = written(
-        ("a.txt", FILE, "one"), ("a.json", FILE, "{}"), (f"{long}.txt", HARD, "a.txt"),
-        (f"{long}.json", HARD, "./a.json"), ("c.txt", HARD, f"{long}.txt"), ("c.json", FILE, "[]"), format=format,
-    )  # fmt: skip
+    links = ((f"{long}.txt", "a.txt"), (f"{long}.json", "./a.json"), ("c.txt", f"{long}.txt"))
+    linked = ((name, b"", HARD, target) for name, target in links)
+    data = tar_of((("a.txt", b"one"), ("a.json", b"{}"), *linked, ("c.json", b"[]")), format)
+    contents = {"a.txt": b"one", "a.json": b"{}", f"{long}.txt": b"one", f"{long}.json": b"{}"}
     index = index_bytes(data)
-    links = [{name: data[at : at + size] for name, at, size in index.members(n)} for n in range(len(index))]
+    assert members_in(data, index) == contents | {"c.txt": b"one", "c.json": b"[]"}
     assert index.keys == ("a", long, "c")
-    assert links == [{"txt": b"one", "json": b"{}"}] * 2 + [{"txt": b"one", "json": b"[]"}]
     for number in range(len(index)):
         start, stop = index.byte_range(number)
         assert all(start <= at and at + size <= stop for _, at, size in index.members(number))
