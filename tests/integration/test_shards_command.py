@@ -82,22 +82,6 @@ def test_questions_texts_damaged_images_and_photos_are_shown(tmp_path: Path, sha
     assert all(sample["image_size"] == [224, 224] and len(sample["captions"]) == 5 for sample in shown["samples"])
 
 
-def test_counts_of_another_tool_need_trust_counts(pairs: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run_shards("build", pairs, out)
-    for path in (*out.glob("*.npz"), out / "manifest.json"):
-        path.unlink()
-    write_lines(out / "000000_stats.json", {"count": 19, "successes": 12})
-    trusted = facts_of("index", out, "--trust-counts")
-    assert (trusted["num_samples"], trusted["trusted"]) == (12, 1)
-    assert "counted by another tool" in run_shards("index", out, "--trust-counts").stdout
-    assert facts_of("check", out, "--workers", 1)["num_samples"] == 12
-    assert list(out.glob("*.npz")) == [], "a command read the tar, or wrote an index"
-    assert facts_of("show", out, "--samples", 1)["samples"][0]["captions"] == ["picture 0", "a grey one, 0"]
-    assert len(list(out.glob("*.npz"))) == 1
-    assert facts_of("index", out)["trusted"] == 0
-
-
 @pytest.mark.usefixtures("local_ray")
 def test_regions_are_equal_for_any_number_of_actors(make_pairs, make_pair, tmp_path: Path) -> None:
     bad = {"jpg": b"\xff\xd8\xff no picture", "json": make_pair(0)["json"]}

@@ -113,6 +113,18 @@ def test_index_check_and_show_print_clean_text(foreign: Path, tmp_path: Path, ca
     shown = facts_of("show", foreign, "--sheet", tmp_path / "sheet.png")["samples"]
     assert [sample["key"] for sample in shown] == [clean_name(b"caf\xe9"), "cut"]
     run_shards("show", foreign).stdout.encode()
+    for path in (*foreign.glob("*.npz"), foreign / "manifest.json"):
+        path.unlink()
+    write_lines(foreign / "0_stats.json", {"count": 19, "successes": 2})
+    assert "counted by another tool" in run_shards("index", foreign, "--trust-counts").stdout
+    for arguments, is_indexed, trusted in (
+        (("index", foreign, "--trust-counts"), False, 1),
+        (("check", foreign, "--workers", 1), False, None),  # no command reads the tar for an index, or writes one
+        (("show", foreign, "--samples", 1), True, None),
+        (("index", foreign), True, 0),
+    ):
+        facts = facts_of(*arguments, status=3 if "check" in arguments else 0)
+        assert (facts["num_samples"], bool([*foreign.glob("*.npz")]), facts.get("trusted")) == (2, is_indexed, trusted)
 
 
 def test_output_replaces_only_an_older_output(foreign: Path, tmp_path: Path) -> None:

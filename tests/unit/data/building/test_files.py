@@ -40,8 +40,7 @@ def test_files_are_read_in_every_marked_encoding(tmp_path: Path) -> None:
         assert captions_in(read(tmp_path).samples) == [[TEXT]]
         assert [sample["txt"].decode() for sample in read(tmp_path / "a.txt").samples] == [TEXT]
         for name, kind in (("lines.jsonl", "jsonl"), ("coco.json", "coco")):
-            assert find_kind(tmp_path / name) == kind
-            assert captions_in(read(tmp_path / name).samples) == [[TEXT]]
+            assert (find_kind(tmp_path / name), captions_in(read(tmp_path / name).samples)) == (kind, [[TEXT]])
     rng = random.Random(7)
     for encoding in READ * fuzz_rounds(40):  # a damaged caption is clean, or its image is skipped
         (tmp_path / "a.txt").write_bytes(mutate(TEXT.encode(encoding), rng))
@@ -227,9 +226,6 @@ def test_mutated_sources_raise_only_expected_errors(tmp_path: Path, name: str) -
             if "captions" in record_of(sample) or "txt" in sample:
                 assert all("\ufffd" not in caption and caption.encode() for caption in captions_of(members_of(sample)))
     assert num_read > 0
-
-
-# Published annotation files -------------------------------------------------------------------------------------------
 
 
 def vqa_files(folder: Path, subtype: str = "train2014") -> tuple[Path, Path]:

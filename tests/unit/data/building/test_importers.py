@@ -183,8 +183,6 @@ def test_real_feature_files_are_stored(shared: Path, tmp_path: Path) -> None:
     assert len(ids) == 12
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
-
 EXPECTED = [("a", ["A dog, running .", "A cat ."]), ("b", ["Third ."])]
 
 
@@ -259,8 +257,7 @@ def test_parquet_may_contain_paths_bytes_or_both_and_unusable_rows(folder: Path)
         assert ([sample["jpg"] for sample in samples], captions_in(samples)) == (data, texts)
     for number in range(3):
         write_parquet(folder / "many" / f"{number}.parquet", image=data, caption=["one", "two"])
-    assert find_kind(folder / "many") == "parquet"
-    assert len({key for key, _ in pairs(folder / "many")}) == 6
+    assert (find_kind(folder / "many"), len({key for key, _ in pairs(folder / "many")})) == ("parquet", 6)
     file = folder / "t.parquet"  # unusable rows are counted
     texts = pyarrow.array([b"good", b"b", b"c", None, b"caf\xe9", b"\0"], pyarrow.binary()).view(pyarrow.string())
     write_parquet(file, image=[data[0], None, b"text", *data, data[0]], caption=texts)
@@ -274,9 +271,6 @@ def test_parquet_may_contain_paths_bytes_or_both_and_unusable_rows(folder: Path)
         write_parquet(file, image=images, caption=captions)
         assert pairs(file, problems := Problems()) == []
         assert all(reason in problem for reason, problem in zip(reasons, problems.first, strict=True))
-
-
-# Shards ---------------------------------------------------------------------------------------------------------------
 
 
 def text_stream(count: int, then: Exception | None = None) -> Iterator[Sample]:
@@ -328,5 +322,4 @@ def test_failed_import_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(importers, "TarWriter", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
         write_shards(Storage(), text_stream(5), url, overwrite=True)
-    assert {path.name: path.read_bytes() for path in full.iterdir()} == content
-    assert list(empty.glob("*")) == []
+    assert ({path.name: path.read_bytes() for path in full.iterdir()}, list(empty.glob("*"))) == (content, [])

@@ -260,8 +260,6 @@ def test_mutated_images_raise_only_bad_samples(kind):
     assert decoded
 
 
-# ---- JPEGs of cameras and editors
-
 HEIGHT, WIDTH = 120, 164
 PHOTO = encoded(picture(HEIGHT, WIDTH), "JPEG")
 STRICT = (  # chroma samplings that the strict decoder knows
@@ -346,9 +344,6 @@ def test_jpegs_of_hundreds_of_scans_of_12_bits_or_without_pixels_are_rejected():
     frame = PHOTO.index(b"\xff\xc0") + 4
     for at, value in ((frame, b"\x0c"), (frame + 1, b"\0\0"), (frame + 3, b"\0\0")):  # 12 bits, and no pixels
         assert_bad(PHOTO[:at] + value + PHOTO[at + len(value) :])
-
-
-# ---- sizes and crops
 
 
 SHAPES = ((640, 480, 384), (1200, 300, 224), (300, 2000, 224), (480, 640, KeepAspectRatio(384, 639, 32)), (40, 30, 64))

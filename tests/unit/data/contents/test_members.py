@@ -90,9 +90,6 @@ def test_equal_images_have_equal_ids() -> None:
         assert image_id_of(more | {"npz": b"x"}) == image_id_of(more | {"npz": b"y"})
 
 
-# ---- lists of answers and classes
-
-
 def test_choices_are_loaded_from_shards_or_from_the_stages_url_and_must_match(tmp_path: Path) -> None:
     listed, storage = Choices(("ja", "neïn", "2")), Storage()
     assert Choices.from_bytes(listed.to_bytes(), "there") == listed

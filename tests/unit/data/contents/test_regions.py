@@ -171,9 +171,6 @@ def test_regions_that_are_missing_or_do_not_fit_the_model_name_the_remedy() -> N
             regions_of(sample, features, classes)
 
 
-# ---- captions with regions through the loader
-
-
 def members(number: int) -> dict[str, bytes]:
     captions = [f"picture {number} shows a thing in way {way}" for way in "abc"]
     return {"json": json.dumps({"captions": captions}).encode(), "npz": packed(number=number)}

@@ -127,8 +127,6 @@ def test_every_example_has_the_same_number_of_masked_patches_on_any_number_of_ra
     assert take(plain)[0].patch_replacements is None
 
 
-# ---- images that keep their aspect ratio
-
 PAPER, RELEASE = KeepAspectRatio(384, 640, 32), KeepAspectRatio(384, 639, 32)
 SHAPES = [(24, 24), (24, 40), (40, 24), (24, 30), (8, 60), (60, 8), (33, 24), (24, 37), (48, 24), (24, 48), (31, 50)]
 

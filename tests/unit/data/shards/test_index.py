@@ -231,9 +231,6 @@ def test_properties_equal_those_of_the_members_and_json_fields_become_columns() 
     assert ("common" in index.columns, len(index.columns), len(index.other_fields)) == (True, 500, 401)
 
 
-# Sidecars -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def index() -> ShardIndex:
     jsons = [b'{"score": 0.5, "safe": true, "tongue": "en"}', b'{"caption": "two", "score": null}', b"no json"]
