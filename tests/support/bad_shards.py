@@ -121,9 +121,7 @@ BREAKS: dict[str, Callable[[Path], object]] = {
     "replaced by one of its size": lambda path: path.write_bytes(path.read_bytes().replace(b"way a", b"way z", 1)),
     "replaced by a larger one": lambda path: write_tar(path, [(f"t{n}", pair(n + 500)) for n in range(40)]),
     "missing": lambda path: path.unlink(),
-    "index of another tar": lambda path: shutil.copy(
-        path.with_name("00002.tar.index.npz"), path.with_name("00001.tar.index.npz")
-    ),
+    "index of another tar": lambda path: shutil.copy(path.with_name("00002.tar.index.npz"), f"{path}.index.npz"),
 }
 
 

@@ -74,26 +74,20 @@ def test_text_of_unknown_encoding_is_skipped_and_counted(tmp_path: Path, encodin
 
 UNUSABLE = {  # reason -> lines
     "expected": (
-        '{"image": "", "caption": "a"}', '{"image": " ", "caption": "a"}', '{"image": null, "caption": "a"}', "null",
-        '{"image": ["a.jpg"], "caption": "a"}', '{"captions": ["a"]}', "[1, 2]",
-        '{"image": "a.jpg", "regions": 5, "caption": "a"}',
+        *('{"image": ' + image + ', "caption": "a"}' for image in ('""', '" "', "null", '["a.jpg"]')), "null", "[1, 2]",
+        '{"captions": ["a"]}', '{"image": "a.jpg", "regions": 5, "caption": "a"}',
     ),
     "not a file path": ('{"image": "a.jpg\\u0000", "caption": "a"}', '{"image": "a\\ud83d.jpg", "caption": "b"}'),
     "cannot be read": ('{"image": "' + "a" * 5000 + '.jpg", "caption": "a"}', '{"image": ".", "caption": "a"}'),
     "absent.jpg cannot be read": ('{"image": "absent.jpg", "caption": "a"}',),
     "text.jpg is not a JPEG": ('{"image": "text.jpg", "caption": "a"}',),
     "URL": ('{"image": "http://host/a.jpg", "caption": "a"}',),
-    "finite": tuple('{"image": "a.jpg", "caption": "a", "image_id": ' + number + "}" for number in ("1e400", "NaN")),
-    "lone surrogate": (
-        '{"image": "a.jpg", "caption": "c", "image_id": "\\ud83d"}', '{"image": "a.jpg", "caption": "nice \\ud83d"}',
-    ),
-    "not a text": (
-        '{"image": "a.jpg", "caption": 7}', '{"image": "a.jpg", "captions": {"a": 1}}',
-        '{"image": "a.jpg", "captions": [7, 8]}',
-    ),
-    "no caption": (
-        '{"image": "a.jpg", "captions": null}', '{"image": "a.jpg", "captions": ["", "  "]}', '{"image": "a.jpg"}',
-    ),
+    **{reason: tuple('{"image": "a.jpg"' + more + "}" for more in lines) for reason, lines in {
+        "finite": (', "caption": "a", "image_id": 1e400', ', "caption": "a", "image_id": NaN'),
+        "lone surrogate": (', "caption": "c", "image_id": "\\ud83d"', ', "caption": "nice \\ud83d"'),
+        "not a text": (', "caption": 7', ', "captions": {"a": 1}', ', "captions": [7, 8]'),
+        "no caption": (', "captions": null', ', "captions": ["", "  "]', ""),
+    }.items()},
     "not JSON": ('{"image": ' + "[" * 100_000, '{"image": "a.jpg", "image_id": ' + "9" * 5000 + "}", "{"),
 }  # fmt: skip
 

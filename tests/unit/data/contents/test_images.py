@@ -275,14 +275,13 @@ LENIENT = (  # those that only Pillow knows
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("sampling", STRICT + LENIENT)
 def test_every_chroma_sampling_decodes_as_in_pillow_unless_its_pixels_are_damaged(sampling, progressive):
-    """Of the samplings that only Pillow knows, cut files alone are detected."""
     data = sampled_jpeg(sampling, progressive)
     assert (decode(data, LIMIT) == pillows(data)).all()
     assert measure(data) == ImageSize(HEIGHT, WIDTH)
     begin = data.index(b"\xff\xda") + 20
     cuts = [data[: int(begin + fraction * (len(data) - 2 - begin))] for fraction in (0.0, 0.3, 0.7, 0.99)]
     damaged = list(cuts)
-    if sampling in STRICT:
+    if sampling in STRICT:  # of the others, cut files alone are detected
         at = (begin + len(data)) // 2
         damaged += [*(cut + jpeg.EOI for cut in cuts), data[:at] + b"\xff\xd3\x77" + data[at + 3 :]]
         assert_bad(data[:-2] + 32 * b"\x12\x34" + data[-2:], "extraneous")
@@ -328,9 +327,8 @@ def test_jpegs_with_harmless_oddities_are_decoded(oddity, mode):
 
 
 def test_jpegs_of_hundreds_of_scans_of_12_bits_or_without_pixels_are_rejected():
-    """A first scan of all components is the only one that decoders read: they fail on the surplus."""
     progressive = encoded(Image.fromarray(picture(HEIGHT, WIDTH)).convert("L"), "JPEG", progressive=True)
-    for data, has_one_scan in ((PHOTO, True), (progressive, False)):
+    for data, has_one_scan in ((PHOTO, True), (progressive, False)):  # decoders read only one of all components
         scan = next(part for part in jpeg.segments(data) if part.marker == 0xDA)
         many = data[: scan.stop] + jpeg.MAX_SCANS * data[scan.start - 4 : scan.stop] + data[scan.stop :]
         assert jpeg.read_header(many).has_one_scan is has_one_scan

@@ -52,7 +52,7 @@ def packed(compressed: bool = False, number: int | None = None, **changed: Any) 
     return buffer.getvalue()
 
 
-def test_regions_round_trip_and_features_of_half_precision_and_boxes_suffice() -> None:
+def test_regions_round_trip_are_relative_to_the_image_and_the_most_confident_are_kept() -> None:
     for compressed in (False, True):
         record = parse_regions(packed(compressed))
         assert record.to_bytes() == record.to_bytes()
@@ -64,9 +64,6 @@ def test_regions_round_trip_and_features_of_half_precision_and_boxes_suffice() -
     record = parse_regions(packed(features=features, image_size=None, classes=None, confidences=None))
     assert (record.features.dtype, record.classes, record.confidences) == (np.float32, None, None)
     assert record.image_size == (int(np.ceil(boxes[:, 3].max())), int(np.ceil(boxes[:, 2].max())))
-
-
-def test_location_is_relative_to_the_image_and_the_most_confident_regions_are_kept() -> None:
     record = RegionRecord(np.zeros((1, 2), np.float32), np.array([[8, 6, 40, 30]], np.float32), (60, 80))
     expected = [[8 / 80, 6 / 60, 40 / 80, 30 / 60, 32 * 24 / (80 * 60)]]
     np.testing.assert_allclose(record.locations(), expected, rtol=1e-6)
@@ -115,13 +112,6 @@ FAULTS: tuple[tuple[dict[str, Any], str], ...] = (
 )  # fmt: skip
 
 
-def test_every_fault_of_regions_is_reported() -> None:
-    for change, reason in FAULTS:
-        with pytest.raises(BadSample, match=reason) as error:
-            parse_regions(packed(**change))
-        assert error.value.stage == "regions"
-
-
 def rewritten(compression: int = zipfile.ZIP_STORED, **contents: bytes) -> bytes:
     """Return the npz with another compression, and with other bytes for some arrays."""
     out = io.BytesIO()
@@ -131,7 +121,9 @@ def rewritten(compression: int = zipfile.ZIP_STORED, **contents: bytes) -> bytes
     return out.getvalue()
 
 
-def test_damaged_bombs_and_unusual_archives_are_bad_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_fault_of_regions_damaged_bombs_and_unusual_archives_are_bad_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The zip's directory may declare 40 bytes for megabytes of content: at most 40 are unpacked."""
     wrong = packed(compressed=True, features=np.zeros((5, 200_000), np.float32))
     wrong = wrong.replace((128 + 5 * 200_000 * 4).to_bytes(4, "little"), (40).to_bytes(4, "little"))
@@ -145,9 +137,10 @@ def test_damaged_bombs_and_unusual_archives_are_bad_samples(monkeypatch: pytest.
         header = (b"{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + b"}").ljust(117) + b"\n"
         content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(5 * 8 * 4)
         cases += [(rewritten(features=content), "features declares shape|cannot be read as an npz")]
-    for data, reason in cases:
-        with pytest.raises(BadSample, match=reason):
+    for data, reason in (*cases, *((packed(**change), reason) for change, reason in FAULTS)):
+        with pytest.raises(BadSample, match=reason) as error:
             parse_regions(data)
+        assert error.value.stage == "regions"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -37,7 +37,7 @@ def written(folder: Path, content: str, config: str | None = None) -> str:
     return str(folder / "vocab.txt")
 
 
-def test_texts_are_framed_truncated_and_their_words_numbered(tokenizer: Tokenizer) -> None:
+def test_texts_are_framed_cut_numbered_and_decoded_whatever_their_case_and_spelt_specials(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("A red playground", max_length=40)
     words = len(tokens.ids) - 4  # of 'playground', which was never seen
     assert (tokens.ids[0], tokens.ids[-1], words > 1) == (tokenizer.cls_id, tokenizer.sep_id, True)
@@ -49,9 +49,6 @@ def test_texts_are_framed_truncated_and_their_words_numbered(tokenizer: Tokenize
     for invalid in ("caf\udce9", "nice \ud83d", "\ude00\ud83d"):
         with pytest.raises(DataError, match="is not valid Unicode"):
             tokenizer.encode_batch(["fine", invalid], 8)
-
-
-def test_case_accents_and_spelt_special_tokens_do_not_matter_and_decoding_returns_words(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("CAFÉ élégant", 40) == tokenizer.encode("cafe elegant", 40)
     specials = {tokenizer.mask_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id}
     assert not specials & set(tokenizer.encode("a [MASK] on the [CLS] [PAD] [SEP]", 40).ids[1:-1])

@@ -64,7 +64,6 @@ def test_examples_hold_what_the_objective_reads_on_any_number_of_ranks(tmp_path:
 
 
 def test_list_of_answers_enters_the_digest_and_an_answer_that_names_a_side_prevents_mirroring(tmp_path: Path) -> None:
-    """The question does not name a side: 'where is it?' alone would allow mirroring."""
     config, digests = drawn_config(tmp_path, "questions"), set()
     (tmp_path / "other.json").write_text(json.dumps(["no", *COLOURS, "yes"]))
     for answers in (f"{tmp_path}/questions-0/answers.json", f"{tmp_path}/other.json"):
@@ -72,7 +71,7 @@ def test_list_of_answers_enters_the_digest_and_an_answer_that_names_a_side_preve
         with open_loader(config.model_copy(update={"stages": (stage,)})) as loader:
             digests.add(loader.digest)
     assert len(digests) == 2
-    for answer, is_flipped in (("up", True), ("left", False)):
+    for answer, is_flipped in (("up", True), ("left", False)):  # the question names no side
         record = json.dumps({"question": "where is it?", "answers": {answer: 1.0}}).encode()
         samples = [{"__key__": f"s{number}", "jpg": image_of_sides(), "json": record} for number in range(32)]
         write_shards(Storage(), samples, str(tmp_path / answer))
@@ -136,10 +135,7 @@ def noise(height: int, width: int, number: int = 0) -> np.ndarray:
 
 
 def test_sizes_are_those_of_hugging_faces_processor_with_at_least_one_patch_per_side() -> None:
-    """The default is the rule of ViLT's release, whose longest side is int(1333 / 800 * 384).
-
-    The release floors the short side of images 20 times as long as wide to 0.
-    """
+    """The release's longest side is int(1333 / 800 * 384); it floors the short side of images 20 x as long to 0."""
     for height, width in np.random.default_rng(0).integers(150, 1200, (300, 2)).tolist():
         blank = np.zeros((height, width, 3), dtype=np.uint8)
         for shape in (PAPER, RELEASE):

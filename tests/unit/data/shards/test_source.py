@@ -21,14 +21,11 @@ from tests.support.pairs import Watched, pair, write_indexed
 ROWS = [  # two shards of five and four samples
     {"score": 0.1, "tongue": "en", "url": "http://x/0", "caption": "a"},
     {"score": 0.5, "tongue": "de", "url": "http://x/1", "caption": "a b c d"},
-    {"score": 0.9, "tongue": "en", "url": "http://x/2", "caption": "a b"},
-    {"tongue": "fr", "caption": "a b c"},
-    {"score": 0.3, "caption": "a b c d e f", "image_id": 77},
-    {"score": 0.7, "image_id": "seven", "caption": "x"},
-    {"score": 0.2, "caption": "x"},
-    {"score": 0.8, "caption": "x", "note": "a text that is too long for an index"},
+    {"score": 0.9, "tongue": "en", "url": "http://x/2", "caption": "a b"}, {"tongue": "fr", "caption": "a b c"},
+    {"score": 0.3, "caption": "a b c d e f", "image_id": 77}, {"score": 0.7, "image_id": "seven", "caption": "x"},
+    {"score": 0.2, "caption": "x"}, {"score": 0.8, "caption": "x", "note": "a text that is too long for an index"},
     {"score": 0.6, "caption": "x", "note": 3},
-]
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -64,18 +61,15 @@ def test_samples_that_pass_all_filters_are_selected(folder: str) -> None:
     assert (source.digest, numbers(folder)) == (source.manifest.digest, list(range(9)))
     assert (source.counts.tolist(), source.counts.dtype) == ([5, 4], np.int64)
     for expected, filters in (
-        ([1, 2, 5, 7, 8], {"score": {"min": 0.5}}),
-        ([0, 4, 6], {"score": {"max": 0.3}}),
+        ([1, 2, 5, 7, 8], {"score": {"min": 0.5}}), ([0, 4, 6], {"score": {"max": 0.3}}),
         ([1, 4, 5, 8], {"score": {"min": 0.3, "max": 0.7}}),
         ([2, 3, 7], {"score": {"min": 0.8, "keep_missing": True}}),
-        ([0, 2, 3], {"tongue": {"any_of": ("en", "fr")}}),
-        ([1, 3], {"tongue": {"none_of": ("en",)}}),
+        ([0, 2, 3], {"tongue": {"any_of": ("en", "fr")}}), ([1, 3], {"tongue": {"none_of": ("en",)}}),
         ([1, 3, 4, 5, 6, 7, 8], {"tongue": {"none_of": ("en",), "keep_missing": True}}),
-        ([1, 3, 4], {"caption_length": {"min": 4}}),
-        (list(range(9)), {"width": {"min": 24}, "height": {"max": 24}}),
+        ([1, 3, 4], {"caption_length": {"min": 4}}), ([*range(9)], {"width": {"min": 24}, "height": {"max": 24}}),
         ([2], {"score": {"min": 0.5}, "tongue": {"any_of": ("en",)}}),
         ([1], {"tongue": {"any_of": ("de",)}}),  # an empty shard is allowed
-    ):
+    ):  # fmt: skip
         assert numbers(folder, **filters) == expected
     for filters, error, reason in (
         ({"scor": {"min": 1}}, ConfigError, r"no sample has 'scor'; its shards have caption_length, height, score, t"),
@@ -105,7 +99,7 @@ def test_opted_out_ids_are_not_selected(folder: str, tmp_path: Path, s3) -> None
             opened(folder, listed)
 
 
-def test_digest_depends_on_the_selection_and_survives_pickling(folder: str, tmp_path: Path) -> None:
+def test_digest_depends_on_the_selection_whose_counts_are_saved_for_equal_filters(folder: str, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"nobody {name}\nk1\n")
     scores = ({}, {"score": {"min": 0.5}}, {"score": {"min": 0.51}}, {"score": {"min": 0.5, "keep_missing": True}})
@@ -115,9 +109,6 @@ def test_digest_depends_on_the_selection_and_survives_pickling(folder: str, tmp_
     source = opened(folder, tmp_path / "a.txt", score={"min": 0.5})
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert (copy.digest, selected(copy)) == (source.digest, [["k2"], ["k5", "k7", "k8"]])
-
-
-def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Path) -> None:
     run, calls = str(tmp_path / "run"), []
     half, more = config(folder, score={"min": 0.5}), config(folder, score={"min": 0.6})
     storage, indexes = Watched(), ["00000.tar.index.npz", "00001.tar.index.npz"]
@@ -141,15 +132,11 @@ def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Pat
 
 def test_equal_urls_have_one_normal_form() -> None:
     for listed, url in (
-        ("HTTP://Example.COM/a", "http://example.com/a"),
-        ("http://x", "http://x:80/"),
-        ("https://x:443/a#there", "https://x/a"),
-        ("http://x/a%7eb%c3%a9?q=%2f", "http://x/a~b%C3%A9?q=%2F"),
-        ("http://x/Tür", "http://x/T%C3%BCr"),
-        ("http://bücher.de/", "http://xn--bcher-kva.de"),
-        ("http://User@x/a", "http://User@X/a"),
-        ("http://[::1]:8080/a", "HTTP://[::1]:8080/a"),
-    ):
+        ("HTTP://Example.COM/a", "http://example.com/a"), ("http://x", "http://x:80/"),
+        ("https://x:443/a#there", "https://x/a"), ("http://x/a%7eb%c3%a9?q=%2f", "http://x/a~b%C3%A9?q=%2F"),
+        ("http://x/Tür", "http://x/T%C3%BCr"), ("http://bücher.de/", "http://xn--bcher-kva.de"),
+        ("http://User@x/a", "http://User@X/a"), ("http://[::1]:8080/a", "HTTP://[::1]:8080/a"),
+    ):  # fmt: skip
         assert normal_url(listed) == normal_url(url) == normal_url(normal_url(url))
     for other in ("http://x/A", "https://x/a", "http://x:81/a", "http://x/a?b", "http://x/a%2Fb", "x/a"):
         assert normal_url(other) != normal_url("http://x/a")
