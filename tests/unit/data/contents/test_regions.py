@@ -121,9 +121,7 @@ def rewritten(compression: int = zipfile.ZIP_STORED, **contents: bytes) -> bytes
     return out.getvalue()
 
 
-def test_every_fault_of_regions_damaged_bombs_and_unusual_archives_are_bad_samples(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_fault_damaged_bombs_and_unusual_archives_are_bad_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """The zip's directory may declare 40 bytes for megabytes of content: at most 40 are unpacked."""
     wrong = packed(compressed=True, features=np.zeros((5, 200_000), np.float32))
     wrong = wrong.replace((128 + 5 * 200_000 * 4).to_bytes(4, "little"), (40).to_bytes(4, "little"))
