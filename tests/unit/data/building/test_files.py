@@ -239,7 +239,7 @@ def vqa_files(folder: Path, subtype: str = "train2014") -> tuple[Path, Path]:
     return write_lines(folder / f"v2_OpenEnded_mscoco_{subtype}_questions.json", content), file
 
 
-def test_vqa_questions_get_scored_answers_and_a_list(tmp_path: Path) -> None:
+def test_vqa_questions_get_scored_answers_and_the_list_of_all_annotation_files(tmp_path: Path) -> None:
     file, annotations = vqa_files(tmp_path)
     assert find_kind(file) == "vqa"
     imported = read(file, min_count=1)
@@ -269,9 +269,6 @@ def test_vqa_questions_get_scored_answers_and_a_list(tmp_path: Path) -> None:
             annotations.unlink()
         with pytest.raises(DataError, match=reason):
             list(read(file, annotations=chosen).samples)
-
-
-def test_listed_answers_are_those_of_all_annotation_files(tmp_path: Path) -> None:
     (train, first), (val, other) = vqa_files(tmp_path / "train"), vqa_files(tmp_path / "val", "val2014")
     for file in (train, val):
         imported = read(file, annotations=(first, other), min_count=2)

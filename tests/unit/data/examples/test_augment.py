@@ -25,15 +25,12 @@ def augmented(key: int, config: AugmentConfig, size: int = 64, flip: bool = True
     return augment(picture(), config, size, CounterRandom(hash64(key)), flip)
 
 
-def test_magnitudes_are_the_published_ones_of_vlmo_and_vilt() -> None:
+def test_each_of_vlmos_ten_operations_has_the_effect_of_its_published_magnitude() -> None:
     """ViLT's list of operations and ranges gives value = 9 / 30 * (largest - smallest) + smallest."""
     assert (module.SHEAR, module.TRANSLATE, module.ROTATE, module.ENHANCE) == (0.3, 10 / 224, 30.0, (0.1, 1.9))
     strengths = {load_config(path).data.augment.magnitude / module.MAX_MAGNITUDE for path in RECIPES}
     for strength in strengths or pytest.fail("no recipe of ViLT"):
         assert strength == pytest.approx(9 / 30), "so every value is the published one"
-
-
-def test_each_of_vlmos_ten_operations_has_the_effect_of_its_magnitude() -> None:
     image = picture()
     expected = {
         ("Identity", 0.7, 1): image,

@@ -92,7 +92,7 @@ def test_masking_does_not_depend_on_pieces_or_text_length(tokenizer, whole):
     assert abs(np.mean(fractions) - 0.15) < 0.003
 
 
-def test_number_of_masked_patches_is_fixed():
+def test_number_of_masked_patches_is_fixed_blocks_are_compact_and_no_position_is_left_out() -> None:
     single = [(196, 78, False), (36, 14, False), (4, 1, False), (4, 4, False)]
     blocks = [(grid**2, k, True) for grid, k in ((14, 78), (14, 75), (14, 1), (4, 6), (4, 15), (3, 9))]
     for patches, expected, in_blocks in single + blocks:
@@ -102,9 +102,6 @@ def test_number_of_masked_patches_is_fixed():
         assert len({p.tobytes() for p in drawn}) > 1 or expected == patches
         for fraction, count in ((0.01, max(1, round(patches / 100))), (1.0, patches)):
             assert len(mask_patches(patches, fraction, CounterRandom(1), in_blocks)) == count
-
-
-def test_blocks_are_compact_and_all_positions_are_masked_sometimes():
     fractions = {}  # of the masked patches' inner borders, those between two masked patches
     for blocks in (True, False):
         drawn = [mask_patches(196, 0.4, CounterRandom(hash64(key)), blocks) for key in range(400)]

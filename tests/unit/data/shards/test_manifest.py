@@ -81,7 +81,7 @@ def test_indexing_leaves_the_tars_unchanged_and_continues(folder: Path) -> None:
     assert index_shards(STORAGE, url) == manifest == load_manifest(STORAGE, url)
 
 
-def test_replaced_shard_is_indexed_again_and_foreign_facts_are_rejected(folder: Path, tmp_path: Path) -> None:
+def test_replaced_missing_and_truncated_shards_and_foreign_facts_are_found(folder: Path, tmp_path: Path, make_pairs):
     before = index_shards(STORAGE, str(folder))
     shutil.copytree(folder, tmp_path / "copy")
     assert index_shards(STORAGE, str(tmp_path / "copy")).digest == before.digest  # of contents only
@@ -97,6 +97,24 @@ def test_replaced_shard_is_indexed_again_and_foreign_facts_are_rejected(folder: 
     write_lines(folder / "manifest.json", content)
     with pytest.raises(DataError, match=r"edited or damaged"):
         load_manifest(STORAGE, str(folder))
+    manifest = index_shards(STORAGE, str(folder))
+    before = (folder / "manifest.json").read_bytes()
+    check_present = partial(manifests.check_present, manifest=manifest)
+    check_present(STORAGE, str(folder))
+    for damage, reason in (
+        (lambda path: os.truncate(path, 4096), r"00001\.tar: the shard was truncated: 4096 bytes"),
+        (os.unlink, r"00001\.tar: the shard is missing"),
+    ):
+        damage(folder / "00001.tar")
+        for check in (check_present, ensure_indexed):
+            with pytest.raises(DataError, match=reason):
+                check(STORAGE, str(folder))
+    assert (folder / "manifest.json").read_bytes() == before
+    other = Path(make_pairs("other", [5, 3, 4]))  # indexing stops by name too, and keeps what it finished
+    os.truncate(other / "00001.tar", 4096)
+    with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
+        index_shards(STORAGE, str(other))
+    assert [(other / name).exists() for name in ("manifest.json", "00000.tar.index.npz")] == [False, True]
 
 
 def test_brace_patterns_select_shards_and_pipes_are_rejected(folder: Path, tmp_path: Path) -> None:
@@ -144,27 +162,6 @@ def test_missing_parts_name_the_command_to_run(tmp_path: Path) -> None:
     for call in (load_manifest, ensure_indexed):
         with pytest.raises(DataError, match=r"have no samples"):
             call(STORAGE, url)
-
-
-def test_missing_and_truncated_shards_are_named(folder: Path, make_pairs) -> None:
-    manifest = index_shards(STORAGE, str(folder))
-    before = (folder / "manifest.json").read_bytes()
-    check_present = partial(manifests.check_present, manifest=manifest)
-    check_present(STORAGE, str(folder))
-    for damage, reason in (
-        (lambda path: os.truncate(path, 4096), r"00001\.tar: the shard was truncated: 4096 bytes"),
-        (os.unlink, r"00001\.tar: the shard is missing"),
-    ):
-        damage(folder / "00001.tar")
-        for check in (check_present, ensure_indexed):
-            with pytest.raises(DataError, match=reason):
-                check(STORAGE, str(folder))
-    assert (folder / "manifest.json").read_bytes() == before
-    other = Path(make_pairs("other", [5, 3, 4]))  # indexing stops by name too, and keeps what it finished
-    os.truncate(other / "00001.tar", 4096)
-    with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
-        index_shards(STORAGE, str(other))
-    assert [(other / name).exists() for name in ("manifest.json", "00000.tar.index.npz")] == [False, True]
 
 
 def test_read_only_folder_is_named() -> None:

@@ -130,7 +130,7 @@ def test_digest_depends_on_the_selection_whose_counts_are_saved_for_equal_filter
         assert open_source(storage, half, run).counts.tolist() == first.counts.tolist()
 
 
-def test_equal_urls_have_one_normal_form() -> None:
+def test_equal_urls_have_one_normal_form_in_which_opt_out_entries_match(tmp_path: Path, caplog: Any) -> None:
     for listed, url in (
         ("HTTP://Example.COM/a", "http://example.com/a"), ("http://x", "http://x:80/"),
         ("https://x:443/a#there", "https://x/a"), ("http://x/a%7eb%c3%a9?q=%2f", "http://x/a~b%C3%A9?q=%2F"),
@@ -142,9 +142,6 @@ def test_equal_urls_have_one_normal_form() -> None:
         assert normal_url(other) != normal_url("http://x/a")
     for text in ("http://[::1", "http://x:99999999/", "://", "http://..de", "http://x:p/", "a\ud800"):
         assert normal_url(normal_url(text)) == normal_url(text)
-
-
-def test_opt_out_entries_match_in_every_normal_form(tmp_path: Path, caplog: Any) -> None:
     rows = {  # key, image id and URL are spelled differently from the list
         unicodedata.normalize("NFD", "clé"): {"caption": "a"},
         "b": {"caption": "b", "image_id": unicodedata.normalize("NFD", "übung")},
