@@ -10,9 +10,8 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 from tests.support.fine_tuning_data import write_set
-from tests.support.imports import write_lines
 from tests.support.pairs import picture
-from tests.support.shards_command import facts_of, refuses, run_shards, save_yolos
+from tests.support.shards_command import facts_of, refuses, run_shards, save_yolos, write_lines
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """A folder of pairs with every kind of bad sample, the expected report of each, and ways to break a shard."""
 
-import io
-import json
 import os
 import pickle
 import shutil
@@ -16,13 +14,8 @@ from PIL import Image
 
 from pipeline.config.schema import SourceType
 from tests.support.data_stream import data_config, open_loader
+from tests.support.encoded_images import encoded
 from tests.support.pairs import Members, pair, tar_of
-
-
-def _bomb() -> bytes:
-    Image.new("1", (8000, 8000)).save(buffer := io.BytesIO(), "PNG")
-    return buffer.getvalue()
-
 
 # kind -> (stage that must report it, function that damages a good pair)
 BAD: dict[str, tuple[str, Callable[[Members], Members]]] = {
@@ -31,17 +24,17 @@ BAD: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "truncated JPEG": ("image", lambda pair: pair | {"jpg": pair["jpg"][: len(pair["jpg"]) // 2]}),
     "not an image": ("image", lambda pair: pair | {"jpg": b"<html>404 Not Found</html>"}),
     "empty picture": ("image", lambda pair: pair | {"jpg": b""}),
-    "PNG bomb": ("image", lambda pair: {"png": _bomb(), "json": pair["json"]}),
+    "PNG bomb": ("image", lambda pair: {"png": encoded(Image.new("1", (8000, 8000)), "PNG"), "json": pair["json"]}),
     "missing picture": ("members", lambda pair: {"json": pair["json"]}),
     "missing caption": ("members", lambda pair: {"jpg": pair["jpg"]}),
-    "json without caption": ("members", lambda pair: pair | {"json": json.dumps({"score": 1}).encode()}),
-    "empty caption": ("caption", lambda pair: pair | {"json": json.dumps({"captions": ["fine", " "]}).encode()}),
-    "no captions in the list": ("caption", lambda pair: pair | {"json": json.dumps({"captions": []}).encode()}),
-    "captions of a wrong type": ("caption", lambda pair: pair | {"json": json.dumps({"captions": [3, 4]}).encode()}),
+    "json without caption": ("members", lambda pair: pair | {"json": b'{"score": 1}'}),
+    "empty caption": ("caption", lambda pair: pair | {"json": b'{"captions": ["fine", " "]}'}),
+    "no captions in the list": ("caption", lambda pair: pair | {"json": b'{"captions": []}'}),
+    "captions of a wrong type": ("caption", lambda pair: pair | {"json": b'{"captions": [3, 4]}'}),
     "non-UTF-8 text": ("caption", lambda pair: {"jpg": pair["jpg"], "txt": "eine Tür".encode("latin-1")}),
     "non-UTF-8 json": ("caption", lambda pair: pair | {"json": '{"caption": "eine Tür"}'.encode("latin-1")}),
     "broken json": ("members", lambda pair: pair | {"json": pair["json"][:-5]}),
-    "json that is no object": ("members", lambda pair: pair | {"json": json.dumps(["a thing"]).encode()}),
+    "json that is no object": ("members", lambda pair: pair | {"json": b'["a thing"]'}),
     "pickled member": ("members", lambda pair: pair | {"pkl": pickle.dumps({"a": 1})}),
     "PyTorch member": ("members", lambda pair: pair | {"pth": b"PK"}),
 }
@@ -74,10 +67,9 @@ class Planted:
 def write_tar(path: Path, samples: list[tuple[str, Members]]) -> list[int]:
     """Write keys and members in the given order, repeated keys included; return the offset of each sample's data."""
     path.write_bytes(tar_of((f"{key}.{name}", data) for key, members in samples for name, data in members.items()))
-    firsts = accumulate((len(members) for _, members in samples[:-1]), initial=0)
     with tarfile.open(path) as tar:
-        files = tar.getmembers()
-    return [files[first].offset_data for first in firsts]
+        offsets = [file.offset_data for file in tar]
+    return [offsets[first] for first in accumulate((len(members) for _, members in samples[:-1]), initial=0)]
 
 
 def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted:

@@ -21,9 +21,8 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.reading.samples import Sample, iter_samples
 from pipeline.data.shards.tar import clean_name
 from pipeline.data.storage import Storage
-from tests.support.imports import save_image, write_lines
 from tests.support.pairs import pair, tar_bytes, tar_of
-from tests.support.shards_command import FEATURES, facts_of, refuses, run_shards, save_yolos
+from tests.support.shards_command import FEATURES, facts_of, refuses, run_shards, save_image, save_yolos, write_lines
 
 build = partial(run_shards, "build")
 

@@ -23,7 +23,7 @@ from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.images import EXTENSIONS, FORMATS
 from pipeline.data.contents.members import BOTH, Annotation, annotation_of, captions_of, image_bytes
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.imports import TABLES, captions_in, members_of, read, record_of, save_image, write_lines
+from tests.support.shards_command import TABLES, captions_in, members_of, read, record_of, save_image, write_lines
 
 TEXT = "un café, 東京"
 READ = ("utf-8", "utf-8-sig", "utf-16", "utf-32")

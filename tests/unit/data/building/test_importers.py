@@ -22,7 +22,7 @@ from pipeline.data.building.inputs import Import, Problems, Sample
 from pipeline.data.contents.regions import parse_regions, regions_of
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from tests.support.imports import TABLES, captions_in, read, record_of, save_image, write_lines
+from tests.support.shards_command import TABLES, captions_in, read, record_of, save_image, write_lines
 
 LOWEST, LONGEST = 800, 1333  # sides to which torchvision's Faster R-CNN resizes images
 

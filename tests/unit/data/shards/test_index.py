@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from pipeline.config.errors import DataError
@@ -22,6 +21,7 @@ from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_id_of
 from pipeline.data.shards.index import ShardIndex, ShardRecord, open_sidecar
 from pipeline.data.shards.tar import Tar, clean_name
+from tests.support.encoded_images import encoded, picture, rotation
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.pairs import extracted, index_bytes, members_in, pair, tar_bytes, tar_of
 
@@ -186,13 +186,10 @@ def index_of(*records: object) -> ShardIndex:
 
 
 def test_properties_equal_those_of_the_members_and_json_fields_become_columns() -> None:
-    for kind, orientation in itertools.product(("JPEG", "PNG", "WEBP"), (1, 6)):
-        buffer, exif = io.BytesIO(), Image.Exif()
-        exif[0x0112] = orientation
-        Image.new("RGB", (40, 30), "white").save(buffer, kind, exif=exif)
-        index = index_bytes(tar_of([(f"a.{kind.lower()}", buffer.getvalue())]))
-        sides = (40, 30) if orientation == 6 else (30, 40)
-        assert (int(index.height[0]), int(index.width[0])) == decode(buffer.getvalue(), 10_000).shape[:2] == sides
+    for kind, (orientation, sides) in itertools.product(("JPEG", "PNG", "WEBP"), ((1, (30, 40)), (6, (40, 30)))):
+        data = encoded(picture(30, 40), kind, exif=rotation(orientation))
+        index = index_bytes(tar_of([(f"a.{kind.lower()}", data)]))
+        assert (int(index.height[0]), int(index.width[0])) == decode(data, 10_000).shape[:2] == sides
     damaged, whole = b"\xff\xd8 no picture", pair(1)
     samples = {
         "a": {"jpg": damaged, "json": b"{"}, "b": {"txt": b"words only"}, "c": {"json": b"[1]"}, "d": {"cls": b"1"},
@@ -204,8 +201,9 @@ def test_properties_equal_those_of_the_members_and_json_fields_become_columns() 
     assert index.image_id[:4].tolist() == [image_id_of({"jpg": damaged}), 0, 0, 0]
     assert (index.url_id.any(), index.columns) == (False, {})
     samples = {"a": whole, "b": pair(1), "c": pair(2) | {"json": b'{"image_id": 7, "caption": "x"}'}}
-    index = index_bytes(tar_bytes(samples))
-    assert index.image_id.tolist() == [image_id_of(members) for members in samples.values()]
+    index = index_bytes(tar_bytes(samples | {"d": whole | {"json": b'{"image_id": NaN}'}}))  # which is no name
+    named = [image_id_of(members) for members in samples.values()]
+    assert index.image_id.tolist() == [*named, image_id_of({"jpg": whole["jpg"]})]
     assert index.image_id[0] == index.image_id[1] != index.image_id[2]
     captions = [["four", "six ch", "äöü"], [" süß "], ["fine", ""]]  # the longest counts
     assert index_of(*({"captions": c} for c in captions)).caption_length.tolist() == [6, 3, 0]

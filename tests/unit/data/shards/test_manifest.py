@@ -23,8 +23,8 @@ from pipeline.data.shards.index import ShardRecord
 from pipeline.data.shards.manifest import Manifest, ensure_indexed, index_shards, load_index, load_manifest
 from pipeline.data.storage import Storage
 from tests.support.fuzz import fuzz_rounds, mutate
-from tests.support.imports import write_lines
 from tests.support.pairs import Watched, extracted, members_in, pair, tar_bytes, tar_of
+from tests.support.shards_command import write_lines
 
 STORAGE = Storage()
 DAMAGED = (b"", b"\xff", b"[" * 50_000, b'{"successes": true}', b'{"successes": 1e400}', b"9" * 5000)  # counts
