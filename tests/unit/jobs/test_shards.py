@@ -139,8 +139,6 @@ def test_output_replaces_only_an_older_output(foreign: Path, tmp_path: Path) -> 
         refuses(MomeError, "[Ff]older|[Dd]irectory", command, foreign, *options, option, foreign)
 
 
-# Regions of detectors, tested on tiny random ones; the command's actor is in this process -----------------------------
-
 BAD = b"\xff\xd8\xff no picture"
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 _STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
@@ -253,9 +251,8 @@ def test_only_missing_and_replaced_shards_are_processed(pairs: str, detector: Pa
     out = tmp_path / "out"
     whole = facts_of("regions", pairs, out, "--detector", detector)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    (out / "00000.tar").unlink()  # its record was written before
-    (out / "manifest.json").unlink()
-    # The record of the bad sample is read from the earlier call.
+    for name in ("00000.tar", "manifest.json"):  # the tar's record, which has the bad sample, was written before
+        (out / name).unlink()
     assert facts_of("regions", pairs, out, "--detector", detector) == whole
     assert [path.name for path in out.glob("*.tar") if path.stat().st_mtime_ns != kept[path.name]] == ["00000.tar"]
     (Path(pairs) / "00002.tar").write_bytes(tar_bytes({"new": pair(99)}))

@@ -59,11 +59,9 @@ def test_lines_of_one_image_are_merged(tmp_path: Path) -> None:
     for name in "xyz":
         save_image(tmp_path / "images" / f"{name}.jpg", ord(name))
     records = [
-        {"image": "images/x.jpg", "captions": ["one", "two"]},
-        {"image": "images/y.jpg", "caption": "three"},
-        {"image": "images/y.jpg", "caption": "four"},
-        {"image": "images/z.jpg", "captions": ["five"], "image_id": 7},
-    ]
+        {"image": "images/x.jpg", "captions": ["one", "two"]}, {"image": "images/y.jpg", "caption": "three"},
+        {"image": "images/y.jpg", "caption": "four"}, {"image": "images/z.jpg", "captions": ["five"], "image_id": 7},
+    ]  # fmt: skip
     assert pairs(write_lines(tmp_path / "l.jsonl", *records)) == [
         ("images_x", ["one", "two"]), ("images_y", ["three", "four"]), ("images_z", ["five"]),
     ]  # fmt: skip
@@ -78,12 +76,10 @@ def test_lines_of_one_image_are_merged(tmp_path: Path) -> None:
 def test_coco_captions_are_grouped_by_image(tmp_path: Path, shared: Path) -> None:
     for number in (1, 2, 3):
         save_image(tmp_path / "val" / f"{number:012d}.jpg", number)
-    captions = [(1, "a"), (3, "b\n"), (1, "c"), (9, "absent"), (2, " ")]
-    content = {
-        "images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in (3, 1, 2, 9)],
-        "annotations": [{"image_id": i, "caption": caption} for i, caption in captions],
-    }
-    file = write_lines(tmp_path / "captions.json", content)
+    images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in (3, 1, 2, 9)]
+    captions = ((1, "a"), (3, "b\n"), (1, "c"), (9, "absent"), (2, " "))
+    annotations = [{"image_id": i, "caption": caption} for i, caption in captions]
+    file = write_lines(tmp_path / "captions.json", {"images": images, "annotations": annotations})
     samples = read(file, problems := Problems(), images=tmp_path / "val").samples
     assert [(record_of(s)["image_id"], record_of(s)["captions"]) for s in samples] == [(3, ["b"]), (1, ["a", "c"])]
     for problem, reason in zip(problems.first, ("annotations 4: cannot be", "image 2: it has no c", ""), strict=True):
@@ -110,10 +106,9 @@ def test_text_is_packed_into_whole_sentences_and_unusable_texts_do_not_affect_ot
         "A film-maker of made 1,000", "films .", "He died .",
     ]  # fmt: skip
     file.unlink()
-    (tmp_path / "a.txt").write_text("\ufeffOne.\n\nTwo.\n")
-    (tmp_path / "b.txt").write_text("\n = Heading = \n")
+    for name, content in (("a", b"\xef\xbb\xbfOne.\n\nTwo.\n"), ("b", b"\n = Heading = \n"), ("d", b"Three.")):
+        (tmp_path / f"{name}.txt").write_bytes(content)
     (tmp_path / "c.txt").write_bytes(b"\xff\xfeT\0\x00\xd8T\0")
-    (tmp_path / "d.txt").write_text("Three.")
     samples = read(tmp_path, problems := Problems()).samples
     texts = {sample["__key__"]: sample["txt"] for sample in samples}
     assert texts == {"a-0000000": b"One.", "a-0000001": b"Two.", "d-0000000": b"Three."}

@@ -71,7 +71,6 @@ def test_eight_words_in_ten_become_masks_and_one_in_ten_stays(tokenizer):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_masking_does_not_depend_on_pieces_or_text_length(tokenizer, whole):
-    """The statistics are those of 20,000 captions of 1 to 30 words with one to three pieces."""
     lengths = np.random.default_rng(7)
     masked_of, words_of = np.zeros((2, 4))  # fraction by the number of pieces of a word
     masked_in, tokens_in = np.zeros((2, 31))  # fraction by the number of words of a caption
