@@ -139,7 +139,6 @@ def read_epoch(folder: object, samples: int, source_type: SourceType = "pairs", 
     config = data_config({"one": str(folder)}, objectives, source_type, _SMALL | model, {"streams": streams}, stage)
     with open_loader(config) as loader:
         assert sum(len(rows) for rows in islice(loader.batches(0), samples // size)) == samples
-        records = loader.quarantined()
-        counts = loader.counts()
+        records, counts = loader.quarantined(), loader.counts()
         assert (counts["samples/one"], counts.get("bad/one", 0)) == (samples, len(records))
     return records

@@ -46,8 +46,7 @@ ARRAYS = arrays_of(0, 5)
 
 def packed(compressed: bool = False, number: int | None = None, **changed: Any) -> bytes:
     """Return the member with some arrays changed, or removed where the value is None."""
-    buffer = io.BytesIO()
-    arrays = (ARRAYS if number is None else arrays_of(number)) | changed
+    buffer, arrays = io.BytesIO(), (ARRAYS if number is None else arrays_of(number)) | changed
     (np.savez_compressed if compressed else np.savez)(buffer, **{n: a for n, a in arrays.items() if a is not None})
     return buffer.getvalue()
 

@@ -142,8 +142,7 @@ def test_check_and_training_agree_on_damaged_samples(source_type: SourceType, tm
     bad = judge(tmp_path / "foreseen", source_type, damaged)
     assert {key for key, *_ in bad} == {key for key in damaged if key.startswith("poison")}
     assert not any("Error" in reason for _, _, reason in bad), "a fault that was foreseen has words of its own"
-    rng = random.Random(source_type)
-    damaged = {}
+    rng, damaged = random.Random(source_type), {}
     for number in range(fuzz_rounds(60)):
         members = sample(source_type, number)
         hurt = rng.choice([name for name in members if name not in ("jpg", "0.jpg", "1.jpg")] * 3 + list(members))

@@ -97,8 +97,7 @@ def test_replaced_missing_and_truncated_shards_and_foreign_facts_are_found(folde
     write_lines(folder / "manifest.json", content)
     with pytest.raises(DataError, match=r"edited or damaged"):
         load_manifest(STORAGE, str(folder))
-    manifest = index_shards(STORAGE, str(folder))
-    before = (folder / "manifest.json").read_bytes()
+    manifest, before = index_shards(STORAGE, str(folder)), (folder / "manifest.json").read_bytes()
     check_present = partial(manifests.check_present, manifest=manifest)
     check_present(STORAGE, str(folder))
     for damage, reason in (
