@@ -25,8 +25,8 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples import augment
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage, join
-from tests.support.imports import write_lines
 from tests.support.pairs import pair
+from tests.support.shards_command import write_lines
 from tests.support.short_run import DEMO
 
 # The package's attributes of these names are the commands.
