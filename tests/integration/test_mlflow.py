@@ -92,13 +92,9 @@ def finish(tracker: Tracker, timeout: float = 20.0) -> None:
 
 
 def sync_without_cursor(config: RunConfig) -> int:
-    """Upload the whole journal again and return its number of points."""
     for cursor in journal_folder(config.folder).glob("cursor-*"):
         cursor.unlink()
     return sync(config.folder, caller=Caller.of(config))["points"]
-
-
-# ---- crashes
 
 
 def test_uploader_survives_a_failed_connection_and_another_run_in_its_folder(tmp_path, uri, uploader_of, monkeypatch):
@@ -211,9 +207,6 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(tmp_path, uri, monke
     Storage().delete(config.folder)
 
 
-# ---- repeated uploads
-
-
 def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path, uri, uploader_of):
     config = config_of(tmp_path, uri)
     tracker = tracked(config, range(1500))  # more than one batch
@@ -221,8 +214,7 @@ def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path, uri
     finish(tracker)
     assert sync(config.folder, caller=Caller.of(config))["points"] == 3003
     before = content(uri)
-    assert sync_without_cursor(config) == 3003
-    assert content(uri) == before
+    assert (sync_without_cursor(config), content(uri)) == (3003, before)
     assert sync(config.folder, caller=Caller.of(config))["points"] == 0
     vision = runs_of(uri, config)["vision"]
     assert points(uri, vision) == losses(range(1500))
@@ -235,9 +227,6 @@ def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path, uri
         tracker.close()
         uploader_of(config, uri).upload()
     assert [run.info.status for run in runs_of(uri, config).values()] == ["FINISHED"]
-
-
-# ---- deleted and restored runs, rollbacks
 
 
 @pytest.mark.parametrize("what", ["stage", "run", "experiment"])
@@ -266,8 +255,7 @@ def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path, uri, upload
     uploader_of(config, uri).upload()
     runs = runs_of(uri, config)
     assert {run.info.run_id for run in runs.values()} == {parent, stage}, "no run was created a second time"
-    assert points(uri, runs["vision"]) == losses(range(20))
-    assert runs[config.name].data.tags["after"] == "deletion"
+    assert (points(uri, runs["vision"]), runs[config.name].data.tags["after"]) == (losses(range(20)), "deletion")
     assert pending_bytes(folder, uri) == 0
 
 
@@ -293,9 +281,6 @@ def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path, uri, uploader_o
     condition = f"tags.`mome.url` = '{checkpoint(config, 20).url}'"
     (model,) = MlflowClient(uri).search_logged_models([vision.info.experiment_id], condition)
     assert [metric.value for metric in model.metrics if metric.key == "train/loss"] == [2.0]
-
-
-# ---- outages, with a server
 
 
 REPORT = b"<p>recorded while the server was away</p>"
@@ -378,6 +363,5 @@ def test_server_with_login_needs_the_environment_variables(tmp_path, monkeypatch
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", ADMIN)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
         assert MlflowClient(server.uri).get_experiment_by_name("vlmo") is None
-        assert sync(config.folder, caller=Caller.of(config))["points"] == 100
-        assert len(runs_of(server.uri, config)) == 2
+        assert (sync(config.folder, caller=Caller.of(config))["points"], len(runs_of(server.uri, config))) == (100, 2)
     assert not any(PASSWORD.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())

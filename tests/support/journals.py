@@ -31,9 +31,6 @@ def config_of(output: Path | str, name: str = "run", **tracking: Any) -> RunConf
     return validate(values | {"tracking": tracking}, "test")
 
 
-# ---- journals
-
-
 def point(step: int, stage: int | None = 0) -> dict[str, Any]:
     return {"kind": "metrics", "at": 1000 + step, "stage": stage, "step": step, "values": {"loss": float(step)}}
 
@@ -43,7 +40,6 @@ def artifact(file: str = REPORT, name: str = "report.html") -> dict[str, Any]:
 
 
 def encode(*records: dict[str, Any]) -> bytes:
-    """Return the records' lines in a session."""
     return b"".join(json.dumps(record, separators=(",", ":")).encode() + b"\n" for record in records)
 
 
@@ -56,7 +52,6 @@ def steps(journal: Journal) -> list[int]:
 
 
 def training(journal: Journal, first: int, last: int) -> JournalWriter:
-    """Start a session that trains the steps `first` to `last`."""
     writer = JournalWriter(journal)
     for record in (STAGE_START, *map(point, range(first, last + 1))):
         writer.append(record)
@@ -64,8 +59,6 @@ def training(journal: Journal, first: int, last: int) -> JournalWriter:
 
 
 class Objects(dict[str, bytes]):
-    """Object store in memory."""
-
     read, write, exists = dict.__getitem__, dict.__setitem__, dict.__contains__
 
     def list_info(self, url: str) -> dict[str, ObjectInfo]:
@@ -80,9 +73,6 @@ def restored(store: Any, folder: Path, run: str = RUN) -> Journal:
     return journal
 
 
-# ---- trackers
-
-
 def tracked(config: RunConfig, steps: range, stage: int = 0, attempt: str = "1") -> Tracker:
     """Return a new tracker of the run that has recorded these steps of a stage."""
     tracker = Tracker.open(config, Storage(), {"attempt": attempt})
@@ -91,7 +81,6 @@ def tracked(config: RunConfig, steps: range, stage: int = 0, attempt: str = "1")
 
 
 def record(tracker: Tracker, config: RunConfig, stage: int, steps: range) -> None:
-    """Begin a stage and record these steps of it."""
     tags = {"zero_stage": "1"} | ({"start_from": weights(config, stage - 1).url} if stage else {})
     tracker.begin_stage(stage, config.stages[stage], tags, [PHOTOS])
     record_steps(tracker, steps)
@@ -108,7 +97,6 @@ def losses(steps: range) -> list[tuple[int, float]]:
 
 
 def weights(config: RunConfig, stage: int) -> SavedWeights:
-    """Return the final weights of a stage."""
     return SavedWeights(f"{config.folder}/stages/{stage}-{config.stages[stage].name}", 100 * (stage + 1), stage)
 
 

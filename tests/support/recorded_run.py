@@ -24,7 +24,6 @@ ALERT = "matching is right for 3 % of the true pairs: raise stages.pairs.objecti
 
 
 def record_run(folder: Path, planted: Planted, name: str = "recorded", *overrides: str) -> None:
-    """Write `<folder>/<name>`."""
     stage = {"steps": STEPS, "global_batch_size": 8, "max_text_length": 12}
     vision = {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}, **stage}
     pairs = {"name": "pairs", "sources": {"pairs": 1.0}, "objectives": {"itc": {}, "itm": {}}, **stage}

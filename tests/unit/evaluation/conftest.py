@@ -15,12 +15,7 @@ from tests.support.finished_run import SECTION
 
 
 @pytest.fixture(scope="session")
-def storage():
-    return Storage()
-
-
-@pytest.fixture(scope="session")
-def config(tmp_path_factory, storage):
+def config(tmp_path_factory):
     """Draw the shards of one synthetic source (24 scenes, two captions each) and return a run of three stages on it."""
     shards, plain = str(tmp_path_factory.mktemp("scenes") / "shards"), {"steps": 4, "global_batch_size": 8}
     learned = {"vision": ("images", {"mim": {}}), "language": ("sentences", {"mlm": {}})}
@@ -39,18 +34,18 @@ def config(tmp_path_factory, storage):
         "data": {"streams": 4}, "engine": {"precision": "float32"},
         "evaluation": {"source": "unseen", "batch_size": 7},
     })  # fmt: skip
-    build_synthetic(storage, {"unseen": run.sources["unseen"]})
+    build_synthetic(Storage(), {"unseen": run.sources["unseen"]})
     return run
 
 
 @pytest.fixture(scope="session")
-def tokenizer(config, storage):
-    return Tokenizer.train(iter_captions(storage, config.sources["unseen"].shards), 200)
+def tokenizer(config):
+    return Tokenizer.train(iter_captions(Storage(), config.sources["unseen"].shards), 200)
 
 
 @pytest.fixture(scope="session")
-def held_out(config, storage, tokenizer):
-    return load_pairs(config, storage, "unseen", None, tokenizer, max_text_length=40)
+def held_out(config, tokenizer):
+    return load_pairs(config, Storage(), "unseen", None, tokenizer, max_text_length=40)
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +54,6 @@ def model(config, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def evaluation(model, config, storage, tokenizer):
+def evaluation(model, config, tokenizer):
     """Return the evaluation of the last stage; the earlier stages have the same weights."""
-    return evaluate(model, tokenizer, config, storage, others={"vision": model, "language": model})
+    return evaluate(model, tokenizer, config, Storage(), others={"vision": model, "language": model})

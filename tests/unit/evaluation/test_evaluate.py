@@ -30,7 +30,7 @@ CURVES = {"vision": [(step, 2.0 / (step + 1)) for step in range(50)], "language"
 
 
 def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs_for_every_batch_size(
-    evaluation, model, config, storage, tokenizer
+    evaluation, model, config, tokenizer
 ):
     result = json.loads(json.dumps(evaluation.to_json()))
     mlm = result["mlm"]
@@ -51,43 +51,41 @@ def test_json_and_metrics_have_the_documented_keys_and_equal_the_models_outputs_
     expected = sum(of_image[head] @ of_text[head].T for head in ("itc", "itc_vl")) / 2
     torch.testing.assert_close(ranked.score[5, 0], expected[0, 0], atol=1e-6, rtol=1e-5)
     other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 64})})
-    again = evaluate(model, tokenizer, other, storage)  # nothing depends on the batch size
+    again = evaluate(model, tokenizer, other, Storage())  # nothing depends on the batch size
     scores = (result.rankings.image_to_text.score for result in (evaluation, again))
     torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-5)
     assert evaluation.sections["mlm"] | {"language_stage_text_only": None} == again.sections["mlm"]
     assert evaluation.sections["itm"] == again.sections["itm"]
 
 
-def test_results_without_training_or_without_a_second_pair_are_null(model, config, storage, tokenizer):
+def test_results_without_training_or_without_a_second_pair_are_null(model, config, tokenizer):
     for stage, null, section, key in (
         ("vision", ["retrieval", "reranked", "mlm", "itm"], "reconstruction", "error"),
         ("language", ["retrieval", "itm", "reconstruction"], "mlm", "accuracy_text_only"),
     ):
-        result = evaluate(model, tokenizer, config, storage, stage=stage, limit=6).to_json()
+        result = evaluate(model, tokenizer, config, Storage(), stage=stage, limit=6).to_json()
         assert all(result[name] is None for name in null)
         assert result[section][key] is not None
         assert (result["mlm"] or {"accuracy": None})["accuracy"] is None
-    result = evaluate(model, tokenizer, config, storage, limit=1).to_json()
+    result = evaluate(model, tokenizer, config, Storage(), limit=1).to_json()
     assert result["mlm"]["accuracy_other_image"] is result["itm"] is None
     assert result["retrieval"]["text_to_image"]["r1"] == result["retrieval"]["chance"]["r1"] == 1.0
     with pytest.raises(ConfigError, match="no stage 'visoin' in this run; its stages: vision, language, vision_lang"):
-        evaluate(model, tokenizer, config, storage, stage="visoin")
+        evaluate(model, tokenizer, config, Storage(), stage="visoin")
     sizes = {"width": 32, "layers": 1, "text_layers": 1, "heads": 2, "image_size": 32, "patch_size": 8}
     stage = config.stages[-1].model_copy(update={"objectives": {"itc": ObjectiveConfig()}})
     dual = config.model_copy(update={"model": DualEncoderConfig(**sizes, embedding=16), "stages": (stage,)})
-    result = evaluate(build_model(dual.model, tokenizer.size, seed=3), tokenizer, dual, storage)
+    result = evaluate(build_model(dual.model, tokenizer.size, seed=3), tokenizer, dual, Storage())
     assert result.rankings.image_to_text.score.abs().max() <= 1 + 1e-5  # a dual encoder has a single itc head
     assert result.to_json()["retrieval"]["image_to_text"].keys() >= KS
     assert all(result.to_json()[name] is None for name in ("reranked", "itm", "mlm", "reconstruction"))
 
 
-def test_itm_without_itc_ranks_by_scoring_every_pair_of_the_first_images(
-    model, config, storage, tokenizer, monkeypatch
-):
+def test_itm_without_itc_ranks_by_scoring_every_pair_of_the_first_images(model, config, tokenizer, monkeypatch):
     changes = {"objectives": {"itm": ObjectiveConfig()}, "negatives": "random"}
     stages = (*config.stages[:-1], config.stages[-1].model_copy(update=changes))
     config = config.model_copy(update={"stages": stages})
-    result = evaluate(model, tokenizer, config, storage)
+    result = evaluate(model, tokenizer, config, Storage())
     held_out = result.held_out
     assert (result.sections["itm"] is None, result.reranked) == (False, None)
     assert (result.retrieval_by, result.retrieval_images) == ("itm", len(held_out))
@@ -95,9 +93,9 @@ def test_itm_without_itc_ranks_by_scoring_every_pair_of_the_first_images(
     odds = Predictor(model, tokenizer).fusion_scores(held_out, pairs)
     best = odds.view(len(held_out), -1).topk(10, dim=1).values
     torch.testing.assert_close(result.rankings.image_to_text.score, best)
-    assert evaluate(model, tokenizer, config, storage, rerank_best=0).retrieval is None
+    assert evaluate(model, tokenizer, config, Storage(), rerank_best=0).retrieval is None
     monkeypatch.setattr("pipeline.evaluation.evaluate.RERANK_PAIRS", 30)
-    part = evaluate(model, tokenizer, config, storage)
+    part = evaluate(model, tokenizer, config, Storage())
     captions = int((part.held_out.caption_of < part.retrieval_images).sum())
     assert 1 < part.retrieval_images < len(part.held_out)
     assert part.retrieval_images * captions <= 30
@@ -111,8 +109,7 @@ def test_rows_are_computed_once_with_equal_forward_counts_and_errors_reach_all_r
             ranks.rank, ranks.world_size = rank, world_size
         turns = [list(rank_batches(count, 7, ranks)) for ranks in all_ranks]
         own = [row for of_rank in turns for rows, is_own in of_rank if is_own for row in range(count)[rows]]
-        assert own == list(range(count))
-        assert len({len(of_rank) for of_rank in turns}) == 1
+        assert (own, len({len(of_rank) for of_rank in turns})) == (list(range(count)), 1)
         assert all(0 < rows.stop - rows.start <= 7 for of_rank in turns for rows, _ in of_rank)
     monkeypatch.setattr(ranks, "gather_objects", lambda value: [value, ([], DataError("shard 3 changed"))])
     with pytest.raises(DataError, match="shard 3 changed"), gathered(ranks) as items:
@@ -140,7 +137,7 @@ def test_results_do_not_depend_on_the_number_of_ranks(config):
 
 
 def test_pages_show_metrics_with_chance_perfect_retrievals_and_partial_evaluations(
-    evaluation, model, config, storage, tokenizer
+    evaluation, model, config, tokenizer
 ):
     def render(result):
         return render_report(build_report_data(result, config, tokenizer), config, CURVES)
@@ -156,7 +153,7 @@ def test_pages_show_metrics_with_chance_perfect_retrievals_and_partial_evaluatio
     page = render(replace(evaluation, rankings=ranked))
     assert (page.count("found first"), len(re.findall(r"right (caption|image) at place", page))) == (16, 0)
     for stage, limit in (("vision", 1), ("vision", 6), ("language", 6), ("vision_language", 1)):
-        page = render(evaluate(model, tokenizer, config, storage, stage=stage, limit=limit))
+        page = render(evaluate(model, tokenizer, config, Storage(), stage=stage, limit=limit))
         assert f"{limit} held-out images" in page
         assert ("R@1" in page) == (stage == "vision_language")
 

@@ -38,7 +38,6 @@ def ranks_by_sorting(scores, query_id, candidate_id):
 
 
 def evaluated(similarity, caption_of, image_id):
-    """Return the rankings and recalls of a matrix of scores."""
     scores, captions, ids = (torch.as_tensor(values) for values in (similarity, caption_of, image_id))
     ranked = rankings(scores.__getitem__, scores.T.__getitem__, captions, ids)
     return ranked, recall_at_k([direction.rank for direction in ranked], captions, ids)
@@ -333,8 +332,7 @@ def test_zero_shot_classifies_by_the_means_of_the_class_names_prompts(prepared, 
         validate(values, "tiny")
 
 
-def test_the_probe_is_the_minimum_of_its_loss():
-    """The gradient, derived by hand in NumPy, is zero at the minimum."""
+def test_the_probe_is_where_the_gradient_of_its_loss_derived_by_hand_is_zero():
     random = np.random.default_rng(0)
     x, y = random.normal(size=(80, 6)), random.integers(0, 3, 80)
     weight, bias = (part.numpy() for part in labelled.fit_linear_probe(torch.tensor(x), torch.tensor(y), 3, 0.01))

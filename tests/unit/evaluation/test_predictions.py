@@ -179,7 +179,6 @@ def test_drawings_are_complete_and_escape_the_text(explanation):
 
 
 def explain_trial(folder, cell, out, text="a red circle", image=None):
-    """Run `mome explain` on the untrained weights of a trial and return its JSON."""
     config, photo, run = trial_config(cell), folder / "photo.png", folder / str(cell)
     Image.fromarray(IMAGE).save(photo)
     model = build_model(config.model, TOKENIZER.size, head_config(config, 0), seed=1)

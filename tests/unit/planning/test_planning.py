@@ -78,9 +78,6 @@ def test_time_and_cost_follow_the_assumptions_the_network_and_the_number_of_acce
     assert {device: planning.accelerator_like(device).name for device in names} == names
 
 
-# ---- the probe
-
-
 def meta(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, device="meta", requires_grad=True)
 

@@ -97,8 +97,7 @@ def test_report_has_events_in_order_alerts_first_time_cost_stages_and_sources(re
 def test_bad_samples_show_their_image_or_an_error(report, planted):
     counts = [(samples, times) for *_, samples, times in report.quarantine_counts]
     assert [sum(column) for column in zip(*counts, strict=True)] == [len(planted.expected), len(bad_records(planted))]
-    assert max(times - samples for samples, times in counts) == 1
-    assert len(report.quarantine) == run_report.MAX_SAMPLES
+    assert (max(times - samples for samples, times in counts), len(report.quarantine)) == (1, run_report.MAX_SAMPLES)
     for sample, image, error in report.quarantine:
         assert (image is None) == bool(error)
         assert image is None or sample.reason not in ("the truncated JPEG", "the PNG bomb", "the missing picture")

@@ -141,9 +141,6 @@ def test_a_damaged_cursor_only_repeats_the_upload(tmp_path):
         pending_bytes(tmp_path, SERVER)
 
 
-# ---- commits by several writers: cuts, overlaps, repeats
-
-
 def test_cut_overlapping_repeated_and_damaged_segments_restore_the_longest_prefix(tmp_path):
     rng, session = random.Random(1), encode(STAGE_START, *map(point, range(1, 38)), artifact(), point(38))
     for number in range(fuzz_rounds(700)):
@@ -173,22 +170,7 @@ def test_cut_overlapping_repeated_and_damaged_segments_restore_the_longest_prefi
         assert not [path for path in tmp_path.iterdir() if not path.name.isdigit()]
 
 
-def test_sessions_of_other_living_processes_are_not_committed(tmp_path):
-    journal, store = Journal(tmp_path), Objects()
-    training(journal, 1, 5).close()
-    program = f"{WRITER}writer.append({TAG})\nprint('begun', flush=True); sys.stdin.read()"
-    command, committed = [sys.executable, "-c", program, str(tmp_path)], CommittedJournal(store, RUN)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        dead, alive = (session.stem for session in journal.sessions())
-        committed.commit(journal)
-        assert [*journals.committed_segments(store, URL)] == [dead]
-        other.stdin.close()
-    committed.commit(journal)
-    assert [*journals.committed_segments(store, URL)] == [dead, alive], "once it is dead, its records are committed"
-
-
-def test_segments_of_several_commits_restore_the_journal(tmp_path):
+def test_whole_records_of_own_and_dead_sessions_are_committed_once_and_restored(tmp_path):
     store, journal = Objects(), Journal(tmp_path / "local")
     committed = CommittedJournal(store, RUN)
     with closing(training(journal, 1, 5)) as writer:
@@ -200,7 +182,16 @@ def test_segments_of_several_commits_restore_the_journal(tmp_path):
     with journal.sessions()[0].open("ab") as file:
         file.write(b'{"kind":"metrics","step":7,"val')  # a torn last line is never committed
     training(journal, 7, 8).close()  # the restart writes a session of its own
+    program = f"{WRITER}writer.append({TAG})\nprint('begun', flush=True); sys.stdin.read()"
+    command, pipe = [sys.executable, "-c", program, str(journal.folder)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
+        other.stdout.readline()
+        *dead, alive = (session.stem for session in journal.sessions())
+        committed.commit(journal)
+        assert [*journals.committed_segments(store, URL)] == dead
+        other.stdin.close()
     committed.commit(journal)
+    assert [*journals.committed_segments(store, URL)] == [*dead, alive], "once it is dead, its records are committed"
     elsewhere = restored(store, tmp_path / "elsewhere")
     assert steps(journal) == steps(elsewhere) == list(range(1, 9))
     assert b'"val' not in elsewhere.sessions()[0].read_bytes()[-20:]
@@ -259,9 +250,6 @@ def test_random_node_histories_restore_each_point_once(tmp_path):
         assert committed_steps <= set(restored_steps), f"seed {seed}: a committed point is lost"
 
 
-# ---- each storage call of a commit and a restore failing in turn
-
-
 def _commits(storage: Storage, folder: Path, run: str) -> None:
     journal, committed = Journal(folder), CommittedJournal(storage, run)
     with suppress(StorageError):  # as `Tracker.open`, which training then begins again
@@ -314,8 +302,6 @@ def test_storage_faults_of_a_commit_and_a_restore_lose_nothing_committed(tmp_pat
         assert len(list((journal.folder / "files").glob("*/*.html"))) == 2, fault
     Storage().delete(store)
 
-
-# ---- names from records, and damage
 
 HOSTILE = [
     "../../../evil", "/tmp/evil", "..", ".", "", "0123456789abcdef/..", "0123456789abcdef/.", "0123456789abcdef/",
