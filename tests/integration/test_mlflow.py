@@ -26,13 +26,12 @@ from jobs.tracking import sync
 from pipeline.config.errors import TrackingError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
-from pipeline.tracking.journal import RESTORED, Journal
-from pipeline.tracking.locations import journal_folder
+from pipeline.tracking.journal import RESTORED
+from pipeline.tracking.locations import journal_folder, read_run_id
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable
 from pipeline.tracking.tracker import Tracker
-from tests.support import journals
-from tests.support.journals import PHOTOS, checkpoint, losses, record, record_steps, tracked, weights
+from tests.support.journals import PHOTOS, checkpoint, config_of, losses, record, record_steps, tracked, weights
 from tests.support.mlflow_server import ADMIN, PASSWORD, Postgres, Server
 from tests.support.short_run import NoUploader
 
@@ -58,16 +57,11 @@ def uploader_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MlflowUploader
     return lambda config, uri, report=print: MlflowUploader(journal_folder(config.folder), uri, report)
 
 
-def config_of(output: Path | str, uri: str, name: str = "run") -> RunConfig:
-    return journals.config_of(output, name, uri=uri, flush_seconds=0.2)
-
-
 def runs_of(uri: str, config: RunConfig) -> dict[str, Run]:
     """Return the run's MLflow runs by name: the parent and its children."""
     client = MlflowClient(uri)
-    (run,) = {record["run"] for record in Journal(journal_folder(config.folder)).run_records()}
     experiments = [item.experiment_id for item in client.search_experiments()]
-    runs = client.search_runs(experiments, f"tags.`mome.run` = '{run}'")
+    runs = client.search_runs(experiments, f"tags.`mome.run` = '{read_run_id(config, Storage())}'")
     assert len({item.info.run_name for item in runs}) == len(runs), "a run was created twice"
     return {item.info.run_name: client.get_run(item.info.run_id) for item in runs}
 
@@ -99,7 +93,7 @@ def sync_without_cursor(config: RunConfig) -> int:
 
 def test_uploader_survives_a_failed_connection_and_another_run_in_its_folder(tmp_path, uri, uploader_of, monkeypatch):
     """The uploader of a killed trainer may still run when the folder is deleted and the run started anew."""
-    config = config_of(tmp_path, uri, "replaced")
+    config = config_of(tmp_path, "replaced", uri=uri)
     uploader, parents = uploader_of(config, uri), []
     for number in range(2):
         tracked(config, range(5)).close()
@@ -116,7 +110,7 @@ def test_uploader_survives_a_failed_connection_and_another_run_in_its_folder(tmp
 
 
 def test_restarted_run_is_one_parent_with_a_child_per_stage_and_models_of_its_kept_checkpoints(tmp_path, uri):
-    config = config_of(tmp_path, uri, name="kept.models")
+    config = config_of(tmp_path, "kept.models", uri=uri)
     first = tracked(config, range(1, 91))
     first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
     first.metrics(60, {"eval/unseen/r1": 0.2})  # of an existing checkpoint
@@ -171,7 +165,7 @@ def test_restarted_run_is_one_parent_with_a_child_per_stage_and_models_of_its_ke
 
 
 def test_journal_of_a_killed_trainer_is_uploaded(tmp_path, uri):
-    config = config_of(tmp_path, uri, name="killed")
+    config = config_of(tmp_path, "killed", uri=uri)
     program = """if True:
         import os, signal, sys, time
         from pipeline.config.schema import RunConfig
@@ -193,7 +187,7 @@ def test_journal_of_a_killed_trainer_is_uploaded(tmp_path, uri):
 
 
 def test_metric_uploaded_before_a_node_loss_is_not_repeated(tmp_path, uri, monkeypatch):
-    config = config_of("memory://bucket/lost-node", uri)
+    config = config_of("memory://bucket/lost-node", uri=uri)
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "first-node"))
     first = tracked(config, range(0, 60))
     first.commit()
@@ -208,7 +202,7 @@ def test_metric_uploaded_before_a_node_loss_is_not_repeated(tmp_path, uri, monke
 
 
 def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path, uri, uploader_of):
-    config = config_of(tmp_path, uri)
+    config = config_of(tmp_path, uri=uri)
     tracker = tracked(config, range(1500))  # more than one batch
     tracker.metrics(1500, {"nan": math.nan, "up": math.inf, "down": -math.inf})
     finish(tracker)
@@ -220,7 +214,7 @@ def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path, uri
     assert points(uri, vision) == losses(range(1500))
     assert {"nan", "up", "down"} <= vision.data.metrics.keys()
 
-    config = config_of(tmp_path, uri, "imported")  # weights without a training run that would end the run
+    config = config_of(tmp_path, "imported", uri=uri)  # weights without a training run that would end the run
     for _ in range(2):
         tracker = Tracker.open(config, Storage())
         tracker.metrics(0, {"eval/r1": 0.5})
@@ -232,7 +226,7 @@ def test_repeated_upload_changes_nothing_and_evaluation_ends_a_run(tmp_path, uri
 @pytest.mark.parametrize("what", ["stage", "run", "experiment"])
 @pytest.mark.parametrize("fresh", [False, True], ids=["same uploader", "another process"])
 def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path, uri, uploader_of, what, fresh):
-    config = config_of(tmp_path, uri, f"run-{what}-{fresh}")
+    config = config_of(tmp_path, f"run-{what}-{fresh}", uri=uri)
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": config.name})})
     folder, client, messages = journal_folder(config.folder), MlflowClient(uri), []
     tracker, uploader = tracked(config, range(10)), uploader_of(config, uri, messages.append)
@@ -262,7 +256,7 @@ def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path, uri, upload
 @pytest.mark.parametrize("is_node_lost", [False, True])
 def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path, uri, uploader_of, is_node_lost):
     """Metrics that are no longer valid may be on the server already, which has more than the remaining journal."""
-    config = config_of(tmp_path, uri, f"rollback-{is_node_lost}")
+    config = config_of(tmp_path, f"rollback-{is_node_lost}", uri=uri)
     tracker = tracked(config, range(1, 31))
     if is_node_lost:
         uploader_of(config, uri).upload()
@@ -321,12 +315,12 @@ def train_through_outage(config: RunConfig, server: Server, seconds: float) -> R
 
 
 def test_outage_delays_no_step_and_loses_no_metric(tmp_path, server):
-    train_through_outage(config_of(tmp_path, server.uri), server, 3.0)
+    train_through_outage(config_of(tmp_path, uri=server.uri), server, 3.0)
     assert [path.read_bytes() for path in server.folder.rglob("report.html")] == [REPORT]
 
 
 def test_run_without_server_is_uploaded_later(tmp_path, server):
-    config = config_of(tmp_path, "http://127.0.0.1:1", name="offline")
+    config = config_of(tmp_path, "offline", uri="http://127.0.0.1:1")
     finish(tracked(config, range(50)), 0)
     with pytest.raises(TrackingError, match="is unavailable"):
         sync(config.folder, caller=Caller.of(config))
@@ -347,7 +341,7 @@ def test_outage_on_postgres_and_s3_loses_no_metric(s3, tmp_path):
     postgres = Postgres()
     environment = {**s3.environment, "MLFLOW_S3_ENDPOINT_URL": s3.endpoint}
     with closing(postgres), Server(tmp_path, postgres.uri, s3.url("artifacts"), environment) as server:
-        run = train_through_outage(config_of(tmp_path / "runs", server.uri), server, OUTAGE_SECONDS)
+        run = train_through_outage(config_of(tmp_path / "runs", uri=server.uri), server, OUTAGE_SECONDS)
         folder = s3.url("artifacts", run.info.experiment_id, run.info.run_id, "artifacts")
         assert Storage(s3.config).read(f"{folder}/report.html") == REPORT
 
@@ -356,7 +350,7 @@ def test_outage_on_postgres_and_s3_loses_no_metric(s3, tmp_path):
 def test_server_with_login_needs_the_environment_variables(tmp_path, monkeypatch):
     pytest.importorskip("flask_wtf", reason="mlflow's login needs the package Flask-WTF")
     with Server(tmp_path, login=True) as server:
-        config = config_of(tmp_path / "runs", server.uri)
+        config = config_of(tmp_path / "runs", uri=server.uri)
         folder = journal_folder(config.folder)
         finish(tracked(config, range(50)), 5)
         assert (folder / "uploader.log").exists()

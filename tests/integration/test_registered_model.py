@@ -70,8 +70,8 @@ def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
     tracker.close(timeout=120)
     register_checkpoint(checkpoint, "tiny", "candidate")
     registered = register_checkpoint(checkpoint, "tiny", "candidate")
-    encoded = [base64.b64encode(image).decode() for image in PICTURES]
-    requests = [json.dumps({"image": i, "text": text}) for i, text in zip(encoded, TEXTS, strict=True)]
+    rows = zip(map(base64.b64encode, PICTURES), TEXTS, strict=True)
+    requests = [json.dumps({"image": image.decode(), "text": text}) for image, text in rows]
     done = subprocess.run(
         [sys.executable, "-c", LOAD, uri, registered["uri"]], input="\n".join(requests), capture_output=True, text=True,
         check=False, cwd=tmp_path, env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},

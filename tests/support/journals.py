@@ -28,7 +28,7 @@ def config_of(output: Path | str, name: str = "run", **tracking: Any) -> RunConf
     stage = {"sources": {"photos": 1.0}, "objectives": {"mim": {}}, "steps": 100, "global_batch_size": 16}
     stages, photos = [{"name": name, **stage} for name in ("vision", "second")], {"shards": f"{output}/photos"}
     values = {"name": name, "output": str(output), "sources": {"photos": photos}, "stages": stages}
-    return validate(values | {"tracking": tracking}, "test")
+    return validate(values | {"tracking": {"flush_seconds": 0.2, **tracking}}, "test")
 
 
 def point(step: int, stage: int | None = 0) -> dict[str, Any]:
