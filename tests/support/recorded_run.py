@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config.load import apply_override, validate
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.storage import Storage
+from pipeline.reports.run_folder import RunFolder, open_run
 from pipeline.tracking.journal import Journal, JournalWriter
 from tests.support.bad_shards import Planted
 from tests.support.finished_run import SECTION
@@ -23,7 +24,7 @@ SPIKE = "step 12: loss 9, median 2; back to step 10 without batches 0 to 2 of th
 ALERT = "matching is right for 3 % of the true pairs: raise stages.pairs.objectives.itm.weight"
 
 
-def record_run(folder: Path, planted: Planted, name: str = "recorded", *overrides: str) -> None:
+def record_run(folder: Path, planted: Planted, name: str = "recorded", *overrides: str) -> RunFolder:
     stage = {"steps": STEPS, "global_batch_size": 8, "max_text_length": 12}
     vision = {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}, **stage}
     pairs = {"name": "pairs", "sources": {"pairs": 1.0}, "objectives": {"itc": {}, "itm": {}}, **stage}
@@ -42,6 +43,7 @@ def record_run(folder: Path, planted: Planted, name: str = "recorded", *override
         text = "".join(f"{json.dumps(record)}\n" for record in records)
         Storage().write(f"{folder}/{name}/{file}", text.encode())
     _record_journal(folder / name, planted)
+    return open_run(f"{folder}/{name}")
 
 
 def bad_records(planted: Planted) -> list[BadRecord]:
