@@ -138,10 +138,8 @@ def test_a_remote_run_is_read_from_its_committed_journal(report, s3, tmp_path, m
 
 
 def test_only_changed_and_explicit_keys_differ_and_runs_of_equal_name_have_their_folders(runs, planted, tmp_path):
-    comparison, values = (
-        compare(runs),
-        {"seed": (0, 5), "model.width": (32, 64), "stages.pairs.global_batch_size": (8, 16)},
-    )
+    values = {"seed": (0, 5), "model.width": (32, 64), "stages.pairs.global_batch_size": (8, 16)}
+    comparison = compare(runs)
     assert comparison.config == {path: {"recorded": one, "other": two} for path, (one, two) in values.items()}
     assert all(len(set(values)) == 1 for rows in comparison.results.values() for values in rows.values())
     comparison = compare([runs[0], again := record_run(tmp_path, planted)])
