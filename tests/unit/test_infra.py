@@ -1,21 +1,28 @@
-"""The files of infra/: settings, KubeRay, Ray's launcher, compose and image are valid, complete and secured.
+"""The files of infra/: settings, KubeRay, Ray's launcher, compose, image and scripts are valid, complete and secured.
 
-Rendering replaces every variable, each of which has a value and an explanation, or fails.
+Rendering replaces every variable, each of which has a value and an explanation, or fails. The Slurm job retries
+failures, stops at a limit, and is requeued: scripts that record their arguments replace Slurm's commands, and `srun`
+runs the test's substitute for torchrun.
 """
 
 import copy
 import fnmatch
-import importlib.util
 import itertools
 import json
 import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
+import time
 import tomllib
 from collections import defaultdict
+from collections.abc import Callable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -32,18 +39,16 @@ INFRA = ROOT / "infra"
 KUBERAY, RAY = INFRA / "kuberay", sorted(INFRA.glob("ray/*.yaml"))
 KINDS = {"raycluster": "rayclusters", "rayjob": "rayjobs"}
 FILES = sorted([*KUBERAY.glob("*.yaml"), *RAY])
+Start = Callable[..., subprocess.Popen[str]]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
 
 
-def load_script(path: Path) -> ModuleType:
-    """Import a script of infra/, which is not a package."""
-    spec = importlib.util.spec_from_file_location(f"infra_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def write_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
 
 
-render = load_script(INFRA / "render.py")
+render = SimpleNamespace(**runpy.run_path(str(INFRA / "render.py")))  # infra/ is not a package
 EXAMPLE, COMPOSE_EXAMPLE = INFRA / "settings.example.env", INFRA / "compose.example.env"
 SETTINGS, VALUES = (render.read_settings(path.read_text(), str(path)) for path in (EXAMPLE, COMPOSE_EXAMPLE))
 
@@ -51,9 +56,6 @@ SETTINGS, VALUES = (render.read_settings(path.read_text(), str(path)) for path i
 def rendered(path: Path, **changes: str) -> list[dict[str, Any]]:
     """Return the documents of a rendered YAML file of infra/."""
     return list(yaml.safe_load_all(render.render(path, SETTINGS | changes)))
-
-
-# ---- rendering
 
 
 def test_the_example_explains_every_variable_and_missing_ones_are_named(tmp_path: Path, capsys: Any) -> None:
@@ -64,13 +66,8 @@ def test_the_example_explains_every_variable_and_missing_ones_are_named(tmp_path
         assert "=" not in line or line.startswith("#") or above.startswith("#") or "=" in above, line
     file, env = tmp_path / "file.yaml", tmp_path / "my.env"
     file.write_text("a: ${ONE}\nb: ${TWO}-${ONE}\nc: $RAY_HEAD_IP $(date)\n")
-    for settings, error in (
-        ("ONE=1", "no value for TWO"),
-        ("ONE=1\nTWO=", "no value for TWO"),
-        ("TWO=2\nexport ONE=1", "my.env, line 2"),
-        ("TWO=2\nONE", "my.env, line 2"),
-        ("TWO=2\none=1", "my.env, line 2"),
-    ):
+    unreadable = dict.fromkeys(("TWO=2\nexport ONE=1", "TWO=2\nONE", "TWO=2\none=1"), "my.env, line 2")
+    for settings, error in {"ONE=1": "no value for TWO", "ONE=1\nTWO=": "no value for TWO", **unreadable}.items():
         env.write_text(settings)
         assert render.main([str(file), str(env)]) == 2
         output = capsys.readouterr()
@@ -78,16 +75,6 @@ def test_the_example_explains_every_variable_and_missing_ones_are_named(tmp_path
     env.write_text("# mine\n\nONE=1\nTWO=2")
     assert render.main([str(file), str(env), "ONE=3"]) == 0
     assert capsys.readouterr() == ("a: 3\nb: 2-3\nc: $RAY_HEAD_IP $(date)\n", "")
-
-
-# ---- KubeRay
-
-
-@pytest.fixture(params=KINDS)
-def spec(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Return the specification of the cluster in each kind of manifest."""
-    cluster = rendered(KUBERAY / f"{request.param}.yaml")[0]["spec"]
-    return cluster.get("rayClusterSpec", cluster)
 
 
 def test_manifests_are_valid_for_kuberay_and_wrong_keys_and_values_are_not(shared: Path) -> None:
@@ -109,25 +96,22 @@ def test_manifests_are_valid_for_kuberay_and_wrong_keys_and_values_are_not(share
         validator = jsonschema.Draft202012Validator(schema)
         assert list(validator.iter_errors(valid)) == []
     for path, value in {  # of the job, the last one
-        "spec.backoffLimits": 3,
-        "spec.backoffLimit": "three",
-        "spec.rayClusterSpec.authOptions.mode": "password",
-        "spec.rayClusterSpec.networkPolicy.mode": "DenyEverybody",
-        "spec.rayClusterSpec.headGroupSpec.template.spec.restartpolicy": "Never",
-    }.items():
-        place = manifest = copy.deepcopy(valid)
+        "backoffLimits": 3, "backoffLimit": "three", "rayClusterSpec.authOptions.mode": "password",
+        "rayClusterSpec.networkPolicy.mode": "DenyEverybody",
+        "rayClusterSpec.headGroupSpec.template.spec.restartpolicy": "Never",
+    }.items():  # fmt: skip
         *parents, key = path.split(".")
-        for parent in parents:
-            place = place[parent]
-        place[key] = value
+        manifest = copy.deepcopy(valid)
+        reduce(getitem, parents, manifest["spec"])[key] = value
         assert len(list(validator.iter_errors(manifest))) == 1, path
 
 
-def test_groups_are_parsed_and_access_privileges_and_resources_are_limited(
-    spec: dict[str, Any],
-) -> None:
+@pytest.mark.parametrize("manifest", KINDS)
+def test_groups_are_parsed_and_access_privileges_and_resources_are_limited(manifest: str) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
 
+    spec = rendered(KUBERAY / f"{manifest}.yaml")[0]["spec"]
+    spec = spec.get("rayClusterSpec", spec)
     read = derive({"metadata": {"name": "mome", "namespace": "mome"}, "spec": spec})
     types = {name: (kind["max_workers"], kind["resources"]) for name, kind in read["available_node_types"].items()}
     assert types["headgroup"] == (0, {"CPU": 0, "memory": 16 * 2**30})
@@ -206,9 +190,6 @@ def test_a_job_is_retried_cleans_up_and_runs_a_command(monkeypatch: pytest.Monke
     assert [settings.cluster.address for settings in trained] == ["auto"]
 
 
-# ---- Ray's launcher
-
-
 @pytest.mark.parametrize("path", RAY, ids=lambda path: path.stem)
 def test_rays_launcher_accepts_the_file_and_starts_a_secured_ray(path: Path) -> None:
     """Run the steps of `ray up` before it contacts a cloud; Ray 2.60 has no dry run."""
@@ -240,14 +221,10 @@ def test_groups_and_machines_come_from_the_settings_and_cpu_machines_offer_the_l
     command = config["worker_start_ray_commands"][-1].replace("ulimit -n 65536", "true")
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RAY_HEAD_IP": "10.0.0.10"}
     for status, expected in ((0, []), (1, [{"loader": 1}])):  # of nvidia-smi: with and without a GPU
-        for name, script in (("nvidia-smi", f"exit {status}"), ("ray", 'printf "%s\\n" "$@"')):
-            (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
-            (tmp_path / name).chmod(0o755)
+        write_program(tmp_path / "nvidia-smi", f"exit {status}")
+        write_program(tmp_path / "ray", 'printf "%s\\n" "$@"')
         output = subprocess.check_output(["bash", "-c", command], text=True, env=environment)
         assert [json.loads(text) for text in re.findall(r"^--resources=(.*)$", output, re.MULTILINE)] == expected
-
-
-# ---- compose
 
 
 COMPOSE = (INFRA / "compose.yaml").read_text()
@@ -312,7 +289,7 @@ def test_mlflow_knows_its_arguments_and_the_bucket_may_exist(
         monkeypatch.delenv(name)
     for name, value in moto_store.environment.items():
         monkeypatch.setenv(name, value)
-    make_bucket = load_script(INFRA / "make_bucket.py").make_bucket
+    make_bucket = runpy.run_path(str(INFRA / "make_bucket.py"))["make_bucket"]
     for _ in range(2):
         make_bucket("mome-compose")
     assert [bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]].count("mome-compose") == 1
@@ -326,9 +303,6 @@ def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     env.write_text("".join(f"{name}={value or 'x'}\n" for name, value in VALUES.items()))
     files = ["--file", str(INFRA / "compose.yaml"), "--file", str(INFRA / "compose.gpu.yaml")]
     subprocess.run([docker, "compose", "--env-file", str(env), *files, "config", "--quiet"], check=True)
-
-
-# ---- the image
 
 
 # (INSTRUCTION, arguments) by build stage, with continued lines joined and without comments; "" before the first stage
@@ -395,3 +369,96 @@ def is_ignored(path: str) -> bool:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     matching = [line for line in lines if any(fnmatch.fnmatch(str(part), line.removeprefix("!")) for part in parts)]
     return bool(matching) and not matching[-1].startswith("!")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Return start(srun="exit 1", **environment), which runs the job script as Slurm does on the first node."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").touch()
+
+    def begin(srun: str, **environment: str) -> subprocess.Popen[str]:
+        (calls := tmp_path / "calls").unlink(missing_ok=True)
+        write_program(tmp_path / "srun", f'printf "%s " srun "$@" >> {calls}; echo >> {calls}\n{srun}')
+        write_program(tmp_path / "scancel", f'echo scancel "$@" >> {calls}; kill -USR1 $(cat {tmp_path}/ranks)')
+        show = f'[ "$1" = show ] && {{ echo node7; echo node8; }} || echo scontrol "$@" >> {calls}'
+        write_program(tmp_path / "scontrol", show)
+        slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+        base = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MOME_VENV": str(tmp_path / "venv")}
+        command = ["bash", str(INFRA / "slurm.sbatch"), "configs/demo.yaml", "name=a run", "output=s3://bucket/runs"]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env={**base, **slurm, **environment}, start_new_session=True, **pipes)
+
+    return begin
+
+
+def test_torchrun_starts_on_every_node_and_is_retried_unless_superseded(start: Start, tmp_path: Path) -> None:
+    from torch.distributed.run import get_args_parser
+
+    job = start('printf "%s\\n" "${@: -3}" > ' + str(tmp_path / "last"), SLURM_GPUS_ON_NODE="8")
+    assert job.wait(30) == 0
+    (step,) = (tmp_path / "calls").read_text().splitlines()
+    for expected in ("--nnodes 2", "--nproc-per-node 8", "--rdzv-endpoint node7:29400", "-m pipeline.training"):
+        assert expected in step
+    assert (tmp_path / "last").read_text().splitlines() == [
+        "configs/demo.yaml",
+        "name=a run",
+        "output=s3://bucket/runs",
+    ]
+    parsed = get_args_parser().parse_args(step.partition("torchrun ")[2].split())
+    assert "SIGUSR1" in parsed.signals_to_handle  # passed on to the ranks
+    assert parsed.shutdown_timeout < 120  # of --signal=B:USR1@120
+    assert parsed.max_restarts == 0  # ranks that saved and ended must not be restarted
+    assert start(f"[ $(wc -l < {tmp_path}/calls) = 3 ]").wait(30) == 0  # the third attempt succeeds
+    steps = (tmp_path / "calls").read_text().splitlines()
+    rendezvous = {step.split("--rdzv-id ")[1].split()[0] for step in steps}
+    assert (len(steps), len(rendezvous)) == (3, 3), "each attempt has its own rendezvous"
+    job = start("exit 7", MOME_MAX_FAILURES="1")
+    output, _ = job.communicate(timeout=30)
+    assert (job.returncode, len((tmp_path / "calls").read_text().splitlines())) == (7, 2)
+    assert "failed 2 times, the last with status 7" in output
+    # Retries share a claim; another start of the same job has its own.
+    write_program(tmp_path / "python", f'printf "%s " "$MOME_CLAIM" "$@" > {tmp_path}/owner\nexit 76')
+    for restart in ("0", "3"):
+        job = start("exit 1", SLURM_RESTART_COUNT=restart)
+        output, _ = job.communicate(timeout=30)
+        assert job.returncode == 76, output
+        assert (tmp_path / "calls").read_text().count("srun") == 1
+        claim = f"slurm--17-{restart} -m pipeline.training.ownership configs/demo.yaml name=a"
+        assert (tmp_path / "owner").read_text().startswith(claim)
+
+
+@pytest.mark.parametrize("sent", ["USR1", "TERM"])
+def test_preemption_is_passed_to_the_ranks_and_requeues_the_job(sent: str, start: Start, tmp_path: Path) -> None:
+    saves = f"trap 'echo saved >> {tmp_path}/calls; exit 1' USR1"
+    job, deadline = start(f"{saves}; echo $$ > {tmp_path}/ranks; while :; do sleep 0.1; done"), time.monotonic() + 30
+    while not (tmp_path / "ranks").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(job.pid, getattr(signal, f"SIG{sent}"))  # to the script alone, as --signal=B: does
+    output, _ = job.communicate(timeout=30)
+    calls = (tmp_path / "calls").read_text().splitlines()[1:]
+    assert calls == [f"scancel --signal={sent} 17", "saved", "scontrol requeue 17"], output
+    assert job.returncode == 0
+
+
+def test_scripts_are_valid_bash_and_explain_what_is_missing_or_taken(moto_store: Store, tmp_path: Path) -> None:
+    command = ["bash", str(INFRA / "local_s3.sh"), port := moto_store.endpoint.rpartition(":")[2], "not-made"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if "not installed" in done.stderr:
+        pytest.skip("this checkout has no .venv")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"port {port} is taken" in done.stderr
+    assert "is served" not in done.stderr
+    keys = {"aws_access_key_id": moto_store.key, "aws_secret_access_key": moto_store.secret}
+    client = boto3.client("s3", "us-east-1", endpoint_url=moto_store.endpoint, **keys)
+    assert "not-made" not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
+    for path in [*INFRA.glob("*.sh"), *INFRA.glob("*.sbatch")]:
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        assert os.access(path, os.X_OK), path
+    (tmp_path / "infra").mkdir()
+    script = shutil.copy(INFRA / "local_s3.sh", tmp_path / "infra" / "local_s3.sh")
+    unprepared = "Run 'make .venv/installed' in the checkout first"
+    for path, message in ((script, unprepared), (INFRA / "slurm.sbatch", "usage: sbatch")):
+        done = subprocess.run(["bash", str(path)], capture_output=True, text=True, check=False)
+        assert (done.returncode, message in done.stderr) == (2, True)

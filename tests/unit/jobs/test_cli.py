@@ -1,13 +1,12 @@
-"""The command line: fast and complete help, local paths, plain results, and errors that are printed verbatim.
+"""The command line: help, paths, results, errors; recipes, objectives, `mome fingerprint` and `mome plan`."""
 
-Recipes, the table of objectives, and `mome fingerprint`, which does not modify the run.
-"""
-
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,26 +18,24 @@ from typer.testing import CliRunner
 
 from jobs import cli
 from jobs.cli import app
+from jobs.cluster import for_ranks
 from jobs.configs import fingerprint_of, list_recipes
 from jobs.console import echo, local_file, notify, print_result
+from jobs.plan import SIZES, Target, as_json_object, as_text, plan_command, plan_run, scaling_svg
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import with_absolute_paths
 from pipeline.config.schema import MODEL_SECTIONS, OBJECTIVES
 from pipeline.data.storage import Storage
+from pipeline.planning.estimate import ACCELERATORS, NETWORKS, Assumptions
 from pipeline.training.prepare import RUN_FILE, prepare
 from tests.support.finished_run import contents
 from tests.support.short_run import short_config
+from tests.support.tiny_model import tiny_config
 from tests.support.trial import cells
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def commands() -> Iterator[tuple[str, Any]]:
-    pending = [("mome", get_command(app))]
-    while pending:
-        path, command = pending.pop()
-        pending += [(f"{path} {name}", inner) for name, inner in getattr(command, "commands", {}).items()]
-        yield path, command
+SVG = "{http://www.w3.org/2000/svg}"
+TARGET = Target(ACCELERATORS["h100"], NETWORKS["ib-400"], 2, Assumptions(price=2.5))
 
 
 def run(*arguments: str) -> str:
@@ -47,10 +44,14 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-def test_every_parameter_has_a_help_text_without_markup_and_every_path_is_local() -> None:
+def test_every_parameter_has_a_help_text_without_markup_and_every_path_is_local(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     """Rich would drop `[word …]`."""
-    texts, described = {}, []
-    for path, command in commands():
+    texts, described, pending = {}, [], [("mome", get_command(app))]
+    while pending:
+        path, command = pending.pop()
+        pending += [(f"{path} {name}", inner) for name, inner in getattr(command, "commands", {}).items()]
         texts[path] = command.help
         texts |= {f"{path} {parameter.name}": getattr(parameter, "help", None) for parameter in command.params}
         described += [p.type_descriptor for p in command.params if hasattr(p, "type_descriptor")]
@@ -62,6 +63,11 @@ def test_every_parameter_has_a_help_text_without_markup_and_every_path_is_local(
     assert len(paths) > 15
     assert all(info.parser is local_file for info in paths)
     assert [local_file(p) for p in ("~/x", "file:///a/b", "a/b")] == [Path.home() / "x", Path("/a/b"), Path("a/b")]
+    monkeypatch.chdir(tmp_path)  # `pathlib` would create a folder named `s3:` for a URL
+    for value in ("s3://bucket/page.html", "s3:/bucket/page.html", "${SCRATCH}/page.html", "file:/x"):
+        for command in (["report", "run", "--out", value], ["train", value]):
+            result = CliRunner().invoke(app, command)
+            assert (result.exit_code, "Traceback" in result.output, os.listdir(tmp_path)) == (2, False, [])
     assert run("--version").startswith("mome ")
 
 
@@ -79,18 +85,7 @@ def test_help_and_submitting_import_no_heavy_library() -> None:
     assert done.stdout.splitlines()[-1] == "[] []"
 
 
-@pytest.mark.parametrize("command", [["report", "run", "--out"], ["train"]])
-def test_url_is_rejected_for_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
-    """`pathlib` would create a folder named `s3:` for a URL."""
-    monkeypatch.chdir(tmp_path)
-    for value in ("s3://bucket/page.html", "s3:/bucket/page.html", "${SCRATCH}/page.html", "file:/x"):
-        result = CliRunner().invoke(app, [*command, value])
-        assert (result.exit_code, "Traceback" in result.output, os.listdir(tmp_path)) == (2, False, [])
-
-
-def test_text_omits_missing_values_json_is_complete_and_neither_controls_the_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_text_omits_missing_values_json_is_complete_and_neither_controls_the_terminal(capsys: Any) -> None:
     result = {"pairs": 3, "mlm": {"accuracy": 0.123456, "accuracy_text_only": None}, "stages": ["a", "b"]}
     print_result(result, as_json=False)
     assert capsys.readouterr().out == "pairs         3\nmlm.accuracy  0.1235\nstages        a, b\n"
@@ -105,9 +100,7 @@ def test_text_omits_missing_values_json_is_complete_and_neither_controls_the_ter
     assert json.loads(capsys.readouterr().out) == hostile
 
 
-def test_error_text_with_markup_is_printed_verbatim(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_text_with_markup_is_printed_verbatim(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for message in (r"C:\[/bold]", "[red]", "a [link=http://x]b[/link]", r"\[x]"):
         monkeypatch.setattr(cli, "app", Mock(side_effect=RunFailed(message)))
         with pytest.raises(SystemExit):
@@ -115,9 +108,7 @@ def test_error_text_with_markup_is_printed_verbatim(
         assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_fingerprint_equals_that_of_the_run_and_changes_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fingerprint_equals_that_of_the_run_and_changes_no_file(tmp_path: Path, monkeypatch: Any) -> None:
     config = short_config(str(tmp_path), tokenizer__size=40)
     before = fingerprint_of(config, "pairs", "0:2", 1, 0, 1)
     assert not (tmp_path / "run").exists(), "the name of the run was claimed"
@@ -161,3 +152,46 @@ def test_recipes_and_objectives_are_listed_and_the_schema_describes_them() -> No
     assert lines[0] == ["objective", *MODEL_SECTIONS]
     assert [line[0] for line in lines[1:]] == list(OBJECTIVES)
     assert ["nlvr2", *["statements"] * 2, *["·"] * 3] in lines
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return plan_run(for_ranks(tiny_config(zero_stage=2), workers=2), TARGET, scaling=True)
+
+
+def test_json_and_table_name_every_documented_key_zero_stage_and_assumption(plans):
+    plan = as_json_object(plans, TARGET)
+    assert {"parameters", "flops_per_step", "memory_bytes_per_gpu", "step_seconds", "hours", "cost"} <= plan.keys()
+    assert {"states", "gradients", "activations", "total"} <= plan["memory_bytes_per_gpu"].keys()
+    assert len(plan["stages"]) == 4
+    assert plan["cost"] == pytest.approx(sum(stage["hours"] for stage in plan["stages"]) * 2 * 2.5)
+    assert plan["hours"] == pytest.approx(16 * plan["step_seconds"] / 3600 / 0.97)  # four stages of four steps
+    text = as_text(plans, TARGET)
+    for expected in ("stage vision:", "ZeRO 0", "ZeRO 3", "largest micro-batch", "mfu 0.35", "h100: 989 TFLOPS"):
+        assert expected in text
+
+
+def test_scaling_chart_is_complete_and_its_assumptions_are_legible(plans):
+    root = ElementTree.fromstring(scaling_svg(plans, TARGET, "tiny & small"))
+    texts = list(root.iter(f"{SVG}text"))
+    assert {"tiny & small", "mfu 0.35"} <= {text.text for text in texts}
+    assert sum(1 for _ in root.iter(f"{SVG}polyline")) == 4
+    width, height = (float(side) for side in root.attrib["viewBox"].split()[2:])
+    lines = [text for text in texts if text.attrib["font-size"] == "10"]
+    tops = [float(line.attrib["y"]) for line in lines]
+    assert (len(lines) >= 10, tops[-1] < height) == (True, True)
+    assert all(below - above >= 12 for above, below in itertools.pairwise(tops))
+    assert all(float(line.attrib["x"]) + 6.5 * len(line.text or "") < width for line in lines)  # wide letters
+
+
+def test_scaling_ends_where_a_rank_would_have_no_example(plans):
+    for plan in plans:
+        assert [point.gpus for point in plan.scaling] == [1, 2, 4, 8]  # of batches of 12
+        first, last = plan.scaling[0], plan.scaling[-1]
+        assert plan.efficiency(last) == pytest.approx(last.samples_per_second / (8 * first.samples_per_second))
+        assert len({point.samples_per_second for point in plan.scaling}) == 4
+    assert SIZES[-1] == 1024
+    with pytest.raises(ConfigError, match="12 rows only"):
+        plan_run(tiny_config(), replace(TARGET, gpus=16), scaling=False)
+    with pytest.raises(ConfigError, match="--accelerator h1000: did you mean 'h100'"):
+        plan_command(tiny_config(), "h1000", "ib-400", None, Assumptions(), None, None)

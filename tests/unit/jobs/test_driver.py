@@ -1,7 +1,5 @@
 """A run's driver: the cluster it joins or starts, the placement of its ranks, its messages and its signals.
 
-Every failure to start is one message within seconds, and nothing is accessible to other users. The resources that ranks
-request are compared with those of the nodes before any rank is placed; waiting is reported at once and periodically.
 The first signal makes the ranks save, the second ends the driver at once; it always ends in bounded time.
 """
 
@@ -61,26 +59,18 @@ def joined(address: str) -> str:
 
 def test_address_is_returned_with_its_origin_and_a_malformed_one_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for named, variable, expected in (
-        (None, None, None),
-        (None, "local", None),
-        ("head:6379", None, ("head:6379", "cluster.address")),
+        (None, None, None), (None, "local", None), ("local", "", None), ("auto", None, ("auto", "cluster.address")),
+        ("head:6379", None, ("head:6379", "cluster.address")), (None, "other:6379", ("other:6379", "RAY_ADDRESS")),
         ("head:6379", "other:6379", ("head:6379", "cluster.address")),
-        (None, "other:6379", ("other:6379", "RAY_ADDRESS")),
         ("auto", "other:6379", ("other:6379", "RAY_ADDRESS")),
-        ("auto", None, ("auto", "cluster.address")),
-        ("local", "", None),
-    ):
+    ):  # fmt: skip
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         if variable is not None:
             monkeypatch.setenv("RAY_ADDRESS", variable)
         assert cluster.address_of(ClusterConfig(address=named)) == expected
-    for address, groups in {
-        "head:6379": (None, "head", "6379"),
-        "10.0.0.1:6379": (None, "10.0.0.1", "6379"),
-        "[::1]:6379": ("::1", None, "6379"),
-        "[fe80::1%eth0]:6379": ("fe80::1%eth0", None, "6379"),
-    }.items():
-        assert cluster.HOST_AND_PORT.fullmatch(address).groups() == groups
+    for bracketed, plain in ((None, "head"), (None, "10.0.0.1"), ("::1", None), ("fe80::1%eth0", None)):
+        address = f"{plain or f'[{bracketed}]'}:6379"
+        assert cluster.HOST_AND_PORT.fullmatch(address).groups() == (bracketed, plain, "6379")
     for address in ("head", "head:", ":6379", "::1:6379", "[::1]", "head:port", "head:99999", "a b:1"):
         assert "expected host:port" in joined(address)
     assert "cannot place ranks" in joined("ray://head:10001")
@@ -89,7 +79,7 @@ def test_address_is_returned_with_its_origin_and_a_malformed_one_is_rejected(mon
         connect(ClusterConfig())
 
 
-def test_port_of_another_service_and_a_silent_port_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_port_other_service_and_failed_local_ray_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "HEAD_SECONDS", 0.5)
     for host in ("127.0.0.1", "::1") if socket.has_dualstack_ipv6() else ("127.0.0.1",):
         with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as silent:
@@ -97,14 +87,10 @@ def test_port_of_another_service_and_a_silent_port_are_reported(monkeypatch: pyt
             assert "is no Ray head" in joined(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     with serving(give("a page", 404)) as server:
         assert "is no Ray head" in joined(server.url.removeprefix("http://"))
-
-
-def test_local_ray_that_does_not_start_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for error, remedy in (
-        (OSError("AF_UNIX path length cannot exceed 107 bytes: /very/long"), "set TMPDIR or RAY_TMPDIR"),
-        (Exception("The current node timed out during startup."), "mome doctor"),
-    ):
+    monkeypatch.setattr(cluster, "keep_token_private", Mock())
+    long = OSError("AF_UNIX path length cannot exceed 107 bytes: /very/long")
+    late = Exception("The current node timed out during startup.")
+    for error, remedy in ((long, "set TMPDIR or RAY_TMPDIR"), (late, "mome doctor")):
         monkeypatch.setattr(ray, "init", Mock(side_effect=error))
         with pytest.raises(RunFailed, match=f"Ray did not start on this machine .*{remedy}"):
             connect(ClusterConfig())
@@ -133,47 +119,43 @@ def test_token_is_private_before_ray_starts(tmp_path: Path, monkeypatch: pytest.
 
 
 LOADERS = {"loader_actors": 1, "loader_resource": "loader"}
+MISSING: list[tuple[dict[str, Any], list[dict[str, float]], str | None]] = [  # requested, nodes, message
+    ({}, [{"CPU": 1}, {"CPU": 1}], None), ({"gpus_per_worker": 0.5}, [{"CPU": 2, "GPU": 1}], None),
+    ({"gpus_per_worker": 0.6}, [{"CPU": 2, "GPU": 2}], None), (LOADERS, [{"CPU": 2}, {"CPU": 2, "loader": 1}], None),
+    ({"gpus_per_worker": 0.25, "workers": 8}, [{"CPU": 8, "GPU": 2}], None),
+    ({"cpus_per_worker": 0.1, "workers": 10}, [{"CPU": 1}], None),
+    ({"gpus_per_worker": 1, "workers": 4, "min_workers": 1}, [{"CPU": 8, "GPU": 1}], None),
+    ({"gpus_per_worker": 1}, [{"CPU": 4}], "2 ranks need 2 GPUs; this cluster has 0. Set cluster.gpus_per_worker"),
+    ({"gpus_per_worker": 1, "workers": 1}, [{"CPU": 4}], "1 rank needs 1 GPU; this cluster has 0"),
+    ({"workers": 9, "min_workers": 3}, [{"CPU": 2}], "3 ranks need 3 CPUs; this cluster has 2. Set cluster.cpus"),
+    ({"cpus_per_worker": 8}, [{"CPU": 4}] * 4, "each of 2 ranks needs 8 CPUs on one node; there is room for 0"),
+    ({"gpus_per_worker": 2}, [{"CPU": 4, "GPU": 1}] * 4, "needs 1 CPU and 2 GPUs on one node"),
+    ({"gpus_per_worker": 1}, [{"CPU": 9}, {"GPU": 2, "CPU": 1}], "there is room for 1"),
+    ({"gpus_per_worker": 0.6, "workers": 3}, [{"CPU": 9, "GPU": 2}], "there is room for 2"),
+    ({"gpus_per_worker": 0.4, "workers": 5}, [{"CPU": 9, "GPU": 2}], "there is room for 4"),
+    ({**LOADERS, "loader_actors": 3}, [{"CPU": 9}], "2 ranks need 0.006 of 'loader', which"),
+    ({"loader_actors": 3, "loader_cpus": 0.5}, [{"CPU": 4}], "2 ranks need 5 CPUs; this cluster has 4"),
+    ({"loader_actors": 4}, [{"CPU": 8}], "2 ranks need 10 CPUs"),
+    ({**LOADERS, "loader_actors": 2}, [{"CPU": 9}, {"CPU": 1, "loader": 1}], "on nodes that offer 'loader'"),
+    ({}, [], "2 ranks need 2 CPUs; this cluster has 0"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("requested", "nodes", "message"),
-    [
-        ({}, [{"CPU": 1}, {"CPU": 1}], None),
-        ({"gpus_per_worker": 0.5}, [{"CPU": 2, "GPU": 1}], None),
-        ({"gpus_per_worker": 0.6}, [{"CPU": 2, "GPU": 2}], None),
-        ({"gpus_per_worker": 0.25, "workers": 8}, [{"CPU": 8, "GPU": 2}], None),
-        ({"cpus_per_worker": 0.1, "workers": 10}, [{"CPU": 1}], None),
-        ({"gpus_per_worker": 1, "workers": 4, "min_workers": 1}, [{"CPU": 8, "GPU": 1}], None),
-        (LOADERS, [{"CPU": 2}, {"CPU": 2, "loader": 1}], None),
-        ({"gpus_per_worker": 1}, [{"CPU": 4}], "2 ranks need 2 GPUs; this cluster has 0. Set cluster.gpus_per_worker"),
-        ({"gpus_per_worker": 1, "workers": 1}, [{"CPU": 4}], "1 rank needs 1 GPU; this cluster has 0"),
-        ({"workers": 9, "min_workers": 3}, [{"CPU": 2}], "3 ranks need 3 CPUs; this cluster has 2. Set cluster.cpus"),
-        ({"cpus_per_worker": 8}, [{"CPU": 4}] * 4, "each of 2 ranks needs 8 CPUs on one node; there is room for 0"),
-        ({"gpus_per_worker": 2}, [{"CPU": 4, "GPU": 1}] * 4, "needs 1 CPU and 2 GPUs on one node"),
-        ({"gpus_per_worker": 1}, [{"CPU": 9}, {"GPU": 2, "CPU": 1}], "there is room for 1"),
-        ({"gpus_per_worker": 0.6, "workers": 3}, [{"CPU": 9, "GPU": 2}], "there is room for 2"),
-        ({"gpus_per_worker": 0.4, "workers": 5}, [{"CPU": 9, "GPU": 2}], "there is room for 4"),
-        ({**LOADERS, "loader_actors": 3}, [{"CPU": 9}], "2 ranks need 0.006 of 'loader', which"),
-        ({"loader_actors": 3, "loader_cpus": 0.5}, [{"CPU": 4}], "2 ranks need 5 CPUs; this cluster has 4"),
-        ({"loader_actors": 4}, [{"CPU": 8}], "2 ranks need 10 CPUs"),
-        ({**LOADERS, "loader_actors": 2}, [{"CPU": 9}, {"CPU": 1, "loader": 1}], "on nodes that offer 'loader'"),
-        ({}, [], "2 ranks need 2 CPUs; this cluster has 0"),
-    ],
-)
-def test_missing_resources_are_reported_with_their_keys(
-    requested: dict[str, Any], nodes: list[dict[str, float]], message: str | None
-) -> None:
-    missing = missing_resources(ClusterConfig.model_validate({"workers": 2, **requested}), nodes)
-    assert missing is None if message is None else message in missing and "cluster." in missing
+def test_missing_resources_are_reported_with_their_keys() -> None:
+    for requested, nodes, message in MISSING:
+        missing = missing_resources(ClusterConfig.model_validate({"workers": 2, **requested}), nodes)
+        assert missing is None if message is None else message in missing and "cluster." in missing, requested
 
 
 class World(SimpleNamespace):
     """Simulated cluster and clock, and the driver's console output."""
 
-    def placement(self, **values: object) -> Placement:
+    def placement(self, seconds: int = 0, **values: object) -> Placement:
+        """Return the placement of two ranks, checked every second for some seconds."""
         keys = {"workers": 2, "start_seconds": 60, "address": "head:6379", **values}
         started = Placement(ClusterConfig.model_validate(keys), Mailbox("claim"), clock=lambda: self.now)
         started.start()
+        self.pass_seconds(started, seconds)
         return started
 
     def pass_seconds(self, watched: Placement, seconds: int) -> None:
@@ -204,8 +186,7 @@ def test_waiting_is_reported_until_nodes_join_or_the_timeout(world: World) -> No
     assert len(world.printed) == 6, "the message is repeated every ten seconds"
     with pytest.raises(RunFailed, match=r"this cluster has 0.*none came in 6\d s.*start_seconds"):
         world.pass_seconds(waiting, 10)
-    waiting = world.placement(gpus_per_worker=1)
-    world.pass_seconds(waiting, 50)
+    waiting = world.placement(50, gpus_per_worker=1)
     world.node = {"CPU": 4.0, "GPU": 2.0}
     world.pass_seconds(waiting, 1000)
     amounts = "2 CPUs requested, 4 in the cluster, 1 free; 2 GPUs requested, 2 in the cluster, 0 free"
@@ -214,17 +195,17 @@ def test_waiting_is_reported_until_nodes_join_or_the_timeout(world: World) -> No
     waiting.check()
     assert (world.printed[-1], waiting.ranks) == ("2 of 2 workers placed", 2)
     world.node, world.ranks, world.limits = {"CPU": 4.0}, 0, {"CPU": 64, "GPU": 8}
-    world.pass_seconds(world.placement(gpus_per_worker=1), 1000)
+    world.placement(1000, gpus_per_worker=1)
     world.limits = {"CPU": 64, "GPU": 1}
     with pytest.raises(RunFailed, match="this cluster has 0"):
-        world.pass_seconds(world.placement(gpus_per_worker=1), 100)
+        world.placement(100, gpus_per_worker=1)
 
 
 def test_driver_waits_for_ranks_that_were_placed_before_and_for_a_cluster_that_does_not_answer(world: World) -> None:
-    unanswered, world.ranks = world.placement(gpus_per_worker=1), None
-    world.pass_seconds(unanswered, 1000)
-    waiting, world.ranks = world.placement(), 2
-    world.pass_seconds(waiting, 5)
+    world.ranks = None
+    world.placement(1000, gpus_per_worker=1)
+    world.ranks = 2
+    waiting = world.placement(5)
     assert world.printed == [], "ranks that are placed quickly need no message"
     world.ranks, world.node = 0, {"CPU": 1.0}  # their node was lost, and another may replace it
     world.pass_seconds(waiting, 1000)
@@ -249,10 +230,11 @@ def test_ranks_use_the_same_files_and_resolve_no_reference(tmp_path: Path, monke
         assert settled.tracking.uri == "env:SERVER"
     with pytest.raises(ConfigError, match=r"cluster\.min_workers: 3 is above cluster\.workers 2"):
         for_ranks(config, min_workers=3)
-    values = json.loads(load_config(DEMO).model_dump_json())
-    values["tracking"]["uri"] = "http://me:hunter2@server:5000"
-    values["storage"]["endpoint_url"] = "http://me:hunter2@store:9000"
-    config = parse_config(json.dumps(values), "run.json")
+    places = {
+        "tracking": {"uri": "http://u:hunter2@server:5000"},
+        "storage": {"endpoint_url": "http://u:hunter2@store:9000"},
+    }
+    config = parse_config(json.dumps(load_config(DEMO).model_dump(mode="json") | places), "run.json")
     assert (config.tracking.uri, config.storage.endpoint_url) == ("http://server:5000", "http://store:9000")
 
 
@@ -274,35 +256,26 @@ class KeyValues(dict[bytes, bytes]):
         }[name]
 
 
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> KeyValues:
-    values = KeyValues()
-    monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda: values)
+def test_one_start_exchanges_warnings_and_values_and_an_absent_head_blocks_none(monkeypatch: Any) -> None:
+    mail, store = Mailbox("claim"), KeyValues()
+    monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda: store)
     monkeypatch.setattr(driver, "RETRY_SECONDS", 0.01)
-    return values
-
-
-def test_one_start_exchanges_warnings_and_values_and_an_absent_head_blocks_none(store: KeyValues) -> None:
-    mail = Mailbox("claim")
     with forwarded_warnings(mail):
         for number in range(20):
             ours.warning("alert %d", number, extra={"alert": "vision/itm_collapse"})
         ours.info("no warning")
         logging.getLogger("urllib3.connection").warning("none of ours")
     ours.warning("too late")
-    received = mail.receive()
-    assert [message["text"] for message in received] == [f"alert {number}" for number in range(20)]
-    assert {message["alert"] for message in received} == {"vision/itm_collapse"}
+    received = [(message["text"], message["alert"]) for message in mail.receive()]
+    assert received == [(f"alert {number}", "vision/itm_collapse") for number in range(20)]
     assert mail.receive() == Mailbox("another").receive() == []
     with forwarded_warnings(mail):
         ours.warning("hung")
         (handler,) = (handler for handler in logging.getLogger().handlers if type(handler).__name__ == "Forward")
         handler.flush()  # by `logging.shutdown` before `os._exit` in a hung rank, which leaves no block
         assert [message["text"] for message in mail.receive()] == ["hung"]
-    mail, rank = Mailbox("claim"), Mailbox("claim")
-    assert rank.get(STOP) is None
-    assert mail.put(STOP, 1)
-    assert (rank.get(STOP), Mailbox("later").get(STOP)) == ("1", None)
+    rank = Mailbox("claim")
+    assert (rank.get(STOP), mail.put(STOP, 1), rank.get(STOP), Mailbox("later").get(STOP)) == (None, True, "1", None)
     callback = PlacementCallback(Mailbox("claim"))
     for event, expected in ((callback.after_worker_group_start, "2"), (callback.before_worker_group_shutdown, "0")):
         event(SimpleNamespace(get_workers=lambda: [1, 2]))
@@ -323,11 +296,9 @@ def test_one_start_exchanges_warnings_and_values_and_an_absent_head_blocks_none(
 
 def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     collapse, clamp = ({"level": "WARNING", "alert": f"vision/{name}"} for name in ("itm_collapse", "itc_clamp"))
-    received = [
-        [{**collapse, "text": "collapsed"}, {**clamp, "text": "clamped"}],
-        [{"level": "WARNING", "text": "resuming stage vision at step 130"}],
-        [{**clamp, "text": "over", "over": True}],
-    ]
+    resumed = {"level": "WARNING", "text": "resuming stage vision at step 130"}
+    over = {**clamp, "text": "over", "over": True}
+    received = [[{**collapse, "text": "collapsed"}, {**clamp, "text": "clamped"}], [resumed], [over]]
     printed, mail, open_alerts = list[str](), Mock(receive=lambda: received.pop(0)), dict[str, str]()
     monkeypatch.setattr(train, "notify", lambda text, *_: printed.append(text))
     train.show_messages(mail, open_alerts)
@@ -379,13 +350,12 @@ def test_placed_ranks_save_while_the_store_answers(tmp_path: Path, monkeypatch: 
 
 SCRIPT = """
 import os, signal, sys, time
-from pathlib import Path
 from jobs import driver
 from pipeline.config.load import load_config
 from pipeline.data.storage import Storage
 
 driver.END_SECONDS = float(sys.argv[2])
-config = load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])
+config = load_config("configs/demo.yaml", [f"output={sys.argv[1]}"])
 try:
     with driver.Interrupts(config, Storage(config.storage).within(0.2)).handled():
         try:
@@ -401,21 +371,19 @@ except driver.Stopped as stopped:
 BLOCKED = SCRIPT.replace("    time.sleep(60)", "    signal.pthread_sigmask(0, [2, 15]); time.sleep(60)", 1)
 
 
-@pytest.mark.parametrize(
-    ("script", "output", "signals", "end", "hold", "status", "message"),
-    [
-        (SCRIPT, "", "TERM", 600, 0, 75, "stopped (SIGTERM): no checkpoint yet; re-run the same command to resume"),
-        (SCRIPT, "", "INT", 600, 0, 130, "stopped (SIGINT): no checkpoint yet; re-run the same command to resume"),
-        (SCRIPT, "", "TERM INT", 600, 60, 130, "ended at once"),
-        (SCRIPT, "", "INT TERM", 600, 60, 75, "ended at once"),
-        (SCRIPT, "", "TERM", 0.5, 60, 75, "ended now"),
-        (BLOCKED, "", "INT", 0.5, 0, 130, "ended now"),
-        (SCRIPT, "s3://bucket/runs", "INT", 600, 0, 130, "the store does not answer; re-run"),
-    ],
-)
-def test_driver_ends_although_its_cleanup_its_main_thread_or_the_store_hangs(
-    script: str, output: str, signals: str, end: float, hold: float, status: int, message: str, tmp_path: Path
-) -> None:
+STOPPED = "no checkpoint yet; re-run the same command to resume"
+ENDS: list[tuple[str, str, str, float, float, int, str]] = [  # script, output, signals, END_SECONDS, held, status, text
+    (SCRIPT, "", "TERM", 600, 0, 75, f"stopped (SIGTERM): {STOPPED}"),
+    (SCRIPT, "", "INT", 600, 0, 130, f"stopped (SIGINT): {STOPPED}"),
+    (SCRIPT, "", "TERM INT", 600, 60, 130, "ended at once"), (SCRIPT, "", "INT TERM", 600, 60, 75, "ended at once"),
+    (SCRIPT, "", "TERM", 0.5, 60, 75, "ended now"), (BLOCKED, "", "INT", 0.5, 0, 130, "ended now"),
+    (SCRIPT, "s3://bucket/runs", "INT", 600, 0, 130, "the store does not answer; re-run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_driver_ends_although_its_cleanup_its_main_thread_or_the_store_hangs(case: Any, tmp_path: Path) -> None:
+    script, output, signals, end, hold, status, message = case
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(AWAY if output else {})}
     command = [sys.executable, "-c", script, output or str(tmp_path), str(end), str(hold)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -1,9 +1,7 @@
-"""Submitting to a Ray dashboard: the address is validated, trusted and used as given, and failures are one message.
-
-Job identifiers are stable per config, and submitting imports no training library.
-"""
+"""Submitting to a Ray dashboard: only a trusted address is used, failures are one message, and job ids are stable."""
 
 import asyncio
+import itertools
 import socket
 import subprocess
 import sys
@@ -15,6 +13,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -52,14 +51,15 @@ def own_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pages_are_addresses_and_invalid_or_unguarded_ones_are_rejected_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    for address, expected in {
-        "head:8265": "http://head:8265",
-        "http://head:8265/": "http://head:8265",
-        "http://head:8265/#/overview": "http://head:8265",
-        "head:8265/#/jobs/mome-demo?tab=logs": "http://head:8265",
-        "http://[::1]:8265": "http://[::1]:8265",
-        "https://HEAD.example.org/ray/": "https://head.example.org/ray",
-    }.items():
+    pages = {"http://[::1]:8265": "http://[::1]:8265", "https://HEAD.example.org/ray/": "https://head.example.org/ray"}
+    for page in (
+        "head:8265",
+        "http://head:8265/",
+        "http://head:8265/#/overview",
+        "head:8265/#/jobs/mome?tab=logs",
+    ):
+        pages[page] = "http://head:8265"
+    for address, expected in pages.items():
         assert dashboard_address(address) == dashboard_address(expected) == expected
     own = ["127.0.0.1", "localhost", "http://127.0.0.1:8265", "http://[::1]:8265"]
     others = ["10.0.0.1", "head", "http://head:8265", "http://127.0.0.1.evil.com:8265"]
@@ -79,37 +79,35 @@ def test_pages_are_addresses_and_invalid_or_unguarded_ones_are_rejected_first(mo
         assert server.seen == [("GET", "/api/jobs/", None)], "more than the question was sent, or the token with it"
 
 
-@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "http_proxy", "all_proxy"])
-def test_local_address_precedes_variables_of_ray_and_proxies(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses = {"RAY_ADDRESS": ("auto", "ray://127.0.0.1:10001"), "RAY_API_SERVER_ADDRESS": ("127.0.0.1:6379",)}
+def test_local_address_precedes_variables_of_ray_and_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RAY_ADDRESS": ("auto", "ray://127.0.0.1:10001"), "RAY_API_SERVER_ADDRESS": ("127.0.0.1:6379",)}
     with serving(ray_dashboard) as another:
-        for value in (another.url, *addresses.get(variable, ())):
-            monkeypatch.setenv(variable, value)
-            with serving(ray_dashboard) as named:
-                client = open_dashboard(named.url)
-                assert (client.get_address(), client.list_jobs()) == (named.url, [])
-                assert named.seen[0] == ("GET", "/api/jobs/", None), "the token was sent before it was asked for"
-                assert {token for *_, token in named.seen[1:]} == {f"Bearer {TOKEN}"}
+        for variable, values in (variables | {"http_proxy": (), "all_proxy": ()}).items():
+            for value in (another.url, *values):
+                with serving(ray_dashboard) as named, monkeypatch.context() as patch:
+                    patch.setenv(variable, value)
+                    client = open_dashboard(named.url)
+                    assert (client.get_address(), client.list_jobs()) == (named.url, []), (variable, value)
+                    assert named.seen[0] == ("GET", "/api/jobs/", None), "the token was sent before it was asked for"
+                    assert {token for *_, token in named.seen[1:]} == {f"Bearer {TOKEN}"}
         assert another.seen == [], "something was sent to the other cluster"
 
 
-@pytest.mark.parametrize("status", [302, 308])
-@pytest.mark.parametrize("redirected", ["first request", "request with the token", "request of the client"])
-def test_token_is_not_sent_to_a_redirect_target(redirected: str, status: int) -> None:
-    with serving(give("stolen")) as target:
+def test_token_is_not_sent_to_a_redirect_target() -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if redirected == "request of the client" and not handler.path.startswith("/api/jobs/job"):
+            ray_dashboard(handler)
+        elif redirected == "request with the token" and "Authorization" not in handler.headers:
+            give("no token", 401)(handler)
+        else:
+            give("", status, Location=f"{target.url}{handler.path}")(handler)
 
-        def answer(handler: BaseHTTPRequestHandler) -> None:
-            has_token = "Authorization" in handler.headers
-            if redirected == "request of the client" and not handler.path.startswith("/api/jobs/job"):
-                ray_dashboard(handler)
-            elif redirected == "request with the token" and not has_token:
-                give("no token", 401)(handler)
-            else:
-                give("", status, Location=f"{target.url}{handler.path}")(handler)
-
-        expected = f"answers with {status}" if "client" in redirected else f"redirects to {target.url}"
-        with serving(answer) as server, pytest.raises(MomeError, match=expected):
-            open_dashboard(server.url).get_job_info("job")
+    with serving(give("stolen")) as target, serving(answer) as server:
+        cases = ("first request", "request with the token", "request of the client")
+        for redirected, status in itertools.product(cases, (302, 308)):
+            expected = f"answers with {status}" if "client" in redirected else f"redirects to {target.url}"
+            with pytest.raises(MomeError, match=expected):
+                open_dashboard(server.url).get_job_info("job")
         assert target.seen == []
 
 
@@ -182,13 +180,9 @@ def test_job_has_its_code_a_stable_id_and_this_interpreter(tmp_path: Path, monke
     assert base.startswith("mome-demo-")
     assert base != submitted({}, "stages.vision.steps=81")
     for states, suffix in (
-        ({}, ""),
-        ({"": "RUNNING"}, ""),
-        ({"": "SUCCEEDED"}, ""),
-        ({"": "FAILED"}, "-2"),
-        ({"": "FAILED", "-2": "STOPPED"}, "-3"),
-        ({"": "FAILED", "-2": "PENDING"}, "-2"),
-    ):
+        ({}, ""), ({"": "RUNNING"}, ""), ({"": "SUCCEEDED"}, ""), ({"": "FAILED"}, "-2"),
+        ({"": "FAILED", "-2": "STOPPED"}, "-3"), ({"": "FAILED", "-2": "PENDING"}, "-2"),
+    ):  # fmt: skip
         assert submitted({base + known: status for known, status in states.items()}) == base + suffix
     ended = "Job entrypoint command failed with exit code 1"
     info = SimpleNamespace(message=f"{ended}, last available logs (truncated):\nerror: no data")
@@ -212,28 +206,22 @@ def test_job_has_its_code_a_stable_id_and_this_interpreter(tmp_path: Path, monke
     assert client.submit_job.call_count == 3
 
 
-@pytest.mark.parametrize("silent", [False, True])
-def test_followed_output_is_shown_once(
-    silent: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Client:
-        """Client whose connection breaks, or receives nothing more, in the middle of the output."""
+@pytest.mark.parametrize("silence", [0.0, 60.0])
+def test_followed_output_is_shown_once(silence: float, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    calls = list[str]()
 
-        num_calls = 0
-
-        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
-            self.num_calls += 1
-            yield "one "
-            if self.num_calls == 1:
-                if silent:
-                    await asyncio.sleep(60)
-                raise RuntimeError("the connection broke")
-            yield "two\n"
-
-        def get_job_status(self, job: str) -> JobStatus:
-            return JobStatus.SUCCEEDED if self.num_calls > 1 else JobStatus.RUNNING
+    async def tail(job: str) -> AsyncIterator[str]:
+        """Break, or receive nothing more, in the middle of the output of the first call."""
+        calls.append(job)
+        yield "one "
+        if len(calls) == 1:
+            await asyncio.sleep(silence)
+            raise RuntimeError("the connection broke")
+        yield "two\n"
 
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(module, "SILENT_SECONDS", 0.2)
-    assert module.stream_logs(Client(), "job") == "SUCCEEDED"
+    client = Mock(tail_job_logs=tail)
+    client.get_job_status = lambda job: JobStatus.SUCCEEDED if len(calls) > 1 else JobStatus.RUNNING
+    assert module.stream_logs(client, "job") == "SUCCEEDED"
     assert capsys.readouterr().err == "one two\n"
