@@ -26,9 +26,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("runs")
-    config = config_of(folder, {"test": {"shards": data["own"]}}, "test")
-    return Path(write_run(folder / "run", config, data["own"], run=None))
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = config_of(folder.parent, {"test": {"shards": data["own"]}}, "test")
+    return Path(write_run(folder, config, data["own"], run=None))
 
 
 @pytest.fixture
@@ -53,9 +53,10 @@ def evaluate(run, *options):
 
 
 def test_each_evaluation_has_its_own_name_report_and_metrics(run, data, tmp_path):
-    other = ["--source", data["other"]]
-    results = [evaluate(run, *options) for options in ([], ["--limit", "6"], other, [*other, "--as", "hard"])]
-    names = ["test", "test-first-6", f"test-{results[2]['source_digest'][:8]}", "hard"]
+    whole, first = evaluate(run), evaluate(run, "--limit", "6")
+    other = evaluate(run, "--source", data["other"])
+    results = [whole, first, other, evaluate(run, "--source", data["other"], "--as", "hard")]
+    names = ["test", "test-first-6", f"test-{other['source_digest'][:8]}", "hard"]
     reports = {Path(result["report"]) for result in results}
     assert ([result["source"] for result in results], [r.exists() for r in reports]) == (names, [True] * 4)
     stored = load_report_data(Storage(), str(run))
@@ -63,13 +64,14 @@ def test_each_evaluation_has_its_own_name_report_and_metrics(run, data, tmp_path
     assert headline(stored).key.name == "test"  # although the other three are newer
     page = (run / "report.html").read_text(encoding="utf-8")
     assert all(f'href="{report.name}"' in page for report in reports)
-    assert (evaluate(run), len(load_report_data(Storage(), str(run)))) == (results[0], 4)
+    assert evaluate(run) == whole
+    assert len(load_report_data(Storage(), str(run))) == 4
     before = (run / "report-hard.html").read_bytes()
     with pytest.raises(ConfigError, match="--as hard"):
         evaluate(run, "--as", "hard")
     for name in ("test", "../outside", "a b", "", 101 * "a"):
         with pytest.raises(ConfigError, match="--as"):
-            evaluate(run, *other, "--as", name)
+            evaluate(run, "--source", data["other"], "--as", name)
     assert (run / "report-hard.html").read_bytes() == before
     long, odd = (shutil.copytree(data["other"], tmp_path / name) for name in (250 * "x", "100% #1?"))
     assert Path(evaluate(run, "--source", long)["report"]).exists()
