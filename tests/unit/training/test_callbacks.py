@@ -174,7 +174,7 @@ class StepGuard(Callback):
 
         def guarded_do(storage: Storage, url: str, action: str, call: Any) -> Any:
             if self.is_stepping and threading.get_ident() == thread:
-                phase = self.state.context.supervisor.goodput._phase
+                phase, *_ = self.state.context.supervisor._watchdog._entered
                 assert phase == "evaluation", f"a storage call between two steps: {action} {url}"
             else:
                 self.calls += self.is_stepping
