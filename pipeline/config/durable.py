@@ -4,13 +4,14 @@ import errno
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 # Errors of file systems, or of permissions, that do not support syncing a folder.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 TEMPORARY = re.compile(r"\..*\.partial", re.DOTALL)  # name of a file of `atomic_write` before it is in place
 _names = random.SystemRandom()  # not the global generator, and different in forked processes
 
@@ -22,10 +23,10 @@ def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], place: Callable[[str, str], None] | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], create: bool = False) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path` if the block succeeds, and is removed otherwise.
 
-    `place(temporary, path)` moves it into place (default: os.replace). File and folder are synced, so that no later
+    With `create`, raise FileExistsError at the end if `path` exists. File and folder are synced, so that no later
     change of the folder, such as a deletion, can survive a power failure that this one does not.
     """
     path = os.path.abspath(path)
@@ -46,7 +47,19 @@ def atomic_write(path: str | os.PathLike[str], place: Callable[[str, str], None]
             yield file
             file.flush()
             os.fsync(file.fileno())
-        (place or os.replace)(temporary, path)
+        if create:
+            try:
+                os.link(temporary, path)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if os.path.lexists(path):  # not atomic on a file system without hard links
+                    raise FileExistsError(errno.EEXIST, "exists already", path) from error
+                os.replace(temporary, path)
+            else:
+                os.unlink(temporary)
+        else:
+            os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -186,7 +186,7 @@ def test_parts_of_unfinished_uploads_are_removed(through: Through, s3):
         storage.write_parts(s3.url("large"), 4 * module.PART_BYTES, part)
     assert not storage.exists(s3.url("large"))
     assert storage.abort_uploads(s3.url()) == 0
-    client = module._make_client(s3.config)
+    client = module.make_client(s3.config)
     for key in ("run/a", "run/b/c", "other"):
         upload = client.create_multipart_upload(Bucket=s3.bucket, Key=key)["UploadId"]
         client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half")

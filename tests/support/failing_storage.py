@@ -19,6 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipeline.config.errors import StorageError
@@ -32,8 +33,8 @@ When = Literal["before", "halfway", "after"]
 KINDS: dict[str, Kind] = {"opening": "read", "checking": "look", "checking for": "look", "uploading to": "upload"}
 KINDS |= {"reading": "read", "listing": "list", "writing": "write", "deleting": "delete", "aborting uploads": "abandon"}
 ALWAYS: tuple[When, ...] = ("before", "halfway", "after")
-WHEN: dict[Kind, tuple[When, ...]] = {"write": ALWAYS, "delete": ALWAYS, "upload": ALWAYS[::2], "abandon": ALWAYS[::2]}
 # Other kinds only fail before: a failure after a read equals one before it.
+WHEN: dict[Kind, tuple[When, ...]] = {"write": ALWAYS, "delete": ALWAYS, "upload": ALWAYS[::2], "abandon": ALWAYS[::2]}
 
 
 class Call(NamedTuple):
@@ -52,10 +53,8 @@ class Fault(NamedTuple):
 
 
 def every_fault(calls: Iterable[Call], *, lasting: bool = False) -> Iterator[Fault]:
-    """Yield each way in which a scenario of these calls can fail: once and for good, at every point of every call.
-
-    Lasting faults are yielded twice: of all kinds (an outage) and of the call's own kind (such as a quota: reads
-    succeed and writes fail). With `lasting`, only these are yielded.
+    """Yield each way in which a scenario of these calls can fail, at every point of each call: once, and for good (with
+    `lasting`, only these), of all kinds (an outage) and of the call's own (a quota: reads succeed and writes fail).
     """
     counts: Counter[Kind] = Counter()
     for number, call in enumerate(calls):
@@ -104,11 +103,11 @@ class FailingStorage(Storage):
         raise StorageError(f"{url}: {action} failed: injected fault ({when} its effect).")
 
 
+@dataclass
 class _Halfway:
     """A backend whose writing calls stop in the middle."""
 
-    def __init__(self, backend: Backend):
-        self._backend = backend
+    backend: Backend
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: None  # these calls cannot stop halfway: no effect
@@ -121,7 +120,7 @@ class _Halfway:
         folders, files = [path], []
         for folder in folders:  # grows meanwhile
             with suppress(NotADirectoryError):
-                for name, info in self._backend.entries(folder):
+                for name, info in self.backend.entries(folder):
                     (folders if info is None else files).append(f"{folder.rstrip('/')}/{name}")
         for file in sorted(files)[: len(files) // 2]:
-            self._backend.delete(file)
+            self.backend.delete(file)

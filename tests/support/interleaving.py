@@ -17,7 +17,7 @@ import errno
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -26,9 +26,10 @@ from unittest import mock
 
 from pipeline.config.errors import CheckpointError
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage import ObjectInfo, PartReader, Storage
+from pipeline.data.storage import Backend, ObjectInfo, PartReader, Storage
 
 T = TypeVar("T")
+Attempts = Mapping[str, Callable[[Storage], None]]
 SECONDS = 30.0  # seconds for an attempt to reach its next call
 
 
@@ -37,13 +38,12 @@ class Killed(BaseException):
 
 
 @dataclass
-class Disk:
-    """The objects of a store and the attempt that wrote each. Implements Backend."""
+class Disk(Backend):
+    """The objects of a store and the attempt that wrote each."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     writers: dict[str, str] = field(default_factory=dict)
     who: str = "begin"  # the attempt that is making a call
-    retries = False
     faults: list[str] = field(default_factory=list)  # objects of "new" that "old" changed or deleted
 
     def read(self, path: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
@@ -55,32 +55,26 @@ class Disk:
         data = self.read(path)
         return ObjectInfo(len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
 
-    def exists(self, path: str) -> bool:
-        return bool(self.below(path))
-
-    def entries(self, path: str) -> dict[str, ObjectInfo | None]:
-        names = [name.removeprefix(f"{path}/") for name in self.objects if name.startswith(f"{path}/")]
-        return {n.partition("/")[0]: None if "/" in n else self.info(f"{path}/{n}") for n in names}
+    def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
+        for name in (name.removeprefix(f"{path}/") for name in self.objects if name.startswith(f"{path}/")):
+            yield name.partition("/")[0], None if "/" in name else self.info(f"{path}/{name}")
 
     def write(self, path: str, size: int, part: PartReader, create: bool = False) -> bool:
         if create and path in self.objects:
             return False
-        self._touch(path)
+        self._note_fault(path)
         self.objects[path], self.writers[path] = part(0, size), self.who
         return True
 
-    def abort_uploads(self, path: str, chosen: Callable[[str], bool]) -> int:
-        return 0
-
     def delete(self, path: str) -> None:
         for name in self.below(path):
-            self._touch(name)
+            self._note_fault(name)
             del self.objects[name], self.writers[name]
 
     def below(self, path: str) -> list[str]:
         return sorted(name for name in self.objects if name == path or name.startswith(f"{path}/"))
 
-    def _touch(self, path: str) -> None:
+    def _note_fault(self, path: str) -> None:
         is_mark = path.endswith("/SEAL.json")  # of the successor, in a folder that belongs to the old attempt
         if self.who == "old" and self.writers.get(path) == "new" and not is_mark:
             self.faults.append(path)
@@ -94,11 +88,8 @@ class TurnStorage(Storage):
         self._disk, self._turns, self._name = disk, turns, name
 
     def _do(self, url: str, action: str, call: Callable[[Any, str], T]) -> T:
-        def call_disk(backend: Any, path: str) -> T:
-            return call(self._disk, url)
-
         if (turns := self._turns) is None:
-            return super()._do(url, action, call_disk)
+            return super()._do(url, action, lambda backend, path: call(self._disk, url))
         if not turns.is_killed:
             turns.stopped.release()
             turns.go[self._name].acquire()
@@ -106,7 +97,7 @@ class TurnStorage(Storage):
             raise Killed
         self._disk.who, outcome = self._name, ""
         try:
-            result = super()._do(url, action, call_disk)
+            result = super()._do(url, action, lambda backend, path: call(self._disk, url))
             outcome = repr(result)
             return result
         except Exception as error:
@@ -123,13 +114,10 @@ class TurnStorage(Storage):
 
 
 class _Turns:
-    """One execution of the attempts: each stops before every call and is resumed individually.
+    """One execution of the attempts: each stops before every call and is resumed individually."""
 
-    Tokens and times are numbers of the attempt that is running.
-    """
-
-    def __init__(self, attempts: Mapping[str, Callable[[Storage], None]], disk: Disk):
-        self.disk, self.running, self.is_killed = disk, "begin", False
+    def __init__(self, attempts: Attempts):
+        self.disk, self.running, self.is_killed = Disk(), "begin", False
         self.history = dict.fromkeys(attempts, b"")  # digest of the results that each attempt has received
         self.errors: list[BaseException] = []
         self.unfinished = list(attempts)
@@ -158,6 +146,7 @@ class _Turns:
         assert self.stopped.acquire(timeout=SECONDS), f"{name} came to no call and to no end"
 
     def number(self) -> int:
+        """Return a token or time of the attempt that is running."""
         return next(self._counters[self.running])
 
     def kill(self) -> None:
@@ -168,16 +157,11 @@ class _Turns:
 
 
 def explore(
-    attempts: Mapping[str, Callable[[Storage], None]],
-    begin: Callable[[Storage], None],
-    check: Callable[[Disk], None],
-    check_end: Callable[[Disk], None],
-    max_switches: int | None = None,
-) -> tuple[int, int, int]:
-    """Enter every state, or those reached with at most `max_switches` switches between the attempts.
-
-    Returns the numbers of interleavings, states and runs. A failed check, or an error of an attempt, is noted with the
-    schedule that led there.
+    attempts: Attempts, begin: Callable[[Storage], None], check: Callable[[Disk], None],
+    check_end: Callable[[Disk], None], max_switches: int | None = None,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Enter every state, or those reached with at most `max_switches` switches between the attempts; return the numbers
+    of interleavings, states and runs. A failed check, or an error of an attempt, is noted with its schedule.
     """
     successors: dict[bytes, dict[str, bytes]] = {}  # state -> attempt that continues -> next state
     frontier: list[tuple[str, ...]] = [()]
@@ -186,7 +170,7 @@ def explore(
     while frontier:
         schedule = list(frontier.pop())
         runs += 1
-        turns = _Turns(attempts, Disk())
+        turns = _Turns(attempts)
 
         def state_of(turns: _Turns = turns, schedule: list[str] = schedule) -> tuple[bytes, int]:
             """Return the identity of the state, whose equals have equal continuations, and the number of switches."""

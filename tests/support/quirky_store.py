@@ -1,7 +1,4 @@
-"""An S3 store in this process, in memory, that deviates from AWS in one chosen way.
-
-    with QuirkyStore("no_etag") as store:
-        Storage(StorageConfig(endpoint_url=store.endpoint, ...)).read("s3://bucket/key")
+"""An S3 store in this process, in memory, that deviates from AWS in one chosen way, at `endpoint` while in `with`.
 
 QUIRKS names the deviations and what to expect of a client: "works" (every operation gives its usual result), "lasts"
 (every operation the quirk concerns fails at once, by a StorageError) or "passes" (the store may recover, so a client
@@ -18,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import time
 from typing import Any, Literal, NamedTuple
@@ -36,7 +32,6 @@ class Answer(NamedTuple):
 
 class Request(NamedTuple):
     method: str
-    target: str
     bucket: str
     key: str
     query: dict[str, str]
@@ -54,10 +49,6 @@ def _endless(xml: str) -> tuple[Expectation, str, Callable[[Request], Answer]]:
     page = f"<ListBucketResult>{xml}<IsTruncated>true</IsTruncated><NextContinuationToken>%d</NextContinuationToken>"
     numbers = itertools.count()
     return "lasts", "listing", lambda _: Answer(200, f"{page}</ListBucketResult>".encode() % next(numbers))
-
-
-def _redirect(status: int, request: Request) -> Answer:
-    return Answer(status, b"", {"Location": f"https://store.example{request.target}"})
 
 
 CONCERNED: dict[str, Callable[[Request], bool]] = {
@@ -92,7 +83,8 @@ _CODES: dict[str, tuple[Expectation, str, int, str]] = {
     "throttled": ("passes", "any", 429, "TooManyRequests"),
 }  # fmt: skip
 REFUSALS |= {name: (expected, of, _error(status, code)) for name, (expected, of, status, code) in _CODES.items()}
-REFUSALS |= {f"redirect_{status}": ("lasts", "any", partial(_redirect, status)) for status in (301, 302, 303, 307, 308)}
+AWAY = {"Location": "https://store.example/other"}
+REFUSALS |= {f"redirect_{n}": ("lasts", "any", Answer(n, b"", AWAY)) for n in (301, 302, 303, 307, 308)}
 # Modification of the response to an executed request. `no_length`: every body is chunked, and HEAD has no size;
 # `no_length_closing`: the end of the connection ends the body; `no_ranges`: every GET returns the whole object;
 # `no_prefix`: every listing covers the whole bucket.
@@ -116,8 +108,6 @@ class Server(ThreadingHTTPServer):
 
 
 class QuirkyStore(Server):
-    """S3 server at `endpoint` while its `with` block runs."""
-
     def __init__(self, quirk: str = "none"):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
@@ -238,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        status, body, more = store.answer(Request(self.command, self.path, bucket, key, query, headers, body))
+        status, body, more = store.answer(Request(self.command, bucket, key, query, headers, body))
         head = f"HTTP/1.1 {status} Said\r\nDate: {formatdate(time() + store.clock, usegmt=True)}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in more.items())
         if store.quirk == "no_length" and body and self.command == "GET":

@@ -57,12 +57,8 @@ def moto() -> Iterator[Store]:
 @contextmanager
 def swift(folder: Path) -> Iterator[Store]:
     """Run OpenStack Swift's daemons below `folder`. They wait on this process's pipe, so they end with it."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        ["bash", str(SWIFT), "run", str(folder)], stdin=pipe, stdout=pipe, stderr=pipe, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    command, pipe = ["bash", str(SWIFT), "run", str(folder)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         settings = dict(word.split("=", 1) for word in process.stdout.readline().split()[1:])
         if not settings:
             reason = process.stderr.read().strip()

@@ -35,7 +35,6 @@ Progress = Callable[[int, int, str], None]  # (calls done, total, name of the la
 PartReader = Callable[[int, int], bytes]
 _PIECE_BYTES = 16 * 2**20  # read or written at once
 _REMOTE_CALLS = 16  # in flight
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 @dataclass(frozen=True)
@@ -129,9 +128,9 @@ class Storage:
         with self._lock:
             if protocol not in self._backends:
                 if protocol == "s3":
-                    from pipeline.data.storage.s3 import S3Backend  # botocore, which a local run does not need
+                    from pipeline.data.storage import s3  # imports botocore, which a local run does not need
 
-                    self._backends[protocol] = S3Backend(self.config, self._policy)
+                    self._backends[protocol] = s3.S3Backend(s3.make_client(self.config), self._policy)
                 else:
                     self._backends[protocol] = LocalBackend() if protocol == "file" else FsspecBackend(protocol)
             backend = self._backends[protocol]
@@ -200,7 +199,6 @@ class Backend:
     # (path, start, stop, etag) -> the bytes [start, stop) (stop None: the whole object) of the version `etag` (None:
     # any), or an error instead of fewer bytes.
     read: Callable[[str, int, int | None, str | None], bytes]
-    exists: Callable[[str], bool]  # an object or a folder
     info: Callable[[str], ObjectInfo]  # FileNotFoundError or IsADirectoryError for anything but an object
     # The objects directly in a folder and its folders (None), by name; none if it does not exist.
     entries: Callable[[str], Iterator[tuple[str, ObjectInfo | None]]]
@@ -209,6 +207,16 @@ class Backend:
     delete: Callable[[str], None]  # an object, or a folder with all that it contains, if it exists
     # Abort a folder's unfinished uploads. None: local partial files are in the folder itself, and fsspec lists none.
     abort_uploads: Callable[[str, Callable[[str], bool]], int] | None = None
+
+    def exists(self, path: str) -> bool:
+        """Return True for an object and for a non-empty folder."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(IsADirectoryError, retry.UnknownSize):
+                self.info(path)
+            return True
+        with suppress(NotADirectoryError):  # a local path below a file
+            return next(self.entries(path), None) is not None
+        return False
 
     def upload(self, local: str, path: str) -> None:
         """Copy a file of this machine to an object."""
@@ -231,7 +239,7 @@ class LocalBackend(Backend):
 
     def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
         with _open(path) as file:
-            info = _stat_info(os.fstat(file.fileno()))
+            info = self.info(file.fileno())
             if etag is not None and info.etag != etag:
                 raise retry.PreconditionFailed()
             if stop is None:
@@ -244,40 +252,21 @@ class LocalBackend(Backend):
                 raise EOFError(retry.TOO_SHORT.format(info.size, start, stop))
             return data
 
-    def exists(self, path: str) -> bool:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            os.stat(path)
-            return True
-        return False
-
-    def info(self, path: str) -> ObjectInfo:
+    def info(self, path: str | int) -> ObjectInfo:
         if stat.S_ISDIR((status := os.stat(path)).st_mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
-        return _stat_info(status)
+        return ObjectInfo(status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
 
     def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
         with suppress(FileNotFoundError), os.scandir(path) as items:
             for item in items:
                 if not TEMPORARY.fullmatch(item.name):
                     with suppress(FileNotFoundError):  # deleted since the listing, or a broken link
-                        yield item.name, None if item.is_dir() else _stat_info(item.stat())
+                        yield item.name, None if item.is_dir() else self.info(item.path)
 
     def write(self, path: str, size: int, part: PartReader, create: bool) -> bool:
-        def link(temporary: str, path: str) -> None:
-            """Rename `temporary` to `path`. Raise FileExistsError if `path` exists."""
-            try:
-                os.link(temporary, path)
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                if os.path.lexists(path):  # not atomic on a file system without hard links
-                    raise FileExistsError(errno.EEXIST, "exists already", path) from error
-                os.replace(temporary, path)
-            else:
-                os.unlink(temporary)
-
         try:
-            with atomic_write(path, link if create else None) as file:
+            with atomic_write(path, create) as file:
                 for start in range(0, size, _PIECE_BYTES):
                     file.write(part(start, min(start + _PIECE_BYTES, size)))
         except FileExistsError:
@@ -298,10 +287,6 @@ def _open(path: str) -> BinaryIO:
     if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith(("/dev/", "/proc/")):
         raise retry.PermanentError("it is a pipe, not a file", "Pass the path of a file.")
     return open(path, "rb")
-
-
-def _stat_info(status: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
 
 
 class FsspecBackend(Backend):
@@ -333,18 +318,12 @@ class FsspecBackend(Backend):
     def info(self, path: str) -> ObjectInfo:
         info = self._call(self._fs.info, path)
         if info["type"] == "directory":
-            raise FileNotFoundError(errno.ENOENT, "is a folder, not a file")
+            raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
         if not isinstance(info.get("size"), int):
-            raise retry.PermanentError(
+            raise retry.UnknownSize(
                 "the store does not report the object's size", "Copy it to a local folder or s3://."
             )
         return ObjectInfo(info["size"], info.get("etag") or info.get("ETag"))
-
-    def exists(self, path: str) -> bool:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            self._call(self._fs.info, path)  # the object's size may be unknown
-            return True
-        return self._call(self._fs.isdir, path)
 
     def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
         items: list[dict[str, Any]] = []

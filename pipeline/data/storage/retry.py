@@ -54,6 +54,10 @@ class PermanentError(StoreFailure):
     """Failure that a retry would repeat."""
 
 
+class UnknownSize(PermanentError):
+    """The store does not report the object's size."""
+
+
 class PreconditionFailed(Exception):
     """The object's ETag differs from the expected one."""
 

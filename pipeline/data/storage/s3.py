@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http.client import BadStatusLine, RemoteDisconnected
@@ -86,19 +87,18 @@ _HEADER = re.compile(
 _MAX_MESSAGE = 300  # characters of a library's or store's message that are repeated
 
 
+@dataclass(eq=False)
 class S3Backend(Backend):
     """S3 API; paths are bucket/key. Create one per process, after any fork."""
 
     retries = True
-
-    def __init__(self, config: StorageConfig, policy: retry.RetryPolicy):
-        self._client = _make_client(config)
-        self._policy = policy
-        self._is_http = False  # set when the endpoint has answered in HTTP
+    client: Any
+    policy: retry.RetryPolicy
+    is_http: bool = False  # the endpoint has answered in HTTP
 
     def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
         """Return the bytes [start, stop) of one version. After a failure only the bytes that lack are requested."""
-        data, received, budget = io.BytesIO(), 0, retry.RetryBudget(self._policy, f"s3://{path}")
+        data, received, budget = io.BytesIO(), 0, retry.RetryBudget(self.policy, f"s3://{path}")
         while stop is None or start < stop:
             try:
                 body, skip, stop, etag = self._get(path, start, stop, etag)
@@ -112,8 +112,8 @@ class S3Backend(Backend):
                         start += len(piece)
                         budget.failures, received = 0, received + len(piece)
                         if received >= retry.PROGRESS_BYTES:
-                            received, budget = 0, retry.RetryBudget(self._policy, budget.url)
-                        elif retry.time.monotonic() - budget.start >= self._policy.timeout:
+                            received, budget = 0, retry.RetryBudget(self.policy, budget.url)
+                        elif retry.time.monotonic() - budget.start >= self.policy.timeout:
                             raise TransientError("the response arrived too slowly")
             except urllib3.exceptions.HTTPError as error:
                 budget.wait(TransientError(f"{type(error).__name__}: {error}"))
@@ -132,15 +132,8 @@ class S3Backend(Backend):
         _require(item, "Key", "Content-Length")
         return ObjectInfo(_require(item, "Size"), _etag(head) or _etag(item))
 
-    def exists(self, path: str) -> bool:
-        with suppress(FileNotFoundError):
-            self.info(path)
-            return True
-        return any(page["Contents"] for page in self._pages("list_objects_v2", path, MaxKeys=1))
-
     def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
-        prefix = _bucket_prefix(path)[1]
-        for page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE, Delimiter="/"):
+        for prefix, page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE, Delimiter="/"):
             for folder in page.get("CommonPrefixes", []):
                 if name := _require(folder, "Prefix")[len(prefix) :].rstrip("/"):
                     yield name, None
@@ -163,9 +156,8 @@ class S3Backend(Backend):
         return True
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
-        bucket, prefix = _bucket_prefix(path)
-        count = 0
-        for page in self._pages("list_multipart_uploads", path):
+        bucket, count = path.partition("/")[0], 0
+        for prefix, page in self._pages("list_multipart_uploads", path):
             for item in page["Uploads"]:
                 if match(item["Key"][len(prefix) :]):
                     upload = {"Key": item["Key"], "UploadId": _require(item, "UploadId")}
@@ -176,42 +168,45 @@ class S3Backend(Backend):
 
     def delete(self, path: str) -> None:
         """Delete one by one: several stores lack batch deletion, or require headers that botocore no longer sends."""
-        bucket, prefix = _bucket_prefix(path)
-        keys = [prefix.rstrip("/")] if prefix else []
-        for page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE):
+        bucket, _, key = path.partition("/")
+        keys = [key.rstrip("/")] if key else []
+        for _, page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE):
             keys += [item["Key"] for item in page["Contents"]]
-
-        def delete_one(key: str) -> None:
-            with suppress(FileNotFoundError):  # some stores report a missing object
-                self._request("delete_object", Bucket=bucket, Key=key)
-
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            list(pool.map(delete_one, keys))
+        pool = ThreadPoolExecutor(_PARALLEL_REQUESTS)
+        try:
+            for deletion in [pool.submit(self._request, "delete_object", Bucket=bucket, Key=key) for key in keys]:
+                with suppress(FileNotFoundError):  # some stores report a missing object
+                    deletion.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _request(self, operation: str, retries: bool = True, **query: Any) -> dict[str, Any]:
         if retries:
             url = "/".join(filter(None, ["s3:/", query["Bucket"], query.get("Key") or query.get("Prefix")]))
-            return self._policy(url, lambda: self._request(operation, retries=False, **query))
+            return self.policy(url, lambda: self._request(operation, retries=False, **query))
         try:
-            response = getattr(self._client, operation)(**query)
+            response = getattr(self.client, operation)(**query)
         except Exception as error:
             message = _HEADER.split(" ".join(printable(redact(str(error))).split()), maxsplit=1)[0].rstrip(" .")
             message = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}…"
             # The traceback must not show the headers that the message omits.
-            raise _translate(error, message, self._is_http) from (error if message == str(error) else None)
-        self._is_http = True
+            raise _translate(error, message, self.is_http) from (error if message == str(error) else None)
+        self.is_http = True
         return response
 
-    def _pages(self, operation: str, path: str, **query: Any) -> Iterator[dict[str, Any]]:
-        """Yield the pages of a folder's listing, without the items that a store which ignores the prefix adds."""
-        bucket, prefix = _bucket_prefix(path)
+    def _pages(self, operation: str, path: str, **query: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the prefix of a folder's keys with each page of its listing, without the items that a store which
+        ignores the prefix adds.
+        """
+        bucket, _, key = path.partition("/")
+        prefix = key.rstrip("/") + "/" if key else ""
         items, markers = _LISTINGS[operation]
         visited: set[str] = set()  # markers, and the first item of each page, to detect a listing that never ends
         empty_pages = 0
         while True:
             page = self._request(operation, Bucket=bucket, Prefix=prefix, **query)
             listed = page.get(items, [])
-            yield page | {items: [item for item in listed if _require(item, "Key").startswith(prefix)]}
+            yield prefix, page | {items: [item for item in listed if _require(item, "Key").startswith(prefix)]}
             if not page.get("IsTruncated"):
                 return
             query |= {marker: _require(page, f"Next{marker}") for marker in markers}
@@ -307,7 +302,8 @@ class _Unsupported(PermanentError):
     """The store does not support a request or one of its headers."""
 
 
-def _make_client(config: StorageConfig) -> Any:
+def make_client(config: StorageConfig) -> Any:
+    """Return a client of the store that the configuration and the environment name."""
     options: dict[str, Any] = {
         "connect_timeout": min(10.0, config.retry_timeout_seconds / 4),
         "read_timeout": min(30.0, config.retry_timeout_seconds / 4),  # without a byte
@@ -463,9 +459,3 @@ def _bucket_key(path: str) -> dict[str, Any]:
     if not key:
         raise FileNotFoundError(errno.ENOENT, "the URL names a bucket; name an object in it")
     return {"Bucket": bucket, "Key": key}
-
-
-def _bucket_prefix(path: str) -> tuple[str, str]:
-    """Return a folder's bucket, and the prefix of the keys in the folder."""
-    bucket, _, key = path.partition("/")
-    return bucket, key.rstrip("/") + "/" if key else ""

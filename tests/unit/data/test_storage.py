@@ -1,4 +1,4 @@
-"""Storage operations are atomic and retried within their timeout, and errors name the URL."""
+"""Storage operations are atomic and retried within their timeout, errors name the URL, and faults of tests are met."""
 
 import errno
 import itertools
@@ -22,6 +22,7 @@ from pipeline.config.urls import is_local
 from pipeline.data.storage import NotFound, ObjectChanged, Storage, join, retry, split
 from pipeline.data.storage.retry import RetryPolicy, RetryTimeout, TransientError, explain
 from pipeline.data.storage.s3 import S3Backend, _seconds_until
+from tests.support.failing_storage import FailingStorage, Fault, every_fault
 
 storage = Storage()
 READS = [storage.read, storage.open, lambda url: storage.read(url, 0, 3)]
@@ -148,14 +149,11 @@ def test_writes_are_atomic_complete_and_change_the_tag(tmp_path: Path):
             assert storage.read(url) == bytes(range(100))
 
 
-def test_urls_join_and_split():
+def test_urls_join_and_split_and_storage_survives_pickling_and_forking(tmp_path: Path):
     assert [join("s3://b/x/", "y", "z.tar"), join("/", "x")] == ["s3://b/x/y/z.tar", "/x"]
     assert [split("s3://b/x/y.tar"), split("y.tar")] == [("s3://b/x", "y.tar"), (".", "y.tar")]
     assert [is_local(url) for url in ("/x", "x", "file:///x", "s3://b")] == [True, True, True, False]
-
-
-def test_storage_survives_pickling_and_forking(tmp_path: Path):
-    storage, url = Storage(StorageConfig(retry_timeout_seconds=7.0)), str(tmp_path / "file")
+    storage, url = Storage(StorageConfig(retry_timeout_seconds=9.0)).within(7.0), str(tmp_path / "file")
     storage.write(url, b"x")
     with storage._lock:  # as another thread may hold it at the moment of a fork
         child = os.fork()
@@ -164,8 +162,7 @@ def test_storage_survives_pickling_and_forking(tmp_path: Path):
             os._exit(0 if storage.read(url) == b"x" else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     copy = pickle.loads(pickle.dumps(storage))  # noqa: S301
-    assert copy.config.retry_timeout_seconds == 7.0
-    assert copy.read(url) == b"x"
+    assert (copy.config.retry_timeout_seconds, copy.read(url)) == (7.0, b"x")
 
 
 def retried(*errors: Exception, timeout: float = StorageConfig().retry_timeout_seconds) -> None:
@@ -190,8 +187,7 @@ def test_only_transient_errors_are_retried_with_jittered_backoff(clock):
 def test_last_attempt_is_made_at_the_timeout_and_the_outage_is_logged(clock, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING), pytest.raises(RetryTimeout) as raised:
         retried(*[TransientError("slow down")] * 1000, timeout=300.0)
-    assert clock.now == pytest.approx(300.0)
-    assert len(clock.slept) > 29
+    assert (clock.now, len(clock.slept) > 29) == (pytest.approx(300.0), True)
     assert str(explain("s3://bucket/key", "reading", raised.value, "http://store")) == (
         "s3://bucket/key: reading failed: slow down at http://store. Check the URL, and that the store is healthy. "
         f"Gave up after {len(clock.slept) + 1} attempts in 300 s."
@@ -212,8 +208,7 @@ def test_default_timeout_outlasts_an_outage_of_a_minute_and_respects_retry_after
     errors = [TransientError("slow down"), TransientError("slow down")]
     errors[0].retry_after, errors[1].retry_after = 7.0, 3600.0
     retried(*errors, timeout=300.0)
-    assert 7.0 <= clock.slept[0] <= 7.1
-    assert clock.now == 300.0
+    assert (7.0 <= clock.slept[0] <= 7.1, clock.now) == (True, 300.0)
     soon = _seconds_until(format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True))
     assert 90 < soon <= 100
     assert [_seconds_until(text) for text in (" 7 ", "soon", "")] == [7.0, None, None]
@@ -227,9 +222,9 @@ def test_slow_body_fails_at_the_timeout_which_restarts_every_16_mib(clock):
             clock.now += 1.0
             return piece
 
-        body, backend = mock.MagicMock(), S3Backend.__new__(S3Backend)
+        body, backend = mock.MagicMock(), S3Backend(None, RetryPolicy(300.0))
         body.__enter__.return_value.read1 = read1
-        backend._policy, backend._get = RetryPolicy(300.0), lambda *_: (body, 0, size, None)
+        backend._get = lambda *_: (body, 0, size, None)
         return backend.read("b/k", 0, size, None)
 
     with pytest.raises(RetryTimeout, match="1 attempts in 300 s") as raised:
@@ -238,3 +233,43 @@ def test_slow_body_fails_at_the_timeout_which_restarts_every_16_mib(clock):
     clock.now, size = 0.0, 4 * retry.PROGRESS_BYTES
     assert len(read(bytes(retry.PROGRESS_BYTES // 256), size)) == size
     assert clock.now == 4 * 256
+
+
+def test_every_planned_fault_is_met_with_the_effect_of_its_moment_and_lasts_until_healed(tmp_path: Path):
+    def scenario(storage: Storage, folder: str) -> None:
+        storage.write(join(folder, "a"), b"1")
+        storage.write_parts(join(folder, "b"), 4, lambda start, stop: b"2222"[start:stop])
+        storage.read(join(folder, "a"))
+        storage.list(folder)
+        storage.delete(folder)
+
+    scenario(clean := FailingStorage(), str(tmp_path / "clean"))
+    assert [call.kind for call in clean.calls] == ["write", "write", "read", "list", "delete"]
+    faults = list(every_fault(clean.calls))
+    assert len(faults) == len(set(faults)) == 3 * (3 + 3 + 1 + 1 + 3)
+    for number, fault in enumerate(faults):
+        storage = FailingStorage(fault)
+        with pytest.raises(StorageError, match="injected fault"):
+            scenario(storage, str(tmp_path / str(number)))
+        assert storage.num_failed == 1
+    for when, remaining, is_written in (("before", "abcd", False), ("halfway", "cd", False), ("after", "", True)):
+        folder, part = str(tmp_path / when), mock.Mock(return_value=b"1234")
+        for name in "abcd":
+            Storage().write(join(folder, "inner", name), b"x")
+        with pytest.raises(StorageError):
+            FailingStorage(Fault(0, when=when)).delete(folder)
+        with pytest.raises(StorageError):
+            FailingStorage(Fault(0, "write", when)).write_parts(f"{folder}.x", 4, part)
+        assert Storage().list(join(folder, "inner")) == list(remaining)
+        assert ((tmp_path / f"{when}.x").exists(), part.called) == (is_written, when != "before")
+    storage, url = FailingStorage(Fault(1, "write", lasting=True)), str(tmp_path / "lasting")
+    storage.write(join(url, "a"), b"")
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            storage.write(join(url, "b"), b"")
+        assert storage.list(url) == ["a"]
+    storage.heal()
+    storage.write(join(url, "b"), b"")
+    assert storage.num_failed == 2
+    with pytest.raises(StorageError):
+        pickle.loads(pickle.dumps(FailingStorage(Fault(0)))).list(url)  # noqa: S301
