@@ -136,23 +136,21 @@ class Batch:
 
     def hash_into(self, digest: hashlib._Hash) -> None:
         """Feed every example to a hash, without its padding, so that the result does not depend on the world size."""
-        specs = field_specs(type(self))
-        hashed = [name for name, spec in specs.items() if spec.is_hashed and getattr(self, name) is not None]
+        hashed = [name for name, spec in FIELDS.items() if spec.is_hashed and getattr(self, name) is not None]
         for row in range(len(self)):
             digest.update(np.array([self.step, self.place[row], self.uid[row], self.image_id[row]]).tobytes())
             for name in hashed:
-                values, counter = getattr(self, name)[row], specs[name].counted_by
+                values, counter = getattr(self, name)[row], FIELDS[name].counted_by
                 if counter is not None and (counts := getattr(self, counter)) is not None:
-                    padding = specs[counter].padding
+                    padding = FIELDS[counter].padding
                     real = counts[row] if padding is None else [(counts[row] != padding).sum()]
                     values = values[tuple(slice(int(length)) for length in real)]
                 digest.update(f"{name}{tuple(values.shape)}".encode())
                 digest.update(values.contiguous().numpy().tobytes())
 
 
-def field_specs(batch_type: type[Batch] = Batch) -> dict[str, FieldSpec]:
-    """Return the declared fields of a batch by name, in order."""
-    return {f.name: f.metadata["spec"] for f in dataclasses.fields(batch_type) if "spec" in f.metadata}
+# The declared fields of a batch by name, in order.
+FIELDS: dict[str, FieldSpec] = {f.name: f.metadata["spec"] for f in dataclasses.fields(Batch) if "spec" in f.metadata}
 
 
 @dataclass(frozen=True)
@@ -162,13 +160,12 @@ class BatchSpec:
     num_examples: int
     groups: frozenset[str]
     sizes: BatchSizes
-    batch_type: type[Batch] = Batch
 
     def layout(self) -> tuple[dict[str, tuple[tuple[int, ...], np.dtype[Any], int]], int]:
         """Return shape, type and offset of every array by field name, and the bytes of all."""
         sizes: dict[Any, Any] = dataclasses.asdict(self.sizes)
         arrays, offset = {}, 0
-        for name, spec in field_specs(self.batch_type).items():
+        for name, spec in FIELDS.items():
             if spec.group is None or spec.group in self.groups:
                 shape = (self.num_examples, *(sizes.get(axis, axis) for axis in spec.shape))
                 arrays[name] = shape, np.dtype(spec.dtype), offset
@@ -183,7 +180,6 @@ class BatchBuffer(dict[str, np.ndarray]):
         super().__init__()
         arrays, num_bytes = spec.layout()
         self.spec, self.memory = spec, np.empty(num_bytes, dtype=np.uint8) if memory is None else memory
-        self._specs = field_specs(spec.batch_type)
         for name, (shape, dtype, offset) in arrays.items():
             self[name] = np.ndarray(shape, dtype, self.memory, offset)
 
@@ -191,16 +187,16 @@ class BatchBuffer(dict[str, np.ndarray]):
         """Set one example of a field, padded to its size with `padding` (default: the field's own)."""
         array = self[name]
         array[row, : len(values)] = values
-        array[row, len(values) :] = self._specs[name].padding if padding is None else padding
+        array[row, len(values) :] = FIELDS[name].padding if padding is None else padding
 
     def to_batch(self, step: int, places: range) -> Batch:
         """Return the examples as tensors over the same memory, every axis cut to the longest example."""
         tensors = {}
         for name, array in self.items():
-            counter = self._specs[name].counted_by
+            counter = FIELDS[name].counted_by
             if counter is not None and counter in self:
-                counts, padding = self[counter], self._specs[counter].padding
+                counts, padding = self[counter], FIELDS[counter].padding
                 longest = counts.max(axis=0) if padding is None else [(counts != padding).sum(1).max()]
                 array = array[(slice(None), *(slice(int(length)) for length in longest))]
             tensors[name] = torch.from_numpy(array)
-        return self.spec.batch_type(step=step, place=torch.arange(places.start, places.stop), **tensors)
+        return Batch(step=step, place=torch.arange(places.start, places.stop), **tensors)

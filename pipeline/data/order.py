@@ -125,11 +125,6 @@ class DataOrder:
         in_stream = groups.reshape(len(read), self._per_stream)[which, offset]
         return self._look_up(stream, block * batches * self._per_stream + in_stream, attempt)
 
-    def epochs(self, step: int) -> dict[str, float]:
-        """Return the epochs of each source read before `step`, averaged over the streams."""
-        cycles = step * self.batch_size / sum(self.parts)
-        return {name: float(cycles * self.parts[i] / self._totals[i]) for i, name in enumerate(self.names)}
-
     def _sort_block(self, stream: int, block: int) -> np.ndarray:
         """Return (batches, B/C) int32: a block's positions, relative to its first, grouped by similar length."""
         assert self._buckets is not None

@@ -24,19 +24,16 @@ def _mix(words: Words) -> Words:
     return words ^ (words >> 31)
 
 
-def hash64(*parts: int | str) -> int:
-    """Return an unsigned 64-bit hash of the parts in order. Integers are taken modulo 2^64: uids may be negative."""
+def hash64(*parts: int | str, signed: bool = False) -> int:
+    """Return a 64-bit hash of the parts in order, unsigned or, for int64 tensors, signed. Integers are taken modulo
+    2^64: uids may be negative.
+    """
     state = _STEP
     for part in parts:
         if isinstance(part, str):
             part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
         state = _mix(((state ^ (int(part) & _MASK)) + _STEP) & _MASK)
-    return state
-
-
-def signed(word: int) -> int:
-    """Return the same 64 bits as a signed integer, for int64 tensors."""
-    return word - (1 << 64) if word >> 63 else word
+    return state - (1 << 64) if signed and state >> 63 else state
 
 
 def hash64_array(key: int, values: np.ndarray) -> np.ndarray:

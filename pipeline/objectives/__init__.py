@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import OBJECTIVES, RunConfig, SourceType, StageConfig, TransformerConfig
-from pipeline.data.batch import IGNORED, Batch, field_specs
+from pipeline.data.batch import FIELDS, IGNORED, Batch
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind, Regions
 from pipeline.models.model import HeadConfig, Model
 
@@ -26,7 +26,7 @@ DropPathMask = Callable[[Batch, str], Tensor | None]  # examples and a forward's
 
 # The fields that move together when an example gets another's image or text, with their padding.
 VISUAL, TEXT = (
-    {name: spec.padding or 0 for name, spec in field_specs().items() if spec.modality == modality}
+    {name: spec.padding or 0 for name, spec in FIELDS.items() if spec.modality == modality}
     for modality in ("vision", "language")
 )
 SOURCE_INPUTS: dict[SourceType, frozenset[InputKind]] = {

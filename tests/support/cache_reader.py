@@ -35,7 +35,7 @@ def fill(store: Path, files: int) -> Path:
 
 def start_reader(cache: NodeCache, store: Path, seed: int, rounds: int = 100_000) -> subprocess.Popen:
     """Start this program as a process that shares the cache's folder."""
-    arguments = [cache.folder.parent, cache.max_bytes, store, seed, rounds]
+    arguments = [cache.folder, cache.max_bytes, store, seed, rounds]
     return subprocess.Popen([sys.executable, __file__, *map(str, arguments)])
 
 
@@ -68,4 +68,4 @@ def read_files(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
 if __name__ == "__main__":
     module.PIECE = PIECE
     folder, max_bytes, *rest = sys.argv[1:]
-    read_files(NodeCache(folder, int(max_bytes)), Path(rest[0]), int(rest[1]), int(rest[2]))
+    read_files(NodeCache(Path(folder), int(max_bytes)), Path(rest[0]), int(rest[1]), int(rest[2]))

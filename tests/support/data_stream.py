@@ -1,10 +1,7 @@
-"""The data of runs without their models: configs, loaders and batches.
+"""The data of runs without their models: configs, loaders and batches. As a program it is a process that can be killed,
+which reads global batches and records them, one a line: the step, the hash of the examples, epoch:uid of each example.
 
-As a program it is a process that can be killed, which reads and records global batches:
-
-    python tests/support/data_stream.py CONFIG.json VOCABULARY WORLD_SIZE FIRST LAST RECORD
-
-Each line of RECORD is one delivered global batch: its step, the hash of its examples, and epoch:uid of each example.
+python tests/support/data_stream.py CONFIG.json VOCABULARY WORLD_SIZE FIRST LAST RECORD
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
@@ -29,9 +26,6 @@ from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
 from pipeline.objectives import batch_groups
-
-if TYPE_CHECKING:
-    from tests.support.stores import S3
 
 Values = dict[str, Any]
 VLMO = {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4}
@@ -90,8 +84,8 @@ def hash_of(config: RunConfig, steps: range, world_size: int = 1, **settings: in
     return fingerprint(config, stage, groups, Storage(config.storage), caption_tokenizer(), steps, world_size)
 
 
-def copy_shards(folder: str, s3: S3, name: str = "pairs") -> str:
-    """Index a folder of shards, copy it to a store, and return its URL there."""
+def copy_shards(folder: str, s3: Any, name: str = "pairs") -> str:
+    """Index a folder of shards, copy it to a store (fixture `s3`), and return its URL there."""
     index_shards(Storage(), folder)
     storage, url = Storage(s3.config), s3.url(name)
     with ThreadPoolExecutor(8) as pool:
@@ -134,6 +128,6 @@ def whole_lines(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    config, vocabulary, world_size, first, last, path = sys.argv[1:]
-    run = RunConfig.model_validate_json(Path(config).read_text(encoding="utf-8"))
-    record(run, Tokenizer.load(Storage(), vocabulary), int(world_size), range(int(first), int(last)), Path(path))
+    file, vocabulary, world, first, last, path = sys.argv[1:]
+    config = RunConfig.model_validate_json(Path(file).read_text(encoding="utf-8"))
+    record(config, Tokenizer.load(Storage(), vocabulary), int(world), range(int(first), int(last)), Path(path))

@@ -22,7 +22,7 @@ from tokenizers.normalizers import BertNormalizer
 from pipeline.config.schema import SourceType
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.quarantine import BadSample
-from pipeline.data.randomness import hash64, signed
+from pipeline.data.randomness import hash64
 
 Members = Mapping[str, bytes]  # extension without its dot -> content
 REGIONS = "npz"  # the extension of a detector's regions (see `contents.regions`)
@@ -141,7 +141,7 @@ def image_id_of(members: Members) -> int:
     if isinstance(named, float) and not math.isfinite(named):
         raise BadSample("members", f"its image_id {named} is not a finite number")
     if named is not None:
-        return signed(hash64("image_id", unicodedata.normalize("NFC", str(named))))
+        return hash64("image_id", unicodedata.normalize("NFC", str(named)), signed=True)
     has_image = not members.keys().isdisjoint(EXTENSIONS)
     shown = members[REGIONS] if REGIONS in members and not has_image else image_bytes(members)
     return int.from_bytes(hashlib.blake2b(shown, digest_size=8).digest(), "little", signed=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.config.errors import DataError
 from pipeline.config.schema import ImageBERTConfig, RunConfig, StageConfig, ViLTConfig
+from pipeline.config.urls import local_path
 from pipeline.data.batch import BatchBuffer, BatchSizes, BatchSpec
 from pipeline.data.contents import members
 from pipeline.data.contents.choices import Choices
@@ -26,7 +27,7 @@ from pipeline.data.examples.masking import ZEROED, mask_patches, mask_whole_word
 from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, share
 from pipeline.data.quarantine import BadRecord, BadSample, decoding, judging
 from pipeline.data.randomness import CounterRandom, hash64, permutation
-from pipeline.data.reading.cache import NodeCache
+from pipeline.data.reading.cache import FOLDER, NodeCache
 from pipeline.data.reading.samples import Sample, SampleReader
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
@@ -139,7 +140,7 @@ class ExampleBuilder:
     def __init__(self, spec: LoaderSpec, storage: Storage):
         cv2.setNumThreads(0)  # examples are the unit of parallel work; OpenCV's own threads would only contend
         settings = spec.config.data.cache
-        cache = NodeCache(settings.folder, settings.max_bytes) if settings.folder else None
+        cache = NodeCache(local_path(settings.folder) / FOLDER, settings.max_bytes) if settings.folder else None
         self._spec, self._groups = spec, spec.groups
         self._config, self._stage, self._model = spec.config, spec.stage, spec.config.model
         self._source_type, self._shape = spec.config.source_type_of(spec.stage), shape_of(spec.config.model)

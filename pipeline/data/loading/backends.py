@@ -55,27 +55,29 @@ class LoaderBackend:
 BackendFactory = Callable[[LoaderSpec, Storage], LoaderBackend]
 
 
+@dataclass(eq=False)
 class ThreadBackend(LoaderBackend):
     """Threads that build examples; in the trainer's own process they share its interpreter lock, and it slows them."""
 
-    def __init__(self, spec: LoaderSpec, storage: Storage):
-        self._spec, self._storage = spec, storage
-        self._builder: ExampleBuilder | None = None  # made by the first `submit`: its errors belong to that step
-        self._num_threads = spec.config.data.loader.threads_per_worker
-        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="loader")
-        self._pending: dict[int, tuple[BatchBuffer, list[Future[list[BadRecord]]]]] = {}
+    spec: LoaderSpec
+    storage: Storage
+    # Made by the first `submit`, because errors of the builder's constructor belong to that step.
+    _builder: ExampleBuilder | None = field(default=None, init=False)
+    _pool: ThreadPoolExecutor = field(init=False)
+    _pending: dict[int, tuple[BatchBuffer, list[Future[list[BadRecord]]]]] = field(default_factory=dict, init=False)
 
     def submit(self, step: int, buffer: BatchBuffer | None = None, first: int | None = None) -> None:
         """Start to build a step's examples, in memory of their own or in a buffer whose row 0 is place `first`."""
-        places = self._spec.places
+        places, num_threads = self.spec.places, self.spec.config.data.loader.threads_per_worker
         if buffer is None or first is None:
-            buffer, first = BatchBuffer(self._spec.batch_spec), places.start
+            buffer, first = BatchBuffer(self.spec.batch_spec), places.start
         if self._builder is None:
-            self._builder = ExampleBuilder(self._spec, self._storage)
+            self._builder = ExampleBuilder(self.spec, self.storage)
+            self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
             order = self._builder.order
             self._builder.reader.start_prefetch(lambda later: order.samples(later, places), step)
         # Several examples per task: one by one, the hand-over would cost a twentieth of building them.
-        length = min(MAX_RUN, max(1, len(places) // (4 * self._num_threads)))
+        length = min(MAX_RUN, max(1, len(places) // (4 * num_threads)))
         runs = [places[start : start + length] for start in range(0, len(places), length)]
         self._pending[step] = buffer, [self._pool.submit(self._builder.build, step, r, buffer, first) for r in runs]
 
@@ -88,8 +90,8 @@ class ThreadBackend(LoaderBackend):
         return buffer, bad
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
         if self._builder is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
             self._builder.reader.close()
 
 

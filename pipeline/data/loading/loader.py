@@ -65,9 +65,10 @@ class Loader:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield the batches of start_step, start_step + 1, … without end. A batch's error is raised in its turn."""
-        counted = self._quarantine.seen
-        epochs = self.order.epochs(start_step)
-        self._epochs_before = {n: epochs[n] / self._world_size - counted[n] / self._sizes[n] for n in epochs}
+        cycles = start_step * self.order.batch_size / sum(self.order.parts)  # of the mixing, in all ranks
+        for name, part in zip(self.order.names, self.order.parts, strict=True):
+            size, counted = self._sizes[name], self._quarantine.seen[name]
+            self._epochs_before[name] = cycles * part / size / self._world_size - counted / size
         backend = self._backend(self._spec, self._storage)
         self._open.append(backend)
         submitted, next_step = deque[int](), start_step

@@ -16,14 +16,13 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 from filelock import FileLock
 
 from pipeline.config.errors import StorageError
-from pipeline.config.urls import local_path
 
 PIECE = 8 * 2**20  # minimum bytes of one request, unless the shard is smaller
 FOLDER = "mome-cache-1"
@@ -59,13 +58,13 @@ class OpenShard:
     __del__ = close
 
 
+@dataclass
 class NodeCache:
     """Cache in one folder of this node. Creating the object does nothing; equal objects share the folder."""
 
-    def __init__(self, folder: str | os.PathLike[str], max_bytes: int):
-        self.folder = local_path(os.fspath(folder)) / FOLDER
-        self.max_bytes = max_bytes
-        self._is_swept = False
+    folder: Path  # named FOLDER, in the disk's folder that the user has chosen
+    max_bytes: int
+    _is_swept: bool = field(default=False, init=False, compare=False)
 
     def open(self, url: str, size: int, etag: str, fetch: Fetch) -> OpenShard:
         """Return the object as a pinned file, downloaded by one process if absent; raise CacheFull without room."""

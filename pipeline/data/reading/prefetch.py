@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -45,18 +45,20 @@ class _Entry(Generic[T]):
     is_exhausted: bool = False  # the known reads are all of their epoch
 
 
+@dataclass(eq=False)
 class PrefetchCache(Generic[T]):
     """Bounded table shared by threads, of which one fetches an entry while the others wait for it. Only entries that
     readers wait for may exceed the bound; `shortage` is logged once if that evicts a needed entry.
     """
 
-    def __init__(self, max_size: int, shortage: str | None = None):
-        self._max_size, self._shortage = max_size, shortage
-        self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()
-        self.size = 0  # of all entries held or being fetched
-        self._finished_step = -1
-        self._is_closed = False
-        self._changed = threading.Condition()  # the lock; notified when a step is finished and when the cache is closed
+    max_size: int
+    shortage: str | None = None
+    size: int = field(default=0, init=False)  # of all entries held or being fetched
+    _entries: OrderedDict[Hashable, _Entry[T]] = field(default_factory=OrderedDict, init=False)
+    _finished_step: int = field(default=-1, init=False)
+    _is_closed: bool = field(default=False, init=False)
+    # The lock; notified when a step is finished and when the cache is closed.
+    _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
 
     def get(self, key: Hashable, size: int, fetch: Callable[[], T]) -> T:
         """Return the entry; fetch it in this thread unless it is held or being fetched. Raise what `fetch` raised."""
@@ -189,7 +191,7 @@ class PrefetchCache(Generic[T]):
 
     def _queue(self, entry: _Entry[T], fetch: Callable[[], T], force: bool) -> bool:
         """Queue a fetch after evicting others until it fits; without `force`, False if needed ones leave no room."""
-        while self.size + entry.size > self._max_size:
+        while self.size + entry.size > self.max_size:
             candidates = []  # (is needed, rank among those, key); of equals the least recently used is first
             for key, other in self._entries.items():
                 is_needed = other.last_step > self._finished_step
@@ -201,9 +203,9 @@ class PrefetchCache(Generic[T]):
                     return False
                 break
             is_needed, _, key = min(candidates, key=lambda candidate: candidate[:2])
-            if is_needed and self._shortage:
-                log.warning(self._shortage)
-                self._shortage = None
+            if is_needed and self.shortage:
+                log.warning(self.shortage)
+                self.shortage = None
             self._drop(key)
         entry.future = Future()
         entry.task = partial(self._fetch, entry, entry.future, fetch)

@@ -27,7 +27,7 @@ from pipeline.config.urls import is_local, local_path
 from pipeline.data.contents.members import texts_of
 from pipeline.data.order import SampleRef
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.randomness import hash64, signed
+from pipeline.data.randomness import hash64
 from pipeline.data.reading.cache import CacheFull, NodeCache, OpenShard
 from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, PrefetchRequest
 from pipeline.data.shards import manifest
@@ -76,11 +76,7 @@ class ShardView:
     index: ShardIndex
     numbers: np.ndarray  # of the selected samples in the shard
     bounds: list[int]  # the sample numbers at which chunks begin, and the number of samples
-    chunks: list[Chunk]
-
-    def chunk(self, number: int) -> Chunk:
-        """Return the chunk that contains a sample."""
-        return self.chunks[bisect_right(self.bounds, number) - 1]
+    chunks: list[Chunk]  # of the samples from one bound to the next
 
 
 def make_shard_view(index: ShardIndex, selected: np.ndarray | None = None) -> ShardView:
@@ -158,12 +154,12 @@ class SampleReader:
                 with suppress(OSError):
                     members = [(n, os.pread(content.descriptor, size, at)) for n, at, size in index.members(number)]
             else:
-                start = view.chunk(number).start
+                start = view.chunks[bisect_right(view.bounds, number) - 1].start
                 members = [(n, content[at - start : at - start + size]) for n, at, size in index.members(number)]
             if members and isal_zlib.crc32(b"".join(data for _, data in members)) == index.crc[number]:
                 return Sample(
                     source=ref.source, shard=shard.record.name, key=index.keys[number], members=dict(members),
-                    offset=int(index.offset[index.first[number]]), uid=signed(hash64(shard.record.digest, number)),
+                    offset=int(index.offset[index.first[number]]), uid=hash64(shard.record.digest, number, signed=True),
                     image_id=int(index.image_id[number]), is_duplicate=bool(index.duplicate[number]),
                 )  # fmt: skip
             if self._cache is not None and isinstance(content, OpenShard) and content.is_cached:
@@ -238,7 +234,7 @@ class SampleReader:
             open_file, num_reads = partial(self._open, shard), len(view.numbers)
             size, submit = view.index.bytes, self._downloads.submit
             return PrefetchRequest(self._files, shard, 1, open_file, submit, size, num_reads)
-        start, stop, num_reads = view.chunk(number)
+        start, stop, num_reads = view.chunks[bisect_right(view.bounds, number) - 1]
         key = (shard, start, stop)  # chunks with hard links may have the same start
         fetch, size = partial(self._fetch, shard, start, stop), stop - start
         return PrefetchRequest(self._memory, key, size, fetch, self._requests.submit, size, num_reads)

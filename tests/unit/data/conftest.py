@@ -1,10 +1,23 @@
-"""A simulated clock for the retries of storage."""
+"""Folders of indexed pairs, and a simulated clock for the retries of storage."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline.data.storage import retry
+from pipeline.data.shards.manifest import index_shards
+from pipeline.data.storage import Storage, retry
+
+
+@pytest.fixture
+def indexed_pairs(make_pairs) -> Callable[..., str]:
+    """Return `make_pairs`, whose folders are indexed."""
+
+    def make(*arguments) -> str:
+        index_shards(Storage(), folder := make_pairs(*arguments))
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
-"""The data order visits every sample once per epoch, mixes sources by weight, and depends on no rank or batch."""
+"""The data order visits every sample once per epoch, mixes sources by weight, and depends on no rank or batch.
+Random numbers never change, are uniform, and are independent of each other.
+"""
 
+import itertools
 import math
 import tracemalloc
 from collections import Counter, defaultdict
@@ -11,19 +14,22 @@ import pytest
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.order import WEIGHT_PARTS, DataOrder, LengthBuckets, OrderSource, SampleRef, mixing_cycle, share
+from pipeline.data.randomness import CounterRandom, hash64, hash64_array, permutation, permuted, uniform_array
 
 
 def shards(*counts: int, weight: float = 1.0, digest: str = "") -> OrderSource:
     return OrderSource(np.array(counts, dtype=np.int64), weight, digest)
 
 
+SMALL = {"a": shards(10, 0, 7, 23, 1), "b": shards(50, 61, weight=2.3)}
+
+
 def data_order(streams: int = 8, batch: int = 32, window: int = 2, buckets=None) -> DataOrder:
-    sources = {"a": shards(10, 0, 7, 23, 1), "b": shards(50, 61, weight=2.3)}
-    return DataOrder(sources, streams, window, 0, batch, buckets=buckets)
+    return DataOrder(SMALL, streams, window, 0, batch, buckets=buckets)
 
 
-def by_stream(order: DataOrder, steps: int) -> dict[int, list[SampleRef]]:
-    streams = defaultdict(list)
+def by_stream(order: DataOrder, steps: int) -> list[list[SampleRef]]:
+    streams: list[list[SampleRef]] = [[] for _ in range(order.num_streams)]
     for step in range(steps):
         for place, sample in enumerate(order.samples(step)):
             streams[place * order.num_streams // order.batch_size].append(sample)
@@ -40,44 +46,40 @@ TWENTY = {f"s{number:02}": shards(1000 + number, weight=number + 0.3) for number
 EIGHT = LengthBuckets(8, caption_length)
 
 
-@pytest.mark.parametrize(("streams", "window"), [(1, 2), (2, 1), (8, 2), (8, 100), (32, 1)])
-def test_every_sample_occurs_once_per_epoch_in_streams_equal_to_within_one_sample(streams: int, window: int):
-    read = by_stream(data_order(streams, window=window), 60)
-    assert set(Counter(sample for samples in read.values() for sample in samples).values()) == {1}
-    for source, size in {"a": 41, "b": 111}.items():
-        epochs = [Counter(s.epoch for s in samples if s.source == source) for samples in read.values()]
-        last, taken = min(max(counts) for counts in epochs), np.zeros(streams, dtype=int)
-        assert last >= 5
+# 300 shards of 0 to 3,000 samples, uniform in the logarithm.
+UNEQUAL = {"a": shards(*(10 ** np.random.default_rng(0).uniform(-1, 3.5, 300)).astype(int))}
+SHAPES = [(SMALL, n, window, 32, 60, 5) for n, window in ((1, 2), (2, 1), (8, 2), (8, 100), (32, 1))]
+
+
+@pytest.mark.parametrize(
+    ("sources", "streams", "window", "batch", "steps", "least"), [*SHAPES, (UNEQUAL, 192, 4, 192 * 32, 40, 2)]
+)
+def test_every_sample_occurs_once_per_epoch_in_streams_equal_to_within_one_sample(
+    sources: dict[str, OrderSource], streams: int, window: int, batch: int, steps: int, least: int
+):
+    read = by_stream(DataOrder(sources, streams, window, 1, batch), steps)
+    for source, data in sources.items():
+        whole = {(shard, sample) for shard, size in enumerate(data.counts.tolist()) for sample in range(size)}
+        epochs = [defaultdict[int, list](list) for _ in read]
+        for stream, samples in zip(epochs, read, strict=True):
+            for sample in samples:
+                if sample.source == source:
+                    stream[sample.epoch].append((sample.shard, sample.sample))
+        last, taken = min(max(stream) for stream in epochs), np.zeros(streams, dtype=int)
+        assert last >= least
         for epoch in range(last):
-            lengths = np.array([counts[epoch] for counts in epochs])
+            lengths = np.array([len(stream[epoch]) for stream in epochs])
             taken += lengths
-            assert (lengths.sum(), np.ptp(lengths) <= 1) == (size, True)
+            assert {place for stream in epochs for place in stream[epoch]} == whole
+            assert (lengths.sum(), np.ptp(lengths) <= 1) == (len(whole), True), "no sample twice"
             assert np.ptp(taken) <= 1, "odd samples must rotate"
-
-
-def test_unequal_shards_fill_192_streams_equally():
-    sizes = 10 ** np.random.default_rng(0).uniform(-1, 4, 300)  # 0 to 10,000 samples, uniform in the logarithm
-    data = OrderSource(sizes.astype(np.int64), 1.0, "")
-    order = DataOrder({"a": data}, num_streams=192, shuffle_window=4, seed=1, batch_size=192 * 32)
-    total, epochs, read = int(data.counts.sum()), np.zeros((2, 192), dtype=int), [set(), set()]
-    assert (data.counts.min(), data.counts.max() > 5000) == (0, True)
-    for step in range(2 * total // order.batch_size + 2):
-        for place, sample in enumerate(order.samples(step)):
-            if sample.epoch < 2:
-                epochs[sample.epoch, place // 32] += 1
-                read[sample.epoch].add((sample.shard, sample.sample))
-    whole = {(shard, sample) for shard, size in enumerate(data.counts.tolist()) for sample in range(size)}
-    assert read == [whole, whole]
-    assert epochs.sum(axis=1).tolist() == [total, total], "no sample twice"
-    assert np.ptp(epochs, axis=1).max() <= 1
-    assert np.ptp(epochs.sum(axis=0)) <= 1
 
 
 def test_spans_of_20_sources_follow_the_weights():
     order = DataOrder(TWENTY, num_streams=6, shuffle_window=2, seed=3, batch_size=6 * 256)
     shares = np.array(order.parts) / sum(order.parts)
     assert sum(order.parts) == WEIGHT_PARTS
-    for samples in by_stream(order, 2 * WEIGHT_PARTS // 256).values():  # two cycles: windows of one from every start
+    for samples in by_stream(order, 2 * WEIGHT_PARTS // 256):  # two cycles: windows of one from every start
         is_source = np.array([order.names.index(sample.source) for sample in samples])[:, None] == np.arange(20)
         ahead = np.concatenate([np.zeros((1, 20)), np.cumsum(is_source - shares, axis=0)])
         # A window's deviation is the difference of two prefixes': the widest pair bounds them all.
@@ -85,8 +87,8 @@ def test_spans_of_20_sources_follow_the_weights():
 
 
 def test_source_counts_vary_less_than_independent_draws():
-    """A batch takes B/C consecutive positions of C streams with hashed offsets: its count of a source has mean Bw and C
-    times the variance of B/C positions from a random offset of the cycle."""
+    # A batch takes B/C consecutive positions of C streams with hashed offsets: its count of a source has mean Bw and C
+    # times the variance of B/C positions from a random offset of the cycle.
     streams, share, steps = 64, 16, WEIGHT_PARTS // 16
     order = DataOrder(TWENTY, streams, shuffle_window=2, seed=5, batch_size=streams * share)
     counts = [Counter(sample.source for sample in order.samples(step)) for step in range(steps)]
@@ -100,15 +102,14 @@ def test_source_counts_vary_less_than_independent_draws():
         ratios.append(variance / (expected * (1 - part / WEIGHT_PARTS)))
     assert np.abs(deviations).max() < 5
     assert 0.9 < np.std(deviations) < 1.1
-    assert max(ratios) < 1
-    assert np.mean(ratios) < 0.5
+    assert (max(ratios) < 1, np.mean(ratios) < 0.5) == (True, True)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 1], [0.3, 0.5, 0.2], [1, 2, 3, 4, 5, 6, 7], [1000, 1], [0.1] * 20])
 def test_cycle_keeps_tijdemans_bound_and_is_periodic(weights: list[float]):
     parts, cycle = mixing_cycle(weights)
-    assert len(cycle) == sum(parts) <= WEIGHT_PARTS
-    assert math.gcd(*parts) == 1
+    assert (math.gcd(*parts), len(cycle)) == (1, sum(parts))
+    assert len(cycle) <= WEIGHT_PARTS
     assert np.bincount(cycle, minlength=len(parts)).tolist() == parts
     turns = np.arange(1, len(cycle) + 1)[:, None]
     taken = np.cumsum(np.array(cycle)[:, None] == np.arange(len(parts)), axis=0)
@@ -116,16 +117,6 @@ def test_cycle_keeps_tijdemans_bound_and_is_periodic(weights: list[float]):
     if len(parts) < 10:  # of many tiny weights, each has at least one part
         exact = [weight / sum(weights) * WEIGHT_PARTS for weight in weights]
         assert all(abs(p * WEIGHT_PARTS / sum(parts) - w) < 1 for p, w in zip(parts, exact, strict=True))
-
-
-@pytest.mark.parametrize("streams", [1, 12, 192])
-def test_number_of_ranks_per_stream_follows_the_formula(streams: int):
-    for world in (1, 2, 3, 7, 36, 64, 100, 128, 256, 384):
-        slices = [range(*share(4608, rank, world)) for rank in range(world)]
-        fetched = sum(len({place // (4608 // streams) for place in places}) for places in slices)
-        formula = streams + world - math.gcd(streams, world)
-        assert fetched <= formula  # rounding a rank's first position down can only move it to the start of a stream
-        assert fetched == formula or 4608 % world
 
 
 def test_batch_is_a_function_of_its_step():
@@ -146,7 +137,12 @@ def test_batch_is_a_function_of_its_step():
             apart = [data_order(batch=64, buckets=EIGHT).samples(step, places) for places in slices]
             assert [sample for rows in apart for sample in rows] == bucketed.samples(step)
     assert min(sample.epoch for sample in order.samples(10**9)) > 10**7
-    assert DataOrder({"a": shards(64), "b": shards(32)}, 4, 2, 0, 8).epochs(16) == {"a": 1.0, "b": 2.0}
+    for streams, world in itertools.product((1, 12, 192), (1, 2, 3, 7, 36, 64, 100, 128, 256, 384)):
+        slices = [range(*share(4608, rank, world)) for rank in range(world)]
+        fetched = sum(len({place // (4608 // streams) for place in places}) for places in slices)
+        formula = streams + world - math.gcd(streams, world)  # of the ranks of each stream, summed
+        assert fetched <= formula  # rounding a rank's first position down can only move it to the start of a stream
+        assert fetched == formula or 4608 % world
 
 
 def test_every_input_changes_the_digest():
@@ -177,12 +173,9 @@ def test_epochs_are_shuffled_and_replacements_drawn_in_windows_of_three_shards()
     candidates, again = ([order.samples(17, range(1), attempt)[0] for attempt in range(16)] for _ in range(2))
     assert candidates == again
     assert len(set(candidates)) > 8
-    assert {sample.shard for sample in candidates} <= set(read[:60])
-    assert {sample.epoch for sample in candidates} == {0}
-    order, plain = (
-        DataOrder({"a": shards(*[40] * 12)}, 1, 3, 0, 4, buckets=buckets)
-        for buckets in (LengthBuckets(20, caption_length), None)
-    )
+    assert {(sample.epoch, sample.shard) for sample in candidates} <= {(0, shard) for shard in read[:60]}
+    buckets = (LengthBuckets(20, caption_length), None)
+    order, plain = (DataOrder({"a": shards(*[40] * 12)}, 1, 3, 0, 4, buckets=length) for length in buckets)
     windows = [{s.shard for step in range(30 * w, 30 * w + 30) for s in plain.samples(step)} for w in range(4)]
     assert [len(window) for window in windows] == [3] * 4
     for step in range(60):
@@ -190,17 +183,14 @@ def test_epochs_are_shuffled_and_replacements_drawn_in_windows_of_three_shards()
         assert [planned.shard in window for window in windows] == [instead.shard in window for window in windows]
 
 
-def test_impossible_orders_are_rejected():
-    for counts, streams, error, message in [
-        ((2, 1), 4, DataError, r"source 'a' has 3 samples.*Lower data.streams to at most 3"),
-        ((0, 0), 4, DataError, "source 'a' has no samples to read"),
-        ((20,), 5, ConfigError, "data.streams 5 does not divide the global batch size 8"),
+def test_impossible_orders_are_rejected_and_memory_does_not_grow_with_the_number_of_samples():
+    for counts, streams, message in [
+        ((2, 1), 4, r"source 'a' has 3 samples.*Lower data.streams to at most 3"),
+        ((0, 0), 4, "source 'a' has no samples to read"),
+        ((20,), 5, "data.streams 5 does not divide the global batch size 8"),
     ]:
-        with pytest.raises(error, match=message):
+        with pytest.raises(ConfigError if message.startswith("data") else DataError, match=message):
             DataOrder({"a": shards(*counts)}, streams, 2, 0, 8)
-
-
-def test_memory_does_not_grow_with_the_number_of_samples():
     needed = []
     for samples in (200, 200_000):
         tracemalloc.start()
@@ -225,7 +215,7 @@ def test_buckets_more_than_halve_the_padding_and_keep_every_sample_once_per_epoc
 
 def test_buckets_group_every_block_by_length():
     ranks = []
-    for stream, samples in by_stream(data_order(batch=64, buckets=EIGHT), 16).items():
+    for stream, samples in enumerate(by_stream(data_order(batch=64, buckets=EIGHT), 16)):
         lengths = np.array([*map(caption_length, samples)]).reshape(2, 8, 8)  # two blocks of eight groups
         for groups in lengths:
             in_order = sorted(sorted(group) for group in groups.tolist())
@@ -251,3 +241,86 @@ def test_lengths_are_read_once_and_only_of_streams_in_use():
         samples = list(pool.map(lambda step: order.samples(step, range(16, 24)), steps))
     assert samples == [data_order(batch=64, buckets=EIGHT).samples(step, range(16, 24)) for step in steps]
     assert (len(read), set(read.values())) == (64, {1})
+
+
+def order_of(key: int, n: int) -> np.ndarray:
+    return permuted(np.full(n, key, dtype=np.uint64), np.full(n, n), np.arange(n))
+
+
+def keys(num: int) -> np.ndarray:
+    return hash64_array(11, np.arange(num))
+
+
+def test_hashes_counters_and_permutations_never_change():
+    # The order of every run's data rests on these: they may never differ.
+    assert (hash64(), hash64(0)) == (0x9E3779B97F4A7C15, 0x6E789E6AA1B965F4)
+    assert (hash64(1, -2, "words"), hash64("crop", 7)) == (0xA8F7864B36A596C2, 0xADA709E8A50A17AF)
+    values = np.array([0, 1, 2**63, 2**64 - 1, 12345], dtype=np.uint64)
+    assert hash64_array(99, values).tolist() == [hash64(99, int(value)) for value in values]
+    assert len({hash64(1, 2), hash64(2, 1), hash64("1", 2), hash64(1, "2"), hash64(12), hash64("12")}) == 6
+    assert hash64(-5) == hash64(2**64 - 5)
+    assert (hash64(0, signed=True), hash64(signed=True)) == (hash64(0), hash64() - 2**64)
+    random = CounterRandom(0)  # the output of Vigna's splitmix64.c with seed 0
+    assert random.uniform() == (0xE220A8397B1DCDAF >> 11) * 2.0**-53
+    assert random.integer(2**64) == 0x6E789E6AA1B965F4
+    assert order_of(0, 10).tolist() == [1, 2, 0, 7, 9, 5, 3, 4, 8, 6]
+    assert order_of(2**64 - 1, 1000)[:5].tolist() == [540, 586, 764, 115, 149]
+    assert order_of(5, 40_000)[[0, 1, 39_999]].tolist() == [25846, 13676, 7238]
+
+
+def test_numbers_are_uniform_and_determined_by_their_key():
+    crop, again, words = (CounterRandom(hash64(1, 2, 3, purpose)) for purpose in ("crop", "crop", "words"))
+    drawn = [crop.uniform() for _ in range(5)]
+    assert drawn == [again.uniform() for _ in range(5)] != [words.uniform() for _ in range(5)]
+    random = CounterRandom(5)
+    uniforms = np.array([random.uniform() for _ in range(20000)])
+    for numbers, tolerance in ((uniforms, 0.01), (uniform_array(3, np.arange(100000)), 0.005)):
+        assert 0 <= numbers.min() < numbers.max() < 1
+        assert abs(numbers.mean() - 0.5) < tolerance
+        assert abs(numbers.var() - 1 / 12) < 0.005
+    assert abs(np.bincount([random.integer(7) for _ in range(21000)], minlength=7) - 3000).max() < 250
+
+
+def test_permutations_contain_each_number_once_and_elements_do_not_depend_on_each_other():
+    for n in (0, 1, 2, 1000):
+        assert sorted(permutation(4, n).tolist()) == list(range(n))
+    for n in [*range(1, 200), 1024, 1025, 40_000]:
+        for key in (0, hash64(n)):
+            assert np.array_equal(np.sort(order_of(key, n)), np.arange(n))
+    sizes = np.array([1, 2, 3, 17, 400, 65_537, 2**40])
+    places = np.array([0, 1, 0, 16, 77, 65_536, 2**39 + 5])
+    together = permuted(keys(7), sizes, places)
+    assert together.tolist() == [permuted(keys(7)[[i]], sizes[[i]], places[[i]])[0] for i in range(7)]
+    assert (together < sizes).all()
+    assert permuted(keys(0), places[:0], places[:0]).tolist() == []
+
+
+def test_permutations_are_uniform():
+    for n, bound in ((2, 0.05), (3, 0.05), (4, 0.08)):
+        num = 4000 * math.factorial(n)
+        orders = permuted(np.repeat(keys(num), n), np.full(n * num, n), np.tile(np.arange(n), num)).reshape(num, n)
+        _, times = np.unique(orders, axis=0, return_counts=True)
+        assert len(times) == math.factorial(n)
+        assert abs(times / 4000 - 1).max() < bound
+    n, num = 30, 870 * 200
+    for places in ((0, 1), (0, 29), (7, 22), (15, 16)):
+        one, other = (permuted(keys(num), np.full(num, n), np.full(num, place)) for place in places)
+        pairs = np.bincount(one * n + other, minlength=n * n).reshape(n, n)
+        assert np.diag(pairs).sum() == 0
+        # Chi-square exceeds these in 1 of 1000 cases, with 29 and 869 degrees of freedom.
+        for times, bound in ((pairs.sum(1), 59), (pairs.sum(0), 59), (pairs[~np.eye(n, dtype=bool)], 1005)):
+            assert ((times - times.mean()) ** 2 / times.mean()).sum() < bound
+
+
+def test_long_permutations_resemble_sorted_hashes():
+    n, places = 1000, np.arange(1000)
+    orders = np.array([order_of(key, n) for key in keys(400).tolist()])
+    # The counts of fixed points and of preserved neighbours are Poisson with mean 1.
+    for counts in ((orders == places).sum(axis=1), (np.diff(orders, axis=1) == 1).sum(axis=1)):
+        assert abs(counts.mean() - 1) < 0.2
+        assert abs(counts.var() - 1) < 0.3
+    rise = (np.diff(orders, axis=1) > 0).sum(axis=1)
+    assert abs(rise.mean() - (n - 1) / 2) < 2
+    assert abs(rise.var() / ((n + 1) / 12) - 1) < 0.25
+    assert abs(np.abs(orders - places).mean() / (n / 3) - 1) < 0.01  # a number is displaced by n/3 on average
+    assert abs(np.corrcoef(orders[:-1].ravel(), orders[1:].ravel())[0, 1]) < 0.01

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from unittest import mock
 
 import pytest
@@ -31,8 +32,7 @@ def test_counts_are_per_source_and_a_rate_of_enough_samples_above_the_bound_is_f
     with pytest.raises(DataError, match=message):
         counts.deliver(["pairs"] * 100, [record(1), record(2)])
     few = Quarantine(max_bad_rate=0.01)
-    few.deliver(["pairs"] * 10, [record(1)])
-    few.deliver([], [], is_last=True)
+    few.deliver(["pairs"] * 10, [record(1)], is_last=True)
     few.deliver(["pairs"] * 10, [record(2)])
     with pytest.raises(DataError, match=r"2 of 20"):
         few.deliver([], [], is_last=True)
@@ -43,8 +43,7 @@ def test_only_faults_of_the_sample_become_bad_samples_with_reproducible_encodabl
     for fault in (ValueError("long " * 1000), RecursionError(), KeyError(6), AssertionError(), unicode):
         with pytest.raises(BadSample, match=type(fault).__name__) as raised, judging("image"):
             raise fault
-        assert raised.value.stage == "image"
-        assert len(raised.value.reason.encode()) <= 300
+        assert (raised.value.stage, len(raised.value.reason.encode()) <= 300) == ("image", True)
     bad = BadSample("caption", "half a \ud83d")
     for other in (StorageError("away"), DataError("cut"), MemoryError(), KeyboardInterrupt(), bad):
         with pytest.raises(type(other)) as unchanged, judging("image"):
@@ -90,11 +89,7 @@ def test_watchdog_reports_samples_of_other_processes(tmp_path, monkeypatch) -> N
     monkeypatch.setattr(quarantine, "boards", [*quarantine.boards, mmap.mmap(file.fileno(), quarantine.BOARD_BYTES)])
     monkeypatch.setattr("pipeline.training.supervisor.KeyValueStore", mock.Mock(side_effect=RuntimeError("no store")))
     rank, ended = mock.Mock(rank=0, world_size=1, calls=0, inside=""), []
-    watchdog = Watchdog(rank, Storage(), str(tmp_path), {"startup": 1.0}, ended.append)
-    try:
+    with closing(Watchdog(rank, Storage(), str(tmp_path), {"startup": 1.0}, ended.append)) as watchdog:
         watchdog._finish("rank 0 hangs")
-    finally:
-        watchdog.close()
-    assert ended == [75]
     (report,) = (tmp_path / "stacks").iterdir()
-    assert "samples being decoded: pairs: 00007.tar poison" in report.read_text()
+    assert (ended, "samples being decoded: pairs: 00007.tar poison" in report.read_text()) == ([75], True)

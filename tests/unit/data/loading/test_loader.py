@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import threading
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -21,10 +20,11 @@ from PIL import Image
 from pipeline.config.errors import ConfigError, DataError, RunFailed
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.data.batch import Batch
+from pipeline.data.batch import FIELDS, Batch
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples import builder as module
 from pipeline.data.loading import backends
+from pipeline.data.reading.cache import FOLDER
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from tests.support import data_stream
@@ -32,16 +32,6 @@ from tests.support.data_stream import copy_shards, data_config, hash_of, open_lo
 
 KINDS = {"images": ("mim",), "text": ("mlm",), "pairs": ("itc", "itm", "mlm", "mim")}
 STEPS = 12  # of loader processes
-
-
-@pytest.fixture
-def indexed_pairs(make_pairs):
-    def make(*arguments) -> str:
-        folder = make_pairs(*arguments)
-        index_shards(Storage(), folder)
-        return folder
-
-    return make
 
 
 @pytest.fixture
@@ -61,51 +51,44 @@ def digest_of(config: RunConfig, tokenizer: Tokenizer | None = None) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_do_not_depend_on_world_size_or_threads(folders, kind: str):
-    config = run_config(folders, kind)
-    readers = ((1, 1), (1, 4), (2, 1), (3, 4), (5, 1))
+    config, readers = run_config(folders, kind), ((1, 1), (1, 4), (2, 1), (3, 4), (5, 1))
     assert len({hash_of(config, range(2, 8), world, threads_per_worker=threads) for world, threads in readers}) == 1
 
 
 def test_ranks_and_restarts_read_parts_of_the_uninterrupted_run(folders):
-    config = run_config(folders)
+    config, whole = run_config(folders), hashlib.sha256()
     uninterrupted = take(config, 9)
-
-    def row_hashes(batch: Batch) -> list[str]:
-        digests = [hashlib.sha256() for _ in range(len(batch))]
-        for row, digest in enumerate(digests):
-            batch.rows(slice(row, row + 1)).hash_into(digest)
-        return [digest.hexdigest() for digest in digests]
-
     for start in (1, 5, 8):
         for batch, expected in zip(take(config, 9 - start, start), uninterrupted[start:], strict=True):
             for field in fields(Batch):
                 one, other = getattr(batch, field.name), getattr(expected, field.name)
                 assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
+    uninterrupted[4].hash_into(whole)
     for world in (2, 3, 5):
-        parts = [take(config, 1, 4, rank=rank, world_size=world)[0] for rank in range(world)]
+        parts, digest = [take(config, 1, 4, rank=rank, world_size=world)[0] for rank in range(world)], hashlib.sha256()
         assert [place for part in parts for place in part.place.tolist()] == list(range(10))
-        assert [row for part in parts for row in row_hashes(part)] == row_hashes(uninterrupted[4])
-    with open_loader(run_config({"one": folders["one"]})) as loader:
-        next(loader.batches(23))  # 230 of 23 samples were read before
-        assert loader.counts()["epochs/one"] == pytest.approx(10 + 10 / 23)
+        for part in parts:
+            part.hash_into(digest)
+        assert digest.digest() == whole.digest()
+    with open_loader(config) as loader:
+        next(loader.batches(10 * sum(loader.order.parts)))  # 10 cycles of the mixing were read before
+        counts, mixed = loader.counts(), dict(zip(loader.order.names, loader.order.parts, strict=True))
+    for name, size in (("one", 23), ("two", 14)):
+        assert counts[f"epochs/{name}"] == pytest.approx((100 * mixed[name] + counts[f"samples/{name}"]) / size)
 
 
 def test_batch_contains_what_the_objectives_read(folders, tmp_path: Path, make_tar):
-    vision = {"image", "patch_positions"}
-    language = {"text", "text_keep", "masked_text", "mask_positions", "mask_labels"}
-    optional = {f.name for f in fields(Batch)} - {"step", "place", "uid", "image_id", "source"}
+    vision, text = {"image", "patch_positions"}, {"text", "text_keep"}
+    masked = {"masked_text", "mask_positions", "mask_labels"}
     for kind, objectives, names in [
-        ("images", ("mim",), vision),
-        ("text", ("mlm",), language),
-        ("pairs", KINDS["pairs"], vision | language),
-        ("pairs", ("itc",), {"image", "text", "text_keep"}),
-    ]:
+        ("images", ("mim",), vision), ("text", ("mlm",), text | masked), ("pairs", ("itc",), {"image"} | text),
+        ("pairs", KINDS["pairs"], vision | text | masked),
+    ]:  # fmt: skip
         (batch,) = take(data_config(folders, objectives, kind))
-        assert {name for name in optional if getattr(batch, name) is not None} == names
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain/0.tar").write_bytes(make_tar({str(n): {"txt": f"thing {n}".encode()} for n in range(12)}))
-    index_shards(Storage(), str(tmp_path / "plain"))
-    (batch,) = take(run_config({"one": str(tmp_path / "plain")}, "text"))
+        assert {name for name, field in FIELDS.items() if field.group and getattr(batch, name) is not None} == names
+    (tmp_path / "0.tar").write_bytes(make_tar({str(n): {"txt": f"thing {n}".encode()} for n in range(12)}))
+    index_shards(Storage(), str(tmp_path))
+    (batch,) = take(run_config({"one": str(tmp_path)}, "text"))
     assert batch.image is None
     assert "thing" in data_stream.caption_tokenizer().decode(batch.text[0].tolist())
 
@@ -120,28 +103,24 @@ def test_shapes_types_and_padding(folders):
     assert (batch.text[~batch.text_keep] == tokenizer.pad_id).all()
     assert (batch.text[:, 0] == tokenizer.cls_id).all()
     is_masked = batch.mask_labels != -100
-    assert is_masked.any(dim=1).all()
-    assert is_masked.any(dim=0).all()
+    assert all(is_masked.any(dim=axis).all() for axis in (0, 1))
     labels = batch.text.gather(1, batch.mask_positions)
     assert torch.equal(labels[is_masked], batch.mask_labels[is_masked])
     untouched = torch.ones_like(batch.text_keep).scatter(1, batch.mask_positions.where(is_masked, 0), False)
     untouched[:, 0] = True
     assert torch.equal(batch.text[untouched], batch.masked_text[untouched])
-    usual, larger = run_config(folders), run_config(folders, stage={"image_size": 24})
-    (after,) = take(larger)  # the stage's image size overrides the model's
+    (after,) = take(run_config(folders, stage={"image_size": 24}))  # which overrides the model's
     assert after.image.shape[1:] == (24, 24, 3)
     assert torch.equal(batch.uid, after.uid)
     assert torch.equal(batch.masked_text, after.masked_text)
-    assert digest_of(usual) != digest_of(larger)
 
 
 def test_augmentation_differs_between_epochs_and_image_ids_identify_equal_images(folders, indexed_pairs, make_pair):
-    config = run_config({"one": folders["one"]}, stage={"global_batch_size": 5})
     seen = defaultdict[int, list[tuple[bytes, ...]]](list)
-    for batch in take(config, 23):
-        for row in range(len(batch)):
+    for batch in take(run_config({"one": folders["one"]}, stage={"global_batch_size": 5}), 23):
+        for row, uid in enumerate(batch.uid.tolist()):
             parts = batch.image[row], batch.text[row][batch.text_keep[row]], batch.patch_positions[row]
-            seen[int(batch.uid[row])].append(tuple(part.numpy().tobytes() for part in parts))
+            seen[uid].append(tuple(part.numpy().tobytes() for part in parts))
     assert [len(epochs) for epochs in seen.values()] == [5] * 23
     for part in range(3):
         assert sum(len({epoch[part] for epoch in epochs}) > 1 for epochs in seen.values()) > 20
@@ -164,10 +143,9 @@ def spoiled(indexed_pairs, make_pair) -> tuple[str, dict[tuple[int, int], str]]:
     planted = {
         (0, 3): ("image", good | {"jpg": good["jpg"][: len(good["jpg"]) // 2]}),
         (1, 2): ("caption", good | {"json": json.dumps({"captions": ["fine", " "]}).encode()}),
-        (2, 0): ("members", {"json": good["json"]}),
-        (2, 7): ("members", {"jpg": good["jpg"]}),
+        (2, 0): ("members", {"json": good["json"]}), (2, 7): ("members", {"jpg": good["jpg"]}),
         (2, 9): ("image", {"png": big.getvalue(), "json": good["json"]}),
-    }
+    }  # fmt: skip
     folder = indexed_pairs("spoiled", [9, 4, 10], {place: members for place, (_, members) in planted.items()})
     return folder, {place: stage for place, (stage, _) in planted.items()}
 
@@ -197,8 +175,7 @@ def test_bad_samples_are_counted_at_every_world_size(spoiled, world: int):
 
 def test_too_many_bad_samples_stop_the_run(spoiled, indexed_pairs):
     with open_loader(run_config({"one": spoiled[0]}, data={"max_pixels": 10_000, "max_bad_rate": 0.1})) as loader:
-        batches = loader.batches(0)
-        list(islice(batches, 9))
+        list(islice(batches := loader.batches(0), 9))
         with pytest.raises(DataError, match=r"source 'one': .* bad .*max_bad_rate"):
             next(batches)  # the hundredth sample is in the tenth batch
     folder = indexed_pairs("bad", [12], {(0, n): {"jpg": b"\xff\xd8 no image", "txt": b"thing"} for n in range(12)})
@@ -212,7 +189,7 @@ def test_data_changes_the_digest_and_loader_settings_do_not(folders, make_tar, m
     changes = [
         {"data": {"augment": {"magnitude": 3}}}, {"data": {"max_pixels": 1000}}, {"seed": 4},
         {"stage": {"masking": {"mlm_probability": 0.3}}}, {"stage": {"max_text_length": 9}},
-        {"stage": {"name": "other"}},
+        {"stage": {"name": "other"}}, {"stage": {"image_size": 24}},
     ]  # fmt: skip
     digests = [base, *(digest_of(run_config(folders, **change)) for change in changes)]
     digests.append(digest_of(run_config(folders), Tokenizer.train(["other words"], 100)))
@@ -235,12 +212,10 @@ def test_errors_are_raised_in_their_own_step_and_close_ends_every_thread(folders
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")]
 
     with open_loader(config) as loader:
-        batches = loader.batches(0)
-        next(batches)
+        next(batches := loader.batches(0))
         assert threads()
         assert 0 < loader.wait_seconds < 30
-    assert not threads()
-    assert list(batches) == []
+    assert (threads(), list(batches)) == ([], [])
     monkeypatch.setattr(module.ExampleBuilder, "build", failing)
     batches = open_loader(config).thing.batches(0)
     assert [batch.step for batch in islice(batches, 3)] == [0, 1, 2]
@@ -257,6 +232,7 @@ def test_missing_data_and_a_small_cache_are_rejected_at_the_start(s3, folders, t
     with pytest.raises(ConfigError, match=rf"max_bytes {sizes - 1} is below the {sizes} bytes of the open windows"):
         open_loader(run_config(**remote, data={"cache": cache}))
     assert len(take(run_config(**remote, data={"cache": cache | {"max_bytes": sizes}}))[0]) == 10
+    assert os.listdir(tmp_path / "cache") == [FOLDER]
     Path(folders["two"], "00001.tar").unlink()
     with pytest.raises(DataError, match=r"00001\.tar: the shard is missing"):
         open_loader(run_config(folders))
@@ -300,21 +276,20 @@ def test_buckets_group_captions_of_similar_length_and_filters_are_respected(inde
     source = {"filters": {"score": {"min": 0.5}}, "opt_out": str(tmp_path / "opt_out.txt")}
     config = wordy({}, source, output=str(tmp_path / "runs"))
     chosen = Counter(uid for batch in take(config, 18) for uid in batch.uid.tolist())
-    assert set(chosen.values()) == {5}, "18 batches of 5 are five epochs of 18 samples"
-    assert len(chosen) == 18
+    assert [*chosen.values()] == [5] * 18, "18 batches of 5 are five epochs of 18 samples"
     assert chosen.keys() < set(uids[0])
     assert digest_of(config) != digest_of(plain)
 
 
-@pytest.fixture
-def processes(indexed_pairs) -> RunConfig:
-    """Return the config of 24 pairs that two processes load."""
-    return process_config(indexed_pairs("pairs", [11, 13]))
-
-
 def process_config(folder: str) -> RunConfig:
+    """Return the config of pairs that two processes load."""
     data = {"streams": 4, "loader": {"num_workers": 2, "threads_per_worker": 2}}
     return data_config({"pairs": folder}, data=data, stage={"steps": STEPS, "global_batch_size": 8})
+
+
+@pytest.fixture
+def processes(indexed_pairs) -> RunConfig:
+    return process_config(indexed_pairs("pairs", [11, 13]))
 
 
 def children() -> list[psutil.Process]:
@@ -329,8 +304,7 @@ def children() -> list[psutil.Process]:
 def test_batch_memory_is_reused_after_its_last_reference_and_closing_leaves_nothing(processes):
     before = len(os.listdir("/proc/self/fd"))
     with open_loader(processes) as loader:
-        stream = loader.batches(0)
-        first = next(stream)
+        first = next(stream := loader.batches(0))
         assert len(children()) == 2
         free = loader._open[0]._free
         pixels, num_free = first.image.clone(), len(free)
@@ -368,15 +342,14 @@ def test_killed_process_is_restarted_without_effect_on_data_until_it_dies_repeat
     with open_loader(processes) as loader, pytest.raises(RunFailed, match=message):  # noqa: PT012
         for _ in loader.batches(0):
             for child in children():
-                child.send_signal(signal.SIGKILL)
+                child.kill()
     assert children() == []
 
 
 def test_errors_keep_their_type_and_bad_samples_are_reported_across_processes(processes, indexed_pairs, make_pair):
     for shard in Path(processes.sources["pairs"].shards).glob("*.tar"):
         spoiled, times = bytearray(shard.read_bytes()), shard.stat()
-        for offset in range(512, len(spoiled) - 1024, 64):
-            spoiled[offset] ^= 1
+        spoiled[512:-1024:64] = bytes(byte ^ 1 for byte in spoiled[512:-1024:64])
         shard.write_bytes(spoiled)
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     with open_loader(processes) as loader, pytest.raises(DataError, match=r"the shard was changed"):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,16 +21,10 @@ from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_che
 from tests.support.stores import small_disk
 
 
-def opened(
-    cache: NodeCache, name: str, data=bytes(100), tag: str = "tag", requested: Any = mock.Mock()
-) -> closing[OpenShard]:
+def opened(cache: NodeCache, name: str, data=bytes(100), tag="tag", requested: Any = mock.Mock()) -> closing[OpenShard]:
     """Open an object with this content; the list `requested` receives the downloaded ranges."""
-
-    def fetch(pieces):
-        requested.extend(pieces)
-        return [data[start:stop] for start, stop in pieces]
-
-    return closing(cache.open(f"s3://bucket/{name}", len(data), tag, fetch))
+    request = partial(map, lambda piece: (data[slice(*piece)], requested.append(piece))[0])
+    return closing(cache.open(f"s3://bucket/{name}", len(data), tag, request))
 
 
 def put(cache: NodeCache, name: str, size: int = 100) -> str:
@@ -47,12 +42,11 @@ def test_object_is_downloaded_once_in_large_pieces(tmp_path: Path):
     caches = [NodeCache(tmp_path / "new", 2**30) for _ in range(2)]
     assert not (tmp_path / "new").exists()  # before the first use
     for cache in caches:
-        with opened(cache, "cc3m/00000.tar", data, requested=requested) as shard:
+        with opened(cache, "cc3m/0.tar", data, requested=requested) as shard:
             assert shard.path.read_bytes() == data
-    digest = hashlib.sha256(b"s3://bucket/cc3m/00000.tar\ntag").hexdigest()
-    assert shard.path == tmp_path / "new" / FOLDER / f"{digest}.tar"
-    assert requested == [(0, 8 * 2**20), (8 * 2**20, 20 * 2**20)]
-    cache = NodeCache(tmp_path, 2**30)
+    digest = hashlib.sha256(b"s3://bucket/cc3m/0.tar\ntag").hexdigest()
+    assert (shard.path, requested) == (tmp_path / "new" / f"{digest}.tar", [(0, 2**23), (2**23, 20 * 2**20)])
+    cache = NodeCache(tmp_path / "other", 2**30)
     for name, tag in [("cc3m/0.tar", "old"), ("cc12m/0.tar", "old"), ("cc3m/0.tar", "new")] * 2:
         with opened(cache, name, f"{name} {tag}".encode(), tag) as shard:
             assert shard.path.read_bytes() == f"{name} {tag}".encode()
@@ -64,7 +58,6 @@ def test_least_recently_used_file_is_evicted_first_and_a_pinned_one_never(tmp_pa
     first, _, third = (put(cache, name) for name in "abc")
     put(cache, "a")
     fourth = put(cache, "d")
-    assert names(cache) == {first, third, fourth}
     with opened(cache, "c"):
         assert names(cache) == {first, third, fourth}
         put(cache, "a")  # used later than c was opened, and before c is closed
@@ -81,12 +74,10 @@ def test_least_recently_used_file_is_evicted_first_and_a_pinned_one_never(tmp_pa
 
 
 def test_foreign_files_are_neither_counted_nor_deleted(tmp_path: Path):
-    cache = NodeCache(tmp_path, 250)
+    cache = NodeCache(tmp_path / "cache", 250)
     put(cache, "a")
-    foreign = [tmp_path / "00000.tar", tmp_path / "dataset" / "00000.tar", cache.folder / "00000.tar"]
-    foreign += [cache.folder / "notes.part", cache.folder / f"{'0' * 64}.txt"]
+    foreign = [tmp_path / "0.tar", *(cache.folder / name for name in ("0.tar", "notes.part", f"{'0' * 64}.txt"))]
     for path in foreign:
-        path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(10_000))
         os.utime(path, (0, 0))
     (link := cache.folder / f"{'1' * 64}.tar").symlink_to(foreign[0])
@@ -109,8 +100,7 @@ def test_lost_or_damaged_files_are_downloaded_again(tmp_path: Path):
             assert good.path.read_bytes() == b"new"
     assert not requested
     shutil.rmtree(cache.folder)
-    name = put(cache, "a")
-    assert names(cache) == {name}
+    assert {put(cache, "a")} == names(cache)
 
 
 def test_concurrent_opens_download_once_and_a_failed_download_leaves_nothing(tmp_path: Path):
@@ -135,7 +125,7 @@ def test_full_disk_raises_and_leaves_nothing(tmp_path: Path):
     with small_disk(tmp_path / "disk") as disk:
         if disk is None:
             pytest.skip("no small file system can be mounted here")
-        cache = NodeCache(disk, 2**30)
+        cache = NodeCache(disk / FOLDER, 2**30)
         message = rf"^data.cache.folder {disk} cannot be used: No space left on device\. Free space there or lower "
         message += "data.cache.max_bytes, choose another local disk, or unset data.cache.folder$"
         with pytest.raises(CacheFull, match=message):
@@ -154,8 +144,7 @@ def test_processes_share_the_cache_within_its_budget(tmp_path: Path):
             fcntl.flock(lock, fcntl.LOCK_SH)
             sizes.append(sum(path.stat().st_size for path in cache.folder.iterdir()))
     assert [user.wait() for user in users] == [0] * 4
-    assert len(sizes) > 50
-    assert max(sizes) == cache.max_bytes
+    assert (len(sizes) > 50, max(sizes)) == (True, cache.max_bytes)
     assert {path.suffix for path in cache.folder.iterdir()} == {".tar", ""}
     contents = {content(f"{number}") for number in range(20)}
     assert {path.read_bytes() for path in cache.folder.glob("*.tar")} <= contents
@@ -183,19 +172,17 @@ def test_planted_files_are_neither_read_nor_written(tmp_path: Path, kind: str, s
     path = cache.folder / ("lock" if suffix == "lock" else digest + suffix)
     path.unlink(missing_ok=True)
     PLANT[kind](path, victim)
-    with opened(NodeCache(tmp_path / "cache", 2**20), "shard", data) as shard:
+    with opened(NodeCache(cache.folder, 2**20), "shard", data) as shard:
         assert os.pread(shard.descriptor, 100, 0) == data
-    assert victim.read_bytes() == b"mine!!"
-    assert sorted(os.listdir(tmp_path)) == ["cache", "victim"]
+    assert (victim.read_bytes(), sorted(os.listdir(tmp_path))) == (b"mine!!", ["cache", "victim"])
 
 
 def test_folder_is_private_to_its_user_and_an_unusable_one_is_rejected_by_name(tmp_path: Path):
-    cache = NodeCache(tmp_path, 2**20)
-    put(cache, "a")
-    assert cache.folder.stat().st_mode & 0o777 == 0o700
-    cache.folder.chmod(0o777)
-    put(cache, "b")
-    assert cache.folder.stat().st_mode & 0o022 == 0
+    cache = NodeCache(tmp_path / "cache", 2**20)
+    for name, mode in (("a", 0o700), ("b", 0o755)):  # others must not write
+        put(cache, name)
+        assert cache.folder.stat().st_mode & 0o777 == mode
+        cache.folder.chmod(0o777)
     assert all(path.stat().st_mode & 0o077 == 0 for path in cache.folder.iterdir())
     faults: dict[str, Callable[[Path], object]] = {
         "is not a folder.*choose another": lambda folder: folder.symlink_to(tmp_path),
@@ -205,9 +192,9 @@ def test_folder_is_private_to_its_user_and_an_unusable_one_is_rejected_by_name(t
     }
     for number, (message, plant) in enumerate(faults.items()):
         if number < 3 or os.geteuid() == 0:  # only root gives folders away
-            (tmp_path / f"{number}").mkdir()
-            plant(tmp_path / f"{number}" / FOLDER)
+            (disk := tmp_path / f"{number}").mkdir()
+            plant(disk / FOLDER)
             with pytest.raises(StorageError, match=rf"data\.cache\.folder.*{message}"):
-                put(NodeCache(tmp_path / f"{number}", 2**20), "a")
+                put(NodeCache(disk / FOLDER, 2**20), "a")
     if os.geteuid() != 0:
         pytest.skip("only root gives folders away: a folder of another user was not tested")

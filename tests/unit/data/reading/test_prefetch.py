@@ -41,8 +41,8 @@ class Letters(PrefetchCache[str]):
     def request(self, key: str, submit=lambda task: task(), reads: int = 0) -> PrefetchRequest:
         return PrefetchRequest(self, key, 1, partial(self.fetch, key), submit, 10, reads)
 
-    def needs(self, key: str, step: int, reads: int = 0) -> bool:
-        return self.plan(self.request(key, reads=reads), step)
+    def needs(self, key: str, *steps: int, reads: int = 0) -> bool:
+        return [self.plan(self.request(key, reads=reads), step) for step in steps][-1]
 
     @property
     def held(self) -> str:
@@ -65,15 +65,6 @@ class Letters(PrefetchCache[str]):
         until(lambda: len(self.started) >= len(keys))
         time.sleep(0.05)
         assert self.started == list(keys)
-
-
-def test_cache_keeps_the_newest_entries_within_its_bound():
-    cache: PrefetchCache[bytes] = PrefetchCache(1000)
-    for number in range(50):
-        assert cache.get(number, 300, lambda: bytes(300)) == bytes(300)
-        assert cache.size == min(900, 300 * (number + 1))
-    assert cache.get(49, 300, lambda: b"fetched again") == bytes(300)
-    assert len(cache.get("big", 5000, lambda: bytes(5000))) == 5000
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -102,15 +93,13 @@ def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pyt
     for key, step in [("a", 5), ("b", 2), ("d", 3)]:
         cache.needs(key, step)
     cache.finish_step(2)
-    cache.put("e")
-    assert cache.held == "abde"  # c was not planned
-    cache.put("f")
-    assert cache.held == "adef"  # b was planned up to step 2
-    assert cache.prefetch(cache.request("g"))
-    assert cache.held == "adfg"
+    for key, held in (("e", "abde"), ("f", "adef")):  # c was not planned, and b up to step 2
+        cache.put(key)
+        assert cache.held == held
+    assert (cache.prefetch(cache.request("g")), cache.held) == (True, "adfg")
     exhausted = Letters(2, "ab")
-    for key, step in [("b", 0), ("b", 1), ("a", 0)]:
-        exhausted.needs(key, step, reads=2)
+    exhausted.needs("b", 0, 1, reads=2)
+    exhausted.needs("a", 0, reads=2)
     exhausted.finish_step(3)
     exhausted.put("c")
     assert exhausted.held == "ac"
@@ -134,7 +123,13 @@ def test_unneeded_then_exhausted_then_used_entries_are_evicted_first(caplog: pyt
     assert (len(needed.held), caplog.messages) == (2, ["a shortage"])
 
 
-def test_queued_evicted_and_invalidated_entries_are_fetched_when_next_needed():
+def test_newest_entries_are_kept_within_the_bound_and_lost_ones_fetched_when_next_needed():
+    bounded: PrefetchCache[bytes] = PrefetchCache(1000)
+    for number in range(50):
+        assert bounded.get(number, 300, lambda: bytes(300)) == bytes(300)
+        assert bounded.size == min(900, 300 * (number + 1))
+    assert bounded.get(49, 300, lambda: b"fetched again") == bytes(300)
+    assert len(bounded.get("big", 5000, lambda: bytes(5000))) == 5000
     cache, queued = Letters(2), []
     assert cache.prefetch(cache.request("a", queued.append))
     assert cache.get("a", 1, lambda: "another") == "a"
@@ -157,7 +152,7 @@ def test_queued_evicted_and_invalidated_entries_are_fetched_when_next_needed():
 def test_finished_entries_are_released_and_purged():
     cache = Letters(9, "abc")
     for key, step, reads in [("a", 1, 1), ("b", 2, 5), ("c", 60, 5)]:
-        cache.needs(key, step, reads)
+        cache.needs(key, step, reads=reads)
     for finished, expected in [(2, "bc"), (12, "c")]:
         cache.finish_step(finished)
         cache.release(unneeded_steps=10)
@@ -175,15 +170,14 @@ def test_close_raises_in_waiting_and_later_calls():
         running = pool.submit(cache.get, "b", 1, lambda: release.wait(60) and "b")
         future = cache._entries["a"].future
         cache.close()
-        with pytest.raises(RuntimeError, match="closed"):
-            future.result(60)
+        for call in (partial(future.result, 60), partial(cache.put, "c")):
+            with pytest.raises(RuntimeError, match="closed"):
+                call()
         release.set()
         assert running.result(60) == "b"
-    with pytest.raises(RuntimeError, match="closed"):
-        cache.put("c")
 
 
-def test_entries_of_unfinished_steps_are_fetched_in_order_within_the_byte_limit():
+def test_entries_of_unfinished_steps_are_fetched_in_order_within_the_byte_limit_and_the_horizon():
     fetches, first = Letters(), ("own2", "shared1", "own3", "own4")
     with fetches.ahead(lambda step: [f"own{step}", f"shared{step // 2}"], max_bytes=40, step=2):
         fetches.expect(*first)
@@ -200,10 +194,7 @@ def test_entries_of_unfinished_steps_are_fetched_in_order_within_the_byte_limit(
             for step in range(3):
                 fetches.expect(*"01234"[: step + num_at_once])
                 fetches.finish_step(step)
-
-
-def test_walk_stays_within_the_horizon():
-    fetches, walked = Letters(), []
+    fetches, walked = Letters(), []  # the walk stays within the horizon
     with fetches.ahead(lambda step: walked.append(step) or ["same"], max_bytes=30):
         until(lambda: len(walked) == HORIZON)
         fetches.finish_step(3)
