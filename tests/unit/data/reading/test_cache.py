@@ -1,6 +1,5 @@
-"""The node cache downloads each object once, stays within its budget, and is safe among processes."""
+"""The node cache downloads each object once, stays within its budget, and reads only its own files."""
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -17,7 +16,7 @@ import pytest
 
 from pipeline.config.errors import StorageError
 from pipeline.data.reading.cache import FOLDER, CacheFull, NodeCache, OpenShard
-from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked, start_reader
+from tests.support.cache_reader import held_bytes
 from tests.support.stores import small_disk
 
 
@@ -131,23 +130,6 @@ def test_full_disk_raises_and_leaves_nothing(tmp_path: Path):
         with pytest.raises(CacheFull, match=message):
             opened(cache, "a", os.urandom(2**24))
         assert names(cache) == set()
-
-
-def test_processes_share_the_cache_within_its_budget(tmp_path: Path):
-    """Four processes with two pins each fit exactly; all bytes and pins are checked."""
-    store, cache = fill(tmp_path / "store", 20), NodeCache(tmp_path / "cache", 8 * SIZE)
-    open_checked(cache, store, "0").close()
-    users = [start_reader(cache, store, seed, 60) for seed in range(4)]
-    sizes = []
-    while any(user.poll() is None for user in users):
-        with open(cache.folder / "lock", "rb") as lock:  # shared, so that the users wait less
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            sizes.append(sum(path.stat().st_size for path in cache.folder.iterdir()))
-    assert [user.wait() for user in users] == [0] * 4
-    assert (len(sizes) > 50, max(sizes)) == (True, cache.max_bytes)
-    assert {path.suffix for path in cache.folder.iterdir()} == {".tar", ""}
-    contents = {content(f"{number}") for number in range(20)}
-    assert {path.read_bytes() for path in cache.folder.glob("*.tar")} <= contents
 
 
 PLANT: dict[str, Callable[[Path, Path], object]] = {
