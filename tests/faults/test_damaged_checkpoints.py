@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
-from pipeline.data.storage.s3 import _make_client
+from pipeline.data.storage.s3 import make_client
 from pipeline.training.checkpoint.committed import COMMIT, MANIFEST
 from pipeline.training.checkpoint.store import CheckpointStore
 from pipeline.training.collectives import Collectives
@@ -115,7 +115,7 @@ def test_only_partial_checkpoints_are_removed_later(store: CheckpointStore, capl
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 def test_parts_of_dead_uploads_are_removed_at_start(s3, store: CheckpointStore) -> None:
-    client, at = _make_client(s3.config), {"Bucket": s3.bucket}
+    client, at = make_client(s3.config), {"Bucket": s3.bucket}
     ours, other = (f"{run}/checkpoints/step-00000030.0d0d/{PART}" for run in ("run", "another-run"))
     for name in (ours, other):
         upload = client.create_multipart_upload(**at, Key=name)["UploadId"]
