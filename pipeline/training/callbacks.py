@@ -6,6 +6,7 @@ A hook that calls a collective must do so on every rank in the same order, so su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,10 +94,15 @@ class Callback:
 
 
 class Callbacks(Callback):
-    """Forwards every hook to several callbacks in order; `build_stage_state` closes each of them itself."""
+    """Forwards every hook to several callbacks in order; `close` in reverse order, whatever the others raise."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()):
         self.members = tuple(callbacks)
         for hook in [name for name in vars(Callback) if name.startswith(("on_", "before_", "after_"))]:
             calls = [getattr(callback, hook) for callback in self.members]
             setattr(self, hook, lambda *arguments, calls=calls: [call(*arguments) for call in calls])
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            for callback in self.members:
+                stack.callback(callback.close)

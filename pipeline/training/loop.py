@@ -210,9 +210,9 @@ def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -
     rank, world_size, tokenizer = collectives.rank, collectives.world_size, context.tokenizer
     with ExitStack() as stack:
         stack.callback(gc.collect)
-        for callback in callbacks.members:
-            stack.callback(vars(callback).pop, "state", None)  # some outlive the stage, whose engine must be freed
-            stack.callback(callback.close)  # in reverse order, whatever the others raise
+        for callback in callbacks.members:  # some outlive the stage, whose engine must be freed
+            stack.callback(vars(callback).pop, "state", None)
+        stack.callback(callbacks.close)
         choices = choices_of(run, run.stages[: stage.index + 1], storage)
         groups, backend = batch_groups(run, config), context.loader_backend
         loader = Loader(run, config, groups, storage, tokenizer, rank, world_size, backend)

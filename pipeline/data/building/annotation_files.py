@@ -113,12 +113,15 @@ def _with_answers(
 
 def nlvr2_samples(job: Import) -> Iterator[Sample]:
     """Yield NLVR2's statements; the images of dev-850-0-0 are dev-850-0-img0.png (left) and dev-850-0-img1.png."""
-    lines = inputs.json_lines(job.source, job.problems)
-    read = partial(inputs.fields, identifier=str, sentence=str, label=bool, directory=object)
+    lines = ((where, (where, entry)) for where, entry in inputs.json_lines(job.source, job.problems))
+
+    def read(line: tuple[str, Any]) -> tuple[Any, ...]:
+        return line[0], *inputs.fields(line[1], identifier=str, sentence=str, label=bool, directory=object)
+
     form = "an object with 'identifier', 'sentence' and 'label' True or False"
     statements = inputs.entries_of(job.source, "lines", lines, read, job.problems, form)
-    for name, sentence, label, directory in statements:
-        with job.problems.skipping(f"{job.source}, statement {name}"):
+    for where, name, sentence, label, directory in statements:
+        with job.problems.skipping(where):
             pair, split = name.rpartition("-")[0], name.partition("-")[0]
             folders = ["", f"{split}/", *([] if directory is None else [f"{directory}/", f"{split}/{directory}/"])]
             members: inputs.Files = {}

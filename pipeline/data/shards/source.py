@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.config.schema import FilterConfig, SourceConfig
 from pipeline.data.randomness import hash64_array
 from pipeline.data.shards.index import MEASURED, ShardIndex, normal_url, text_hash
@@ -131,8 +131,10 @@ def open_source(
     if counts is None:
         counts = _count(storage, source, config, progress)
         if saved is not None:
-            content = {"version": _VERSION, "counts": counts.tolist()}
-            storage.write(saved, json.dumps(content).encode())
+            try:
+                storage.write(saved, json.dumps({"version": _VERSION, "counts": counts.tolist()}).encode())
+            except StorageError as error:  # a cache, which a report of a run in a read-only folder does not need
+                log.warning("%s: the counts of selected samples could not be saved: %s", saved, error)
     if not counts.sum():
         remedy = "Widen the filters, or inspect the samples with mome shards show"
         fault = f"filters and opt-out list leave none of its {manifest.num_samples} samples"

@@ -107,7 +107,7 @@ def test_unusable_inputs_are_rejected_with_the_remedy(trained, config, image):
         (lambda: trained.answer(image, "what?"), ConfigError, "answers need objective vqa"),
         (lambda: trained.score_pairs([image], []), ValueError, "1 images and 0 texts"),
         (lambda: trained.encode_images([]), ValueError, "at least one"),
-        (lambda: trained.encode_images(["no.jpg"]), ConfigError, "no such file"),
+        (lambda: trained.encode_images(["no.jpg"]), ConfigError, "no such file; give the path or URL"),
         (lambda: trained.encode_images([b"no image"]), DataError, "give a JPEG"),
         (lambda: trained.encode_images([image[..., 0]]), ConfigError, "expected .height, width, 3. uint8"),
         (lambda: vision.predict([image]), ConfigError, "objectives without predictions: mim"),

@@ -310,7 +310,7 @@ def test_nlvr2_images_are_found_in_every_release_layout(tmp_path: Path) -> None:
         "line 6: cannot be used (its label is neither True nor False but 'perhaps'); expected an object"
         in problems.first[1]
     )
-    assert "statement dev-7-0-0: image" in problems.first[2]
+    assert "line 4: image" in problems.first[2]
 
 
 def test_karpathy_splits_share_no_image(tmp_path: Path) -> None:

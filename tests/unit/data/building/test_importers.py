@@ -20,8 +20,10 @@ from pipeline.data.building import importers
 from pipeline.data.building.importers import find_kind, write_shards
 from pipeline.data.building.inputs import Import, Problems, Sample
 from pipeline.data.contents.regions import parse_regions, regions_of
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
+from tests.support.data_stream import data_config, take
 from tests.support.shards_command import TABLES, captions_in, read, record_of, save_image, write_lines
 
 LOWEST, LONGEST = 800, 1333  # sides to which torchvision's Faster R-CNN resizes images
@@ -159,7 +161,7 @@ def test_regions_are_stored_with_or_without_image(tmp_path: Path) -> None:
         assert problems.count == 1
 
 
-def test_real_feature_files_are_stored(shared: Path, tmp_path: Path) -> None:
+def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
     """They are features of photographs by Faster R-CNN (`../shared/data`), in the coordinates of resized images."""
     folder, lines = shared / "data" / "region_features", list[Any]()
     for path in sorted((folder / "features_npz").glob("*.npz")):
@@ -176,6 +178,14 @@ def test_real_feature_files_are_stored(shared: Path, tmp_path: Path) -> None:
         assert 0 <= kept.locations().min() <= kept.locations().max() <= 1
         assert list(kept.image_size) == line["image_size"]
     assert len(ids) == 12
+    shards = str(tmp_path / "shards")
+    write_shards(Storage(), read(file, allow_outside=True).samples, shards, 5)
+    model = {"kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12, "region_features": 1024}
+    model |= {"max_regions": 40, "dropout": 0.0}
+    data = {"streams": 1, "max_bad_rate": 0.0}
+    config = data_config({"real": shards}, ("mrfr", "mlm"), "regions", model, data, {"global_batch_size": 12})
+    (batch,) = take(config, tokenizer=Tokenizer.train([line["captions"][0] for line in lines], 100))
+    assert batch.region_features.shape == (12, 40, 1024)
 
 
 EXPECTED = [("a", ["A dog, running .", "A cat ."]), ("b", ["Third ."])]

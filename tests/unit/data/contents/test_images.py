@@ -246,8 +246,11 @@ def test_mutated_images_raise_only_bad_samples(kind):
     for _ in range(fuzz_rounds(150)):
         data = mutate(rng.choice(whole), rng)
         if kind == "PNG" and rng.random() < 0.7:  # most damage would end at a checksum: make them right again
-            parts = (part if part.endswith(b"IEND") else chunk(name, part[8:-4]) for name, part, _ in _png_chunks(data))
-            data = data[:8] + b"".join(parts)
+            corrected = b""  # but a cut chunk stays cut
+            for name, part, _ in _png_chunks(data):
+                is_whole = len(part) == 12 + int.from_bytes(part[:4], "big")
+                corrected += chunk(name, part[8:-4]) if is_whole and name != b"IEND" else part
+            data = data[:8] + corrected + data[8 + len(corrected) :]
         try:
             size = decode(data, LIMIT).shape[:2]
         except BadSample:

@@ -216,8 +216,12 @@ def test_batches_depend_on_the_objectives_and_not_on_the_reader(shards: str, obj
 
 
 def test_configs_that_do_not_fit_the_regions_name_the_key_to_change(shards: str) -> None:
-    with pytest.raises(DataError, match=r"8 features per region, but model\.region_features is 2048"):
-        take(run_config(shards, bad_rate=0.01, region_features=2048), 20)
+    for model, reason in (
+        ({"region_features": 2048}, r"8 features per region, but model\.region_features is 2048"),
+        ({"region_classes": 2}, r"class \d, but model\.region_classes is 2"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            take(run_config(shards, bad_rate=0.01, **model), 20)
     with pytest.raises(ConfigError, match=r"regions are for a model of kind imagebert, and model\.kind is vlmo"):
         data_config({"some": "x"}, ("moc",), "regions")
     objectives = {name: {"every": 2 if name == "moc" else 1} for name in OBJECTIVES}
