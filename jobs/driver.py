@@ -124,11 +124,14 @@ class Interrupts:
     """Handling of SIGTERM and SIGINT: they raise Stopped in the main thread; ranks that run (`deferred`) save first."""
 
     config: RunConfig
-    storage: Storage  # fails within ANSWER_SECONDS
+    storage: Storage = field(init=False)  # fails within ANSWER_SECONDS
     _number: signal.Signals | None = field(default=None, init=False)
     _deferred: bool = field(default=False, init=False)
     _request: Future[bool] | None = field(default=None, init=False)  # to the store, while the ranks save
     _last_answer: float = field(default=0.0, init=False)  # of the store, after the ranks were asked to save
+
+    def __post_init__(self) -> None:
+        self.storage = Storage(self.config.storage).within(ANSWER_SECONDS)
 
     @contextmanager
     def handled(self) -> Iterator[None]:

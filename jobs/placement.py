@@ -24,7 +24,7 @@ from jobs.console import notify
 from jobs.driver import NUM_PLACED, Mailbox
 from pipeline.config.background import in_background
 from pipeline.config.errors import RunFailed
-from pipeline.config.schema import ClusterConfig, RunConfig
+from pipeline.config.schema import ClusterConfig, RunConfig, StorageConfig
 from pipeline.data.storage import Storage, join
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Placement:
 class Restarts(UserCallback):
     """Record of all restarts since a driver started: failures by Ray Train's controller, others by the driver."""
 
-    storage: Storage
+    config: StorageConfig  # each call opens the storage again, because its secrets may have been rotated
     folder: str  # of the records of all drivers of the run
     driver: str  # begins the names of this driver's records
 
@@ -131,12 +131,13 @@ class Restarts(UserCallback):
         """Record a restart (time in seconds since 1970) whose `cause` is failed, preempted or grown."""
         restart = {"time": time.time(), "cause": cause, "message": message[:400]}
         url = join(self.folder, f"{self.driver}-{time.time_ns():020d}.json")
-        self.storage.write(url, json.dumps(restart).encode())
+        Storage(self.config).write(url, json.dumps(restart).encode())
 
     def count(self, cause: str) -> int:
         """Return the number of restarts with this cause since the driver started."""
-        names = [name for name in self.storage.list(self.folder) if name.startswith(self.driver)]
-        return sum(json.loads(self.storage.read(join(self.folder, name)))["cause"] == cause for name in names)
+        storage = Storage(self.config)
+        names = [name for name in storage.list(self.folder) if name.startswith(self.driver)]
+        return sum(json.loads(storage.read(join(self.folder, name)))["cause"] == cause for name in names)
 
 
 def run_on_ranks(

@@ -16,7 +16,7 @@ from jobs import distributed
 from jobs.cluster import connect, for_ranks, root_cause
 from jobs.configs import Caller
 from jobs.console import notify, poll, progress_display
-from jobs.driver import ANSWER_SECONDS, Interrupts, Mailbox
+from jobs.driver import Interrupts, Mailbox
 from jobs.evaluate import evaluate_checkpoint
 from jobs.report import reported
 from pipeline.config.errors import MomeError, RunFailed
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start another run") -> dict[str, Any]:
     """Train every unfinished stage, then evaluate; return the result. `remedy` is printed if all were finished."""
     storage = Storage(config.storage)
-    interrupts = Interrupts(config, storage.within(ANSWER_SECONDS))
+    interrupts = Interrupts(config)
     with reported(config), interrupts.handled():
         with progress_display() as show:
             trained = pretrain(config, show, interrupts)
@@ -104,7 +104,7 @@ def _train(
     train: Any = ray.train  # Ray's annotations are those of Train v1
     cluster, limit = config.cluster, config.cluster.max_preemptions
     driver = f"{int(time.time()):010d}-{secrets.token_hex(2)}"
-    restarts = Restarts(Storage(config.storage), join(config.folder, "restarts"), driver)
+    restarts = Restarts(config.storage, join(config.folder, "restarts"), driver)
     placement = Placement(cluster, mail)
 
     def check() -> None:

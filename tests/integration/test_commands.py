@@ -37,7 +37,7 @@ def demo(folder: Path, *overrides: str) -> RunConfig:
 
 def refuse(config: RunConfig, kind: type[MomeError] = DataError, status: int = 1) -> str:
     with pytest.raises(kind) as error:
-        pretrain(config, lambda progress: None, Interrupts(config, Storage(config.storage)))
+        pretrain(config, lambda progress: None, Interrupts(config))
     assert error.value.exit_status == status
     return str(error.value)
 

@@ -31,7 +31,6 @@ from jobs.placement import Placement, PlacementCallback
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import load_config, parse_config
 from pipeline.config.schema import ClusterConfig, RunConfig
-from pipeline.data.storage import Storage
 from pipeline.tracking.locations import absolute_uri, tracking_uri
 from tests.support.http_server import give, serving
 
@@ -312,7 +311,7 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pyte
 
 def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> None:
     """Send SIGTERM to a driver, and check five times, or for some seconds."""
-    handlers, end = Interrupts(config, Storage(config.storage).within(5.0)), time.monotonic() + seconds
+    handlers, end = Interrupts(config), time.monotonic() + seconds
     with suppress(Stopped):
         with handlers.deferred():
             handlers.check(mail, ranks)
@@ -352,12 +351,11 @@ SCRIPT = """
 import os, signal, sys, time
 from jobs import driver
 from pipeline.config.load import load_config
-from pipeline.data.storage import Storage
 
-driver.END_SECONDS = float(sys.argv[2])
+driver.END_SECONDS, driver.ANSWER_SECONDS = float(sys.argv[2]), 0.2
 config = load_config("configs/demo.yaml", [f"output={sys.argv[1]}"])
 try:
-    with driver.Interrupts(config, Storage(config.storage).within(0.2)).handled():
+    with driver.Interrupts(config).handled():
         try:
             print("ready", flush=True)
             time.sleep(60)
