@@ -65,9 +65,10 @@ def load_model(
     """Load weights with their tokenizer and answer lists, ready for inference.
 
     `source` is the folder or URL of a run (its last finished stage), of a stage, of imported weights or of a
-    checkpoint; or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of MLflow's registry at `tracking_uri` (default:
-    MLflow's own setting). `storage` holds the credentials of an object store (default: from the environment); the model
-    runs on the GPU by default. Raises CheckpointError for incomplete weights, TrackingError for an unknown model.
+    checkpoint; or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of MLflow's registry at `tracking_uri`, which may be
+    a reference 'env:NAME' or 'file:PATH' to it (a folder is 'file:///PATH'; default: MLflow's own setting). `storage`
+    holds the credentials of an object store (default: from the environment); the model runs on the GPU by default.
+    Raises CheckpointError for incomplete weights, TrackingError for an unknown model.
     """
     storage, url = storage or Storage(), str(source).rstrip("/")
     if url.startswith("models:/"):

@@ -46,7 +46,7 @@ def patch_targets(image: Tensor, positions: Tensor, patch_size: int, target: str
     "pixels": its pixels, normalized per patch (of one colour: zeros), (n, K, p * p * 3) float32 (MAE, section 4).
     """
     patches = patchify(image, patch_size)
-    pixels = patches.take_along_dim(positions.unsqueeze(-1), dim=1).float()
+    pixels = patches.gather(1, positions.unsqueeze(-1).expand(-1, -1, patches.shape[-1])).float()
     if target == "pixels":
         pixels = pixels / 127.5 - 1.0
         variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)

@@ -55,7 +55,7 @@ class LoaderBackend:
 BackendFactory = Callable[[LoaderSpec, Storage], LoaderBackend]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ThreadBackend(LoaderBackend):
     """Threads that build examples; in the trainer's own process they share its interpreter lock, and it slows them."""
 
@@ -72,8 +72,8 @@ class ThreadBackend(LoaderBackend):
         if buffer is None or first is None:
             buffer, first = BatchBuffer(self.spec.batch_spec), places.start
         if self._builder is None:
+            self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")  # starts no thread yet
             self._builder = ExampleBuilder(self.spec, self.storage)
-            self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
             order = self._builder.order
             self._builder.reader.start_prefetch(lambda later: order.samples(later, places), step)
         # Several examples per task: one by one, the hand-over would cost a twentieth of building them.

@@ -132,6 +132,13 @@ class S3Backend(Backend):
         _require(item, "Key", "Content-Length")
         return ObjectInfo(_require(item, "Size"), _etag(head) or _etag(item))
 
+    def exists(self, path: str) -> bool:
+        """Return True for an object, for a folder, and for a marker of an empty one, which consoles create."""
+        with suppress(FileNotFoundError):
+            self.info(path)
+            return True
+        return any(page["Contents"] for _, page in self._pages("list_objects_v2", path, MaxKeys=1))
+
     def entries(self, path: str) -> Iterator[tuple[str, ObjectInfo | None]]:
         for prefix, page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE, Delimiter="/"):
             for folder in page.get("CommonPrefixes", []):

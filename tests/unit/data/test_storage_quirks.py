@@ -93,10 +93,7 @@ WRITES = {"write", "write_parts", "upload", "create", "create_parts", "create_pr
 LISTS = {"list", "list_info", "delete", "delete_one", "delete_absent"}
 NO_SPACE = ("quota_403", "quota_413", "quota_507", "full")
 BY_KIND = {"any": {*OPERATIONS}, "condition": set(), "write": WRITES, "listing": LISTS | {"exists_folder"}}
-CONCERNS = {quirk: BY_KIND[concerned] for quirk, (_, concerned, _) in REFUSALS.items()} | {
-    "endless_listing": LISTS,
-    "endless_folders": LISTS,
-}
+CONCERNS = {quirk: BY_KIND[concerned] for quirk, (_, concerned, _) in REFUSALS.items()} | {"endless_listing": LISTS}
 # Operations that may fail because they need what the quirk removes.
 MAY_FAIL = {("no_etag", "write_parts"), ("no_etag", "create_parts")}
 REMEDIES = dict.fromkeys(NO_SPACE, r"^(?!.*credentials).*no space left.*Free some") | {
@@ -146,6 +143,17 @@ def test_operation_works_or_raises_a_storage_error_with_the_remedy(quirky, tmp_p
     is_retried = QUIRKS[quirk] == "passes" and fails
     assert clock.now == (pytest.approx(300.0) if is_retried else 0.0)
     assert not is_retried or len(store.requests) > 30
+
+
+def test_folder_that_a_console_created_exists_but_no_other_empty_one(quirky):
+    store, storage = quirky("no_prefix")
+    store.objects["bucket", "marked/"] = b""
+    assert [storage.exists(f"s3://bucket/{name}") for name in ("marked", "marked/", "mark", "in")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_responses_with_odd_headers_are_explained(quirky):

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,7 +17,7 @@ import pytest
 
 from pipeline.config.errors import StorageError
 from pipeline.data.reading.cache import FOLDER, CacheFull, NodeCache, OpenShard
-from tests.support.cache_reader import held_bytes
+from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked, start_reader
 from tests.support.stores import small_disk
 
 
@@ -130,6 +131,22 @@ def test_full_disk_raises_and_leaves_nothing(tmp_path: Path):
         with pytest.raises(CacheFull, match=message):
             opened(cache, "a", os.urandom(2**24))
         assert names(cache) == set()
+
+
+def test_processes_share_the_cache_within_its_budget(tmp_path: Path):
+    """Four processes with two pins each fit exactly; all bytes and pins are checked."""
+    store, cache = fill(tmp_path / "store", 20), NodeCache(tmp_path / "cache", 8 * SIZE)
+    open_checked(cache, store, "0").close()
+    readers, sizes = [start_reader(cache, store, seed, 60) for seed in range(4)], list[int]()
+    while any(reader.poll() is None for reader in readers):
+        sizes.append(held_bytes(cache))
+        time.sleep(0.002)  # outside the lock, for which the readers wait
+    assert [reader.wait() for reader in readers] == [0] * 4
+    assert len(sizes) > 50
+    assert max(sizes) == cache.max_bytes
+    assert {path.suffix for path in cache.folder.iterdir()} == {".tar", ""}
+    contents = {content(f"{number}") for number in range(20)}
+    assert {path.read_bytes() for path in cache.folder.glob("*.tar")} <= contents
 
 
 PLANT: dict[str, Callable[[Path, Path], object]] = {

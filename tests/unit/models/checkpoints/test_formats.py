@@ -194,6 +194,21 @@ def test_outputs_gradients_sizes_and_written_weights_equal_hugging_face(case: Ca
             torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_patches_equal_those_of_hugging_faces_vilt_which_are_in_random_order() -> None:
+    case, section, given = Case("vilt-hf", "ViltModel", "tokens", {}), SECTIONS["vilt-hf"], inputs("vilt-hf")
+    theirs, model = case.model(), build_model(section, VOCABULARY)
+    model.load_state_dict(FORMATS["vilt-hf"].read(theirs.state_dict(), section), strict=False)
+    tokens = model({"one": ours(case, given)})["one"]["tokens"][:, LENGTH + 1 :]
+    for row, (height, width) in enumerate(SIZES.tolist()):  # one image at a time has no padding
+        one = {name: tensor[row : row + 1] for name, tensor in given.items()}
+        one["pixel_values"] = one["pixel_values"][:, :, :height, :width]
+        one["pixel_mask"] = one["pixel_mask"][:, :height, :width]
+        hidden, patches = theirs(**one).last_hidden_state[0, LENGTH + 1 :], tokens[row, : height * width // PATCH**2]
+        order = torch.cdist(hidden, patches).argmin(dim=0)
+        assert len(order.unique()) == len(patches)
+        close(patches, hidden[order])
+
+
 def test_hugging_face_loads_our_beit_with_equal_outputs(tmp_path: Path) -> None:
     """Our modality vector is folded into the tensors that it is added to, and the tables are one for each layer."""
     model, given = tiny.randomised(build_model(BEIT, VOCABULARY, VISUAL)), inputs("beit")  # type: ignore[arg-type]
