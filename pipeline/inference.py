@@ -33,7 +33,7 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.contents.choices import CLASSES, Choices, answers_with
-from pipeline.data.contents.images import decode, resize, shape_of
+from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.contents.text import CLS, MASK, SEP, SPECIALS, Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import NotFound, Storage
@@ -279,7 +279,7 @@ class TrainedModel:
                 raise DataError(f"{name}: {bad}; give a JPEG, PNG or WebP file") from bad
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ConfigError(f"an image of shape {image.shape}, {image.dtype}; expected (height, width, 3) uint8")
-        return resize(image, shape_of(self.config.model), self.config.model.interpolation)
+        return resize_for(image, self.config.model)
 
     def tokenize(self, text: str) -> list[int]:
         """Return token ids [CLS] … [SEP]. Raises ConfigError where no token is left."""

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, StageConfig, TransformerConfig
 from pipeline.data.contents import members as contents
-from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize, shape_of
+from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.prefetch import PrefetchCache
@@ -61,7 +61,7 @@ class StoredImages:
         def resized() -> np.ndarray:
             members = (sample or self._reader.read(sample_refs(self._source, [position])[0])).members
             pixels = decode(contents.image_bytes(members), self._max_pixels)
-            return resize(pixels, shape_of(self._model), self._model.interpolation)
+            return resize_for(pixels, self._model)
 
         return self._decoded.get(position, self._image_bytes, resized)
 
@@ -240,7 +240,7 @@ class LabelledEvalSet:
         texts = [] if self.type == "labelled" else [annotation.text]
         token_ids = [i for tokens in _encode(texts, self.tokenizer, stage.max_text_length) for i in tokens.ids]
         decoded, model = (decode(data, self.config.data.max_pixels) for data in encoded), self.config.model
-        images = tuple(resize(pixels, shape_of(model), model.interpolation) for pixels in decoded)
+        images = tuple(resize_for(pixels, model) for pixels in decoded)
         return images, token_ids, annotation.label if self.type == "labelled" else annotation
 
 

@@ -22,7 +22,7 @@ import torch
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
-from pipeline.data.contents.images import decode, resize, shape_of
+from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.contents.members import captions_of, check_members, image_bytes
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.samples import Sample, iter_samples
@@ -119,7 +119,7 @@ class Embedder:
             with judging("members"):
                 check_members(sample.members, sample.is_duplicate)
                 pixels = decode(image_bytes(sample.members), self.config.data.max_pixels)
-                image = resize(pixels, shape_of(model := self.config.model), model.interpolation)
+                image = resize_for(pixels, self.config.model)
                 return image, list(captions_of(sample.members))
         except BadSample as bad:  # without captions, only the image is embedded
             return str(bad) if image is None else (image, [])

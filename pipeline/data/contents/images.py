@@ -115,6 +115,11 @@ def shape_of(model: TransformerConfig) -> Shape:
     return model.image_size
 
 
+def resize_for(image: np.ndarray, model: TransformerConfig) -> np.ndarray:
+    """Return the whole image in the shape and with the interpolation that a model reads."""
+    return resize(image, shape_of(model), model.interpolation)
+
+
 def resize(image: np.ndarray, shape: Shape, interpolation: Interpolation = "bicubic") -> np.ndarray:
     """Return the whole image in a shape, stretched if that is a square, as the published models evaluate."""
     sides = shape.sides(*image.shape[:2]) if isinstance(shape, KeepAspectRatio) else (shape, shape)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipeline.config.errors import CheckpointError, ConfigError, DataError
 from pipeline.data.contents.choices import ANSWERS, Choices
-from pipeline.data.contents.images import resize, shape_of
+from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.explain import draw_explanation, draw_heat_map, explain, render_explanation, untrained_notes
@@ -129,7 +129,7 @@ def aligner(request):
 
 @pytest.fixture(scope="module")
 def explanation(aligner):
-    return explain(aligner, TOKENIZER, torch.from_numpy(resize(IMAGE, shape_of(aligner.config))), TEXT, 12)
+    return explain(aligner, TOKENIZER, torch.from_numpy(resize_for(IMAGE, aligner.config)), TEXT, 12)
 
 
 def test_heat_is_the_transport_plan_and_guesses_are_those_of_the_model_with_the_word_masked(aligner, explanation):

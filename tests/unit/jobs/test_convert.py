@@ -28,7 +28,7 @@ from jobs.convert import export_weights, import_weights
 from jobs.predict import predict
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.schema import ViLTConfig, VLMoConfig
-from pipeline.data.contents.images import decode, resize, shape_of
+from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.storage import Storage
 from pipeline.inference import build_trained_model, drop_untrained_objectives
 from pipeline.models import build_model, skeleton
@@ -138,7 +138,7 @@ def test_imported_checkpoint_predicts_like_the_original(name: str, layout: str) 
     import_weights(path, case.format, "imported")
     weights = load_weights(Storage(), "imported")
     section, photo = weights.config.model, decode(Path("one.png").read_bytes(), 10**6)
-    pixels = torch.tensor(resize(photo, shape_of(section), section.interpolation)) / 127.5 - 1
+    pixels = torch.tensor(resize_for(photo, section)) / 127.5 - 1
     tokens = [TOKENS.index(word) for word in (case.text or "").split()]
     expected = case.predictions(model, [pixels.permute(2, 0, 1)[None]] * case.images, torch.tensor([[2, *tokens, 3]]))
     one, two = [*["one.png"] * case.images, None, None][:2]
