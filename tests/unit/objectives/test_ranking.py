@@ -1,14 +1,21 @@
 """Ranking: negative texts are distinct and drawn per example, and the loss is the first text's cross-entropy."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.shards.manifest import index_shards
+from pipeline.data.storage import Storage
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.models import build_model
+from pipeline.models.model import HeadConfig
 from pipeline.objectives import NegativePool
 from pipeline.objectives.ranking import draw_distinct_negatives
 from pipeline.training.collectives import Collectives
-from tests.support.trial import ROWS, Cell, begin, invented_batch, trial_config
+from tests.support.trial import ROWS, Cell, begin, invented_batch, tiny_run, trial_config
 
 KEYS = torch.rand(600, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -51,3 +58,16 @@ def test_each_image_is_read_with_its_own_and_negative_texts() -> None:
     for name, swaps in whole.items():
         assert torch.equal(swaps[0].places[3:6], part[name][0].places)
     assert any(not torch.equal(later[name][0].places, whole[name][0].places) for name in whole)
+
+
+def test_evaluation_retrieves_by_the_ranking_scores(make_pairs: Callable[..., str]) -> None:
+    index_shards(Storage(), shards := make_pairs("pairs", [6]))
+    run = tiny_run("vilt", "pairs", {"ranking": {}})
+    source = run.sources["trial"].model_copy(update={"shards": shards})
+    evaluation = run.evaluation.model_copy(update={"source": "trial"})
+    run = run.model_copy(update={"sources": {"trial": source}, "evaluation": evaluation})
+    tokenizer = Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(9) for way in "abc"], 99)
+    model = build_model(run.model, tokenizer.size, HeadConfig(ranking=True), seed=3)
+    ranked = evaluate(model, tokenizer, run, Storage())
+    captions = len(ranked.held_out.caption_of)
+    assert (ranked.retrieval_by, ranked.rankings.text_to_image.best.shape) == ("ranking", (captions, 6))
