@@ -81,6 +81,7 @@ def test_questions_texts_damaged_images_and_photos_are_shown(tmp_path: Path, sha
     assert all(sample["image_size"] == [224, 224] and len(sample["captions"]) == 5 for sample in shown["samples"])
 
 
+@pytest.mark.slow  # without Ray: unit/jobs/test_shards.py
 @pytest.mark.usefixtures("local_ray")
 def test_regions_are_equal_for_any_number_of_actors(make_pairs, make_pair, tmp_path: Path) -> None:
     bad = {"jpg": b"\xff\xd8\xff no picture", "json": make_pair(0)["json"]}

@@ -154,6 +154,7 @@ def test_accuracy_is_above_chance_and_answers_are_stored_and_predicted(tmp_path:
     assert json.loads(done.stdout.splitlines()[-1])["answers"]
 
 
+@pytest.mark.slow  # answers and objectives are learnt by faster tests
 def test_reasoning_and_classification_are_above_chance(tmp_path: Path) -> None:
     judged = run_ranks(_fine_tune, 1, str(tmp_path / "statements"), "statements", {})[0]["nlvr2"]
     assert judged["accuracy"] > judged["accuracy_without_model"] + 0.2

@@ -101,7 +101,10 @@ def expected() -> dict[str, Result]:
     return run_ranks(_results, 1, [*TINY_STAGES, *CASES], True, [{}])[0][0]
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch_size"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch_size"),
+    [pytest.param(*layout, marks=[pytest.mark.slow] if layout[0] > 3 else []) for layout in LAYOUTS],
+)
 def test_gradient_equals_one_process(expected, world_size, micro_batch_size):
     names = ["48 pairs"] if world_size == 5 else [*TINY_STAGES, *CASES]
     engines = [{"micro_batch_size": micro_batch_size, **engine} for engine in LAYOUTS[world_size, micro_batch_size]]
