@@ -93,7 +93,6 @@ class Objective:
     counted: ClassVar[str] = ""  # batch field whose numbers from 0 are the loss's summands; empty: the examples
     compares_similarity: ClassVar[bool] = False  # hard negatives, two per example, are drawn by ITC similarity
     towers: ClassVar[tuple[frozenset[InputKind], ...]] = ()  # the inputs of each forward, if no forward fuses them
-    text_kinds: ClassVar[frozenset[str] | None] = None  # of models that read the images' text too; None: every
     # Of a stage: the members of `HeadConfig` that give the model the objective's head, where it is optional.
     head_options: ClassVar[Callable[..., dict[str, Any]]] = staticmethod(lambda stage: {})
 
@@ -105,10 +104,7 @@ class Objective:
     @classmethod
     def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
         """Return the inputs of each kind of forward; by default one forward fuses all that the source has."""
-        own = SOURCE_INPUTS[source_type]
-        if cls.text_kinds is not None and model.kind not in cls.text_kinds:
-            own -= {"text"}
-        return cls.towers or (own,)
+        return cls.towers or (SOURCE_INPUTS[source_type],)
 
     @staticmethod
     def faults(config: RunConfig, stage: StageConfig) -> Iterable[str]:
@@ -123,10 +119,7 @@ class Objective:
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
         """Return the forwards over the examples by name. A forward's name seeds its drop-path mask."""
-        # Random negatives replace examples of the forward, which is then one over swapped examples.
-        if not self.forward_name or (self.compares_similarity and not self.needs_similarity):
-            return {}
-        return {self.forward_name: self.fusion_forward(examples, self.forward_name)}
+        return {self.forward_name: self.fusion_forward(examples, self.forward_name)} if self.forward_name else {}
 
     def swaps(self, examples: Batch, pool: NegativePool) -> dict[str, list[RowSwap]]:
         """Return the swaps that make negatives, by the name of the fusion forward that reads them."""

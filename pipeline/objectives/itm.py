@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64, uniform_array
-from pipeline.models.forward import ForwardOutput
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.objectives import TEXT, VISUAL, NegativePool, Objective, RowSwap, cross_entropy, require
 
 
@@ -60,24 +60,30 @@ class ITM(Objective):
         if stage.negatives == "hard" and "itc" not in stage.objectives:
             yield "objectives: itm draws hard negatives by itc similarity; add itc, or set negatives: random"
 
+    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
+        # Random negatives replace examples of this forward, which is then one over swapped examples.
+        return super().forwards(examples) if self.needs_similarity else {}
+
     def swaps(self, examples: Batch, pool: NegativePool) -> dict[str, list[RowSwap]]:
         ids, own = pool.image_id, examples.place.to(pool.image_id.device)
-        names = ("negative image", "negative text") if self.needs_similarity else ("random negative", "which is wrong")
-        seeds = (hash64(self.context.seed, examples.step, name) for name in names)
-        # For each name one number in [0, 1) per example, (n,) float32: a function of seed, step and place.
-        first, second = (torch.from_numpy(uniform_array(seed, examples.place.numpy())).float() for seed in seeds)
+
+        def uniform(purpose: str) -> Tensor:
+            """Return one number in [0, 1) per example, (n,) float32: a function of seed, step, place and purpose."""
+            numbers = uniform_array(hash64(self.context.seed, examples.step, purpose), examples.place.numpy())
+            return torch.from_numpy(numbers).to(torch.float32)
+
         if self.needs_similarity:
             image, text, scale = require(pool.image), require(pool.text), require(pool.scale)
-            wrong_image = draw_negatives(scale * text[own] @ image.T, ids[own], ids, first)
-            wrong_text = draw_negatives(scale * image[own] @ text.T, ids[own], ids, second)
+            wrong_image = draw_negatives(scale * text[own] @ image.T, ids[own], ids, uniform("negative image"))
+            wrong_text = draw_negatives(scale * image[own] @ text.T, ids[own], ids, uniform("negative text"))
             return {"wrong_image": [RowSwap(VISUAL, wrong_image)], "wrong_text": [RowSwap(TEXT, wrong_text)]}
         # Another example of the same source, with another image; if there is none, any with another image.
         scores = torch.where(pool.source[own, None] == pool.source[None, :], 0.0, float("-inf"))
-        other = draw_negatives(scores, ids[own], ids, first).cpu()
+        other = draw_negatives(scores, ids[own], ids, uniform("random negative")).cpu()
         other = other.masked_fill(matched_examples(examples, self.stage), -1)
         if self.context.source_type != "regions":
             return {"pair": [RowSwap(VISUAL, other)]}
-        swap_text = second < 0.5
+        swap_text = uniform("which is wrong") < 0.5
         return {"pair": [RowSwap(VISUAL, other.masked_fill(swap_text, -1)), RowSwap(TEXT, other.where(swap_text, -1))]}
 
     def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:

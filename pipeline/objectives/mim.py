@@ -14,11 +14,11 @@ from einops import rearrange
 from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig
 from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.storage import NotFound, Storage, join
 from pipeline.models.embeddings import canvas_patches
-from pipeline.models.forward import ForwardInput, ForwardOutput, drop_masked_patches
+from pipeline.models.forward import ForwardInput, ForwardOutput, InputKind, drop_masked_patches
 from pipeline.objectives import Objective, cross_entropy, require
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class MIM(Objective):
     head = "mim"
     evaluations: ClassVar = {"pairs": "mim"}
     fields = frozenset({"masked_patches"})
-    counted, text_kinds = "patch_positions", frozenset({"vilt"})
+    counted = "patch_positions"
     head_options = staticmethod(
         lambda stage: {
             "image_target": stage.image_target,
@@ -93,6 +93,11 @@ class MIM(Objective):
             "image_decoder": stage.image_decoder,
         }
     )
+
+    @classmethod
+    def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
+        with_text = source_type == "pairs" and model.kind == "vilt"
+        return (frozenset({"image", "text"}) if with_text else frozenset({"image"}),)
 
     @staticmethod
     def faults(config: RunConfig, stage: StageConfig) -> Iterator[str]:
