@@ -17,6 +17,7 @@ import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -53,9 +54,10 @@ class Manifest:
 
 class ShardPattern(NamedTuple):
     folder: str
-    names: list[str] | None = None  # of the tars, in the pattern's order; None: all of the folder
+    names: tuple[str, ...] | None = None  # of the tars, in the pattern's order; None: all of the folder
 
 
+@lru_cache(maxsize=16)  # callers parse a source's URL again for each of its shards
 def parse_pattern(url: str) -> ShardPattern:
     """Parse the URL of a folder, a tar or a brace pattern: 'folder/a-{00..02}.{x,y}.tar'."""
     if url.startswith("pipe:"):
@@ -73,7 +75,7 @@ def parse_pattern(url: str) -> ShardPattern:
             choices.append([f"{value:0{len(low)}d}" for value in range(int(low), int(high) + 1)])
         else:
             choices.append(piece.split(",") if in_braces else [piece])
-    return ShardPattern(folder, ["".join(combination) for combination in product(*choices)])
+    return ShardPattern(folder, tuple("".join(combination) for combination in product(*choices)))
 
 
 def load_manifest(storage: Storage, url: str) -> Manifest:
@@ -201,7 +203,7 @@ def check_present(
     storage: Storage, url: str, manifest: Manifest, objects: Mapping[str, ObjectInfo] | None = None
 ) -> dict[str, ObjectInfo]:
     """Return the store's info on each shard, from one listing. Raise DataError if a shard is missing or resized."""
-    folder = parse_pattern(url).folder  # once: it expands all of a brace pattern
+    folder = parse_pattern(url).folder
     objects = storage.list_info(folder) if objects is None else objects
     for shard in manifest.shards:
         location = join(folder, shard.name)
@@ -251,7 +253,7 @@ def _write(storage: Storage, location: str, data: bytes) -> None:
         raise StorageError(f"{error} Indexing writes a {SIDECAR} for every tar, and {MANIFEST}: {remedy}") from error
 
 
-def _read_manifest(storage: Storage, folder: str, names: list[str] | None = None) -> Manifest:
+def _read_manifest(storage: Storage, folder: str, names: Collection[str] | None = None) -> Manifest:
     """Read a folder's manifest, restricted to `names`. Raise DataError, naming it, for an invalid or forged one."""
     location = join(folder, MANIFEST)
     data = storage.read(location)
