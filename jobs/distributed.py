@@ -17,6 +17,8 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
+import torch
+
 from jobs.cluster import connect, for_ranks, root_cause
 from jobs.driver import STOP, Mailbox, forwarded_warnings
 from pipeline.config.background import PeriodicThread
@@ -148,6 +150,13 @@ class RankPreemptionSignal:
 def ranks_here() -> Ranks:
     """Return the process group that torchrun started this process in, or a single process."""
     return Collectives() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    """Return the device of this rank."""
+    if isinstance(ranks, Collectives):
+        return ranks.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def on_workers(work: Callable[[Ranks], Any], config: RunConfig, workers: int, name: str) -> Any:

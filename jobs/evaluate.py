@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, cast, get_args
 from urllib.parse import quote
 
-import torch
-
 from jobs.configs import Caller
 from jobs.console import check_output, notify, write_output
-from jobs.distributed import on_workers, ranks_here
+from jobs.distributed import device_of, on_workers, ranks_here
 from jobs.report import open_tracker
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.load import check_stored_url
@@ -31,7 +29,6 @@ from pipeline.objectives import evaluation_tasks
 from pipeline.reports.run_folder import open_run, read_records
 from pipeline.training.checkpoint.committed import is_committed
 from pipeline.training.checkpoint.weights import load_weights, stage_url, weights_info
-from pipeline.training.collectives import Collectives
 from pipeline.training.prepare import RUN_FILE
 
 log = logging.getLogger(__name__)
@@ -171,8 +168,7 @@ def _evaluate(
     ranks: Ranks,
 ) -> tuple[dict[str, Any], ReportData | None]:
     """Evaluate on this rank; all ranks call it and get the same values, and rank 0 the report's data."""
-    storage, default = Storage(caller.storage), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = ranks.device if isinstance(ranks, Collectives) else default
+    storage, device = Storage(caller.storage), device_of(ranks)
     weights = drop_untrained_objectives(load_weights(storage, checkpoint))
     config = _with_source(weights.config, source, key.source_type)
     config = config if probe is None else _with_source(config, probe, "labelled")

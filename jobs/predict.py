@@ -9,7 +9,7 @@ import torch
 
 from jobs.configs import Caller, source_types
 from jobs.console import PLAIN_SECONDS, notify, poll, write_output
-from jobs.distributed import on_workers, ranks_here
+from jobs.distributed import device_of, on_workers, ranks_here
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import MODEL_SECTIONS
 from pipeline.config.urls import absolute
@@ -23,7 +23,6 @@ from pipeline.inference import load_model
 from pipeline.objectives import modules_for
 from pipeline.training.checkpoint.committed import COMMIT
 from pipeline.training.checkpoint.weights import weights_info
-from pipeline.training.collectives import Collectives
 
 FORMATS = (".html", ".png")
 
@@ -81,7 +80,7 @@ def embed(
     def work(ranks: Ranks) -> dict[str, Any]:
         """Embed on this rank; all ranks call it."""
         own = Storage(caller.storage)
-        trained = load_model(checkpoint, own, ranks.device if isinstance(ranks, Collectives) else None)
+        trained = load_model(checkpoint, own, device_of(ranks))
         digest = hashlib.sha256(own.read(join(trained.url, COMMIT))).hexdigest()
         predictor = Predictor(trained.model, trained.tokenizer, trained.config.evaluation.batch_size)
         embedder = Embedder(predictor, trained.config, trained.stage, digest)

@@ -92,9 +92,8 @@ def _with_answers(
     job: Import, questions: Iterable[Question], answers: list[str], prefix: str, unanswered: str
 ) -> Iterator[Sample]:
     """List those of `answers` that are frequent, in order of first appearance, and yield the questions' samples."""
-    counts = Counter(plain for answer in answers if (plain := choices.plain_answer(answer)))
     min_count = job.options.min_count or choices.MIN_COUNT
-    listed = tuple(answer for answer, count in counts.items() if count >= min_count)
+    listed = tuple(answer for answer, count in choices.count_answers(answers).items() if count >= min_count)
     if not listed:
         remedy = "pass --min-count below the published 9, or all annotation files with --annotations"
         raise DataError(f"{job.source}: no answer is frequent enough to be listed; {remedy}")

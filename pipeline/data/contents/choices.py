@@ -120,7 +120,11 @@ def plain_answer(answer: str) -> str:
     return " ".join(_SPELT.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def count_answers(answers: Iterable[str]) -> Counter[str]:
+    """Count the plain answers, in order of first appearance; empty ones are dropped."""
+    return Counter(plain for answer in answers if (plain := plain_answer(answer)))
+
+
 def answer_scores(answers: Iterable[str]) -> dict[str, float]:
     """Return the soft score of each plain answer among people's answers to one question; empty answers are dropped."""
-    counts = Counter(plain for answer in answers if (plain := plain_answer(answer)))
-    return {answer: SCORES[min(count, len(SCORES) - 1)] for answer, count in counts.items()}
+    return {answer: SCORES[min(count, len(SCORES) - 1)] for answer, count in count_answers(answers).items()}
