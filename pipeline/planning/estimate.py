@@ -150,10 +150,15 @@ class Memory:
     update: float  # temporaries of the optimizer step
     loader: float  # this rank's examples and the swapped ones
     host: float
-    total: float  # peak on the device
+
+    @property
+    def total(self) -> float:
+        """Peak bytes on the device: those of the backward or of the update, whichever needs more."""
+        permanent = self.states + self.gradients + self.buffers + self.loader
+        return permanent + max(self.activations + self.backward, self.update)
 
     def as_json(self) -> dict[str, int]:
-        return {name: round(size) for name, size in asdict(self).items()}
+        return {name: round(size) for name, size in {**asdict(self), "total": self.total}.items()}
 
 
 def memory_of(
@@ -194,9 +199,8 @@ def memory_of(
         if sharding.offload_parameters:
             host, weights = host + weights, 0.0
     states = weights + optimizer + (FLOAT32 * part if sharding.averages else 0.0)
-    buffers, backward = buffers + parameters.buffers, backward + workspace
-    total = states + gradients + buffers + loader + max(activations + backward, update)
-    return Memory(states, gradients, buffers, activations, backward, update, loader, host, total)
+    buffers += parameters.buffers
+    return Memory(states, gradients, buffers, activations, backward + workspace, update, loader, host)
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,6 @@ class SpikeGuard:
         self.config = config
         self._losses = deque[float](state.get("losses", []), maxlen=config.window if config else 1)
         self.skipped = [(int(start), int(stop)) for start, stop in state.get("skipped", [])]
-        self.num_skipped = sum(stop - start for start, stop in self.skipped)  # batches
         self._num_rollbacks = state.get("rollbacks", 0)  # exceeds len(skipped) if two spikes preceded a checkpoint
 
     def state(self) -> dict[str, Any]:
@@ -217,11 +216,15 @@ class SpikeGuard:
         losses = list(self._losses) if self.config else []
         return {"skipped": [list(span) for span in self.skipped], "rollbacks": self._num_rollbacks, "losses": losses}
 
+    def batch_of(self, step: int) -> int:
+        """Return the batch that a step at or after the restored position reads."""
+        return step + sum(stop - start for start, stop in self.skipped)
+
     def observe(self, step: int, loss: float) -> Spike | None:
         """Record the global batch's loss, before the update; return the spike if it is one."""
         config, losses = self.config, self._losses
         if config and len(losses) == config.window and loss > config.factor * (median := statistics.median(losses)):
-            return Spike(self._num_rollbacks + 1, step, step + self.num_skipped, loss, median)
+            return Spike(self._num_rollbacks + 1, step, self.batch_of(step), loss, median)
         self._losses.append(loss)
         return None
 
@@ -238,11 +241,10 @@ class SpikeGuard:
                 "guards.spike.max_rollbacks allows no more. Inspect the data, lower optimizer.lr, or clip gradients "
                 "with optimizer.max_grad_norm."
             )
-        start, stop = resumed_at + self.num_skipped, spike.batch + 1 + self.config.skip
-        self.skipped.append((start, stop))
-        self.num_skipped += stop - start
+        skipped = (self.batch_of(resumed_at), spike.batch + 1 + self.config.skip)
+        self.skipped.append(skipped)
         self._num_rollbacks = spike.number
-        return start, stop
+        return skipped
 
 
 # ---- exhausted memory and storage

@@ -143,7 +143,7 @@ def train_stage(
     with build_stage_state(stage, context, callbacks) as state:
         start = resume(state, rolled_back)
         callbacks.on_stage_start(start)
-        batches = state.loader.batches(start + state.spikes.num_skipped)
+        batches = state.loader.batches(state.spikes.batch_of(start))
         result = StageResult(stage.steps)
         for step in range(start, stage.steps):
             supervisor.enter("data_wait", stage.first_step + step)
