@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start another run") -> dict[str, Any]:
     """Train every unfinished stage, then evaluate; return the result. `remedy` is printed if all were finished."""
-    storage = Storage(config.storage)
     interrupts = Interrupts(config)
     with reported(config), interrupts.handled():
         with progress_display() as show:
@@ -47,9 +46,9 @@ def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start an
             return {"checkpoint": config.folder}
         workers = config.cluster.workers if config.cluster.gpus_per_worker else None  # on Ray if the ranks have GPUs
         # Not the ranks that a launcher's environment names: Ray's ranks have ended, and this is the driver.
-        where: dict[str, Any] = {"workers": workers, "ranks": SINGLE_PROCESS, "caller": Caller.of(config)}
-        with add_time(storage, config.folder, "evaluation"):
-            result = evaluate_checkpoint(config.folder, track=True, **where)
+        ranks, caller = SINGLE_PROCESS, Caller.of(config)
+        with add_time(Storage(config.storage), config.folder, "evaluation"):
+            result = evaluate_checkpoint(config.folder, track=True, workers=workers, caller=caller, ranks=ranks)
         assert result is not None
         return result
 

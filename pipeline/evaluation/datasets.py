@@ -7,7 +7,6 @@ Shapes: N images, M captions of all images, B samples of a batch, H x W the mode
 widest image where the model keeps each image's own shape.
 """
 
-import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -47,10 +46,6 @@ class StoredImages:
         self._source = source
         self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
         self._threads = ThreadPoolExecutor(config.data.loader.threads_per_worker, "held-out")
-        closing = contextlib.ExitStack()
-        closing.callback(self._reader.close)
-        closing.callback(self._threads.shutdown, cancel_futures=True)
-        self.close = closing.close
         self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)
         shape = shape_of(config.model)
         self._image_bytes = 3 * (shape.longest if isinstance(shape, KeepAspectRatio) else shape) ** 2  # at most
@@ -60,10 +55,13 @@ class StoredImages:
 
         def resized() -> np.ndarray:
             members = (sample or self._reader.read(sample_refs(self._source, [position])[0])).members
-            pixels = decode(contents.image_bytes(members), self._max_pixels)
-            return resize_for(pixels, self._model)
+            return resize_for(decode(contents.image_bytes(members), self._max_pixels), self._model)
 
         return self._decoded.get(position, self._image_bytes, resized)
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._reader.close()
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -239,8 +237,7 @@ class LabelledEvalSet:
         annotation = contents.annotation_of(members, self.type, classes)
         texts = [] if self.type == "labelled" else [annotation.text]
         token_ids = [i for tokens in _encode(texts, self.tokenizer, stage.max_text_length) for i in tokens.ids]
-        decoded, model = (decode(data, self.config.data.max_pixels) for data in encoded), self.config.model
-        images = tuple(resize_for(pixels, model) for pixels in decoded)
+        images = tuple(resize_for(decode(data, self.config.data.max_pixels), self.config.model) for data in encoded)
         return images, token_ids, annotation.label if self.type == "labelled" else annotation
 
 

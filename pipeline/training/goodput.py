@@ -74,8 +74,13 @@ class GoodputTracker(PeriodicThread):
 
     def close(self, ended: bool, write: bool = True) -> None:
         """Stop the heartbeat; `write` the account unless another process owns it now; `ended`: all steps are done."""
+
+        def finish() -> None:
+            if self.stop() and write:
+                self._write(ended)
+
         try:
-            within(CLOSE_SECONDS, lambda: self._write(ended) if self.stop() and write else None, "mome-goodput-end")
+            within(CLOSE_SECONDS, finish, "mome-goodput-end")
         except TimeoutError:
             log.warning("goodput: %s was not written within %.0f s", self._url, CLOSE_SECONDS)
 

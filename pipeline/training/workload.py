@@ -90,12 +90,15 @@ def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | 
     rows = every * -(-SAMPLE_ROWS // every)  # every objective reads its exact fraction
 
     engines: list[ProbedEngine] = []
+    shared: Model | None = None  # of the first engine, for all; the last engine has two micro-batches
     for batch_size, micro_batch_size in ((rows, None), (2 * rows, None), (2 * rows, rows)):
         stages = [config.model_copy(update={"global_batch_size": batch_size}) for config in stage.run.stages]
         cut = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
         cut = cut.with_engine(micro_batch_size=micro_batch_size)
-        engines.append(run_step(cut, vocabulary, kernels, text_tokens, engines[0].model if engines else None))
-    (single, double, split), model, lines = engines, engines[0].model, {}
+        engines.append(run_step(cut, vocabulary, kernels, text_tokens, shared))
+        shared = engines[-1].model
+    single, double, split = engines
+    model, lines = single.model, {}
     for name in ("flops", "activations", "workspace", "tokens"):
         slope = (getattr(double, name) - getattr(single, name)) / rows
         lines[name] = Line(getattr(single, name) - slope * rows, slope)

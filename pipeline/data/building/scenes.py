@@ -178,6 +178,10 @@ def write_captions(description: Description, count: int, random: CounterRandom) 
 
 def draw_image(description: Description, size: int, random: CounterRandom) -> np.ndarray:
     """Return the scene as (size, size, 3) uint8. All shapes have about equal area, so that only their size differs."""
+
+    def jitter(width: float) -> float:  # uniform in -width … width
+        return width * (2.0 * random.uniform() - 1.0)
+
     large = size * SUPERSAMPLED
     corners = np.array([[200 + 55 * random.uniform() for _ in range(3)] for _ in range(4)], np.float32)
     canvas = cv2.resize(corners.reshape(2, 2, 3), (large, large), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
@@ -186,12 +190,11 @@ def draw_image(description: Description, size: int, random: CounterRandom) -> np
     if description.side is not None:
         y, third_y = (0.7, 0.26) if description.side in ("top", "left") else (0.3, 0.74)
         along, across = [(0.25, y), (0.75, y), (0.5, third_y)], 0.04
-    # Displaced at random by up to 0.03 along the pair, and by up to `across`.
-    places = [(x + 0.03 * (2 * random.uniform() - 1), y + across * (2 * random.uniform() - 1)) for x, y in along]
+    places = [(x + jitter(0.03), y + jitter(across)) for x, y in along]
     for thing, place in zip(description.things, places, strict=True):
         centre = np.array(place if description.horizontal else place[::-1]) * large
         radius = RADIUS[thing.size] * (0.92 + 0.16 * random.uniform()) * large
-        colour = tuple(int(np.clip(c + 12 * (2 * random.uniform() - 1), 0, 255)) for c in COLOURS[thing.colour])
+        colour = tuple(int(np.clip(c + jitter(12), 0, 255)) for c in COLOURS[thing.colour])
         middle = round(centre[0]), round(centre[1])
         if thing.shape == "circle":
             cv2.circle(canvas, middle, round(radius), colour, -1, cv2.LINE_AA)

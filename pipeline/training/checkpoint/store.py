@@ -175,35 +175,40 @@ class CheckpointStore:
 
     def latest(self) -> tuple[Checkpoint, SavedState] | None:
         """Return the newest complete checkpoint, verified and the same on every rank; damaged ones are logged."""
-        rank, world_size = self.collectives.rank, self.collectives.world_size
         # An attempt that this start supersedes may still commit one checkpoint and delete the one examined here. A
         # second search then finds that commit, after which the old attempt deletes nothing more.
         for _ in range(2):
-            urls = list(committed.newest_first(self.storage, self.url)) if rank == 0 else None
+            urls = list(committed.newest_first(self.storage, self.url)) if self.collectives.rank == 0 else None
             for url in self.collectives.broadcast(urls):
-                manifest: dict[str, Any] | None = None
-                if rank == 0:
-                    try:
-                        manifest = committed.read_manifest(self.storage, url)
-                    except CheckpointError as error:
-                        log.warning("checkpoint skipped: %s", error)
-                if (manifest := self.collectives.broadcast(manifest)) is None:
-                    continue
-                verified, faults = dict[str, ObjectInfo](), list[str]()
-                for name in sorted(manifest["files"])[rank::world_size]:  # the ranks share the files
-                    try:
-                        verified[name] = committed.verify(self.storage, url, name, manifest["files"][name])
-                    except CheckpointError as error:
-                        faults.append(str(error))
-                results = self.collectives.gather_objects((verified, faults))
-                faults = [fault for _, part in results for fault in part]
-                if not faults:
-                    files = {name: info for part, _ in results for name, info in part.items()}
+                manifest, files = self._verify(url)
+                if manifest is not None:
                     return Checkpoint.of(url, manifest), SavedState(self.storage, url, files, manifest["stage_step"])
-                if rank == 0:
-                    for fault in faults:
-                        log.warning("checkpoint skipped: %s", fault)
         return None
+
+    def _verify(self, url: str) -> tuple[dict[str, Any] | None, dict[str, ObjectInfo]]:
+        """Return the manifest, None if it or a file is damaged, and every file's version; ranks share the files."""
+        rank, world_size = self.collectives.rank, self.collectives.world_size
+        manifest: dict[str, Any] | None = None
+        if rank == 0:
+            try:
+                manifest = committed.read_manifest(self.storage, url)
+            except CheckpointError as error:
+                log.warning("checkpoint skipped: %s", error)
+        if (manifest := self.collectives.broadcast(manifest)) is None:
+            return None, {}
+        verified: dict[str, ObjectInfo] = {}
+        faults = []
+        for name in sorted(manifest["files"])[rank::world_size]:
+            try:
+                verified[name] = committed.verify(self.storage, url, name, manifest["files"][name])
+            except CheckpointError as error:
+                faults.append(str(error))
+        results = self.collectives.gather_objects((verified, faults))
+        faults = [fault for _, part in results for fault in part]
+        if rank == 0:
+            for fault in faults:
+                log.warning("checkpoint skipped: %s", fault)
+        return None if faults else manifest, {name: info for part, _ in results for name, info in part.items()}
 
     def clean(self, newest: Checkpoint | None, files: Mapping[str, Record] | None = None) -> None:
         """Remove the checkpoints that `newest`, just committed with `files`, makes obsolete, and unfinished ones.
