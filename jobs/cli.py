@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,9 +113,13 @@ def train(
     overrides: Overrides = None,
     preflight: Annotated[bool, Option("--preflight", help="Check a step per stage, ranks, storage, MLflow.")] = False,
     profile: Annotated[str | None, Option(help="Global steps A:B (B excluded) to record a profiler trace of.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would run, and what would stop it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run the stages of CONFIG, or resume the run. Without an address, a local Ray is started."""
+    if dry_run:
+        show_dry_run(config, overrides or [], as_json)
+        return
     from jobs.distributed import check_rank, run_on_cluster
     from jobs.train import run_and_evaluate
     from pipeline.config.load import load_config
@@ -125,6 +130,19 @@ def train(
     with status("checking on every rank") if preflight else nullcontext():
         result = run_on_cluster(check_rank, settings, "preflight") if preflight else run_and_evaluate(settings)
     print_result(result, as_json)
+
+
+def show_dry_run(config: Path, overrides: list[str], as_json: bool) -> None:
+    """Print the description of a run; status 2 if something would stop it. Nothing is started or written."""
+    from jobs.describe_run import as_text, check_services, describe_run
+    from pipeline.config.load import load_config
+
+    settings = load_config(config, overrides)
+    description = describe_run(settings)
+    check_services(description, settings)
+    print_result(asdict(description), as_json, as_text(description))
+    if description.problems:
+        raise typer.Exit(ConfigError.exit_status)
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -27,18 +27,19 @@ ADVICE = ("Refer to the documentation", "Consider provisioning")
 LOADER_AMOUNT = 0.001  # of `cluster.loader_resource` per loader actor; CPUs limit the number of actors per node
 KEYS = {"CPU": "cluster.cpus_per_worker", "GPU": "cluster.gpus_per_worker"}
 
+ALONE = "torchrun --nproc-per-node N -m pipeline.training CONFIG"
+RAY_MISSING = f"Ray is not installed here: pip install 'mome[ray]', or train without it: {ALONE}"
+
 Resources = Mapping[str, float]
 
 
 def connect(cluster: ClusterConfig) -> None:
     """Join the configured cluster, or start a local one with room for the ranks. Raises ConfigError, RunFailed."""
-    alone = "torchrun --nproc-per-node N -m pipeline.training CONFIG"
     try:
         import ray
         import ray._private.utils as ray_utils
     except ImportError as error:
-        remedy = f"pip install 'mome[ray]', or train without it: {alone}"
-        raise ConfigError(f"Ray is not installed here: {remedy}") from error
+        raise ConfigError(RAY_MISSING) from error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Train reads these in the driver and passes them to its controller and ranks.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)
@@ -57,14 +58,13 @@ def connect(cluster: ClusterConfig) -> None:
             ray.init(address=address, **quiet)
         else:
             keep_token_private()
-            num_cpus = int(cluster.workers * (cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus))
-            ray.init("local", num_cpus=max(os.cpu_count() or 1, num_cpus + 1), include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=local_cpus(cluster), include_dashboard=False, **quiet)
     except Exception as error:  # Ray raises exceptions of many types, a bare Exception among them
         if address is not None:
             remedy = "Start one (ray start --head), correct the address (host:6379), or leave it out to run here"
             raise RunFailed(f"{origin} {address}: no Ray cluster answers ({root_cause(error)}). {remedy}.") from error
         ray.shutdown()
-        remedy = f"If the machine is busy, try again; `mome doctor` checks disk, memory, limits; `{alone}` needs no Ray"
+        remedy = f"If the machine is busy, try again; `mome doctor` checks disk, memory, limits; `{ALONE}` needs no Ray"
         if "AF_UNIX" in str(error):
             long = f"The folder of temporary files, {tempfile.gettempdir()}, has a path too long for sockets"
             remedy = f"{long}: set TMPDIR or RAY_TMPDIR to a short one, such as /tmp"
@@ -74,6 +74,12 @@ def connect(cluster: ClusterConfig) -> None:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def local_cpus(cluster: ClusterConfig) -> int:
+    """Return the number of CPUs of a local Ray: those of this machine, or more if ranks and loaders reserve more."""
+    needed = int(cluster.workers * (cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus))
+    return max(os.cpu_count() or 1, needed + 1)
 
 
 def address_of(cluster: ClusterConfig) -> tuple[str, str] | None:

@@ -21,12 +21,11 @@ from functools import partial
 from typing import Any, NoReturn
 
 from jobs.console import Stopped, notify
+from jobs.describe_run import saved_steps
 from pipeline.config.background import PeriodicThread, in_background
 from pipeline.config.errors import Preempted, StorageError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.training.checkpoint.committed import is_committed, newest_first
-from pipeline.training.checkpoint.weights import stage_url
 from pipeline.training.prepare import RUN_FILE
 
 log = logging.getLogger(__name__)
@@ -148,15 +147,9 @@ class Interrupts:
         except Stopped as stopped:  # a second signal still ends at once
             config, storage, reason = self.config, self.storage, f"stopped ({self._number and self._number.name})"
             try:
-                stages = [is_committed(storage, stage_url(config, index)) for index in range(len(config.stages))]
-                steps = [config.stage_start(index + 1) for index, finished in enumerate(stages) if finished]
-                folder = join(config.folder, "checkpoints")
-                keys = newest_first(storage, folder) if storage.exists(folder) else {}
-                for step in (key[0] for url, key in keys.items() if is_committed(storage, url)):
-                    steps.append(step)
-                    break
-                saved = f"checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
-                saved = "every stage is finished" if all(stages) else saved
+                step = saved_steps(config, storage)
+                saved = f"checkpoint at step {step}" if step else "no checkpoint yet"
+                saved = "every stage is finished" if step >= config.total_steps else saved
                 notify(f"{reason}: {saved}; re-run the same command to resume")
             except StorageError:  # the report could not be written either
                 _end_now(stopped.args[0], f"{reason}: the store does not answer; re-run the same command to resume\n")

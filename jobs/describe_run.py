@@ -1,0 +1,246 @@
+"""Description of a resolved run: sources, stages, parameters, progress, placement, and problems that would stop it.
+
+`mome train --dry-run` prints it before a run, and the banner of `mome train` when the run begins.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any
+
+from jobs.cluster import RAY_MISSING, address_of, local_cpus, missing_resources, quantity, rank_resources
+from jobs.console import aligned
+from pipeline.config.errors import DataError, MomeError
+from pipeline.config.load import with_absolute_paths
+from pipeline.config.redaction import redact
+from pipeline.config.schema import RunConfig, SourceConfig
+from pipeline.data.contents.choices import choices_of
+from pipeline.data.contents.text import SPECIALS, Tokenizer
+from pipeline.data.shards.manifest import MANIFEST, load_manifest, parse_pattern, shard_names
+from pipeline.data.shards.source import open_source
+from pipeline.data.storage import Storage, join
+from pipeline.pages.charts import significant
+from pipeline.tracking.locations import configured_uri
+from pipeline.tracking.mlflow_server import check_server
+from pipeline.training.checkpoint.committed import is_committed, newest_first
+from pipeline.training.checkpoint.weights import VOCABULARY, stage_url, weights_info
+from pipeline.training.prepare import RUN_FILE, admit, check_start, choose_tokenizer
+from pipeline.training.stages import Stage, check_stages, freeze_untrained, stage_skeleton
+
+MAX_INDEXES = 256  # remote indexes of shards that a dry run reads to count the samples that filters select
+ANSWER_SECONDS = 10.0  # limit for a store to respond
+
+
+@dataclass(frozen=True)
+class SourceDescription:
+    """A source's selected samples, or in `note` why their number is not known before the run starts."""
+
+    name: str
+    url: str
+    type: str
+    samples: int | None = None
+    shards: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StageDescription:
+    """A stage's length, model and start. `epochs` has the passes over each source, None if its size is unknown."""
+
+    name: str
+    objectives: list[str]
+    steps: int
+    global_batch_size: int
+    samples: int  # that the stage reads: steps times the batch
+    epochs: dict[str, float | None]
+    parameters: int
+    trained_parameters: int
+    starts_from: str
+    steps_done: int
+
+
+@dataclass
+class RunDescription:
+    """A resolved run. `problems` are messages of what would stop it, each with its remedy."""
+
+    name: str
+    folder: str
+    kind: str
+    state: str = "new"
+    vocabulary: str = ""
+    ranks: int = 1
+    placement: str = ""
+    tracking: str = ""
+    steps_done: int = 0
+    steps: int = 0
+    sources: list[SourceDescription] = field(default_factory=list)
+    stages: list[StageDescription] = field(default_factory=list)
+    changed_keys: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # since the run began: key -> (old, new)
+    problems: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Turn a MomeError of the block into a problem, unless it is one already."""
+        try:
+            yield
+        except MomeError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+
+
+def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescription:
+    """Resolve a run from its config, its folder and its sources, without writing or starting anything.
+
+    A store that does not respond is a problem after `ANSWER_SECONDS`. Raises ConfigError for a config whose model does
+    not support its stages.
+    """
+    config = with_absolute_paths(config)
+    storage = storage or Storage(config.storage).within(ANSWER_SECONDS)
+    check_stages(config)
+    run = RunDescription(config.name, redact(config.folder), config.model.kind, ranks=config.cluster.workers)
+    run.tracking, run.steps = redact(configured_uri(config)), config.total_steps
+    sizes: dict[str, int | None] = {}
+    for name, source in config.sources.items():
+        description = SourceDescription(name, redact(source.shards), source.type)
+        with run.collected():
+            description = describe_source(name, source, config, storage)
+        run.sources.append(description)
+        sizes[name] = description.samples
+    tokenizer, known_steps = None, 0
+    with run.collected():
+        run.changed_keys = admit(config, storage)
+        known_steps = run.steps_done = saved_steps(config, storage)
+        if run.steps_done or storage.exists(join(config.folder, RUN_FILE)):
+            run.state = f"resumes from step {run.steps_done} of {run.steps}"
+            run.state = "finished: every stage is trained" if run.steps_done >= run.steps else run.state
+    with run.collected():
+        tokenizer, run.vocabulary = _vocabulary(config, storage)
+    with run.collected():
+        choices_of(config, config.stages, storage)
+    vocabulary = tokenizer.size if tokenizer else config.tokenizer.size
+    for index, stage in enumerate(config.stages):
+        resolved, total = Stage(config, index), sum(stage.sources.values())
+        model = stage_skeleton(resolved, vocabulary)
+        freeze_untrained(model, resolved)
+        if stage.start_from not in ("previous", "random"):
+            with run.collected():
+                if tokenizer is None or "://" in stage.start_from:  # the tensors may be large, and far
+                    weights_info(storage, stage.start_from)
+                else:
+                    check_start(resolved, storage, tokenizer)
+        samples = stage.steps * stage.global_batch_size
+        epochs = {
+            name: samples * weight / total / size if (size := sizes.get(name)) else None
+            for name, weight in stage.sources.items()
+        }
+        counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        parameters = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
+        start = "random" if resolved.start_url is None else stage.start_from
+        done = min(max(known_steps - resolved.first_step, 0), stage.steps)
+        lengths = (stage.steps, stage.global_batch_size, samples)
+        run.stages.append(
+            StageDescription(stage.name, [*stage.objectives], *lengths, epochs, *parameters, redact(start), done)
+        )
+    return run
+
+
+def describe_source(name: str, source: SourceConfig, config: RunConfig, storage: Storage) -> SourceDescription:
+    """Count a source's samples and shards without writing. Raises as `load_manifest` unless the run would create it."""
+    description = SourceDescription(name, redact(source.shards), source.type)
+    folder = parse_pattern(source.shards).folder
+    same_folder = (other.synthetic for other in config.sources.values() if other.shards == source.shards)
+    synthetic = next(filter(None, same_folder), None)
+    if synthetic is not None and not storage.exists(join(folder, MANIFEST)):
+        return replace(description, samples=synthetic.scenes, note="generated when the run starts")
+    try:
+        manifest = load_manifest(storage, source.shards)
+    except DataError:
+        tars = shard_names(source.shards, storage.list_info(folder)) if storage.exists(folder) else []
+        if not tars or storage.exists(join(folder, MANIFEST)):
+            raise
+        return replace(description, shards=len(tars), note="indexed when the run starts")
+    description = replace(description, shards=len(manifest.shards))
+    is_selected = bool(source.filters) or source.opt_out is not None
+    is_far = "://" in source.shards and len(manifest.shards) > MAX_INDEXES
+    if is_selected and (is_far or any(shard.is_trusted for shard in manifest.shards)):
+        total = manifest.num_samples
+        return replace(description, note=f"of {total:,} samples, those that the filters select")
+    opened = open_source(storage, source)
+    note = f"selected of {manifest.num_samples:,}" if is_selected else ""
+    return replace(description, samples=int(opened.counts.sum()), note=note)
+
+
+def saved_steps(config: RunConfig, storage: Storage) -> int:
+    """Return the number of global steps that finished stages and the newest complete checkpoint of a run hold."""
+    finished = [is_committed(storage, stage_url(config, index)) for index in range(len(config.stages))]
+    steps = [config.stage_start(index + 1) for index, is_finished in enumerate(finished) if is_finished]
+    folder = join(config.folder, "checkpoints")
+    checkpoints = newest_first(storage, folder) if storage.exists(folder) else {}
+    steps += [next((step for url, (step, *_) in checkpoints.items() if is_committed(storage, url)), 0)]
+    return max(steps)
+
+
+def _vocabulary(config: RunConfig, storage: Storage) -> tuple[Tokenizer | None, str]:
+    """Return the tokenizer, None if the run will train it, and its description. Raises as `choose_tokenizer`."""
+    if not config.model.READS_TEXT:
+        return Tokenizer(SPECIALS), "none: the model reads no text"
+    is_saved, configured = storage.exists(join(config.folder, VOCABULARY)), config.tokenizer.vocabulary
+    if not is_saved and configured is None:
+        return None, f"trained from the captions when the run starts, at most {config.tokenizer.size:,} tokens"
+    tokenizer = choose_tokenizer(config, storage)
+    origin = "of this run" if is_saved else f"of {redact(configured or '')}"
+    return tokenizer, f"{tokenizer.size:,} tokens {origin}, {'lower-cased' if tokenizer.lowercase else 'cased'}"
+
+
+def check_services(run: RunDescription, config: RunConfig) -> None:
+    """Add what this machine and MLflow lack to a run's problems, and describe where its ranks will be placed.
+
+    Ray is not started: a cluster to join is only named, and a local one is compared with this machine.
+    """
+    with run.collected():
+        check_server(config)
+    cluster, joined = config.cluster, address_of(config.cluster)
+    each = " and ".join(quantity(amount, kind) for kind, amount in rank_resources(cluster).items())
+    if find_spec("ray") is None:
+        run.problems.append(RAY_MISSING)
+    if joined is not None:
+        run.placement = f"{each} for each rank, on the Ray cluster {joined[0]} ({joined[1]}), which was not contacted"
+        return
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    run.placement = f"{each} for each rank, on this machine ({os.cpu_count()} CPUs, {quantity(gpus, 'GPU')})"
+    if fault := missing_resources(cluster, [{"CPU": local_cpus(cluster), "GPU": gpus}]):
+        run.problems.append(f"{fault.replace('this cluster has', 'this machine has')}, or give cluster.address")
+
+
+def as_text(run: RunDescription) -> str:
+    """Return the description as text: facts of the run, a table of its sources, one of its stages, and its problems."""
+    facts = [["run", f"{run.folder} ({run.kind}): {run.state}"], ["ranks", f"{run.ranks}: {run.placement}"]]
+    facts += [["vocabulary", run.vocabulary], ["MLflow", run.tracking]]
+    facts += [["changed", f"{key}: was {old!r}, now {new!r}"] for key, (old, new) in run.changed_keys.items()]
+    sources = [["source", "type", "samples", "shards", "location"]]
+    for source in run.sources:
+        counts = ("?" if number is None else f"{number:,}" for number in (source.samples, source.shards))
+        location = source.url + (f" ({source.note})" if source.note else "")
+        sources.append([source.name, source.type, *counts, location])
+    stages = [["stage", "objectives", "steps", "batch", "epochs", "parameters", "trained", "starts from"]]
+    for stage in run.stages:
+        epochs = [
+            f"{name} {'?' if number is None else significant(number)}" if len(stage.epochs) > 1
+            else "?" if number is None else significant(number)
+            for name, number in stage.epochs.items()
+        ]  # fmt: skip
+        done = f"{stage.steps_done:,}/" if stage.steps_done else ""
+        sizes = [f"{number / 1e6:,.1f} M" for number in (stage.parameters, stage.trained_parameters)]
+        row = [stage.name, " ".join(stage.objectives), f"{done}{stage.steps:,}", f"{stage.global_batch_size:,}"]
+        stages.append([*row, ", ".join(epochs), *sizes, stage.starts_from])
+    tables = [aligned([row for row in facts if row[1]]), aligned(sources), aligned(stages)]
+    number = len(run.problems)
+    stops = f"{number} {'problem' if number == 1 else 'problems'} would stop this run:"
+    verdict = stops if number else "ready to train"
+    return "\n\n".join([*tables, "\n".join([verdict, *(f"- {problem}" for problem in run.problems)])])
