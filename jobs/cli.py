@@ -31,6 +31,7 @@ OWN_CONFIG_HELP = (
 )
 TRACK_HELP = "Record the result in MLflow (default: only if the folder is not a copy and its run was tracked there)."
 SUBMISSION_ID_HELP = "Id of the job; a known id is not submitted again (default: derived from the config)."
+PROMPTS_HELP = "Zero-shot prompt with {} for the class, or an ensemble such as openai_imagenet; may be repeated."
 SOURCE_TYPE_HELP = "Type of a URL: pairs, labelled, questions, statements (default: the stage's)."
 SIZES_HELP = "Sizes that the tensors do not show: heads=16 image_size=384"
 MAY_DIFFER_HELP = "Pattern of tensors that may be missing or differ; repeatable."
@@ -175,6 +176,7 @@ def evaluate(
     against: Annotated[str | None, Option(help="Folder of another evaluated run, to compare in the report.")] = None,
     source_type: Annotated[str | None, Option("--type", help=SOURCE_TYPE_HELP)] = None,
     probe: Annotated[str | None, Option(help="Labelled source to train a linear classifier on.")] = None,
+    prompts: Annotated[list[str] | None, Option(help=PROMPTS_HELP)] = None,
     config: OwnConfig = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -186,6 +188,7 @@ def evaluate(
     from jobs.evaluate import evaluate_checkpoint
 
     choices: dict[str, Any] = {"source": source, "source_type": source_type, "probe": probe, "limit": limit}
+    choices["prompts"] = prompts
     choices |= {"rerank_best": rerank, "name": name, "report": report, "against": against, "track": track}
     print_result(evaluate_checkpoint(checkpoint, **choices, workers=workers, caller=named_caller(config)), as_json)
 

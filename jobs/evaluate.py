@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -13,7 +14,7 @@ from jobs.console import check_output, notify, write_output
 from jobs.distributed import device_of, on_workers, ranks_here
 from jobs.report import open_tracker
 from pipeline.config.errors import ConfigError, StorageError
-from pipeline.config.load import check_stored_url
+from pipeline.config.load import check_stored_url, validate
 from pipeline.config.schema import RunConfig, SourceConfig, SourceType
 from pipeline.config.urls import absolute, file_name_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer
@@ -49,6 +50,7 @@ def evaluate_checkpoint(
     source_type: str | None = None,
     probe: str | None = None,
     name: str | None = None,
+    prompts: Sequence[str] | None = None,
     caller: Caller = Caller(),
     ranks: Ranks | None = None,
 ) -> dict[str, Any] | None:
@@ -56,6 +58,7 @@ def evaluate_checkpoint(
 
     `source` is a source of the run, or a URL of shards of `source_type` (default: the stage's type, or pairs; labelled
     with a probe). The `report` is by default next to the weights; `against` is the folder of a run to compare with.
+    `prompts` replace `evaluation.prompts` of the run.
     With `workers`, that many ranks on Ray share the work, else `ranks` (default: torchrun's, or this process); all but
     rank 0 get None. Raises CheckpointError for unfinished weights, ConfigError and DataError for an invalid source,
     ConfigError for a `name` or `against` of other data, all before any weights are loaded.
@@ -68,6 +71,9 @@ def evaluate_checkpoint(
         check_output(storage, str(report), "--report")
     info = weights_info(storage, checkpoint)
     config = stored = info.config
+    if prompts is not None:
+        values = stored.model_dump(mode="json")
+        validate(values | {"evaluation": values["evaluation"] | {"prompts": list(prompts)}}, "--prompts")
     for option, url in (("--source", source), ("--probe", probe)):
         if url is not None and url not in stored.sources and "/" not in url:
             known = ", ".join(name for name, own in stored.sources.items() if own.type in types)
@@ -111,7 +117,7 @@ def evaluate_checkpoint(
     if workers is not None:  # ranks have other working folders
         checkpoint, source = absolute(checkpoint), absolute(source) if "/" in source else source
         probe = absolute(probe) if probe and "/" in probe else probe
-    work = functools.partial(_evaluate, checkpoint, source, limit, rerank_best, probe, key, caller)
+    work = functools.partial(_evaluate, checkpoint, source, limit, rerank_best, probe, prompts, key, caller)
     values, data = work(ranks or ranks_here()) if workers is None else on_workers(work, config, workers, "evaluation")
     if data is None:
         return None
@@ -163,6 +169,7 @@ def _evaluate(
     limit: int | None,
     rerank_best: int | None,
     probe: str | None,
+    prompts: Sequence[str] | None,
     key: EvalKey,
     caller: Caller,
     ranks: Ranks,
@@ -172,6 +179,9 @@ def _evaluate(
     weights = drop_untrained_objectives(load_weights(storage, checkpoint))
     config = _with_source(weights.config, source, key.source_type)
     config = config if probe is None else _with_source(config, probe, "labelled")
+    if prompts is not None:
+        evaluation = config.evaluation.model_copy(update={"prompts": tuple(prompts)})
+        config = config.model_copy(update={"evaluation": evaluation})
     tokenizer = Tokenizer(weights.vocabulary or SPECIALS, config.tokenizer.lowercase)
     model = build_trained_model(weights).to(device)
     others = {}  # finished earlier stages, which evaluate the objectives that only they trained

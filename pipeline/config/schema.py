@@ -10,10 +10,11 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
+import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.config.errors import ConfigError
@@ -84,6 +85,13 @@ def _require(accepts: Callable[[str], object], message: str, value: str) -> str:
     return value
 
 
+@cache
+def prompt_ensembles() -> dict[str, list[str]]:
+    """Return the prompts that CLIP's authors used for each data set, by the names that `evaluation.prompts` accepts."""
+    ensembles: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text("utf-8"))
+    return ensembles
+
+
 _NOT_LOCAL = "must be a folder on each node's own disk, not a URL of an object store"
 _NOT_SECRET = "is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself"
 _HOLDS_SECRET = "holds a user, password or token, which would be recorded; give "
@@ -92,7 +100,10 @@ _URI = (
     "'env:NAME' or 'file:PATH' of the whole URI, or a URI without them and MLFLOW_TRACKING_USERNAME and "
     "MLFLOW_TRACKING_PASSWORD, or _TOKEN"
 )
-_PROMPT = "must contain {} exactly once, where the class name goes, such as 'a photo of a {}.'"
+_PROMPT = (
+    "must contain {} exactly once, where the class name goes, such as 'a photo of a {}.', or be the name of an "
+    "ensemble in pipeline/config/prompts.yaml, such as openai_imagenet"
+)
 Url = Annotated[str, AfterValidator(partial(_require, parse, ""))]
 LocalFolder = Annotated[str, AfterValidator(partial(_require, is_local, _NOT_LOCAL))]
 SecretReference = Annotated[str, AfterValidator(partial(_require, re.compile(r"(env|file):.+").match, _NOT_SECRET))]
@@ -102,7 +113,9 @@ TrackingUri = Annotated[
     AfterValidator(partial(_require, lambda uri: REFERENCE.match(uri) or redact(uri) == uri, _HOLDS_SECRET + _URI)),
 ]
 Steps = Annotated[str, AfterValidator(partial(_require, parse_steps, ""))]
-Prompt = Annotated[str, AfterValidator(partial(_require, lambda value: value.count("{}") == 1, _PROMPT))]
+Prompt = Annotated[
+    str, AfterValidator(partial(_require, lambda value: value.count("{}") == 1 or value in prompt_ensembles(), _PROMPT))
+]
 ObjectiveName: TypeAlias = Literal[OBJECTIVES]  # type: ignore[valid-type]
 
 
@@ -572,7 +585,9 @@ class EvaluationConfig(Section):
     source: str | None = changeable(None, "Name of the held-out source (default: no evaluation)")
     max_images: Positive | None = changeable(None, "Maximum number of images (default: all)")
     batch_size: Positive = changeable(64, "Number of examples per forward")
-    prompts: tuple[Prompt, ...] = changeable(("a photo of a {}.",), "Zero-shot prompts; {} is the class", min_length=1)
+    prompts: tuple[Prompt, ...] = changeable(
+        ("a photo of a {}.",), "Zero-shot prompts, {} is the class; or names of CLIP's ensembles", min_length=1
+    )
     every: Positive | None = changeable(None, "Number of steps between evaluations (default: only at the run's end)")
     max_images_during_training: Positive = changeable(1000, "Maximum number of images of an evaluation during training")
 

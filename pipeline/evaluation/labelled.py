@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, prompt_ensembles
 from pipeline.data.contents.choices import CLASSES, Choices
 from pipeline.data.shards.manifest import parse_pattern
 from pipeline.data.storage import NotFound, Storage, join
@@ -73,10 +73,14 @@ def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, 
 
 
 def embed_classes(predictor: Predictor, names: Sequence[str], prompts: Sequence[str], max_text_length: int) -> Tensor:
-    """Return unit vectors (C, D), means over prompts with names for {} (CLIP, arXiv 2103.00020, section 3.1.4)."""
-    texts = [prompt.replace("{}", name.replace("_", " ")) for name in names for prompt in prompts]
+    """Return unit vectors (C, D), means over prompts with names for {} (CLIP, arXiv 2103.00020, section 3.1.4).
+
+    A prompt without {} is the name of an ensemble of prompts.
+    """
+    templates = [template for prompt in prompts for template in prompt_ensembles().get(prompt, [prompt])]
+    texts = [template.replace("{}", name.replace("_", " ")) for name in names for template in templates]
     vectors = predictor.embed_texts([t.ids for t in predictor.tokenizer.encode_batch(texts, max_text_length)])
-    return F.normalize(vectors.unflatten(0, (len(names), len(prompts))).mean(dim=1), dim=1)
+    return F.normalize(vectors.unflatten(0, (len(names), len(templates))).mean(dim=1), dim=1)
 
 
 def evaluate_linear_probe(model: nn.Module, training: LabelledEvalSet, held_out: LabelledEvalSet) -> Section:

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.load import validate
-from pipeline.config.schema import ImageDecoderConfig, MaskingConfig, ObjectiveConfig
+from pipeline.config.schema import ImageDecoderConfig, MaskingConfig, ObjectiveConfig, prompt_ensembles
 from pipeline.data.contents.choices import ANSWERS, Choices, choices_of
 from pipeline.data.contents.members import Annotation
 from pipeline.data.contents.text import Tokenizer
@@ -314,6 +314,9 @@ def test_zero_shot_classifies_by_the_means_of_the_class_names_prompts(prepared, 
         ids = [torch.tensor([tokenizer.encode(prompt.replace("{}", name), 16).ids]) for prompt in PROMPTS]
         vectors = [model({"x": ForwardInput(heads=("itc",), text=text)})["only"]["itc"][0] for text in ids]
         torch.testing.assert_close(row, F.normalize(torch.stack(vectors).mean(dim=0), dim=0), atol=1e-6, rtol=1e-5)
+    by_name = [["openai_imagenet"], [*prompt_ensembles()["openai_imagenet"]]]
+    rows, spelled_out = (labelled.embed_classes(Predictor(model, tokenizer, 64), COLOURS, p, 16) for p in by_name)
+    torch.testing.assert_close(rows, spelled_out, atol=0, rtol=0)
     stage = config.stages[0].model_copy(update={"objectives": {"itc": ObjectiveConfig()}})
     section = config.evaluation.model_copy(update={"prompts": PROMPTS})
     config = config.model_copy(update={"stages": (stage,), "evaluation": section})
