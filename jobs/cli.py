@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperGroup
 
 from jobs import bench, shards
 from jobs.console import Config, FileOption, JsonOption, Overrides, Stopped, aligned, echo, notify, print_result, status
@@ -51,7 +52,33 @@ Token = Annotated[str | None, Option(help="Reference to the cluster's token: env
 Job = Annotated[str, Argument(help="Id of the job, as printed by `mome submit` and `mome jobs list`.")]
 
 HELP = "Staged vision-language pretraining on a Ray cluster, from image-text tars in object storage."
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
+
+
+class Commands(TyperGroup):
+    """All commands. An unknown option of one that takes a config is answered with the key of that name."""
+
+    def invoke(self, ctx: Any) -> Any:
+        arguments = [*ctx._protected_args, *ctx.args, ""]
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            option, own = getattr(error, "option_name", None), getattr(error, "ctx", None)
+            # typer does not export the class of this error
+            if type(error).__name__ != "NoSuchOption" or own is None or option is None:
+                raise
+            from pipeline.config.keys import find_keys
+
+            takes_keys = any(parameter.name == "overrides" for parameter in own.command.params)
+            given = next((text for text in arguments if text.partition("=")[0] == option), "")
+            following = arguments[arguments.index(given) + 1]
+            value = given.partition("=")[2] or ("" if following.startswith("-") else following) or "VALUE"
+            keys = [f"{key}={value}" for key in find_keys(option)] if takes_keys else []
+            if not keys:
+                raise
+            raise ConfigError(f"no option {option}; keys of the config have no dashes: {' or '.join(keys)}") from None
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
 config_app = typer.Typer(no_args_is_help=True, help="List and show the recipes of this package; print the schema.")
 jobs_app = typer.Typer(no_args_is_help=True, help="List jobs submitted to a cluster, show status and logs, stop them.")
 
@@ -84,9 +111,8 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Generate scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
-    from jobs.configs import RECIPES
     from jobs.train import run_and_evaluate
-    from pipeline.config.load import load_config
+    from pipeline.config.load import RECIPES, load_config
     from pipeline.config.redaction import redact
     from pipeline.tracking.locations import tracking_uri
 

@@ -8,22 +8,18 @@ from __future__ import annotations
 import os
 import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
 from pipeline.config import schema
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import with_absolute_paths
+from pipeline.config.load import RECIPES, with_absolute_paths
 from pipeline.config.schema import ClusterConfig, RunConfig, Section, StorageConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.locations import configured_uri
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-ROOT = Path(__file__).resolve().parents[1]
-INSTALLED = ROOT / "mome" / "configs"  # of the wheel (see setup.py)
-RECIPES = INSTALLED if INSTALLED.is_dir() else ROOT / "configs"
 
 
 class Caller(Section):

@@ -56,7 +56,9 @@ def local_file(value: str) -> Path:
     return Path(path)
 
 
-Config = Annotated[Path, typer.Argument(parser=local_file, help="YAML config of a run, such as configs/demo.yaml.")]
+Config = Annotated[
+    Path, typer.Argument(parser=local_file, help="YAML config of a run, or name of a recipe (`mome config list`).")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Keys to change: stages.vision.steps=100 cluster.workers=4", metavar="KEY=VALUE"),

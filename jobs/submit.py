@@ -31,11 +31,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from jobs.cluster import TOKEN_FILE, for_ranks
-from jobs.configs import RECIPES
 from jobs.console import notify
 from pipeline.config.background import within
 from pipeline.config.errors import ConfigError, RunFailed
-from pipeline.config.load import local_paths, resolve_secret
+from pipeline.config.load import RECIPES, local_paths, resolve_secret
 from pipeline.config.redaction import printable
 from pipeline.config.schema import RunConfig
 from pipeline.tracking import describe

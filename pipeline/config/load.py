@@ -12,11 +12,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from pipeline.config.errors import ConfigError
+from pipeline.config.keys import suggestion
 from pipeline.config.redaction import redact, remember
 from pipeline.config.schema import MODEL_SECTIONS, RunConfig, StorageConfig
 from pipeline.config.urls import absolute, is_local, local_path
 
 _MODEL_KINDS = [["model", kind] for kind in MODEL_SECTIONS]  # pydantic adds the kind, which is not a key, to paths
+_ROOT = Path(__file__).resolve().parents[2]
+_INSTALLED = _ROOT / "mome" / "configs"  # of the wheel (see setup.py)
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else _ROOT / "configs"
 _PART = re.compile(r'(?:^|\.)(?:"([^"]*)"|([^."]+))')
 _OVERRIDE = re.compile(r'(?P<path>(?:"[^"]*"|[^="\s.]+)(?:\.(?:"[^"]*"|[^=".]+))*)=(?P<value>.*)', re.DOTALL)
 # Stores that are accessed with the caller's own account. Any other URL names a host, and a request to it would reveal
@@ -70,21 +74,44 @@ for _tag, _form in _NUMBERS.items():
     _StrictLoader.add_implicit_resolver(_tag, re.compile(_form, re.VERBOSE), list("-+.0123456789"))
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a run's YAML, apply dotted overrides and validate; a ConfigError lists every fault with its path."""
+def find_config(path: str | Path) -> tuple[Path, str]:
+    """Return the file of a config and its name in messages: the file at `path` or, without one, the recipe so named.
+
+    `demo`, `configs/demo.yaml` and `finetune/vilt_b32_vqa` are names of recipes wherever the package is installed.
+    Raises ConfigError with what is similar if there is neither.
+    """
     path = Path(path)
+    if os.path.isdir(path) or not os.path.exists(path):
+        name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
+        recipes = {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in RECIPES.rglob("*.yaml")}
+        if name in recipes:
+            return recipes[name], f"recipe {name}"
+        files = {str(file): file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+        close = difflib.get_close_matches(str(path), files, 1) + difflib.get_close_matches(name, recipes, 1)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        fault = "a folder, and no recipe has this name" if os.path.isdir(path) else "no such file, and no such recipe"
+        raise ConfigError(
+            f"{path}: {fault}; {hint}`mome config list` shows the recipes, `mome config new` writes a config"
+        )
+    return path, str(path)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file or a recipe, apply dotted overrides and validate; a ConfigError lists every fault by its key."""
+    path, origin = find_config(path)
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read ({reason}); pass the path of a YAML config") from error
-    values = parse_yaml(content, str(path))
+        raise ConfigError(f"{origin}: cannot be read ({reason}); pass the path of a YAML config") from error
+    values = parse_yaml(content, origin)
     if not isinstance(values, dict):
-        kind = "an empty file" if values is None else f"a {type(values).__name__}"
-        raise ConfigError(f"{path}: expected a mapping of keys, such as configs/demo.yaml has, got {kind}")
+        kind = "it is empty" if values is None else f"it is a {type(values).__name__}"
+        remedy = "expected a mapping of keys; `mome config copy demo` prints an example, `mome config new` writes one"
+        raise ConfigError(f"{origin}: {kind}; {remedy}")
     for override in overrides:
         apply_override(values, override)
-    return validate(values, str(path))
+    return validate(values, origin)
 
 
 def validate(values: dict[str, Any], origin: str) -> RunConfig:
@@ -119,13 +146,18 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
             path, message = ".".join(shown), fault["msg"].removeprefix("Value error, ")
             if kind == "extra_forbidden":
                 known = list(_walk(location[:-1])[1])
-                close = difflib.get_close_matches(location[-1], known, n=1)
-                message = "unknown key; " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}")
+                similar = suggestion(shown, [*flatten(given)] if isinstance(given, dict) else [], known, values)
+                message = f"unknown key; {similar or 'known: ' + ', '.join(known)}"
             elif kind == "union_tag_invalid":
                 message = f"expected {fault['ctx']['expected_tags']} (got {given['kind']!r:.200})"
                 path += ".kind"
             elif kind == "missing":
                 message = "required key is missing"
+            elif kind == "string_pattern_mismatch":
+                pattern, valid = fault["ctx"]["pattern"], re.sub(r"[^A-Za-z0-9_.-]+", "_", str(given)).strip("_.-")
+                hint = next((f"; did you mean '{n}'?" for n in (valid, valid.lower()) if re.search(pattern, n)), "")
+                expected = (_walk(location)[0][-1].description or "").partition(": ")[2]
+                message = f"expected {expected} (got {given!r}){hint}"
             elif kind != "value_error" and not isinstance(given, dict):
                 choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"]) if kind == "literal_error" else []
                 close = difflib.get_close_matches(str(given), choices, n=1)

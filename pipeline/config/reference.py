@@ -1,9 +1,6 @@
 """Configuration reference generated from the schema: Markdown for `configs/README.md`."""
 
-import json
-from typing import Any
-
-from pipeline.config.schema import RunConfig
+from pipeline.config.keys import sections
 
 HEADER = """# Configuration reference
 
@@ -18,52 +15,18 @@ This file is generated: `python -m pipeline.config.reference > configs/README.md
 
 def markdown() -> str:
     """Return the reference: one table per section, depth first, with every key, its type, default and meaning."""
-    schema = RunConfig.model_json_schema()
-    lines, tables = [HEADER], [("", schema)]
-    while tables:
-        path, section = tables.pop(0)
-        lines += [f"## {path or 'The run'}", "", section["description"], "", "| key | type | default | meaning |"]
+    lines = [HEADER]
+    for section in sections():
+        place = section.place + (f" (kind: {section.kind})" if section.kind else "")
+        lines += [f"## {place or 'The run'}", "", section.description, "", "| key | type | default | meaning |"]
         lines.append("|---|---|---|---|")
-        inner = []
-        for name, key in section["properties"].items():
-            # The sections that the value may be, and what follows the key in their paths.
-            many, suffix = (key["items"], "[]") if "items" in key else (key.get("additionalProperties"), ".NAME")
-            value, suffix = (many, suffix) if isinstance(many, dict) else (key, "")
-            choices = value.get("anyOf", value.get("oneOf", [value]))
-            sections = [schema["$defs"][choice["$ref"].rpartition("/")[2]] for choice in choices if "$ref" in choice]
-            for choice in sections:
-                kind = choice["properties"].get("kind", {}).get("const")
-                place = f"{path}.{name}{suffix}".lstrip(".") + (f" (kind: {kind})" if kind else "")
-                inner.append((place, choice))
-            default = key.get("default", key.get("const"))
-            shown = "" if default is None or sections else f"`{json.dumps(default, ensure_ascii=False)}`"
-            if name in section.get("required", ()):
-                shown = "required"
-            mark = " ↻" if key.get("changeable") else ""
-            cells = (f"`{name}`{mark}", _type(key), shown, key.get("description", ""))
+        for key in section.keys:
+            name = f"`{key.path.rpartition('.')[2]}`" + (" ↻" if key.is_changeable else "")
+            default = "required" if key.is_required else f"`{key.default}`" if key.default else ""
+            cells = (name, key.type, default, key.description)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        tables = inner + tables
         lines.append("")
     return "\n".join(lines)
-
-
-def _type(key: dict[str, Any], plural: str = "") -> str:
-    """Return the type of a key in words, with its bounds; `plural` is 's' for the type of several values."""
-    choices = [choice for choice in key.get("anyOf", key.get("oneOf", [])) if choice.get("type") != "null"]
-    if choices:
-        return " or ".join(dict.fromkeys(_type(choice, plural) for choice in choices))
-    if "$ref" in key:
-        return f"section{plural}"
-    if "const" in key or "enum" in key:
-        return " or ".join(f"`{json.dumps(value)}`" for value in key.get("enum", [key.get("const")]))
-    if key["type"] == "array":
-        items = key.get("prefixItems")
-        return f"list of {len(items)} numbers" if items else f"list of {_type(key['items'], 's')}"
-    if key["type"] == "object":
-        return f"mapping of names to {_type(key['additionalProperties'], 's')}"
-    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-    limits = [f"{sign} {key[name]:g}" for name, sign in signs.items() if name in key and key[name] < 1e9]
-    return " ".join([f"{key['type']}{plural}", *([", ".join(limits)] if limits else [])])
 
 
 if __name__ == "__main__":

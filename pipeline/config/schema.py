@@ -92,6 +92,8 @@ def prompt_ensembles() -> dict[str, list[str]]:
     return ensembles
 
 
+_RUN_NAME = "Name of the run and of its folder: letters, digits, '_', '.' and '-', first a letter or digit"
+_STAGE_NAME = "Name of the stage: small letters, digits and underscores, first a letter"
 _NOT_LOCAL = "must be a folder on each node's own disk, not a URL of an object store"
 _NOT_SECRET = "is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself"
 _HOLDS_SECRET = "holds a user, password or token, which would be recorded; give "
@@ -447,7 +449,7 @@ class ExpertsConfig(Section):
 class StageConfig(Section):
     """One training stage: sources, objectives, length, optimizer and starting weights."""
 
-    name: str = fixed(..., "Name of the stage: small letters, digits and underscores", pattern=r"^[a-z][a-z0-9_]*$")
+    name: str = fixed(..., _STAGE_NAME, pattern=r"^[a-z][a-z0-9_]*$")
     sources: dict[str, PositiveFloat] = fixed(..., "Sampling weight of each source, by its name")
     objectives: dict[ObjectiveName, ObjectiveConfig] = fixed(..., "Objectives that the stage trains, by name")
     steps: Positive = changeable(..., "Number of optimizer steps")
@@ -595,7 +597,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """Configuration of one run of `mome train`."""
 
-    name: str = fixed(..., "Name of the run and of its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = fixed(..., _RUN_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     output: Url = changeable("runs", "Folder or URL that contains the run's folder `<output>/<name>`")
     seed: int = fixed(0, "Seed of the weights, the data order, masking and augmentation")
     reproduce_vlmo_release: bool = fixed(False, "Reproduce the quirks of VLMo's code (`pipeline/README.md`)")

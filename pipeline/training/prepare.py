@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config.errors import ConfigError, StorageError
+from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.config.load import changes, parse_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.scenes import build_synthetic
@@ -19,7 +19,7 @@ from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import ensure_indexed
 from pipeline.data.shards.source import open_source
-from pipeline.data.storage import Storage, join
+from pipeline.data.storage import NotFound, Storage, join
 from pipeline.objectives import SOURCE_INPUTS
 from pipeline.training.checkpoint.weights import VOCABULARY, load_weights
 from pipeline.training.stages import Stage, check_fit, check_stages, prepare_experts, stage_skeleton
@@ -125,7 +125,13 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
     if storage.exists(url):
         return Tokenizer.load(storage, url, section.lowercase)
     if section.vocabulary is not None:
-        tokenizer = Tokenizer.load(storage, section.vocabulary, section.lowercase)
+        try:
+            tokenizer = Tokenizer.load(storage, section.vocabulary, section.lowercase)
+        except NotFound as error:
+            remedy = "correct it, or leave the key out to train a vocabulary from the captions"
+            raise ConfigError(f"tokenizer.vocabulary: {section.vocabulary} does not exist; {remedy}") from error
+        except DataError as error:
+            raise DataError(f"tokenizer.vocabulary: {error}") from error
         if section.lowercase is None and tokenizer.lowercase == tokenizer.is_cased:
             has = "words with capital letters" if tokenizer.lowercase else "no word with a capital letter"
             raise ConfigError(

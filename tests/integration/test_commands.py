@@ -116,10 +116,10 @@ def test_corrupt_jpegs_are_replaced_and_a_non_finite_loss_stops_the_run_by_name(
 
 PROGRAM = """
 import jobs.train
-from jobs.configs import RECIPES, fingerprint_of
-from pipeline.config.load import load_config
+from jobs.configs import fingerprint_of
+from pipeline.config.load import RECIPES, load_config
 small = ['sources.scenes.synthetic.scenes=60', 'sources.unseen.synthetic.scenes=10']
-config = load_config(RECIPES / 'demo.yaml', small)
+config = load_config('demo', small)
 print(jobs.train.__file__, RECIPES, fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])
 """
 API = """

@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.config import load
 from pipeline.config.errors import ConfigError
+from pipeline.config.keys import SYNONYMS, find_keys, paths
 from pipeline.config.load import load_config, parse_yaml, resolve_secret, with_absolute_paths
 from pipeline.config.reference import markdown
 from pipeline.config.schema import RunConfig
@@ -78,6 +79,19 @@ INVALID: dict[str, list[str]] = {  # expected part of the message -> overrides
     "data.augment.crop_scale.1": ["data.augment={crop_scale: [0.5, .nan]}"],
     "one fault\nstages.vision_language.global_batch_size: ": ["stages.vision_language.global_batch_size=abc"],
     "one fault\nstages.language.nme: unknown key; did you mean 'name'?": ["stages.1.nme=x"],
+    "lr: unknown key; did you mean stages.vision.optimizer.lr, stages.language.optimizer.lr or stages.": ["lr=1e-3"],
+    "did you mean stages.vision.optimizer.lr, ": ["optimiser.lr=1", "learning_rate=1", "training.optimizer.lr=1"],
+    "stages.vision.lr: unknown key; did you mean stages.vision.optimizer.lr?": ["stages.vision.lr=1"],
+    "did you mean stages.vision.global_batch_size, ": ["batch_size=4", "train_batch_size=4"],
+    "steps = epochs x samples / global_batch_size": ["epochs=3", "num_train_epochs=3", "stages.vision.epochs=3"],
+    "did you mean stages.vision.steps, ": ["steps=10", "training.steps=3", "max_steps=4"],
+    "did you mean data.loader.num_workers?": ["num_workers=2", "data.num_workers=2", "dataloader_num_workers=2"],
+    "did you mean engine.micro_batch_size?": ["micro_batch=4", "per_device_train_batch_size=4"],
+    "did you mean cluster.workers?": ["gpus=3", "workers=3", "num_gpus=3"],
+    "model.depth: unknown key; did you mean 'layers'?": ["model.depth=3"],
+    "model.longest_side: unknown key; it is a key of model.kind vilt": ["model.longest_side=640"],
+    "foo: unknown key; known: name, output, seed": ["foo=1"],
+    "first a letter or digit (got 'my run'); did you mean 'my_run'?": ["name=my run"],
     "data.cache.folder: must be a folder on each node's own disk": ["data.cache.folder=s3://bucket/cache"],
     "tracking.profile": [
         f"tracking.profile={steps}"
@@ -136,13 +150,14 @@ UNREADABLE: dict[str, list[bytes]] = {  # expected part of the message -> conten
     "not UTF-8 text": ["name: caf\xe9\n".encode("latin-1"), b"\x00"],
     "contains itself": [b"name: &a [*a]\n", b"name: &a {b: *a}\n"], "nested too deep": [b"[" * 5000],
     "not valid YAML": [b"name: 2026-99-99\n", b"<<: 5\n", b"a: !!python/object:os.system x\n", b"a: *missing\n"],
-    "not valid Unicode": [b'name: "a\\ud83d"\n'], "an empty file": [b""], "a list": [b"- a\n"],
+    "not valid Unicode": [b'name: "a\\ud83d"\n'], "a list": [b"- a\n"],
+    "it is empty; expected a mapping": [b"", b"# nothing\n"],
 }  # fmt: skip
 
 
 def test_file_that_is_not_a_config_is_one_message_and_other_files_are_read(tmp_path):
     path = tmp_path / "run.yaml"
-    with pytest.raises(ConfigError, match=r"run\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: no such file, and no such recipe"):
         load_config(path)
     for expected, contents in UNREADABLE.items():
         for content in contents:
@@ -155,6 +170,33 @@ def test_file_that_is_not_a_config_is_one_message_and_other_files_are_read(tmp_p
     merged = "a: &a {x: 1, y: 1}\ndeep: {deeper: {base: &b {<<: *a, x: 2}}}\nc: {<<: *b, z: 3}\n"
     values = parse_yaml(merged, "here")  # merge keys are overridden by the mapping
     assert (values["deep"]["deeper"]["base"], values["c"]) == ({"x": 2, "y": 1}, {"x": 2, "y": 1, "z": 3})
+
+
+def test_a_recipe_is_found_by_its_name_unless_a_file_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # as with an installed wheel, without the folder `configs`
+    names = ("demo", "demo.yaml", "configs/demo.yaml", Path("demo"))
+    assert [load_config(name) for name in names] == [load_config(DEMO)] * 4
+    assert load_config("finetune/vilt_b32_vqa").name == "vilt_b32_vqa"
+    (tmp_path / "vlmo_base").mkdir()
+    assert load_config("vlmo_base").name == "vlmo_base"
+    (tmp_path / "demo").write_text("name: [", encoding="utf-8")
+    with pytest.raises(ConfigError, match="demo: not valid YAML"):
+        load_config("demo")
+    (tmp_path / "pairs.yaml").write_bytes(b"")
+    hints = {"pair.yaml": "did you mean pairs.yaml?", "vlmo_bas": "did you mean vlmo_base?", "xyzzy": "config list"}
+    for name, hint in hints.items():
+        with pytest.raises(ConfigError, match=f"{name}: no such file, and no such recipe; .*") as error:
+            load_config(name)
+        assert hint in str(error.value)
+
+
+def test_synonyms_are_of_keys_and_are_not_keys_of_their_own_section():
+    for path, names in SYNONYMS.items():
+        section, _, last = path.rpartition(".")
+        assert path in paths()
+        assert last not in names.split()
+        assert [name for name in names.split() if f"{section}.{name}".strip(".") in paths()] == []
+        assert all(path in find_keys(name) for name in names.split())
 
 
 def test_a_source_may_have_any_name_that_is_no_path(tmp_path):
