@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from jobs.console import FileOption, JsonOption, local_file
+from jobs.console import FileOption, JsonOption
 
 # "auto", then the formats of pipeline.data.building
 SourceFormat = StrEnum(
@@ -17,6 +17,7 @@ SourceFormat = StrEnum(
 SourceType = StrEnum("SourceType", "pairs images text labelled regions questions statements")
 Report = Annotated[Path | None, FileOption(help="Write all bad samples to this file, one JSON per line.")]
 MaxPixels = Annotated[int, Option(min=1, help="Maximum pixels of an image; more are rejected as a decompression bomb.")]
+SOURCE_HELP = "Folder, list or table of images with captions, annotation file, text; or a URL of Parquet files."
 MAX_PIXELS = 25_000_000  # default of data.max_pixels
 
 app = typer.Typer(no_args_is_help=True, help="Build, index, check and show shards: tars of images, captions and texts.")
@@ -24,9 +25,7 @@ app = typer.Typer(no_args_is_help=True, help="Build, index, check and show shard
 
 @app.command()
 def build(
-    source: Annotated[
-        Path, Argument(parser=local_file, help="Folder, list or table of images with captions, annotation file, text.")
-    ],
+    source: Annotated[str, Argument(help=SOURCE_HELP)],
     out: Annotated[str, Argument(help="Folder or URL (s3://bucket/path) to write the shards to.")],
     kind: Annotated[SourceFormat, Option(help="Format of SOURCE; auto detects it.")] = SourceFormat.auto,
     images: Annotated[
@@ -34,13 +33,17 @@ def build(
     ] = None,
     allow_outside: Annotated[bool, Option("--allow-outside", help="Also read images outside of that folder.")] = False,
     image_column: Annotated[str | None, Option(help="table, parquet: name or number of the image column.")] = None,
-    caption_column: Annotated[str | None, Option(help="table, parquet: name or number of the caption column.")] = None,
+    caption_column: Annotated[str | None, Option(help="table, parquet: caption column, such as sentences.raw.")] = None,
+    label_column: Annotated[str | None, Option(help="parquet: column of classes, instead of captions.")] = None,
+    keep_columns: Annotated[
+        list[str] | None, Option("--keep-column", help="parquet: column to store in the JSON, for filters; repeatable.")
+    ] = None,
     samples_per_shard: Annotated[int, Option(min=1, help="Number of samples in each tar.")] = 1000,
     words: Annotated[int, Option(min=1, help="text: maximum number of words per sample.")] = 64,
     annotations: Annotated[
         list[Path] | None, FileOption(help="vqa: annotations file; repeat for each file whose answers are listed.")
     ] = None,
-    split: Annotated[str | None, Option(help="karpathy: import the images of this split only.")] = None,
+    split: Annotated[str | None, Option(help="karpathy, parquet: import this split only.")] = None,
     listed_only: Annotated[
         bool, Option("--listed-only", help="vqa, vg_qa: omit questions without a listed answer.")
     ] = False,
@@ -62,7 +65,8 @@ def build(
     list: a JSON list of the same objects (BLIP, ALBEF).
     table: CSV, TSV or lines with '|', with a header or Flickr's names
     (captions.txt, results.csv, *.token).
-    parquet: a file or a folder of files, with paths or the images themselves.
+    parquet: a file or a folder of files, or its URL, with the images themselves
+    or their paths: Hugging Face datasets, img2dataset's Parquet output.
     coco: COCO's captions.
 
     VQA v2's questions, Visual Genome's question_answers.json, NLVR2's lines and
@@ -74,8 +78,8 @@ def build(
     from pipeline.data.building.inputs import ImportOptions, Problems
 
     options = ImportOptions(
-        images, allow_outside, image_column, caption_column, words, tuple(annotations or ()), split, listed_only,
-        min_count,
+        images, allow_outside, image_column, caption_column, label_column, tuple(keep_columns or ()), words,
+        tuple(annotations or ()), split, listed_only, min_count,
     )  # fmt: skip
     problems = Problems(strict=strict)
     build_shards(source, out, kind, options, problems, samples_per_shard, limit, overwrite, max_missing, as_json)

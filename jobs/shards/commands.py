@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from jobs.console import check_output, echo, list_of_findings, write_output
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import DataConfig, SourceType
+from pipeline.config.urls import is_local, parse
 from pipeline.data.building.importers import find_kind, read_source, write_shards
 from pipeline.data.building.inputs import ImportOptions, Kind, Problems, Sample, suffix_of
 from pipeline.data.contents.images import EXTENSIONS, decode, format_of, measure
@@ -34,8 +35,9 @@ _MAX_PRINTED = 20  # broken shards
 TILE, CAPTION_LINES, LINE_CHARACTERS, LINE_HEIGHT, MARGIN = 224, 6, 38, 15, 16  # of the contact sheet, in pixels
 # Options of some formats only; with another format they are an error.
 APPLIES_TO = {
-    "image_column": ("table", "parquet"), "caption_column": ("table", "parquet"), "annotations": ("vqa",),
-    "listed_only": ("vqa", "vg_qa"), "min_count": ("vqa", "vg_qa"), "split": ("karpathy",),
+    "image_column": ("table", "parquet"), "caption_column": ("table", "parquet"), "label_column": ("parquet",),
+    "keep_columns": ("parquet",), "annotations": ("vqa",), "listed_only": ("vqa", "vg_qa"),
+    "min_count": ("vqa", "vg_qa"), "split": ("karpathy", "parquet"),
 }  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str,
 
 
 def build_shards(
-    source: Path, out: str, kind: str, options: ImportOptions, problems: Problems, samples_per_shard: int,
+    url: str, out: str, kind: str, options: ImportOptions, problems: Problems, samples_per_shard: int,
     limit: int | None, overwrite: bool, max_missing: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write the shards and print the result; the arguments are the options of `mome shards build`."""
@@ -91,15 +93,21 @@ def build_shards(
             threshold = -1.0
         if not 0 <= threshold <= 1:
             raise ConfigError(f"--max-missing {max_missing}: expected a fraction of the entries, such as 1% or 0.01")
-    format_name = find_kind(source) if kind == "auto" else cast(Kind, kind)
+    source = Path(parse(url)[1]) if is_local(url) else url
+    format_name = cast(Kind, kind)
+    if isinstance(source, str) and kind not in ("auto", "parquet"):
+        raise ConfigError(f"{url}: only Parquet files are read from a URL; copy files of --kind {kind} to this machine")
+    if kind == "auto":
+        format_name = "parquet" if isinstance(source, str) else find_kind(source)
     for name, kinds in APPLIES_TO.items():
         if getattr(options, name) and format_name not in kinds:
-            option = f"--{name.replace('_', '-')}"
+            option = f"--{name.replace('_', '-').removesuffix('s' if name == 'keep_columns' else '')}"
             raise ConfigError(f"{option} is for --kind {' or '.join(kinds)}; {source} is read as {format_name}")
     if options.images is not None and not options.images.is_dir():
         expected = "the folder that image paths are relative to"
         raise ConfigError(f"--images {options.images}: no such folder; expected {expected}")
-    storage, imported = Storage(), read_source(source, format_name, problems, options)
+    storage = Storage()
+    imported = read_source(source, format_name, problems, options, storage)
     num_samples = 0
     counts = {"images": 0, "captions": 0, "without_caption": 0, "animated": 0}
 
@@ -141,7 +149,7 @@ def build_shards(
             notes.append(f"hint: none of the listed images exists; {remedy}")
         elif problems.faults > num_samples:
             notes.append(f"hint: more entries could not be used ({problems.faults}) than were imported ({num_samples})")
-        if format_name == "folder" and counts["images"] and not counts["captions"]:
+        if isinstance(source, Path) and format_name == "folder" and counts["images"] and not counts["captions"]:
             entries = [entry for entry in source.iterdir() if not entry.name.startswith(".")]
             has_images = any(suffix_of(entry.name) in EXTENSIONS for entry in entries)
             if sum(entry.is_dir() for entry in entries) > 1 and not has_images:

@@ -19,7 +19,7 @@ from pipeline.config.errors import DataError, MomeError
 from pipeline.data.building import annotation_files as published
 from pipeline.data.building import inputs
 from pipeline.data.building.inputs import Import, Sample, Unusable
-from pipeline.data.building.tables import Record, first_row, parquet_records, table_records
+from pipeline.data.building.tables import Record, first_row, table_records
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.contents.members import REGIONS, is_visible
 from pipeline.data.contents.regions import parse_regions
@@ -50,7 +50,8 @@ def find_kind(source: Path) -> inputs.Kind:
     """Return the kind of a source. Raises DataError when it cannot be imported."""
     if source.is_dir():
         for extensions, kind in _KIND_OF_FOLDER.items():
-            if next(inputs.files_below(source, extensions, inputs.Problems()), None) is not None:
+            path = next(inputs.files_below(source, extensions, inputs.Problems()), None)
+            if path is not None and not path.with_suffix(".tar").exists():  # img2dataset's list beside its tar
                 return kind
         if next(inputs.files_below(source, ("tar",), inputs.Problems()), None) is not None:
             raise DataError(f"{source}: a folder of tars, which need no import: run `mome shards index {source}`")
@@ -83,11 +84,24 @@ def find_kind(source: Path) -> inputs.Kind:
 
 
 def read_source(
-    source: Path, kind: inputs.Kind, problems: inputs.Problems, options: inputs.ImportOptions = inputs.ImportOptions()
-) -> Import:
-    """Read a source of the given kind. Raises DataError when it is missing, and later as its reader does."""
-    if not source.exists():
+    source: Path | str, kind: inputs.Kind, problems: inputs.Problems,
+    options: inputs.ImportOptions = inputs.ImportOptions(), storage: Storage = Storage(),
+) -> Import:  # fmt: skip
+    """Read a source of the given kind; a text is the URL of Parquet files in `storage`.
+
+    Raises DataError when it is missing, and later as its reader does.
+    """
+    if isinstance(source, str):
+        job = Import(Path(), kind, options, problems, url=source, storage=storage)
+    elif not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
+    else:
+        job = Import(source, kind, options, problems)
+    if kind == "parquet":
+        from pipeline.data.building.parquet import parquet_records  # imports pyarrow, which other kinds do not need
+
+        job.samples = record_samples(job, parquet_records(job))
+        return job
     if kind in ("folder", "text") and options.images is not None:
         remedy = "For a list of images with captions pass --kind table or --kind jsonl; else remove --images"
         raise DataError(f"{source} is read as {kind}, which lists no images, but --images was given. {remedy}")
@@ -95,11 +109,10 @@ def read_source(
         "folder": folder_samples, "text": text_samples, "coco": published.coco_samples, "jsonl": json_records,
         "nlvr2": published.nlvr2_samples, "karpathy": published.karpathy_samples, "vqa": published.vqa_samples,
         "vg_qa": published.visual_genome_samples, "classes": published.class_samples, "list": json_records,
-        "table": table_records, "parquet": parquet_records,
+        "table": table_records,
     }  # fmt: skip
-    job = Import(source, kind, options, problems)
     samples = readers[kind](job)
-    job.samples = record_samples(job, samples) if kind in ("jsonl", "list", "table", "parquet") else samples
+    job.samples = record_samples(job, samples) if kind in ("jsonl", "list", "table") else samples
     return job
 
 
@@ -235,7 +248,9 @@ def record_samples(job: Import, records: Iterable[Record]) -> Iterator[Sample]:
                     raise Unusable(f"{path}: {error.reason}") from error
                 files |= {REGIONS: data if first.image_size is None else regions.to_bytes()}
             captions = [caption for record in (first, *others) for caption in record.captions]
-            yield job.pair(os.path.splitext(first.name)[0], files, captions, first.image_id)
+            files |= {} if first.label is None else {"cls": str(first.label).encode()}
+            name = os.path.splitext(first.name)[0] if isinstance(first.image, str) else first.name
+            yield job.pair(name, files, captions or None, first.image_id, first.more)
             is_usable = True
         for record in others if not is_usable else ():
             job.problems.add(record.where, f"its image {first.name} is skipped, see {first.where}")

@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from pipeline.config.errors import DataError
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import EXTENSIONS, FORMATS, format_of
 from pipeline.data.contents.members import is_visible
+from pipeline.data.storage import Storage
 
 T = TypeVar("T")
 Sample = dict[str, Any]
@@ -93,9 +95,11 @@ class ImportOptions:
     allow_outside: bool = False  # lists may name images outside that folder
     image_column: str | None = None  # table, parquet: name, or number from 1 (default: detected)
     caption_column: str | None = None
+    label_column: str | None = None  # parquet
+    keep_columns: tuple[str, ...] = ()  # parquet: stored in the samples' JSON
     words: int = 64  # text: maximum number in a sample
     annotations: tuple[Path, ...] = ()  # vqa: files of answers (default: by the name of the questions file)
-    split: str | None = None  # karpathy: the split to import (default: all)
+    split: str | None = None  # karpathy, parquet: the split to import (default: all, or the only one)
     listed_only: bool = False  # vqa, vg_qa: skip questions without a listed answer
     min_count: int | None = None  # vqa, vg_qa: minimum frequency of a listed answer (default: 9, as published)
 
@@ -110,12 +114,16 @@ class Import:
     problems: Problems = field(default_factory=Problems)
     samples: Iterator[Sample] = field(default_factory=lambda: iter(()))
     choices: dict[str, Choices] = field(default_factory=dict)  # by the name of the file next to the shards
+    url: str | None = None  # of Parquet files in a store, which are read instead of the source
+    storage: Storage = field(default_factory=Storage)
     _keys: dict[str, int] = field(default_factory=dict)  # every key, and the last number that was added to it
 
     def find(self, *names: str) -> Path:
         """Return the first of `names` that is a file, else the first name. Raise Unusable for a forbidden path: one
         outside the folder could pack any file of this machine into shards that are then shared.
         """
+        if self.url is not None and self.options.images is None:
+            raise Unusable(f"{names[0]:.200} is a path; give the folder of the images on this machine with --images")
         root = self.options.images or (self.source if self.source.is_dir() else self.source.parent)
         base, paths = os.path.abspath(root), list[Path]()
         for name in names:
@@ -146,11 +154,15 @@ class Import:
         self._keys |= {key: 1, plain: number}
         return {"__key__": key, **files}
 
-    def pair(self, path: str, files: Files, captions: list[str] | None, image_id: int | None = None) -> Sample:
+    def pair(
+        self, path: str, files: Files, captions: list[str] | None, image_id: int | None = None,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Sample:  # fmt: skip
         """Return an image with its captions, or alone. Without an `image_id`, equal bytes are the same image."""
         if image_id is None:
             image_id = int.from_bytes(hashlib.sha256(next(iter(files.values()))).digest()[:8], "big") >> 1
-        return self.sample(path, files, {"image_id": image_id} | ({} if captions is None else {"captions": captions}))
+        record = {**more, "image_id": image_id} | ({} if captions is None else {"captions": captions})
+        return self.sample(path, files, record)
 
 
 def check_text(text: str, what: str = "it") -> None:

@@ -1,4 +1,4 @@
-"""Tables of images with captions: CSV and its relatives, the captions files of Flickr8k and Flickr30k, and Parquet.
+"""Tables of images with captions: CSV and its relatives, and the captions files of Flickr8k and Flickr30k.
 
 image,caption                       Kaggle's captions.txt of Flickr8k, and most CSV files, with a header
 image_name| comment_number| comment Flickr30k's results.csv
@@ -10,14 +10,14 @@ import csv
 import io
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.errors import DataError, MomeError
+from pipeline.config.errors import DataError
 from pipeline.data.building import inputs
 from pipeline.data.building.inputs import Import, Unusable
 from pipeline.data.contents.images import EXTENSIONS
@@ -31,7 +31,6 @@ CAPTION_NAMES = (
 )  # fmt: skip
 _QUOTED = ",;"  # delimiters of files with quoted cells; with other delimiters quotation marks are plain text
 MAX_LINES = 64  # of one CSV row
-BATCH_ROWS = 64  # rows of Parquet, with their images, in memory at a time
 _NUMBERED = re.compile(rf"(.+\.(?:{'|'.join(EXTENSIONS)}))(#\w+)?", re.IGNORECASE)  # Flickr numbers an image's captions
 
 
@@ -46,6 +45,8 @@ class Record:
     image_id: int | None = None
     regions: str | None = None
     image_size: tuple[int, int] | None = None
+    label: int | None = None  # the class of an image without captions
+    more: Mapping[str, Any] = field(default_factory=dict)  # of the sample's JSON
 
 
 def table_records(job: Import) -> Iterator[Record]:
@@ -134,7 +135,7 @@ def _cell(cell: str) -> str:
 
 
 def _find_columns(
-    file: Path, cells: Sequence[str], images: Sequence[int] | None, options: inputs.ImportOptions
+    file: Path, cells: Sequence[str], images: Sequence[int], options: inputs.ImportOptions
 ) -> tuple[int, int]:
     """Return the columns of images and captions, by names, or by a first line whose cells `images` are images."""
     names = [cell.lower() for cell in cells]
@@ -159,48 +160,3 @@ def _find_columns(
         remedy = "Pass --image-column and --caption-column, names or numbers from 1"
         raise DataError(f"{file}: no columns of images and captions detected in {', '.join(cells):.200}. {remedy}")
     return image, caption
-
-
-def parquet_records(job: Import) -> Iterator[Record]:
-    """Yield the rows of a Parquet file, or of every one below a folder. Raises DataError for a damaged file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    files = [job.source] if job.source.is_file() else list(inputs.files_below(job.source, ("parquet",), job.problems))
-    if not files:
-        raise DataError(f"{job.source}: no .parquet file in this folder")
-    for file in files:
-        row = 0
-        try:
-            with pyarrow.parquet.ParquetFile(file) as parquet:
-                names = parquet.schema_arrow.names
-                columns = [names[column] for column in _find_columns(file, names, None, job.options)]
-                for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                    for cells in zip(*map(batch.column, columns), strict=True):
-                        where = f"{file}, row {row}"
-                        with job.problems.skipping(where):
-                            yield _parquet_record(cells, where, f"{file.stem}-{row:07d}", job.problems)
-                        row += 1
-        except MomeError:
-            raise
-        except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-            raise DataError(f"{file}: not a Parquet file, or damaged after row {row} ({error})") from error
-
-
-def _parquet_record(cells: Sequence[Any], where: str, key: str, problems: inputs.Problems) -> Record:
-    """Return the record of the Arrow scalars of an image and its captions. Raises Unusable for other values."""
-    try:
-        image, caption = (cell.as_py() for cell in cells)
-    except UnicodeDecodeError as error:
-        raise Unusable(f"a text is not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (ValueError, OverflowError, NotImplementedError) as error:  # such as a time beyond the year 9999
-        raise Unusable(f"a value cannot be read ({error})") from error
-    if isinstance(image, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
-        data = image.get("bytes")
-        if data is not None and not isinstance(data, bytes):
-            raise Unusable(f"its image is not bytes but a {type(data).__name__}")
-        image = image.get("path") if data is None else data
-    if not isinstance(image, str | bytes) or not image.strip():
-        raise Unusable(f"it has no image ({image!r:.50}); expected bytes, a path, or a struct of both")
-    name = image if isinstance(image, str) else key
-    return Record(where, name, inputs.clean_captions(caption, where, problems), image)

@@ -73,7 +73,7 @@ class Storage:
         return self._do(url, "reading", lambda backend, path: backend.read(path, start, stop, etag))
 
     def open(self, url: str) -> BinaryIO:
-        """Open the object as a stream that is read forward in large pieces and fails if the object changes."""
+        """Open the object as a stream that is read in large pieces, can be sought, and fails if the object changes."""
         if is_local(url):
             return self._do(url, "opening", lambda _, local: _open(local))
         return io.BufferedReader(_RemoteStream(self, url, self.info(url)), _PIECE_BYTES)
@@ -145,7 +145,7 @@ class Storage:
 
 @dataclass(eq=False)
 class _RemoteStream(io.RawIOBase):
-    """Forward stream over ranged reads of one version of an object."""
+    """Stream over ranged reads of one version of an object."""
 
     storage: Storage
     url: str
@@ -154,6 +154,15 @@ class _RemoteStream(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = max(
+            0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.info.size}[whence]
+        )
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
         stop = min(self.position + len(buffer), self.info.size)

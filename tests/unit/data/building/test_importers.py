@@ -1,6 +1,7 @@
 """Importers of folders, jsonl with regions, lists, COCO captions, text and tables, and the writer of shards."""
 
 import errno
+import json
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -17,12 +18,12 @@ from PIL import Image
 
 from pipeline.config.errors import DataError, StorageError
 from pipeline.data.building import importers
-from pipeline.data.building.importers import find_kind, write_shards
-from pipeline.data.building.inputs import Import, Problems, Sample
+from pipeline.data.building.importers import find_kind, read_source, write_shards
+from pipeline.data.building.inputs import Import, ImportOptions, Problems, Sample
 from pipeline.data.contents.regions import parse_regions, regions_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
-from pipeline.data.storage import Storage
+from pipeline.data.storage import Storage, join
 from tests.support.data_stream import data_config, take
 from tests.support.shards_command import TABLES, captions_in, read, record_of, save_image, write_lines
 
@@ -268,14 +269,100 @@ def test_parquet_may_contain_paths_bytes_or_both_and_unusable_rows(folder: Path)
     write_parquet(file, image=[data[0], None, b"text", *data, data[0]], caption=texts)
     assert pairs(file, problems := Problems()) == [("t-0000000", ["good"])]
     assert {problem.split(": ")[0].split(", ")[-1] for problem in problems.first} == {f"row {n}" for n in range(1, 6)}
-    times = pyarrow.array([2**62, 0], pyarrow.timestamp("ms"))  # the first cannot be represented
-    for images, captions, reasons in (
-        (["a.jpg", "a.jpg"], times, ("row 0: a value cannot be read", "datetime")),
-        ([{"bytes": "a.jpg", "path": "x"}], ["a dog"], ("its image is not bytes but a str",)),
+    write_parquet(file, image=[{"bytes": "a.jpg", "path": "x"}], caption=["a dog"])
+    assert (pairs(file, problems := Problems()), "not bytes but a str" in problems.first[0]) == ([], True)
+    write_parquet(file, image=[data, [data[0]]], caption=["two images", "one"])
+    assert (pairs(file, problems := Problems()), "2 images" in problems.first[0]) == ([("t-0000001", ["one"])], True)
+
+
+def test_columns_of_hugging_face_are_detected_or_named(folder: Path) -> None:
+    images = [{"bytes": (folder / name).read_bytes(), "path": name} for name in ("a.jpg", "b.jpg")]
+    nested = [[{"raw": "one", "tokens": ["x"]}, {"raw": "two", "tokens": []}], [{"raw": "three", "tokens": ["y"]}]]
+    for texts in (nested, [{"raw": [text["raw"] for text in captions]} for captions in nested]):
+        file = write_parquet(folder / "t.parquet", img=images, filepath=["", ""], sentences=texts, score=[0.5, None])
+        for column in (None, "sentences.raw", "SENTENCES.RAW"):
+            samples = list(read(file, caption_column=column, keep_columns=("score",)).samples)
+            assert captions_in(samples) == [["one", "two"], ["three"]]
+            assert [record_of(sample).get("score") for sample in samples] == [0.5, None]
+    for options, reason in (
+        ({"caption_column": "raw"}, r"no column 'raw' \(--caption-column\)"),
+        ({"caption_column": "score"}, "--caption-column score has type double; expected text"),
+        ({"keep_columns": ("img",)}, "--keep-column img has type struct"),
+        ({"label_column": "score"}, "--label-column score has type double"),
+        ({"split": "dev"}, "--split dev selects nothing"),
     ):
-        write_parquet(file, image=images, caption=captions)
-        assert pairs(file, problems := Problems()) == []
-        assert all(reason in problem for reason, problem in zip(reasons, problems.first, strict=True))
+        with pytest.raises(DataError, match=reason) as error:
+            pairs(file, **options)
+        listed = "  sentences.raw: ", "  score: double", "Candidates: --image-column img, --caption-column filepath"
+        assert all(text in str(error.value) for text in listed) == ("split" not in options)
+
+
+def test_classes_of_hugging_face_keep_their_names_and_splits_stay_apart(folder: Path) -> None:
+    data = [(folder / name).read_bytes() for name in ("a.jpg", "b.jpg")]
+    features = {"label": {"names": ["cat", "tench, Tinca tinca"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    (folder / "data").mkdir()
+    for name, labels in (
+        ("train-00000-of-00002", [1, 0]),
+        ("train-00001-of-00002", [-1, 1]),
+        ("test-00000-of-00001", [0]),
+    ):
+        rows = {"img": data[: len(labels)], "label": labels, "split": ["dev", "holdout"][: len(labels)]}
+        table = pyarrow.table(rows).replace_schema_metadata(metadata)
+        pyarrow.parquet.write_table(table, folder / "data" / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"test \(1 file\), train \(2 files\)\. Choose one of them with --split"):
+        pairs(folder / "data")
+    job = read(folder / "data", problems := Problems(), split="dev")  # a value of the column
+    assert [sample["cls"] for sample in job.samples] == [b"0", b"1"]
+    assert job.choices == {"classes.json": ("cat", "tench, Tinca tinca")}
+    assert "its label is -1; expected 0 to 1" in problems.first[0]
+    with pytest.raises(DataError, match=r"no row is in split 'x'; its column 'split' has dev \(3\), holdout \(2\)"):
+        pairs(folder / "data", split="x")
+    file = write_parquet(folder / "t.parquet", image=data, species=["owl", "bat"])
+    job = read(file, label_column="species")
+    assert ([sample["cls"] for sample in job.samples], *job.choices.values()) == ([b"1", b"0"], ("bat", "owl"))
+
+
+def test_output_of_img2dataset_gives_the_same_samples_as_its_tars_and_failed_rows_are_counted(folder: Path) -> None:
+    data = (folder / "a.jpg").read_bytes()
+    rows = {
+        "url": ["http://h/1", "http://h/2"], "caption": ["A dog .", "gone"], "key": ["000000000", "000000001"],
+        "status": ["success", "failed_to_download"], "error_message": [None, "HTTP Error 404: Not Found"],
+        "width": [8, None], "jpg": [data, None],
+    }  # fmt: skip
+    file = write_parquet(folder / "images" / "00000.parquet", **rows)
+    (sample,) = read(file.parent, problems := Problems(), keep_columns=("width",)).samples
+    assert (sample["__key__"], sample["jpg"], captions_in([sample])) == ("000000000", data, [["A dog ."]])
+    assert record_of(sample) | {"url": "http://h/1", "width": 8} == record_of(sample)
+    assert (problems.count, problems.faults) == (1, 0)
+    assert "row 1: img2dataset has no image (failed_to_download: HTTP Error 404: Not Found)" in problems.first[0]
+    del rows["jpg"]
+    write_parquet(folder / "tars" / "00000.parquet", **rows)
+    write_lines(folder / "tars" / "00000.tar", "")
+    with pytest.raises(DataError, match="need no import: run `mome shards index"):
+        find_kind(folder / "tars")
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_parquet_is_read_from_a_store_in_rows_and_in_ranges(folder: Path, s3: Any) -> None:
+    data = [(folder / name).read_bytes() for name in ("a.jpg", "b.jpg")]
+    storage, url = Storage(s3.config), s3.url("set")
+    for split, texts in (("train", ["one", "two"]), ("test", ["three", "four"])):
+        file = write_parquet(folder / "t.parquet", image=data, text=texts)
+        storage.upload(file, join(url, "data", f"{split}-00000-of-00001.parquet"))
+    for source, options, expected in (
+        (url, {"split": "test"}, ["three", "four"]),
+        (join(url, "data/train-00000-of-00001.parquet"), {}, ["one", "two"]),
+    ):
+        job = read_source(source, "parquet", Problems(strict=True), ImportOptions(**options), storage)
+        assert captions_in(job.samples) == [[text] for text in expected]
+    job = read_source(join(url, "none"), "parquet", Problems(), storage=storage)
+    with pytest.raises(DataError, match=r"none: no \.parquet file"):
+        list(job.samples)
+    write_parquet(folder / "t.parquet", image=["a.jpg"], text=["a path"])
+    storage.upload(folder / "t.parquet", join(url, "paths.parquet"))
+    job = read_source(join(url, "paths.parquet"), "parquet", problems := Problems(), storage=storage)
+    assert (list(job.samples), "give the folder of the images" in problems.first[0]) == ([], True)
 
 
 def text_stream(count: int, then: Exception | None = None) -> Iterator[Sample]:
