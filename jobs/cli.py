@@ -18,7 +18,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from jobs import bench, shards
+from jobs import bench, config_commands, shards
 from jobs.console import Config, FileOption, JsonOption, Overrides, Stopped, aligned, echo, notify, print_result, status
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
 from pipeline.config.redaction import configure_logging, show_exception
@@ -79,7 +79,6 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
-config_app = typer.Typer(no_args_is_help=True, help="List and show the recipes of this package; print the schema.")
 jobs_app = typer.Typer(no_args_is_help=True, help="List jobs submitted to a cluster, show status and logs, stop them.")
 
 
@@ -373,35 +372,7 @@ def sync(run: Run, uri: TrackingUri = None, config: OwnConfig = None, as_json: J
     print_result(upload(run, named_caller(config, uri)), as_json)
 
 
-@config_app.command("list")
-def list_configs(as_json: JsonOption = False) -> None:
-    """List the recipes with their kind of model and stages."""
-    from jobs.configs import list_recipes
-
-    print_result(list_recipes(), as_json)
-
-
-@config_app.command("show")
-def show_config(name: Annotated[str, Argument(help="Name of a recipe: demo or finetune/vilt_b32_vqa.")]) -> None:
-    """Print a recipe, for example to start your own config from it."""
-    from jobs.configs import RECIPES, list_recipes
-
-    recipes, name = list_recipes(), name.removeprefix("configs/").removesuffix(".yaml")
-    if name not in recipes:
-        raise ConfigError(f"no recipe {name!r}; expected one of {', '.join(recipes)}")
-    echo((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), newline=False)
-
-
-@config_app.command("schema")
-def show_schema() -> None:
-    """Print the JSON schema of a config, for validation and completion in editors."""
-    from pipeline.config.schema import RunConfig
-
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    echo(json.dumps(dialect | RunConfig.model_json_schema(), indent=2))
-
-
-app.add_typer(config_app, name="config", rich_help_panel=CONFIGS)
+app.add_typer(config_commands.app, name="config", rich_help_panel=CONFIGS)
 
 
 @app.command(rich_help_panel=CONFIGS)

@@ -72,6 +72,7 @@ class RunDescription:
     kind: str
     state: str = "new"
     vocabulary: str = ""
+    has_vocabulary: bool = True  # else it is trained when the run starts, and the parameters are the most there can be
     ranks: int = 1
     placement: str = ""
     tracking: str = ""
@@ -121,7 +122,7 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
         tokenizer, run.vocabulary = _vocabulary(config, storage)
     with run.collected():
         choices_of(config, config.stages, storage)
-    vocabulary = tokenizer.size if tokenizer else config.tokenizer.size
+    run.has_vocabulary, vocabulary = tokenizer is not None, tokenizer.size if tokenizer else config.tokenizer.size
     for index, stage in enumerate(config.stages):
         resolved, total = Stage(config, index), sum(stage.sources.values())
         model = stage_skeleton(resolved, vocabulary)
@@ -236,7 +237,8 @@ def as_text(run: RunDescription) -> str:
             for name, number in stage.epochs.items()
         ]  # fmt: skip
         done = f"{stage.steps_done:,}/" if stage.steps_done else ""
-        sizes = [f"{number / 1e6:,.1f} M" for number in (stage.parameters, stage.trained_parameters)]
+        most = "" if run.has_vocabulary else "≤ "
+        sizes = [f"{most}{number / 1e6:,.1f} M" for number in (stage.parameters, stage.trained_parameters)]
         row = [stage.name, " ".join(stage.objectives), f"{done}{stage.steps:,}", f"{stage.global_batch_size:,}"]
         stages.append([*row, ", ".join(epochs), *sizes, stage.starts_from])
     tables = [aligned([row for row in facts if row[1]]), aligned(sources), aligned(stages)]

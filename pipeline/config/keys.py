@@ -85,9 +85,19 @@ class SectionKeys(NamedTuple):
 
 
 @cache
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a config, which accepts a model without `kind` as one of the default kind."""
+    schema = RunConfig.model_json_schema()
+    model = schema["properties"]["model"]  # `oneOf` would refuse it, because it may be of every kind
+    model["anyOf"] = model.pop("oneOf")
+    del model["discriminator"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+@cache
 def sections() -> tuple[SectionKeys, ...]:
     """Return all sections with their keys, depth first."""
-    schema = RunConfig.model_json_schema()
+    schema = json_schema()
     result, pending = list[SectionKeys](), [("", "", schema)]
     while pending:
         place, kind, section = pending.pop(0)
@@ -146,7 +156,7 @@ def find_keys(name: str) -> list[str]:
     unknown beginning, such as `training.steps`, the rest is searched.
     """
     name = name.removeprefix("--").replace("-", "_")
-    if whole := [path for path in paths() if re.fullmatch(_pattern(path), name)]:
+    if whole := [path for path in paths() if re.fullmatch(path_pattern(path), name)]:
         return [name] if name in whole else whole
     parts = name.lower().split(".")
     for depth in range(len(parts)):
@@ -176,7 +186,7 @@ def suggestion(
     names: dict[str, str] = {}  # of the matches in this section
     for path in matches:
         parent, _, name = path.rpartition(".")
-        names |= {name: path} if re.fullmatch(_pattern(parent), section) else {}
+        names |= {name: path} if re.fullmatch(path_pattern(parent), section) else {}
     if last in names:
         return f"it is a key of model.kind {paths()[names[last]]}"
     note = " (steps = epochs x samples / global_batch_size)" if "epoch" in last else ""
@@ -195,7 +205,7 @@ def _endings(name: str) -> list[str]:
     return [path for path in paths() if f".{path}".endswith(f".{name}")]
 
 
-def _pattern(path: str) -> str:
+def path_pattern(path: str) -> str:
     """Return a regular expression for a path, with any name at NAME."""
     return re.escape(path).replace("NAME", r"[^.]+")
 

@@ -42,7 +42,12 @@ Rules = dict[str, Callable[[Any], object]]
 class Section(BaseModel):
     """Base of all sections. `RULES` relate the keys of a section: what a violation raises, and a condition."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False,
+        # What editors show: keys as they are written, and sections without "Config".
+        field_title_generator=lambda name, field: name,
+        model_title_generator=lambda section: section.__name__.removesuffix("Config"),
+    )  # fmt: skip
     RULES: ClassVar[Rules] = {}
 
     @model_validator(mode="after")
@@ -177,7 +182,7 @@ class VLMoConfig(TransformerConfig):
         "vision_language_layers must be below layers {layers}": lambda m: m.vision_language_layers < m.layers
     }
 
-    kind: Literal["vlmo"] = "vlmo"
+    kind: Literal["vlmo"] = fixed("vlmo", "Model architecture")
     vision_language_layers: Positive = fixed(2, "Number of top layers with the vision-language expert for fused input")
     positions: Literal["relative", "absolute"] = fixed("relative", "Kind of position embeddings")
     max_text_length: Positive = fixed(196, "Number of text positions, including [CLS] and [SEP]")
@@ -202,7 +207,7 @@ class ViLTConfig(TransformerConfig):
         )
     }
 
-    kind: Literal["vilt"] = "vilt"
+    kind: Literal["vilt"] = fixed("vilt", "Model architecture")
     image_size: Positive = fixed(384, "Shorter side of the input images in pixels; a multiple of `patch_size`")
     patch_size: Positive = fixed(32, "Side of an image patch in pixels")
     longest_side: Positive = fixed(640, "Longest allowed side of the input images in pixels")
@@ -217,7 +222,7 @@ class ViTConfig(TransformerConfig):
     READS_TEXT: ClassVar = False
     TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"max_text_length"}
 
-    kind: Literal["vit"] = "vit"
+    kind: Literal["vit"] = fixed("vit", "Model architecture")
     norm_eps: PositiveFloat = fixed(1e-6, "Epsilon of the layer norms; Hugging Face's configs state 1e-12")
 
 
@@ -229,7 +234,7 @@ class ImageBERTConfig(TransformerConfig):
         "drop_path does not exist in BERT; leave it 0 and set dropout": lambda model: not model.drop_path
     }
 
-    kind: Literal["imagebert"] = "imagebert"
+    kind: Literal["imagebert"] = fixed("imagebert", "Model architecture")
     max_text_length: Positive = fixed(44, "Number of text positions, including [CLS] and [SEP]")
     max_regions: Positive = fixed(100, "Maximum number of regions per image")
     region_features: Positive = fixed(2048, "Dimension of a region's feature vector")
@@ -243,7 +248,7 @@ class ImageBERTConfig(TransformerConfig):
 class DualEncoderConfig(TransformerConfig):
     """Two towers trained with ITC (CLIP, arXiv 2103.00020): the baseline. `layers` and `width` size the image tower."""
 
-    kind: Literal["dual_encoder"] = "dual_encoder"
+    kind: Literal["dual_encoder"] = fixed("dual_encoder", "Model architecture")
     max_text_length: Positive = fixed(77, "Number of text positions, including [CLS] and [SEP]")
     text_layers: Positive = fixed(12, "Number of layers of the text tower")
     embedding: Positive = fixed(512, "Dimension of the shared embedding space")

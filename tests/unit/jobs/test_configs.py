@@ -1,16 +1,25 @@
-"""Tools for configs: `mome train --dry-run`."""
+"""`mome train --dry-run`, and `mome config new | show | explain | copy | schema`."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.config_tools import explain_key, resolved_yaml
 from jobs.describe_run import check_services, describe_run
+from jobs.new_config import OBJECTIVES, SIZES, Choice, new_config
+from pipeline.config.errors import ConfigError
+from pipeline.config.keys import json_schema, paths
+from pipeline.config.load import RECIPES, load_config, parse_yaml, validate
+from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import prepare
 from pipeline.training.stages import Stage, build_stage_model
+from tests.support.fine_tuning_data import write_set
 from tests.support.finished_run import contents
 from tests.support.short_run import short_config
 
@@ -46,8 +55,109 @@ def test_dry_run_states_counts_and_every_problem_and_writes_nothing(tmp_path: Pa
 
 
 def test_dry_run_command_fails_before_a_run_that_cannot_start(tmp_path: Path) -> None:
-    arguments = ["train", "configs/demo.yaml", f"output={tmp_path}", "--dry-run", "--json"]
+    arguments = ["train", "demo", f"output={tmp_path}", "--dry-run", "--json"]
     done = CliRunner().invoke(app, [*arguments, "sources.pictures.shards=absent"])
     result = json.loads(done.stdout)
     assert (done.exit_code, len(result["problems"]), [*tmp_path.iterdir()]) == (2, 1, [])
     assert [stage["objectives"] for stage in result["stages"]] == [["mim"], ["mlm"], ["itc", "itm", "mlm"]]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: Any) -> dict[str, str]:
+    """Return a folder of indexed shards of each source type that a new config may train on, without regions."""
+    folder = tmp_path_factory.mktemp("shards")
+    build_synthetic(Storage(), short_config(str(folder)).sources)
+    own = {name: write_set(folder, name, 40) for name in ("questions", "statements", "labelled")}
+    return own | dict.fromkeys(("pairs", "images"), f"{folder}/scenes")
+
+
+def test_new_config_of_every_kind_loads_and_would_train(shards: dict[str, str], tmp_path: Path) -> None:
+    for kind, types in OBJECTIVES.items():
+        for source_type in types:
+            data = shards.get(source_type, "s3://bucket/not-reachable")
+            test = None if source_type in ("images", "regions") else data
+            for gpus, size in ((0, None), (3, "base"), (64, "large")):
+                stages = {"image_data": data, "text_data": data} if (kind, source_type) == ("vlmo", "pairs") else {}
+                choice = Choice(data, kind, gpus, output=str(tmp_path), size=size, test_data=test, **stages)
+                text, config, notes = new_config(choice)
+                assert (config.model.kind, config.cluster.workers) == (kind, max(1, gpus))
+                assert config.stages[-1].global_batch_size >= config.cluster.workers
+                if data.startswith("s3://"):
+                    assert "its type and size are assumed" in notes[0]
+                    continue
+                assert config.sources["train"].type == source_type
+                if gpus:
+                    continue
+                run = describe_run(config)
+                assert (run.problems, notes) == ([], [])
+                assert all(
+                    9 < epochs < 11 or stage.steps == 1 for stage in run.stages for epochs in stage.epochs.values()
+                )
+                assert all(f"\n  - name: {stage.name}" in text for stage in config.stages)
+    with pytest.raises(ConfigError, match=r"vilt trains on pairs .*, and the first sample, 'drawn00000', has cls, jpg"):
+        new_config(Choice(shards["labelled"], "vilt"))
+    with pytest.raises(ConfigError, match="--size huge: expected one of tiny, small"):
+        new_config(Choice(shards["pairs"], size="huge"))
+    assert len(SIZES) == 4
+
+
+def test_new_config_command_writes_once_and_says_what_is_missing(shards: dict[str, str], tmp_path: Path) -> None:
+    out, options = str(tmp_path / "new.yaml"), ["--data", shards["pairs"], "--gpus", "0", "--epochs", "3"]
+    done = CliRunner().invoke(app, ["config", "new", out, *options, "--json"])
+    assert json.loads(done.stdout) == {"config": out, "steps": load_config(out).total_steps, "notes": []}
+    for arguments, expected in (
+        ([out, *options], "exists already, and is not overwritten"),
+        ([], "--data: expected a"),
+    ):
+        error = CliRunner().invoke(app, ["config", "new", *arguments]).exception
+        assert isinstance(error, ConfigError)
+        assert expected in str(error)
+
+
+def test_resolved_configs_load_as_the_same_config_and_mark_what_differs() -> None:
+    for path in sorted(RECIPES.rglob("*.yaml"))[::2]:
+        config = load_config(path)
+        whole, diff = resolved_yaml(config), resolved_yaml(config, only_changed=True)
+        assert validate(parse_yaml(whole, "show"), "show") == validate(parse_yaml(diff, "diff"), "diff") == config
+        assert all("  # " in line or line.rstrip().endswith((":", "{}")) for line in diff.splitlines())
+        assert set(diff.splitlines()) <= set(whole.splitlines()) or "{}" in diff
+    shown = CliRunner().invoke(app, ["config", "show", "vilt_b32", "--diff", "seed=5", "name=010"]).stdout.splitlines()
+    assert {"seed: 5  # default: 0", "  kind: vilt  # default: vlmo", "name: '010'  # required"} <= {*shown}
+
+
+def test_every_key_is_explained_by_its_path_its_end_and_other_trainers_name() -> None:
+    for path in paths():
+        result, text = explain_key(path)
+        (key,) = result["keys"]
+        assert (key["path"], key["description"] != "", path in text) == (path, True, True)
+    for name in ("lr", "learning_rate", "stages.pairs.optimizer.lr", "learnin_rate"):
+        result, text = explain_key(name)
+        assert result["keys"][0]["path"] == "stages.NAME.optimizer.lr"
+        assert all(part in text for part in ("number > 0", "0.0002", "may change", "demo 0.001", "      optimizer:\n"))
+    assert [key["path"] for key in explain_key("batch_size")[0]["keys"]][1:] == ["evaluation.batch_size"]
+    assert explain_key("model.norm_eps")[0]["keys"][0]["default"] == "1e-06 (vlmo, vilt, vit); 1e-12 (imagebert)"
+    with pytest.raises(ConfigError, match="no key 'xyzzy'"):
+        explain_key("xyzzy")
+
+
+def test_schema_describes_every_property_and_accepts_the_recipes() -> None:
+    schema = json.loads(CliRunner().invoke(app, ["config", "schema"]).stdout)
+    assert schema == json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        assert section["description"]
+        assert all(key["description"] for key in section["properties"].values())
+        assert all(key.get("title", name) == name for name, key in section["properties"].items())
+    validator = jsonschema.Draft202012Validator(schema)
+    for path in RECIPES.rglob("*.yaml"):
+        validator.validate(parse_yaml(path.read_bytes(), path.name))
+    faults = [*validator.iter_errors({"name": "a", "sources": {}, "stages": [], "model": {"widht": 1}})]
+    assert len(faults) == 2
+
+
+def test_options_that_are_keys_are_answered_with_the_key() -> None:
+    answers = {"--steps 10": "stages.NAME.steps=10", "--lr=1e-3": "stages.NAME.optimizer.lr=1e-3"}
+    for options, expected in (answers | {"--gpus": "cluster.workers=VALUE"}).items():
+        error = CliRunner().invoke(app, ["train", "demo", *options.split()]).exception
+        assert isinstance(error, ConfigError)
+        assert str(error).endswith(f"keys of the config have no dashes: {expected}")
+    assert "No such option: --xyzzy" in CliRunner().invoke(app, ["train", "demo", "--xyzzy"]).output
