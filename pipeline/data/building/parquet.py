@@ -1,4 +1,4 @@
-"""Parquet files of images: Hugging Face datasets, img2dataset's `--output_format parquet`, and tables of paths.
+"""Importer of Parquet files: Hugging Face datasets, img2dataset's `--output_format parquet`, and tables of paths.
 
 image: struct<bytes: binary, path: string>    Hugging Face; also binary, or a path below --images
 caption: string, or list<string>              one caption or several
@@ -14,10 +14,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -31,10 +31,10 @@ from pipeline.data.contents.choices import CLASSES, Choices
 from pipeline.data.storage import join
 
 BATCH_ROWS = 16  # with their images, in memory at a time
-BUFFER_BYTES = 4 * 2**20  # of each column; without a limit pyarrow reads a row group's whole column
+BUFFER_BYTES = 4 * 2**20  # read ahead of each column
 MAX_LISTED = 40  # columns in a message
 LABEL_NAMES = ("label", "labels", "cls", "class")
-IMG2DATASET = frozenset({"key", "status", "error_message", "url"})  # columns that tell its files
+IMG2DATASET = frozenset({"key", "status", "error_message", "url"})  # columns that all its files have
 RESERVED = frozenset({"image_id", "caption", "captions"})  # in a sample's JSON
 _NUMBERED_FILE = re.compile(r"(.+)-\d{5}-of-\d{5}")  # Hugging Face's name: train-00000-of-00042
 _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
@@ -73,7 +73,7 @@ def parquet_records(job: Import) -> Iterator[Record]:
     for file in files:
         row = 0
         try:
-            with _opened(job, file) as stream, pyarrow.parquet.ParquetFile(stream, buffer_size=BUFFER_BYTES) as parquet:
+            with _opened(job, file) as parquet:
                 columns = find_columns(file, parquet.schema_arrow, job.options)
                 if split is not None and columns.split is None and split not in named:
                     known = f"files are of {', '.join(sorted(named))}" if named else "files and columns name no split"
@@ -111,7 +111,7 @@ def parquet_records(job: Import) -> Iterator[Record]:
 
 
 def _files_of(job: Import) -> tuple[list[str], set[str]]:
-    """Return the Parquet files of the chosen split, and the splits that file names tell; raise DataError for none."""
+    """Return the Parquet files of the chosen split, and the splits that occur in file names. Raises DataError."""
     if job.url is None:
         is_file = job.source.is_file()
         paths = [job.source] if is_file else inputs.files_below(job.source, ("parquet",), job.problems)
@@ -143,8 +143,14 @@ def _files_of(job: Import) -> tuple[list[str], set[str]]:
     return [file for file in files if not is_chosen or split_of.get(file) == chosen], set(counts)
 
 
-def _opened(job: Import, file: str) -> BinaryIO:
-    return Path(file).open("rb") if job.url is None else job.storage.open(file)
+@contextmanager
+def _opened(job: Import, file: str) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """Open a file whose columns are read page by page; by default pyarrow reads those of a row group at once."""
+    with (
+        pyarrow.OSFile(file) if job.url is None else job.storage.open(file) as stream,
+        pyarrow.parquet.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet,
+    ):
+        yield parquet
 
 
 def find_columns(file: str, schema: pyarrow.Schema, options: ImportOptions) -> Columns:
@@ -259,7 +265,7 @@ def _label_texts(job: Import, files: Sequence[str], label: Column) -> tuple[str,
     """Return the distinct texts of a label column of all files, sorted, from a pass over that column alone."""
     texts = set[str]()
     for file in files:
-        with _opened(job, file) as stream, pyarrow.parquet.ParquetFile(stream, buffer_size=BUFFER_BYTES) as parquet:
+        with _opened(job, file) as parquet:
             for batch in parquet.iter_batches(columns=[label.path[0]]):
                 texts.update(text for number in range(batch.num_rows) if (text := _value(batch, number, label)))
     return tuple(sorted(texts))
