@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -151,10 +153,26 @@ def print_result(result: dict[str, Any] | None, as_json: bool, text: str | None 
     echo(json.dumps(result) if as_json else text)
 
 
-def aligned(lines: list[list[str]]) -> str:
-    """Return a table whose columns are as wide as their widest cells; all lines have the same number of cells."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = (), width: int | None = None) -> str:
+    """Return a table whose columns are as wide as their widest cells; all lines have the same number of cells.
+
+    `right` are the numbers of the right-aligned columns. With `width`, the last column is wrapped at that many
+    characters, with a hanging indent; words, which may be paths, stay whole.
+    """
+    widths, rows = [max(map(len, column)) for column in zip(*lines, strict=True)], []
+    start = sum(widths[:-1]) + 2 * len(widths[:-1])
+    for *cells, last in lines:
+        parts = [last]
+        if width is not None:
+            parts = textwrap.wrap(last, max(width - start, 24), break_long_words=False, break_on_hyphens=False) or [""]
+        cells = [*cells, ("\n" + " " * start).join(parts)]
+        rows.append("  ".join((str.rjust if n in right else str.ljust)(c, widths[n]) for n, c in enumerate(cells)))
+    return "\n".join(line.rstrip() for row in rows for line in row.split("\n"))
+
+
+def line_width() -> int:
+    """Return the number of columns of the terminal, or of COLUMNS; 80 where standard output is a file."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 # ---- output files named on the command line, which never overwrite an unrelated file

@@ -2,22 +2,23 @@
 
 import difflib
 import itertools
+import json
 import math
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jobs.cluster import for_ranks
-from jobs.console import check_output, status, write_output
+from jobs.console import aligned, check_output, status, write_output
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
-from pipeline.pages.charts import Axis, duration
+from pipeline.pages.charts import Axis
 from pipeline.pages.page import render_page
 from pipeline.planning import estimate as planning
 from pipeline.planning.estimate import Accelerator, Assumptions, Network, StageEstimate, StageSettings
@@ -27,7 +28,10 @@ from pipeline.training.stages import Stage, check_stages
 from pipeline.training.workload import work_of
 
 GB, TERA = 1e9, planning.TERA
-CATEGORIES = ("states", "gradients", "buffers", "loader", "activations", "backward", "update", "total")
+EFFICIENT = 0.7  # scaling efficiency below which more GPUs are not recommended
+ALIKE = 0.02  # relative difference of times that the assumptions cannot tell apart
+LINE = 80  # characters
+PREFIXES = ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)
 SIZES = tuple(2**k for k in range(11))  # accelerators in the scaling curve: 1 to 1,024
 SCALING_KEYS = ("gpus", "samples_per_second", "step_seconds", "micro_batch_size", "fits", "hours", "cost")
 
@@ -55,11 +59,40 @@ class StagePlan:
     assumptions: Assumptions
     by_zero_stage: dict[str, StageEstimate]
     scaling: list[StageEstimate]  # on 1, 2, 4, … accelerators
+    estimate_at: Callable[..., StageEstimate]  # (gpus, largest, recomputed, keys of the engine)
 
     def efficiency(self, point: StageEstimate) -> float:
         """Return the speed at a point of the scaling curve, relative to ideal scaling from its first."""
         first = self.scaling[0]
         return point.samples_per_second / point.gpus / (first.samples_per_second / first.gpus)
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """All stages of the run on a number of accelerators, with the same settings of the engine."""
+
+    stages: list[StageEstimate]
+    engine: dict[str, Any] = field(default_factory=dict)  # keys that differ from the config
+
+    @property
+    def gpus(self) -> int:
+        return self.stages[0].gpus
+
+    @property
+    def hours(self) -> float:
+        return sum(stage.hours for stage in self.stages)
+
+    @property
+    def cost(self) -> float:
+        return sum(stage.cost for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        return all(stage.fits for stage in self.stages)
+
+    def efficiency(self, other: "RunEstimate") -> float:
+        """Return this estimate's speed per accelerator, relative to another's."""
+        return other.gpus * other.hours / (self.gpus * self.hours)
 
 
 def plan_command(
@@ -78,16 +111,21 @@ def plan_command(
     hardware = planning.ACCELERATORS[accelerator], planning.NETWORKS[network]
     target = Target(*hardware, config.cluster.workers, assumptions, text_tokens)
     with status("planning") as update:
-        plans = plan_run(config, target, scaling is not None, update)
+        plans = plan_run(config, target, update)
     if scaling is not None:
         page = scaling_svg(plans, target, f"{config.name} on {accelerator}, {network}")
         write_output(Storage(), str(scaling), page.encode(), "--scaling")
-    return as_json_object(plans, target), as_text(plans, target)
+    advised = recommend(config, plans, target)
+    chosen = (
+        None
+        if advised is None
+        else {"gpus": advised.gpus, **advised.engine, "hours": advised.hours, "cost": advised.cost}
+    )
+    result = as_json_object(plans, target) | {"recommended": chosen}
+    return result, as_text(config, plans, target, with_scaling=scaling is not None)
 
 
-def plan_run(
-    config: RunConfig, target: Target, scaling: bool, progress: Callable[[str], None] = lambda _: None
-) -> list[StagePlan]:
+def plan_run(config: RunConfig, target: Target, progress: Callable[[str], None] = lambda _: None) -> list[StagePlan]:
     """Plan every stage. Raises ConfigError for a config that no model serves, or too many GPUs for its batches."""
     check_stages(config)
     vocabulary = config.tokenizer.size  # the run's own, if this machine has it, else the maximum of the config
@@ -103,11 +141,11 @@ def plan_run(
         if target.gpus > (batch := stage.global_batch_size):
             raise ConfigError(f"--gpus {target.gpus}: stage {stage.name} has a batch of {batch} rows only")
         progress(f"stage {stage.name}")
-        plans.append(_plan_stage(Stage(config, index), vocabulary, target, scaling))
+        plans.append(_plan_stage(Stage(config, index), vocabulary, target))
     return plans
 
 
-def _plan_stage(stage: Stage, vocabulary: int, target: Target, scaling: bool) -> StagePlan:
+def _plan_stage(stage: Stage, vocabulary: int, target: Target) -> StagePlan:
     engine, assumptions = stage.run.engine, target.assumptions
     sources, read = stage.config.sources, 0.0
     try:  # the mean bytes of the sources' samples, by weight, if all manifests are on this machine
@@ -141,17 +179,60 @@ def _plan_stage(stage: Stage, vocabulary: int, target: Target, scaling: bool) ->
         return result
 
     alternatives = {}  # the table of ZeRO stages: plain, offloaded, recomputed, and both
-    for zero, offloaded, recomputed in itertools.product(range(4), (False, True), (False, True)):
-        if zero == 0 and (offloaded or engine.precision == "bfloat16"):
-            continue  # in bfloat16, DeepSpeed would keep no float32 weights there
-        words = [f"ZeRO {zero}", *["offload"] * offloaded, *["recomputed"] * recomputed]
-        keys = {"offload_optimizer": offloaded, "offload_parameters": offloaded and zero == 3}
-        alternatives[", ".join(words)] = estimate_at(target.gpus, False, recomputed, zero_stage=zero, **keys)
+    for name, keys in engine_alternatives(stage.run).items():
+        keys = {key: value for key, value in keys.items() if key != "activation_checkpointing"}
+        alternatives[name] = estimate_at(target.gpus, False, "recomputed" in name, **keys)
     # 'auto', and the scaling curve, take the largest micro-batch that fits.
     chosen = estimate_at(target.gpus, largest=engine.micro_batch_size == "auto")
-    sizes = [gpus for gpus in SIZES if gpus <= batch_size] if scaling else []
+    sizes = [gpus for gpus in SIZES if gpus <= batch_size]
     points = [estimate_at(gpus, largest=micro_batch_size is None) for gpus in sizes]
-    return StagePlan(chosen, assumptions, alternatives, points)
+    return StagePlan(chosen, assumptions, alternatives, points, estimate_at)
+
+
+def engine_alternatives(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return keys of the engine by name: each ZeRO stage plain, with offload, with recomputed activations, and both."""
+    alternatives = {}
+    for zero, offloaded, recomputed in itertools.product(range(4), (False, True), (False, True)):
+        if (zero == 0 and (offloaded or config.engine.precision == "bfloat16")) or (
+            zero == 3 and config.engine.compile
+        ):
+            continue  # the schema's COMBINATIONS
+        name = ", ".join([f"ZeRO {zero}", *["offload"] * offloaded, *["recomputed"] * recomputed])
+        keys = {"offload_optimizer": offloaded, "offload_parameters": offloaded and zero == 3}
+        alternatives[name] = {"zero_stage": zero, **keys, "activation_checkpointing": recomputed}
+    return alternatives
+
+
+def recommend(config: RunConfig, plans: list[StagePlan], target: Target) -> RunEstimate | None:
+    """Return the fastest settings that fit, on the planned GPUs, or on fewer if those lose too much to communication.
+
+    GPUs: the planned number if its efficiency is at least `EFFICIENT` of the best that fits, else the largest power of
+    two for which it is. Engine: no offload if possible, since its transfers are not estimated; then the shortest time;
+    of times that differ by less than `ALIKE`, no recomputation and the lowest ZeRO stage. None if nothing fits.
+    """
+    curve = run_curve(plans)
+    planned = RunEstimate([plan.chosen for plan in plans])
+    fitting = [run for run in (*curve, planned) if run.fits] or [planned]
+    best = max(fitting, key=lambda run: 1 / (run.gpus * run.hours))
+    efficient = [run.gpus for run in fitting if run.efficiency(best) >= EFFICIENT]
+    gpus = target.gpus if target.gpus in efficient or not planned.fits else max(efficient)
+    results: list[tuple[tuple[bool, int, bool, int], RunEstimate]] = []
+    for keys in engine_alternatives(config).values():
+        engine = {key: value for key, value in keys.items() if key != "activation_checkpointing"}
+        recomputed = keys["activation_checkpointing"]
+        stages = [plan.estimate_at(gpus, True, recomputed, **engine) for plan in plans]
+        limits = [stage.largest_micro_batch for stage in stages if stage.largest_micro_batch < stage.share]
+        rows = min(limits, default=max(stage.share for stage in stages))
+        if rows:
+            run = RunEstimate(stages, {**keys, "micro_batch_size": rows})
+            order = keys["offload_optimizer"], round(math.log(run.hours, 1 + ALIKE)), recomputed, keys["zero_stage"]
+            results.append((order, run))
+    return min(results, key=lambda result: result[0])[1] if results else None
+
+
+def run_curve(plans: list[StagePlan]) -> list[RunEstimate]:
+    """Return the whole run on 1, 2, 4, … accelerators, as far as every stage's batch allows."""
+    return [RunEstimate(list(points)) for points in zip(*(plan.scaling for plan in plans), strict=False)]
 
 
 def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
@@ -184,49 +265,122 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def as_text(plans: list[StagePlan], target: Target) -> str:
-    """Return the plan as text: every stage with its table of ZeRO stages, the run's time and cost, the assumptions."""
-    lines = []
-    room = plans[0].chosen.usable_bytes / GB
-    heading = f"  GB of each GPU, {room:,.1f} usable{' ' * 8}{''.join(f'{name:>12}' for name in CATEGORIES)}"
+def as_text(config: RunConfig, plans: list[StagePlan], target: Target, with_scaling: bool = False) -> str:
+    """Return the plan as text of at most 80 columns: the verdict, a table of the stages, the details of each with its
+    table of ZeRO stages, and the assumptions.
+    """
+    planned, is_priced = RunEstimate([plan.chosen for plan in plans]), bool(target.assumptions.price)
+    lines = _verdict(config, plans, target)
+    table = [["stage", "trained", "rows", "step", "samples/s", "GB/GPU", "time", *["cost"] * is_priced]]
+    for stage in planned.stages:
+        rows, step = f"{stage.micro_batch_size}", _seconds(stage.step_seconds)
+        rows += f" x {stage.accumulation}" if stage.accumulation > 1 else ""
+        speed, size = _digits(stage.samples_per_second), f"{_digits(stage.parameters.trained / 1e6)} M"
+        cells = [_short(stage.name), size, rows, step, speed, _digits(stage.memory.total / GB)]
+        table.append([*cells, _seconds(stage.hours * 3600), *[_cost(stage.cost)] * is_priced])
+    table.append(["all", *[""] * 5, _seconds(planned.hours * 3600), *[_cost(planned.cost)] * is_priced])
+    lines += ["", aligned(table, right=range(1, len(table[0])))]
+    if with_scaling:
+        curve = run_curve(plans)
+        columns = [_short(plan.chosen.name) for plan in plans[:3]]  # more would not fit into a line
+        table = [["GPUs", "efficiency", "time", *["cost"] * is_priced, *columns, ""]]
+        for number, run in enumerate(curve):
+            cells = [f"{run.gpus:,}", f"{run.efficiency(curve[0]):.0%}", _seconds(run.hours * 3600)]
+            steps = [_seconds(plan.scaling[number].step_seconds) for plan in plans[: len(columns)]]
+            cells += [*[_cost(run.cost)] * is_priced, *steps, "" if run.fits else "does not fit"]
+            table.append(cells)
+        lines += ["", "All stages on more GPUs, and the time of a step of each:"]
+        lines.append(aligned(table, right=range(len(table[0]) - 1)))
     for plan in plans:
-        stage = plan.chosen
-        size = f"{stage.parameters.total / 1e6:,.1f} M parameters, {stage.parameters.trained / 1e6:,.1f} M trained"
-        rows = f"{stage.gpus} GPUs x {stage.accumulation} x {stage.micro_batch_size} rows"
-        lines.append(f"stage {stage.name}: {size}; {rows}")
-        properties = {
-            "step": f"{stage.step_seconds * 1000:,.0f} ms: arithmetic {stage.compute_seconds * 1000:,.0f}, "
-            f"communication {stage.communication_seconds * 1000:,.0f} "
-            f"({stage.communication_bytes / GB:,.2f} GB sent by each GPU)",
-            "arithmetic": f"{stage.flops_per_step / TERA:,.1f} TFLOP, {stage.tokens_per_step:,.0f} tokens a step",
-            "speed": f"{stage.samples_per_second:,.0f} samples/s",
-            "needs": f"{stage.storage_bytes_per_second / GB:,.2f} GB/s of storage, "
-            f"{stage.loader_cores:,.0f} cores to prepare",
-            "checkpoint": f"{stage.checkpoint_bytes / GB:,.2f} GB, {duration(stage.checkpoint_seconds)} to the store",
-            "time": f"{stage.hours:,.1f} h" + (f", cost {stage.cost:,.0f}" if target.assumptions.price else ""),
-        }
-        lines += [f"  {name:<10}  {value}" for name, value in properties.items()]
-        lines.append(f"{heading}  largest micro-batch")
-        for name, alternative in {"as configured": stage, **plan.by_zero_stage}.items():
-            memory = alternative.memory.as_json()
-            values = "".join(f"{memory[category] / GB:>12,.2f}" for category in CATEGORIES)
-            largest = f"{alternative.largest_micro_batch or 'none fits'}"
-            if alternative.largest_micro_batch and not alternative.fits:
-                largest += f"; {alternative.micro_batch_size} do not fit"
-            lines.append(f"  {name:<36}{values}  {largest}")
-        if plan.scaling:
-            lines.append("  GPUs   samples/s   efficiency   step ms   micro-batch       hours        cost")
-        lines += [
-            f"  {point.gpus:>4}{point.samples_per_second:>12,.0f}{plan.efficiency(point):>12.0%}"
-            f"{point.step_seconds * 1000:>11,.0f}{point.micro_batch_size:>14}{point.hours:>12,.1f}{point.cost:>12,.0f}"
-            + ("" if point.fits else "  does not fit")
-            for point in plan.scaling
-        ]
-        lines.append("")
-    hours, cost = (sum(getattr(plan.chosen, name) for plan in plans) for name in ("hours", "cost"))
-    priced = f", cost {cost:,.0f}" if target.assumptions.price else " (give --price for a cost)"
-    lines += [f"all stages: {hours:,.1f} h on {target.gpus} x {target.accelerator.name}{priced}", "", "assumed:"]
-    return "\n".join([*lines, *(f"  {line}" for line in _assumption_lines(plans, target))])
+        lines += ["", *_stage_details(plan)]
+    lines += ["", "Assumptions, which the options of `mome plan` change:"]
+    return "\n".join([*lines, *textwrap.wrap("; ".join(_assumption_lines(plans, target)), LINE)])
+
+
+def _verdict(config: RunConfig, plans: list[StagePlan], target: Target) -> list[str]:
+    """Return the result in sentences: time and cost as configured and on another number of GPUs, and what to set."""
+    planned, advised = RunEstimate([plan.chosen for plan in plans]), recommend(config, plans, target)
+
+    def figures(run: RunEstimate) -> str:
+        return _seconds(run.hours * 3600) + (f", cost {_cost(run.cost)}" if target.assumptions.price else "")
+
+    def sentence(run: RunEstimate) -> str:
+        return f"{run.gpus:,} GPU{'s' * (run.gpus > 1)}: {figures(run)}"
+
+    text, unfit = sentence(planned), [stage for stage in planned.stages if not stage.fits]
+    others = [run for run in run_curve(plans) if run.gpus == (8 if planned.gpus > 8 else 4 * planned.gpus)]
+    if advised is not None and advised.gpus != planned.gpus:
+        others = [advised]
+    if unfit:
+        needs = ", ".join(f"stage {stage.name} needs {_digits(stage.memory.total / GB)} GB" for stage in unfit)
+        text = f"Does not fit as configured: {needs} of the {_digits(unfit[0].usable_bytes / GB)} GB of a GPU"
+    elif others:
+        small, large = sorted((planned, others[0]), key=lambda run: run.gpus)
+        text = f"{sentence(small)}; {sentence(large)}: scaling efficiency {large.efficiency(small) * 100:.0f} %"
+    lines = textwrap.wrap(f"{text}.", LINE)
+    if advised is None:
+        return [*lines, "Nothing fits: use GPUs with more memory, a smaller model or shorter texts."]
+    settings = {key: value for key, value in advised.engine.items() if value is not False}
+    described = ", ".join(key if value is True else f"{key} {value}" for key, value in settings.items())
+    gpus = f"{advised.gpus:,} GPU{'s' * (advised.gpus > 1)}"
+    lines += textwrap.wrap(f"Recommended: {gpus}, {described} ({figures(advised)}).", LINE)
+    differing = {key: value for key, value in advised.engine.items() if getattr(config.engine, key) != value}
+    overrides = [f"engine.{key}={json.dumps(value)}" for key, value in differing.items()]
+    overrides += [f"cluster.workers={advised.gpus}"] if advised.gpus != config.cluster.workers else []
+    return [*lines, *(f"  {override}" for override in overrides or ["as configured"])]
+
+
+def _stage_details(plan: StagePlan) -> list[str]:
+    """Return the lines of one stage: what a step is made of, what it needs, and the memory by ZeRO stage."""
+    stage = plan.chosen
+    unit, size = ("GB", GB) if stage.memory.total >= GB else ("MB", 1e6)
+    images = f", {_digits(stage.loader_cores)} CPU cores to prepare images" if stage.loader_cores else ""
+    size_of_model = f"{_digits(stage.parameters.total / 1e6)} M parameters"
+    properties = [
+        ["a step", f"{_digits(stage.tokens_per_step)} tokens, {_prefixed(stage.flops_per_step, 'FLOP')}"],
+        ["time", f"{_seconds(stage.compute_seconds)} of arithmetic, {_seconds(stage.communication_seconds)} of "
+         f"communication ({_prefixed(stage.communication_bytes, 'B')} sent by each GPU)"],
+        ["needs", f"{_prefixed(stage.storage_bytes_per_second, 'B')}/s of storage{images}"],
+        ["checkpoint", f"{_prefixed(stage.checkpoint_bytes, 'B')}, written in {_seconds(stage.checkpoint_seconds)}"],
+    ]  # fmt: skip
+    table = [[f"{unit} of a GPU", "states", "gradients", "activations", "other", "total", "rows"]]
+    for name, alternative in {"as configured": stage, **plan.by_zero_stage}.items():
+        memory = alternative.memory
+        parts = memory.states, memory.gradients, memory.activations
+        cells = [f"{value / size:,.2f}" for value in (*parts, memory.total - sum(parts), memory.total)]
+        fits = "" if alternative.fits else "*" if alternative.largest_micro_batch else "none"
+        table.append([name.replace(",", ""), *cells, f"{alternative.largest_micro_batch or ''}{fits}"])
+    note = f"rows: the largest micro-batch that fits into {_digits(stage.usable_bytes / GB)} GB"
+    if any("*" in row[-1] for row in table):
+        note += f"; * a micro-batch of {stage.micro_batch_size} does not"
+    lines = [f"Stage {stage.name}: {size_of_model}", aligned([["", *row] for row in properties], width=LINE)]
+    return [*lines, aligned(table, right=range(1, len(table[0]))), note]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 15 else f"{name[:14]}…"
+
+
+def _digits(value: float) -> str:
+    """Return three significant digits, and whole numbers from 100: '0.0123', '1.5', '2,029'."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def _cost(value: float) -> str:
+    return _digits(value) if value >= 0.01 else "<0.01"
+
+
+def _seconds(seconds: float) -> str:
+    """Return three significant digits of a time in the unit that fits it, from 'µs' to 'h'."""
+    units = (1e-3, 1e-6, "µs"), (1.0, 1e-3, "ms"), (90.0, 1.0, "s"), (5400.0, 60.0, "min"), (math.inf, 3600.0, "h")
+    _, size, unit = next(entry for entry in units if seconds < entry[0])
+    return f"{_digits(seconds / size)} {unit}"
+
+
+def _prefixed(count: float, unit: str) -> str:
+    """Return three significant digits of a number of bytes or operations: '12.1 MB', '8.86 GFLOP'."""
+    prefix, size = next((entry for entry in PREFIXES if count >= entry[1]), PREFIXES[-1])
+    return f"{_digits(count / size)} {prefix}{unit}"
 
 
 def _assumption_lines(plans: list[StagePlan], target: Target) -> list[str]:

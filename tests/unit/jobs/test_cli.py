@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -21,9 +22,20 @@ from jobs.cli import app
 from jobs.cluster import for_ranks
 from jobs.configs import fingerprint_of, list_recipes
 from jobs.console import echo, local_file, notify, print_result
-from jobs.plan import SIZES, Target, as_json_object, as_text, plan_command, plan_run, scaling_svg
+from jobs.plan import (
+    EFFICIENT,
+    SIZES,
+    Target,
+    as_json_object,
+    as_text,
+    plan_command,
+    plan_run,
+    recommend,
+    run_curve,
+    scaling_svg,
+)  # fmt: skip
 from pipeline.config.errors import ConfigError, RunFailed
-from pipeline.config.load import with_absolute_paths
+from pipeline.config.load import apply_override, validate, with_absolute_paths
 from pipeline.config.schema import MODEL_SECTIONS, OBJECTIVES
 from pipeline.data.storage import Storage
 from pipeline.planning.estimate import ACCELERATORS, NETWORKS, Assumptions
@@ -36,6 +48,7 @@ from tests.support.trial import cells
 ROOT = Path(__file__).resolve().parents[3]
 SVG = "{http://www.w3.org/2000/svg}"
 TARGET = Target(ACCELERATORS["h100"], NETWORKS["ib-400"], 2, Assumptions(price=2.5))
+PLANNED = for_ranks(tiny_config(zero_stage=2), workers=2)
 
 
 def run(*arguments: str) -> str:
@@ -152,7 +165,7 @@ def test_recipes_and_objectives_are_listed_and_the_schema_describes_them() -> No
 
 @pytest.fixture(scope="module")
 def plans():
-    return plan_run(for_ranks(tiny_config(zero_stage=2), workers=2), TARGET, scaling=True)
+    return plan_run(PLANNED, TARGET)
 
 
 def test_json_and_table_name_every_documented_key_zero_stage_and_assumption(plans):
@@ -162,9 +175,30 @@ def test_json_and_table_name_every_documented_key_zero_stage_and_assumption(plan
     assert len(plan["stages"]) == 4
     assert plan["cost"] == pytest.approx(sum(stage["hours"] for stage in plan["stages"]) * 2 * 2.5)
     assert plan["hours"] == pytest.approx(16 * plan["step_seconds"] / 3600 / 0.97)  # four stages of four steps
-    text = as_text(plans, TARGET)
-    for expected in ("stage vision:", "ZeRO 0", "ZeRO 3", "largest micro-batch", "mfu 0.35", "h100: 989 TFLOPS"):
+    text = as_text(PLANNED, plans, TARGET, with_scaling=True)
+    for expected in ("Stage vision:", "ZeRO 0", "ZeRO 3", "largest micro-batch", "mfu 0.35", "h100: 989 TFLOPS"):
         assert expected in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"(?<![\d.])0 (ms|s|h|GB)|e[-+]\d\d (ms|s|h|GB)", text), (
+        "sizes and times have digits and a unit"
+    )
+
+
+def test_verdict_recommends_settings_that_fit_as_overrides_that_give_them(plans):
+    first, advised = as_text(PLANNED, plans, TARGET).splitlines(), recommend(PLANNED, plans, TARGET)
+    assert advised.fits
+    assert re.match(r"1 GPU: .*, cost .*; 2 GPUs: .*scaling efficiency", " ".join(first[:2]))
+    best = min(run.gpus * run.hours for run in run_curve(plans))
+    assert advised.gpus * advised.hours <= best / EFFICIENT, "a tiny model is not spread over GPUs"
+    overrides = [line.strip() for line in first if line.startswith("  ") and "=" in line]
+    values = PLANNED.model_dump(mode="json")
+    for override in overrides:
+        apply_override(values, override)
+    changed = validate(values, "the plan's overrides")
+    assert changed.cluster.workers == advised.gpus
+    assert {key: getattr(changed.engine, key) for key in advised.engine} == advised.engine
+    (small,) = (replace(plan, chosen=replace(plan.chosen, fits=False, largest_micro_batch=0)) for plan in plans[:1])
+    assert "Does not fit as configured: stage vision needs" in as_text(PLANNED, [small, *plans[1:]], TARGET)
 
 
 def test_scaling_chart_is_complete_and_its_assumptions_are_legible(plans):
@@ -188,6 +222,6 @@ def test_scaling_ends_where_a_rank_would_have_no_example(plans):
         assert len({point.samples_per_second for point in plan.scaling}) == 4
     assert SIZES[-1] == 1024
     with pytest.raises(ConfigError, match="12 rows only"):
-        plan_run(tiny_config(), replace(TARGET, gpus=16), scaling=False)
+        plan_run(tiny_config(), replace(TARGET, gpus=16))
     with pytest.raises(ConfigError, match="--accelerator h1000: did you mean 'h100'"):
         plan_command(tiny_config(), "h1000", "ib-400", None, Assumptions(), None, None)
