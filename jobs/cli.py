@@ -19,7 +19,19 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from jobs import bench, config_commands, shards
-from jobs.console import Config, FileOption, JsonOption, Overrides, Stopped, aligned, echo, notify, print_result, status
+from jobs.console import (
+    Config,
+    FileOption,
+    JsonOption,
+    Overrides,
+    Stopped,
+    aligned,
+    echo,
+    line_width,
+    notify,
+    print_result,
+    status,
+)
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
 from pipeline.config.redaction import configure_logging, show_exception
 
@@ -427,20 +439,19 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine and the services a run needs, with a remedy for each failure. Exit status 1 on a failure."""
-    from jobs.doctor import run_checks
+    from jobs.doctor import run_checks, summary
     from pipeline.config.load import load_config
 
     if overrides and config is None:
         raise ConfigError("KEY=VALUE changes a config; give one with --config")
-    results, lines = [], []
+    results = []
     with status("checking") as update:
         for result in run_checks(load_config(config, overrides or []) if config else None):
             update(f"checked: {result.name}")
-            results.append(vars(result))
-            lines.append([result.status, result.name, result.detail])
-            lines += [["", "", f"→ {result.remedy}"]] * bool(result.remedy)
-    is_healthy = all(result["status"] != "failed" for result in results)
-    print_result({"passed": is_healthy, "checks": results}, as_json, aligned(lines))
+            results.append(result)
+    is_healthy = all(result.status != "failed" for result in results)
+    checks = {"passed": is_healthy, "checks": [vars(result) for result in results]}
+    print_result(checks, as_json, summary(results, line_width()))
     if not is_healthy:
         raise typer.Exit(1)
 

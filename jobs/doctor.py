@@ -16,18 +16,21 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cluster import TOKEN_FILE, address_of, connect, requested_resources
+from jobs.console import aligned
 from jobs.submit import is_loopback
 from pipeline.config.errors import ConfigError, DataError, MomeError, StorageError, TrackingError
 from pipeline.config.redaction import redact
@@ -98,9 +101,7 @@ def run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
     else:
         storage = Storage(config.storage).within(RETRY_SECONDS)
         yield diagnose("output", output, config, storage)
-        for url in dict.fromkeys(used.shards for used in config.sources.values()):
-            names = ", ".join(name for name, used in config.sources.items() if used.shards == url)
-            yield diagnose(f"source {names}", source, config, storage, url)
+        yield from sources(config, storage)
     yield diagnose("MLflow", mlflow, config)
     yield diagnose("clock", clock, config)
 
@@ -138,8 +139,10 @@ def packages(requirements: Iterable[str] | None = None, tested: Path = CONSTRAIN
     pinned = {name.lower(): number for name, number in pairs}
     differing = [name for name, has in installed.items() if _numbers(has) != _numbers(pinned.get(name, has))]
     others = [f"{name} {installed[name]} (tested: {pinned[name]})" for name in differing]
-    versions = f"; not as tested: {', '.join(others)}" if others else ", all as tested" if pinned else ""
-    return f"Python {'.'.join(map(str, sys.version_info[:3]))}, {len(installed)} packages{versions}"
+    state = f"; not as tested: {', '.join(others)}" if others else ", all as tested" if pinned else ""
+    main_ones = [f"{name} {installed[name]}" for name in ("torch", "deepspeed", "ray", "mlflow") if name in installed]
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"{', '.join([f'Python {python}', *main_ones])}; {len(installed)} packages{state}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -148,16 +151,21 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", release))
 
 
+def _size(count: float) -> str:
+    unit, size = ("GiB", GIB) if count >= GIB / 10 else ("MiB", 2**20)
+    return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+
+
 def disk(folder: Path, needed: int = FREE_BYTES) -> str:
     """Check that the disk of `folder`, which may not exist yet, has `needed` bytes free and is not nearly full."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise Failed(f"{existing} is not a writable folder", "use another folder, or change its permissions")
     usage = shutil.disk_usage(existing)
-    detail = f"{folder}: {usage.free / GIB:.1f} GiB of {usage.total / GIB:.1f} GiB free"
+    detail = f"{folder}: {_size(usage.free)} of {_size(usage.total)} free"
     enough = max(needed, FREE_SHARE * usage.total)
     if usage.free < enough:
-        raise Failed(detail, f"free {enough / GIB:.1f} GiB there, or use another folder")
+        raise Failed(detail, f"free {_size(enough)} there, or use another folder")
     return detail
 
 
@@ -172,7 +180,7 @@ def shared_memory(config: RunConfig | None, accelerators: int, place: Path = Pat
     if not place.is_dir():
         raise Failed(f"{place} is missing", "mount a tmpfs there")
     free = shutil.disk_usage(place).free
-    detail = f"{place}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB needed"
+    detail = f"{place}: {_size(free)} free, {_size(needed) if needed else 'none'} needed"
     if free >= needed:
         return detail
     remedy = "docker run --shm-size=…, in Kubernetes an emptyDir of medium Memory at /dev/shm"
@@ -182,7 +190,10 @@ def shared_memory(config: RunConfig | None, accelerators: int, place: Path = Pat
 def limits(adapters: Path = Path("/sys/class/infiniband")) -> str:
     """Check the limits of open files (shards, connections, Ray's sockets) and, for InfiniBand, of locked memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    detail = f"{soft} files may be open, the hard limit is {'none' if hard == resource.RLIM_INFINITY else hard}"
+    unlimited = hard == resource.RLIM_INFINITY
+    detail = f"{soft} files may be open" + (
+        "" if hard == soft else f", the hard limit is {'none' if unlimited else hard}"
+    )
     faults = {}  # description -> remedy
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
         faults[detail] = "ulimit -n 65536 in the shell that starts Ray or the ranks"
@@ -255,11 +266,13 @@ def collective(name: Literal["gloo", "NCCL"], gpus: int = 0) -> str:
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **hidden}
     environments = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(ranks)]
     try:
-        return f"{ranks} rank(s) on this machine, {run_probes(['collective'], 90.0, environments)}"
+        return f"{ranks} rank{'s' * (ranks > 1)} on this machine, {run_probes(['collective'], 90.0, environments)}"
     except RuntimeError as error:
         remedy = "NCCL_DEBUG=INFO shows more; " if name == "NCCL" else ""
         remedy += f"{name.upper()}_SOCKET_IFNAME must name an existing interface, if it is set (see ip link)"
-        raise Failed(f"{ranks} rank(s) on this machine could not sum a tensor: {error}", remedy) from error
+        raise Failed(
+            f"{ranks} rank{'s' * (ranks > 1)} on this machine could not sum a tensor: {error}", remedy
+        ) from error
 
 
 def operators() -> str:
@@ -300,7 +313,7 @@ def output(config: RunConfig, storage: Storage) -> str:
         is_store = isinstance(error, MomeError)
         remedy = "check the config's `storage` section" if is_store else "set `output` to a writable folder"
         raise Failed(f"{config.output}: {error}", remedy) from error
-    return f"{config.output}: written, listed, read and deleted in {time.monotonic() - started:.2f} s"
+    return f"{config.output}: written, listed, read and deleted in {1000 * (time.monotonic() - started):.3g} ms"
 
 
 def source(config: RunConfig, storage: Storage, url: str) -> str:
@@ -311,7 +324,7 @@ def source(config: RunConfig, storage: Storage, url: str) -> str:
         try:
             manifest = load_manifest(storage, url)
             shards = [shard.name for shard in manifest.shards]
-            detail = f"{url}: {manifest.num_samples} samples in {len(shards)} shards"
+            detail = f"{url}: {manifest.num_samples:,} samples in {len(shards):,} shard{'s' * (len(shards) > 1)}"
         except DataError:
             shards = shard_names(url, storage.list_info(folder))
             if not shards:
@@ -325,6 +338,42 @@ def source(config: RunConfig, storage: Storage, url: str) -> str:
             raise Failed(str(error), remedy) from error
         shards = []
     return detail if shards or not is_generated else f"{url}: generated when the run starts"
+
+
+def sources(config: RunConfig, storage: Storage) -> Iterator[Diagnosis]:
+    """Check every source. A store that does not answer is one failure of all its sources, after one timeout."""
+    names, results = dict[str, list[str]](), dict[str, Diagnosis]()  # by URL
+    failed_stores: dict[str, str] = {}  # protocol and bucket -> the first of its URLs
+    for name, used in config.sources.items():
+        url = used.shards
+        store = "" if is_local(url) else "/".join(url.split("/")[:3])
+        url = failed_stores.get(store, url)
+        names.setdefault(url, []).append(name)
+        if url in results:
+            continue
+        try:
+            results[url] = Diagnosis("source", "passed", source(config, storage, url))
+        except Failed as failure:
+            results[url] = Diagnosis("source", "failed", *failure.args)
+            if store and type(failure.__cause__) is StorageError:  # not NotFound
+                failed_stores[store] = url
+    for url, result in results.items():
+        yield replace(result, detail=f"{', '.join(names[url])}: {result.detail}")
+
+
+def summary(results: Sequence[Diagnosis], width: int) -> str:
+    """Return the results as a table of `width` columns, with remedies below failures, and the verdict as last line."""
+    lines = []
+    for result in results:
+        lines.append([result.status, result.name, result.detail])
+        lines += [["", "", f"→ {result.remedy}"]] if result.remedy else []
+    counts = Counter(result.status for result in results)
+    failures = ", ".join(dict.fromkeys(result.name for result in results if result.status == "failed"))
+    others = f"{counts['passed']} check{'s' * (counts['passed'] != 1)} passed, {counts['skipped']} skipped"
+    verdict = f"ready to train: {others}"
+    if failures:
+        verdict = f"not ready: {counts['failed']} check{'s' * (counts['failed'] > 1)} failed: {failures}; {others}"
+    return "\n".join([aligned(lines, width=width), "", *textwrap.wrap(verdict, width)])
 
 
 def mlflow(config: RunConfig | None) -> str:

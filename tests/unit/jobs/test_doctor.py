@@ -168,6 +168,23 @@ def test_sources_need_a_manifest_or_tars_and_all_their_shards(tmp_path: Path, ma
     assert passes(*source(unseen, "unseen")) == f"{unseen}: generated when the run starts"
 
 
+def test_store_that_does_not_answer_is_one_failure_within_80_columns(tmp_path: Path) -> None:
+    store, keys = f"storage.endpoint_url=http://127.0.0.1:{free_ports(1)[0]}", ("storage.key", "storage.secret")
+    config = load_config("vlmo_base", [store, *(f"{key}=env:HOME" for key in keys), f"sources.coco.shards={tmp_path}"])
+    failed, local = doctor.sources(config, Storage(config.storage).within(0.1))
+    assert local.detail.startswith(f"coco: {tmp_path}")
+    names, _, fault = failed.detail.partition(": ")
+    assert set(names.split(", ")) == config.sources.keys() - {"coco"}
+    assert "manifest.json: reading failed: the store did not answer" in fault
+    text = doctor.summary(
+        [failed, Diagnosis("gloo", "passed", "2 ranks"), Diagnosis("clock", "skipped", "no server")], 80
+    )
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    assert f"{failed.detail} → {failed.remedy}" in words
+    assert words.endswith("not ready: 1 check failed: source; 1 check passed, 1 skipped")
+
+
 def test_mlflow_must_have_the_clients_version_and_clocks_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def config(uri: str, *overrides: str) -> RunConfig:
         return demo(tmp_path, f"tracking.uri={uri}", "tracking.required=false", *overrides)
@@ -234,6 +251,8 @@ def test_the_command_runs_and_its_status_reflects_failures(monkeypatch: pytest.M
     for status in (0, 1):
         outcome = CliRunner().invoke(app, ["doctor"])
         assert outcome.exit_code == status
+        verdict = ("ready to train: 1 check passed, 1 skipped", "not ready: 1 check failed: disk; 1 check passed, 1")
+        assert outcome.output.splitlines()[-1].startswith(verdict[status])
         assert all(result.detail in outcome.output and result.remedy in outcome.output for result in results)
         results.append(Diagnosis("disk", "failed", "full", "free some"))
     assert "--config" in str(CliRunner().invoke(app, ["doctor", "name=other"]).exception), "overrides need a config"
@@ -245,7 +264,9 @@ def test_the_command_runs_and_its_status_reflects_failures(monkeypatch: pytest.M
     statuses = {check["name"]: check["status"] for check in result["checks"]}
     works_here = {"packages", "gloo", "DeepSpeed operators", "output", "MLflow", "clock"}
     assert {statuses[name] for name in works_here} == {"passed"}, result
-    other = {"accelerator", "NCCL", "limits", "output disk", "rendezvous", "source unseen"}
-    assert {*other, "source scenes, pictures, sentences"} <= statuses.keys()
+    other = {"accelerator", "NCCL", "limits", "output disk", "rendezvous"}
+    assert other <= statuses.keys()
+    details = [check["detail"] for check in result["checks"] if check["name"] == "source"]
+    assert [detail.partition(":")[0] for detail in details] == ["scenes, pictures, sentences", "unseen"]
     assert result["passed"] == ("failed" not in statuses.values())
     assert done.returncode == (0 if result["passed"] else 1)
