@@ -6,7 +6,7 @@ model.safetensors | pytorch_model.bin            all tensors
 model.safetensors.index.json | pytorch_model.bin.index.json    the file of each tensor
 config.json                                      the model's sizes and the labels of its head
 preprocessor_config.json | processor_config.json image preprocessing
-vocab.txt | tokenizer.json                       vocabulary
+vocab.txt | tokenizer.json | vocab.json, merges.txt    vocabulary
 
 Imported weights become a folder like a finished stage's, without a real source: `mome evaluate` needs `--source`.
 """
@@ -15,7 +15,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,24 +28,28 @@ from pipeline.config.errors import CheckpointError, ConfigError, MomeError, Stor
 from pipeline.config.load import apply_override, load_config, validate
 from pipeline.config.schema import OBJECTIVES, DataConfig, RunConfig, SourceType, StageConfig, TransformerConfig
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
-from pipeline.data.contents.text import Tokenizer, stated_lowercase
+from pipeline.data.contents.text import HUGGING_FACE, Tokenizer, byte_pair_merges, stated_lowercase
 from pipeline.data.storage import NotFound, Storage, join, split
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.conversion import Format, State
+from pipeline.models.checkpoints.conversion import INTERPOLATIONS, Format, State
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget
 from pipeline.objectives import head_config, modules_for
 from pipeline.training.checkpoint.committed import COMMIT
-from pipeline.training.checkpoint.weights import FILE, load_weights, save_weights
+from pipeline.training.checkpoint.weights import FILE, Weights, load_weights, save_weights
 from pipeline.training.stages import check_fit
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "processor_config.json"
-VOCABULARY, TOKENIZER = "vocab.txt", "tokenizer.json"
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+)
+PROCESSOR, PROCESSORS = "preprocessor_config.json", "processor_config.json"
+VOCABULARY, TOKENIZER, BYTE_PAIRS, MERGES = "vocab.txt", "tokenizer.json", "vocab.json", "merges.txt"
 NO_SOURCE = "none"
+FILE_NAME = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)$")  # of an exported file; another name is a folder
 # Metadata keys of the files we write (JSON values), next to those of the answers and classes of heads.
 MODEL_KEY, IMAGE_TARGET_KEY = "model", "image_target"
 # One stage per source type that the heads support; the weights belong to the last one.
@@ -76,7 +80,7 @@ def import_weights(
         raise ConfigError(
             f"--out {out}: holds {existing[0]}, which would be lost; name another folder, or delete it first"
         )
-    published, folder = read_published(storage, path, is_hugging_face=bool(chosen.prefix))
+    published, folder = read_published(storage, path, chosen)
     try:
         section = _section(published, chosen, model, overrides)
         # Copies, because a file may hold one memory under two names (tied embeddings), and ours may not.
@@ -107,7 +111,7 @@ def import_weights(
             f"{path}: its tensors are not those of a model in the format {format_name} "
             f"({type(error).__name__}: {str(error)[:200]})"
         ) from error
-    tokenizer = _tokenizer(storage, vocabulary, folder if chosen.prefix else None, num_words) if num_words else None
+    tokenizer = _tokenizer(storage, vocabulary, folder if chosen.model_type else None, num_words) if num_words else None
     choices = _choices(storage, published, heads, answers)
     # A head that would be drawn in part serves no objective.
     complete = head_parts & {full.part_of(name) for name in state} - lacking
@@ -117,7 +121,9 @@ def import_weights(
         if parts and parts <= complete:
             uses.setdefault(source_type, []).append(objective)
     sizes = section.model_dump(mode="json")
-    max_text_length = min(section.max_text_length, StageConfig.model_fields["max_text_length"].default)
+    max_text_length = section.max_text_length
+    if section.kind != "dual_encoder":  # CLIP's texts are short, and VLMo's relative positions reach further than any
+        max_text_length = min(max_text_length, StageConfig.model_fields["max_text_length"].default)
     config = _config(out, sizes, uses, heads, tokenizer, max_text_length)
     metadata = {
         "config": config.model_dump(mode="json"),
@@ -138,7 +144,10 @@ def import_weights(
 
 
 def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any]:
-    """Write a stage's weights in a published format, with a header for `import_weights`, and verify them."""
+    """Write a stage's weights in a published format, with a header for `import_weights`, and verify them.
+
+    `out` is a file, or a folder that transformers reads with the config, vocabulary and image processor.
+    """
     storage, chosen = Storage(), _format(format_name)
     weights = load_weights(storage, checkpoint.rstrip("/"))
     config, section = weights.config, weights.config.model
@@ -151,14 +160,20 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
         **({} if target is None else {IMAGE_TARGET_KEY: json.dumps(target)}),
         **{name: choices.to_bytes().decode() for name, choices in weights.choices.items()},
     }
+    is_folder = not FILE_NAME.search(out)
     published = chosen.write(weights.tensors, section)
-    data = write_tensors(published, out, header)
-    reread = chosen.read(read_tensors(data, out).tensors, section, ())
+    files = _folder_files(weights, chosen) if is_folder else {}
+    path = join(out, WEIGHTS[0]) if is_folder else out
+    data = write_tensors(published, path, header)
+    reread = chosen.read(read_tensors(data, path).tensors, section, ())
     changed = [n for n in reread if chosen.exact and not torch.equal(reread[n], weights.tensors[n])]
     assert not changed, f"format {format_name} changes {', '.join(changed)}"
-    if storage.exists(out) and storage.read(out) != data:
-        raise ConfigError(f"--out {out}: would overwrite another file; give another name, or delete it")
-    storage.write(out, data)
+    files = {join(out, name): content for name, content in files.items()} | {path: data}
+    for url, content in files.items():
+        if storage.exists(url) and storage.read(url) != content:
+            raise ConfigError(f"--out {out}: would overwrite {url}; give another name, or delete it")
+    for url, content in files.items():
+        storage.write(url, content)
     return {
         "path": out,
         "format": format_name,
@@ -168,14 +183,50 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
     }
 
 
+def _folder_files(weights: Weights, chosen: Format) -> dict[str, bytes]:
+    """Return the files next to exported weights with which transformers reads them, by name."""
+    section, tensors = weights.config.model, weights.tensors
+    labels: Sequence[str] = ("False", "True") if "nlvr2_head.classify.bias" in tensors else ()
+    for list_name, head in ((ANSWERS, "vqa_head"), (CLASSES, "classification_head")):
+        if (bias := tensors.get(f"{head}.classify.bias")) is not None:
+            labels = weights.choices.get(list_name) or [f"LABEL_{number}" for number in range(len(bias))]
+    vocabulary, texts = weights.vocabulary, dict[str, str]()
+    values = {"config.json": chosen.hugging_face_config(tensors, section, len(vocabulary), labels)}
+    if vocabulary:
+        tokenizer = Tokenizer(vocabulary, weights.config.tokenizer.lowercase)
+        named: dict[str, Any] = {"model_max_length": section.max_text_length}
+        if tokenizer.is_byte_pair:
+            values[BYTE_PAIRS] = {token: number for number, token in enumerate(vocabulary)}
+            merges = [" ".join(pair) for pair in byte_pair_merges(vocabulary)]
+            texts[MERGES] = "\n".join(["#version: 0.2", *merges, ""])
+            values[HUGGING_FACE] = named | {"tokenizer_class": "CLIPTokenizer"}
+        else:
+            texts[VOCABULARY] = "\n".join([*vocabulary, ""])
+            values[HUGGING_FACE] = named | {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase}
+    if chosen.image_processor:
+        resample = next(number for number, name in INTERPOLATIONS.items() if name == section.interpolation)
+        side: dict[str, int] = {"height": section.image_size, "width": section.image_size}
+        is_cropped, size = section.image_fit == "centre_crop", side
+        if is_cropped or section.kind == "vilt":
+            size = {"shortest_edge": section.image_size}
+        values[PROCESSOR] = {
+            "image_processor_type": chosen.image_processor, "do_resize": True, "size": size, "resample": resample,
+            "do_rescale": True, "do_normalize": True, "image_mean": section.image_mean, "image_std": section.image_std,
+            **({"do_center_crop": True, "crop_size": side} if is_cropped else {}),
+            **({"size_divisor": section.patch_size, "do_pad": True} if section.kind == "vilt" else {}),
+        }  # fmt: skip
+    texts |= {name: json.dumps(value, indent=2) for name, value in values.items()}
+    return {name: text.encode() for name, text in texts.items()}
+
+
 def _format(name: str) -> Format:
     if name not in FORMATS:
         raise ConfigError(f"--format {name}: unknown; known: {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
-def read_published(storage: Storage, path: str, is_hugging_face: bool) -> tuple[Published, str]:
-    """Return the tensors at a path and their folder, with Hugging Face's config.json and image processor's config."""
+def read_published(storage: Storage, path: str, chosen: Format) -> tuple[Published, str]:
+    """Return the tensors at a path and their folder, with the format's config and Hugging Face's image processor's."""
     file, folder = path, path.rstrip("/")
     if (inside := next((join(path, name) for name in WEIGHTS if storage.exists(join(path, name))), None)) is not None:
         file = inside
@@ -206,13 +257,13 @@ def read_published(storage: Storage, path: str, is_hugging_face: bool) -> tuple[
         if missing := sorted(files.keys() - tensors.keys()):
             raise CheckpointError(f"{file}: names {', '.join(missing[:4])}, which its files do not hold")
         published = Published(tensors)
-    if not is_hugging_face:
+    if not chosen.model_type:
         return published, folder
     processor = _json(storage, folder, PROCESSOR)
     if processor is None:  # newer transformers store all processors in one file
         image_processor = (_json(storage, folder, PROCESSORS) or {}).get("image_processor")
         processor = image_processor if isinstance(image_processor, dict) else None
-    return replace(published, config=_json(storage, folder, CONFIG), processor=processor), folder
+    return replace(published, config=_json(storage, folder, chosen.config_file), processor=processor), folder
 
 
 def _json(storage: Storage, folder: str, name: str) -> dict[str, Any] | None:
@@ -228,7 +279,7 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
         defined = own if "kind" in own else {}
     if model is not None:
         defined = load_config(model).model.model_dump(mode="json")
-    elif not defined and chosen.prefix:
+    elif not defined and chosen.model_type:
         defined = chosen.section(published.config or {}, published.processor or {})
     for override in overrides:
         apply_override(defined, override)
@@ -311,20 +362,26 @@ def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, num
         tokenizer, where = Tokenizer.load(storage, vocabulary), f"--vocabulary {vocabulary}"
     elif folder and storage.exists(join(folder, VOCABULARY)):
         tokenizer, where = Tokenizer.load(storage, join(folder, VOCABULARY)), f"the vocabulary in {folder}"
-    elif folder and (content := _json(storage, folder, TOKENIZER)) is not None:
+    elif folder and (content := _tokenizer_json(storage, folder)) is not None:
         where, model, normalizer = f"the vocabulary in {folder}", content.get("model"), content.get("normalizer")
-        is_wordpiece = isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece"
-        numbers = model.get("vocab") if isinstance(model, dict) and is_wordpiece else None
+        model = model if isinstance(model, dict) else {}
+        numbers = model.get("vocab") if model.get("type", "WordPiece") in ("WordPiece", "BPE") else None
         is_numbered = isinstance(numbers, dict) and all(type(number) is int for number in numbers.values())
         tokens = {number: token for token, number in numbers.items()} if is_numbered and numbers else {}
         if not tokens or set(tokens) != set(range(len(tokens))):
             raise CheckpointError(
-                f"{join(folder, TOKENIZER)}: holds no WordPiece vocabulary; name a vocab.txt with --vocabulary"
+                f"{folder}: {TOKENIZER} or {BYTE_PAIRS} holds no WordPiece vocabulary and not CLIP's; name a vocab.txt "
+                "with --vocabulary"
             )
         lowercase = stated_lowercase(storage, folder)
         if lowercase is None and isinstance(normalizer, dict) and isinstance(normalizer.get("lowercase"), bool):
             lowercase = normalizer["lowercase"]
-        tokenizer = Tokenizer([tokens[number] for number in range(len(tokens))], lowercase)
+        ordered = [tokens[number] for number in range(len(tokens))]
+        tokenizer = Tokenizer(ordered, lowercase)
+        if (merges := model.get("merges")) is not None:
+            pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+            if not tokenizer.is_byte_pair or byte_pair_merges(ordered) != pairs:
+                raise CheckpointError(f"{where}: its merges are not in the order of its tokens, as CLIP's are")
     else:
         raise ConfigError(
             f"the weights know {num_words} tokens, but not which; name the vocabulary file they were trained with, "
@@ -333,6 +390,15 @@ def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, num
     if tokenizer.size != num_words:
         raise ConfigError(f"{where}: has {tokenizer.size} tokens, the weights have {num_words}")
     return tokenizer
+
+
+def _tokenizer_json(storage: Storage, folder: str) -> dict[str, Any] | None:
+    """Return what a folder's tokenizer.json holds, or the same from vocab.json and merges.txt; None without both."""
+    if (content := _json(storage, folder, TOKENIZER)) is not None or not storage.exists(join(folder, BYTE_PAIRS)):
+        return content
+    lines = storage.read(join(folder, MERGES)).decode().split("\n")
+    merges = [line for line in lines[lines[0].startswith("#version") :] if line]
+    return {"model": {"type": "BPE", "vocab": _json(storage, folder, BYTE_PAIRS), "merges": merges}}
 
 
 def _choices(storage: Storage, published: Published, heads: HeadConfig, answers_file: str | None) -> dict[str, Choices]:

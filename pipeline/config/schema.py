@@ -27,7 +27,11 @@ from pipeline.config.urls import file_name_of, is_local, parse
 SourceType = Literal["pairs", "images", "text", "labelled", "regions", "questions", "statements"]
 ImageTarget = Literal["mean_colour", "pixels", "visual_tokens"]
 Interpolation = Literal["bicubic", "bilinear"]
+ImageFit = Literal["stretch", "centre_crop"]
+Activation = Literal["gelu", "quick_gelu"]
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of CLIP's training images, as published
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LONGEST = 1e9  # seconds (about 30 years): an effectively infinite timeout that threads can still wait for
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -35,6 +39,9 @@ Positive = Annotated[int, Field(gt=0, le=2**53)]  # larger integers are not exac
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+# Red, green, blue. Not strict, because `ModelConfig` inspects the section and so turns arrays of YAML into lists.
+Channels = Annotated[tuple[float, float, float], Field(strict=False)]
+ChannelScales = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST)]
 Rules = dict[str, Callable[[Any], object]]
 
@@ -134,8 +141,8 @@ class TransformerConfig(Section):
 
     READS_TEXT: ClassVar[bool] = True
     TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({  # keys of any kind that do not change which weights fit
-        "init_std", "drop_path", "interpolation", "norm_eps", "text_norm_eps", "dropout", "contrasts", "longest_side",
-        "max_visible_patches", "max_regions",
+        "init_std", "drop_path", "interpolation", "image_fit", "norm_eps", "text_norm_eps", "dropout", "contrasts",
+        "longest_side", "max_visible_patches", "max_regions",
     })  # fmt: skip
     RULES: ClassVar[Rules] = {
         "width {width} must be a multiple of heads {heads}": lambda model: model.width % model.heads == 0,
@@ -155,6 +162,9 @@ class TransformerConfig(Section):
     init_std: PositiveFloat = fixed(0.02, "Standard deviation of initial weights; small widths: about 1 / sqrt(width)")
     drop_path: Fraction = fixed(0.0, "Drop-path rate of the last layer, rising linearly from 0 in the first")
     interpolation: Interpolation = fixed("bicubic", "Kernel for resizing images (Hugging Face's ViT: bilinear)")
+    image_fit: ImageFit = fixed("stretch", "How a whole image becomes a square: stretched, or its centre (CLIP)")
+    image_mean: Channels = fixed((0.5, 0.5, 0.5), "Mean of each channel, subtracted from pixels between 0 and 1")
+    image_std: ChannelScales = fixed((0.5, 0.5, 0.5), "Standard deviation of each channel, by which pixels are divided")
 
     def architecture(self) -> dict[str, Any]:
         """Return the keys that determine which weights fit: sections that agree in these can share weights."""
@@ -246,12 +256,29 @@ class ImageBERTConfig(TransformerConfig):
 
 
 class DualEncoderConfig(TransformerConfig):
-    """Two towers trained with ITC (CLIP, arXiv 2103.00020): the baseline. `layers` and `width` size the image tower."""
+    """CLIP (arXiv 2103.00020): two towers trained with ITC; the defaults are ViT-B/32's.
+
+    `width`, `layers` and `heads` are the image tower's. Both towers have the same MLP ratio, activation and drop path.
+    """
+
+    RULES: ClassVar[Rules] = {
+        "text_width {text_width} must be a multiple of text_heads {text_heads}": (
+            lambda model: model.text_width % model.text_heads == 0
+        )
+    }
 
     kind: Literal["dual_encoder"] = fixed("dual_encoder", "Model architecture")
-    max_text_length: Positive = fixed(77, "Number of text positions, including [CLS] and [SEP]")
+    patch_size: Positive = fixed(32, "Side of an image patch in pixels")
+    max_text_length: Positive = fixed(77, "Number of text positions, including the start and the end token")
+    text_width: Positive = fixed(512, "Hidden size of the text tower")
     text_layers: Positive = fixed(12, "Number of layers of the text tower")
+    text_heads: Positive = fixed(8, "Number of attention heads of the text tower; must divide `text_width`")
     embedding: Positive = fixed(512, "Dimension of the shared embedding space")
+    activation: Activation = fixed("gelu", "Activation of the MLPs; OpenAI's weights need quick_gelu")
+    norm_eps: PositiveFloat = fixed(1e-5, "Epsilon of the layer norms")
+    image_fit: ImageFit = fixed("centre_crop", "How a whole image becomes a square: stretched, or its centre (CLIP)")
+    image_mean: Channels = fixed(CLIP_MEAN, "Mean of each channel, subtracted from pixels between 0 and 1")
+    image_std: ChannelScales = fixed(CLIP_STD, "Standard deviation of each channel, by which pixels are divided")
 
 
 MODEL_SECTIONS: dict[str, type[TransformerConfig]] = {

@@ -39,6 +39,19 @@ class TextEmbedding(nn.Module):
         return self.norm(x) + self.modality
 
 
+class PlainTextEmbedding(nn.Module):
+    """CLIP's token embedding: words and positions, without a norm."""
+
+    def __init__(self, vocabulary: int, width: int, max_text_length: int) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.empty(max_text_length, width))
+
+    def forward(self, text: Tensor) -> Tensor:
+        """text (B, L) int64 -> (B, L, D)."""
+        return self.word(text) + self.positions[: text.shape[1]]
+
+
 class ImageEmbedding(nn.Module):
     """Patch projection with [CLS], positions, and a modality vector in models that also read text.
 
@@ -57,10 +70,18 @@ class ImageEmbedding(nn.Module):
         absolute: bool = True,
         modality: bool = True,
         any_shape: bool = False,
+        patch_bias: bool = True,
     ) -> None:
         super().__init__()
         self.image_size, self.patch_size, self.any_shape = config.image_size, config.patch_size, any_shape
-        self.patch = nn.Linear(3 * config.patch_size**2, config.width)
+        self.patch = nn.Linear(3 * config.patch_size**2, config.width, bias=patch_bias)
+        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+        self.divisor: float | Tensor = 255 * config.image_std[0]
+        self.offset: float | Tensor = config.image_mean[0] / config.image_std[0]
+        if len({*config.image_mean}) > 1 or len({*config.image_std}) > 1:  # in the order of a patch's pixels
+            del self.divisor, self.offset
+            self.register_buffer("divisor", (255 * std).repeat_interleave(config.patch_size**2), persistent=False)
+            self.register_buffer("offset", (mean / std).repeat_interleave(config.patch_size**2), persistent=False)
         self.cls = nn.Parameter(torch.empty(config.width))
         # The mask embedding is part of the masked-image head, and the modality vector of a pair's second image of
         # NLVR2's, but owned by their user: ZeRO-3 gathers a parameter only for its owner. With an image decoder the
@@ -106,7 +127,7 @@ class ImageEmbedding(nn.Module):
         if shown is not None:
             x = gather(x, canvas_patches(shown, grid, width) if self.any_shape else shown)
         pixels = x.to(self.cls.dtype)
-        x = self.patch(pixels / 127.5 - 1.0 if x.dtype == torch.uint8 else pixels)
+        x = self.patch(pixels / self.divisor - self.offset if x.dtype == torch.uint8 else pixels)
         if masked is not None:
             if self.mask is None:
                 raise ValueError("patches can be masked only in a model built with an image target")

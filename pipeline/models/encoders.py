@@ -1,19 +1,18 @@
-"""Multiway encoders with one expert and absolute positions: ViT, ViLT, and a dual encoder trained by contrast.
+"""Multiway encoders with one expert and absolute positions, and a key bias as published.
 
-ViT (arXiv 2010.11929) and ViLT (arXiv 2102.03334) have a key bias, as published. The dual encoder (CLIP, arXiv
-2103.00020) is the baseline without fusion. CLIP's other choices (a causal text tower read at its end token, QuickGELU,
-a LayerNorm before the image tower) are left out, so that comparisons are about fusion.
+ViT (arXiv 2010.11929), ViLT (arXiv 2102.03334) and the dual encoder, which is CLIP (arXiv 2103.00020).
 """
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import DualEncoderConfig, TransformerConfig, ViLTConfig, ViTConfig
-from pipeline.models.embeddings import ImageEmbedding, TextEmbedding
+from pipeline.models.embeddings import ImageEmbedding, PlainTextEmbedding, TextEmbedding
 from pipeline.models.forward import PackedInputs
 from pipeline.models.model import ContrastiveHead, HeadConfig, Model
-from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock, key_padding, run_blocks
+from pipeline.models.multiway import Expert, MultiwayBlock, QuickGELU, key_padding, run_blocks
 
 VILT_EXPERT: Expert = "vision_language"
 _VIT_ENCODER = ("image_embedding", "positions.image", "blocks", "norm")
@@ -109,7 +108,7 @@ class ViLT(Model):
 
 
 class DualEncoder(Model):
-    """Two bidirectional transformers, whose [CLS] are projected into the shared unit sphere."""
+    """CLIP: an image tower read at its [CLS], and a causal text tower read at its end token, in one unit sphere."""
 
     PARTS: ClassVar = ("image_embedding", "text_embedding", "image_tower", "text_tower", "itc_head")
     HEAD_PARTS: ClassVar = ("itc_head",)
@@ -120,6 +119,7 @@ class DualEncoder(Model):
     HEADS: ClassVar = ("itc",)
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
     GRID_RULE: ClassVar = "bicubic"  # as open_clip resizes CLIP's positions
+    READS_LAST_TOKEN: ClassVar = True
 
     config: DualEncoderConfig
     image_tower: nn.ModuleDict
@@ -127,18 +127,22 @@ class DualEncoder(Model):
 
     def __init__(self, config: DualEncoderConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
-        width = config.width
-        self.image_embedding = ImageEmbedding(config, HeadConfig())
-        self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length)
-        towers: tuple[tuple[str, Expert, int], ...]
-        towers = (("image_tower", "vision", config.layers), ("text_tower", "language", config.text_layers))
-        for name, expert, layers in towers:  # the shallower one has the drop-path rates of the other's last layers
+        epsilon, activation = config.norm_eps, QuickGELU if config.activation == "quick_gelu" else nn.GELU
+        self.image_embedding = ImageEmbedding(config, HeadConfig(), modality=False, patch_bias=False)
+        self.text_embedding = PlainTextEmbedding(vocabulary, config.text_width, config.max_text_length)
+        towers: tuple[tuple[str, Expert, int, int, int], ...] = (
+            ("image_tower", "vision", config.layers, config.width, config.heads),
+            ("text_tower", "language", config.text_layers, config.text_width, config.text_heads),
+        )
+        for name, expert, layers, width, num_heads in towers:
+            # The shallower tower has the drop-path rates of the other's last layers.
             blocks = nn.ModuleList(
-                MultiwayBlock(width, config.heads, config.mlp_ratio, (expert,), None, rate)
+                MultiwayBlock(width, num_heads, config.mlp_ratio, (expert,), None, rate, True, epsilon, activation)
                 for rate in config.drop_path_rates[-layers:]
             )
-            self.add_module(name, nn.ModuleDict({"blocks": blocks, "norm": nn.LayerNorm(width, eps=EPSILON)}))
-        self.itc_head = ContrastiveHead(width, contrasts=1, embedding=config.embedding)
+            self.add_module(name, nn.ModuleDict({"blocks": blocks, "norm": nn.LayerNorm(width, eps=epsilon)}))
+        self.image_tower["input_norm"] = nn.LayerNorm(config.width, eps=epsilon)
+        self.itc_head = ContrastiveHead(config.width, 1, config.embedding, text_width=config.text_width)
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, None]:
         if packed.image is not None and packed.text is not None:
@@ -146,9 +150,13 @@ class DualEncoder(Model):
         if packed.image_size is not None or packed.visible_patches is not None:
             raise ValueError("a dual encoder reads whole square images; use ViLT for images of their own shape")
         x, keep = self.embed(packed)
-        expert: Expert = "vision" if packed.text is None else "language"
-        tower = self.image_tower if packed.text is None else self.text_tower
-        padding = None if packed.text is None else key_padding(keep, x.dtype)
+        expert: Expert
+        if packed.text is None:
+            expert, tower, x, padding, bias = "vision", self.image_tower, self.image_tower["input_norm"](x), None, None
+        else:
+            expert, tower, padding = "language", self.text_tower, key_padding(keep, x.dtype)
+            is_earlier = torch.ones(1, x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            bias = key_padding(is_earlier, x.dtype)  # (1, L, L): a token attends to itself and those before it
         blocks: Any = tower["blocks"]
         mask = None if packed.drop_path_mask is None else packed.drop_path_mask[:, -len(blocks) :]
-        return tower["norm"](run_blocks(blocks, x, expert, padding, mask, packed.output_positions)), None
+        return tower["norm"](run_blocks(blocks, x, expert, padding, mask, packed.output_positions, bias)), None

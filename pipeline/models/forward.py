@@ -31,7 +31,7 @@ InputKind = Literal["image", "text", "regions"]
 ForwardOutput = dict[str, dict[str, Tensor]]
 
 ALL_POSITIONS = ("tokens", "alignment", "decoded_image")  # heads that read every position
-FIRST_POSITION = ("itc", "itm", "classes", "answers", "nlvr2", "ranking")  # heads that read the [CLS] in front
+ONE_POSITION = ("itc", "itm", "classes", "answers", "nlvr2", "ranking")  # heads that read the [CLS] or the end token
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,12 @@ def drop_masked_patches(forward_input: ForwardInput, num_patches: int) -> Forwar
 
 
 class PackedInputs:
-    """The examples of several inputs, padded to the longest text and largest image; two images are two pieces."""
+    """The examples of several inputs, padded to the longest text and largest image; two images are two pieces.
 
-    def __init__(self, inputs: list[ForwardInput]) -> None:
+    Heads of one position read a text's last token if `reads_last_token`, else the [CLS] in front.
+    """
+
+    def __init__(self, inputs: list[ForwardInput], reads_last_token: bool = False) -> None:
         pieces: list[ForwardInput] = []
         self._pieces_of: list[range] = []  # by input
         for forward in inputs:
@@ -140,7 +143,11 @@ class PackedInputs:
         self._positions: list[dict[Head, Tensor]] = []
         for piece, member in zip(pieces, members, strict=True):
             positions: dict[str, Tensor | None] = {"mlm": piece.mask_positions}
-            positions |= dict.fromkeys(FIRST_POSITION, member.new_zeros(len(member), 1, dtype=torch.int64))
+            position = member.new_zeros(len(member), 1, dtype=torch.int64)
+            if reads_last_token and piece.text is not None:
+                lengths = position + piece.text.shape[1] if piece.text_keep is None else piece.text_keep.sum(1, True)
+                position = (lengths - 1).clamp(min=0)
+            positions |= dict.fromkeys(ONE_POSITION, position)
             if "mim" in piece.heads and (patches := piece.patch_positions) is not None:
                 if (visible := piece.visible_patches) is not None:
                     patches = (visible[:, None, :] == patches[:, :, None]).int().argmax(dim=2)

@@ -50,14 +50,19 @@ class ContrastiveHead(nn.Module):
     """Projections of each modality's [CLS] (VLMo: and its vision-language expert's) into one space, with a scale."""
 
     def __init__(
-        self, width: int, max_scale: float = MAX_SCALE, contrasts: Literal[1, 2] = 2, embedding: int | None = None
+        self,
+        width: int,
+        contrasts: Literal[1, 2] = 2,
+        embedding: int | None = None,
+        max_scale: float = MAX_SCALE,
+        text_width: int | None = None,
     ) -> None:
         super().__init__()
         self.max_scale = max_scale
         self.suffixes = ("", "_vl")[:contrasts]
         for suffix in self.suffixes:
-            for name in ("image", "text"):
-                self.add_module(f"{name}{suffix}", nn.Linear(width, embedding or width, bias=False))
+            for name, features in (("image", width), ("text", text_width or width)):
+                self.add_module(f"{name}{suffix}", nn.Linear(features, embedding or width, bias=False))
             # One element, not 0-d: DeepSpeed broadcasts parameters as bytes, which 0-d tensors cannot be viewed as.
             self.register_parameter(f"log_scale{suffix}", nn.Parameter(torch.tensor([math.log(1 / 0.07)])))
 
@@ -123,6 +128,7 @@ class Model(nn.Module, ABC):
     ENCODER_PARTS: ClassVar[dict[frozenset[InputKind], frozenset[str]]]  # by the inputs of a forward
     HEADS: ClassVar[tuple[Head, ...]]  # besides "tokens", which trains nothing
     RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` can change
+    READS_LAST_TOKEN: ClassVar[bool] = False  # heads of one position read a text's last token instead of its first
     GRID_RULE: ClassVar[resize.GridRule] = "bilinear"  # of absolute positions of patches at another image size
     BLOCK: ClassVar[type[nn.Module]] = MultiwayBlock  # of its transformers: nearly all computation and activations
 
@@ -183,7 +189,7 @@ class Model(nn.Module, ABC):
             groups.setdefault((image, *absent, "itc" in own.heads), {})[name] = own
         outputs: ForwardOutput = {name: {} for name in inputs}
         for group in groups.values():
-            packed = PackedInputs(list(group.values()))
+            packed = PackedInputs(list(group.values()), self.READS_LAST_TOKEN)
             length, most = 0 if packed.text is None else packed.text.shape[1], self.config.max_text_length
             if length > most:
                 raise ValueError(

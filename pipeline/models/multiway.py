@@ -88,6 +88,13 @@ class Attention(nn.Module):
         return self.projection(rearrange(mixed, "b h l d -> b l (h d)"))
 
 
+class QuickGELU(nn.Module):
+    """The approximation of GELU with which OpenAI trained CLIP: x * sigmoid(1.702 x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 class MultiwayBlock(nn.Module):
     """Pre-norm block: attention, its norm and the LayerScale gammas are shared; each expert has a norm of its own."""
 
@@ -104,6 +111,7 @@ class MultiwayBlock(nn.Module):
         drop_path: float,
         key_bias: bool = False,
         epsilon: float = EPSILON,
+        activation: type[nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
@@ -113,7 +121,7 @@ class MultiwayBlock(nn.Module):
         for name in experts:
             norm, hidden = nn.LayerNorm(width, eps=epsilon), ratio * width
             expand, contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
-            self.experts[name] = named_layers(norm=norm, expand=expand, gelu=nn.GELU(), contract=contract)
+            self.experts[name] = named_layers(norm=norm, expand=expand, gelu=activation(), contract=contract)
         for gamma in ("attention_gamma", "expert_gamma"):
             scale = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
             self.register_parameter(gamma, scale)
@@ -159,11 +167,15 @@ def run_blocks(
     padding: Tensor | None = None,
     drop_path_mask: Tensor | None = None,
     output_positions: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Run blocks of a single expert, with `drop_path_mask` (B, N, 2); the last one computes only `output_positions`."""
+    """Run blocks of a single expert, with `drop_path_mask` (B, N, 2); the last one computes only `output_positions`.
+
+    `bias` (1 or H, L, L) is added to every layer's products of queries and keys.
+    """
     blocks = list(blocks)
     for layer, block in enumerate(blocks):
         keep = None if drop_path_mask is None else drop_path_mask[:, layer]
         positions = output_positions if layer == len(blocks) - 1 else None
-        x = block(x, {expert: slice(None)}, None, padding, keep, positions)
+        x = block(x, {expert: slice(None)}, bias, padding, keep, positions)
     return x

@@ -70,7 +70,7 @@ class VLMo(Model):
             self.blocks.append(block)
         self.norm = nn.LayerNorm(width, eps=epsilon)
         max_scale = MAX_SCALE if heads.bounds_scales else math.inf
-        self.build_heads(vocabulary, itc_head=ContrastiveHead(width, max_scale, config.contrasts))
+        self.build_heads(vocabulary, itc_head=ContrastiveHead(width, config.contrasts, max_scale=max_scale))
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Return normalised features, and for two contrasts those of a branch through the vision-language expert."""

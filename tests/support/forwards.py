@@ -32,7 +32,12 @@ MODELS: dict[str, tuple[schema.TransformerConfig, HeadConfig]] = {
     "vilt": (_VILT, HeadConfig(**_FINE_TUNED, ranking=True)),
     "vit": (schema.ViTConfig(**_IMAGE), HeadConfig("mean_colour", classes=3)),
     "vit_decoded": (schema.ViTConfig(**_IMAGE), _DECODED),
-    "dual_encoder": (schema.DualEncoderConfig(**_IMAGE, max_text_length=12, text_layers=2, embedding=10), HeadConfig()),
+    "dual_encoder": (
+        schema.DualEncoderConfig(
+            **_IMAGE, max_text_length=12, text_width=24, text_layers=2, text_heads=2, embedding=10
+        ),
+        HeadConfig(),
+    ),
     "imagebert": (schema.ImageBERTConfig(**_SIZES, max_text_length=12, **_REGIONS), HeadConfig()),
 }
 

@@ -41,7 +41,7 @@ _SIZES_OF: dict[str, dict[str, Any]] = {
     "vlmo": {"vision_language_layers": 1},
     "vilt": {"longest_side": 24},
     "imagebert": {"max_regions": 6, "region_features": 8, "region_classes": 7, "dropout": 0.0},
-    "dual_encoder": {"text_layers": 2, "embedding": 16},
+    "dual_encoder": {"text_width": 24, "text_layers": 2, "text_heads": 2, "embedding": 16},
 }
 # Matching loss of a head that ignores its input, the entropy of the labels, by the kind of negatives: hard ones have
 # one image and one text per pair (0.6365, and 0.6931).

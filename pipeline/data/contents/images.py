@@ -116,8 +116,20 @@ def shape_of(model: TransformerConfig) -> Shape:
 
 
 def resize_for(image: np.ndarray, model: TransformerConfig) -> np.ndarray:
-    """Return the whole image in the shape and with the interpolation that a model reads."""
-    return resize(image, shape_of(model), model.interpolation)
+    """Return the whole image in the shape and with the interpolation that a model reads.
+
+    `image_fit: centre_crop` resizes the shorter side to the square's and keeps the centre, by Pillow: the same pixels
+    as those of Hugging Face's CLIPImageProcessor.
+    """
+    shape = shape_of(model)
+    if isinstance(shape, KeepAspectRatio) or model.image_fit == "stretch":
+        return resize(image, shape, model.interpolation)
+    shorter = min(image.shape[:2])
+    height, width = (int(shape * side / shorter) for side in image.shape[:2])
+    kernel = Image.Resampling[model.interpolation.upper()]
+    top, left = (height - shape) // 2, (width - shape) // 2
+    resized = np.asarray(Image.fromarray(image).resize((width, height), kernel))
+    return np.ascontiguousarray(resized[top : top + shape, left : left + shape])
 
 
 def resize(image: np.ndarray, shape: Shape, interpolation: Interpolation = "bicubic") -> np.ndarray:

@@ -1,12 +1,19 @@
-"""BERT's WordPiece tokenizer, on the `tokenizers` library. A token's id is its line in `vocab.txt`, from 0."""
+"""BERT's WordPiece and CLIP's byte-pair tokenizer, on the `tokenizers` library.
+
+A token's id is its line in `vocab.txt`, from 0. A vocabulary with CLIP's end token is a byte-pair vocabulary: bytes are
+written as printable characters, a token that ends a word ends in </w>, and tokens of several characters are in the
+order of the merges that form them, so that the merges follow from the tokens.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +25,11 @@ from pipeline.data.storage import Storage, join, split
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIALS = (PAD, UNK, CLS, SEP, MASK)
+START_TEXT, END_TEXT = CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+ENDS_WORD = "</w>"  # suffix of a byte-pair token that ends a word
+CLIP_MERGES = 48_894  # of its published file, which lists 262,144
+# CLIP's words: contractions, letters, single digits, runs of anything else.
+CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 MIN_ALPHABET = 1000  # minimum number of characters in a trained vocabulary, the most frequent ones, if it has room
 MAX_WORD = 100  # characters; a longer word is [UNK], as in BERT
 _LONG_RUN = re.compile(rf"\S{{{MAX_WORD + 1}}}")
@@ -34,43 +46,59 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """A WordPiece tokenizer, picklable. Raises DataError when the tokens are not a vocabulary. `lowercase`: lower-case
-    text and strip its accents (default: unless `is_cased`, that is, words of the vocabulary have capital letters).
-    `digest` identifies vocabulary and case. `ordinary_ids` (N,) int64: the tokens that occur in text, neither special
-    nor BERT's [unused…].
+    """A WordPiece or byte-pair tokenizer, picklable. Raises DataError when the tokens are not a vocabulary.
+
+    `lowercase`: lower-case text and strip its accents (default: unless `is_cased`, that is, words of the vocabulary
+    have capital letters); byte-pair text is always lower-cased, as CLIP does, and keeps its accents. `digest`
+    identifies vocabulary and case. `ordinary_ids` (N,) int64: the tokens that occur in text, neither special nor BERT's
+    [unused…]. `cls_id` and `sep_id` are those of the first and the last token of a text. Byte-pair vocabularies have no
+    [UNK] and no [MASK]: their ids are -1.
     """
 
     def __init__(self, tokens: Sequence[str], lowercase: bool | None = None):
         self.tokens, self.size = tuple(tokens), len(tokens)
         ids = {token: i for i, token in enumerate(self.tokens)}
-        if missing := [name for name in SPECIALS if name not in ids]:
+        self.is_byte_pair = END_TEXT in ids
+        if missing := [name for name in (CLIP_SPECIALS if self.is_byte_pair else SPECIALS) if name not in ids]:
             raise DataError(f"the vocabulary of {self.size} tokens does not contain {', '.join(missing)}")
         if len(ids) < self.size:
             repeated = next(token for token, count in Counter(self.tokens).items() if count > 1)
             raise DataError(f"the vocabulary contains the token {repeated!r} more than once")
         if invalid := next((token for token in self.tokens if re.search("[\n\ud800-\udfff]", token)), None):
             raise DataError(f"the vocabulary contains {invalid!r:.60}, which cannot be a line of a vocab.txt")
-        self.is_cased = any(re.search(r"[A-Z]", token) and not re.fullmatch(r"\[.*\]", token) for token in self.tokens)
-        self.lowercase = not self.is_cased if lowercase is None else lowercase
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[name] for name in SPECIALS)
-        reserved = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")
-        self.ordinary_ids = np.array([i for token, i in ids.items() if not reserved.fullmatch(token)], dtype=np.int64)
         self.vocabulary_file = ("\n".join(self.tokens) + "\n").encode()
+        if self.is_byte_pair:
+            self.is_cased, self.lowercase = False, True
+            self.unk_id = self.mask_id = -1
+            self.cls_id, self.sep_id = (ids[name] for name in CLIP_SPECIALS)
+            self.pad_id = self.sep_id
+            reserved = re.compile("|".join(map(re.escape, CLIP_SPECIALS)))
+            self._pieces = byte_pair_pipeline(ids)
+        else:
+            words = (token for token in self.tokens if not re.fullmatch(r"\[.*\]", token))
+            self.is_cased = any(re.search(r"[A-Z]", token) for token in words)
+            self.lowercase = not self.is_cased if lowercase is None else lowercase
+            self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[name] for name in SPECIALS)
+            reserved = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")
+            # BERT's pipeline. No special token is registered: "[MASK]" in a caption is text like any other.
+            self._pieces = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=MAX_WORD))
+            self._pieces.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase)
+            self._pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            self._pieces.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=True)
+        self.ordinary_ids = np.array([i for token, i in ids.items() if not reserved.fullmatch(token)], dtype=np.int64)
         self.digest = hashlib.sha256((b"" if self.lowercase else b"cased\n") + self.vocabulary_file).hexdigest()
-        # BERT's pipeline. No special token is registered: "[MASK]" in a caption is text like any other.
-        self._pieces = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=MAX_WORD))
-        self._pieces.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase)
-        self._pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self._pieces.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=True)
 
     @classmethod
     def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
-        """Read a `vocab.txt`; `lowercase` defaults to `do_lower_case` of a tokenizer_config.json next to it."""
+        """Read a `vocab.txt`, or CLIP's `bpe_simple_vocab_16e6.txt.gz` or a list of merges like it.
+
+        `lowercase` defaults to `do_lower_case` of a tokenizer_config.json next to it.
+        """
         try:
             tokens = tokens_of(storage.read(url))
             return cls(tokens, stated_lowercase(storage, split(url)[0]) if lowercase is None else lowercase)
-        except (UnicodeDecodeError, DataError) as error:
-            raise DataError(f"{url} is not a WordPiece vocabulary: {error}. Expected one token per line") from error
+        except (UnicodeDecodeError, DataError, gzip.BadGzipFile, EOFError) as error:
+            raise DataError(f"{url} is not a vocabulary: {error}. Expected one token per line") from error
 
     @classmethod
     def train(cls, captions: Iterable[str], size: int, lowercase: bool = True) -> Tokenizer:
@@ -120,9 +148,48 @@ class Tokenizer:
         return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids without [PAD], [CLS] and [SEP]; [MASK] and [UNK] are kept."""
+        """Return the text of token ids without padding, start and end; [MASK] and [UNK] are kept."""
         frame = {self.pad_id, self.cls_id, self.sep_id}
-        return self._pieces.decode([int(i) for i in ids if int(i) not in frame], skip_special_tokens=False)
+        text = self._pieces.decode([int(i) for i in ids if int(i) not in frame], skip_special_tokens=False)
+        return text.replace(ENDS_WORD, " ").strip() if self.is_byte_pair else text
+
+
+def byte_pair_pipeline(ids: dict[str, int]) -> tokenizers.Tokenizer:
+    """Return CLIP's tokenization of text into a vocabulary, without its repair of mis-decoded text (`ftfy`)."""
+    model = models.BPE(ids, byte_pair_merges(list(ids)), unk_token=END_TEXT, end_of_word_suffix=ENDS_WORD)
+    pieces = tokenizers.Tokenizer(model)
+    spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    pieces.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), behavior="removed", invert=True)
+    pieces.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    pieces.decoder = decoders.ByteLevel()
+    return pieces
+
+
+def byte_pair_merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the merges that form the tokens, in their order: each one's parts after all merges before its own.
+
+    Raises DataError for a token that earlier ones do not form.
+    """
+    rank, merges = {token: number for number, token in enumerate(tokens)}, []
+    for number, token in enumerate(tokens):
+        word = token.removesuffix(ENDS_WORD)
+        if len(word) <= 1 or token in CLIP_SPECIALS:
+            continue
+        parts = [*word[:-1], word[-1] + token[len(word) :]]
+        while len(parts) > 2:
+            best = min(pairwise(parts), key=lambda pair: rank.get(pair[0] + pair[1], number))
+            if rank.get(best[0] + best[1], number) >= number:
+                raise DataError(
+                    f"no two tokens above {token!r} form it; the tokens must be in the order of their merges"
+                )
+            at = 0
+            while at + 1 < len(parts):
+                if (parts[at], parts[at + 1]) == best:
+                    parts[at : at + 2] = [best[0] + best[1]]
+                at += 1
+        merges.append((parts[0], parts[1]))
+    return merges
 
 
 def stated_lowercase(storage: Storage, folder: str) -> bool | None:
@@ -138,11 +205,22 @@ def stated_lowercase(storage: Storage, folder: str) -> bool | None:
 
 
 def tokens_of(data: bytes) -> list[str]:
-    """Return the tokens of a `vocab.txt`, one per line; a byte order mark and blank lines at the end are ignored."""
+    """Return the tokens of a `vocab.txt`, one per line, or those of a list of byte-pair merges, perhaps compressed.
+
+    A byte order mark and blank lines at the end are ignored. Merges follow a line that contains "#version"; their
+    tokens are in CLIP's order: each byte, each byte that ends a word, the merges, start and end.
+    """
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
     lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     while lines and not lines[-1]:
         lines.pop()
-    return lines
+    if not lines or "#version" not in lines[0]:
+        return lines
+    printable = [byte for start, end in ((33, 127), (161, 173), (174, 256)) for byte in range(start, end)]
+    letters = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]  # of the other bytes in their order
+    merges = [line.replace(" ", "") for line in lines[1 : CLIP_MERGES + 1]]
+    return [*letters, *(letter + ENDS_WORD for letter in letters), *merges, *CLIP_SPECIALS]
 
 
 def choose_alphabet(counts: Counter[str], room: int, normalizer: normalizers.Normalizer) -> list[str]:

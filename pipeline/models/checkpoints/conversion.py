@@ -8,7 +8,7 @@ of the model's parameters (the modality vectors are one table).
 import logging
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -79,10 +79,15 @@ class Format:
     unused: ClassVar[str] = r"(?!)"  # expression for tensors that have no counterpart and are dropped
     tables: ClassVar[tuple[str, ...]] = ()  # relative positions of a VLMo: forms of all layers, and of layer 0
     older: ClassVar[tuple[tuple[str, str], ...]] = ()  # expressions for parts of other releases' names -> these names'
+    is_batched: ClassVar[bool] = True  # [CLS], positions and modality vectors are published with dimensions of 1
     is_tied: ClassVar[bool] = False  # the decoder of masked words may be the table of words, and then has no name
     copies: ClassVar[dict[str, str]] = {}  # names that some readers expect -> the tensor that is written again there
 
-    # Hugging Face's config.json, of formats with a prefix, which is its model_type.
+    # Hugging Face's config.json and image processor, of formats with a model_type.
+    model_type: ClassVar[str] = ""
+    config_file: ClassVar[str] = "config.json"
+    image_processor: ClassVar[str] = ""  # transformers' class; "" for a model of texts
+    classes: ClassVar[dict[str, str]] = {}  # transformers' class by the head that is written; "" without any
     keys: ClassVar[dict[str, str]] = {"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"}  # ours -> theirs
     computed: ClassVar[dict[str, tuple[Any, ...]]] = {"hidden_act": ("gelu",), "num_channels": (3,)}  # supported
     sizes: ClassVar[dict[str, str]] = IMAGE_SIZES  # ours -> theirs, of keys that tensors show as well
@@ -96,9 +101,8 @@ class Format:
 
         Differences of the processor are logged. Raises ConfigError for another kind, or a variant computed differently.
         """
-        own_type = self.prefix.removesuffix(".")
-        if (model_type := config.get("model_type", own_type)) != own_type:
-            raise ConfigError(f"config.json: model_type is {model_type!r}, this format reads {own_type!r}")
+        if (model_type := config.get("model_type", self.model_type)) != self.model_type:
+            raise ConfigError(f"config.json: model_type is {model_type!r}, this format reads {self.model_type!r}")
         for key, supported in self.computed.items():
             if key in config and config[key] not in supported:
                 expected = " or ".join(str(value) for value in supported)
@@ -109,15 +113,36 @@ class Format:
                 f"preprocessor_config.json: resample is {number!r}; expected 2 (bilinear) or 3 (bicubic). Give "
                 "interpolation=bicubic and remove the file, or resize otherwise"
             )
-        for key in ("image_mean", "image_std"):
-            values = processor.get(key, [0.5])
-            if any(value != 0.5 for value in (values if isinstance(values, list) else [values])):
-                text = "preprocessor_config.json: %s is %s; mome scales pixels with 0.5, so results differ"
-                log.warning(text, key, values)
-        if processor.get("do_center_crop"):
-            log.warning("preprocessor_config.json: do_center_crop; mome reads whole images, so results differ")
         section = {key: config[theirs] for key, theirs in self.keys.items() if config.get(theirs) is not None}
+        for key in ("image_mean", "image_std"):
+            if (values := processor.get(key)) is not None:
+                section[key] = values if isinstance(values, list) else [values] * 3
+        if "do_center_crop" in processor:
+            crop, size = (processor.get(key) for key in ("crop_size", "size"))
+            shorter = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+            if processor["do_center_crop"] and shorter != (crop.get("height") if isinstance(crop, dict) else crop):
+                log.warning("preprocessor_config.json: crops a part of the resized image's shorter side; mome does not")
+            section["image_fit"] = "centre_crop" if processor["do_center_crop"] else "stretch"
         return section | {"interpolation": INTERPOLATIONS[number]}
+
+    def hugging_face_config(self, state: State, config: Any, num_words: int, labels: Sequence[str]) -> dict[str, Any]:
+        """Return the config.json with which transformers reads what `write` makes of a state.
+
+        `labels` name the outputs of a classifier. Raises ConfigError for a format that transformers does not read.
+        """
+        heads = {name.split(".")[0] for name in state} & self.classes.keys()
+        if not self.classes or len(heads) > 1:
+            fault = f"its heads {', '.join(sorted(heads))} have classes of their own" if heads else "it has no such form"
+            raise ConfigError(f"{self.title} cannot be written as a Hugging Face folder: {fault}; give a file's name")
+        names = self.sizes | self.keys
+        written: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.classes["".join(heads)]]}
+        written |= {theirs: getattr(config, ours) for ours, theirs in names.items() if hasattr(config, ours)}
+        written |= {key: values[0] for key, values in self.computed.items()}
+        written |= {"intermediate_size": config.mlp_ratio * config.width, "vocab_size": num_words}
+        if labels:
+            written["id2label"] = {str(number): label for number, label in enumerate(labels)}
+            written["label2id"] = {label: number for number, label in enumerate(labels)}
+        return written | {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 
     def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Infer the `model` section of a published state from `overrides`, else tensor shapes, else ConfigError."""
@@ -184,7 +209,7 @@ class Format:
             if name in state:
                 state[name] = cut_text_positions(state[name], config.max_text_length)
         names, shapes = self.layout(config, state)
-        contents = published_contents(names, shapes)
+        contents = published_contents(names, shapes, self.is_batched)
         ends = tuple(f"attention.attention.{name}.bias" for name in ("query", "key", "value"))  # not BERT's, required
         biases = [part for part in contents if part.endswith(ends)]
         if not any(part in state for part in biases):
@@ -214,7 +239,7 @@ class Format:
         names, shapes = self.layout(config, state)
         require({name: state[name] for name in names if name in state}, shapes)
         published = {}
-        for part, own in published_contents(names, shapes).items():
+        for part, own in published_contents(names, shapes, self.is_batched).items():
             tensors = []
             for name, shape in own:
                 tensor, parts = state[name], names[name]
@@ -281,7 +306,9 @@ class Format:
         return {name: names[name] for name in kept}, {name: shapes[name] for name in kept}
 
 
-def published_contents(names: Names, shapes: Mapping[str, Shape]) -> dict[str, list[tuple[str, Shape]]]:
+def published_contents(
+    names: Names, shapes: Mapping[str, Shape], is_batched: bool
+) -> dict[str, list[tuple[str, Shape]]]:
     """Return, for each published tensor, the parameters that it holds as rows, with the shapes of these rows."""
     contents: dict[str, list[tuple[str, Shape]]] = {}
     for name, parts in names.items():
@@ -290,9 +317,9 @@ def published_contents(names: Names, shapes: Mapping[str, Shape]) -> dict[str, l
             side = math.isqrt(shape[1] // 3)
             shape = (shape[0], 3, side, side)
         elif name in ("image_embedding.cls", MASK):
-            shape = (1, 1, *shape)
+            shape = (1, 1, *shape) if is_batched else shape
         elif name == "image_embedding.positions" or name in MODALITIES:
-            shape = (1, *shape)
+            shape = (1, *shape) if is_batched else shape
         elif name.startswith("itc_head.log_scale"):
             shape = ()
         elif len(parts) > 1:

@@ -3,8 +3,10 @@
 Shapes: R rows of a table, H heads, g grid side, T longest text.
 """
 
+import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count, takewhile
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +14,12 @@ import torch
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models.checkpoints import conversion
-from pipeline.models.checkpoints.conversion import MASK, MODALITIES, Format, Names, Shape, State, Table
+from pipeline.models.checkpoints.conversion import HEAD_WIDTH, MASK, MODALITIES, SECOND, Format, Names, Shape, State, Table
 from pipeline.models.encoders import VILT_EXPERT
 
+log = logging.getLogger(__name__)
+
+HEADS = (("heads", "width"), ("text_heads", "text_width"))  # of CLIP's towers
 TEXT_POSITIONS = "text_embeddings.position_embeddings.weight"
 # VLMo's release (microsoft/unilm, vlmo) outside the layers, which grew from ViLT's (dandelin/ViLT); ours on the left.
 RELEASE = {
@@ -147,6 +152,15 @@ class ViLTHuggingFaceFormat(ViLTFormat):
     }
     layers: ClassVar = Format.layers
     prefix: ClassVar = "vilt."
+    model_type: ClassVar = "vilt"
+    image_processor: ClassVar = "ViltImageProcessor"
+    classes: ClassVar = {
+        "": "ViltModel",
+        "mlm_head": "ViltForMaskedLM",
+        "vqa_head": "ViltForQuestionAnswering",
+        "nlvr2_head": "ViltForImagesAndTextClassification",
+        "ranking_head": "ViltForImageAndTextRetrieval",
+    }
     unprefixed: ClassVar = ("mlm_score.", "rank_output.", "classifier.")
     layer: ClassVar[Table] = {
         name.replace("experts.vision", f"experts.{VILT_EXPERT}"): theirs for name, theirs in Format.layer.items()
@@ -176,6 +190,12 @@ class ViLTHuggingFaceFormat(ViLTFormat):
         return names, {name: shapes[name] for name in names}
 
 
+    def hugging_face_config(self, state: State, config: Any, num_words: int, labels: Sequence[str]) -> dict[str, Any]:
+        written = super().hugging_face_config(state, config, num_words, labels)
+        num_images = 2 if "nlvr2_head.expand.weight" in state else 1
+        return written | {"num_images": num_images, "modality_type_vocab_size": 2 + (SECOND in state)}
+
+
 class ViTFormat(Format):
     """Hugging Face's ViTModel and ViTForImageClassification; the pooler is unused.
 
@@ -188,6 +208,9 @@ class ViTFormat(Format):
     outside: ClassVar[Table] = HUGGING_FACE_IMAGE | {"norm": "layernorm", "classification_head.classify": "classifier"}
     optional: ClassVar = ("classification_head",)
     prefix: ClassVar = "vit."
+    model_type: ClassVar = "vit"
+    image_processor: ClassVar = "ViTImageProcessor"
+    classes: ClassVar = {"": "ViTModel", "classification_head": "ViTForImageClassification"}
     unprefixed: ClassVar = ("classifier.",)
     unused: ClassVar = r"^vit\.pooler\.dense\."
     resample: ClassVar = conversion.BILINEAR
@@ -236,6 +259,7 @@ class BEiTFormat(Format):
     outside: ClassVar[Table] = HUGGING_FACE_IMAGE | {"norm": "layernorm", "mim_head.predict": "lm_head"}
     optional: ClassVar = ("mim_head",)
     prefix: ClassVar = "beit."
+    model_type: ClassVar = "beit"
     unprefixed: ClassVar = ("lm_head",)
     unused: ClassVar = r"relative_position_index$|^classifier\."
     tables: ClassVar = (SHARED_TABLE, LAYER_TABLE.format(0))
@@ -306,6 +330,8 @@ class BERTFormat(Format):
     }
     optional: ClassVar = ("mlm_head",)
     prefix: ClassVar = "bert."
+    model_type: ClassVar = "bert"
+    classes: ClassVar = {"": "BertModel", "mlm_head": "BertForMaskedLM"}
     unprefixed: ClassVar = ("cls.",)
     unused: ClassVar = (
         r"^bert\.pooler\.|^cls\.seq_relationship\.|^bert\.embeddings\.position_ids|^cls\.predictions\.decoder\.bias$"
@@ -325,6 +351,195 @@ class BERTFormat(Format):
     older: ClassVar = ((r"gamma$", "weight"), (r"beta$", "bias"))
     is_tied: ClassVar = True
     copies: ClassVar = {"cls.predictions.decoder.bias": "cls.predictions.bias"}  # read by some versions of transformers
+
+    def hugging_face_config(self, state: State, config: Any, num_words: int, labels: Sequence[str]) -> dict[str, Any]:
+        written = super().hugging_face_config(state, config, num_words, labels)
+        length = len(state["text_embedding.position_embeddings.weight"])
+        return written | {"max_position_embeddings": length, "tie_word_embeddings": False}
+
+
+class CLIPFormat(Format):
+    """Hugging Face's CLIPModel: the dual encoder as OpenAI and open_clip train it.
+
+    Its attention masks padding only by causality, as ours does beyond the end token, so all outputs agree.
+    """
+
+    title: ClassVar = "CLIP"
+    kinds: ClassVar = ("dual_encoder",)
+    model_type: ClassVar = "clip"
+    image_processor: ClassVar = "CLIPImageProcessor"
+    classes: ClassVar = {"": "CLIPModel"}
+    is_batched: ClassVar = False
+    towers: ClassVar[dict[str, str]] = {"image_tower": "vision_model.", "text_tower": "text_model."}
+    layers: ClassVar = "encoder.layers."
+    layer: ClassVar[Table] = {
+        "norm": "layer_norm1",
+        "attention.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+        "attention.query_bias": "self_attn.q_proj.bias",
+        "attention.key_bias": "self_attn.k_proj.bias",
+        "attention.value_bias": "self_attn.v_proj.bias",
+        "attention.projection": "self_attn.out_proj",
+        "experts.vision.norm": "layer_norm2",
+        "experts.vision.expand": "mlp.fc1",
+        "experts.vision.contract": "mlp.fc2",
+    }
+    outside: ClassVar[Table] = {
+        "image_embedding.patch": "vision_model.embeddings.patch_embedding",
+        "image_embedding.cls": "vision_model.embeddings.class_embedding",
+        "image_embedding.positions": "vision_model.embeddings.position_embedding.weight",
+        "image_tower.input_norm": "vision_model.pre_layrnorm",
+        "image_tower.norm": "vision_model.post_layernorm",
+        "text_embedding.word": "text_model.embeddings.token_embedding",
+        "text_embedding.positions": "text_model.embeddings.position_embedding.weight",
+        "text_tower.norm": "text_model.final_layer_norm",
+        "itc_head.image": "visual_projection",
+        "itc_head.text": "text_projection",
+        "itc_head.log_scale": "logit_scale",
+    }
+    unused: ClassVar = r"embeddings\.position_ids$"
+    sizes: ClassVar = {"embedding": "projection_dim"}
+    transposed: ClassVar[tuple[str, ...]] = ()
+    activation: ClassVar[str] = "quick_gelu"  # where no config names it
+
+    def names(self, parameter: str) -> tuple[str, ...]:
+        tower, _, block = parameter.partition(".blocks.")
+        if not block:
+            return super().names(parameter)
+        names = super().names("blocks." + block.replace(".experts.language.", ".experts.vision."))
+        return tuple(self.towers[tower] + name for name in names)
+
+    def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
+        return super().read(self.transpose(state), config, allowed)
+
+    def write(self, state: State, config: Any) -> State:
+        return self.transpose(super().write(state, config))
+
+    def transpose(self, state: State) -> State:
+        """Return a published state with linear layers that are stored the other way round transposed."""
+        return {name: tensor.T if name in self.transposed else tensor for name, tensor in state.items()}
+
+    def section(self, config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keys that config.json, of which both towers have a part, and the image processor's config give."""
+        vision, text = (config.get(key) or {} for key in ("vision_config", "text_config"))
+        section = super().section(config, processor)
+        if not config:
+            return section
+        activations = {part.get("hidden_act", "quick_gelu") for part in (vision, text)}
+        if len(activations) > 1 or not activations <= {"gelu", "quick_gelu"}:
+            names = " and ".join(sorted(map(str, activations)))
+            raise ConfigError(f"config.json: hidden_act is {names}; mome's model supports gelu or quick_gelu in both")
+        epsilons = {part.get("layer_norm_eps", 1e-5) for part in (vision, text)}
+        if len(epsilons) > 1:
+            raise ConfigError("config.json: layer_norm_eps differs between the towers; mome's model has one value")
+        heads = {"heads": vision.get("num_attention_heads", 12), "text_heads": text.get("num_attention_heads", 8)}
+        return section | heads | {"activation": activations.pop(), "norm_eps": epsilons.pop()}
+
+    def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Infer the `model` section from `overrides`, else tensor shapes, else what OpenAI and open_clip use."""
+        tensors = self.transpose(state)
+        wanted = {
+            "patch": "image_embedding.patch.weight",
+            "image": "image_embedding.positions",
+            "text": "text_embedding.positions",
+            "expand": "image_tower.blocks.0.experts.vision.expand.weight",
+            "project": "itc_head.image.weight",
+        }
+        names = {key: self.names(parameter)[0] for key, parameter in wanted.items()}
+        if missing := [name for name in names.values() if name not in tensors or tensors[name].dim() < 2]:
+            raise ConfigError(f"no {self.title} checkpoint: {', '.join(missing)} missing, or no matrix")
+        patch, image, text, expand, project = (tuple(tensors[names[key]].shape) for key in wanted)
+        section: dict[str, Any] = {"kind": "dual_encoder", "width": patch[0], "patch_size": patch[-1]}
+        section |= {"mlp_ratio": expand[0] // patch[0], "image_size": round((image[0] - 1) ** 0.5) * patch[-1]}
+        section |= {"max_text_length": text[0], "text_width": text[1], "embedding": project[0]}
+        for key, tower, expert in (("layers", "image_tower", "vision"), ("text_layers", "text_tower", "language")):
+            present = (self.names(f"{tower}.blocks.{n}.experts.{expert}.norm.bias")[0] in tensors for n in count())
+            section[key] = sum(1 for _ in takewhile(bool, present))
+        assumed = {key: (max(1, section[width] // HEAD_WIDTH), f"{width}/{HEAD_WIDTH}") for key, width in HEADS}
+        assumed["activation"] = (
+            self.activation,
+            "as " + ("OpenAI's" if self.activation == "quick_gelu" else "LAION's"),
+        )
+        for key, (value, reason) in assumed.items():
+            if key not in overrides:
+                log.warning("%s=%s assumed (%s); give %s=… if that is wrong", key, value, reason, key)
+                section[key] = value
+        return section | dict(overrides)
+
+    def hugging_face_config(self, state: State, config: Any, num_words: int, labels: Sequence[str]) -> dict[str, Any]:
+        if not self.classes:
+            return super().hugging_face_config(state, config, num_words, labels)  # raises
+        shared = {"hidden_act": config.activation, "layer_norm_eps": config.norm_eps}
+        towers = []
+        for width, layers, heads in (
+            (config.width, config.layers, config.heads),
+            (config.text_width, config.text_layers, config.text_heads),
+        ):
+            sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+            towers.append(shared | sizes | {"intermediate_size": config.mlp_ratio * width})
+        tokens = {"bos_token_id": num_words - 2, "eos_token_id": num_words - 1, "pad_token_id": num_words - 1}
+        length = {"vocab_size": num_words, "max_position_embeddings": config.max_text_length}
+        return {
+            "model_type": self.model_type,
+            "architectures": [self.classes[""]],
+            "projection_dim": config.embedding,
+            "vision_config": towers[0] | {"image_size": config.image_size, "patch_size": config.patch_size},
+            "text_config": towers[1] | length | tokens,
+        }
+
+
+class OpenCLIPFormat(CLIPFormat):
+    """open_clip's CLIP and the tensors of OpenAI's; `open_clip_config.json` says how they are computed."""
+
+    title: ClassVar = "open_clip"
+    model_type: ClassVar = "open_clip"
+    classes: ClassVar = {}
+    config_file: ClassVar = "open_clip_config.json"
+    towers: ClassVar = {"image_tower": "visual.", "text_tower": ""}
+    layers: ClassVar = "transformer.resblocks."
+    layer: ClassVar[Table] = {
+        "norm": "ln_1",
+        "attention.weight": "attn.in_proj_weight",
+        **{f"attention.{part}_bias": "attn.in_proj_bias" for part in ("query", "key", "value")},
+        "attention.projection": "attn.out_proj",
+        "experts.vision.norm": "ln_2",
+        "experts.vision.expand": "mlp.c_fc",
+        "experts.vision.contract": "mlp.c_proj",
+    }
+    outside: ClassVar[Table] = {
+        "image_embedding.patch": "visual.conv1",
+        "image_embedding.cls": "visual.class_embedding",
+        "image_embedding.positions": "visual.positional_embedding",
+        "image_tower.input_norm": "visual.ln_pre",
+        "image_tower.norm": "visual.ln_post",
+        "text_embedding.word": "token_embedding",
+        "text_embedding.positions": "positional_embedding",
+        "text_tower.norm": "ln_final",
+        "itc_head.image.weight": "visual.proj",
+        "itc_head.text.weight": "text_projection",
+        "itc_head.log_scale": "logit_scale",
+    }
+    unused: ClassVar = r"^(input_resolution|context_length|vocab_size|attn_mask)$"
+    sizes: ClassVar = {}
+    transposed: ClassVar = ("visual.proj", "text_projection")
+    activation: ClassVar = "gelu"
+
+    def section(self, config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keys that open_clip_config.json gives. Raises ConfigError for towers that are no CLIP's."""
+        model, shown = config.get("model_cfg") or {}, config.get("preprocess_cfg") or {}
+        section: dict[str, Any] = {"interpolation": shown.get("interpolation", "bicubic")}
+        section |= {key: shown[name] for key, name in (("image_mean", "mean"), ("image_std", "std")) if name in shown}
+        if not model:
+            return section
+        vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
+        if others := {"timm_model_name", "hf_model_name"} & (vision.keys() | text.keys()):
+            raise ConfigError(
+                f"{self.config_file}: towers of other kinds ({others}); mome reads CLIP's own ViT and text tower"
+            )
+        section |= {
+            "heads": vision.get("width", 768) // vision.get("head_width", HEAD_WIDTH),
+            "text_heads": text.get("heads", 8),
+        }
+        return section | {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
 
 
 class PlainFormat(Format):
@@ -348,5 +563,7 @@ FORMATS: dict[str, Format] = {
     "vit": ViTFormat(),
     "beit": BEiTFormat(),
     "bert": BERTFormat(),
+    "hf-clip": CLIPFormat(),
+    "open-clip": OpenCLIPFormat(),
     "safetensors": PlainFormat(),
 }

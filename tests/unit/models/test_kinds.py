@@ -114,7 +114,8 @@ def test_images_may_be_floats_weights_bfloat16_nothing_is_drawn_and_contrasts_ar
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert first.get("image.scale") == first.get("text.scale")
     given = {key: one for key, one in inputs.items() if one.image is not None and one.second_image is None}
-    floats = {key: replace(one, image=one.image / 127.5 - 1) for key, one in given.items()}
+    mean, std = torch.tensor(model.config.image_mean), torch.tensor(model.config.image_std)
+    floats = {key: replace(one, image=one.image / (255 * std) - mean / std) for key, one in given.items()}
     tiny.assert_same(model(given), model(floats))
     if "image.scale" in first:
         with torch.no_grad():

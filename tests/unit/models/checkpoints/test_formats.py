@@ -3,6 +3,7 @@
 Models with Hugging Face's random weights equal Hugging Face's models (C8), and export the weights back.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.schema import ImageBERTConfig, TransformerConfig, ViLTConfig, ViTConfig, VLMoConfig
+from pipeline.config.schema import (
+    DualEncoderConfig,
+    ImageBERTConfig,
+    TransformerConfig,
+    ViLTConfig,
+    ViTConfig,
+    VLMoConfig,
+)
 from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints.formats import FORMATS, LAYER_TABLE
 from pipeline.models.forward import ForwardInput, Head
@@ -192,6 +200,86 @@ def test_outputs_gradients_sizes_and_written_weights_equal_hugging_face(case: Ca
         own = model.get_parameter(name).grad
         if own is not None and not re.search(tied if case.head == "mlm" else r"embedding\.modality$", name):
             torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-5)
+
+
+def clip_case(activation: str) -> tuple[Any, DualEncoderConfig]:
+    """Return a CLIPModel with random weights, and the section of ours that computes the same."""
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 48, "layer_norm_eps": EPSILON}
+    vision = {"hidden_size": 24, "image_size": 32, "patch_size": PATCH, "hidden_act": activation, **sizes}
+    text = {"hidden_size": 12, "max_position_embeddings": 10, "vocab_size": VOCABULARY, "hidden_act": activation}
+    text |= {**sizes, "num_hidden_layers": 2, "intermediate_size": 24, "eos_token_id": VOCABULARY - 1}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    section = FORMATS["hf-clip"].section(json.loads(config.to_json_string(use_diff=False)), {})
+    model = tiny.randomised(transformers.CLIPModel(config))
+    model.logit_scale.data.fill_(2.0)  # below the bound that ours clamps it to
+    return model, DualEncoderConfig(**FORMATS["hf-clip"].infer(model.state_dict(), section))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_clips_features_logits_and_gradients_equal_hugging_faces(activation: str) -> None:
+    theirs, section = clip_case(activation)
+    sizes = {"width": 24, "layers": 3, "heads": 3, "mlp_ratio": 2, "image_size": 32, "patch_size": PATCH}
+    sizes |= {"text_width": 12, "text_layers": 2, "text_heads": 3, "embedding": 16, "max_text_length": 10}
+    assert section == DualEncoderConfig(**sizes, norm_eps=EPSILON, activation=activation)
+    ours = build_model(section, VOCABULARY)
+    ours.load_state_dict(FORMATS["hf-clip"].read(theirs.state_dict(), section))
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (ROWS, 32, 32, 3), generator=generator).to(torch.uint8)
+    text = torch.randint(0, VOCABULARY - 1, (ROWS, LENGTH), generator=generator)
+    text = text.where(torch.arange(LENGTH) < KEEP.sum(dim=1, keepdim=True) - 1, VOCABULARY - 1)  # and padding
+    normalised = (pixels / 255 - torch.tensor(section.image_mean)) / torch.tensor(section.image_std)
+    expected = theirs(input_ids=text, pixel_values=normalised.permute(0, 3, 1, 2))
+    inputs = {"image": ForwardInput(("itc",), pixels), "text": ForwardInput(("itc",), text=text, text_keep=KEEP)}
+    outputs = ours(inputs)
+    image, words = outputs["image"]["itc"], outputs["text"]["itc"]
+    logits = outputs["image"]["scale"] * image @ words.T
+    for own, other in (
+        (image, expected.image_embeds),
+        (words, expected.text_embeds),
+        (logits, expected.logits_per_image),
+    ):
+        close(own, other)
+    for values in (logits, expected.logits_per_image):
+        (F.cross_entropy(values, torch.arange(ROWS)) + F.cross_entropy(values.T, torch.arange(ROWS))).backward()
+    gradients = FORMATS["hf-clip"].write({name: p.grad for name, p in ours.named_parameters()}, section)
+    assert gradients.keys() == dict(theirs.named_parameters()).keys()
+    for name, parameter in theirs.named_parameters():
+        close(gradients[name], parameter.grad)
+
+
+def test_open_clips_names_and_orientation_hold_the_same_clip() -> None:
+    theirs, section = clip_case("quick_gelu")
+    state = FORMATS["hf-clip"].read(theirs.state_dict(), section)
+    published = FORMATS["open-clip"].write(state, section)
+    assert {name: tuple(tensor.shape) for name, tensor in published.items() if ".resblocks." not in name} == {
+        "visual.conv1.weight": (24, 3, 8, 8), "visual.class_embedding": (24,), "visual.positional_embedding": (17, 24),
+        "visual.ln_pre.weight": (24,), "visual.ln_pre.bias": (24,), "visual.ln_post.weight": (24,),
+        "visual.ln_post.bias": (24,), "visual.proj": (24, 16), "token_embedding.weight": (VOCABULARY, 12),
+        "positional_embedding": (10, 12), "ln_final.weight": (12,), "ln_final.bias": (12,),
+        "text_projection": (12, 16), "logit_scale": (),
+    }  # fmt: skip
+    assert {name.split(".", 4)[4] for name in published if name.startswith("visual.transformer.resblocks.2.")} == {
+        "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "ln_1.weight",
+        "ln_1.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
+        "mlp.c_proj.bias",
+    }  # fmt: skip
+    attention = theirs.text_model.encoder.layers[1].self_attn
+    biases = torch.cat([attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias])
+    assert torch.equal(published["transformer.resblocks.1.attn.in_proj_bias"], biases)
+    assert torch.equal(published["visual.proj"], theirs.visual_projection.weight.T)
+    of_openai = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(10)}  # are no weights
+    known = {"heads": 3, "text_heads": 3, "activation": "quick_gelu", "norm_eps": EPSILON}
+    assert DualEncoderConfig(**FORMATS["open-clip"].infer(published | of_openai, known)) == section
+    reread = FORMATS["open-clip"].read(published | of_openai, section)
+    assert reread.keys() == state.keys()
+    assert all(torch.equal(reread[name], tensor) for name, tensor in state.items())
+    shown = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
+    config = {"model_cfg": {"vision_cfg": {"width": 1024}, "text_cfg": {"heads": 12}}, "preprocess_cfg": shown}
+    stated = FORMATS["open-clip"].section(config, {})
+    assert (stated["heads"], stated["text_heads"], stated["activation"]) == (16, 12, "gelu")
+    assert stated["image_mean"] == [0.1, 0.2, 0.3]
+    with pytest.raises(ConfigError, match="timm_model_name"):
+        FORMATS["open-clip"].section({"model_cfg": {"vision_cfg": {"timm_model_name": "convnext"}}}, {})
 
 
 def test_patches_equal_those_of_hugging_faces_vilt_which_are_in_random_order() -> None:
