@@ -37,7 +37,7 @@ from pipeline.config.redaction import configure_logging, show_exception
 
 TRAIN, EVALUATE, DATA = "Train", "Evaluate and use a model", "Data"
 RESULTS, CONFIGS, CLUSTER = "Results", "Configs and planning", "Machine and cluster"
-FORMAT_HELP = "Naming scheme of the tensors: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (mome's own)."
+FORMAT_HELP = "Tensors' names: vlmo, vilt, vilt-hf, vit, beit, bert, hf-clip, open-clip, or safetensors (mome's own)."
 OWN_CONFIG_HELP = (
     "Your own config, whose storage, MLflow and Ray addresses are used; those in the run's folder never are (default: "
     "the environment, AWS_*, MLFLOW_TRACKING_URI and RAY_ADDRESS)."
@@ -300,7 +300,7 @@ def import_(
 def export(
     checkpoint: Checkpoint,
     format: Format,
-    out: Annotated[str, Option(help="File to write: safetensors if the name ends so, else torch's format.")],
+    out: Annotated[str, Option(help="File (.safetensors, .pt, .bin), or a folder that transformers reads.")],
     as_json: JsonOption = False,
 ) -> None:
     """Write a stage's weights under a published format's names, and verify that they read back bit for bit."""

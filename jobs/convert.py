@@ -171,7 +171,7 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
     files = {join(out, name): content for name, content in files.items()} | {path: data}
     for url, content in files.items():
         if storage.exists(url) and storage.read(url) != content:
-            raise ConfigError(f"--out {out}: would overwrite {url}; give another name, or delete it")
+            raise ConfigError(f"--out {out}: would overwrite another file ({url}); give another name, or delete it")
     for url, content in files.items():
         storage.write(url, content)
     return {

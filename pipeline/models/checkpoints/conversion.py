@@ -121,7 +121,7 @@ class Format:
             crop, size = (processor.get(key) for key in ("crop_size", "size"))
             shorter = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
             if processor["do_center_crop"] and shorter != (crop.get("height") if isinstance(crop, dict) else crop):
-                log.warning("preprocessor_config.json: crops a part of the resized image's shorter side; mome does not")
+                log.warning("preprocessor_config.json: crops less than the shorter side of the image; mome does not")
             section["image_fit"] = "centre_crop" if processor["do_center_crop"] else "stretch"
         return section | {"interpolation": INTERPOLATIONS[number]}
 
@@ -132,7 +132,9 @@ class Format:
         """
         heads = {name.split(".")[0] for name in state} & self.classes.keys()
         if not self.classes or len(heads) > 1:
-            fault = f"its heads {', '.join(sorted(heads))} have classes of their own" if heads else "it has no such form"
+            fault = (
+                f"its heads {', '.join(sorted(heads))} have classes of their own" if heads else "it has no such form"
+            )
             raise ConfigError(f"{self.title} cannot be written as a Hugging Face folder: {fault}; give a file's name")
         names = self.sizes | self.keys
         written: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.classes["".join(heads)]]}

@@ -14,7 +14,17 @@ import torch
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models.checkpoints import conversion
-from pipeline.models.checkpoints.conversion import HEAD_WIDTH, MASK, MODALITIES, SECOND, Format, Names, Shape, State, Table
+from pipeline.models.checkpoints.conversion import (
+    HEAD_WIDTH,
+    MASK,
+    MODALITIES,
+    SECOND,
+    Format,
+    Names,
+    Shape,
+    State,
+    Table,
+)
 from pipeline.models.encoders import VILT_EXPERT
 
 log = logging.getLogger(__name__)
@@ -188,7 +198,6 @@ class ViLTHuggingFaceFormat(ViLTFormat):
             other = "vqa_head." if is_nlvr2 else "nlvr2_head."
             names = {name: parts for name, parts in names.items() if not name.startswith(other)}
         return names, {name: shapes[name] for name in names}
-
 
     def hugging_face_config(self, state: State, config: Any, num_words: int, labels: Sequence[str]) -> dict[str, Any]:
         written = super().hugging_face_config(state, config, num_words, labels)

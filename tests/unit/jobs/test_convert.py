@@ -21,6 +21,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 from jobs.cli import Format, app
@@ -29,8 +30,9 @@ from jobs.predict import predict
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.schema import ViLTConfig, VLMoConfig
 from pipeline.data.contents.images import decode, resize_for
+from pipeline.data.contents.text import tokens_of
 from pipeline.data.storage import Storage
-from pipeline.inference import build_trained_model, drop_untrained_objectives
+from pipeline.inference import build_trained_model, drop_untrained_objectives, load_model
 from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.forward import ForwardInput
@@ -57,7 +59,7 @@ TWO = {"num_images": 2, "modality_type_vocab_size": 3, "id2label": {0: "False", 
 TASK = ("itm", "mlm", "itc", "logit")  # heads that a fine-tuned release lacks
 
 
-same = partial(torch.testing.assert_close, rtol=0, atol=0)
+same, close = (partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance) for tolerance in (0, 1e-5))
 
 
 def ranked(probabilities: Tensor, names: list[str]) -> Any:
@@ -414,6 +416,85 @@ def test_a_folder_is_read_from_any_storage_and_its_index_is_checked(tmp_path: Pa
             import_weights(path, "bert", "other")
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.format != "beit"])
+@torch.no_grad()
+def test_exported_folder_is_read_by_transformers_with_the_same_weights_config_and_vocabulary(name: str) -> None:
+    case, model, path, _ = publish(name)
+    import_weights(path, case.format, "imported")
+    export_weights("imported", case.format, "exported")
+    kind = getattr(transformers, json.loads(Path("exported/config.json").read_text())["architectures"][0])
+    reread, info = kind.from_pretrained("exported", output_loading_info=True)
+    assert isinstance(model, kind)
+    assert all("pooler" in key for key in info["missing_keys"]), "only what our models lack is drawn at random"
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    lost = ("pooler", ".bias", "bert.embeddings.position_embeddings")  # absent, tied, or cut to the texts of ImageBERT
+    states = [{n: t for n, t in m.state_dict().items() if not any(part in n for part in lost)} for m in (reread, model)]
+    same(*states)
+    expected = {key: value for key, value in case.sizes.items() if key not in ("qkv_bias", "id2label")}
+    assert {key: getattr(reread.config, key) for key in expected} == expected
+    if case.text is not None:
+        tokens = transformers.AutoTokenizer.from_pretrained("exported")
+        assert tokens("a b c")["input_ids"] == [2, 5, 6, 7, 3]
+    import_weights("exported", case.format, "again")
+    same(load_weights(Storage(), "again").tensors, load_weights(Storage(), "imported").tensors)
+    if "id2label" in case.sizes and case.images < 2:
+        assert load_weights(Storage(), "again").choices == load_weights(Storage(), "imported").choices
+    Path("exported/config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"would overwrite another file.*config\.json"):
+        export_weights("imported", case.format, "exported")
+
+
+@torch.no_grad()
+def test_clip_is_imported_used_and_exported_with_its_tokens_and_image_processing() -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "quick_gelu"}
+    vision = {"hidden_size": 16, "intermediate_size": 64, "image_size": 24, "patch_size": 8, **sizes}
+    merges = ["c a", "ca t</w>", "d o", "do g</w>", "' s</w>"]
+    tokens = tokens_of("\n".join(["#version: 0.2", *merges]).encode())
+    text = {
+        "hidden_size": 12,
+        "intermediate_size": 48,
+        "vocab_size": len(tokens),
+        "max_position_embeddings": 9,
+        **sizes,
+    }
+    text |= {"eos_token_id": len(tokens) - 1}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=10)
+    model, folder = randomised(transformers.CLIPModel(config)), Path("published")
+    model.save_pretrained(folder)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[tuple(m.split()) for m in merges])
+    tokenizer.save_pretrained(folder)
+    side = {"height": 24, "width": 24}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=side)
+    processor.save_pretrained(folder)
+    import_weights(str(folder), "hf-clip", "imported")
+    words, photo = ["a cat's dog", "DOG", "cat " * 20], Image.open("one.png")
+    encoded = tokenizer(words, padding=True, truncation=True, max_length=9, return_tensors="pt")
+    pixels = processor(photo, return_tensors="pt")["pixel_values"]
+    expected = model(input_ids=encoded["input_ids"], pixel_values=pixels)
+    for name in ("imported", "again"):
+        loaded = load_model(name)
+        close(loaded.encode_images(["one.png"]), expected.image_embeds)
+        close(loaded.encode_texts(words), expected.text_embeds)
+        export_weights(name, "hf-clip", "exported")  # the second time the same files
+        if name == "imported":
+            import_weights("exported", "hf-clip", "again")
+    reread = transformers.CLIPModel.from_pretrained("exported")
+    same(reread.state_dict(), model.state_dict())
+    close(reread(input_ids=encoded["input_ids"], pixel_values=pixels).image_embeds, expected.image_embeds)
+    again = transformers.AutoTokenizer.from_pretrained("exported")
+    assert again(words, truncation=True)["input_ids"] == tokenizer(words, truncation=True, max_length=9)["input_ids"]
+    same(CLIPImageProcessorPil.from_pretrained("exported")(photo, return_tensors="pt")["pixel_values"], pixels)
+    export_weights("imported", "open-clip", "clip.pt")
+    Path("tokens.txt").write_text("\n".join(tokens))
+    known = ["heads=2", "text_heads=2", "activation=quick_gelu", "image_size=24"]
+    import_weights("clip.pt", "open-clip", "from open_clip", known, vocabulary="tokens.txt")
+    same(load_weights(Storage(), "from open_clip").tensors, load_weights(Storage(), "imported").tensors)
+    with pytest.raises(ConfigError, match=r"Hugging Face folder.*give a file's name"):
+        export_weights("imported", "open-clip", "folder")
+
+
 @pytest.mark.parametrize("name", ["BERT", "ViLT, VQA", "BEiT"])
 def test_mutated_folders_raise_only_mome_errors(name: str) -> None:
     """Mutate every file that the import reads. A mutation that only changes a number may be imported."""
@@ -455,4 +536,4 @@ def test_both_commands_work_and_reject_invalid_arguments_with_a_remedy() -> None
     assert isinstance(third.exception, ConfigError)
     assert "overwrite another file" in str(third.exception)
     assert Path(back).read_bytes() == b"other"
-    assert set(re.findall(r"[a-z]+(?:-hf)?", Format.__metadata__[0].help.partition(":")[2])) >= set(FORMATS)
+    assert set(re.findall(r"[a-z]+(?:-(?:hf|clip))?", Format.__metadata__[0].help.partition(":")[2])) >= set(FORMATS)

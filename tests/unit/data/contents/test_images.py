@@ -17,10 +17,20 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from pipeline.config.schema import AugmentConfig
+from pipeline.config.schema import AugmentConfig, DualEncoderConfig
 from pipeline.data.contents import images, jpeg
-from pipeline.data.contents.images import FORMATS, ImageSize, KeepAspectRatio, _png_chunks, decode, measure, resize
+from pipeline.data.contents.images import (
+    FORMATS,
+    ImageSize,
+    KeepAspectRatio,
+    _png_chunks,
+    decode,
+    measure,
+    resize,
+    resize_for,
+)
 from pipeline.data.examples.augment import augment
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom, hash64
@@ -366,6 +376,16 @@ def test_resizing_equals_pillows_rows_before_columns(height, width, shape, inter
         assert (resized != other).any()
         view = image[3:-2, 5:-1]
         assert (resize(view, shape, interpolation) == resize(view.copy(), shape, interpolation)).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (401, 299), (224, 224), (223, 900), (31, 17), (2000, 224)])
+def test_centre_crops_are_hugging_faces_clip_preprocessing_to_one_grey_level(height, width):
+    pixels = picture(height, width)
+    processor = CLIPImageProcessorPil(do_rescale=False, do_normalize=False)
+    theirs = processor(Image.fromarray(pixels))["pixel_values"][0].transpose(1, 2, 0)
+    ours = resize_for(pixels, DualEncoderConfig())
+    assert ours.shape == theirs.shape == (224, 224, 3)
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 
 def test_images_of_any_shape_are_cropped_by_the_key_alone_with_scale_and_ratio():

@@ -1,5 +1,6 @@
-"""The WordPiece tokenizer and the training of vocabularies."""
+"""The WordPiece and byte-pair tokenizers, and the training of vocabularies."""
 
+import gzip
 import json
 import pickle
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import transformers
 from tokenizers.normalizers import BertNormalizer
 
 from pipeline.config.errors import DataError
-from pipeline.data.contents.text import SPECIALS, Tokenizer, choose_alphabet
+from pipeline.data.contents.text import SPECIALS, Tokenizer, byte_pair_merges, choose_alphabet
 from pipeline.data.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -89,7 +92,6 @@ def test_saved_and_pickled_tokenizers_are_the_same_and_faulty_files_are_named(to
 
 
 def test_published_vocabulary_encodes_as_transformers_does(shared: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     ours = Tokenizer.load(Storage(), str(shared / "data" / "bert_vocab" / "vocab.txt"))
     ids = {token: i for i, token in enumerate(ours.tokens)}
     theirs = transformers.BertTokenizer(vocab=ids, do_lower_case=True)
@@ -99,6 +101,43 @@ def test_published_vocabulary_encodes_as_transformers_does(shared: Path) -> None
     assert len(expected) > 400
     assert [tokens.ids for tokens in ours.encode_batch(captions + CAPTIONS, 20)] == expected
     assert not any(ours.tokens[i].startswith("[unused") for i in ours.ordinary_ids)
+
+
+def test_byte_pairs_encode_as_transformers_clip_does_and_their_merges_follow_from_the_tokens(tmp_path: Path) -> None:
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
+    trained.normalizer = tokenizers.normalizers.Lowercase()
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Whitespace(), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=150, end_of_word_suffix="</w>", show_progress=False)
+    trained.train_from_iterator(CAPTIONS * 3, trainer)
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    assert len(merges) > 50
+    content = "\n".join(["bpe_simple_vocab#version: 0.2", *(" ".join(pair) for pair in merges)]).encode()
+    (tmp_path / "merges.txt.gz").write_bytes(gzip.compress(content))
+    ours = Tokenizer.load(Storage(), str(tmp_path / "merges.txt.gz"))
+    assert ours.size == 512 + len(merges) + 2
+    assert byte_pair_merges(ours.tokens) == merges
+    theirs = transformers.CLIPTokenizer(vocab={token: i for i, token in enumerate(ours.tokens)}, merges=merges)
+    texts = [
+        *CAPTIONS,
+        "",
+        "IT'S 2024, they'll",
+        "naïve Café\t中文 😀\u200b",
+        "x" * 300,
+        "a.b/c?d=e&f  #tag",
+        "\x00\x7f",
+        "word " * 50,
+    ]
+    for text in texts:
+        assert ours.encode(text, 30).ids == theirs(text, truncation=True, max_length=30)["input_ids"]
+    assert ours.decode(ours.encode("A naïve café 😀", 30).ids) == "a naïve café 😀"
+    (tmp_path / "vocab.txt").write_bytes(ours.vocabulary_file)
+    saved = pickle.loads(pickle.dumps(Tokenizer.load(Storage(), str(tmp_path / "vocab.txt"))))  # noqa: S301
+    assert saved.digest == ours.digest
+    assert saved.encode_batch(CAPTIONS, 12) == ours.encode_batch(CAPTIONS, 12)
+    with pytest.raises(DataError, match="order of their merges"):
+        Tokenizer([*reversed(ours.tokens)])
 
 
 def test_cased_vocabulary_keeps_capitals_and_accents_and_hugging_faces_config_states_the_case(tmp_path: Path) -> None:
