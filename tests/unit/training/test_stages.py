@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.load import validate
 from pipeline.config.schema import OptimizerConfig, RunConfig, TokenizerConfig
-from pipeline.data.contents.text import SPECIALS, Tokenizer
+from pipeline.data.contents.text import CLIP_SPECIALS, SPECIALS, Tokenizer
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.models import build_model, skeleton
@@ -178,6 +178,9 @@ def test_lowercasing_follows_the_vocabulary_or_the_key(tmp_path: Path, word: str
     with pytest.raises(ConfigError, match=rf"lowercase: .*do_lower_case {str(not lowercase).lower()}; set the key"):
         chosen()
     assert [chosen(key) for key in (True, False)] == [True, False]
+    (tmp_path / "vocab.txt").write_text("\n".join(["a", "a</w>", *CLIP_SPECIALS]))
+    with pytest.raises(ConfigError, match=r"has no \[MASK\], and stage .* trains mlm; give a WordPiece"):
+        chosen()
 
 
 def test_unknown_tokens_are_measured_per_source_and_reported(tmp_path: Path, make_tar: Any, caplog: Any) -> None:
