@@ -133,10 +133,9 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
         except DataError as error:
             raise DataError(f"tokenizer.vocabulary: {error}") from error
         if tokenizer.is_byte_pair and (masked := [stage.name for stage in config.stages if "mlm" in stage.objectives]):
-            raise ConfigError(
-                f"tokenizer.vocabulary: CLIP's byte-pair vocabulary has no [MASK], and stage {masked[0]} trains mlm; give a "
-                "WordPiece vocabulary (vocab.txt of BERT), or leave the key out"
-            )
+            remedy = "give a WordPiece vocabulary (vocab.txt of BERT), or leave the key out"
+            fault = f"CLIP's byte-pair vocabulary has no [MASK], and stage {masked[0]} trains mlm"
+            raise ConfigError(f"tokenizer.vocabulary: {fault}; {remedy}")
         if section.lowercase is None and tokenizer.lowercase == tokenizer.is_cased:
             has = "words with capital letters" if tokenizer.lowercase else "no word with a capital letter"
             raise ConfigError(
