@@ -70,7 +70,7 @@ class Commands(TyperGroup):
     """All commands. An unknown option of one that takes a config is answered with the key of that name."""
 
     def invoke(self, ctx: Any) -> Any:
-        arguments = [*ctx._protected_args, *ctx.args, ""]
+        arguments = [*ctx._protected_args, *ctx.args, "", ""]
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -81,9 +81,9 @@ class Commands(TyperGroup):
             from pipeline.config.keys import find_keys
 
             takes_keys = any(parameter.name == "overrides" for parameter in own.command.params)
-            given = next((text for text in arguments if text.partition("=")[0] == option), "")
-            following = arguments[arguments.index(given) + 1]
-            value = given.partition("=")[2] or ("" if following.startswith("-") else following) or "VALUE"
+            argument = next((text for text in arguments if text.partition("=")[0] == option), "")
+            following = arguments[arguments.index(argument) + 1]
+            value = argument.partition("=")[2] or ("" if following.startswith("-") else following) or "VALUE"
             keys = [f"{key}={value}" for key in find_keys(option)] if takes_keys else []
             if not keys:
                 raise

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from jobs.console import Config, JsonOption, Overrides, echo, notify, print_result
+from jobs.console import Config, JsonOption, Overrides, echo, local_file, notify, print_result
 from pipeline.config.durable import atomic_write
 from pipeline.config.errors import ConfigError
 
@@ -23,7 +23,7 @@ SIZE_HELP = "tiny, small, base or large (default: tiny without GPUs, small below
 
 @app.command()
 def new(
-    out: Annotated[Path | None, Argument(help="New file (default: NAME.yaml).")] = None,
+    out: Annotated[Path | None, Argument(parser=local_file, help="New file (default: NAME.yaml).")] = None,
     data: Annotated[
         str | None, Option(help="Folder of shards to train on (path or URL); asked for if left out.")
     ] = None,
@@ -87,7 +87,7 @@ def show(
 @app.command()
 def copy(
     recipe: Annotated[str, Argument(help="Name of a recipe: demo or finetune/vilt_b32_vqa.")],
-    out: Annotated[Path | None, Argument(help="New file (default: print the recipe).")] = None,
+    out: Annotated[Path | None, Argument(parser=local_file, help="New file (default: print the recipe).")] = None,
 ) -> None:
     """Copy a recipe with its comments, to start your own config from it."""
     from jobs.configs import list_recipes

@@ -1,4 +1,4 @@
-"""`mome config show` and `explain`: a config with all defaults, and what a key means, where it stands, who sets it."""
+"""`mome config show` and `mome config explain`: a config with all its defaults, and facts about a key."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def describe_key(path: str, with_details: bool = True) -> dict[str, Any]:
     if not with_details:
         return facts
     values, pattern = dict[str, list[str]](), re.compile(path_pattern(path))
-    for name, recipe in _recipes().items():
+    for name, recipe in recipe_keys().items():
         if own := [_flow(value) for place, value in recipe.items() if pattern.fullmatch(place)]:
             values[name] = list(dict.fromkeys(own))
     inside = rf"{re.escape(path)}\.(NAME\.)?[^.]+"
@@ -128,7 +128,7 @@ def describe_key(path: str, with_details: bool = True) -> dict[str, Any]:
 
 
 @cache
-def _recipes() -> dict[str, dict[str, Any]]:
+def recipe_keys() -> dict[str, dict[str, Any]]:
     """Return the keys that each recipe sets, flattened, by the recipe's name."""
     files = {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in sorted(RECIPES.rglob("*.yaml"))}
     return {name: flatten(parse_yaml(file.read_bytes(), name)) for name, file in files.items()}

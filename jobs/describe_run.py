@@ -84,13 +84,13 @@ class RunDescription:
     problems: list[str] = field(default_factory=list)
 
     @contextmanager
-    def collected(self) -> Iterator[None]:
-        """Turn a MomeError of the block into a problem, unless it is one already."""
+    def collected(self, key: str = "") -> Iterator[None]:
+        """Turn a MomeError of the block into a problem, unless it is one already; `key` precedes its message."""
         try:
             yield
         except MomeError as error:
-            if str(error) not in self.problems:
-                self.problems.append(str(error))
+            if not any(problem.endswith(str(error)) for problem in self.problems):
+                self.problems.append(f"{key}{error}")
 
 
 def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescription:
@@ -107,7 +107,7 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
     sizes: dict[str, int | None] = {}
     for name, source in config.sources.items():
         description = SourceDescription(name, redact(source.shards), source.type)
-        with run.collected():
+        with run.collected(f"sources.{name}.shards: "):
             description = describe_source(name, source, config, storage)
         run.sources.append(description)
         sizes[name] = description.samples

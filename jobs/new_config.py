@@ -22,7 +22,7 @@ from pipeline.data.storage import Storage, join
 from pipeline.objectives import evaluation_tasks
 from pipeline.training.stages import check_stages
 
-MAX_PIXELS = 10**9  # of the sample that is looked at; training has its own limit
+MAX_PIXELS = 10**9  # of the sample that decides the type; training has its own limit
 DEFAULT_STEPS = 10_000  # without a known number of samples
 FEW_SAMPLES = 2000  # below this, the data are divided into fewer streams
 PRETRAINING = "{itc: {}, itm: {}, mlm: {}}"
@@ -58,7 +58,7 @@ FROZEN = "freeze: [attention, vision_expert]  # as published: texts train their 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user of `mome config new` chose."""
+    """Options of `mome config new`."""
 
     data: str
     kind: str = "vlmo"
@@ -76,7 +76,7 @@ class Choice:
 
 @dataclass
 class SourceFacts:
-    """What a folder of shards contains, as far as it could be read."""
+    """Contents of a folder of shards; None where they could not be read."""
 
     samples: int | None = None
     sample: TarSample | None = None
@@ -228,7 +228,7 @@ def _lines(
     yield "engine:"
     if choice.gpus:
         yield "  precision: bfloat16  # float32 for GPUs before Ampere"
-        yield "  micro_batch_size: auto  # as many rows as fit; the gradient is that of the whole batch"
+        yield "  micro_batch_size: auto  # the largest that fits; it does not change the gradient"
         yield "  zero_stage: 1  # 2 or 3 save memory and communicate more: mome plan FILE compares them"
     else:
         yield "  precision: float32  # bfloat16 on GPUs"

@@ -86,11 +86,11 @@ def open_tracker(track: bool | None, config: RunConfig, recorded: RecordedLocati
 @contextmanager
 def reported(config: RunConfig) -> Iterator[None]:
     """Write the run's page when the block ends, unless a ConfigError ended it before anything was started."""
-    is_started = True
+    is_started, fault = True, ""
     try:
         yield
-    except ConfigError:
-        is_started = False
+    except Exception as error:
+        is_started, fault = not isinstance(error, ConfigError), str(error)
         raise
     finally:
         caller = Caller.of(config)
@@ -98,7 +98,8 @@ def reported(config: RunConfig) -> Iterator[None]:
             if is_started and Storage(caller.storage).exists(join(config.folder, RUN_FILE)):
                 notify(f"Report      {report(config.folder, track=True, caller=caller)['report']}")
         except Exception as error:  # an error of the report must not hide how the run ended
-            log.warning("no run report: %s: %s", type(error).__name__, error)
+            if str(error) != fault:  # the store's answer, which ended the run already
+                log.warning("no run report: %s: %s", type(error).__name__, error)
 
 
 def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Caller()) -> tuple[dict[str, Any], str]:

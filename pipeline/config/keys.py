@@ -1,6 +1,6 @@
-"""Every configuration key by its dotted path, and which key an unknown name stands for.
+"""Keys of the schema by their dotted paths, and suggestions for unknown names.
 
-A path has NAME where a config has its own name of a stage, source or filter: `stages.NAME.optimizer.lr`.
+NAME in a path is the name of a stage, a source or a filter: `stages.NAME.optimizer.lr`.
 """
 
 from __future__ import annotations
@@ -150,10 +150,10 @@ def paths() -> dict[str, str]:
 
 
 def find_keys(name: str) -> list[str]:
-    """Return the paths that `name` may stand for, best first: it is a path, the end of one, a synonym, or misspelt.
+    """Return the paths for a path, the end of a path, a synonym or a misspelt name, best first.
 
-    A stage's or source's own name may stand at NAME: `stages.pairs.steps` finds `stages.NAME.steps`. Of a path with an
-    unknown beginning, such as `training.steps`, the rest is searched.
+    `stages.pairs.steps` matches `stages.NAME.steps`. Of a path with an unknown beginning, such as `training.steps`, the
+    rest is searched.
     """
     name = name.removeprefix("--").replace("-", "_")
     if whole := [path for path in paths() if re.fullmatch(path_pattern(path), name)]:

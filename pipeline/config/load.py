@@ -153,6 +153,10 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
                 path += ".kind"
             elif kind == "missing":
                 message = "required key is missing"
+                if shown[0] == "sources" and len(shown) > 2:  # an override with a misspelt name starts a new source
+                    others = [str(name) for name in values["sources"] if str(name) != shown[1]]
+                    close = difflib.get_close_matches(shown[1], others, n=1)
+                    message += f"; did you mean the source '{close[0]}'?" if close else ""
             elif kind == "string_pattern_mismatch":
                 pattern, valid = fault["ctx"]["pattern"], re.sub(r"[^A-Za-z0-9_.-]+", "_", str(given)).strip("_.-")
                 hint = next((f"; did you mean '{n}'?" for n in (valid, valid.lower()) if re.search(pattern, n)), "")
@@ -280,6 +284,8 @@ def parse_yaml(content: str | bytes, origin: str) -> Any:
         raise ConfigError(f"{origin}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # or an invalid date or number
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        reason = re.sub(r'in "<\w+ string>", ', "in ", reason)
+        reason += ". Indent with spaces, not with tabs" if "'\\t'" in reason else ""
         raise ConfigError(f"{origin}: not valid YAML: {reason}") from error
 
 
@@ -304,7 +310,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             numbers = [str(index) for index in range(len(target))]
             if part not in names and part not in numbers:
                 known = ", ".join(n if name is None else str(name) for n, name in zip(numbers, names, strict=True))
-                raise ConfigError(f"override '{override}': no element '{part}'; there are {known or 'none'}")
+                close = difflib.get_close_matches(part, [str(name) for name in names], n=1)
+                hint = f"; did you mean '{close[0]}'?" if close else ""
+                raise ConfigError(f"override '{override}': no element '{part}'; there are {known or 'none'}{hint}")
             key = names.index(part) if part in names else numbers.index(part)
         if not rest:
             target[key] = parse_yaml(match["value"], f"override '{override}'")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config.errors import ConfigError, DataError, StorageError
+from pipeline.config.errors import CheckpointError, ConfigError, DataError, StorageError
 from pipeline.config.load import changes, parse_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.scenes import build_synthetic
@@ -41,7 +41,11 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
         log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
     build_synthetic(storage, config.sources)
     for url in sorted({source.shards for source in config.sources.values()}):
-        ensure_indexed(storage, url, _ProgressLog(f"{url}: indexed"))
+        name = next(name for name, source in config.sources.items() if source.shards == url)
+        try:
+            ensure_indexed(storage, url, _ProgressLog(f"{url}: indexed"))
+        except (DataError, StorageError) as error:
+            raise type(error)(f"sources.{name}.shards: {error}") from error
     for name, source in config.sources.items():
         if source.filters or source.opt_out is not None:  # caches the counts of the selection for the ranks
             open_source(storage, source, config.folder, _ProgressLog(f"sources.{name}: filtered"))
@@ -100,7 +104,11 @@ def apart(config: RunConfig, storage: Storage, output: str, name: str) -> RunCon
 def check_start(stage: Stage, storage: Storage, tokenizer: Tokenizer) -> None:
     """Check that a stage's starting weights fit its model and vocabulary. Raises ConfigError or CheckpointError."""
     where = f"stages.{stage.name}.start_from: {stage.config.start_from}"
-    weights, model = load_weights(storage, stage.config.start_from), stage_skeleton(stage, tokenizer.size)
+    try:
+        weights = load_weights(storage, stage.config.start_from)
+    except CheckpointError as error:
+        raise CheckpointError(f"stages.{stage.name}.start_from: {error}") from error
+    model = stage_skeleton(stage, tokenizer.size)
     try:
         state = model.resize_state(weights.tensors, weights.config.model)
     except ConfigError as error:

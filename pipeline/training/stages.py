@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.config.errors import CheckpointError
+from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.randomness import hash64
 from pipeline.data.storage import Storage
@@ -60,7 +60,10 @@ def check_stages(config: RunConfig) -> None:
     """Raise ConfigError if a stage's sources or model lack what its objectives need, or `freeze` names no part."""
     check_objectives(config)
     for stage in (Stage(config, index) for index in range(len(config.stages))):
-        freeze_untrained(stage_skeleton(stage), stage)
+        try:
+            freeze_untrained(stage_skeleton(stage), stage)
+        except ConfigError as error:
+            raise ConfigError(f"stages.{stage.name}: {error}") from error
 
 
 def stage_skeleton(stage: Stage, vocabulary: int = 1) -> Model:

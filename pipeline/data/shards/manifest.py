@@ -228,12 +228,13 @@ def shard_names(url: str, objects: Mapping[str, ObjectInfo]) -> list[str]:
     # A compressed or oddly named tar is not read: a fault unless it has a plain tar of the same name.
     others = (_OTHER_TAR.fullmatch(name) for name in sorted(objects) if not name.endswith(".tar"))
     other = next((match[0] for match in others if match and f"{match[1]}.tar" not in objects), None)
-    remedy = "Put tars there, or correct the URL"
+    remedy = "Put tars there (mome shards build), or correct the URL"
     if other:
         is_tar = other.lower().endswith(".tar")
         remedy = f"Rename {other}: shards' names end in .tar" if is_tar else UNPACK.format(other)
     if not names:
-        raise DataError(f"{url}: no .tar files there. {remedy}")
+        fault = "no .tar files there" if objects else "no such folder of shards, or it is empty"
+        raise DataError(f"{url}: {fault}. {remedy}")
     if pattern is None and other:
         remedy = f"{remedy}. Or move it away, or name the shards to be read by a pattern: …/{{0000..0095}}.tar"
         raise DataError(f"{url}: {other} would not be read along with {names[0]}. {remedy}")
