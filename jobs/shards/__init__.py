@@ -12,7 +12,7 @@ from jobs.console import FileOption, JsonOption
 
 # "auto", then the formats of pipeline.data.building
 SourceFormat = StrEnum(
-    "SourceFormat", "auto folder jsonl coco list table parquet text vqa vg_qa nlvr2 karpathy classes"
+    "SourceFormat", "auto folder jsonl coco list table parquet text vqa vg_qa vg_regions nlvr2 karpathy classes"
 )
 SourceType = StrEnum("SourceType", "pairs images text labelled regions questions statements")
 Report = Annotated[Path | None, FileOption(help="Write all bad samples to this file, one JSON per line.")]
@@ -69,8 +69,8 @@ def build(
     or their paths: Hugging Face datasets, img2dataset's Parquet output.
     coco: COCO's captions.
 
-    VQA v2's questions, Visual Genome's question_answers.json, NLVR2's lines and
-    Karpathy's splits are recognized by their content. A folder with one folder
+    VQA v2's questions, Visual Genome's region descriptions and question_answers.json,
+    NLVR2's lines and Karpathy's splits are recognized by their content. A folder with one folder
     of images per class needs --kind classes. The answers and classes that a
     head predicts are written next to the shards: answers.json, classes.json.
     """

@@ -37,7 +37,8 @@ def test_links_resolve_and_commands_and_options_exist(guide: Path) -> None:
         assert "://" in link or (guide.parent / link).exists(), link
     if guide.name == "CHANGELOG.md":  # names commands of earlier versions
         return
-    lines = [line.strip().removeprefix("$ ") for line in text.splitlines() if line.startswith("    ")]
+    joined = re.sub(r"\\\n +", "", text)  # continued lines
+    lines = [line.strip().removeprefix("$ ") for line in joined.splitlines() if line.startswith("    ")]
     lines += re.findall(r"`([^`\n]+)`", text)
     for line in (line.split("  #")[0].removeprefix(".venv/bin/") for line in lines):
         if not re.match(r"mome [a-z]", line):

@@ -2,6 +2,7 @@
 
     vqa        VQA v2: a questions file, and annotations of ten people each       -> questions, answers.json
     vg_qa      Visual Genome's question_answers.json, one answer each             -> questions, answers.json
+    vg_regions Visual Genome's region_descriptions.json, many phrases an image     -> pairs
     nlvr2      NLVR2's lines of JSON, two images each                              -> statements
     karpathy   Karpathy's dataset_coco.json and dataset_flickr30k.json, by split  -> pairs
     coco       COCO's captions: `images`, `annotations`                            -> pairs
@@ -24,6 +25,7 @@ from pipeline.data.contents import choices
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.shards.tar import clean_name
 
+VG_FOLDERS = ("", "VG_100K/", "VG_100K_2/")  # of images.zip and images2.zip
 TRAINED_WITH = {"train": ("train", "restval")}  # COCO's other training images have a split of their own
 
 
@@ -78,14 +80,31 @@ def visual_genome_samples(job: Import) -> Iterator[Sample]:
     entries = [{**qa, "image": image} if isinstance(qa, dict) else qa for image, qas in images for qa in qas]
     read = partial(inputs.fields, image=int, qa_id=int, question=str, answer=str)
     questions = inputs.entries_of(job.source, "questions", entries, read, job.problems, "qa_id, question, answer")
-    folders = ("", "VG_100K/", "VG_100K_2/")
     with_answers = (
-        (number, text, {plain: 1.0} if plain else {}, [f"{folder}{image}.jpg" for folder in folders])
+        (number, text, {plain: 1.0} if plain else {}, [f"{folder}{image}.jpg" for folder in VG_FOLDERS])
         for image, number, text, answer in questions
         for plain in [choices.plain_answer(answer)]
     )
     answers = [answer for *_, answer in questions]
     yield from _with_answers(job, with_answers, answers, "vg", "its answer is empty")
+
+
+def visual_genome_captions(job: Import) -> Iterator[Sample]:
+    """Yield Visual Genome's images with the phrases of all their regions as captions."""
+
+    def read(entry: Any) -> tuple[int, list[Any]]:
+        regions = inputs.fields(entry, regions=list)[0]  # the file has `id`, its documentation `image_id`
+        return *inputs.fields({"id": entry.get("id", entry.get("image_id"))}, id=int), [r["phrase"] for r in regions]
+
+    form = "a list of images with 'id' and 'regions' (phrase)"
+    for number, phrases in inputs.entries_of(
+        job.source, "images", inputs.json_of(job.source), read, job.problems, form
+    ):
+        where = f"{job.source}, image {number}"
+        with job.problems.skipping(where):
+            captions = inputs.clean_captions(phrases, where, job.problems)
+            image = inputs.encoded_image(job.find(*(f"{folder}{number}.jpg" for folder in VG_FOLDERS)))
+            yield job.pair(f"vg-{number}", image, captions)
 
 
 def _with_answers(

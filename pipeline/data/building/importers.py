@@ -39,6 +39,7 @@ _KIND_OF_SUFFIX: dict[str, inputs.Kind] = {
 _KIND_OF_FOLDER: dict[tuple[str, ...], inputs.Kind] = {EXTENSIONS: "folder", ("txt",): "text", ("parquet",): "parquet"}
 # The kind of an annotation file, by patterns that the beginning of its JSON contains.
 _KIND_OF_JSON: dict[inputs.Kind, tuple[str, ...]] = {
+    "vg_regions": (r'"regions"\s*:\s*\[', r'"phrase"\s*:'),
     "vg_qa": (r'"qas"\s*:', r'"qa_id"\s*:'),
     "vqa": (r'"questions"\s*:\s*\[',),
     "karpathy": (r'"sentences"\s*:', r'"split"\s*:', r'"filename"\s*:'),
@@ -108,7 +109,8 @@ def read_source(
     readers: dict[inputs.Kind, Callable[[Import], Iterator[Any]]] = {
         "folder": folder_samples, "text": text_samples, "coco": published.coco_samples, "jsonl": json_records,
         "nlvr2": published.nlvr2_samples, "karpathy": published.karpathy_samples, "vqa": published.vqa_samples,
-        "vg_qa": published.visual_genome_samples, "classes": published.class_samples, "list": json_records,
+        "vg_qa": published.visual_genome_samples,
+        "vg_regions": published.visual_genome_captions, "classes": published.class_samples, "list": json_records,
         "table": table_records,
     }  # fmt: skip
     samples = readers[kind](job)

@@ -23,7 +23,19 @@ T = TypeVar("T")
 Sample = dict[str, Any]
 Files = dict[str, bytes]  # by extension, the image first
 Kind = Literal[
-    "folder", "jsonl", "coco", "list", "table", "parquet", "text", "vqa", "vg_qa", "nlvr2", "karpathy", "classes"
+    "folder",
+    "jsonl",
+    "coco",
+    "list",
+    "table",
+    "parquet",
+    "text",
+    "vqa",
+    "vg_qa",
+    "vg_regions",
+    "nlvr2",
+    "karpathy",
+    "classes",
 ]
 
 # Image formats that are not read: reported one by one, unlike other files in a folder.

@@ -2,6 +2,7 @@
 
 image: struct<bytes: binary, path: string>    Hugging Face; also binary, or a path below --images
 caption: string, or list<string>              one caption or several
+caption_0, caption_1, …: string               a column for each caption
 sentences: list<struct<raw: string, …>>       nested texts, by the dotted name `sentences.raw`
 label: int64                                  a class, named in the file's `huggingface` metadata; or its name
 jpg, caption, status, error_message, url, …   img2dataset; `status` tells why a row has no image
@@ -37,6 +38,7 @@ LABEL_NAMES = ("label", "labels", "cls", "class")
 IMG2DATASET = frozenset({"key", "status", "error_message", "url"})  # columns that all its files have
 RESERVED = frozenset({"image_id", "caption", "captions"})  # in a sample's JSON
 _NUMBERED_FILE = re.compile(r"(.+)-\d{5}-of-\d{5}")  # Hugging Face's name: train-00000-of-00042
+_NUMBERED_CAPTION = re.compile(r"(caption|sentence|text)_?\d+")  # a column for each caption
 _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
 
 
@@ -53,7 +55,7 @@ class Columns:
     """The columns of a file that are read."""
 
     image: Column
-    caption: Column | None
+    captions: tuple[Column, ...]
     label: Column | None
     class_names: tuple[str, ...]  # of the label; empty if they are not known from the file's metadata
     kept: tuple[Column, ...]  # stored in each sample's JSON
@@ -86,7 +88,14 @@ def parquet_records(job: Import) -> Iterator[Record]:
                         raise DataError(f"{file}: its class names differ from those of the other files")
                     classes = class_names
                     job.choices |= {CLASSES: Choices(classes)} if classes else {}
-                chosen = [columns.image, columns.caption, columns.label, columns.split, *columns.kept, *columns.status]
+                chosen = [
+                    columns.image,
+                    *columns.captions,
+                    columns.label,
+                    columns.split,
+                    *columns.kept,
+                    *columns.status,
+                ]
                 used = list(dict.fromkeys(column for column in chosen if column is not None))
                 names = list(dict.fromkeys(column.path[0] for column in used))
                 for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=names):
@@ -197,24 +206,26 @@ def find_columns(file: str, schema: pyarrow.Schema, options: ImportOptions) -> C
     if options.image_column is not None:
         expected = "bytes, a path, or a struct of both"
         image = named("--image-column", options.image_column, lambda c: _is_image(c) or _is_text(c), expected)
-    label = caption = None
+    label, captions = None, list[Column]()
     if options.label_column is not None:
         expected = "whole numbers or texts"
         label = named(
             "--label-column", options.label_column, lambda c: types.is_integer(c.type) or _is_text(c), expected
         )
     if options.caption_column is not None:
-        caption = named(
-            "--caption-column", options.caption_column, _is_text, "text, a list of texts, or a field of one"
-        )
+        expected = "text, a list of texts, or a field of one"
+        listed = [options.caption_column] if options.caption_column in columns else options.caption_column.split(",")
+        captions = [named("--caption-column", name.strip(), _is_text, expected) for name in listed]
     elif label is None:
         nested = [column for column in texts if column.path[-1].lower() in CAPTION_NAMES and column != image]
-        caption = first(texts, CAPTION_NAMES) or (nested[0] if len(nested) == 1 else None)
+        numbered = [column for column in texts if _NUMBERED_CAPTION.fullmatch(column.name.lower())]
+        best = first(texts, CAPTION_NAMES) or (nested[0] if len(nested) == 1 else None)
+        captions = numbered if best is None else [best]
         named_classes = [column for column in columns.values() if _class_names(features, column.name)]
-        if caption is None:
+        if not captions:
             label = named_classes[0] if len(named_classes) == 1 else None
             label = label or first([c for c in columns.values() if types.is_integer(c.type)], LABEL_NAMES)
-    if image is None or image == caption or (caption is None and label is None):
+    if image is None or image in captions or (not captions and label is None):
         absent = "images" if image is None else "captions or classes"
         raise fail(f"no column of {absent} detected. Pass --image-column, and --caption-column or --label-column")
     is_img2dataset = columns.keys() >= IMG2DATASET
@@ -225,9 +236,8 @@ def find_columns(file: str, schema: pyarrow.Schema, options: ImportOptions) -> C
     status = tuple(columns[name] for name in ("key", "status", "error_message")) if is_img2dataset else ()
     split = columns.get("split") if options.split is not None else None
     class_names = () if label is None else _class_names(features, label.name)
-    return Columns(
-        image, caption, label, class_names, tuple(kept), status, split if split and _is_text(split) else None
-    )
+    split = split if split and _is_text(split) else None
+    return Columns(image, tuple(captions), label, class_names, tuple(kept), status, split)
 
 
 def _base(kind: pyarrow.DataType) -> pyarrow.DataType:
@@ -309,8 +319,10 @@ def _record(job: Import, columns: Columns, values: dict[Column, Any], where: str
     if not isinstance(image, str | bytes) or not image.strip():
         raise Unusable(f"it has no image ({image!r:.50}); expected bytes, a path, or a struct of both")
     captions, label = list[str](), None
-    if columns.caption is not None:
-        captions = inputs.clean_captions(values[columns.caption], where, job.problems)
+    if columns.captions:
+        texts = [values[column] for column in columns.captions]
+        texts = [text for value in texts for text in (value if isinstance(value, list) else [value])]
+        captions = inputs.clean_captions([text for text in texts if text is not None], where, job.problems)
     if columns.label is not None:
         value = values[columns.label]
         names = job.choices.get(CLASSES, ())

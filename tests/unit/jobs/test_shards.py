@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.reading.samples import Sample, iter_samples
 from pipeline.data.shards.tar import clean_name
 from pipeline.data.storage import Storage
+from tests.support.official_layouts import write_official_layouts
 from tests.support.pairs import pair, tar_bytes, tar_of
 from tests.support.shards_command import FEATURES, facts_of, refuses, run_shards, save_image, save_yolos, write_lines
 
@@ -87,6 +89,34 @@ def test_too_many_missing_entries_leave_nothing_and_options_reach_their_readers_
     options = ("--split", "x"), ("--min-count", 2), ("--listed-only",), ("--image-column", "a"), ("--annotations", "x")
     for option in options:
         refuses(ConfigError, f"{option[0]} is for --kind .*read as folder", "build", images, tmp_path / "out3", *option)
+
+
+DATASETS = Path(__file__).resolve().parents[3] / "pipeline" / "data" / "DATASETS.md"
+
+
+def test_commands_of_the_data_sets_page_import_the_official_layouts(tmp_path: Path, monkeypatch: Any) -> None:
+    write_official_layouts(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = DATASETS.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("mome shards ")]
+    commands = [shlex.split(line, comments=True)[2:] for line in lines]
+    results = {command[2]: facts_of(*command) for command in commands if command[0] == "build"}
+    assert {name: (facts["kind"], facts["num_samples"], facts["captions"]) for name, facts in results.items()} == {
+        "data/coco": ("karpathy", 2, 10), "data/coco_test": ("karpathy", 1, 5), "data/coco_val2017": ("coco", 1, 5),
+        "data/flickr30k": ("karpathy", 1, 5), "data/flickr30k_test": ("karpathy", 1, 5),
+        "data/visual_genome": ("vg_regions", 2, 4), "data/visual_genome_qa": ("vg_qa", 9, 0),
+        "data/imagenet": ("classes", 2, 0), "data/imagenet_val": ("classes", 1, 0),
+        "data/vqa_train": ("vqa", 9, 0), "data/vqa_val": ("vqa", 9, 0),
+        **{f"data/nlvr2_{split}": ("nlvr2", 1, 0) for split in ("train", "dev", "test")},
+        "data/hf_flickr_train": ("parquet", 1, 2), "data/hf_cifar": ("parquet", 2, 0),
+        "data/hf_coco": ("parquet", 2, 4),
+    }  # fmt: skip
+    assert all(facts["left_out"] == 0 or "imagenet_val" in name for name, facts in results.items())
+    indexed = [facts_of(*command)["num_samples"] for command in commands if command[0] == "index"]
+    assert indexed == [2, 2]
+    for name, kind in (("coco", "pairs"), ("cc3m", "pairs"), ("imagenet", "labelled"), ("hf_cifar", "labelled"),
+                       ("vqa_train", "questions"), ("nlvr2_train", "statements")):  # fmt: skip
+        run_shards("check", f"data/{name}", "--type", kind, "--workers", 1)
 
 
 @pytest.fixture

@@ -284,6 +284,9 @@ def test_columns_of_hugging_face_are_detected_or_named(folder: Path) -> None:
             samples = list(read(file, caption_column=column, keep_columns=("score",)).samples)
             assert captions_in(samples) == [["one", "two"], ["three"]]
             assert [record_of(sample).get("score") for sample in samples] == [0.5, None]
+    numbered = write_parquet(folder / "n.parquet", image=images, caption_0=["one", "two"], caption_1=["three", None])
+    for column in (None, "caption_0, caption_1"):
+        assert captions_in(read(numbered, caption_column=column).samples) == [["one", "three"], ["two"]]
     for options, reason in (
         ({"caption_column": "raw"}, r"no column 'raw' \(--caption-column\)"),
         ({"caption_column": "score"}, "--caption-column score has type double; expected text"),
