@@ -76,12 +76,18 @@ def show(
     config: Config,
     overrides: Overrides = None,
     diff: Annotated[bool, Option("--diff", help="Only the keys that differ from the defaults.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print CONFIG with every key, and a comment where a value differs from its default."""
     from jobs.config_tools import resolved_yaml
     from pipeline.config.load import load_config
+    from pipeline.config.redaction import redact_values
 
-    echo(resolved_yaml(load_config(config, overrides or []), diff), newline=False)
+    resolved = load_config(config, overrides or [])
+    if as_json:
+        print_result(redact_values(resolved.model_dump(mode="json", exclude_defaults=diff)), as_json)
+    else:
+        echo(resolved_yaml(resolved, diff), newline=False)
 
 
 @app.command()

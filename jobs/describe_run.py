@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
-from jobs.cluster import RAY_MISSING, address_of, local_cpus, missing_resources, quantity, rank_resources
+from jobs.cluster import RAY_MISSING, address_of, for_ranks, local_cpus, missing_resources, quantity, rank_resources
 from jobs.console import aligned
-from pipeline.config.errors import DataError, MomeError
-from pipeline.config.load import with_absolute_paths
+from pipeline.config.errors import ConfigError, DataError, MomeError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, SourceConfig
+from pipeline.config.urls import is_local, local_path
 from pipeline.data.contents.choices import choices_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.shards.manifest import MANIFEST, load_manifest, parse_pattern, shard_names
@@ -85,12 +85,19 @@ class RunDescription:
 
     @contextmanager
     def collected(self, key: str = "") -> Iterator[None]:
-        """Turn a MomeError of the block into a problem, unless it is one already; `key` precedes its message."""
+        """Turn a MomeError of the block into a problem; `key` precedes its message.
+
+        Of a reason that is known already, such as missing credentials for the same store, the remedy is not repeated.
+        """
         try:
             yield
         except MomeError as error:
-            if not any(problem.endswith(str(error)) for problem in self.problems):
-                self.problems.append(f"{key}{error}")
+            message = str(error)
+            reason = message.partition("failed: ")[2]
+            if reason and any(problem.endswith(reason) for problem in self.problems):
+                message = f"{message.removesuffix(reason)}{reason.split(' (')[0].split('. ')[0]}, as above"
+            if not any(problem.endswith(message) for problem in self.problems):
+                self.problems.append(f"{key}{message}")
 
 
 def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescription:
@@ -99,7 +106,7 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
     A store that does not respond is a problem after `ANSWER_SECONDS`. Raises ConfigError for a config whose model does
     not support its stages.
     """
-    config = with_absolute_paths(config)
+    config = for_ranks(config)
     storage = storage or Storage(config.storage).within(ANSWER_SECONDS)
     check_stages(config)
     run = RunDescription(config.name, redact(config.folder), config.model.kind, ranks=config.cluster.workers)
@@ -111,15 +118,24 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
             description = describe_source(name, source, config, storage)
         run.sources.append(description)
         sizes[name] = description.samples
-    tokenizer, known_steps = None, 0
-    with run.collected():
-        run.changed_keys = admit(config, storage)
-        known_steps = run.steps_done = saved_steps(config, storage)
-        if run.steps_done or storage.exists(join(config.folder, RUN_FILE)):
+    tokenizer, is_begun = None, None  # None: the folder cannot be read
+    with run.collected("output: "):
+        is_begun = storage.exists(join(config.folder, RUN_FILE))
+        if is_local(config.folder):
+            folder = local_path(config.folder)
+            existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+            if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
+                raise ConfigError(f"{existing} is not a folder that can be written; set `output` to another one")
+    if is_begun:
+        with run.collected():
+            run.changed_keys = admit(config, storage)
+            run.steps_done = saved_steps(config, storage)
+            is_finished = run.steps_done >= run.steps
             run.state = f"resumes from step {run.steps_done} of {run.steps}"
-            run.state = "finished: every stage is trained" if run.steps_done >= run.steps else run.state
-    with run.collected():
-        tokenizer, run.vocabulary = _vocabulary(config, storage)
+            run.state = "finished: every stage is trained" if is_finished else run.state
+    if is_begun is not None:
+        with run.collected():
+            tokenizer, run.vocabulary = _vocabulary(config, storage)
     with run.collected():
         choices_of(config, config.stages, storage)
     run.has_vocabulary, vocabulary = tokenizer is not None, tokenizer.size if tokenizer else config.tokenizer.size
@@ -141,7 +157,7 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
         counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
         parameters = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
         start = "random" if resolved.start_url is None else stage.start_from
-        done = min(max(known_steps - resolved.first_step, 0), stage.steps)
+        done = min(max(run.steps_done - resolved.first_step, 0), stage.steps)
         lengths = (stage.steps, stage.global_batch_size, samples)
         run.stages.append(
             StageDescription(stage.name, [*stage.objectives], *lengths, epochs, *parameters, redact(start), done)
@@ -231,16 +247,14 @@ def as_text(run: RunDescription) -> str:
         sources.append([source.name, source.type, *counts, location])
     stages = [["stage", "objectives", "steps", "batch", "epochs", "parameters", "trained", "starts from"]]
     for stage in run.stages:
-        epochs = [
-            f"{name} {'?' if number is None else significant(number)}" if len(stage.epochs) > 1
-            else "?" if number is None else significant(number)
-            for name, number in stage.epochs.items()
-        ]  # fmt: skip
+        known = [number for number in stage.epochs.values() if number is not None]
+        ends = [significant(number) for number in (min(known, default=0.0), max(known, default=0.0))]
+        epochs = "?" if len(known) < len(stage.epochs) else " to ".join(dict.fromkeys(ends))
         done = f"{stage.steps_done:,}/" if stage.steps_done else ""
         most = "" if run.has_vocabulary else "≤ "
         sizes = [f"{most}{number / 1e6:,.1f} M" for number in (stage.parameters, stage.trained_parameters)]
         row = [stage.name, " ".join(stage.objectives), f"{done}{stage.steps:,}", f"{stage.global_batch_size:,}"]
-        stages.append([*row, ", ".join(epochs), *sizes, stage.starts_from])
+        stages.append([*row, epochs, *sizes, stage.starts_from])
     tables = [aligned([row for row in facts if row[1]]), aligned(sources), aligned(stages)]
     number = len(run.problems)
     stops = f"{number} {'problem' if number == 1 else 'problems'} would stop this run:"
