@@ -16,18 +16,19 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from jobs.console import check_output, echo, list_of_findings, write_output
+from jobs.console import aligned, check_output, echo, line_width, list_of_findings, write_output
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import DataConfig, SourceType
 from pipeline.config.urls import is_local, parse
 from pipeline.data.building.importers import find_kind, read_source, write_shards
 from pipeline.data.building.inputs import ImportOptions, Kind, Problems, Sample, suffix_of
+from pipeline.data.contents.choices import CLASSES, Choices
 from pipeline.data.contents.images import EXTENSIONS, decode, format_of, measure
 from pipeline.data.contents.members import record_of
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.shards.check import ShardFinding, check_shards
+from pipeline.data.shards.check import ShardFinding, check_shards, fitting_type
 from pipeline.data.shards.manifest import Manifest, load_index, load_manifest, parse_pattern
-from pipeline.data.storage import Storage, join
+from pipeline.data.storage import NotFound, Storage, join
 from pipeline.pages.page import signature
 
 BROKEN, BAD = 1, 3  # exit statuses of a check
@@ -56,6 +57,10 @@ class ShardProgress(Progress):
             self.update(self.bar, description=f"{self._action} {name}", completed=done, total=total)
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str, Any]) -> None:
     """Print a manifest's totals and the command's own facts."""
     size, shards, samples = sum(shard.bytes for shard in manifest.shards), len(manifest.shards), manifest.num_samples
@@ -64,17 +69,18 @@ def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str,
         echo(json.dumps(totals | more, ensure_ascii=False))
         return
 
-    def counted(count: int, noun: str) -> str:
-        return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
     left_out = f", {more['left_out']} left out" if more.get("left_out") else ""
     echo(f"{counted(samples, 'sample')} in {counted(shards, 'shard')} at {url}{left_out}")
     if "images" in more:
-        parts = [counted(more[f"{noun}s"], noun) for noun in ("image", "caption") if more[f"{noun}s"]]
-        line = ", ".join([*parts, f"{size / 1e6:,.1f} MB"])
+        parts = [
+            counted(more[f"{noun}s"], noun) for noun in ("image", "caption", "question", "label") if more[f"{noun}s"]
+        ]
+        line = ", ".join([*parts, f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"])
         line += f"; {counted(more['without_caption'], 'image')} without a caption" if more["without_caption"] else ""
         line += f"; {counted(more['animated'], 'animated image')} (first frame)" if more["animated"] else ""
         echo(line)
+    if (regions := more.get("regions")) is not None:
+        echo(f"{counted(regions, 'region')}, {regions / max(1, samples - more['bad_samples']):.3g} a sample")
     if trusted := more.get("trusted"):
         echo(f"{trusted} of the shards were counted by another tool and are read on first use")
     echo(f"inspect them: mome shards show {url} --sheet sheet.png")
@@ -109,18 +115,21 @@ def build_shards(
     storage = Storage()
     imported = read_source(source, format_name, problems, options, storage)
     num_samples = 0
-    counts = {"images": 0, "captions": 0, "without_caption": 0, "animated": 0}
+    counts = {"images": 0, "captions": 0, "questions": 0, "labels": 0, "without_caption": 0, "animated": 0}
 
     def count_samples() -> Iterator[Sample]:
         """Yield and count the samples, then raise DataError if too many entries could not be used."""
         nonlocal num_samples
         for sample in islice(imported.samples, limit):
             images = [data for name, data in sample.items() if name.rpartition(".")[2] in EXTENSIONS]
-            captions = len(json.loads(sample.get("json", b"{}")).get("captions", ()))
+            record = json.loads(sample.get("json", b"{}"))
+            captions, has_label = len(record.get("captions", ())), "cls" in sample or "label" in record
             num_samples += 1
             counts["images"] += len(images)
             counts["captions"] += captions
-            counts["without_caption"] += bool(images) and not captions
+            counts["questions"] += "question" in record
+            counts["labels"] += has_label
+            counts["without_caption"] += bool(images) and not (captions or has_label or "question" in record)
             for image in images:
                 with suppress(BadSample):  # training counts damaged images
                     counts["animated"] += format_of(image) not in ("JPEG", "BMP") and measure(image).is_animated
@@ -138,9 +147,11 @@ def build_shards(
         for name, listed in imported.choices.items():
             storage.write(join(out, name), listed.to_bytes())
     finally:  # report what was not imported, and which option to try
-        notes = [f"left out: {problem}" for problem in problems.first]
-        if problems.count > len(problems.first):
-            notes.append(f"left out: {problems.count - len(problems.first)} more")
+        # If nothing exists, --images is wrong, and one example says all.
+        first = problems.first[: 1 if problems.absent == problems.count and not counts["images"] else None]
+        notes = [f"left out: {problem}" for problem in first]
+        if problems.count > len(first):
+            notes.append(f"left out: {problems.count - len(first):,} more")
         if problems.skipped:
             files = ", ".join(f"{count} {suffix}" for suffix, count in problems.skipped.most_common(10))
             notes.append(f"files of other kinds, not read: {files}")
@@ -182,6 +193,9 @@ def check_folder(url: str, source_type: str, report: Path | None, max_pixels: in
             if lines is not None:
                 findings = (*shard.bad, shard.broken) if shard.broken else shard.bad
                 lines.writelines(f"{json.dumps(f._asdict(), ensure_ascii=False)}\n".encode() for f in findings)
+    other = None
+    if samples and kinds.total() == samples and not broken:
+        other = fitting_type(Storage(), url, next(iter(examples.values())).shard, max_pixels)
     if as_json:
         summary = {
             "url": url, "shards": shards, "num_samples": samples, "bad_samples": kinds.total(),
@@ -189,18 +203,23 @@ def check_folder(url: str, source_type: str, report: Path | None, max_pixels: in
         }  # fmt: skip
         echo(json.dumps(summary | ({"skipped": dict(skipped.most_common())} if skipped else {}), ensure_ascii=False))
     else:
-        echo(f"{samples} samples in {shards} shards at {url}")
-        echo(f"{len(broken)} broken shards, {kinds.total()} bad samples")
+        echo(f"{counted(samples, 'sample')} in {counted(shards, 'shard')} at {url}")
+        echo(f"{counted(len(broken), 'broken shard')}, {counted(kinds.total(), 'bad sample')}")
         for name, reason in islice(broken.items(), _MAX_PRINTED):
             echo(f"  {name}: {reason}")
         if len(broken) > _MAX_PRINTED:
             echo(f"  … and {len(broken) - _MAX_PRINTED} more")
-        for kind, count in kinds.most_common():
-            echo(f"  {count:>8}  {kind:<50}  {examples[kind].key} in {examples[kind].shard}")
-        for entry, count in skipped.most_common():
-            echo(f"  {count:>8}  skipped, not part of a sample: {entry}")
+        lines_of_kinds = [[f"{count:,}", f"{kind}, such as {examples[kind].key} in {examples[kind].shard}"]
+                          for kind, count in kinds.most_common()]  # fmt: skip
+        lines_of_kinds += [
+            [f"{count:,}", f"skipped, not part of a sample: {entry}"] for entry, count in skipped.most_common()
+        ]
+        if lines_of_kinds:
+            echo(aligned(lines_of_kinds, right=(0,), width=line_width()))
         if report:
             echo(f"all findings: {report}")
+        if hint := other and f"hint: every sample fails; they can be read with --type {other}":
+            echo(hint)
     return BROKEN if broken else BAD if kinds else 0
 
 
@@ -209,7 +228,10 @@ def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> N
     storage = Storage()
     if sheet is not None:
         check_output(storage, str(sheet), "--sheet")
-    manifest = load_manifest(storage, url)
+    manifest, classes = load_manifest(storage, url), Choices()
+    with suppress(NotFound, ConfigError):
+        names = join(parse_pattern(url).folder, CLASSES)
+        classes = Choices.from_bytes(storage.read(names), names)
     count = min(samples, manifest.num_samples)
     positions = [i * manifest.num_samples // count for i in range(count)]  # at equal distances over all shards
     shown: list[dict[str, Any]] = []
@@ -241,11 +263,15 @@ def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> N
                 texts = [sentence] if answers is None else [sentence, answers]
             elif not isinstance(texts, str | list):
                 texts = [members["txt"].decode("utf-8", errors="replace")] if "txt" in members else []
+            label = members.get("cls", b"").strip().decode(errors="replace")
+            place = int(label) if label.isdecimal() and len(label) <= 9 else len(classes)
+            name = f": {classes[place]}" if place < len(classes) else ""
             shown.append({
                 "shard": shard.name, "key": index.keys[number], "fault": fault,
                 "members": {name: len(content) for name, content in members.items()},
                 "image_size": list(image.size) if image else None,
                 "captions": [str(text) for text in ([texts] if isinstance(texts, str) else texts)],
+                "class": f"class {label}{name}" if label else None,
             })  # fmt: skip
             images.append(image)
     if sheet is not None:
@@ -255,15 +281,18 @@ def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> N
         write_output(storage, str(sheet), buffer.getvalue(), "--sheet")
     if as_json:
         return report_manifest(manifest, url, as_json, {"samples": shown, "sheet": str(sheet) if sheet else None})
+    width = line_width()
     for sample in shown:
-        sizes = ", ".join(f"{name} {size} B" for name, size in sample["members"].items())
-        pixels = "  {} x {}".format(*sample["image_size"]) if sample["image_size"] else ""
-        echo(f"{sample['shard']}  {sample['key']}  ({sizes}){pixels}")
-        if sample["fault"]:
-            echo(f"    {sample['fault']}")
-        for caption in sample["captions"]:
-            echo(f"    - {textwrap.shorten(caption, 200)}")
-    echo(f"{manifest.num_samples} samples in {len(manifest.shards)} shards at {url}")
+        sizes = ", ".join(f"{name} {size:,} B" for name, size in sample["members"].items())
+        pixels = ", {} x {}".format(*sample["image_size"]) if sample["image_size"] else ""
+        heading = f"{sample['shard']}  {sample['key']}  ({sizes}{pixels})"
+        echo(textwrap.fill(heading, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
+        for text in filter(None, (sample["fault"], sample["class"], *sample["captions"])):
+            lines = textwrap.wrap(
+                text, width, initial_indent="    - ", subsequent_indent="      ", max_lines=3, placeholder=" …"
+            )
+            echo("\n".join(lines))
+    echo(f"{counted(manifest.num_samples, 'sample')} in {counted(len(manifest.shards), 'shard')} at {url}")
     if sheet is not None:
         echo(f"contact sheet: {sheet}")
 
@@ -285,7 +314,10 @@ def contact_sheet(samples: list[dict[str, Any]], images: list[Image.Image | None
             draw.multiline_text((x + 8, y + 8), textwrap.fill(sample["fault"], LINE_CHARACTERS), "firebrick", font)
         else:
             top, num_lines = y, CAPTION_LINES + TILE // LINE_HEIGHT
-        lines = [line for caption in sample["captions"] for line in textwrap.wrap(f"- {caption}", LINE_CHARACTERS)]
-        for position, line in enumerate([sample["key"], *lines][:num_lines]):
+        texts = [*filter(None, [sample["class"]]), *(f"- {caption}" for caption in sample["captions"])]
+        lines = [sample["key"], *(line for text in texts for line in textwrap.wrap(text, LINE_CHARACTERS))]
+        if len(lines) > num_lines:
+            lines = [*lines[: num_lines - 1], f"{lines[num_lines - 1][: LINE_CHARACTERS - 2]} …"]
+        for position, line in enumerate(lines):
             draw.text((x, top + position * LINE_HEIGHT), line, "black" if position else "gray", font)
     return page

@@ -59,6 +59,7 @@ class RegionShard:
     setting: RegionSettings
     source: ObjectInfo  # the shard that was read
     samples: int = 0
+    regions: int = 0
     bad: list[dict[str, str]] = field(default_factory=list)  # key, stage and reason of each sample without regions
 
 
@@ -121,7 +122,8 @@ def detect_regions(
         echo(f"no regions: {sample['key']} in {sample['shard']}: {sample['stage']}: {sample['reason']}", err=True)
     if len(bad) > _MAX_PRINTED:
         echo(f"no regions: {len(bad) - _MAX_PRINTED} more", err=True)
-    report_manifest(manifest, out, as_json, {"bad_samples": len(bad), "report": str(report) if report else None})
+    facts = {"bad_samples": len(bad), "regions": sum(shard.regions for shard in done.values())}
+    report_manifest(manifest, out, as_json, facts | {"report": str(report) if report else None})
 
 
 @dataclass
@@ -150,7 +152,9 @@ class RegionActor:
                 try:
                     with judging("image"):
                         image = decode(image_bytes(sample.contents), self.setting.max_pixels)
-                    members[REGIONS] = self._loaded(image, self.setting.regions).to_bytes()
+                    record = self._loaded(image, self.setting.regions)
+                    members[REGIONS] = record.to_bytes()
+                    shard.regions += len(record.boxes)
                 except BadSample as error:
                     shard.bad.append({"key": sample.key, "stage": error.stage, "reason": error.reason})
                 yield members

@@ -4,7 +4,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -107,6 +107,16 @@ def _check_shard(
         reason = "the shard is missing" if isinstance(error, NotFound) else str(error).removeprefix(f"{location}: ")
         return ShardReport(name, samples, tuple(bad), ShardFinding(name, "", 0, SHARD, reason))
     return ShardReport(name, samples, tuple(bad), skipped=dict(tar.skipped))
+
+
+def fitting_type(storage: Storage, url: str, shard: str, max_pixels: int) -> SourceType | None:
+    """Return the most specific source type that a shard's first sample can be read as; None for none."""
+    types: tuple[SourceType, ...] = ("pairs", "questions", "statements", "labelled", "regions", "text", "images")
+    location = join(parse_pattern(url).folder, shard)
+    with suppress(DataError, NotFound), open_tar(storage, location, storage.info(location)) as tar:
+        for sample in tar.samples():
+            return next((kind for kind in types if sample_defect(kind, max_pixels, None, sample) is None), None)
+    return None
 
 
 def sample_defect(source_type: SourceType, max_pixels: int, classes: int | None, sample: TarSample) -> BadSample | None:

@@ -49,14 +49,23 @@ def lines(path: Path, *names: str) -> Path:
 
 def test_imported_contents_are_counted_and_hints_name_the_option_to_try(images: Path, tmp_path: Path) -> None:
     result = build(images, tmp_path / "out")
-    notes = " MB; 1 image without a caption; 1 animated image (first frame)"
+    notes = " kB; 1 image without a caption; 1 animated image (first frame)"
     assert all(text in result.stdout for text in ("4 samples in 1 shard at", "4 images, 3 captions", notes))
     assert all(text in result.stderr for text in ("x.heic", "not read: 1 .md"))
     facts = facts_of("build", images, tmp_path / "out", "--overwrite")
-    expected = {"images": 4, "captions": 3, "without_caption": 1, "animated": 1, "left_out": 1, "skipped": {".md": 1}}
+    expected = {
+        "images": 4,
+        "captions": 3,
+        "labels": 0,
+        "without_caption": 1,
+        "animated": 1,
+        "left_out": 1,
+        "skipped": {".md": 1},
+    }
     assert facts | expected == facts
     absent = build(lines(tmp_path / "l.jsonl", "x.jpg", "y.jpg"), tmp_path / "none", fails=DataError)
     assert "hint: none of the listed images exists; give the folder" in absent.stderr
+    assert absent.stderr.count("cannot be read") == 1, "one example is enough"
     half = build(lines(tmp_path / "l.jsonl", "x.jpg", "y.jpg", "a.jpg"), tmp_path / "half", "--images", images)
     assert "hint: more entries could not be used (2) than were imported (1)" in half.stderr
     for name in ("cat", "dog"):
@@ -114,6 +123,11 @@ def test_commands_of_the_data_sets_page_import_the_official_layouts(tmp_path: Pa
     assert all(facts["left_out"] == 0 or "imagenet_val" in name for name, facts in results.items())
     indexed = [facts_of(*command)["num_samples"] for command in commands if command[0] == "index"]
     assert indexed == [2, 2]
+    wrong = run_shards("check", "data/imagenet", "--workers", 1, status=3).stdout
+    assert "hint: every sample fails; they can be read with --type labelled" in wrong
+    assert max(map(len, run_shards("show", "data/visual_genome").stdout.splitlines())) <= 80
+    shown = run_shards("show", "data/hf_cifar", "--sheet", "sheet.png").stdout
+    assert "class 1: bird" in shown
     for name, kind in (("coco", "pairs"), ("cc3m", "pairs"), ("imagenet", "labelled"), ("hf_cifar", "labelled"),
                        ("vqa_train", "questions"), ("nlvr2_train", "statements")):  # fmt: skip
         run_shards("check", f"data/{name}", "--type", kind, "--workers", 1)
@@ -259,6 +273,7 @@ def test_samples_keep_their_members_and_get_regions(pairs: str, detector: Path, 
     result = run_shards("regions", pairs, out, "--detector", detector, "--regions", 7, "--report", report, "--json")
     facts, finding = json.loads(result.stdout.splitlines()[-1]), json.loads(report.read_text())
     assert (facts["url"], facts["num_samples"], facts["shards"], facts["bad_samples"]) == (str(out), 12, 3, 1)
+    assert facts["regions"] == 11 * 7
     assert (finding["key"], finding["shard"], finding["stage"]) == ("pairs00006", "00001.tar", "image")
     assert "pairs00006" in result.stderr
     run_shards("index", pairs)
