@@ -467,9 +467,10 @@ def list_jobs(address: Address = "", token: Token = None, as_json: JsonOption = 
 
     jobs = sorted(open_dashboard(address, token).list_jobs(), key=lambda job: job.start_time or 0, reverse=True)
     rows = [describe_job(job) for job in jobs if job.submission_id]
-    lines = [[row[key] or "-" for key in ("job", "status", "started", "run")] for row in rows]
-    if as_json or lines:
-        print_result({"jobs": rows}, as_json, aligned(lines))
+    lines = [["job", "status", "started", "run"]]
+    lines += [[row[key] or "-" for key in ("job", "status", "started", "run")] for row in rows]
+    table = aligned(lines, width=line_width()) if rows else "no jobs were submitted to this cluster"
+    print_result({"jobs": rows}, as_json, table)
 
 
 @jobs_app.command("status")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 import textwrap
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 PLAIN_SECONDS = 10.0  # between progress lines where standard error is not a terminal
 HEAD = 8192  # bytes of a page or image that contain its signature (`pipeline.pages.page.signature`)
 SIGNATURE = re.compile(rb"mome [0-9a-f]{32}")
+PREFIXES = ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)
 REMEDY = "give another name, or delete it"
 FINDING = {"shard", "key", "stage", "reason"}  # keys of each line of a list of bad samples
 
@@ -173,6 +175,24 @@ def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = (), width: 
 def line_width() -> int:
     """Return the number of columns of the terminal, or of COLUMNS; 80 where standard output is a file."""
     return shutil.get_terminal_size((80, 24)).columns
+
+
+def three_digits(value: float) -> str:
+    """Return three significant digits, and whole numbers from 100: '0.0123', '1.5', '2,029'."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def short_time(seconds: float) -> str:
+    """Return three significant digits of a time in the unit that fits it, from 'µs' to 'h'."""
+    units = (1e-3, 1e-6, "µs"), (1.0, 1e-3, "ms"), (90.0, 1.0, "s"), (5400.0, 60.0, "min"), (math.inf, 3600.0, "h")
+    _, size, unit = next(entry for entry in units if seconds < entry[0])
+    return f"{three_digits(seconds / size)} {unit}"
+
+
+def with_prefix(count: float, unit: str) -> str:
+    """Return three significant digits of a number of bytes or operations: '12.1 MB', '8.86 GFLOP'."""
+    prefix, size = next((entry for entry in PREFIXES if count >= entry[1]), PREFIXES[-1])
+    return f"{three_digits(count / size)} {prefix}{unit}"
 
 
 # ---- output files named on the command line, which never overwrite an unrelated file

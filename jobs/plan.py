@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import for_ranks
-from jobs.console import aligned, check_output, status, write_output
+from jobs.console import aligned, check_output, short_time, status, three_digits, with_prefix, write_output
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local
@@ -31,7 +31,6 @@ GB, TERA = 1e9, planning.TERA
 EFFICIENT = 0.7  # scaling efficiency below which more GPUs are not recommended
 ALIKE = 0.02  # relative difference of times that the assumptions cannot tell apart
 LINE = 80  # characters
-PREFIXES = ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)
 SIZES = tuple(2**k for k in range(11))  # accelerators in the scaling curve: 1 to 1,024
 SCALING_KEYS = ("gpus", "samples_per_second", "step_seconds", "micro_batch_size", "fits", "hours", "cost")
 
@@ -273,20 +272,20 @@ def as_text(config: RunConfig, plans: list[StagePlan], target: Target, with_scal
     lines = _verdict(config, plans, target)
     table = [["stage", "trained", "rows", "step", "samples/s", "GB/GPU", "time", *["cost"] * is_priced]]
     for stage in planned.stages:
-        rows, step = f"{stage.micro_batch_size}", _seconds(stage.step_seconds)
+        rows, step = f"{stage.micro_batch_size}", short_time(stage.step_seconds)
         rows += f" x {stage.accumulation}" if stage.accumulation > 1 else ""
-        speed, size = _digits(stage.samples_per_second), f"{_digits(stage.parameters.trained / 1e6)} M"
-        cells = [_short(stage.name), size, rows, step, speed, _digits(stage.memory.total / GB)]
-        table.append([*cells, _seconds(stage.hours * 3600), *[_cost(stage.cost)] * is_priced])
-    table.append(["all", *[""] * 5, _seconds(planned.hours * 3600), *[_cost(planned.cost)] * is_priced])
+        speed, size = three_digits(stage.samples_per_second), f"{three_digits(stage.parameters.trained / 1e6)} M"
+        cells = [_short(stage.name), size, rows, step, speed, three_digits(stage.memory.total / GB)]
+        table.append([*cells, short_time(stage.hours * 3600), *[_cost(stage.cost)] * is_priced])
+    table.append(["all", *[""] * 5, short_time(planned.hours * 3600), *[_cost(planned.cost)] * is_priced])
     lines += ["", aligned(table, right=range(1, len(table[0])))]
     if with_scaling:
         curve = run_curve(plans)
         columns = [_short(plan.chosen.name) for plan in plans[:3]]  # more would not fit into a line
         table = [["GPUs", "efficiency", "time", *["cost"] * is_priced, *columns, ""]]
         for number, run in enumerate(curve):
-            cells = [f"{run.gpus:,}", f"{run.efficiency(curve[0]):.0%}", _seconds(run.hours * 3600)]
-            steps = [_seconds(plan.scaling[number].step_seconds) for plan in plans[: len(columns)]]
+            cells = [f"{run.gpus:,}", f"{run.efficiency(curve[0]):.0%}", short_time(run.hours * 3600)]
+            steps = [short_time(plan.scaling[number].step_seconds) for plan in plans[: len(columns)]]
             cells += [*[_cost(run.cost)] * is_priced, *steps, "" if run.fits else "does not fit"]
             table.append(cells)
         lines += ["", "All stages on more GPUs, and the time of a step of each:"]
@@ -302,7 +301,7 @@ def _verdict(config: RunConfig, plans: list[StagePlan], target: Target) -> list[
     planned, advised = RunEstimate([plan.chosen for plan in plans]), recommend(config, plans, target)
 
     def figures(run: RunEstimate) -> str:
-        return _seconds(run.hours * 3600) + (f", cost {_cost(run.cost)}" if target.assumptions.price else "")
+        return short_time(run.hours * 3600) + (f", cost {_cost(run.cost)}" if target.assumptions.price else "")
 
     def sentence(run: RunEstimate) -> str:
         return f"{run.gpus:,} GPU{'s' * (run.gpus > 1)}: {figures(run)}"
@@ -312,8 +311,8 @@ def _verdict(config: RunConfig, plans: list[StagePlan], target: Target) -> list[
     if advised is not None and advised.gpus != planned.gpus:
         others = [advised]
     if unfit:
-        needs = ", ".join(f"stage {stage.name} needs {_digits(stage.memory.total / GB)} GB" for stage in unfit)
-        text = f"Does not fit as configured: {needs} of the {_digits(unfit[0].usable_bytes / GB)} GB of a GPU"
+        needs = ", ".join(f"stage {stage.name} needs {three_digits(stage.memory.total / GB)} GB" for stage in unfit)
+        text = f"Does not fit as configured: {needs} of the {three_digits(unfit[0].usable_bytes / GB)} GB of a GPU"
     elif others:
         small, large = sorted((planned, others[0]), key=lambda run: run.gpus)
         text = f"{sentence(small)}; {sentence(large)}: scaling efficiency {large.efficiency(small) * 100:.0f} %"
@@ -334,14 +333,14 @@ def _stage_details(plan: StagePlan) -> list[str]:
     """Return the lines of one stage: what a step is made of, what it needs, and the memory by ZeRO stage."""
     stage = plan.chosen
     unit, size = ("GB", GB) if stage.memory.total >= GB else ("MB", 1e6)
-    images = f", {_digits(stage.loader_cores)} CPU cores to prepare images" if stage.loader_cores else ""
-    size_of_model = f"{_digits(stage.parameters.total / 1e6)} M parameters"
+    images = f", {three_digits(stage.loader_cores)} CPU cores to prepare images" if stage.loader_cores else ""
+    size_of_model = f"{three_digits(stage.parameters.total / 1e6)} M parameters"
     properties = [
-        ["a step", f"{_digits(stage.tokens_per_step)} tokens, {_prefixed(stage.flops_per_step, 'FLOP')}"],
-        ["time", f"{_seconds(stage.compute_seconds)} of arithmetic, {_seconds(stage.communication_seconds)} of "
-         f"communication ({_prefixed(stage.communication_bytes, 'B')} sent by each GPU)"],
-        ["needs", f"{_prefixed(stage.storage_bytes_per_second, 'B')}/s of storage{images}"],
-        ["checkpoint", f"{_prefixed(stage.checkpoint_bytes, 'B')}, written in {_seconds(stage.checkpoint_seconds)}"],
+        ["a step", f"{three_digits(stage.tokens_per_step)} tokens, {with_prefix(stage.flops_per_step, 'FLOP')}"],
+        ["time", f"{short_time(stage.compute_seconds)} of arithmetic, {short_time(stage.communication_seconds)} of "
+         f"communication ({with_prefix(stage.communication_bytes, 'B')} sent by each GPU)"],
+        ["needs", f"{with_prefix(stage.storage_bytes_per_second, 'B')}/s of storage{images}"],
+        ["checkpoint", f"{with_prefix(stage.checkpoint_bytes, 'B')} in {short_time(stage.checkpoint_seconds)}"],
     ]  # fmt: skip
     table = [[f"{unit} of a GPU", "states", "gradients", "activations", "other", "total", "rows"]]
     for name, alternative in {"as configured": stage, **plan.by_zero_stage}.items():
@@ -350,7 +349,7 @@ def _stage_details(plan: StagePlan) -> list[str]:
         cells = [f"{value / size:,.2f}" for value in (*parts, memory.total - sum(parts), memory.total)]
         fits = "" if alternative.fits else "*" if alternative.largest_micro_batch else "none"
         table.append([name.replace(",", ""), *cells, f"{alternative.largest_micro_batch or ''}{fits}"])
-    note = f"rows: the largest micro-batch that fits into {_digits(stage.usable_bytes / GB)} GB"
+    note = f"rows: the largest micro-batch that fits into {three_digits(stage.usable_bytes / GB)} GB"
     if any("*" in row[-1] for row in table):
         note += f"; * a micro-batch of {stage.micro_batch_size} does not"
     lines = [f"Stage {stage.name}: {size_of_model}", aligned([["", *row] for row in properties], width=LINE)]
@@ -361,26 +360,8 @@ def _short(name: str) -> str:
     return name if len(name) <= 15 else f"{name[:14]}…"
 
 
-def _digits(value: float) -> str:
-    """Return three significant digits, and whole numbers from 100: '0.0123', '1.5', '2,029'."""
-    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
-
-
 def _cost(value: float) -> str:
-    return _digits(value) if value >= 0.01 else "<0.01"
-
-
-def _seconds(seconds: float) -> str:
-    """Return three significant digits of a time in the unit that fits it, from 'µs' to 'h'."""
-    units = (1e-3, 1e-6, "µs"), (1.0, 1e-3, "ms"), (90.0, 1.0, "s"), (5400.0, 60.0, "min"), (math.inf, 3600.0, "h")
-    _, size, unit = next(entry for entry in units if seconds < entry[0])
-    return f"{_digits(seconds / size)} {unit}"
-
-
-def _prefixed(count: float, unit: str) -> str:
-    """Return three significant digits of a number of bytes or operations: '12.1 MB', '8.86 GFLOP'."""
-    prefix, size = next((entry for entry in PREFIXES if count >= entry[1]), PREFIXES[-1])
-    return f"{_digits(count / size)} {prefix}{unit}"
+    return three_digits(value) if value >= 0.01 else "<0.01"
 
 
 def _assumption_lines(plans: list[StagePlan], target: Target) -> list[str]:

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from jobs.console import Config, FileOption, JsonOption, Overrides, local_file, print_result, status
+from jobs.console import (
+    Config,
+    FileOption,
+    JsonOption,
+    Overrides,
+    aligned,
+    local_file,
+    print_result,
+    short_time,
+    status,
+    three_digits,
+    with_prefix,
+)  # fmt: skip
 from pipeline.config.errors import RunFailed
 
 PEERS = ("webdataset_pil", "open_clip_composition")  # loaders of other projects, see `bench.loader.peer_batches`
@@ -110,4 +122,19 @@ def step(
     if done.returncode or not results:
         errors = [line for line in done.stderr.splitlines() if line.startswith("rank ") or "Error" in line]
         raise RunFailed("bench step: " + ("\n".join(errors[:5]) or done.stderr[-2000:]))
-    print_result(json.loads(results[-1]), as_json)
+    result = json.loads(results[-1])
+    print_result(result, as_json, step_table(result))
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """Return the speed of a step, and the memory of a rank as measured beside what `mome plan` estimates."""
+    ranks, time = result["world_size"], short_time(result["step_seconds"])
+    heading = f"stage {result['stage']} on {ranks} rank{'s' * (ranks > 1)}: {time} a step"
+    rates = with_prefix(result["tflops"] * 1e12, "FLOP/s"), f"MFU {result['mfu']:.0%}"
+    speed = f"{three_digits(result['pairs_per_second'])} samples/s, {rates[0]} a rank, {rates[1]}"
+    table = [["memory of a rank", "measured", "planned", "planned / measured"]]
+    for name, measured in result["measured"].items():
+        planned = result["predicted"][name]
+        ratio = three_digits(planned / measured) if measured else "–"
+        table.append([name, with_prefix(measured, "B"), with_prefix(planned, "B"), ratio])
+    return "\n".join([heading, speed, "", aligned(table, right=(1, 2, 3))])

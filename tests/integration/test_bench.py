@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from jobs.bench import PEERS, app
+from jobs.bench import PEERS, app, step_table
 from jobs.bench.storage import MIB, bench_storage, clients_of
 from pipeline.config.errors import ConfigError, DataError, RunFailed, StorageError
 from pipeline.config.schema import StorageConfig
@@ -127,6 +127,18 @@ def test_unusable_settings_are_rejected_by_name(tmp_path: Path) -> None:
     for option in ("--rounds", "--range-mib", "--object-mib", "--objects", "--in-flight"):
         refused = run("storage", option, 0)
         assert (refused.exit_code, option in refused.output) == (2, True)
+
+
+def test_memory_of_a_step_is_shown_beside_the_plan() -> None:
+    measured = {"states": 151_166_440, "activations": 0, "total": 661_439_576}
+    planned = measured | {"total": 330_719_788}
+    result = {"stage": "pairs", "world_size": 2, "step_seconds": 0.0123, "pairs_per_second": 24.94, "tflops": 0.034}
+    result |= {"mfu": 0.5, "measured": measured, "predicted": planned}
+    lines = step_table(result).splitlines()
+    assert lines[0] == "stage pairs on 2 ranks: 12.3 ms a step"
+    assert [line.split()[1:] for line in lines[-3:]] == [
+        ["151", "MB", "151", "MB", "1"], ["0", "kB", "0", "kB", "–"], ["661", "MB", "331", "MB", "0.5"],
+    ]  # fmt: skip
 
 
 def test_stall_of_saves_is_measured(tmp_path: Path) -> None:
