@@ -189,11 +189,15 @@ def _lines(
     if size_name == "tiny" and choice.kind != "imagebert":
         yield from ("  image_size: 96  # pixels; cost grows with its square", "  patch_size: 16")
         yield from ["  longest_side: 160"] * (choice.kind == "vilt")
+    if size.width < 768:  # with 0.02, the contrastive loss of small widths stays at ln(batch)
+        yield f"  init_std: {0.7 / math.sqrt(size.width):.2g}  # of initial weights; 0.02 at width 768"
     if choice.kind == "vlmo":
         yield f"  vision_language_layers: {1 if size_name == 'tiny' else 3 if size_name == 'large' else 2}"
         yield from ["  max_text_length: 40"] * (size_name == "tiny")
     if choice.kind == "dual_encoder":
-        yield from (f"  text_layers: {size.layers}", f"  embedding: {min(512, size.width)}")
+        text_width = {"base": 512, "large": 768}.get(size_name, size.width)  # CLIP's, of ViT-B and ViT-L
+        yield from (f"  text_width: {text_width}", f"  text_layers: {min(12, size.layers)}")
+        yield from (f"  text_heads: {text_width // 64}", f"  embedding: {text_width}")
     if choice.kind == "imagebert" and sample is not None:
         yield f"  region_features: {regions_of(sample.contents).features.shape[1]}  # of the detector"
     if choice.kind != "vit":
