@@ -29,7 +29,7 @@ from pipeline.training.workload import work_of
 
 GB, TERA = 1e9, planning.TERA
 EFFICIENT = 0.7  # scaling efficiency below which more GPUs are not recommended
-ALIKE = 0.02  # relative difference of times that the assumptions cannot tell apart
+ALIKE = 0.02  # relative difference of times that is smaller than the assumptions' errors
 LINE = 80  # characters
 SIZES = tuple(2**k for k in range(11))  # accelerators in the scaling curve: 1 to 1,024
 SCALING_KEYS = ("gpus", "samples_per_second", "step_seconds", "micro_batch_size", "fits", "hours", "cost")
@@ -203,11 +203,11 @@ def engine_alternatives(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def recommend(config: RunConfig, plans: list[StagePlan], target: Target) -> RunEstimate | None:
-    """Return the fastest settings that fit, on the planned GPUs, or on fewer if those lose too much to communication.
+    """Return the fastest settings that fit, on the planned number of GPUs or on fewer; None if nothing fits.
 
-    GPUs: the planned number if its efficiency is at least `EFFICIENT` of the best that fits, else the largest power of
-    two for which it is. Engine: no offload if possible, since its transfers are not estimated; then the shortest time;
-    of times that differ by less than `ALIKE`, no recomputation and the lowest ZeRO stage. None if nothing fits.
+    The planned number of GPUs is kept if its efficiency is at least `EFFICIENT` of the best; otherwise the largest
+    power of two with that efficiency is used. Offload comes last, because its transfers are not estimated. Then the
+    shortest time decides, and of times within `ALIKE` no recomputation and the lowest ZeRO stage.
     """
     curve = run_curve(plans)
     planned = RunEstimate([plan.chosen for plan in plans])
@@ -293,7 +293,8 @@ def as_text(config: RunConfig, plans: list[StagePlan], target: Target, with_scal
     for plan in plans:
         lines += ["", *_stage_details(plan)]
     lines += ["", "Assumptions, which the options of `mome plan` change:"]
-    return "\n".join([*lines, *textwrap.wrap("; ".join(_assumption_lines(plans, target)), LINE)])
+    wrapped = textwrap.wrap("; ".join(_assumption_lines(plans, target)), LINE, break_on_hyphens=False)
+    return "\n".join([*lines, *wrapped])
 
 
 def _verdict(config: RunConfig, plans: list[StagePlan], target: Target) -> list[str]:
@@ -353,7 +354,7 @@ def _stage_details(plan: StagePlan) -> list[str]:
     if any("*" in row[-1] for row in table):
         note += f"; * a micro-batch of {stage.micro_batch_size} does not"
     lines = [f"Stage {stage.name}: {size_of_model}", aligned([["", *row] for row in properties], width=LINE)]
-    return [*lines, aligned(table, right=range(1, len(table[0]))), note]
+    return [*lines, aligned(table, right=range(1, len(table[0]))), *textwrap.wrap(f"{note}.", LINE)]
 
 
 def _short(name: str) -> str:

@@ -127,7 +127,7 @@ def step(
 
 
 def step_table(result: dict[str, Any]) -> str:
-    """Return the speed of a step, and the memory of a rank as measured beside what `mome plan` estimates."""
+    """Return the speed of a step, and a table of a rank's memory, measured and as estimated by `mome plan`."""
     ranks, time = result["world_size"], short_time(result["step_seconds"])
     heading = f"stage {result['stage']} on {ranks} rank{'s' * (ranks > 1)}: {time} a step"
     rates = with_prefix(result["tflops"] * 1e12, "FLOP/s"), f"MFU {result['mfu']:.0%}"

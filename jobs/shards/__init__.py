@@ -65,14 +65,15 @@ def build(
     list: a JSON list of the same objects (BLIP, ALBEF).
     table: CSV, TSV or lines with '|', with a header or Flickr's names
     (captions.txt, results.csv, *.token).
-    parquet: a file or a folder of files, or its URL, with the images themselves
-    or their paths: Hugging Face datasets, img2dataset's Parquet output.
+    parquet: a file or a folder of files, or its URL, with the images
+    themselves or their paths (Hugging Face data sets, img2dataset).
     coco: COCO's captions.
+    classes: a folder with one folder of images per class (ImageNet).
 
-    VQA v2's questions, Visual Genome's region descriptions and question_answers.json,
-    NLVR2's lines and Karpathy's splits are recognized by their content. A folder with one folder
-    of images per class needs --kind classes. The answers and classes that a
-    head predicts are written next to the shards: answers.json, classes.json.
+    VQA v2's questions, Visual Genome's region descriptions and questions,
+    NLVR2's lines and Karpathy's splits are recognized by their content. The
+    answers and classes that a head predicts are written next to the shards:
+    answers.json, classes.json. pipeline/data/DATASETS.md has examples.
     """
     from jobs.shards.commands import build_shards
     from pipeline.data.building.inputs import ImportOptions, Problems

@@ -52,7 +52,7 @@ def find_kind(source: Path) -> inputs.Kind:
     if source.is_dir():
         for extensions, kind in _KIND_OF_FOLDER.items():
             path = next(inputs.files_below(source, extensions, inputs.Problems()), None)
-            if path is not None and not path.with_suffix(".tar").exists():  # img2dataset's list beside its tar
+            if path is not None and not path.with_suffix(".tar").exists():  # else it lists a tar of img2dataset
                 return kind
         if next(inputs.files_below(source, ("tar",), inputs.Problems()), None) is not None:
             raise DataError(f"{source}: a folder of tars, which need no import: run `mome shards index {source}`")

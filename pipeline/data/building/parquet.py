@@ -5,7 +5,7 @@ caption: string, or list<string>              one caption or several
 caption_0, caption_1, …: string               a column for each caption
 sentences: list<struct<raw: string, …>>       nested texts, by the dotted name `sentences.raw`
 label: int64                                  a class, named in the file's `huggingface` metadata; or its name
-jpg, caption, status, error_message, url, …   img2dataset; `status` tells why a row has no image
+jpg, caption, status, error_message, url, …   img2dataset; rows without an image have their reason in `status`
 
 Files are read in batches of rows, whatever the size of their row groups, from this machine or by ranges from a store.
 """
