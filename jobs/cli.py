@@ -90,7 +90,8 @@ class Commands(TyperGroup):
             raise ConfigError(f"no option {option}; keys of the config have no dashes: {' or '.join(keys)}") from None
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
+NAMES = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP, context_settings=NAMES)
 jobs_app = typer.Typer(no_args_is_help=True, help="List jobs submitted to a cluster, show status and logs, stop them.")
 
 
@@ -319,9 +320,13 @@ def register(
     as_json: JsonOption = False,
 ) -> None:
     """Register a checkpoint in MLflow, so that `mlflow.pyfunc.load_model` gives embeddings and matching scores."""
-    from jobs.tracking import register_checkpoint
+    from jobs.tracking import PYFUNC_EXAMPLE, register_checkpoint
 
-    print_result(register_checkpoint(checkpoint, name, alias, named_caller(config, uri)), as_json)
+    done = register_checkpoint(checkpoint, name, alias, named_caller(config, uri))
+    version = f"@{alias}" if alias else f"/{done['version']}"
+    example = PYFUNC_EXAMPLE.replace("URI", done["tracking_uri"]).replace("MODEL", f"models:/{name}{version}")
+    text = f"Registered {done['checkpoint']} as models:/{name}/{done['version']}. To use it:\n\n{example}"
+    print_result(done, as_json, text)
 
 
 app.add_typer(shards.app, name="shards", rich_help_panel=DATA)

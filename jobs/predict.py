@@ -19,7 +19,7 @@ from pipeline.evaluation.embedding import DONE, Embedder, embed_shards
 from pipeline.evaluation.explain import explain, render_explanation, untrained_notes
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.retrieval import Predictor
-from pipeline.inference import load_model
+from pipeline.inference import load
 from pipeline.objectives import modules_for
 from pipeline.training.checkpoint.committed import COMMIT
 from pipeline.training.checkpoint.weights import weights_info
@@ -33,7 +33,7 @@ def predict(
     """Return probabilities by name; images are paths or URLs. Raises ConfigError, CheckpointError, DataError."""
     if other is not None and image is None:
         raise ConfigError("--second-image is given without --image; give the first image with --image")
-    model = load_model(checkpoint, Storage(caller.storage), tracking_uri=caller.server)
+    model = load(checkpoint, storage=Storage(caller.storage), tracking_uri=caller.server)
     images = [url for url in (image, other) if url is not None]
     return model.predict(images, text, top) | {"stage": model.stage.name, "checkpoint": model.url}
 
@@ -43,7 +43,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     if not out.endswith(FORMATS):
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
     storage = Storage(caller.storage)
-    trained = load_model(checkpoint, storage, "cpu", caller.server)
+    trained = load(checkpoint, "cpu", storage, caller.server)
     config, stage = trained.config, trained.stage
     if modules_for(trained.model, "wpa", "pairs") is None:
         able = ", ".join(kind for kind in MODEL_SECTIONS if source_types(kind)["wpa"])
@@ -80,7 +80,7 @@ def embed(
     def work(ranks: Ranks) -> dict[str, Any]:
         """Embed on this rank; all ranks call it."""
         own = Storage(caller.storage)
-        trained = load_model(checkpoint, own, device_of(ranks))
+        trained = load(checkpoint, device_of(ranks), own)
         digest = hashlib.sha256(own.read(join(trained.url, COMMIT))).hexdigest()
         predictor = Predictor(trained.model, trained.tokenizer, trained.config.evaluation.batch_size)
         embedder = Embedder(predictor, trained.config, trained.stage, digest)

@@ -30,6 +30,15 @@ SERVING = (
 )  # fmt: skip
 
 
+PYFUNC_EXAMPLE = """\
+import mlflow, pandas
+
+mlflow.set_tracking_uri("URI")
+model = mlflow.pyfunc.load_model("MODEL")
+photo = open("photo.jpg", "rb").read()
+model.predict(pandas.DataFrame({"image": [photo], "text": ["a red circle"]}))"""
+
+
 def register_checkpoint(
     checkpoint: str, name: str, alias: str | None = None, caller: Caller = Caller()
 ) -> dict[str, Any]:

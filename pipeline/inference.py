@@ -1,13 +1,13 @@
 """Python API: load trained weights and use them, without the command line or Ray.
 
-    from pipeline.inference import load_model
+    import mome
 
-    model = load_model("runs/demo")                        # a run, a checkpoint, a weights URL or models:/NAME@ALIAS
-    images = model.encode_images(["dog.jpg", "cat.jpg"])   # (2, D) unit vectors
-    texts = model.encode_texts(["a dog", "a cat"])         # (2, D); images @ texts.T are the cosine similarities
-    model.score_pairs(["dog.jpg"], ["a dog"])              # (1,) probability that image and text match
-    model.fill_masks("a [MASK] in the grass", "dog.jpg")   # the best words for each [MASK]
-    model.answer("dog.jpg", "what animal is this?")        # the best answers of a model fine-tuned for VQA
+    model = mome.load("runs/demo")                           # a run, a checkpoint, a weights URL or models:/NAME@ALIAS
+    images = model.encode_image(["dog.jpg", "cat.jpg"])      # (2, D) unit vectors; one image gives (D,)
+    model.similarity(["dog.jpg", "cat.jpg"], ["a dog"])      # (2, 1) cosine similarities
+    model.match("dog.jpg", "a dog")                          # probability that image and text match
+    model.fill_mask("a [MASK] in the grass", "dog.jpg")      # the best words for each [MASK]
+    model.answer("dog.jpg", "what animal is this?")          # the best answers of a model fine-tuned for VQA
 
 MLflow loads registered models through this module as well (`mome register`), so it imports neither typer, rich nor
 jinja2. Weights are read without unpickling, and the checksum of every file is verified.
@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.contents.choices import CLASSES, Choices, answers_with
 from pipeline.data.contents.images import decode, resize_for
-from pipeline.data.contents.text import CLS, MASK, SEP, SPECIALS, Tokenizer
+from pipeline.data.contents.text import MASK, SPECIALS, Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import NotFound, Storage
 from pipeline.evaluation.datasets import collate_inputs
@@ -51,15 +51,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ImageInput = str | Path | bytes | np.ndarray | pil.Image  # a path or URL, an encoded file, or pixels (H, W, 3) uint8
+# A path or URL, an encoded file, or pixels (H, W, 3) uint8.
+ImageInput = str | Path | bytes | np.ndarray | Tensor | pil.Image
+Images = ImageInput | Sequence[ImageInput]  # several also as an array or tensor (N, H, W, 3) uint8
 Prediction = dict[str, Any]
 BATCH_SIZE = 64
 
 
-def load_model(
+def load(
     source: str | Path,
-    storage: Storage | None = None,
     device: str | torch.device | None = None,
+    storage: Storage | None = None,
     tracking_uri: str | None = None,
 ) -> TrainedModel:
     """Load weights with their tokenizer and answer lists, ready for inference.
@@ -147,50 +149,79 @@ class TrainedModel:
     url: str = ""
     step: int = 0
 
-    def encode_images(self, images: Sequence[ImageInput], batch_size: int = BATCH_SIZE) -> Tensor:
-        """Return unit vectors (N, D) in the space shared with `encode_texts`."""
-        self._require("itc", "embeddings", len(images))
+    def encode_image(self, images: Images, batch_size: int = BATCH_SIZE) -> Tensor:
+        """Return unit vectors (N, D), for one image (D,), in the space shared with `encode_text`."""
+        several, is_single = _listed(images)
+        self._require("itc", "embeddings", len(several))
         predictor = Predictor(self.model, self.tokenizer, batch_size)
-        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        batches = [several[start : start + batch_size] for start in range(0, len(several), batch_size)]
         stacks = (np.stack([self.pixels(image) for image in batch]) for batch in batches)
-        return torch.cat([predictor.embed_images(torch.from_numpy(stack)) for stack in stacks])
+        vectors = torch.cat([predictor.embed_images(torch.from_numpy(stack)) for stack in stacks])
+        return vectors[0] if is_single else vectors
 
-    def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
-        """Return unit vectors (M, D) in the space shared with `encode_images`."""
+    def encode_text(self, texts: str | Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
+        """Return unit vectors (M, D), for one text (D,), in the space shared with `encode_image`."""
         self._require("itc", "embeddings")
+        several = [texts] if isinstance(texts, str) else texts
         predictor = Predictor(self.model, self.tokenizer, batch_size)
-        return predictor.embed_texts([self.tokenize(text) for text in texts])
+        vectors = predictor.embed_texts([self.tokenize(text) for text in several])
+        return vectors[0] if isinstance(texts, str) else vectors
 
-    def score_pairs(
+    def similarity(self, images: Images, texts: str | Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
+        """Return the cosine of every image with every text, (N, M); one image or one text drops its dimension."""
+        of_image, of_text = self.encode_image(images, batch_size), self.encode_text(texts, batch_size)
+        return of_image @ (of_text if isinstance(texts, str) else of_text.T)
+
+    def match(
         self,
-        images: Sequence[ImageInput],
-        texts: Sequence[str],
+        images: Images,
+        texts: str | Sequence[str],
         batch_size: int = BATCH_SIZE,
         head: FusedHead | None = None,
     ) -> Tensor:
-        """Return the probability (P,) that each image matches the text at the same index, from the itm head.
+        """Return the probability that image and text match, from the itm head: 0-d for one pair, else (P,).
 
-        A model fine-tuned for ranking returns its ranking scores instead, unless `head` is "itm". Without either
-        objective, compare `encode_images` with `encode_texts`.
+        The texts belong to the images at the same index; one image goes with every text, one text with every image. A
+        model fine-tuned for ranking returns its ranking scores instead, unless `head` is "itm". Without either
+        objective, use `similarity`.
         """
-        if len(images) != len(texts):
-            raise ValueError(f"score_pairs got {len(images)} images and {len(texts)} texts; give one text per image")
+        several, is_single = _listed(images)
+        captions = [texts] if isinstance(texts, str) else list(texts)
+        count = len(captions) if is_single else len(several)
+        if len(several) != len(captions) and not is_single and not isinstance(texts, str):
+            raise ValueError(f"match got {len(several)} images and {len(captions)} texts; give one text per image")
         head = head or ("ranking" if "ranking" in self.stage.objectives else "itm")
-        self._require(head, "pair scores", len(images))
+        self._require(head, "pair scores", count)
+        shared = self.pixels(several[0]) if is_single else None
+        captions = captions * count if len(captions) == 1 else captions
         results = []
-        for rows in (slice(start, start + batch_size) for start in range(0, len(images), batch_size)):
-            token_ids, pixels = map(self.tokenize, texts[rows]), [(self.pixels(image),) for image in images[rows]]
-            pairs = collate_inputs(pixels, list(token_ids), self.tokenizer.pad_id, self.config.model, head)
+        for rows in (slice(start, start + batch_size) for start in range(0, count, batch_size)):
+            token_ids = [self.tokenize(text) for text in captions[rows]]
+            own = [shared] * len(token_ids) if shared is not None else [self.pixels(image) for image in several[rows]]
+            pixels = [(image,) for image in own]
+            pairs = collate_inputs(pixels, token_ids, self.tokenizer.pad_id, self.config.model, head)
             scores = run_forward(self.model, pairs)[head].float().cpu()
             results.append(scores if head == "ranking" else (scores[:, 1] - scores[:, 0]).sigmoid())
-        return torch.cat(results)
+        matches = torch.cat(results)
+        return matches[0] if is_single and isinstance(texts, str) else matches
 
-    def answer(self, image: ImageInput, question: str, top_k: int = 5) -> dict[str, float]:
-        """Return the `top_k` most probable answers to a question about an image, the best first."""
+    @overload
+    def answer(self, image: ImageInput, question: str, top_k: int = 5) -> dict[str, float]: ...
+    @overload
+    def answer(
+        self, image: Sequence[ImageInput], question: list[str] | tuple[str, ...], top_k: int = 5
+    ) -> list[dict[str, float]]: ...
+    def answer(self, image: Any, question: Any, top_k: int = 5) -> Any:
+        """Return the `top_k` most probable answers to a question about an image, the best first, with probabilities.
+
+        A list of questions with an image for each gives a list.
+        """
         self._require("vqa", "answers")
+        if not isinstance(question, str):
+            return [self.answer(own, text, top_k) for own, text in zip(image, question, strict=True)]
         return dict(self._predict("vqa", (self.pixels(image),), question, top_k)["answers"])
 
-    def fill_masks(self, text: str, image: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]:
+    def fill_mask(self, text: str, image: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]:
         """Return the `top_k` best tokens for each [MASK]; the image counts only where mlm was trained with images."""
         self._require("mlm", "masked words")
         pixels = () if image is None else (self.pixels(image),)
@@ -251,13 +282,13 @@ class TrainedModel:
 
     def tokenize_masked(self, text: str) -> tuple[list[int], list[int]]:
         """Return token ids and the positions of the masks, which the tokenizer itself would split into letters."""
-        ids, positions = [self.tokenizer.tokens.index(CLS)], []
+        ids, positions = [self.tokenizer.cls_id], []
         for number, piece in enumerate(text.split(MASK)):
             if number:
                 positions.append(len(ids))
                 ids.append(self.tokenizer.mask_id)
             ids += self.tokenizer.encode(piece, len(piece) + 2).ids[1:-1]
-        ids.append(self.tokenizer.tokens.index(SEP))
+        ids.append(self.tokenizer.sep_id)
         if len(ids) > self.stage.max_text_length:
             raise ConfigError(f"the text has {len(ids)} tokens; the stage reads at most {self.stage.max_text_length}")
         if not positions:
@@ -268,6 +299,8 @@ class TrainedModel:
         """Return an image as the model reads it, (H, W, 3) uint8. Raises ConfigError or DataError that names it."""
         if isinstance(image, pil.Image):
             image = np.array(image.convert("RGB"))
+        elif isinstance(image, Tensor):
+            image = image.numpy(force=True)
         elif not isinstance(image, np.ndarray):
             name = "the image" if isinstance(image, bytes) else f"image {image}"
             try:
@@ -297,6 +330,13 @@ class TrainedModel:
             )
         if num_images == 0:
             raise ValueError("no images are given; give at least one")
+
+
+def _listed(images: Images) -> tuple[Sequence[ImageInput], bool]:
+    """Return the images as a sequence, and whether they are a single one."""
+    if isinstance(images, np.ndarray | Tensor):
+        return ([images], True) if images.ndim == 3 else (images, False)  # type: ignore[return-value]
+    return ([images], True) if isinstance(images, str | Path | bytes | pil.Image) else (images, False)
 
 
 def _top(probabilities: Tensor, names: Sequence[str], k: int) -> dict[str, float]:
@@ -348,6 +388,8 @@ class PyfuncModel:
                     continue
                 try:
                     if column == "image":
+                        if isinstance(value, str):
+                            raise ConfigError(f"the image is the text {value!r:.60}; give the bytes of an image file")
                         images[row] = trained.pixels(bytes(value))
                     else:
                         texts[row] = str(value)
@@ -356,19 +398,19 @@ class PyfuncModel:
                     raise DataError(f"row {row}: {error}") from error
             paired = [row for row in images if row in texts]
             if "similarity" in columns:
-                image_of = dict(zip(images, trained.encode_images([*images.values()]) if images else (), strict=True))
-                text_of = dict(zip(texts, trained.encode_texts([*texts.values()]) if texts else (), strict=True))
+                image_of = dict(zip(images, trained.encode_image([*images.values()]) if images else (), strict=True))
+                text_of = dict(zip(texts, trained.encode_text([*texts.values()]) if texts else (), strict=True))
                 for name, vectors in (("image_embedding", image_of), ("text_embedding", text_of)):
                     for row, vector in vectors.items():
                         results[name][row] = vector.tolist()
                 for row in paired:
                     results["similarity"][row] = float(image_of[row] @ text_of[row])
             if MATCHED in columns and paired:
-                scores = trained.score_pairs([images[n] for n in paired], [texts[n] for n in paired], head="itm")
+                scores = trained.match([images[n] for n in paired], [texts[n] for n in paired], head="itm")
                 for row, score in zip(paired, scores.tolist(), strict=True):
                     results[MATCHED][row] = score
         return pd.DataFrame(results, index=model_input.index, dtype=object)
 
 
 def _load_pyfunc(path: str) -> PyfuncModel:
-    return PyfuncModel(load_model(path))
+    return PyfuncModel(load(path))

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -123,28 +125,43 @@ config = load_config('demo', small)
 print(jobs.train.__file__, RECIPES, fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])
 """
 API = """
-import sys, pipeline.inference as api
-print(api.__file__, *sorted({'jobs', 'typer', 'rich', 'jinja2', 'ray', 'mlflow'} & sys.modules.keys()))
+import sys, mome
+assert not {'torch', 'jobs', 'pipeline'} & sys.modules.keys()
+assert mome.load and mome.TrainedModel and mome.ConfigError
+print(mome.__file__, *sorted({'jobs', 'typer', 'rich', 'jinja2', 'ray', 'mlflow'} & sys.modules.keys()))
 """
 
 
-def test_wheel_has_all_recipes_and_modules_and_runs_the_demo_and_the_python_api(tmp_path: Path) -> None:
-    source, installed, empty = (tmp_path / name for name in ("source", "site", "empty"))
+def build_wheel(folder: Path) -> Path:
+    """Build the project's wheel in a folder; skip the test where pip reaches no package index."""
+    source = folder / "source"
     for name in ("pipeline", "jobs", "configs"):  # a copy: pip builds in the source folder and would reuse older builds
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if built.returncode and "setuptools" in built.stderr and "No matching distribution" in built.stderr:
         pytest.skip("pip cannot reach a package index for setuptools, which builds the wheel")
     assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("mome-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    (wheel,) = folder.glob("mome-*.whl")
+    return wheel
+
+
+def test_wheel_has_all_recipes_and_modules_and_runs_the_demo_and_the_python_api(tmp_path: Path) -> None:
+    installed, empty = tmp_path / "site", tmp_path / "empty"
+    with zipfile.ZipFile(build_wheel(tmp_path)) as archive:
         archive.extractall(installed)
-    for folder, target in (("configs", "mome/configs"), ("pipeline", "pipeline"), ("jobs", "jobs")):
-        files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".yaml", ".py", ".j2")]
-        assert [f for f in files if not (installed / target / f.relative_to(ROOT / folder)).is_file()] == []
+    api = ROOT / "jobs" / "api"
+    for folder, target in (
+        ("configs", "mome/configs"),
+        ("pipeline", "pipeline"),
+        ("jobs", "jobs"),
+        ("jobs/api", "mome"),
+    ):
+        files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".yaml", ".py", ".j2", ".typed")]
+        own = [path for path in files if folder == "jobs/api" or api not in path.parents]
+        assert [f for f in own if not (installed / target / f.relative_to(ROOT / folder)).is_file()] == []
 
     empty.mkdir()
     environment, printed = {**os.environ, "PYTHONPATH": str(installed)}, []
@@ -154,7 +171,47 @@ def test_wheel_has_all_recipes_and_modules_and_runs_the_demo_and_the_python_api(
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout.split(maxsplit=2))
     (api,), (demo, configs, steps) = printed  # the Python API needs no command line
-    assert Path(api) == installed / "pipeline" / "inference.py"
+    assert Path(api) == installed / "mome" / "__init__.py"
     assert Path(demo).is_relative_to(installed)
     assert (Path(configs), steps.strip()) == (installed / "mome" / "configs", "[0, 1]")
     assert (empty / "runs" / "demo-data" / "scenes" / "manifest.json").is_file()
+
+
+TINY = [f"stages.{name}.steps=2" for name in ("vision", "language", "vision_language")]
+TINY += ["sources.scenes.synthetic.scenes=60", "sources.unseen.synthetic.scenes=20"]
+TRAIN = f"""
+import mome
+run = mome.train("demo", ["name=small", *{TINY}])
+assert run.folder == "runs/small" and 0 <= run.metrics["retrieval"]["image_to_text"]["r1"] <= 1, run
+print(mome.load(run).encode_text("a red circle").norm())
+"""
+
+
+@pytest.mark.slow
+def test_wheel_trains_and_serves_in_a_fresh_environment(tmp_path: Path) -> None:
+    """Dependencies come from the environment of the tests; nothing else of the checkout is on any path."""
+    wheel, fresh, empty = build_wheel(tmp_path), tmp_path / "fresh", tmp_path / "empty"
+    shutil.rmtree(tmp_path / "source")
+    empty.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", fresh], check=True)
+    python, command = fresh / "bin" / "python", fresh / "bin" / "mome"
+    (packages,) = fresh.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str | Path) -> str:
+        done = subprocess.run(
+            arguments, capture_output=True, text=True, check=False, cwd=empty, env=environment, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    assert "mome " in run(command, "--version")
+    assert "Commands" in run(command, "-h")
+    assert "Usage: mome train" in run(command, "train", "-h")
+    assert "finetune/vilt_b32_vqa" in run(command, "config", "list")
+    result = json.loads(run(command, "demo", *TINY, "--json").splitlines()[-1])
+    assert result["checkpoint"].startswith(str(empty))
+    assert Path(result["report"]).is_file()
+    assert abs(float(re.findall(r"[\d.]+", run(python, "-c", TRAIN).splitlines()[-1])[0]) - 1) < 1e-3

@@ -21,7 +21,7 @@ from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.retrieval import Predictor
-from pipeline.inference import build_trained_model, load_model, pyfunc_outputs
+from pipeline.inference import build_trained_model, load, pyfunc_outputs
 from pipeline.models import build_model
 from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.tracking.tracker import Tracker
@@ -96,9 +96,9 @@ def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
     assert not Path(served["code"]).is_relative_to(Path(__file__).parents[2]), "the model's own copy of the code"
     assert (served["imported"], served["example"], served["outputs"]) == ([], ["image", "text"], list(expected))
 
-    torch.testing.assert_close(load_model(registered["uri"], tracking_uri=uri).encode_texts(TEXTS), text)
+    torch.testing.assert_close(load(registered["uri"], tracking_uri=uri).encode_text(TEXTS), text)
     with pytest.raises(TrackingError, match="not found in MLflow's registry"):
-        load_model("models:/unknown@candidate", tracking_uri=uri)
+        load("models:/unknown@candidate", tracking_uri=uri)
     client, run = MlflowClient(uri), registered["run_id"]
     version, made_by = client.get_model_version_by_alias("tiny", "candidate"), client.get_run(run)
     assert (registered["uri"], registered["version"]) == ("models:/tiny@candidate", 2)

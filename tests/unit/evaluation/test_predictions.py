@@ -1,7 +1,11 @@
 """The Python API and explanations on tiny models: each result equals the model's own outputs."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
+import mome
 import numpy as np
 import pytest
 import torch
@@ -16,13 +20,13 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.explain import draw_explanation, draw_heat_map, explain, render_explanation, untrained_notes
 from pipeline.evaluation.retrieval import Predictor
-from pipeline.inference import TrainedModel, load_model
+from pipeline.inference import TrainedModel, load
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
 from pipeline.objectives import head_config
 from pipeline.objectives.wpa import wpa_cost, wpa_plan
-from pipeline.training.checkpoint.weights import save_weights
+from pipeline.training.checkpoint.weights import save_weights, stage_url
 from tests.support.trial import Cell, trial_config
 
 
@@ -38,11 +42,11 @@ def image(held_out):
 
 def test_loaded_run_encodes_images_and_texts_as_evaluation_does(model, config, held_out, tokenizer, tmp_path):
     with pytest.raises(CheckpointError, match="no finished stage"):
-        load_model(tmp_path)
+        load(tmp_path)
     config, url = config.model_copy(update={"output": str(tmp_path)}), f"{tmp_path}/tiny/stages/2-vision_language"
     metadata = {"config": config.model_dump(mode="json"), "stage": "vision_language", "step": 4, "absent": []}
     save_weights(Storage(), url, dict(model.state_dict()), list(tokenizer.tokens), metadata)
-    loaded = load_model(tmp_path / "tiny")
+    loaded = load(tmp_path / "tiny")
     assert loaded.url == url
     images, captions = [held_out.image(n).numpy() for n in range(5)], [held_out.captions[n][0] for n in range(5)]
     for number in (0, 2):
@@ -50,9 +54,45 @@ def test_loaded_run_encodes_images_and_texts_as_evaluation_does(model, config, h
     inputs = [(tmp_path / "0.png").read_bytes(), images[1], str(file), file, Image.fromarray(images[4])]
     predictor, rows = Predictor(model, tokenizer), [tokens.ids for tokens in tokenizer.encode_batch(captions, 40)]
     expected = predictor.embed_images(torch.from_numpy(np.stack([images[n] for n in (0, 1, 2, 2, 4)])))
-    torch.testing.assert_close(loaded.encode_images(inputs, batch_size=2), expected)
-    torch.testing.assert_close(loaded.encode_images(np.stack(images[:2])), expected[:2])  # an array is a sequence
-    torch.testing.assert_close(loaded.encode_texts(captions), predictor.embed_texts(rows))
+    torch.testing.assert_close(loaded.encode_image(inputs, batch_size=2), expected)
+    torch.testing.assert_close(loaded.encode_image(np.stack(images[:2])), expected[:2])  # an array is a sequence
+    texts = predictor.embed_texts(rows)
+    torch.testing.assert_close(loaded.encode_text(captions), texts)
+    pixels = torch.from_numpy(np.stack(images[:2]))  # one item drops its dimension, and tensors are read like arrays
+    torch.testing.assert_close(loaded.encode_image(pixels), expected[:2])
+    torch.testing.assert_close(loaded.encode_image(pixels[1]), expected[1])
+    torch.testing.assert_close(loaded.encode_text(captions[0]), texts[0])
+    torch.testing.assert_close(loaded.similarity(inputs, captions), expected @ texts.T)
+    torch.testing.assert_close(loaded.similarity(file, captions), texts @ expected[2])
+    torch.testing.assert_close(loaded.similarity(inputs, captions[1]), expected @ texts[1])
+    assert loaded.similarity(file, captions[1]).shape == loaded.match(file, captions[1]).shape == ()
+    pairs = loaded.match(inputs[:2] * 2, [captions[0], captions[1], captions[2], captions[0]])
+    torch.testing.assert_close(loaded.match(inputs[0], [captions[0], captions[2]]), pairs[[0, 2]])
+    torch.testing.assert_close(loaded.match(inputs[:2], captions[0]), pairs[[0, 3]])
+
+
+def test_the_guides_example_runs_as_written(model, config, held_out, tokenizer, tmp_path, monkeypatch, capsys):
+    config = config.model_copy(update={"output": f"{tmp_path}/runs", "name": "demo"})
+    metadata = {"config": config.model_dump(mode="json"), "stage": "vision_language", "step": 4, "absent": []}
+    save_weights(Storage(), stage_url(config, 2), dict(model.state_dict()), list(tokenizer.tokens), metadata)
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("circle", "square")):
+        Image.fromarray(held_out.image(number).numpy()).save(f"{name}.png")
+    guide = (Path(__file__).parents[3] / "pipeline" / "README.md").read_text(encoding="utf-8")
+    example, training = re.findall(r"```python\n(import mome\n.*?|from PIL.*?)```", guide, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(example, "pipeline/README.md", "exec"), names)
+    assert "{" in capsys.readouterr().out
+    assert isinstance(names["model"], mome.TrainedModel)
+
+    def finish(settings):  # the training itself: test_wheel_trains_and_serves_in_a_fresh_environment
+        assert (settings.folder, settings.stages[0].steps) == ("runs/small", 20)
+        shutil.copytree("runs/demo", settings.folder)
+        return {"retrieval": {}}
+
+    monkeypatch.setattr("jobs.train.run_and_evaluate", finish)
+    exec(compile(training, "pipeline/README.md", "exec"), names := {})
+    assert names["model"].step == 4
 
 
 def test_pair_predictions_are_the_heads_outputs(trained, model, image, held_out, tokenizer):
@@ -67,9 +107,9 @@ def test_pair_predictions_are_the_heads_outputs(trained, model, image, held_out,
     cosines = [(vision[name] @ language[name].T).item() for name in ("itc", "itc_vl")]
     assert prediction["similarity"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
     assert prediction["matched"] == pytest.approx(fused["itm"].softmax(dim=1)[0, 1].item(), abs=1e-6)
-    scores = trained.score_pairs([image] * 3, [text, "a circle", text], batch_size=2)
+    scores = trained.match([image] * 3, [text, "a circle", text], batch_size=2)
     assert scores[[0, 2]].tolist() == pytest.approx([prediction["matched"]] * 2, abs=1e-6)
-    cosine = trained.encode_images([image]) @ trained.encode_texts([text]).T
+    cosine = trained.encode_image([image]) @ trained.encode_text([text]).T
     assert cosine.item() == pytest.approx(prediction["similarity"], abs=1e-6)
 
 
@@ -79,7 +119,7 @@ def test_masks_are_filled_and_questions_answered(trained, config, tokenizer, ima
     assert [ids[p] for p in positions] == [tokenizer.mask_id] * 2
     unmasked = tokenizer.encode("a large circle above a square", 40).ids
     assert [token for token in ids if token != tokenizer.mask_id] == unmasked
-    alone, with_image = trained.fill_masks(text, top_k=3), trained.fill_masks(text, image, top_k=3)
+    alone, with_image = trained.fill_mask(text, top_k=3), trained.fill_mask(text, image, top_k=3)
     assert [len(words) for words in alone] == [len(words) for words in with_image] == [3, 3]
     assert alone != with_image
     assert trained.predict([image], text, top_k=3) == {"words": with_image}
@@ -90,6 +130,7 @@ def test_masks_are_filled_and_questions_answered(trained, config, tokenizer, ima
     assert set(answers) < {"yes", "no", "red"}
     assert list(answers.values()) == sorted(answers.values(), reverse=True)
     assert trained.predict([image], "is it red?", top_k=2) == {"answers": answers}
+    assert trained.answer([image, image], ["is it red?"] * 2, top_k=2) == [answers, answers]
 
 
 NEEDS = r"itc needs an image and a text; itm needs .*mlm needs"
@@ -102,16 +143,16 @@ def test_unusable_inputs_are_rejected_with_the_remedy(trained, config, image):
         (lambda: trained.predict([image] * 2, "a circle"), ConfigError, f"from two images and .*{NEEDS}"),
         (lambda: trained.predict([image] * 3, "a circle"), ConfigError, f"from 3 images and .*{NEEDS}"),
         (lambda: trained.predict([image], "  "), ConfigError, "no token is left"),
-        (lambda: trained.fill_masks("[MASK] " * 50), ConfigError, "at most 40"),
-        (lambda: trained.fill_masks("a circle"), ConfigError, r"no \[MASK\]"),
+        (lambda: trained.fill_mask("[MASK] " * 50), ConfigError, "at most 40"),
+        (lambda: trained.fill_mask("a circle"), ConfigError, r"no \[MASK\]"),
         (lambda: trained.answer(image, "what?"), ConfigError, "answers need objective vqa"),
-        (lambda: trained.score_pairs([image], []), ValueError, "1 images and 0 texts"),
-        (lambda: trained.encode_images([]), ValueError, "at least one"),
-        (lambda: trained.encode_images(["no.jpg"]), ConfigError, "no such file; give the path or URL"),
-        (lambda: trained.encode_images([b"no image"]), DataError, "give a JPEG"),
-        (lambda: trained.encode_images([image[..., 0]]), ConfigError, "expected .height, width, 3. uint8"),
+        (lambda: trained.match([image], []), ValueError, "1 images and 0 texts"),
+        (lambda: trained.encode_image([]), ValueError, "at least one"),
+        (lambda: trained.encode_image(["no.jpg"]), ConfigError, "no such file; give the path or URL"),
+        (lambda: trained.encode_image([b"no image"]), DataError, "give a JPEG"),
+        (lambda: trained.encode_image([image[..., 0]]), ConfigError, "expected .height, width, 3. uint8"),
         (lambda: vision.predict([image]), ConfigError, "objectives without predictions: mim"),
-        (lambda: vision.encode_images([image]), ConfigError, "embeddings need objective itc"),
+        (lambda: vision.encode_image([image]), ConfigError, "embeddings need objective itc"),
     ):
         with pytest.raises(error, match=message):
             call()

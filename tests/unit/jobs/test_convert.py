@@ -32,7 +32,7 @@ from pipeline.config.schema import ViLTConfig, VLMoConfig
 from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.contents.text import tokens_of
 from pipeline.data.storage import Storage
-from pipeline.inference import build_trained_model, drop_untrained_objectives, load_model
+from pipeline.inference import build_trained_model, drop_untrained_objectives, load
 from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints.formats import FORMATS
 from pipeline.models.forward import ForwardInput
@@ -474,9 +474,9 @@ def test_clip_is_imported_used_and_exported_with_its_tokens_and_image_processing
     pixels = processor(photo, return_tensors="pt")["pixel_values"]
     expected = model(input_ids=encoded["input_ids"], pixel_values=pixels)
     for name in ("imported", "again"):
-        loaded = load_model(name)
-        close(loaded.encode_images(["one.png"]), expected.image_embeds)
-        close(loaded.encode_texts(words), expected.text_embeds)
+        loaded = load(name)
+        close(loaded.encode_image(["one.png"]), expected.image_embeds)
+        close(loaded.encode_text(words), expected.text_embeds)
         export_weights(name, "hf-clip", "exported")  # the second time the same files
         if name == "imported":
             import_weights("exported", "hf-clip", "again")
