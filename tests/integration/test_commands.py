@@ -208,7 +208,7 @@ def test_wheel_trains_and_serves_in_a_fresh_environment(tmp_path: Path) -> None:
         return done.stdout
 
     assert "mome " in run(command, "--version")
-    assert "Commands" in run(command, "-h")
+    assert "Usage: mome [OPTIONS]" in run(command, "-h")
     assert "Usage: mome train" in run(command, "train", "-h")
     assert "finetune/vilt_b32_vqa" in run(command, "config", "list")
     result = json.loads(run(command, "demo", *TINY, "--json").splitlines()[-1])

@@ -13,7 +13,7 @@ import torch
 from mlflow import MlflowClient
 
 from jobs.convert import import_weights
-from jobs.tracking import register_checkpoint
+from jobs.tracking import PYFUNC_EXAMPLE, register_checkpoint
 from pipeline.config.errors import ConfigError, TrackingError
 from pipeline.config.schema import VLMoConfig
 from pipeline.data.contents.images import decode, resize
@@ -95,6 +95,16 @@ def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
     assert "matched" not in served["without_matching"]
     assert not Path(served["code"]).is_relative_to(Path(__file__).parents[2]), "the model's own copy of the code"
     assert (served["imported"], served["example"], served["outputs"]) == ([], ["image", "text"], list(expected))
+
+    (tmp_path / "photo.jpg").write_bytes(PICTURES[0])  # the guide's lines, which `mome register` prints filled in
+    places = {"URI": "sqlite:///runs/mlflow.db", "MODEL": "models:/retrieval@candidate"}
+    guide = (Path(__file__).parents[2] / "jobs" / "README.md").read_text(encoding="utf-8")
+    assert PYFUNC_EXAMPLE.replace("URI", places["URI"]).replace("MODEL", places["MODEL"]) in guide
+    example = PYFUNC_EXAMPLE.replace("URI", registered["tracking_uri"]).replace("MODEL", registered["uri"])
+    *lines, last = example.replace("a red circle", TEXTS[0]).splitlines()
+    program = "\n".join([*lines, f"print({last}['similarity'][0])"])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert float(done.stdout) == pytest.approx(expected["similarity"][0].item(), abs=1e-6)
 
     torch.testing.assert_close(load(registered["uri"], tracking_uri=uri).encode_text(TEXTS), text)
     with pytest.raises(TrackingError, match="not found in MLflow's registry"):
