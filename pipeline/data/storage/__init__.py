@@ -319,6 +319,9 @@ class FsspecBackend(Backend):
         if len(data) != stop - start:
             if (size := self.info(path).size) < stop:
                 raise EOFError(retry.TOO_SHORT.format(size, start, stop))
+            if len(data) > stop - start:
+                reason = f"the server sent {len(data)} bytes for bytes {start} to {stop}: it does not support ranges"
+                raise retry.PermanentError(reason, "Download the object, and give its local path.")
             raise retry.TransientError(f"{len(data)} bytes arrived for bytes {start} to {stop}")
         if etag is not None and self.info(path).etag != etag:  # fsspec has no conditional reads
             raise retry.PreconditionFailed()

@@ -25,6 +25,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
 from tests.support.data_stream import data_config, take
+from tests.support.http_server import give, serving
 from tests.support.shards_command import TABLES, captions_in, read, record_of, save_image, write_lines
 
 LOWEST, LONGEST = 800, 1333  # sides to which torchvision's Faster R-CNN resizes images
@@ -359,6 +360,11 @@ def test_parquet_is_read_from_a_store_in_rows_and_in_ranges(folder: Path, s3: An
     ):
         job = read_source(source, "parquet", Problems(strict=True), ImportOptions(**options), storage)
         assert captions_in(job.samples) == [[text] for text in expected]
+    with (
+        serving(give("PAR1" * 50_000)) as server,  # which ignores ranges
+        pytest.raises(StorageError, match=r"does not support ranges\. Download the object"),
+    ):
+        list(read_source(f"{server.url}/t.parquet", "parquet", Problems()).samples)
     job = read_source(join(url, "none"), "parquet", Problems(), storage=storage)
     with pytest.raises(DataError, match=r"none: no \.parquet file"):
         list(job.samples)
