@@ -25,6 +25,10 @@ from jobs.console import (
 from pipeline.config.errors import RunFailed
 
 PEERS = ("webdataset_pil", "open_clip_composition")  # loaders of other projects, see `bench.loader.peer_batches`
+HEADINGS = {
+    "mb_per_second": "MB/s", "cpu_seconds_per_gib": "CPU s/GiB", "first_byte_seconds": "first byte s",
+    "objects_per_second": "objects/s", "cpu_seconds": "CPU s", "seconds": "s",
+}  # fmt: skip
 MIB = 2**20
 Rounds = Annotated[int, Option(min=1, help="Number of rounds; everything is measured once per round.")]
 
@@ -55,7 +59,18 @@ def loader(
     job = BenchJob("mome", "", words, samples, batch, workers, threads, num_ops=2 if rand_augment else 0)
     with status("starting") as update:
         result = bench_loader(shards, tuple(photos or ()), job, rounds, peers, update)
-    print_result(result, as_json)
+    rows: dict[str, dict[str, float]] = {
+        name: {"samples/s a core": rate, "CPU s per 1,000": result["cpu_seconds_per_1000"][name]}
+        for name, rate in result["samples_per_core_second"].items()
+    }
+    for name, rate in result.get("without_rand_augment", {}).get("samples_per_core_second", {}).items():
+        rows[name]["without RandAugment"] = rate
+    settings = {
+        key: value for key, value in result["settings"].items() if key in ("samples", "batch", "rounds", "cores")
+    }
+    described = ", ".join(f"{key} {value}" for key, value in settings.items())
+    limit = f"decoding alone: {three_digits(result['decode_limit'])} samples/s a core; {described}"
+    print_result(result, as_json, f"{comparison('loader', rows)}\n{limit}")
 
 
 @app.command()
@@ -74,7 +89,10 @@ def storage(
     with status("starting") as update:
         sizes: dict[str, Any] = {"object_bytes": object_mib * MIB, "range_bytes": range_mib * MIB, "objects": objects}
         result = bench_storage(url, **sizes, in_flight=in_flight, rounds=rounds, progress=update)
-    print_result(result, as_json)
+    listed = {name: figures for name, figures in result["list"].items() if name != "objects"}
+    heading = f"{result['url']} ({result['store']}): {object_mib} MiB, {objects} objects, medians of {rounds}"
+    tables = comparison("read by", result["read"]), comparison("listed by", listed)
+    print_result(result, as_json, "\n\n".join([heading, *tables]))
 
 
 @app.command()
@@ -124,6 +142,14 @@ def step(
         raise RunFailed("bench step: " + ("\n".join(errors[:5]) or done.stderr[-2000:]))
     result = json.loads(results[-1])
     print_result(result, as_json, step_table(result))
+
+
+def comparison(title: str, figures: dict[str, dict[str, float]]) -> str:
+    """Return a table with a line for each contender and a column for each of their figures."""
+    keys = list(next(iter(figures.values())))
+    lines = [[title, *(HEADINGS.get(key, key) for key in keys)]]
+    lines += [[name, *(three_digits(row[key]) for key in keys)] for name, row in figures.items()]
+    return aligned(lines, right=range(1, len(lines[0])))
 
 
 def step_table(result: dict[str, Any]) -> str:

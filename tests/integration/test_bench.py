@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from jobs.bench import PEERS, app, step_table
+from jobs.bench import PEERS, app, comparison, step_table
 from jobs.bench.storage import MIB, bench_storage, clients_of
 from pipeline.config.errors import ConfigError, DataError, RunFailed, StorageError
 from pipeline.config.schema import StorageConfig
@@ -129,11 +129,13 @@ def test_unusable_settings_are_rejected_by_name(tmp_path: Path) -> None:
         assert (refused.exit_code, option in refused.output) == (2, True)
 
 
-def test_memory_of_a_step_is_shown_beside_the_plan() -> None:
+def test_figures_are_shown_beside_each_other_and_memory_beside_the_plan() -> None:
     measured = {"states": 151_166_440, "activations": 0, "total": 661_439_576}
     planned = measured | {"total": 330_719_788}
     result = {"stage": "pairs", "world_size": 2, "step_seconds": 0.0123, "pairs_per_second": 24.94, "tflops": 0.034}
     result |= {"mfu": 0.5, "measured": measured, "predicted": planned}
+    lines = comparison("read by", {"mome": {"mb_per_second": 3296.4, "requests": 0}}).splitlines()
+    assert [line.split() for line in lines] == [["read", "by", "MB/s", "requests"], ["mome", "3,296", "0"]]
     lines = step_table(result).splitlines()
     assert lines[0] == "stage pairs on 2 ranks: 12.3 ms a step"
     assert [line.split()[1:] for line in lines[-3:]] == [
