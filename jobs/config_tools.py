@@ -26,10 +26,10 @@ def resolved_yaml(config: RunConfig, only_changed: bool = False) -> str:
 
     Both forms load as the same config. Secrets are references; passwords in URLs are redacted.
     """
-    return "\n".join([*_section_lines(config, only_changed), ""])
+    return "\n".join([*section_lines(config, only_changed), ""])
 
 
-def _section_lines(section: Section, only_changed: bool) -> Iterator[str]:
+def section_lines(section: Section, only_changed: bool) -> Iterator[str]:
     """Yield the lines of a section's keys, not indented."""
     for name, key in type(section).model_fields.items():
         value, default = getattr(section, name), key.default
@@ -42,14 +42,14 @@ def _section_lines(section: Section, only_changed: bool) -> Iterator[str]:
             continue
         inner = None
         if isinstance(value, Section):
-            inner = [*_section_lines(value, only_changed)]
+            inner = [*section_lines(value, only_changed)]
         elif isinstance(value, dict) and any(isinstance(item, Section) for item in value.values()):
             inner = []
             for own, item in value.items():
-                lines = [*_section_lines(item, only_changed)]
+                lines = [*section_lines(item, only_changed)]
                 inner += [f"{_flow(own)}:", *(f"  {line}" for line in lines)] if lines else [f"{_flow(own)}: {{}}"]
         elif isinstance(value, tuple) and any(isinstance(item, Section) for item in value):
-            items = [[*_section_lines(item, only_changed)] for item in value]
+            items = [[*section_lines(item, only_changed)] for item in value]
             inner = [f"{'  ' if number else '- '}{line}" for lines in items for number, line in enumerate(lines)]
         comment = "  # required" if key.is_required() else ""
         if differs and not key.is_required() and not isinstance(default, Section):

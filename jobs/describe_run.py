@@ -146,7 +146,10 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
         if stage.start_from not in ("previous", "random"):
             with run.collected():
                 if tokenizer is None or "://" in stage.start_from:  # the tensors may be large, and far
-                    weights_info(storage, stage.start_from)
+                    own = join(weights_info(storage, stage.start_from).url, VOCABULARY)
+                    if tokenizer is None and storage.exists(own):
+                        remedy = f"set tokenizer.vocabulary to {own}"
+                        raise ConfigError(f"stages.{stage.name}.start_from: it has a vocabulary of its own; {remedy}")
                 else:
                     check_start(resolved, storage, tokenizer)
         samples = stage.steps * stage.global_batch_size

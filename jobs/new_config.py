@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from jobs.config_tools import section_lines
 from jobs.describe_run import ANSWER_SECONDS
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.config.load import parse_yaml, validate
-from pipeline.config.schema import RunConfig, SourceType
+from pipeline.config.schema import RunConfig, SourceType, TransformerConfig
 from pipeline.config.urls import is_local
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.regions import regions_of
@@ -20,6 +21,7 @@ from pipeline.data.shards.manifest import load_manifest, parse_pattern, shard_na
 from pipeline.data.shards.tar import TarSample, open_tar
 from pipeline.data.storage import Storage, join
 from pipeline.objectives import evaluation_tasks
+from pipeline.training.checkpoint.weights import VOCABULARY, weights_info
 from pipeline.training.stages import check_stages
 
 MAX_PIXELS = 10**9  # of the sample that decides the type; training has its own limit
@@ -53,6 +55,7 @@ SIZES = {
     "large": Size(1024, 24, 16, 64, 5e-5, 1024),
 }
 CPU_BATCH = 32
+FINE_TUNING = 0.2  # of the learning rate from random weights
 FROZEN = "freeze: [attention, vision_expert]  # as published: texts train their own expert on the images' attention"
 
 
@@ -87,8 +90,9 @@ class SourceFacts:
 def new_config(choice: Choice) -> tuple[str, RunConfig, list[str]]:
     """Return the YAML of a new config, the config that it loads as, and notes on what is assumed.
 
-    Raises ConfigError for an unknown kind or size and for data that the kind does not train on, DataError for a local
-    folder without shards.
+    With weights to start from, the model and the vocabulary are theirs. Raises ConfigError for an unknown kind or size
+    and for data that the kind does not train on, DataError for a local folder without shards, CheckpointError for one
+    without weights.
     """
     for option, value, known in (("--kind", choice.kind, OBJECTIVES), ("--size", choice.size, SIZES)):
         if value is not None and value not in known:
@@ -99,10 +103,19 @@ def new_config(choice: Choice) -> tuple[str, RunConfig, list[str]]:
     urls = {"train": choice.data, "images": choice.image_data, "texts": choice.text_data, "test": choice.test_data}
     facts = {name: _inspect(storage, url) for name, url in urls.items() if url is not None}
     notes += [f"{urls[name]}: {own.note}" for name, own in facts.items() if own.note]
-    source_type = _type_of(facts["train"], choice)
+    source_type, start = _type_of(facts["train"], choice), None
+    if choice.start_from is not None:
+        try:
+            start = weights_info(storage, choice.start_from)
+        except StorageError as error:
+            notes.append(f"--start-from {choice.start_from}: not read, so that the model must be set by hand ({error})")
+        if start is not None and (kind := start.config.model.kind) != choice.kind:
+            raise ConfigError(f"--start-from {choice.start_from}: its weights are of kind {kind}; give --kind {kind}")
+        if start is not None and choice.vocabulary is None and storage.exists(join(start.url, VOCABULARY)):
+            choice = replace(choice, vocabulary=join(start.url, VOCABULARY))
     if choice.test_data is not None and not evaluation_tasks(None, source_type):
         raise ConfigError(f"--test-data: nothing is evaluated on data of type {source_type}; leave the option out")
-    text = "\n".join([*_lines(choice, urls, facts, source_type), ""])
+    text = "\n".join([*_lines(choice, urls, facts, source_type, start.config.model if start else None), ""])
     config = validate(parse_yaml(text, "new config"), "new config")
     check_stages(config)
     return text, config, notes
@@ -152,13 +165,20 @@ def _type_of(facts: SourceFacts, choice: Choice) -> SourceType:
 
 
 def _lines(
-    choice: Choice, urls: dict[str, str | None], facts: dict[str, SourceFacts], source_type: SourceType
+    choice: Choice,
+    urls: dict[str, str | None],
+    facts: dict[str, SourceFacts],
+    source_type: SourceType,
+    model: TransformerConfig | None,
 ) -> Iterator[str]:
-    """Yield the lines of the YAML."""
+    """Yield the lines of the YAML. `model` is that of the weights to start from."""
     size_name = choice.size or ("base" if choice.gpus >= 4 else "small" if choice.gpus else "tiny")
     size, workers, quote = SIZES[size_name], max(1, choice.gpus), json.dumps
     known = [own.samples for name, own in facts.items() if name != "test" and own.samples is not None]
     streams = 16 if min(known, default=FEW_SAMPLES) >= FEW_SAMPLES else 4
+    start = ["# start_from: URL  # of a run, a stage or imported weights; without it, weights are random"]
+    if choice.start_from is not None:
+        start = [f"start_from: {quote(choice.start_from)}"]
 
     def stage(name: str, source: str, samples: int | None, keys: list[str]) -> Iterator[str]:
         """Yield the lines of a stage, with batch, steps and learning rate for its number of samples."""
@@ -166,12 +186,13 @@ def _lines(
         rows = min(size.rows_per_gpu * choice.gpus or CPU_BATCH, limit)
         batch = max(streams, math.ceil(workers / streams) * streams, int(rows // streams) * streams)
         steps = DEFAULT_STEPS if samples is None else max(1, round(choice.epochs * samples / batch))
-        lr = min(size.lr * math.sqrt(batch / size.batch), 2 * size.lr)
+        lr = min(size.lr * math.sqrt(batch / size.batch), 2 * size.lr) * (FINE_TUNING if choice.start_from else 1.0)
         counted = (
             "the number of samples is not known" if samples is None else f"{choice.epochs:g} epochs of {samples:,}"
         )
         yield from (f"  - name: {name}", f"    sources: {{{source}: 1.0}}  # sampling weights; add sources to mix them")
-        yield from (f"    {key}" for key in keys)
+        yield from (f"    {key}" for key in [*keys, *start])
+        start.clear()  # later stages start from the one before
         yield f"    steps: {steps}  # {counted} samples: epochs x samples / global_batch_size"
         yield f"    global_batch_size: {batch}  # over all GPUs; results depend on it, not on the number of GPUs"
         yield "    optimizer:"
@@ -183,23 +204,10 @@ def _lines(
     yield f"name: {quote(choice.name or choice.kind)}  # the run's folder is output/name; the same command resumes it"
     yield f"output: {quote(choice.output)}  # a folder, or a URL such as s3://bucket/runs"
     yield from ("model:", f"  kind: {choice.kind}")
-    yield f"  width: {size.width}  # width, layers and heads set size and cost ({size_name})"
-    yield from (f"  layers: {size.layers}", f"  heads: {size.heads}")
-    sample = facts["train"].sample
-    if size_name == "tiny" and choice.kind != "imagebert":
-        yield from ("  image_size: 96  # pixels; cost grows with its square", "  patch_size: 16")
-        yield from ["  longest_side: 160"] * (choice.kind == "vilt")
-    if size.width < 768:  # with 0.02, the contrastive loss of small widths stays at ln(batch)
-        yield f"  init_std: {0.7 / math.sqrt(size.width):.2g}  # of initial weights; 0.02 at width 768"
-    if choice.kind == "vlmo":
-        yield f"  vision_language_layers: {1 if size_name == 'tiny' else 3 if size_name == 'large' else 2}"
-        yield from ["  max_text_length: 40"] * (size_name == "tiny")
-    if choice.kind == "dual_encoder":
-        text_width = {"base": 512, "large": 768}.get(size_name, size.width)  # CLIP's, of ViT-B and ViT-L
-        yield from (f"  text_width: {text_width}", f"  text_layers: {min(12, size.layers)}")
-        yield from (f"  text_heads: {text_width // 64}", f"  embedding: {text_width}")
-    if choice.kind == "imagebert" and sample is not None:
-        yield f"  region_features: {regions_of(sample.contents).features.shape[1]}  # of the detector"
+    if model is None:
+        yield from _model_lines(choice.kind, size_name, facts["train"].sample)
+    else:
+        yield from (f"  {line}" for line in section_lines(model, only_changed=True) if not line.startswith("kind:"))
     if choice.kind != "vit":
         yield from ("tokenizer:", f"  vocabulary: {quote(choice.vocabulary)}  # null: trained from the captions")
         yield "  size: 30522  # tokens of a trained vocabulary, at most"
@@ -225,8 +233,6 @@ def _lines(
         number = facts["train"].num_outputs.get(outputs[1])
         remedy = f"set it to the number of lines of {outputs[1]}, which is not next to the shards"
         keys.append(f"{outputs[0]}: {number or 1000}" + ("" if number else f"  # {remedy}"))
-    if choice.start_from is not None and not {"images", "texts"} & facts.keys():
-        keys.append(f"start_from: {quote(choice.start_from)}")
     last = {"questions": "vqa", "statements": "nlvr2", "labelled": "classification", "images": "vision"}
     yield from stage(last.get(source_type, "pairs"), "train", facts["train"].samples, keys)
     yield "engine:"
@@ -244,3 +250,24 @@ def _lines(
         yield "evaluation: {source: test}  # at the end; `every: 2000` also evaluates during training"
     else:
         yield "# evaluation: {source: test}  # add held-out data to `sources` to evaluate at the end"
+
+
+def _model_lines(kind: str, size_name: str, sample: TarSample | None) -> Iterator[str]:
+    """Yield the lines of a model of random weights, without its kind."""
+    size = SIZES[size_name]
+    yield f"  width: {size.width}  # width, layers and heads set size and cost ({size_name})"
+    yield from (f"  layers: {size.layers}", f"  heads: {size.heads}")
+    if size_name == "tiny" and kind != "imagebert":
+        yield from ("  image_size: 96  # pixels; cost grows with its square", "  patch_size: 16")
+        yield from ["  longest_side: 160"] * (kind == "vilt")
+    if size.width < 768:  # with 0.02, the contrastive loss of small widths stays at ln(batch)
+        yield f"  init_std: {0.7 / math.sqrt(size.width):.2g}  # of initial weights; 0.02 at width 768"
+    if kind == "vlmo":
+        yield f"  vision_language_layers: {1 if size_name == 'tiny' else 3 if size_name == 'large' else 2}"
+        yield from ["  max_text_length: 40"] * (size_name == "tiny")
+    if kind == "dual_encoder":
+        text_width = {"base": 512, "large": 768}.get(size_name, size.width)  # CLIP's, of ViT-B and ViT-L
+        yield from (f"  text_width: {text_width}", f"  text_layers: {min(12, size.layers)}")
+        yield from (f"  text_heads: {text_width // 64}", f"  embedding: {text_width}")
+    if kind == "imagebert" and sample is not None:
+        yield f"  region_features: {regions_of(sample.contents).features.shape[1]}  # of the detector"

@@ -20,7 +20,7 @@ from pipeline.data.storage import Storage
 from pipeline.training.prepare import prepare
 from pipeline.training.stages import Stage, build_stage_model
 from tests.support.fine_tuning_data import write_set
-from tests.support.finished_run import contents
+from tests.support.finished_run import contents, untrained_weights
 from tests.support.short_run import short_config
 from tests.support.train_process import run_module
 
@@ -113,6 +113,20 @@ def test_new_config_command_writes_once_and_says_what_is_missing(shards: dict[st
         error = CliRunner().invoke(app, ["config", "new", *arguments]).exception
         assert isinstance(error, ConfigError)
         assert expected in str(error)
+
+
+def test_new_config_takes_model_and_vocabulary_from_the_weights_to_start_from(tmp_path: Path) -> None:
+    trained, weights = untrained_weights(tmp_path)
+    data = trained.sources["scenes"].shards
+    choice = Choice(data, image_data=data, start_from=weights, name="new", output=str(tmp_path))
+    config = new_config(choice)[1]
+    assert (config.model, config.tokenizer.vocabulary) == (trained.model, f"{weights}/vocab.txt")
+    assert [(stage.name, stage.start_from) for stage in config.stages] == [("vision", weights), ("pairs", "previous")]
+    assert describe_run(config).problems == []
+    other = config.model_copy(update={"tokenizer": trained.tokenizer})
+    assert "set tokenizer.vocabulary to " in describe_run(other).problems[0]
+    with pytest.raises(ConfigError, match="its weights are of kind vlmo; give --kind vlmo"):
+        new_config(Choice(data, "vilt", start_from=weights))
 
 
 @pytest.mark.slow
