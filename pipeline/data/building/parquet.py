@@ -88,15 +88,8 @@ def parquet_records(job: Import) -> Iterator[Record]:
                         raise DataError(f"{file}: its class names differ from those of the other files")
                     classes = class_names
                     job.choices |= {CLASSES: Choices(classes)} if classes else {}
-                chosen = [
-                    columns.image,
-                    *columns.captions,
-                    columns.label,
-                    columns.split,
-                    *columns.kept,
-                    *columns.status,
-                ]
-                used = list(dict.fromkeys(column for column in chosen if column is not None))
+                optional = columns.label, columns.split, *columns.captions, *columns.kept, *columns.status
+                used = list(dict.fromkeys(column for column in (columns.image, *optional) if column is not None))
                 names = list(dict.fromkeys(column.path[0] for column in used))
                 for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=names):
                     for number in range(batch.num_rows):
@@ -125,7 +118,7 @@ def _files_of(job: Import) -> tuple[list[str], set[str]]:
         is_file = job.source.is_file()
         paths = [job.source] if is_file else inputs.files_below(job.source, ("parquet",), job.problems)
         files = [str(path) for path in paths]
-    elif job.url.endswith(".parquet"):
+    elif job.url.partition("?")[0].endswith(".parquet"):
         files = [job.url]
     else:
         files, pending = [], [job.url.rstrip("/")]
@@ -173,7 +166,7 @@ def find_columns(file: str, schema: pyarrow.Schema, options: ImportOptions) -> C
     columns, pending = dict[str, Column](), [Column(field.name, (field.name,), field.type) for field in schema]
     while pending:
         column = pending.pop(0)
-        columns[column.name] = column
+        columns.setdefault(column.name, column)
         if types.is_struct(inner := _base(column.type)) and not _is_image(column):
             pending += [Column(f"{column.name}.{f.name}", (*column.path, f.name), f.type) for f in inner]
     images, texts = list(filter(_is_image, columns.values())), list(filter(_is_text, columns.values()))
@@ -248,8 +241,10 @@ def _base(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 
 def _is_scalar(column: Column) -> bool:
-    is_text = len(column.path) == 1 and _is_text(column) and column.type == _base(column.type)
-    return is_text or any(test(column.type) for test in (types.is_integer, types.is_floating, types.is_boolean))
+    """Return whether a column has one number, text or truth value in a row."""
+    is_list = len(column.path) > 1 or types.is_list(column.type) or types.is_large_list(column.type)
+    is_number = types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)
+    return not is_list and (is_number or _is_text(column))
 
 
 def _is_text(column: Column) -> bool:
