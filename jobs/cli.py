@@ -159,6 +159,7 @@ def train(
     if dry_run:
         show_dry_run(config, overrides or [], as_json)
         return
+    notify(f"mome train {config}")  # the imports take seconds
     from jobs.distributed import check_rank, run_on_cluster
     from jobs.train import run_and_evaluate
     from pipeline.config.load import load_config

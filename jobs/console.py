@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -88,35 +89,81 @@ def status(message: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: spinner.update(Text(printable(text)))
 
 
-@contextmanager
-def progress_display() -> Iterator[Callable[[Progress], None]]:
-    """Yield a function that shows a run's progress: a bar per stage on a terminal, else a line every ten seconds."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as ProgressBar
+class RunDisplay:
+    """Shows the phases and the progress of a run: bars on a terminal, else lines with the time.
 
-    name, state_column = TextColumn("[bold]{task.description}"), TextColumn("{task.fields[state]}")
-    bar = ProgressBar(name, BarColumn(bar_width=30), MofNCompleteColumn(), state_column, console=console)
-    tasks: dict[str, TaskID] = {}
-    last = 0.0
+    Something is printed at least every `PLAIN_SECONDS`: newer metrics, or how long a phase or a step has taken.
+    """
 
-    def show(progress: Progress) -> None:
-        nonlocal last
-        speed, end = f"{progress.samples_per_second:.0f} samples/s", duration(progress.seconds_left)
-        state = f"loss {progress.loss:.4f}  {speed}  stage ends in {end}"
+    def __init__(self, run: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as ProgressBar
+
+        name, state = TextColumn("[bold]{task.description}"), TextColumn("{task.fields[state]}")
+        self._bar = ProgressBar(name, BarColumn(bar_width=20), MofNCompleteColumn(), state, console=console)
+        self._run, self._lock = run, threading.RLock()
+        self._tasks: dict[str, TaskID] = {}
+        self._phase, self._since, self._printed = "", time.monotonic(), 0.0
+        self._newest: Progress | None = None  # not printed yet
+        self._thread = PeriodicThread(self._beat, 1.0, "display")
+
+    def __enter__(self) -> RunDisplay:
         if console.is_terminal:
-            if progress.stage not in tasks:
-                tasks[progress.stage] = bar.add_task(progress.stage, total=progress.stage_steps, state="")
-            bar.update(tasks[progress.stage], completed=progress.stage_step, state=state)
-        elif progress.stage_step == progress.stage_steps or time.monotonic() - last >= PLAIN_SECONDS:
-            last = time.monotonic()
-            notify(f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  {state}")
+            self._bar.start()
+        self._thread.start()
+        return self
 
-    if console.is_terminal:
-        bar.start()
-    try:
-        yield show
-    finally:
-        bar.stop()
+    def __exit__(self, *_: object) -> None:
+        self._thread.stop(timeout=2.0)
+        with self._lock:
+            self._begin("")
+            if console.is_terminal:
+                self._bar.stop()
+
+    def phase(self, text: str) -> None:
+        """Show what the run does while nothing trains, until the next phase or the next metrics."""
+        with self._lock:
+            self._begin(text)
+            if console.is_terminal:
+                self._tasks[text] = self._bar.add_task(text, total=None, state="")
+            else:
+                self._print(text)
+
+    def show(self, progress: Progress) -> None:
+        """Show new metrics: at once if they are the first or last of a stage."""
+        with self._lock:
+            is_first = self._phase != f"training {progress.stage}"
+            self._begin(f"training {progress.stage}")
+            if console.is_terminal:
+                if progress.stage not in self._tasks:
+                    self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=1, state="")
+                state = progress.line().partition("  ")[2]
+                task, total = self._tasks[progress.stage], progress.stage_steps
+                self._bar.update(task, completed=progress.stage_step, total=total, state=state)
+            elif is_first or progress.stage_step == progress.stage_steps:
+                self._print(progress.line())
+            else:
+                self._newest = progress
+
+    def _begin(self, phase: str) -> None:
+        """Make `phase` the current one; a phase that is over leaves the terminal."""
+        if self._phase != phase and (task := self._tasks.pop(self._phase, None)) is not None:
+            self._bar.remove_task(task)
+        self._phase, self._since, self._newest = phase, time.monotonic(), None
+
+    def _print(self, text: str) -> None:
+        self._printed = time.monotonic()
+        notify(f"{time.strftime('%H:%M:%S')} {self._run}: {text}")
+
+    def _beat(self) -> None:
+        """Show for how long the phase has lasted; without a terminal, only if nothing was printed for a while."""
+        with self._lock:
+            elapsed = duration(round(time.monotonic() - self._since))
+            if (task := self._tasks.get(self._phase)) is not None:
+                self._bar.update(task, state=elapsed)
+            elif self._phase and not console.is_terminal and time.monotonic() - self._printed >= PLAIN_SECONDS:
+                self._print(self._newest.line() if self._newest is not None else f"{self._phase} ({elapsed})")
+                self._newest = None
 
 
 @contextmanager
@@ -142,17 +189,35 @@ def print_result(result: dict[str, Any] | None, as_json: bool, text: str | None 
     """Print a result, unless it is None, as JSON or as `text` (default: a line per value, under dotted names)."""
     if result is None:  # under torchrun, rank 0 prints
         return
-    if text is None:
-        lines, pending = [], list(result.items())
-        while pending:
-            key, value = pending.pop(0)
-            if isinstance(value, dict):
-                pending = [(f"{key}.{name}", inner) for name, inner in value.items()] + pending
-            elif value is not None:
-                items = value if isinstance(value, list) else [value]
-                lines.append([key, ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in items)])
-        text = aligned(lines)
-    echo(json.dumps(result) if as_json else text)
+    echo(json.dumps(result) if as_json else result_text(result) if text is None else text)
+
+
+def result_text(result: dict[str, Any]) -> str:
+    """Return a result as text: a table for each kind of retrieval, then a line per other value, without empty ones.
+
+    Names of nested values are dotted; recalls and accuracies are in percent.
+    """
+    tables, pending, lines = [], list(result.items()), []
+    columns = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "median_rank": "median rank"}
+    while pending:
+        key, value = pending.pop(0)
+        if isinstance(value, dict) and "image_to_text" in value:
+            rows = [[key, *columns.values()]]
+            for name in ("image_to_text", "text_to_image", "chance"):
+                own = value.get(name, {})
+                recalls = [f"{own[column]:.1%}" if column in own else "" for column in ("r1", "r5", "r10")]
+                rows.append(
+                    [name.replace("_", " "), *recalls, f"{own['median_rank']:g}" if "median_rank" in own else ""]
+                )
+            tables.append(aligned(rows, right={1, 2, 3, 4}))
+            pending = [(f"{key}.{name}", own) for name, own in value.items() if not isinstance(own, dict)] + pending
+        elif isinstance(value, dict):
+            pending = [(f"{key}.{name}", inner) for name, inner in value.items()] + pending
+        elif value is not None and (key, value) != ("skipped", 0) and key != "source_digest":
+            items, is_share = value if isinstance(value, list) else [value], "accuracy" in key
+            texts = [(f"{v:.1%}" if is_share else f"{v:.4g}") if isinstance(v, float) else str(v) for v in items]
+            lines.append([key, ", ".join(texts)])
+    return "\n\n".join([*tables, *([aligned(lines)] if lines else [])])
 
 
 def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = (), width: int | None = None) -> str:

@@ -100,11 +100,12 @@ class RunDescription:
                 self.problems.append(f"{key}{message}")
 
 
-def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescription:
+def describe_run(config: RunConfig, storage: Storage | None = None, is_prepared: bool = False) -> RunDescription:
     """Resolve a run from its config, its folder and its sources, without writing or starting anything.
 
-    A store that does not respond is a problem after `ANSWER_SECONDS`. Raises ConfigError for a config whose model does
-    not support its stages.
+    Of a prepared run, starting weights are not checked again, and saved counts of selected samples are used. A store
+    that does not respond is a problem after `ANSWER_SECONDS`. Raises ConfigError for a config whose model does not
+    support its stages.
     """
     config = for_ranks(config)
     storage = storage or Storage(config.storage).within(ANSWER_SECONDS)
@@ -115,7 +116,7 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
     for name, source in config.sources.items():
         description = SourceDescription(name, redact(source.shards), source.type)
         with run.collected(f"sources.{name}.shards: "):
-            description = describe_source(name, source, config, storage)
+            description = describe_source(name, source, config, storage, is_prepared)
         run.sources.append(description)
         sizes[name] = description.samples
     tokenizer, is_begun = None, None  # None: the folder cannot be read
@@ -131,7 +132,7 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
             run.changed_keys = admit(config, storage)
             run.steps_done = saved_steps(config, storage)
             is_finished = run.steps_done >= run.steps
-            run.state = f"resumes from step {run.steps_done} of {run.steps}"
+            run.state = f"resumes from step {run.steps_done} of {run.steps}" if run.steps_done else "new"
             run.state = "finished: every stage is trained" if is_finished else run.state
     if is_begun is not None:
         with run.collected():
@@ -143,7 +144,7 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
         resolved, total = Stage(config, index), sum(stage.sources.values())
         model = stage_skeleton(resolved, vocabulary)
         freeze_untrained(model, resolved)
-        if stage.start_from not in ("previous", "random"):
+        if stage.start_from not in ("previous", "random") and not is_prepared:
             with run.collected():
                 if tokenizer is None or "://" in stage.start_from:  # the tensors may be large, and far
                     own = join(weights_info(storage, stage.start_from).url, VOCABULARY)
@@ -168,7 +169,9 @@ def describe_run(config: RunConfig, storage: Storage | None = None) -> RunDescri
     return run
 
 
-def describe_source(name: str, source: SourceConfig, config: RunConfig, storage: Storage) -> SourceDescription:
+def describe_source(
+    name: str, source: SourceConfig, config: RunConfig, storage: Storage, is_prepared: bool
+) -> SourceDescription:
     """Count a source's samples and shards without writing. Raises as `load_manifest` unless the run would create it."""
     description = SourceDescription(name, redact(source.shards), source.type)
     folder = parse_pattern(source.shards).folder
@@ -186,10 +189,10 @@ def describe_source(name: str, source: SourceConfig, config: RunConfig, storage:
     description = replace(description, shards=len(manifest.shards))
     is_selected = bool(source.filters) or source.opt_out is not None
     is_far = "://" in source.shards and len(manifest.shards) > MAX_INDEXES
-    if is_selected and (is_far or any(shard.is_trusted for shard in manifest.shards)):
+    if is_selected and not is_prepared and (is_far or any(shard.is_trusted for shard in manifest.shards)):
         total = manifest.num_samples
         return replace(description, note=f"of {total:,} samples, those that the filters select")
-    opened = open_source(storage, source)
+    opened = open_source(storage, source, config.folder if is_prepared else None)
     note = f"selected of {manifest.num_samples:,}" if is_selected else ""
     return replace(description, samples=int(opened.counts.sum()), note=note)
 
@@ -216,30 +219,33 @@ def _vocabulary(config: RunConfig, storage: Storage) -> tuple[Tokenizer | None, 
     return tokenizer, f"{tokenizer.size:,} tokens {origin}, {'lower-cased' if tokenizer.lowercase else 'cased'}"
 
 
-def check_services(run: RunDescription, config: RunConfig) -> None:
-    """Add what this machine and MLflow lack to a run's problems, and describe where its ranks will be placed.
-
-    Ray is not started: a cluster to join is only named, and a local one is compared with this machine.
-    """
-    with run.collected():
-        check_server(config)
+def describe_placement(run: RunDescription, config: RunConfig) -> dict[str, float]:
+    """Describe where a run's ranks will be placed; return the resources of this machine, none if it joins a cluster."""
     cluster, joined = config.cluster, address_of(config.cluster)
     each = " and ".join(quantity(amount, kind) for kind, amount in rank_resources(cluster).items())
-    if find_spec("ray") is None:
-        run.problems.append(RAY_MISSING)
     if joined is not None:
-        run.placement = f"{each} for each rank, on the Ray cluster {joined[0]} ({joined[1]}), which was not contacted"
-        return
+        run.placement = f"{each} for each rank, on the Ray cluster {joined[0]} ({joined[1]})"
+        return {}
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     run.placement = f"{each} for each rank, on this machine ({os.cpu_count()} CPUs, {quantity(gpus, 'GPU')})"
-    if fault := missing_resources(cluster, [{"CPU": local_cpus(cluster), "GPU": gpus}]):
+    return {"CPU": local_cpus(cluster), "GPU": gpus}
+
+
+def check_services(run: RunDescription, config: RunConfig) -> None:
+    """Add what this machine and MLflow lack to a run's problems. Ray is not started, a cluster not contacted."""
+    with run.collected():
+        check_server(config)
+    if find_spec("ray") is None:
+        run.problems.append(RAY_MISSING)
+    machine = describe_placement(run, config)
+    if machine and (fault := missing_resources(config.cluster, [machine])):
         run.problems.append(f"{fault.replace('this cluster has', 'this machine has')}, or give cluster.address")
 
 
-def as_text(run: RunDescription) -> str:
-    """Return the description as text: facts of the run, a table of its sources, one of its stages, and its problems."""
+def as_text(run: RunDescription, with_verdict: bool = True) -> str:
+    """Return the description as text: facts of the run, tables of its sources and its stages, and its problems."""
     facts = [["run", f"{run.folder} ({run.kind}): {run.state}"], ["ranks", f"{run.ranks}: {run.placement}"]]
     facts += [["vocabulary", run.vocabulary], ["MLflow", run.tracking]]
     facts += [["changed", f"{key}: was {old!r}, now {new!r}"] for key, (old, new) in run.changed_keys.items()]
@@ -258,7 +264,13 @@ def as_text(run: RunDescription) -> str:
         sizes = [f"{most}{number / 1e6:,.1f} M" for number in (stage.parameters, stage.trained_parameters)]
         row = [stage.name, " ".join(stage.objectives), f"{done}{stage.steps:,}", f"{stage.global_batch_size:,}"]
         stages.append([*row, epochs, *sizes, stage.starts_from])
-    tables = [aligned([row for row in facts if row[1]]), aligned(sources), aligned(stages)]
+    tables = [
+        aligned([row for row in facts if row[1]]),
+        aligned(sources, right={2, 3}),
+        aligned(stages, right={2, 3, 4, 5, 6}),
+    ]
+    if not with_verdict:
+        return "\n\n".join(tables)
     number = len(run.problems)
     stops = f"{number} {'problem' if number == 1 else 'problems'} would stop this run:"
     verdict = stops if number else "ready to train"

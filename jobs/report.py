@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.configs import URI_VARIABLE, Caller
-from jobs.console import aligned, notify, write_output
+from jobs.console import RunDisplay, aligned, notify, write_output
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import RecordedLocation
 from pipeline.config.redaction import redact
@@ -96,7 +96,10 @@ def reported(config: RunConfig) -> Iterator[None]:
         caller = Caller.of(config)
         try:  # the run's file is absent if the run failed before it was created
             if is_started and Storage(caller.storage).exists(join(config.folder, RUN_FILE)):
-                notify(f"Report      {report(config.folder, track=True, caller=caller)['report']}")
+                with RunDisplay(config.name) as display:
+                    display.phase("writing the report")
+                    url = report(config.folder, track=True, caller=caller)["report"]
+                notify(f"Report      {url}")
         except Exception as error:  # an error of the report must not hide how the run ended
             if str(error) != fault:  # the store's answer, which ended the run already
                 log.warning("no run report: %s: %s", type(error).__name__, error)

@@ -8,18 +8,19 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from jobs import distributed
-from jobs.cluster import connect, for_ranks, root_cause
+from jobs.cluster import address_of, connect, for_ranks, root_cause
 from jobs.configs import Caller
-from jobs.console import notify, poll, progress_display
+from jobs.console import RunDisplay, notify, poll
+from jobs.describe_run import as_text, describe_placement, describe_run
 from jobs.driver import Interrupts, Mailbox
 from jobs.evaluate import evaluate_checkpoint
 from jobs.report import reported
-from pipeline.config.errors import MomeError, RunFailed
+from pipeline.config.errors import MomeError, RunFailed, StorageError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS
@@ -37,13 +38,12 @@ log = logging.getLogger(__name__)
 def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start another run") -> dict[str, Any]:
     """Train every unfinished stage, then evaluate; return the result. `remedy` is printed if all were finished."""
     interrupts = Interrupts(config)
-    with reported(config), interrupts.handled():
-        with progress_display() as show:
-            trained = pretrain(config, show, interrupts)
-        if not trained:
+    with reported(config), interrupts.handled(), RunDisplay(config.name) as display:
+        if not pretrain(config, display, interrupts):
             notify(f"{config.folder}: every stage is finished already; {remedy}")
         if config.evaluation.source is None:
             return {"checkpoint": config.folder}
+        display.phase(f"evaluating on {config.evaluation.source}")
         workers = config.cluster.workers if config.cluster.gpus_per_worker else None  # on Ray if the ranks have GPUs
         # Not the ranks that a launcher's environment names: Ray's ranks have ended, and this is the driver.
         ranks, caller = SINGLE_PROCESS, Caller.of(config)
@@ -53,18 +53,29 @@ def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start an
         return result
 
 
-def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: Interrupts) -> bool:
+def pretrain(config: RunConfig, display: RunDisplay, interrupts: Interrupts) -> bool:
     """Run every unfinished stage; return False if all were finished. Raises MomeError, and Stopped after a signal."""
     config = for_ranks(config)
     storage = Storage(config.storage)
+    display.phase("checking MLflow, indexing shards, preparing the vocabulary")
     check_server(config)
     prepare(config, storage)
     weights = [stage_url(config, index) for index in range(len(config.stages))]
     if all(is_committed(storage, url) for url in weights):
         return False
     progress_url = join(config.folder, distributed.PROGRESS_FILE)
+    description = describe_run(config, storage, is_prepared=True)
+    describe_placement(description, config)
+    notify(as_text(description, with_verdict=False))
+    if description.steps_done:
+        lost = 0
+        with suppress(ValueError, TypeError, StorageError):
+            lost = max(0, Progress(**json.loads(storage.read(progress_url))).step - description.steps_done)
+        since = f"; {lost} later steps were not saved and are trained again" if lost else ""
+        notify(f"resuming from step {description.steps_done:,} of {description.steps:,}{since}")
     storage.delete(join(config.folder, distributed.FAILURE_FILE))
     storage.delete(progress_url)
+    display.phase("starting Ray" if address_of(config.cluster) is None else "joining the Ray cluster")
     connect(config.cluster)
     taken = Ownership.take(storage, config.folder)
     ownership = Ownership(storage, config.folder, taken.claim)  # without the rank start, which restarts change
@@ -76,11 +87,12 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
         nonlocal last
         if impatient.exists(progress_url) and (data := impatient.read(progress_url)) != last:
             last = data
-            show(Progress(**json.loads(data)))
+            display.show(Progress(**json.loads(data)))
 
+    display.phase(f"placing {description.ranks} rank{'s' * (description.ranks > 1)}")
     with poll(show_progress, distributed.PROGRESS_SECONDS):
         try:
-            _train(config, ownership, mail, open_alerts, interrupts)
+            _train(config, ownership, mail, open_alerts, interrupts, display)
         finally:
             show_messages(mail, open_alerts, is_last=True)
             mail.call("del", "", True)
@@ -92,8 +104,9 @@ def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: In
 
 
 def _train(
-    config: RunConfig, ownership: Ownership, mail: Mailbox, open_alerts: dict[str, str], interrupts: Interrupts
-) -> None:
+    config: RunConfig, ownership: Ownership, mail: Mailbox, open_alerts: dict[str, str], interrupts: Interrupts,
+    display: RunDisplay,
+) -> None:  # fmt: skip
     """Run Ray Train until the stages are finished, again after preemption, growth or a failure. Raises RunFailed."""
     import ray
     import ray.train
@@ -106,7 +119,14 @@ def _train(
     restarts = Restarts(config.storage, join(config.folder, "restarts"), driver)
     placement = Placement(cluster, mail)
 
+    were_placed = False
+
     def check() -> None:
+        nonlocal were_placed
+        if bool(placement.ranks) != were_placed:
+            were_placed = not were_placed
+            ended = "the ranks have ended"
+            display.phase("building the model, reading the first batches" if were_placed else ended)
         show_messages(mail, open_alerts)
         interrupts.check(mail, placement.ranks)
 

@@ -32,14 +32,7 @@ def main(arguments: list[str]) -> int:
         if options.preflight:
             preflight(config, lambda line: print(line, flush=True))
         else:
-            train(
-                config,
-                lambda progress: print(
-                    f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  loss {progress.loss:.4f}  "
-                    f"{progress.samples_per_second:.1f} samples/s  stage ends in {progress.seconds_left / 60:.1f} min",
-                    flush=True,
-                ),
-            )
+            train(config, lambda progress: print(f"{config.name}: {progress.line()}", flush=True))
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {printable(str(error))}", file=sys.stderr)
         return error.exit_status

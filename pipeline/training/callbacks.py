@@ -5,10 +5,12 @@ A hook that calls a collective must do so on every rank in the same order, so su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from pipeline.pages.charts import duration
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
+    """Latest metrics of a run; `losses` has each objective's mean loss."""
+
     stage: str
     stage_step: int
     stage_steps: int
@@ -29,6 +33,16 @@ class Progress:
     loss: float
     samples_per_second: float
     seconds_left: float  # in this stage
+    lr: float = 0.0
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """Return 'pairs 10/150 (step 110/300)  loss 2.48 (itc 2.1, mlm 0.38)  lr 2.5e-05  43 samples/s  ETA 25 s'."""
+        whole = f" (step {self.step:,}/{self.total_steps:,})" if self.total_steps != self.stage_steps else ""
+        losses = ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items())
+        loss = f"loss {self.loss:.4f}" + (f" ({losses})" if len(self.losses) > 1 else "")
+        speed = f"{self.samples_per_second:,.3g} samples/s  ETA {duration(self.seconds_left)}"
+        return f"{self.stage} {self.stage_step:,}/{self.stage_steps:,}{whole}  {loss}  lr {self.lr:.2g}  {speed}"
 
 
 Report = Callable[[Progress], None]

@@ -137,7 +137,9 @@ class MetricsCollector(Callback):
             context.tracker.metrics(step, values | (nodes.pop() if nodes else {}))
             total_steps, rate = stage.run.total_steps, values["perf/samples_per_s"]
             left = (stage.steps - completed) / max(steps_per_second, 1e-9)
-            context.report(Progress(stage.name, completed, stage.steps, step, total_steps, losses["loss"], rate, left))
+            by_objective = {name: loss for name, loss in losses.items() if name != "loss"}
+            reached = (stage.name, completed, stage.steps, step, total_steps)
+            context.report(Progress(*reached, losses["loss"], rate, left, event.lr, by_objective))
         state.metrics = values
         snapshot = MetricsSnapshot(step, values, is_warm, ranks_data_wait, forward_seconds)
         state.callbacks.on_metrics(event.step, snapshot)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.console import RunDisplay
 from jobs.driver import Interrupts
 from jobs.submit import submit
 from jobs.train import pretrain
@@ -39,7 +40,7 @@ def demo(folder: Path, *overrides: str) -> RunConfig:
 
 def refuse(config: RunConfig, kind: type[MomeError] = DataError, status: int = 1) -> str:
     with pytest.raises(kind) as error:
-        pretrain(config, lambda progress: None, Interrupts(config))
+        pretrain(config, RunDisplay(config.name), Interrupts(config))
     assert error.value.exit_status == status
     return str(error.value)
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.text import Text
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from jobs import cli
+from jobs import cli, console
 from jobs.cli import app
 from jobs.cluster import for_ranks
 from jobs.configs import fingerprint_of, list_recipes
@@ -39,6 +40,7 @@ from pipeline.config.load import apply_override, validate, with_absolute_paths
 from pipeline.config.schema import MODEL_SECTIONS, OBJECTIVES
 from pipeline.data.storage import Storage
 from pipeline.planning.estimate import ACCELERATORS, NETWORKS, Assumptions
+from pipeline.training.callbacks import Progress
 from pipeline.training.prepare import RUN_FILE, prepare
 from tests.support.finished_run import contents
 from tests.support.short_run import short_config
@@ -101,7 +103,7 @@ def test_help_and_submitting_import_no_heavy_library() -> None:
 def test_text_omits_missing_values_json_is_complete_and_neither_controls_the_terminal(capsys: Any) -> None:
     result = {"pairs": 3, "mlm": {"accuracy": 0.123456, "accuracy_text_only": None}, "stages": ["a", "b"]}
     print_result(result, as_json=False)
-    assert capsys.readouterr().out == "pairs         3\nmlm.accuracy  0.1235\nstages        a, b\n"
+    assert capsys.readouterr().out == "pairs         3\nmlm.accuracy  12.3%\nstages        a, b\n"
     print_result(result, as_json=True)
     assert capsys.readouterr().out == json.dumps(result) + "\n"
     hostile = {"caption": "\x1b]52;c;eA==\x07\x9b2J\u202e", "key": "\ud83d\x7f"}
@@ -111,6 +113,37 @@ def test_text_omits_missing_values_json_is_complete_and_neither_controls_the_ter
     assert not set("".join(capsys.readouterr())) & set("\x1b\x07\x9b\u202e\x7f\ud83d")
     print_result(hostile, as_json=True)
     assert json.loads(capsys.readouterr().out) == hostile
+
+
+def test_retrieval_is_a_table_in_percent(capsys: Any) -> None:
+    recalls = {"r1": 0.5, "r5": 0.75, "r10": 1.0}
+    retrieval = {"image_to_text": recalls | {"median_rank": 1.5}, "text_to_image": recalls, "chance": recalls}
+    print_result({"pairs": 8, "skipped": 0, "retrieval": retrieval | {"by": "itc"}}, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["retrieval", "R@1", "R@5", "R@10", "median", "rank"]
+    assert lines[1].split() == ["image", "to", "text", "50.0%", "75.0%", "100.0%", "1.5"]
+    assert lines[4:] == ["", "pairs         8", "retrieval.by  itc"]
+
+
+def test_phases_and_metrics_are_printed_without_silence(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.2)
+    losses = {"itc": 2.0, "mlm": 0.5}
+
+    def progress(step: int) -> Progress:
+        return Progress("pairs", step, 9, step + 3, 12, 2.5, 40.0, 5.0, lr=1e-4, losses=losses)
+
+    with console.RunDisplay("run") as display:
+        display.phase("starting Ray")
+        time.sleep(1.6)
+        for step in (1, 2, 3):
+            display.show(progress(step))
+        time.sleep(1.6)
+        display.show(progress(9))
+    lines = [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert (lines[0], lines[1].startswith("run: starting Ray (")) == ("run: starting Ray", True)
+    metrics = "  loss 2.5000 (itc 2, mlm 0.5)  lr 0.0001  40 samples/s  ETA 5.0 s"
+    shown = [line for line in lines if "loss" in line]
+    assert shown == [f"run: pairs {step}/9 (step {step + 3}/12){metrics}" for step in (1, 3, 9)]
 
 
 def test_error_text_with_markup_is_printed_verbatim(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

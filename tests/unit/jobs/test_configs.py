@@ -34,7 +34,7 @@ def test_dry_run_states_counts_and_every_problem_and_writes_nothing(tmp_path: Pa
     run = describe_run(config)
     check_services(run, config)
     alone = short_config(str(tmp_path), stages__1__start_from="random")
-    assert (run.state, run.ranks, run.problems) == ("resumes from step 0 of 16", 2, [])
+    assert (run.state, run.ranks, run.problems) == ("new", 2, [])
     assert run.vocabulary.startswith(f"{tokenizer.size} tokens of this run")
     for index, stage in enumerate(run.stages):
         weights = [*build_stage_model(Stage(alone, index), storage, tokenizer.size).parameters()]
