@@ -207,7 +207,9 @@ def evaluate(
     checkpoint: Checkpoint,
     source: Annotated[str | None, Option(help="Source of the run, or URL (default: evaluation.source).")] = None,
     limit: Annotated[int | None, Option(min=1, help="Maximum number of images, for a partial evaluation.")] = None,
-    report: Annotated[Path | None, FileOption(help="Report (default: report-NAME.html next to the weights).")] = None,
+    report: Annotated[
+        Path | None, FileOption(help="Report (default: evaluation-NAME.html next to the weights).")
+    ] = None,
     track: Track = None,
     name: Annotated[str | None, Option("--as", metavar="NAME", help="Evaluation's name (default: its source).")] = None,
     workers: Workers = None,

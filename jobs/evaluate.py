@@ -12,7 +12,7 @@ from urllib.parse import quote
 from jobs.configs import Caller
 from jobs.console import check_output, notify, write_output
 from jobs.distributed import device_of, on_workers, ranks_here
-from jobs.report import open_tracker
+from jobs.report import RUN_REPORT, open_tracker
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.load import check_stored_url, validate
 from pipeline.config.schema import RunConfig, SourceConfig, SourceType
@@ -34,7 +34,7 @@ from pipeline.training.prepare import RUN_FILE
 
 log = logging.getLogger(__name__)
 
-REPORT = "report.html"  # of a run's main evaluation, with links to the others
+REPORT = "evaluation.html"  # of a run's main evaluation, with links to the others
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -226,16 +226,19 @@ def _store(
         """Return the name of a report: what was evaluated, and the weights unless they are the run's last."""
         stage = [] if key.stage == config.stages[-1].name else [key.stage]
         step = [] if key.step is None else [f"step-{key.step}"]
-        return f"report-{file_name_of('@'.join([key.name, *stage, *step]))}.html"
+        return f"evaluation-{file_name_of('@'.join([key.name, *stage, *step]))}.html"
 
     records = read_records(config, storage).stages
     curves = {r.config.name: [(step, loss) for _, step, loss in r.series("train/loss")] for r in records}
-    page = eval_report.render_report(data, config, curves, other).encode()
+    run_page = RUN_REPORT if storage.exists(join(config.folder, RUN_FILE)) else ""
+    own_page = run_page if report is None else ""  # a page elsewhere has no neighbours to link
+    page = eval_report.render_report(data, config, curves, other, run_page=own_page).encode()
     try:
         eval_report.save_report_data(storage, config.folder, data)
         evaluations = eval_report.load_report_data(storage, config.folder)
         links = [(evaluation, quote(file_of(evaluation.key))) for evaluation in evaluations]
-        main_page = eval_report.render_report(eval_report.headline(evaluations), config, curves, links=links)
+        shown = eval_report.headline(evaluations)
+        main_page = eval_report.render_report(shown, config, curves, links=links, run_page=run_page)
         storage.write(join(config.folder, REPORT), main_page.encode())
     except StorageError as error:
         if report is None:

@@ -17,7 +17,6 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage, join
-from pipeline.pages.charts import significant
 from pipeline.reports import run_report
 from pipeline.reports.run_folder import open_run
 from pipeline.tracking.locations import absolute_uri, configured_uri, default_uri, read_run_id, tracking_uri
@@ -27,7 +26,7 @@ from pipeline.training.prepare import RUN_FILE
 log = logging.getLogger(__name__)
 
 RUN_REPORT = "run_report.html"
-MAX_CHARACTERS = 48  # of a value in the comparison table
+COLUMNS, KEY_CHARACTERS, MAX_CHARACTERS = 80, 36, 48  # of the comparison table, of a key, and of a value
 
 
 def report(
@@ -106,7 +105,7 @@ def reported(config: RunConfig) -> Iterator[None]:
 
 
 def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Caller()) -> tuple[dict[str, Any], str]:
-    """Return what `--json` prints and two tables (`*`: a result differs); write the page `html`. Raises ConfigError."""
+    """Return what `--json` prints and two tables, results first; write the page `html`. Raises ConfigError."""
     if len(runs) < 2:
         raise ConfigError(f"mome compare: expected two runs or more, got {len(runs)}")
     storage = Storage(caller.storage)
@@ -114,20 +113,29 @@ def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Cal
     if html is not None:
         write_output(storage, str(html), run_report.render_comparison(comparison).encode(), "--html")
     names, by_name = comparison.runs, dict[str, dict[str, run_report.Result]]()
-    config, results = [["", "config", *names]], [["", "results", *names]]
+    config, results = [["config", *names]], [["results", *names]]
     for path, settings in comparison.config.items():
         texts = {run: value if isinstance(value, str) else json.dumps(value) for run, value in settings.items()}
-        config.append(["", path, *(texts.get(run, "(no such key)") for run in names)])
+        config.append([path, *(texts.get(run, "not set") for run in names)])
     if not comparison.config:
-        config.append(["", "no key differs", *("" for _ in names)])
+        config.append(["no key differs", *("" for _ in names)])
     for group, rows in comparison.results.items():
-        results.append(["", f"{group}:", *("" for _ in names)])
+        results.append([f"{group}:", *("" for _ in names)])
         for name, values in rows.items():
-            cells = ["-" if v is None else v if isinstance(v, str) else significant(v) for v in values]
-            results.append(["*" if any(v != values[0] for v in values) else "", f"  {name}", *cells])
+            best, cells = run_report.best_of(name, values), [run_report.readable_result(name, v) for v in values]
+            cells = [f"{cell} *" if number == best else cell for number, cell in enumerate(cells)]
+            results.append([f"  {run_report.readable_metric(name)}", *cells])
             finite = [None if isinstance(v, float) and not math.isfinite(v) else v for v in values]
             by_name[f"{name} ({group})" if name in by_name else name] = dict(zip(names, finite, strict=True))
+    width = min(MAX_CHARACTERS, max(12, (COLUMNS - KEY_CHARACTERS) // len(names) - 2))
     for row in (*config, *results):  # of a long text the end is kept, in which paths differ
-        row[2:] = [t if len(t) <= MAX_CHARACTERS else f"…{t[1 - MAX_CHARACTERS :]}" for t in row[2:]]
-    table = f"{aligned(config)}\n\n{aligned(results)}"
+        row[0] = row[0] if len(row[0]) <= KEY_CHARACTERS or not any(row[1:]) else f"…{row[0][1 - KEY_CHARACTERS :]}"
+        row[1:] = [t if len(t) <= width else f"…{t[1 - width :]}" for t in row[1:]]
+    headings = [row[0] for row in results if not any(row[1:])]
+    for row in results:  # headings do not widen the column
+        row[0] = "" if row[0] in headings and not any(row[1:]) else row[0]
+    lines = aligned(results).splitlines()
+    for number in (number for number, row in enumerate(results) if not any(row)):
+        lines[number] = headings.pop(0)
+    table = "\n".join([*lines, "* best value", "", aligned(config)])
     return {"runs": names, "config": comparison.config, "results": by_name}, table

@@ -126,8 +126,10 @@ def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:
 def alignment_examples(
     model: Model, tokenizer: Tokenizer, held_out: EvalPairs, config: RunConfig, stage: StageConfig
 ) -> Alignments:
-    """Explain the first captions of evenly spaced images; empty for a model that does not align words and patches."""
-    if modules_for(model, "wpa", "pairs") is None or not len(held_out):
+    """Explain the first captions of evenly spaced images; empty unless this stage or an earlier one trained wpa."""
+    trained = config.stages[: config.stages.index(config.stage_named(stage.name)) + 1]
+    is_trained = any("wpa" in earlier.objectives for earlier in trained)
+    if not is_trained or modules_for(model, "wpa", "pairs") is None or not len(held_out):
         return Alignments()
     captions = []
     for number in range(0, len(held_out), -(-len(held_out) // ALIGNMENT_EXAMPLES)):

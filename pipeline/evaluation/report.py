@@ -1,15 +1,21 @@
-"""The report of an evaluation: its values and thumbnails as one JSON file in the run's folder, and its HTML page.
+"""The report of an evaluation: its values as JSON and its thumbnails as a zip in the run's folder, and its HTML page.
 
-The file may come from an untrusted writer: images are data URIs, never addresses, and damaged files are skipped.
+The files may come from an untrusted writer: images are data URIs, never addresses, and damaged files are skipped.
 Examples are chosen by rule: retrievals by the margin between the best right and the best wrong candidate, masked words
 by how much the right image changed the probability of the truth, both ends of each.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import itertools
+import json
 import logging
+import re
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, TypeVar
@@ -19,7 +25,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import file_name_of
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.storage import Storage, join
+from pipeline.data.storage import NotFound, Storage, join
 from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.masked import OTHER, OWN, MaskedLanguage, words_of
@@ -41,23 +47,25 @@ REASONS_SHOWN = 8
 MEASURES: tuple[tuple[str, str, str, str, str | float | None], ...] = (
     ("vqa", "accuracy", "Questions answered (VQA accuracy)",
      "{questions} questions; {accuracy_without_model} by one answer to all", None),
-    ("nlvr2", "accuracy", "Statements judged rightly",
+    ("nlvr2", "accuracy", "Statements judged correctly",
      "{statements} statements; {accuracy_without_model} by the frequent label", None),
-    ("nlvr2", "consistency", "Sentences judged rightly throughout", "correct for all images of a sentence", None),
+    ("nlvr2", "consistency", "Sentences judged correctly for all images", "consistency (NLVR2)", None),
     ("classification", "top1", "Top-1 accuracy", "{images} images; chance {chance}", None),
     ("classification", "top5", "Top-5 accuracy", "", None),
     ("zero_shot", "top1", "Zero-shot top-1 accuracy", "{images} images; chance {chance}", None),
     ("zero_shot", "top5", "Zero-shot top-5 accuracy", "", None),
     ("linear_probe", "top1", "Linear probe top-1 accuracy",
      "{images} images, trained on {trained_on}; chance {chance}", None),
-    ("itm", "accuracy", "Captions matched with their images",
+    ("itm", "accuracy", "Matching accuracy",
      f"{{accuracy_matched}} of the true pairs, {{accuracy_mismatched}} of the false; chance {percent(0.5)}", 0.5),
-    ("reconstruction", "error", "Error of filled patches ({stage})",
+    ("reconstruction", "error", "Masked-patch error, lower is better ({stage})",
      "{error_without_model} without a model: mean colour alone; in units of full scale", "error_without_model"),
 )  # fmt: skip
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
-ImageUri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")]
+IMAGE_URI = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+")
+IMAGE_FILE = "image:"  # prefix of the JSON's references to files of the zip
+ImageUri = Annotated[str, Field(pattern=f"^{IMAGE_URI.pattern}$")]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Query = TypeVar("Query")
 Candidate = TypeVar("Candidate")
@@ -178,10 +186,35 @@ _JSON = TypeAdapter(ReportData)
 
 
 def save_report_data(storage: Storage, folder: str, data: ReportData) -> None:
-    """Write the data next to the weights, replacing an earlier evaluation of the same weights and name."""
+    """Write the data next to the weights, replacing an earlier evaluation of the same weights and name.
+
+    The JSON holds numbers and texts, and names each image in the zip next to it. The zip is named by its content and
+    written first, so that an interrupted write leaves the earlier evaluation whole.
+    """
     step = "" if data.key.step is None else f"@step-{data.key.step}"
-    name = file_name_of(f"{data.key.stage}-{data.key.name}{step}.json")
-    storage.write(join(folder, FOLDER, name), _JSON.dump_json(data))
+    stem = file_name_of(f"{data.key.stage}-{data.key.name}{step}")
+    images: dict[str, str] = {}  # data URI -> file in the zip
+
+    def without_images(value: Any) -> Any:
+        if isinstance(value, str) and IMAGE_URI.fullmatch(value):
+            return images.setdefault(value, f"{IMAGE_FILE}{len(images):03}.{value[11:14].replace('jpe', 'jpg')}")
+        if isinstance(value, dict):
+            return {key: without_images(own) for key, own in value.items()}
+        return [without_images(own) for own in value] if isinstance(value, list) else value
+
+    values, packed = without_images(_JSON.dump_python(data, mode="json")), io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for uri, name in images.items():
+            archive.writestr(zipfile.ZipInfo(name.removeprefix(IMAGE_FILE)), base64.b64decode(uri.partition(",")[2]))
+    digest = hashlib.sha256(packed.getvalue()).hexdigest()[:12]
+    archive_name = f"{stem}.images-{digest}.zip" if images else None
+    if archive_name:
+        storage.write(join(folder, FOLDER, archive_name), packed.getvalue())
+    text = json.dumps({"evaluation": values, "images": archive_name}, indent=1).encode()
+    storage.write(join(folder, FOLDER, f"{stem}.json"), text)
+    for name in storage.list(join(folder, FOLDER)):
+        if name.startswith(f"{stem}.images-") and name != archive_name:
+            storage.delete(join(folder, FOLDER, name))
 
 
 def load_report_data(storage: Storage, folder: str) -> list[ReportData]:
@@ -189,9 +222,34 @@ def load_report_data(storage: Storage, folder: str) -> list[ReportData]:
     evaluations = []
     for url in (join(folder, FOLDER, name) for name in storage.list(join(folder, FOLDER)) if name.endswith(".json")):
         try:
-            evaluations.append(_JSON.validate_json(storage.read(url)))
-        except ValidationError as error:
-            fault = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
+            stored = json.loads(storage.read(url))
+            values, images = stored["evaluation"], dict[str, str]()
+            if archive_name := stored["images"]:
+                if not re.fullmatch(r"[^/\\]+\.images-[0-9a-f]{12}\.zip", archive_name):
+                    raise ValueError(f"{archive_name!r:.60} is no name of a file of images")
+                with zipfile.ZipFile(io.BytesIO(storage.read(join(folder, FOLDER, archive_name)))) as archive:
+                    for entry in archive.infolist():
+                        kind = {"png": "png", "jpg": "jpeg"}[entry.filename.rpartition(".")[2]]
+                        if entry.compress_type != zipfile.ZIP_STORED:
+                            raise ValueError(f"{archive_name} holds compressed images")
+                        content = base64.b64encode(archive.read(entry)).decode()
+                        images[IMAGE_FILE + entry.filename] = f"data:image/{kind};base64,{content}"
+            text = json.dumps(values)
+            for name, uri in images.items():
+                text = text.replace(json.dumps(name), json.dumps(uri))
+            evaluations.append(_JSON.validate_json(text))
+        except (
+            ValidationError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+            zipfile.BadZipFile,
+            NotFound,
+        ) as error:
+            fault = str(error)[:200]
+            if isinstance(error, ValidationError):
+                fault = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
             log.warning("%s: damaged, or written by another version; skipped (%s)", url, fault)
     return sorted(evaluations, key=lambda data: -data.at)
 
@@ -262,14 +320,16 @@ def render_report(
     curves: Curves,
     against: ReportData | None = None,
     links: Sequence[tuple[ReportData, str]] = (),
+    run_page: str = "",
 ) -> str:
     """Render the page with another run's evaluation, and links to this run's other pages, relative to this one."""
     drawn = [(name, sorted(points)) for name, points in curves.items() if points]
     charts = [(name, p[-1], line_chart([Measure("loss", [Series(0, p)], 130)], width=350)) for name, p in drawn]
     common = data.metrics.keys() & (against.metrics.keys() if against else set()) - {"pairs"}
     return render_page(
-        "pipeline/evaluation/report.html.j2", f"evaluation {config.folder} {data.key}", shown=data, links=links,
-        config=config, curves=charts, against=against, yaml=config_yaml(config, exclude_defaults=True),
+        "pipeline/evaluation/report.html.j2", f"evaluation {config.folder} {data.key}", shown=data,
+        links=links, run_page=run_page, config=config, curves=charts, against=against,
+        yaml=config_yaml(config, exclude_defaults=True),
         last_loss={name: points[-1][1] for name, points in curves.items() if points},
         compared={name: value for name, value in data.metrics.items() if name in common},
     )  # fmt: skip

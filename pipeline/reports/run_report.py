@@ -21,7 +21,7 @@ from pipeline.data.shards.manifest import load_index, load_manifest, parse_patte
 from pipeline.data.shards.source import open_source
 from pipeline.data.storage import join
 from pipeline.evaluation import report as eval_report
-from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart, significant
+from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart, percent, significant
 from pipeline.pages.page import render_page, thumbnail
 from pipeline.reports.run_folder import QUARANTINE, RESTARTS, RunFolder, StageRecord, Tag
 from pipeline.tracking.describe import config_yaml
@@ -31,9 +31,10 @@ from pipeline.tracking.mlflow_replay import Cursor
 from pipeline.training.goodput import PHASES
 
 ALERT, SPIKE = "mome.alert.", "mome.spike."  # prefixes of tags
-OVER = "over at step"  # prefix of the text of an alert that is over (`pipeline.training.metrics`)
+OVER = "resolved at step"  # prefix of the text of an alert that is over (`pipeline.training.metrics`)
 SHOWN_VERSIONS = ("mome", "torch", "deepspeed", "ray", "mlflow")
 WIDE, NARROW = 1040, 350  # widths of the charts in pixels, for desktops and phones
+EVALUATION_PAGE = "evaluation.html"  # next to the run's report
 MAX_EVENTS = 60
 MAX_SAMPLES = 24  # of the quarantine; each is a read from the store
 MAX_PER_REASON = 3
@@ -118,6 +119,40 @@ class RunReport:
     lineage: dict[str, str]
     mlflow_page: str  # URL of the run in MLflow's web interface; empty if unknown
 
+    @property
+    def verdict(self) -> list[str]:
+        """Return the sentences on top of the page: how the run ended, its best figures, its alerts."""
+        run, total = self.run, self.run.config.total_steps
+        finished = sum(stage.record.status == "FINISHED" for stage in self.stages)
+        step = f"step {run.reached:,} of {total:,}"
+        states = {
+            "FINISHED": f"Finished: {finished} of {_counted(len(self.stages), 'stage')}, {run.reached:,} steps.",
+            "FAILED": f"Failed at {step}.",
+            "KILLED": f"Stopped at {step}; the same command resumes it.",
+            "NOT STARTED": "Not started yet.",
+        }
+        sentences = [states.get(self.status, f"{'Running' if run.is_live else 'Interrupted'} at {step}.")]
+        if self.evaluations:
+            shown = eval_report.headline(self.evaluations)
+            figures = [
+                f"{row.direction.lower()} R@{k} {percent(value)} (chance {percent(chance)})"
+                for row in shown.recall[:2]
+                for k, value, chance in row.cells[:1]
+            ]
+            measures = [f"{row.name.lower()} {percent(row.value)}" for row in shown.measures[:1]]
+            if figures or measures:
+                sentences.append(f"On {shown.key.name}: {', '.join(figures or measures)}.")
+        resolved = sum(tag.value.startswith(OVER) for tag in self.alerts)
+        unresolved = len(self.alerts) - resolved
+        if unresolved or resolved:
+            open_alerts = f"{_counted(unresolved, 'open alert')}" if unresolved else "No open alerts"
+            sentences.append(f"{open_alerts}{f'; {resolved} resolved' if resolved else ''}.")
+        return sentences
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -186,7 +221,10 @@ def _events(run: RunFolder) -> list[Event]:
         values = {name.removeprefix(EVALUATION): v for name, v in point.values.items() if name.startswith(EVALUATION)}
         recalls = {name: value for name, value in values.items() if name.endswith(RETRIEVAL)}
         shown = recalls or {name: value for name, value in values.items() if not name.endswith("/pairs")}
-        text = ", ".join(f"{name} {significant(value)}" for name, value in list(shown.items())[:4])
+        text = ", ".join(
+            f"{name.rpartition('/')[0]}: {readable_metric(name)} {readable_result(name, value)}"
+            for name, value in list(shown.items())[:4]
+        )
         events.append(Event(point.at, point.step, "evaluation", text))
     restarts = run.records(*RESTARTS)
     causes = [(1000 * entry["time"], f"{entry['cause']}: {entry['message']}") for entry in restarts]
@@ -275,7 +313,7 @@ def render_run_report(report: RunReport, comparison: Comparison | None = None) -
         "pipeline/reports/run_report.html.j2", f"report {run.folder}", report=report, run=run,
         curves={axis: [draw_curves(report, width, timed) for width in (WIDE, NARROW)] for axis, timed in axes.items()},
         shown=eval_report.headline(report.evaluations) if report.evaluations else None, max_events=MAX_EVENTS,
-        over=OVER, comparison=comparison, yaml=yaml,
+        over=OVER, comparison=comparison, yaml=yaml, evaluation_page=EVALUATION_PAGE, **READABLE,
     )  # fmt: skip
 
 
@@ -288,7 +326,11 @@ def draw_curves(report: RunReport, width: int, in_seconds: bool) -> Chart:
     starts = [event.at for event in report.events if event.kind in ("begun", "restart")]
     records = [record for record in report.run.stages if record.points]
     measures, evaluations = [], report.run.evaluations
-    for metric, name, height in MEASURES:
+    objectives = sorted({name for record in records for name in record.config.objectives})
+    panels = list(MEASURES)
+    if len(objectives) > 1:  # the sum hides which objective learns
+        panels[1:1] = [(f"train/loss_{name}", f"{name} loss", 70) for name in objectives]
+    for metric, name, height in panels:
         series = []
         for number, record in enumerate(records):
             for start, end in zip(starts, [*starts[1:], float("inf")], strict=True):  # no line crosses a restart
@@ -344,7 +386,61 @@ def compare(runs: Sequence[RunFolder]) -> Comparison:
         if path not in IGNORED_KEYS
         and (len({json.dumps(v) for v in values.values()}) > 1 or (len(values) < len(runs) and path in explicit))
     }
-    return Comparison(names, config, results, losses, folders)
+    return Comparison(names, _without_lone_sections(config, by_path, names), results, losses, folders)
+
+
+def _without_lone_sections(
+    config: dict[str, dict[str, Any]], by_path: dict[str, dict[str, Any]], names: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Replace the keys of a section that some runs lack, such as a stage, by one entry with their number."""
+    prefixes: dict[str, set[str]] = {name: set() for name in names}
+    for path, values in by_path.items():
+        parts = path.split(".")
+        for name in values:
+            prefixes[name] |= {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    grouped: dict[str, dict[str, Any]] = {}
+    for path, values in config.items():
+        lacking, parts = [name for name in names if name not in values], path.split(".")
+        sections = (".".join(parts[:count]) for count in range(1, len(parts)))
+        section = next((s for s in sections if lacking and all(s not in prefixes[name] for name in lacking)), None)
+        if section is None:
+            grouped[path] = values
+        else:
+            entry = grouped.setdefault(section, {})
+            for name in values:
+                entry[name] = f"{int(str(entry.get(name, '0')).split()[0]) + 1} keys"
+    return grouped
+
+
+# Metrics of an evaluation that are fractions, and their names for people.
+FRACTION = re.compile(r"(_r\d+|accuracy\w*|top\d|consistency|goodput)$")
+_DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
+
+
+def readable_metric(name: str) -> str:
+    """Return a metric's name for people: 'image → text R@1' for 'eval/test/i2t_r1'."""
+    last = name.rpartition("/")[2]
+    if match := re.fullmatch(r"(reranked_)?(i2t|t2i)_(?:r(\d+)|(\w+))", last):
+        measure = f"R@{match[3]}" if match[3] else match[4].replace("_", " ")
+        return f"{_DIRECTIONS[match[2]]} {measure}{', re-ranked' if match[1] else ''}"
+    return last.replace("_", " ").replace("mlm", "masked words:").replace("itm", "matching:")
+
+
+def readable_result(name: str, value: Result) -> str:
+    """Return a result for people: fractions as percentages, '–' if it is missing."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return percent(value) if FRACTION.search(name) else significant(value)
+
+
+def best_of(name: str, values: Sequence[Result]) -> int | None:
+    """Return the index of the single best value of a fraction; None for other metrics and for ties."""
+    numbers = [value if isinstance(value, float) else -1.0 for value in values]
+    best = max(numbers)
+    is_best = FRACTION.search(name) and best >= 0 and numbers.count(best) == 1
+    return numbers.index(best) if is_best else None
 
 
 def _by_name(values: Any) -> Any:
@@ -394,10 +490,17 @@ def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:
                 yield "Data digest", f"{record.config.name}: {dataset['name']}", dataset["digest"][:16]
 
 
+READABLE: dict[str, Any] = {  # functions of templates
+    "readable_metric": readable_metric, "readable_result": readable_result, "best_of": best_of,
+}  # fmt: skip
+
+
 def render_comparison(comparison: Comparison) -> str:
     """Return the comparison as an HTML page, with a chart of losses for each stage and one line per run."""
     charts = {
         stage: line_chart([Measure("loss", curves, LOSS_HEIGHT)], NARROW) for stage, curves in comparison.losses.items()
     }
     subject = f"comparison {' '.join(comparison.folders)}"
-    return render_page("pipeline/reports/comparison.html.j2", subject, comparison=comparison, loss_charts=charts)
+    return render_page(
+        "pipeline/reports/comparison.html.j2", subject, comparison=comparison, loss_charts=charts, **READABLE
+    )

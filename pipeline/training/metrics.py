@@ -234,9 +234,9 @@ class Alerts(Callback):
             if length >= CONSECUTIVE and name not in self._raised:
                 self.on_fault(step + 1, name, met[name])
             elif length <= -CONSECUTIVE and name in self._raised:
-                text, stage = f"over at step {snapshot.step}; {self._raised.pop(name)}", self.state.stage.name
+                text, stage = f"resolved at step {snapshot.step}; {self._raised.pop(name)}", self.state.stage.name
                 extra = {"alert": f"{stage}/{name}", "over": True}
-                log.warning("stage %s: alert %s is over at step %d", stage, name, snapshot.step, extra=extra)
+                log.warning("stage %s: alert %s resolved at step %d", stage, name, snapshot.step, extra=extra)
                 self.state.context.tracker.tag(f"mome.alert.{name}", text)
 
     def on_health(self, step: int, health: StepHealth) -> None:

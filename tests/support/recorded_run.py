@@ -93,7 +93,7 @@ def _record_journal(place: Path, planted: Planted) -> None:
             begin(1, resumed_at=str(RESUMED_AT))
             train(1, RESUMED_AT + 3, 2 * STEPS)
             append("tag", 1, key="mome.alert.matching_collapsed", value=ALERT)
-            for text in ("since step 18: add workers", "over at step 19; since step 18: the loader is slow"):
+            for text in ("since step 18: add workers", "resolved at step 19; since step 18: the loader is slow"):
                 append("tag", 1, key="mome.alert.starved", value=text)
             append("stage_end", 1, status="FINISHED")
             append("run_end", status="FINISHED")

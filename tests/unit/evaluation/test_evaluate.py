@@ -16,7 +16,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.explain import alignment_examples
 from pipeline.evaluation.masked import OWN, TEXT_ONLY
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, gathered, rank_batches
-from pipeline.evaluation.report import build_report_data, render_report
+from pipeline.evaluation.report import Alignments, build_report_data, render_report
 from pipeline.evaluation.retrieval import Predictor, rankings
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
@@ -161,14 +161,19 @@ def test_alignments_are_shown_comparisons_mark_different_data_and_images_are_red
     assert thumbnail(torch.zeros(48, 48, 3, dtype=torch.uint8)).startswith("data:image/png")
     texts = [percent(fraction) for fraction in (0.0, 0.005, 0.125, 1.0, None)]
     assert " ".join(texts).replace("\N{NO-BREAK SPACE}", "") == "0.0% 0.50% 12.5% 100.0% –"
-    alignments = alignment_examples(model, tokenizer, evaluation.held_out, config, config.stages[-1])
+    shown = evaluation.held_out, config, config.stages[-1]
+    assert alignment_examples(model, tokenizer, *shown) == Alignments(), "no stage trained to align"
+    objectives = {**config.stages[-1].objectives, "wpa": ObjectiveConfig()}
+    last = config.stages[-1].model_copy(update={"objectives": objectives})
+    config = config.model_copy(update={"stages": (*config.stages[:-1], last)})
+    alignments = alignment_examples(model, tokenizer, evaluation.held_out, config, last)
     captions = [evaluation.held_out.captions[number][0] for number in range(0, 24, 6)]
     assert [card.caption for card in alignments.captions] == captions
     assert [word for word, _, _ in alignments.captions[0].words] == captions[0].split()
     assert all(0 < fraction <= 1 for card in alignments.captions for _, _, fraction in card.words)
     data = build_report_data(evaluation, config, tokenizer, alignments)
     page = render_report(data, config, {})
-    assert "No stage trained wpa" in page
+    assert "No stage trained wpa" not in page
     assert page.count('alt="heat map of') == sum(len(card.words) for card in alignments.captions)
     data = replace(data, metrics={"i2t_r1": 0.5, "pairs": 24.0, "mlm_accuracy": 0.25})
     other = replace(data, run="other", metrics={"i2t_r1": 2.0, "pairs": 24.0})

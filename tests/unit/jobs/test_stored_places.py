@@ -130,13 +130,13 @@ def test_results_are_written_next_to_the_given_weights(shards, tmp_path, name, p
     before = contents(tmp_path / "runs")
     result = CliRunner().invoke(app, ["evaluate", str(copy / part), "--json"])
     assert result.exit_code == 0, result.output
-    assert Path(json.loads(result.stdout.splitlines()[-1])["report"]) == copy / "report-pairs.html"
+    assert Path(json.loads(result.stdout.splitlines()[-1])["report"]) == copy / "evaluation-pairs.html"
     assert not (tmp_path / "elsewhere" / "mlflow.db").exists()
     assert "it is a copy of" in result.stderr
     for command in (["compare", str(copy), str(original), "--json"], ["report", str(copy)]):
         shown = CliRunner().invoke(app, command)
         assert shown.exit_code == 0, shown.output
-    written = {"report-pairs.html", "report.html", "evaluations/pairs-pairs.json", "run_report.html"}
+    written = {"evaluation-pairs.html", "evaluation.html", "evaluations/pairs-pairs.json", "run_report.html"}
     assert written <= contents(copy).keys()
     assert contents(tmp_path / "runs") == before
 

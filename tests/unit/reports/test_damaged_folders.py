@@ -89,7 +89,9 @@ def test_damaged_evaluations_are_skipped_and_reported(run, caplog):
     masked = {kind: cards[:1] for kind, cards in whole.masked.items()}
     few = replace(whole, retrievals=retrievals, masked=masked, reconstructions=whole.reconstructions[:1])
     save_report_data(Storage(), str(run), few)
-    (file,) = (run / "evaluations").iterdir()
+    (file,), (images,) = ((run / "evaluations").glob(f"*.{kind}") for kind in ("json", "zip"))
+    assert b"base64" not in file.read_bytes(), "images are outside the JSON"
+    assert len(file.read_bytes()) < len(images.read_bytes()) / 5
 
     def read(data):
         file.write_bytes(data)
@@ -102,6 +104,12 @@ def test_damaged_evaluations_are_skipped_and_reported(run, caplog):
 
     assert count_rejected(file.read_bytes(), read, 100, 3) == 0
     assert (sum(skipped) > 20, "skipped" in caplog.text) == (True, True)
+    save_report_data(Storage(), str(run), few)
+    assert load_report_data(Storage(), str(run)) == [few]
+    packed = images.read_bytes()
+    for damaged in (packed[: len(packed) // 2], b"", packed[:300] + bytes([packed[300] ^ 1]) + packed[301:]):
+        images.write_bytes(damaged)
+        assert load_report_data(Storage(), str(run)) == []
 
 
 def test_stored_evaluations_are_read_back_unchanged_and_their_images_are_data_uris_only(tmp_path):

@@ -77,7 +77,7 @@ def test_alert_is_raised_once_and_cleared(alerts: Alerts, name: str) -> None:
     ((key, text),) = evaluate(alerts, 10, 3 + CONSECUTIVE, **cause)
     assert key == f"mome.alert.{name}"
     assert text.startswith(f"since step {9 + CONSECUTIVE}: {message}")
-    assert evaluate(alerts, 30, CONSECUTIVE)[1:] == [(key, f"over at step {29 + CONSECUTIVE}; {text}")]
+    assert evaluate(alerts, 30, CONSECUTIVE)[1:] == [(key, f"resolved at step {29 + CONSECUTIVE}; {text}")]
 
 
 def test_warmup_raises_no_collapse_and_a_loss_jump_one_alert(alerts: Alerts) -> None:
