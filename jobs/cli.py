@@ -92,6 +92,7 @@ class Commands(TyperGroup):
 
 NAMES = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP, context_settings=NAMES)
+runs_app = typer.Typer(no_args_is_help=True, help="List the runs in a folder.")
 jobs_app = typer.Typer(no_args_is_help=True, help="List jobs submitted to a cluster, show status and logs, stop them.")
 
 
@@ -382,6 +383,35 @@ def compare(
 
     comparison, table = compare_runs(runs, html, named_caller(config))
     print_result(comparison, as_json, table)
+
+
+app.add_typer(runs_app, name="runs", rich_help_panel=RESULTS)
+
+
+@runs_app.command("list")
+def runs_list(
+    output: Annotated[str, Argument(help="Folder that contains runs: their `output` (path or URL).")] = "runs",
+    config: OwnConfig = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List all runs in OUTPUT with status, step and best recall, the latest first."""
+    from jobs.runs import list_runs, run_rows
+
+    rows = list_runs(output, named_caller(config))
+    print_result({"runs": rows}, as_json, aligned(run_rows(rows), right={3, 4, 5}))
+
+
+@app.command(rich_help_panel=RESULTS)
+def tail(
+    run: Run,
+    lines: Annotated[int, Option("--lines", "-n", min=1, help="Number of lines to begin with.")] = 10,
+    follow: Annotated[bool, Option("--follow", "-f", help="Print new metrics until the run ends.")] = False,
+    config: OwnConfig = None,
+) -> None:
+    """Print the latest metrics of a run from its journal: step, losses, learning rate, speed."""
+    from jobs.runs import tail as print_tail
+
+    print_tail(run, lines, follow, named_caller(config))
 
 
 @app.command(rich_help_panel=RESULTS)

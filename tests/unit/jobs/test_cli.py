@@ -42,7 +42,7 @@ from pipeline.data.storage import Storage
 from pipeline.planning.estimate import ACCELERATORS, NETWORKS, Assumptions
 from pipeline.training.callbacks import Progress
 from pipeline.training.prepare import RUN_FILE, prepare
-from tests.support.finished_run import contents
+from tests.support.finished_run import config_of, contents, draw, write_run
 from tests.support.short_run import short_config
 from tests.support.tiny_model import tiny_config
 from tests.support.trial import cells
@@ -144,6 +144,20 @@ def test_phases_and_metrics_are_printed_without_silence(capsys: Any, monkeypatch
     metrics = "  loss 2.5000 (itc 2, mlm 0.5)  lr 0.0001  40 samples/s  ETA 5.0 s"
     shown = [line for line in lines if "loss" in line]
     assert shown == [f"run: pairs {step}/9 (step {step + 3}/12){metrics}" for step in (1, 3, 9)]
+
+
+def test_runs_of_a_folder_are_listed_and_their_metrics_printed(tmp_path: Path) -> None:
+    shards = draw(tmp_path / "shards")
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    write_run(tmp_path / "runs" / "run", config_of(tmp_path / "runs", {"drawn": {"shards": shards}}, "drawn"), shards)
+    (row,) = json.loads(run("runs", "list", str(tmp_path / "runs"), "--json"))["runs"]
+    state = {"run": "run", "status": "unfinished", "stage": "pairs", "step": 4, "steps": 4, "starts": 1}
+    assert {name: row[name] for name in state} == state
+    header, line = run("runs", "list", str(tmp_path / "runs")).splitlines()
+    assert (header.split()[:2], line.split()[:4]) == (["run", "status"], ["run", "unfinished", "pairs", "4/4"])
+    assert "run: pairs 4/4  loss 2.0000  lr 0" in run("tail", str(tmp_path / "runs" / "run"))
+    for command in (["runs", "list", shards], ["tail", shards]):
+        assert isinstance(CliRunner().invoke(app, command).exception, ConfigError)
 
 
 def test_error_text_with_markup_is_printed_verbatim(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
