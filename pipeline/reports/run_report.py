@@ -222,7 +222,7 @@ def _events(run: RunFolder) -> list[Event]:
         recalls = {name: value for name, value in values.items() if name.endswith(RETRIEVAL)}
         shown = recalls or {name: value for name, value in values.items() if not name.endswith("/pairs")}
         text = ", ".join(
-            f"{name.rpartition('/')[0]}: {readable_metric(name)} {readable_result(name, value)}"
+            f"{name.rpartition('/')[0]}: {readable_metric(EVALUATION + name)} {readable_result(name, value)}"
             for name, value in list(shown.items())[:4]
         )
         events.append(Event(point.at, point.step, "evaluation", text))
@@ -413,12 +413,14 @@ def _without_lone_sections(
 
 
 # Metrics of an evaluation that are fractions, and their names for people.
-FRACTION = re.compile(r"(_r\d+|accuracy\w*|top\d|consistency|goodput)$")
+FRACTION = re.compile(r"(_r\d+|accuracy\w*|text_only|top\d|consistency|goodput)$")
 _DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 
 
 def readable_metric(name: str) -> str:
-    """Return a metric's name for people: 'image → text R@1' for 'eval/test/i2t_r1'."""
+    """Return the name for people of an evaluation's metric: 'image → text R@1' for 'eval/test/i2t_r1'."""
+    if not name.startswith(EVALUATION):
+        return name
     last = name.rpartition("/")[2]
     if match := re.fullmatch(r"(reranked_)?(i2t|t2i)_(?:r(\d+)|(\w+))", last):
         measure = f"R@{match[3]}" if match[3] else match[4].replace("_", " ")
