@@ -67,11 +67,11 @@ def pretrain(config: RunConfig, display: RunDisplay, interrupts: Interrupts) -> 
     description = describe_run(config, storage, is_prepared=True)
     describe_placement(description, config)
     notify(as_text(description, with_verdict=False))
-    if description.steps_done:
-        lost = 0
-        with suppress(ValueError, TypeError, StorageError):
-            lost = max(0, Progress(**json.loads(storage.read(progress_url))).step - description.steps_done)
-        since = f"; {lost} later steps were not saved and are trained again" if lost else ""
+    lost = 0
+    with suppress(ValueError, TypeError, StorageError):  # no earlier start, or a file of another version
+        lost = max(0, Progress(**json.loads(storage.read(progress_url))).step - description.steps_done)
+    if description.steps_done or lost:
+        since = f"; at least {lost:,} later steps were not saved and are trained again" if lost else ""
         notify(f"resuming from step {description.steps_done:,} of {description.steps:,}{since}")
     storage.delete(join(config.folder, distributed.FAILURE_FILE))
     storage.delete(progress_url)
