@@ -260,8 +260,6 @@ def _model_lines(kind: str, size_name: str, sample: TarSample | None) -> Iterato
     if size_name == "tiny" and kind != "imagebert":
         yield from ("  image_size: 96  # pixels; cost grows with its square", "  patch_size: 16")
         yield from ["  longest_side: 160"] * (kind == "vilt")
-    if size.width < 768:  # with 0.02, the contrastive loss of small widths stays at ln(batch)
-        yield f"  init_std: {0.7 / math.sqrt(size.width):.2g}  # of initial weights; 0.02 at width 768"
     if kind == "vlmo":
         yield f"  vision_language_layers: {1 if size_name == 'tiny' else 3 if size_name == 'large' else 2}"
         yield from ["  max_text_length: 40"] * (size_name == "tiny")

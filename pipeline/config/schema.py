@@ -7,6 +7,7 @@ other change is refused by name (contract C4). Checks that need the objectives' 
 
 from __future__ import annotations
 
+import math
 import pkgutil
 import re
 from collections.abc import Callable
@@ -159,12 +160,21 @@ class TransformerConfig(Section):
     image_size: Positive = fixed(224, "Side of the square input images in pixels; a multiple of `patch_size`")
     patch_size: Positive = fixed(16, "Side of an image patch in pixels")
     max_text_length: Positive = fixed(40, "Number of text positions, including [CLS] and [SEP]")
-    init_std: PositiveFloat = fixed(0.02, "Standard deviation of initial weights; small widths: about 1 / sqrt(width)")
+    init_std: PositiveFloat | Literal["auto"] = fixed(
+        "auto", "Standard deviation of initial weights; auto: 0.02, and 0.02 sqrt(768 / width) for smaller widths"
+    )
     drop_path: Fraction = fixed(0.0, "Drop-path rate of the last layer, rising linearly from 0 in the first")
     interpolation: Interpolation = fixed("bicubic", "Kernel for resizing images (Hugging Face's ViT: bilinear)")
     image_fit: ImageFit = fixed("stretch", "How a whole image becomes a square: stretched, or its centre (CLIP)")
     image_mean: Channels = fixed((0.5, 0.5, 0.5), "Mean of each channel, subtracted from pixels between 0 and 1")
     image_std: ChannelScales = fixed((0.5, 0.5, 0.5), "Standard deviation of each channel, by which pixels are divided")
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of initial weights. Activations keep their size at small widths, where 0.02 would make
+        all outputs nearly equal; published models with at least 768 features use 0.02.
+        """
+        return 0.02 * math.sqrt(max(1.0, 768 / self.width)) if self.init_std == "auto" else self.init_std
 
     def architecture(self) -> dict[str, Any]:
         """Return the keys that determine which weights fit: sections that agree in these can share weights."""

@@ -302,7 +302,7 @@ class Model(nn.Module, ABC):
         Logit scales, LayerScale gammas and relative positions keep the values they were built with. Each draw depends
         on the seed and the parameter's name, so that another head or layer changes no other.
         """
-        std = self.config.init_std
+        std = self.config.weight_std
         for name, parameter in self.named_parameters():
             last = name.rpartition(".")[2]
             if name.endswith(("norm.weight", "LayerNorm.weight")):

@@ -67,6 +67,11 @@ class Contrast(NamedTuple):
     by_source: Tensor | None  # (S, 2) sum of the loss over each source's pairs, and their number
 
 
+def feature_spread(*features: Tensor) -> Tensor:
+    """Return the mean variance of unit vectors (B, D) around their mean: 0 if all are equal, 1 if they cancel out."""
+    return torch.stack([1 - vectors.mean(dim=0).square().sum() for vectors in features]).mean()
+
+
 def global_contrast(
     outputs: ForwardOutput,
     batch: Batch,

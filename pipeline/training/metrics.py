@@ -1,6 +1,7 @@
 """Metrics, alerts and evaluation of a stage. Collecting metrics is a collective call that waits for the device."""
 
 import logging
+import math
 import statistics
 import time
 from collections import Counter, deque
@@ -46,6 +47,8 @@ def diagnostic_metrics(
     metrics = {"perf/data_wait_share_worst": max(data_wait)}
     if scale := diagnostics.get("itc_scale"):
         metrics["train/itc_temperature"] = 1 / scale
+    if "itc_spread" in diagnostics:
+        metrics["train/itc_spread"] = diagnostics["itc_spread"]
     for kind in ("matched", "mismatched"):
         if rows := diagnostics.get(f"itm_{kind}"):
             metrics[f"train/itm_recall_{kind}"] = diagnostics[f"itm_{kind}_correct"] / rows
@@ -125,6 +128,8 @@ class MetricsCollector(Callback):
             "train/lr": event.lr,
             "train/grad_norm": float(state.engine.gradient_norm),
         }
+        if "train/loss_itc" in values and batch_size > 1:
+            values["train/itc_loss_to_chance"] = values["train/loss_itc"] / math.log(batch_size)
         if self._peak_step_seconds is not None:
             values["perf/mfu"] = steps_per_second * self._peak_step_seconds
         values |= total_data_counts(state.loader, state.data_counts, collectives)
@@ -209,6 +214,8 @@ class EvaluationCallback(Callback):
 # ---- alerts
 
 CONSECUTIVE = 5  # metrics steps until an alert is raised or cleared
+AT_CHANCE = 0.02  # relative difference of the contrastive loss from that of equal embeddings
+EQUAL_FEATURES = 0.002  # variance of embeddings around their mean; 1 if they cancel out
 CLAMPED = 0.999  # of the contrastive loss's maximum scale
 MAX_DATA_WAIT = 0.1  # fraction of its time that a rank may wait for data
 MAX_SLOWDOWN = 1.5  # of a rank's forward, relative to the median rank
@@ -269,6 +276,15 @@ def conditions(metrics: MetricsSnapshot) -> Iterator[tuple[str, str]]:
             f"image-text matching is right for {recalls[0]:.0%} of the matched pairs and {recalls[1]:.0%} of the "
             "mismatched ones: it predicts nearly the same class for all. Check that the stage started from the "
             "intended weights (tag start_from), lower optimizer.lr or warm up longer, or begin with negatives=random",
+        )
+    loss, spread = values.get("train/itc_loss_to_chance", 0.0), values.get("train/itc_spread", 1.0)
+    if metrics.is_warm and abs(loss - 1) < AT_CHANCE and spread < EQUAL_FEATURES:
+        yield (
+            "itc_collapse",
+            f"the contrastive loss stays at chance, ln(global_batch_size), because all embeddings are nearly equal "
+            f"(their variance is {spread:.2g} of 1). Check that the stage started from the intended weights (tag "
+            "start_from); set model.init_std=auto, since 0.02 is too small for widths below 768; raise optimizer.lr if "
+            "the loss never moved, lower it or warm up longer if it returned to this value",
         )
     if values.get("train/itc_temperature", 1.0) <= 1 / (CLAMPED * MAX_SCALE):
         yield (

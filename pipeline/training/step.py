@@ -28,7 +28,7 @@ from pipeline.data.order import share
 from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.objectives import ImageTokenizer, NegativePool, Objective, ObjectiveContext, RowSwap, objective_types
-from pipeline.objectives.itc import Contrast, global_contrast
+from pipeline.objectives.itc import Contrast, feature_spread, global_contrast
 from pipeline.training.collectives import Collectives
 from pipeline.training.stages import Stage
 
@@ -210,6 +210,7 @@ class TrainingStep:
         contrast = global_contrast(outputs, batch, weight, gather, own, self._num_sources, divisor)
         if self._with_metrics:  # both are the global batch's, and the caller sums over ranks
             self.diagnostics["itc_scale"] = contrast.scale / world_size
+            self.diagnostics["itc_spread"] = feature_spread(contrast.image, contrast.text) / world_size
         if contrast.by_source is not None:
             self.by_source["itc"] = contrast.by_source / world_size
         return contrast

@@ -17,7 +17,15 @@ from pipeline.training.checkpoint.weights import save_weights, stage_url
 from tests.support.short_run import short_config
 
 SCENES = 12
-SECTION = {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 32, "patch_size": 8}
+SECTION = {
+    "width": 32,
+    "init_std": 0.02,
+    "layers": 2,
+    "heads": 2,
+    "vision_language_layers": 1,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def draw(folder: Path, seed: int = 0) -> str:

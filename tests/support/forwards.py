@@ -18,7 +18,7 @@ from pipeline.models.model import HeadConfig, Model
 
 ROWS, LENGTH, VOCABULARY, PATCH, LAYERS = 4, 7, 23, 8, 4
 SIZES = torch.tensor([[32, 48], [48, 32], [32, 32], [8, 48]])  # pixels of ViLT's images, on canvases of 48 x 48
-_SIZES: dict[str, Any] = {"width": 24, "layers": LAYERS, "heads": 3, "mlp_ratio": 2}
+_SIZES: dict[str, Any] = {"width": 24, "layers": LAYERS, "init_std": 0.02, "heads": 3, "mlp_ratio": 2}
 _IMAGE: dict[str, Any] = _SIZES | {"image_size": 16, "patch_size": PATCH, "drop_path": 0.3}
 _VLMO = schema.VLMoConfig(**_IMAGE, max_text_length=12, vision_language_layers=2, layer_scale=0.5)
 _ABSOLUTE = _VLMO.model_copy(update={"positions": "absolute", "layer_scale": None})

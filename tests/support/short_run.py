@@ -16,7 +16,15 @@ from tests.support.journals import all_records
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 STEPS = 8
-MODEL = {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 24, "patch_size": 8}
+MODEL = {
+    "width": 32,
+    "init_std": 0.02,
+    "layers": 2,
+    "heads": 2,
+    "vision_language_layers": 1,
+    "image_size": 24,
+    "patch_size": 8,
+}
 
 
 def short_config(folder: str, name: str = "run", data: str = "", **overrides: Any) -> RunConfig:

@@ -39,7 +39,7 @@ class TrainProcess:
         self.folder, self.name, output = folder, name, output or str(folder)
         self.url, self.storage = join(output, name), Storage(storage)
         keys = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "global_batch_size=16")]
-        keys += ["model.width=32", "model.layers=2", "model.heads=2"]
+        keys += ["model.init_std=0.02", "model.width=32", "model.layers=2", "model.heads=2"]
         keys += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={output}", f"name={name}"]
         keys += ["sources.scenes.synthetic.scenes=300", "sources.unseen.synthetic.scenes=20"]
         keys += [f"sources.{source}.shards={output}/scenes" for source in ("scenes", "pictures", "sentences")]

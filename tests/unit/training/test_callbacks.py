@@ -36,6 +36,10 @@ LEARNT = {"itm_matched": 10, "itm_matched_correct": 8, "itm_mismatched": 20, "it
 HEALTHY = {"is_warm": True, "diagnostics": LEARNT, "data_wait": [0.0, 0.01], "forward_seconds": [1.0, 1.1]}
 CAUSES: dict[str, tuple[dict[str, Any], str]] = {
     "itm_collapse": ({"diagnostics": LEARNT | {"itm_mismatched_correct": 0}}, "image-text matching is right for 80%"),
+    "itc_collapse": (
+        {"diagnostics": {"itc_spread": 0.001}, "values": {"train/itc_loss_to_chance": 1.001}},
+        "the contrastive loss stays at chance",
+    ),
     "itc_clamp": ({"diagnostics": {"itc_scale": MAX_SCALE}}, "the contrastive temperature"),
     "data_starvation": ({"data_wait": [0.0, 0.4, 0.1]}, "rank 1 waits for data 40%"),
     "straggler": ({"forward_seconds": [1.0, 1.1, 3.3]}, "rank 2 needs 3.0 times"),
@@ -64,6 +68,7 @@ def evaluate(alerts: Alerts, start: int, count: int, **changed: Any) -> list[tup
     """Give the alerts the metrics of some steps, healthy but for the changes; return the tags set until then."""
     case = HEALTHY | changed
     values = metrics.diagnostic_metrics(case.pop("diagnostics"), case["data_wait"], case["forward_seconds"])
+    values |= case.pop("values", {})
     for step in range(start, start + count):
         alerts.on_metrics(step - 1, metrics.MetricsSnapshot(step, values, **case))
     return [tag.args for tag in alerts.state.context.tracker.tag.mock_calls]  # type: ignore[attr-defined]
@@ -81,7 +86,10 @@ def test_alert_is_raised_once_and_cleared(alerts: Alerts, name: str) -> None:
 
 
 def test_warmup_raises_no_collapse_and_a_loss_jump_one_alert(alerts: Alerts) -> None:
-    assert evaluate(alerts, 0, 3 * CONSECUTIVE, is_warm=False, **CAUSES["itm_collapse"][0]) == []
+    for name in ("itm_collapse", "itc_collapse"):
+        assert evaluate(alerts, 0, 3 * CONSECUTIVE, is_warm=False, **CAUSES[name][0]) == []
+    for values in ({"train/itc_loss_to_chance": 0.97}, {"train/itc_loss_to_chance": 1.2}):  # learning, or not equal
+        assert evaluate(alerts, 0, 3 * CONSECUTIVE, diagnostics={"itc_spread": 0.001}, values=values) == []
     falling = {step: 10.0 - step / LOSSES for step in range(2 * LOSSES)}
     for step, loss in (falling | dict.fromkeys((200, 201, 202), 10 * JUMP)).items():
         alerts.on_health(step, StepHealth({"loss": loss}, is_finite=True, preempted=False))

@@ -1,0 +1,111 @@
+"""`mome train --lr-range`: train a stage with a rising learning rate, and suggest one (arXiv 1506.01186).
+
+The stage trains in a temporary folder, in this process and on one GPU if there is any; the run itself stays untouched.
+"""
+
+import math
+import tempfile
+from typing import Any
+
+from jobs.console import aligned, status, three_digits
+from pipeline.config.errors import ConfigError, RunFailed
+from pipeline.config.load import with_absolute_paths
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+from pipeline.training.callbacks import Callback, Progress, StepEvent
+from pipeline.training.checkpoint.committed import is_committed
+from pipeline.training.checkpoint.weights import stage_url
+from pipeline.training.loop import train
+from pipeline.training.prepare import apart
+
+SMOOTHING = 0.9  # of the losses, an exponential average
+MIN_POINTS, ROWS = 10, 12
+LEARNS = 0.02  # relative fall of the smoothed loss below which no rate is suggested
+
+
+class LossRecorder(Callback):
+    """Keeps the learning rate and the loss of every step."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, float]] = []
+
+    def after_step(self, event: StepEvent) -> None:
+        if event.health is not None:
+            self.points.append((event.lr, event.health.losses["loss"]))
+
+
+def test_learning_rates(config: RunConfig, stage: str | None, limits: str, steps: int) -> tuple[dict[str, Any], str]:
+    """Train a stage for `steps` steps at rates that rise from A to B of `limits` ('A:B'); return the result and its text.
+
+    A stage that continues an earlier one starts from its weights if those are finished, else from random ones. Raises
+    ConfigError for other limits, and RunFailed if too few steps had a finite loss.
+    """
+    try:
+        low, high = map(float, limits.split(":"))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not 0 < low < high < math.inf:
+        raise ConfigError(f"--lr-range {limits}: expected two learning rates A:B with 0 < A < B, such as 1e-6:1e-1")
+    config, storage, recorder = with_absolute_paths(config), Storage(config.storage), LossRecorder()
+    chosen = config.stage_named(stage)
+    index, start = config.stages.index(chosen), chosen.start_from
+    if start == "previous":
+        is_finished = index > 0 and is_committed(storage, stage_url(config, index - 1))
+        start = stage_url(config, index - 1) if is_finished else "random"
+    rates = {"lr": high, "min_lr": low, "warmup_steps": 0, "lr_schedule": "exponential"}
+    optimizer = chosen.optimizer.model_copy(update=rates)
+    ramp = chosen.model_copy(update={"optimizer": optimizer, "steps": steps, "start_from": start})
+    with tempfile.TemporaryDirectory(prefix="mome-lr-range-") as folder, status("starting") as update:
+        scratch = apart(config, storage, folder, config.name)
+        sections: dict[str, dict[str, Any]] = {
+            "guards": {"health_check_every": 1, "spike": None}, "checkpoint": {"every": steps + 1, "keep_best": None},
+            "tracking": {"uri": None, "required": False, "profile": None}, "evaluation": {"source": None, "every": None},
+        }  # fmt: skip
+        changed = {name: getattr(scratch, name).model_copy(update=values) for name, values in sections.items()}
+        scratch = scratch.model_copy(update={"stages": (ramp,), **changed})
+
+        def report(progress: Progress) -> None:
+            update(f"step {progress.stage_step} of {steps}, loss {progress.loss:.4g}")
+
+        try:
+            train(scratch, report, callbacks=[recorder])
+        except RunFailed:  # the loss is no longer finite
+            if len(recorder.points) < MIN_POINTS:
+                raise
+    result = suggest_rate(recorder.points) | {"stage": chosen.name, "start_from": start}
+    return result, _as_text(result, f"stages.{chosen.name}.optimizer.lr")
+
+
+def suggest_rate(points: list[tuple[float, float]]) -> dict[str, Any]:
+    """Return the rate at which the smoothed loss falls fastest per decade, before its minimum; None if it never falls."""
+    smoothed, average = list[float](), 0.0
+    for number, (_, loss) in enumerate(points, 1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        smoothed.append(average / (1 - SMOOTHING**number))
+    lowest = min(range(len(points)), key=smoothed.__getitem__)
+    window = max(2, len(points) // 20)
+    slopes = {
+        n: (smoothed[n] - smoothed[n - window]) / math.log10(points[n][0] / points[n - window][0])
+        for n in range(window, lowest + 1)
+    }
+    best = min(slopes, key=slopes.__getitem__, default=None)
+    is_learning = best is not None and smoothed[lowest] < (1 - LEARNS) * smoothed[0]
+    rate = float(f"{points[best - window // 2][0]:.1g}") if best is not None and is_learning else None
+    return {
+        "lr": rate, "lowest_at": points[lowest][0], "first_loss": smoothed[0], "lowest_loss": smoothed[lowest],
+        "points": [{"lr": lr, "loss": loss, "smoothed": s} for (lr, loss), s in zip(points, smoothed, strict=True)],
+    }  # fmt: skip
+
+
+def _as_text(result: dict[str, Any], key: str) -> str:
+    first, lowest = three_digits(result["first_loss"]), three_digits(result["lowest_loss"])
+    verdict = (
+        f"the loss falls from {first} to {lowest}, fastest near {result['lr']:g}, and no further above "
+        f"{result['lowest_at']:.2g}. Try:\n  {key}={result['lr']:g}"
+        if result["lr"] is not None
+        else f"no rate lowers the loss ({first}, at best {lowest}): check the data and model.init_std, or use more --steps"
+    )
+    points = result["points"]
+    rows = [points[number * (len(points) - 1) // (ROWS - 1)] for number in range(ROWS)]
+    table = [["lr", "loss", "smoothed"], *([f"{p['lr']:.2g}", f"{p['loss']:.4g}", f"{p['smoothed']:.4g}"] for p in rows)]
+    return f"{verdict}\n\n{aligned(table, right=(0, 1, 2))}"
