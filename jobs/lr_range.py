@@ -20,6 +20,7 @@ from pipeline.training.prepare import apart
 
 SMOOTHING = 0.9  # of the losses, an exponential average
 MIN_POINTS, ROWS = 10, 12
+MARGIN = 3.0  # between the rate of the lowest loss and the one to use
 LEARNS = 0.02  # relative fall of the smoothed loss below which no rate is suggested
 
 
@@ -34,8 +35,8 @@ class LossRecorder(Callback):
             self.points.append((event.lr, event.health.losses["loss"]))
 
 
-def test_learning_rates(config: RunConfig, stage: str | None, limits: str, steps: int) -> tuple[dict[str, Any], str]:
-    """Train a stage for `steps` steps at rates that rise from A to B of `limits` ('A:B'); return the result and its text.
+def try_learning_rates(config: RunConfig, stage: str | None, limits: str, steps: int) -> tuple[dict[str, Any], str]:
+    """Train a stage for `steps` steps at rates that rise between `limits` ('A:B'); return the result and its text.
 
     A stage that continues an earlier one starts from its weights if those are finished, else from random ones. Raises
     ConfigError for other limits, and RunFailed if too few steps had a finite loss.
@@ -59,7 +60,8 @@ def test_learning_rates(config: RunConfig, stage: str | None, limits: str, steps
         scratch = apart(config, storage, folder, config.name)
         sections: dict[str, dict[str, Any]] = {
             "guards": {"health_check_every": 1, "spike": None}, "checkpoint": {"every": steps + 1, "keep_best": None},
-            "tracking": {"uri": None, "required": False, "profile": None}, "evaluation": {"source": None, "every": None},
+            "tracking": {"uri": None, "required": False, "profile": None},
+            "evaluation": {"source": None, "every": None},
         }  # fmt: skip
         changed = {name: getattr(scratch, name).model_copy(update=values) for name, values in sections.items()}
         scratch = scratch.model_copy(update={"stages": (ramp,), **changed})
@@ -77,20 +79,17 @@ def test_learning_rates(config: RunConfig, stage: str | None, limits: str, steps
 
 
 def suggest_rate(points: list[tuple[float, float]]) -> dict[str, Any]:
-    """Return the rate at which the smoothed loss falls fastest per decade, before its minimum; None if it never falls."""
+    """Return a rate `MARGIN` times below that of the lowest smoothed loss; None if the loss does not fall.
+
+    The average lags behind the loss, and a rate that still lowers the loss in a few steps is too high for many.
+    """
     smoothed, average = list[float](), 0.0
     for number, (_, loss) in enumerate(points, 1):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
         smoothed.append(average / (1 - SMOOTHING**number))
     lowest = min(range(len(points)), key=smoothed.__getitem__)
-    window = max(2, len(points) // 20)
-    slopes = {
-        n: (smoothed[n] - smoothed[n - window]) / math.log10(points[n][0] / points[n - window][0])
-        for n in range(window, lowest + 1)
-    }
-    best = min(slopes, key=slopes.__getitem__, default=None)
-    is_learning = best is not None and smoothed[lowest] < (1 - LEARNS) * smoothed[0]
-    rate = float(f"{points[best - window // 2][0]:.1g}") if best is not None and is_learning else None
+    is_learning = smoothed[lowest] < (1 - LEARNS) * smoothed[0]
+    rate = float(f"{points[lowest][0] / MARGIN:.1g}") if is_learning else None
     return {
         "lr": rate, "lowest_at": points[lowest][0], "first_loss": smoothed[0], "lowest_loss": smoothed[lowest],
         "points": [{"lr": lr, "loss": loss, "smoothed": s} for (lr, loss), s in zip(points, smoothed, strict=True)],
@@ -100,12 +99,15 @@ def suggest_rate(points: list[tuple[float, float]]) -> dict[str, Any]:
 def _as_text(result: dict[str, Any], key: str) -> str:
     first, lowest = three_digits(result["first_loss"]), three_digits(result["lowest_loss"])
     verdict = (
-        f"the loss falls from {first} to {lowest}, fastest near {result['lr']:g}, and no further above "
-        f"{result['lowest_at']:.2g}. Try:\n  {key}={result['lr']:g}"
+        f"the loss falls from {first} to {lowest}, its lowest at {result['lowest_at']:.2g}; a rate {MARGIN:g} times "
+        f"below that is a good start:\n  {key}={result['lr']:g}"
         if result["lr"] is not None
-        else f"no rate lowers the loss ({first}, at best {lowest}): check the data and model.init_std, or use more --steps"
+        else f"no rate lowers the loss ({first}, at best {lowest}): check data and model.init_std, or raise --lr-steps"
     )
     points = result["points"]
     rows = [points[number * (len(points) - 1) // (ROWS - 1)] for number in range(ROWS)]
-    table = [["lr", "loss", "smoothed"], *([f"{p['lr']:.2g}", f"{p['loss']:.4g}", f"{p['smoothed']:.4g}"] for p in rows)]
+    table = [
+        ["lr", "loss", "smoothed"],
+        *([f"{p['lr']:.2g}", f"{p['loss']:.4g}", f"{p['smoothed']:.4g}"] for p in rows),
+    ]
     return f"{verdict}\n\n{aligned(table, right=(0, 1, 2))}"

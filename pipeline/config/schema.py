@@ -438,10 +438,16 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with linear warm-up and decay; the defaults are VLMo's."""
 
+    RULES: ClassVar[Rules] = {
+        "lr_schedule exponential needs a min_lr above 0": lambda o: o.lr_schedule != "exponential" or o.min_lr > 0
+    }
+
     lr: float = changeable(2e-4, "Peak learning rate", gt=0)
     min_lr: float = changeable(0.0, "Learning rate at the end of the stage", ge=0)
     warmup_steps: int = changeable(2500, "Number of linear warm-up steps", ge=0)
-    lr_schedule: Literal["linear", "cosine", "constant"] = changeable("linear", "Decay of the rate after warm-up")
+    lr_schedule: Literal["linear", "cosine", "constant", "exponential"] = changeable(
+        "linear", "Decay of the rate after warm-up; exponential: a rise from `min_lr` to `lr`, to find a rate"
+    )
     betas: tuple[float, float] = fixed((0.9, 0.98), "AdamW's decay rates of the first and second moment")
     eps: PositiveFloat = fixed(1e-8, "AdamW's epsilon")
     weight_decay: NonNegativeFloat = fixed(0.01, "Decoupled weight decay, applied to matrices only")

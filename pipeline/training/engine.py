@@ -28,12 +28,17 @@ class Fragment:
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of step `step` (from 0) of `steps`: linear warm-up, then decay to `min_lr`."""
+    """Return the learning rate of step `step` (from 0) of `steps`: linear warm-up, then decay to `min_lr`.
+
+    The exponential schedule rises from `min_lr` to `lr` by the same factor in every step.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
         return config.lr
     progress = min((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 1.0)
+    if config.lr_schedule == "exponential":
+        return config.min_lr * (config.lr / config.min_lr) ** progress
     remaining = (1 + math.cos(math.pi * progress)) / 2 if config.lr_schedule == "cosine" else 1 - progress
     return config.min_lr + (config.lr - config.min_lr) * remaining
 

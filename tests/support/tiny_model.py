@@ -31,7 +31,8 @@ def tiny_config(optimizer: Mapping[str, Any] = {}, global_batch_size: int = 12, 
         "name": "tiny", "seed": 3, "data": {"streams": 2}, "engine": {"precision": "float32", **engine},
         "stages": [stage | shared for stage in stages],
         "model": {
-            "width": 32, "init_std": 0.02, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 8,
+            "width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 8,
+            "init_std": 0.02,
             "max_text_length": 12, "drop_path": 0.1,
         },
         "sources": {

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from pydantic import ValidationError
 from rich.text import Text
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -23,6 +24,7 @@ from jobs.cli import app
 from jobs.cluster import for_ranks
 from jobs.configs import fingerprint_of, list_recipes
 from jobs.console import echo, local_file, notify, print_result
+from jobs.lr_range import suggest_rate, try_learning_rates
 from jobs.plan import (
     EFFICIENT,
     SIZES,
@@ -37,10 +39,11 @@ from jobs.plan import (
 )  # fmt: skip
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import apply_override, validate, with_absolute_paths
-from pipeline.config.schema import MODEL_SECTIONS, OBJECTIVES
+from pipeline.config.schema import MODEL_SECTIONS, OBJECTIVES, OptimizerConfig
 from pipeline.data.storage import Storage
 from pipeline.planning.estimate import ACCELERATORS, NETWORKS, Assumptions
 from pipeline.training.callbacks import Progress
+from pipeline.training.engine import learning_rate
 from pipeline.training.prepare import RUN_FILE, prepare
 from tests.support.finished_run import config_of, contents, draw, write_run
 from tests.support.short_run import short_config
@@ -272,3 +275,20 @@ def test_scaling_ends_where_a_rank_would_have_no_example(plans):
         plan_run(tiny_config(), replace(TARGET, gpus=16))
     with pytest.raises(ConfigError, match="--accelerator h1000: did you mean 'h100'"):
         plan_command(tiny_config(), "h1000", "ib-400", None, Assumptions(), None, None)
+
+
+def test_suggested_rate_is_below_that_of_the_lowest_loss_and_none_where_no_rate_learns() -> None:
+    """The loss falls until the rate is 1e-3 and then diverges, as on a ramp from 1e-6 to 1e-1."""
+    optimizer = OptimizerConfig(lr=1e-1, min_lr=1e-6, warmup_steps=0, lr_schedule="exponential")
+    rates = [learning_rate(step, 100, optimizer) for step in range(101)]
+    assert (rates[0], rates[-1]) == pytest.approx((1e-6, 1e-1))
+    assert rates[21] / rates[20] == pytest.approx(rates[81] / rates[80]), "by the same factor in every step"
+    losses = [3.0 - 0.02 * step if rate < 1e-3 else 1.8 + 0.2 * (step - 60) for step, rate in enumerate(rates)]
+    result = suggest_rate(list(zip(rates, losses, strict=True)))
+    assert 1e-4 < result["lr"] <= 1e-3 < 2 * result["lowest_at"]
+    assert suggest_rate([(rate, 3.0) for rate in rates])["lr"] is None
+    for limits in ("1e-3", "1e-1:1e-6", "0:1", "a:b", "1e-6:inf"):
+        with pytest.raises(ConfigError, match=f"--lr-range {limits}: expected two learning rates A:B"):
+            try_learning_rates(tiny_config(), None, limits, 100)
+    with pytest.raises(ValidationError, match="exponential needs a min_lr above 0"):
+        OptimizerConfig(lr_schedule="exponential")
