@@ -124,6 +124,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Generate scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
+    notify("mome demo: loading")  # the imports take seconds
     from jobs.train import run_and_evaluate
     from pipeline.config.load import RECIPES, load_config
     from pipeline.config.redaction import redact
@@ -237,6 +238,8 @@ def evaluate(
     Pairs: retrieval, re-ranking, matching, masked words. Labelled images: zero-shot classification, a trained head, a
     linear probe. Questions and statements: accuracy.
     """
+    if os.environ.get("RANK", "0") == "0":
+        notify(f"mome evaluate {checkpoint}")  # the imports take seconds
     from jobs.evaluate import evaluate_checkpoint
 
     choices: dict[str, Any] = {"source": source, "source_type": source_type, "probe": probe, "limit": limit}

@@ -69,7 +69,7 @@ class StoredImages:
     def __getitem__(self, index: Any) -> Tensor:
         positions = self.positions[index.numpy() if isinstance(index, Tensor) else index]
         if positions.ndim == 0:
-            return torch.from_numpy(self.load(int(positions)))
+            return torch.from_numpy(self.load(int(positions)).copy())  # it may be read-only
         distinct, inverse = np.unique(positions, return_inverse=True)
         images = list(self._threads.map(self.load, distinct.tolist()))
         return torch.from_numpy(on_one_canvas(images)[0])[torch.from_numpy(inverse)]
