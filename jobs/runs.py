@@ -13,7 +13,7 @@ from pipeline.pages.charts import moment
 from pipeline.reports.run_folder import RunFolder, open_run
 from pipeline.training.callbacks import Progress
 
-FOLLOW_SECONDS = 5.0  # between two looks at the journal
+FOLLOW_SECONDS = 5.0  # interval of reading the journal
 RECALL = "i2t_r1"
 
 

@@ -6,8 +6,8 @@ HEADER = """# Configuration reference
 
 One YAML file configures one run. It states what differs from the defaults below; `KEY=VALUE` arguments of the commands
 override it with the same dotted paths (`stages.vision.steps=100`). Unknown keys are errors. Keys marked ↻ may change
-when a run is resumed; any other change is refused. `mome config explain KEY` also shows where a key stands and which
-recipes set it. The recipes in this folder state their command, cost and expected result in their first lines.
+when a run is resumed; any other change is refused. `mome config explain KEY` adds its place in the YAML and the
+recipes that set it. The recipes in this folder state their command, cost and expected result in their first lines.
 
 This file is generated: `python -m pipeline.config.reference > configs/README.md`.
 """
