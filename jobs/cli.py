@@ -156,20 +156,27 @@ def train(
     profile: Annotated[str | None, Option(help="Global steps A:B (B excluded) to record a profiler trace of.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would run, and what would stop it.")] = False,
     lr_range: Annotated[str | None, Option(help="Learning rates A:B to try in a scratch run: 1e-6:1e-1.")] = None,
-    lr_steps: Annotated[int, Option(min=20, help="Number of steps of --lr-range.")] = 100,
-    stage: Annotated[str | None, Option(help="Stage of --lr-range (default: the last one).")] = None,
+    overfit: Annotated[int | None, Option(help="Train on N samples in a scratch run.", metavar="N")] = None,
+    trial_steps: Annotated[int, Option(min=20, help="Number of steps of --lr-range and --overfit.")] = 100,
+    stage: Annotated[str | None, Option(help="Stage of --lr-range and --overfit (default: the last one).")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the stages of CONFIG, or resume the run. Without an address, a local Ray is started."""
     if dry_run:
         show_dry_run(config, overrides or [], as_json)
         return
-    if lr_range is not None:
-        from jobs.lr_range import try_learning_rates
+    if lr_range is not None or overfit is not None:
+        from jobs import scratch_runs
         from pipeline.config.load import load_config
 
-        result, text = try_learning_rates(load_config(config, overrides or []), stage, lr_range, lr_steps)
+        settings, result = load_config(config, overrides or []), dict[str, Any]()
+        if lr_range is not None:
+            result, text = scratch_runs.try_learning_rates(settings, stage, lr_range, trial_steps)
+        else:
+            result, text = scratch_runs.overfit(settings, stage, overfit or 0, trial_steps)
         print_result(result, as_json, text)
+        if not result.get("learns", True):
+            raise typer.Exit(1)
         return
     notify(f"mome train {config}")  # the imports take seconds
     from jobs.distributed import check_rank, run_on_cluster

@@ -117,6 +117,29 @@ def test_corrupt_jpegs_are_replaced_and_a_non_finite_loss_stops_the_run_by_name(
     assert "is nan" in done.stderr or "is inf" in done.stderr
 
 
+@pytest.mark.slow
+def test_trials_of_a_recipe_overfit_few_samples_and_suggest_a_rate_without_touching_the_run(tmp_path: Path) -> None:
+    places = [f"sources.{name}.shards={tmp_path}/scenes" for name in ("scenes", "pictures", "sentences")]
+    places += [
+        f"sources.unseen.shards={tmp_path}/unseen",
+        f"output={tmp_path}/runs",
+        "sources.scenes.synthetic.scenes=60",
+    ]
+    command = ("jobs.cli", "train", str(DEMO), *places, "--stage", "vision", "--json")
+    done = run_module(*command, "--overfit", "4", "--trial-steps", "80")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["learns"]
+    assert (result["stage"], result["steps"]) == ("vision", 80)
+    assert result["last"]["mim"] < 0.2 * result["first"]["mim"]
+    done = run_module(*command, "--overfit", "4", "--trial-steps", "20", "stages.vision.optimizer.lr=1e-9")
+    assert done.returncode == 1, "a recipe that does not learn"
+    done = run_module(*command, "--lr-range", "1e-6:1e-1", "--trial-steps", "40")
+    assert done.returncode == 0, done.stderr
+    assert 1e-6 < json.loads(done.stdout.splitlines()[-1])["lr"] < 1e-1
+    assert not (tmp_path / "runs").exists()
+
+
 PROGRAM = """
 import jobs.train
 from jobs.configs import fingerprint_of

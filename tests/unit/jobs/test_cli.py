@@ -24,7 +24,6 @@ from jobs.cli import app
 from jobs.cluster import for_ranks
 from jobs.configs import fingerprint_of, list_recipes
 from jobs.console import echo, local_file, notify, print_result
-from jobs.lr_range import suggest_rate, try_learning_rates
 from jobs.plan import (
     EFFICIENT,
     SIZES,
@@ -37,6 +36,7 @@ from jobs.plan import (
     run_curve,
     scaling_svg,
 )  # fmt: skip
+from jobs.scratch_runs import overfit, suggest_rate, try_learning_rates
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import apply_override, validate, with_absolute_paths
 from pipeline.config.schema import MODEL_SECTIONS, OBJECTIVES, OptimizerConfig
@@ -290,5 +290,7 @@ def test_suggested_rate_is_below_that_of_the_lowest_loss_and_none_where_no_rate_
     for limits in ("1e-3", "1e-1:1e-6", "0:1", "a:b", "1e-6:inf"):
         with pytest.raises(ConfigError, match=f"--lr-range {limits}: expected two learning rates A:B"):
             try_learning_rates(tiny_config(), None, limits, 100)
+    with pytest.raises(ConfigError, match="--overfit 1: expected two samples or more"):
+        overfit(tiny_config(), None, 1, 100)
     with pytest.raises(ValidationError, match="exponential needs a min_lr above 0"):
         OptimizerConfig(lr_schedule="exponential")
