@@ -26,6 +26,7 @@ from jobs.console import (
     Overrides,
     Stopped,
     aligned,
+    announce_loading,
     echo,
     line_width,
     notify,
@@ -124,7 +125,6 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Generate scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
-    notify("mome demo: loading")  # the imports take seconds
     from jobs.train import run_and_evaluate
     from pipeline.config.load import RECIPES, load_config
     from pipeline.config.redaction import redact
@@ -590,6 +590,8 @@ def main() -> None:
     Ctrl-C ends a command with status 130; a run's driver saves first, and ends with status 75 after SIGTERM.
     """
     configure_logging()
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        announce_loading(sys.argv[1])
     try:
         app()
     except MomeError as error:

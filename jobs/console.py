@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOADING_SECONDS = 0.6
 PLAIN_SECONDS = 10.0  # between progress lines where standard error is not a terminal
 HEAD = 8192  # bytes of a page or image that contain its signature (`pipeline.pages.page.signature`)
 SIGNATURE = re.compile(rb"mome [0-9a-f]{32}")
@@ -72,13 +73,28 @@ FileOption = partial(typer.Option, parser=local_file)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
+_has_output = threading.Event()  # of this process, through the functions below
+
+
+def announce_loading(command: str, seconds: float = LOADING_SECONDS) -> None:
+    """Print that a command is loading unless it prints something within `seconds`: importing torch takes longer."""
+
+    def announce() -> None:
+        if not _has_output.wait(seconds):
+            notify(f"mome {command}: loading", "dim")
+
+    threading.Thread(target=announce, name="loading", daemon=True).start()
+
+
 def notify(message: str, style: str = "") -> None:
     """Print a message on standard error."""
+    _has_output.set()
     console.print(Text(printable(message), style))
 
 
 def echo(text: str, err: bool = False, newline: bool = True) -> None:
     """Print a result on standard output, or on standard error with `err`."""
+    _has_output.set()
     typer.echo(printable(text), err=err, nl=newline)
 
 

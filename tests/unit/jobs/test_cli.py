@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -126,6 +127,19 @@ def test_retrieval_is_a_table_in_percent(capsys: Any) -> None:
     assert lines[0].split() == ["retrieval", "R@1", "R@5", "R@10", "median", "rank"]
     assert lines[1].split() == ["image", "to", "text", "50.0%", "75.0%", "100.0%", "1.5"]
     assert lines[4:] == ["", "pairs         8", "retrieval.by  itc"]
+
+
+def test_a_command_that_loads_for_long_says_so_before_anything_else(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_quick in (True, False):
+        monkeypatch.setattr(console, "_has_output", threading.Event())
+        console.announce_loading("report", seconds=30.0 if is_quick else 0.0)
+        if is_quick:
+            console.echo("done")
+        for thread in (own for own in threading.enumerate() if own.name == "loading"):
+            thread.join(timeout=10)
+        assert capsys.readouterr().err == ("" if is_quick else "mome report: loading\n")
 
 
 def test_phases_and_metrics_are_printed_without_silence(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
