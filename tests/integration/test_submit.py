@@ -86,7 +86,7 @@ def test_stopped_driver_saves_and_resumes_without_losing_a_step(tmp_path: Path) 
         run.process.send_signal(signal.SIGINT)
         assert run.status() == 130, run.log_text()
         wait_until(lambda: "stopped (SIGINT)" in run.log_text(), "the last word", 5)
-        assert f"step {saved}; re-run" in run.log_text().splitlines()[-2]
+        assert f"stopped (SIGINT): checkpoint at step {saved}; re-run" in run.log_text()
         assert "Traceback" not in run.log_text()
     finally:
         run.kill()
