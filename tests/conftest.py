@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import redaction
 from pipeline.config.schema import StorageConfig
 from tests.support.pairs import Members, pair, tar_bytes
 from tests.support.stores import S3, Store, moto, swift
@@ -32,6 +33,12 @@ def _no_ray_left_behind() -> Iterator[None]:
     yield
     if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
         ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _secrets_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the secrets that a test registers: in the messages of a later test they may be ordinary words."""
+    monkeypatch.setattr(redaction, "_known", set(redaction._known))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from pipeline.config import redaction
 from pipeline.config.errors import ConfigError, StorageError, TrackingError
 from pipeline.config.load import apply_override, validate
 from pipeline.config.schema import RunConfig
@@ -144,7 +143,6 @@ def test_tracking_errors_are_logged_and_not_raised(tmp_path, caplog):
 
 @pytest.mark.parametrize("password", ["hunter2/b+c", "a/hunter2@d"])
 def test_addresses_are_resolved_and_their_passwords_never_recorded(tmp_path, monkeypatch, caplog, password):
-    monkeypatch.setattr(redaction, "_known", set())
     uri = f"http://me:{password}@127.0.0.1:1"
     with pytest.raises(ConfigError, match=r"tracking.uri: holds a user.*env:NAME") as refused:
         config_of(tmp_path, uri=uri)
