@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,7 @@ from jobs.console import (
     FileOption,
     JsonOption,
     Overrides,
+    RunDisplay,
     Stopped,
     aligned,
     announce_loading,
@@ -51,6 +52,7 @@ SIZES_HELP = "Sizes that the tensors do not show: heads=16 image_size=384"
 MAY_DIFFER_HELP = "Pattern of tensors that may be missing or differ; repeatable."
 NETWORK_HELP = "Network of the nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, -25."
 STOP_SECONDS = 60.0  # for a job to stop
+LOADING = "loading PyTorch, Ray and MLflow"
 
 Checkpoint = Annotated[str, Argument(help="Folder of a run, of a stage or of a checkpoint (path or URL).")]
 Run = Annotated[str, Argument(help="Folder of a run (path or URL).")]
@@ -125,16 +127,19 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Generate scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
-    from jobs.train import run_and_evaluate
     from pipeline.config.load import RECIPES, load_config
-    from pipeline.config.redaction import redact
-    from pipeline.tracking.locations import tracking_uri
 
     config = load_config(RECIPES / "demo.yaml", overrides or [])
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
     notify(f"mome demo: {len(config.stages)} stages on generated scenes, in {config.folder}", style="bold")
-    result = run_and_evaluate(config, "`mome demo --fresh` trains again")
+    with RunDisplay(config.name) as display:
+        display.phase(LOADING)
+        from jobs.train import run_and_evaluate
+        from pipeline.config.redaction import redact
+        from pipeline.tracking.locations import tracking_uri
+
+        result = run_and_evaluate(config, display, "`mome demo --fresh` trains again")
     retrieval, mlm = result["retrieval"], result["mlm"]
     notify(
         f"\nResults on {result['pairs']} held-out scenes, by contrastive scores:\n"
@@ -178,16 +183,21 @@ def train(
         if not result.get("learns", True):
             raise typer.Exit(1)
         return
-    notify(f"mome train {config}")  # the imports take seconds
-    from jobs.distributed import check_rank, run_on_cluster
-    from jobs.train import run_and_evaluate
-    from pipeline.config.load import load_config
-    from pipeline.training.profile import profile_override
+    notify(f"mome train {config}")
+    from pipeline.config.load import load_config, profile_override
 
     traced = [] if profile is None else [profile_override(profile)]
     settings = load_config(config, [*(overrides or []), *traced])
-    with status("checking on every rank") if preflight else nullcontext():
-        result = run_on_cluster(check_rank, settings, "preflight") if preflight else run_and_evaluate(settings)
+    with RunDisplay(settings.name) as display:
+        display.phase(LOADING)
+        from jobs.distributed import check_rank, run_on_cluster
+        from jobs.train import run_and_evaluate
+
+        if preflight:
+            display.phase("checking on every rank")
+            result = run_on_cluster(check_rank, settings, "preflight")
+        else:
+            result = run_and_evaluate(settings, display)
     print_result(result, as_json)
 
 

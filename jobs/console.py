@@ -119,7 +119,7 @@ class RunDisplay:
         self._bar = ProgressBar(name, BarColumn(bar_width=20), MofNCompleteColumn(), state, console=console)
         self._run, self._lock = run, threading.RLock()
         self._tasks: dict[str, TaskID] = {}
-        self._phase, self._since, self._printed = "", time.monotonic(), 0.0
+        self._phase, self._stage, self._since, self._printed = "", "", time.monotonic(), 0.0
         self._newest: Progress | None = None  # not printed yet
         self._thread = PeriodicThread(self._beat, 1.0, "display")
 
@@ -139,6 +139,8 @@ class RunDisplay:
     def phase(self, text: str) -> None:
         """Show what the run does while nothing trains, until the next phase or the next metrics."""
         with self._lock:
+            if text == self._phase:
+                return
             self._begin(text)
             if console.is_terminal:
                 self._tasks[text] = self._bar.add_task(text, total=None, state="")
@@ -148,7 +150,7 @@ class RunDisplay:
     def show(self, progress: Progress) -> None:
         """Show new metrics: at once if they are the first or last of a stage."""
         with self._lock:
-            is_first = self._phase != f"training {progress.stage}"
+            is_first, self._stage = self._stage != progress.stage, progress.stage
             self._begin(f"training {progress.stage}")
             if console.is_terminal:
                 if progress.stage not in self._tasks:

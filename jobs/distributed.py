@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -80,7 +80,10 @@ def run_rank(json_config: str, claim: str, start: str) -> str | None:
 
 
 class ProgressFile(PeriodicThread):
-    """Progress report of rank 0: a small file in the run's folder, which this thread writes at most once a second."""
+    """Progress report of rank 0: a small file in the run's folder, which this thread writes at most once a second.
+
+    It holds the latest metrics, and the phase if one was reported after them.
+    """
 
     def __init__(self, config: RunConfig, storage: Storage):
         super().__init__(self._write, PROGRESS_SECONDS, "mome-progress", at_end=True)
@@ -89,7 +92,8 @@ class ProgressFile(PeriodicThread):
         self._written: callbacks.Progress | None = None
 
     def __call__(self, progress: callbacks.Progress) -> None:
-        self._newest = progress
+        newest = self._newest
+        self._newest = replace(newest, phase=progress.phase) if progress.phase and newest is not None else progress
 
     def _write(self) -> None:
         newest = self._newest

@@ -131,6 +131,24 @@ def evaluate_checkpoint(
     return values | {"report": path}
 
 
+def stored_evaluation(config: RunConfig) -> dict[str, Any] | None:
+    """Return what `evaluate_checkpoint` returned for a finished run; None if it was not evaluated on today's data."""
+    storage, source = Storage(config.storage), config.evaluation.source
+    digest = load_manifest(storage, config.sources[source].shards).digest if source is not None else ""
+    for data in eval_report.load_report_data(storage, config.folder):
+        key = data.key
+        if key.is_headline and (key.stage, key.digest) == (config.stages[-1].name, digest):
+            return data.result | {"report": join(config.folder, report_name(key, config))}
+    return None
+
+
+def report_name(key: EvalKey, config: RunConfig) -> str:
+    """Return the file name of a report: what was evaluated, and the weights unless they are the run's last."""
+    stage = [] if key.stage == config.stages[-1].name else [key.stage]
+    step = [] if key.step is None else [f"step-{key.step}"]
+    return f"evaluation-{file_name_of('@'.join([key.name, *stage, *step]))}.html"
+
+
 def _with_source(config: RunConfig, source: str, source_type: str) -> RunConfig:
     """Add a source to the config if it is given as a URL of shards."""
     section = config.sources.get(source) or SourceConfig(shards=source, type=cast(SourceType, source_type))
@@ -222,12 +240,6 @@ def _store(
             100 * values["itm"]["accuracy_mismatched"],
         )
 
-    def file_of(key: EvalKey) -> str:
-        """Return the name of a report: what was evaluated, and the weights unless they are the run's last."""
-        stage = [] if key.stage == config.stages[-1].name else [key.stage]
-        step = [] if key.step is None else [f"step-{key.step}"]
-        return f"evaluation-{file_name_of('@'.join([key.name, *stage, *step]))}.html"
-
     records = read_records(config, storage).stages
     curves = {r.config.name: [(step, loss) for _, step, loss in r.series("train/loss")] for r in records}
     run_page = RUN_REPORT if storage.exists(join(config.folder, RUN_FILE)) else ""
@@ -236,7 +248,7 @@ def _store(
     try:
         eval_report.save_report_data(storage, config.folder, data)
         evaluations = eval_report.load_report_data(storage, config.folder)
-        links = [(evaluation, quote(file_of(evaluation.key))) for evaluation in evaluations]
+        links = [(evaluation, quote(report_name(evaluation.key, config))) for evaluation in evaluations]
         shown = eval_report.headline(evaluations)
         main_page = eval_report.render_report(shown, config, curves, links=links, run_page=run_page)
         storage.write(join(config.folder, REPORT), main_page.encode())
@@ -247,7 +259,7 @@ def _store(
     if report is not None:
         write_output(storage, str(report), page, "--report")
         return page, str(report)
-    path = join(config.folder, file_of(data.key))
+    path = join(config.folder, report_name(data.key, config))
     storage.write(path, page)
     log.info("writing the results of %s to %s", data.checkpoint, config.folder)
     return page, path

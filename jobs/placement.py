@@ -133,11 +133,12 @@ class Restarts(UserCallback):
         url = join(self.folder, f"{self.driver}-{time.time_ns():020d}.json")
         Storage(self.config).write(url, json.dumps(restart).encode())
 
-    def count(self, cause: str) -> int:
-        """Return the number of restarts with this cause since the driver started."""
+    def messages(self, cause: str) -> list[str]:
+        """Return the messages of the restarts with this cause since the driver started, oldest first."""
         storage = Storage(self.config)
-        names = [name for name in storage.list(self.folder) if name.startswith(self.driver)]
-        return sum(json.loads(storage.read(join(self.folder, name)))["cause"] == cause for name in names)
+        names = sorted(name for name in storage.list(self.folder) if name.startswith(self.driver))
+        records = [json.loads(storage.read(join(self.folder, name))) for name in names]
+        return [record["message"] for record in records if record["cause"] == cause]
 
 
 def run_on_ranks(

@@ -83,7 +83,7 @@ def open_tracker(track: bool | None, config: RunConfig, recorded: RecordedLocati
 
 
 @contextmanager
-def reported(config: RunConfig) -> Iterator[None]:
+def reported(config: RunConfig, display: RunDisplay) -> Iterator[None]:
     """Write the run's page when the block ends, unless a ConfigError ended it before anything was started."""
     is_started, fault = True, ""
     try:
@@ -95,9 +95,8 @@ def reported(config: RunConfig) -> Iterator[None]:
         caller = Caller.of(config)
         try:  # the run's file is absent if the run failed before it was created
             if is_started and Storage(caller.storage).exists(join(config.folder, RUN_FILE)):
-                with RunDisplay(config.name) as display:
-                    display.phase("writing the report")
-                    url = report(config.folder, track=True, caller=caller)["report"]
+                display.phase("writing the report")
+                url = report(config.folder, track=True, caller=caller)["report"]
                 notify(f"Report      {url}")
         except Exception as error:  # an error of the report must not hide how the run ended
             if str(error) != fault:  # the store's answer, which ended the run already

@@ -7,8 +7,10 @@ keeps failure budgets over all restarts, and raises errors that a restart would 
 import json
 import logging
 import secrets
+import shlex
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +18,9 @@ from jobs import distributed
 from jobs.cluster import address_of, connect, for_ranks, root_cause
 from jobs.configs import Caller
 from jobs.console import RunDisplay, notify, poll
-from jobs.describe_run import as_text, describe_placement, describe_run
+from jobs.describe_run import as_text, describe_placement, describe_run, saved_steps
 from jobs.driver import Interrupts, Mailbox
-from jobs.evaluate import evaluate_checkpoint
+from jobs.evaluate import evaluate_checkpoint, stored_evaluation
 from jobs.report import reported
 from pipeline.config.errors import MomeError, RunFailed, StorageError
 from pipeline.config.schema import RunConfig
@@ -35,14 +37,20 @@ from pipeline.training.prepare import prepare
 log = logging.getLogger(__name__)
 
 
-def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start another run") -> dict[str, Any]:
+def run_and_evaluate(
+    config: RunConfig, display: RunDisplay, remedy: str = "change `name` to start another run"
+) -> dict[str, Any]:
     """Train every unfinished stage, then evaluate; return the result. `remedy` is printed if all were finished."""
     interrupts = Interrupts(config)
-    with reported(config), interrupts.handled(), RunDisplay(config.name) as display:
-        if not pretrain(config, display, interrupts):
+    with reported(config, display), interrupts.handled():
+        is_trained = pretrain(config, display, interrupts)
+        if not is_trained:
             notify(f"{config.folder}: every stage is finished already; {remedy}")
         if config.evaluation.source is None:
             return {"checkpoint": config.folder}
+        if not is_trained and (known := stored_evaluation(config)) is not None:
+            notify(f"evaluated already; `mome evaluate {shlex.quote(config.folder)}` evaluates again")
+            return known
         display.phase(f"evaluating on {config.evaluation.source}")
         workers = config.cluster.workers if config.cluster.gpus_per_worker else None  # on Ray if the ranks have GPUs
         # Not the ranks that a launcher's environment names: Ray's ranks have ended, and this is the driver.
@@ -80,14 +88,18 @@ def pretrain(config: RunConfig, display: RunDisplay, interrupts: Interrupts) -> 
     taken = Ownership.take(storage, config.folder)
     ownership = Ownership(storage, config.folder, taken.claim)  # without the rank start, which restarts change
     mail, open_alerts = Mailbox(str(taken.start)), dict[str, str]()
-    impatient, last = storage.within(5.0), b""  # seconds to retry a read; the next poll tries again
+    impatient, last = storage.within(5.0), Progress()  # seconds to retry a read; the next poll tries again
 
     def show_progress() -> None:
-        """Show the progress file if it has changed; rank 0 writes it, wherever it is."""
+        """Show what is new in the progress file; rank 0 writes it, wherever it is."""
         nonlocal last
-        if impatient.exists(progress_url) and (data := impatient.read(progress_url)) != last:
-            last = data
-            display.show(Progress(**json.loads(data)))
+        if not impatient.exists(progress_url):
+            return
+        previous, last = last, Progress(**json.loads(impatient.read(progress_url)))
+        if last.step and replace(last, phase="") != replace(previous, phase=""):
+            display.show(last)
+        if last.phase and last != previous:
+            display.phase(last.phase)
 
     display.phase(f"placing {description.ranks} rank{'s' * (description.ranks > 1)}")
     with poll(show_progress, distributed.PROGRESS_SECONDS):
@@ -119,19 +131,24 @@ def _train(
     restarts = Restarts(config.storage, join(config.folder, "restarts"), driver)
     placement = Placement(cluster, mail)
 
-    were_placed = False
+    were_placed, num_announced = False, 0
 
     def check() -> None:
-        nonlocal were_placed
+        """Show when the ranks are placed or have ended, and why they were restarted; called every second."""
+        nonlocal were_placed, num_announced
         if bool(placement.ranks) != were_placed:
             were_placed = not were_placed
-            ended = "the ranks have ended"
-            display.phase("building the model, reading the first batches" if were_placed else ended)
+            failures = restarts.messages(FAILED)
+            for number, message in list(enumerate(failures, 1))[num_announced:]:
+                step = saved_steps(config, interrupts.storage)
+                notify(f"restart {number} of at most {cluster.max_failures} from step {step:,}: {message}", "yellow")
+            num_announced = len(failures)
+            display.phase("starting the ranks" if were_placed else "the ranks have ended")
         show_messages(mail, open_alerts)
         interrupts.check(mail, placement.ranks)
 
     while True:
-        failures_left = cluster.max_failures - restarts.count(FAILED)
+        failures_left = cluster.max_failures - len(restarts.messages(FAILED))
         budget = train.FailureConfig(max_failures=failures_left, max_preemption_failures=-1 if limit is None else limit)
         work = partial(distributed.run_rank, claim=ownership.claim, start=mail.start)
         try:
@@ -143,17 +160,16 @@ def _train(
             _raise_failure(config, ownership)
             # A failure of the controller, or of the start of the ranks, is never retried by Ray Train itself.
             if failures_left > 0 and isinstance(error, train.ControllerError | ray.exceptions.RayActorError):
-                restarts.record(FAILED, root_cause(error))
-                log.warning("Ray Train's controller failed (%s); restarting the ranks", root_cause(error))
+                restarts.record(FAILED, f"Ray Train's controller failed: {root_cause(error)}")
                 continue
-            failures = f"{restarts.count(FAILED)} failure(s) (cluster.max_failures: {cluster.max_failures})"
+            failures = f"{len(restarts.messages(FAILED))} failure(s) (cluster.max_failures: {cluster.max_failures})"
             advice = "Re-run the same command to resume."
             raise RunFailed(f"the run stopped after {failures}: {root_cause(error)}. {advice}") from error
         if stopped is None:
             return
         restarts.record(stopped, f"the ranks saved and stopped: {stopped}")
         log.warning("the ranks saved and stopped (%s); restarting them", stopped)
-        if limit is not None and restarts.count(distributed.PREEMPTED) > limit:
+        if limit is not None and len(restarts.messages(distributed.PREEMPTED)) > limit:
             advice = "It is saved: re-run the same command to resume; cluster.max_preemptions sets the budget."
             raise RunFailed(f"the run stopped after {limit} preemption(s). {advice}")
 

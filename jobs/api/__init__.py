@@ -107,10 +107,12 @@ def train(config: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterabl
     every fault of the config, ModuleNotFoundError without Ray: install `mome[ray]`, or train with
     `torchrun -m pipeline.training CONFIG`.
     """
+    from jobs.console import RunDisplay
     from jobs.train import run_and_evaluate
 
     settings = _config(config, overrides)
-    return TrainingResult(settings.folder, run_and_evaluate(settings))
+    with RunDisplay(settings.name) as display:
+        return TrainingResult(settings.folder, run_and_evaluate(settings, display))
 
 
 def evaluate(run: str | Path | TrainingResult, source: str | None = None, limit: int | None = None) -> dict[str, Any]:

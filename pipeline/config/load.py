@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pipeline.config.errors import ConfigError
 from pipeline.config.keys import suggestion
 from pipeline.config.redaction import redact, remember
-from pipeline.config.schema import MODEL_SECTIONS, RunConfig, StorageConfig
+from pipeline.config.schema import MODEL_SECTIONS, RunConfig, StorageConfig, parse_steps
 from pipeline.config.urls import absolute, is_local, local_path
 
 _MODEL_KINDS = [["model", kind] for kind in MODEL_SECTIONS]  # pydantic adds the kind, which is not a key, to paths
@@ -287,6 +287,15 @@ def parse_yaml(content: str | bytes, origin: str) -> Any:
         reason = re.sub(r'in "<\w+ string>", ', "in ", reason)
         reason += ". Indent with spaces, not with tabs" if "'\\t'" in reason else ""
         raise ConfigError(f"{origin}: not valid YAML: {reason}") from error
+
+
+def profile_override(window: str) -> str:
+    """Return `--profile A:B` as an override of the config. Raises ConfigError."""
+    try:
+        first, last = parse_steps(window)
+    except ValueError as error:
+        raise ConfigError(f"--profile {window}: {error}, over all stages") from None
+    return f'tracking.profile="{first}:{last}"'  # quoted: YAML 1.1 reads a bare 3:6 as minutes and seconds
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

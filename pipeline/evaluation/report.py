@@ -180,6 +180,7 @@ class ReportData:
     reconstructions: list[tuple[ImageUri, ImageUri, ImageUri]]  # original, masked, filled in
     alignments: Alignments
     skipped: list[tuple[str, int]]  # held-out samples left out: reason, count
+    result: dict[str, Any]  # `Evaluation.to_json`
 
 
 _JSON = TypeAdapter(ReportData)
@@ -311,6 +312,7 @@ def build_report_data(
         masked={} if mlm is None else _masked_captions(mlm, held_out, tokenizer), alignments=alignments,
         reconstruction_stage="" if patches is None else patches.stage, reconstructions=reconstructions,
         skipped=sorted(held_out.skipped.items(), key=lambda entry: -entry[1])[:REASONS_SHOWN],
+        result=result.to_json(),
     )  # fmt: skip
 
 

@@ -2,15 +2,16 @@
 
 import argparse
 import os
+import shlex
 import sys
+import time
 from typing import NoReturn
 
 from pipeline.config.errors import MomeError
-from pipeline.config.load import load_config
+from pipeline.config.load import load_config, profile_override
 from pipeline.config.redaction import configure_logging, printable, redact
 from pipeline.training.loop import train
 from pipeline.training.preflight import preflight
-from pipeline.training.profile import profile_override
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +33,16 @@ def main(arguments: list[str]) -> int:
         if options.preflight:
             preflight(config, lambda line: print(line, flush=True))
         else:
-            train(config, lambda progress: print(f"{config.name}: {progress.line()}", flush=True))
+            is_first = os.environ.get("RANK", "0") == "0"
+
+            def show(text: str) -> None:
+                print(f"{time.strftime('%H:%M:%S')} {config.name}: {text}", flush=True)
+
+            if is_first:
+                show(f"{os.environ.get('WORLD_SIZE', '1')} ranks, {len(config.stages)} stages, in {config.folder}")
+            train(config, lambda progress: show(progress.line()))
+            if is_first:
+                show(f"every stage is finished; `mome evaluate {shlex.quote(config.folder)}` evaluates the last one")
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {printable(str(error))}", file=sys.stderr)
         return error.exit_status

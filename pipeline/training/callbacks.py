@@ -23,21 +23,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """Latest metrics of a run; `losses` has each objective's mean loss."""
+    """Latest metrics of a run, or the `phase` it is in while it trains no steps; `losses` has each objective's mean."""
 
-    stage: str
-    stage_step: int
-    stage_steps: int
-    step: int  # over all stages
-    total_steps: int
-    loss: float
-    samples_per_second: float
-    seconds_left: float  # in this stage
+    stage: str = ""
+    stage_step: int = 0
+    stage_steps: int = 0
+    step: int = 0  # over all stages
+    total_steps: int = 0
+    loss: float = 0.0
+    samples_per_second: float = 0.0
+    seconds_left: float = 0.0  # in this stage
     lr: float = 0.0
     losses: Mapping[str, float] = field(default_factory=dict)
+    phase: str = ""
 
     def line(self) -> str:
         """Return 'pairs 10/150 (step 110/300)  loss 2.48 (itc 2.1, mlm 0.38)  lr 2.5e-05  43 samples/s  ETA 25 s'."""
+        if self.phase:
+            return self.phase
         whole = f" (step {self.step:,}/{self.total_steps:,})" if self.total_steps != self.stage_steps else ""
         losses = ", ".join(f"{name} {loss:.4g}" for name, loss in self.losses.items())
         loss = f"loss {self.loss:.4f}" + (f" ({losses})" if len(self.losses) > 1 else "")

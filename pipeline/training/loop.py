@@ -23,7 +23,7 @@ from pipeline.objectives.mim import load_image_tokenizer
 from pipeline.tracking.journal import Status
 from pipeline.tracking.tracker import SavedWeights, Tracker
 from pipeline.training import health as guards
-from pipeline.training.callbacks import Callback, Callbacks, Report, StageResult, StepEvent
+from pipeline.training.callbacks import Callback, Callbacks, Progress, Report, StageResult, StepEvent
 from pipeline.training.checkpoint.committed import is_committed, read_manifest
 from pipeline.training.checkpoint.store import Checkpointer, CheckpointStore, checkpoint_metadata
 from pipeline.training.checkpoint.weights import VOCABULARY, save_weights, stage_url
@@ -58,6 +58,11 @@ class RunContext:
     supervisor: RankSupervisor
     ownership: Ownership
     coverage: dict[str, float] | None = None  # of the vocabulary: fraction of [UNK] by folder of shards; on rank 0
+
+    def report_phase(self, phase: str) -> None:
+        """Report what rank 0 does while it trains no steps."""
+        if self.collectives.rank == 0:
+            self.report(Progress(phase=phase))
 
 
 @dataclass
@@ -111,6 +116,7 @@ def train(
     tokenizer = Tokenizer.load(storage, join(config.folder, VOCABULARY), config.tokenizer.lowercase)
     tracker, coverage = Tracker(), None
     if is_first:
+        report(Progress(phase="opening the MLflow run"))
         tags = {"world_size": str(collectives.world_size), "zero_stage": str(config.engine.zero_stage)}
         tracker, coverage = Tracker.open(config, storage, tags), load_coverage(storage, config.folder, tokenizer)
     context = RunContext(
@@ -128,6 +134,7 @@ def train(
     except BaseException as error:
         _close_tracker(tracker, "KILLED" if isinstance(error, Preempted) else "FAILED")
         raise
+    context.report_phase("completing the MLflow run")
     _close_tracker(tracker, "FINISHED")
 
 
@@ -144,14 +151,17 @@ def train_stage(
         start = resume(state, rolled_back)
         callbacks.on_stage_start(start)
         batches = state.loader.batches(state.spikes.batch_of(start))
+        context.report_phase(f"reading the first batch of stage {stage.name}")
         result = StageResult(stage.steps)
         for step in range(start, stage.steps):
             supervisor.enter("data_wait", stage.first_step + step)
             callbacks.before_batch(step)
             batch = next(batches)
             supervisor.enter("training", stage.first_step + step)
+            if step == start:
+                context.report_phase(f"training {stage.name}")
             callbacks.before_step(step, batch)
-            with_metrics = (step + 1) % stage.run.tracking.metrics_every == 0 or step + 1 == stage.steps
+            with_metrics = (step + 1) % stage.run.tracking.metrics_every == 0 or step + 1 in (1, stage.steps)
             with_metrics |= stage.is_checkpoint_step(step)  # always, so that no non-finite state is ever saved
             losses = state.step(batch, with_metrics=with_metrics)
             callbacks.after_backward(step)
@@ -218,10 +228,12 @@ def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -
         loader = Loader(run, config, groups, storage, tokenizer, rank, world_size, backend)
         stack.callback(loader.close)
         with guards.permanent_failures_explained(stage, collectives):
+            context.report_phase(f"building the model of stage {stage.name}")
             image_tokenizer = load_image_tokenizer(config, storage, collectives.device)
             model = build_stage_model(stage, storage, tokenizer.size)
             callbacks.on_model_built(model)
             shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+            context.report_phase(f"starting DeepSpeed for stage {stage.name}")
             engine = DeepSpeedEngine(model, stage, collectives)
         stack.callback(engine.close)
         step = TrainingStep(engine, stage, collectives, image_tokenizer)
@@ -272,6 +284,7 @@ def resume(state: StageState, rolled_back: guards.Spike | None) -> int:
 def export_weights(state: StageState) -> None:
     """Hand over the trained weights, with the journal up to the stage's end. A collective call."""
     stage, context, ownership, tracker = state.stage, state.context, state.context.ownership, state.context.tracker
+    context.report_phase(f"exporting the weights of stage {stage.name}")
     weights = state.engine.weights()  # on rank 0 only
     if weights is not None:
         ownership.check()

@@ -187,6 +187,7 @@ class EvaluationCallback(Callback):
         is_due = not is_last if num_steps == stage.steps else num_steps % (section.every or 1) == 0
         if not self._is_enabled or not is_due or event.preempted:
             return
+        context.report_phase(f"evaluating at step {stage.first_step + num_steps:,}")
         with context.supervisor.during("evaluation", stage.first_step + event.step):
             result = evaluate(
                 state.engine.reader,
@@ -205,6 +206,7 @@ class EvaluationCallback(Callback):
         state.metrics = state.metrics | metrics
         context.tracker.metrics(stage.first_step + num_steps, metrics)
         state.measured_from = time.perf_counter(), num_steps, state.loader.wait_seconds  # excludes the evaluation
+        context.report_phase(f"training {stage.name}")
 
     def close(self) -> None:
         if self._pairs is not None:

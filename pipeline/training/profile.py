@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config.background import in_background
-from pipeline.config.errors import ConfigError
 from pipeline.config.schema import parse_steps
 from pipeline.data.storage import join
 from pipeline.training.callbacks import Callback
@@ -29,15 +28,6 @@ log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 60.0  # limit for writing the last trace at the end of a stage
 Storages = dict[int, int]  # address -> bytes
-
-
-def profile_override(window: str) -> str:
-    """Return `--profile A:B` as an override of the config. Raises ConfigError."""
-    try:
-        first, last = parse_steps(window)
-    except ValueError as error:
-        raise ConfigError(f"--profile {window}: {error}, over all stages") from None
-    return f'tracking.profile="{first}:{last}"'  # quoted: YAML 1.1 reads a bare 3:6 as minutes and seconds
 
 
 class Profiler(Callback):

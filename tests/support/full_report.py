@@ -37,5 +37,5 @@ def fullest() -> report.ReportData:
         reranked_best=10, recall=[recall] * 4, measures=measures, retrievals=retrievals,
         masked={"helped": masked[:4], "misled": masked[4:8], "even": masked[8:]}, reconstruction_stage="vision",
         reconstructions=[(noise(), noise(), noise()) for _ in range(report.RECONSTRUCTIONS_SHOWN)],
-        alignments=report.Alignments(aligned, [NOTE]), skipped=[(CAPTION, 3)],
+        alignments=report.Alignments(aligned, [NOTE]), skipped=[(CAPTION, 3)], result={},
     )  # fmt: skip

@@ -85,7 +85,7 @@ def test_the_guides_example_runs_as_written(model, config, held_out, tokenizer, 
     assert "{" in capsys.readouterr().out
     assert isinstance(names["model"], mome.TrainedModel)
 
-    def finish(settings):  # the training itself: test_wheel_trains_and_serves_in_a_fresh_environment
+    def finish(settings, display):  # the training itself: test_wheel_trains_and_serves_in_a_fresh_environment
         assert (settings.folder, settings.stages[0].steps) == ("runs/small", 20)
         shutil.copytree("runs/demo", settings.folder)
         return {"retrieval": {}}

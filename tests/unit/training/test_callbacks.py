@@ -18,6 +18,7 @@ import torch
 
 from jobs.distributed import PROGRESS_FILE, ProgressFile
 from pipeline.config.errors import ConfigError, Preempted, RunFailed
+from pipeline.config.load import profile_override
 from pipeline.config.schema import SpikeConfig
 from pipeline.data.storage import Storage
 from pipeline.models.model import MAX_SCALE
@@ -27,7 +28,7 @@ from pipeline.training.collectives import Collectives
 from pipeline.training.health import Spike, SpikeGuard, StepHealth, is_out_of_memory, permanent_failures_explained
 from pipeline.training.loop import train
 from pipeline.training.metrics import CONSECUTIVE, JUMP, LOSSES, Alerts
-from pipeline.training.profile import Profiler, profile_override
+from pipeline.training.profile import Profiler
 from pipeline.training.stages import Stage
 from tests.support.short_run import STEPS, BeforeStep, NoUploader, journal, losses, short_config
 from tests.support.tiny_model import tiny_config
