@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -255,14 +255,17 @@ def evaluate(
     Pairs: retrieval, re-ranking, matching, masked words. Labelled images: zero-shot classification, a trained head, a
     linear probe. Questions and statements: accuracy.
     """
-    if os.environ.get("RANK", "0") == "0":
-        notify(f"mome evaluate {checkpoint}")  # the imports take seconds
-    from jobs.evaluate import evaluate_checkpoint
-
     choices: dict[str, Any] = {"source": source, "source_type": source_type, "probe": probe, "limit": limit}
     choices["prompts"] = prompts
     choices |= {"rerank_best": rerank, "name": name, "report": report, "against": against, "track": track}
-    print_result(evaluate_checkpoint(checkpoint, **choices, workers=workers, caller=named_caller(config)), as_json)
+    with RunDisplay(checkpoint) if os.environ.get("RANK", "0") == "0" else nullcontext() as display:
+        if display is not None:
+            display.phase(LOADING)
+            choices["progress"] = display.phase
+        from jobs.evaluate import evaluate_checkpoint
+
+        result = evaluate_checkpoint(checkpoint, **choices, workers=workers, caller=named_caller(config))
+    print_result(result, as_json)
 
 
 @app.command(rich_help_panel=EVALUATE)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.console import notify
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import validate, with_absolute_paths
 from pipeline.config.redaction import redact
@@ -25,6 +26,10 @@ HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+)):(\d{1,5}
 OTHER_PORTS = {8265: "the port of the dashboard, for mome submit", 10001: "the port of ray:// clients"}
 ADVICE = ("Refer to the documentation", "Consider provisioning")
 LOADER_AMOUNT = 0.001  # of `cluster.loader_resource` per loader actor; CPUs limit the number of actors per node
+DEATHS = {  # of a rank, by the phrase in Ray's error
+    "its node has died": "its node was lost",
+    "worker process has died": "its process was killed, by a signal or for lack of memory, or crashed",
+}
 KEYS = {"CPU": "cluster.cpus_per_worker", "GPU": "cluster.gpus_per_worker"}
 
 ALONE = "torchrun --nproc-per-node N -m pipeline.training CONFIG"
@@ -38,6 +43,7 @@ def connect(cluster: ClusterConfig) -> None:
     try:
         import ray
         import ray._private.utils as ray_utils
+        import ray._private.worker as ray_worker
     except ImportError as error:
         raise ConfigError(RAY_MISSING) from error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -50,6 +56,7 @@ def connect(cluster: ClusterConfig) -> None:
     # Ray would replace this process's handlers for good, by ones that end it with status 15 or print a C++ stack.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     set_handler, ray_utils.set_sigterm_handler = ray_utils.set_sigterm_handler, lambda _: None
+    ray_worker.print_to_stdstream = show_ray_message
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is not None:
@@ -74,6 +81,16 @@ def connect(cluster: ClusterConfig) -> None:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def show_ray_message(data: Any, ignore_prefix: bool) -> None:
+    """Print a message of Ray's own processes on standard error, where Ray would print it on standard output.
+
+    That a process died is left out: the run's driver prints which rank it was, and what follows.
+    """
+    for line in data["lines"]:
+        if not line.startswith("A worker died or was killed"):
+            notify(f"Ray: {line.strip()}", "yellow")
 
 
 def local_cpus(cluster: ClusterConfig) -> int:
@@ -142,7 +159,12 @@ def for_ranks(config: RunConfig, **cluster: object) -> RunConfig:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the innermost message of an error of Ray: its last line that is not generic advice."""
+    """Return the innermost message of an error of Ray: what died and where, else its last line that is no advice."""
+    for phrase, cause in DEATHS.items():
+        if phrase in str(error):
+            details = dict(re.findall(r"^\s*(pid|ip): (\S+)$", str(error), re.MULTILINE))
+            where = ", ".join(f"{name} {value}" for name, value in details.items())
+            return f"{cause} ({where})" if where else cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
     return redact(lines[-1]) if lines else type(error).__name__
 

@@ -147,6 +147,11 @@ class RunDisplay:
             else:
                 self._print(text)
 
+    def message(self, text: str, style: str = "yellow") -> None:
+        """Print a message above the bars, or as a line with the time."""
+        with self._lock:
+            self._print(text, style)
+
     def show(self, progress: Progress) -> None:
         """Show new metrics: at once if they are the first or last of a stage."""
         with self._lock:
@@ -169,9 +174,9 @@ class RunDisplay:
             self._bar.remove_task(task)
         self._phase, self._since, self._newest = phase, time.monotonic(), None
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, style: str = "") -> None:
         self._printed = time.monotonic()
-        notify(f"{time.strftime('%H:%M:%S')} {self._run}: {text}")
+        notify(f"{time.strftime('%H:%M:%S')} {self._run}: {text}", style)
 
     def _beat(self) -> None:
         """Show for how long the phase has lasted; without a terminal, only if nothing was printed for a while."""

@@ -3,14 +3,14 @@
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 from urllib.parse import quote
 
 from jobs.configs import Caller
-from jobs.console import check_output, notify, write_output
+from jobs.console import check_output, write_output
 from jobs.distributed import device_of, on_workers, ranks_here
 from jobs.report import RUN_REPORT, open_tracker
 from pipeline.config.errors import ConfigError, StorageError
@@ -53,6 +53,7 @@ def evaluate_checkpoint(
     prompts: Sequence[str] | None = None,
     caller: Caller = Caller(),
     ranks: Ranks | None = None,
+    progress: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any] | None:
     """Evaluate the weights of a run, a stage or a step; return what `mome evaluate --json` prints.
 
@@ -60,8 +61,9 @@ def evaluate_checkpoint(
     with a probe). The `report` is by default next to the weights; `against` is the folder of a run to compare with.
     `prompts` replace `evaluation.prompts` of the run.
     With `workers`, that many ranks on Ray share the work, else `ranks` (default: torchrun's, or this process); all but
-    rank 0 get None. Raises CheckpointError for unfinished weights, ConfigError and DataError for an invalid source,
-    ConfigError for a `name` or `against` of other data, all before any weights are loaded.
+    rank 0 get None. `progress` is called with each phase of the work in this process. Raises CheckpointError for
+    unfinished weights, ConfigError and DataError for an invalid source, ConfigError for a `name` or `against` of other
+    data, all before any weights are loaded.
     """
     storage, checkpoint = Storage(caller.storage), checkpoint.rstrip("/")
     types = [kind for kind in get_args(SourceType) if evaluation_tasks(None, kind)]
@@ -118,7 +120,11 @@ def evaluate_checkpoint(
         checkpoint, source = absolute(checkpoint), absolute(source) if "/" in source else source
         probe = absolute(probe) if probe and "/" in probe else probe
     work = functools.partial(_evaluate, checkpoint, source, limit, rerank_best, probe, prompts, key, caller)
-    values, data = work(ranks or ranks_here()) if workers is None else on_workers(work, config, workers, "evaluation")
+    progress(f"evaluating on {key.name}" + (f" with {workers} ranks" if workers else ""))
+    if workers is None:
+        values, data = work(ranks or ranks_here(), lambda phase: progress(f"evaluating on {key.name}: {phase}"))
+    else:
+        values, data = on_workers(work, config, workers, "evaluation")
     if data is None:
         return None
     page, path = _store(values, data, config, storage, other, report)
@@ -191,6 +197,7 @@ def _evaluate(
     key: EvalKey,
     caller: Caller,
     ranks: Ranks,
+    progress: Callable[[str], None] = lambda phase: None,
 ) -> tuple[dict[str, Any], ReportData | None]:
     """Evaluate on this rank; all ranks call it and get the same values, and rank 0 the report's data."""
     storage, device = Storage(caller.storage), device_of(ranks)
@@ -209,7 +216,7 @@ def _evaluate(
             others[stage.name] = build_trained_model(usable).to(device)
     result = evaluate(
         model, tokenizer, config, storage, source, limit, weights.stage, others, rerank_best,
-        progress=lambda message: notify(f"evaluating: {message}", style="dim") if ranks.rank == 0 else None,
+        progress=progress if ranks.rank == 0 else lambda phase: None,
         choices=weights.choices, ranks=ranks, probe=probe,
     )  # fmt: skip
     result.source, result.checkpoint, data = key.name, weights.url, None

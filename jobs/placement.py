@@ -57,6 +57,7 @@ class Placement:
 
     cluster: ClusterConfig
     mail: Mailbox
+    show: Callable[[str], None] = notify
     clock: Callable[[], float] = time.monotonic
     ranks: int = field(default=0, init=False)  # that run
     _were_placed: bool = field(default=False, init=False)  # lost nodes may come back
@@ -78,7 +79,7 @@ class Placement:
             return
         if ranks := int(placed):
             if self._last_message is not None and not self.ranks:
-                notify(f"{ranks} of {cluster.workers} workers placed")
+                self.show(f"{ranks} of {cluster.workers} workers placed")
             self.ranks, self._were_placed, self._waiting_since, self._last_message = ranks, True, None, None
             return
         self.ranks, now = 0, self.clock()
@@ -107,7 +108,7 @@ class Placement:
             text = f"{resources.quantity(number, kind)} requested, {existing:g} in the cluster"
             lacking += [text] * (number > existing)
             present.append(f"{text}, {free.get(kind, 0.0):g} free")
-        notify(f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(lacking or present)}")
+        self.show(f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(lacking or present)}")
 
 
 @dataclass(eq=False)
@@ -121,8 +122,10 @@ class Restarts(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Record a failure of the worker group; called by Ray Train's controller."""
         try:
-            errors = sorted(worker_exceptions.items())
-            self.record(FAILED, "; ".join(f"rank {rank}: {resources.root_cause(error)}" for rank, error in errors))
+            causes = {rank: resources.root_cause(error) for rank, error in sorted(worker_exceptions.items())}
+            # The errors of the other ranks are those of their connections to a rank that died.
+            dead = {rank: cause for rank, cause in causes.items() if cause.startswith(tuple(resources.DEATHS.values()))}
+            self.record(FAILED, "; ".join(f"rank {rank}: {cause}" for rank, cause in (dead or causes).items()))
         except Exception as error:  # a missing record must not prevent the restart
             log.warning("restart not recorded: %s", error)
         refresh_node_counts()  # the ranks must not be placed on a node that was lost

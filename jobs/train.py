@@ -9,6 +9,7 @@ import logging
 import secrets
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -51,12 +52,13 @@ def run_and_evaluate(
         if not is_trained and (known := stored_evaluation(config)) is not None:
             notify(f"evaluated already; `mome evaluate {shlex.quote(config.folder)}` evaluates again")
             return known
-        display.phase(f"evaluating on {config.evaluation.source}")
         workers = config.cluster.workers if config.cluster.gpus_per_worker else None  # on Ray if the ranks have GPUs
         # Not the ranks that a launcher's environment names: Ray's ranks have ended, and this is the driver.
         ranks, caller = SINGLE_PROCESS, Caller.of(config)
         with add_time(Storage(config.storage), config.folder, "evaluation"):
-            result = evaluate_checkpoint(config.folder, track=True, workers=workers, caller=caller, ranks=ranks)
+            result = evaluate_checkpoint(
+                config.folder, track=True, workers=workers, caller=caller, ranks=ranks, progress=display.phase
+            )
         assert result is not None
         return result
 
@@ -106,7 +108,7 @@ def pretrain(config: RunConfig, display: RunDisplay, interrupts: Interrupts) -> 
         try:
             _train(config, ownership, mail, open_alerts, interrupts, display)
         finally:
-            show_messages(mail, open_alerts, is_last=True)
+            show_messages(mail, open_alerts, display.message, is_last=True)
             mail.call("del", "", True)
     _raise_failure(config, ownership)
     if unfinished := [s.name for s, url in zip(config.stages, weights, strict=True) if not is_committed(storage, url)]:
@@ -129,7 +131,7 @@ def _train(
     cluster, limit = config.cluster, config.cluster.max_preemptions
     driver = f"{int(time.time()):010d}-{secrets.token_hex(2)}"
     restarts = Restarts(config.storage, join(config.folder, "restarts"), driver)
-    placement = Placement(cluster, mail)
+    placement = Placement(cluster, mail, display.message)
 
     were_placed, num_announced = False, 0
 
@@ -141,10 +143,10 @@ def _train(
             failures = restarts.messages(FAILED)
             for number, message in list(enumerate(failures, 1))[num_announced:]:
                 step = saved_steps(config, interrupts.storage)
-                notify(f"restart {number} of at most {cluster.max_failures} from step {step:,}: {message}", "yellow")
+                display.message(f"restart {number} of at most {cluster.max_failures} from step {step:,}: {message}")
             num_announced = len(failures)
             display.phase("starting the ranks" if were_placed else "the ranks have ended")
-        show_messages(mail, open_alerts)
+        show_messages(mail, open_alerts, display.message)
         interrupts.check(mail, placement.ranks)
 
     while True:
@@ -183,13 +185,15 @@ def _raise_failure(config: RunConfig, ownership: Ownership) -> None:
         raise RunFailed(failure["message"], exit_status=failure["exit_status"])
 
 
-def show_messages(mail: Mailbox, open_alerts: dict[str, str], is_last: bool = False) -> None:
-    """Print rank 0's new warnings and alerts, and with `is_last` the alerts that are not over; keep those' texts."""
+def show_messages(
+    mail: Mailbox, open_alerts: dict[str, str], show: Callable[[str], None], is_last: bool = False
+) -> None:
+    """Show rank 0's new warnings and alerts, and with `is_last` the alerts that are not over; keep those' texts."""
     for message in mail.receive():
-        notify(f"{message['level']} {message['text']}", "yellow")
+        show(f"error: {message['text']}" if message["level"] in ("ERROR", "CRITICAL") else message["text"])
         if message.get("over"):
             open_alerts.pop(message["alert"], None)
         elif "alert" in message:
             open_alerts[message["alert"]] = message["text"]
     for text in open_alerts.values() if is_last else ():
-        notify(f"alert not over: {text}", "yellow")
+        show(f"alert not over: {text}")

@@ -120,11 +120,13 @@ def evaluate(run: str | Path | TrainingResult, source: str | None = None, limit:
 
     `source` is a source of the run or the URL of shards (default: `evaluation.source`), `limit` a number of images.
     """
+    from jobs.console import RunDisplay
     from jobs.evaluate import evaluate_checkpoint
     from pipeline.evaluation.ranks import SINGLE_PROCESS
 
     folder = run.folder if isinstance(run, TrainingResult) else str(run)
-    values = evaluate_checkpoint(folder, source, limit, ranks=SINGLE_PROCESS)
+    with RunDisplay(folder) as display:
+        values = evaluate_checkpoint(folder, source, limit, ranks=SINGLE_PROCESS, progress=display.phase)
     assert values is not None
     return values
 

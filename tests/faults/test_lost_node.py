@@ -61,6 +61,8 @@ def test_losing_a_node_changes_no_loss(cluster: Cluster, whole: TrainProcess) ->
         lost.lose()
         run.wait_for(lambda: run.step() > before + 1, "a step without the node")  # one may have been in flight
         assert ranks(cluster) == [1, 0], run.log_text()
+        assert "restart 1 of at most" in run.log_text()
+        assert "(raylet)" not in run.log_text()
         lost.start()
         run.wait_for(lambda: ranks(cluster) == [1, 1], "both nodes in use")
     assert run.restart_causes() == ["failed", "grown"]

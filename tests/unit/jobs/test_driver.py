@@ -152,7 +152,8 @@ class World(SimpleNamespace):
     def placement(self, seconds: int = 0, **values: object) -> Placement:
         """Return the placement of two ranks, checked every second for some seconds."""
         keys = {"workers": 2, "start_seconds": 60, "address": "head:6379", **values}
-        started = Placement(ClusterConfig.model_validate(keys), Mailbox("claim"), clock=lambda: self.now)
+        cluster = ClusterConfig.model_validate(keys)
+        started = Placement(cluster, Mailbox("claim"), self.printed.append, clock=lambda: self.now)
         started.start()
         self.pass_seconds(started, seconds)
         return started
@@ -167,7 +168,6 @@ class World(SimpleNamespace):
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     simulated = World(node={"CPU": 4.0}, now=1000.0, ranks=0, printed=[], limits=None)
     monkeypatch.setattr(placement, "usable_nodes", lambda: {"node": simulated.node})
-    monkeypatch.setattr(placement, "notify", simulated.printed.append)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: simulated.limits)
     monkeypatch.setattr(Mailbox, "get", lambda *_: simulated.ranks)
@@ -293,20 +293,19 @@ def test_one_start_exchanges_warnings_and_values_and_an_absent_head_blocks_none(
     assert mail.receive()[0]["text"] == "line 0"
 
 
-def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones() -> None:
     collapse, clamp = ({"level": "WARNING", "alert": f"vision/{name}"} for name in ("itm_collapse", "itc_clamp"))
     resumed = {"level": "WARNING", "text": "resuming stage vision at step 130"}
     over = {**clamp, "text": "over", "over": True}
     received = [[{**collapse, "text": "collapsed"}, {**clamp, "text": "clamped"}], [resumed], [over]]
     printed, mail, open_alerts = list[str](), Mock(receive=lambda: received.pop(0)), dict[str, str]()
-    monkeypatch.setattr(train, "notify", lambda text, *_: printed.append(text))
-    train.show_messages(mail, open_alerts)
+    train.show_messages(mail, open_alerts, printed.append)
     assert open_alerts == {"vision/itm_collapse": "collapsed", "vision/itc_clamp": "clamped"}
-    train.show_messages(mail, open_alerts)
-    train.show_messages(mail, open_alerts, is_last=True)
+    train.show_messages(mail, open_alerts, printed.append)
+    train.show_messages(mail, open_alerts, printed.append, is_last=True)
     assert open_alerts == {"vision/itm_collapse": "collapsed"}
     texts = ("collapsed", "clamped", "resuming stage vision at step 130", "over")
-    assert printed == [*(f"WARNING {text}" for text in texts), "alert not over: collapsed"]
+    assert printed == [*texts, "alert not over: collapsed"]
 
 
 def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> None:
