@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 # A path or URL, an encoded file, or pixels (H, W, 3) uint8.
 ImageInput = str | Path | bytes | np.ndarray | Tensor | pil.Image
 Images = ImageInput | Sequence[ImageInput]  # several also as an array or tensor (N, H, W, 3) uint8
+Texts = str | Sequence[str]
 Prediction = dict[str, Any]
 BATCH_SIZE = 64
 
@@ -136,8 +137,9 @@ _PREDICTIONS: dict[str, tuple[Head, str, tuple[int, ...], str]] = {
 class TrainedModel:
     """A stage's model with the tokenizer, config and answer lists that give its outputs their meaning.
 
-    Methods run in evaluation mode, without gradients, and return tensors on the CPU. They raise ConfigError for what
-    the stage was not trained for and for a text without a token, DataError for an image that cannot be decoded.
+    Methods take one item or a sequence, run in evaluation mode, without gradients, and return tensors on the CPU. They
+    raise ConfigError for what the stage was not trained for, for an empty sequence and for a text without a token,
+    DataError for an image that cannot be decoded.
     """
 
     model: Model
@@ -151,23 +153,23 @@ class TrainedModel:
 
     def encode_image(self, images: Images, batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (N, D), for one image (D,), in the space shared with `encode_text`."""
-        several, is_single = _listed(images)
-        self._require("itc", "embeddings", len(several))
+        self._require("itc", "embeddings")
+        several, is_single = _listed(images, "images")
         predictor = Predictor(self.model, self.tokenizer, batch_size)
         batches = [several[start : start + batch_size] for start in range(0, len(several), batch_size)]
         stacks = (np.stack([self.pixels(image) for image in batch]) for batch in batches)
         vectors = torch.cat([predictor.embed_images(torch.from_numpy(stack)) for stack in stacks])
         return vectors[0] if is_single else vectors
 
-    def encode_text(self, texts: str | Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
+    def encode_text(self, texts: Texts, batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (M, D), for one text (D,), in the space shared with `encode_image`."""
         self._require("itc", "embeddings")
-        several = [texts] if isinstance(texts, str) else texts
+        several, is_single = _listed(texts, "texts")
         predictor = Predictor(self.model, self.tokenizer, batch_size)
         vectors = predictor.embed_texts([self.tokenize(text) for text in several])
-        return vectors[0] if isinstance(texts, str) else vectors
+        return vectors[0] if is_single else vectors
 
-    def similarity(self, images: Images, texts: str | Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
+    def similarity(self, images: Images, texts: Texts, batch_size: int = BATCH_SIZE) -> Tensor:
         """Return the cosine of every image with every text, (N, M); one image or one text drops its dimension."""
         of_image, of_text = self.encode_image(images, batch_size), self.encode_text(texts, batch_size)
         return of_image @ (of_text if isinstance(texts, str) else of_text.T)
@@ -175,7 +177,7 @@ class TrainedModel:
     def match(
         self,
         images: Images,
-        texts: str | Sequence[str],
+        texts: Texts,
         batch_size: int = BATCH_SIZE,
         head: FusedHead | None = None,
     ) -> Tensor:
@@ -185,47 +187,52 @@ class TrainedModel:
         model fine-tuned for ranking returns its ranking scores instead, unless `head` is "itm". Without either
         objective, use `similarity`.
         """
-        several, is_single = _listed(images)
-        captions = [texts] if isinstance(texts, str) else list(texts)
-        count = len(captions) if is_single else len(several)
-        if len(several) != len(captions) and not is_single and not isinstance(texts, str):
-            raise ValueError(f"match got {len(several)} images and {len(captions)} texts; give one text per image")
         head = head or ("ranking" if "ranking" in self.stage.objectives else "itm")
-        self._require(head, "pair scores", count)
-        shared = self.pixels(several[0]) if is_single else None
-        captions = captions * count if len(captions) == 1 else captions
+        self._require(head, "pair scores")
+        several, captions, is_single = self._paired(images, texts, "texts")
         results = []
-        for rows in (slice(start, start + batch_size) for start in range(0, count, batch_size)):
+        for rows in (slice(start, start + batch_size) for start in range(0, len(several), batch_size)):
             token_ids = [self.tokenize(text) for text in captions[rows]]
-            own = [shared] * len(token_ids) if shared is not None else [self.pixels(image) for image in several[rows]]
-            pixels = [(image,) for image in own]
+            pixels = [(self.pixels(image),) for image in several[rows]]
             pairs = collate_inputs(pixels, token_ids, self.tokenizer.pad_id, self.config.model, head)
             scores = run_forward(self.model, pairs)[head].float().cpu()
             results.append(scores if head == "ranking" else (scores[:, 1] - scores[:, 0]).sigmoid())
         matches = torch.cat(results)
-        return matches[0] if is_single and isinstance(texts, str) else matches
+        return matches[0] if is_single else matches
 
     @overload
-    def answer(self, image: ImageInput, question: str, top_k: int = 5) -> dict[str, float]: ...
+    def answer(self, images: ImageInput, questions: str, top_k: int = 5) -> dict[str, float]: ...
     @overload
-    def answer(
-        self, image: Sequence[ImageInput], question: list[str] | tuple[str, ...], top_k: int = 5
-    ) -> list[dict[str, float]]: ...
-    def answer(self, image: Any, question: Any, top_k: int = 5) -> Any:
+    def answer(self, images: Images, questions: Texts, top_k: int = 5) -> Any: ...
+    def answer(self, images: Images, questions: Texts, top_k: int = 5) -> Any:
         """Return the `top_k` most probable answers to a question about an image, the best first, with probabilities.
 
-        A list of questions with an image for each gives a list.
+        Several questions or images give a list; they are paired as `match` pairs texts and images.
         """
         self._require("vqa", "answers")
-        if not isinstance(question, str):
-            return [self.answer(own, text, top_k) for own, text in zip(image, question, strict=True)]
-        return dict(self._predict("vqa", (self.pixels(image),), question, top_k)["answers"])
+        several, texts, is_single = self._paired(images, questions, "questions")
+        pairs = zip(several, texts, strict=True)
+        answers = [dict(self._predict("vqa", (self.pixels(image),), text, top_k)["answers"]) for image, text in pairs]
+        return answers[0] if is_single else answers
 
-    def fill_mask(self, text: str, image: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]:
-        """Return the `top_k` best tokens for each [MASK]; the image counts only where mlm was trained with images."""
+    @overload
+    def fill_mask(self, texts: str, images: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]: ...
+    @overload
+    def fill_mask(self, texts: Texts, images: Images | None = None, top_k: int = 5) -> Any: ...
+    def fill_mask(self, texts: Texts, images: Images | None = None, top_k: int = 5) -> Any:
+        """Return the `top_k` best tokens for each [MASK], with probabilities; for several texts a list of such lists.
+
+        Images are paired with the texts as in `match`; they count only where mlm was trained with images.
+        """
         self._require("mlm", "masked words")
-        pixels = () if image is None else (self.pixels(image),)
-        return list(self._predict("mlm", pixels, text, top_k)["words"])
+        if images is None:
+            several, is_single = _listed(texts, "texts")
+            words = [self._predict("mlm", (), text, top_k)["words"] for text in several]
+        else:
+            pictures, several, is_single = self._paired(images, texts, "texts")
+            pairs = zip(pictures, several, strict=True)
+            words = [self._predict("mlm", (self.pixels(image),), text, top_k)["words"] for image, text in pairs]
+        return words[0] if is_single else words
 
     def predict(self, images: Sequence[ImageInput] = (), text: str | None = None, top_k: int = 5) -> Prediction:
         """Return every prediction that the stage was trained for and that these inputs allow, by name.
@@ -321,22 +328,42 @@ class TrainedModel:
             raise ConfigError(f"no token is left of the text {text!r:.60}; give at least one word")
         return ids
 
-    def _require(self, objective: str, purpose: str, num_images: int | None = None) -> None:
-        """Raise ConfigError for a stage without the objective, ValueError where no images are given."""
+    def _paired(self, images: Images, texts: Texts, name: str) -> tuple[Sequence[ImageInput], Sequence[str], bool]:
+        """Return an image and a text for each pair, and whether both were single ones. Raises ConfigError.
+
+        A single image goes with every text, and is decoded once; a single text goes with every image.
+        """
+        pictures, is_one_image = _listed(images, "images")
+        sentences, is_one_text = _listed(texts, name)
+        if is_one_image and not is_one_text:
+            pictures = [self.pixels(pictures[0])] * len(sentences)
+        elif is_one_text:
+            sentences = [sentences[0]] * len(pictures)
+        if len(pictures) != len(sentences):
+            raise ConfigError(
+                f"{len(pictures)} images and {len(sentences)} {name}: give as many {name} as images, or a single image "
+                "or text, which goes with each of the others"
+            )
+        return pictures, sentences, is_one_image and is_one_text
+
+    def _require(self, objective: str, purpose: str) -> None:
+        """Raise ConfigError for a stage without the objective."""
         if objective not in self.stage.objectives:
             raise ConfigError(
                 f"{self.url or 'this model'}: {purpose} need objective {objective}, and stage {self.stage.name} was "
                 f"trained for {', '.join(self.stage.objectives)}; give the checkpoint of a stage with {objective}"
             )
-        if num_images == 0:
-            raise ValueError("no images are given; give at least one")
 
 
-def _listed(images: Images) -> tuple[Sequence[ImageInput], bool]:
-    """Return the images as a sequence, and whether they are a single one."""
-    if isinstance(images, np.ndarray | Tensor):
-        return ([images], True) if images.ndim == 3 else (images, False)  # type: ignore[return-value]
-    return ([images], True) if isinstance(images, str | Path | bytes | pil.Image) else (images, False)
+def _listed(items: Any, name: str) -> tuple[Sequence[Any], bool]:
+    """Return images or texts as a sequence, and whether they are a single one. Raises ConfigError for an empty one."""
+    is_array = isinstance(items, np.ndarray | Tensor)
+    if isinstance(items, str | Path | bytes | pil.Image) or (is_array and items.ndim == 3):
+        return [items], True
+    several = items if is_array else list(items)
+    if len(several) == 0:
+        raise ConfigError(f"no {name} are given; give at least one")
+    return several, False
 
 
 def _top(probabilities: Tensor, names: Sequence[str], k: int) -> dict[str, float]:

@@ -104,8 +104,7 @@ def train(config: str | Path | Mapping[str, Any] | RunConfig, overrides: Iterabl
 
     `config` is the path of a YAML file, the name of a recipe, its keys as a mapping, or a validated config, and
     `overrides` are `KEY=VALUE` with dotted keys. Progress is printed on standard error. Raises ConfigError listing
-    every fault of the config, ModuleNotFoundError without Ray: install `mome[ray]`, or train with
-    `torchrun -m pipeline.training CONFIG`.
+    every fault of the config, or what to do where Ray is not installed.
     """
     from jobs.console import RunDisplay
     from jobs.train import run_and_evaluate

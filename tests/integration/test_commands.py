@@ -45,6 +45,27 @@ def refuse(config: RunConfig, kind: type[MomeError] = DataError, status: int = 1
     return str(error.value)
 
 
+WITHOUT_RAY = """
+import sys
+sys.modules["ray"] = None  # as where it is not installed
+import mome
+try:
+    mome.train("demo", ["output=runs"])
+except mome.ConfigError as error:
+    print(error)
+"""
+
+
+def test_training_without_ray_names_what_to_install_before_anything_is_written(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert "pip install 'mome[ray]'" in done.stdout
+    assert "torchrun" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> None:
     done = run_module("jobs.cli", "train", str(DEMO), "model.widht=3", f"output={tmp_path}/runs")
     assert done.returncode == 2

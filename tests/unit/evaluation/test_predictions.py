@@ -113,7 +113,7 @@ def test_pair_predictions_are_the_heads_outputs(trained, model, image, held_out,
     assert cosine.item() == pytest.approx(prediction["similarity"], abs=1e-6)
 
 
-def test_masks_are_filled_and_questions_answered(trained, config, tokenizer, image):
+def test_masks_are_filled_and_questions_answered(trained, config, tokenizer, image, tmp_path):
     text = "a large [MASK] circle above a [MASK] square"
     ids, positions = trained.tokenize_masked(text)
     assert [ids[p] for p in positions] == [tokenizer.mask_id] * 2
@@ -123,6 +123,13 @@ def test_masks_are_filled_and_questions_answered(trained, config, tokenizer, ima
     assert [len(words) for words in alone] == [len(words) for words in with_image] == [3, 3]
     assert alone != with_image
     assert trained.predict([image], text, top_k=3) == {"words": with_image}
+    other = "a [MASK] square"
+    expected = [alone, trained.fill_mask(other, top_k=3)]
+    assert trained.fill_mask([text, other], top_k=3) == expected
+    expected = [with_image, trained.fill_mask(other, image, top_k=3)]
+    assert trained.fill_mask([text, other], image, top_k=3) == expected
+    assert trained.fill_mask((text, other), [image, image], top_k=3) == expected
+    assert trained.fill_mask(text, [image], top_k=3) == [with_image]
     stage = config.stages[2].model_copy(update={"objectives": {"vqa": None}, "num_answers": 3})
     model = build_model(config.model, tokenizer.size, HeadConfig(answers=3), seed=1)
     trained = TrainedModel(model, tokenizer, config, stage, {ANSWERS: Choices(("yes", "no", "red"))})
@@ -130,7 +137,13 @@ def test_masks_are_filled_and_questions_answered(trained, config, tokenizer, ima
     assert set(answers) < {"yes", "no", "red"}
     assert list(answers.values()) == sorted(answers.values(), reverse=True)
     assert trained.predict([image], "is it red?", top_k=2) == {"answers": answers}
-    assert trained.answer([image, image], ["is it red?"] * 2, top_k=2) == [answers, answers]
+    Image.fromarray(image).save(file := tmp_path / "image.png")
+    other = trained.answer(image, "is it a circle?", top_k=2)
+    for single in (image, torch.from_numpy(image), Image.fromarray(image), file, str(file), file.read_bytes()):
+        assert trained.answer(single, ["is it red?", "is it a circle?"], top_k=2) == [answers, other]
+        assert trained.answer(single, "is it red?", top_k=2) == answers
+    assert trained.answer([image, file], ["is it red?", "is it a circle?"], top_k=2) == [answers, other]
+    assert trained.answer([image, file], "is it red?", top_k=2) == [answers, answers]
 
 
 NEEDS = r"itc needs an image and a text; itm needs .*mlm needs"
@@ -146,8 +159,13 @@ def test_unusable_inputs_are_rejected_with_the_remedy(trained, config, image):
         (lambda: trained.fill_mask("[MASK] " * 50), ConfigError, "at most 40"),
         (lambda: trained.fill_mask("a circle"), ConfigError, r"no \[MASK\]"),
         (lambda: trained.answer(image, "what?"), ConfigError, "answers need objective vqa"),
-        (lambda: trained.match([image], []), ValueError, "1 images and 0 texts"),
-        (lambda: trained.encode_image([]), ValueError, "at least one"),
+        (lambda: trained.match([image], []), ConfigError, "no texts are given"),
+        (lambda: trained.match([image], ["a", "b"]), ConfigError, "1 images and 2 texts"),
+        (lambda: trained.similarity([], "a circle"), ConfigError, "no images are given"),
+        (lambda: trained.encode_image(np.zeros((0, 32, 32, 3), np.uint8)), ConfigError, "no images are given"),
+        (lambda: trained.encode_text([]), ConfigError, "no texts are given"),
+        (lambda: trained.fill_mask([]), ConfigError, "no texts are given"),
+        (lambda: trained.fill_mask("a [MASK]", []), ConfigError, "no images are given"),
         (lambda: trained.encode_image(["no.jpg"]), ConfigError, "no such file; give the path or URL"),
         (lambda: trained.encode_image([b"no image"]), DataError, "give a JPEG"),
         (lambda: trained.encode_image([image[..., 0]]), ConfigError, "expected .height, width, 3. uint8"),

@@ -6,14 +6,17 @@ import shutil
 from pathlib import Path
 from urllib.parse import unquote
 
+import mome as api
 import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.configs import URI_VARIABLE
+from jobs.evaluate import stored_evaluation
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.data.storage import Storage
 from pipeline.evaluation.report import headline, load_report_data
+from pipeline.reports.run_folder import open_run
 from tests.support.finished_run import config_of, draw, write_run
 
 
@@ -50,6 +53,19 @@ def mome(*arguments):
 
 def evaluate(run, *options):
     return json.loads(mome("evaluate", run, "--rerank", "0", *options, "--json"))
+
+
+def test_api_evaluates_as_the_command_does_and_the_result_of_a_finished_run_is_kept(run, data):
+    config = open_run(str(run), Storage()).config
+    config = config.model_copy(update={"output": str(run.parent), "name": run.name})
+    assert stored_evaluation(config) is None
+    result = api.evaluate(run, limit=6)
+    assert result == json.loads(mome("evaluate", run, "--limit", "6", "--json"))
+    assert stored_evaluation(config) is None, "of a part of the data"
+    whole = api.evaluate(run)
+    assert stored_evaluation(config) == whole != result
+    sources = {"test": config.sources["test"].model_copy(update={"shards": data["other"]})}
+    assert stored_evaluation(config.model_copy(update={"sources": sources})) is None, "of other data"
 
 
 def test_each_evaluation_has_its_own_name_report_and_metrics(run, data, tmp_path):
