@@ -5,6 +5,7 @@ Commands import what they need when they run: `mome --help` loads neither torch,
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -51,6 +52,7 @@ SOURCE_TYPE_HELP = "Type of a URL: pairs, labelled, questions, statements (defau
 SIZES_HELP = "Sizes that the tensors do not show: heads=16 image_size=384"
 MAY_DIFFER_HELP = "Pattern of tensors that may be missing or differ; repeatable."
 NETWORK_HELP = "Network of the nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, -25."
+TENSORBOARD_HELP = "Write TensorBoard's event files of the run to this folder, instead of an upload."
 STOP_SECONDS = 60.0  # for a job to stop
 LOADING = "loading PyTorch, Ray and MLflow"
 
@@ -448,11 +450,25 @@ def tail(
 
 
 @app.command(rich_help_panel=RESULTS)
-def sync(run: Run, uri: TrackingUri = None, config: OwnConfig = None, as_json: JsonOption = False) -> None:
+def sync(
+    run: Run,
+    uri: TrackingUri = None,
+    tensorboard: Annotated[Path | None, FileOption(help=TENSORBOARD_HELP)] = None,
+    config: OwnConfig = None,
+    as_json: JsonOption = False,
+) -> None:
     """Upload to MLflow what an unreachable server missed. Uploading twice changes nothing."""
-    from jobs.tracking import sync as upload
+    from jobs import tracking
 
-    print_result(upload(run, named_caller(config, uri)), as_json)
+    if tensorboard is not None:
+        result = tracking.write_tensorboard(run, tensorboard, named_caller(config, uri))
+        text = (
+            f"Wrote {result['points']:,} points; show them with: tensorboard --logdir {shlex.quote(str(tensorboard))}"
+        )
+    else:
+        result = tracking.sync(run, named_caller(config, uri))
+        text = f"Uploaded {result['points']:,} points ({result['pending_bytes']:,} bytes) to {result['uri']}"
+    print_result(result, as_json, text)
 
 
 app.add_typer(config_commands.app, name="config", rich_help_panel=CONFIGS)

@@ -26,6 +26,7 @@ from pipeline.data.storage import Storage, join
 from pipeline.pages.charts import significant
 from pipeline.tracking.locations import configured_uri
 from pipeline.tracking.mlflow_server import check_server
+from pipeline.tracking.tensorboard import check_installed, tensorboard_folder
 from pipeline.training.checkpoint.committed import is_committed, newest_first
 from pipeline.training.checkpoint.weights import VOCABULARY, stage_url, weights_info
 from pipeline.training.prepare import RUN_FILE, admit, check_start, choose_tokenizer
@@ -76,6 +77,7 @@ class RunDescription:
     ranks: int = 1
     placement: str = ""
     tracking: str = ""
+    tensorboard: str = ""
     steps_done: int = 0
     steps: int = 0
     sources: list[SourceDescription] = field(default_factory=list)
@@ -112,6 +114,7 @@ def describe_run(config: RunConfig, storage: Storage | None = None, is_prepared:
     check_stages(config)
     run = RunDescription(config.name, redact(config.folder), config.model.kind, ranks=config.cluster.workers)
     run.tracking, run.steps = redact(configured_uri(config)), config.total_steps
+    run.tensorboard = str(tensorboard_folder(config) or "")
     sizes: dict[str, int | None] = {}
     for name, source in config.sources.items():
         description = SourceDescription(name, redact(source.shards), source.type)
@@ -237,6 +240,8 @@ def check_services(run: RunDescription, config: RunConfig) -> None:
     """Add what this machine and MLflow lack to a run's problems. Ray is not started, a cluster not contacted."""
     with run.collected():
         check_server(config)
+    with run.collected():
+        check_installed(config)
     if find_spec("ray") is None:
         run.problems.append(RAY_MISSING)
     machine = describe_placement(run, config)
@@ -247,7 +252,7 @@ def check_services(run: RunDescription, config: RunConfig) -> None:
 def as_text(run: RunDescription, with_verdict: bool = True) -> str:
     """Return the description as text: facts of the run, tables of its sources and its stages, and its problems."""
     facts = [["run", f"{run.folder} ({run.kind}): {run.state}"], ["ranks", f"{run.ranks}: {run.placement}"]]
-    facts += [["vocabulary", run.vocabulary], ["MLflow", run.tracking]]
+    facts += [["vocabulary", run.vocabulary], ["MLflow", run.tracking], ["TensorBoard", run.tensorboard]]
     facts += [["changed", f"{key}: was {old!r}, now {new!r}"] for key, (old, new) in run.changed_keys.items()]
     sources = [["source", "type", "samples", "shards", "location"]]
     for source in run.sources:

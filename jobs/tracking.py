@@ -1,5 +1,6 @@
 """`mome register CHECKPOINT --name NAME`: a checkpoint in MLflow's registry, from where anything can load it.
-`mome sync RUN`: ships what an unreachable MLflow server missed, also days later and from another machine.
+`mome sync RUN`: ships what an unreachable MLflow server missed, also days later and from another machine, or writes
+TensorBoard's event files.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.configs import URI_VARIABLE, Caller
-from pipeline.config.errors import TrackingError
+from pipeline.config.errors import ConfigError, TrackingError
 from pipeline.config.redaction import redact, redact_values
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage, split
@@ -19,6 +20,7 @@ from pipeline.tracking import locations
 from pipeline.tracking.journal import UPLOAD_LOCK, InUse, Lease
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable, register
+from pipeline.tracking.tensorboard import EventFiles
 
 logger = logging.getLogger("mome.tracking")
 
@@ -29,6 +31,7 @@ SERVING = (
     "pyyaml", "safetensors", "scipy", "simplejpeg", "tokenizers", "torch", "urllib3",
 )  # fmt: skip
 
+NO_JOURNAL = "no tracking journal in {}; give the folder of a run, <output>/<name>"
 
 PYFUNC_EXAMPLE = """\
 import mlflow, pandas
@@ -78,6 +81,20 @@ def register_checkpoint(
     return done | {"tracking_uri": redact(server), "checkpoint": weights.url}
 
 
+def write_tensorboard(run: str, folder: Path, caller: Caller = Caller()) -> dict[str, Any]:
+    """Write the journal of the run in folder `run` as TensorBoard's event files. Raises ConfigError, TrackingError."""
+    journal = locations.read_journal(run, Storage(caller.storage))
+    if not journal.run_records():
+        raise TrackingError(f"{run}: {NO_JOURNAL.format(journal.folder)}")
+    events = EventFiles(journal, folder)
+    try:
+        events.write()
+        events.close()
+    except OSError as error:
+        raise ConfigError(f"--tensorboard {folder}: cannot be written ({error}); give another folder") from error
+    return {"tensorboard": str(folder), "points": events.num_points}
+
+
 def sync(run: str, caller: Caller = Caller()) -> dict[str, Any]:
     """Upload the journal of the run in folder `run` to the caller's server, else to the SQLite file next to the folder.
 
@@ -86,9 +103,7 @@ def sync(run: str, caller: Caller = Caller()) -> dict[str, Any]:
     journal = locations.read_journal(run, Storage(caller.storage))
     run_records = journal.run_records()
     if not run_records:
-        raise TrackingError(
-            f"{run}: no tracking journal in {journal.folder}; give the folder of a run, <output>/<name>"
-        )
+        raise TrackingError(f"{run}: {NO_JOURNAL.format(journal.folder)}")
     next_to_it = locations.default_uri(absolute(run.rstrip("/")).rpartition("/")[0] or "/")
     target = locations.resolve_uri(locations.absolute_uri(caller.server or next_to_it))
     known = str(run_records[-1].get("uri"))

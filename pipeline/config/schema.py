@@ -626,6 +626,7 @@ class TrackingConfig(Section):
     metrics_every: Positive = changeable(10, "Number of steps between metrics; only reading them synchronizes the host")
     flush_seconds: Seconds = changeable(5.0, "Interval of uploads in seconds")
     required: bool = changeable(True, "Refuse to start a run if the tracking server does not respond")
+    tensorboard: bool = changeable(False, "Also write TensorBoard event files, to `tensorboard` in the run's folder")
     profile: Steps | None = changeable(None, "Steps A:B of the run that rank 0 profiles (default: none)")
 
 

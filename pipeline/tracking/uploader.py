@@ -1,4 +1,4 @@
-"""Upload of a journal to MLflow by a separate process: `UploadProcess`, which `Uploader` starts.
+"""Upload of a journal to MLflow, and to TensorBoard's files, by a separate process, which `Uploader` starts.
 
 The two talk over the child's standard input and output: one JSON line with its settings, then 'upload' or
 'close SECONDS'; the child prints messages for the recording process's log.
@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config.background import PeriodicThread
+from pipeline.config.errors import ConfigError
 from pipeline.config.redaction import configure_logging, describe_error, redact, remember
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.journal import UPLOAD_LOCK, InUse, Journal, JournalWriter, Lease
 from pipeline.tracking.locations import tracking_uri
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable
+from pipeline.tracking.tensorboard import EventFiles, tensorboard_folder
 
 logger = logging.getLogger("mome.tracking")
 
@@ -39,6 +41,7 @@ class Uploader:
     def __init__(self, journal: Journal, writer: JournalWriter, config: RunConfig):
         self._journal, self._writer, self._uri = journal, writer, tracking_uri(config)
         self._every, self._log = config.tracking.flush_seconds, journal.folder / "uploader.log"
+        self._tensorboard = tensorboard_folder(config)
         self._process: subprocess.Popen[bytes] | None = None
         self._last_start, self._restart_seconds, self._reported = float("-inf"), 0.0, False
         self._thread = PeriodicThread(self._supervise, self._every, "mome-tracking", immediately=True)
@@ -114,7 +117,8 @@ class Uploader:
             logger.warning("tracking: the upload process did not start (%s); the journal is kept", error)
             return
         # Sent through the input, because the URI may hold a password and arguments are visible to other users.
-        self.send(json.dumps({"uri": self._uri, "every": self._every}))
+        events = None if self._tensorboard is None else str(self._tensorboard)
+        self.send(json.dumps({"uri": self._uri, "every": self._every, "tensorboard": events}))
         threading.Thread(target=_forward_messages, args=(self._process.stdout,), daemon=True).start()
 
 
@@ -131,6 +135,7 @@ class UploadProcess:
     channel: int  # file descriptor of messages for the recording process
     uri: str
     every: float  # seconds
+    tensorboard: str | None = None  # folder of TensorBoard's event files
     _parent: int = field(default_factory=os.getppid)
     _buffer: bytes = b""
     _deadline: float = math.inf  # until a command to close
@@ -148,9 +153,11 @@ class UploadProcess:
                         return not pending_bytes(self.folder, self.uri)
                     self._wait(1.0)
             uploader, server = MlflowUploader(self.folder, self.uri, self._report), redact(self.uri)
+            events = self._open_event_files()
             retry_seconds, down_since = RETRY_SECONDS, 0.0
             while True:
                 is_closing = self._deadline < math.inf
+                events = events and self._write_events(events)
                 try:
                     uploader.upload()
                 except ServerUnavailable as error:
@@ -171,6 +178,24 @@ class UploadProcess:
                     self._wait(self.every)
                 if time.monotonic() >= self._deadline:
                     return not pending_bytes(self.folder, self.uri)
+
+    def _open_event_files(self) -> EventFiles | None:
+        try:
+            return None if self.tensorboard is None else EventFiles(Journal(self.folder), Path(self.tensorboard))
+        except ConfigError as error:
+            self._report(f"tracking: no TensorBoard files are written: {error}")
+            return None
+
+    def _write_events(self, events: EventFiles) -> EventFiles | None:
+        """Write TensorBoard's files; return None after an error, which must not stop the upload."""
+        try:
+            events.write()
+            return events
+        except Exception as error:
+            sync = "`mome sync RUN --tensorboard FOLDER` writes them later"
+            self._report(f"tracking: TensorBoard's files are not written any more ({describe_error(error)}); {sync}")
+            logger.warning("TensorBoard's files are not written any more", exc_info=error)
+            return None
 
     def _report(self, message: str) -> None:
         with contextlib.suppress(OSError):  # the recording process may have ended

@@ -21,6 +21,7 @@ from pipeline.data.shards.manifest import ensure_indexed
 from pipeline.data.shards.source import open_source
 from pipeline.data.storage import NotFound, Storage, join
 from pipeline.objectives import SOURCE_INPUTS
+from pipeline.tracking.tensorboard import check_installed
 from pipeline.training.checkpoint.weights import VOCABULARY, load_weights
 from pipeline.training.stages import Stage, check_fit, check_stages, prepare_experts, stage_skeleton
 
@@ -37,6 +38,7 @@ MAX_UNKNOWN = 0.01  # fraction of [UNK] among the tokens, above which an alert i
 def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     """Prepare all that ranks read, and admit the config; ConfigError, DataError, StorageError or CheckpointError."""
     check_stages(config)
+    check_installed(config)
     for path, (old, new) in admit(config, storage).items():
         log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
     build_synthetic(storage, config.sources)

@@ -20,6 +20,7 @@ from unittest.mock import Mock
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.configs import Caller
 from jobs.tracking import sync
@@ -165,7 +166,7 @@ def test_restarted_run_is_one_parent_with_a_child_per_stage_and_models_of_its_ke
 
 
 def test_journal_of_a_killed_trainer_is_uploaded(tmp_path, uri):
-    config = config_of(tmp_path, "killed", uri=uri)
+    config = config_of(tmp_path, "killed", uri=uri, tensorboard=True)
     program = """if True:
         import os, signal, sys, time
         from pipeline.config.schema import RunConfig
@@ -184,6 +185,9 @@ def test_journal_of_a_killed_trainer_is_uploaded(tmp_path, uri):
     vision = runs_of(uri, config)["vision"]
     assert vision.info.status == "RUNNING", "whether it will be resumed is not known"
     assert points(uri, vision) == losses(range(2000))
+    events = EventAccumulator(f"{config.folder}/tensorboard/0-vision", size_guidance={"scalars": 0}).Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses(range(2000))]
 
 
 def test_metric_uploaded_before_a_node_loss_is_not_repeated(tmp_path, uri, monkeypatch):
