@@ -4,8 +4,8 @@ MLflow stays the system of record: these files hold what the journal holds. The 
 step that a resumed run repeats is written once, and a `rewind` voids the later points of its stage.
 
 Every writer begins new files and then deletes those of earlier ones, so that no cursor has to survive a crash. Each new
-file begins with a session start at step 0, and each rewind writes one, at which TensorBoard drops the points it had read
-from that step on: a TensorBoard that is open meanwhile shows no point twice.
+file begins with a session start at step 0, and each rewind writes one, at which TensorBoard drops the points it has
+read from that step on: one that is open meanwhile shows no point twice.
 """
 
 from __future__ import annotations
