@@ -19,7 +19,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from jobs import bench, config_commands, shards
+from jobs import bench, config_commands, results, shards
 from jobs.console import (
     Config,
     FileOption,
@@ -150,9 +150,9 @@ def demo(
         f"  masked words predicted with their image {mlm['accuracy']:.1%}, "
         f"with another image {mlm['accuracy_other_image']:.1%}, from the text alone {mlm['accuracy_text_only']:.1%}\n\n"
         f"Report      {result['report']}\nCheckpoint  {result['checkpoint']}\n"
-        f"MLflow      mlflow ui --backend-store-uri {redact(tracking_uri(config))}"
+        f"MLflow      mlflow ui --backend-store-uri {shlex.quote(redact(tracking_uri(config)))}"
     )
-    print_result(result, as_json)
+    print_result(result, as_json, results.evaluation_text)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -200,7 +200,7 @@ def train(
             result = run_on_cluster(check_rank, settings, "preflight")
         else:
             result = run_and_evaluate(settings, display)
-    print_result(result, as_json)
+    print_result(result, as_json, results.evaluation_text if "source" in result else None)
 
 
 def show_dry_run(config: Path, overrides: list[str], as_json: bool) -> None:
@@ -267,7 +267,7 @@ def evaluate(
         from jobs.evaluate import evaluate_checkpoint
 
         result = evaluate_checkpoint(checkpoint, **choices, workers=workers, caller=named_caller(config))
-    print_result(result, as_json)
+    print_result(result, as_json, results.evaluation_text)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -283,7 +283,8 @@ def predict(
     """Predict answers, truth, classes, a match, a similarity or masked words from images and a text."""
     from jobs.predict import predict as run_predict
 
-    print_result(run_predict(checkpoint, image, second_image, text, top, named_caller(config)), as_json)
+    result = run_predict(checkpoint, image, second_image, text, top, named_caller(config))
+    print_result(result, as_json, results.prediction_text)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -298,8 +299,9 @@ def explain(
     """Draw the patches each word aligns to, and the model's guesses for each word with and without the image."""
     from jobs.predict import explain_checkpoint
 
-    result = explain_checkpoint(checkpoint, image, text, out, named_caller(config))
-    print_result(result if as_json else {key: result[key] for key in ("out", "distance", "notes")}, as_json)
+    print_result(
+        explain_checkpoint(checkpoint, image, text, out, named_caller(config)), as_json, results.explanation_text
+    )
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -314,7 +316,7 @@ def embed(
     """Write the embeddings of every image and caption of SHARDS. The same command again continues where it stopped."""
     from jobs.predict import embed as run_embed
 
-    print_result(run_embed(shards, checkpoint, out, workers, named_caller(config)), as_json)
+    print_result(run_embed(shards, checkpoint, out, workers, named_caller(config)), as_json, results.embedding_text)
 
 
 @app.command("import", rich_help_panel=EVALUATE)
@@ -333,7 +335,8 @@ def import_(
     from jobs.convert import import_weights
 
     allowed = tuple(may_differ or ())
-    print_result(import_weights(path, format, out, overrides or [], model, vocabulary, allowed, answers), as_json)
+    result = import_weights(path, format, out, overrides or [], model, vocabulary, allowed, answers)
+    print_result(result, as_json, results.import_text)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -346,7 +349,7 @@ def export(
     """Write a stage's weights under a published format's names, and verify that they read back bit for bit."""
     from jobs.convert import export_weights
 
-    print_result(export_weights(checkpoint, format, out), as_json)
+    print_result(export_weights(checkpoint, format, out), as_json, results.export_text)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -403,7 +406,8 @@ def report(
     """Write a page about a whole run: curves, restarts, alerts, data, quarantine, time, cost, last evaluation."""
     from jobs.report import report as write_report
 
-    print_result(write_report(run, out, price, against, track, named_caller(config)), as_json)
+    result = write_report(run, out, price, against, track, named_caller(config))
+    print_result(result, as_json, results.report_text)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -426,14 +430,15 @@ app.add_typer(runs_app, name="runs", rich_help_panel=RESULTS)
 @runs_app.command("list")
 def runs_list(
     output: Annotated[str, Argument(help="Folder that contains runs: their `output` (path or URL).")] = "runs",
+    sizes: Annotated[bool, Option("--sizes", help="Also sum the sizes of each run's files.")] = False,
     config: OwnConfig = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List all runs in OUTPUT with status, step and best recall, the latest first."""
+    """List all runs in OUTPUT with status, step and best result, the latest first."""
     from jobs.runs import list_runs, run_rows
 
-    rows = list_runs(output, named_caller(config))
-    print_result({"runs": rows}, as_json, aligned(run_rows(rows), right={3, 4, 5}))
+    rows = list_runs(output, sizes, named_caller(config))
+    print_result({"runs": rows}, as_json, aligned(run_rows(rows), right={3, 4, 7}))
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -575,7 +580,7 @@ def job_status(job: Job, address: Address = "", token: Token = None, as_json: Js
         with suppress(MomeError, ValueError):
             if storage.exists(url):
                 info["progress"] = json.loads(storage.read(url))
-    print_result(info, as_json)
+    print_result(info, as_json, results.job_text)
 
 
 @jobs_app.command()

@@ -1,6 +1,7 @@
 """`mome config`: start a config, print one with all its defaults, explain a key, list and copy recipes."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +61,8 @@ def new(
     for note in notes:
         notify(note, "yellow")
     result = {"config": str(path), "steps": config.total_steps, "notes": notes}
-    print_result(result, as_json, f"mome train {path} --dry-run   # what it will do\nmome train {path}")
+    train = f"mome train {shlex.quote(str(path))}"
+    print_result(result, as_json, f"{train} --dry-run   # what it will do\n{train}")
 
 
 @app.command("list")

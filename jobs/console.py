@@ -100,9 +100,27 @@ def echo(text: str, err: bool = False, newline: bool = True) -> None:
 
 @contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
-    """Show a status message on the terminal during the block; yield a function that replaces it."""
-    with console.status(Text(printable(message))) as spinner:
-        yield lambda text: spinner.update(Text(printable(text)))
+    """Show what a command does during the block; yield a function that replaces the message.
+
+    Outside a terminal the message is printed at first, and the newest every `PLAIN_SECONDS`.
+    """
+    if console.is_terminal:
+        with console.status(Text(printable(message))) as spinner:
+            yield lambda text: spinner.update(Text(printable(text)))
+        return
+    newest, began = message, time.monotonic()
+
+    def replace(text: str) -> None:
+        nonlocal newest
+        newest = text
+
+    thread = PeriodicThread(lambda: notify(f"{newest} ({duration(time.monotonic() - began)})"), PLAIN_SECONDS, "status")
+    notify(message)
+    thread.start()
+    try:
+        yield replace
+    finally:
+        thread.stop(timeout=2.0)
 
 
 class RunDisplay:
@@ -208,39 +226,29 @@ def poll(update: Callable[[], None], seconds: float) -> Iterator[None]:
         guarded_update()
 
 
-def print_result(result: dict[str, Any] | None, as_json: bool, text: str | None = None) -> None:
-    """Print a result, unless it is None, as JSON or as `text` (default: a line per value, under dotted names)."""
+def print_result(
+    result: dict[str, Any] | None, as_json: bool, text: str | Callable[[dict[str, Any]], str] | None = None
+) -> None:
+    """Print a result, unless it is None, as JSON or as `text` (default: `dotted`)."""
     if result is None:  # under torchrun, rank 0 prints
         return
-    echo(json.dumps(result) if as_json else result_text(result) if text is None else text)
+    if as_json:
+        echo(json.dumps(result))
+    else:
+        echo(text if isinstance(text, str) else (text or dotted)(result))
 
 
-def result_text(result: dict[str, Any]) -> str:
-    """Return a result as text: a table for each kind of retrieval, then a line per other value, without empty ones.
-
-    Names of nested values are dotted; recalls and accuracies are in percent.
-    """
-    tables, pending, lines = [], list(result.items()), []
-    columns = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "median_rank": "median rank"}
+def dotted(result: dict[str, Any]) -> str:
+    """Return a line for each value under its dotted name, without empty values."""
+    pending, lines = list(result.items()), []
     while pending:
         key, value = pending.pop(0)
-        if isinstance(value, dict) and "image_to_text" in value:
-            rows = [[key, *columns.values()]]
-            for name in ("image_to_text", "text_to_image", "chance"):
-                own = value.get(name, {})
-                recalls = [f"{own[column]:.1%}" if column in own else "" for column in ("r1", "r5", "r10")]
-                rows.append(
-                    [name.replace("_", " "), *recalls, f"{own['median_rank']:g}" if "median_rank" in own else ""]
-                )
-            tables.append(aligned(rows, right={1, 2, 3, 4}))
-            pending = [(f"{key}.{name}", own) for name, own in value.items() if not isinstance(own, dict)] + pending
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             pending = [(f"{key}.{name}", inner) for name, inner in value.items()] + pending
-        elif value is not None and (key, value) != ("skipped", 0) and key != "source_digest":
-            items, is_share = value if isinstance(value, list) else [value], "accuracy" in key
-            texts = [(f"{v:.1%}" if is_share else f"{v:.4g}") if isinstance(v, float) else str(v) for v in items]
-            lines.append([key, ", ".join(texts)])
-    return "\n\n".join([*tables, *([aligned(lines)] if lines else [])])
+        elif value is not None and value != []:
+            items = value if isinstance(value, list) else [value]
+            lines.append([key, ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in items)])
+    return aligned(lines) if lines else ""
 
 
 def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = (), width: int | None = None) -> str:

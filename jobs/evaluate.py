@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,13 +106,14 @@ def evaluate_checkpoint(
         same = [data for data in there if data.key.is_of_same_data(key)]
         if not there:
             fault = "that run was never evaluated, or by another version"
-            raise ConfigError(f"--against {against}: {fault}; run `mome evaluate {against}` first")
+            raise ConfigError(f"--against {against}: {fault}; run `mome evaluate {shlex.quote(against)}` first")
         if not same:
-            extent = "" if key.limit is None else f" --limit {key.limit}"
+            extent = [] if key.limit is None else ["--limit", str(key.limit)]
+            command = shlex.join(["mome", "evaluate", against, "--source", section.shards, *extent])
             raise ConfigError(
                 f"--against {against}: that run was not evaluated on the same data, so no figure can be compared.\n"
                 f"Here: {key.name}: {key.data}. There: {'; '.join(f'{d.key.name}: {d.key.data}' for d in there)}.\n"
-                f"Evaluate it on the same first: mome evaluate {against} --source {section.shards}{extent}"
+                f"Evaluate it on the same first: {command}"
             )
         other = eval_report.headline(same)
 

@@ -73,12 +73,13 @@ def submit(
     job = submission_id or next(name for name in attempts if states.get(name) not in ("FAILED", "STOPPED"))
     if job not in states:
         _send(client, job, config)
-    option = f" --token {token}" if token else ""
-    notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{option}` shows its output")
+    reach = ["--address", address, *(["--token", token] if token else [])]
+    notify(f"submitted as {job}; `{shlex.join(['mome', 'jobs', 'logs', job, *reach])}` shows its output")
     try:
         status = stream_logs(client, job) if follow else "SUBMITTED"
     except KeyboardInterrupt:
-        raise RunFailed(f"stopped following; job {job} is still running: `mome jobs stop {job}` ends it") from None
+        stop = shlex.join(["mome", "jobs", "stop", job, *reach])
+        raise RunFailed(f"stopped following; job {job} is still running: `{stop}` ends it") from None
     if status not in ("SUCCEEDED", "SUBMITTED"):
         # Ray's message repeats the end of the output, which is shown already.
         reason = (client.get_job_info(job).message or "").partition(", last available logs")[0]

@@ -22,6 +22,7 @@ from jobs.console import (
     three_digits,
     with_prefix,
 )  # fmt: skip
+from jobs.results import checkpoint_text
 from pipeline.config.errors import RunFailed
 
 PEERS = ("webdataset_pil", "open_clip_composition")  # loaders of other projects, see `bench.loader.peer_batches`
@@ -111,7 +112,7 @@ def checkpoint(
 
     with status("starting") as update:
         result = bench_checkpoint(config, url, mb_per_second, rounds, update)
-    print_result(result, as_json)
+    print_result(result, as_json, checkpoint_text)
 
 
 @app.command()

@@ -5,6 +5,7 @@ events are marks across all panels. Coordinates are in units of the drawing; y g
 """
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,6 +16,8 @@ GAP = 26  # between panels, for a panel's name
 LOG_RATIO = 30  # positive values that span a larger ratio are drawn on a logarithmic axis
 MAX_POINTS = 400  # of a line; more are averaged
 TIME_UNITS = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (72 * 3600.0, 3600.0, "h"), (math.inf, 86400.0, "d"))
+# Names of metrics and results that are fractions.
+FRACTIONS = re.compile(r"(_r\d+|accuracy\w*|text_only|top\d|consistency|chance|matched|true|goodput)$")
 
 
 def percent(fraction: float | None) -> str:

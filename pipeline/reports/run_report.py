@@ -21,7 +21,7 @@ from pipeline.data.shards.manifest import load_index, load_manifest, parse_patte
 from pipeline.data.shards.source import open_source
 from pipeline.data.storage import join
 from pipeline.evaluation import report as eval_report
-from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart, percent, significant
+from pipeline.pages.charts import FRACTIONS, Chart, Mark, Measure, Series, line_chart, percent, significant
 from pipeline.pages.page import render_page, thumbnail
 from pipeline.reports.run_folder import QUARANTINE, RESTARTS, RunFolder, StageRecord, Tag
 from pipeline.tracking.describe import config_yaml
@@ -413,7 +413,6 @@ def _without_lone_sections(
 
 
 # Metrics of an evaluation that are fractions, and their names for people.
-FRACTION = re.compile(r"(_r\d+|accuracy\w*|text_only|top\d|consistency|goodput)$")
 _DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 
 
@@ -434,14 +433,14 @@ def readable_result(name: str, value: Result) -> str:
         return "–"
     if isinstance(value, str):
         return value
-    return percent(value) if FRACTION.search(name) else significant(value)
+    return percent(value) if FRACTIONS.search(name) else significant(value)
 
 
 def best_of(name: str, values: Sequence[Result]) -> int | None:
     """Return the index of the single best value of a fraction; None for other metrics and for ties."""
     numbers = [value if isinstance(value, float) else -1.0 for value in values]
     best = max(numbers)
-    is_best = FRACTION.search(name) and best >= 0 and numbers.count(best) == 1
+    is_best = FRACTIONS.search(name) and best >= 0 and numbers.count(best) == 1
     return numbers.index(best) if is_best else None
 
 

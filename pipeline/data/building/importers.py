@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -55,7 +56,8 @@ def find_kind(source: Path) -> inputs.Kind:
             if path is not None and not path.with_suffix(".tar").exists():  # else it lists a tar of img2dataset
                 return kind
         if next(inputs.files_below(source, ("tar",), inputs.Problems()), None) is not None:
-            raise DataError(f"{source}: a folder of tars, which need no import: run `mome shards index {source}`")
+            command = f"mome shards index {shlex.quote(str(source))}"
+            raise DataError(f"{source}: a folder of tars, which need no import: run `{command}`")
         raise DataError(f"{source}: no images ({inputs.KNOWN_SUFFIXES}), no .txt and no .parquet files in this folder")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")

@@ -37,6 +37,7 @@ from jobs.plan import (
     run_curve,
     scaling_svg,
 )  # fmt: skip
+from jobs.results import evaluation_text
 from jobs.scratch_runs import overfit, suggest_rate, try_learning_rates
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import apply_override, validate, with_absolute_paths
@@ -105,9 +106,9 @@ def test_help_and_submitting_import_no_heavy_library() -> None:
 
 
 def test_text_omits_missing_values_json_is_complete_and_neither_controls_the_terminal(capsys: Any) -> None:
-    result = {"pairs": 3, "mlm": {"accuracy": 0.123456, "accuracy_text_only": None}, "stages": ["a", "b"]}
+    result = {"pairs": 3, "mlm": {"loss": 0.123456, "other": None}, "stages": ["a", "b"], "none": []}
     print_result(result, as_json=False)
-    assert capsys.readouterr().out == "pairs         3\nmlm.accuracy  12.3%\nstages        a, b\n"
+    assert capsys.readouterr().out == "pairs     3\nmlm.loss  0.1235\nstages    a, b\n"
     print_result(result, as_json=True)
     assert capsys.readouterr().out == json.dumps(result) + "\n"
     hostile = {"caption": "\x1b]52;c;eA==\x07\x9b2J\u202e", "key": "\ud83d\x7f"}
@@ -122,11 +123,18 @@ def test_text_omits_missing_values_json_is_complete_and_neither_controls_the_ter
 def test_retrieval_is_a_table_in_percent(capsys: Any) -> None:
     recalls = {"r1": 0.5, "r5": 0.75, "r10": 1.0}
     retrieval = {"image_to_text": recalls | {"median_rank": 1.5}, "text_to_image": recalls, "chance": recalls}
-    print_result({"pairs": 8, "skipped": 0, "retrieval": retrieval | {"by": "itc"}}, as_json=False)
+    masked = {"accuracy": 0.25, "language_stage_text_only": 0.125, "masked_tokens": 1200}
+    result = {"pairs": 8, "captions": 16, "source": "test", "retrieval": retrieval | {"by": "itc"}, "mlm": masked}
+    print_result(result, as_json=False, text=evaluation_text)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["retrieval", "R@1", "R@5", "R@10", "median", "rank"]
     assert lines[1].split() == ["image", "to", "text", "50.0%", "75.0%", "100.0%", "1.5"]
-    assert lines[4:] == ["", "pairs         8", "retrieval.by  itc"]
+    assert lines[4:] == [
+        "",
+        "retrieval  scored by itc",
+        "mlm        accuracy 25.0%, language stage text only 12.5%, masked tokens 1,200",
+        "source     test: 8 images, 16 captions",
+    ]
 
 
 def test_a_command_that_loads_for_long_says_so_before_anything_else(
@@ -167,12 +175,19 @@ def test_runs_of_a_folder_are_listed_and_their_metrics_printed(tmp_path: Path) -
     shards = draw(tmp_path / "shards")
     (tmp_path / "runs" / "run").mkdir(parents=True)
     write_run(tmp_path / "runs" / "run", config_of(tmp_path / "runs", {"drawn": {"shards": shards}}, "drawn"), shards)
-    (row,) = json.loads(run("runs", "list", str(tmp_path / "runs"), "--json"))["runs"]
-    state = {"run": "run", "status": "unfinished", "stage": "pairs", "step": 4, "steps": 4, "starts": 1}
+    files = (path for path in (tmp_path / "runs" / "run").rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    (row,) = json.loads(run("runs", "list", str(tmp_path / "runs"), "--sizes", "--json"))["runs"]
+    state = {"run": "run", "status": "interrupted", "stage": "pairs", "step": 4, "steps": 4, "starts": 1, "bytes": size}
+    state |= {"metric": "train/loss", "best": 2.0}
     assert {name: row[name] for name in state} == state
     header, line = run("runs", "list", str(tmp_path / "runs")).splitlines()
-    assert (header.split()[:2], line.split()[:4]) == (["run", "status"], ["run", "unfinished", "pairs", "4/4"])
-    assert "run: pairs 4/4  loss 2.0000  lr 0" in run("tail", str(tmp_path / "runs" / "run"))
+    assert (header.split()[:2], line.split()[:4]) == (["run", "status"], ["run", "interrupted", "pairs", "4/4"])
+    for options in ((), ("--follow",)):  # which ends, because nothing has written to the run for a while
+        assert "run: pairs 4/4  loss 2.0000  lr 0" in run("tail", str(tmp_path / "runs" / "run"), *options)
+    heartbeat = {"at": time.time(), "seconds": {}, "restarts": 0, "ended": False}  # of another machine
+    (tmp_path / "runs" / "run" / "time.json").write_text(json.dumps(heartbeat))
+    assert run("runs", "list", str(tmp_path / "runs")).splitlines()[1].split()[1] == "running"
     for command in (["runs", "list", shards], ["tail", shards]):
         assert isinstance(CliRunner().invoke(app, command).exception, ConfigError)
 
