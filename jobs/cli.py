@@ -40,7 +40,9 @@ from pipeline.config.redaction import configure_logging, show_exception
 
 TRAIN, EVALUATE, DATA = "Train", "Evaluate and use a model", "Data"
 RESULTS, CONFIGS, CLUSTER = "Results", "Configs and planning", "Machine and cluster"
-FORMAT_HELP = "Tensors' names: vlmo, vilt, vilt-hf, vit, beit, bert, hf-clip, open-clip, or safetensors (mome's own)."
+FORMAT_HELP = (
+    "Tensors' names: vlmo, vilt, vilt-hf, vit, beit, beit3, bert, hf-clip, open-clip, or safetensors (mome's own)."
+)
 OWN_CONFIG_HELP = (
     "Your own config, whose storage, MLflow and Ray addresses are used; those in the run's folder never are (default: "
     "the environment, AWS_*, MLFLOW_TRACKING_URI and RAY_ADDRESS)."

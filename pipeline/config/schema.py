@@ -196,14 +196,36 @@ class TransformerConfig(Section):
 
 
 class VLMoConfig(TransformerConfig):
-    """VLMo (arXiv 2111.02358); the defaults are VLMo-base at 224 px."""
+    """VLMo (arXiv 2111.02358); the defaults are VLMo-base at 224 px.
+
+    BEiT-3 (arXiv 2208.10442) is the same with `attention: routed`, `sub_norm: true`, `embeddings: plain`, `positions:
+    absolute`, `vision_language_layers: 0`, `contrasts: 1`, `layer_scale: null` and `norm_eps: 1e-5`.
+    """
 
     RULES: ClassVar[Rules] = {
-        "vision_language_layers must be below layers {layers}": lambda m: m.vision_language_layers < m.layers
+        "vision_language_layers must be below layers {layers}": lambda m: m.vision_language_layers < m.layers,
+        "attention: routed has no vision-language expert; set vision_language_layers: 0": (
+            lambda m: m.attention == "shared" or not m.vision_language_layers
+        ),
+        "contrasts: 2 needs the vision-language expert; set contrasts: 1, or vision_language_layers above 0": (
+            lambda m: m.contrasts == 1 or m.vision_language_layers > 0
+        ),
+        "embeddings: plain has no relative positions; set positions: absolute": (
+            lambda m: m.embeddings == "bert" or m.positions == "absolute"
+        ),
     }
 
     kind: Literal["vlmo"] = fixed("vlmo", "Model architecture")
-    vision_language_layers: Positive = fixed(2, "Number of top layers with the vision-language expert for fused input")
+    vision_language_layers: NonNegative = fixed(
+        2, "Number of top layers with the vision-language expert for fused input; 0: tokens keep their modality's"
+    )
+    attention: Literal["shared", "routed"] = fixed(
+        "shared", "Attention projections and norms: shared by the modalities, or routed to one set each (BEiT-3)"
+    )
+    sub_norm: bool = fixed(False, "Layer norms in front of the output projections of attention and MLPs (BEiT-3)")
+    embeddings: Literal["bert", "plain"] = fixed(
+        "bert", "bert: token types, a norm of words, modality vectors; plain: words or patches, and positions (BEiT-3)"
+    )
     positions: Literal["relative", "absolute"] = fixed("relative", "Kind of position embeddings")
     max_text_length: Positive = fixed(196, "Number of text positions, including [CLS] and [SEP]")
     layer_scale: float | None = fixed(0.1, "Initial value of LayerScale; null disables LayerScale")

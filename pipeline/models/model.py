@@ -9,6 +9,7 @@ P patches, g x g grid, D width, E embedding width, W width of the image decoder.
 
 import hashlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -305,7 +306,7 @@ class Model(nn.Module, ABC):
         std = self.config.weight_std
         for name, parameter in self.named_parameters():
             last = name.rpartition(".")[2]
-            if name.endswith(("norm.weight", "LayerNorm.weight")):
+            if re.search(r"(norm|LayerNorm)(\.(vision|language))?\.weight$", name):
                 nn.init.ones_(parameter)
             elif last.endswith("bias"):
                 nn.init.zeros_(parameter)

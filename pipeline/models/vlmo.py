@@ -3,6 +3,9 @@
 Below the vision-language layers, text goes to the language expert and patches to the vision expert. Above, a fused
 sequence goes to the vision-language expert as a whole. The last layer computes only the positions that the heads read.
 
+BEiT-3 (arXiv 2208.10442) is a VLMo without vision-language layers whose attention and norms are routed, too: all that
+one modality alone uses belongs to its expert.
+
 Shapes: B examples, L tokens (text first, then image with its [CLS] in front), K visible patches, H heads.
 """
 
@@ -13,10 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import VLMoConfig
-from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding
+from pipeline.models.embeddings import ImageEmbedding, PlainTextEmbedding, RelativePositions, TextEmbedding
 from pipeline.models.forward import PackedInputs
 from pipeline.models.model import MAX_SCALE, ContrastiveHead, HeadConfig, Model
-from pipeline.models.multiway import Expert, MultiwayBlock, Route, gather_bias, key_padding
+from pipeline.models.multiway import (
+    Expert,
+    MultiwayBlock,
+    Route,
+    apply_routed,
+    build_for_experts,
+    gather,
+    gather_bias,
+    key_padding,
+)
 
 # "attention" has its norm, and both LayerScale gammas, which all experts share.
 _SHARED, _UPPER = {"attention", "norm"}, {"vision_expert.upper", "language_expert.upper"}
@@ -52,23 +64,35 @@ class VLMo(Model):
     def __init__(self, config: VLMoConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
         width, length, absolute = config.width, config.max_text_length, config.positions == "absolute"
-        self.text_embedding = TextEmbedding(vocabulary, width, length, absolute)
-        self.image_embedding = ImageEmbedding(config, heads, absolute)
+        is_plain, is_routed = config.embeddings == "plain", config.attention == "routed"
+        self.text_embedding = (
+            PlainTextEmbedding(vocabulary, width, length)
+            if is_plain
+            else TextEmbedding(vocabulary, width, length, absolute)
+        )
+        self.image_embedding = ImageEmbedding(config, heads, absolute, modality=not is_plain)
         self.positions = None if absolute else RelativePositions(config.layers, config.heads, config.grid, length)
         self.first_fused = config.layers - config.vision_language_layers
         self.branch_parts = frozenset({"vision_language_expert"} if config.contrasts == 2 else ())
         self.blocks, scale, epsilon = nn.ModuleList(), config.layer_scale, config.norm_eps
+        modalities: tuple[Expert, ...] = ("vision", "language")
+        routed = ("norm", "attention.joint", "attention.projection") if is_routed else ()
         for layer, rate in enumerate(config.drop_path_rates):
-            experts: tuple[Expert, ...] = ("vision", "language")
-            half = "upper" if layer >= self.first_fused else "lower"
-            parts = {f"blocks.{layer}.experts.{expert}": f"{expert}_expert.{half}" for expert in experts}
+            experts, half = modalities, "upper" if layer >= self.first_fused else "lower"
+            parts = {
+                f"blocks.{layer}.{module}.{expert}": f"{expert}_expert.{half}"
+                for expert in experts
+                for module in ("experts", *routed)
+            }
             if layer >= self.first_fused:
                 experts += ("vision_language",)
                 parts[f"blocks.{layer}.experts.vision_language"] = "vision_language_expert"
             self.part_of_module |= parts
-            block = MultiwayBlock(width, config.heads, config.mlp_ratio, experts, scale, rate, epsilon=epsilon)
+            sizes = (width, config.heads, config.mlp_ratio, experts, scale, rate)
+            block = MultiwayBlock(*sizes, epsilon=epsilon, routed=is_routed, sub_norm=config.sub_norm)
             self.blocks.append(block)
-        self.norm = nn.LayerNorm(width, eps=epsilon)
+        self.norm = build_for_experts(modalities if is_routed else (), lambda: nn.LayerNorm(width, eps=epsilon))
+        self.part_of_module |= {f"norm.{expert}": f"{expert}_expert.lower" for expert in modalities}
         max_scale = MAX_SCALE if heads.bounds_scales else math.inf
         self.build_heads(vocabulary, itc_head=ContrastiveHead(width, config.contrasts, max_scale=max_scale))
 
@@ -90,7 +114,8 @@ class VLMo(Model):
         def run(x: Tensor, layers: range, route: Route) -> Tensor:
             for layer in layers:
                 mask = None if packed.drop_path_mask is None else packed.drop_path_mask[:, layer]
-                positions = packed.output_positions if layer == len(self.blocks) - 1 else None
+                is_last = layer == len(self.blocks) - 1
+                positions = packed.output_positions if is_last and len(route) == 1 else None
                 bias = biases[layer]  # (H, L, L)
                 if bias is not None and places is not None:  # between the tokens that are read: (B, H, K, K)
                     rows = gather_bias(bias.unsqueeze(0), places)
@@ -106,7 +131,10 @@ class VLMo(Model):
             lower = upper = {"vision" if packed.text is None else "language": slice(None)}
         fused_layers = range(self.first_fused, len(self.blocks))
         below = run(x, range(self.first_fused), lower)
-        features = self.norm(run(below, fused_layers, upper))
+        last = upper if fused_layers else lower
+        features = apply_routed(self.norm, run(below, fused_layers, upper), last)
+        if len(last) > 1 and packed.output_positions is not None:
+            features = gather(features, packed.output_positions)
         if not packed.branches or self.config.contrasts == 1:
             return features, None
         return features, self.norm(run(below, fused_layers, fused))

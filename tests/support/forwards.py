@@ -22,6 +22,10 @@ _SIZES: dict[str, Any] = {"width": 24, "layers": LAYERS, "init_std": 0.02, "head
 _IMAGE: dict[str, Any] = _SIZES | {"image_size": 16, "patch_size": PATCH, "drop_path": 0.3}
 _VLMO = schema.VLMoConfig(**_IMAGE, max_text_length=12, vision_language_layers=2, layer_scale=0.5)
 _ABSOLUTE = _VLMO.model_copy(update={"positions": "absolute", "layer_scale": None})
+_ROUTED = schema.VLMoConfig(
+    **_IMAGE, max_text_length=12, layer_scale=None, positions="absolute", embeddings="plain", norm_eps=1e-5,
+    vision_language_layers=0, contrasts=1, attention="routed", sub_norm=True,
+)  # fmt: skip
 _VILT = schema.ViLTConfig(**_IMAGE | {"image_size": 32}, longest_side=48, max_text_length=12)
 _REGIONS: dict[str, Any] = {"region_features": 6, "region_classes": 5, "dropout": 0.0}
 _FINE_TUNED: dict[str, Any] = {"image_target": "mean_colour", "answers": 4, "nlvr2": True}
@@ -29,6 +33,7 @@ _DECODED = HeadConfig("pixels", image_decoder=schema.ImageDecoderConfig(width=16
 MODELS: dict[str, tuple[schema.TransformerConfig, HeadConfig]] = {
     "vlmo": (_VLMO, HeadConfig(**_FINE_TUNED, classes=3)),
     "vlmo_absolute": (_ABSOLUTE, HeadConfig(**_FINE_TUNED, classes=3)),
+    "vlmo_routed": (_ROUTED, HeadConfig(**_FINE_TUNED, classes=3)),  # BEiT-3
     "vilt": (_VILT, HeadConfig(**_FINE_TUNED, ranking=True)),
     "vit": (schema.ViTConfig(**_IMAGE), HeadConfig("mean_colour", classes=3)),
     "vit_decoded": (schema.ViTConfig(**_IMAGE), _DECODED),

@@ -318,6 +318,86 @@ class BEiTFormat(Format):
         return names, shapes
 
 
+class BEiT3Format(Format):
+    """BEiT-3's release (microsoft/unilm, beit3, on torchscale) as a VLMo with routed attention, and back.
+
+    Its A is vision and its B language; the first two positions of each are never read. Equal are the encoder over
+    images, texts and both, and the contrastive head. Dropped are the mask token and the heads that compute otherwise:
+    masked words and captions from one matrix, visual tokens, classes from the mean patch, answers from the image's
+    [CLS], and NLVR2 from four vectors; ours are drawn. Fine-tuned classifiers have no final norm, and are refused.
+    """
+
+    title: ClassVar = "BEiT-3"
+    kinds: ClassVar = ("vlmo",)
+    outside: ClassVar[Table] = {
+        "text_embedding.word": "text_embed",
+        "text_embedding.positions": "encoder.embed_positions.B.weight",
+        "image_embedding.patch": "vision_embed.proj",
+        "image_embedding.cls": "vision_embed.cls_token",
+        "image_embedding.positions": "encoder.embed_positions.A.weight",
+        "norm.vision": "encoder.layer_norm.A",
+        "norm.language": "encoder.layer_norm.B",
+        "itc_head.image": "vision_head",
+        "itc_head.text": "language_head",
+        "itc_head.log_scale": "logit_scale",
+    }
+    layers: ClassVar = "encoder.layers."
+    layer: ClassVar[Table] = {
+        ours.format(expert): name.format(letter) if "{1}" not in name else tuple(name.format(letter, p) for p in "qkv")
+        for expert, letter in (("vision", "A"), ("language", "B"))
+        for ours, name in (
+            ("norm.{}", "self_attn_layer_norm.{}"),
+            ("attention.joint.{}.weight", "self_attn.{1}_proj.{0}.weight"),
+            ("attention.joint.{}.bias", "self_attn.{1}_proj.{0}.bias"),
+            ("attention.projection.{}.norm", "self_attn.inner_attn_ln.{}"),
+            ("attention.projection.{}.linear", "self_attn.out_proj.{}"),
+            ("experts.{}.norm", "final_layer_norm.{}"),
+            ("experts.{}.expand", "ffn.{}.fc1"),
+            ("experts.{}.inner_norm", "ffn.{}.ffn_layernorm"),
+            ("experts.{}.contract", "ffn.{}.fc2"),
+        )
+    }
+    optional: ClassVar = ("itc_head",)
+    prefix: ClassVar = "beit3."
+    unprefixed: ClassVar = ("vision_head.", "language_head.", "logit_scale")
+    unused: ClassVar = r"^(mlm_head|mim_head|head|fc_norm|pooler)\.|^beit3\.vision_embed\.mask_token$"
+    max_text_length: ClassVar = 1022  # of the 1024 rows of every published table
+    architecture: ClassVar[dict[str, Any]] = {
+        "attention": "routed", "sub_norm": True, "embeddings": "plain", "positions": "absolute", "layer_scale": None,
+        "vision_language_layers": 0, "contrasts": 1, "norm_eps": 1e-5,
+    }  # fmt: skip
+    position_tables: ClassVar = ("beit3.encoder.embed_positions.A.weight", "beit3.encoder.embed_positions.B.weight")
+
+    def infer(self, state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        return super().infer(self.used_positions(state), self.architecture | dict(overrides))
+
+    def read(self, state: State, config: Any, allowed: Collection[str] = ()) -> State:
+        if not any(name.startswith("beit3.encoder.layer_norm.") for name in state):
+            raise CheckpointError(
+                "the checkpoint has no final norm (beit3.encoder.layer_norm), as BEiT-3 fine-tuned for ImageNet and "
+                "VQAv2; expected a pretrained one, or one fine-tuned for retrieval. Import that, and fine-tune it"
+            )
+        if dropped := sorted({name.split(".")[0] for name in state if re.search(self.unused, name)} - {"beit3"}):
+            log.warning("%s: dropped, because mome's heads of that kind compute otherwise", ", ".join(dropped))
+        return super().read(self.used_positions(state), config, allowed)
+
+    def write(self, state: State, config: Any) -> State:
+        """Convert to the release's names, with zeros for the positions and the mask token that are never read."""
+        published = super().write(state, config)
+        for name, rows in zip(self.position_tables, (config.grid**2 + 3, self.max_text_length + 2), strict=True):
+            table = published[name].reshape(-1, config.width)
+            padded = table.new_zeros(max(rows, len(table) + 2), config.width)
+            padded[2 : len(table) + 2] = table
+            published[name] = padded
+        return published | {"beit3.vision_embed.mask_token": torch.zeros(1, 1, config.width)}
+
+    def used_positions(self, state: State) -> State:
+        """Return a published state with the positions that are read: (1, 1 + P, D) of images and (T, D) of texts."""
+        image, text = self.position_tables
+        used = {name: state[name][2:] for name in (image, text) if name in state and state[name].dim() == 2}
+        return dict(state) | used | ({image: used[image].unsqueeze(0)} if image in used else {})
+
+
 class BERTFormat(Format):
     """Hugging Face's BertModel, BertForPreTraining or BertForMaskedLM as the start of ImageBERT, and back.
 
@@ -571,6 +651,7 @@ FORMATS: dict[str, Format] = {
     "vilt-hf": ViLTHuggingFaceFormat(),
     "vit": ViTFormat(),
     "beit": BEiTFormat(),
+    "beit3": BEiT3Format(),
     "bert": BERTFormat(),
     "hf-clip": CLIPFormat(),
     "open-clip": OpenCLIPFormat(),

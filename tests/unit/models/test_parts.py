@@ -48,7 +48,9 @@ def test_each_span_is_read_by_its_expert_selected_positions_equal_all_and_exampl
     x = torch.randn(4, 6, 8)
     keep = torch.tensor([[True, True], [False, True], [True, False], [False, False]])
     out = module(x, {"vision": slice(None)}, drop_path_mask=keep)
-    attended = x + module.attention_gamma * module.attention(module.norm(x), None, None, None) / 0.75
+    attended = (
+        x + module.attention_gamma * module.attention(module.norm(x), {"vision": slice(None)}, None, None, None) / 0.75
+    )
     attended = torch.where(keep[:, :1, None], attended, x)
     fed = attended + module.expert_gamma * module.experts["vision"](attended) / 0.75
     assert_close(out, torch.where(keep[:, 1:, None], fed, attended))
