@@ -101,8 +101,9 @@ def pretrain(config: RunConfig, display: RunDisplay, interrupts: Interrupts) -> 
         if not impatient.exists(progress_url):
             return
         previous, last = last, Progress(**json.loads(impatient.read(progress_url)))
-        if last.step and replace(last, phase="") != replace(previous, phase=""):
-            display.show(last)
+        metrics = replace(last, phase="")
+        if last.step and metrics != replace(previous, phase=""):
+            display.show(metrics)
         if last.phase and last != previous:
             display.phase(last.phase)
 

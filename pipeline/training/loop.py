@@ -233,7 +233,7 @@ def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -
             model = build_stage_model(stage, storage, tokenizer.size)
             callbacks.on_model_built(model)
             shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-            context.report_phase(f"starting DeepSpeed for stage {stage.name}")
+            context.report_phase(f"starting DeepSpeed for stage {stage.name}; the first start compiles its optimizer")
             engine = DeepSpeedEngine(model, stage, collectives)
         stack.callback(engine.close)
         step = TrainingStep(engine, stage, collectives, image_tokenizer)

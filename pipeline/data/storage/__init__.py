@@ -45,6 +45,15 @@ class ObjectInfo:
     etag: str | None
 
 
+HUB_REMEDY = "Check OWNER/NAME; accept the terms of a gated repository and set HF_TOKEN; HF_ENDPOINT names the hub."
+HUB_FAULTS = {  # by the name of huggingface_hub's exception
+    "RepositoryNotFoundError": ("the hub has no such repository, or it is private", HUB_REMEDY),
+    "GatedRepoError": ("the repository is gated, and no token with access to it was given", HUB_REMEDY),
+    "OfflineModeIsEnabled": ("HF_HUB_OFFLINE forbids to use the hub", "Unset it, or give a local folder."),
+    "RevisionNotFoundError": ("the repository has no such revision", "Check what follows '@'."),
+}
+
+
 class Storage:
     """Access to every URL of a run. Picklable; each process opens its connections on first use, also after a fork.
     Every method may raise StorageError (NotFound, ObjectChanged and NoSpace are subclasses), after retrying transient
@@ -304,6 +313,7 @@ class FsspecBackend(Backend):
     def __init__(self, protocol: str):
         import fsspec  # a local run does not need it
 
+        self._protocol = protocol
         try:
             self._fs = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False)
         except Exception as error:  # packages raise anything when their settings or libraries are missing
@@ -367,12 +377,18 @@ class FsspecBackend(Backend):
         """Call an operation of the file system; turn its exceptions into those of `storage.retry`."""
         try:
             return operation(*arguments, **options)
-        except (OSError, TypeError, AssertionError):
+        except (OSError, TypeError, AssertionError) as error:
+            # A missing folder is empty, but that a hub refuses a repository is an answer for the user.
+            for kind in (type(error), type(error.__cause__)):
+                if self._protocol == "hf" and kind.__name__ in HUB_FAULTS:
+                    raise retry.PermanentError(*HUB_FAULTS[kind.__name__]) from error
             raise  # a standard error already, or a bug
         except NotImplementedError as error:
             raise retry.PermanentError("stores of this kind do not offer that", "Use a local path or s3://.") from error
         except Exception as error:
             message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if self._protocol == "hf":
+                message = f"{self._fs.endpoint} (HF_ENDPOINT): {message}"
             status = getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(error, "code", 0)
             is_permanent = isinstance(error, (ValueError, LookupError, AttributeError)) or (
                 isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)

@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -27,7 +28,7 @@ from typer.testing import CliRunner
 from jobs.cli import Format, app
 from jobs.convert import export_weights, import_weights
 from jobs.predict import predict
-from pipeline.config.errors import CheckpointError, ConfigError, MomeError
+from pipeline.config.errors import CheckpointError, ConfigError, MomeError, StorageError
 from pipeline.config.schema import ViLTConfig, VLMoConfig
 from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.contents.text import tokens_of
@@ -42,6 +43,7 @@ from pipeline.training.checkpoint.weights import Weights, load_weights, save_wei
 from pipeline.training.stages import load_matching
 from tests.support.forwards import randomised
 from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.hub import hub
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 TEXT, MASKED = "a b c d", "a [MASK] c"
@@ -394,6 +396,40 @@ def test_answers_are_read_in_every_common_format_and_checked() -> None:
             imported(states[outputs], format_name="vilt", answers="answers")
     with pytest.raises(ConfigError, match="no such file"):
         imported(states[5], format_name="vilt", answers="missing")
+
+
+def test_a_repository_of_a_hub_is_imported_like_its_folder_and_refusals_name_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, _, folder, _ = publish("ViLT, VQA", "shards")
+    import_weights(folder, "vilt-hf", "local")
+    expected = load_weights(Storage(), "local")
+    monkeypatch.setattr("jobs.convert.ANSWER_SECONDS", 1.0)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub({"owner/vilt": Path(folder), "owner/gated": Path(folder)}, {"owner/gated": "hf_secret-of-mine"}) as served:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, served.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)  # as HF_ENDPOINT sets both in a new process
+        for name, message in (
+            ("owner/none", "no such repository, or it is private.*HF_TOKEN"),
+            ("owner/gated", "gated.*set HF_TOKEN"),
+        ):
+            with pytest.raises(StorageError, match=message):
+                import_weights(f"hf://{name}", "vilt-hf", "refused")
+        with pytest.raises(CheckpointError, match="no such file, and no folder"):
+            import_weights("hf://owner/vilt/below", "vilt-hf", "refused")
+        monkeypatch.setenv("HF_TOKEN", "hf_secret-of-mine")
+        for name in ("vilt", "gated"):
+            import_weights(f"hf://owner/{name}", "vilt-hf", name)
+            weights = load_weights(Storage(), name)
+            same(weights.tensors, expected.tensors)
+            assert weights.vocabulary == expected.vocabulary
+            assert weights.choices == expected.choices
+    assert any("/resolve/main/" in request for request in served.requests)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"http://127.0.0.1:9 .HF_ENDPOINT.: .*refused"):
+        import_weights("hf://owner/vilt", "vilt-hf", "refused")
+    assert not Path("refused").exists()
 
 
 def test_a_folder_is_read_from_any_storage_and_its_index_is_checked(tmp_path: Path) -> None:
