@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -175,14 +175,16 @@ def train(
         show_dry_run(config, overrides or [], as_json)
         return
     if lr_range is not None or overfit is not None:
-        from jobs import scratch_runs
         from pipeline.config.load import load_config
 
         settings, result = load_config(config, overrides or []), dict[str, Any]()
-        if lr_range is not None:
-            result, text = scratch_runs.try_learning_rates(settings, stage, lr_range, trial_steps)
-        else:
-            result, text = scratch_runs.overfit(settings, stage, overfit or 0, trial_steps)
+        with redirect_stdout(sys.stderr):  # to which DeepSpeed prints
+            from jobs import scratch_runs
+
+            if lr_range is not None:
+                result, text = scratch_runs.try_learning_rates(settings, stage, lr_range, trial_steps)
+            else:
+                result, text = scratch_runs.overfit(settings, stage, overfit or 0, trial_steps)
         print_result(result, as_json, text)
         if not result.get("learns", True):
             raise typer.Exit(1)

@@ -30,7 +30,7 @@ from pipeline.training.loop import train
 from pipeline.training.prepare import VOCABULARY, apart, choose_tokenizer
 
 SMOOTHING = 0.9  # of the losses, an exponential average
-MIN_POINTS, ROWS = 10, 12
+MIN_POINTS, ROWS, BAR = 10, 12, 40  # of a test, of its table; columns of the longest bar
 MARGIN = 3.0  # between the rate of the lowest loss and the one to use
 LEARNS = 0.02  # relative fall of the smoothed loss below which no rate is suggested
 LAST_STEPS = 5  # whose mean loss is the result of overfitting
@@ -183,17 +183,21 @@ def suggest_rate(points: list[tuple[float, float]]) -> dict[str, Any]:
 
 
 def _as_text(result: dict[str, Any], key: str) -> str:
+    """Return the suggestion, and a table of rates and losses with a bar for each smoothed loss."""
     first, lowest = three_digits(result["first_loss"]), three_digits(result["lowest_loss"])
     verdict = (
         f"the loss falls from {first} to {lowest}, its lowest at {result['lowest_at']:.2g}; a rate {MARGIN:g} times "
         f"below that is a good start:\n  {key}={result['lr']:g}"
         if result["lr"] is not None
-        else f"no rate lowers the loss ({first}, at best {lowest}): check data and model.init_std, or raise --lr-steps"
+        else f"no rate lowers the loss ({first}, at best {lowest}): check the data, model.init_std and --trial-steps"
     )
     points = result["points"]
     rows = [points[number * (len(points) - 1) // (ROWS - 1)] for number in range(ROWS)]
-    table = [
-        ["lr", "loss", "smoothed"],
-        *([f"{p['lr']:.2g}", f"{p['loss']:.4g}", f"{p['smoothed']:.4g}"] for p in rows),
-    ]
+    finite = [p["smoothed"] for p in points if math.isfinite(p["smoothed"])]
+    low, high = min(finite), max(finite)
+    table = [["lr", "loss", "smoothed", ""]]
+    for p in rows:
+        height = (p["smoothed"] - low) / ((high - low) or 1.0)
+        length = round(BAR * height) if math.isfinite(height) else BAR
+        table.append([f"{p['lr']:.2g}", f"{p['loss']:.4g}", f"{p['smoothed']:.4g}", "█" * (length + 1)])
     return f"{verdict}\n\n{aligned(table, right=(0, 1, 2))}"
