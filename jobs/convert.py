@@ -133,7 +133,7 @@ def import_weights(
         "absent": sorted(absent),
         "imported": {"from": path, "format": format_name},
     }
-    save_weights(storage, out, state, list(tokenizer.tokens) if tokenizer else [], metadata, choices)
+    save_weights(storage, out, state, list(tokenizer.lines) if tokenizer else [], metadata, choices)
     return {
         "checkpoint": out,
         "model": sizes,
@@ -195,6 +195,8 @@ def _folder_files(weights: Weights, chosen: Format) -> dict[str, bytes]:
     values = {"config.json": chosen.hugging_face_config(tensors, section, len(vocabulary), labels)}
     if vocabulary:
         tokenizer = Tokenizer(vocabulary, weights.config.tokenizer.lowercase)
+        if tokenizer.is_unigram:
+            raise ConfigError("a Unigram vocabulary cannot be written into a Hugging Face folder; give a file's name")
         named: dict[str, Any] = {"model_max_length": section.max_text_length}
         if tokenizer.is_byte_pair:
             values[BYTE_PAIRS] = {token: number for number, token in enumerate(vocabulary)}
@@ -388,6 +390,9 @@ def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, num
             f"the weights know {num_words} tokens, but not which; name the vocabulary file they were trained with, "
             "one token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt)"
         )
+    if tokenizer.is_unigram and tokenizer.size < num_words:  # BEiT-3 has 64,002 tokens, in a table of 64,010 rows
+        unused = (f"<unused{number}>\t0.0" for number in range(num_words - tokenizer.size))
+        tokenizer = Tokenizer([*tokenizer.lines, *unused])
     if tokenizer.size != num_words:
         raise ConfigError(f"{where}: has {tokenizer.size} tokens, the weights have {num_words}")
     return tokenizer

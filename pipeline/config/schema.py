@@ -341,9 +341,11 @@ class StorageConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """WordPiece vocabulary. Without a vocabulary file, one is trained from the captions."""
+    """Vocabulary. Without a file, a WordPiece vocabulary is trained from the captions."""
 
-    vocabulary: Url | None = fixed(None, "URL of a vocabulary file with one token per line")
+    vocabulary: Url | None = fixed(
+        None, "URL of a vocab.txt (a token a line), CLIP's merges, or a SentencePiece Unigram model"
+    )
     size: Positive = fixed(30522, "Maximum number of tokens of a trained vocabulary")
     lowercase: bool | None = fixed(None, "Lower-case, strip accents (default: true unless the vocabulary has capitals)")
 

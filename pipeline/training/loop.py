@@ -292,7 +292,7 @@ def export_weights(state: StageState) -> None:
     tracker.end_stage("FINISHED")
     tracker.commit()
     if weights is not None:
-        metadata, tokens = checkpoint_metadata(state, stage.steps), list(context.tokenizer.tokens)
+        metadata, tokens = checkpoint_metadata(state, stage.steps), list(context.tokenizer.lines)
         if not save_weights(context.storage, stage.url, weights, tokens, metadata, state.choices, ownership):
             ownership.check()
             log.warning("%s: an earlier start has already handed it over; continuing from its weights", stage.url)

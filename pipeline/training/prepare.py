@@ -121,7 +121,7 @@ def check_start(stage: Stage, storage: Storage, tokenizer: Tokenizer) -> None:
             f"{where} was trained with tokenizer.lowercase {str(trained.lowercase).lower()}, "
             f"and this run has {str(tokenizer.lowercase).lower()}; set the key"
         )
-    if weights.vocabulary and weights.vocabulary != list(tokenizer.tokens):
+    if weights.vocabulary and weights.vocabulary != list(tokenizer.lines):
         raise ConfigError(
             f"{where} was trained with another vocabulary than this run's; "
             f"set tokenizer.vocabulary to {join(weights.url, VOCABULARY)}"

@@ -1,12 +1,15 @@
-"""BERT's WordPiece and CLIP's byte-pair tokenizer, on the `tokenizers` library.
+"""BERT's WordPiece, CLIP's byte-pair and SentencePiece's Unigram tokenizer, on the `tokenizers` library.
 
 A token's id is its line in `vocab.txt`, from 0. A vocabulary with CLIP's end token is a byte-pair vocabulary: bytes are
 written as printable characters, a token that ends a word ends in </w>, and tokens of several characters are in the
-order of the merges that form them, so that the merges follow from the tokens.
+order of the merges that form them, so that the merges follow from the tokens. In a Unigram vocabulary a tab and the
+token's log probability follow each token, in XLM-RoBERTa's order; the line of <unk> ends in the model's precompiled
+normalisation, in base64.
 """
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import json
@@ -27,6 +30,7 @@ PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIALS = (PAD, UNK, CLS, SEP, MASK)
 START_TEXT, END_TEXT = CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 ENDS_WORD = "</w>"  # suffix of a byte-pair token that ends a word
+UNIGRAM_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 CLIP_MERGES = 48_894  # of its published file, which lists 262,144
 # CLIP's words: contractions, letters, single digits, runs of anything else.
 CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -46,28 +50,36 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """A WordPiece or byte-pair tokenizer, picklable. Raises DataError when the tokens are not a vocabulary.
+    """A WordPiece, byte-pair or Unigram tokenizer, picklable. Raises DataError when the lines are not a vocabulary.
 
     `lowercase`: lower-case text and strip its accents (default: unless `is_cased`, that is, words of the vocabulary
-    have capital letters); byte-pair text is always lower-cased, as CLIP does, and keeps its accents. `digest`
-    identifies vocabulary and case. `ordinary_ids` (N,) int64: the tokens that occur in text, neither special nor BERT's
-    [unused…]. `cls_id` and `sep_id` are those of the first and the last token of a text. Byte-pair vocabularies have no
-    [UNK] and no [MASK]: their ids are -1.
+    have capital letters); byte-pair text is always lower-cased, as CLIP does, and keeps its accents; Unigram text never
+    is. `lines` are those of the vocab.txt. `digest` identifies vocabulary and case. `ordinary_ids` (N,) int64: the
+    tokens that occur in text, neither special nor BERT's [unused…]. `cls_id` and `sep_id` are those of the first and
+    the last token of a text. Byte-pair vocabularies have no [UNK] and no [MASK]: their ids are -1.
     """
 
-    def __init__(self, tokens: Sequence[str], lowercase: bool | None = None):
-        self.tokens, self.size = tuple(tokens), len(tokens)
+    def __init__(self, lines: Sequence[str], lowercase: bool | None = None):
+        self.lines, self.size = tuple(lines), len(lines)
+        self.is_unigram = "\t" in "".join(self.lines[:1])
+        self.tokens = tuple(line.split("\t")[0] for line in self.lines) if self.is_unigram else self.lines
         ids = {token: i for i, token in enumerate(self.tokens)}
         self.is_byte_pair = END_TEXT in ids
-        if missing := [name for name in (CLIP_SPECIALS if self.is_byte_pair else SPECIALS) if name not in ids]:
+        specials = UNIGRAM_SPECIALS if self.is_unigram else CLIP_SPECIALS if self.is_byte_pair else SPECIALS
+        if missing := [name for name in specials if name not in ids]:
             raise DataError(f"the vocabulary of {self.size} tokens does not contain {', '.join(missing)}")
         if len(ids) < self.size:
             repeated = next(token for token, count in Counter(self.tokens).items() if count > 1)
             raise DataError(f"the vocabulary contains the token {repeated!r} more than once")
-        if invalid := next((token for token in self.tokens if re.search("[\n\ud800-\udfff]", token)), None):
+        if invalid := next((token for token in self.lines if re.search("[\n\ud800-\udfff]", token)), None):
             raise DataError(f"the vocabulary contains {invalid!r:.60}, which cannot be a line of a vocab.txt")
-        self.vocabulary_file = ("\n".join(self.tokens) + "\n").encode()
-        if self.is_byte_pair:
+        self.vocabulary_file = ("\n".join(self.lines) + "\n").encode()
+        if self.is_unigram:
+            self.is_cased, self.lowercase = True, False
+            self.cls_id, self.pad_id, self.sep_id, self.unk_id, self.mask_id = (ids[name] for name in specials)
+            reserved = re.compile(r"<(s|pad|/s|unk|mask|unused\d+)>")
+            self._pieces = unigram_pipeline(self.lines, reserved, self.unk_id)
+        elif self.is_byte_pair:
             self.is_cased, self.lowercase = False, True
             self.unk_id = self.mask_id = -1
             self.cls_id, self.sep_id = (ids[name] for name in CLIP_SPECIALS)
@@ -90,7 +102,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
-        """Read a `vocab.txt`, or CLIP's `bpe_simple_vocab_16e6.txt.gz` or a list of merges like it.
+        """Read a `vocab.txt`, a SentencePiece model, CLIP's `bpe_simple_vocab_16e6.txt.gz` or a list of merges like it.
 
         `lowercase` defaults to `do_lower_case` of a tokenizer_config.json next to it.
         """
@@ -166,6 +178,56 @@ def byte_pair_pipeline(ids: dict[str, int]) -> tokenizers.Tokenizer:
     return pieces
 
 
+def unigram_pipeline(lines: Sequence[str], reserved: re.Pattern[str], unk_id: int) -> tokenizers.Tokenizer:
+    """Return XLM-RoBERTa's tokenization into a Unigram vocabulary. Raises DataError for a line without a number."""
+    pieces, normalisation = list[tuple[str, float]](), ""
+    for number, line in enumerate(lines):
+        token, *columns = line.split("\t")
+        try:
+            score = float(columns[0])
+        except (IndexError, ValueError) as error:
+            raise DataError(
+                f"line {number + 1} is {line[:40]!r}; expected a token, a tab and a log probability"
+            ) from error
+        # No word contains a space: "<mask>" in a caption is text like any other.
+        pieces.append((f" {token}" if reserved.fullmatch(token) else token, score))
+        normalisation = columns[1] if number == unk_id and len(columns) > 1 else normalisation
+    pipeline = tokenizers.Tokenizer(models.Unigram(pieces, unk_id, byte_fallback=False))
+    if normalisation:
+        try:
+            pipeline.normalizer = normalizers.Precompiled(base64.b64decode(normalisation, validate=True))
+        except Exception as error:  # the library raises Exception itself
+            raise DataError(f"the normalisation in the line of <unk> is damaged ({error})") from error
+    marked = pre_tokenizers.Metaspace(prepend_scheme="always")
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marked])
+    pipeline.decoder = decoders.Metaspace(prepend_scheme="always")
+    return pipeline
+
+
+def sentence_pieces(data: bytes) -> list[str]:
+    """Return the lines of the vocabulary of a SentencePiece model, as XLM-RoBERTa numbers its tokens.
+
+    Raises DataError for a damaged file, another algorithm than Unigram, and one that begins with other tokens.
+    """
+    from transformers.convert_slow_tokenizer import import_protobuf  # takes seconds, for the message's definition
+
+    model = import_protobuf().ModelProto()
+    try:
+        model.ParseFromString(data)
+    except Exception as error:  # protobuf's DecodeError, without an import of protobuf
+        raise DataError(f"a damaged SentencePiece model ({error})") from error
+    first = [piece.piece for piece in model.pieces[:3]]
+    if model.trainer_spec.model_type != 1 or first != ["<unk>", "<s>", "</s>"]:
+        raise DataError(
+            f"a SentencePiece model of type {model.trainer_spec.model_type} with the first tokens {', '.join(first)}; "
+            "supported is type 1 (Unigram) with <unk>, <s>, </s>, as BEiT-3 and XLM-RoBERTa have"
+        )
+    normalisation = base64.b64encode(model.normalizer_spec.precompiled_charsmap).decode()
+    specials = [f"{name}\t0.0" for name in UNIGRAM_SPECIALS]
+    specials[3] += f"\t{normalisation}" if normalisation else ""
+    return [*specials[:4], *(f"{piece.piece}\t{piece.score!r}" for piece in model.pieces[3:]), specials[4]]
+
+
 def byte_pair_merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
     """Return the merges that form the tokens, in their order: each one's parts after all merges before its own.
 
@@ -205,11 +267,13 @@ def stated_lowercase(storage: Storage, folder: str) -> bool | None:
 
 
 def tokens_of(data: bytes) -> list[str]:
-    """Return the tokens of a `vocab.txt`, one per line, or those of a list of byte-pair merges, perhaps compressed.
+    """Return the lines of a `vocab.txt`, or those of a SentencePiece model, or of byte-pair merges, perhaps compressed.
 
     A byte order mark and blank lines at the end are ignored. Merges follow a line that contains "#version"; their
     tokens are in CLIP's order: each byte, each byte that ends a word, the merges, start and end.
     """
+    if data[:1] == data[2:3] == b"\n":  # a message in whose first field, the first token, a message begins, too
+        return sentence_pieces(data)
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
     lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]

@@ -1,8 +1,9 @@
-"""The WordPiece and byte-pair tokenizers, and the training of vocabularies."""
+"""The WordPiece, byte-pair and Unigram tokenizers, and the training of vocabularies."""
 
 import gzip
 import json
 import pickle
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 import tokenizers
 import transformers
 from tokenizers.normalizers import BertNormalizer
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from pipeline.config.errors import DataError
 from pipeline.data.contents.text import SPECIALS, Tokenizer, byte_pair_merges, choose_alphabet
@@ -138,6 +140,51 @@ def test_byte_pairs_encode_as_transformers_clip_does_and_their_merges_follow_fro
     assert saved.encode_batch(CAPTIONS, 12) == ours.encode_batch(CAPTIONS, 12)
     with pytest.raises(DataError, match="order of their merges"):
         Tokenizer([*reversed(ours.tokens)])
+
+
+def test_sentence_pieces_encode_as_transformers_xlm_roberta_does(tmp_path: Path) -> None:
+    trained = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    trained.train_from_iterator(CAPTIONS * 3, trainer)
+    # A double-array trie (darts-clone) of the one key "Q": its node has the label, a leaf, and the leaf's place.
+    trie = [0] * 256
+    trie[ord("Q")] = ord("Q") | 1 << 8 | (ord("Q") ^ 1) << 10
+    normalisation = struct.pack("<I256I", 1024, *trie) + b"q\0"
+    model = import_protobuf().ModelProto()
+    pieces: list[tuple[str, float]] = json.loads(trained.to_str())["model"]["vocab"]
+    for piece, score in pieces:
+        model.pieces.add(piece=piece, score=score)
+    model.trainer_spec.model_type = 1
+    model.normalizer_spec.precompiled_charsmap = normalisation
+    (tmp_path / "beit3.spm").write_bytes(model.SerializeToString())
+    ours = Tokenizer.load(Storage(), str(tmp_path / "beit3.spm"))
+    vocabulary = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [(piece.piece, piece.score) for piece in model.pieces[3:]] + [("<mask>", 0.0)]
+    theirs = transformers.XLMRobertaTokenizer(vocab=vocabulary, _spm_precompiled_charsmap=normalisation)
+    assert (ours.size, ours.pad_id, ours.mask_id) == (len(pieces) + 2, theirs.pad_token_id, theirs.mask_token_id)
+    for text in (*CAPTIONS, "", "  Quite  red\t dog ", "中文 dog😀", "RED dog " * 30):
+        assert ours.encode(text, 30).ids == theirs(text, truncation=True, max_length=30)["input_ids"]
+    assert ours.decode(ours.encode("Quite a red dog", 30).ids).startswith("q")
+    spelt = ours.encode("<mask> on the <s> <pad> </s>", 30).ids[1:-1]  # text like any other
+    assert not {ours.cls_id, ours.pad_id, ours.sep_id, ours.mask_id} & set(spelt)
+    assert set(ours.ordinary_ids) == set(range(4, ours.size - 1))
+    assert ours.encode("a red dog", 30).word_of[:2] == [-1, 0]
+    (tmp_path / "vocab.txt").write_bytes(ours.vocabulary_file)
+    saved = pickle.loads(pickle.dumps(Tokenizer.load(Storage(), str(tmp_path / "vocab.txt"))))  # noqa: S301
+    assert (saved.digest, saved.encode_batch(CAPTIONS, 12)) == (ours.digest, ours.encode_batch(CAPTIONS, 12))
+    unnumbered = "\n".join([*ours.lines[:4], "red", "<mask>\t0"])
+    faults = {"<s>\t0\nred\n": "does not contain <pad>", unnumbered: "line 5 is 'red'; expected a token, a tab"}
+    for content, fault in faults.items():
+        with pytest.raises(DataError, match=fault):
+            Tokenizer.load(Storage(), written(tmp_path, content))
+    model.trainer_spec.model_type = 2
+    for damaged, fault in ((model.SerializeToString(), "of type 2"), (b"\n\x0e\n" + b"\xff" * 9, "damaged")):
+        (tmp_path / "beit3.spm").write_bytes(damaged)
+        with pytest.raises(DataError, match=fault):
+            Tokenizer.load(Storage(), str(tmp_path / "beit3.spm"))
 
 
 def test_cased_vocabulary_keeps_capitals_and_accents_and_hugging_faces_config_states_the_case(tmp_path: Path) -> None:
