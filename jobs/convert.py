@@ -388,7 +388,7 @@ def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, num
     else:
         raise ConfigError(
             f"the weights know {num_words} tokens, but not which; name the vocabulary file they were trained with, "
-            "one token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt)"
+            "one token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt, BEiT-3's beit3.spm)"
         )
     if tokenizer.is_unigram and tokenizer.size < num_words:  # BEiT-3 has 64,002 tokens, in a table of 64,010 rows
         unused = (f"<unused{number}>\t0.0" for number in range(num_words - tokenizer.size))

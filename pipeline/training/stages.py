@@ -100,8 +100,8 @@ def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) 
             continue
         parts, fresh = model.parts_named([f"{target}_expert"]), model.state_dict()
         prepared |= {name: fresh[name] for name in fresh if model.part_of(name) in parts}
-        if source != "random":
-            before, after = f".experts.{source}.", f".experts.{target}."
+        if source != "random":  # with routed attention, also its projections and norms
+            before, after = f".{source}.", f".{target}."
             prepared |= {name: prepared[name.replace(after, before)].clone() for name in prepared if after in name}
     return prepared
 

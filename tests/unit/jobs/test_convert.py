@@ -31,7 +31,7 @@ from jobs.predict import predict
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError, StorageError
 from pipeline.config.schema import ViLTConfig, VLMoConfig
 from pipeline.data.contents.images import decode, resize_for
-from pipeline.data.contents.text import tokens_of
+from pipeline.data.contents.text import Tokenizer, tokens_of
 from pipeline.data.storage import Storage
 from pipeline.inference import build_trained_model, drop_untrained_objectives, load
 from pipeline.models import build_model, skeleton
@@ -41,6 +41,7 @@ from pipeline.models.model import HeadConfig
 from pipeline.objectives import modules_for
 from pipeline.training.checkpoint.weights import Weights, load_weights, save_weights
 from pipeline.training.stages import load_matching
+from tests.support import beit3_reference
 from tests.support.forwards import randomised
 from tests.support.fuzz import fuzz_rounds, mutate
 from tests.support.hub import hub
@@ -572,4 +573,23 @@ def test_both_commands_work_and_reject_invalid_arguments_with_a_remedy() -> None
     assert isinstance(third.exception, ConfigError)
     assert "overwrite another file" in str(third.exception)
     assert Path(back).read_bytes() == b"other"
-    assert set(re.findall(r"[a-z]+(?:-(?:hf|clip))?", Format.__metadata__[0].help.partition(":")[2])) >= set(FORMATS)
+    assert set(re.findall(r"[a-z0-9]+(?:-(?:hf|clip))?", Format.__metadata__[0].help.partition(":")[2])) >= set(FORMATS)
+
+
+def test_beit_3s_table_of_words_is_longer_than_its_unigram_vocabulary() -> None:
+    published = beit3_reference.random_state(width=16, layers=2, grid=2, patch=8, words=12)
+    torch.save({"model": {name: tensor.detach() for name, tensor in published.items()}}, "beit3.pth")
+    lines = ["<s>\t0", "<pad>\t0", "</s>\t0", "<unk>\t0", "\u2581a\t-1.5", "\u2581dog\t-2", "s\t-3", "<mask>\t0"]
+    Path("pieces.txt").write_text("\n".join(lines))
+    sizes = ["heads=2", "max_text_length=9"]
+    description = import_weights("beit3.pth", "beit3", "imported", sizes, vocabulary="pieces.txt")
+    assert (description["objectives"], description["model"]["attention"]) == (["itc"], "routed")
+    weights = load_weights(Storage(), "imported")
+    tokenizer = Tokenizer(weights.vocabulary)
+    assert (tokenizer.size, tokenizer.tokens[8], tokenizer.mask_id) == (12, "<unused0>", 7)
+    assert tokenizer.encode("a dogs", 9).ids == [0, 4, 5, 6, 2]
+    with pytest.raises(ConfigError, match="no such form"):
+        export_weights("imported", "beit3", "folder")
+    Path("pieces.txt").write_text("\n".join([*lines, *(f"{letter}\t-4" for letter in "bcdef")]))
+    with pytest.raises(ConfigError, match="has 13 tokens, the weights have 12"):
+        import_weights("beit3.pth", "beit3", "other", sizes, vocabulary="pieces.txt")
