@@ -1,5 +1,6 @@
 """A Hugging Face hub on loopback: the requests of `huggingface_hub`'s file system, answered from local folders."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -10,14 +11,19 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" * 6 + "c0ff"  # of the only revision
+REVISIONS = ("main", "v1", COMMIT)  # its names
 
 
 @dataclass
 class Hub:
-    """Repositories by name (`owner/name`), and those that need a token, by the token."""
+    """Repositories by name (`owner/name`), those that need a token, by the token, and those that are refused with a
+    status and an error code; the next `outages` requests fail.
+    """
 
     repositories: dict[str, Path]
     gated: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    outages: int = 0
     requests: list[str] = field(default_factory=list)  # method and path
     endpoint: str = ""
 
@@ -38,11 +44,19 @@ def hub(repositories: dict[str, Path], gated: dict[str, str] | None = None) -> I
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
             is_api = parts[0] == "api"
             name, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
-            if name not in served.repositories:
+            if served.outages > 0:
+                served.outages -= 1
+                self.answer(503, b"overloaded")
+            elif name in served.refused:
+                status, code = served.refused[name]
+                self.answer(status, b'{"error": "refused"}', {"X-Error-Code": code} if code else {})
+            elif name not in served.repositories:
                 self.answer(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
             elif (token := served.gated.get(name)) and self.headers.get("Authorization") != f"Bearer {token}":
                 fault = {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to model {name} is restricted."}
                 self.answer(401, b'{"error": "Access is restricted"}', fault)
+            elif rest[1:] and rest[1] not in REVISIONS:
+                self.answer(404, b'{"error": "no such revision"}', {"X-Error-Code": "RevisionNotFound"})
             elif rest[:1] == ["tree"] and not (served.repositories[name] / "/".join(rest[2:])).is_dir():
                 self.answer(404, b'{"error": "no such folder"}', {"X-Error-Code": "EntryNotFound"})
             elif rest[:1] == ["tree"]:
@@ -58,7 +72,8 @@ def hub(repositories: dict[str, Path], gated: dict[str, str] | None = None) -> I
             entries = []
             for path in sorted((folder / inside).iterdir()):
                 kind = {"type": "directory"} if path.is_dir() else {"type": "file", "size": path.stat().st_size}
-                entries.append({"oid": "0" * 40, "size": 0, "path": str(path.relative_to(folder)), **kind})
+                oid = "0" * 40 if path.is_dir() else hashlib.sha1(path.read_bytes()).hexdigest()
+                entries.append({"oid": oid, "size": 0, "path": str(path.relative_to(folder)), **kind})
             self.answer(200, json.dumps(entries).encode())
 
         def file(self, path: Path) -> None:

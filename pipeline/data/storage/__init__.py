@@ -1,4 +1,4 @@
-"""Files by URL in local folders, S3-compatible stores (`s3.py`) and any store that fsspec supports.
+"""Files by URL in local folders, S3-compatible stores (`s3.py`), Hugging Face's hub (`hub.py`) and stores of fsspec.
 
 Transient errors are retried with exponential backoff, full jitter and a timeout (`retry.py`); an interrupted read
 resumes at the byte where it broke off. Missing objects and denied access fail at once. Every failure is a StorageError
@@ -43,15 +43,6 @@ class ObjectInfo:
 
     size: int
     etag: str | None
-
-
-HUB_REMEDY = "Check OWNER/NAME; accept the terms of a gated repository and set HF_TOKEN; HF_ENDPOINT names the hub."
-HUB_FAULTS = {  # by the name of huggingface_hub's exception
-    "RepositoryNotFoundError": ("the hub has no such repository, or it is private", HUB_REMEDY),
-    "GatedRepoError": ("the repository is gated, and no token with access to it was given", HUB_REMEDY),
-    "OfflineModeIsEnabled": ("HF_HUB_OFFLINE forbids to use the hub", "Unset it, or give a local folder."),
-    "RevisionNotFoundError": ("the repository has no such revision", "Check what follows '@'."),
-}
 
 
 class Storage:
@@ -140,6 +131,10 @@ class Storage:
                     from pipeline.data.storage import s3  # imports botocore, which a local run does not need
 
                     self._backends[protocol] = s3.S3Backend(s3.make_client(self.config), self._policy)
+                elif protocol == "hf":
+                    from pipeline.data.storage import hub  # imports huggingface_hub, like botocore only if needed
+
+                    self._backends[protocol] = hub.HubBackend(self._policy)
                 else:
                     self._backends[protocol] = LocalBackend() if protocol == "file" else FsspecBackend(protocol)
             backend = self._backends[protocol]
@@ -308,14 +303,13 @@ def _open(path: str) -> BinaryIO:
 
 
 class FsspecBackend(Backend):
-    """Any store that fsspec supports (gs://, az://, hf://, memory://, …). Paths are whole URLs."""
+    """Any store that fsspec supports (gs://, az://, memory://, …). Paths are whole URLs."""
 
-    def __init__(self, protocol: str):
+    def __init__(self, protocol: str, **options: Any):
         import fsspec  # a local run does not need it
 
-        self._protocol = protocol
         try:
-            self._fs = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False)
+            self._fs = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
         except Exception as error:  # packages raise anything when their settings or libraries are missing
             raise StorageError(
                 f"{protocol}:// cannot be reached from here: {' '.join(str(error).split())}. "
@@ -377,18 +371,12 @@ class FsspecBackend(Backend):
         """Call an operation of the file system; turn its exceptions into those of `storage.retry`."""
         try:
             return operation(*arguments, **options)
-        except (OSError, TypeError, AssertionError) as error:
-            # A missing folder is empty, but that a hub refuses a repository is an answer for the user.
-            for kind in (type(error), type(error.__cause__)):
-                if self._protocol == "hf" and kind.__name__ in HUB_FAULTS:
-                    raise retry.PermanentError(*HUB_FAULTS[kind.__name__]) from error
+        except (OSError, TypeError, AssertionError):
             raise  # a standard error already, or a bug
         except NotImplementedError as error:
             raise retry.PermanentError("stores of this kind do not offer that", "Use a local path or s3://.") from error
         except Exception as error:
             message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if self._protocol == "hf":
-                message = f"{self._fs.endpoint} (HF_ENDPOINT): {message}"
             status = getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(error, "code", 0)
             is_permanent = isinstance(error, (ValueError, LookupError, AttributeError)) or (
                 isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)

@@ -39,6 +39,8 @@ class NoSpace(StorageError):
 class StoreFailure(Exception):
     """Failure of a store; `hint` says what the user can do."""
 
+    exit_status = 1  # of the command that it ends: 2 if the URL or the credentials are wrong
+
     def __init__(self, message: str, hint: str = "Check the URL, and that the store is healthy."):
         super().__init__(message)
         self.hint = hint
@@ -109,7 +111,8 @@ def explain(url: str, action: str, error: BaseException, endpoint: str | None) -
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         kind, reason = NoSpace, "no space left ({error.strerror}). Free some space, or choose another output."
     text = reason.format(error=error, name=name, where=where, bucket=parse(url)[1].partition("/")[0])
-    return kind(f"{url}: {action} failed: {text}{retries}")
+    status = error.exit_status if isinstance(error, StoreFailure) else None
+    return kind(f"{url}: {action} failed: {text}{retries}", exit_status=status)
 
 
 @dataclass
