@@ -70,7 +70,7 @@ def parquet_records(job: Import) -> Iterator[Record]:
     which none was chosen.
     """
     splits, split = Counter[str](), job.options.split
-    files, named = _files_of(job)
+    files, every_file, named = _files_of(job)
     classes: tuple[str, ...] | None = None
     for file in files:
         row = 0
@@ -83,7 +83,7 @@ def parquet_records(job: Import) -> Iterator[Record]:
                 if columns.label is not None:
                     class_names = columns.class_names
                     if _is_text(columns.label):
-                        class_names = classes or _label_texts(job, files, columns.label)
+                        class_names = classes or _label_texts(job, every_file, columns.label)
                     if classes is not None and class_names != classes:
                         raise DataError(f"{file}: its class names differ from those of the other files")
                     classes = class_names
@@ -112,8 +112,8 @@ def parquet_records(job: Import) -> Iterator[Record]:
         raise DataError(f"{job.url or job.source}: no row is in split '{split}'; its column 'split' has {known}")
 
 
-def _files_of(job: Import) -> tuple[list[str], set[str]]:
-    """Return the Parquet files of the chosen split, and the splits that occur in file names. Raises DataError."""
+def _files_of(job: Import) -> tuple[list[str], list[str], set[str]]:
+    """Return the Parquet files of the chosen split, those of all, and the splits in their names. Raises DataError."""
     if job.url is None:
         is_file = job.source.is_file()
         paths = [job.source] if is_file else inputs.files_below(job.source, ("parquet",), job.problems)
@@ -142,7 +142,7 @@ def _files_of(job: Import) -> tuple[list[str], set[str]]:
         known = ", ".join(f"{name} ({count} file{'s' * (count > 1)})" for name, count in counts.items())
         raise DataError(f"{job.url or job.source}: files of several splits: {known}. Choose one of them with --split")
     is_chosen = len(counts) > 1 and chosen in counts
-    return [file for file in files if not is_chosen or split_of.get(file) == chosen], set(counts)
+    return [file for file in files if not is_chosen or split_of.get(file) == chosen], files, set(counts)
 
 
 @contextmanager
@@ -267,7 +267,10 @@ def _class_names(features: Any, name: str) -> tuple[str, ...]:
 
 
 def _label_texts(job: Import, files: Sequence[str], label: Column) -> tuple[str, ...]:
-    """Return the distinct texts of a label column of all files, sorted, from a pass over that column alone."""
+    """Return the distinct texts of a label column of all files, sorted, from a pass over that column alone.
+
+    The files are those of every split, so that splits which are built one by one number the classes alike.
+    """
     texts = set[str]()
     for file in files:
         with _opened(job, file) as parquet:

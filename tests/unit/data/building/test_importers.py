@@ -329,6 +329,10 @@ def test_classes_of_hugging_face_keep_their_names_and_splits_stay_apart(folder: 
     file = write_parquet(folder / "t.parquet", image=data, species=["owl", "bat"])
     job = read(file, label_column="species")
     assert ([sample["cls"] for sample in job.samples], *job.choices.values()) == ([b"1", b"0"], ("bat", "owl"))
+    write_parquet(folder / "splits" / "train.parquet", image=data, species=["owl", "bat"])
+    write_parquet(folder / "splits" / "test.parquet", image=data[:1], species=["owl"])
+    job = read(folder / "splits", label_column="species", split="test")  # numbered as in the other split
+    assert ([sample["cls"] for sample in job.samples], *job.choices.values()) == ([b"1"], ("bat", "owl"))
 
 
 def test_output_of_img2dataset_gives_the_same_samples_as_its_tars_and_failed_rows_are_counted(folder: Path) -> None:
