@@ -201,6 +201,6 @@ def coverage_alert(unknown: dict[str, float]) -> str:
     if worst <= MAX_UNKNOWN:
         return ""
     return (
-        f"{worst:.1%} of the tokens of {folder}'s captions are [UNK]. Set tokenizer.vocabulary to one of their "
+        f"{worst:.1%} of the tokens of {folder}'s captions are unknown. Set tokenizer.vocabulary to one of their "
         "language, or train one: remove the key, and raise tokenizer.size"
     )

@@ -93,14 +93,22 @@ def freeze_untrained(model: Model, stage: Stage) -> frozenset[str]:
 
 
 def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) -> dict[str, Tensor]:
-    """Initialise the experts as the stage configures: random, a copy of another expert, or inherited."""
+    """Initialise the experts as the stage configures: random, a copy of another expert, or inherited.
+
+    With routed attention, an expert includes its projections and norms. Raises ConfigError for one that is not there.
+    """
     prepared = dict(start)
     for target, source in (("language", stage.experts.language), ("vision_language", stage.experts.vision_language)):
         if source == "inherit":
             continue
         parts, fresh = model.parts_named([f"{target}_expert"]), model.state_dict()
-        prepared |= {name: fresh[name] for name in fresh if model.part_of(name) in parts}
-        if source != "random":  # with routed attention, also its projections and norms
+        if not (initial := {name: fresh[name] for name in fresh if model.part_of(name) in parts}):
+            raise ConfigError(
+                f"stages.{stage.name}.experts.{target} is {source!r}, and the model has no such expert "
+                "(model.vision_language_layers is 0); remove the key"
+            )
+        prepared |= initial
+        if source != "random":
             before, after = f".{source}.", f".{target}."
             prepared |= {name: prepared[name.replace(after, before)].clone() for name in prepared if after in name}
     return prepared

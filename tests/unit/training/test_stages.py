@@ -140,6 +140,18 @@ def test_missing_module_is_rejected_unless_declared_absent_or_copied(tmp_path: P
     assert torch.equal(model.resize_state(learnt, config.model)[second], torch.ones(32))
 
 
+def test_all_that_is_routed_to_language_can_start_as_a_copy_of_vision(tmp_path: Path) -> None:
+    routed: dict[str, Any] = {"attention": "routed", "vision_language_layers": 0, "contrasts": 1}
+    config = staged(tmp_path, {"experts": {"language": "vision"}}, {"experts": {"vision_language": "vision"}}, **routed)
+    model, state = build_model(config.model, VOCABULARY), build_model(config.model, VOCABULARY, seed=9).state_dict()
+    copied = {name for name in state if ".language." in name}
+    assert {"norm.language.weight", "blocks.1.attention.joint.language.bias"} <= copied
+    expected = state | {name: state[name.replace("language", "vision")] for name in copied}
+    assert_equal(prepare_experts(model, state, config.stages[0]), expected)
+    with pytest.raises(ConfigError, match=r"experts\.vision_language is 'vision', and the model has no such expert"):
+        prepare_experts(model, state, config.stages[1])
+
+
 def trained(index: int, *stages: dict[str, Any]) -> set[str]:
     """Return the parts of the model that a stage trains, in a run whose first stages are changed."""
     model = model_of_stage(staged(Path(), *stages), index)
