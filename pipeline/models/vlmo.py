@@ -65,11 +65,10 @@ class VLMo(Model):
         super().__init__(config, heads)
         width, length, absolute = config.width, config.max_text_length, config.positions == "absolute"
         is_plain, is_routed = config.embeddings == "plain", config.attention == "routed"
-        self.text_embedding = (
-            PlainTextEmbedding(vocabulary, width, length)
-            if is_plain
-            else TextEmbedding(vocabulary, width, length, absolute)
-        )
+        if is_plain:
+            self.text_embedding = PlainTextEmbedding(vocabulary, width, length)
+        else:
+            self.text_embedding = TextEmbedding(vocabulary, width, length, absolute)
         self.image_embedding = ImageEmbedding(config, heads, absolute, modality=not is_plain)
         self.positions = None if absolute else RelativePositions(config.layers, config.heads, config.grid, length)
         self.first_fused = config.layers - config.vision_language_layers

@@ -60,11 +60,8 @@ def features(
     if text is not None:
         words = F.embedding(text, state["beit3.text_embed.weight"])
         parts.append(("B", words + state["beit3.encoder.embed_positions.B.weight"][2 : 2 + text.shape[1]]))
-    masks = [torch.ones(tokens.shape[:2], dtype=torch.bool) for _, tokens in parts]
-    is_key = torch.cat(
-        [keep if letter == "B" and keep is not None else mask for (letter, _), mask in zip(parts, masks, strict=True)],
-        dim=1,
-    )
+    masks = [keep if letter == "B" and keep is not None else x.new_ones(x.shape[:2]).bool() for letter, x in parts]
+    is_key = torch.cat(masks, dim=1)
     letters = [letter for letter, _ in parts]
     lengths = [tokens.shape[1] for _, tokens in parts]
     x = torch.cat([tokens for _, tokens in parts], dim=1)
