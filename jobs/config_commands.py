@@ -1,6 +1,7 @@
 """`mome config`: start a config, print one with all its defaults, explain a key, list and copy recipes."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def new(
     image_data: Annotated[str | None, Option(help="Shards of images for a vision stage before the pairs.")] = None,
     text_data: Annotated[str | None, Option(help="Shards of texts for a language stage before the pairs.")] = None,
     test_data: Annotated[str | None, Option(help="Held-out shards, to evaluate at the end.")] = None,
-    name: Annotated[str | None, Option(help="Name of the run (default: the kind).")] = None,
+    name: Annotated[str | None, Option(help="Name of the run (default: that of OUT, else the kind).")] = None,
     output: Annotated[str, Option(help="Folder or URL for the run's folder.")] = "runs",
     vocabulary: Annotated[str | None, Option(help="WordPiece vocabulary (default: trained from the captions).")] = None,
     start_from: Annotated[str | None, Option(help="Weights to start from: a run, a stage, or imported ones.")] = None,
@@ -53,6 +54,8 @@ def new(
         test_data = test_data or str(typer.prompt("Held-out shards (empty: none)", default="", err=True)) or None
     from jobs.new_config import Choice, new_config
 
+    if name is None and out is not None:
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", out.stem).strip("-._") or None
     more = {"image_data": image_data, "text_data": text_data, "test_data": test_data, "vocabulary": vocabulary}
     choice = Choice(data, kind or "vlmo", gpus, name, output, **more, start_from=start_from, size=size, epochs=epochs)
     text, config, notes = new_config(choice)

@@ -144,12 +144,13 @@ def _train(
         nonlocal were_placed, num_announced
         if bool(placement.ranks) != were_placed:
             were_placed = not were_placed
-            failures = restarts.messages(FAILED)
+            is_permanent = interrupts.storage.exists(join(config.folder, distributed.FAILURE_FILE))
+            failures = [] if is_permanent else restarts.messages(FAILED)  # else the ranks start only to return
             for number, message in list(enumerate(failures, 1))[num_announced:]:
                 step = saved_steps(config, interrupts.storage)
                 display.message(f"restart {number} of at most {cluster.max_failures} from step {step:,}: {message}")
             num_announced = len(failures)
-            display.phase("starting the ranks" if were_placed else "the ranks have ended")
+            display.phase("starting the ranks" if were_placed and not is_permanent else "the ranks have ended")
         show_messages(mail, open_alerts, display.message)
         interrupts.check(mail, placement.ranks)
 
