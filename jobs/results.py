@@ -40,6 +40,12 @@ def evaluation_text(result: dict[str, Any]) -> str:
     return "\n\n".join([*tables, aligned(rows, width=line_width())])
 
 
+def preflight_text(result: dict[str, Any]) -> str:
+    """Return a row for each check of the ranks, all of which passed."""
+    rows = [[name, f"{own['seconds']:.1f} s", own["message"]] for name, own in result.items()]
+    return aligned(rows, right={1}, width=line_width())
+
+
 def prediction_text(result: dict[str, Any]) -> str:
     """Return a row for each predicted answer, class or word with its probability, and for each score."""
     rows: list[list[str]] = []
