@@ -204,8 +204,8 @@ def train(
             result = run_on_cluster(check_rank, settings, "preflight")
         else:
             result = run_and_evaluate(settings, display)
-    text = results.preflight_text if preflight else results.evaluation_text if "source" in result else None
-    print_result(result, as_json, text)
+    as_text = results.preflight_text if preflight else results.evaluation_text if "source" in result else None
+    print_result(result, as_json, as_text)
 
 
 def show_dry_run(config: Path, overrides: list[str], as_json: bool) -> None:

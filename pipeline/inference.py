@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 # A path or URL, an encoded file, or pixels (H, W, 3) uint8.
 ImageInput = str | Path | bytes | np.ndarray | Tensor | pil.Image
 Images = ImageInput | Sequence[ImageInput]  # several also as an array or tensor (N, H, W, 3) uint8
+SeveralTexts = list[str] | tuple[str, ...]  # a `str` is a Sequence[str], too
 Texts = str | Sequence[str]
 Prediction = dict[str, Any]
 BATCH_SIZE = 64
@@ -137,9 +138,9 @@ _PREDICTIONS: dict[str, tuple[Head, str, tuple[int, ...], str]] = {
 class TrainedModel:
     """A stage's model with the tokenizer, config and answer lists that give its outputs their meaning.
 
-    Methods take one item or a sequence, run in evaluation mode, without gradients, and return tensors on the CPU. They
-    raise ConfigError for what the stage was not trained for, for an empty sequence and for a text without a token,
-    DataError for an image that cannot be decoded.
+    Methods take one item or a sequence, run in evaluation mode, without gradients, and return tensors on the CPU. All
+    but `predict` raise ConfigError for an empty sequence; all raise it for what the stage was not trained for and for a
+    text without a token, and DataError for an image that cannot be decoded.
     """
 
     model: Model
@@ -203,6 +204,8 @@ class TrainedModel:
     @overload
     def answer(self, images: ImageInput, questions: str, top_k: int = 5) -> dict[str, float]: ...
     @overload
+    def answer(self, images: Images, questions: SeveralTexts, top_k: int = 5) -> list[dict[str, float]]: ...
+    @overload
     def answer(self, images: Images, questions: Texts, top_k: int = 5) -> Any: ...
     def answer(self, images: Images, questions: Texts, top_k: int = 5) -> Any:
         """Return the `top_k` most probable answers to a question about an image, the best first, with probabilities.
@@ -217,6 +220,10 @@ class TrainedModel:
 
     @overload
     def fill_mask(self, texts: str, images: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]: ...
+    @overload
+    def fill_mask(
+        self, texts: SeveralTexts, images: Images | None = None, top_k: int = 5
+    ) -> list[list[dict[str, float]]]: ...
     @overload
     def fill_mask(self, texts: Texts, images: Images | None = None, top_k: int = 5) -> Any: ...
     def fill_mask(self, texts: Texts, images: Images | None = None, top_k: int = 5) -> Any:
@@ -234,12 +241,14 @@ class TrainedModel:
             words = [self._predict("mlm", (self.pixels(image),), text, top_k)["words"] for image, text in pairs]
         return words[0] if is_single else words
 
-    def predict(self, images: Sequence[ImageInput] = (), text: str | None = None, top_k: int = 5) -> Prediction:
+    def predict(self, images: Images = (), text: str | None = None, top_k: int = 5) -> Prediction:
         """Return every prediction that the stage was trained for and that these inputs allow, by name.
 
+        The images, of which there may be none, one or two, are those of a single example.
         Raises ConfigError listing the inputs that each prediction needs, if there is none.
         """
-        pixels = tuple(self.pixels(image) for image in images)
+        is_empty = isinstance(images, list | tuple) and not images
+        pixels = () if is_empty else tuple(self.pixels(image) for image in _listed(images, "images")[0])
         kind = NO_TEXT if text is None else MASKED_TEXT if MASK in text else TEXT
         trained = [objective for objective in self.stage.objectives if objective in _PREDICTIONS]
         predictions: Prediction = {}

@@ -99,6 +99,7 @@ def test_pair_predictions_are_the_heads_outputs(trained, model, image, held_out,
     text, pixels = held_out.captions[0][0], held_out.images[:1]
     prediction = trained.predict([image], text)
     assert prediction.keys() == {"similarity", "matched"}
+    assert trained.predict(image, text) == trained.predict(Image.fromarray(image), text) == prediction
     ids = torch.tensor([tokenizer.encode(text, 40).ids])
     inputs = [ForwardInput(("itc",), image=pixels), ForwardInput(("itc",), text=ids)]
     inputs.append(ForwardInput(heads=("itm",), image=pixels, text=ids))
@@ -161,6 +162,8 @@ def test_unusable_inputs_are_rejected_with_the_remedy(trained, config, image):
         (lambda: trained.answer(image, "what?"), ConfigError, "answers need objective vqa"),
         (lambda: trained.match([image], []), ConfigError, "no texts are given"),
         (lambda: trained.match([image], ["a", "b"]), ConfigError, "1 images and 2 texts"),
+        (lambda: trained.match([], "a circle"), ConfigError, "no images are given"),
+        (lambda: trained.fill_mask(["a [MASK]"] * 3, [image] * 2), ConfigError, "2 images and 3 texts"),
         (lambda: trained.similarity([], "a circle"), ConfigError, "no images are given"),
         (lambda: trained.encode_image(np.zeros((0, 32, 32, 3), np.uint8)), ConfigError, "no images are given"),
         (lambda: trained.encode_text([]), ConfigError, "no texts are given"),

@@ -106,6 +106,7 @@ def test_new_config_command_writes_once_and_says_what_is_missing(shards: dict[st
     out, options = str(tmp_path / "new.yaml"), ["--data", shards["pairs"], "--gpus", "0", "--epochs", "3"]
     done = CliRunner().invoke(app, ["config", "new", out, *options, "--json"])
     assert json.loads(done.stdout) == {"config": out, "steps": load_config(out).total_steps, "notes": []}
+    assert load_config(out).name == "new", "of the file"
     for arguments, expected in (
         ([out, *options], "exists already, and is not overwritten"),
         ([], "--data: expected a"),
