@@ -136,9 +136,9 @@ class Restarts(UserCallback):
         url = join(self.folder, f"{self.driver}-{time.time_ns():020d}.json")
         Storage(self.config).write(url, json.dumps(restart).encode())
 
-    def messages(self, cause: str) -> list[str]:
+    def messages(self, cause: str, storage: Storage | None = None) -> list[str]:
         """Return the messages of the restarts with this cause since the driver started, oldest first."""
-        storage = Storage(self.config)
+        storage = storage or Storage(self.config)
         names = sorted(name for name in storage.list(self.folder) if name.startswith(self.driver))
         records = [json.loads(storage.read(join(self.folder, name))) for name in names]
         return [record["message"] for record in records if record["cause"] == cause]

@@ -4,6 +4,8 @@ Ray Train places and restarts the ranks. The driver places ranks again that stop
 keeps failure budgets over all restarts, and raises errors that a restart would only repeat (`jobs.distributed`).
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import secrets
@@ -14,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import distributed
 from jobs.cluster import RAY_MISSING, address_of, connect, for_ranks, root_cause
@@ -35,6 +37,9 @@ from pipeline.training.checkpoint.weights import stage_url
 from pipeline.training.goodput import add_time
 from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import prepare
+
+if TYPE_CHECKING:
+    from jobs.placement import Restarts  # which imports Ray
 
 log = logging.getLogger(__name__)
 
@@ -144,13 +149,8 @@ def _train(
         nonlocal were_placed, num_announced
         if bool(placement.ranks) != were_placed:
             were_placed = not were_placed
-            is_permanent = interrupts.storage.exists(join(config.folder, distributed.FAILURE_FILE))
-            failures = [] if is_permanent else restarts.messages(FAILED)  # else the ranks start only to return
-            for number, message in list(enumerate(failures, 1))[num_announced:]:
-                step = saved_steps(config, interrupts.storage)
-                display.message(f"restart {number} of at most {cluster.max_failures} from step {step:,}: {message}")
-            num_announced = len(failures)
-            display.phase("starting the ranks" if were_placed and not is_permanent else "the ranks have ended")
+            num_announced = announce_restarts(config, restarts, interrupts.storage, num_announced, display.message)
+            display.phase("starting the ranks" if were_placed else "the ranks have ended")
         show_messages(mail, open_alerts, display.message)
         interrupts.check(mail, placement.ranks)
 
@@ -179,6 +179,28 @@ def _train(
         if limit is not None and len(restarts.messages(distributed.PREEMPTED)) > limit:
             advice = "It is saved: re-run the same command to resume; cluster.max_preemptions sets the budget."
             raise RunFailed(f"the run stopped after {limit} preemption(s). {advice}")
+
+
+def announce_restarts(
+    config: RunConfig, restarts: Restarts, storage: Storage, num_announced: int, show: Callable[[str], None]
+) -> int:
+    """Show the causes of the restarts after failures, without the first `num_announced`; return how many are shown.
+
+    An unavailable store delays them to the next call. After a permanent failure none is shown: the ranks start only to
+    return.
+    """
+    from jobs.placement import FAILED
+
+    try:
+        if storage.exists(join(config.folder, distributed.FAILURE_FILE)):
+            return num_announced
+        failures, step = restarts.messages(FAILED, storage), saved_steps(config, storage)
+    except StorageError as error:
+        log.debug("restarts are shown later: %s", error)
+        return num_announced
+    for number, message in list(enumerate(failures, 1))[num_announced:]:
+        show(f"restart {number} of at most {config.cluster.max_failures} from step {step:,}: {message}")
+    return len(failures)
 
 
 def _raise_failure(config: RunConfig, ownership: Ownership) -> None:

@@ -27,11 +27,13 @@ from jobs import cluster, driver, placement, train
 from jobs.cluster import connect, for_ranks, keep_token_private, missing_resources
 from jobs.console import Stopped
 from jobs.driver import NUM_PLACED, STOP, Interrupts, Mailbox, forwarded_warnings
-from jobs.placement import Placement, PlacementCallback
+from jobs.placement import FAILED, Placement, PlacementCallback, Restarts
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import load_config, parse_config
 from pipeline.config.schema import ClusterConfig, RunConfig
+from pipeline.data.storage import Storage
 from pipeline.tracking.locations import absolute_uri, tracking_uri
+from tests.support.failing_storage import FailingStorage, Fault
 from tests.support.http_server import give, serving
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -306,6 +308,23 @@ def test_driver_prints_alerts_of_ranks_and_keeps_the_open_ones() -> None:
     assert open_alerts == {"vision/itm_collapse": "collapsed"}
     texts = ("collapsed", "clamped", "resuming stage vision at step 130", "over")
     assert printed == [*texts, "alert not over: collapsed"]
+
+
+def test_causes_of_restarts_are_shown_once_and_an_unavailable_store_only_delays_them(tmp_path: Path) -> None:
+    config = load_config(DEMO, [f"output={tmp_path}", "name=run", "cluster.max_failures=3"])
+    restarts, shown = Restarts(config.storage, f"{config.folder}/restarts", "0-driver"), list[str]()
+    for cause, message in ((FAILED, "rank 0: lost"), ("preempted", "saved"), (FAILED, "rank 1: killed")):
+        restarts.record(cause, message)
+    outage = FailingStorage(Fault(0, lasting=True))
+    assert train.announce_restarts(config, restarts, outage, 0, shown.append) == 0
+    assert shown == []
+    known = train.announce_restarts(config, restarts, Storage(), 1, shown.append)
+    assert (known, shown) == (2, ["restart 2 of at most 3 from step 0: rank 1: killed"])
+    assert train.announce_restarts(config, restarts, Storage(), known, shown.append) == 2
+    Storage().write(f"{config.folder}/failure.json", b"{}")  # the ranks start only to return
+    restarts.record(FAILED, "rank 0: not finite")
+    assert train.announce_restarts(config, restarts, Storage(), known, shown.append) == 2
+    assert len(shown) == 1
 
 
 def drive(config: RunConfig, mail: Any, ranks: int, seconds: float = 0.0) -> None:
