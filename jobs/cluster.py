@@ -10,6 +10,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,23 @@ DEATHS = {  # of a rank, by the phrase in Ray's error
 KEYS = {"CPU": "cluster.cpus_per_worker", "GPU": "cluster.gpus_per_worker"}
 
 ALONE = "torchrun --nproc-per-node N -m pipeline.training CONFIG"
-RAY_MISSING = f"Ray is not installed here: pip install 'mome[ray]', or train without it: {ALONE}"
 
 Resources = Mapping[str, float]
 
 
+def check_ray() -> None:
+    """Raise ConfigError if Ray is not installed."""
+    if find_spec("ray") is None:
+        raise ConfigError(f"Ray is not installed here: pip install 'mome[ray]', or train without it: {ALONE}")
+
+
 def connect(cluster: ClusterConfig) -> None:
     """Join the configured cluster, or start a local one with room for the ranks. Raises ConfigError, RunFailed."""
-    try:
-        import ray
-        import ray._private.utils as ray_utils
-        import ray._private.worker as ray_worker
-    except ImportError as error:
-        raise ConfigError(RAY_MISSING) from error
+    check_ray()
+    import ray
+    import ray._private.utils as ray_utils
+    import ray._private.worker as ray_worker
+
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Train reads these in the driver and passes them to its controller and ranks.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)

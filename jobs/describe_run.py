@@ -9,10 +9,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any
 
-from jobs.cluster import RAY_MISSING, address_of, for_ranks, local_cpus, missing_resources, quantity, rank_resources
+from jobs.cluster import address_of, check_ray, for_ranks, local_cpus, missing_resources, quantity, rank_resources
 from jobs.console import aligned
 from pipeline.config.errors import ConfigError, DataError, MomeError
 from pipeline.config.redaction import redact
@@ -242,8 +241,8 @@ def check_services(run: RunDescription, config: RunConfig) -> None:
         check_server(config)
     with run.collected():
         check_installed(config)
-    if find_spec("ray") is None:
-        run.problems.append(RAY_MISSING)
+    with run.collected():
+        check_ray()
     machine = describe_placement(run, config)
     if machine and (fault := missing_resources(config.cluster, [machine])):
         run.problems.append(f"{fault.replace('this cluster has', 'this machine has')}, or give cluster.address")

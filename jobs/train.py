@@ -15,18 +15,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from jobs import distributed
-from jobs.cluster import RAY_MISSING, address_of, connect, for_ranks, root_cause
+from jobs.cluster import address_of, check_ray, connect, for_ranks, root_cause
 from jobs.configs import Caller
 from jobs.console import RunDisplay, notify, poll
 from jobs.describe_run import as_text, describe_placement, describe_run, saved_steps
 from jobs.driver import Interrupts, Mailbox
 from jobs.evaluate import evaluate_checkpoint, stored_evaluation
 from jobs.report import reported
-from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError
+from pipeline.config.errors import MomeError, RunFailed, StorageError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS
@@ -71,8 +70,7 @@ def run_and_evaluate(
 
 def pretrain(config: RunConfig, display: RunDisplay, interrupts: Interrupts) -> bool:
     """Run every unfinished stage; return False if all were finished. Raises MomeError, and Stopped after a signal."""
-    if find_spec("ray") is None:
-        raise ConfigError(RAY_MISSING)
+    check_ray()
     config = for_ranks(config)
     storage = Storage(config.storage)
     display.phase("checking MLflow, indexing shards, preparing the vocabulary")
