@@ -17,7 +17,7 @@ from pipeline.config.redaction import redact, redact_values
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage, split
 from pipeline.tracking import locations
-from pipeline.tracking.journal import UPLOAD_LOCK, InUse, Lease
+from pipeline.tracking.journal import UPLOAD_LOCK, InUse, Journal, Lease
 from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
 from pipeline.tracking.mlflow_server import ServerUnavailable, register
 from pipeline.tracking.tensorboard import EventFiles
@@ -31,7 +31,6 @@ SERVING = (
     "pyyaml", "safetensors", "scipy", "simplejpeg", "tokenizers", "torch", "urllib3",
 )  # fmt: skip
 
-NO_JOURNAL = "no tracking journal in {}; give the folder of a run, <output>/<name>"
 
 PYFUNC_EXAMPLE = """\
 import mlflow, pandas
@@ -81,12 +80,19 @@ def register_checkpoint(
     return done | {"tracking_uri": redact(server), "checkpoint": weights.url}
 
 
-def write_tensorboard(run: str, folder: Path, caller: Caller = Caller()) -> dict[str, Any]:
-    """Write the journal of the run in folder `run` as TensorBoard's event files. Raises ConfigError, TrackingError."""
+def recorded_journal(run: str, caller: Caller) -> Journal:
+    """Return the journal of the run in folder `run`. Raises TrackingError if there is none."""
     journal = locations.read_journal(run, Storage(caller.storage))
     if not journal.run_records():
-        raise TrackingError(f"{run}: {NO_JOURNAL.format(journal.folder)}")
-    events = EventFiles(journal, folder)
+        raise TrackingError(
+            f"{run}: no tracking journal in {journal.folder}; give the folder of a run, <output>/<name>"
+        )
+    return journal
+
+
+def write_tensorboard(run: str, folder: Path, caller: Caller = Caller()) -> dict[str, Any]:
+    """Write the journal of the run in folder `run` as TensorBoard's event files. Raises ConfigError, TrackingError."""
+    events = EventFiles(recorded_journal(run, caller), folder)
     try:
         events.write()
         events.close()
@@ -100,10 +106,8 @@ def sync(run: str, caller: Caller = Caller()) -> dict[str, Any]:
 
     The server named in the journal, which another person may have written, is not used. Raises TrackingError.
     """
-    journal = locations.read_journal(run, Storage(caller.storage))
+    journal = recorded_journal(run, caller)
     run_records = journal.run_records()
-    if not run_records:
-        raise TrackingError(f"{run}: {NO_JOURNAL.format(journal.folder)}")
     next_to_it = locations.default_uri(absolute(run.rstrip("/")).rpartition("/")[0] or "/")
     target = locations.resolve_uri(locations.absolute_uri(caller.server or next_to_it))
     known = str(run_records[-1].get("uri"))
