@@ -49,7 +49,6 @@ WEIGHTS = (
 PROCESSOR, PROCESSORS = "preprocessor_config.json", "processor_config.json"
 VOCABULARY, TOKENIZER, BYTE_PAIRS, MERGES = "vocab.txt", "tokenizer.json", "vocab.json", "merges.txt"
 NO_SOURCE = "none"
-ANSWER_SECONDS = 20.0  # for a store or hub to answer, until the command gives up
 FILE_NAME = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)$")  # of an exported file; another name is a folder
 # Metadata keys of the files we write (JSON values), next to those of the answers and classes of heads.
 MODEL_KEY, IMAGE_TARGET_KEY = "model", "image_target"
@@ -76,7 +75,7 @@ def import_weights(
     Sizes come from `overrides` (`heads=16`), else the config `model`, else our file's header, else config.json, else
     the tensors' shapes. Tensors whose names match `may_differ` may be missing, unexpected or of another shape.
     """
-    storage, chosen = Storage().within(ANSWER_SECONDS), _format(format_name)
+    storage, chosen = Storage(), _format(format_name)
     if existing := [name for name in storage.list(out) if FILE.fullmatch(name) or name == COMMIT]:
         raise ConfigError(
             f"--out {out}: holds {existing[0]}, which would be lost; name another folder, or delete it first"
