@@ -49,8 +49,8 @@ def run_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Return the table of `list_runs`, with its header."""
     table = [["run", "status", "stage", "step", "starts", "best", "last record", "size"]]
     for row in rows:
-        best = "-" if row["metric"] is None else f"{readable_result(row['metric'], row['best'])} "
-        best += readable_metric(row["metric"]) if row["metric"] is not None else ""
+        metric = row["metric"]
+        best = "-" if metric is None else f"{readable_result(metric, row['best'])} {readable_metric(metric)}"
         reached = (row["stage"] or "-", f"{row['step']:,}/{row['steps']:,}", str(row["starts"]))
         updated = moment(row["updated"]) if row["updated"] else "-"
         size = "" if row["bytes"] is None else with_prefix(row["bytes"], "B")
@@ -60,24 +60,23 @@ def run_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def best_metric(run: RunFolder) -> tuple[str | None, float | None]:
     """Return the metric that ranks a run and its best value; its last loss if it was never evaluated."""
+    values = [entry for point in run.evaluations for entry in point.values.items()]
     for name in RANKING:
-        key, values = "", list[float]()
-        for point in run.evaluations:
-            for metric, value in point.values.items():
-                if metric.endswith(f"/{name}"):
-                    key = metric
-                    values.append(value)
-        if values:
-            return key, max(values)
+        ranked = [(value, metric) for metric, value in values if metric.endswith(f"/{name}")]
+        if ranked:
+            best, metric = max(ranked)
+            return metric, best
     losses = [stage.last["train/loss"] for stage in run.stages if "train/loss" in stage.last]
     return ("train/loss", losses[-1]) if losses else (None, None)
 
 
 def folder_bytes(storage: Storage, folder: str) -> int:
     """Return the number of bytes of all files below a folder."""
-    files = storage.list_info(folder)
-    below = {name.rstrip("/") for name in storage.list(folder)} - files.keys()
-    return sum(info.size for info in files.values()) + sum(folder_bytes(storage, join(folder, name)) for name in below)
+    sizes = [
+        folder_bytes(storage, join(folder, name.rstrip("/"))) if info is None else info.size
+        for name, info in storage.entries(folder).items()
+    ]
+    return sum(sizes)
 
 
 def status_of(run: RunFolder) -> str:

@@ -124,10 +124,9 @@ def _files_of(job: Import) -> tuple[list[str], list[str], set[str]]:
         files, pending = [], [job.url.rstrip("/")]
         while pending:
             folder = pending.pop()
-            objects = job.storage.list_info(folder)
-            names = [name for name in job.storage.list(folder) if not name.startswith(".")]
-            files += [join(folder, name) for name in names if name in objects and name.endswith(".parquet")]
-            pending += [join(folder, name) for name in reversed(names) if name not in objects]
+            entries = {name: info for name, info in job.storage.entries(folder).items() if not name.startswith(".")}
+            files += [join(folder, name) for name, info in entries.items() if info and name.endswith(".parquet")]
+            pending += [join(folder, name) for name in reversed(entries) if entries[name] is None]
     if not files:
         raise DataError(f"{job.url or job.source}: no .parquet file in this folder")
     split_of = dict[str, str]()

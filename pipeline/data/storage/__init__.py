@@ -88,12 +88,16 @@ class Storage:
 
     def list(self, url: str) -> list[str]:
         """Return the sorted names of the objects and folders directly in a folder; [] if it does not exist."""
-        return sorted(self._do(url, "listing", lambda backend, path: dict(backend.entries(path))))
+        return [*self.entries(url)]
 
     def list_info(self, url: str) -> dict[str, ObjectInfo]:
         """Return name and info of every object directly in a folder, from one listing."""
+        return {name: info for name, info in self.entries(url).items() if info is not None}
+
+    def entries(self, url: str) -> dict[str, ObjectInfo | None]:
+        """Return the objects directly in a folder with their infos, and its folders with None, sorted by name."""
         entries = self._do(url, "listing", lambda backend, path: dict(backend.entries(path)))
-        return {name: info for name, info in sorted(entries.items()) if info is not None}
+        return {name: entries[name] for name in sorted(entries)}
 
     def write(self, url: str, data: bytes, create: bool = False) -> bool:
         """Write an object atomically; return True if it was written. With `create` an existing one is kept, and one of
