@@ -218,7 +218,7 @@ def _evaluate(
             others[stage.name] = build_trained_model(usable).to(device)
     result = evaluate(
         model, tokenizer, config, storage, source, limit, weights.stage, others, rerank_best,
-        progress=progress if ranks.rank == 0 else lambda phase: None,
+        progress=progress,
         choices=weights.choices, ranks=ranks, probe=probe,
     )  # fmt: skip
     result.source, result.checkpoint, data = key.name, weights.url, None
